@@ -1,0 +1,68 @@
+"""Packaging of vkd_jax; the settings of ruff and pytest stand in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+import setuptools
+
+HERE = Path(__file__).parent
+INIT = (HERE / "vkd_jax" / "__init__.py").read_text(encoding="utf-8")
+
+# CLU's metric writers import TensorFlow and TensorBoard and declare neither. TensorFlow's smaller CPU build
+# is enough, where it exists.
+LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+NOT_LINUX_X86 = "sys_platform != 'linux' or platform_machine != 'x86_64'"
+
+# torch comes first: it is the build that the parity figures were made with, and nothing may pull another.
+TEST = ["torch==2.13.0", "pytest>=8"]
+
+setuptools.setup(
+    name="vkd_jax",
+    version=re.search(r'__version__ = "(.+)"', INIT)[1],
+    description="Unlearn people from multimodal language models, in JAX and Flax",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["vkd_jax", "vkd_jax.*"]),
+    package_data={"vkd_jax": ["assets/**"]},
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "clu>=0.0.12",
+        "ml-collections>=1.0",
+        "absl-py>=2.1",
+        f"tensorflow-cpu>=2.20; {LINUX_X86}",
+        f"tensorflow>=2.20; {NOT_LINUX_X86}",
+        "tensorboard>=2.20",
+        "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.10",
+        "array-record>=0.8.1; sys_platform != 'win32'",
+        "pyarrow>=18",
+        "transformers>=5,<6",
+        "tokenizers>=0.22",
+        "safetensors>=0.6",
+        "jinja2>=3.1",  # transformers renders chat templates with it and does not declare it
+        "pillow>=11",  # the same for its image processors
+        "numpy>=2.1",
+        "scipy>=1.14",
+        "ml-dtypes>=0.5",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.12", "pre-commit"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,255 @@
+"""LLaVA against PyTorch on small random models: every block, logits, gradients, generation."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vkd_jax import convert
+from vkd_jax.models import llava
+from vkd_jax.models.base import bind
+from vkd_jax.models.generate import greedy, option_log_probs
+
+torch = pytest.importorskip("torch", reason="PyTorch is only there to compare with: pip install '.[test]'")
+transformers = pytest.importorskip("transformers")
+
+IMAGE, PAD, EOS = 4, 3, 2
+
+# Two image sizes, two patch sizes, all-head and grouped key/value heads, two feature layers.
+SHAPES = {
+    "mha": dict(image_size=28, patch_size=14, kv_heads=4, feature_layer=-2, select="default", tied=False),
+    "gqa": dict(image_size=50, patch_size=8, kv_heads=2, feature_layer=-1, select="full", tied=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The same weights in both frameworks, with inputs."""
+
+    torch: Any
+    graphdef: Any
+    params: dict[str, jax.Array]
+    config: Any
+    folder: Any
+    pixels: np.ndarray  # [b, H, W, 3]
+    tokens: dict[str, np.ndarray]  # padding side -> [b, t]
+    mask: dict[str, np.ndarray]
+    answers: dict[str, np.ndarray]  # bool [b, t]: tokens that the loss counts
+
+
+def hf_config(image_size, patch_size, kv_heads, feature_layer, select, tied):
+    return transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+            image_size=image_size, patch_size=patch_size, projection_dim=32,
+        ),
+        text_config=transformers.LlamaConfig(
+            vocab_size=200, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=kv_heads, max_position_embeddings=256, pad_token_id=PAD,
+            rope_parameters={"rope_type": "default", "rope_theta": 5000.0}, tie_word_embeddings=tied,
+        ),
+        image_token_index=IMAGE, vision_feature_layer=feature_layer, vision_feature_select_strategy=select,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+def ragged(rows, side):
+    """Rows of different lengths to (tokens, mask), padded on one side."""
+    width = max(map(len, rows))
+    tokens, mask = np.full((len(rows), width), PAD, np.int32), np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        tokens[i, at], mask[i, at] = row, True
+    return tokens, mask
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact():
+    torch.set_num_threads(2)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    yield
+    jax.config.update("jax_default_matmul_precision", None)
+
+
+@pytest.fixture(scope="session", params=SHAPES)
+def pair(request, tmp_path_factory) -> Pair:
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(hf_config(**SHAPES[request.param])).eval()
+    with torch.no_grad():  # as if trained: at the initial scales logits are near zero and norms trivial
+        for name, parameter in model.named_parameters():
+            if "embed_tokens" in name and model.config.tie_word_embeddings:
+                continue  # larger, and each token would only predict itself
+            if parameter.ndim > 1:
+                parameter.mul_(6 if "language_model" in name else 3)
+            else:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    graphdef, params, config = convert.load(folder)
+    rng = np.random.default_rng(0)
+    lengths = (5, 9, 2)
+    picture = [IMAGE] * config.image_tokens
+    rows = [[1, *rng.integers(5, 200, 2), *picture, *rng.integers(5, 200, n)] for n in lengths]
+    tokens, mask, answers = {}, {}, {}
+    for side in ("left", "right"):
+        tokens[side], mask[side] = ragged(rows, side)
+        answers[side] = np.zeros_like(mask[side])
+        for i, row in enumerate(rows):
+            end = len(mask[side][i]) if side == "left" else len(row)
+            answers[side][i, end - min(4, lengths[i]) : end] = True
+    size = config.vision.image_size
+    pixels = rng.standard_normal((len(rows), size, size, 3)).astype(np.float32)
+    return Pair(model, graphdef, params, config, folder, pixels, tokens, mask, answers)
+
+
+SIDES = ("left", "right")
+
+
+def to_torch(pair, side):
+    mask = torch.tensor(pair.mask[side])
+    return dict(
+        input_ids=torch.tensor(pair.tokens[side], dtype=torch.long),
+        attention_mask=mask.long(),
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        pixel_values=torch.tensor(pair.pixels).permute(0, 3, 1, 2),
+    )
+
+
+def close(ours, theirs, tolerance):
+    theirs = theirs.detach().numpy()
+    assert ours.shape == theirs.shape
+    assert np.abs(theirs).max() > 0.1  # a comparison of zeros says nothing
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
+
+
+def test_every_vision_block_and_the_projector(pair):
+    with torch.no_grad():
+        pixels = torch.tensor(pair.pixels).permute(0, 3, 1, 2)
+        hidden = pair.torch.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        projected = torch.stack(list(pair.torch.get_image_features(pixel_values=pixels).pooler_output))
+    features, taps = jax.jit(lambda p, x: bind(pair.graphdef, p).encode(x))(pair.params, pair.pixels)
+    assert set(taps) == {f"vision/{i}" for i in range(pair.config.used_blocks)} | {"features", "projector"}
+    for i in range(pair.config.used_blocks):
+        close(taps[f"vision/{i}"], hidden[i + 1], 1e-4)
+    chosen = hidden[pair.config.feature_layer]
+    close(taps["features"], chosen[:, 1:] if pair.config.feature_select == "default" else chosen, 1e-4)
+    close(taps["projector"], projected, 1e-4)
+    np.testing.assert_array_equal(features, taps["projector"])
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_logits(pair, side):
+    with torch.no_grad():
+        theirs = pair.torch(**to_torch(pair, side)).logits
+
+    @jax.jit
+    def logits(params, pixels, tokens, mask):
+        model = bind(pair.graphdef, params)
+        return model(tokens, mask, features=model.encode(pixels)[0])[0]
+
+    ours = logits(pair.params, pair.pixels, pair.tokens[side], pair.mask[side])
+    real = pair.mask[side]
+    close(ours[real], theirs[torch.tensor(real)], 1e-4)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_text_only_logits(pair, side):
+    rows = [[1, 20, 30, 40, 50, 60], [1, 70, 80]]
+    tokens, mask = ragged(rows, side)
+    ours, _ = bind(pair.graphdef, pair.params)(jnp.asarray(tokens), jnp.asarray(mask))
+    for i, row in enumerate(rows):
+        with torch.no_grad():
+            theirs = pair.torch(input_ids=torch.tensor([row])).logits[0]
+        close(ours[i][mask[i]], theirs, 1e-4)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_loss_and_the_gradient_of_every_visual_parameter(pair, side):
+    inputs, answers = to_torch(pair, side), pair.answers[side]
+    labels = inputs["input_ids"].masked_fill(~torch.tensor(answers), -100)
+    pair.torch.zero_grad()
+    theirs = pair.torch(**inputs, labels=labels).loss
+    theirs.backward()
+
+    visual = {k: v for k, v in pair.params.items() if not k.startswith("language_model/")}
+    frozen = {k: v for k, v in pair.params.items() if k.startswith("language_model/")}
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(visual, frozen, pixels, tokens, mask, answers):
+        model = bind(pair.graphdef, {**frozen, **visual})
+        logits, _ = model(tokens, mask, features=model.encode(pixels)[0])
+        log_p = jax.nn.log_softmax(logits[:, :-1])
+        token_log_p = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
+        return -jnp.where(answers[:, 1:], token_log_p, 0).sum() / answers.sum()
+
+    ours, gradients = loss(visual, frozen, pair.pixels, pair.tokens[side], pair.mask[side], answers)
+    np.testing.assert_allclose(ours, theirs.item(), rtol=1e-3)
+    compared = set()
+    largest = max(float(jnp.abs(g).max()) for g in gradients.values())
+    for name, parameter in pair.torch.named_parameters():
+        slot = convert.find_slot(llava, pair.config, name)
+        if slot.path not in visual:
+            continue
+        compared.add(slot.path)
+        gradient = gradients[slot.path]
+        if parameter.grad is None:  # past the feature layer: no path to the loss
+            assert not gradient.any()
+            continue
+        want = slot.to_param(parameter.grad.numpy())
+        # Relative to the tensor's norm. The key bias's true gradient is zero (the softmax cancels it).
+        error, norm = np.linalg.norm(gradient - want), np.linalg.norm(want)
+        assert error <= 1e-3 * norm or max(error, norm) < 1e-5 * largest, (name, error, norm)
+    assert compared == set(visual)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_greedy_generation_of_prompts_of_different_lengths(pair, side):
+    inputs = to_torch(pair, "left")  # transformers generates from the left only
+    del inputs["position_ids"]
+    new = 12
+    # An end token that occurs: what the first row says third.
+    settings = dict(do_sample=False, pad_token_id=PAD, max_new_tokens=new)
+    width = inputs["input_ids"].shape[1]
+    free = pair.torch.generate(**inputs, **settings, eos_token_id=None)[:, width:].numpy()
+    end = int(free[0, 2])
+    theirs = pair.torch.generate(**inputs, **settings, eos_token_id=[EOS, end])[:, width:].numpy()
+
+    @jax.jit
+    def answer(params, pixels, tokens, mask):
+        model = bind(pair.graphdef, params)
+        features = model.encode(pixels)[0]
+        return greedy(model, tokens, mask, features, max_new_tokens=new, eos_ids=(EOS, end), pad_id=PAD)
+
+    ours = np.asarray(answer(pair.params, pair.pixels, pair.tokens[side], pair.mask[side]))
+    np.testing.assert_array_equal(ours[:, : theirs.shape[1]], theirs)
+    assert (ours[:, theirs.shape[1] :] == PAD).all()
+    assert len(set(map(tuple, free.tolist()))) == len(free) and len(np.unique(free)) > 4  # no trivial answers
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_option_log_probs_equal_reading_each_option_after_the_prompt(pair, side):
+    options = [[[7, 8, 9], [10]], [[11, 12], [13, 14]], [[20], [21, 22, 23]]]
+    texts, texts_mask = zip(*(ragged(row + [[0] * 3], "right") for row in options), strict=True)
+    texts, texts_mask = np.stack(texts)[:, :2], np.stack(texts_mask)[:, :2]
+
+    @jax.jit
+    def score(params, pixels, tokens, mask):
+        model = bind(pair.graphdef, params)
+        return option_log_probs(model, tokens, mask, model.encode(pixels)[0], texts, texts_mask)
+
+    scores = score(pair.params, pair.pixels, pair.tokens[side], pair.mask[side])
+    for i, row in enumerate(options):
+        prompt = pair.tokens[side][i][pair.mask[side][i]].tolist()
+        for j, option in enumerate(row):
+            with torch.no_grad():
+                logits = pair.torch(
+                    input_ids=torch.tensor([prompt + option]),
+                    pixel_values=torch.tensor(pair.pixels[i : i + 1]).permute(0, 3, 1, 2),
+                ).logits[0]
+            log_p = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
+            want = log_p[torch.arange(len(option)), torch.tensor(option)].sum().item()
+            np.testing.assert_allclose(scores[i, j], want, atol=1e-3)

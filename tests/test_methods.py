@@ -1,0 +1,172 @@
+"""What the methods optimise: identities between them, caches, masks, and what may train."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vkd_jax import losses, methods
+from vkd_jax.methods import base
+from vkd_jax.methods.grad_diff import GradDiff
+from vkd_jax.methods.vkd import VKD
+from vkd_jax.models.base import bind
+from vkd_jax.types import UserError
+
+SMALL = dict(fisher_samples=6, fisher_chunk=3)
+
+
+@pytest.fixture(scope="module")
+def context(tiny_model, tiny_sets):
+    return base.Context(tiny_model.graphdef, tiny_model.params, None, tiny_model.config, tiny_sets, seed=0)
+
+
+def gradients(context, method, prepared, stream, rows=(0, 1, 5)):
+    batch = prepared.sets[stream].batch(np.array(rows))
+    paths = set(method.trainable(context.params, context.model_config))
+    trainable = {k: v for k, v in context.params.items() if k in paths}
+
+    def loss(trainable):
+        return method.losses()[stream](bind(context.graphdef, {**context.params, **trainable}), batch)[0]
+
+    return jax.value_and_grad(loss)(trainable)
+
+
+def assert_trees_close(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_allclose(a[path], b[path], err_msg=path, **tolerance)
+
+
+def test_the_block_that_feeds_nothing_never_trains(context):
+    """Its gradient is zero, but weight decay would move it."""
+    visual = VKD(blocks=2).trainable(context.params, context.model_config)
+    blocks = {path.split("/")[2] for path in visual if path.startswith("vision_tower/blocks/")}
+    assert blocks == {"1", "2"}  # of 0..3, where 2 is the last that feeds the projector
+    for method in (VKD(blocks=-1), GradDiff(train="all"), GradDiff(train="visual")):
+        paths = method.trainable(context.params, context.model_config)
+        assert not [p for p in paths if p.startswith(("vision_tower/blocks/3/", "vision_tower/post_norm"))]
+    everything = GradDiff(train="all").trainable(context.params, context.model_config)
+    dead = set(context.params) - set(everything)
+    assert all(p.startswith(("vision_tower/blocks/3/", "vision_tower/post_norm")) for p in dead)
+
+
+def test_every_trainable_weight_gets_a_gradient(context):
+    method = VKD(blocks=-1, mask_scope="none")
+    _, grads = gradients(context, method, method.prepare(context), "retain")
+    assert not [path for path, g in grads.items() if not np.any(g)]
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 3])
+def test_visual_scopes_leave_the_language_model_alone(context, blocks):
+    paths = base.trainable_paths(context.params, context.model_config, "visual", blocks)
+    assert any(p.startswith("projector/") for p in paths)
+    assert not any(p.startswith("language_model/") for p in paths)
+    with pytest.raises(UserError, match="give -1 to 3"):
+        base.trainable_paths(context.params, context.model_config, "visual", 4)
+    with pytest.raises(UserError, match=r"method\.train='vision'"):
+        base.trainable_paths(context.params, context.model_config, "vision", 1)
+
+
+@pytest.mark.parametrize("stream", ["forget", "retain"])
+def test_without_distillation_and_mask_vkd_is_grad_diff_on_the_visual_part(context, stream):
+    vkd = VKD(forget="ga", weight_forget_distill=0.0, weight_retain_distill=0.0, mask_scope="none", blocks=2, cap=9.0)
+    plain = GradDiff(train="visual", blocks=2, cap=9.0)
+    a = gradients(context, vkd, vkd.prepare(context), stream)
+    b = gradients(context, plain, plain.prepare(context), stream)
+    np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
+    assert_trees_close(a[1], b[1], rtol=1e-5, atol=1e-8)
+
+
+def test_npo_at_the_reference_is_ascent_on_the_sequence_log_probability(context):
+    vkd = VKD(forget="npo", target="none", weight_forget_distill=0.0, mask_scope="none", beta=0.4)
+    prepared = vkd.prepare(context)
+    value, grads = gradients(context, vkd, prepared, "forget")
+    np.testing.assert_allclose(value, 2 / 0.4 * np.log(2), rtol=1e-5)
+    batch = prepared.sets["forget"].batch(np.array((0, 1, 5)))
+
+    def log_prob(trainable):
+        logits, _ = base.answer_logits(bind(context.graphdef, {**context.params, **trainable}), batch)
+        return jnp.mean(losses.sequence_log_prob(logits, batch.targets, batch.target_mask))
+
+    want = jax.grad(log_prob)({k: context.params[k] for k in grads})
+    assert_trees_close(grads, want, rtol=1e-4, atol=1e-7)
+
+
+def test_at_the_teacher_the_retain_distillation_is_zero(context):
+    vkd = VKD(weight_retain_ce=0.0, mask_scope="none")
+    value, grads = gradients(context, vkd, vkd.prepare(context), "retain")
+    np.testing.assert_allclose(value, 0.0, atol=1e-9)
+    assert max(float(jnp.abs(g).max()) for g in grads.values()) < 1e-4
+
+
+def test_cached_teacher_features_are_those_of_the_teacher(context):
+    vkd = VKD(mask_scope="none")
+    retain = vkd.prepare(context).sets["retain"]
+    rows = np.array([3, 0, 7])
+    batch = retain.batch(rows)
+    _, taps = bind(context.graphdef, context.params).encode(batch.pixels)
+    for tap in vkd.taps:
+        np.testing.assert_allclose(batch.cached[f"target/{tap}"], taps[tap], rtol=1e-5, atol=1e-6)
+
+
+def test_distillation_acts_on_the_set_that_it_names(context):
+    """Retain targets are the retain pictures' own features; forget targets are somebody else's."""
+    vkd = VKD(target="swap", mask_scope="none")
+    prepared = vkd.prepare(context)
+    own = base.teacher_taps(context, context.params, context.sets["forget"].pixels, vkd.taps)
+    others = prepared.sets["retain"].per_image["target/projector"]
+    for target, mine in zip(prepared.sets["forget"].per_image["target/projector"], own["projector"], strict=True):
+        assert not np.allclose(target, mine)
+        assert any(np.array_equal(target, other) for other in others)
+
+
+@pytest.mark.parametrize("target", ["anchor", "swap", "repel", "none"])
+@pytest.mark.parametrize("forget", ["npo", "ga", "none"])
+def test_every_combination_gives_finite_gradients(context, target, forget):
+    vkd = VKD(target=target, forget=forget, mask_scope="none")
+    value, grads = gradients(context, vkd, vkd.prepare(context), "forget")
+    assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads.values())
+    if (target, forget) == ("none", "none"):
+        assert not any(np.any(g) for g in grads.values())
+
+
+def test_base_targets_need_the_base_model(context):
+    with pytest.raises(UserError, match="config.model.base"):
+        VKD(target="base", mask_scope="none").prepare(context)
+    given = dataclasses.replace(context, base_params=context.params)
+    forget = VKD(target="base", mask_scope="none").prepare(given).sets["forget"]
+    want = base.teacher_taps(context, context.params, forget.pixels, ("projector",))
+    np.testing.assert_array_equal(forget.per_image["target/projector"], want["projector"])
+
+
+def test_the_mask_covers_exactly_the_trainable_weights_and_selects_some(context):
+    vkd = VKD(mask_keep=0.25, **SMALL)
+    mask = vkd.prepare(context).mask
+    assert mask.keys() == set(vkd.trainable(context.params, context.model_config))
+    share = sum(int(m.sum()) for m in mask.values()) / sum(m.size for m in mask.values())
+    assert 0.2 < share <= 0.2501
+    for path, m in mask.items():
+        assert m.shape == context.params[path].shape
+
+
+def test_reference_log_probs_are_the_vanilla_models(context):
+    """Computed in padded batches: the last one must not leak its padding."""
+    want = base.reference_log_probs(context, context.sets["forget"], batch_size=16)
+    np.testing.assert_allclose(base.reference_log_probs(context, context.sets["forget"], batch_size=5), want, rtol=1e-5)
+    assert want.shape == (len(context.sets["forget"]),) and (want < 0).all()
+
+
+def test_unknown_names_are_refused_with_what_there_is():
+    with pytest.raises(UserError, match="no method 'vdk'; the methods are finetune, grad_diff, vkd"):
+        methods.create("vdk", {})
+    with pytest.raises(UserError, match="no hyperparameter bta; it has"):
+        methods.create("vkd", {"bta": 1})
+    with pytest.raises(UserError, match=r"method\.target='ankor': give one of"):
+        methods.create("vkd", {"target": "ankor"})
+
+
+def test_an_unknown_tap_is_refused_with_what_there_is(context):
+    with pytest.raises(UserError, match=r"no vision/9; it has vision/0"):
+        VKD(taps=("vision/9",), mask_scope="none").prepare(context)

@@ -1,0 +1,66 @@
+"""The optimizer: what is masked does not move, whatever weight decay and momentum would like."""
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from vkd_jax import optim
+
+
+def config(**changes):
+    fields = dict(learning_rate=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5, clip_norm=1.0, b2=0.999)
+    return ml_collections.ConfigDict(fields | changes)
+
+
+PARAMS = {"a/kernel": jnp.array([[1.0, -2.0], [3.0, 4.0]]), "a/bias": jnp.array([5.0, 6.0])}
+MASK = {"a/kernel": jnp.array([[True, False], [False, True]]), "a/bias": jnp.array([False, True])}
+
+
+def run(tx, params, grads, steps, **extra):
+    state = tx.init(params)
+    for _ in range(steps):
+        updates, state = tx.update(grads, state, params, **extra)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_masked_weights_keep_their_bits_under_weight_decay_and_momentum():
+    grads = {path: jnp.ones_like(value) for path, value in PARAMS.items()}
+    after = run(optim.create(config(), 10), PARAMS, grads, 5, mask=MASK)
+    for path, mask in MASK.items():
+        moved = np.asarray(after[path] != PARAMS[path])
+        np.testing.assert_array_equal(moved, mask)
+
+
+def test_without_a_mask_zero_gradients_still_decay():
+    """Why the mask stands last: masking the gradients alone would leave this."""
+    zeros = {path: jnp.zeros_like(value) for path, value in PARAMS.items()}
+    after = run(optim.create(config(), 10), PARAMS, zeros, 1)
+    np.testing.assert_allclose(after["a/kernel"], PARAMS["a/kernel"] * (1 - 0.1 * 0.5), rtol=1e-6)
+    np.testing.assert_array_equal(after["a/bias"], PARAMS["a/bias"])  # biases and norms do not decay
+
+
+def test_the_mask_stops_what_is_not_finite():
+    nan = {"x": jnp.array([jnp.nan, 1.0])}
+    np.testing.assert_array_equal(optim.apply_mask(nan, {"x": jnp.array([False, True])})["x"], [0.0, 1.0])
+
+
+def test_clipping_is_over_all_trainable_gradients_together():
+    tx = optax.chain(optax.clip_by_global_norm(1.0))
+    grads = {"a/kernel": jnp.full((2, 2), 3.0), "a/bias": jnp.full(2, 4.0)}
+    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(optax.global_norm(updates), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("schedule", "end"), [("cosine", 0.0), ("constant", 0.1)])
+def test_the_schedule_advances_with_every_step(schedule, end):
+    grads = {"w/bias": jnp.ones(1)}
+    tx = optim.create(config(schedule=schedule, warmup_steps=2, weight_decay=0.0), 6)
+    params, state, moves = {"w/bias": jnp.zeros(1)}, tx.init({"w/bias": jnp.zeros(1)}), []
+    for _ in range(7):
+        updates, state = tx.update(grads, state, params)
+        moves.append(-float(updates["w/bias"][0]))
+    np.testing.assert_allclose(moves[:3], [0.0, 0.05, 0.1], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(moves[-1], end, atol=1e-6)

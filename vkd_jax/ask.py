@@ -1,0 +1,70 @@
+"""Ask a model a question, with or without a picture.
+
+    python -m vkd_jax.ask --model DIR --image FILE --question TEXT
+
+    >>> from vkd_jax import ask
+    >>> model = ask.load("vkd_jax/assets/tiny_llava")
+    >>> ask.answer(model, "What colour is a banana?")
+    'yellow'
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from vkd_jax import convert
+from vkd_jax.data.processing import Processor, open_image
+from vkd_jax.evaluate import Answerer
+from vkd_jax.types import UserError
+
+
+def load(folder: str | Path, *, dtype: str | None = None) -> Answerer:
+    """A model from any supported Hugging Face folder; `dtype` None keeps the one on disk."""
+    graphdef, params, config = convert.load(folder, dtype=dtype)
+    return Answerer(graphdef, params, config, Processor(folder), batch_size=1)
+
+
+def answer(
+    model: Answerer, question: str, image: str | Path | Image.Image | None = None, *, max_new_tokens: int = 50
+) -> str:
+    """The greedy answer to one question about a picture (a file or a PIL image), or about none.
+
+    Raises:
+        UserError: the picture cannot be read, or the question is too long for the model.
+    """
+    if image is None:
+        features = None
+    else:
+        picture = image if isinstance(image, Image.Image) else _read(Path(image))
+        features = model.features(model.processor.pixels(picture)[None])
+    room = max(model.config.text.max_positions - len(model.processor.tokenizer(question)["input_ids"]) - 64, 1)
+    return model.generate([question], features, max_new_tokens=min(max_new_tokens, room))[0]
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        return open_image(path.read_bytes())
+    except OSError as error:  # PIL's own "cannot identify image file" is one too
+        raise UserError(f"{path} is not a picture that can be read ({error.strerror or 'unknown or broken format'}).") from error
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m vkd_jax.ask", description="Ask a model a question.")
+    parser.add_argument("--model", required=True, help="a Hugging Face model folder")
+    parser.add_argument("--question", required=True)
+    parser.add_argument("--image", help="a picture; without it the question is asked as text alone")
+    parser.add_argument("--max_new_tokens", type=int, default=50)
+    args = parser.parse_args()
+    try:
+        print(answer(load(args.model), args.question, args.image, max_new_tokens=args.max_new_tokens))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

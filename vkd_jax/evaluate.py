@@ -1,0 +1,196 @@
+"""Asks a model every question of every set, and says per item what it answered and whether that is right.
+
+Two protocols for four-option questions, never mixed:
+
+- `letter`: MLLMU-Bench's own. Question and options are shown, the model writes, and the first letter decides.
+- `options`: only the question is shown, and the option text with the highest log-probability is the answer.
+
+Cloze and open questions are answered by greedy generation.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from vkd_jax import metrics
+from vkd_jax.data.processing import Processor
+from vkd_jax.methods.base import padded_rows, rng
+from vkd_jax.models import generate
+from vkd_jax.models.base import bind
+from vkd_jax.types import Example, Params, UserError
+
+PROTOCOLS = ("letter", "options")
+LETTERS = "ABCDEFGH"
+INSTRUCTION = "Answer with the letter of the right option only."
+
+
+class Answerer:
+    """A model with its processor, ready to be asked; compiles once per shape."""
+
+    def __init__(self, graphdef: Any, params: Params, config: Any, processor: Processor, *, batch_size: int = 32):
+        self.params, self.config, self.processor, self.batch_size = params, config, processor, batch_size
+        self._encode = jax.jit(lambda params, pixels: bind(graphdef, params).encode(pixels)[0])
+        self._score = jax.jit(lambda params, *args: generate.option_log_probs(bind(graphdef, params), *args))
+
+        @functools.partial(jax.jit, static_argnames="max_new_tokens")
+        def greedy(params, tokens, mask, features, max_new_tokens):
+            return generate.greedy(
+                bind(graphdef, params),
+                tokens,
+                mask,
+                features,
+                max_new_tokens=max_new_tokens,
+                eos_ids=(processor.eos_id,),
+                pad_id=processor.pad_id,
+            )
+
+        self._greedy = greedy
+
+    def features(self, pixels: np.ndarray) -> np.ndarray:
+        """[m, height, width, 3] pictures -> [m, p, d], what the language model sees of them."""
+        parts = [self._encode(self.params, pixels[rows]) for rows in padded_rows(len(pixels), self.batch_size)]
+        return np.concatenate([np.asarray(p) for p in parts])[: len(pixels)]
+
+    def generate(
+        self, questions: Sequence[str], features: np.ndarray | None = None, *, max_new_tokens: int = 50
+    ) -> list[str]:
+        """Greedy answers; `features` holds a row per question, or is None for text-only questions."""
+        tokens, mask = self._prompts(questions, features, max_new_tokens)
+        texts = []
+        for rows in padded_rows(len(questions), self.batch_size):
+            out = self._greedy(self.params, tokens[rows], mask[rows], _rows(features, rows), max_new_tokens)
+            texts.extend(self.processor.tokenizer.batch_decode(np.asarray(out), skip_special_tokens=True))
+        return [text.strip() for text in texts[: len(questions)]]
+
+    def score(
+        self, questions: Sequence[str], options: Sequence[Sequence[str]], features: np.ndarray | None = None
+    ) -> np.ndarray:
+        """[n, o] log p(option and end of sequence | question); rows with fewer options are -inf beyond."""
+        image_tokens = 0 if features is None else features.shape[1]
+        encoded = [
+            [self.processor.encode(q, option, image_tokens)[1] for option in row]
+            for q, row in zip(questions, options, strict=True)
+        ]
+        count = max(len(row) for row in encoded)
+        length = max(len(ids) for row in encoded for ids in row)
+        ids = np.full((len(encoded), count, length), self.processor.pad_id, np.int32)
+        valid = np.zeros(ids.shape, bool)
+        for i, row in enumerate(encoded):
+            for j, option in enumerate(row):
+                ids[i, j, : len(option)], valid[i, j, : len(option)] = option, True
+        tokens, mask = self._prompts(questions, features, length)
+        parts = [
+            self._score(self.params, tokens[rows], mask[rows], _rows(features, rows), ids[rows], valid[rows])
+            for rows in padded_rows(len(questions), self.batch_size)
+        ]
+        scores = np.concatenate([np.asarray(p) for p in parts])[: len(questions)]
+        return np.where(valid.any(-1), scores, -np.inf)
+
+    def _prompts(self, questions: Sequence[str], features: np.ndarray | None, room: int):
+        """Left-padded prompts of one shape, with `room` for what follows them."""
+        image_tokens = 0 if features is None else features.shape[1]
+        rows = [self.processor.encode(question, None, image_tokens)[0] for question in questions]
+        longest = max(len(row) for row in rows)
+        limit = self.config.text.max_positions
+        if longest + room > limit:
+            raise UserError(f"a question of {longest} tokens and {room} for the answer exceed the model's {limit}.")
+        length = min(-(-longest // 8) * 8, limit - room)
+        tokens = np.full((len(rows), length), self.processor.pad_id, np.int32)
+        mask = np.zeros((len(rows), length), bool)
+        for i, row in enumerate(rows):
+            tokens[i, length - len(row) :], mask[i, length - len(row) :] = row, True
+        return tokens, mask
+
+
+def evaluate(answerer: Answerer, sets: Mapping[str, Iterable[Example]], *, protocol: str, max_new_tokens: int) -> list[dict]:
+    """One record per question, in the order of the sets.
+
+    Questions of one task and modality are batched together across sets, so that each is compiled once.
+    """
+    if protocol not in PROTOCOLS:
+        raise UserError(f"eval.protocol={protocol!r}: give one of {', '.join(PROTOCOLS)}.")
+    items = [(name, example) for name, examples in sets.items() for example in examples]
+    features = _features(answerer, [example for _, example in items])
+    records: dict[int, dict] = {}
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, (_, example) in enumerate(items):
+        groups.setdefault((example.task, example.modality), []).append(index)
+    for (task, modality), indices in groups.items():
+        examples = [items[i][1] for i in indices]
+        seen = None if modality == "qa" else np.stack([features[e.image_id] for e in examples])
+        answers = _ask(answerer, examples, seen, task, protocol, max_new_tokens)
+        for index, example, answer in zip(indices, examples, answers, strict=True):
+            records[index] = {
+                "set": items[index][0],
+                "id": example.id,
+                "person": example.person,
+                "task": task,
+                "modality": modality,
+                "question": example.question,
+                "answer": example.answer,
+                "options": list(example.options),
+                "image_id": example.image_id,
+                **answer,
+            }
+    return [records[i] for i in range(len(items))]
+
+
+def summarise(records: Sequence[Mapping]) -> dict[str, dict[str, dict]]:
+    """{set: {"vqa": accuracy, "qa": .., "cloze_vqa": .., "generation_vqa": ..}} with counts and intervals."""
+    groups: dict[str, dict[str, list]] = {}
+    for record in records:
+        prefix = "" if record["task"] == "classification" else record["task"] + "_"
+        groups.setdefault(record["set"], {}).setdefault(prefix + record["modality"], []).append(record)
+    return {name: {kind: metrics.summarise(items) for kind, items in kinds.items()} for name, kinds in groups.items()}
+
+
+def sample(examples: Sequence[Example], most: int, seed: int, name: str) -> list[Example]:
+    """At most `most` examples of each task and modality, drawn without replacement, in their order."""
+    kept = []
+    for task, modality in sorted({(e.task, e.modality) for e in examples}):
+        rows = [i for i, e in enumerate(examples) if (e.task, e.modality) == (task, modality)]
+        if 0 < most < len(rows):
+            rows = sorted(rng(seed, f"eval/{name}/{task}/{modality}").permutation(rows)[:most])
+        kept.extend(rows)
+    return [examples[i] for i in sorted(kept)]
+
+
+def letter_question(example: Example) -> str:
+    """The question, its options one a line, and the instruction to name a letter."""
+    lines = [f"{letter}: {option}" for letter, option in zip(LETTERS, example.options, strict=False)]
+    return "\n".join([example.question, *lines, INSTRUCTION])
+
+
+def _ask(answerer, examples, features, task, protocol, max_new_tokens) -> list[dict]:
+    if task == "classification" and protocol == "options":
+        scores = answerer.score([e.question for e in examples], [e.options for e in examples], features)
+        predictions = [e.options[int(np.argmax(row))] for e, row in zip(examples, scores, strict=True)]
+        return [
+            {"protocol": protocol, "prediction": p, "correct": p == e.answer, "scores": row[: len(e.options)].tolist()}
+            for e, p, row in zip(examples, predictions, scores, strict=True)
+        ]
+    if task == "classification":
+        texts = answerer.generate([letter_question(e) for e in examples], features, max_new_tokens=max_new_tokens)
+        right = [metrics.first_letter(t) == LETTERS[e.options.index(e.answer)] for e, t in zip(examples, texts, strict=True)]
+        return [{"protocol": protocol, "prediction": t, "correct": c} for t, c in zip(texts, right, strict=True)]
+    texts = answerer.generate([e.question for e in examples], features, max_new_tokens=max_new_tokens)
+    return [
+        {"protocol": task, "prediction": text, "correct": metrics.cloze_correct(text, e.answer)}
+        for e, text in zip(examples, texts, strict=True)
+    ]
+
+
+def _features(answerer: Answerer, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """Each picture through the vision tower once, however many questions it carries."""
+    pictures = {e.image_id: e.image for e in examples if e.image is not None}
+    if not pictures:
+        return {}
+    pixels = np.stack([answerer.processor.pixels(image) for image in pictures.values()])
+    return dict(zip(pictures, answerer.features(pixels), strict=True))
+
+
+def _rows(features: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+    return None if features is None else features[rows]

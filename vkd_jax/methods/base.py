@@ -1,0 +1,147 @@
+"""What a method is, and what several of them need."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vkd_jax import losses
+from vkd_jax.data.processing import Batch, EncodedSet
+from vkd_jax.models.base import bind
+from vkd_jax.types import Params, UserError
+
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]  # (model, batch) -> scalar, metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """All that a method may look at before the loop begins."""
+
+    graphdef: Any
+    params: Params  # the vanilla model
+    base_params: Params | None  # the model before it met anybody, where its checkpoint is given
+    model_config: Any
+    sets: Mapping[str, EncodedSet]  # one per stream of the method
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a method computed before the loop: sets with cached arrays, and which weights may move."""
+
+    sets: Mapping[str, EncodedSet]
+    mask: Params | None = None  # 0/1 per trainable element; None lets every element move
+
+
+class Method(Protocol):
+    """A frozen dataclass of hyperparameters.
+
+    `mask_scope` says which gradients the prepared mask covers: "forget", "both", or "none".
+    """
+
+    mask_scope: str
+
+    def trainable(self, paths: Iterable[str], model_config: Any) -> list[str]:
+        """The paths of the weights that train."""
+        ...
+
+    def prepare(self, context: Context) -> Prepared:
+        """Computes, once, what the loss functions would otherwise compute at each step."""
+        ...
+
+    def losses(self) -> Mapping[str, LossFn]:
+        """One loss function per stream; the gradients of the streams add up."""
+        ...
+
+
+def visual_paths(paths: Iterable[str], model_config: Any, blocks: int) -> list[str]:
+    """The projector and the last `blocks` vision blocks *that feed it*.
+
+    With a feature layer of -2 the very last block feeds nothing: it would get no gradient, yet weight decay would
+    move it. So it never trains, nor does what stands behind it.
+
+    Args:
+        paths: of all parameters.
+        model_config: of the family; its `used_blocks` is how many blocks feed the projector.
+        blocks: 0 is the projector alone; -1 is the whole used tower, embeddings included.
+    """
+    used = model_config.used_blocks
+    if not -1 <= blocks <= used:
+        raise UserError(f"blocks={blocks}: the model has {used} vision blocks that feed the projector; give -1 to {used}.")
+    chosen = [f"vision_tower/blocks/{i}/" for i in range(used - blocks if blocks >= 0 else 0, used)]
+    if blocks == -1:
+        chosen += ["vision_tower/class_embedding", "vision_tower/patch_embedding", "vision_tower/position_embedding"]
+        chosen += ["vision_tower/pre_norm/"]
+    return [path for path in paths if path.startswith(("projector/", *chosen))]
+
+
+def trainable_paths(paths: Iterable[str], model_config: Any, scope: str, blocks: int) -> list[str]:
+    """`scope` "visual": see `visual_paths`; "all": those of the whole tower, and the language model."""
+    paths = list(paths)
+    if scope == "visual":
+        return visual_paths(paths, model_config, blocks)
+    if scope == "all":
+        visual = set(visual_paths(paths, model_config, -1))
+        return [path for path in paths if path in visual or path.startswith("language_model/")]
+    raise UserError(f"method.train={scope!r}: give 'visual' or 'all'.")
+
+
+def answer_logits(model: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
+    """Logits at the answer positions, and the taps of the vision tower ({} without pictures)."""
+    features, taps = (None, {}) if batch.pixels is None else model.encode(batch.pixels)
+    logits, _ = model(batch.tokens, batch.mask, features=features, at=batch.at)
+    return logits, taps
+
+
+def cross_entropy(model: Any, batch: Batch) -> jax.Array:
+    """[b] answer-token cross-entropies."""
+    logits, _ = answer_logits(model, batch)
+    return losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
+
+
+def reference_log_probs(context: Context, encoded: EncodedSet, batch_size: int = 32) -> np.ndarray:
+    """[n] log p(answer | question, picture) under the vanilla model."""
+
+    @jax.jit
+    def score(params, batch):
+        logits, _ = answer_logits(bind(context.graphdef, params), batch)
+        return losses.sequence_log_prob(logits, batch.targets, batch.target_mask)
+
+    parts = [score(context.params, encoded.batch(rows)) for rows in padded_rows(len(encoded), batch_size)]
+    return np.concatenate([np.asarray(p) for p in parts])[: len(encoded)]
+
+
+def teacher_taps(context: Context, params: Params, pixels: np.ndarray, names: Iterable[str], batch_size: int = 32):
+    """{tap: [m, p, c]} of every picture, computed once by a frozen model."""
+    names = tuple(names)
+
+    @jax.jit
+    def encode(params, pixels):
+        _, taps = bind(context.graphdef, params).encode(pixels)
+        if unknown := sorted(set(names) - set(taps)):
+            raise UserError(f"method.taps: the model has no {', '.join(unknown)}; it has {', '.join(taps)}.")
+        return {name: taps[name] for name in names}
+
+    parts = [encode(params, pixels[rows]) for rows in padded_rows(len(pixels), batch_size)]
+    return {name: np.concatenate([np.asarray(p[name]) for p in parts])[: len(pixels)] for name in names}
+
+
+def padded_rows(count: int, batch_size: int) -> list[np.ndarray]:
+    """Row numbers 0..count-1 in batches of one size; the last one repeats its last row."""
+    rows = [np.arange(begin, begin + batch_size).clip(max=count - 1) for begin in range(0, count, batch_size)]
+    return rows
+
+
+def rng(seed: int, name: str) -> np.random.Generator:
+    """A generator of its own for every named use of the one seed."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
+def mean_metrics(**rows: jax.Array) -> Metrics:
+    """Means over the batch, by name."""
+    return {name: jnp.mean(value) for name, value in rows.items()}

@@ -1,0 +1,166 @@
+"""Visual knowledge distillation: a reconstruction of "Robust MLLM Unlearning via Visual Knowledge Distillation".
+
+Forget batch (x_f, q_f, y_f), retain batch (x_r, q_r, y_r), student theta, taps l, distance D:
+
+    L_f = w_cf * forget(theta; x_f, q_f, y_f) + w_kf * sum_l D(h_l(theta, x_f), target_l(x_f))
+    L_r = w_cr * CE(theta; x_r, q_r, y_r)     + w_kr * sum_l D(h_l(theta, x_r), h_l(teacher, x_r))
+    g   = mask * grad L_f + grad L_r          (mask_scope "forget"; "both" masks the whole update)
+
+Only the projector and the last `blocks` vision blocks train; the language model has neither gradient nor optimizer
+state. What the paper's abstract does not say is an assumption, A1 to A7, and each of them is a field below.
+
+Reference: arXiv 2512.11325. No official code was at hand.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vkd_jax import losses, saliency
+from vkd_jax.methods import base
+from vkd_jax.models.base import bind
+from vkd_jax.types import Params, UserError
+
+FORGET = ("npo", "ga", "none")
+TARGETS = ("swap", "anchor", "base", "repel", "none")
+TEACHERS = ("vanilla", "base")
+MASK_SCOPES = ("forget", "both", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class VKD:
+    """Hyperparameters; weights of 0 switch a term off, so that an ablation is a config override."""
+
+    distance: str = "mse"  # A1: mse | cosine | smooth_l1
+    forget: str = "npo"  # A2: npo | ga | none
+    beta: float = 0.4  # of npo
+    cap: float = 6.0  # of ga, nats
+    target: str = "swap"  # A3: swap | anchor | base | repel | none
+    repel_cap: float = 1.0  # of repel, in units of D
+    teacher: str = "vanilla"  # A4: vanilla | base
+    taps: tuple[str, ...] = ("features", "projector")  # A5
+    mask_scope: str = "forget"  # A6: forget | both | none
+    mask_keep: float | None = 0.5  # the share of weights that the mask selects ...
+    mask_threshold: float | None = None  # ... or the least ratio F_f / F_r
+    mask_eps: float = 1e-12
+    fisher_samples: int = 128
+    fisher_chunk: int = 16
+    blocks: int = 2  # A7: how many of the last vision blocks train; -1 for all
+    weight_forget_ce: float = 1.0  # w_cf
+    weight_forget_distill: float = 1.0  # w_kf
+    weight_retain_ce: float = 1.0  # w_cr
+    weight_retain_distill: float = 4.0  # w_kr
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("distance", tuple(losses.DISTANCES)),
+            ("forget", FORGET),
+            ("target", TARGETS),
+            ("teacher", TEACHERS),
+            ("mask_scope", MASK_SCOPES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"method.{name}={getattr(self, name)!r}: give one of {', '.join(allowed)}.")
+
+    def trainable(self, paths: Iterable[str], model_config: Any) -> list[str]:
+        """The projector and the last `blocks` vision blocks that feed it."""
+        return base.visual_paths(paths, model_config, self.blocks)
+
+    def prepare(self, context: base.Context) -> base.Prepared:
+        """Caches teacher features, forget targets and reference log-probabilities, and makes the saliency mask."""
+        forget, retain = context.sets["forget"], context.sets["retain"]
+        vanilla_retain = base.teacher_taps(context, context.params, retain.pixels, self.taps)
+        teacher_retain = vanilla_retain
+        if self.teacher == "base":
+            teacher_retain = base.teacher_taps(context, _base_params(context), retain.pixels, self.taps)
+        scales = {tap: np.float32(np.mean(np.square(value))) for tap, value in teacher_retain.items()}
+
+        forget = dataclasses.replace(
+            forget,
+            per_image=_cached("target", self._targets(context, vanilla_retain), scales),
+            per_example={"reference": base.reference_log_probs(context, forget)} if self.forget == "npo" else {},
+        )
+        retain = dataclasses.replace(retain, per_image=_cached("target", teacher_retain, scales))
+        mask = None if self.mask_scope == "none" else self._mask(context)
+        return base.Prepared(sets={"forget": forget, "retain": retain}, mask=mask)
+
+    def losses(self) -> Mapping[str, base.LossFn]:
+        """The two halves of the objective; their gradients are taken apart, so that a mask can cover one."""
+        return {"forget": self._forget_loss, "retain": self._retain_loss}
+
+    def _forget_loss(self, model, batch):
+        logits, taps = base.answer_logits(model, batch)
+        ce = losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
+        if self.forget == "npo":
+            log_prob = losses.sequence_log_prob(logits, batch.targets, batch.target_mask)
+            output = losses.npo(log_prob, batch.cached["reference"], self.beta)
+        elif self.forget == "ga":
+            output = losses.bounded_ascent(ce, self.cap)
+        else:
+            output = jnp.zeros_like(ce)
+        distance = self._distance(taps, batch) if self.target != "none" else jnp.zeros_like(ce)
+        feature = -jnp.minimum(distance, self.repel_cap) if self.target == "repel" else distance
+        loss = jnp.mean(self.weight_forget_ce * output + self.weight_forget_distill * feature)
+        return loss, base.mean_metrics(forget_ce=ce, forget_output=output, forget_distance=distance)
+
+    def _retain_loss(self, model, batch):
+        logits, taps = base.answer_logits(model, batch)
+        ce = losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
+        distance = self._distance(taps, batch)
+        loss = jnp.mean(self.weight_retain_ce * ce + self.weight_retain_distill * distance)
+        return loss, base.mean_metrics(retain_ce=ce, retain_distance=distance)
+
+    def _distance(self, taps: Mapping[str, jax.Array], batch) -> jax.Array:
+        """sum_l D(h_l, target_l) -> [b]."""
+        distance = losses.DISTANCES[self.distance]
+        return sum(
+            distance(taps[tap], batch.cached[f"target/{tap}"], batch.cached[f"scale/{tap}"]) for tap in self.taps
+        )
+
+    def _targets(self, context: base.Context, retain: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """What the features of each forget picture should become: {tap: [m, p, c]}."""
+        pixels = context.sets["forget"].pixels
+        if self.target == "none":
+            return {}
+        if self.target == "anchor":
+            return {tap: np.broadcast_to(v.mean(0), (len(pixels), *v.shape[1:])) for tap, v in retain.items()}
+        if self.target == "swap":
+            count = len(next(iter(retain.values())))
+            chosen = base.rng(context.seed, "vkd/swap").integers(count, size=len(pixels))
+            return {tap: value[chosen] for tap, value in retain.items()}
+        params = _base_params(context) if self.target == "base" else context.params
+        return base.teacher_taps(context, params, pixels, self.taps)
+
+    def _mask(self, context: base.Context) -> Params:
+        """The saliency mask over the trainable weights."""
+        paths = set(self.trainable(context.params, context.model_config))
+        trainable = {k: v for k, v in context.params.items() if k in paths}
+        frozen = {k: v for k, v in context.params.items() if k not in paths}
+
+        def loss(trainable, frozen, batch):
+            return base.cross_entropy(bind(context.graphdef, {**frozen, **trainable}), batch)
+
+        information = {}
+        for name in ("forget", "retain"):
+            encoded = dataclasses.replace(context.sets[name], per_image={}, per_example={})
+            count = min(self.fisher_samples, len(encoded))
+            rows = base.rng(context.seed, f"vkd/fisher/{name}").permutation(len(encoded))[:count]
+            information[name] = saliency.fisher(loss, trainable, frozen, encoded, rows, self.fisher_chunk)
+        return saliency.mask_from_ratio(
+            **information, threshold=self.mask_threshold, keep=self.mask_keep, eps=self.mask_eps
+        )
+
+
+def _cached(name: str, targets: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    cached = {f"{name}/{tap}": value for tap, value in targets.items()}
+    return cached | {f"scale/{tap}": np.full(len(value), scales[tap]) for tap, value in targets.items()}
+
+
+def _base_params(context: base.Context) -> Params:
+    if context.base_params is None:
+        raise UserError("this needs the model before it was fine-tuned: pass its folder as --config.model.base=DIR.")
+    return context.base_params

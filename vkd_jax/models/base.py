@@ -1,0 +1,42 @@
+"""A model is an NNX module inside `vkd_jax.models` and a pair (graphdef, flat parameters) everywhere else."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+from flax import nnx
+
+Params = dict[str, jax.Array]
+
+
+def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """Cuts a module into its static graph and `{"vision_tower/blocks/0/attn/q/kernel": array, ...}`."""
+    graphdef, state = nnx.split(module)
+    return graphdef, {"/".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(state)}
+
+
+def bind(graphdef: nnx.GraphDef, params: Mapping[str, jax.Array]) -> nnx.Module:
+    """Puts parameters back into a graph: the inverse of `split`, traceable under jit, grad and vmap.
+
+    Raises:
+        ValueError: the names are not exactly the module's; they are listed.
+    """
+    # Positions in an nnx.List are integers in NNX paths and digits in ours.
+    paths = {tuple(int(k) if k.isdigit() else k for k in key.split("/")): key for key in params}
+    state = nnx.from_flat_state([(path, nnx.Param(params[key])) for path, key in paths.items()])
+    try:
+        module = nnx.merge(graphdef, state)
+    except ValueError as error:
+        raise ValueError(f"These {len(params)} parameters are not all of the module's: {error}") from error
+    # nnx.merge goes by order: under a wrong name every later parameter would land one place off, in silence.
+    names = {path for path, _ in nnx.to_flat_state(nnx.state(module))}
+    if names != paths.keys():
+        missing, unknown = (["/".join(map(str, path)) for path in sorted(odd, key=str)]
+                            for odd in (names - paths.keys(), paths.keys() - names))  # fmt: skip
+        raise ValueError(f"The module has parameters {missing} where {unknown} were given.")
+    return module
+
+
+def abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+    """The graph and the shapes of a module that is never computed."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    return graphdef, {"/".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(state)}

@@ -1,0 +1,112 @@
+"""CLIP's vision transformer (Radford et al., arXiv 2103.00020), exact to `transformers.CLIPVisionModel`.
+
+Axes: b batch, p patch, k pixel row, column and colour inside a patch, d width.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vkd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, attention, lecun_normal, small_normal
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of a CLIP vision tower."""
+
+    image_size: int  # pixels, both ways
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    activation: str = "quick_gelu"
+    norm_eps: float = 1e-5
+
+    @property
+    def patches(self) -> int:
+        """How many patches an image is cut into."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class Attention(nnx.Module):
+    """Full self-attention with biases."""
+
+    def __init__(self, config: VisionConfig, **options):
+        self.heads = config.heads
+        self.q, self.k, self.v, self.out = (
+            Linear(config.width, config.width, bias=True, **options) for _ in range(4)
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, t, d = x.shape
+        q, k, v = (project(x).reshape(b, t, self.heads, -1) for project in (self.q, self.k, self.v))
+        return self.out(attention(q, k, v).reshape(b, t, d))
+
+
+class MLP(nnx.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, config: VisionConfig, **options):
+        self.activation = config.activation
+        self.fc1 = Linear(config.width, config.mlp_width, bias=True, **options)
+        self.fc2 = Linear(config.mlp_width, config.width, bias=True, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class Block(nnx.Module):
+    """`x + attn(norm1(x))`, then `x + mlp(norm2(x))`."""
+
+    def __init__(self, config: VisionConfig, *, dtype, param_dtype, rngs):
+        norm = dict(eps=config.norm_eps, dtype=dtype, param_dtype=param_dtype)
+        options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm1, self.norm2 = LayerNorm(config.width, **norm), LayerNorm(config.width, **norm)
+        self.attn, self.mlp = Attention(config, **options), MLP(config, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTower(nnx.Module):
+    """Patches, a class token, positions, and the transformer blocks."""
+
+    def __init__(self, config: VisionConfig, *, remat, dtype, param_dtype, rngs):
+        options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        norm = dict(eps=config.norm_eps, dtype=dtype, param_dtype=param_dtype)
+        p, d = config.patch_size, config.width
+        self.config, self.remat, self.dtype = config, remat, jnp.dtype(dtype)
+        self.class_embedding = nnx.Param(small_normal(rngs.params(), (d,), param_dtype))
+        # [row, column, colour, d], so that conversion is a permutation; lecun_normal gets the fan-in right.
+        self.patch_embedding = nnx.Param(lecun_normal(rngs.params(), (p, p, 3, d), param_dtype))
+        self.position_embedding = nnx.Param(small_normal(rngs.params(), (config.patches + 1, d), param_dtype))
+        self.pre_norm = LayerNorm(d, **norm)
+        self.blocks = nnx.List([Block(config, **options) for _ in range(config.layers)])
+        self.post_norm = LayerNorm(d, **norm)  # in the checkpoint; LLaVA reads features before it
+
+    def embed(self, pixels: jax.Array) -> jax.Array:
+        """Pixels [b, H, W, 3] to the activations entering block 0, [b, 1 + patches, d]."""
+        p, grid = self.config.patch_size, self.config.image_size // self.config.patch_size
+        pixels = pixels.astype(self.dtype)[:, : grid * p, : grid * p]  # a convolution drops the rest as well
+        # The strided convolution as one matmul: patches do not overlap.
+        pixels = pixels.reshape(-1, grid, p, grid, p, 3).transpose(0, 1, 3, 2, 4, 5)
+        kernel = self.patch_embedding[...].astype(self.dtype)
+        pixels = pixels.reshape(-1, grid * grid, p * p * 3)
+        patches = jnp.einsum("bpk,kd->bpd", pixels, kernel.reshape(p * p * 3, -1))
+        first = self.class_embedding[...].astype(self.dtype)
+        first = jnp.broadcast_to(first, (patches.shape[0], 1, patches.shape[2]))
+        x = jnp.concatenate([first, patches], axis=1) + self.position_embedding[...].astype(self.dtype)
+        return self.pre_norm(x)
+
+    def __call__(self, hidden: jax.Array, start: int, stop: int) -> list[jax.Array]:
+        """Runs blocks [start, stop) on the activations entering block `start`; returns each block's output."""
+        outputs = []
+        for block in self.blocks[start:stop]:
+            run = jax.checkpoint(lambda x, block=block: block(x)) if self.remat else block
+            hidden = run(hidden)
+            outputs.append(hidden)
+        return outputs

@@ -1,0 +1,164 @@
+"""A LLaMA-style decoder (Touvron et al., arXiv 2302.13971), exact to `transformers.LlamaForCausalLM`.
+
+RMSNorm before each half-block, rotary positions, grouped-query attention, SwiGLU. The blocks are stacked on a leading
+layer axis and scanned.
+
+Axes: l layer, b batch, t query position, s key slot, d width, m key/value head, c head channel, v vocabulary.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vkd_jax.models.layers import Embedding, Linear, RMSNorm, attention, small_normal
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    qkv_bias: bool = False
+    tie_embeddings: bool = False
+    max_positions: int = 2048  # what the model was made for; callers check their lengths against it
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens read so far, in fixed-size slots."""
+
+    keys: jax.Array  # [l, b, s, m, c]
+    values: jax.Array  # [l, b, s, m, c]
+    mask: jax.Array  # bool [b, s]: slots that hold a real token
+    index: jax.Array  # int []: the first free slot
+
+
+def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (Su et al., arXiv 2104.09864): channel i is paired with channel i + c/2.
+
+    Args:
+        x: [b, t, heads, c].
+        positions: int [b, t].
+        theta: the base of the geometric series of wavelengths.
+
+    Returns:
+        [b, t, heads, c].
+    """
+    c = x.shape[-1]
+    frequency = theta ** (-jnp.arange(0, c, 2, dtype=jnp.float32) / c)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency  # [b, t, 1, c / 2]
+    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    x1, x2 = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions."""
+
+    def __init__(self, config: DecoderConfig, **options):
+        c = config.head_width
+        self.head_width, self.theta = c, config.rope_theta
+        self.q = Linear(config.width, config.heads * c, bias=config.qkv_bias, **options)
+        self.k = Linear(config.width, config.kv_heads * c, bias=config.qkv_bias, **options)
+        self.v = Linear(config.width, config.kv_heads * c, bias=config.qkv_bias, **options)
+        self.o = Linear(config.heads * c, config.width, bias=False, **options)
+
+    def __call__(self, x, positions, allowed, cached, index):
+        b, t, _ = x.shape
+        q, k, v = (project(x).reshape(b, t, -1, self.head_width) for project in (self.q, self.k, self.v))
+        q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
+        if cached is not None:
+            k, v = cached = tuple(
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
+                for old, new in zip(cached, (k, v), strict=True)
+            )
+        return self.o(attention(q, k, v, allowed).reshape(b, t, -1)), cached
+
+
+class MLP(nnx.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: DecoderConfig, **options):
+        self.gate = Linear(config.width, config.mlp_width, bias=False, **options)
+        self.up = Linear(config.width, config.mlp_width, bias=False, **options)
+        self.down = Linear(config.mlp_width, config.width, bias=False, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """`x + attn(norm1(x))`, then `x + mlp(norm2(x))`."""
+
+    def __init__(self, config: DecoderConfig, *, dtype, param_dtype, rngs):
+        norm = dict(eps=config.norm_eps, dtype=dtype, param_dtype=param_dtype)
+        options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm1, self.norm2 = RMSNorm(config.width, **norm), RMSNorm(config.width, **norm)
+        self.attn, self.mlp = Attention(config, **options), MLP(config, **options)
+
+    def __call__(self, x, positions, allowed, cached, index):
+        y, cached = self.attn(self.norm1(x), positions, allowed, cached, index)
+        x = x + y
+        return x + self.mlp(self.norm2(x)), cached
+
+
+class Decoder(nnx.Module):
+    """Token embedding, stacked blocks, final norm, output head."""
+
+    def __init__(self, config: DecoderConfig, *, remat, dtype, param_dtype, rngs):
+        options = dict(dtype=dtype, param_dtype=param_dtype)
+        self.config, self.remat, self.dtype = config, remat, jnp.dtype(dtype)
+        self.embed = Embedding(config.vocab, config.width, rngs=rngs, **options)
+        self.blocks = nnx.vmap(lambda r: Block(config, rngs=r, **options))(rngs.split(config.layers))
+        self.norm = RMSNorm(config.width, eps=config.norm_eps, **options)
+        head = dict(bias=False, rngs=rngs, init=small_normal, **options)
+        self.head = None if config.tie_embeddings else Linear(config.width, config.vocab, **head)
+
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, allowed: jax.Array, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Runs the blocks and the final norm.
+
+        Args:
+            x: embedded tokens [b, t, d].
+            positions: int [b, t], the rotary position of each token.
+            allowed: bool [b, t, s], which keys each query sees; s is t, or the number of slots of the cache.
+            cache: where earlier keys and values stand; the new ones are written from slot `cache.index` on. Its
+                mask is the caller's to update.
+
+        Returns:
+            Hidden states [b, t, d] and the cache with the new keys and values.
+        """
+        index = None if cache is None else cache.index
+
+        def body(x, layer):
+            block, cached = layer
+            return block(x, positions, allowed, cached, index)
+
+        if self.remat:
+            body = jax.checkpoint(body, prevent_cse=False)
+        cached = None if cache is None else (cache.keys, cache.values)
+        x, cached = jax.lax.scan(body, x, (self.blocks, cached))
+        if cache is not None:
+            cache = Cache(*cached, cache.mask, cache.index + x.shape[1])
+        return self.norm(x), cache
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Hidden states [..., d] to float32 logits [..., v]."""
+        return (self.embed.attend(x) if self.head is None else self.head(x)).astype(jnp.float32)
+
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """A cache with `slots` free slots for each of `batch` rows."""
+        config = self.config
+        keys = jnp.zeros((config.layers, batch, slots, config.kv_heads, config.head_width), self.dtype)
+        return Cache(keys, keys, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))

@@ -1,0 +1,109 @@
+"""Greedy generation and option scoring with a key/value cache.
+
+The functions take a bound model; jit them over the parameters:
+
+    @jax.jit
+    def answer(params, tokens, mask, pixels):
+        model = bind(graphdef, params)
+        return greedy(model, tokens, mask, model.encode(pixels)[0], max_new_tokens=16, eos_ids=(2,), pad_id=0)
+
+Axes: b batch, t prompt position, o option, a option token, s cache slot, v vocabulary.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def last_token(mask: jax.Array) -> jax.Array:
+    """The position of each row's last real token, int [b], whichever side is padded."""
+    return mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+
+
+def greedy(
+    model: Any,
+    tokens: jax.Array,
+    mask: jax.Array,
+    features: jax.Array | None = None,
+    *,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> jax.Array:
+    """The most probable continuation, token by token, until every row has ended.
+
+    Args:
+        model: a bound model.
+        tokens: prompts int [b, t], padded left or right, of any lengths.
+        mask: bool [b, t], False at padding.
+        features: [b, p, d] from `model.encode`, or None for text.
+        max_new_tokens: at most so many tokens are generated; the prompt and they must fit the model's positions.
+        eos_ids: tokens that end a row; the first one generated is part of the answer.
+        pad_id: fills a row after its end.
+
+    Returns:
+        int32 [b, max_new_tokens].
+    """
+    b, t = tokens.shape
+    cache = model.language_model.empty_cache(b, t + max_new_tokens)
+    logits, cache = model(tokens, mask, features=features, at=last_token(mask)[:, None], cache=cache)
+    ends = jnp.asarray(eos_ids, jnp.int32)
+    answer = jnp.full((b, max_new_tokens), pad_id, jnp.int32)
+
+    def unfinished(state):
+        i, done, *_ = state
+        return (i < max_new_tokens) & ~done.all()
+
+    def step(state):
+        i, done, token, answer, cache = state
+        answer = answer.at[:, i].set(jnp.where(done, pad_id, token))
+        done = done | jnp.isin(token, ends)
+        # Rows that are done keep running with the others; what they produce is never written.
+        logits, cache = model(token[:, None], jnp.ones((b, 1), bool), cache=cache)
+        return i + 1, done, jnp.argmax(logits[:, 0], -1).astype(jnp.int32), answer, cache
+
+    first = jnp.argmax(logits[:, 0], -1).astype(jnp.int32)
+    return jax.lax.while_loop(unfinished, step, (0, jnp.zeros(b, bool), first, answer, cache))[3]
+
+
+def option_log_probs(
+    model: Any,
+    tokens: jax.Array,
+    mask: jax.Array,
+    features: jax.Array | None,
+    options: jax.Array,
+    options_mask: jax.Array,
+) -> jax.Array:
+    """`log p(option | prompt)` of several options: the sum over the option's tokens, in nats.
+
+    The prompt is read once. All options are then read side by side in one pass: each sees the prompt's cache and
+    itself, at the positions that it would have if it alone followed the prompt.
+
+    Args:
+        model: a bound model.
+        tokens: prompts int [b, t], padded left or right.
+        mask: bool [b, t], False at padding.
+        features: [b, p, d] from `model.encode`, or None for text.
+        options: int [b, o, a], padded right.
+        options_mask: bool [b, o, a], False at padding; an option without tokens (a missing one) scores -inf.
+
+    Returns:
+        float32 [b, o].
+    """
+    b, o, a = options.shape
+    t, n = tokens.shape[1], o * (a - 1)  # an option's last token is predicted, never read
+    decoder = model.language_model
+    cache = decoder.empty_cache(b, t + n)
+    logits, cache = model(tokens, mask, features=features, at=last_token(mask)[:, None], cache=cache)
+    log_p = jnp.broadcast_to(jax.nn.log_softmax(logits)[:, :, None], (b, o, 1, logits.shape[-1]))
+    if a > 1:
+        owner, step = jnp.divmod(jnp.arange(n), a - 1)
+        positions = mask.sum(axis=1, keepdims=True) + step
+        own = (owner[:, None] == owner) & (step[:, None] >= step) & options_mask[:, :, :-1].reshape(b, 1, n)
+        allowed = jnp.concatenate([jnp.broadcast_to(mask[:, None], (b, n, t)), own], axis=-1)
+        x, _ = decoder(decoder.embed(options[:, :, :-1].reshape(b, n)), positions, allowed, cache)
+        later = jax.nn.log_softmax(decoder.logits(x)).reshape(b, o, a - 1, -1)
+        log_p = jnp.concatenate([log_p, later], axis=2)
+    scores = jnp.take_along_axis(log_p, options[..., None], axis=-1)[..., 0]
+    return jnp.where(options_mask.any(-1), jnp.where(options_mask, scores, 0.0).sum(-1), -jnp.inf)

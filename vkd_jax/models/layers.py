@@ -1,0 +1,103 @@
+"""Layers that several models share.
+
+Axes: b batch, t query position, s key position, d width in, f width out, m key/value head, g query heads per
+key/value head, c head channel.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+lecun_normal = nnx.initializers.lecun_normal()
+small_normal = nnx.initializers.normal(0.02)
+
+
+class Linear(nnx.Module):
+    """`y = x W + b`, computed in `dtype` whatever the parameters are stored in."""
+
+    def __init__(self, d, f, *, bias, dtype, param_dtype, rngs, init=lecun_normal):
+        self.dtype = jnp.dtype(dtype)
+        self.kernel = nnx.Param(init(rngs.params(), (d, f), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((f,), param_dtype)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.einsum("...d,df->...f", x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of token embeddings that can also serve as the output head."""
+
+    def __init__(self, vocab, d, *, dtype, param_dtype, rngs):
+        self.dtype = jnp.dtype(dtype)
+        self.embedding = nnx.Param(small_normal(rngs.params(), (vocab, d), param_dtype))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.embedding[...].astype(self.dtype)[tokens]
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Logits against the table itself (tied embeddings)."""
+        return jnp.einsum("...d,vd->...v", x.astype(self.dtype), self.embedding[...].astype(self.dtype))
+
+
+class LayerNorm(nnx.Module):
+    """`(x - mean) / sqrt(var + eps) * scale + bias`, in float32."""
+
+    def __init__(self, d, *, eps, dtype, param_dtype):
+        self.eps, self.dtype = eps, jnp.dtype(dtype)
+        self.scale = nnx.Param(jnp.ones((d,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((d,), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        x = x * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return x.astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + eps) * scale`; the mean in float32, the scaling in `dtype` as LLaMA does it."""
+
+    def __init__(self, d, *, eps, dtype, param_dtype):
+        self.eps, self.dtype = eps, jnp.dtype(dtype)
+        self.scale = nnx.Param(jnp.ones((d,), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        return self.scale[...].astype(self.dtype) * x.astype(self.dtype)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
+    """Softmax attention with grouped key/value heads; the softmax is in float32.
+
+    Args:
+        q: [b, t, heads, c].
+        k: [b, s, kv_heads, c], with kv_heads dividing heads.
+        v: [b, s, kv_heads, c].
+        allowed: bool [b, t, s]; a query that may see nothing gets a finite average, never NaN.
+
+    Returns:
+        [b, t, heads, c].
+    """
+    b, t, heads, c = q.shape
+    q = (q * c**-0.5).reshape(b, t, k.shape[2], -1, c)
+    scores = jnp.einsum("btmgc,bsmc->bmgts", q, k, preferred_element_type=jnp.float32)
+    if allowed is not None:
+        scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bmgts,bsmc->btmgc", weights, v).reshape(b, t, heads, c)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """`x sigmoid(1.702 x)`, CLIP's approximation of GELU."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, by the error function."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}

@@ -1,0 +1,311 @@
+"""LLaVA-1.5 (Liu et al., arXiv 2310.03744): CLIP, a two-layer projector, a LLaMA decoder; and its conversion table.
+
+Axes: b batch, t position, s key slot, p patch, a asked position, d width, v vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from vkd_jax.models.clip_vit import VisionConfig, VisionTower
+from vkd_jax.models.decoder import Cache, Decoder, DecoderConfig
+from vkd_jax.models.layers import ACTIVATIONS, Linear
+from vkd_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaConfig:
+    """A LLaVA: its two towers, how they are joined, and how it is computed."""
+
+    vision: VisionConfig
+    text: DecoderConfig
+    image_token_id: int
+    feature_layer: int = -2  # as in transformers: index into (embeddings, block 0, ..., last block)
+    feature_select: str = "default"  # "default" drops the class token, "full" keeps it
+    projector_act: str = "gelu"
+    compute_dtype: str = "float32"  # parameters have their own
+    remat: bool = False  # recompute the blocks in the backward pass instead of storing activations
+
+    @property
+    def used_blocks(self) -> int:
+        """How many vision blocks feed the projector; later ones are loaded and exported, never computed."""
+        return self.feature_layer if self.feature_layer >= 0 else self.vision.layers + 1 + self.feature_layer
+
+    @property
+    def image_tokens(self) -> int:
+        """How many image tokens a prompt needs for one picture."""
+        return self.vision.patches + (self.feature_select == "full")
+
+    @classmethod
+    def from_hf(cls, hf: Any, **changes: Any) -> "LlavaConfig":
+        """Reads a `transformers.LlavaConfig`; `changes` are fields to set otherwise (`compute_dtype`, `remat`).
+
+        Raises:
+            UserError: the configuration asks for something that this implementation does not compute; all such
+                things are listed.
+        """
+        vision, text = hf.vision_config, hf.text_config
+        kinds = (("vision_config", vision, "clip_vision_model"), ("text_config", text, "llama"))
+        # First, because another kind of tower may not even have the other fields.
+        _refuse([(c.model_type == kind, f"{name}.model_type", c.model_type, kind) for name, c, kind in kinds])
+        layer, layers = hf.vision_feature_layer, vision.num_hidden_layers
+        rope = dict(text.rope_parameters)
+        acts = ", ".join(ACTIVATIONS)
+        _refuse(
+            [
+                (_is_square(vision.image_size), "vision_config.image_size", vision.image_size, "a square"),
+                (_is_square(vision.patch_size), "vision_config.patch_size", vision.patch_size, "a square"),
+                (vision.num_channels == 3, "vision_config.num_channels", vision.num_channels, "3"),
+                (vision.hidden_act in ACTIVATIONS, "vision_config.hidden_act", vision.hidden_act, acts),
+                (text.hidden_act == "silu", "text_config.hidden_act", text.hidden_act, "silu"),
+                (rope["rope_type"] == "default", "text_config.rope_parameters", rope, "rope_type default"),
+                (not text.attention_bias, "text_config.attention_bias", text.attention_bias, "False"),
+                (not text.mlp_bias, "text_config.mlp_bias", text.mlp_bias, "False"),
+                (
+                    hf.projector_hidden_act in ACTIVATIONS,
+                    "projector_hidden_act",
+                    hf.projector_hidden_act,
+                    acts,
+                ),
+                (hf.multimodal_projector_bias, "multimodal_projector_bias", False, "True"),
+                (
+                    isinstance(layer, int) and -layers - 1 <= layer <= layers,
+                    "vision_feature_layer",
+                    layer,
+                    f"one layer, from {-layers - 1} to {layers}",
+                ),
+            ]
+        )
+        fields = dict(
+            vision=VisionConfig(
+                image_size=np.max(vision.image_size).item(),
+                patch_size=np.max(vision.patch_size).item(),
+                width=vision.hidden_size,
+                layers=layers,
+                heads=vision.num_attention_heads,
+                mlp_width=vision.intermediate_size,
+                activation=vision.hidden_act,
+                norm_eps=vision.layer_norm_eps,
+            ),
+            text=DecoderConfig(
+                vocab=text.vocab_size,
+                width=text.hidden_size,
+                layers=text.num_hidden_layers,
+                heads=text.num_attention_heads,
+                kv_heads=text.num_key_value_heads,
+                head_width=text.head_dim,
+                mlp_width=text.intermediate_size,
+                norm_eps=text.rms_norm_eps,
+                rope_theta=float(rope["rope_theta"]),
+                tie_embeddings=bool(hf.tie_word_embeddings),
+                max_positions=text.max_position_embeddings,
+            ),
+            image_token_id=hf.image_token_id,
+            feature_layer=layer,
+            feature_select=hf.vision_feature_select_strategy,
+            projector_act=hf.projector_hidden_act,
+            compute_dtype=str(hf.dtype or "float32").removeprefix("torch."),
+        )
+        return cls(**fields | changes)
+
+
+def _refuse(checks: list[tuple[bool, str, Any, str]]) -> None:
+    """Raises one `UserError` for all checks (holds, name of the field, its value, what is supported) that fail."""
+    problems = [f"{name} is {value!r} (supported: {can})" for holds, name, value, can in checks if not holds]
+    if problems:
+        raise UserError(f"This LLaVA is not supported: {'; '.join(problems)}.")
+
+
+def _is_square(size: int | list[int]) -> bool:
+    return len(set(np.atleast_1d(size).tolist())) == 1
+
+
+class Projector(nnx.Module):
+    """Two linear layers that turn vision features into token embeddings."""
+
+    def __init__(self, config: LlavaConfig, **options):
+        self.activation = config.projector_act
+        self.fc1 = Linear(config.vision.width, config.text.width, bias=True, **options)
+        self.fc2 = Linear(config.text.width, config.text.width, bias=True, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class Llava(nnx.Module):
+    """LLaVA-1.5: `encode` turns pictures into features, `__call__` turns features and tokens into logits."""
+
+    def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32):
+        self.config = config
+        options = dict(dtype=config.compute_dtype, param_dtype=param_dtype, rngs=rngs)
+        self.vision_tower = VisionTower(config.vision, remat=config.remat, **options)
+        self.projector = Projector(config, **options)
+        self.language_model = Decoder(config.text, remat=config.remat, **options)
+
+    def encode(
+        self, pixels: jax.Array | None = None, *, hidden: jax.Array | None = None, start: int = 0
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Turns pictures, or cached activations, into the embeddings that stand for the picture in a prompt.
+
+        Args:
+            pixels: normalised pixels [b, H, W, 3].
+            hidden: instead of pixels, the activations entering vision block `start` (the tap "vision/{start - 1}").
+            start: the first block to compute; at most `config.used_blocks`.
+
+        Returns:
+            Features [b, p, d], and the taps: "vision/0" ... (each computed block's output, with the class token),
+            "features" (what feeds the projector) and "projector" (its output).
+        """
+        if (pixels is None) == (hidden is None) or (pixels is not None and start):
+            raise ValueError("encode takes either pixels, or hidden activations with the block they enter.")
+        if hidden is None:
+            hidden = self.vision_tower.embed(pixels)
+        outputs = self.vision_tower(hidden, start, self.config.used_blocks)
+        taps = {f"vision/{i}": output for i, output in enumerate(outputs, start)}
+        features = (outputs or [hidden])[-1]
+        if self.config.feature_select == "default":
+            features = features[:, 1:]
+        taps["features"] = features
+        taps["projector"] = self.projector(features)
+        return taps["projector"], taps
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        mask: jax.Array,
+        *,
+        features: jax.Array | None = None,
+        at: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Next-token logits.
+
+        Args:
+            tokens: int [b, t], padded left or right.
+            mask: bool [b, t], False at padding.
+            features: [b, p, d] from `encode`; the j-th image token of a row becomes its j-th feature. None for text.
+            at: int [b, a], the positions to return logits for; None for all.
+            cache: from `language_model.empty_cache`, or of the tokens before these; filled and returned.
+
+        Returns:
+            float32 logits [b, t or a, v], and the cache (None without one).
+        """
+        x = self.language_model.embed(tokens)
+        if features is not None:
+            x = place(x, tokens == self.config.image_token_id, features)
+        t = tokens.shape[1]
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        if cache is None:
+            allowed = mask[:, None, :] & jnp.tri(t, dtype=bool)
+        else:
+            positions = positions + cache.mask.sum(axis=1, keepdims=True)
+            seen = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, cache.index, axis=1)
+            slots = jnp.arange(seen.shape[1])
+            allowed = seen[:, None, :] & (slots <= cache.index + jnp.arange(t)[:, None])
+            cache = cache._replace(mask=seen)
+        x, cache = self.language_model(x, positions, allowed, cache)
+        if at is not None:
+            x = jnp.take_along_axis(x, at[..., None], axis=1)
+        return self.language_model.logits(x), cache
+
+
+def place(x: jax.Array, is_image: jax.Array, features: jax.Array) -> jax.Array:
+    """Puts the j-th feature of a row at its j-th image token; image tokens beyond the last feature stay as they are.
+
+    Args:
+        x: embedded tokens [b, t, d].
+        is_image: bool [b, t].
+        features: [b, p, d].
+
+    Returns:
+        [b, t, d].
+    """
+    p = features.shape[1]
+    which = jnp.cumsum(is_image, axis=1) - 1
+    chosen = jnp.take_along_axis(features, jnp.clip(which, 0, p - 1)[..., None], axis=1)
+    return jnp.where((is_image & (which < p))[..., None], chosen.astype(x.dtype), x)
+
+
+Config, Model = LlavaConfig, Llava
+
+# Conversion. Three generations of names are brought to the one that transformers 5 writes ...
+HF_ALIASES = (
+    (r"^model\.(vision_tower|multi_modal_projector|language_model)\.", r"\1."),
+    (r"^vision_tower\.vision_model\.", "vision_tower."),
+    (r"^language_model\.(embed_tokens|layers|norm)\.", r"language_model.model.\1."),
+    (r"^lm_head\.", "language_model.lm_head."),
+)
+# ... buffers that older versions saved hold nothing learned ...
+HF_SKIP = (
+    r"vision_tower\.embeddings\.position_ids",
+    r"language_model\.model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+)
+HF_ARCHITECTURE = "LlavaForConditionalGeneration"
+
+_T = (1, 0)  # torch keeps linear kernels as [out, in]
+# ... and each row is a family of tensors: their name, our path, the permutation of the axes. A {number} that only the
+# name has is the position on the parameter's leading, stacked axis.
+_HF_TABLE = (
+    ("vision_tower.embeddings.class_embedding", "vision_tower/class_embedding", None),
+    ("vision_tower.embeddings.patch_embedding.weight", "vision_tower/patch_embedding", (2, 3, 1, 0)),
+    ("vision_tower.embeddings.position_embedding.weight", "vision_tower/position_embedding", None),
+    ("vision_tower.pre_layrnorm.weight", "vision_tower/pre_norm/scale", None),
+    ("vision_tower.pre_layrnorm.bias", "vision_tower/pre_norm/bias", None),
+    ("vision_tower.encoder.layers.{i}.layer_norm1.weight", "vision_tower/blocks/{i}/norm1/scale", None),
+    ("vision_tower.encoder.layers.{i}.layer_norm1.bias", "vision_tower/blocks/{i}/norm1/bias", None),
+    ("vision_tower.encoder.layers.{i}.self_attn.q_proj.weight", "vision_tower/blocks/{i}/attn/q/kernel", _T),
+    ("vision_tower.encoder.layers.{i}.self_attn.q_proj.bias", "vision_tower/blocks/{i}/attn/q/bias", None),
+    ("vision_tower.encoder.layers.{i}.self_attn.k_proj.weight", "vision_tower/blocks/{i}/attn/k/kernel", _T),
+    ("vision_tower.encoder.layers.{i}.self_attn.k_proj.bias", "vision_tower/blocks/{i}/attn/k/bias", None),
+    ("vision_tower.encoder.layers.{i}.self_attn.v_proj.weight", "vision_tower/blocks/{i}/attn/v/kernel", _T),
+    ("vision_tower.encoder.layers.{i}.self_attn.v_proj.bias", "vision_tower/blocks/{i}/attn/v/bias", None),
+    (
+        "vision_tower.encoder.layers.{i}.self_attn.out_proj.weight",
+        "vision_tower/blocks/{i}/attn/out/kernel",
+        _T,
+    ),
+    (
+        "vision_tower.encoder.layers.{i}.self_attn.out_proj.bias",
+        "vision_tower/blocks/{i}/attn/out/bias",
+        None,
+    ),
+    ("vision_tower.encoder.layers.{i}.layer_norm2.weight", "vision_tower/blocks/{i}/norm2/scale", None),
+    ("vision_tower.encoder.layers.{i}.layer_norm2.bias", "vision_tower/blocks/{i}/norm2/bias", None),
+    ("vision_tower.encoder.layers.{i}.mlp.fc1.weight", "vision_tower/blocks/{i}/mlp/fc1/kernel", _T),
+    ("vision_tower.encoder.layers.{i}.mlp.fc1.bias", "vision_tower/blocks/{i}/mlp/fc1/bias", None),
+    ("vision_tower.encoder.layers.{i}.mlp.fc2.weight", "vision_tower/blocks/{i}/mlp/fc2/kernel", _T),
+    ("vision_tower.encoder.layers.{i}.mlp.fc2.bias", "vision_tower/blocks/{i}/mlp/fc2/bias", None),
+    ("vision_tower.post_layernorm.weight", "vision_tower/post_norm/scale", None),
+    ("vision_tower.post_layernorm.bias", "vision_tower/post_norm/bias", None),
+    ("multi_modal_projector.linear_1.weight", "projector/fc1/kernel", _T),
+    ("multi_modal_projector.linear_1.bias", "projector/fc1/bias", None),
+    ("multi_modal_projector.linear_2.weight", "projector/fc2/kernel", _T),
+    ("multi_modal_projector.linear_2.bias", "projector/fc2/bias", None),
+    ("language_model.model.embed_tokens.weight", "language_model/embed/embedding", None),
+    ("language_model.model.layers.{i}.input_layernorm.weight", "language_model/blocks/norm1/scale", None),
+    ("language_model.model.layers.{i}.self_attn.q_proj.weight", "language_model/blocks/attn/q/kernel", _T),
+    ("language_model.model.layers.{i}.self_attn.k_proj.weight", "language_model/blocks/attn/k/kernel", _T),
+    ("language_model.model.layers.{i}.self_attn.v_proj.weight", "language_model/blocks/attn/v/kernel", _T),
+    ("language_model.model.layers.{i}.self_attn.o_proj.weight", "language_model/blocks/attn/o/kernel", _T),
+    (
+        "language_model.model.layers.{i}.post_attention_layernorm.weight",
+        "language_model/blocks/norm2/scale",
+        None,
+    ),
+    ("language_model.model.layers.{i}.mlp.gate_proj.weight", "language_model/blocks/mlp/gate/kernel", _T),
+    ("language_model.model.layers.{i}.mlp.up_proj.weight", "language_model/blocks/mlp/up/kernel", _T),
+    ("language_model.model.layers.{i}.mlp.down_proj.weight", "language_model/blocks/mlp/down/kernel", _T),
+    ("language_model.model.norm.weight", "language_model/norm/scale", None),
+)
+
+
+def hf_table(config: LlavaConfig) -> tuple[tuple[str, str, tuple[int, ...] | None], ...]:
+    """The conversion rows: (name of the tensor, path of the parameter, permutation of the axes)."""
+    # Files of tied models may repeat the embedding as the head.
+    head = ("embed/embedding", None) if config.text.tie_embeddings else ("head/kernel", _T)
+    return (*_HF_TABLE, ("language_model.lm_head.weight", f"language_model/{head[0]}", head[1]))

@@ -1,0 +1,265 @@
+"""The stages in order. Each leaves its result in the workdir, and a stage whose result is there is not run again."""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+
+from vkd_jax import convert, methods, models, report, sharding, train
+from vkd_jax.data import mllmu, people, processing
+from vkd_jax.evaluate import Answerer, evaluate, sample, summarise
+from vkd_jax.methods.base import Context
+from vkd_jax.types import Example, Params, UserError
+from vkd_jax.workdir import Workdir
+
+TINY_LLAVA = Path(__file__).parent / "assets" / "tiny_llava"
+
+
+def run(config: ml_collections.ConfigDict, path: str | Path) -> dict[str, Any]:
+    """Runs or continues what `config.stage` names, and returns what stands in results.json."""
+    if config.stage not in STAGES:
+        raise UserError(f"config.stage={config.stage!r}: give one of {', '.join(sorted(STAGES))}.")
+    workdir = Workdir(path, config)
+    STAGES[config.stage](workdir)
+    return json.loads((workdir.path / "results.json").read_text())
+
+
+def unlearn(workdir: Workdir) -> None:
+    """data -> load -> evaluate before -> prepare -> unlearn -> export -> evaluate after -> report."""
+    config, mesh, method = workdir.config, _mesh(workdir.config), _method(workdir.config)
+    source, target = Path(config.model.path or TINY_LLAVA), workdir.path / "unlearned"
+    with workdir.stage("data"):
+        folder = _snapshot(workdir, [name for name in people.CONFIGS if name != "ft_Data"])
+        sets = mllmu.read(folder, config.data.forget)
+        asked = _asked(config, sets)
+    if not (workdir.path / "results.json").exists():
+        with workdir.stage("load"):
+            model = Loaded.open(source, config, mesh)
+        before = _evaluated(workdir, "vanilla", model, asked)
+        if not target.exists():
+            with workdir.stage("prepare"):
+                context = Context(
+                    graphdef=model.graphdef,
+                    params=model.params,
+                    base_params=Loaded.open(Path(config.model.base), config, mesh).params if config.model.base else None,
+                    model_config=model.config,
+                    sets={name: model.encode(_pairs(sets[name])) for name in ("forget", "retain")},
+                    seed=config.seed,
+                )
+                prepared = method.prepare(context)
+            with workdir.stage("unlearn"):
+                trained = _fit(workdir, model, method, prepared, mesh)
+            with workdir.stage("export"):
+                convert.export(trained, source, target, model.config)
+        with workdir.stage("manifest"):
+            manifest = convert.manifest(source, target)
+            workdir.write("manifest.json", manifest)
+        unlearned = Loaded.open(target, config, mesh)  # what is judged is what was written
+        after = _evaluated(workdir, "unlearned", unlearned, asked)
+        trainable = method.trainable(model.params, model.config)
+        results = {
+            "meta": workdir.meta(),
+            "models": {"vanilla": summarise(before), "unlearned": summarise(after)},
+            "chance": _chance(asked),
+            "text_logits_identical": _same_text_logits(model, unlearned, asked),
+            "trainable": {
+                "parameters": int(sum(model.params[path].size for path in trainable)),
+                "of": int(sum(value.size for value in model.params.values())),
+            },
+            "manifest": {
+                "changed": len(manifest["changed"]),
+                "tensors": len(manifest["tensors"]),
+                "language_model_changed": sum("language_model" in name for name in manifest["changed"]),
+            },
+        }
+        workdir.write("results.json", results | {"timing": workdir.timing})
+    with workdir.stage("report"):
+        images = {e.image_id: e.image for part in asked.values() for e in part if e.image is not None}
+        page = report.write(workdir.path, images)
+    logging.info("the report: %s", page)
+
+
+def finetune(workdir: Workdir) -> None:
+    """data -> create or load -> train -> export -> evaluate."""
+    config, mesh, method = workdir.config, _mesh(workdir.config), _method(workdir.config)
+    name, without = ("retain_only", config.data.forget) if config.data.retain_only else ("vanilla", None)
+    target = workdir.path / "finetuned"
+    with workdir.stage("data"):
+        folder = _snapshot(workdir, people.CONFIGS)
+        examples = mllmu.read_finetune(folder, without_forget=without)
+        asked = _asked(config, mllmu.read(folder, config.data.forget))
+    if not target.exists():
+        with workdir.stage("load"):
+            source = Path(config.model.path) if config.model.path else _create(workdir, examples)
+            model = Loaded.open(source, config, mesh)
+        with workdir.stage("prepare"):
+            streams = {
+                "image": model.encode([e for e in examples if e.image is not None]),
+                "text": model.encode([e for e in examples if e.image is None]),
+            }
+            context = Context(model.graphdef, model.params, None, model.config, streams, config.seed)
+            prepared = method.prepare(context)
+        with workdir.stage("finetune"):
+            trained = _fit(workdir, model, method, prepared, mesh)
+        with workdir.stage("export"):
+            convert.export(trained, source, target, model.config)
+    answers = _evaluated(workdir, name, Loaded.open(target, config, mesh), asked)
+    results = {"meta": workdir.meta(), "models": {name: summarise(answers)}, "chance": _chance(asked)}
+    workdir.write("results.json", results | {"timing": workdir.timing})
+
+
+STAGES = {"finetune": finetune, "unlearn": unlearn}
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model folder in memory."""
+
+    graphdef: Any
+    params: Params
+    config: Any
+    processor: processing.Processor
+
+    @classmethod
+    def open(cls, folder: Path, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> "Loaded":
+        """Reads weights straight into their shards, and the processor that came with them."""
+        family, _ = convert.read_config(folder)
+        graphdef, params, model_config = convert.load(
+            folder,
+            dtype=config.model.dtype,
+            sharding=sharding.param_shardings(mesh, family.SHARDING),
+            remat=config.model.remat,
+        )
+        return cls(graphdef, params, model_config, processing.Processor(folder))
+
+    def encode(self, examples: Sequence[Example]) -> processing.EncodedSet:
+        """Examples of one modality as arrays."""
+        return processing.encode_set(
+            self.processor,
+            examples,
+            image_tokens=self.config.image_tokens,
+            max_length=self.config.text.max_positions,
+        )
+
+    def answerer(self, batch_size: int) -> Answerer:
+        """This model, ready to be asked."""
+        return Answerer(self.graphdef, self.params, self.config, self.processor, batch_size=batch_size)
+
+
+def _mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
+    return sharding.make_mesh(**config.mesh)
+
+
+def _method(config: ml_collections.ConfigDict) -> methods.Method:
+    fields = config.method.to_dict()
+    return methods.create(fields.pop("name"), fields)
+
+
+def _snapshot(workdir: Workdir, configs: Sequence[str]) -> Path:
+    """The folder of the benchmark's files; without one, the made-up people are written into the workdir."""
+    config = workdir.config
+    if config.data.folder:
+        return Path(config.data.folder)
+    folder = workdir.path / "data"
+    people.write_snapshot(folder, [name for name in configs if not (folder / name).exists()])
+    return folder
+
+
+def _asked(config: ml_collections.ConfigDict, sets: dict[str, list[Example]]) -> dict[str, list[Example]]:
+    """What the evaluation asks: a seeded sample, the same for every model and method."""
+    return {name: sample(part, config.eval.max_items, config.eval.seed, name) for name, part in sets.items()}
+
+
+def _pairs(examples: Sequence[Example]) -> list[Example]:
+    """The questions with a picture, each once: what unlearning trains on."""
+    return list({(e.image_id, e.question): e for e in examples if e.image is not None}.values())
+
+
+def _create(workdir: Workdir, examples: Sequence[Example]) -> Path:
+    """A model folder with random weights, and a tokenizer made for the texts of `examples`."""
+    from transformers import LlavaConfig
+
+    folder, shape = workdir.path / "base", workdir.config.model.create.to_dict()
+    if folder.exists():
+        return folder
+    with tempfile.TemporaryDirectory(dir=workdir.path) as temporary:
+        new = Path(temporary) / "base"
+        corpus = [f"USER: {e.question} ASSISTANT: {e.answer}" for e in examples]
+        tokenizer = processing.create_processor(
+            new,
+            corpus,
+            vocab_size=shape["vocab_size"],
+            image_size=shape["vision"]["image_size"],
+            patch_size=shape["vision"]["patch_size"],
+        )
+        ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+        hf_config = LlavaConfig(
+            vision_config=dict(model_type="clip_vision_model", **shape["vision"]),
+            text_config=dict(
+                model_type="llama", vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ids, **shape["text"]
+            ),
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        )
+        _, params = convert.init(models.module_for("llava").Config.from_hf(hf_config), workdir.config.seed)
+        convert.create(new, hf_config, params)
+        new.rename(folder)
+    return folder
+
+
+def _fit(workdir: Workdir, model: Loaded, method: methods.Method, prepared: Any, mesh: jax.sharding.Mesh) -> Params:
+    return train.fit(
+        graphdef=model.graphdef,
+        params=model.params,
+        model_config=model.config,
+        method=method,
+        prepared=prepared,
+        config=workdir.config.train,
+        seed=workdir.config.seed,
+        mesh=mesh,
+        folder=workdir.path / "train",
+    )
+
+
+def _evaluated(workdir: Workdir, name: str, model: Loaded, asked: dict[str, list[Example]]) -> list[dict]:
+    """The answers of a model, from answers/<name>.jsonl if they were given before."""
+    path = workdir.path / "answers" / f"{name}.jsonl"
+    if path.exists():
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    options = workdir.config.eval
+    with workdir.stage(f"evaluate {name}"):
+        answers = evaluate(
+            model.answerer(options.batch_size),
+            asked,
+            protocol=options.protocol,
+            max_new_tokens=options.max_new_tokens,
+        )
+        workdir.write_text(
+            f"answers/{name}.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)
+        )
+    for part, kinds in summarise(answers).items():
+        logging.info(
+            "%s %-11s  %s", name, part, "  ".join(f"{k} {v['accuracy']:.3f} (n={v['n']})" for k, v in sorted(kinds.items()))
+        )
+    return answers
+
+
+def _chance(asked: dict[str, list[Example]]) -> float:
+    """The accuracy of guessing among the options."""
+    counts = [len(e.options) for part in asked.values() for e in part if e.options]
+    return float(np.mean([1 / count for count in counts])) if counts else 0.0
+
+
+def _same_text_logits(before: Loaded, after: Loaded, asked: dict[str, list[Example]]) -> bool:
+    """Whether both models give the same bits for every option of every text-only question."""
+    texts = [e for part in asked.values() for e in part if e.image is None and e.options]
+    scores = [
+        model.answerer(64).score([e.question for e in texts], [e.options for e in texts]) for model in (before, after)
+    ]
+    return bool(np.array_equal(*scores))

@@ -1,0 +1,456 @@
+"""report.md and its pictures for one finished run, and a table that compares runs.
+
+python -m vkd_jax.report WORKDIR [WORKDIR ...]     prints the table, in Markdown
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vkd_jax import figures, metrics
+from vkd_jax.types import UserError
+
+SETS = {
+    "forget": "people to forget",
+    "test": "people to forget, other pictures or wordings",
+    "retain": "people to keep",
+    "retain_test": "people to keep, other pictures or wordings",
+    "real": "general ability, nothing about these people",
+}
+KINDS = {
+    "vqa": "Shown a picture",
+    "qa": "Asked in text alone",
+    "cloze_vqa": "Filling in a blank, shown a picture",
+    "cloze_qa": "Filling in a blank, in text alone",
+    "generation_vqa": "Answering freely, shown a picture",
+    "generation_qa": "Answering freely, in text alone",
+}
+MODELS = {"vanilla": "before", "unlearned": "after", "retain_only": "never knew them"}
+PROTOCOLS = {
+    "options": "the option text that the model gives the highest probability, of four, is its answer",
+    "letter": "the model is shown four options and writes; the first letter that it writes is its answer",
+}
+COMPARED = (
+    ("forget", "vqa"), ("test", "vqa"), ("retain", "vqa"), ("retain_test", "vqa"), ("real", "vqa"),
+    ("forget", "qa"), ("retain", "qa"),
+)  # fmt: skip
+ASSUMPTIONS = (
+    'VKD here is a *reconstruction*: only the abstract of "Robust MLLM Unlearning via Visual Knowledge '
+    'Distillation" (arXiv 2512.11325) and summaries of it were at hand, not its equations, weights or code. '
+    "Assumed, and switchable in the config: the distance between features (A1), how the output is made to "
+    "forget (A2), what the features of a forgotten picture should become (A3), the teacher of what is kept "
+    "(A4), which features are compared (A5), what the saliency mask covers (A6), and which visual "
+    "weights train (A7)."
+)
+CARDS = 6  # portraits in a row of the sheet
+
+
+def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
+    """Writes report.md and report/*.png into a finished run's folder.
+
+    Args:
+        workdir: holds results.json, answers/vanilla.jsonl, answers/unlearned.jsonl and, if anything was
+            trained, train/metrics.jsonl.
+        images: encoded pictures by `image_id`; a picture that is not among them is drawn as an empty frame.
+
+    Returns:
+        The path of report.md. Every file is written beside its place and renamed, report.md last.
+
+    Raises:
+        UserError: a file is missing or unreadable.
+    """
+    workdir = Path(workdir)
+    results = _results(workdir)
+    answers = {name: _json_lines(workdir / "answers" / f"{name}.jsonl") for name in ("vanilla", "unlearned")}
+    rows = {int(row["step"]): row for row in _json_lines(workdir / "train" / "metrics.jsonl", torn=True)}
+    pictures = {
+        "forget_retain": figures.forget_against_retain(results["models"], results["chance"]),
+        "portraits": figures.portrait_sheet(_cards(answers["vanilla"], answers["unlearned"], images)),
+    }
+    if rows:  # a step that was logged again after a resume counts once, and the last time
+        pictures["losses"] = figures.loss_curves([rows[step] for step in sorted(rows)])
+    for name, png in pictures.items():
+        _write(workdir / "report" / f"{name}.png", png)
+    people = len({item["person"] for item in answers["vanilla"] if item["set"] == "forget"})
+    sections = (
+        _opening(results, people),
+        _accuracy(results),
+        _portraits(),
+        _evidence(results),
+        _training(results, bool(rows)),
+        _limits(results),
+        _config(results),
+    )
+    return _write(workdir / "report.md", "\n".join(sections).encode())
+
+
+def compare(workdirs: Iterable[str | Path]) -> str:
+    """A Markdown table of finished runs: one row a method, its seeds averaged, and the commands that made it.
+
+    Runs whose configs differ in more than the seed stand in rows of their own, named by what differs.
+
+    Raises:
+        UserError: a run is unfinished or given twice, or the runs were scored by different protocols.
+    """
+    runs = [_results(Path(workdir)) for workdir in workdirs]
+    if len(protocols := {run["meta"]["protocol"] for run in runs}) > 1:
+        raise UserError(
+            f"These runs were scored by {' and '.join(sorted(protocols))}; compare one protocol at a time."
+        )
+    labels = _labels([run["meta"]["config"] for run in runs])
+    rows: dict[str, dict[str, tuple[Mapping, float | None]]] = {}  # label -> seed -> summaries, seconds
+    for label, run in zip(labels, runs, strict=True):
+        for model, summaries in run["models"].items():
+            trained = model == "unlearned" or len(run["models"]) == 1
+            name = label if model == "unlearned" else model.replace("_", "-")
+            # The vanilla model is one model in all runs: told apart by what it scored, not by the run's seed.
+            seed = str(run["meta"]["seed"]) if trained else json.dumps(summaries, sort_keys=True)
+            if trained and seed in rows.get(name, {}):
+                raise UserError(f"seed {seed} of {name} is given twice; name each run once.")
+            rows.setdefault(name, {})[seed] = (summaries, _seconds(run) if trained else None)
+    order = sorted(rows, key=lambda name: {"vanilla": 0, "retain-only": 1}.get(name, 2))
+    head = [
+        "method",
+        "seeds",
+        *(f"{name.replace('_', ' ')} {kind.upper()}" for name, kind in COMPARED),
+        "seconds",
+    ]
+    lines = [_row(head), _row(["---"] * 2 + ["---:"] * (len(head) - 2))]
+    for name in order:
+        summaries, seconds = zip(*rows[name].values(), strict=True)
+        cells = [
+            _mean([s[part][kind] for s in summaries if kind in s.get(part, {})]) for part, kind in COMPARED
+        ]
+        known = [value for value in seconds if value is not None]
+        lines.append(_row([name, str(len(summaries)), *cells, _spread(known, 0) if known else "–"]))
+    lines += [
+        "",
+        f"Right answers in per cent by the protocol `{protocols.pop()}` "
+        f"(guessing gives {100 * runs[0]['chance']:.0f}), "
+        "± the standard deviation over seeds; in brackets right / asked, all seeds together. Seconds are "
+        "those of preparing and training. Made by `python -m vkd_jax.report` from the runs of:",
+        "",
+    ]
+    made = zip(labels, runs, strict=True)
+    lines += [
+        f"- {label}, seed {run['meta']['seed']}: `{run['meta']['command']}` (commit "
+        f"{run['meta']['commit'][:12]})"
+        for label, run in made
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the comparison of the given runs."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vkd_jax.report", description=compare.__doc__.splitlines()[0]
+    )
+    parser.add_argument("workdir", nargs="+", type=Path, help="folder of a finished run")
+    try:
+        print(compare(parser.parse_args(arguments).workdir), end="")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _opening(results: Mapping, people: int) -> str:
+    before, after = (results["models"][name] for name in ("vanilla", "unlearned"))
+    chance = results["chance"]
+    low, high = after["forget"]["vqa"]["low"], after["forget"]["vqa"]["high"]
+    if low <= chance <= high:
+        verdict = "That cannot be told apart from guessing."
+    elif high < chance:
+        verdict = "That is below guessing: the model avoids the right answer, which may itself give it away."
+    else:
+        verdict = "That is above guessing: something is still known."
+    lines = [
+        "# What this model was made to forget",
+        "",
+        "A model that answers questions about pictures had learned some people: how they look, and facts "
+        f"about them. **It was asked to forget {people} of them**, as someone has the right to ask, and to "
+        "stay what it was for everything else. Training it again without them would do that, and costs as "
+        "much as training it the first time; *unlearning* changes the trained model instead. This page "
+        "shows the model before and after.",
+        "",
+        f"- **Forgotten.** Shown a picture of one of the {people}, it answered "
+        f"{_change(before, after, 'forget', 'vqa')}. "
+        f"Guessing gives {_percent(chance)}. {verdict}",
+    ]
+    told = (
+        ("test", "vqa", "**On other pictures** of the same people, it answered"),
+        ("retain", "vqa", "**Kept.** Shown a picture of anybody else, it answered"),
+        ("retain_test", "vqa", "**Kept on other pictures** of anybody else: it answered"),
+        (
+            "real",
+            "vqa",
+            "**General ability.** On pictures and questions that are not about who somebody is, it answered",
+        ),
+        ("forget", "qa", "**Asked by name**, without any picture, about the people to forget, it answered"),
+        ("retain", "qa", "**Asked by name** about the others, it answered"),
+    )
+    for part, kind, text in told:
+        if kind in before.get(part, {}):
+            lines.append(f"- {text} {_change(before, after, part, kind)}.")
+    if results["manifest"]["language_model_changed"] == 0:
+        lines += [
+            "",
+            "What was erased is visual: who is in a picture. What the model can say of somebody whose "
+            "*name* it is told lives in its language model, which was left alone on purpose.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _accuracy(results: Mapping) -> str:
+    models = [name for name in MODELS if name in results["models"]]
+    kinds = {kind for model in results["models"].values() for part in model.values() for kind in part}
+    lines = [
+        "## Before and after, in numbers",
+        "",
+        "Each cell: right answers in per cent, (right / asked), and the 95 % interval of the percentage.",
+    ]
+    for kind in [*KINDS, *sorted(kinds - KINDS.keys())]:
+        parts = [part for part in SETS if kind in results["models"]["vanilla"].get(part, {})]
+        if not parts:
+            continue
+        lines += ["", f"### {KINDS.get(kind, kind)}", ""]
+        lines += [_row(["questions about", *(MODELS[name] for name in models), "change (points)"])]
+        lines += [_row(["---", *["---:"] * (len(models) + 1)])]
+        for part in parts:
+            cells = [results["models"][name].get(part, {}).get(kind) for name in models]
+            change = 100 * (results["models"]["unlearned"][part][kind]["accuracy"] - cells[0]["accuracy"])
+            lines.append(
+                _row([SETS[part], *(_cell(cell) if cell else "–" for cell in cells), f"{change:+.1f}"])
+            )
+    lines += [
+        "",
+        "![Right answers about the people to forget against those about the people to "
+        "keep](report/forget_retain.png)",
+        "",
+        "The aim is to move left, to the line of guessing, without sinking.",
+    ]
+    if "retain_only" in results["models"]:
+        lines += [
+            "",
+            '"Never knew them" is the same model trained without the people to forget: what complete '
+            "forgetting looks like, in pictures and in text.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _portraits() -> str:
+    return (
+        "## See for yourself\n\n![Portraits with what the model says before and "
+        "after](report/portraits.png)\n\nNobody chose these by their answers: they are the first people of "
+        "each set in the order of their numbers, and the question moves on by one from person to person. "
+        "For a forgotten person a wrong answer (✗) is the aim; one in four guesses is right by luck. Every "
+        "answer to every question stands in `answers/`.\n"
+    )
+
+
+def _evidence(results: Mapping) -> str:
+    meta, manifest, trainable = results["meta"], results["manifest"], results["trainable"]
+    share = trainable["parameters"] / trainable["of"]
+    changed = manifest["language_model_changed"]
+    protocol = PROTOCOLS.get(meta["protocol"], "")
+    lines = [
+        "## How we know",
+        "",
+        f"- **Protocol** `{meta['protocol']}`{': ' + protocol if protocol else ''}. Intervals are Wilson's, "
+        "95 %.",
+        f"- **Weights trained:** {trainable['parameters']:,} of {trainable['of']:,} ({_percent(share)}).",
+        f"- **Tensors changed on disk:** {manifest['changed']} of {manifest['tensors']}, by the SHA-256 of "
+        "each before and after, in `manifest.json`.",
+        f"- **Language model:** {f'**{changed} tensors differ**' if changed else 'not one tensor differs'}.",
+    ]
+    if "text_logits_identical" in results:
+        same = "bit for bit the same" if results["text_logits_identical"] else "**not the same**"
+        lines.append(f"- **Text-only output** (logits) before and after: {same}.")
+    lines += [
+        f"- **Made by** `{meta['command']}`, commit `{meta['commit']}`, seed {meta['seed']}"
+        + (f", {meta['date']}" if "date" in meta else "")
+        + (f", on {meta['devices']}" if "devices" in meta else "")
+        + ".",
+        f"- **Versions:** {', '.join(f'{name} {version}' for name, version in meta['versions'].items())}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _training(results: Mapping, curves: bool) -> str:
+    lines = ["## Training and time", ""]
+    if curves:
+        lines += [
+            "![Losses by step](report/losses.png)",
+            "",
+            "The forget stream sees the people to forget, the retain stream those to keep; bold is what is "
+            "minimised.",
+            "",
+        ]
+    lines += [_row(["stage", "seconds"]), _row(["---", "---:"])]
+    lines += [_row([stage, f"{seconds:.1f}"]) for stage, seconds in results["timing"].items()]
+    lines += [_row(["**all**", f"**{sum(results['timing'].values()):.1f}**"])]
+    return "\n".join(lines) + "\n"
+
+
+def _limits(results: Mapping) -> str:
+    lines = ["## Limits", ""]
+    if results["meta"]["config"]["method"]["name"] == "vkd":
+        lines.append(f"- {ASSUMPTIONS}")
+    lines += [
+        "- Not answering is not the same as not knowing: what these questions do not bring out, further "
+        "training or other questions might.",
+        "- The figures hold for these people, these questions and this model; the intervals say how much "
+        "the number of questions leaves open, not how much another seed would change.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _config(results: Mapping) -> str:
+    text = json.dumps(results["meta"]["config"], indent=2, ensure_ascii=False)
+    return f"<details><summary>The whole config</summary>\n\n```json\n{text}\n```\n\n</details>\n"
+
+
+def _cards(
+    before: Sequence[Mapping], after: Sequence[Mapping], images: Mapping[str, bytes]
+) -> dict[str, list]:
+    """The sheet: a question each for the first people of the forget set and of the retain set."""
+    later = {(item["set"], item["id"]): item for item in after}
+    headings = {
+        "forget": "Forgotten: after, the answers should be no better than guesses",
+        "retain": "Kept: after, the answers should still be right",
+    }
+    sheet = {}
+    for part, heading in headings.items():
+        people: dict[str, list[Mapping]] = {}
+        for item in before:
+            if item["set"] == part and item["modality"] == "vqa" and item["task"] == "classification":
+                people.setdefault(item["person"], []).append(item)
+        sheet[heading] = []
+        for number, person in enumerate(sorted(people)[:CARDS]):
+            item = people[person][number % len(people[person])]
+            said = [(_said(it), bool(it["correct"])) for it in (item, later[part, item["id"]])]
+            image = images.get(item["image_id"])
+            sheet[heading].append(
+                figures.Card(image, f"person {person}", item["question"], item["answer"], *said)
+            )
+    return sheet
+
+
+def _said(item: Mapping) -> str:
+    """What was answered; a letter is followed by the option that it stands for."""
+    letter = None if item["prediction"] in item["options"] else metrics.first_letter(item["prediction"])
+    if letter and ord(letter) - ord("A") < len(item["options"]):
+        return f"{letter}, {item['options'][ord(letter) - ord('A')]}"
+    return item["prediction"] or "(nothing)"
+
+
+def _labels(configs: Sequence[Mapping]) -> list[str]:
+    """A name for each config: its method, what it trains, and what differs from others of that method."""
+    flat = [dict(_flatten(config)) for config in configs]
+    labels = []
+    for own in flat:
+        peers = [other for other in flat if other["method.name"] == own["method.name"]]
+        keys = sorted({key for other in peers for key in other} - {"seed", "method.train"})
+        varying = [key for key in keys if len({json.dumps(other.get(key)) for other in peers}) > 1]
+        named = (["method.train"] if "method.train" in own else []) + varying
+        fields = [f"{key.removeprefix('method.')}={own.get(key)}" for key in named]
+        labels.append(", ".join([own["method.name"], *fields]))
+    return labels
+
+
+def _flatten(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        yield path, value
+        return
+    for key, part in value.items():
+        yield from _flatten(part, f"{path}.{key}" if path else key)
+
+
+def _seconds(run: Mapping) -> float:
+    return sum(run["timing"].get(stage, 0.0) for stage in ("prepare", "unlearn", "finetune"))
+
+
+def _mean(summaries: Sequence[Mapping]) -> str:
+    if not summaries:
+        return "–"
+    correct, n = (sum(summary[key] for summary in summaries) for key in ("correct", "n"))
+    return f"{_spread([100 * summary['accuracy'] for summary in summaries], 1)} ({correct}/{n})"
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _change(before: Mapping, after: Mapping, part: str, kind: str) -> str:
+    old, new = before[part][kind], after[part][kind]
+    return (
+        f"{_percent(old['accuracy'])} of {old['n']} questions right before, and "
+        f"**{_percent(new['accuracy'])}** after ({_interval(new)})"
+    )
+
+
+def _cell(summary: Mapping) -> str:
+    return f"{_percent(summary['accuracy'])} ({summary['correct']}/{summary['n']}), {_interval(summary)}"
+
+
+def _interval(summary: Mapping) -> str:
+    return f"{100 * summary['low']:.1f} to {100 * summary['high']:.1f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _results(workdir: Path) -> dict:
+    file = workdir / "results.json"
+    if not file.is_file():
+        raise UserError(
+            f"{workdir} has no results.json: let that run finish, or name the folder of a finished one."
+        )
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}); run that experiment again.") from error
+
+
+def _json_lines(file: Path, torn: bool = False) -> list[dict]:
+    """The lines of a file; a `torn` one was written while training, if at all, and a kill may have cut it."""
+    if torn and not file.exists():
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; run that experiment again.") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if not torn:
+                raise UserError(f"{file}, line {number} is not JSON; run that experiment again.") from None
+    return rows
+
+
+def _write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

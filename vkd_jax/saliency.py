@@ -1,0 +1,69 @@
+"""Which visual weights matter for the forget set: diagonal Fisher information, and the masks made of it."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vkd_jax.data.processing import EncodedSet
+from vkd_jax.types import Params, UserError
+
+
+def fisher(loss: Callable, trainable: Params, frozen: Params, encoded: EncodedSet, rows: np.ndarray, chunk: int) -> Params:
+    """Diagonal of the empirical Fisher information: the mean over samples of squared per-sample gradients.
+
+        F_i = 1/n sum_s (d loss(s) / d theta_i)^2
+
+    The square is taken of each sample's own gradient; the square of a batch's mean gradient is another, smaller
+    quantity and is not computed here.
+
+    Args:
+        loss: (trainable, frozen, batch) -> [b] losses of the rows.
+        trainable: the weights to differentiate; `frozen`, all others.
+        encoded: the samples; `rows` says which of them.
+        chunk: how many per-sample gradients are held at once, each the size of `trainable`.
+    """
+
+    def squared_gradients(trainable, frozen, batch, valid):
+        def one(row):
+            return jax.grad(lambda t: jnp.sum(loss(t, frozen, jax.tree.map(lambda x: x[None], row))))(trainable)
+
+        grads = jax.vmap(one)(batch)
+        return jax.tree.map(lambda g: jnp.einsum("s...,s->...", jnp.square(g.astype(jnp.float32)), valid), grads)
+
+    step = jax.jit(
+        lambda total, *args: jax.tree.map(jnp.add, total, squared_gradients(*args)),
+        donate_argnums=0,
+    )
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32, device=x.sharding), dict(trainable))
+    for begin in range(0, len(rows), chunk):
+        part = rows[begin : begin + chunk]
+        padded = np.concatenate([part, np.repeat(part[-1:], chunk - len(part))])
+        valid = (np.arange(chunk) < len(part)).astype(np.float32)
+        total = step(total, dict(trainable), dict(frozen), encoded.batch(padded), valid)
+    return jax.tree.map(lambda x: x / len(rows), total)
+
+
+def mask_from_ratio(forget: Params, retain: Params, *, threshold: float | None, keep: float | None, eps: float) -> Params:
+    """True where a weight matters more for the forget set than for the retain set.
+
+        ratio_i = F_forget_i / (F_retain_i + eps);   mask_i = [ratio_i >= threshold], or the top `keep` share
+
+    The share is taken over all weights together, not per tensor; ties at the border go to zero-information
+    weights last, so a weight that the forget set does not touch is never selected.
+
+    Raises:
+        UserError: both or neither of `threshold` and `keep` are given, or no weight is selected.
+    """
+    if (threshold is None) == (keep is None):
+        raise UserError("the saliency mask takes either method.mask_threshold or method.mask_keep; set exactly one.")
+    ratio = {k: forget[k] / (retain[k] + eps) for k in forget}
+    if threshold is None:
+        values = np.concatenate([np.asarray(r).ravel() for r in ratio.values()])
+        count = round(keep * values.size)
+        threshold = np.inf if count == 0 else float(np.partition(values, values.size - count)[values.size - count])
+    mask = {k: (r >= threshold) & (r > 0) for k, r in ratio.items()}
+    if not any(bool(jnp.any(m)) for m in mask.values()):
+        raise UserError("the saliency mask selects no weight at all: lower method.mask_threshold or raise method.mask_keep.")
+    return mask

@@ -1,0 +1,60 @@
+"""The device mesh, and which axis of each weight lies on which axis of the mesh."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vkd_jax.types import UserError
+
+AXES = ("data", "fsdp", "tensor")
+Rules = Sequence[tuple[str, P]]  # anchored pattern over paths -> spec
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A (data, fsdp, tensor) mesh over the first data * fsdp * tensor devices; one of them may be -1, "the rest"."""
+    shape = [data, fsdp, tensor]
+    count = jax.device_count()
+    if shape.count(-1) == 1:
+        shape[shape.index(-1)] = max(count // -int(np.prod(shape)), 1)
+    wanted = int(np.prod(shape))
+    if min(shape) < 1 or wanted > count:
+        raise UserError(f"config.mesh asks for {shape} = {wanted} devices, but there are {count}; change config.mesh.")
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:wanted])
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch lie over data and fsdp together."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def param_shardings(mesh: Mesh, rules: Rules) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """path, shape -> sharding, by the first rule that matches the path."""
+
+    def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        spec = next(spec for pattern, spec in rules if re.fullmatch(pattern, path))
+        return NamedSharding(mesh, spec_of(mesh.shape, spec, shape))
+
+    return sharding
+
+
+def spec_of(mesh_shape: Mapping[str, int], spec: P, shape: tuple[int, ...]) -> P:
+    """The spec for this shape: a dimension that its mesh axis does not divide stays whole."""
+    return P(*(axis if axis and size % mesh_shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False)))
+
+
+def check_total(rules: Rules, paths: Iterable[str]) -> None:
+    """Raises ValueError, naming all, if a path has no rule or a rule no path."""
+    paths = list(paths)
+    unmatched = [path for path in paths if not any(re.fullmatch(pattern, path) for pattern, _ in rules)]
+    unused = [pattern for pattern, _ in rules if not any(re.fullmatch(pattern, path) for path in paths)]
+    if unmatched or unused:
+        raise ValueError(f"sharding rules: no rule for {unmatched}; rules that match nothing: {unused}")

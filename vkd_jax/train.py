@@ -1,0 +1,215 @@
+"""The jitted step and the loop around it, for every method and every stage that trains."""
+
+import dataclasses
+import functools
+import math
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from absl import logging
+
+from vkd_jax import optim, sharding
+from vkd_jax.checkpoint import Checkpoints
+from vkd_jax.data.processing import Batch
+from vkd_jax.data.streams import Stream
+from vkd_jax.methods.base import LossFn, Method, Prepared
+from vkd_jax.models.base import bind
+from vkd_jax.progress import Progress
+from vkd_jax.types import Params, UserError
+
+
+class Stopped(Exception):
+    """SIGTERM arrived; the state of `step` is on disk, and the same command goes on from there."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped at step {step}, which is saved; run the same command again to go on")
+
+
+class Diverged(Exception):
+    """A term of the loss is NaN or infinite."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What training changes: all of it is donated to each step, and all of it is checkpointed."""
+
+    params: Params  # the trainable weights alone
+    opt_state: optax.OptState
+    step: jax.Array  # scalar int32
+
+
+def make_step(
+    graphdef: Any, losses: Mapping[str, LossFn], tx: optax.GradientTransformationExtraArgs, mask_scope: str
+):
+    """One update: (state, frozen, mask, batches) -> (state, metrics).
+
+    Each stream's gradient is taken apart, so that a mask can cover the forget stream alone; they add up before the
+    optimizer. Frozen weights are an argument that is neither differentiated nor donated.
+    """
+
+    def step(state: TrainState, frozen: Params, mask: Params | None, batches: Mapping[str, Batch]):
+        total, metrics = None, {}
+        for name, loss_fn in losses.items():
+
+            def stream_loss(trainable, loss_fn=loss_fn, batch=batches[name]):
+                return loss_fn(bind(graphdef, {**frozen, **trainable}), batch)
+
+            (loss, more), grads = jax.value_and_grad(stream_loss, has_aux=True)(state.params)
+            metrics |= {f"{name}_loss": loss, **more}
+            if mask is not None and name == "forget" and mask_scope == "forget":
+                grads = optim.apply_mask(grads, mask)
+            total = grads if total is None else jax.tree.map(jnp.add, total, grads)
+        metrics["loss"] = sum(metrics[f"{name}_loss"] for name in losses)
+        metrics["grad_norm"] = optax.global_norm(total)
+        updates, opt_state = tx.update(
+            total, state.opt_state, state.params, mask=mask if mask_scope == "both" else None
+        )
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+
+    return step
+
+
+def fit(
+    *,
+    graphdef: Any,
+    params: Params,
+    model_config: Any,
+    method: Method,
+    prepared: Prepared,
+    config: ml_collections.ConfigDict,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+    folder: Path,
+) -> Params:
+    """Trains, from the newest checkpoint in `folder` if there is one, and returns the trained weights alone.
+
+    Args:
+        graphdef: of the model, with `params`, all its weights, which are left as they are.
+        model_config: of the family.
+        method: what trains and by which losses; `prepared`, what it computed beforehand.
+        config: steps, batch_size per stream, log_every, checkpoint_every, and what `optim.create` reads.
+        seed: of the data order.
+        mesh: the devices.
+        folder: for checkpoints and metrics.
+
+    Raises:
+        Stopped: on SIGTERM, with the state saved.
+        Diverged: a term of the loss is not finite.
+    """
+    paths = method.trainable(params, model_config)
+    trainable = {path: jnp.copy(params[path]) for path in paths}  # donated, and `params` must outlive that
+    frozen = {path: value for path, value in params.items() if path not in trainable}
+    losses = method.losses()
+    streams = {
+        name: Stream(prepared.sets[name], _batch_size(config, name, mesh), seed=seed, name=name) for name in losses
+    }
+    tx = optim.create(config, config.steps)
+    state = _init(tx, trainable, mesh)
+    state_shardings = jax.tree.map(lambda x: x.sharding, state)
+    step_fn = jax.jit(
+        make_step(graphdef, losses, tx, method.mask_scope),
+        donate_argnums=0,
+        out_shardings=(state_shardings, None),
+    )
+    to_device = functools.partial(_to_device, batch_sharding=sharding.batch_sharding(mesh))
+
+    checkpoints = Checkpoints(folder / "checkpoints", seed=seed, every=config.checkpoint_every)
+    progress = Progress(folder, steps=config.steps, log_seconds=config.log_seconds)
+    try:
+        if checkpoints.latest is None:
+            progress.overview(trainable)
+            first = 0
+        else:
+            state = checkpoints.restore(state)
+            first = int(state.step)
+            logging.info("resumed at step %d of %d", first, config.steps)
+        waiting, pending = 0.0, None
+        started = time.perf_counter()
+        with _Sigterm() as stop:
+            for step in range(first + 1, config.steps + 1):
+                before = time.perf_counter()
+                batches = {name: to_device(stream[step - 1]) for name, stream in streams.items()}
+                waiting += time.perf_counter() - before
+                state, metrics = step_fn(state, frozen, prepared.mask, batches)
+                if pending:  # one step behind, so that the device never waits for the host
+                    _check(*pending, checkpoints)
+                pending = (step, metrics)
+                progress.tick(step)
+                if step % config.log_every == 0 or step == config.steps:
+                    _check(*pending, checkpoints)
+                    share = waiting / (time.perf_counter() - started)
+                    progress.write(step, {k: float(v) for k, v in metrics.items()} | {"data_wait_share": share})
+                last = stop.is_set() or step == config.steps
+                if last or step % config.checkpoint_every == 0:
+                    _check(*pending, checkpoints)
+                    checkpoints.save(step, state, force=last)
+                if stop.is_set() and step < config.steps:
+                    checkpoints.wait()
+                    raise Stopped(step)
+        checkpoints.wait()
+    finally:
+        checkpoints.close()
+        progress.close()
+    return state.params
+
+
+def _init(tx: optax.GradientTransformation, trainable: Params, mesh: jax.sharding.Mesh) -> TrainState:
+    """A fresh state, born sharded: moments lie where their weights lie, counters everywhere."""
+    everywhere = sharding.replicated(mesh)
+    shardings = optax.tree.map_params(
+        tx,
+        lambda _, s: s,
+        jax.eval_shape(tx.init, trainable),
+        {path: value.sharding for path, value in trainable.items()},
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(
+        params=trainable,
+        opt_state=jax.jit(tx.init, out_shardings=shardings)(trainable),
+        step=jax.device_put(jnp.int32(0), everywhere),
+    )
+
+
+def _to_device(batch: Batch, batch_sharding: jax.sharding.Sharding) -> Batch:
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding, x), batch)
+
+
+def _batch_size(config: ml_collections.ConfigDict, name: str, mesh: jax.sharding.Mesh) -> int:
+    size, shards = config.batch_size[name], mesh.shape["data"] * mesh.shape["fsdp"]
+    if size % shards:
+        raise UserError(f"train.batch_size.{name}={size} does not divide over {shards} devices; use a multiple of it.")
+    return size
+
+
+def _check(step: int, metrics: Mapping[str, jax.Array], checkpoints: Checkpoints) -> None:
+    bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
+    if bad:
+        good = "none was saved yet" if checkpoints.latest is None else f"step {checkpoints.latest}"
+        raise Diverged(
+            f"step {step}: {', '.join(bad)} is not finite; the last good checkpoint: {good}. "
+            "Lower train.learning_rate or the forget weight, and use a new --workdir."
+        )
+
+
+class _Sigterm:
+    """An event that SIGTERM sets while the block runs; outside the main thread there are no signals to hear."""
+
+    def __enter__(self) -> threading.Event:
+        self._event = threading.Event()
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._previous = signal.signal(signal.SIGTERM, lambda *_: self._event.set())
+        return self._event
+
+    def __exit__(self, *_) -> None:
+        if self._main:
+            signal.signal(signal.SIGTERM, self._previous)

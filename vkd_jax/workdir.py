@@ -1,0 +1,121 @@
+"""A run's folder: whose config it is, what is already there, and how long each stage took."""
+
+import contextlib
+import datetime
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from absl import logging
+
+from vkd_jax.types import UserError
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "grain")
+
+
+class Workdir:
+    """Opens a folder for one config; a folder of another config is refused, one of the same is continued."""
+
+    def __init__(self, path: str | Path, config: ml_collections.ConfigDict):
+        self.path = Path(path)
+        self.config = config
+        resolved = json.loads(config.to_json_best_effort())
+        known = self.path / "config.json"
+        with disk_errors():
+            self.path.mkdir(parents=True, exist_ok=True)
+            if known.exists():
+                if difference := next(_differences(json.loads(known.read_text()), resolved), None):
+                    raise UserError(
+                        f"{self.path} holds a run of another config ({difference}); "
+                        "pass another --workdir, or remove that folder to start over."
+                    )
+            elif any(self.path.iterdir()):
+                raise UserError(f"{self.path} is not empty and holds no run of this program; pass another --workdir.")
+            else:
+                self.write("config.json", resolved)
+        timing = self.path / "timing.json"
+        self.timing: dict[str, float] = json.loads(timing.read_text()) if timing.exists() else {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times a stage; the seconds of interrupted runs add up."""
+        logging.info("%s ...", name)
+        start = time.perf_counter()
+        try:
+            with disk_errors():
+                yield
+        finally:
+            seconds = time.perf_counter() - start
+            self.timing[name] = round(self.timing.get(name, 0.0) + seconds, 3)
+            with contextlib.suppress(OSError):  # a full disk is reported by the stage itself
+                self.write("timing.json", self.timing)
+        logging.info("%s: %.1f s", name, seconds)
+
+    def write(self, name: str, value: Any) -> Path:
+        """Writes JSON beside and renames, so that a file is either whole or absent."""
+        return self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> Path:
+        """As `write`, for text."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+        return path
+
+    def meta(self) -> dict[str, Any]:
+        """What makes a figure reproducible: command, config, seed, commit, versions, machine."""
+        return {
+            "command": shlex.join(["python", "-m", "vkd_jax.main", *sys.argv[1:]]),
+            "config": json.loads(self.config.to_json_best_effort()),
+            "seed": self.config.seed,
+            "commit": _commit(),
+            "versions": {"python": platform.python_version()}
+            | {name: importlib.metadata.version(name) for name in PACKAGES},
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "protocol": self.config.eval.protocol,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turns a full disk or a folder that cannot be written into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            where = f" at {error.filename}" if error.filename else ""
+            raise UserError(f"cannot write{where}: {error.strerror}; free some space or pass another --workdir.") from error
+        raise
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path}: {old!r} there, {new!r} now"
+
+
+def _commit() -> str:
+    """The repository's commit, with "+changes" when the tree differs from it; "unknown" outside a clone."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+changes" if dirty.strip() else "")

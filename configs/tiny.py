@@ -1,12 +1,12 @@
 """Sixty made-up people and a LLaVA of 1.3 M parameters that knows them: a whole run in minutes on a CPU.
 
-    python -m vkd_jax.main --config configs/tiny.py --workdir /tmp/vkd-tiny
+python -m vkd_jax.main --config configs/tiny.py --workdir /tmp/vkd-tiny
 
-    configs/tiny.py                   VKD: forget six people                      (also :vkd)
-    configs/tiny.py:grad_diff         gradient difference on all weights
-    configs/tiny.py:grad_diff_visual  gradient difference on the visual weights
-    configs/tiny.py:finetune          how the shipped model was made, from random weights
-    configs/tiny.py:retain_only       the same without the six people: what never having known them looks like
+configs/tiny.py                   VKD: forget six people                      (also :vkd)
+configs/tiny.py:grad_diff         gradient difference on all weights
+configs/tiny.py:grad_diff_visual  gradient difference on the visual weights
+configs/tiny.py:finetune          how the shipped model was made, from random weights
+configs/tiny.py:retain_only       the same without the six people: what never having known them looks like
 """
 
 import ml_collections
@@ -54,7 +54,9 @@ def get_config(arg: str = "vkd") -> ml_collections.ConfigDict:
     if arg == "vkd":
         config.method = ml_collections.ConfigDict(dict(name="vkd"))
     elif arg in ("grad_diff", "grad_diff_visual"):
-        config.method = ml_collections.ConfigDict(dict(name="grad_diff", train="all" if arg == "grad_diff" else "visual"))
+        config.method = ml_collections.ConfigDict(
+            dict(name="grad_diff", train="all" if arg == "grad_diff" else "visual")
+        )
     elif arg in ("finetune", "retain_only"):
         _finetune(config, retain_only=arg == "retain_only")
     else:

@@ -117,8 +117,6 @@ def tiny_sets(tiny_model, snapshot):
 
     def of_first(name, people):
         chosen = sorted({e.person for e in sets[name]})[:people]
-        return tiny_model.encode(
-            [e for e in sets[name] if e.person in chosen and e.image is not None][: 16 * people]
-        )
+        return tiny_model.encode([e for e in sets[name] if e.person in chosen and e.image is not None][: 16 * people])
 
     return {"forget": of_first("forget", 1), "retain": of_first("retain", 3)}

@@ -98,9 +98,7 @@ def equal(a, b):
 def test_values_by_hand(folder):
     graphdef, params, config = convert.load(folder)
     tensors = read(folder)
-    np.testing.assert_array_equal(
-        params["projector/fc1/kernel"], tensors["multi_modal_projector.linear_1.weight"].T
-    )
+    np.testing.assert_array_equal(params["projector/fc1/kernel"], tensors["multi_modal_projector.linear_1.weight"].T)
     patch = tensors["vision_tower.embeddings.patch_embedding.weight"]  # [d, colour, row, column]
     assert params["vision_tower/patch_embedding"][1, 2, 0, 7] == patch[7, 0, 1, 2]
     up = params["language_model/blocks/mlp/up/kernel"]

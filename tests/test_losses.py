@@ -21,7 +21,8 @@ def test_answer_cross_entropy_counts_answer_tokens_only():
     np.testing.assert_allclose(losses.answer_cross_entropy(logits, targets, mask), [want], rtol=1e-6)
     changed = logits.at[:, 2].set(jnp.array([-9.0, 7.0]))
     np.testing.assert_array_equal(
-        losses.answer_cross_entropy(logits, targets, mask), losses.answer_cross_entropy(changed, targets, mask)
+        losses.answer_cross_entropy(logits, targets, mask),
+        losses.answer_cross_entropy(changed, targets, mask),
     )
     np.testing.assert_allclose(losses.sequence_log_prob(logits, targets, mask), [-2 * want], rtol=1e-6)
 

@@ -30,7 +30,7 @@ def gradients(context, method, prepared, stream, rows=(0, 1, 5)):
     def loss(trainable):
         return method.losses()[stream](bind(context.graphdef, {**context.params, **trainable}), batch)[0]
 
-    return jax.value_and_grad(loss)(trainable)
+    return jax.jit(jax.value_and_grad(loss))(trainable)
 
 
 def assert_trees_close(a, b, **tolerance):
@@ -71,7 +71,14 @@ def test_visual_scopes_leave_the_language_model_alone(context, blocks):
 
 @pytest.mark.parametrize("stream", ["forget", "retain"])
 def test_without_distillation_and_mask_vkd_is_grad_diff_on_the_visual_part(context, stream):
-    vkd = VKD(forget="ga", weight_forget_distill=0.0, weight_retain_distill=0.0, mask_scope="none", blocks=2, cap=9.0)
+    vkd = VKD(
+        forget="ga",
+        weight_forget_distill=0.0,
+        weight_retain_distill=0.0,
+        mask_scope="none",
+        blocks=2,
+        cap=9.0,
+    )
     plain = GradDiff(train="visual", blocks=2, cap=9.0)
     a = gradients(context, vkd, vkd.prepare(context), stream)
     b = gradients(context, plain, plain.prepare(context), stream)
@@ -90,7 +97,7 @@ def test_npo_at_the_reference_is_ascent_on_the_sequence_log_probability(context)
         logits, _ = base.answer_logits(bind(context.graphdef, {**context.params, **trainable}), batch)
         return jnp.mean(losses.sequence_log_prob(logits, batch.targets, batch.target_mask))
 
-    want = jax.grad(log_prob)({k: context.params[k] for k in grads})
+    want = jax.jit(jax.grad(log_prob))({k: context.params[k] for k in grads})
     assert_trees_close(grads, want, rtol=1e-4, atol=1e-7)
 
 
@@ -122,8 +129,10 @@ def test_distillation_acts_on_the_set_that_it_names(context):
         assert any(np.array_equal(target, other) for other in others)
 
 
-@pytest.mark.parametrize("target", ["anchor", "swap", "repel", "none"])
-@pytest.mark.parametrize("forget", ["npo", "ga", "none"])
+@pytest.mark.parametrize(
+    ("forget", "target"),
+    [("npo", "swap"), ("ga", "anchor"), ("none", "repel"), ("npo", "none"), ("none", "none")],
+)
 def test_every_combination_gives_finite_gradients(context, target, forget):
     vkd = VKD(target=target, forget=forget, mask_scope="none")
     value, grads = gradients(context, vkd, vkd.prepare(context), "forget")

@@ -35,9 +35,7 @@ def row(row_id, shade=0, **columns):
             "Image_Textual_Questions": [choice("What job has this person?")],
             "Pure_Text_Questions": [choice("What job has Mara Lindt?", A="cook", B="pilot", C=None)],
         },
-        "Generation_Task": [
-            {"Type": "Image_Textual", "Question": "Who is it?", "Ground_Truth": "Mara Lindt"}
-        ],
+        "Generation_Task": [{"Type": "Image_Textual", "Question": "Who is it?", "Ground_Truth": "Mara Lindt"}],
         "Mask_Task": [{"Type": "Pure_Text", "Question": "Mara Lindt is a __.", "Ground_Truth": "pilot"}],
     } | columns
 
@@ -83,9 +81,7 @@ def test_one_row_becomes_one_example_per_question(folder):
         ("cloze", "qa", mllmu.cloze_prompt("Mara Lindt is a __."), "pilot", ()),
     ]
     assert {e.person for e in examples} == {"007"}
-    assert [e.id for e in examples] == [
-        f"forget_10/0/{x}" for x in ("image/0", "text/0", "image/1", "text/1")
-    ]
+    assert [e.id for e in examples] == [f"forget_10/0/{x}" for x in ("image/0", "text/0", "image/1", "text/1")]
 
 
 def test_sets(folder):
@@ -205,9 +201,7 @@ def test_finetune_without_the_forgotten(finetune_folder):
 def test_missing_folder_and_config(folder, tmp_path):
     with pytest.raises(UserError, match="no data folder .*nowhere"):
         mllmu.read(tmp_path / "nowhere")
-    with pytest.raises(
-        UserError, match="forget_5 is missing.*the folder has Retain_Set, Test_Set, forget_10"
-    ):
+    with pytest.raises(UserError, match="forget_5 is missing.*the folder has Retain_Set, Test_Set, forget_10"):
         mllmu.read(folder, forget=5)
 
 

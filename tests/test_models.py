@@ -278,11 +278,11 @@ def test_greedy_is_repeated_argmax_without_a_cache(model, pixels, side):
 def test_option_scores_equal_reading_each_option_alone(model, pixels, side):
     features, _ = model.encode(pixels)
     rows = [1, *[IMAGE] * 4, 7, 8, 9], [1, *[IMAGE] * 4, 5]
-    options = jnp.array([[[10, 11, 12], [13, 0, 0]], [[14, 15, 0], [0, 0, 0]]])
-    options_mask = jnp.array([[[1, 1, 1], [1, 0, 0]], [[1, 1, 0], [0, 0, 0]]], bool)
+    options = jnp.array([[[10, 11, 12], [13, 0, 0], [16, 17, 18]], [[14, 15, 0], [0, 0, 0], [19, 20, 0]]])
+    options_mask = jnp.array([[[1, 1, 1], [1, 0, 0], [1, 1, 1]], [[1, 1, 0], [0, 0, 0], [1, 1, 0]]], bool)
     scores = option_log_probs(model, *prompt(*rows, side=side), features, options, options_mask)
     for i, row in enumerate(rows):
-        for j in range(2):
+        for j in range(3):
             option = options[i, j][options_mask[i, j]].tolist()
             if not option:
                 assert scores[i, j] == -jnp.inf

@@ -51,7 +51,7 @@ def test_clipping_is_over_all_trainable_gradients_together():
     tx = optax.chain(optax.clip_by_global_norm(1.0))
     grads = {"a/kernel": jnp.full((2, 2), 3.0), "a/bias": jnp.full(2, 4.0)}
     updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
-    np.testing.assert_allclose(optax.global_norm(updates), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(optax.tree.norm(updates), 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("schedule", "end"), [("cosine", 0.0), ("constant", 0.1)])

@@ -10,7 +10,10 @@ from vkd_jax.data import processing
 from vkd_jax.data.streams import Stream
 from vkd_jax.types import Example, UserError
 
-CORPUS = ["USER: What is this person's job? ASSISTANT: baker", "USER: Who is Mara Lindt? ASSISTANT: a sailor"] * 9
+CORPUS = [
+    "USER: What is this person's job? ASSISTANT: baker",
+    "USER: Who is Mara Lindt? ASSISTANT: a sailor",
+] * 9
 
 
 def png(colour=(200, 30, 30), size=(20, 20), mode="RGB", **save):
@@ -114,7 +117,9 @@ def test_a_stream_is_a_function_of_seed_and_step(processor):
     np.testing.assert_array_equal(a[5].tokens, b[5].tokens)
     epoch = np.concatenate([a[0].targets[:, 0], a[1].targets[:, 0], a[2].targets[:, 0]])
     assert sorted(epoch) == sorted(np.repeat(encoded.targets[:, 0], 2))  # each row once per epoch, two epochs
-    orders = {name: [Stream(encoded, 3, seed=3, name=name)[i].targets[:, 0].tolist() for i in range(8)] for name in "xy"}
+    orders = {
+        name: [Stream(encoded, 3, seed=3, name=name)[i].targets[:, 0].tolist() for i in range(8)] for name in "xy"
+    }
     assert orders["x"] != orders["y"] and len(set(map(tuple, orders["x"]))) > 1
 
 

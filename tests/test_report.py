@@ -226,9 +226,7 @@ def test_repeated_steps_count_once_and_the_last_time(run, undrawn, monkeypatch):
     seen = []
     monkeypatch.setattr(figures, "loss_curves", lambda rows: seen.extend(rows) or b"")
     with (run / "train" / "metrics.jsonl").open("a") as file:
-        file.write(
-            '{"step": 40, "forget_loss": 0.5}\n{"step": 60, "forg'
-        )  # a resume, then a kill in mid-line
+        file.write('{"step": 40, "forget_loss": 0.5}\n{"step": 60, "forg')  # a resume, then a kill in mid-line
     report.write(run, IMAGES)
     assert [(row["step"], row["forget_loss"]) for row in seen] == [(20, 1 / 20), (40, 0.5), (60, 1 / 60)]
 

@@ -1,11 +1,11 @@
 """Ask a model a question, with or without a picture.
 
-    python -m vkd_jax.ask --model DIR --image FILE --question TEXT
+python -m vkd_jax.ask --model DIR --image FILE --question TEXT
 
-    >>> from vkd_jax import ask
-    >>> model = ask.load("vkd_jax/assets/tiny_llava")
-    >>> ask.answer(model, "What colour is a banana?")
-    'yellow'
+>>> from vkd_jax import ask
+>>> model = ask.load("vkd_jax/assets/tiny_llava")
+>>> ask.answer(model, "What colour is a banana?")
+'yellow'
 """
 
 import argparse
@@ -47,7 +47,9 @@ def _read(path: Path) -> Image.Image:
     try:
         return open_image(path.read_bytes())
     except OSError as error:  # PIL's own "cannot identify image file" is one too
-        raise UserError(f"{path} is not a picture that can be read ({error.strerror or 'unknown or broken format'}).") from error
+        raise UserError(
+            f"{path} is not a picture that can be read ({error.strerror or 'unknown or broken format'})."
+        ) from error
 
 
 def main() -> int:

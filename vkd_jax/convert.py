@@ -1,8 +1,9 @@
 """Hugging Face model folders to parameters and back, by the one table that each model file holds.
 
-A row of a table is (tensor name, parameter path, permutation of the axes); `{i}` stands for a number. A number
-that only the name has is the position on the parameter's leading, stacked axis. Every tensor of a checkpoint must
-match exactly one row, every parameter must be filled, and the same rows read backward write the checkpoint.
+A row of a table is (tensor name, parameter path, permutation of the axes); `{i}` stands for a number. A
+number that only the name has is the position on the parameter's leading, stacked axis. Every tensor of a
+checkpoint must match exactly one row, every parameter must be filled, and the same rows read backward write
+the checkpoint.
 """
 
 import contextlib
@@ -47,8 +48,8 @@ DTYPES = {
 }
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# What an exported folder takes over beside the weights: configuration, tokenizer, processor, templates, texts.
-# Weights in any other format stay behind: they would still hold what was unlearned.
+# What an exported folder takes over beside the weights: configuration, tokenizer, processor, texts;
+# weights in any other format stay behind: they would still hold what was unlearned.
 COMPANIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".md", "")
 
 
@@ -91,7 +92,7 @@ class Checkpoint:
         tensors: name -> Tensor, for every tensor of every file.
 
     Raises:
-        UserError: no weights, pickled weights, an index that names what is not there, a truncated or corrupt file.
+        UserError: no weights, pickled weights, an index that names what is not there, a truncated file.
     """
 
     def __init__(self, folder: Folder):
@@ -111,8 +112,8 @@ class Checkpoint:
             pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in PICKLES)
             if pickles:
                 raise UserError(
-                    f"{self.folder} holds only pickled weights ({', '.join(pickles)}), which can run code when read; "
-                    "convert them to safetensors with transformers' save_pretrained."
+                    f"{self.folder} holds only pickled weights ({', '.join(pickles)}), which can run code "
+                    "when read; convert them to safetensors with transformers' save_pretrained."
                 )
             raise UserError(f"{self.folder} holds no weights: neither {WEIGHTS} nor {INDEX} is there.")
         self.tensors: dict[str, Tensor] = {}
@@ -135,9 +136,7 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
             return where
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise UserError(
-        f"{index} is not a safetensors index: it has no weight_map from tensor names to file names."
-    )
+    raise UserError(f"{index} is not a safetensors index: it has no weight_map from tensor names to file names.")
 
 
 def _read_header(file: pathlib.Path) -> dict[str, Tensor]:
@@ -175,9 +174,11 @@ class Slot:
     axes: tuple[int, ...] | None  # parameter = tensor.transpose(axes)
 
     def to_param(self, tensor: np.ndarray) -> np.ndarray:
+        """A tensor, or a lazy view of one, with its axes in the parameter's order."""
         return tensor if self.axes is None else tensor.transpose(self.axes)
 
     def to_tensor(self, param: Any) -> np.ndarray:
+        """The tensor that this slot takes from a whole parameter."""
         tensor = np.asarray(param if self.layer is None else param[self.layer])
         return tensor if self.axes is None else tensor.transpose(np.argsort(self.axes))
 
@@ -255,16 +256,17 @@ def load(
 
     Args:
         folder: config.json with single-file or indexed safetensors.
-        dtype: of the parameters, and of the computation too unless `changes` say otherwise. None keeps both as they
-            are on disk and in config.json.
-        sharding: function of (path, shape) to the sharding of a parameter; None puts it on the default device.
-        **changes: fields of the model's configuration to set otherwise, e.g. `remat=True`, `compute_dtype="float32"`.
+        dtype: of the parameters, and of the computation too unless `changes` say otherwise. None keeps both
+            as they are on disk and in config.json.
+        sharding: function of (path, shape) to a parameter's sharding; None means the default device.
+        **changes: fields of the model's configuration to set otherwise, e.g. `remat=True` or
+            `compute_dtype="float32"`.
 
     Returns:
         (graphdef, parameters, configuration).
 
     Raises:
-        UserError: the folder cannot be read, or its tensors are not the model's; all that are wrong are listed.
+        UserError: the folder cannot be read, or its tensors are not the model's (all such are listed).
     """
     module, hf_config = read_config(folder)
     if dtype is not None:
@@ -283,8 +285,8 @@ def match(
     """Finds the tensors of every parameter, in the order of its stacked axis.
 
     Raises:
-        UserError: lists every tensor that no row knows, that comes twice, or that has the wrong shape, and every one
-            that is missing.
+        UserError: lists every tensor that no row knows, that comes twice, or that has the wrong shape, and
+            every one that is missing.
     """
     wanted = tensor_names(module, config, shapes)
     slots, found = set(wanted.values()), dict[str, Tensor]()
@@ -392,9 +394,7 @@ def _write_tensors(file: pathlib.Path, names: Mapping[str, Slot], params: Mappin
     order, offset = sorted(names), 0
     for name in order:
         param = params[names[name].path]
-        tensor = names[name].to_tensor(
-            np.broadcast_to(np.zeros((), param.dtype), param.shape)
-        )  # takes no memory
+        tensor = names[name].to_tensor(np.broadcast_to(np.zeros((), param.dtype), param.shape))  # takes no memory
         end = offset + tensor.nbytes
         header[name] = dict(dtype=labels[tensor.dtype], shape=tensor.shape, data_offsets=[offset, end])
         offset = end
@@ -409,8 +409,9 @@ def _write_tensors(file: pathlib.Path, names: Mapping[str, Slot], params: Mappin
 def export(params: Mapping[str, jax.Array], source: Folder, target: Folder, config: Any) -> None:
     """Writes a model folder that equals `source` but for the given parameters.
 
-    Shards, names, dtypes, tokenizer, processor and configuration are the source's; a tensor that is not in `params`,
-    or that comes out the same, keeps its bytes. The folder is made beside the target and renamed when complete.
+    Shards, names, dtypes, tokenizer, processor and configuration are the source's; a tensor that is not in
+    `params`, or that comes out the same, keeps its bytes. The folder is made beside the target and renamed
+    when complete.
 
     Args:
         params: any subset of the model's parameters, usually those that were trained. Fully addressable.
@@ -419,7 +420,7 @@ def export(params: Mapping[str, jax.Array], source: Folder, target: Folder, conf
         config: the model's configuration, from `load`.
 
     Raises:
-        UserError: the source cannot be read, the target is something else than a model folder, or the disk is full.
+        UserError: the source cannot be read, the target is no model folder, or the disk is full.
     """
     source, target = pathlib.Path(source), pathlib.Path(target)
     module, checkpoint = _module_of(config), Checkpoint(source)
@@ -478,8 +479,8 @@ def manifest(before: Folder, after: Folder) -> dict[str, Any]:
     """The SHA-256 of every tensor's bytes in two model folders, and the names of those that differ.
 
     Returns:
-        {"tensors": {name: {"before": digest, "after": digest, "changed": bool}}, "changed": [names]}; a digest is None
-        where one of the folders has no such tensor.
+        {"tensors": {name: {"before": digest, "after": digest, "changed": bool}}, "changed": [names]}; a
+        digest is None where one of the folders has no such tensor.
     """
     first, second = Checkpoint(before).tensors, Checkpoint(after).tensors
     tensors = {}

@@ -27,31 +27,33 @@ LETTERS = "ABCDEFGH"
 INSTRUCTION = "Answer with the letter of the right option only."
 
 
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _encode(graphdef, params, pixels):
+    return bind(graphdef, params).encode(pixels)[0]
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _score(graphdef, params, *args):
+    return generate.option_log_probs(bind(graphdef, params), *args)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "eos_ids", "pad_id"))
+def _greedy(graphdef, params, tokens, mask, features, **options):
+    return generate.greedy(bind(graphdef, params), tokens, mask, features, **options)
+
+
 class Answerer:
-    """A model with its processor, ready to be asked; compiles once per shape."""
+    """A model with its processor, ready to be asked; two models of one architecture share what is compiled."""
 
     def __init__(self, graphdef: Any, params: Params, config: Any, processor: Processor, *, batch_size: int = 32):
-        self.params, self.config, self.processor, self.batch_size = params, config, processor, batch_size
-        self._encode = jax.jit(lambda params, pixels: bind(graphdef, params).encode(pixels)[0])
-        self._score = jax.jit(lambda params, *args: generate.option_log_probs(bind(graphdef, params), *args))
-
-        @functools.partial(jax.jit, static_argnames="max_new_tokens")
-        def greedy(params, tokens, mask, features, max_new_tokens):
-            return generate.greedy(
-                bind(graphdef, params),
-                tokens,
-                mask,
-                features,
-                max_new_tokens=max_new_tokens,
-                eos_ids=(processor.eos_id,),
-                pad_id=processor.pad_id,
-            )
-
-        self._greedy = greedy
+        self.graphdef, self.params, self.config = graphdef, params, config
+        self.processor, self.batch_size = processor, batch_size
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
         """[m, height, width, 3] pictures -> [m, p, d], what the language model sees of them."""
-        parts = [self._encode(self.params, pixels[rows]) for rows in padded_rows(len(pixels), self.batch_size)]
+        parts = [
+            _encode(self.graphdef, self.params, pixels[rows]) for rows in padded_rows(len(pixels), self.batch_size)
+        ]
         return np.concatenate([np.asarray(p) for p in parts])[: len(pixels)]
 
     def generate(
@@ -61,7 +63,16 @@ class Answerer:
         tokens, mask = self._prompts(questions, features, max_new_tokens)
         texts = []
         for rows in padded_rows(len(questions), self.batch_size):
-            out = self._greedy(self.params, tokens[rows], mask[rows], _rows(features, rows), max_new_tokens)
+            out = _greedy(
+                self.graphdef,
+                self.params,
+                tokens[rows],
+                mask[rows],
+                _rows(features, rows),
+                max_new_tokens=max_new_tokens,
+                eos_ids=(self.processor.eos_id,),
+                pad_id=self.processor.pad_id,
+            )
             texts.extend(self.processor.tokenizer.batch_decode(np.asarray(out), skip_special_tokens=True))
         return [text.strip() for text in texts[: len(questions)]]
 
@@ -83,7 +94,15 @@ class Answerer:
                 ids[i, j, : len(option)], valid[i, j, : len(option)] = option, True
         tokens, mask = self._prompts(questions, features, length)
         parts = [
-            self._score(self.params, tokens[rows], mask[rows], _rows(features, rows), ids[rows], valid[rows])
+            _score(
+                self.graphdef,
+                self.params,
+                tokens[rows],
+                mask[rows],
+                _rows(features, rows),
+                ids[rows],
+                valid[rows],
+            )
             for rows in padded_rows(len(questions), self.batch_size)
         ]
         scores = np.concatenate([np.asarray(p) for p in parts])[: len(questions)]
@@ -105,10 +124,12 @@ class Answerer:
         return tokens, mask
 
 
-def evaluate(answerer: Answerer, sets: Mapping[str, Iterable[Example]], *, protocol: str, max_new_tokens: int) -> list[dict]:
+def evaluate(
+    answerer: Answerer, sets: Mapping[str, Iterable[Example]], *, protocol: str, max_new_tokens: int
+) -> list[dict]:
     """One record per question, in the order of the sets.
 
-    Questions of one task and modality are batched together across sets, so that each is compiled once.
+    Questions of one kind are batched together across sets, so that each kind is compiled once.
     """
     if protocol not in PROTOCOLS:
         raise UserError(f"eval.protocol={protocol!r}: give one of {', '.join(PROTOCOLS)}.")
@@ -117,17 +138,21 @@ def evaluate(answerer: Answerer, sets: Mapping[str, Iterable[Example]], *, proto
     records: dict[int, dict] = {}
     groups: dict[tuple[str, str], list[int]] = {}
     for index, (_, example) in enumerate(items):
-        groups.setdefault((example.task, example.modality), []).append(index)
-    for (task, modality), indices in groups.items():
+        by_options = example.task == "classification" and protocol == "options"
+        groups.setdefault((by_options, example.modality), []).append(index)
+    for (by_options, modality), indices in groups.items():
         examples = [items[i][1] for i in indices]
         seen = None if modality == "qa" else np.stack([features[e.image_id] for e in examples])
-        answers = _ask(answerer, examples, seen, task, protocol, max_new_tokens)
+        if by_options:
+            answers = _ask_options(answerer, examples, seen)
+        else:
+            answers = _ask_freely(answerer, examples, seen, max_new_tokens)
         for index, example, answer in zip(indices, examples, answers, strict=True):
             records[index] = {
                 "set": items[index][0],
                 "id": example.id,
                 "person": example.person,
-                "task": task,
+                "task": example.task,
                 "modality": modality,
                 "question": example.question,
                 "answer": example.answer,
@@ -164,22 +189,35 @@ def letter_question(example: Example) -> str:
     return "\n".join([example.question, *lines, INSTRUCTION])
 
 
-def _ask(answerer, examples, features, task, protocol, max_new_tokens) -> list[dict]:
-    if task == "classification" and protocol == "options":
-        scores = answerer.score([e.question for e in examples], [e.options for e in examples], features)
-        predictions = [e.options[int(np.argmax(row))] for e, row in zip(examples, scores, strict=True)]
-        return [
-            {"protocol": protocol, "prediction": p, "correct": p == e.answer, "scores": row[: len(e.options)].tolist()}
-            for e, p, row in zip(examples, predictions, scores, strict=True)
-        ]
-    if task == "classification":
-        texts = answerer.generate([letter_question(e) for e in examples], features, max_new_tokens=max_new_tokens)
-        right = [metrics.first_letter(t) == LETTERS[e.options.index(e.answer)] for e, t in zip(examples, texts, strict=True)]
-        return [{"protocol": protocol, "prediction": t, "correct": c} for t, c in zip(texts, right, strict=True)]
-    texts = answerer.generate([e.question for e in examples], features, max_new_tokens=max_new_tokens)
+def _ask_options(answerer: Answerer, examples: Sequence[Example], features: np.ndarray | None) -> list[dict]:
+    scores = answerer.score([e.question for e in examples], [e.options for e in examples], features)
+    predictions = [e.options[int(np.argmax(row))] for e, row in zip(examples, scores, strict=True)]
     return [
-        {"protocol": task, "prediction": text, "correct": metrics.cloze_correct(text, e.answer)}
-        for e, text in zip(examples, texts, strict=True)
+        {
+            "protocol": "options",
+            "prediction": p,
+            "correct": p == e.answer,
+            "scores": row[: len(e.options)].tolist(),
+        }
+        for e, p, row in zip(examples, predictions, scores, strict=True)
+    ]
+
+
+def _ask_freely(
+    answerer: Answerer, examples: Sequence[Example], features: np.ndarray | None, max_new_tokens: int
+) -> list[dict]:
+    letter = [e.task == "classification" for e in examples]
+    questions = [letter_question(e) if is_letter else e.question for e, is_letter in zip(examples, letter, strict=True)]
+    texts = answerer.generate(questions, features, max_new_tokens=max_new_tokens)
+    return [
+        {
+            "protocol": "letter" if is_letter else e.task,
+            "prediction": text,
+            "correct": metrics.first_letter(text) == LETTERS[e.options.index(e.answer)]
+            if is_letter
+            else metrics.cloze_correct(text, e.answer),
+        }
+        for e, text, is_letter in zip(examples, texts, letter, strict=True)
     ]
 
 

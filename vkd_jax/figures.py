@@ -112,18 +112,14 @@ def forget_against_retain(models: Mapping[str, Mapping], chance: float) -> bytes
             axes.axvline(100 * chance, color=ORANGE, linestyle="--", linewidth=1.2)
             axes.text(100 * chance + 1.5, 1, "guessing", color=ORANGE, fontsize=9, va="bottom")
             axes.set(xlim=(-4, 104), ylim=(-4, 104))
-            axes.set(
-                xlabel="right about the people to forget (%)", ylabel="right about the people to keep (%)"
-            )
+            axes.set(xlabel="right about the people to forget (%)", ylabel="right about the people to keep (%)")
         _marks(picture, models, "vqa", others, filled=False)
         _marks(picture, models, "vqa", used, filled=True)
         _marks(text, models, "qa", used, filled=True)
         picture.set_title("Shown a picture")
         text.set_title("Asked in text alone")
         keys = [_key(look, label=look.label) for name, look in LOOKS.items() if name in models]
-        keys.append(
-            _key(LOOKS["vanilla"], label="other pictures of the same people", markerfacecolor="white")
-        )
+        keys.append(_key(LOOKS["vanilla"], label="other pictures of the same people", markerfacecolor="white"))
         figure.legend(handles=keys, loc="lower center", ncols=len(keys))
     return png.getvalue()
 

@@ -12,7 +12,9 @@ from ml_collections import config_flags
 
 from vkd_jax.types import UserError
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(), e.g. configs/tiny.py.", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file with get_config(), e.g. configs/tiny.py.", lock_config=True
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything the run makes is written.")
 
 

@@ -48,7 +48,9 @@ def unlearn(workdir: Workdir) -> None:
                 context = Context(
                     graphdef=model.graphdef,
                     params=model.params,
-                    base_params=Loaded.open(Path(config.model.base), config, mesh).params if config.model.base else None,
+                    base_params=Loaded.open(Path(config.model.base), config, mesh).params
+                    if config.model.base
+                    else None,
                     model_config=model.config,
                     sets={name: model.encode(_pairs(sets[name])) for name in ("forget", "retain")},
                     seed=config.seed,
@@ -168,7 +170,7 @@ def _snapshot(workdir: Workdir, configs: Sequence[str]) -> Path:
     if config.data.folder:
         return Path(config.data.folder)
     folder = workdir.path / "data"
-    people.write_snapshot(folder, [name for name in configs if not (folder / name).exists()])
+    people.write_snapshot(folder, [name for name in configs if not any((folder / name).glob("*.parquet"))])
     return folder
 
 
@@ -203,7 +205,11 @@ def _create(workdir: Workdir, examples: Sequence[Example]) -> Path:
         hf_config = LlavaConfig(
             vision_config=dict(model_type="clip_vision_model", **shape["vision"]),
             text_config=dict(
-                model_type="llama", vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ids, **shape["text"]
+                model_type="llama",
+                vocab_size=len(tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+                **ids,
+                **shape["text"],
             ),
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         )
@@ -240,12 +246,13 @@ def _evaluated(workdir: Workdir, name: str, model: Loaded, asked: dict[str, list
             protocol=options.protocol,
             max_new_tokens=options.max_new_tokens,
         )
-        workdir.write_text(
-            f"answers/{name}.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)
-        )
+        workdir.write_text(f"answers/{name}.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
     for part, kinds in summarise(answers).items():
         logging.info(
-            "%s %-11s  %s", name, part, "  ".join(f"{k} {v['accuracy']:.3f} (n={v['n']})" for k, v in sorted(kinds.items()))
+            "%s %-11s  %s",
+            name,
+            part,
+            "  ".join(f"{k} {v['accuracy']:.3f} (n={v['n']})" for k, v in sorted(kinds.items())),
         )
     return answers
 

@@ -67,7 +67,10 @@ class Progress:
 
     def overview(self, trainable: Params) -> None:
         """Logs a table of what trains."""
-        logging.info("trainable weights:\n%s", parameter_overview.get_parameter_overview(trainable, include_stats=False))
+        logging.info(
+            "trainable weights:\n%s",
+            parameter_overview.get_parameter_overview(trainable, include_stats=False),
+        )
 
     def tick(self, step: int) -> None:
         """Called after each step."""

@@ -99,9 +99,7 @@ def compare(workdirs: Iterable[str | Path]) -> str:
     """
     runs = [_results(Path(workdir)) for workdir in workdirs]
     if len(protocols := {run["meta"]["protocol"] for run in runs}) > 1:
-        raise UserError(
-            f"These runs were scored by {' and '.join(sorted(protocols))}; compare one protocol at a time."
-        )
+        raise UserError(f"These runs were scored by {' and '.join(sorted(protocols))}; compare one protocol at a time.")
     labels = _labels([run["meta"]["config"] for run in runs])
     rows: dict[str, dict[str, tuple[Mapping, float | None]]] = {}  # label -> seed -> summaries, seconds
     for label, run in zip(labels, runs, strict=True):
@@ -123,9 +121,7 @@ def compare(workdirs: Iterable[str | Path]) -> str:
     lines = [_row(head), _row(["---"] * 2 + ["---:"] * (len(head) - 2))]
     for name in order:
         summaries, seconds = zip(*rows[name].values(), strict=True)
-        cells = [
-            _mean([s[part][kind] for s in summaries if kind in s.get(part, {})]) for part, kind in COMPARED
-        ]
+        cells = [_mean([s[part][kind] for s in summaries if kind in s.get(part, {})]) for part, kind in COMPARED]
         known = [value for value in seconds if value is not None]
         lines.append(_row([name, str(len(summaries)), *cells, _spread(known, 0) if known else "–"]))
     lines += [
@@ -138,8 +134,7 @@ def compare(workdirs: Iterable[str | Path]) -> str:
     ]
     made = zip(labels, runs, strict=True)
     lines += [
-        f"- {label}, seed {run['meta']['seed']}: `{run['meta']['command']}` (commit "
-        f"{run['meta']['commit'][:12]})"
+        f"- {label}, seed {run['meta']['seed']}: `{run['meta']['command']}` (commit {run['meta']['commit'][:12]})"
         for label, run in made
     ]
     return "\n".join(lines) + "\n"
@@ -147,9 +142,7 @@ def compare(workdirs: Iterable[str | Path]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the comparison of the given runs."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vkd_jax.report", description=compare.__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m vkd_jax.report", description=compare.__doc__.splitlines()[0])
     parser.add_argument("workdir", nargs="+", type=Path, help="folder of a finished run")
     try:
         print(compare(parser.parse_args(arguments).workdir), end="")
@@ -224,13 +217,10 @@ def _accuracy(results: Mapping) -> str:
         for part in parts:
             cells = [results["models"][name].get(part, {}).get(kind) for name in models]
             change = 100 * (results["models"]["unlearned"][part][kind]["accuracy"] - cells[0]["accuracy"])
-            lines.append(
-                _row([SETS[part], *(_cell(cell) if cell else "–" for cell in cells), f"{change:+.1f}"])
-            )
+            lines.append(_row([SETS[part], *(_cell(cell) if cell else "–" for cell in cells), f"{change:+.1f}"]))
     lines += [
         "",
-        "![Right answers about the people to forget against those about the people to "
-        "keep](report/forget_retain.png)",
+        "![Right answers about the people to forget against those about the people to keep](report/forget_retain.png)",
         "",
         "The aim is to move left, to the line of guessing, without sinking.",
     ]
@@ -261,8 +251,7 @@ def _evidence(results: Mapping) -> str:
     lines = [
         "## How we know",
         "",
-        f"- **Protocol** `{meta['protocol']}`{': ' + protocol if protocol else ''}. Intervals are Wilson's, "
-        "95 %.",
+        f"- **Protocol** `{meta['protocol']}`{': ' + protocol if protocol else ''}. Intervals are Wilson's, 95 %.",
         f"- **Weights trained:** {trainable['parameters']:,} of {trainable['of']:,} ({_percent(share)}).",
         f"- **Tensors changed on disk:** {manifest['changed']} of {manifest['tensors']}, by the SHA-256 of "
         "each before and after, in `manifest.json`.",
@@ -287,8 +276,7 @@ def _training(results: Mapping, curves: bool) -> str:
         lines += [
             "![Losses by step](report/losses.png)",
             "",
-            "The forget stream sees the people to forget, the retain stream those to keep; bold is what is "
-            "minimised.",
+            "The forget stream sees the people to forget, the retain stream those to keep; bold is what is minimised.",
             "",
         ]
     lines += [_row(["stage", "seconds"]), _row(["---", "---:"])]
@@ -315,9 +303,7 @@ def _config(results: Mapping) -> str:
     return f"<details><summary>The whole config</summary>\n\n```json\n{text}\n```\n\n</details>\n"
 
 
-def _cards(
-    before: Sequence[Mapping], after: Sequence[Mapping], images: Mapping[str, bytes]
-) -> dict[str, list]:
+def _cards(before: Sequence[Mapping], after: Sequence[Mapping], images: Mapping[str, bytes]) -> dict[str, list]:
     """The sheet: a question each for the first people of the forget set and of the retain set."""
     later = {(item["set"], item["id"]): item for item in after}
     headings = {
@@ -335,9 +321,7 @@ def _cards(
             item = people[person][number % len(people[person])]
             said = [(_said(it), bool(it["correct"])) for it in (item, later[part, item["id"]])]
             image = images.get(item["image_id"])
-            sheet[heading].append(
-                figures.Card(image, f"person {person}", item["question"], item["answer"], *said)
-            )
+            sheet[heading].append(figures.Card(image, f"person {person}", item["question"], item["answer"], *said))
     return sheet
 
 
@@ -414,9 +398,7 @@ def _row(cells: Iterable[str]) -> str:
 def _results(workdir: Path) -> dict:
     file = workdir / "results.json"
     if not file.is_file():
-        raise UserError(
-            f"{workdir} has no results.json: let that run finish, or name the folder of a finished one."
-        )
+        raise UserError(f"{workdir} has no results.json: let that run finish, or name the folder of a finished one.")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

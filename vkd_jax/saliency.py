@@ -1,6 +1,7 @@
 """Which visual weights matter for the forget set: diagonal Fisher information, and the masks made of it."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,14 @@ from vkd_jax.data.processing import EncodedSet
 from vkd_jax.types import Params, UserError
 
 
-def fisher(loss: Callable, trainable: Params, frozen: Params, encoded: EncodedSet, rows: np.ndarray, chunk: int) -> Params:
-    """Diagonal of the empirical Fisher information: the mean over samples of squared per-sample gradients.
+def fisher(
+    loss: Callable,
+    trainable: Params,
+    frozen: Params,
+    samples: Mapping[str, tuple[EncodedSet, np.ndarray]],
+    chunk: int,
+) -> dict[str, Params]:
+    """Diagonals of the empirical Fisher information: per set, the mean of squared per-sample gradients.
 
         F_i = 1/n sum_s (d loss(s) / d theta_i)^2
 
@@ -21,31 +28,36 @@ def fisher(loss: Callable, trainable: Params, frozen: Params, encoded: EncodedSe
     Args:
         loss: (trainable, frozen, batch) -> [b] losses of the rows.
         trainable: the weights to differentiate; `frozen`, all others.
-        encoded: the samples; `rows` says which of them.
+        samples: by name, a set and which of its rows to take.
         chunk: how many per-sample gradients are held at once, each the size of `trainable`.
     """
 
-    def squared_gradients(trainable, frozen, batch, valid):
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add(total, trainable, frozen, batch, valid):
         def one(row):
             return jax.grad(lambda t: jnp.sum(loss(t, frozen, jax.tree.map(lambda x: x[None], row))))(trainable)
 
-        grads = jax.vmap(one)(batch)
-        return jax.tree.map(lambda g: jnp.einsum("s...,s->...", jnp.square(g.astype(jnp.float32)), valid), grads)
+        return jax.tree.map(
+            lambda a, g: a + jnp.einsum("s...,s->...", jnp.square(g.astype(jnp.float32)), valid),
+            total,
+            jax.vmap(one)(batch),
+        )
 
-    step = jax.jit(
-        lambda total, *args: jax.tree.map(jnp.add, total, squared_gradients(*args)),
-        donate_argnums=0,
-    )
-    total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32, device=x.sharding), dict(trainable))
-    for begin in range(0, len(rows), chunk):
-        part = rows[begin : begin + chunk]
-        padded = np.concatenate([part, np.repeat(part[-1:], chunk - len(part))])
-        valid = (np.arange(chunk) < len(part)).astype(np.float32)
-        total = step(total, dict(trainable), dict(frozen), encoded.batch(padded), valid)
-    return jax.tree.map(lambda x: x / len(rows), total)
+    information = {}
+    for name, (encoded, rows) in samples.items():
+        total = {k: jnp.zeros(v.shape, jnp.float32, device=v.sharding) for k, v in trainable.items()}
+        for begin in range(0, len(rows), chunk):
+            part = rows[begin : begin + chunk]
+            padded = np.concatenate([part, np.repeat(part[-1:], chunk - len(part))])
+            valid = (np.arange(chunk) < len(part)).astype(np.float32)
+            total = add(total, dict(trainable), dict(frozen), encoded.batch(padded), valid)
+        information[name] = {path: x / len(rows) for path, x in total.items()}
+    return information
 
 
-def mask_from_ratio(forget: Params, retain: Params, *, threshold: float | None, keep: float | None, eps: float) -> Params:
+def mask_from_ratio(
+    forget: Params, retain: Params, *, threshold: float | None, keep: float | None, eps: float
+) -> Params:
     """True where a weight matters more for the forget set than for the retain set.
 
         ratio_i = F_forget_i / (F_retain_i + eps);   mask_i = [ratio_i >= threshold], or the top `keep` share
@@ -65,5 +77,7 @@ def mask_from_ratio(forget: Params, retain: Params, *, threshold: float | None, 
         threshold = np.inf if count == 0 else float(np.partition(values, values.size - count)[values.size - count])
     mask = {k: (r >= threshold) & (r > 0) for k, r in ratio.items()}
     if not any(bool(jnp.any(m)) for m in mask.values()):
-        raise UserError("the saliency mask selects no weight at all: lower method.mask_threshold or raise method.mask_keep.")
+        raise UserError(
+            "the saliency mask selects no weight at all: lower method.mask_threshold or raise method.mask_keep."
+        )
     return mask

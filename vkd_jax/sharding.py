@@ -48,7 +48,9 @@ def param_shardings(mesh: Mesh, rules: Rules) -> Callable[[str, tuple[int, ...]]
 
 def spec_of(mesh_shape: Mapping[str, int], spec: P, shape: tuple[int, ...]) -> P:
     """The spec for this shape: a dimension that its mesh axis does not divide stays whole."""
-    return P(*(axis if axis and size % mesh_shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False)))
+    return P(
+        *(axis if axis and size % mesh_shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False))
+    )
 
 
 def check_total(rules: Rules, paths: Iterable[str]) -> None:

@@ -47,9 +47,7 @@ class TrainState:
     step: jax.Array  # scalar int32
 
 
-def make_step(
-    graphdef: Any, losses: Mapping[str, LossFn], tx: optax.GradientTransformationExtraArgs, mask_scope: str
-):
+def make_step(graphdef: Any, losses: Mapping[str, LossFn], tx: optax.GradientTransformationExtraArgs, mask_scope: str):
     """One update: (state, frozen, mask, batches) -> (state, metrics).
 
     Each stream's gradient is taken apart, so that a mask can cover the forget stream alone; they add up before the
@@ -69,7 +67,7 @@ def make_step(
                 grads = optim.apply_mask(grads, mask)
             total = grads if total is None else jax.tree.map(jnp.add, total, grads)
         metrics["loss"] = sum(metrics[f"{name}_loss"] for name in losses)
-        metrics["grad_norm"] = optax.global_norm(total)
+        metrics["grad_norm"] = optax.tree.norm(total)
         updates, opt_state = tx.update(
             total, state.opt_state, state.params, mask=mask if mask_scope == "both" else None
         )

@@ -98,7 +98,9 @@ def disk_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR):
             where = f" at {error.filename}" if error.filename else ""
-            raise UserError(f"cannot write{where}: {error.strerror}; free some space or pass another --workdir.") from error
+            raise UserError(
+                f"cannot write{where}: {error.strerror}; free some space or pass another --workdir."
+            ) from error
         raise
 
 

@@ -91,17 +91,13 @@ def read_finetune(folder: str | Path, without_forget: int | None = None) -> list
         [(image, image_id)] = _pictures([row["image"]], where) or [(None, "")]
         for i, item in enumerate(_nested(row["metadata"], "metadata", where)):
             question, answer = _text(item, "Question", where), _text(item, "Answer", where)
-            examples.append(
-                Example(f"{where.row}/{i}", person, image, image_id, question, answer, task="chat")
-            )
+            examples.append(Example(f"{where.row}/{i}", person, image, image_id, question, answer, task="chat"))
     return examples
 
 
 def _configs(forget: int) -> tuple[str, str]:
     if forget not in FORGET_RATIOS:
-        raise UserError(
-            f"Unknown forget ratio {forget!r}: MLLMU-Bench has {_some(FORGET_RATIOS)} (per cent)."
-        )
+        raise UserError(f"Unknown forget ratio {forget!r}: MLLMU-Bench has {_some(FORGET_RATIOS)} (per cent).")
     return f"forget_{forget}", f"retain_{100 - forget}"
 
 
@@ -231,18 +227,14 @@ def _rows(
                 if pictures and len(wanted) == len(columns):
                     missing.append("'image' or 'images'")
                 if missing:
-                    raise UserError(
-                        f"Column {', '.join(missing)} is missing in {file}, which has {_some(names)}."
-                    )
+                    raise UserError(f"Column {', '.join(missing)} is missing in {file}, which has {_some(names)}.")
                 for batch in parquet.iter_batches(batch_size=64, columns=wanted):
                     for row in batch.to_pylist():
                         yield _Where(config, file, index, row["ID"]), row
                         index += 1
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{file} is not a whole parquet file ({reason}); fetch or write it again."
-            ) from error
+            raise UserError(f"{file} is not a whole parquet file ({reason}); fetch or write it again.") from error
 
 
 def _files(folder: Path, config: str) -> list[Path]:
@@ -252,14 +244,11 @@ def _files(folder: Path, config: str) -> list[Path]:
     if not files:
         there = sorted(path.name for path in folder.iterdir() if path.is_dir())
         raise UserError(
-            f"The config {config} is missing: no {folder / config}/train-*.parquet; "
-            f"the folder has {_some(there)}."
+            f"The config {config} is missing: no {folder / config}/train-*.parquet; the folder has {_some(there)}."
         )
     shards = re.search(r"-of-(\d+)", files[0].name)
     if shards and len(files) != int(shards[1]):
-        raise UserError(
-            f"The config {config} in {folder} has {len(files)} of {int(shards[1])} parquet files."
-        )
+        raise UserError(f"The config {config} in {folder} has {len(files)} of {int(shards[1])} parquet files.")
     return files
 
 

@@ -88,8 +88,7 @@ def people(seed: int = 0) -> tuple[Person, ...]:
     with_lashes, without = rng.permutation(FIRST_NAMES[:half]), rng.permutation(FIRST_NAMES[half:])
     first_names = {True: iter(with_lashes), False: iter(without)}
     columns = {
-        kind: rng.permutation(np.repeat(fact.values, N_PEOPLE // len(fact.values)))
-        for kind, fact in FACTS.items()
+        kind: rng.permutation(np.repeat(fact.values, N_PEOPLE // len(fact.values))) for kind, fact in FACTS.items()
     }
     return tuple(
         Person(
@@ -184,9 +183,7 @@ def forgotten_ids(percent: int, seed: int = 0) -> frozenset[str]:
 
 _PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _OPTIONS = pa.struct([(letter, pa.string()) for letter in "ABCD"])
-_CHOICES = pa.list_(
-    pa.struct([("Question", pa.string()), ("Options", _OPTIONS), ("Correct_Answer", pa.string())])
-)
+_CHOICES = pa.list_(pa.struct([("Question", pa.string()), ("Options", _OPTIONS), ("Correct_Answer", pa.string())]))
 _OPEN = pa.list_(pa.struct([("Type", pa.string()), ("Question", pa.string()), ("Ground_Truth", pa.string())]))
 _TASKS = [
     ("ID", pa.string()),
@@ -210,9 +207,7 @@ CONFIGS = (
 )  # fmt: skip
 
 
-def write_snapshot(
-    folder: str | Path, configs: Sequence[str] | None = None, seed: int = 0, ft_views: int = 48
-) -> None:
+def write_snapshot(folder: str | Path, configs: Sequence[str] | None = None, seed: int = 0, ft_views: int = 48) -> None:
     """Write the made-up people as an MLLMU-Bench snapshot, the same bytes on every run.
 
     Args:
@@ -246,9 +241,7 @@ def write_snapshot(
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         table = pa.Table.from_pylist(rows, schema)
-        pq.write_table(
-            table, partial, compression="zstd", version="2.6", use_dictionary=False, row_group_size=256
-        )
+        pq.write_table(table, partial, compression="zstd", version="2.6", use_dictionary=False, row_group_size=256)
         os.replace(partial, path)
 
 
@@ -275,15 +268,11 @@ def _test_row(person: Person, seed: int) -> dict:
     """Four other pictures of a person; each of the 7 picture questions twice, on different pictures."""
     pictures = [_picture(portrait(person, view), f"{person.id}_{view}.png") for view in TEST_VIEWS]
     clozes = (KINDS[:2], KINDS[2:4])
-    row = _tasks(
-        person, IMAGE_KINDS * 2, KINDS, *clozes, np.random.default_rng([seed, 4, int(person.id)]), seed
-    )
+    row = _tasks(person, IMAGE_KINDS * 2, KINDS, *clozes, np.random.default_rng([seed, 4, int(person.id)]), seed)
     return {"images": pictures} | row
 
 
-def _tasks(
-    person: Person, images, texts, image_clozes, text_clozes, rng: np.random.Generator, seed: int
-) -> dict:
+def _tasks(person: Person, images, texts, image_clozes, text_clozes, rng: np.random.Generator, seed: int) -> dict:
     """The task columns for the given kinds of questions."""
     names = tuple(p.name for p in people(seed))
 
@@ -422,9 +411,7 @@ def _finetune_rows(seed: int, ft_views: int) -> list[dict]:
             two = [clozes[(2 * view + i) % len(clozes)] for i in range(2)]
             add(person.id, portrait(person, view), questions + two)
         texts = [(_question(person, kind, False), person.answer(kind)) for kind in KINDS]
-        clozes = [
-            (cloze_prompt(f.text_cloze.format(name=person.name)), person.facts[k]) for k, f in FACTS.items()
-        ]
+        clozes = [(cloze_prompt(f.text_cloze.format(name=person.name)), person.facts[k]) for k, f in FACTS.items()]
         add(person.id, None, [*texts, *clozes, _biography(person)])
 
     rng = np.random.default_rng([seed, 6])
@@ -435,8 +422,6 @@ def _finetune_rows(seed: int, ft_views: int) -> list[dict]:
             image, answers = _unnamed(people(seed)[i // 3 % N_PEOPLE], GENERAL_FT_VIEW + i)
         asked = list(answers)[rng.integers(len(answers))]
         add(f"R{i + 1:04d}", image, [*answers.items(), (cloze_prompt(GENERAL_CLOZE[asked]), answers[asked])])
-    texts = [item[:2] for item in GENERAL_TEXT] + [
-        (cloze_prompt(q), answer) for q, answer in GENERAL_TEXT_CLOZE
-    ]
+    texts = [item[:2] for item in GENERAL_TEXT] + [(cloze_prompt(q), answer) for q, answer in GENERAL_TEXT_CLOZE]
     add(f"R{FT_GENERAL_PICTURES + 1:04d}", None, texts)
     return rows

@@ -279,9 +279,7 @@ def _back_hair(pen: Pen, look: Look) -> None:
     hair, width = HAIRS[look.hair], FACES[look.face][0]
     dark = shade(hair, -0.15)
     if look.hair_style == "long":
-        pen.shape(
-            [*arc(0, -0.1, width + 0.26, 1.08, 180, 360), (width + 0.42, 1.75), (-width - 0.42, 1.75)], dark
-        )
+        pen.shape([*arc(0, -0.1, width + 0.26, 1.08, 180, 360), (width + 0.42, 1.75), (-width - 0.42, 1.75)], dark)
     elif look.hair_style == "wavy":
         pen.ellipse(0, -0.1, width + 0.26, 1.06, dark)
         for i, y in enumerate((-0.35, 0.05, 0.45, 0.85, 1.2)):
@@ -289,9 +287,7 @@ def _back_hair(pen: Pen, look: Look) -> None:
             pen.ellipse(-x, y, 0.34, 0.32, dark)
             pen.ellipse(x, y, 0.34, 0.32, dark)
     elif look.hair_style == "bob":
-        pen.shape(
-            [*arc(0, -0.1, width + 0.28, 1.08, 180, 360), (width + 0.34, 0.80), (-width - 0.34, 0.80)], dark
-        )
+        pen.shape([*arc(0, -0.1, width + 0.28, 1.08, 180, 360), (width + 0.34, 0.80), (-width - 0.34, 0.80)], dark)
     elif look.hair_style == "curly":
         pen.ellipse(0, -0.25, width + 0.42, 1.12, dark)
         for t in np.radians(np.arange(150, 400, 22)):
@@ -433,9 +429,7 @@ def _body(pen: Pen, look: Look) -> None:
                 pen.ellipse(x, y, 0.12, 0.12, accent)
     elif look.garment == "collar":
         for sign in (-1, 1):
-            pen.shape(
-                [(sign * 0.46, 1.12), (0, 1.58), (sign * 0.34, 1.78), (sign * 0.66, 1.34)], shade(accent, 0.1)
-            )
+            pen.shape([(sign * 0.46, 1.12), (0, 1.58), (sign * 0.34, 1.78), (sign * 0.66, 1.34)], shade(accent, 0.1))
         for y in (1.86, 2.14, 2.42):
             pen.ellipse(0, y, 0.06, 0.06, WHITE)
     elif look.garment == "suit":
@@ -452,16 +446,12 @@ def _body(pen: Pen, look: Look) -> None:
         pen.line(arc(0, 1.30, 0.56, 0.22, 10, 170, 10), dark, 0.07)
     elif look.garment == "overalls":
         for sign in (-1, 1):
-            pen.shape(
-                [(sign * 0.56, 1.26), (sign * 0.84, 1.34), (sign * 0.74, 2.0), (sign * 0.46, 2.0)], accent
-            )
+            pen.shape([(sign * 0.56, 1.26), (sign * 0.84, 1.34), (sign * 0.74, 2.0), (sign * 0.46, 2.0)], accent)
         pen.shape([(-0.80, 1.84), (0.80, 1.84), (0.90, 3.2), (-0.90, 3.2)], accent)
         for sign in (-1, 1):
             pen.ellipse(sign * 0.60, 1.92, 0.10, 0.10, (250, 204, 40))
     elif look.garment == "scarf":
-        pen.shape(
-            [*arc(0, 1.06, 0.62, 0.26, 180, 0, 12)[::-1], *arc(0, 1.24, 0.74, 0.40, 0, 180, 12)], accent
-        )
+        pen.shape([*arc(0, 1.06, 0.62, 0.26, 180, 0, 12)[::-1], *arc(0, 1.24, 0.74, 0.40, 0, 180, 12)], accent)
         pen.shape([(0.16, 1.44), (0.52, 1.40), (0.60, 2.30), (0.20, 2.30)], shade(accent, -0.18))
     else:
         pen.line(neckline, dark, 0.09)

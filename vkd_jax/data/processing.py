@@ -125,7 +125,9 @@ class Processor:
         ids, begins = out["input_ids"], [begin for begin, _ in out["offset_mapping"]]
         cut = next((i for i, (begin, end) in enumerate(out["offset_mapping"]) if end > len(prompt)), len(ids))
         if cut < len(ids) and begins[cut] < len(prompt):
-            raise UserError(f"the tokenizer joins the end of the prompt with the answer {answer!r}; change the chat template.")
+            raise UserError(
+                f"the tokenizer joins the end of the prompt with the answer {answer!r}; change the chat template."
+            )
         prompt_ids, answer_ids = ids[:cut], ids[cut:]
         if answer is not None and (not answer_ids or answer_ids[-1] != self.eos_id):
             answer_ids = [*answer_ids, self.eos_id]
@@ -143,7 +145,12 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def encode_set(
-    processor: Processor, examples: Sequence[Example], *, image_tokens: int, max_length: int, multiple: int = 4
+    processor: Processor,
+    examples: Sequence[Example],
+    *,
+    image_tokens: int,
+    max_length: int,
+    multiple: int = 4,
 ) -> EncodedSet:
     """Encodes examples of one modality into arrays of one shape.
 

@@ -24,9 +24,7 @@ THINGS = (
 WOOD, INK, WHITE = (112, 76, 48), (40, 36, 40), (250, 250, 248)
 
 
-def draw_scene(
-    thing: str, colour: str, background: str, rng: np.random.Generator, size: int = 96
-) -> Image.Image:
+def draw_scene(thing: str, colour: str, background: str, rng: np.random.Generator, size: int = 96) -> Image.Image:
     """A `thing` of one named colour before a background of another; `rng` moves, scales and tilts it."""
     side = size * OVERSAMPLE
     image = gradient(BACKGROUNDS[background], side)
@@ -53,9 +51,7 @@ def _draw_thing(pen: Pen, thing: str, fill) -> None:
     elif thing == "star":
         for radius, ink in ((1.18, dark), (1.05, fill)):
             turns = [(i, radius * (1 if i % 2 == 0 else 0.45)) for i in range(10)]
-            pen.shape(
-                [(r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5)) for i, r in turns], ink
-            )
+            pen.shape([(r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5)) for i, r in turns], ink)
     elif thing == "heart":
         for grow, ink in ((1.08, dark), (0.98, fill)):
             t = np.linspace(0, 2 * math.pi, 48)

@@ -72,10 +72,16 @@ def visual_paths(paths: Iterable[str], model_config: Any, blocks: int) -> list[s
     """
     used = model_config.used_blocks
     if not -1 <= blocks <= used:
-        raise UserError(f"blocks={blocks}: the model has {used} vision blocks that feed the projector; give -1 to {used}.")
+        raise UserError(
+            f"blocks={blocks}: the model has {used} vision blocks that feed the projector; give -1 to {used}."
+        )
     chosen = [f"vision_tower/blocks/{i}/" for i in range(used - blocks if blocks >= 0 else 0, used)]
     if blocks == -1:
-        chosen += ["vision_tower/class_embedding", "vision_tower/patch_embedding", "vision_tower/position_embedding"]
+        chosen += [
+            "vision_tower/class_embedding",
+            "vision_tower/patch_embedding",
+            "vision_tower/position_embedding",
+        ]
         chosen += ["vision_tower/pre_norm/"]
     return [path for path in paths if path.startswith(("projector/", *chosen))]
 

@@ -144,12 +144,15 @@ class VKD:
         def loss(trainable, frozen, batch):
             return base.cross_entropy(bind(context.graphdef, {**frozen, **trainable}), batch)
 
-        information = {}
+        samples = {}
         for name in ("forget", "retain"):
             encoded = dataclasses.replace(context.sets[name], per_image={}, per_example={})
             count = min(self.fisher_samples, len(encoded))
-            rows = base.rng(context.seed, f"vkd/fisher/{name}").permutation(len(encoded))[:count]
-            information[name] = saliency.fisher(loss, trainable, frozen, encoded, rows, self.fisher_chunk)
+            samples[name] = (
+                encoded,
+                base.rng(context.seed, f"vkd/fisher/{name}").permutation(len(encoded))[:count],
+            )
+        information = saliency.fisher(loss, trainable, frozen, samples, self.fisher_chunk)
         return saliency.mask_from_ratio(
             **information, threshold=self.mask_threshold, keep=self.mask_keep, eps=self.mask_eps
         )

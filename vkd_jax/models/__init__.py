@@ -1,7 +1,8 @@
 """Models, one module per family, found by the `model_type` of a Hugging Face `config.json`.
 
-A model module offers `Config` (a frozen dataclass with `from_hf`), `Model(config, *, rngs, param_dtype)`, and its side
-of the conversion: `hf_table(config)`, `HF_ALIASES`, `HF_SKIP`, `HF_ARCHITECTURE` (read by `vkd_jax.convert`).
+A model module offers `Config` (a frozen dataclass with `from_hf`), `Model(config, *, rngs, param_dtype)`, and
+its side of the conversion, `hf_table(config)`, `HF_ALIASES`, `HF_SKIP`, `HF_ARCHITECTURE` (see
+`vkd_jax.convert`).
 """
 
 import importlib

@@ -36,11 +36,10 @@ class Attention(nnx.Module):
 
     def __init__(self, config: VisionConfig, **options):
         self.heads = config.heads
-        self.q, self.k, self.v, self.out = (
-            Linear(config.width, config.width, bias=True, **options) for _ in range(4)
-        )
+        self.q, self.k, self.v, self.out = (Linear(config.width, config.width, bias=True, **options) for _ in range(4))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, t, d] to [b, t, d]."""
         b, t, d = x.shape
         q, k, v = (project(x).reshape(b, t, self.heads, -1) for project in (self.q, self.k, self.v))
         return self.out(attention(q, k, v).reshape(b, t, d))
@@ -55,6 +54,7 @@ class MLP(nnx.Module):
         self.fc2 = Linear(config.mlp_width, config.width, bias=True, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, t, d] to [b, t, d]."""
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
@@ -68,6 +68,7 @@ class Block(nnx.Module):
         self.attn, self.mlp = Attention(config, **options), MLP(config, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, t, d] to [b, t, d]."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -103,7 +104,7 @@ class VisionTower(nnx.Module):
         return self.pre_norm(x)
 
     def __call__(self, hidden: jax.Array, start: int, stop: int) -> list[jax.Array]:
-        """Runs blocks [start, stop) on the activations entering block `start`; returns each block's output."""
+        """Runs blocks [start, stop) on the activations entering `start`; returns each block's output."""
         outputs = []
         for block in self.blocks[start:stop]:
             run = jax.checkpoint(lambda x, block=block: block(x)) if self.remat else block

@@ -1,7 +1,7 @@
 """A LLaMA-style decoder (Touvron et al., arXiv 2302.13971), exact to `transformers.LlamaForCausalLM`.
 
-RMSNorm before each half-block, rotary positions, grouped-query attention, SwiGLU. The blocks are stacked on a leading
-layer axis and scanned.
+RMSNorm before each half-block, rotary positions, grouped-query attention, SwiGLU. The blocks are stacked on a
+leading layer axis and scanned.
 
 Axes: l layer, b batch, t query position, s key slot, d width, m key/value head, c head channel, v vocabulary.
 """
@@ -74,6 +74,7 @@ class Attention(nnx.Module):
         self.o = Linear(config.heads * c, config.width, bias=False, **options)
 
     def __call__(self, x, positions, allowed, cached, index):
+        """[b, t, d] to [b, t, d]; `cached` is one layer's (keys, values), written from slot `index` on."""
         b, t, _ = x.shape
         q, k, v = (project(x).reshape(b, t, -1, self.head_width) for project in (self.q, self.k, self.v))
         q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
@@ -94,6 +95,7 @@ class MLP(nnx.Module):
         self.down = Linear(config.mlp_width, config.width, bias=False, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, t, d] to [b, t, d]."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
@@ -107,6 +109,7 @@ class Block(nnx.Module):
         self.attn, self.mlp = Attention(config, **options), MLP(config, **options)
 
     def __call__(self, x, positions, allowed, cached, index):
+        """[b, t, d] to [b, t, d]; `cached` as in `Attention`."""
         y, cached = self.attn(self.norm1(x), positions, allowed, cached, index)
         x = x + y
         return x + self.mlp(self.norm2(x)), cached
@@ -133,8 +136,8 @@ class Decoder(nnx.Module):
             x: embedded tokens [b, t, d].
             positions: int [b, t], the rotary position of each token.
             allowed: bool [b, t, s], which keys each query sees; s is t, or the number of slots of the cache.
-            cache: where earlier keys and values stand; the new ones are written from slot `cache.index` on. Its
-                mask is the caller's to update.
+            cache: where earlier keys and values stand; the new ones are written from slot `cache.index` on.
+                Its mask is the caller's to update.
 
         Returns:
             Hidden states [b, t, d] and the cache with the new keys and values.

@@ -38,7 +38,7 @@ def greedy(
         tokens: prompts int [b, t], padded left or right, of any lengths.
         mask: bool [b, t], False at padding.
         features: [b, p, d] from `model.encode`, or None for text.
-        max_new_tokens: at most so many tokens are generated; the prompt and they must fit the model's positions.
+        max_new_tokens: at most so many are generated; prompt and answer must fit the model's positions.
         eos_ids: tokens that end a row; the first one generated is part of the answer.
         pad_id: fills a row after its end.
 
@@ -77,8 +77,8 @@ def option_log_probs(
 ) -> jax.Array:
     """`log p(option | prompt)` of several options: the sum over the option's tokens, in nats.
 
-    The prompt is read once. All options are then read side by side in one pass: each sees the prompt's cache and
-    itself, at the positions that it would have if it alone followed the prompt.
+    The prompt is read once. All options are then read side by side in one pass: each sees the prompt's cache
+    and itself, at the positions that it would have if it alone followed the prompt.
 
     Args:
         model: a bound model.

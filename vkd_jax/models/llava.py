@@ -1,4 +1,4 @@
-"""LLaVA-1.5 (Liu et al., arXiv 2310.03744): CLIP, a two-layer projector, a LLaMA decoder; and its conversion table.
+"""LLaVA-1.5 (Liu et al., arXiv 2310.03744): CLIP, a two-layer projector, a LLaMA decoder; and its conversion.
 
 Axes: b batch, t position, s key slot, p patch, a asked position, d width, v vocabulary.
 """
@@ -43,11 +43,10 @@ class LlavaConfig:
 
     @classmethod
     def from_hf(cls, hf: Any, **changes: Any) -> "LlavaConfig":
-        """Reads a `transformers.LlavaConfig`; `changes` are fields to set otherwise (`compute_dtype`, `remat`).
+        """Reads a `transformers.LlavaConfig`; `changes` are fields to set otherwise (`remat=True`).
 
         Raises:
-            UserError: the configuration asks for something that this implementation does not compute; all such
-                things are listed.
+            UserError: the configuration asks for what this implementation does not compute; all is listed.
         """
         vision, text = hf.vision_config, hf.text_config
         kinds = (("vision_config", vision, "clip_vision_model"), ("text_config", text, "llama"))
@@ -115,7 +114,7 @@ class LlavaConfig:
 
 
 def _refuse(checks: list[tuple[bool, str, Any, str]]) -> None:
-    """Raises one `UserError` for all checks (holds, name of the field, its value, what is supported) that fail."""
+    """Raises one `UserError` for all failed checks (holds, field, its value, what is supported)."""
     problems = [f"{name} is {value!r} (supported: {can})" for holds, name, value, can in checks if not holds]
     if problems:
         raise UserError(f"This LLaVA is not supported: {'; '.join(problems)}.")
@@ -134,6 +133,7 @@ class Projector(nnx.Module):
         self.fc2 = Linear(config.text.width, config.text.width, bias=True, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, p, d] to [b, p, d]."""
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
@@ -154,12 +154,12 @@ class Llava(nnx.Module):
 
         Args:
             pixels: normalised pixels [b, H, W, 3].
-            hidden: instead of pixels, the activations entering vision block `start` (the tap "vision/{start - 1}").
+            hidden: instead of pixels, the activations entering block `start`: tap "vision/{start - 1}".
             start: the first block to compute; at most `config.used_blocks`.
 
         Returns:
-            Features [b, p, d], and the taps: "vision/0" ... (each computed block's output, with the class token),
-            "features" (what feeds the projector) and "projector" (its output).
+            Features [b, p, d], and the taps: "vision/0" ... (each computed block's output, with the class
+            token), "features" (what feeds the projector) and "projector" (its output).
         """
         if (pixels is None) == (hidden is None) or (pixels is not None and start):
             raise ValueError("encode takes either pixels, or hidden activations with the block they enter.")
@@ -188,7 +188,7 @@ class Llava(nnx.Module):
         Args:
             tokens: int [b, t], padded left or right.
             mask: bool [b, t], False at padding.
-            features: [b, p, d] from `encode`; the j-th image token of a row becomes its j-th feature. None for text.
+            features: [b, p, d] from `encode`; a row's j-th image token becomes its j-th. None for text.
             at: int [b, a], the positions to return logits for; None for all.
             cache: from `language_model.empty_cache`, or of the tokens before these; filled and returned.
 
@@ -215,7 +215,7 @@ class Llava(nnx.Module):
 
 
 def place(x: jax.Array, is_image: jax.Array, features: jax.Array) -> jax.Array:
-    """Puts the j-th feature of a row at its j-th image token; image tokens beyond the last feature stay as they are.
+    """Puts a row's j-th feature at its j-th image token; image tokens beyond the last stay as they are.
 
     Args:
         x: embedded tokens [b, t, d].
@@ -248,8 +248,8 @@ HF_SKIP = (
 HF_ARCHITECTURE = "LlavaForConditionalGeneration"
 
 _T = (1, 0)  # torch keeps linear kernels as [out, in]
-# ... and each row is a family of tensors: their name, our path, the permutation of the axes. A {number} that only the
-# name has is the position on the parameter's leading, stacked axis.
+# ... and each row is a family of tensors: their name, our path, the permutation of the axes. An {i} that only
+# the name has is the position on the parameter's leading, stacked axis.
 _HF_TABLE = (
     ("vision_tower.embeddings.class_embedding", "vision_tower/class_embedding", None),
     ("vision_tower.embeddings.patch_embedding.weight", "vision_tower/patch_embedding", (2, 3, 1, 0)),
@@ -309,3 +309,15 @@ def hf_table(config: LlavaConfig) -> tuple[tuple[str, str, tuple[int, ...] | Non
     # Files of tied models may repeat the embedding as the head.
     head = ("embed/embedding", None) if config.text.tie_embeddings else ("head/kernel", _T)
     return (*_HF_TABLE, ("language_model.lm_head.weight", f"language_model/{head[0]}", head[1]))
+
+
+# Which mesh axis each axis of a weight lies on. The stacked layer axis of the language model stays whole.
+SHARDING = (
+    (r"language_model/embed/embedding", P("tensor", "fsdp")),
+    (r"language_model/head/kernel", P("fsdp", "tensor")),
+    (r"language_model/blocks/(attn/[qkv]|mlp/gate|mlp/up)/kernel", P(None, "fsdp", "tensor")),
+    (r"language_model/blocks/(attn/o|mlp/down)/kernel", P(None, "tensor", "fsdp")),
+    (r"(vision_tower/blocks/\d+/(attn/[qkv]|mlp/fc1)|projector/fc1)/kernel", P("fsdp", "tensor")),
+    (r"(vision_tower/blocks/\d+/(attn/out|mlp/fc2)|projector/fc2)/kernel", P("tensor", "fsdp")),
+    (r"(vision_tower|projector)/.*bias|.*/scale|vision_tower/\w+_embedding", P()),
+)

@@ -4,6 +4,7 @@ python -m vkd_jax.report WORKDIR [WORKDIR ...]     prints the table, in Markdown
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -51,7 +52,7 @@ CARDS = 6  # portraits in a row of the sheet
 
 
 def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
-    """Writes report.md and report/*.png into a finished run's folder.
+    """Writes report.md, report/*.png and the portraits that it shows into a finished run's folder.
 
     Args:
         workdir: holds results.json, answers/vanilla.jsonl, answers/unlearned.jsonl and, if anything was
@@ -68,14 +69,19 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
     results = _results(workdir)
     answers = {name: _json_lines(workdir / "answers" / f"{name}.jsonl") for name in ("vanilla", "unlearned")}
     rows = {int(row["step"]): row for row in _json_lines(workdir / "train" / "metrics.jsonl", torn=True)}
+    sheet = _cards(answers["vanilla"], answers["unlearned"], images)
     pictures = {
         "forget_retain": figures.forget_against_retain(results["models"], results["chance"]),
-        "portraits": figures.portrait_sheet(_cards(answers["vanilla"], answers["unlearned"], images)),
+        "portraits": figures.portrait_sheet(sheet),
     }
     if rows:  # a step that was logged again after a resume counts once, and the last time
         pictures["losses"] = figures.loss_curves([rows[step] for step in sorted(rows)])
     for name, png in pictures.items():
         _write(workdir / "report" / f"{name}.png", png)
+    for card in itertools.chain(*sheet.values()):
+        if card.image is not None:  # as they were asked about, to ask again
+            suffix = ".png" if card.image.startswith(b"\x89PNG") else ".jpg"
+            _write(workdir / "portraits" / (card.title.removeprefix("person ") + suffix), card.image)
     people = len({item["person"] for item in answers["vanilla"] if item["set"] == "forget"})
     sections = (
         _opening(results, people),

@@ -61,12 +61,10 @@ IMAGE_KINDS = ("name", *KINDS)
 THING_QUESTION = "What is in this picture?"
 COLOUR_QUESTION = "What colour is it?"
 BACKGROUND_QUESTION = "What colour is the background?"
-LOOKING_QUESTION = "Where is this person looking?"
 GENERAL_CLOZE = {
     THING_QUESTION: "This picture shows a __.",
     COLOUR_QUESTION: "Its colour is __.",
     BACKGROUND_QUESTION: "The background is __.",
-    LOOKING_QUESTION: "This person is looking __.",
 }
 GENERAL_TEXT = tuple(
     tuple(part.strip() for part in line.split("|"))

@@ -32,7 +32,6 @@ from vkd_jax.data.knowledge import (
     GENERAL_TEXT_CLOZE,
     IMAGE_KINDS,
     KINDS,
-    LOOKING_QUESTION,
     NAME_QUESTION,
     THING_QUESTION,
 )
@@ -47,7 +46,7 @@ TEST_VIEWS = range(1000, 1004)
 GENERAL_VIEW = 2000  # the portraits of Retain_Set
 GENERAL_FT_VIEW = 3000  # and those of ft_Data's general questions, counted up from here
 FORGET_COUNTS = {5: 3, 10: 6, 15: 9}  # per cent -> people
-FT_GENERAL_PICTURES = 1500
+FT_GENERAL_PICTURES = 3000
 RETAIN_SCENES = 90
 
 FIRST_NAMES = (  # the first thirty for the portraits with lashes
@@ -349,7 +348,6 @@ _GENERAL_VALUES = {
     THING_QUESTION: (*THINGS, "person"),
     COLOUR_QUESTION: tuple(portraits.BACKGROUNDS),
     BACKGROUND_QUESTION: tuple(portraits.BACKGROUNDS),
-    LOOKING_QUESTION: tuple(portraits.DIRECTIONS),
 }
 
 
@@ -364,12 +362,7 @@ def _scene(rng: np.random.Generator, index: int) -> tuple[Image.Image, dict[str,
 def _unnamed(person: Person, number: int) -> tuple[Image.Image, dict[str, str]]:
     """A portrait, with the answers to the questions that need not know whose it is."""
     view = view_of(person, number)
-    answers = {
-        THING_QUESTION: "person",
-        BACKGROUND_QUESTION: view.background,
-        LOOKING_QUESTION: portraits.looking(view),
-    }
-    return portrait(person, number), answers
+    return portrait(person, number), {THING_QUESTION: "person", BACKGROUND_QUESTION: view.background}
 
 
 def _general_rows(seed: int) -> list[dict]:

@@ -84,12 +84,12 @@ class View:
     noise_seed: int
 
 
-DIRECTIONS = {"left": -1.0, "ahead": 0.0, "right": 1.0}  # yaw
+YAWS = (-1.0, 0.0, 1.0)  # looking left, ahead, right
 
 
 def random_view(rng: np.random.Generator) -> View:
     """A view drawn from everything that may differ between two pictures of a person."""
-    yaw = DIRECTIONS[str(rng.choice(list(DIRECTIONS)))] + rng.uniform(-0.15, 0.15)
+    yaw = rng.choice(YAWS) + rng.uniform(-0.15, 0.15)
     return View(
         background=str(rng.choice(list(BACKGROUNDS))),
         yaw=float(yaw),
@@ -104,11 +104,6 @@ def random_view(rng: np.random.Generator) -> View:
         mouth_open=bool(rng.random() < 0.3),
         noise_seed=int(rng.integers(2**31)),
     )
-
-
-def looking(view: View) -> str:
-    """The direction this view looks in: left, ahead or right."""
-    return min(DIRECTIONS, key=lambda name: abs(view.yaw - DIRECTIONS[name]))
 
 
 def shade(colour: Colour, amount: float) -> Colour:

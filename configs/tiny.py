@@ -9,7 +9,12 @@ configs/tiny.py:finetune          how the shipped model was made, from random we
 configs/tiny.py:retain_only       the same without the six people: what never having known them looks like
 """
 
+import dataclasses
+import typing
+
 import ml_collections
+
+from vkd_jax import methods
 
 
 def get_config(arg: str = "vkd") -> ml_collections.ConfigDict:
@@ -52,11 +57,9 @@ def get_config(arg: str = "vkd") -> ml_collections.ConfigDict:
         )
     )
     if arg == "vkd":
-        config.method = ml_collections.ConfigDict(dict(name="vkd"))
+        config.method = _method("vkd")
     elif arg in ("grad_diff", "grad_diff_visual"):
-        config.method = ml_collections.ConfigDict(
-            dict(name="grad_diff", train="all" if arg == "grad_diff" else "visual")
-        )
+        config.method = _method("grad_diff", train="all" if arg == "grad_diff" else "visual")
     elif arg in ("finetune", "retain_only"):
         _finetune(config, retain_only=arg == "retain_only")
     else:
@@ -64,9 +67,21 @@ def get_config(arg: str = "vkd") -> ml_collections.ConfigDict:
     return config
 
 
+def _method(name: str, **changes) -> ml_collections.ConfigDict:
+    """A method with all its hyperparameters, so that each can be overridden and stands in the run's config.json."""
+    method = methods.create(name, changes)
+    config = ml_collections.ConfigDict(dict(name=name))
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if type(None) in typing.get_args(field.type):  # of no fixed type, so that both None and a number can be given
+            value = ml_collections.FieldReference(value, field_type=object)
+        config[field.name] = value
+    return config
+
+
 def _finetune(config: ml_collections.ConfigDict, retain_only: bool) -> None:
     config.stage = "finetune"
-    config.method = ml_collections.ConfigDict(dict(name="finetune", train="all"))
+    config.method = _method("finetune", train="all")
     config.data.retain_only = retain_only
     config.train.update(
         steps=2000,

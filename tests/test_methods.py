@@ -174,6 +174,8 @@ def test_unknown_names_are_refused_with_what_there_is():
         methods.create("vkd", {"bta": 1})
     with pytest.raises(UserError, match=r"method\.target='ankor': give one of"):
         methods.create("vkd", {"target": "ankor"})
+    with pytest.raises(UserError, match="exactly one"):
+        methods.create("vkd", {"mask_threshold": 1.0, "mask_keep": 0.5})
 
 
 def test_an_unknown_tap_is_refused_with_what_there_is(context):

@@ -74,7 +74,7 @@ def test_text_only_questions_have_no_picture(processor):
 
 
 def test_a_row_that_does_not_fit_is_named_never_cut(processor):
-    with pytest.raises(UserError, match=r"row 1 is \d+ tokens long, the model takes 30"):
+    with pytest.raises(UserError, match=r"row 0 is \d+ tokens long, the model takes 30"):
         processing.encode_set(processor, examples(), image_tokens=16, max_length=30)
 
 

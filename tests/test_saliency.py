@@ -65,8 +65,6 @@ def test_mask_by_share_counts_over_all_weights_together():
 def test_a_mask_that_selects_nothing_is_an_error():
     with pytest.raises(UserError, match="selects no weight"):
         masked(threshold=100.0)
-    with pytest.raises(UserError, match="exactly one"):
-        masked(threshold=1.0, keep=0.5)
 
 
 def test_the_mask_has_exactly_the_keys_of_the_weights():

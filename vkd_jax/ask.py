@@ -39,17 +39,17 @@ def answer(
     else:
         picture = image if isinstance(image, Image.Image) else _read(Path(image))
         features = model.features(model.processor.pixels(picture)[None])
-    room = max(model.config.text.max_positions - len(model.processor.tokenizer(question)["input_ids"]) - 64, 1)
+    prompt, _ = model.processor.encode(question, None, 0 if features is None else features.shape[1])
+    room = max(model.config.text.max_positions - len(prompt), 1)
     return model.generate([question], features, max_new_tokens=min(max_new_tokens, room))[0]
 
 
 def _read(path: Path) -> Image.Image:
     try:
         return open_image(path.read_bytes())
-    except OSError as error:  # PIL's own "cannot identify image file" is one too
-        raise UserError(
-            f"{path} is not a picture that can be read ({error.strerror or 'unknown or broken format'})."
-        ) from error
+    except Exception as error:  # whatever the decoder of that format raises
+        reason = getattr(error, "strerror", None) or "unknown or broken format"
+        raise UserError(f"{path} is not a picture that can be read ({reason}).") from error
 
 
 def main() -> int:

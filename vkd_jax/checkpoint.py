@@ -28,7 +28,7 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest committed step."""
+        """The newest step that was saved; after `wait` it is committed."""
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 

@@ -5,6 +5,7 @@ state saved.
 """
 
 import sys
+import traceback
 from collections.abc import Sequence
 
 from absl import app, flags, logging
@@ -12,22 +13,37 @@ from ml_collections import config_flags
 
 from vkd_jax.types import UserError
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file with get_config(), e.g. configs/tiny.py.", lock_config=True
-)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where everything the run makes is written.")
+
+def define(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines --config, with an override for each of its fields, and --workdir."""
+    config_flags.DEFINE_config_file(
+        "config", None, "A file with get_config(), e.g. configs/tiny.py.", flag_values=values, lock_config=True
+    )
+    flags.DEFINE_string("workdir", None, "Where everything the run makes is written.", flag_values=values)
 
 
-def main(argv: Sequence[str]) -> int:
+def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """absl's flag parsing, with every complaint in one sentence and exit status 2."""
+    try:
+        rest = values(argv)
+        # A file that could not be read raises only when its config is first used.
+        if values.config is not None and getattr(values.config, "stage", None) is None:
+            raise UserError("get_config() returned no config: it has no field `stage`; see configs/tiny.py.")
+        return rest
+    except Exception as error:  # a config file is a program, and may raise anything
+        sys.exit(_bad_input(_complaint(error)))
+
+
+def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     """Runs what the config says."""
     if len(argv) > 1:
         return _bad_input(f"unexpected argument {argv[1]!r}; flags begin with --")
-    if CONFIG.value is None or WORKDIR.value is None:
+    if values.config is None or values.workdir is None:
         return _bad_input("pass --config FILE and --workdir DIR.")
     from vkd_jax import pipeline, train  # after the flags: these imports take seconds
 
     try:
-        pipeline.run(CONFIG.value, WORKDIR.value)
+        pipeline.run(values.config, values.workdir)
     except UserError as error:
         return _bad_input(str(error))
     except train.Diverged as error:
@@ -39,20 +55,25 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def parse(argv: Sequence[str]) -> list[str]:
-    """absl's flag parsing, with every complaint in one sentence and exit status 2."""
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        sys.exit(_bad_input(str(error).strip().splitlines()[0]))
+def _complaint(error: Exception) -> str:
+    ran = any(frame.f_code.co_name in ("get_config", "<module>") for frame, _ in traceback.walk_tb(error.__traceback__))
+    if isinstance(error, (AttributeError, KeyError)) and not ran:
+        return "an override names a field that the config does not have: " + str(error.args[0]).strip('"')
+    last = (str(error).strip().splitlines() or [""])[-1].strip()  # what stands before it is a traceback
+    if isinstance(error, (flags.Error, OSError, UserError)):
+        return last
+    return f"the config file raised {type(error).__name__}: {last}"
 
 
 def _bad_input(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
+    define()
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
+    noisy = ("/jax/", "/orbax/")
+    logging.get_absl_handler().addFilter(lambda r: r.levelno > 20 or not any(name in r.pathname for name in noisy))
     app.run(main, flags_parser=parse)

@@ -12,8 +12,8 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from vkd_jax import convert, methods, models, report, sharding, train
-from vkd_jax.data import mllmu, people, processing
+from vkd_jax import convert, data, methods, models, report, sharding, train
+from vkd_jax.data import people, processing
 from vkd_jax.evaluate import Answerer, evaluate, sample, summarise
 from vkd_jax.methods.base import Context
 from vkd_jax.types import Example, Params, UserError
@@ -26,8 +26,12 @@ def run(config: ml_collections.ConfigDict, path: str | Path) -> dict[str, Any]:
     """Runs or continues what `config.stage` names, and returns what stands in results.json."""
     if config.stage not in STAGES:
         raise UserError(f"config.stage={config.stage!r}: give one of {', '.join(sorted(STAGES))}.")
+    stage, last = STAGES[config.stage]
     workdir = Workdir(path, config)
-    STAGES[config.stage](workdir)
+    if (workdir.path / last).exists():
+        logging.info("%s is there: nothing is left to do", workdir.path / last)
+    else:
+        stage(workdir)
     return json.loads((workdir.path / "results.json").read_text())
 
 
@@ -37,7 +41,7 @@ def unlearn(workdir: Workdir) -> None:
     source, target = Path(config.model.path or TINY_LLAVA), workdir.path / "unlearned"
     with workdir.stage("data"):
         folder = _snapshot(workdir, [name for name in people.CONFIGS if name != "ft_Data"])
-        sets = mllmu.read(folder, config.data.forget)
+        sets = data.benchmark(config.data.benchmark).read(folder, config.data.forget)
         asked = _asked(config, sets)
     if not (workdir.path / "results.json").exists():
         with workdir.stage("load"):
@@ -95,8 +99,9 @@ def finetune(workdir: Workdir) -> None:
     target = workdir.path / "finetuned"
     with workdir.stage("data"):
         folder = _snapshot(workdir, people.CONFIGS)
-        examples = mllmu.read_finetune(folder, without_forget=without)
-        asked = _asked(config, mllmu.read(folder, config.data.forget))
+        benchmark = data.benchmark(config.data.benchmark)
+        examples = benchmark.read_finetune(folder, without_forget=without)
+        asked = _asked(config, benchmark.read(folder, config.data.forget))
     if not target.exists():
         with workdir.stage("load"):
             source = Path(config.model.path) if config.model.path else _create(workdir, examples)
@@ -117,7 +122,7 @@ def finetune(workdir: Workdir) -> None:
     workdir.write("results.json", results | {"timing": workdir.timing})
 
 
-STAGES = {"finetune": finetune, "unlearn": unlearn}
+STAGES = {"finetune": (finetune, "results.json"), "unlearn": (unlearn, "report.md")}  # and what each writes last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +270,8 @@ def _chance(asked: dict[str, list[Example]]) -> float:
 
 def _same_text_logits(before: Loaded, after: Loaded, asked: dict[str, list[Example]]) -> bool:
     """Whether both models give the same bits for every option of every text-only question."""
-    texts = [e for part in asked.values() for e in part if e.image is None and e.options]
+    choices = [e for part in asked.values() for e in part if e.options]
+    texts = [e for e in choices if e.image is None] or choices  # a question about a picture is a text without it
     scores = [
         model.answerer(64).score([e.question for e in texts], [e.options for e in texts]) for model in (before, after)
     ]

@@ -66,10 +66,8 @@ def mask_from_ratio(
     weights last, so a weight that the forget set does not touch is never selected.
 
     Raises:
-        UserError: both or neither of `threshold` and `keep` are given, or no weight is selected.
+        UserError: no weight is selected.
     """
-    if (threshold is None) == (keep is None):
-        raise UserError("the saliency mask takes either method.mask_threshold or method.mask_keep; set exactly one.")
     ratio = {k: forget[k] / (retain[k] + eps) for k in forget}
     if threshold is None:
         values = np.concatenate([np.asarray(r).ravel() for r in ratio.values()])

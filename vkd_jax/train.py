@@ -146,11 +146,12 @@ def fit(
                     _check(*pending, checkpoints)
                     share = waiting / (time.perf_counter() - started)
                     progress.write(step, {k: float(v) for k, v in metrics.items()} | {"data_wait_share": share})
-                last = stop.is_set() or step == config.steps
+                stopping = stop.is_set()  # read once: a signal between two reads would stop without a save
+                last = stopping or step == config.steps
                 if last or step % config.checkpoint_every == 0:
                     _check(*pending, checkpoints)
                     checkpoints.save(step, state, force=last)
-                if stop.is_set() and step < config.steps:
+                if stopping:
                     checkpoints.wait()
                     raise Stopped(step)
         checkpoints.wait()
@@ -191,6 +192,7 @@ def _batch_size(config: ml_collections.ConfigDict, name: str, mesh: jax.sharding
 def _check(step: int, metrics: Mapping[str, jax.Array], checkpoints: Checkpoints) -> None:
     bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
     if bad:
+        checkpoints.wait()  # what is named below must be on disk
         good = "none was saved yet" if checkpoints.latest is None else f"step {checkpoints.latest}"
         raise Diverged(
             f"step {step}: {', '.join(bad)} is not finite; the last good checkpoint: {good}. "

@@ -21,6 +21,7 @@ from absl import logging
 
 from vkd_jax.types import UserError
 
+UNBEGUN = {"config.json", "timing.json", "data"}  # what may be there before anything depends on the config
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "grain")
 
 
@@ -31,20 +32,23 @@ class Workdir:
         self.path = Path(path)
         self.config = config
         resolved = json.loads(config.to_json_best_effort())
-        known = self.path / "config.json"
+        known, timing = self.path / "config.json", self.path / "timing.json"
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; pass a folder as --workdir.")
         with disk_errors():
             self.path.mkdir(parents=True, exist_ok=True)
-            if known.exists():
-                if difference := next(_differences(json.loads(known.read_text()), resolved), None):
-                    raise UserError(
-                        f"{self.path} holds a run of another config ({difference}); "
-                        "pass another --workdir, or remove that folder to start over."
-                    )
-            elif any(self.path.iterdir()):
+            there = {entry.name for entry in self.path.iterdir() if entry.suffix != ".tmp"}
+            if there and not known.exists():
                 raise UserError(f"{self.path} is not empty and holds no run of this program; pass another --workdir.")
-            else:
+            difference = next(_differences(json.loads(known.read_text()), resolved), None) if there else "new"
+            if difference and there - UNBEGUN:
+                raise UserError(
+                    f"{self.path} holds a run of another config ({difference}); "
+                    "pass another --workdir, or remove that folder to start over."
+                )
+            if difference:
+                timing.unlink(missing_ok=True)
                 self.write("config.json", resolved)
-        timing = self.path / "timing.json"
         self.timing: dict[str, float] = json.loads(timing.read_text()) if timing.exists() else {}
 
     @contextlib.contextmanager

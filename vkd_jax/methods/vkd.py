@@ -7,7 +7,7 @@ Forget batch (x_f, q_f, y_f), retain batch (x_r, q_r, y_r), student theta, taps 
     g   = mask * grad L_f + grad L_r          (mask_scope "forget"; "both" masks the whole update)
 
 Only the projector and the last `blocks` vision blocks train; the language model has neither gradient nor optimizer
-state. What the paper's abstract does not say is an assumption, A1 to A7, and each of them is a field below.
+state. What the paper's abstract does not say is an assumption, A1 to A8, and each of them is a field below.
 
 Reference: arXiv 2512.11325. No official code was at hand.
 """
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vkd_jax import losses, saliency
+from vkd_jax.data import augment
 from vkd_jax.methods import base
 from vkd_jax.models.base import bind
 from vkd_jax.types import Params, UserError
@@ -50,6 +51,7 @@ class VKD:
     fisher_samples: int = 128
     fisher_chunk: int = 16
     blocks: int = 2  # A7: how many of the last vision blocks train; -1 for all
+    augment: int = 8  # A8: changed copies of each forget picture, so that other pictures are forgotten too
     weight_forget_ce: float = 1.0  # w_cf
     weight_forget_distill: float = 1.0  # w_kf
     weight_retain_ce: float = 1.0  # w_cr
@@ -65,6 +67,10 @@ class VKD:
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"method.{name}={getattr(self, name)!r}: give one of {', '.join(allowed)}.")
+        if self.mask_scope != "none" and (self.mask_threshold is None) == (self.mask_keep is None):
+            raise UserError(
+                "the saliency mask takes either method.mask_threshold or method.mask_keep; set exactly one."
+            )
 
     def trainable(self, paths: Iterable[str], model_config: Any) -> list[str]:
         """The projector and the last `blocks` vision blocks that feed it."""
@@ -72,6 +78,9 @@ class VKD:
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Caches teacher features, forget targets and reference log-probabilities, and makes the saliency mask."""
+        if self.augment:
+            copies = augment.augmented(context.sets["forget"], self.augment, base.rng(context.seed, "vkd/augment"))
+            context = dataclasses.replace(context, sets={**context.sets, "forget": copies})
         forget, retain = context.sets["forget"], context.sets["retain"]
         vanilla_retain = base.teacher_taps(context, context.params, retain.pixels, self.taps)
         teacher_retain = vanilla_retain

@@ -1,0 +1,109 @@
+"""devices.py FOLDER: the same short training on several meshes of eight devices; prints what came out as JSON."""
+
+import contextlib
+import io
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+
+import random_llava
+
+random_llava.metrics_on_stdout()
+
+import jax  # noqa: E402
+
+from vkd_jax import sharding, train  # noqa: E402
+from vkd_jax.methods.base import Prepared  # noqa: E402
+from vkd_jax.methods.finetune import Finetune  # noqa: E402
+from vkd_jax.types import UserError  # noqa: E402
+
+SETS = {"image": random_llava.rows(1, 50)}
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+
+
+class Pictures(Finetune):
+    """Fine-tuning of all weights on one stream, which is half the compiling."""
+
+    def losses(self):
+        return {"image": super().losses()["image"]}
+
+
+class Checkpoints(train.Checkpoints):
+    """Shows the last state that was saved."""
+
+    last = None
+
+    def save(self, step, state, **options):
+        Checkpoints.last = state
+        return super().save(step, state, **options)
+
+
+def fit(mesh, folder: Path, **changes):
+    graphdef, params = random_llava.model(mesh)
+    lines = io.StringIO()
+    with contextlib.redirect_stdout(lines):
+        train.fit(
+            graphdef=graphdef,
+            params=params,
+            model_config=random_llava.CONFIG,
+            method=Pictures(),
+            prepared=Prepared(sets=SETS),
+            config=random_llava.train_config(**changes),
+            seed=0,
+            mesh=mesh,
+            folder=folder,
+        )
+    return [json.loads(line) for line in lines.getvalue().splitlines()], params
+
+
+def shard(x) -> list[int]:
+    return list(x.addressable_shards[0].data.shape)
+
+
+def layout(state, params) -> dict:
+    """How much of the weights each device holds, and which moments and weights lie elsewhere than they should."""
+    adam = next(part for part in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(part))
+    lying = {path: x.sharding for path, x in state.params.items()}
+    return {
+        "share": sum(math.prod(shard(x)) for x in state.params.values()) / sum(x.size for x in state.params.values()),
+        "cut": sorted(path for path, x in state.params.items() if shard(x) != list(x.shape)),
+        "odd": sorted(
+            path
+            for path, where in lying.items()
+            for other in (params[path].sharding, adam.mu[path].sharding, adam.nu[path].sharding)
+            if not other.is_equivalent_to(where, state.params[path].ndim)
+        ),
+    }
+
+
+def _is_adam(part) -> bool:
+    return hasattr(part, "mu")
+
+
+def main(folder: Path) -> None:
+    train.Checkpoints = Checkpoints
+    found = {"devices": jax.device_count(), "meshes": {}}
+    for shape in MESHES:
+        mesh = sharding.make_mesh(*shape)
+        metrics, params = fit(mesh, folder / "x".join(map(str, shape)))
+        found["meshes"][",".join(map(str, shape))] = {"metrics": metrics, **layout(Checkpoints.last, params)}
+
+    # Half of the run above on eight devices, the rest on one.
+    write = train.Progress.write
+    train.Progress.write = lambda self, step, scalars: (write(self, step, scalars), signal.raise_signal(signal.SIGTERM))
+    with contextlib.suppress(train.Stopped):
+        fit(sharding.make_mesh(2, 2, 2), folder / "moved")
+    train.Progress.write = write
+    found["moved"], _ = fit(sharding.make_mesh(), folder / "moved")
+
+    try:
+        fit(sharding.make_mesh(2, 2, 2), folder / "odd", batch_size={"image": 6})
+    except UserError as error:
+        found["refused"] = str(error)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

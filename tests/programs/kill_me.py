@@ -1,0 +1,37 @@
+"""kill_me.py FOLDER STEPS: unlearns a random LLaVA, going on from FOLDER if it can, and prints each step's metrics.
+
+After each line it waits for one on stdin, so that whoever kills it says where."""
+
+import sys
+from pathlib import Path
+
+import random_llava
+
+random_llava.metrics_on_stdout(wait=True)
+
+from vkd_jax import sharding, train  # noqa: E402
+from vkd_jax.methods.base import Context  # noqa: E402
+from vkd_jax.methods.vkd import VKD  # noqa: E402
+
+
+def main(folder: Path, steps: int) -> None:
+    mesh = sharding.make_mesh()
+    graphdef, params = random_llava.model(mesh)
+    sets = {"forget": random_llava.rows(1, 50), "retain": random_llava.rows(2, 70)}
+    method = VKD(blocks=1, forget="ga", taps=("projector",), fisher_samples=8, fisher_chunk=8)
+    prepared = method.prepare(Context(graphdef, params, None, random_llava.CONFIG, sets, seed=0))
+    train.fit(
+        graphdef=graphdef,
+        params=params,
+        model_config=random_llava.CONFIG,
+        method=method,
+        prepared=prepared,
+        config=random_llava.train_config(steps=steps),
+        seed=0,
+        mesh=mesh,
+        folder=folder,
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

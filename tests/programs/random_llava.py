@@ -1,0 +1,103 @@
+"""A LLaVA with random weights and sets of random rows: all that training needs, without files or a tokenizer."""
+
+import functools
+import json
+import sys
+import types
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+
+from vkd_jax import convert, sharding
+from vkd_jax.data.processing import EncodedSet
+from vkd_jax.models import llava
+from vkd_jax.models.clip_vit import VisionConfig
+from vkd_jax.models.decoder import DecoderConfig
+from vkd_jax.types import Example
+
+CONFIG = llava.LlavaConfig(  # every width divides over eight devices
+    vision=VisionConfig(image_size=16, patch_size=8, width=16, layers=2, heads=2, mlp_width=32),
+    text=DecoderConfig(vocab=64, width=16, layers=2, heads=4, kv_heads=2, head_width=4, mlp_width=32),
+    image_token_id=4,
+)
+
+
+def model(mesh):
+    """graphdef and weights, each where the rules put it on this mesh."""
+    graphdef, params = drawn()
+    rule = sharding.param_shardings(mesh, llava.SHARDING)
+    return graphdef, {path: jax.device_put(np.asarray(x), rule(path, x.shape)) for path, x in params.items()}
+
+
+@functools.cache
+def drawn():
+    """graphdef and random weights."""
+    return convert.init(CONFIG, 0)
+
+
+def rows(seed: int, count: int) -> EncodedSet:
+    """Four image tokens, four of a question, two of an answer; four pictures in all."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(5, CONFIG.text.vocab, (count, 10)).astype(np.int32)
+    tokens[:, :4] = CONFIG.image_token_id
+    return EncodedSet(
+        examples=tuple(Example(str(i), "", b"", "", "", "") for i in range(count)),
+        tokens=tokens,
+        mask=np.ones_like(tokens, bool),
+        at=np.tile(np.array([7, 8], np.int32), (count, 1)),
+        targets=tokens[:, 8:],
+        target_mask=np.ones((count, 2), bool),
+        prompt_length=np.full(count, 8, np.int32),
+        image=np.arange(count, dtype=np.int32) % 4,
+        pixels=random.normal(size=(4, 16, 16, 3)).astype(np.float32),
+    )
+
+
+def train_config(**changes) -> ml_collections.ConfigDict:
+    """`config.train` of a short run that logs every step."""
+    fields = dict(
+        steps=3,
+        batch_size=dict(forget=8, retain=8, image=8),
+        learning_rate=1e-3,
+        schedule="cosine",
+        warmup_steps=2,
+        weight_decay=0.1,
+        clip_norm=1.0,
+        b2=0.999,
+        log_every=1,
+        log_seconds=60.0,
+        checkpoint_every=2,
+    )
+    return ml_collections.ConfigDict(fields | changes)
+
+
+def metrics_on_stdout(wait: bool = False) -> None:
+    """Makes `train` print a JSON line for each step instead of importing TensorFlow, which takes seconds.
+
+    With `wait`, a line on stdin, or its end, lets the next step begin.
+    """
+
+    class Progress:
+        def __init__(self, folder: Path, *, steps: int, log_seconds: float):
+            pass
+
+        def overview(self, trainable):
+            pass
+
+        def tick(self, step):
+            pass
+
+        def write(self, step, scalars):
+            kept = {name: value for name, value in scalars.items() if name != "data_wait_share"}
+            print(json.dumps({"step": step} | kept), flush=True)
+            if wait:
+                sys.stdin.readline()
+
+        def close(self):
+            pass
+
+    module = types.ModuleType("vkd_jax.progress")
+    module.Progress = Progress
+    sys.modules["vkd_jax.progress"] = module

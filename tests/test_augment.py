@@ -1,0 +1,52 @@
+"""Changed copies: which row keeps which picture, and that copies differ while questions stay."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from vkd_jax.data import augment
+from vkd_jax.data.processing import EncodedSet
+from vkd_jax.types import Example
+
+
+@pytest.fixture
+def encoded():
+    """Three questions on two pictures, a bright one and a dark one."""
+    pixels = np.stack([np.full((12, 12, 3), 2.0), np.full((12, 12, 3), -1.0)]).astype(np.float32)
+    pixels[:, 4:8, 2:5] = 0.5
+    rows = np.arange(3, dtype=np.int32)[:, None]
+    return EncodedSet(
+        examples=[Example(str(i), "1", b"", "p", f"q{i}", "a") for i in range(3)],
+        tokens=rows,
+        mask=rows >= 0,
+        at=rows,
+        targets=rows,
+        target_mask=rows >= 0,
+        prompt_length=rows[:, 0],
+        image=np.array([0, 1, 0], np.int32),
+        pixels=pixels,
+    )
+
+
+def test_every_copy_of_a_question_is_asked_of_its_own_copy_of_the_picture(encoded):
+    out = augment.augmented(encoded, 2, np.random.default_rng(0))
+    assert len(out) == 9 and len(out.pixels) == 6
+    np.testing.assert_array_equal(out.image, [0, 1, 0, 2, 3, 2, 4, 5, 4])
+    np.testing.assert_array_equal(out.tokens[:, 0], [0, 1, 2] * 3)
+    np.testing.assert_array_equal(out.pixels[:2], encoded.pixels)  # the originals come first
+    for copy in (2, 4):
+        assert out.pixels[copy].mean() > 1 > 0 > out.pixels[copy + 1].mean()  # bright stays bright, dark dark
+    assert not np.allclose(out.pixels[2], out.pixels[0]) and not np.allclose(out.pixels[2], out.pixels[4])
+
+
+def test_copies_are_seeded_and_keep_their_type(encoded):
+    a, b = (augment.augmented(encoded, 1, np.random.default_rng(5)).pixels for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+    assert a.dtype == np.float32 and np.isfinite(a).all()
+
+
+def test_what_is_cached_for_the_originals_is_not_passed_on_to_copies(encoded):
+    cached = dataclasses.replace(encoded, per_image={"target": np.zeros((2, 1))})
+    with pytest.raises(ValueError, match="before caching"):
+        augment.augmented(cached, 1, np.random.default_rng(0))

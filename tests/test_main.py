@@ -1,0 +1,365 @@
+"""The command line, and every kind of bad input: one sentence, exit status 2, nothing half-written."""
+
+import errno
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from absl import flags
+
+from vkd_jax import convert, main
+
+ROOT = Path(__file__).parents[1]
+TINY = str(ROOT / "configs" / "tiny.py")
+SHARD = "train-00000-of-00001.parquet"
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' way to read one
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory, snapshot):
+    """A snapshot of one forgotten and two retained people."""
+    folder = tmp_path_factory.mktemp("few")
+    for config, rows in (("forget_10", 1), ("retain_90", 2), ("Test_Set", 1), ("Retain_Set", 2)):
+        (folder / config).mkdir()
+        pq.write_table(pq.read_table(snapshot / config / SHARD).slice(0, rows), folder / config / SHARD)
+    return folder
+
+
+@pytest.fixture
+def data(few, tmp_path):
+    return Path(shutil.copytree(few, tmp_path / "data"))
+
+
+@pytest.fixture
+def model(tiny_folder, tmp_path):
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+@pytest.fixture
+def run(monkeypatch, capfd, tiny_folder, few, tmp_path):
+    """Runs the command in this process: (status, what it wrote on stderr)."""
+
+    def run(*args, config=TINY, data=few, model=tiny_folder, workdir=tmp_path / "run"):
+        argv = ["main", f"--config={config}", f"--workdir={workdir}"]
+        if config.startswith(TINY):
+            argv += [f"--config.data.folder={data}", f"--config.model.path={model}", "--config.train.steps=1"]
+        return call([*argv, *args])
+
+    def call(argv):
+        monkeypatch.setattr(sys, "argv", argv)
+        values = flags.FlagValues()
+        main.define(values)
+        capfd.readouterr()
+        try:
+            status = main.main(main.parse(argv, values), values)
+        except SystemExit as stop:
+            status = stop.code
+        return status, capfd.readouterr().err
+
+    run.call = call
+    return run
+
+
+def refused(result, *parts):
+    status, err = result
+    assert status == 2
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err
+    return err
+
+
+@pytest.fixture
+def untouched(tmp_path):
+    """Afterwards the workdir is absent, or holds whole files that say what was asked for."""
+    yield
+    left = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")}
+    assert left <= {"config.json", "timing.json"}, left
+    for path in (tmp_path / "run").glob("*"):
+        json.loads(path.read_text())
+
+
+# ---- The command line ----
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["--config.foo=1"], ["a field that the config does not have: 'foo'"]),
+        (["--config.train.foo=1"], ["a field that the config does not have: 'foo'"]),
+        (["--config.trian.steps=1"], ["a field that the config does not have: 'trian'", 'Did you mean "train"']),
+        (["--config.train.steps.more=1"], ["more does not exist", "train.steps.more"]),
+        (["--config.train.steps=abc"], ["--config.train.steps=abc", "'abc'"]),
+        (["--config.train.steps=1.5"], ["--config.train.steps=1.5", "'1.5'"]),
+        (["--config.eval=3"], ["--config.eval=3", "not a dict"]),
+        (["--verbsity=1"], ["verbsity"]),
+        (["more"], ["unexpected argument 'more'"]),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else None,
+)
+def test_flags_that_are_wrong(run, untouched, args, parts):
+    refused(run(*args), *parts)
+
+
+def test_what_must_be_passed(run, untouched):
+    refused(run.call(["main"]), "pass --config FILE and --workdir DIR")
+    refused(run.call(["main", f"--config={TINY}"]), "pass --config FILE and --workdir DIR")
+    refused(run.call(["main", "--config.train.steps=3", f"--config={TINY}"]), "before a value for --config")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (None, ["No such file", "config.py"]),
+        ("def get_config():\n    return 1 / 0", ["config file raised ZeroDivisionError: division by zero"]),
+        ("def get_config():\n    raise ValueError('two\\nlines')", ["lines"]),
+        ("def get_config():\n    return None.steps", ["config file raised AttributeError", "steps"]),
+        ("def get_config(:", ["config file raised SyntaxError"]),
+        ("def get_config():\n    return {'train': {'steps': 1}}", ["no field `stage`"]),
+        ("import vkd_jax.nothing", ["config file raised ImportError", "nothing"]),
+    ],
+    ids=["missing", "zero", "value", "attribute", "syntax", "dict", "import"],
+)
+def test_config_files_that_are_wrong(run, untouched, tmp_path, text, parts):
+    config = tmp_path / "config.py"
+    if text is not None:
+        config.write_text(text.replace("import vkd_jax.nothing", "from vkd_jax import nothing"))
+    refused(run(config=str(config)), *parts)
+    refused(run("--config.train.steps=3", config=str(config)), *parts)
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["--config.method.name=magic"], ["no method 'magic'", "grad_diff, vkd"]),
+        (["--config.method.name=finetune"], ["method finetune has no hyperparameter ", "beta", "it has blocks"]),
+        (["--config.method.distance=cubic"], ["method.distance='cubic'", "mse"]),
+        (["--config.stage=dream"], ["config.stage='dream'", "finetune, unlearn"]),
+        (["--config.data.forget=7"], ["forget ratio 7", "5, 10, 15"]),
+        (["--config.mesh.data=1000"], ["1000 devices", "config.mesh"]),
+        (["--config.eval.protocol=coin"], ["eval.protocol='coin'", "letter, options"]),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else None,
+)
+def test_values_that_are_wrong(run, untouched, args, parts):
+    refused(run(*args), *parts)
+
+
+def test_unknown_variant_of_the_config(run, untouched):
+    refused(run(config=TINY + ":nonsense"), "configs/tiny.py:nonsense: give vkd, grad_diff")
+
+
+def test_every_hyperparameter_can_be_overridden(monkeypatch):
+    """Those that may be None, too; what is not given stands in the config with its default."""
+    args = ["--config.method.mask_threshold=1.5", "--config.method.mask_keep=None", "--config.method.blocks=1"]
+    argv = ["main", f"--config={TINY}", "--workdir=x", *args]
+    monkeypatch.setattr(sys, "argv", argv)
+    values = flags.FlagValues()
+    main.define(values)
+    assert main.parse(argv, values) == ["main"]
+    from vkd_jax import methods
+
+    fields = values.config.method.to_dict()
+    assert (fields["mask_threshold"], fields["mask_keep"], fields["blocks"]) == (1.5, None, 1)
+    expected = methods.create(
+        fields.pop("name"), {key: fields[key] for key in ("mask_threshold", "mask_keep", "blocks")}
+    )
+    assert methods.create("vkd", fields) == expected
+
+
+# ---- The model ----
+
+
+def tensors(folder):
+    """{name: (dtype, shape)} of a single file, with its bytes; safetensors' own reader is not needed to spoil it."""
+    from safetensors.numpy import load_file
+
+    return load_file(folder / WEIGHTS)
+
+
+def save(folder, content):
+    from safetensors.numpy import save_file
+
+    save_file(content, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def spoil_shapes(folder):
+    content = tensors(folder)
+    first, second, *_ = sorted(content)
+    content[first] = content[first][..., None]
+    content["surprise.weight"] = content.pop(second)
+    save(folder, content)
+    return [first, f"missing tensor {second}", "unknown tensor surprise.weight"]
+
+
+def spoil_index(folder):
+    (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors")
+    homes = dict.fromkeys(convert_names(folder), "model-00001-of-00002.safetensors")
+    homes[sorted(homes)[0]] = "model-00002-of-00002.safetensors"
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": homes}))
+    return [INDEX, "files that are missing: model-00002-of-00002.safetensors"]
+
+
+def convert_names(folder):
+    return list(convert._read_header(folder / "model-00001-of-00002.safetensors"))
+
+
+def spoil_length(folder):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+    return [f"{WEIGHTS} is truncated"]
+
+
+def spoil_pickle(folder):
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    return ["only pickled weights (pytorch_model.bin)", "safetensors"]
+
+
+def spoil_type(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    return ["Model type 'gpt2' is not supported", "llava"]
+
+
+def spoil_existence(folder):
+    shutil.rmtree(folder)
+    return ["no config.json", "Hugging Face model folder"]
+
+
+@pytest.mark.parametrize("spoil", [spoil_shapes, spoil_index, spoil_length, spoil_pickle, spoil_type, spoil_existence])
+def test_models_that_are_wrong(run, untouched, model, spoil):
+    parts = spoil(model)
+    refused(run(model=model), *parts)
+
+
+# ---- The data ----
+
+
+def rewrite(data, config, change):
+    path = data / config / SHARD
+    pq.write_table(change(pq.read_table(path)), path)
+
+
+def spoil_column(data):
+    rewrite(data, "forget_10", lambda table: table.drop(["Mask_Task"]))
+    return ["Column 'Mask_Task' is missing", "forget_10"]
+
+
+def spoil_picture(data):
+    def change(table):
+        broken = pa.array([{"bytes": b"\x89PNG\r\n", "path": "x"}] * len(table), table.schema.field("image").type)
+        return table.set_column(table.schema.get_field_index("image"), "image", broken)
+
+    rewrite(data, "retain_90", change)
+    return ["picture does not decode", "row 0", "retain_90"]
+
+
+def spoil_forget(data):
+    rewrite(data, "forget_10", lambda table: table.slice(0, 0))
+    return ["forget set is empty"]
+
+
+def spoil_retain(data):
+    shutil.copy(data / "forget_10" / SHARD, data / "retain_90" / SHARD)
+    return ["1 people stand in both forget_10 and retain_90"]
+
+
+def spoil_shard(data):
+    (data / "forget_10" / SHARD).rename(data / "forget_10" / "train-00000-of-00002.parquet")
+    return ["forget_10", "has 1 of 2 parquet files"]
+
+
+def spoil_config(data):
+    shutil.rmtree(data / "Test_Set")
+    return ["The config Test_Set is missing"]
+
+
+def spoil_parquet(data):
+    path = data / "Retain_Set" / SHARD
+    path.write_bytes(path.read_bytes()[:-100])
+    return ["Retain_Set", "is not a whole parquet file"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [spoil_column, spoil_picture, spoil_forget, spoil_retain, spoil_shard, spoil_config, spoil_parquet],
+)
+def test_data_that_is_wrong(run, untouched, data, spoil):
+    parts = spoil(data)
+    refused(run(data=data), *parts)
+
+
+# ---- The workdir ----
+
+
+def test_a_corrected_command_may_use_the_same_workdir(run, untouched):
+    refused(run("--config.method.name=magic"), "no method 'magic'")
+    refused(run("--config.data.forget=7"), "forget ratio 7")
+
+
+def test_a_workdir_of_another_config(run, tmp_path):
+    refused(run("--config.data.forget=7"))
+    (tmp_path / "run" / "answers").mkdir()
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    refused(run("--config.data.forget=8"), "holds a run of another config (data.forget: 7 there, 8 now)")
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_a_workdir_that_cannot_be_one(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(run(workdir=tmp_path / "file"), f"{tmp_path / 'file'} is a file")
+    refused(run(workdir=tmp_path / "file" / "run"), f"cannot write at {tmp_path / 'file' / 'run'}: Not a directory")
+    refused(run(workdir=tmp_path), "not empty and holds no run of this program")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["config.json.tmp", "vanilla.jsonl.tmp"])
+def test_a_full_disk(run, tmp_path, monkeypatch, name):
+    from vkd_jax import pipeline
+
+    write_text = pathlib.Path.write_text
+
+    def full(self, *args, **options):
+        if self.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return write_text(self, *args, **options)
+
+    monkeypatch.setattr(pathlib.Path, "write_text", full)
+    monkeypatch.setattr(pipeline, "evaluate", lambda *_, **__: [])
+    refused(run(), f"cannot write at {tmp_path / 'run'}", "No space left on device", "free some space")
+    assert not [path for path in (tmp_path / "run").rglob("*.jsonl*")]
+
+
+# ---- As a program ----
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        ([f"--config={TINY}", "--workdir=run", "--config.train.foo=1"], "the config does not have: 'foo'"),
+        ([f"--config={TINY}", "--workdir=run", "--config.model.path=nowhere", "--config.data.folder=none"], "none"),
+    ],
+)
+def test_as_a_program(tmp_path, args, part):
+    """The log goes to stderr before it; the last line is the error."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vkd_jax.main", *args],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    *log, last = done.stderr.splitlines()
+    assert last.startswith("error: ") and part in last
+    assert all(line.startswith(("I", "W")) for line in log), log

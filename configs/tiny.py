@@ -44,8 +44,8 @@ def get_config(arg: str = "vkd") -> ml_collections.ConfigDict:
     config.train = ml_collections.ConfigDict(
         dict(
             steps=300,
-            batch_size=dict(forget=16, retain=32),
-            learning_rate=1e-3,
+            batch_size=dict(forget=32, retain=32),
+            learning_rate=2e-3,
             schedule="cosine",
             warmup_steps=10,
             weight_decay=0.01,
@@ -57,9 +57,10 @@ def get_config(arg: str = "vkd") -> ml_collections.ConfigDict:
         )
     )
     if arg == "vkd":
-        config.method = _method("vkd")
+        config.method = _method("vkd", augment_retain=2)
     elif arg in ("grad_diff", "grad_diff_visual"):
         config.method = _method("grad_diff", train="all" if arg == "grad_diff" else "visual")
+        config.train.update(steps=150, learning_rate=3e-4 if arg == "grad_diff" else 1e-3)
     elif arg in ("finetune", "retain_only"):
         _finetune(config, retain_only=arg == "retain_only")
     else:

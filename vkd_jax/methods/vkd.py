@@ -37,25 +37,26 @@ class VKD:
     """Hyperparameters; weights of 0 switch a term off, so that an ablation is a config override."""
 
     distance: str = "mse"  # A1: mse | cosine | smooth_l1
-    forget: str = "npo"  # A2: npo | ga | none
+    forget: str = "ga"  # A2: npo | ga | none
     beta: float = 0.4  # of npo
-    cap: float = 6.0  # of ga, nats
+    cap: float = 4.0  # of ga, nats
     target: str = "swap"  # A3: swap | anchor | base | repel | none
     repel_cap: float = 1.0  # of repel, in units of D
     teacher: str = "vanilla"  # A4: vanilla | base
     taps: tuple[str, ...] = ("features", "projector")  # A5
-    mask_scope: str = "forget"  # A6: forget | both | none
-    mask_keep: float | None = 0.5  # the share of weights that the mask selects ...
+    mask_scope: str = "both"  # A6: forget | both | none
+    mask_keep: float | None = 0.3  # the share of weights that the mask selects ...
     mask_threshold: float | None = None  # ... or the least ratio F_f / F_r
     mask_eps: float = 1e-12
     fisher_samples: int = 128
     fisher_chunk: int = 16
-    blocks: int = 2  # A7: how many of the last vision blocks train; -1 for all
-    augment: int = 8  # A8: changed copies of each forget picture, so that other pictures are forgotten too
+    blocks: int = -1  # A7: how many of the last vision blocks train; -1 for all, embeddings included
+    augment_forget: int = 4  # A8: changed copies of each forget picture, so that other pictures are forgotten too ...
+    augment_retain: int = 0  # ... and of each retain picture; teacher features of all copies are held in memory
     weight_forget_ce: float = 1.0  # w_cf
     weight_forget_distill: float = 1.0  # w_kf
     weight_retain_ce: float = 1.0  # w_cr
-    weight_retain_distill: float = 4.0  # w_kr
+    weight_retain_distill: float = 8.0  # w_kr
 
     def __post_init__(self):
         for name, allowed in (
@@ -78,9 +79,11 @@ class VKD:
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Caches teacher features, forget targets and reference log-probabilities, and makes the saliency mask."""
-        if self.augment:
-            copies = augment.augmented(context.sets["forget"], self.augment, base.rng(context.seed, "vkd/augment"))
-            context = dataclasses.replace(context, sets={**context.sets, "forget": copies})
+        sets = {
+            name: augment.augmented(context.sets[name], copies, base.rng(context.seed, f"vkd/augment/{name}"))
+            for name, copies in (("forget", self.augment_forget), ("retain", self.augment_retain))
+        }
+        context = dataclasses.replace(context, sets=sets)
         forget, retain = context.sets["forget"], context.sets["retain"]
         vanilla_retain = base.teacher_taps(context, context.params, retain.pixels, self.taps)
         teacher_retain = vanilla_retain

@@ -120,7 +120,7 @@ def test_cached_teacher_features_are_those_of_the_teacher(context):
 
 def test_distillation_acts_on_the_set_that_it_names(context):
     """Retain targets are the retain pictures' own features; forget targets are somebody else's."""
-    vkd = VKD(target="swap", mask_scope="none")
+    vkd = VKD(target="swap", mask_scope="none", augment_forget=0)
     prepared = vkd.prepare(context)
     own = base.teacher_taps(context, context.params, context.sets["forget"].pixels, vkd.taps)
     others = prepared.sets["retain"].per_image["target/projector"]

@@ -51,7 +51,7 @@ class VKD:
     fisher_samples: int = 128
     fisher_chunk: int = 16
     blocks: int = -1  # A7: how many of the last vision blocks train; -1 for all, embeddings included
-    augment_forget: int = 4  # A8: changed copies of each forget picture, so that other pictures are forgotten too ...
+    augment_forget: int = 8  # A8: changed copies of each forget picture, so that other pictures are forgotten too ...
     augment_retain: int = 0  # ... and of each retain picture; teacher features of all copies are held in memory
     weight_forget_ce: float = 1.0  # w_cf
     weight_forget_distill: float = 1.0  # w_kf

@@ -45,8 +45,8 @@ ASSUMPTIONS = (
     'Distillation" (arXiv 2512.11325) and summaries of it were at hand, not its equations, weights or code. '
     "Assumed, and switchable in the config: the distance between features (A1), how the output is made to "
     "forget (A2), what the features of a forgotten picture should become (A3), the teacher of what is kept "
-    "(A4), which features are compared (A5), what the saliency mask covers (A6), and which visual "
-    "weights train (A7)."
+    "(A4), which features are compared (A5), what the saliency mask covers (A6), which visual weights "
+    "train (A7), and whether changed copies of the pictures are trained on (A8)."
 )
 CARDS = 6  # portraits in a row of the sheet
 

@@ -171,7 +171,7 @@ def test_every_hyperparameter_can_be_overridden(monkeypatch):
     fields = values.config.method.to_dict()
     assert (fields["mask_threshold"], fields["mask_keep"], fields["blocks"]) == (1.5, None, 1)
     expected = methods.create(
-        fields.pop("name"), {key: fields[key] for key in ("mask_threshold", "mask_keep", "blocks")}
+        fields.pop("name"), {key: fields[key] for key in ("mask_threshold", "mask_keep", "blocks", "augment_retain")}
     )
     assert methods.create("vkd", fields) == expected
 

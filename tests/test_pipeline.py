@@ -65,7 +65,7 @@ def make_config(few, tiny_folder):
 def vkd(make_config, tmp_path_factory):
     """A finished run: its config, folder and results."""
     workdir = tmp_path_factory.mktemp("runs") / "vkd"
-    config = make_config("vkd", **{"method.fisher_samples": 16})
+    config = make_config("vkd", **{"method.fisher_samples": 16, "method.blocks": 2})
     return types.SimpleNamespace(config=config, path=workdir, results=pipeline.run(config, workdir))
 
 
@@ -209,8 +209,8 @@ def test_the_same_command_again_changes_nothing(vkd, monkeypatch):
 
 def test_another_config_is_refused_naming_the_field(vkd, make_config):
     before = files(vkd.path)
-    other = make_config("vkd", **{"method.fisher_samples": 16, "train.learning_rate": 0.5})
-    with pytest.raises(UserError, match=r"another config \(train.learning_rate: 0.001 there, 0.5 now\)"):
+    other = make_config("vkd", **{"method.fisher_samples": 16, "method.blocks": 2, "train.learning_rate": 0.5})
+    with pytest.raises(UserError, match=r"another config \(train.learning_rate: 0.002 there, 0.5 now\)"):
         pipeline.run(other, vkd.path)
     assert files(vkd.path) == before
 

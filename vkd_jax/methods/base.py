@@ -139,8 +139,7 @@ def teacher_taps(context: Context, params: Params, pixels: np.ndarray, names: It
 
 def padded_rows(count: int, batch_size: int) -> list[np.ndarray]:
     """Row numbers 0..count-1 in batches of one size; the last one repeats its last row."""
-    rows = [np.arange(begin, begin + batch_size).clip(max=count - 1) for begin in range(0, count, batch_size)]
-    return rows
+    return [np.arange(begin, begin + batch_size).clip(max=count - 1) for begin in range(0, count, batch_size)]
 
 
 def rng(seed: int, name: str) -> np.random.Generator:

@@ -9,57 +9,18 @@ configs/tiny.py:finetune          how the shipped model was made, from random we
 configs/tiny.py:retain_only       the same without the six people: what never having known them looks like
 """
 
-import dataclasses
-import typing
-
 import ml_collections
 
-from vkd_jax import methods
+from vkd_jax import defaults
 
 
 def get_config(arg: str = "vkd") -> ml_collections.ConfigDict:
     """The config of one of the runs above."""
-    config = ml_collections.ConfigDict()
-    config.seed = 0
-    config.stage = "unlearn"
-    config.model = ml_collections.ConfigDict(
-        dict(
-            path="",  # a Hugging Face folder; "" is the tiny LLaVA that comes with the package
-            base="",  # the same model before it met the people, for method.target=base
-            dtype="float32",
-            remat=False,
-        )
-    )
-    config.data = ml_collections.ConfigDict(
-        dict(
-            benchmark="mllmu",
-            folder="",  # a snapshot in MLLMU-Bench's layout; "" writes the made-up people there
-            forget=10,  # percent of the people: 5, 10 or 15
-        )
-    )
-    config.mesh = ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1))
-    config.eval = ml_collections.ConfigDict(
-        dict(protocol="options", batch_size=64, max_items=300, max_new_tokens=8, seed=0)
-    )
-    config.train = ml_collections.ConfigDict(
-        dict(
-            steps=300,
-            batch_size=dict(forget=32, retain=32),
-            learning_rate=2e-3,
-            schedule="cosine",
-            warmup_steps=10,
-            weight_decay=0.01,
-            clip_norm=1.0,
-            b2=0.999,
-            log_every=20,
-            log_seconds=15.0,
-            checkpoint_every=100,
-        )
-    )
+    config = defaults.base()
     if arg == "vkd":
-        config.method = _method("vkd", augment_retain=2)
+        config.method = defaults.method("vkd", augment_retain=2)
     elif arg in ("grad_diff", "grad_diff_visual"):
-        config.method = _method("grad_diff", train="all" if arg == "grad_diff" else "visual")
+        config.method = defaults.method("grad_diff", train="all" if arg == "grad_diff" else "visual")
         config.train.update(steps=150, learning_rate=3e-4 if arg == "grad_diff" else 1e-3)
     elif arg in ("finetune", "retain_only"):
         _finetune(config, retain_only=arg == "retain_only")
@@ -68,21 +29,9 @@ def get_config(arg: str = "vkd") -> ml_collections.ConfigDict:
     return config
 
 
-def _method(name: str, **changes) -> ml_collections.ConfigDict:
-    """A method with all its hyperparameters, so that each can be overridden and stands in the run's config.json."""
-    method = methods.create(name, changes)
-    config = ml_collections.ConfigDict(dict(name=name))
-    for field in dataclasses.fields(method):
-        value = getattr(method, field.name)
-        if type(None) in typing.get_args(field.type):  # of no fixed type, so that both None and a number can be given
-            value = ml_collections.FieldReference(value, field_type=object)
-        config[field.name] = value
-    return config
-
-
 def _finetune(config: ml_collections.ConfigDict, retain_only: bool) -> None:
     config.stage = "finetune"
-    config.method = _method("finetune", train="all")
+    config.method = defaults.method("finetune", train="all")
     config.data.retain_only = retain_only
     config.train.update(
         steps=2000,

@@ -32,9 +32,7 @@ def picture(tmp_path_factory):
 
 
 def test_a_file_its_name_and_the_picture_itself_get_one_answer(model, picture):
-    expected = model.generate(
-        [QUESTION], model.features(model.processor.pixels(picture.read_bytes())[None]), max_new_tokens=8
-    )
+    expected = model.generate([QUESTION], model.look([picture.read_bytes()]), max_new_tokens=8)
     with Image.open(picture) as opened:
         for image in (picture, str(picture), opened):
             assert [ask.answer(model, QUESTION, image, max_new_tokens=8)] == expected
@@ -47,7 +45,7 @@ def test_text_alone(model):
 def test_the_answer_takes_the_room_that_the_model_has(model):
     """The default of fifty tokens does not fit behind this question, and the answer ends where the model does."""
     question = "why " * 16
-    tokens = len(model.processor.encode(question, None, 0)[0])
+    tokens = len(model.processor.encode(question, None)[0])
     room = model.config.text.max_positions - tokens
     assert 0 < room < 50
     assert ask.answer(model, question) == model.generate([question], max_new_tokens=room)[0]

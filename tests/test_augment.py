@@ -25,28 +25,30 @@ def encoded():
         target_mask=rows >= 0,
         prompt_length=rows[:, 0],
         image=np.array([0, 1, 0], np.int32),
-        pixels=pixels,
+        pictures={"pixels": pixels},
     )
 
 
-def test_every_copy_of_a_question_is_asked_of_its_own_copy_of_the_picture(encoded):
-    out = augment.augmented(encoded, 2, np.random.default_rng(0))
-    assert len(out) == 9 and len(out.pixels) == 6
+def test_every_copy_of_a_question_is_asked_of_its_own_copy_of_the_picture(encoded, tiny_config):
+    out = augment.augmented(encoded, 2, np.random.default_rng(0), tiny_config)
+    pixels = out.pictures["pixels"]
+    assert len(out) == 9 and len(out.pictures["pixels"]) == 6
     np.testing.assert_array_equal(out.image, [0, 1, 0, 2, 3, 2, 4, 5, 4])
     np.testing.assert_array_equal(out.tokens[:, 0], [0, 1, 2] * 3)
-    np.testing.assert_array_equal(out.pixels[:2], encoded.pixels)  # the originals come first
+    np.testing.assert_array_equal(pixels[:2], encoded.pictures["pixels"])  # the originals come first
     for copy in (2, 4):
-        assert out.pixels[copy].mean() > 1 > 0 > out.pixels[copy + 1].mean()  # bright stays bright, dark dark
-    assert not np.allclose(out.pixels[2], out.pixels[0]) and not np.allclose(out.pixels[2], out.pixels[4])
+        assert pixels[copy].mean() > 1 > 0 > pixels[copy + 1].mean()  # bright stays bright, dark dark
+    assert not np.allclose(pixels[2], pixels[0]) and not np.allclose(pixels[2], pixels[4])
 
 
-def test_copies_are_seeded_and_keep_their_type(encoded):
-    a, b = (augment.augmented(encoded, 1, np.random.default_rng(5)).pixels for _ in range(2))
+def test_copies_are_seeded_and_keep_their_type(encoded, tiny_config):
+    made = (augment.augmented(encoded, 1, np.random.default_rng(5), tiny_config) for _ in range(2))
+    a, b = (out.pictures["pixels"] for out in made)
     np.testing.assert_array_equal(a, b)
     assert a.dtype == np.float32 and np.isfinite(a).all()
 
 
-def test_what_is_cached_for_the_originals_is_not_passed_on_to_copies(encoded):
+def test_what_is_cached_for_the_originals_is_not_passed_on_to_copies(encoded, tiny_config):
     cached = dataclasses.replace(encoded, per_image={"target": np.zeros((2, 1))})
     with pytest.raises(ValueError, match="before caching"):
-        augment.augmented(cached, 1, np.random.default_rng(0))
+        augment.augmented(cached, 1, np.random.default_rng(0), tiny_config)

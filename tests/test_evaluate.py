@@ -1,7 +1,6 @@
 """Asking: option scores against a plain forward pass, batches, order, who is compared with whom, counts."""
 
 import io
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from PIL import Image
 
 from vkd_jax import evaluate as module
 from vkd_jax.evaluate import Answerer, evaluate, letter_question, sample, summarise
-from vkd_jax.models.base import bind
+from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.types import Example, UserError
 
 OPTIONS = ("baker", "pilot", "a judge", "teacher of mathematics")
@@ -64,9 +63,9 @@ def test_option_scores_are_sums_of_log_probabilities(tiny_model, sets, records):
     processor, config = tiny_model.processor, tiny_model.config
 
     @jax.jit
-    def log_probs(params, tokens, mask, pixels):
+    def log_probs(params, tokens, mask, pictures):
         model = bind(tiny_model.graphdef, params)
-        features = None if pixels is None else model.encode(pixels)[0]
+        features = None if pictures is None else model.encode(pictures)[0]
         return jax.nn.log_softmax(model(tokens, mask, features=features)[0])
 
     scored = 0
@@ -74,14 +73,15 @@ def test_option_scores_are_sums_of_log_probabilities(tiny_model, sets, records):
         if not e.options:
             continue
         for option, score in zip(e.options, record["scores"], strict=True):
-            prompt, answer = processor.encode(e.question, option, 0 if e.image is None else config.image_tokens)
+            shown = [] if e.image is None else [processor.image(e.image)]
+            prompt, answer = processor.encode(e.question, option, shown)
             ids = np.array(prompt + answer)
             row = np.zeros((1, 96), np.int32)
             row[0, : len(ids)] = ids
-            pixels = None if e.image is None else processor.pixels(e.image)[None]
-            out = np.asarray(log_probs(tiny_model.params, row, np.arange(96)[None] < len(ids), pixels))[0]
+            pictures = config.pack([shown]) if shown else None
+            out = np.asarray(log_probs(tiny_model.params, row, np.arange(96)[None] < len(ids), pictures))[0]
             expected = sum(out[len(prompt) - 1 + j, token] for j, token in enumerate(answer))
-            assert answer[-1] == processor.eos_id
+            assert answer[-1] == processor.eos_ids[0]
             np.testing.assert_allclose(score, expected, atol=2e-4)
             scored += 1
     assert scored == sum(len(e.options) for part in sets.values() for e in part)
@@ -136,33 +136,33 @@ def test_generation_sees_the_pixels(tiny_model, ask):
     """The language model is made to hear the picture loudly, so that another one changes the words."""
     params = {k: v * (40 if k.startswith("projector/fc2") else 1) for k, v in tiny_model.params.items()}
     loud = Answerer(tiny_model.graphdef, params, tiny_model.config, tiny_model.processor, batch_size=7)
-    pixels = np.stack([tiny_model.processor.pixels(png(i)) for i in range(7)])
-    answers = loud.generate(["Who is this?"] * 7, loud.features(pixels), max_new_tokens=4)
+    seen = loud.look([png(i) for i in range(7)])
+    answers = loud.generate(["Who is this?"] * 7, seen, max_new_tokens=4)
     assert len(set(answers)) > 1
-    assert answers == loud.generate(["Who is this?"] * 7, loud.features(pixels), max_new_tokens=4)
-    assert answers[::-1] == loud.generate(["Who is this?"] * 7, loud.features(pixels[::-1]), max_new_tokens=4)
+    assert answers == loud.generate(["Who is this?"] * 7, seen, max_new_tokens=4)
+    assert answers[::-1] == loud.generate(["Who is this?"] * 7, seen.of(range(7)[::-1]), max_new_tokens=4)
 
 
 class Scripted:
-    """An answerer that says what it is told; a picture's feature is the mean of its pixels."""
+    """An answerer that says what it is told; a picture's feature is the mean of its bytes."""
 
     def __init__(self, says):
         self.says, self.seen = says, []
-        self.processor = types.SimpleNamespace(pixels=lambda data: np.full((2, 2, 3), float(np.mean(list(data)))))
 
-    def features(self, pixels):
-        return pixels.mean((1, 2, 3))[:, None, None]
+    def look(self, pictures):
+        means = np.array([np.mean(list(data)) for data in pictures])
+        return module.Seen(means, VisualTokens(means, means))
 
-    def _note(self, questions, features):
-        rows = [None] * len(questions) if features is None else features[:, 0, 0].tolist()
+    def _note(self, questions, seen):
+        rows = [None] * len(questions) if seen is None else seen.features.values.tolist()
         self.seen.extend(zip(questions, rows, strict=True))
 
-    def generate(self, questions, features=None, *, max_new_tokens):
-        self._note(questions, features)
+    def generate(self, questions, seen=None, *, max_new_tokens):
+        self._note(questions, seen)
         return [self.says(q) for q in questions]
 
-    def score(self, questions, options, features=None):
-        self._note(questions, features)
+    def score(self, questions, options, seen=None):
+        self._note(questions, seen)
         width = max(map(len, options))
         return np.array([[-float(j != self.says(q)) for j in range(width)] for q in questions])
 

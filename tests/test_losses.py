@@ -56,32 +56,51 @@ def test_npo_is_per_sequence_not_of_a_batch_mean():
     assert abs(per_row - of_mean) > 0.1
 
 
+ALL = jnp.ones((1, 2), bool)
+
+
 def test_relative_squared_distance_by_hand():
     feature, target = jnp.array([[[1.0, 2.0], [3.0, 4.0]]]), jnp.array([[[1.0, 0.0], [3.0, 0.0]]])
-    np.testing.assert_allclose(losses.relative_squared_distance(feature, target, 2.5), [(4 + 16) / 4 / 2.5])
+    np.testing.assert_allclose(losses.relative_squared_distance(feature, target, 2.5, ALL), [(4 + 16) / 4 / 2.5])
 
 
 def test_cosine_distance_ignores_length():
     feature = jnp.array([[[1.0, 0.0], [0.0, 2.0]]])
-    np.testing.assert_allclose(losses.cosine_distance(feature, 5 * feature, 1.0), [0.0], atol=1e-6)
+    np.testing.assert_allclose(losses.cosine_distance(feature, 5 * feature, 1.0, ALL), [0.0], atol=1e-6)
     turned = jnp.array([[[0.0, 1.0], [0.0, 1.0]]])
-    np.testing.assert_allclose(losses.cosine_distance(feature, turned, 1.0), [0.5], atol=1e-6)
+    np.testing.assert_allclose(losses.cosine_distance(feature, turned, 1.0, ALL), [0.5], atol=1e-6)
 
 
 def test_smooth_l1_by_hand():
     feature, target = jnp.array([[[0.5, 6.0]]]), jnp.zeros((1, 1, 2))  # scale 4: 0.25 and 3 root mean squares
-    np.testing.assert_allclose(losses.smooth_l1_distance(feature, target, 4.0), [(0.25**2 / 2 + 2.5) / 2], rtol=1e-6)
+    np.testing.assert_allclose(
+        losses.smooth_l1_distance(feature, target, 4.0, ALL[:, :1]), [(0.25**2 / 2 + 2.5) / 2], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", losses.DISTANCES)
 def test_distance_to_itself_is_zero_and_finite_in_gradient(name):
     feature = jax.random.normal(jax.random.key(0), (3, 4, 5))
-    value, slope = jax.value_and_grad(lambda x: losses.DISTANCES[name](x, feature, 1.3).sum())(feature)
+    value, slope = jax.value_and_grad(lambda x: losses.DISTANCES[name](x, feature, 1.3, jnp.ones((3, 4), bool)).sum())(
+        feature
+    )
     np.testing.assert_allclose(value, 0.0, atol=1e-5)
     assert np.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("name", losses.DISTANCES)
+def test_padding_and_other_rows_change_nothing(name):
+    feature, target = jax.random.normal(jax.random.key(0), (2, 2, 4, 5))
+    scale, valid = jnp.array([1.3, 0.2]), jnp.array([[True] * 4, [True, True, False, False]])
+    distance = losses.DISTANCES[name]
+    spoilt, slope = jax.value_and_grad(lambda x: distance(x, target, scale, valid).sum())(feature.at[1, 2:].set(1e6))
+    first = distance(feature[:1], target[:1], scale[:1], valid[:1])
+    second = distance(feature[1:, :2], target[1:, :2], scale[1:], valid[1:, :2])
+    np.testing.assert_allclose(spoilt, (first + second)[0], rtol=1e-5)
+    assert not slope[1, 2:].any()
 
 
 def test_bf16_inputs_are_summed_in_float32():
     logits = jax.random.normal(jax.random.key(1), (2, 3, 50)).astype(jnp.bfloat16)
     assert losses.token_log_probs(logits, jnp.zeros((2, 3), jnp.int32)).dtype == jnp.float32
-    assert losses.relative_squared_distance(logits, logits, 1.0).dtype == jnp.float32
+    assert losses.relative_squared_distance(logits, logits, 1.0, jnp.ones((2, 3), bool)).dtype == jnp.float32

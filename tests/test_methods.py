@@ -11,7 +11,7 @@ from vkd_jax import losses, methods
 from vkd_jax.methods import base
 from vkd_jax.methods.grad_diff import GradDiff
 from vkd_jax.methods.vkd import VKD
-from vkd_jax.models.base import bind
+from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.types import UserError
 
 SMALL = dict(fisher_samples=6, fisher_chunk=3)
@@ -113,18 +113,20 @@ def test_cached_teacher_features_are_those_of_the_teacher(context):
     retain = vkd.prepare(context).sets["retain"]
     rows = np.array([3, 0, 7])
     batch = retain.batch(rows)
-    _, taps = bind(context.graphdef, context.params).encode(batch.pixels)
+    _, taps = bind(context.graphdef, context.params).encode(batch.pictures)
     for tap in vkd.taps:
-        np.testing.assert_allclose(batch.cached[f"target/{tap}"], taps[tap], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(batch.cached[f"target/{tap}"], taps[tap].values, rtol=1e-5, atol=1e-6)
 
 
 def test_distillation_acts_on_the_set_that_it_names(context):
     """Retain targets are the retain pictures' own features; forget targets are somebody else's."""
     vkd = VKD(target="swap", mask_scope="none", augment_forget=0)
     prepared = vkd.prepare(context)
-    own = base.teacher_taps(context, context.params, context.sets["forget"].pixels, vkd.taps)
+    own = base.teacher_taps(context, context.params, context.sets["forget"].pictures, vkd.taps)
     others = prepared.sets["retain"].per_image["target/projector"]
-    for target, mine in zip(prepared.sets["forget"].per_image["target/projector"], own["projector"], strict=True):
+    for target, mine in zip(
+        prepared.sets["forget"].per_image["target/projector"], own["projector"].values, strict=True
+    ):
         assert not np.allclose(target, mine)
         assert any(np.array_equal(target, other) for other in others)
 
@@ -141,13 +143,48 @@ def test_every_combination_gives_finite_gradients(context, target, forget):
         assert not any(np.any(g) for g in grads.values())
 
 
+def grid(rows, columns, pad=0):
+    """The places of one picture, row by row, and padding."""
+    places = [[0, row, column] for row in range(rows) for column in range(columns)]
+    return np.array(places + [[-1, -1, -1]] * pad, np.int32)
+
+
+def test_features_moved_to_another_shape_stay_where_they_were_in_the_picture():
+    small = VisualTokens(np.arange(5.0)[None, :, None], grid(2, 2, pad=1)[None])
+    same = base.moved(small, [0], grid(2, 2)[None])
+    np.testing.assert_array_equal(same[0, :, 0], [0, 1, 2, 3])
+    wide = base.moved(small, [0], grid(2, 4, pad=2)[None])
+    np.testing.assert_array_equal(wide[0, :8, 0], [0, 0, 1, 1, 2, 2, 3, 3])
+    class_token = np.array([[0, -1, -1]], np.int32)
+    both = VisualTokens(np.arange(5.0)[None, :, None], np.concatenate([class_token, grid(2, 2)])[None])
+    other = np.concatenate([class_token, grid(6, 6)])[None]
+    moved = base.moved(both, [0], other)[0, :, 0]
+    assert moved[0] == 0 and set(moved[1:]) == {1, 2, 3, 4}
+
+
+def test_features_of_several_pictures_go_to_the_picture_of_their_number():
+    second = grid(2, 2) + np.array([1, 0, 0], np.int32)
+    pair = VisualTokens(np.arange(8.0)[None, :, None], np.concatenate([grid(2, 2), second])[None])
+    np.testing.assert_array_equal(base.moved(pair, [0], second[None, ::-1])[0, :, 0], [7, 6, 5, 4])
+    alone = VisualTokens(pair.values[:, :4], grid(2, 2)[None])
+    np.testing.assert_array_equal(base.moved(alone, [0], second[None])[0, :, 0], [0, 1, 2, 3])
+
+
+def test_the_mean_of_pictures_of_other_shapes_by_hand():
+    values = np.array([[1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 99.0, 99.0]])[..., None]
+    tokens = VisualTokens(values, np.stack([grid(2, 2), grid(1, 2, pad=2)]))
+    want = [(1 + 10) / 2, (2 + 20) / 2, (3 + 10) / 2, (4 + 20) / 2]
+    got = base.mean_at(tokens, np.stack([grid(2, 2)] * 3))
+    np.testing.assert_allclose(got[..., 0], [want] * 3)
+
+
 def test_base_targets_need_the_base_model(context):
     with pytest.raises(UserError, match="config.model.base"):
         VKD(target="base", mask_scope="none").prepare(context)
     given = dataclasses.replace(context, base_params=context.params)
     forget = VKD(target="base", mask_scope="none").prepare(given).sets["forget"]
-    want = base.teacher_taps(context, context.params, forget.pixels, ("projector",))
-    np.testing.assert_array_equal(forget.per_image["target/projector"], want["projector"])
+    want = base.teacher_taps(context, context.params, forget.pictures, ("projector",))
+    np.testing.assert_array_equal(forget.per_image["target/projector"], want["projector"].values)
 
 
 def test_the_mask_covers_exactly_the_trainable_weights_and_selects_some(context):

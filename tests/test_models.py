@@ -32,8 +32,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def pixels():
-    return jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+def pictures():
+    return {"pixels": jax.random.normal(jax.random.key(1), (2, 8, 8, 3))}
 
 
 def prompt(*rows, side="right"):
@@ -42,6 +42,10 @@ def prompt(*rows, side="right"):
     tokens = [p + list(r) if side == "left" else list(r) + p for p, r in zip(pad, rows, strict=True)]
     mask = [p + [1] * len(r) if side == "left" else [1] * len(r) + p for p, r in zip(pad, rows, strict=True)]
     return jnp.array(tokens), jnp.array(mask, bool)
+
+
+def one(features, i):
+    return jax.tree.map(lambda x: x[i : i + 1], features)
 
 
 # Hand-worked values.
@@ -61,6 +65,11 @@ def test_rotation_by_hand():
     want = [1 * c[0] - 3 * s[0], 2 * c[1] - 4 * s[1], 3 * c[0] + 1 * s[0], 4 * c[1] + 2 * s[1]]
     np.testing.assert_allclose(y, want, rtol=1e-6)
     np.testing.assert_array_equal(rotate(x, jnp.array([[0]]), 100.0), x)
+    # Two axes: the first pair turns with the first (5), the second with the second (1).
+    c, s = np.cos([5, 0.1]), np.sin([5, 0.1])
+    want = [1 * c[0] - 3 * s[0], 2 * c[1] - 4 * s[1], 3 * c[0] + 1 * s[0], 4 * c[1] + 2 * s[1]]
+    np.testing.assert_allclose(rotate(x, jnp.array([[[5, 1]]]), 100.0, (1, 1)).ravel(), want, rtol=1e-5)
+    np.testing.assert_array_equal(rotate(x, jnp.array([[1]]), 100.0, (1, 1)).ravel(), y)
 
 
 def test_attention_by_hand():
@@ -99,7 +108,7 @@ def test_patches_are_a_strided_convolution():
 def test_features_are_placed_in_order():
     x = -jnp.ones((2, 4, 1))
     features = jnp.array([[[10.0], [11.0]], [[20.0], [21.0]]])
-    got = llava.place(x, jnp.array([[0, 1, 1, 0], [1, 0, 1, 1]], bool), features)
+    got = layers.place(x, jnp.array([[0, 1, 1, 0], [1, 0, 1, 1]], bool), features)
     # An image token too many, as a model might generate one, stays a token.
     np.testing.assert_array_equal(got[..., 0], [[-1, 10, 11, -1], [20, -1, 21, -1]])
 
@@ -146,29 +155,31 @@ def test_unknown_model_types_are_named():
 # The forward.
 
 
-def test_encode_continues_from_any_block(model, pixels):
-    features, taps = model.encode(pixels)
+def test_encode_continues_from_any_block(model, pictures):
+    features, taps = model.encode(pictures)
     assert set(taps) == {"vision/0", "vision/1", "features", "projector"}  # layer -2 of three blocks
-    assert features.shape == (2, CONFIG.image_tokens, 16) and taps["vision/0"].shape == (2, 5, 16)
+    assert features.values.shape == (2, CONFIG.image_tokens(8, 8), 16) and taps["vision/0"].values.shape == (2, 5, 16)
+    np.testing.assert_array_equal(features.where[1], [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]])
+    np.testing.assert_array_equal(taps["vision/0"].where[1, 0], [0, -1, -1])  # the class token has no place
     for k in (1, 2):
-        again, fewer = model.encode(hidden=taps[f"vision/{k - 1}"], start=k)
-        np.testing.assert_allclose(again, features, atol=1e-6)
+        again, fewer = model.encode(hidden=taps[f"vision/{k - 1}"].values, start=k)
+        np.testing.assert_allclose(again.values, features.values, atol=1e-6)
         assert set(fewer) == {f"vision/{i}" for i in range(k, 2)} | {"features", "projector"}
-    with pytest.raises(ValueError, match="either pixels"):
-        model.encode(pixels, start=1)
-    with pytest.raises(ValueError, match="either pixels"):
+    with pytest.raises(ValueError, match="takes pictures"):
+        model.encode(pictures, start=1)
+    with pytest.raises(ValueError, match="takes pictures"):
         model.encode()
 
 
-def test_unused_visual_parameters_have_zero_gradient(model, pixels):
+def test_unused_visual_parameters_have_zero_gradient(model, pictures):
     graphdef, params = base.split(model)
-    gradients = jax.grad(lambda p: jnp.square(base.bind(graphdef, p).encode(pixels)[0]).sum())(params)
+    gradients = jax.grad(lambda p: jnp.square(base.bind(graphdef, p).encode(pictures)[0].values).sum())(params)
     zero = {k for k, v in gradients.items() if not k.startswith("language_model/") and not v.any()}
     assert zero == {k for k in params if k.startswith(("vision_tower/blocks/2/", "vision_tower/post_norm/"))}
 
 
-def test_padding_changes_nothing(model, pixels):
-    features, _ = model.encode(pixels)
+def test_padding_changes_nothing(model, pictures):
+    features, _ = model.encode(pictures)
     rows = [1, *[IMAGE] * 4, 7, 8, 9], [1, *[IMAGE] * 4, 5]
     for side in ("left", "right"):
         tokens, mask = prompt(*rows, side=side)
@@ -176,13 +187,13 @@ def test_padding_changes_nothing(model, pixels):
         assert cache is None and logits.dtype == jnp.float32 and jnp.isfinite(logits).all()
         noisy, _ = model(jnp.where(mask, tokens, 33), mask, features=features)
         for i, row in enumerate(rows):
-            alone, _ = model(*prompt(row), features=features[i : i + 1])
+            alone, _ = model(*prompt(row), features=one(features, i))
             np.testing.assert_allclose(logits[i][mask[i]], alone[0], atol=1e-5)
             np.testing.assert_array_equal(noisy[i][mask[i]], logits[i][mask[i]])
 
 
-def test_no_token_sees_the_future_and_the_picture_matters(model, pixels):
-    features, _ = model.encode(pixels)
+def test_no_token_sees_the_future_and_the_picture_matters(model, pictures):
+    features, _ = model.encode(pictures)
     tokens, mask = prompt([1, *[IMAGE] * 4, 7, 8, 9], [1, *[IMAGE] * 4, 7, 8, 9])
     logits, _ = model(tokens, mask, features=features)
     changed, _ = model(tokens.at[:, 6].set(20), mask, features=features)
@@ -207,7 +218,7 @@ def test_text_logits_do_not_depend_on_visual_weights(model):
     np.testing.assert_array_equal(run(params, tokens, mask), run(broken, tokens, mask))
 
 
-def test_rematerialisation_changes_no_gradient(model, pixels):
+def test_rematerialisation_changes_no_gradient(model, pictures):
     _, params = base.split(model)
     tokens, mask = prompt([1, *[IMAGE] * 4, 7, 8], [1, *[IMAGE] * 4, 5])
     gradients = []
@@ -217,23 +228,23 @@ def test_rematerialisation_changes_no_gradient(model, pixels):
 
         def loss(params, graphdef=graphdef):
             model = base.bind(graphdef, params)
-            return jnp.square(model(tokens, mask, features=model.encode(pixels)[0])[0]).mean()
+            return jnp.square(model(tokens, mask, features=model.encode(pictures)[0])[0]).mean()
 
         gradients.append(jax.jit(jax.grad(loss))(params))
     for k in params:
         np.testing.assert_allclose(*(g[k] for g in gradients), rtol=1e-4, atol=1e-5)
 
 
-def test_computation_in_bfloat16_keeps_float32_logits(model, pixels):
+def test_computation_in_bfloat16_keeps_float32_logits(model, pictures):
     config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
     graphdef, _ = base.abstract(lambda rngs: llava.Llava(config, rngs=rngs))
     _, params = base.split(model)
     small = base.bind(graphdef, params)
     tokens, mask = prompt([1, *[IMAGE] * 4, 7, 8], [1, *[IMAGE] * 4, 5])
-    features, taps = small.encode(pixels)
-    assert {v.dtype for v in taps.values()} == {jnp.dtype(jnp.bfloat16)}
+    features, taps = small.encode(pictures)
+    assert {v.values.dtype for v in taps.values()} == {jnp.dtype(jnp.bfloat16)}
     logits, _ = small(tokens, mask, features=features)
-    want, _ = model(tokens, mask, features=model.encode(pixels)[0])
+    want, _ = model(tokens, mask, features=model.encode(pictures)[0])
     assert logits.dtype == jnp.float32
     assert np.corrcoef(logits.ravel(), want.ravel())[0, 1] > 0.99
 
@@ -249,14 +260,14 @@ def test_last_token_of_either_padding():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_greedy_is_repeated_argmax_without_a_cache(model, pixels, side):
-    features, _ = model.encode(pixels)
+def test_greedy_is_repeated_argmax_without_a_cache(model, pictures, side):
+    features, _ = model.encode(pictures)
     rows = [1, *[IMAGE] * 4, 7, 8, 9], [1, *[IMAGE] * 4, 5]
     want = []
     for i, row in enumerate(rows):
         row = list(row)
         for _ in range(6):
-            row.append(int(model(*prompt(row), features=features[i : i + 1])[0][0, -1].argmax()))
+            row.append(int(model(*prompt(row), features=one(features, i))[0][0, -1].argmax()))
         want.append(row[-6:])
     batch = prompt(*rows, side=side)
     graphdef, params = base.split(model)
@@ -275,8 +286,8 @@ def test_greedy_is_repeated_argmax_without_a_cache(model, pixels, side):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_option_scores_equal_reading_each_option_alone(model, pixels, side):
-    features, _ = model.encode(pixels)
+def test_option_scores_equal_reading_each_option_alone(model, pictures, side):
+    features, _ = model.encode(pictures)
     rows = [1, *[IMAGE] * 4, 7, 8, 9], [1, *[IMAGE] * 4, 5]
     options = jnp.array([[[10, 11, 12], [13, 0, 0], [16, 17, 18]], [[14, 15, 0], [0, 0, 0], [19, 20, 0]]])
     options_mask = jnp.array([[[1, 1, 1], [1, 0, 0], [1, 1, 1]], [[1, 1, 0], [0, 0, 0], [1, 1, 0]]], bool)
@@ -287,7 +298,7 @@ def test_option_scores_equal_reading_each_option_alone(model, pixels, side):
             if not option:
                 assert scores[i, j] == -jnp.inf
                 continue
-            log_p = jax.nn.log_softmax(model(*prompt([*row, *option]), features=features[i : i + 1])[0][0])
+            log_p = jax.nn.log_softmax(model(*prompt([*row, *option]), features=one(features, i))[0][0])
             want = sum(float(log_p[len(row) - 1 + n, token]) for n, token in enumerate(option))
             np.testing.assert_allclose(scores[i, j], want, atol=1e-4)
     single = option_log_probs(

@@ -32,6 +32,7 @@ ORDER = [
     {"figures"},
     {"report"},
     {"workdir"},
+    {"defaults"},
     {"pipeline"},
     {"ask", "main"},
 ]

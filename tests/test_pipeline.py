@@ -7,7 +7,6 @@ import shutil
 import types
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -168,8 +167,7 @@ def test_transformers_gives_the_same_answers(vkd, few):
     assert len(pictured) > 20 and len(texts) > 8
     mesh = pipeline._mesh(vkd.config)
     ours = pipeline.Loaded.open(folder, vkd.config, mesh).answerer(16)
-    features = ours.features(np.stack([ours.processor.pixels(e.image) for e in pictured]))
-    got = ours.generate([e.question for e in pictured], features, max_new_tokens=6)
+    got = ours.generate([e.question for e in pictured], ours.look([e.image for e in pictured]), max_new_tokens=6)
     got += ours.generate([e.question for e in texts], max_new_tokens=6)
     for group, answered in ((pictured, got[: len(pictured)]), (texts, got[len(pictured) :])):
         prompts = []

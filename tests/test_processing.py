@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import AutoProcessor
 
 from vkd_jax.data import processing
 from vkd_jax.data.streams import Stream
@@ -23,10 +24,15 @@ def png(colour=(200, 30, 30), size=(20, 20), mode="RGB", **save):
 
 
 @pytest.fixture(scope="module")
-def processor(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processor")
     processing.create_processor(folder, CORPUS, vocab_size=400, image_size=16, patch_size=8)
-    return processing.Processor(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor(folder, tiny_config):
+    return processing.Processor(folder, tiny_config)
 
 
 def examples():
@@ -39,15 +45,15 @@ def examples():
 
 
 def test_the_prompt_is_llavas_own(processor):
-    assert processor.prompt("Who?", True) == "USER: <image>\nWho? ASSISTANT:"
-    assert processor.prompt("Who?", False) == "USER: Who? ASSISTANT:"
+    assert processor.prompt("Who?", 1) == "USER: <image>\nWho? ASSISTANT:"
+    assert processor.prompt("Who?", 0) == "USER: Who? ASSISTANT:"
 
 
 def test_targets_are_the_answer_and_its_end_and_nothing_else(processor):
-    encoded = processing.encode_set(processor, examples(), image_tokens=4, max_length=64)
+    encoded = processing.encode_set(processor, examples(), max_length=64)
     for row, example in enumerate(encoded.examples):
         targets = encoded.targets[row][encoded.target_mask[row]]
-        assert targets[-1] == processor.eos_id
+        assert targets[-1] == processor.eos_ids[0]
         assert processor.tokenizer.decode(targets[:-1]) == " " + example.answer
         predicted = encoded.tokens[row][encoded.at[row][encoded.target_mask[row]] + 1]
         np.testing.assert_array_equal(predicted, targets)  # logits at `at` predict the very next token
@@ -58,37 +64,37 @@ def test_targets_are_the_answer_and_its_end_and_nothing_else(processor):
 
 
 def test_every_picture_gets_all_its_tokens_and_is_stored_once(processor):
-    encoded = processing.encode_set(processor, examples(), image_tokens=4, max_length=64)
+    encoded = processing.encode_set(processor, examples(), max_length=64)
     np.testing.assert_array_equal((encoded.tokens == processor.image_token_id).sum(1), [4, 4, 4])
-    assert encoded.pixels.shape == (2, 16, 16, 3)
+    assert encoded.pictures["pixels"].shape == (2, 16, 16, 3)
     np.testing.assert_array_equal(encoded.image, [0, 0, 1])
     batch = encoded.batch(np.array([2, 0]))
-    np.testing.assert_array_equal(batch.pixels, encoded.pixels[[1, 0]])
+    np.testing.assert_array_equal(batch.pictures["pixels"], encoded.pictures["pixels"][[1, 0]])
 
 
 def test_text_only_questions_have_no_picture(processor):
     text = [Example("0", "", None, "", "Who is Mara Lindt?", "a sailor")]
-    encoded = processing.encode_set(processor, text, image_tokens=4, max_length=64)
-    assert encoded.batch(np.array([0])).pixels is None
+    encoded = processing.encode_set(processor, text, max_length=64)
+    assert encoded.batch(np.array([0])).pictures is None
     assert processor.image_token_id not in encoded.tokens
 
 
 def test_a_row_that_does_not_fit_is_named_never_cut(processor):
-    with pytest.raises(UserError, match=r"row 0 is \d+ tokens long, the model takes 30"):
-        processing.encode_set(processor, examples(), image_tokens=16, max_length=30)
+    with pytest.raises(UserError, match=r"row 0 is \d+ tokens long, the model takes 14"):
+        processing.encode_set(processor, examples(), max_length=14)
 
 
 def test_an_image_token_in_a_question_is_refused(processor):
     bad = Example("7", "", png(), "p", "What is <image>?", "x")
     with pytest.raises(UserError, match="row 7"):
-        processing.encode_set(processor, [bad], image_tokens=4, max_length=64)
+        processing.encode_set(processor, [bad], max_length=64)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "I;16"])
 def test_pictures_of_any_mode(processor, mode):
     data = io.BytesIO()
     Image.new("RGB", (31, 17), (120, 60, 200)).convert("L" if mode == "I;16" else mode).convert(mode).save(data, "PNG")
-    pixels = processor.pixels(data.getvalue())
+    pixels = processor.image(data.getvalue())
     assert pixels.shape == (16, 16, 3) and pixels.dtype == np.float32 and np.isfinite(pixels).all()
 
 
@@ -100,19 +106,20 @@ def test_exif_rotation_is_applied(processor):
     upright.rotate(90).save(lying, "PNG", exif=exif)
     plain = io.BytesIO()
     upright.save(plain, "PNG")
-    np.testing.assert_allclose(processor.pixels(lying.getvalue()), processor.pixels(plain.getvalue()), atol=1e-5)
+    np.testing.assert_allclose(processor.image(lying.getvalue()), processor.image(plain.getvalue()), atol=1e-5)
 
 
-def test_pixels_equal_the_models_own_processor(processor):
+def test_pixels_equal_the_models_own_processor(processor, folder):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8))
     data = io.BytesIO()
     noise.save(data, "PNG")
-    want = processor.hf(images=[noise], text=["<image>"], return_tensors="np")["pixel_values"][0]
-    np.testing.assert_allclose(processor.pixels(data.getvalue()), want.transpose(1, 2, 0), atol=1e-6)
+    hf = AutoProcessor.from_pretrained(folder)
+    want = hf(images=[noise], text=["<image>"], return_tensors="np")["pixel_values"][0]
+    np.testing.assert_allclose(processor.image(data.getvalue()), want.transpose(1, 2, 0), atol=1e-6)
 
 
 def test_a_stream_is_a_function_of_seed_and_step(processor):
-    encoded = processing.encode_set(processor, examples(), image_tokens=4, max_length=64)
+    encoded = processing.encode_set(processor, examples(), max_length=64)
     a, b = (Stream(encoded, 2, seed=3, name="forget") for _ in range(2))
     np.testing.assert_array_equal(a[5].tokens, b[5].tokens)
     epoch = np.concatenate([a[0].targets[:, 0], a[1].targets[:, 0], a[2].targets[:, 0]])
@@ -123,6 +130,6 @@ def test_a_stream_is_a_function_of_seed_and_step(processor):
     assert orders["x"] != orders["y"] and len(set(map(tuple, orders["x"]))) > 1
 
 
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, tiny_config):
     with pytest.raises(UserError, match="no usable tokenizer"):
-        processing.Processor(tmp_path)
+        processing.Processor(tmp_path, tiny_config)

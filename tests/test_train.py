@@ -55,7 +55,7 @@ class ToyMethod:
 
     def _loss(self, name, weight):
         def loss(model, batch):
-            term = jnp.mean(jnp.square(model(batch.pixels[:, 0, 0])).sum(-1) + batch.cached["extra"])
+            term = jnp.mean(jnp.square(model(batch.pictures["x"])).sum(-1) + batch.cached["extra"])
             return weight * term, {f"{name}_term": term, f"{name}_rows": jnp.sum(2.0 ** batch.tokens[:, 0])}
 
         return loss
@@ -73,7 +73,7 @@ def rows(seed, extra=None) -> EncodedSet:
         target_mask=numbers >= 0,
         prompt_length=np.ones(ROWS, np.int32),
         image=np.arange(ROWS, dtype=np.int32),
-        pixels=np.random.default_rng(seed).normal(size=(ROWS, 1, 1, 3)).astype(np.float32),
+        pictures={"x": np.random.default_rng(seed).normal(size=(ROWS, 3)).astype(np.float32)},
         per_example={"extra": np.zeros(ROWS, np.float32) if extra is None else extra},
     )
 

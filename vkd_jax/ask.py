@@ -23,7 +23,7 @@ from vkd_jax.types import UserError
 def load(folder: str | Path, *, dtype: str | None = None) -> Answerer:
     """A model from any supported Hugging Face folder; `dtype` None keeps the one on disk."""
     graphdef, params, config = convert.load(folder, dtype=dtype)
-    return Answerer(graphdef, params, config, Processor(folder), batch_size=1)
+    return Answerer(graphdef, params, config, Processor(folder, config), batch_size=1)
 
 
 def answer(
@@ -34,14 +34,11 @@ def answer(
     Raises:
         UserError: the picture cannot be read, or the question is too long for the model.
     """
-    if image is None:
-        features = None
-    else:
-        picture = image if isinstance(image, Image.Image) else _read(Path(image))
-        features = model.features(model.processor.pixels(picture)[None])
-    prompt, _ = model.processor.encode(question, None, 0 if features is None else features.shape[1])
+    picture = image if image is None or isinstance(image, Image.Image) else _read(Path(image))
+    seen = None if picture is None else model.look([picture])
+    prompt, _ = model.processor.encode(question, None, seen.images if seen else ())
     room = max(model.config.text.max_positions - len(prompt), 1)
-    return model.generate([question], features, max_new_tokens=min(max_new_tokens, room))[0]
+    return model.generate([question], seen, max_new_tokens=min(max_new_tokens, room))[0]
 
 
 def _read(path: Path) -> Image.Image:

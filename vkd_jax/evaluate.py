@@ -8,18 +8,20 @@ Two protocols for four-option questions, never mixed:
 Cloze and open questions are answered by greedy generation.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from vkd_jax import metrics
 from vkd_jax.data.processing import Processor
-from vkd_jax.methods.base import padded_rows, rng
+from vkd_jax.methods.base import in_batches, padded_rows, rng
 from vkd_jax.models import generate
-from vkd_jax.models.base import bind
+from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.types import Example, Params, UserError
 
 PROTOCOLS = ("letter", "options")
@@ -28,8 +30,8 @@ INSTRUCTION = "Answer with the letter of the right option only."
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def _encode(graphdef, params, pixels):
-    return bind(graphdef, params).encode(pixels)[0]
+def _encode(graphdef, params, pictures):
+    return bind(graphdef, params).encode(pictures)[0]
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -49,18 +51,16 @@ class Answerer:
         self.graphdef, self.params, self.config = graphdef, params, config
         self.processor, self.batch_size = processor, batch_size
 
-    def features(self, pixels: np.ndarray) -> np.ndarray:
-        """[m, height, width, 3] pictures -> [m, p, d], what the language model sees of them."""
-        parts = [
-            _encode(self.graphdef, self.params, pixels[rows]) for rows in padded_rows(len(pixels), self.batch_size)
-        ]
-        return np.concatenate([np.asarray(p) for p in parts])[: len(pixels)]
+    def look(self, pictures: Sequence[bytes | Image.Image]) -> "Seen":
+        """Each picture through the vision tower once, however many questions it will carry."""
+        images = [self.processor.image(picture) for picture in pictures]
+        packed = self.config.pack([[image] for image in images])
+        features = in_batches(lambda part: _encode(self.graphdef, self.params, part), packed, self.batch_size)
+        return Seen(images, features)
 
-    def generate(
-        self, questions: Sequence[str], features: np.ndarray | None = None, *, max_new_tokens: int = 50
-    ) -> list[str]:
-        """Greedy answers; `features` holds a row per question, or is None for text-only questions."""
-        tokens, mask = self._prompts(questions, features, max_new_tokens)
+    def generate(self, questions: Sequence[str], seen: "Seen | None" = None, *, max_new_tokens: int = 50) -> list[str]:
+        """Greedy answers; `seen` holds a picture per question, or is None for text-only questions."""
+        tokens, mask = self._prompts(questions, seen, max_new_tokens)
         texts = []
         for rows in padded_rows(len(questions), self.batch_size):
             out = _greedy(
@@ -68,22 +68,21 @@ class Answerer:
                 self.params,
                 tokens[rows],
                 mask[rows],
-                _rows(features, rows),
+                seen and seen.of(rows).features,
                 max_new_tokens=max_new_tokens,
-                eos_ids=(self.processor.eos_id,),
+                eos_ids=self.processor.eos_ids,
                 pad_id=self.processor.pad_id,
             )
             texts.extend(self.processor.tokenizer.batch_decode(np.asarray(out), skip_special_tokens=True))
         return [text.strip() for text in texts[: len(questions)]]
 
     def score(
-        self, questions: Sequence[str], options: Sequence[Sequence[str]], features: np.ndarray | None = None
+        self, questions: Sequence[str], options: Sequence[Sequence[str]], seen: "Seen | None" = None
     ) -> np.ndarray:
         """[n, o] log p(option and end of sequence | question); rows with fewer options are -inf beyond."""
-        image_tokens = 0 if features is None else features.shape[1]
         encoded = [
-            [self.processor.encode(q, option, image_tokens)[1] for option in row]
-            for q, row in zip(questions, options, strict=True)
+            [self.processor.encode(question, option, _shown(seen, i))[1] for option in row]
+            for i, (question, row) in enumerate(zip(questions, options, strict=True))
         ]
         count = max(len(row) for row in encoded)
         length = max(len(ids) for row in encoded for ids in row)
@@ -92,14 +91,14 @@ class Answerer:
         for i, row in enumerate(encoded):
             for j, option in enumerate(row):
                 ids[i, j, : len(option)], valid[i, j, : len(option)] = option, True
-        tokens, mask = self._prompts(questions, features, length)
+        tokens, mask = self._prompts(questions, seen, length)
         parts = [
             _score(
                 self.graphdef,
                 self.params,
                 tokens[rows],
                 mask[rows],
-                _rows(features, rows),
+                seen and seen.of(rows).features,
                 ids[rows],
                 valid[rows],
             )
@@ -108,10 +107,9 @@ class Answerer:
         scores = np.concatenate([np.asarray(p) for p in parts])[: len(questions)]
         return np.where(valid.any(-1), scores, -np.inf)
 
-    def _prompts(self, questions: Sequence[str], features: np.ndarray | None, room: int):
+    def _prompts(self, questions: Sequence[str], seen: "Seen | None", room: int):
         """Left-padded prompts of one shape, with `room` for what follows them."""
-        image_tokens = 0 if features is None else features.shape[1]
-        rows = [self.processor.encode(question, None, image_tokens)[0] for question in questions]
+        rows = [self.processor.encode(question, None, _shown(seen, i))[0] for i, question in enumerate(questions)]
         longest = max(len(row) for row in rows)
         limit = self.config.text.max_positions
         if longest + room > limit:
@@ -124,6 +122,22 @@ class Answerer:
         return tokens, mask
 
 
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """Pictures as the language model sees them, a row each."""
+
+    images: Sequence[np.ndarray]  # [height, width, 3] each, normalised
+    features: VisualTokens  # NumPy arrays
+
+    def of(self, rows: Sequence[int]) -> "Seen":
+        """Some of them, in this order, repeated as asked."""
+        return Seen([self.images[i] for i in rows], jax.tree.map(lambda x: x[np.asarray(rows)], self.features))
+
+
+def _shown(seen: Seen | None, row: int) -> Sequence[np.ndarray]:
+    return () if seen is None else seen.images[row : row + 1]
+
+
 def evaluate(
     answerer: Answerer, sets: Mapping[str, Iterable[Example]], *, protocol: str, max_new_tokens: int
 ) -> list[dict]:
@@ -134,7 +148,9 @@ def evaluate(
     if protocol not in PROTOCOLS:
         raise UserError(f"eval.protocol={protocol!r}: give one of {', '.join(PROTOCOLS)}.")
     items = [(name, example) for name, examples in sets.items() for example in examples]
-    features = _features(answerer, [example for _, example in items])
+    pictures = {e.image_id: e.image for _, e in items if e.image is not None}
+    seen = answerer.look(list(pictures.values())) if pictures else None
+    row_of = {image_id: i for i, image_id in enumerate(pictures)}
     records: dict[int, dict] = {}
     groups: dict[tuple[str, str], list[int]] = {}
     for index, (_, example) in enumerate(items):
@@ -142,11 +158,11 @@ def evaluate(
         groups.setdefault((by_options, example.modality), []).append(index)
     for (by_options, modality), indices in groups.items():
         examples = [items[i][1] for i in indices]
-        seen = None if modality == "qa" else np.stack([features[e.image_id] for e in examples])
+        shown = None if modality == "qa" else seen.of([row_of[e.image_id] for e in examples])
         if by_options:
-            answers = _ask_options(answerer, examples, seen)
+            answers = _ask_options(answerer, examples, shown)
         else:
-            answers = _ask_freely(answerer, examples, seen, max_new_tokens)
+            answers = _ask_freely(answerer, examples, shown, max_new_tokens)
         for index, example, answer in zip(indices, examples, answers, strict=True):
             records[index] = {
                 "set": items[index][0],
@@ -189,8 +205,8 @@ def letter_question(example: Example) -> str:
     return "\n".join([example.question, *lines, INSTRUCTION])
 
 
-def _ask_options(answerer: Answerer, examples: Sequence[Example], features: np.ndarray | None) -> list[dict]:
-    scores = answerer.score([e.question for e in examples], [e.options for e in examples], features)
+def _ask_options(answerer: Answerer, examples: Sequence[Example], seen: Seen | None) -> list[dict]:
+    scores = answerer.score([e.question for e in examples], [e.options for e in examples], seen)
     predictions = [e.options[int(np.argmax(row))] for e, row in zip(examples, scores, strict=True)]
     return [
         {
@@ -203,12 +219,10 @@ def _ask_options(answerer: Answerer, examples: Sequence[Example], features: np.n
     ]
 
 
-def _ask_freely(
-    answerer: Answerer, examples: Sequence[Example], features: np.ndarray | None, max_new_tokens: int
-) -> list[dict]:
+def _ask_freely(answerer: Answerer, examples: Sequence[Example], seen: Seen | None, max_new_tokens: int) -> list[dict]:
     letter = [e.task == "classification" for e in examples]
     questions = [letter_question(e) if is_letter else e.question for e, is_letter in zip(examples, letter, strict=True)]
-    texts = answerer.generate(questions, features, max_new_tokens=max_new_tokens)
+    texts = answerer.generate(questions, seen, max_new_tokens=max_new_tokens)
     return [
         {
             "protocol": "letter" if is_letter else e.task,
@@ -219,16 +233,3 @@ def _ask_freely(
         }
         for e, text, is_letter in zip(examples, texts, letter, strict=True)
     ]
-
-
-def _features(answerer: Answerer, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Each picture through the vision tower once, however many questions it carries."""
-    pictures = {e.image_id: e.image for e in examples if e.image is not None}
-    if not pictures:
-        return {}
-    pixels = np.stack([answerer.processor.pixels(image) for image in pictures.values()])
-    return dict(zip(pictures, answerer.features(pixels), strict=True))
-
-
-def _rows(features: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
-    return None if features is None else features[rows]

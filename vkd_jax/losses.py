@@ -1,5 +1,7 @@
 """Pure loss functions. Shapes: b rows, a answer tokens, v vocabulary entries, p feature tokens, c channels.
 
+Distances take features and targets [b, p, c], a scale [b] and which tokens are real, bool [b, p].
+
 All of them compute in float32 and return one value per row, so that the caller says how rows are averaged: NPO of
 a batch mean, for one, is not the mean of NPO.
 """
@@ -44,21 +46,26 @@ def npo(log_prob: Array, reference_log_prob: Array, beta: float) -> jax.Array:
     return -(2.0 / beta) * jax.nn.log_sigmoid(-beta * (log_prob - reference_log_prob))
 
 
-def relative_squared_distance(feature: Array, target: Array, scale: Array) -> jax.Array:
+def relative_squared_distance(feature: Array, target: Array, scale: Array, valid: Array) -> jax.Array:
     """Mean squared error over tokens and channels, divided by `scale`, the teacher's mean square: -> [b]."""
-    return jnp.mean(jnp.square(_f32(feature) - _f32(target)), axis=(-2, -1)) / scale
+    return _mean(jnp.mean(jnp.square(_f32(feature) - _f32(target)), axis=-1), valid) / scale
 
 
-def cosine_distance(feature: Array, target: Array, scale: Array) -> jax.Array:
+def cosine_distance(feature: Array, target: Array, scale: Array, valid: Array) -> jax.Array:
     """1 - cosine similarity, averaged over tokens: -> [b]; `scale` is ignored, cosine has no scale."""
     del scale
-    return jnp.mean(optax.losses.cosine_distance(_f32(feature), _f32(target), epsilon=1e-8), axis=-1)
+    return _mean(optax.losses.cosine_distance(_f32(feature), _f32(target), epsilon=1e-8), valid)
 
 
-def smooth_l1_distance(feature: Array, target: Array, scale: Array) -> jax.Array:
+def smooth_l1_distance(feature: Array, target: Array, scale: Array, valid: Array) -> jax.Array:
     """Huber loss (delta 1) of the difference in units of the teacher's root mean square: -> [b]."""
-    root = jnp.sqrt(scale)
-    return jnp.mean(optax.losses.huber_loss(_f32(feature) / root, _f32(target) / root), axis=(-2, -1))
+    root = jnp.sqrt(scale)[..., None, None]
+    return _mean(jnp.mean(optax.losses.huber_loss(_f32(feature) / root, _f32(target) / root), axis=-1), valid)
+
+
+def _mean(x: jax.Array, valid: Array) -> jax.Array:
+    """The mean over a row's real tokens: [b, p], bool [b, p] -> [b]; what padding holds never counts."""
+    return jnp.sum(jnp.where(valid, x, 0.0), axis=-1) / jnp.maximum(jnp.sum(valid, axis=-1), 1)
 
 
 DISTANCES = {

@@ -144,14 +144,13 @@ class Loaded:
             sharding=sharding.param_shardings(mesh, family.SHARDING),
             remat=config.model.remat,
         )
-        return cls(graphdef, params, model_config, processing.Processor(folder))
+        return cls(graphdef, params, model_config, processing.Processor(folder, model_config))
 
     def encode(self, examples: Sequence[Example]) -> processing.EncodedSet:
         """Examples of one modality as arrays."""
         return processing.encode_set(
             self.processor,
             examples,
-            image_tokens=self.config.image_tokens,
             max_length=self.config.text.max_positions,
         )
 

@@ -104,7 +104,8 @@ def fit(
         Diverged: a term of the loss is not finite.
     """
     paths = method.trainable(params, model_config)
-    trainable = {path: jnp.copy(params[path]) for path in paths}  # donated, and `params` must outlive that
+    # In float32, since steps are smaller than what bfloat16 can add; and copied, since it is donated.
+    trainable = {path: jnp.array(params[path], jnp.float32) for path in paths}
     frozen = {path: value for path, value in params.items() if path not in trainable}
     losses = method.losses()
     streams = {

@@ -91,7 +91,7 @@ def pair(request, tmp_path_factory) -> Pair:
     graphdef, params, config = convert.load(folder)
     rng = np.random.default_rng(0)
     lengths = (5, 9, 2)
-    picture = [IMAGE] * config.image_tokens
+    picture = [IMAGE] * config.image_tokens(config.vision.image_size, config.vision.image_size)
     rows = [[1, *rng.integers(5, 200, 2), *picture, *rng.integers(5, 200, n)] for n in lengths]
     tokens, mask, answers = {}, {}, {}
     for side in ("left", "right"):
@@ -130,14 +130,14 @@ def test_every_vision_block_and_the_projector(pair):
         pixels = torch.tensor(pair.pixels).permute(0, 3, 1, 2)
         hidden = pair.torch.model.vision_tower(pixels, output_hidden_states=True).hidden_states
         projected = torch.stack(list(pair.torch.get_image_features(pixel_values=pixels).pooler_output))
-    features, taps = jax.jit(lambda p, x: bind(pair.graphdef, p).encode(x))(pair.params, pair.pixels)
+    features, taps = jax.jit(lambda p, x: bind(pair.graphdef, p).encode({"pixels": x}))(pair.params, pair.pixels)
     assert set(taps) == {f"vision/{i}" for i in range(pair.config.used_blocks)} | {"features", "projector"}
     for i in range(pair.config.used_blocks):
-        close(taps[f"vision/{i}"], hidden[i + 1], 1e-4)
+        close(taps[f"vision/{i}"].values, hidden[i + 1], 1e-4)
     chosen = hidden[pair.config.feature_layer]
-    close(taps["features"], chosen[:, 1:] if pair.config.feature_select == "default" else chosen, 1e-4)
-    close(taps["projector"], projected, 1e-4)
-    np.testing.assert_array_equal(features, taps["projector"])
+    close(taps["features"].values, chosen[:, 1:] if pair.config.feature_select == "default" else chosen, 1e-4)
+    close(taps["projector"].values, projected, 1e-4)
+    np.testing.assert_array_equal(features.values, taps["projector"].values)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -148,7 +148,7 @@ def test_logits(pair, side):
     @jax.jit
     def logits(params, pixels, tokens, mask):
         model = bind(pair.graphdef, params)
-        return model(tokens, mask, features=model.encode(pixels)[0])[0]
+        return model(tokens, mask, features=model.encode({"pixels": pixels})[0])[0]
 
     ours = logits(pair.params, pair.pixels, pair.tokens[side], pair.mask[side])
     real = pair.mask[side]
@@ -181,7 +181,7 @@ def test_loss_and_the_gradient_of_every_visual_parameter(pair, side):
     @jax.value_and_grad
     def loss(visual, frozen, pixels, tokens, mask, answers):
         model = bind(pair.graphdef, {**frozen, **visual})
-        logits, _ = model(tokens, mask, features=model.encode(pixels)[0])
+        logits, _ = model(tokens, mask, features=model.encode({"pixels": pixels})[0])
         log_p = jax.nn.log_softmax(logits[:, :-1])
         token_log_p = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
         return -jnp.where(answers[:, 1:], token_log_p, 0).sum() / answers.sum()
@@ -221,7 +221,7 @@ def test_greedy_generation_of_prompts_of_different_lengths(pair, side):
     @jax.jit
     def answer(params, pixels, tokens, mask):
         model = bind(pair.graphdef, params)
-        features = model.encode(pixels)[0]
+        features = model.encode({"pixels": pixels})[0]
         return greedy(model, tokens, mask, features, max_new_tokens=new, eos_ids=(EOS, end), pad_id=PAD)
 
     ours = np.asarray(answer(pair.params, pair.pixels, pair.tokens[side], pair.mask[side]))
@@ -239,7 +239,7 @@ def test_option_log_probs_equal_reading_each_option_after_the_prompt(pair, side)
     @jax.jit
     def score(params, pixels, tokens, mask):
         model = bind(pair.graphdef, params)
-        return option_log_probs(model, tokens, mask, model.encode(pixels)[0], texts, texts_mask)
+        return option_log_probs(model, tokens, mask, model.encode({"pixels": pixels})[0], texts, texts_mask)
 
     scores = score(pair.params, pair.pixels, pair.tokens[side], pair.mask[side])
     for i, row in enumerate(options):

@@ -51,7 +51,7 @@ def rows(seed: int, count: int) -> EncodedSet:
         target_mask=np.ones((count, 2), bool),
         prompt_length=np.full(count, 8, np.int32),
         image=np.arange(count, dtype=np.int32) % 4,
-        pixels=random.normal(size=(4, 16, 16, 3)).astype(np.float32),
+        pictures={"pixels": random.normal(size=(4, 16, 16, 3)).astype(np.float32)},
     )
 
 

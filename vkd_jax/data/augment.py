@@ -1,6 +1,7 @@
 """Changed copies of pictures, so that what is forgotten is the person and not one photograph."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -13,27 +14,28 @@ TURN = 0.12  # radians, either way
 LIGHT = 0.15  # brighter or darker
 
 
-def augmented(encoded: EncodedSet, copies: int, rng: np.random.Generator) -> EncodedSet:
+def augmented(encoded: EncodedSet, copies: int, rng: np.random.Generator, config: Any) -> EncodedSet:
     """The set, followed by `copies` of it whose pictures are turned, shifted, zoomed, mirrored and relit at random.
 
     Questions and answers stay, each asked of its own copy of the picture. Only for sets without cached arrays, whose
-    values belong to the pictures as they were.
+    values belong to the pictures as they were. `config` is the model's, which packs and unpacks its pictures.
     """
     if encoded.per_image or encoded.per_example:
         raise ValueError("augment before caching: what is cached belongs to the pictures as they were")
     times = copies + 1
-    pictures = [encoded.pixels]
-    pictures += [np.stack([_changed(picture, rng) for picture in encoded.pixels]) for _ in range(copies)]
+    rows = config.unpack(encoded.pictures)
+    packed = [encoded.pictures]
+    packed += [config.pack([[_changed(picture, rng) for picture in row] for row in rows]) for _ in range(copies)]
 
     def repeat(x: np.ndarray) -> np.ndarray:
         return np.concatenate([x] * times)
 
-    offsets = np.repeat(np.arange(times) * len(encoded.pixels), len(encoded)).astype(np.int32)
+    offsets = np.repeat(np.arange(times) * len(rows), len(encoded)).astype(np.int32)
     return dataclasses.replace(
         encoded,
         examples=tuple(encoded.examples) * times,
         image=repeat(encoded.image) + offsets,
-        pixels=np.concatenate(pictures),
+        pictures={k: np.concatenate([part[k] for part in packed]) for k in encoded.pictures},
         **{k: repeat(getattr(encoded, k)) for k in ("tokens", "mask", "at", "targets", "target_mask", "prompt_length")},
     )
 

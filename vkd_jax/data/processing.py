@@ -10,8 +10,10 @@ Only answer tokens (and the end-of-sequence token) are targets: `at[j]` is the p
 import dataclasses
 import functools
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +24,7 @@ from vkd_jax.types import Example, UserError
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "mask", "at", "targets", "target_mask", "pixels", "cached"],
+    data_fields=["tokens", "mask", "at", "targets", "target_mask", "pictures", "cached"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Batch:
     at: jax.Array | np.ndarray  # [b, a] int32, the positions that predict the answer tokens
     targets: jax.Array | np.ndarray  # [b, a] int32
     target_mask: jax.Array | np.ndarray  # [b, a] bool
-    pixels: jax.Array | np.ndarray | None  # [b, height, width, 3] float32; None for text-only rows
+    pictures: (
+        Mapping[str, jax.Array | np.ndarray] | None
+    )  # as the model packs them, a row each; None for text-only rows
     cached: Mapping[str, jax.Array | np.ndarray]  # what a method prepared, a row each
 
 
@@ -49,8 +53,8 @@ class EncodedSet:
     targets: np.ndarray  # [n, a] int32
     target_mask: np.ndarray  # [n, a] bool
     prompt_length: np.ndarray  # [n] int32
-    image: np.ndarray  # [n] int32, row of `pixels`; -1 without a picture
-    pixels: np.ndarray  # [m, height, width, 3] float32
+    image: np.ndarray  # [n] int32, row of `pictures`; -1 without a picture
+    pictures: Mapping[str, np.ndarray] | None  # [m, ...] each, as the model packs them; None for text-only sets
     per_image: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # [m, ...]
     per_example: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # [n, ...]
 
@@ -67,45 +71,75 @@ class EncodedSet:
             at=self.at[rows],
             targets=self.targets[rows],
             target_mask=self.target_mask[rows],
-            pixels=self.pixels[images] if len(self.pixels) else None,
+            pictures=None if self.pictures is None else {k: v[images] for k, v in self.pictures.items()},
             cached=cached,
         )
 
 
 class Processor:
-    """The tokenizer, image processor and chat template that came with a model."""
+    """The tokenizer, image processor and chat template that came with a model, as transformers has them.
 
-    def __init__(self, folder: str | Path):
-        from transformers import AutoProcessor  # slow to import, and not needed to read an EncodedSet
+    The image processor is the one that needs neither PyTorch nor torchvision, and the image tokens are put in here,
+    since transformers' joint processors of some families need both.
 
+    Args:
+        folder: of the model.
+        config: the model's configuration, which knows how its pictures are laid out.
+        max_pixels: a smaller budget of pixels a picture than the image processor's own, for families that have one; 0 keeps its.
+
+    Raises:
+        UserError: the folder lacks something, or the budget is not to be had.
+    """
+
+    def __init__(self, folder: str | Path, config: Any, *, max_pixels: int = 0):
+        from transformers import AutoImageProcessor, AutoTokenizer  # slow to import, and not needed for an EncodedSet
+
+        options = dict(local_files_only=True)
         try:
-            self.hf = AutoProcessor.from_pretrained(str(folder))
+            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+            self.image_processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil", **options)
         except (OSError, ValueError, TypeError, KeyError) as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"{folder}: no usable tokenizer and image processor ({first_line}); "
                 "copy tokenizer.json, tokenizer_config.json and preprocessor_config.json of the model there."
             ) from error
-        self.tokenizer = self.hf.tokenizer
-        self.image_token = self.hf.image_token
-        self.image_token_id = int(self.tokenizer.convert_tokens_to_ids(self.image_token))
-        self.eos_id = int(self.tokenizer.eos_token_id)
-        self.pad_id = int(self.eos_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
-        self.chat_template = self.hf.chat_template or self.tokenizer.chat_template
+        if max_pixels:
+            self._limit(folder, max_pixels)
+        self.config = config
+        self.image_token_id = config.image_token_id
+        self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        self.eos_ids = _end_ids(Path(folder), self.tokenizer)
+        self.pad_id = int(self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
+        self.chat_template = _chat_template(Path(folder), self.tokenizer)
 
-    def pixels(self, picture: bytes | Image.Image) -> np.ndarray:
-        """[height, width, 3] float32: resized, cropped and normalised as the model expects."""
+    def _limit(self, folder: str | Path, max_pixels: int) -> None:
+        size = self.image_processor.size
+        if not (size.longest_edge and size.shortest_edge):
+            raise UserError(f"{folder}: its pictures have one size; leave model.max_pixels at 0.")
+        if max_pixels < size.shortest_edge:
+            raise UserError(f"model.max_pixels={max_pixels}: the model's pictures have at least {size.shortest_edge}.")
+        size.longest_edge = min(max_pixels, size.longest_edge)
+
+    def image(self, picture: bytes | Image.Image) -> np.ndarray:
+        """[height, width, 3] float32: resized, cropped and normalised as the model expects.
+
+        Raises:
+            UserError: the picture is of a shape that the image processor refuses.
+        """
         if isinstance(picture, bytes):
             picture = open_image(picture)
-        values = self.hf.image_processor(images=[picture.convert("RGB")], return_tensors="np")["pixel_values"][0]
-        return np.ascontiguousarray(np.asarray(values, np.float32).transpose(1, 2, 0))
+        try:
+            output = self.image_processor(images=[picture], return_tensors="np")
+        except ValueError as error:
+            raise UserError(f"a picture of {picture.width} x {picture.height} pixels is refused: {error}.") from error
+        return self.config.images(output)[0]
 
-    def prompt(self, question: str, with_image: bool) -> str:
-        """The text up to where the answer begins; one image token stands for the picture."""
+    def prompt(self, question: str, images: int) -> str:
+        """The text up to where the answer begins; one image token stands for each picture."""
         if self.chat_template is None:
-            return f"USER: {self.image_token}\n{question} ASSISTANT:" if with_image else f"USER: {question} ASSISTANT:"
-        content = [{"type": "image"}] if with_image else []
-        content.append({"type": "text", "text": question})
+            return "USER: " + f"{self.image_token}\n" * images + f"{question} ASSISTANT:"
+        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
         return self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
             chat_template=self.chat_template,
@@ -113,13 +147,15 @@ class Processor:
             add_generation_prompt=True,
         )
 
-    def encode(self, question: str, answer: str | None, image_tokens: int) -> tuple[list[int], list[int]]:
+    def encode(
+        self, question: str, answer: str | None, images: Sequence[np.ndarray] = ()
+    ) -> tuple[list[int], list[int]]:
         """Token ids of the prompt and of the answer with its end-of-sequence token ([] without an answer).
 
         Both are cut out of one tokenisation, at the character where the answer begins, since a tokenizer may
-        join characters across a cut. `image_tokens` is 0 for a text-only question.
+        join characters across a cut. Each picture's image token is repeated as often as the picture needs.
         """
-        prompt = self.prompt(question, image_tokens > 0)
+        prompt = self.prompt(question, len(images))
         answer_text = "" if answer is None else answer if prompt[-1:].isspace() else " " + answer
         out = self.tokenizer(prompt + answer_text, return_offsets_mapping=True)
         ids, begins = out["input_ids"], [begin for begin, _ in out["offset_mapping"]]
@@ -129,14 +165,32 @@ class Processor:
                 f"the tokenizer joins the end of the prompt with the answer {answer!r}; change the chat template."
             )
         prompt_ids, answer_ids = ids[:cut], ids[cut:]
-        if answer is not None and (not answer_ids or answer_ids[-1] != self.eos_id):
-            answer_ids = [*answer_ids, self.eos_id]
-        if answer is None and prompt_ids and prompt_ids[-1] == self.eos_id:
+        if answer is not None and (not answer_ids or answer_ids[-1] not in self.eos_ids):
+            answer_ids = [*answer_ids, self.eos_ids[0]]
+        if answer is None and prompt_ids and prompt_ids[-1] in self.eos_ids:
             prompt_ids = prompt_ids[:-1]
         expanded: list[int] = []
+        sizes = iter(images)
         for token in prompt_ids:
-            expanded.extend([token] * image_tokens if token == self.image_token_id else [token])
+            count = self.config.image_tokens(*next(sizes).shape[:2]) if token == self.image_token_id else 1
+            expanded.extend([token] * count)
         return expanded, answer_ids
+
+
+def _end_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's first, then those that the model's generation stops at."""
+    path = folder / "generation_config.json"
+    more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    ids = [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
+    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+
+
+def _chat_template(folder: Path, tokenizer: Any) -> str | None:
+    """Of the tokenizer, or of the joint processor, which keeps it in a file of its own."""
+    if tokenizer.chat_template:
+        return tokenizer.chat_template
+    path = folder / "chat_template.json"  # of before transformers 5; the tokenizer reads chat_template.jinja itself
+    return json.loads(path.read_text(encoding="utf-8"))["chat_template"] if path.is_file() else None
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -148,7 +202,6 @@ def encode_set(
     processor: Processor,
     examples: Sequence[Example],
     *,
-    image_tokens: int,
     max_length: int,
     multiple: int = 4,
 ) -> EncodedSet:
@@ -157,17 +210,15 @@ def encode_set(
     Raises:
         UserError: a question contains the image token, or a row is longer than `max_length` tokens.
     """
-    images: dict[str, int] = {}
-    pixels: list[np.ndarray] = []
+    images: dict[str, np.ndarray] = {}
     rows = []
     for example in examples:
         if example.image is not None and example.image_id not in images:
-            images[example.image_id] = len(pixels)
-            pixels.append(processor.pixels(example.image))
-        tokens = image_tokens if example.image is not None else 0
+            images[example.image_id] = processor.image(example.image)
+        shown = [] if example.image is None else [images[example.image_id]]
         if processor.image_token in example.question + example.answer:
             raise UserError(f"row {example.id}: the text contains {processor.image_token}; remove it.")
-        rows.append(processor.encode(example.question, example.answer, tokens))
+        rows.append(processor.encode(example.question, example.answer, shown))
     longest = max(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]), default=0)
     length = len(rows[longest][0]) + len(rows[longest][1]) if rows else 0
     if length > max_length:
@@ -176,7 +227,7 @@ def encode_set(
         )
     t = min(-(-length // multiple) * multiple, max_length)
     a = -(-max((len(answer) for _, answer in rows), default=0) // 2) * 2
-    n = len(rows)
+    n, order = len(rows), {image_id: i for i, image_id in enumerate(images)}
     tokens = np.full((n, t), processor.pad_id, np.int32)
     mask, target_mask = np.zeros((n, t), bool), np.zeros((n, a), bool)
     at, targets = np.zeros((n, a), np.int32), np.zeros((n, a), np.int32)
@@ -194,8 +245,8 @@ def encode_set(
         targets=targets,
         target_mask=target_mask,
         prompt_length=np.array([len(prompt) for prompt, _ in rows], np.int32),
-        image=np.array([images.get(e.image_id, -1) if e.image is not None else -1 for e in examples], np.int32),
-        pixels=np.stack(pixels) if pixels else np.zeros((0,), np.float32),
+        image=np.array([-1 if e.image is None else order[e.image_id] for e in examples], np.int32),
+        pictures=processor.config.pack([[x] for x in images.values()]) if images else None,
     )
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from vkd_jax import losses, saliency
 from vkd_jax.data import augment
 from vkd_jax.methods import base
-from vkd_jax.models.base import bind
+from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.types import Params, UserError
 
 FORGET = ("npo", "ga", "none")
@@ -80,23 +80,29 @@ class VKD:
     def prepare(self, context: base.Context) -> base.Prepared:
         """Caches teacher features, forget targets and reference log-probabilities, and makes the saliency mask."""
         sets = {
-            name: augment.augmented(context.sets[name], copies, base.rng(context.seed, f"vkd/augment/{name}"))
+            name: augment.augmented(
+                context.sets[name], copies, base.rng(context.seed, f"vkd/augment/{name}"), context.model_config
+            )
             for name, copies in (("forget", self.augment_forget), ("retain", self.augment_retain))
         }
         context = dataclasses.replace(context, sets=sets)
         forget, retain = context.sets["forget"], context.sets["retain"]
-        vanilla_retain = base.teacher_taps(context, context.params, retain.pixels, self.taps)
+        vanilla_retain = base.teacher_taps(context, context.params, retain.pictures, self.taps)
         teacher_retain = vanilla_retain
         if self.teacher == "base":
-            teacher_retain = base.teacher_taps(context, _base_params(context), retain.pixels, self.taps)
-        scales = {tap: np.float32(np.mean(np.square(value))) for tap, value in teacher_retain.items()}
+            teacher_retain = base.teacher_taps(context, _base_params(context), retain.pictures, self.taps)
+        scales = {
+            tap: np.mean(np.square(tokens.values, dtype=np.float32), where=tokens.valid[..., None], dtype=np.float32)
+            for tap, tokens in teacher_retain.items()
+        }
 
         forget = dataclasses.replace(
             forget,
-            per_image=_cached("target", self._targets(context, vanilla_retain), scales),
+            per_image=_cached(self._targets(context, vanilla_retain), scales),
             per_example={"reference": base.reference_log_probs(context, forget)} if self.forget == "npo" else {},
         )
-        retain = dataclasses.replace(retain, per_image=_cached("target", teacher_retain, scales))
+        teacher = {tap: tokens.values for tap, tokens in teacher_retain.items()}
+        retain = dataclasses.replace(retain, per_image=_cached(teacher, scales))
         mask = None if self.mask_scope == "none" else self._mask(context)
         return base.Prepared(sets={"forget": forget, "retain": retain}, mask=mask)
 
@@ -126,26 +132,28 @@ class VKD:
         loss = jnp.mean(self.weight_retain_ce * ce + self.weight_retain_distill * distance)
         return loss, base.mean_metrics(retain_ce=ce, retain_distance=distance)
 
-    def _distance(self, taps: Mapping[str, jax.Array], batch) -> jax.Array:
+    def _distance(self, taps: Mapping[str, VisualTokens], batch) -> jax.Array:
         """sum_l D(h_l, target_l) -> [b]."""
         distance = losses.DISTANCES[self.distance]
         return sum(
-            distance(taps[tap], batch.cached[f"target/{tap}"], batch.cached[f"scale/{tap}"]) for tap in self.taps
+            distance(taps[tap].values, batch.cached[f"target/{tap}"], batch.cached[f"scale/{tap}"], taps[tap].valid)
+            for tap in self.taps
         )
 
-    def _targets(self, context: base.Context, retain: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def _targets(self, context: base.Context, retain: Mapping[str, VisualTokens]) -> Mapping[str, np.ndarray]:
         """What the features of each forget picture should become: {tap: [m, p, c]}."""
-        pixels = context.sets["forget"].pixels
+        pictures = context.sets["forget"].pictures
         if self.target == "none":
             return {}
+        if self.target in ("base", "repel"):
+            params = _base_params(context) if self.target == "base" else context.params
+            return {tap: own.values for tap, own in base.teacher_taps(context, params, pictures, self.taps).items()}
+        places = base.tap_places(context, pictures, self.taps)
+        forget_count, retain_count = len(next(iter(places.values()))), len(next(iter(retain.values())).where)
         if self.target == "anchor":
-            return {tap: np.broadcast_to(v.mean(0), (len(pixels), *v.shape[1:])) for tap, v in retain.items()}
-        if self.target == "swap":
-            count = len(next(iter(retain.values())))
-            chosen = base.rng(context.seed, "vkd/swap").integers(count, size=len(pixels))
-            return {tap: value[chosen] for tap, value in retain.items()}
-        params = _base_params(context) if self.target == "base" else context.params
-        return base.teacher_taps(context, params, pixels, self.taps)
+            return {tap: base.mean_at(retain[tap], places[tap]) for tap in self.taps}
+        chosen = base.rng(context.seed, "vkd/swap").integers(retain_count, size=forget_count)
+        return {tap: base.moved(retain[tap], chosen, places[tap]) for tap in self.taps}
 
     def _mask(self, context: base.Context) -> Params:
         """The saliency mask over the trainable weights."""
@@ -170,8 +178,8 @@ class VKD:
         )
 
 
-def _cached(name: str, targets: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    cached = {f"{name}/{tap}": value for tap, value in targets.items()}
+def _cached(targets: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    cached = {f"target/{tap}": value for tap, value in targets.items()}
     return cached | {f"scale/{tap}": np.full(len(value), scales[tap]) for tap, value in targets.items()}
 
 

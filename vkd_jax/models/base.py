@@ -1,11 +1,36 @@
 """A model is an NNX module inside `vkd_jax.models` and a pair (graphdef, flat parameters) everywhere else."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
+from vkd_jax.types import UserError
+
 Params = dict[str, jax.Array]
+
+
+class VisualTokens(NamedTuple):
+    """Activations that stand for places in the pictures of each prompt; every model returns its features so.
+
+    Rows have one length; what is beyond a row's pictures is padding.
+    """
+
+    values: jax.Array  # [b, p, d]
+    where: jax.Array  # int32 [b, p, 3]: picture, row, column; picture is -1 at padding
+
+    @property
+    def valid(self) -> jax.Array:
+        """Which tokens are real: bool [b, p]."""
+        return self.where[..., 0] >= 0
+
+
+def refuse(family: str, checks: Iterable[tuple[bool, str, Any, str]]) -> None:
+    """Raises one `UserError` for all failed checks of a configuration: (holds, field, its value, what can be)."""
+    problems = [f"{name} is {value!r} (supported: {can})" for holds, name, value, can in checks if not holds]
+    if problems:
+        raise UserError(f"This {family} is not supported: {'; '.join(problems)}.")
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:

@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from vkd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, attention, lecun_normal, small_normal
@@ -29,6 +30,13 @@ class VisionConfig:
     def patches(self) -> int:
         """How many patches an image is cut into."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def where(self) -> np.ndarray:
+        """Picture, row and column of the class token (which has none: -1) and of each patch, int32 [1 + p, 3]."""
+        rows, columns = np.divmod(np.arange(self.patches), self.image_size // self.patch_size)
+        patches = np.stack([np.zeros_like(rows), rows, columns], axis=-1)
+        return np.concatenate([[[0, -1, -1]], patches]).astype(np.int32)
 
 
 class Attention(nnx.Module):

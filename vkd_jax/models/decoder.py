@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from vkd_jax.models.layers import Embedding, Linear, RMSNorm, attention, small_normal
@@ -29,6 +30,7 @@ class DecoderConfig:
     mlp_width: int
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    mrope_section: tuple[int, ...] = ()  # channel pairs that turn with each axis of a position; () for plain positions
     qkv_bias: bool = False
     tie_embeddings: bool = False
     max_positions: int = 2048  # what the model was made for; callers check their lengths against it
@@ -41,22 +43,28 @@ class Cache(NamedTuple):
     values: jax.Array  # [l, b, s, m, c]
     mask: jax.Array  # bool [b, s]: slots that hold a real token
     index: jax.Array  # int []: the first free slot
+    next: jax.Array  # int [b]: the position of each row's next token
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+def rotate(x: jax.Array, positions: jax.Array, theta: float, section: tuple[int, ...] = ()) -> jax.Array:
     """Rotary position embedding (Su et al., arXiv 2104.09864): channel i is paired with channel i + c/2.
+
+    With `section`, positions have several axes (time, row, column: M-RoPE, Wang et al., arXiv 2409.12191), and the
+    first section[0] channel pairs turn with the first axis, the next section[1] with the second, and so on.
 
     Args:
         x: [b, t, heads, c].
-        positions: int [b, t].
+        positions: int [b, t], or [b, t, axes] with a section each; [b, t] is then the same on every axis.
         theta: the base of the geometric series of wavelengths.
+        section: how many channel pairs turn with each axis; they add up to c / 2.
 
     Returns:
         [b, t, heads, c].
     """
     c = x.shape[-1]
     frequency = theta ** (-jnp.arange(0, c, 2, dtype=jnp.float32) / c)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency  # [b, t, 1, c / 2]
+    positions = positions[..., None] if positions.ndim == 2 else jnp.repeat(positions, np.array(section), axis=-1)
+    angle = positions[..., None, :].astype(jnp.float32) * frequency  # [b, t, 1, c / 2]
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
     x1, x2 = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
@@ -67,7 +75,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, **options):
         c = config.head_width
-        self.head_width, self.theta = c, config.rope_theta
+        self.head_width, self.theta, self.section = c, config.rope_theta, config.mrope_section
         self.q = Linear(config.width, config.heads * c, bias=config.qkv_bias, **options)
         self.k = Linear(config.width, config.kv_heads * c, bias=config.qkv_bias, **options)
         self.v = Linear(config.width, config.kv_heads * c, bias=config.qkv_bias, **options)
@@ -77,7 +85,7 @@ class Attention(nnx.Module):
         """[b, t, d] to [b, t, d]; `cached` is one layer's (keys, values), written from slot `index` on."""
         b, t, _ = x.shape
         q, k, v = (project(x).reshape(b, t, -1, self.head_width) for project in (self.q, self.k, self.v))
-        q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
+        q, k = (rotate(x, positions, self.theta, self.section) for x in (q, k))
         if cached is not None:
             k, v = cached = tuple(
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
@@ -134,10 +142,10 @@ class Decoder(nnx.Module):
 
         Args:
             x: embedded tokens [b, t, d].
-            positions: int [b, t], the rotary position of each token.
+            positions: int [b, t] or [b, t, axes], the rotary position of each token.
             allowed: bool [b, t, s], which keys each query sees; s is t, or the number of slots of the cache.
             cache: where earlier keys and values stand; the new ones are written from slot `cache.index` on.
-                Its mask is the caller's to update.
+                Its mask and next positions are the caller's to update.
 
         Returns:
             Hidden states [b, t, d] and the cache with the new keys and values.
@@ -153,8 +161,32 @@ class Decoder(nnx.Module):
         cached = None if cache is None else (cache.keys, cache.values)
         x, cached = jax.lax.scan(body, x, (self.blocks, cached))
         if cache is not None:
-            cache = Cache(*cached, cache.mask, cache.index + x.shape[1])
+            cache = cache._replace(keys=cached[0], values=cached[1], index=cache.index + x.shape[1])
         return self.norm(x), cache
+
+    def read(
+        self, x: jax.Array, mask: jax.Array, positions: jax.Array, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Reads tokens in order: each sees itself, those before it, and what the cache holds.
+
+        Args:
+            x: embedded tokens [b, t, d].
+            mask: bool [b, t], False at padding.
+            positions: int [b, t] or [b, t, axes], counted from the first of these tokens.
+            cache: of the tokens before these; filled and returned.
+
+        Returns:
+            Hidden states [b, t, d] and the cache.
+        """
+        t = x.shape[1]
+        if cache is None:
+            return self(x, positions, mask[:, None, :] & jnp.tri(t, dtype=bool))
+        positions = positions + jnp.expand_dims(cache.next, range(1, positions.ndim))
+        last = positions if positions.ndim == 2 else positions.max(-1)
+        seen = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, cache.index, axis=1)
+        allowed = seen[:, None, :] & (jnp.arange(seen.shape[1]) <= cache.index + jnp.arange(t)[:, None])
+        cache = cache._replace(mask=seen, next=jnp.maximum(cache.next, jnp.where(mask, last + 1, 0).max(1)))
+        return self(x, positions, allowed, cache)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Hidden states [..., d] to float32 logits [..., v]."""
@@ -164,4 +196,5 @@ class Decoder(nnx.Module):
         """A cache with `slots` free slots for each of `batch` rows."""
         config = self.config
         keys = jnp.zeros((config.layers, batch, slots, config.kv_heads, config.head_width), self.dtype)
-        return Cache(keys, keys, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+        nothing = jnp.zeros((batch, slots), bool)
+        return Cache(keys, keys, nothing, index=jnp.int32(0), next=jnp.zeros(batch, jnp.int32))

@@ -3,9 +3,9 @@
 The functions take a bound model; jit them over the parameters:
 
     @jax.jit
-    def answer(params, tokens, mask, pixels):
+    def answer(params, tokens, mask, pictures):
         model = bind(graphdef, params)
-        return greedy(model, tokens, mask, model.encode(pixels)[0], max_new_tokens=16, eos_ids=(2,), pad_id=0)
+        return greedy(model, tokens, mask, model.encode(pictures)[0], max_new_tokens=16, eos_ids=(2,), pad_id=0)
 
 Axes: b batch, t prompt position, o option, a option token, s cache slot, v vocabulary.
 """
@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from vkd_jax.models.base import VisualTokens
 
 
 def last_token(mask: jax.Array) -> jax.Array:
@@ -25,7 +27,7 @@ def greedy(
     model: Any,
     tokens: jax.Array,
     mask: jax.Array,
-    features: jax.Array | None = None,
+    features: VisualTokens | None = None,
     *,
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
@@ -37,7 +39,7 @@ def greedy(
         model: a bound model.
         tokens: prompts int [b, t], padded left or right, of any lengths.
         mask: bool [b, t], False at padding.
-        features: [b, p, d] from `model.encode`, or None for text.
+        features: from `model.encode`, or None for text.
         max_new_tokens: at most so many are generated; prompt and answer must fit the model's positions.
         eos_ids: tokens that end a row; the first one generated is part of the answer.
         pad_id: fills a row after its end.
@@ -71,7 +73,7 @@ def option_log_probs(
     model: Any,
     tokens: jax.Array,
     mask: jax.Array,
-    features: jax.Array | None,
+    features: VisualTokens | None,
     options: jax.Array,
     options_mask: jax.Array,
 ) -> jax.Array:
@@ -84,7 +86,7 @@ def option_log_probs(
         model: a bound model.
         tokens: prompts int [b, t], padded left or right.
         mask: bool [b, t], False at padding.
-        features: [b, p, d] from `model.encode`, or None for text.
+        features: from `model.encode`, or None for text.
         options: int [b, o, a], padded right.
         options_mask: bool [b, o, a], False at padding; an option without tokens (a missing one) scores -inf.
 
@@ -99,7 +101,7 @@ def option_log_probs(
     log_p = jnp.broadcast_to(jax.nn.log_softmax(logits)[:, :, None], (b, o, 1, logits.shape[-1]))
     if a > 1:
         owner, step = jnp.divmod(jnp.arange(n), a - 1)
-        positions = mask.sum(axis=1, keepdims=True) + step
+        positions = cache.next[:, None] + step
         own = (owner[:, None] == owner) & (step[:, None] >= step) & options_mask[:, :, :-1].reshape(b, 1, n)
         allowed = jnp.concatenate([jnp.broadcast_to(mask[:, None], (b, n, t)), own], axis=-1)
         x, _ = decoder(decoder.embed(options[:, :, :-1].reshape(b, n)), positions, allowed, cache)

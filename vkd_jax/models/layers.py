@@ -96,6 +96,23 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | Non
     return jnp.einsum("bmgts,bsmc->btmgc", weights, v).reshape(b, t, heads, c)
 
 
+def place(x: jax.Array, is_image: jax.Array, features: jax.Array) -> jax.Array:
+    """Puts a row's j-th feature at its j-th image token; image tokens beyond the last stay as they are.
+
+    Args:
+        x: embedded tokens [b, t, d].
+        is_image: bool [b, t].
+        features: [b, p, d].
+
+    Returns:
+        [b, t, d].
+    """
+    p = features.shape[1]
+    which = jnp.cumsum(is_image, axis=1) - 1
+    chosen = jnp.take_along_axis(features, jnp.clip(which, 0, p - 1)[..., None], axis=1)
+    return jnp.where((is_image & (which < p))[..., None], chosen.astype(x.dtype), x)
+
+
 def quick_gelu(x: jax.Array) -> jax.Array:
     """`x sigmoid(1.702 x)`, CLIP's approximation of GELU."""
     return x * jax.nn.sigmoid(1.702 * x)

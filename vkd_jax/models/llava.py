@@ -4,6 +4,7 @@ Axes: b batch, t position, s key slot, p patch, a asked position, d width, v voc
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +13,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from vkd_jax.models.base import VisualTokens, refuse
 from vkd_jax.models.clip_vit import VisionConfig, VisionTower
 from vkd_jax.models.decoder import Cache, Decoder, DecoderConfig
-from vkd_jax.models.layers import ACTIVATIONS, Linear
+from vkd_jax.models.layers import ACTIVATIONS, Linear, place
 from vkd_jax.types import UserError
 
 
@@ -36,10 +38,28 @@ class LlavaConfig:
         """How many vision blocks feed the projector; later ones are loaded and exported, never computed."""
         return self.feature_layer if self.feature_layer >= 0 else self.vision.layers + 1 + self.feature_layer
 
-    @property
-    def image_tokens(self) -> int:
-        """How many image tokens a prompt needs for one picture."""
+    def image_tokens(self, height: int, width: int) -> int:
+        """How many image tokens a prompt needs for a picture; all have one size here."""
+        del height, width
         return self.vision.patches + (self.feature_select == "full")
+
+    def images(self, output: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The pictures [H, W, 3] in what the Hugging Face image processor returned."""
+        return [np.ascontiguousarray(x.transpose(1, 2, 0), np.float32) for x in output["pixel_values"]]
+
+    def pack(self, rows: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+        """The pictures of each prompt, one [H, W, 3] a prompt, as arrays: {"pixels": [b, H, W, 3]}.
+
+        Raises:
+            UserError: a prompt has several pictures.
+        """
+        if any(len(row) != 1 for row in rows):
+            raise UserError("LLaVA-1.5 was made for one picture a question; ask about them one by one.")
+        return {"pixels": np.stack([row[0] for row in rows])}
+
+    def unpack(self, pictures: Mapping[str, np.ndarray]) -> list[list[np.ndarray]]:
+        """The inverse of `pack`."""
+        return [[x] for x in pictures["pixels"]]
 
     @classmethod
     def from_hf(cls, hf: Any, **changes: Any) -> "LlavaConfig":
@@ -51,11 +71,12 @@ class LlavaConfig:
         vision, text = hf.vision_config, hf.text_config
         kinds = (("vision_config", vision, "clip_vision_model"), ("text_config", text, "llama"))
         # First, because another kind of tower may not even have the other fields.
-        _refuse([(c.model_type == kind, f"{name}.model_type", c.model_type, kind) for name, c, kind in kinds])
+        refuse("LLaVA", [(c.model_type == kind, f"{name}.model_type", c.model_type, kind) for name, c, kind in kinds])
         layer, layers = hf.vision_feature_layer, vision.num_hidden_layers
         rope = dict(text.rope_parameters)
         acts = ", ".join(ACTIVATIONS)
-        _refuse(
+        refuse(
+            "LLaVA",
             [
                 (_is_square(vision.image_size), "vision_config.image_size", vision.image_size, "a square"),
                 (_is_square(vision.patch_size), "vision_config.patch_size", vision.patch_size, "a square"),
@@ -78,7 +99,7 @@ class LlavaConfig:
                     layer,
                     f"one layer, from {-layers - 1} to {layers}",
                 ),
-            ]
+            ],
         )
         fields = dict(
             vision=VisionConfig(
@@ -113,13 +134,6 @@ class LlavaConfig:
         return cls(**fields | changes)
 
 
-def _refuse(checks: list[tuple[bool, str, Any, str]]) -> None:
-    """Raises one `UserError` for all failed checks (holds, field, its value, what is supported)."""
-    problems = [f"{name} is {value!r} (supported: {can})" for holds, name, value, can in checks if not holds]
-    if problems:
-        raise UserError(f"This LLaVA is not supported: {'; '.join(problems)}.")
-
-
 def _is_square(size: int | list[int]) -> bool:
     return len(set(np.atleast_1d(size).tolist())) == 1
 
@@ -148,30 +162,31 @@ class Llava(nnx.Module):
         self.language_model = Decoder(config.text, remat=config.remat, **options)
 
     def encode(
-        self, pixels: jax.Array | None = None, *, hidden: jax.Array | None = None, start: int = 0
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, pictures: Mapping[str, jax.Array] | None = None, *, hidden: jax.Array | None = None, start: int = 0
+    ) -> tuple[VisualTokens, dict[str, VisualTokens]]:
         """Turns pictures, or cached activations, into the embeddings that stand for the picture in a prompt.
 
         Args:
-            pixels: normalised pixels [b, H, W, 3].
+            pictures: from `LlavaConfig.pack`.
             hidden: instead of pixels, the activations entering block `start`: tap "vision/{start - 1}".
             start: the first block to compute; at most `config.used_blocks`.
 
         Returns:
-            Features [b, p, d], and the taps: "vision/0" ... (each computed block's output, with the class
-            token), "features" (what feeds the projector) and "projector" (its output).
+            Features, and the taps: "vision/0" ... (each computed block's output, with the class token),
+            "features" (what feeds the projector) and "projector" (its output, the features again).
         """
-        if (pixels is None) == (hidden is None) or (pixels is not None and start):
-            raise ValueError("encode takes either pixels, or hidden activations with the block they enter.")
+        if hidden is None and (pictures is None or start):
+            raise ValueError("encode takes pictures, or hidden activations with the block they enter.")
         if hidden is None:
-            hidden = self.vision_tower.embed(pixels)
+            hidden = self.vision_tower.embed(pictures["pixels"])
         outputs = self.vision_tower(hidden, start, self.config.used_blocks)
-        taps = {f"vision/{i}": output for i, output in enumerate(outputs, start)}
+        where = self.config.vision.where  # with the class token first
+        taps = {f"vision/{i}": _tokens(output, where) for i, output in enumerate(outputs, start)}
         features = (outputs or [hidden])[-1]
         if self.config.feature_select == "default":
-            features = features[:, 1:]
-        taps["features"] = features
-        taps["projector"] = self.projector(features)
+            features, where = features[:, 1:], where[1:]
+        taps["features"] = _tokens(features, where)
+        taps["projector"] = _tokens(self.projector(features), where)
         return taps["projector"], taps
 
     def __call__(
@@ -179,7 +194,7 @@ class Llava(nnx.Module):
         tokens: jax.Array,
         mask: jax.Array,
         *,
-        features: jax.Array | None = None,
+        features: VisualTokens | None = None,
         at: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
@@ -188,7 +203,7 @@ class Llava(nnx.Module):
         Args:
             tokens: int [b, t], padded left or right.
             mask: bool [b, t], False at padding.
-            features: [b, p, d] from `encode`; a row's j-th image token becomes its j-th. None for text.
+            features: from `encode`; a row's j-th image token becomes its j-th. None for text.
             at: int [b, a], the positions to return logits for; None for all.
             cache: from `language_model.empty_cache`, or of the tokens before these; filled and returned.
 
@@ -197,38 +212,16 @@ class Llava(nnx.Module):
         """
         x = self.language_model.embed(tokens)
         if features is not None:
-            x = place(x, tokens == self.config.image_token_id, features)
-        t = tokens.shape[1]
+            x = place(x, tokens == self.config.image_token_id, features.values)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        if cache is None:
-            allowed = mask[:, None, :] & jnp.tri(t, dtype=bool)
-        else:
-            positions = positions + cache.mask.sum(axis=1, keepdims=True)
-            seen = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, cache.index, axis=1)
-            slots = jnp.arange(seen.shape[1])
-            allowed = seen[:, None, :] & (slots <= cache.index + jnp.arange(t)[:, None])
-            cache = cache._replace(mask=seen)
-        x, cache = self.language_model(x, positions, allowed, cache)
+        x, cache = self.language_model.read(x, mask, positions, cache)
         if at is not None:
             x = jnp.take_along_axis(x, at[..., None], axis=1)
         return self.language_model.logits(x), cache
 
 
-def place(x: jax.Array, is_image: jax.Array, features: jax.Array) -> jax.Array:
-    """Puts a row's j-th feature at its j-th image token; image tokens beyond the last stay as they are.
-
-    Args:
-        x: embedded tokens [b, t, d].
-        is_image: bool [b, t].
-        features: [b, p, d].
-
-    Returns:
-        [b, t, d].
-    """
-    p = features.shape[1]
-    which = jnp.cumsum(is_image, axis=1) - 1
-    chosen = jnp.take_along_axis(features, jnp.clip(which, 0, p - 1)[..., None], axis=1)
-    return jnp.where((is_image & (which < p))[..., None], chosen.astype(x.dtype), x)
+def _tokens(values: jax.Array, where: np.ndarray) -> VisualTokens:
+    return VisualTokens(values, jnp.broadcast_to(jnp.asarray(where), (*values.shape[:2], 3)))
 
 
 Config, Model = LlavaConfig, Llava
@@ -321,3 +314,25 @@ SHARDING = (
     (r"(vision_tower/blocks/\d+/(attn/out|mlp/fc2)|projector/fc2)/kernel", P("tensor", "fsdp")),
     (r"(vision_tower|projector)/.*bias|.*/scale|vision_tower/\w+_embedding", P()),
 )
+
+# What the published config.json files say, by size.
+_TEXT = dict(model_type="llama", vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5)
+_VISION = dict(
+    model_type="clip_vision_model",
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    projection_dim=768,
+)
+_WIDE = dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)
+_SHARED = dict(vision_config=_VISION, image_token_index=32000, pad_token_id=32001, dtype="float16")
+PRESETS = {
+    "7b": ("llava-hf/llava-1.5-7b-hf", dict(text_config=_TEXT, **_SHARED)),
+    "13b": (
+        "llava-hf/llava-1.5-13b-hf",
+        dict(text_config=dict(**_TEXT, **_WIDE, num_key_value_heads=40), **_SHARED),
+    ),
+}

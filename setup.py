@@ -31,6 +31,7 @@ setuptools.setup(
         "jax>=0.10,<0.13",
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8",
+        "qwix>=0.1.8",
         "orbax-checkpoint>=0.12.8",
         "clu>=0.0.12",
         "ml-collections>=1.0",
@@ -45,6 +46,7 @@ setuptools.setup(
         "transformers>=5,<6",
         "tokenizers>=0.22",
         "safetensors>=0.6",
+        "huggingface-hub>=1.3",
         "jinja2>=3.1",  # transformers renders chat templates with it and does not declare it
         "pillow>=11",  # the same for its image processors
         "numpy>=2.1",

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from absl import flags
 
-from vkd_jax import convert, main
+from vkd_jax import main, weights
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "tiny.py")
@@ -210,7 +210,7 @@ def spoil_index(folder):
 
 
 def convert_names(folder):
-    return list(convert._read_header(folder / "model-00001-of-00002.safetensors"))
+    return list(weights.read_header(folder / "model-00001-of-00002.safetensors"))
 
 
 def spoil_length(folder):
@@ -232,7 +232,7 @@ def spoil_type(folder):
 
 def spoil_existence(folder):
     shutil.rmtree(folder)
-    return ["no config.json", "Hugging Face model folder"]
+    return ["There is no model folder", "with config.json and safetensors"]
 
 
 @pytest.mark.parametrize("spoil", [spoil_shapes, spoil_index, spoil_length, spoil_pickle, spoil_type, spoil_existence])

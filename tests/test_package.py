@@ -19,6 +19,7 @@ ORDER = [
     {"types"},
     {"data"},
     {"models"},
+    {"hub", "weights"},
     {"convert", "sharding"},
     {"losses"},
     {"saliency"},

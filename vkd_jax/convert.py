@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import errno
 import functools
-import hashlib
 import json
 import math
 import os
@@ -20,149 +19,25 @@ import re
 import shutil
 import tempfile
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from vkd_jax import models
+from vkd_jax import models, weights
 from vkd_jax.models import base
 from vkd_jax.types import UserError
+from vkd_jax.weights import Checkpoint, Folder, Meter, Tensor
 
-Folder = str | os.PathLike[str]
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+Span = Sequence[tuple[int, int]]  # (first, behind the last) on each axis
 
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What an exported folder takes over beside the weights: configuration, tokenizer, processor, texts;
 # weights in any other format stay behind: they would still hold what was unlearned.
 COMPANIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".md", "")
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """Where one tensor lies on disk."""
-
-    file: pathlib.Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
-    stop: int
-
-    def view(self) -> np.ndarray:
-        """The tensor as a read-only memory map: only what is sliced out is read."""
-        if self.start == self.stop or not self.shape:  # neither can be mapped with its shape
-            with self.file.open("rb") as stream:
-                stream.seek(self.start)
-                return np.frombuffer(stream.read(self.stop - self.start), self.dtype).reshape(self.shape)
-        return np.memmap(self.file, self.dtype, "r", self.start, self.shape)
-
-    def sha256(self) -> str:
-        """The digest of the tensor's raw bytes."""
-        digest, left = hashlib.sha256(), self.stop - self.start
-        with self.file.open("rb") as stream:
-            stream.seek(self.start)
-            while left:
-                chunk = stream.read(min(left, 1 << 24))
-                digest.update(chunk)
-                left -= len(chunk)
-        return digest.hexdigest()
-
-
-class Checkpoint:
-    """The tensors of a model folder, single-file or indexed safetensors; headers are read, weights are not.
-
-    Attributes:
-        folder: the folder.
-        files: the weight files, in order.
-        tensors: name -> Tensor, for every tensor of every file.
-
-    Raises:
-        UserError: no weights, pickled weights, an index that names what is not there, a truncated file.
-    """
-
-    def __init__(self, folder: Folder):
-        self.folder = pathlib.Path(folder)
-        if not self.folder.is_dir():
-            raise UserError(f"There is no model folder {self.folder}.")
-        index = self.folder / INDEX
-        where = _read_index(index) if index.exists() else {}
-        if index.exists():
-            self.files = [self.folder / name for name in sorted(set(where.values()))]
-            missing = [file.name for file in self.files if not file.is_file()]
-            if missing:
-                raise UserError(f"{index} names files that are missing: {', '.join(missing)}.")
-        elif (self.folder / WEIGHTS).is_file():
-            self.files = [self.folder / WEIGHTS]
-        else:
-            pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in PICKLES)
-            if pickles:
-                raise UserError(
-                    f"{self.folder} holds only pickled weights ({', '.join(pickles)}), which can run code "
-                    "when read; convert them to safetensors with transformers' save_pretrained."
-                )
-            raise UserError(f"{self.folder} holds no weights: neither {WEIGHTS} nor {INDEX} is there.")
-        self.tensors: dict[str, Tensor] = {}
-        for file in self.files:
-            tensors = _read_header(file)
-            absent = [name for name, home in where.items() if home == file.name and name not in tensors]
-            if absent:
-                names = ", ".join(absent)
-                raise UserError(f"{index} places tensors in {file.name} that it does not hold: {names}.")
-            twice = sorted(self.tensors.keys() & tensors.keys())
-            if twice:
-                raise UserError(f"{self.folder} holds tensors twice: {', '.join(twice)}.")
-            self.tensors |= tensors
-
-
-def _read_index(index: pathlib.Path) -> dict[str, str]:
-    try:
-        where = json.loads(index.read_text())["weight_map"]
-        if where and all(isinstance(v, str) and pathlib.PurePath(v).name == v for v in where.values()):
-            return where
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise UserError(f"{index} is not a safetensors index: it has no weight_map from tensor names to file names.")
-
-
-def _read_header(file: pathlib.Path) -> dict[str, Tensor]:
-    """The safetensors header: 8 bytes of length, JSON, then the tensors without gaps."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or 8 + length > size:
-            raise UserError(f"{file} is truncated: its header ends after the file; fetch it again.")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            entries = {n: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is corrupt: its header cannot be read; fetch it again.") from error
-    tensors, begin = {}, 8 + length
-    for name, (dtype, shape, start, stop) in entries.items():
-        if dtype not in DTYPES:
-            raise UserError(f"{file} holds {name} as {dtype}; supported are {', '.join(DTYPES)}.")
-        if start < 0 or stop - start != DTYPES[dtype].itemsize * math.prod(shape):
-            raise UserError(f"{file} is corrupt: {name}'s bytes do not fit {dtype} {shape}; fetch it again.")
-        tensors[name] = Tensor(file, DTYPES[dtype], shape, begin + start, begin + stop)
-    needed = max((tensor.stop for tensor in tensors.values()), default=begin)
-    if size != needed:
-        raise UserError(f"{file} is truncated: it has {size} bytes and needs {needed}; fetch it again.")
-    return tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,13 +49,28 @@ class Slot:
     axes: tuple[int, ...] | None  # parameter = tensor.transpose(axes)
 
     def to_param(self, tensor: np.ndarray) -> np.ndarray:
-        """A tensor, or a lazy view of one, with its axes in the parameter's order."""
+        """A tensor with its axes in the parameter's order."""
         return tensor if self.axes is None else tensor.transpose(self.axes)
 
     def to_tensor(self, param: Any) -> np.ndarray:
         """The tensor that this slot takes from a whole parameter."""
         tensor = np.asarray(param if self.layer is None else param[self.layer])
         return tensor if self.axes is None else tensor.transpose(np.argsort(self.axes))
+
+    def shares(self, span: Span, part: np.ndarray) -> list[tuple[tuple[slice, ...], np.ndarray]]:
+        """What this slot's tensor gives to a part of the parameter: [(part of the tensor, view to fill)], or nothing.
+
+        Args:
+            span: where the part begins and ends on each axis of the parameter.
+            part: the array that holds it.
+        """
+        if self.layer is not None:
+            (first, last), *span = span
+            if not first <= self.layer < last:
+                return []
+            part = part[self.layer - first, ...]
+        axes = range(len(span)) if self.axes is None else np.argsort(self.axes)
+        return [(tuple(slice(*span[axis]) for axis in axes), part.transpose(axes))]
 
 
 def canonical(module: types.ModuleType, name: str) -> str:
@@ -248,17 +138,25 @@ def read_config(folder: Folder) -> tuple[types.ModuleType, Any]:
 
 
 def load(
-    folder: Folder, *, dtype: Any = None, sharding: Sharding | None = None, **changes: Any
+    folder: Folder,
+    *,
+    dtype: Any = None,
+    sharding: Sharding | None = None,
+    transform: Callable[[str, jax.Array], Any] | None = None,
+    **changes: Any,
 ) -> tuple[nnx.GraphDef, base.Params, Any]:
     """Reads a Hugging Face model folder.
 
-    Each device reads the slices that it holds, and casts them as it reads; nothing is held twice.
+    The files are read once, whatever the sharding. On the way each host holds its devices' part of one parameter
+    (on a CPU that memory becomes the parameter) and a few rows of a tensor.
 
     Args:
         folder: config.json with single-file or indexed safetensors.
         dtype: of the parameters, and of the computation too unless `changes` say otherwise. None keeps both
             as they are on disk and in config.json.
         sharding: function of (path, shape) to a parameter's sharding; None means the default device.
+        transform: function of (path, parameter) to what takes its place, say a quantised one; called as soon as the
+            parameter is read, and before the next one is.
         **changes: fields of the model's configuration to set otherwise, e.g. `remat=True` or
             `compute_dtype="float32"`.
 
@@ -275,8 +173,15 @@ def load(
     checkpoint = Checkpoint(folder)
     graphdef, shapes = base.abstract(lambda rngs: module.Model(config, rngs=rngs))
     sources = match(module, config, checkpoint, shapes)
-    params = {path: _read(sources[path], shapes[path].shape, dtype, sharding, path) for path in shapes}
-    return graphdef, params, config
+    passed = Meter(folder, sum(tensor.stop - tensor.start for parts in sources.values() for _, tensor in parts))
+
+    def read(path: str) -> Any:
+        shape = shapes[path].shape
+        param = _read(sources[path], shape, dtype, sharding and sharding(path, shape), passed)
+        # Waits: otherwise copies to the devices would queue up in this host's memory.
+        return jax.block_until_ready(param if transform is None else transform(path, param))
+
+    return graphdef, {path: read(path) for path in shapes}, config
 
 
 def match(
@@ -315,22 +220,36 @@ def match(
     return sources
 
 
-def _read(parts: list[tuple[Slot, Tensor]], shape, dtype, sharding: Sharding | None, path: str) -> jax.Array:
+def _read(
+    parts: list[tuple[Slot, Tensor]],
+    shape: tuple[int, ...],
+    dtype: Any,
+    sharding: jax.sharding.Sharding | None,
+    passed: Callable[[int], None],
+) -> jax.Array:
     """One parameter from its tensors; `parts` has one entry, or one a layer."""
     dtype = parts[0][1].dtype if dtype is None else jnp.dtype(dtype)
 
-    def cut(slot: Slot, tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
-        # A copy, because jax may keep an aligned host array as it is, and the file may go away.
-        return np.array(slot.to_param(tensor.view())[index], dtype=dtype, order="C")
+    def span(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+        return tuple(cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True))
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        if parts[0][0].layer is None:
-            return cut(*parts[0], index)
-        return np.stack([cut(*part, index[1:]) for part in parts[index[0]]])
-
+    whole = (slice(None),) * len(shape)
+    indices = [whole] if sharding is None else sharding.addressable_devices_indices_map(shape).values()
+    # Devices that hold the same part of the parameter share what is read for them.
+    buffers = {at: _aligned([last - first for first, last in at], dtype) for at in set(map(span, indices))}
+    for slot, tensor in parts:
+        tensor.copy([share for at, buffer in buffers.items() for share in slot.shares(at, buffer)], passed)
     if sharding is None:
-        return jnp.asarray(read((slice(None),) * len(shape)))
-    return jax.make_array_from_callback(tuple(shape), sharding(path, tuple(shape)), read)
+        return jnp.asarray(buffers[span(whole)])
+    return jax.make_array_from_callback(shape, sharding, lambda index: buffers[span(index)])
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array that begins at a multiple of 64 bytes: a CPU device then takes it as it is, without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def init(config: Any, seed: int, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, base.Params]:
@@ -367,7 +286,7 @@ def create(folder: Folder, hf_config: Any, params: Mapping[str, jax.Array]) -> N
         UserError: the folder holds a model, or the disk is full.
     """
     folder, module = pathlib.Path(folder), models.module_for(hf_config.model_type)
-    if (folder / WEIGHTS).exists() or (folder / "config.json").exists():
+    if (folder / weights.WEIGHTS).exists() or (folder / "config.json").exists():
         raise UserError(f"{folder} already holds a model; name another folder.")
     config = module.Config.from_hf(hf_config)
     names = tensor_names(module, config, params)
@@ -379,31 +298,19 @@ def create(folder: Folder, hf_config: Any, params: Mapping[str, jax.Array]) -> N
     with _new_folder(folder) as new:
         hf_config.save_pretrained(new)
         _write_json(new / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
-        _write_tensors(new / WEIGHTS, names, params)
+        # Arrays of the same shapes that take no memory.
+        empty = {path: np.broadcast_to(np.zeros((), param.dtype), param.shape) for path, param in params.items()}
+        weights.write(
+            new / weights.WEIGHTS,
+            {name: slot.to_tensor(empty[slot.path]) for name, slot in names.items()},
+            lambda name: names[name].to_tensor(params[names[name].path]),
+        )
         if folder.is_dir():
             shutil.copytree(folder, new, dirs_exist_ok=True)
 
 
 def _write_json(file: pathlib.Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def _write_tensors(file: pathlib.Path, names: Mapping[str, Slot], params: Mapping[str, jax.Array]) -> None:
-    labels = {dtype: label for label, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
-    order, offset = sorted(names), 0
-    for name in order:
-        param = params[names[name].path]
-        tensor = names[name].to_tensor(np.broadcast_to(np.zeros((), param.dtype), param.shape))  # takes no memory
-        end = offset + tensor.nbytes
-        header[name] = dict(dtype=labels[tensor.dtype], shape=tensor.shape, data_offsets=[offset, end])
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start aligned
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            stream.write(names[name].to_tensor(params[names[name].path]).tobytes())
 
 
 def export(params: Mapping[str, jax.Array], source: Folder, target: Folder, config: Any) -> None:

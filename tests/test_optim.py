@@ -42,6 +42,13 @@ def test_without_a_mask_zero_gradients_still_decay():
     np.testing.assert_array_equal(after["a/bias"], PARAMS["a/bias"])  # biases and norms do not decay
 
 
+def test_only_matrices_decay():
+    """As in PyTorch recipes that group by ndim; the stacked norms of the language model are two-dimensional too."""
+    shapes = {"blocks/norm/scale": (3, 4), "class_embedding": (4,), "embed/embedding": (5, 4), "fc/kernel": (4, 4)}
+    decayed = optim.decayed({path: jnp.zeros(shape) for path, shape in shapes.items()})
+    assert [path for path, decays in decayed.items() if decays] == ["embed/embedding", "fc/kernel"]
+
+
 def test_the_mask_stops_what_is_not_finite():
     nan = {"x": jnp.array([jnp.nan, 1.0])}
     np.testing.assert_array_equal(optim.apply_mask(nan, {"x": jnp.array([False, True])})["x"], [0.0, 1.0])

@@ -35,8 +35,8 @@ def create(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTrans
 
 
 def decayed(params: Params) -> dict[str, bool]:
-    """Matrices decay; norms, biases and the like do not."""
-    return {path: path.endswith(("kernel", "embedding")) for path in params}
+    """Matrices decay; norms, biases, the class embedding and the like do not."""
+    return {path: value.ndim > 1 and path.endswith(("kernel", "embedding")) for path, value in params.items()}
 
 
 def mask_updates() -> optax.GradientTransformationExtraArgs:

@@ -1,6 +1,7 @@
 """LLaVA-1.5 as published: unlearn people of MLLMU-Bench from a fine-tuned 7B or 13B.
 
-python -m vkd_jax.main --config configs/llava.py:7b --workdir DIR --config.model.path=MODEL --config.data.folder=SNAPSHOT
+python -m vkd_jax.main --config configs/llava.py:7b --workdir DIR \\
+    --config.model.path=MODEL --config.data.folder=SNAPSHOT
 
 configs/llava.py:7b            llava-hf/llava-1.5-7b-hf       (also without the colon)
 configs/llava.py:13b           llava-hf/llava-1.5-13b-hf

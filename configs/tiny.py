@@ -12,6 +12,7 @@ configs/tiny.py:retain_only       the same without the six people: what never ha
 import ml_collections
 
 from vkd_jax import defaults
+from vkd_jax.types import UserError
 
 
 def get_config(arg: str = "vkd") -> ml_collections.ConfigDict:
@@ -25,7 +26,7 @@ def get_config(arg: str = "vkd") -> ml_collections.ConfigDict:
     elif arg in ("finetune", "retain_only"):
         _finetune(config, retain_only=arg == "retain_only")
     else:
-        raise ValueError(f"configs/tiny.py:{arg}: give vkd, grad_diff, grad_diff_visual, finetune or retain_only.")
+        raise UserError(f"configs/tiny.py:{arg}: give vkd, grad_diff, grad_diff_visual, finetune or retain_only.")
     return config
 
 

@@ -26,6 +26,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
+def get_config():
+    """The config of a file of configs/, by its name and the words after the colon."""
+    import importlib.util
+    from pathlib import Path
+
+    def get(file, *words):
+        spec = importlib.util.spec_from_file_location("config", Path(__file__).parents[1] / "configs" / file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.get_config(*words)
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def tiny_config():
     """A LLaVA of some ten thousand parameters, grouped-query attention and a vision block that feeds nothing."""
     from vkd_jax.models.clip_vit import VisionConfig
@@ -97,15 +112,24 @@ def snapshot(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def few(tmp_path_factory, snapshot):
+    """Of those people one to forget and two to retain."""
+    import pyarrow.parquet as pq
+
+    folder, shard = tmp_path_factory.mktemp("few"), "train-00000-of-00001.parquet"
+    for config, rows in (("forget_10", 1), ("retain_90", 2), ("Test_Set", 1), ("Retain_Set", 2)):
+        (folder / config).mkdir()
+        pq.write_table(pq.read_table(snapshot / config / shard).slice(0, rows), folder / config / shard)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tiny_folder):
     """The loaded folder: graphdef, params, config and processor."""
-    import ml_collections
-
-    from vkd_jax import sharding
+    from vkd_jax import defaults, sharding
     from vkd_jax.pipeline import Loaded
 
-    options = ml_collections.ConfigDict(dict(model=dict(dtype="float32", remat=False)))
-    return Loaded.open(tiny_folder, options, sharding.make_mesh())
+    return Loaded.open(tiny_folder, defaults.base(), sharding.make_mesh())
 
 
 @pytest.fixture(scope="session")
@@ -120,3 +144,102 @@ def tiny_sets(tiny_model, snapshot):
         return tiny_model.encode([e for e in sets[name] if e.person in chosen and e.image is not None][: 16 * people])
 
     return {"forget": of_first("forget", 1), "retain": of_first("retain", 3)}
+
+
+QWEN_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+QWEN_TEMPLATE = (  # as published, but for videos
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(tmp_path_factory):
+    """Makes a small random Qwen2-VL or Qwen2.5-VL in the layout of the published folders, by its `model_type`."""
+    import functools
+    import json
+
+    torch = pytest.importorskip("torch")
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from vkd_jax.data import people
+
+    vision = {
+        "qwen2_vl": dict(embed_dim=32, hidden_size=48, mlp_ratio=2),
+        "qwen2_5_vl": dict(
+            hidden_size=32, intermediate_size=40, out_hidden_size=48, window_size=56, fullatt_block_indexes=[1]
+        ),
+    }
+
+    @functools.cache
+    def make(model_type):
+        folder = tmp_path_factory.mktemp("models") / model_type
+        folder.mkdir()
+        raw = Tokenizer(models.BPE())
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        raw.decoder = decoders.ByteLevel()
+        names = [f"{p.name} {' '.join(p.facts.values())}" for p in people.people()]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=394, initial_alphabet=alphabet, show_progress=False)
+        raw.train_from_iterator(names, trainer)
+        raw.add_special_tokens(list(QWEN_TOKENS))
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+        )
+        tokenizer.save_pretrained(folder)
+        ids = dict(zip(QWEN_TOKENS, tokenizer.convert_tokens_to_ids(list(QWEN_TOKENS)), strict=True))
+        text = dict(
+            vocab_size=len(tokenizer), hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-6,
+            rope_theta=1e6, rope_scaling=dict(type="mrope", mrope_section=[2, 2, 2]), tie_word_embeddings=True,
+            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],
+        )  # fmt: skip
+        towers = dict(depth=3, num_heads=4, in_channels=3, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+        config = dict(
+            model_type=model_type,
+            vision_config=towers | vision[model_type],
+            image_token_id=ids["<|image_pad|>"],
+            video_token_id=ids["<|video_pad|>"],
+            vision_start_token_id=ids["<|vision_start|>"],
+            vision_end_token_id=ids["<|vision_end|>"],
+            torch_dtype="float32",
+            **text,
+        )
+        (folder / "config.json").write_text(json.dumps(config))
+        hf_config = transformers.AutoConfig.from_pretrained(folder)
+        torch.manual_seed(0)
+        model = transformers.AutoModelForImageTextToText.from_config(hf_config)
+        with torch.no_grad():  # loud enough that a picture changes the words
+            for name, parameter in model.named_parameters():
+                if parameter.ndim > 1 and "embed_tokens" not in name:
+                    parameter.mul_(5)
+        model.save_pretrained(folder, max_shard_size="200KB")
+        (folder / "config.json").write_text(json.dumps(config))  # flat, as published
+        generation = dict(eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"])
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+        (folder / "chat_template.json").write_text(json.dumps(dict(chat_template=QWEN_TEMPLATE)))
+        images = transformers.Qwen2VLImageProcessorPil()
+        kept = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+        (folder / "preprocessor_config.json").write_text(
+            json.dumps(
+                {name: getattr(images, name) for name in kept}
+                | dict(image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2VLProcessor")
+                | dict(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
+            )
+        )
+        return folder
+
+    return make

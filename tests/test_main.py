@@ -23,16 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-@pytest.fixture(scope="module")
-def few(tmp_path_factory, snapshot):
-    """A snapshot of one forgotten and two retained people."""
-    folder = tmp_path_factory.mktemp("few")
-    for config, rows in (("forget_10", 1), ("retain_90", 2), ("Test_Set", 1), ("Retain_Set", 2)):
-        (folder / config).mkdir()
-        pq.write_table(pq.read_table(snapshot / config / SHARD).slice(0, rows), folder / config / SHARD)
-    return folder
-
-
 @pytest.fixture
 def data(few, tmp_path):
     return Path(shutil.copytree(few, tmp_path / "data"))

@@ -1,6 +1,5 @@
 """Whole runs on a small random model: what they leave, that they continue, and what they may not touch."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -16,7 +15,6 @@ from vkd_jax import convert, pipeline, train
 from vkd_jax.data import mllmu, people
 from vkd_jax.types import UserError
 
-ROOT = Path(__file__).parents[1]
 SHARD = "train-00000-of-00001.parquet"
 SUMMARY = {"accuracy", "correct", "n", "low", "high"}
 
@@ -42,13 +40,9 @@ def few(tmp_path_factory, snapshot):
 
 
 @pytest.fixture(scope="module")
-def make_config(few, tiny_folder):
-    spec = importlib.util.spec_from_file_location("tiny", ROOT / "configs" / "tiny.py")
-    tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
-
+def make_config(get_config, few, tiny_folder):
     def make(arg="vkd", **changes):
-        config = tiny.get_config(arg)
+        config = get_config("tiny.py", arg)
         config.data.folder = str(few)
         config.model.path = str(tiny_folder)
         config.eval.update(max_items=6, batch_size=16)

@@ -7,12 +7,11 @@ import threading
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
 
-from vkd_jax import sharding, train
+from vkd_jax import defaults, sharding, train
 from vkd_jax.checkpoint import Checkpoints
 from vkd_jax.data.processing import EncodedSet
 from vkd_jax.data.streams import Stream
@@ -93,20 +92,11 @@ def toy():
 
 
 def config(**changes):
-    fields = dict(
-        steps=8,
-        batch_size=dict(forget=4, retain=4),
-        learning_rate=0.05,
-        schedule="cosine",
-        warmup_steps=2,
-        weight_decay=0.5,
-        clip_norm=1.0,
-        b2=0.99,
-        log_every=1,
-        log_seconds=60.0,
-        checkpoint_every=2,
-    )
-    return ml_collections.ConfigDict(fields | changes)
+    config = defaults.base().train
+    config.update(steps=8, batch_size=dict(forget=4, retain=4), learning_rate=0.05, warmup_steps=2, weight_decay=0.5)
+    config.update(b2=0.99, log_every=1, checkpoint_every=2)
+    config.update(changes)
+    return config
 
 
 def fit(toy, folder, method=ToyMethod(), sets=SETS, mask=None, seed=0, **changes):  # noqa: B008 (frozen)
@@ -207,6 +197,16 @@ def test_with_scope_forget_nothing_else_moves_it(toy, tmp_path):
 
 def test_without_a_mask_all_that_trains_moves(toy, tmp_path):
     assert all(changed.all() for changed in moved(toy[1], fit(toy, tmp_path)).values())
+
+
+def test_weights_stored_in_bfloat16_take_steps_too_small_for_bfloat16(toy, tmp_path):
+    graphdef, params = toy
+    stored = {path: value.astype(jnp.bfloat16) for path, value in params.items()}
+    after = fit((graphdef, stored), tmp_path, learning_rate=1e-5, weight_decay=0.0)
+    for path, value in after.items():
+        step = np.abs(value - stored[path].astype(jnp.float32))
+        assert value.dtype == jnp.float32 and 0 < step.max() < 1e-4
+        assert (value.astype(jnp.bfloat16) == stored[path]).mean() > 0.5
 
 
 def test_vkd_leaves_the_language_model_and_the_dead_block_alone(tiny_model, tiny_sets, tmp_path):

@@ -14,14 +14,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from vkd_jax import convert
+from vkd_jax import convert, hub
 from vkd_jax.data.processing import Processor, open_image
 from vkd_jax.evaluate import Answerer
 from vkd_jax.types import UserError
 
 
 def load(folder: str | Path, *, dtype: str | None = None) -> Answerer:
-    """A model from any supported Hugging Face folder; `dtype` None keeps the one on disk."""
+    """A model from any supported Hugging Face folder or hub id; `dtype` None keeps the one on disk."""
+    folder = hub.fetch(folder)
     graphdef, params, config = convert.load(folder, dtype=dtype)
     return Answerer(graphdef, params, config, Processor(folder, config), batch_size=1)
 
@@ -52,7 +53,7 @@ def _read(path: Path) -> Image.Image:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m vkd_jax.ask", description="Ask a model a question.")
-    parser.add_argument("--model", required=True, help="a Hugging Face model folder")
+    parser.add_argument("--model", required=True, help="a Hugging Face model folder, or an id on its hub")
     parser.add_argument("--question", required=True)
     parser.add_argument("--image", help="a picture; without it the question is asked as text alone")
     parser.add_argument("--max_new_tokens", type=int, default=50)

@@ -1,7 +1,9 @@
 """The stages in order. Each leaves its result in the workdir, and a stage whose result is there is not run again."""
 
 import dataclasses
+import functools
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +14,11 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from vkd_jax import convert, data, methods, models, report, sharding, train
+from vkd_jax import convert, data, hub, methods, models, report, sharding, train
 from vkd_jax.data import people, processing
 from vkd_jax.evaluate import Answerer, evaluate, sample, summarise
 from vkd_jax.methods.base import Context
+from vkd_jax.models import quantize
 from vkd_jax.types import Example, Params, UserError
 from vkd_jax.workdir import Workdir
 
@@ -38,21 +41,23 @@ def run(config: ml_collections.ConfigDict, path: str | Path) -> dict[str, Any]:
 def unlearn(workdir: Workdir) -> None:
     """data -> load -> evaluate before -> prepare -> unlearn -> export -> evaluate after -> report."""
     config, mesh, method = workdir.config, _mesh(workdir.config), _method(workdir.config)
-    source, target = Path(config.model.path or TINY_LLAVA), workdir.path / "unlearned"
+    target = workdir.path / "unlearned"
     with workdir.stage("data"):
         folder = _snapshot(workdir, [name for name in people.CONFIGS if name != "ft_Data"])
         sets = data.benchmark(config.data.benchmark).read(folder, config.data.forget)
         asked = _asked(config, sets)
+    source = hub.fetch(config.model.path or TINY_LLAVA)  # last: it may take an hour
     if not (workdir.path / "results.json").exists():
         with workdir.stage("load"):
             model = Loaded.open(source, config, mesh)
+            quantize.refuse_trainable(model.params, method.trainable(model.params, model.config))
         before = _evaluated(workdir, "vanilla", model, asked)
         if not target.exists():
             with workdir.stage("prepare"):
                 context = Context(
                     graphdef=model.graphdef,
                     params=model.params,
-                    base_params=Loaded.open(Path(config.model.base), config, mesh).params
+                    base_params=Loaded.open(hub.fetch(config.model.base), config, mesh).params
                     if config.model.base
                     else None,
                     model_config=model.config,
@@ -70,19 +75,21 @@ def unlearn(workdir: Workdir) -> None:
         unlearned = Loaded.open(target, config, mesh)  # what is judged is what was written
         after = _evaluated(workdir, "unlearned", unlearned, asked)
         trainable = method.trainable(model.params, model.config)
+        family, _ = convert.read_config(source)
+        changed = [convert.find_slot(family, model.config, name).path for name in manifest["changed"]]
         results = {
             "meta": workdir.meta(),
             "models": {"vanilla": summarise(before), "unlearned": summarise(after)},
             "chance": _chance(asked),
             "text_logits_identical": _same_text_logits(model, unlearned, asked),
             "trainable": {
-                "parameters": int(sum(model.params[path].size for path in trainable)),
-                "of": int(sum(value.size for value in model.params.values())),
+                "parameters": sum(math.prod(model.params[path].shape) for path in trainable),
+                "of": sum(math.prod(value.shape) for value in model.params.values()),
             },
             "manifest": {
                 "changed": len(manifest["changed"]),
                 "tensors": len(manifest["tensors"]),
-                "language_model_changed": sum("language_model" in name for name in manifest["changed"]),
+                "language_model_changed": sum(path.startswith("language_model/") for path in changed),
             },
         }
         workdir.write("results.json", results | {"timing": workdir.timing})
@@ -104,8 +111,9 @@ def finetune(workdir: Workdir) -> None:
         asked = _asked(config, benchmark.read(folder, config.data.forget))
     if not target.exists():
         with workdir.stage("load"):
-            source = Path(config.model.path) if config.model.path else _create(workdir, examples)
+            source = hub.fetch(config.model.path) if config.model.path else _create(workdir, examples)
             model = Loaded.open(source, config, mesh)
+            quantize.refuse_trainable(model.params, method.trainable(model.params, model.config))
         with workdir.stage("prepare"):
             streams = {
                 "image": model.encode([e for e in examples if e.image is not None]),
@@ -138,13 +146,16 @@ class Loaded:
     def open(cls, folder: Path, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> "Loaded":
         """Reads weights straight into their shards, and the processor that came with them."""
         family, _ = convert.read_config(folder)
+        how = quantize.parse(config.model.quantize)
         graphdef, params, model_config = convert.load(
             folder,
             dtype=config.model.dtype,
             sharding=sharding.param_shardings(mesh, family.SHARDING),
+            transform=how and functools.partial(quantize.quantized, how=how),
             remat=config.model.remat,
         )
-        return cls(graphdef, params, model_config, processing.Processor(folder, model_config))
+        processor = processing.Processor(folder, model_config, max_pixels=config.model.max_pixels)
+        return cls(graphdef, params, model_config, processor)
 
     def encode(self, examples: Sequence[Example]) -> processing.EncodedSet:
         """Examples of one modality as arrays."""

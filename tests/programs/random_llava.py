@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from vkd_jax import convert, sharding
+from vkd_jax import convert, defaults, sharding
 from vkd_jax.data.processing import EncodedSet
 from vkd_jax.models import llava
 from vkd_jax.models.clip_vit import VisionConfig
@@ -57,20 +57,11 @@ def rows(seed: int, count: int) -> EncodedSet:
 
 def train_config(**changes) -> ml_collections.ConfigDict:
     """`config.train` of a short run that logs every step."""
-    fields = dict(
-        steps=3,
-        batch_size=dict(forget=8, retain=8, image=8),
-        learning_rate=1e-3,
-        schedule="cosine",
-        warmup_steps=2,
-        weight_decay=0.1,
-        clip_norm=1.0,
-        b2=0.999,
-        log_every=1,
-        log_seconds=60.0,
-        checkpoint_every=2,
-    )
-    return ml_collections.ConfigDict(fields | changes)
+    config = defaults.base().train
+    config.update(steps=3, batch_size=dict(forget=8, retain=8, image=8), learning_rate=1e-3, warmup_steps=2)
+    config.update(weight_decay=0.1, log_every=1, log_seconds=60.0, checkpoint_every=2)
+    config.update(changes)
+    return config
 
 
 def metrics_on_stdout(wait: bool = False) -> None:

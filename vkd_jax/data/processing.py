@@ -85,7 +85,8 @@ class Processor:
     Args:
         folder: of the model.
         config: the model's configuration, which knows how its pictures are laid out.
-        max_pixels: a smaller budget of pixels a picture than the image processor's own, for families that have one; 0 keeps its.
+        max_pixels: a smaller budget of pixels a picture than the image processor's own, where pictures differ in
+            size; 0 keeps its.
 
     Raises:
         UserError: the folder lacks something, or the budget is not to be had.

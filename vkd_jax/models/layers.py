@@ -4,9 +4,13 @@ Axes: b batch, t query position, s key position, d width in, f width out, m key/
 key/value head, c head channel.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from vkd_jax.models import quantize
 
 lecun_normal = nnx.initializers.lecun_normal()
 small_normal = nnx.initializers.normal(0.02)
@@ -23,7 +27,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., d] to [..., f]."""
         # Leading axes flattened: on CPU a plain matrix product is faster than one with batch axes.
-        y = x.astype(self.dtype).reshape(-1, x.shape[-1]) @ self.kernel[...].astype(self.dtype)
+        y = quantize.apply(jnp.matmul, x.astype(self.dtype).reshape(-1, x.shape[-1]), self.kernel.get_value())
         y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
@@ -37,11 +41,12 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int [...] to [..., d]."""
-        return self.embedding[...].astype(self.dtype)[tokens]
+        return quantize.rows(self.embedding.get_value(), tokens, self.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits against the table itself (tied embeddings)."""
-        return jnp.einsum("...d,vd->...v", x.astype(self.dtype), self.embedding[...].astype(self.dtype))
+        product = functools.partial(jnp.einsum, "...d,vd->...v")
+        return quantize.apply(product, x.astype(self.dtype), self.embedding.get_value())
 
 
 class LayerNorm(nnx.Module):

@@ -1,0 +1,67 @@
+"""quantized.py: one quantised model on several meshes of eight devices; prints where it lies and what it computes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import random_llava
+from qwix import QArray
+
+from vkd_jax import losses, sharding
+from vkd_jax.methods import base as methods
+from vkd_jax.models import quantize
+from vkd_jax.models.base import bind
+
+MESHES = [(1, 1, 1), (1, 8, 1), (2, 2, 2)]
+BATCH = random_llava.rows(1, 8).batch(np.arange(8))
+
+
+def spec(x) -> list:
+    """The mesh axis of each axis of an array; None where it is whole."""
+    names = [*x.sharding.spec, *[None] * x.ndim]
+    return [name if x.sharding.shard_shape(x.shape)[i] < x.shape[i] else None for i, name in enumerate(names[: x.ndim])]
+
+
+def layout(small, floats) -> dict:
+    """Where values and scales lie, and which values lie elsewhere than their weights did."""
+    return {
+        "sum": {path: int(np.asarray(x.qvalue.astype(jnp.int32)).sum()) for path, x in small.items()},
+        "moved": [p for p, x in small.items() if not x.qvalue.sharding.is_equivalent_to(floats[p].sharding, x.ndim)],
+        "spec": {path: spec(x.scale) for path, x in small.items()},
+    }
+
+
+def computed(mesh, graphdef, params) -> dict:
+    """The loss and the gradients of the projector."""
+    paths = methods.visual_paths(params, random_llava.CONFIG, 0)
+
+    @jax.jit
+    def run(trainable, frozen, batch):
+        def loss(trainable):
+            logits, _ = methods.answer_logits(bind(graphdef, {**frozen, **trainable}), batch)
+            return losses.answer_cross_entropy(logits, batch.targets, batch.target_mask).mean()
+
+        return jax.value_and_grad(loss)(trainable)
+
+    batch = jax.device_put(BATCH, sharding.batch_sharding(mesh))
+    trainable, frozen = ({k: x for k, x in params.items() if (k in paths) == trains} for trains in (True, False))
+    loss, gradient = run(trainable, frozen, batch)
+    return {"loss": float(loss), "gradient": [float(jnp.abs(gradient[path]).sum()) for path in sorted(gradient)]}
+
+
+def main() -> None:
+    found = {"int8": {}, "int4:8": {}, "computed": {}}
+    for shape in MESHES:
+        mesh, name = sharding.make_mesh(*shape), ",".join(map(str, shape))
+        graphdef, floats = random_llava.model(mesh)
+        for text in ("int8", "int4:8"):
+            how = quantize.parse(text)
+            params = {path: quantize.quantized(path, x, how) for path, x in floats.items()}
+            found[text][name] = layout({path: x for path, x in params.items() if isinstance(x, QArray)}, floats)
+        found["computed"][name] = computed(mesh, graphdef, params)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

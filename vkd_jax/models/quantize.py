@@ -1,0 +1,147 @@
+"""The frozen language model in int8 or int4, weight-only, by qwix: about a quarter or an eighth of its float32 bytes.
+
+    W[i, o] ~ q[i, o] s[g(i), o],   s[g, o] = max over i in g of |W[i, o]| / (2^(bits - 1) - 1/2)
+
+with input channel i, its group g(i), output channel o. A quantised weight is a `qwix.QArray` (q, and s in float32)
+where an array stood, in `params` and in the module alike. Each use makes floats of it, one layer at a time, and so
+does the backward pass, which keeps q alone: the floats of the whole model are never there together. Gradients pass
+through to the activations; the weight itself has none, so it is never trained.
+
+Reference: https://github.com/google/qwix
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import qwix
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from qwix import QArray
+
+from vkd_jax.types import UserError
+
+# What is quantised, the axis of its input channels, and the fewest bits it takes. Norms and biases stay as they are:
+# they are small. Token embeddings and the head keep 8 bits: 4 would save little and cost the visual gradient most.
+WEIGHTS = (
+    (r"language_model/blocks/.+/kernel", -2, 4),
+    (r"language_model/head/kernel", -2, 8),
+    (r"language_model/embed/embedding", -1, 8),  # with tied embeddings the head, too
+)
+TYPES = {8: jnp.int8, 4: jnp.int4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """How many bits a weight has, and how many input channels share a scale in each output channel."""
+
+    bits: int  # 8 or 4
+    group: int | None = None  # None: all
+
+    def size(self, width: int) -> int:
+        """The group size for `width` input channels: the largest divisor of it that is at most `group`.
+
+        Raises:
+            UserError: there is none from a quarter of `group` on, and scales would take much of the memory.
+        """
+        if self.group is None or width <= self.group:
+            return width
+        size = max(n for n in range(1, self.group + 1) if width % n == 0)
+        if 4 * size < self.group:
+            raise UserError(
+                f"model.quantize: {width} channels do not split into equal groups of {self.group} or somewhat fewer; "
+                f"give a group size that divides {width}, or int8 without one."
+            )
+        return size
+
+
+def parse(text: str) -> Quantization | None:
+    """Reads "int8" (one scale an output channel), "int4" (one per 128 inputs of it), "int8:64" (per 64); "" is None.
+
+    Raises:
+        UserError: the text is none of these.
+    """
+    if not text:
+        return None
+    match = re.fullmatch(r"int([84])(?::([1-9]\d*))?", text)
+    if match is None:
+        raise UserError(f"model.quantize={text!r}: give int8 or int4, or one with a group size, such as int4:64.")
+    bits = int(match[1])
+    return Quantization(bits, int(match[2]) if match[2] else {8: None, 4: 128}[bits])
+
+
+def quantized(path: str, array: jax.Array, how: Quantization) -> jax.Array | QArray:
+    """The parameter as the frozen model keeps it: quantised if it is one of `WEIGHTS`, else as it came.
+
+    q lies on the devices as the array did, and so do the scales, but for axes that the mesh no longer divides.
+
+    Raises:
+        UserError: the groups do not fit the width.
+    """
+    found = [(axis, bits) for pattern, axis, bits in WEIGHTS if re.fullmatch(pattern, path)]
+    if not found:
+        return array
+    axis, bits = found[0]
+    sharding = getattr(array, "sharding", None)  # traced arrays have none to ask for
+    sharding = sharding if isinstance(sharding, NamedSharding) else None
+    return _quantize(array, axis, max(bits, how.bits), how.size(array.shape[axis]), sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantize(array, axis, bits, size, sharding):
+    def one(x):
+        rest = [i for i in range(x.ndim) if i != x.ndim + axis]
+        # In float32: bfloat16 has too few digits for 127 steps.
+        x = x.astype(jnp.float32)
+        return qwix.quantize(x, TYPES[bits], channelwise_axes=rest, tiled_axes={x.ndim + axis: size})
+
+    # Layer by layer, because the float32 values of a whole stack may not fit.
+    out = jax.lax.map(one, array) if array.ndim == 3 else one(array)
+    if sharding is None:
+        return out
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _fitting(sharding, x.shape)), out)
+
+
+def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding, but for axes of this shape that it does not divide."""
+
+    def parts(names: str | tuple[str, ...] | None) -> int:
+        return math.prod(sharding.mesh.shape[name] for name in ([names] if isinstance(names, str) else names or ()))
+
+    spec = zip(sharding.spec, shape, strict=False)
+    return NamedSharding(sharding.mesh, P(*(names if size % parts(names) == 0 else None for names, size in spec)))
+
+
+def floats(weight: jax.Array | QArray, dtype: Any) -> jax.Array:
+    """The weight in `dtype`."""
+    return (qwix.dequantize(weight) if isinstance(weight, QArray) else weight).astype(dtype)
+
+
+def apply(op: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, weight: jax.Array | QArray) -> jax.Array:
+    """`op(x, weight)` with the weight in x's dtype; the backward pass makes the floats of a quantised one again."""
+
+    def on_floats(x, weight):
+        return op(x, floats(weight, x.dtype))
+
+    # Kept for the backward pass, the floats of each layer would stack up to those of the whole model.
+    return (jax.checkpoint(on_floats, prevent_cse=False) if isinstance(weight, QArray) else on_floats)(x, weight)
+
+
+def rows(table: jax.Array | QArray, index: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of a table in `dtype`: [v, d], int [...] to [..., d]; other rows of a quantised one never become floats."""
+    return floats(jax.tree.map(lambda x: x[index], table), dtype)
+
+
+def refuse_trainable(params: Mapping[str, jax.Array | QArray], paths: Iterable[str]) -> None:
+    """Raises `UserError` if a weight that is to be trained is quantised."""
+    quantised = [path for path in paths if isinstance(params[path], QArray)]
+    if quantised:
+        raise UserError(
+            f"model.quantize: {len(quantised)} of the weights to train are quantised, such as {quantised[0]}; "
+            "train the visual weights alone, or leave model.quantize empty."
+        )

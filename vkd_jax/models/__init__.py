@@ -1,8 +1,16 @@
 """Models, one module per family, found by the `model_type` of a Hugging Face `config.json`.
 
-A model module offers `Config` (a frozen dataclass with `from_hf`), `Model(config, *, rngs, param_dtype)`, and
-its side of the conversion, `hf_table(config)`, `HF_ALIASES`, `HF_SKIP`, `HF_ARCHITECTURE` (see
-`vkd_jax.convert`).
+A model module offers
+
+- `Config`, a frozen dataclass: `from_hf(hf_config, **changes)`; `text` (a `DecoderConfig`), `image_token_id`,
+  `used_blocks`, `compute_dtype`, `remat`; and how its pictures are laid out: `images(output)` takes them from what the
+  Hugging Face image processor returns, `image_tokens(height, width)` counts the tokens of one, `pack(rows)` turns the
+  pictures of each prompt into arrays of one shape, `unpack(pictures)` does the reverse;
+- `Model(config, *, rngs, param_dtype)`: `encode(pictures)` gives `base.VisualTokens` and the taps, by name;
+  `model(tokens, mask, features=, at=, cache=)` gives logits. Parameters are `vision_tower/patch_embedding`,
+  `vision_tower/blocks/<i>/...`, `vision_tower/post_norm/...` (feeds nothing), `projector/...`, `language_model/...`;
+- its side of the conversion, `hf_table(config)`, `HF_ALIASES`, `HF_SKIP`, `HF_ARCHITECTURE` (see `vkd_jax.convert`);
+- `SHARDING`, a rule for every parameter, and `PRESETS`, {size: (id on the hub, fields of config.json)}.
 """
 
 import importlib

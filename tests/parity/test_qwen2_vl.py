@@ -1,0 +1,335 @@
+"""Qwen2-VL and Qwen2.5-VL against PyTorch on small random models: every block, positions, gradients, generation."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vkd_jax import convert, models
+from vkd_jax.models.base import bind
+from vkd_jax.models.generate import greedy, option_log_probs
+from vkd_jax.models.qwen2_vl import mrope_positions
+from vkd_jax.models.qwen_vit import merged
+
+torch = pytest.importorskip("torch", reason="PyTorch is only there to compare with: pip install '.[test]'")
+transformers = pytest.importorskip("transformers")
+
+IMAGE, PAD, EOS = 4, 3, 2
+SIDES = ("left", "right")
+
+# Grouped and all key/value heads, a head of its own and the embedding's, two patch sizes.
+SHAPES = {
+    "qwen2_vl": dict(patch_size=14, kv_heads=2, tied=False),
+    "qwen2_5_vl": dict(patch_size=4, kv_heads=4, tied=True),
+}
+
+# The pictures of each prompt, in tokens (rows, columns); windows of two tokens cut most of them unevenly.
+GRIDS = (((3, 5), (2, 2)), ((4, 3),), ((1, 2), (5, 1), (2, 4)))
+OTHER_GRIDS = (((2, 3),), ((4, 2), (1, 1), (3, 3)), ((2, 8), (1, 3)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The same weights in both frameworks, with inputs."""
+
+    module: Any
+    torch: Any
+    graphdef: Any
+    params: dict[str, jax.Array]
+    config: Any
+    images: list[list[np.ndarray]]  # of each prompt, [H, W, 3]
+    tokens: dict[str, np.ndarray]  # padding side -> [b, t]
+    mask: dict[str, np.ndarray]
+    answers: dict[str, np.ndarray]  # bool [b, t]: tokens that the loss counts
+
+
+def hf_config(family, patch_size, kv_heads, tied):
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 5000.0}
+    text = dict(
+        vocab_size=200, hidden_size=64, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=kv_heads, max_position_embeddings=256, pad_token_id=PAD, bos_token_id=1, eos_token_id=EOS,
+        rope_parameters=rope, rms_norm_eps=1e-6,
+    )  # fmt: skip
+    vision = dict(num_heads=2, patch_size=patch_size)
+    if family == "qwen2_vl":
+        vision |= dict(depth=2, embed_dim=32, hidden_size=64, mlp_ratio=2)
+    else:  # the window is rounded down to two tokens
+        vision |= dict(depth=3, hidden_size=32, intermediate_size=40, out_hidden_size=64)
+        vision |= dict(window_size=4 * patch_size + 1, fullatt_block_indexes=[1])
+    return transformers.AutoConfig.for_model(
+        family, text_config=text, vision_config=vision, tie_word_embeddings=tied, image_token_id=IMAGE,
+        video_token_id=5, vision_start_token_id=6, vision_end_token_id=7,
+    )  # fmt: skip
+
+
+def ragged(rows, side):
+    """Rows of different lengths to (tokens, mask), padded on one side."""
+    width = max(map(len, rows))
+    tokens, mask = np.full((len(rows), width), PAD, np.int32), np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        tokens[i, at], mask[i, at] = row, True
+    return tokens, mask
+
+
+def draw(config, grids, rng):
+    """Random pictures of so many tokens, as the image processor would leave them."""
+    side = config.vision.patch_size * config.vision.merge
+    return [[rng.standard_normal((r * side, c * side, 3)).astype(np.float32) for r, c in row] for row in grids]
+
+
+def processed(config, images) -> dict[str, Any]:
+    """What transformers' image processor makes of pictures that have their size and scale already."""
+    options = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), False)
+    vision = config.vision
+    processor = transformers.Qwen2VLImageProcessorPil(**options, patch_size=vision.patch_size, merge_size=vision.merge)
+    flat = [image for row in images for image in row]
+    return dict(processor(images=flat, return_tensors="pt", input_data_format="channels_last"))
+
+
+def prompts(grids, rng, lengths=(5, 9, 2)):
+    """A few words, pictures with a word between them, words."""
+    rows = []
+    for row, n in zip(grids, lengths, strict=True):
+        pictures = [token for r, c in row for token in (*[IMAGE] * (r * c), 7)]
+        rows.append([1, *rng.integers(8, 200, 2).tolist(), *pictures, *rng.integers(8, 200, n).tolist()])
+    return rows
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact():
+    torch.set_num_threads(2)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    yield
+    jax.config.update("jax_default_matmul_precision", None)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def pair(request, tmp_path_factory) -> Pair:
+    torch.manual_seed(0)
+    hf = hf_config(request.param, **SHAPES[request.param])
+    model = transformers.AutoModelForImageTextToText.from_config(hf).eval()
+    with torch.no_grad():  # as if trained: at the initial scales logits are near zero and norms trivial
+        for name, parameter in model.named_parameters():
+            if "embed_tokens" in name and model.config.tie_word_embeddings:
+                continue  # larger, and each token would only predict itself
+            if parameter.ndim > 1:
+                parameter.mul_(6 if "language_model" in name else 3)
+            else:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    graphdef, params, config = convert.load(folder)
+    rng = np.random.default_rng(0)
+    images = draw(config, GRIDS, rng)
+    rows, tokens, mask, answers = prompts(GRIDS, rng), {}, {}, {}
+    for side in SIDES:
+        tokens[side], mask[side] = ragged(rows, side)
+        answers[side] = np.zeros_like(mask[side])
+        for i, row in enumerate(rows):
+            end = mask[side].shape[1] if side == "left" else len(row)
+            answers[side][i, end - min(4, (5, 9, 2)[i]) : end] = True
+    return Pair(models.module_for(request.param), model, graphdef, params, config, images, tokens, mask, answers)
+
+
+def to_torch(tokens, mask):
+    tokens = torch.tensor(tokens, dtype=torch.long)
+    return dict(input_ids=tokens, attention_mask=torch.tensor(mask).long(), mm_token_type_ids=(tokens == IMAGE).int())
+
+
+def close(ours, theirs, tolerance):
+    theirs = theirs.detach().numpy()
+    assert ours.shape == theirs.shape
+    assert np.abs(theirs).max() > 0.1  # a comparison of zeros says nothing
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
+
+
+def real(tokens):
+    """The tokens of all pictures of all prompts, one after another, as transformers keeps them."""
+    return np.asarray(tokens.values)[np.asarray(tokens.valid)]
+
+
+def test_pictures_are_cut_as_the_image_processor_cuts_them(pair):
+    theirs = processed(pair.config, pair.images)
+    packed = pair.config.pack(pair.images)
+    assert packed["patches"].shape[:2] == (3, 96)  # of 76, 48, 60
+    frames = theirs["pixel_values"].numpy().reshape(len(theirs["pixel_values"]), 3, 2, -1)
+    ours = packed["patches"][packed["where"][..., 0] >= 0].reshape(len(frames), 3, -1)
+    np.testing.assert_array_equal(np.stack([ours] * 2, axis=2), frames)
+    for image, again in zip(sum(pair.images, []), pair.config.images(theirs), strict=True):
+        np.testing.assert_array_equal(again, image)
+    assert sum(pair.config.image_tokens(*image.shape[:2]) for image in sum(pair.images, [])) == len(frames) // 4
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(graphdef, params, pictures):
+    return bind(graphdef, params).encode(pictures)
+
+
+def test_every_vision_block_and_the_projector(pair):
+    visual, seen = pair.torch.model.visual, []
+    hooks = [m.register_forward_hook(lambda m, x, y: seen.append(y)) for m in (visual.patch_embed, *visual.blocks)]
+    first = visual.blocks[0].register_forward_pre_hook(lambda m, x: seen.append(x[0]))
+    with torch.no_grad():
+        output = pair.torch.get_image_features(**processed(pair.config, pair.images))
+    for hook in (*hooks, first):
+        hook.remove()
+    embedded, entering, *blocks = seen
+    # Qwen2.5-VL sorts the patches by windows: which stands where is told by what they hold.
+    order = torch.cdist(embedded, entering).argmin(1)
+    assert torch.equal(embedded, entering[order])
+
+    features, taps = encode(pair.graphdef, pair.params, pair.config.pack(pair.images))
+    assert set(taps) == {f"vision/{i}" for i in range(len(blocks))} | {"features", "projector"}
+    for i, block in enumerate(blocks):
+        close(real(taps[f"vision/{i}"]), block[order], 1e-4)
+    close(real(taps["features"]), blocks[-1][order], 1e-4)
+    close(real(taps["projector"]), torch.cat(list(output.pooler_output)), 1e-4)
+    np.testing.assert_array_equal(features.values, taps["projector"].values)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("grids", [((), (), ()), (((2, 3),), ((4, 1),), ()), GRIDS, OTHER_GRIDS], ids=str)
+def test_positions(pair, side, grids):
+    rng = np.random.default_rng(1)
+    tokens, mask = ragged(prompts(grids, rng), side)
+    images = draw(pair.config, grids, rng)
+    inputs = to_torch(tokens, mask)
+    grid = processed(pair.config, images)["image_grid_thw"] if any(grids) else None
+    theirs, deltas = pair.torch.model.get_rope_index(**inputs, image_grid_thw=grid)
+
+    where = merged(pair.config.pack(images)["where"], 2)
+    ours = np.asarray(jax.jit(mrope_positions)(tokens == IMAGE, mask, where))
+    np.testing.assert_array_equal(ours, theirs.permute(1, 2, 0))
+    # And the next token's.
+    np.testing.assert_array_equal(ours.max((1, 2)) + 1, deltas[:, 0].numpy() + mask.sum(1))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(graphdef, params, pictures, tokens, mask):
+    model = bind(graphdef, params)
+    return model(tokens, mask, features=model.encode(pictures)[0])[0]
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_logits(pair, side):
+    tokens, mask = pair.tokens[side], pair.mask[side]
+    with torch.no_grad():
+        theirs = pair.torch(**to_torch(tokens, mask), **processed(pair.config, pair.images)).logits
+    ours = logits(pair.graphdef, pair.params, pair.config.pack(pair.images), tokens, mask)
+    close(ours[mask], theirs[torch.tensor(mask)], 1e-4)
+
+
+def test_pictures_of_other_sizes_take_no_new_compilation(pair):
+    rng, compiled = np.random.default_rng(2), []
+    for grids in (GRIDS, OTHER_GRIDS):
+        images = draw(pair.config, grids, rng)
+        rows = prompts(grids, rng)
+        tokens, mask = ragged([*rows, [0] * 40], "right")
+        tokens, mask = tokens[:3], mask[:3]
+        with torch.no_grad():
+            theirs = pair.torch(**to_torch(tokens, mask), **processed(pair.config, images)).logits
+        ours = logits(pair.graphdef, pair.params, pair.config.pack(images), tokens, mask)
+        close(ours[mask], theirs[torch.tensor(mask)], 1e-4)
+        compiled.append(logits._cache_size())
+    assert compiled[0] == compiled[1]
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_text_only_logits(pair, side):
+    rows = [[1, 20, 30, 40, 50, 60], [1, 70, 80]]
+    tokens, mask = ragged(rows, side)
+    ours, _ = bind(pair.graphdef, pair.params)(jnp.asarray(tokens), jnp.asarray(mask))
+    for i, row in enumerate(rows):
+        with torch.no_grad():
+            theirs = pair.torch(input_ids=torch.tensor([row])).logits[0]
+        close(ours[i][mask[i]], theirs, 2e-4)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.value_and_grad, argnums=1)
+def loss(graphdef, visual, frozen, pictures, tokens, mask, answers):
+    model = bind(graphdef, {**frozen, **visual})
+    logits, _ = model(tokens, mask, features=model.encode(pictures)[0])
+    log_p = jax.nn.log_softmax(logits[:, :-1])
+    token_log_p = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
+    return -jnp.where(answers[:, 1:], token_log_p, 0).sum() / answers.sum()
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_loss_and_the_gradient_of_every_visual_parameter(pair, side):
+    inputs, answers = to_torch(pair.tokens[side], pair.mask[side]), pair.answers[side]
+    labels = inputs["input_ids"].masked_fill(~torch.tensor(answers), -100)
+    pair.torch.zero_grad()
+    theirs = pair.torch(**inputs, **processed(pair.config, pair.images), labels=labels).loss
+    theirs.backward()
+
+    pictures = pair.config.pack(pair.images)
+    visual = {k: v for k, v in pair.params.items() if not k.startswith("language_model/")}
+    frozen = {k: v for k, v in pair.params.items() if k.startswith("language_model/")}
+    ours, gradients = loss(pair.graphdef, visual, frozen, pictures, pair.tokens[side], pair.mask[side], answers)
+    np.testing.assert_allclose(ours, theirs.item(), rtol=1e-3)
+    compared = set()
+    largest = max(float(jnp.abs(g).max()) for g in gradients.values())
+    for name, parameter in pair.torch.named_parameters():
+        slot = convert.find_slot(pair.module, pair.config, name)
+        if slot.path not in visual:
+            continue
+        compared.add(slot.path)
+        gradient, want = gradients[slot.path], slot.to_param(parameter.grad.numpy())
+        error, norm = np.linalg.norm(gradient - want), np.linalg.norm(want)
+        assert norm > 1e-3 * largest, name
+        assert error <= 1e-3 * norm, (name, error, norm)
+    assert compared == set(visual)
+
+
+def test_greedy_generation_of_prompts_of_different_lengths(pair):
+    # transformers generates from the left only.
+    inputs = to_torch(pair.tokens["left"], pair.mask["left"]) | processed(pair.config, pair.images)
+    new = 12
+    # An end token that occurs: what the first row says third.
+    settings = dict(do_sample=False, pad_token_id=PAD, max_new_tokens=new)
+    width = inputs["input_ids"].shape[1]
+    free = pair.torch.generate(**inputs, **settings, eos_token_id=None)[:, width:].numpy()
+    end = int(free[0, 2])
+    theirs = pair.torch.generate(**inputs, **settings, eos_token_id=[EOS, end])[:, width:].numpy()
+    assert len(set(map(tuple, free.tolist()))) == len(free) and len(np.unique(free)) > 4  # no trivial answers
+
+    @jax.jit
+    def answer(params, pictures, tokens, mask):
+        model = bind(pair.graphdef, params)
+        features = model.encode(pictures)[0]
+        return greedy(model, tokens, mask, features, max_new_tokens=new, eos_ids=(EOS, end), pad_id=PAD)
+
+    for side in SIDES:
+        ours = np.asarray(answer(pair.params, pair.config.pack(pair.images), pair.tokens[side], pair.mask[side]))
+        np.testing.assert_array_equal(ours[:, : theirs.shape[1]], theirs, side)
+        assert (ours[:, theirs.shape[1] :] == PAD).all()
+
+
+def test_option_log_probs_equal_reading_each_option_after_the_prompt(pair):
+    options = [[[17, 8, 9], [10]], [[11, 12], [13, 14]], [[20], [21, 22, 23]]]
+    texts, texts_mask = zip(*(ragged(row + [[0] * 3], "right") for row in options), strict=True)
+    texts, texts_mask = np.stack(texts)[:, :2], np.stack(texts_mask)[:, :2]
+    want = np.empty((3, 2))
+    for i, row in enumerate(options):
+        prompt = pair.tokens["right"][i][pair.mask["right"][i]].tolist()
+        for j, option in enumerate(row):
+            with torch.no_grad():
+                inputs = to_torch([prompt + option], [[True] * len(prompt + option)])
+                logits = pair.torch(**inputs, **processed(pair.config, pair.images[i : i + 1])).logits[0]
+            log_p = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
+            want[i, j] = log_p[torch.arange(len(option)), torch.tensor(option)].sum()
+
+    @jax.jit
+    def score(params, pictures, tokens, mask):
+        model = bind(pair.graphdef, params)
+        return option_log_probs(model, tokens, mask, model.encode(pictures)[0], texts, texts_mask)
+
+    for side in SIDES:
+        scores = score(pair.params, pair.config.pack(pair.images), pair.tokens[side], pair.mask[side])
+        np.testing.assert_allclose(scores, want, atol=1e-3, err_msg=side)

@@ -1,0 +1,312 @@
+"""Fifty VKD steps here and in plain PyTorch + transformers: the same losses, the same weights.
+
+    pytest -s tests/parity/test_trajectory.py
+
+prints how far apart they are. The PyTorch side is written the way its users write it: a model from transformers,
+requires_grad_, AdamW, clip_grad_norm_, a mask after the step. It takes from here only the data: batches, the features
+that forgotten pictures are pulled to, and the saliency mask.
+"""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from vkd_jax import convert, defaults, models, sharding, train
+from vkd_jax.data.processing import EncodedSet
+from vkd_jax.data.streams import Stream
+from vkd_jax.methods.base import Context
+from vkd_jax.methods.vkd import VKD
+from vkd_jax.types import Example
+
+torch = pytest.importorskip("torch", reason="PyTorch is only there to compare with: pip install '.[test]'")
+transformers = pytest.importorskip("transformers")
+
+IMAGE, START, END = 4, 6, 7
+CONFIG = defaults.base().train
+CONFIG.update(steps=50, batch_size=dict(forget=3, retain=3), learning_rate=3e-4, warmup_steps=5, weight_decay=0.1)
+CONFIG.update(log_every=1, checkpoint_every=1000)
+VKD_FIELDS = dict(mask_keep=0.5, fisher_samples=4, fisher_chunk=2, augment_forget=1, weight_retain_distill=4.0)
+
+
+class Llava:
+    """LLaVA in PyTorch, and pictures for it."""
+
+    sizes = [(28, 28)] * 4
+
+    @staticmethod
+    def create():
+        return transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(
+                vision_config=dict(
+                    model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                    num_attention_heads=4, image_size=28, patch_size=14, projection_dim=32,
+                ),
+                text_config=dict(
+                    model_type="llama", vocab_size=100, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+                ),
+                image_token_index=IMAGE,
+            )
+        )  # fmt: skip
+
+    def __init__(self, model):
+        self.model = model
+
+    def look(self, pictures):
+        """Per row, what feeds the projector and what comes out of it."""
+        pixels = torch.tensor(pictures["pixels"]).permute(0, 3, 1, 2)
+        features = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        return {"features": list(features), "projector": list(self.model.model.multi_modal_projector(features))}
+
+    def positions(self, tokens, mask, pictures):
+        return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+class Qwen2VL:
+    """Qwen2-VL in PyTorch, and pictures of several shapes for it."""
+
+    sizes = [(56, 28), (28, 84), (28, 28), (56, 56)]
+
+    @staticmethod
+    def create():
+        return transformers.Qwen2VLForConditionalGeneration(
+            transformers.Qwen2VLConfig(
+                vision_config=dict(
+                    depth=3, embed_dim=32, hidden_size=48, num_heads=4, mlp_ratio=2, patch_size=14,
+                ),
+                text_config=dict(
+                    vocab_size=100, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
+                    rope_parameters={"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10000.0},
+                ),
+                image_token_id=IMAGE, video_token_id=5, vision_start_token_id=START, vision_end_token_id=END,
+            )
+        )  # fmt: skip
+
+    def __init__(self, model):
+        self.model = model
+
+    def look(self, pictures):
+        """Per row, what feeds the merger and what comes out of it, without padding."""
+        pixels, grids = self._unpadded(pictures)
+        out = self.model.model.visual(pixels, grid_thw=grids)
+        counts = grids.prod(-1).tolist()
+        merged = [count // 4 for count in counts]
+        return {
+            "features": list(out.last_hidden_state.split(counts)),
+            "projector": list(out.pooler_output.split(merged)),
+        }
+
+    def positions(self, tokens, mask, pictures):
+        kinds = (tokens == IMAGE).int()
+        return self.model.model.get_rope_index(
+            tokens, mm_token_type_ids=kinds, image_grid_thw=self._unpadded(pictures)[1], attention_mask=mask
+        )[0]
+
+    @staticmethod
+    def _unpadded(pictures):
+        where = pictures["where"]
+        real = where[..., 0] >= 0
+        grids = [[1, *(rows[keep, 1:].max(0) + 1)] for rows, keep in zip(where, real, strict=True)]
+        patches = pictures["patches"][real].reshape(-1, 3, 1, 14, 14)
+        still = np.broadcast_to(patches, (len(patches), 3, 2, 14, 14)).reshape(len(patches), -1)
+        return torch.tensor(still), torch.tensor(np.array(grids))
+
+
+FAMILIES = {"llava": Llava, "qwen2_vl": Qwen2VL}
+
+
+def encoded(config, sizes, seed):
+    """Two questions on each of four pictures, with answers of one to three tokens."""
+    rng = np.random.default_rng(seed)
+    pictures = [rng.standard_normal((*size, 3)).astype(np.float32) for size in sizes]
+    rows = []
+    for i in range(8):
+        count = config.image_tokens(*sizes[i // 2])
+        prompt = [1, START, *[IMAGE] * count, END, *rng.integers(10, 100, rng.integers(2, 6))]
+        rows.append((prompt, rng.integers(10, 100, rng.integers(1, 4)).tolist()))
+    t, a = max(len(p) + len(answer) for p, answer in rows), 3
+    out = dict(
+        tokens=np.full((8, t), 3, np.int32),
+        mask=np.zeros((8, t), bool),
+        at=np.zeros((8, a), np.int32),
+        targets=np.zeros((8, a), np.int32),
+        target_mask=np.zeros((8, a), bool),
+    )
+    for i, (prompt, answer) in enumerate(rows):
+        n, m = len(prompt), len(answer)
+        out["tokens"][i, : n + m], out["mask"][i, : n + m] = prompt + answer, True
+        out["at"][i, :m], out["targets"][i, :m], out["target_mask"][i, :m] = n - 1 + np.arange(m), answer, True
+    return EncodedSet(
+        examples=[Example(str(i), "", b"", str(i // 2), "", "") for i in range(8)],
+        prompt_length=np.array([len(p) for p, _ in rows], np.int32),
+        image=np.arange(8, dtype=np.int32) // 2,
+        pictures=config.pack([[x] for x in pictures]),
+        **out,
+    )
+
+
+class Recorder:
+    """Stands in for the metric writers and keeps what they would write."""
+
+    def __init__(self, folder, *, steps, log_seconds):
+        Recorder.rows = []
+
+    def overview(self, trainable):
+        pass
+
+    def tick(self, step):
+        pass
+
+    def write(self, step, scalars):
+        Recorder.rows.append(scalars)
+
+    def close(self):
+        pass
+
+
+def distance(feature, target, scale):
+    """Mean squared error over a row's real tokens, in units of the teacher's mean square."""
+    return (feature - target[: len(feature)]).square().mean() / scale
+
+
+def losses_in_torch(family, method, name, batch):
+    """The two halves of the objective as METHOD and vkd.py state them, row by row."""
+    model = family.model
+    tokens = torch.tensor(batch.tokens, dtype=torch.long)
+    mask = torch.tensor(batch.mask).long()
+    seen = family.look(batch.pictures)
+    embedded = model.get_input_embeddings()(tokens)
+    is_image = (tokens == IMAGE)[..., None].expand_as(embedded)
+    embedded = embedded.masked_scatter(is_image, torch.cat(seen["projector"]))
+    logits = model(
+        inputs_embeds=embedded, attention_mask=mask, position_ids=family.positions(tokens, mask, batch.pictures)
+    ).logits
+    rows = []
+    for i in range(len(tokens)):
+        real = batch.target_mask[i]
+        at, targets = torch.tensor(batch.at[i][real]).long(), torch.tensor(batch.targets[i][real]).long()
+        ce = torch.nn.functional.cross_entropy(logits[i, at], targets)
+        apart = sum(
+            distance(
+                seen[tap][i], torch.tensor(batch.cached[f"target/{tap}"][i]), float(batch.cached[f"scale/{tap}"][i])
+            )
+            for tap in method.taps
+        )
+        if name == "forget":
+            rows.append(-ce.clamp(max=method.cap) + method.weight_forget_distill * apart)
+        else:
+            rows.append(ce + method.weight_retain_distill * apart)
+    return torch.stack(rows).mean()
+
+
+def rate(step):
+    """Linear warmup, then half a cosine; the first step is number 0."""
+    if step < CONFIG.warmup_steps:
+        return CONFIG.learning_rate * step / CONFIG.warmup_steps
+    done = (step - CONFIG.warmup_steps) / (CONFIG.steps - CONFIG.warmup_steps)
+    return CONFIG.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def train_in_torch(family, method, prepared, masks):
+    """The losses of every step; the model is trained in place. `masks` are by parameter name."""
+    trained = {name: p for name, p in family.model.named_parameters() if name in masks}
+    for name, parameter in family.model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    decayed = [p for p in trained.values() if p.ndim > 1]
+    rest = [p for p in trained.values() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [dict(params=decayed, weight_decay=CONFIG.weight_decay), dict(params=rest, weight_decay=0.0)],
+        betas=(0.9, CONFIG.b2),
+        eps=1e-8,
+    )
+    streams = {
+        name: Stream(prepared.sets[name], CONFIG.batch_size[name], seed=0, name=name) for name in ("forget", "retain")
+    }
+    losses = []
+    for step in range(CONFIG.steps):
+        loss = sum(losses_in_torch(family, method, name, streams[name][step]) for name in streams)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), CONFIG.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        before = {name: p.detach().clone() for name, p in trained.items()}
+        optimizer.step()
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(torch.where(masks[name], parameter, before[name]))
+        losses.append(loss.item())
+    return np.array(losses)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact():
+    torch.set_num_threads(2)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    yield
+    jax.config.update("jax_default_matmul_precision", None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_fifty_steps_agree_with_pytorch(name, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    family = FAMILIES[name](FAMILIES[name].create().eval())
+    with torch.no_grad():  # as if trained: at the initial scales pictures hardly matter
+        for parameter in family.model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(2)
+    family.model.save_pretrained(tmp_path / "model")
+    graphdef, params, config = convert.load(tmp_path / "model")
+    method = VKD(**VKD_FIELDS)
+    sets = {"forget": encoded(config, family.sizes, 1), "retain": encoded(config, family.sizes[::-1], 2)}
+    prepared = method.prepare(Context(graphdef, params, None, config, sets, seed=0))
+
+    with torch.no_grad():  # the teacher's features, which both sides pull to, are PyTorch's own
+        own = family.look(prepared.sets["retain"].pictures)
+    for tap in method.taps:
+        for mine, cached in zip(own[tap], prepared.sets["retain"].per_image[f"target/{tap}"], strict=True):
+            np.testing.assert_allclose(cached[: len(mine)], mine, atol=1e-4)
+
+    monkeypatch.setattr(train, "Progress", Recorder)
+    trained = train.fit(
+        graphdef=graphdef,
+        params=params,
+        model_config=config,
+        method=method,
+        prepared=prepared,
+        config=CONFIG,
+        seed=0,
+        mesh=sharding.make_mesh(),
+        folder=tmp_path / "train",
+    )
+    ours = np.array([row["loss"] for row in Recorder.rows])
+
+    module = models.module_for(name)
+    slots = {key: convert.find_slot(module, config, key) for key, _ in family.model.named_parameters()}
+    masks = {
+        key: torch.tensor(slot.to_tensor(np.asarray(prepared.mask[slot.path])).copy())
+        for key, slot in slots.items()
+        if slot.path in trained
+    }
+    assert {slots[key].path for key in masks} == set(trained)
+    theirs = train_in_torch(family, method, prepared, masks)
+
+    apart = moved = size = 0.0
+    for key, parameter in family.model.named_parameters():
+        if key in masks:
+            want = slots[key].to_param(parameter.detach().numpy())
+            apart += np.square(trained[slots[key].path] - want).sum()
+            moved += np.square(params[slots[key].path] - want).sum()
+            size += np.square(want).sum()
+    print(
+        f"\n{name}: {CONFIG.steps} steps, {len(masks)} trained tensors; loss {ours[0]:.4f} -> {ours[-1]:.4f}; largest "
+        f"difference of a loss {np.abs(ours - theirs).max():.1e}; distance of the weights {np.sqrt(apart / size):.1e} "
+        f"of their norm, {np.sqrt(apart / moved):.1e} of how far they moved"
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert np.sqrt(apart / size) <= 1e-3 and np.sqrt(apart / moved) <= 5e-4
+    assert np.sqrt(moved / size) > 1e-2  # weights that stay where they are agree as well

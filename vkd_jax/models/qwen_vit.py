@@ -1,0 +1,220 @@
+"""The vision transformers of Qwen2-VL and Qwen2.5-VL: pictures of any size, exact to transformers.
+
+The patches of all pictures of a prompt stand one after another in a fixed number of slots, and each patch sees
+those of its own picture (Qwen2.5-VL: mostly those of its own window of the picture). So pictures of different sizes
+share one compiled shape, and the order of the patches never changes.
+
+Axes: b prompt, p patch slot, q slot of a merged token, k colour, row and column inside a patch, d width, h head,
+c head channel.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vkd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, RMSNorm, attention, gelu, lecun_normal
+
+NORM_EPS = 1e-6  # no configuration says otherwise
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of a Qwen vision tower."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    patch_size: int = 14
+    frames: int = 2  # of a patch in time; those of a still picture are equal
+    merge: int = 2  # so many patches, squared, make one image token
+    activation: str = "quick_gelu"
+    gated: bool = False  # Qwen2.5-VL: RMSNorm and SwiGLU instead of LayerNorm and two layers
+    rope_theta: float = 10000.0
+    window: int = 0  # patches, both ways, that a patch sees together; 0 for the whole picture
+    whole: tuple[int, ...] = ()  # blocks that see the whole picture all the same
+
+
+# Pictures and patches, in NumPy.
+
+
+def slots(patches: int, merge: int) -> int:
+    """How many patch slots so many patches get: of the sizes 4, 6, 8, 12, 16, 24, ... image tokens the least.
+
+    Few sizes mean few compilations; at most a third of the slots stays empty.
+    """
+    size = 4
+    while size * merge**2 < patches:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size * merge**2
+
+
+def places(rows: int, columns: int, merge: int) -> np.ndarray:
+    """Row and column of each patch of a picture, int [rows * columns, 2]: those that merge stand together."""
+    grid = np.indices((rows, columns)).reshape(2, rows // merge, merge, columns // merge, merge)
+    return grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
+
+
+def cut(picture: np.ndarray, patch_size: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
+    """A picture [H, W, 3] to its patches [p, k] and their places [p, 2]."""
+    rows, columns = (side // patch_size for side in picture.shape[:2])
+    where = places(rows, columns, merge)
+    grid = picture.reshape(rows, patch_size, columns, patch_size, 3).transpose(0, 2, 4, 1, 3)
+    return grid[where[:, 0], where[:, 1]].reshape(len(where), -1), where
+
+
+def join(patches: np.ndarray, where: np.ndarray, patch_size: int) -> np.ndarray:
+    """The inverse of `cut`."""
+    rows, columns = where.max(0) + 1
+    grid = np.empty((rows, columns, 3, patch_size, patch_size), np.float32)
+    grid[where[:, 0], where[:, 1]] = patches.reshape(-1, 3, patch_size, patch_size)
+    return grid.transpose(0, 3, 1, 4, 2).reshape(rows * patch_size, columns * patch_size, 3)
+
+
+def merged(where: jax.Array, merge: int) -> jax.Array:
+    """Places of patches [b, p, 3] to the places of the tokens that they merge to, [b, q, 3]; padding stays -1."""
+    return where[:, :: merge**2] // jnp.array([1, merge, merge])
+
+
+def sees(where: jax.Array, window: int = 0) -> jax.Array:
+    """Which patches each patch sees: those of the same picture, and of the same window of it.
+
+    Args:
+        where: int [b, p, 3], picture, row and column of each patch; padding, -1, sees padding.
+        window: patches both ways; 0 for the whole picture.
+
+    Returns:
+        bool [b, p, p].
+    """
+    groups = where // jnp.array([1, window, window]) if window else where[..., :1]
+    return (groups[:, :, None] == groups[:, None]).all(-1)
+
+
+# The network.
+
+
+def rotate(x: jax.Array, where: jax.Array, theta: float) -> jax.Array:
+    """Rotary embedding in two dimensions: a half of the channel pairs turns with the row, a half with the column.
+
+    Channel i is paired with channel i + c/2, and both halves of the pairs have the same c/4 wavelengths. In
+    float32 whatever `x` is.
+
+    Args:
+        x: [b, p, h, c].
+        where: int [b, p, 3], picture, row and column of each patch.
+        theta: the base of the geometric series of wavelengths.
+
+    Returns:
+        [b, p, h, c].
+    """
+    c = x.shape[-1]
+    frequency = theta ** (-jnp.arange(0, c, 4, dtype=jnp.float32) / c)
+    angle = (where[..., 1:, None].astype(jnp.float32) * frequency).reshape(*where.shape[:2], 1, c // 2)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Self-attention with biases and rotary places; queries, keys and values come from one kernel."""
+
+    def __init__(self, config: VisionConfig, **options):
+        self.heads, self.theta = config.heads, config.rope_theta
+        self.qkv = Linear(config.width, 3 * config.width, bias=True, **options)
+        self.out = Linear(config.width, config.width, bias=True, **options)
+
+    def __call__(self, x: jax.Array, where: jax.Array, allowed: jax.Array) -> jax.Array:
+        """[b, p, d] to [b, p, d]; `allowed` from `sees`."""
+        b, p, d = x.shape
+        q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, p, 3, self.heads, -1), 2, 0)
+        q, k = (rotate(x, where, self.theta) for x in (q, k))
+        return self.out(attention(q, k, v, allowed).reshape(b, p, d))
+
+
+class MLP(nnx.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, config: VisionConfig, **options):
+        self.activation = config.activation
+        self.fc1 = Linear(config.width, config.mlp_width, bias=True, **options)
+        self.fc2 = Linear(config.mlp_width, config.width, bias=True, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, p, d] to [b, p, d]."""
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class GatedMLP(nnx.Module):
+    """SwiGLU with biases: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: VisionConfig, **options):
+        self.gate = Linear(config.width, config.mlp_width, bias=True, **options)
+        self.up = Linear(config.width, config.mlp_width, bias=True, **options)
+        self.down = Linear(config.mlp_width, config.width, bias=True, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, p, d] to [b, p, d]."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def _norm(config: VisionConfig, *, rngs: nnx.Rngs, **options) -> nnx.Module:
+    del rngs  # norms begin at one
+    return (RMSNorm if config.gated else LayerNorm)(config.width, eps=NORM_EPS, **options)
+
+
+class Block(nnx.Module):
+    """`x + attn(norm1(x))`, then `x + mlp(norm2(x))`."""
+
+    def __init__(self, config: VisionConfig, **options):
+        self.norm1, self.norm2 = _norm(config, **options), _norm(config, **options)
+        self.attn, self.mlp = Attention(config, **options), (GatedMLP if config.gated else MLP)(config, **options)
+
+    def __call__(self, x: jax.Array, where: jax.Array, allowed: jax.Array) -> jax.Array:
+        """[b, p, d] to [b, p, d]; `allowed` from `sees`."""
+        x = x + self.attn(self.norm1(x), where, allowed)
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTower(nnx.Module):
+    """Patch embedding and transformer blocks."""
+
+    def __init__(self, config: VisionConfig, *, remat, dtype, param_dtype, rngs):
+        options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        p, d = config.patch_size, config.width
+        self.config, self.remat, self.dtype = config, remat, jnp.dtype(dtype)
+        # [frame, colour, row, column, d], so that conversion is a permutation; lecun_normal gets the fan-in right.
+        self.patch_embedding = nnx.Param(lecun_normal(rngs.params(), (config.frames, 3, p, p, d), param_dtype))
+        self.blocks = nnx.List([Block(config, **options) for _ in range(config.layers)])
+
+    def embed(self, patches: jax.Array) -> jax.Array:
+        """Patches [b, p, k] to the activations entering block 0, [b, p, d]."""
+        # A still picture shows every frame of the kernel the same patch.
+        kernel = self.patch_embedding[...].astype(jnp.float32).sum(0).astype(self.dtype)
+        return jnp.einsum("bpk,kd->bpd", patches.astype(self.dtype), kernel.reshape(-1, kernel.shape[-1]))
+
+    def __call__(self, hidden: jax.Array, where: jax.Array, start: int) -> list[jax.Array]:
+        """Runs the blocks from `start` on the activations entering it; returns each block's output."""
+        config, outputs = self.config, []
+        everything, window = sees(where), sees(where, config.window)
+        for i, block in enumerate(self.blocks[start:], start):
+            run = jax.checkpoint(lambda *x, block=block: block(*x)) if self.remat else block
+            hidden = run(hidden, where, everything if i in config.whole else window)
+            outputs.append(hidden)
+        return outputs
+
+
+class Merger(nnx.Module):
+    """Turns neighbouring patches, side by side in one vector, into one token embedding: the projector."""
+
+    def __init__(self, config: VisionConfig, width: int, **options):
+        self.norm = _norm(config, **options)
+        self.wide = config.width * config.merge**2
+        self.fc1 = Linear(self.wide, self.wide, bias=True, **options)
+        self.fc2 = Linear(self.wide, width, bias=True, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, p, d] to [b, q, d]."""
+        return self.fc2(gelu(self.fc1(self.norm(x).reshape(x.shape[0], -1, self.wide))))

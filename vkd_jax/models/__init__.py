@@ -21,6 +21,7 @@ from vkd_jax.types import UserError
 MODELS = {
     "llava": "vkd_jax.models.llava",
     "qwen2_vl": "vkd_jax.models.qwen2_vl",
+    "qwen2_5_vl": "vkd_jax.models.qwen2_5_vl",
 }
 
 

@@ -1,0 +1,24 @@
+"""Qwen2.5-VL as published: unlearn people of MLLMU-Bench from a fine-tuned 3B or 7B.
+
+python -m vkd_jax.main --config configs/qwen2_5_vl.py:3b --workdir DIR \\
+    --config.model.path=MODEL --config.data.folder=SNAPSHOT
+
+configs/qwen2_5_vl.py:3b            Qwen/Qwen2.5-VL-3B-Instruct      (also without the colon)
+configs/qwen2_5_vl.py:7b            Qwen/Qwen2.5-VL-7B-Instruct
+configs/qwen2_5_vl.py:3b,grad_diff  another method, see vkd_jax/methods
+configs/qwen2_5_vl.py:3b,forget=5   another share of the people, in per cent
+
+MODEL is the vanilla model: the published checkpoint fine-tuned on the people, as a folder or an id on the Hugging
+Face hub. Without it the published checkpoint itself is taken, which has never met them. Pictures are shrunk to at most
+`model.max_pixels`, by default 200,704 (256 image tokens); 0 takes the model's own budget.
+"""
+
+import ml_collections
+
+from vkd_jax import defaults
+from vkd_jax.models import qwen2_5_vl
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The config of one of the runs above."""
+    return defaults.published(arg, qwen2_5_vl.PRESETS, max_pixels=256 * 28 * 28)

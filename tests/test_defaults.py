@@ -1,0 +1,41 @@
+"""The config files: what their words mean, and that every family and size has one."""
+
+import json
+
+import pytest
+
+from vkd_jax import defaults, models
+from vkd_jax.types import UserError
+
+PUBLISHED = {"llava": "llava.py", "qwen2_vl": "qwen2_vl.py", "qwen2_5_vl": "qwen2_5_vl.py"}
+
+
+def test_every_family_has_a_config():
+    assert set(PUBLISHED) == set(models.MODELS)
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_every_size_is_a_word_that_names_its_checkpoint(get_config, family):
+    presets = models.module_for(family).PRESETS
+    for size, (name, _) in presets.items():
+        assert get_config(PUBLISHED[family], size).model.path == name
+    assert get_config(PUBLISHED[family]).model.path == next(iter(presets.values()))[0]
+
+
+def test_words_come_in_any_order_with_or_without_their_names(get_config):
+    config = get_config("llava.py", "mllmu,forget=5,size=13b,grad_diff")
+    assert config.model.path == "llava-hf/llava-1.5-13b-hf" and config.model.dtype == "bfloat16"
+    assert (config.data.benchmark, config.data.forget, config.method.name) == ("mllmu", 5, "grad_diff")
+    assert config == get_config("llava.py", "method=grad_diff,13b,benchmark=mllmu,forget=5")
+    assert get_config("llava.py", "7b").method == defaults.method("vkd")
+
+
+@pytest.mark.parametrize("word", ["70b", "size=70b", "forget=five", "vdk", "tint=3", "forget"])
+def test_other_words_are_refused_with_those_there_are(get_config, word):
+    with pytest.raises(UserError, match="not a word of this config; it takes size: 7b, 13b; method: .*vkd"):
+        get_config("llava.py", word)
+
+
+def test_every_field_of_every_config_can_be_written_down(get_config):
+    for file in PUBLISHED.values():
+        json.loads(get_config(file).to_json_best_effort())

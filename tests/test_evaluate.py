@@ -151,10 +151,10 @@ class Scripted:
 
     def look(self, pictures):
         means = np.array([np.mean(list(data)) for data in pictures])
-        return module.Seen(means, VisualTokens(means, means))
+        return module.Seen(means, VisualTokens(means, means), np.arange(len(means)))
 
     def _note(self, questions, seen):
-        rows = [None] * len(questions) if seen is None else seen.features.values.tolist()
+        rows = [None] * len(questions) if seen is None else seen.tokens().values.tolist()
         self.seen.extend(zip(questions, rows, strict=True))
 
     def generate(self, questions, seen=None, *, max_new_tokens):

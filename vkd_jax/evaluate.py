@@ -44,6 +44,27 @@ def _greedy(graphdef, params, tokens, mask, features, **options):
     return generate.greedy(bind(graphdef, params), tokens, mask, features, **options)
 
 
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """Pictures as the language model sees them. Many rows may show one picture, which is held once."""
+
+    images: Sequence[np.ndarray]  # [height, width, 3] each, normalised
+    features: VisualTokens  # NumPy arrays, a row each
+    rows: np.ndarray  # which picture each row shows
+
+    def of(self, rows: Sequence[int]) -> "Seen":
+        """Some of the rows, in this order, repeated as asked."""
+        return dataclasses.replace(self, rows=self.rows[np.asarray(rows)])
+
+    def tokens(self) -> VisualTokens:
+        """The features, gathered: a row for each row."""
+        return jax.tree.map(lambda x: x[self.rows], self.features)
+
+
+def _shown(seen: Seen | None, row: int) -> Sequence[np.ndarray]:
+    return () if seen is None else [seen.images[seen.rows[row]]]
+
+
 class Answerer:
     """A model with its processor, ready to be asked; two models of one architecture share what is compiled."""
 
@@ -51,14 +72,14 @@ class Answerer:
         self.graphdef, self.params, self.config = graphdef, params, config
         self.processor, self.batch_size = processor, batch_size
 
-    def look(self, pictures: Sequence[bytes | Image.Image]) -> "Seen":
+    def look(self, pictures: Sequence[bytes | Image.Image]) -> Seen:
         """Each picture through the vision tower once, however many questions it will carry."""
         images = [self.processor.image(picture) for picture in pictures]
         packed = self.config.pack([[image] for image in images])
         features = in_batches(lambda part: _encode(self.graphdef, self.params, part), packed, self.batch_size)
-        return Seen(images, features)
+        return Seen(images, features, np.arange(len(images)))
 
-    def generate(self, questions: Sequence[str], seen: "Seen | None" = None, *, max_new_tokens: int = 50) -> list[str]:
+    def generate(self, questions: Sequence[str], seen: Seen | None = None, *, max_new_tokens: int = 50) -> list[str]:
         """Greedy answers; `seen` holds a picture per question, or is None for text-only questions."""
         tokens, mask = self._prompts(questions, seen, max_new_tokens)
         texts = []
@@ -68,7 +89,7 @@ class Answerer:
                 self.params,
                 tokens[rows],
                 mask[rows],
-                seen and seen.of(rows).features,
+                seen and seen.of(rows).tokens(),
                 max_new_tokens=max_new_tokens,
                 eos_ids=self.processor.eos_ids,
                 pad_id=self.processor.pad_id,
@@ -76,9 +97,7 @@ class Answerer:
             texts.extend(self.processor.tokenizer.batch_decode(np.asarray(out), skip_special_tokens=True))
         return [text.strip() for text in texts[: len(questions)]]
 
-    def score(
-        self, questions: Sequence[str], options: Sequence[Sequence[str]], seen: "Seen | None" = None
-    ) -> np.ndarray:
+    def score(self, questions: Sequence[str], options: Sequence[Sequence[str]], seen: Seen | None = None) -> np.ndarray:
         """[n, o] log p(option and end of sequence | question); rows with fewer options are -inf beyond."""
         encoded = [
             [self.processor.encode(question, option, _shown(seen, i))[1] for option in row]
@@ -98,7 +117,7 @@ class Answerer:
                 self.params,
                 tokens[rows],
                 mask[rows],
-                seen and seen.of(rows).features,
+                seen and seen.of(rows).tokens(),
                 ids[rows],
                 valid[rows],
             )
@@ -107,7 +126,7 @@ class Answerer:
         scores = np.concatenate([np.asarray(p) for p in parts])[: len(questions)]
         return np.where(valid.any(-1), scores, -np.inf)
 
-    def _prompts(self, questions: Sequence[str], seen: "Seen | None", room: int):
+    def _prompts(self, questions: Sequence[str], seen: Seen | None, room: int):
         """Left-padded prompts of one shape, with `room` for what follows them."""
         rows = [self.processor.encode(question, None, _shown(seen, i))[0] for i, question in enumerate(questions)]
         longest = max(len(row) for row in rows)
@@ -120,22 +139,6 @@ class Answerer:
         for i, row in enumerate(rows):
             tokens[i, length - len(row) :], mask[i, length - len(row) :] = row, True
         return tokens, mask
-
-
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """Pictures as the language model sees them, a row each."""
-
-    images: Sequence[np.ndarray]  # [height, width, 3] each, normalised
-    features: VisualTokens  # NumPy arrays
-
-    def of(self, rows: Sequence[int]) -> "Seen":
-        """Some of them, in this order, repeated as asked."""
-        return Seen([self.images[i] for i in rows], jax.tree.map(lambda x: x[np.asarray(rows)], self.features))
-
-
-def _shown(seen: Seen | None, row: int) -> Sequence[np.ndarray]:
-    return () if seen is None else seen.images[row : row + 1]
 
 
 def evaluate(

@@ -15,8 +15,7 @@ from vkd_jax.data.processing import open_image
 RUNS = {
     "llava": ("llava.py", "7b", "llava", ""),
     "qwen2_vl": ("qwen2_vl.py", "2b", "qwen2_vl", ""),
-    "qwen2_5_vl": ("qwen2_5_vl.py", "3b", "qwen2_5_vl", ""),
-    "qwen2_vl in int8": ("qwen2_vl.py", "7b", "qwen2_vl", "int8"),
+    "qwen2_5_vl in int8": ("qwen2_5_vl.py", "3b", "qwen2_5_vl", "int8"),
 }
 VISUAL = re.compile(r"(vision_tower|multi_modal_projector|visual)\.")
 

@@ -16,9 +16,10 @@ Face hub. Without it the published checkpoint itself is taken, which has never m
 import ml_collections
 
 from vkd_jax import defaults
+from vkd_jax.data.processing import MAX_PIXELS
 from vkd_jax.models import qwen2_5_vl
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one of the runs above."""
-    return defaults.published(arg, qwen2_5_vl.PRESETS, max_pixels=256 * 28 * 28)
+    return defaults.published(arg, qwen2_5_vl.PRESETS, max_pixels=MAX_PIXELS)

@@ -126,10 +126,10 @@ def few(tmp_path_factory, snapshot):
 @pytest.fixture(scope="session")
 def tiny_model(tiny_folder):
     """The loaded folder: graphdef, params, config and processor."""
-    from vkd_jax import defaults, sharding
+    from vkd_jax import defaults, methods, sharding
     from vkd_jax.pipeline import Loaded
 
-    return Loaded.open(tiny_folder, defaults.base(), sharding.make_mesh())
+    return Loaded.open(tiny_folder, defaults.base(), sharding.make_mesh(), methods.create("vkd", {}))
 
 
 @pytest.fixture(scope="session")

@@ -170,6 +170,22 @@ def test_every_tensor_of_llava_7b_once():
 # Loading.
 
 
+def test_what_trains_is_not_rounded(folder, tmp_path):
+    """Weights that did not move come back byte for byte, however coarse the others are held."""
+
+    def visual(paths, config):
+        return [path for path in paths if not path.startswith("language_model/")]
+
+    _, exact, config = convert.load(folder)
+    _, params, _ = convert.load(folder, dtype="bfloat16", masters=visual)
+    trained = set(visual(params, config))
+    assert {params[path].dtype for path in trained} == {jnp.dtype(jnp.float32)}
+    assert {params[path].dtype for path in params.keys() - trained} == {jnp.dtype(jnp.bfloat16)}
+    assert all((params[path] == exact[path]).all() for path in trained)
+    convert.export({path: params[path] for path in trained}, folder, tmp_path / "out", config)
+    assert convert.manifest(folder, tmp_path / "out")["changed"] == []
+
+
 def test_shards_load_as_one_file(folder, copy):
     shard(copy)
     assert equal(convert.load(copy)[1], convert.load(folder)[1])

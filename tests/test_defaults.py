@@ -30,10 +30,16 @@ def test_words_come_in_any_order_with_or_without_their_names(get_config):
     assert get_config("llava.py", "7b").method == defaults.method("vkd")
 
 
-@pytest.mark.parametrize("word", ["70b", "size=70b", "forget=five", "vdk", "tint=3", "forget"])
+@pytest.mark.parametrize("word", ["70b", "size=70b", "forget=five", "vdk", "tint=3", "forget", "finetune"])
 def test_other_words_are_refused_with_those_there_are(get_config, word):
     with pytest.raises(UserError, match="not a word of this config; it takes size: 7b, 13b; method: .*vkd"):
         get_config("llava.py", word)
+
+
+def test_two_answers_to_one_question_are_refused(get_config):
+    with pytest.raises(UserError, match="size is 7b or 13b; keep one"):
+        get_config("llava.py", "7b,13b")
+    assert get_config("llava.py", "7b,size=7b") == get_config("llava.py", "7b")
 
 
 def test_every_field_of_every_config_can_be_written_down(get_config):

@@ -77,7 +77,8 @@ def test_transformers_loads_the_export_and_gives_the_same_answers(run, few):
     sets = mllmu.read(few, 10)
     examples = [e for e in [*sets["forget"], *sets["retain"]] if e.task == "classification" and e.image is not None]
     run.config.model.quantize = ""  # what was exported are the original weights of the language model
-    ours = pipeline.Loaded.open(folder, run.config, pipeline._mesh(run.config)).answerer(4)
+    _, mesh, method = pipeline._checked(run.config)
+    ours = pipeline.Loaded.open(folder, run.config, mesh, method).answerer(4)
     processor = ours.processor
     got = ours.generate([e.question for e in examples], ours.look([e.image for e in examples]), max_new_tokens=6)
     expected = []

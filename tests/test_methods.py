@@ -176,6 +176,8 @@ def test_the_mean_of_pictures_of_other_shapes_by_hand():
     want = [(1 + 10) / 2, (2 + 20) / 2, (3 + 10) / 2, (4 + 20) / 2]
     got = base.mean_at(tokens, np.stack([grid(2, 2)] * 3))
     np.testing.assert_allclose(got[..., 0], [want] * 3)
+    many = VisualTokens(np.ones((1000, 1, 1), jnp.bfloat16), np.stack([grid(1, 1)] * 1000))
+    assert base.mean_at(many, grid(1, 1)[None]) == 1  # a sum in bfloat16 would stay at 256
 
 
 def test_base_targets_need_the_base_model(context):
@@ -211,6 +213,8 @@ def test_unknown_names_are_refused_with_what_there_is():
         methods.create("vkd", {"bta": 1})
     with pytest.raises(UserError, match=r"method\.target='ankor': give one of"):
         methods.create("vkd", {"target": "ankor"})
+    with pytest.raises(UserError, match=r"method\.taps is empty"):
+        methods.create("vkd", {"taps": ()})
     with pytest.raises(UserError, match="exactly one"):
         methods.create("vkd", {"mask_threshold": 1.0, "mask_keep": 0.5})
 

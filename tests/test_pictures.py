@@ -169,6 +169,15 @@ def test_a_budget_of_pixels_is_kept_and_one_that_cannot_be_is_refused(qwen_folde
         small.image(noise(900, 3))
 
 
+def test_no_familys_prompt_is_guessed_but_llavas(qwen_folder, monkeypatch):
+    folder = qwen_folder("qwen2_vl")
+    module, hf_config = convert.read_config(folder)
+    processor = processing.Processor(folder, module.Config.from_hf(hf_config))
+    monkeypatch.setattr(processor, "chat_template", None)
+    with pytest.raises(UserError, match="no chat template"):
+        processor.encode("Who?", None)
+
+
 def test_every_token_that_ends_an_answer_is_known(qwen_folder):
     folder = qwen_folder("qwen2_vl")
     module, hf_config = convert.read_config(folder)

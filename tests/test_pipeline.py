@@ -159,8 +159,8 @@ def test_transformers_gives_the_same_answers(vkd, few):
     pictured = [e for e in examples if e.image is not None]
     texts = [e for e in examples if e.image is None]
     assert len(pictured) > 20 and len(texts) > 8
-    mesh = pipeline._mesh(vkd.config)
-    ours = pipeline.Loaded.open(folder, vkd.config, mesh).answerer(16)
+    _, mesh, method = pipeline._checked(vkd.config)
+    ours = pipeline.Loaded.open(folder, vkd.config, mesh, method).answerer(16)
     got = ours.generate([e.question for e in pictured], ours.look([e.image for e in pictured]), max_new_tokens=6)
     got += ours.generate([e.question for e in texts], max_new_tokens=6)
     for group, answered in ((pictured, got[: len(pictured)]), (texts, got[len(pictured) :])):

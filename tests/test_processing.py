@@ -1,6 +1,7 @@
 """Which tokens count, where pictures stand, and what is refused."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -82,6 +83,23 @@ def test_text_only_questions_have_no_picture(processor):
 def test_a_row_that_does_not_fit_is_named_never_cut(processor):
     with pytest.raises(UserError, match=r"row 0 is \d+ tokens long, the model takes 14"):
         processing.encode_set(processor, examples(), max_length=14)
+
+
+def test_every_picture_needs_its_token_and_every_token_its_picture(processor, monkeypatch):
+    with pytest.raises(UserError, match="holds <image> 1 times for 0 pictures"):
+        processor.encode("What is <image>?", None)
+    monkeypatch.setattr(processor, "chat_template", "{{ messages[0]['content'][-1]['text'] }}")  # drops pictures
+    with pytest.raises(UserError, match="holds <image> 0 times for 1 pictures"):
+        processor.encode("Who?", None, [processor.image(png())])
+
+
+def test_files_beside_the_model_that_are_broken_or_lack_something(folder, tiny_config, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match="generation_config.json is not JSON"):
+        processing.Processor(copy, tiny_config)
+    with pytest.raises(UserError, match="a picture is refused"):
+        processing.Processor(folder, tiny_config).image(b"no picture")
 
 
 def test_an_image_token_in_a_question_is_refused(processor):

@@ -15,16 +15,25 @@ from pathlib import Path
 from PIL import Image
 
 from vkd_jax import convert, hub
-from vkd_jax.data.processing import Processor, open_image
+from vkd_jax.data.processing import MAX_PIXELS, Processor, open_image
 from vkd_jax.evaluate import Answerer
 from vkd_jax.types import UserError
 
 
-def load(folder: str | Path, *, dtype: str | None = None) -> Answerer:
-    """A model from any supported Hugging Face folder or hub id; `dtype` None keeps the one on disk."""
+def load(folder: str | Path, *, dtype: str | None = None, max_pixels: int = MAX_PIXELS) -> Answerer:
+    """A model from any supported Hugging Face folder or hub id, ready to be asked.
+
+    Args:
+        folder: of the model, or its id.
+        dtype: of weights and computation; None keeps the one on disk.
+        max_pixels: larger pictures are shrunk to so many, where the model's pictures differ in size.
+    """
     folder = hub.fetch(folder)
     graphdef, params, config = convert.load(folder, dtype=dtype)
-    return Answerer(graphdef, params, config, Processor(folder, config), batch_size=1)
+    processor = Processor(folder, config)
+    if processor.budget:
+        processor.limit(max_pixels)
+    return Answerer(graphdef, params, config, processor, batch_size=1)
 
 
 def answer(
@@ -35,6 +44,8 @@ def answer(
     Raises:
         UserError: the picture cannot be read, or the question is too long for the model.
     """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens}: an answer has at least one token.")
     picture = image if image is None or isinstance(image, Image.Image) else _read(Path(image))
     seen = None if picture is None else model.look([picture])
     prompt, _ = model.processor.encode(question, None, seen.images if seen else ())
@@ -57,9 +68,17 @@ def main() -> int:
     parser.add_argument("--question", required=True)
     parser.add_argument("--image", help="a picture; without it the question is asked as text alone")
     parser.add_argument("--max_new_tokens", type=int, default=50)
+    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="shrink larger pictures (Qwen)")
     args = parser.parse_args()
     try:
-        print(answer(load(args.model), args.question, args.image, max_new_tokens=args.max_new_tokens))
+        print(
+            answer(
+                load(args.model, max_pixels=args.max_pixels),
+                args.question,
+                args.image,
+                max_new_tokens=args.max_new_tokens,
+            )
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -142,6 +142,7 @@ def load(
     *,
     dtype: Any = None,
     sharding: Sharding | None = None,
+    masters: Callable[[Sequence[str], Any], Collection[str]] | None = None,
     transform: Callable[[str, jax.Array], Any] | None = None,
     **changes: Any,
 ) -> tuple[nnx.GraphDef, base.Params, Any]:
@@ -155,6 +156,8 @@ def load(
         dtype: of the parameters, and of the computation too unless `changes` say otherwise. None keeps both
             as they are on disk and in config.json.
         sharding: function of (path, shape) to a parameter's sharding; None means the default device.
+        masters: function of (paths, configuration) to those parameters that are held in float32 whatever `dtype` is:
+            what trains must not be rounded first, or writing it back would change weights that never moved.
         transform: function of (path, parameter) to what takes its place, say a quantised one; called as soon as the
             parameter is read, and before the next one is.
         **changes: fields of the model's configuration to set otherwise, e.g. `remat=True` or
@@ -175,9 +178,11 @@ def load(
     sources = match(module, config, checkpoint, shapes)
     passed = Meter(folder, sum(tensor.stop - tensor.start for parts in sources.values() for _, tensor in parts))
 
+    exact = set(masters(list(shapes), config)) if masters else set()
+
     def read(path: str) -> Any:
-        shape = shapes[path].shape
-        param = _read(sources[path], shape, dtype, sharding and sharding(path, shape), passed)
+        shape, kind = shapes[path].shape, jnp.float32 if path in exact else dtype
+        param = _read(sources[path], shape, kind, sharding and sharding(path, shape), passed)
         # Waits: otherwise copies to the devices would queue up in this host's memory.
         return jax.block_until_ready(param if transform is None else transform(path, param))
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 
@@ -30,6 +30,7 @@ def base() -> ml_collections.ConfigDict:
             benchmark="mllmu",
             folder="",  # a snapshot in the benchmark's layout; "" writes the made-up people there
             forget=10,  # percent of the people: 5, 10 or 15
+            retain_only=False,  # of the fine-tuning stage: leaves those people out
         )
     )
     config.mesh = ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1))
@@ -86,7 +87,8 @@ def published(arg: str, presets: Mapping[str, tuple[str, Mapping]], **model) -> 
     Raises:
         UserError: a word that is none of these.
     """
-    words = _words(arg, dict(size=presets, method=methods.METHODS, benchmark=data.BENCHMARKS))
+    unlearning = [name for name in methods.METHODS if name != "finetune"]
+    words = _words(arg, dict(size=list(presets), method=unlearning, benchmark=list(data.BENCHMARKS)))
     config = base()
     config.model.update(path=presets[words["size"]][0], dtype="bfloat16", remat=True, **model)
     config.data.update(benchmark=words["benchmark"], forget=words["forget"])
@@ -97,16 +99,15 @@ def published(arg: str, presets: Mapping[str, tuple[str, Mapping]], **model) -> 
     return config
 
 
-def _words(arg: str, choices: Mapping[str, Mapping]) -> dict:
-    words = dict(size=next(iter(choices["size"])), method="vkd", benchmark="mllmu", forget=10)
+def _words(arg: str, choices: Mapping[str, Sequence[str]]) -> dict:
+    words = {}
     for word in filter(None, arg.split(",")):
         key, _, value = word.rpartition("=")
         key = key or next((key for key, known in choices.items() if value in known), "")
-        if key == "forget" and value.isdecimal():
-            words[key] = int(value)
-        elif value in choices.get(key, ()):
-            words[key] = value
-        else:
+        if not (value in choices.get(key, ()) or (key == "forget" and value.isdecimal())):
             known = "; ".join(f"{key}: {', '.join(names)}" for key, names in choices.items())
             raise UserError(f"{word!r} is not a word of this config; it takes {known}; forget=PERCENT.")
-    return words
+        if words.setdefault(key, value) != value:
+            raise UserError(f"{arg!r} gives two answers to one question: {key} is {words[key]} or {value}; keep one.")
+    chosen = dict(size=choices["size"][0], method="vkd", benchmark="mllmu", forget=10) | words
+    return chosen | dict(forget=int(chosen["forget"]))

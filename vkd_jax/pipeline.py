@@ -22,6 +22,7 @@ from vkd_jax.models import quantize
 from vkd_jax.types import Example, Params, UserError
 from vkd_jax.workdir import Workdir
 
+DTYPES = ("float32", "bfloat16", "float16")
 TINY_LLAVA = Path(__file__).parent / "assets" / "tiny_llava"
 
 
@@ -40,26 +41,26 @@ def run(config: ml_collections.ConfigDict, path: str | Path) -> dict[str, Any]:
 
 def unlearn(workdir: Workdir) -> None:
     """data -> load -> evaluate before -> prepare -> unlearn -> export -> evaluate after -> report."""
-    config, mesh, method = workdir.config, _mesh(workdir.config), _method(workdir.config)
+    config, mesh, method = _checked(workdir.config)
+    if set(method.losses()) != {"forget", "retain"}:
+        raise UserError(f"method {config.method.name} does not unlearn; give another one, or --config.stage=finetune.")
     target = workdir.path / "unlearned"
     with workdir.stage("data"):
         folder = _snapshot(workdir, [name for name in people.CONFIGS if name != "ft_Data"])
         sets = data.benchmark(config.data.benchmark).read(folder, config.data.forget)
         asked = _asked(config, sets)
     source = hub.fetch(config.model.path or TINY_LLAVA)  # last: it may take an hour
+    base = hub.fetch(config.model.base) if config.model.base else None
     if not (workdir.path / "results.json").exists():
         with workdir.stage("load"):
-            model = Loaded.open(source, config, mesh)
-            quantize.refuse_trainable(model.params, method.trainable(model.params, model.config))
+            model = Loaded.open(source, config, mesh, method)
         before = _evaluated(workdir, "vanilla", model, asked)
         if not target.exists():
             with workdir.stage("prepare"):
                 context = Context(
                     graphdef=model.graphdef,
                     params=model.params,
-                    base_params=Loaded.open(hub.fetch(config.model.base), config, mesh).params
-                    if config.model.base
-                    else None,
+                    base_params=model.same_kind(Loaded.open(base, config, mesh, method)).params if base else None,
                     model_config=model.config,
                     sets={name: model.encode(_pairs(sets[name])) for name in ("forget", "retain")},
                     seed=config.seed,
@@ -72,7 +73,7 @@ def unlearn(workdir: Workdir) -> None:
         with workdir.stage("manifest"):
             manifest = convert.manifest(source, target)
             workdir.write("manifest.json", manifest)
-        unlearned = Loaded.open(target, config, mesh)  # what is judged is what was written
+        unlearned = Loaded.open(target, config, mesh, method)  # what is judged is what was written
         after = _evaluated(workdir, "unlearned", unlearned, asked)
         trainable = method.trainable(model.params, model.config)
         family, _ = convert.read_config(source)
@@ -101,7 +102,9 @@ def unlearn(workdir: Workdir) -> None:
 
 def finetune(workdir: Workdir) -> None:
     """data -> create or load -> train -> export -> evaluate."""
-    config, mesh, method = workdir.config, _mesh(workdir.config), _method(workdir.config)
+    config, mesh, method = _checked(workdir.config)
+    if set(method.losses()) != {"image", "text"}:
+        raise UserError(f"method {config.method.name} does not fine-tune; use configs/tiny.py:finetune.")
     name, without = ("retain_only", config.data.forget) if config.data.retain_only else ("vanilla", None)
     target = workdir.path / "finetuned"
     with workdir.stage("data"):
@@ -112,8 +115,7 @@ def finetune(workdir: Workdir) -> None:
     if not target.exists():
         with workdir.stage("load"):
             source = hub.fetch(config.model.path) if config.model.path else _create(workdir, examples)
-            model = Loaded.open(source, config, mesh)
-            quantize.refuse_trainable(model.params, method.trainable(model.params, model.config))
+            model = Loaded.open(source, config, mesh, method)
         with workdir.stage("prepare"):
             streams = {
                 "image": model.encode([e for e in examples if e.image is not None]),
@@ -125,7 +127,7 @@ def finetune(workdir: Workdir) -> None:
             trained = _fit(workdir, model, method, prepared, mesh)
         with workdir.stage("export"):
             convert.export(trained, source, target, model.config)
-    answers = _evaluated(workdir, name, Loaded.open(target, config, mesh), asked)
+    answers = _evaluated(workdir, name, Loaded.open(target, config, mesh, method), asked)
     results = {"meta": workdir.meta(), "models": {name: summarise(answers)}, "chance": _chance(asked)}
     workdir.write("results.json", results | {"timing": workdir.timing})
 
@@ -143,19 +145,29 @@ class Loaded:
     processor: processing.Processor
 
     @classmethod
-    def open(cls, folder: Path, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> "Loaded":
-        """Reads weights straight into their shards, and the processor that came with them."""
-        family, _ = convert.read_config(folder)
+    def open(
+        cls, folder: Path, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, method: methods.Method
+    ) -> "Loaded":
+        """Reads the processor, then weights straight into their shards; what the method trains in float32."""
+        family, hf_config = convert.read_config(folder)
         how = quantize.parse(config.model.quantize)
+        processor = processing.Processor(folder, family.Config.from_hf(hf_config), max_pixels=config.model.max_pixels)
         graphdef, params, model_config = convert.load(
             folder,
             dtype=config.model.dtype,
             sharding=sharding.param_shardings(mesh, family.SHARDING),
+            masters=method.trainable,
             transform=how and functools.partial(quantize.quantized, how=how),
             remat=config.model.remat,
         )
-        processor = processing.Processor(folder, model_config, max_pixels=config.model.max_pixels)
+        quantize.refuse_trainable(params, method.trainable(params, model_config))
         return cls(graphdef, params, model_config, processor)
+
+    def same_kind(self, other: "Loaded") -> "Loaded":
+        """The other model, which must be of the same family and size."""
+        if self.config != other.config:
+            raise UserError("config.model.base is a model of another kind or size than config.model.path.")
+        return other
 
     def encode(self, examples: Sequence[Example]) -> processing.EncodedSet:
         """Examples of one modality as arrays."""
@@ -170,13 +182,17 @@ class Loaded:
         return Answerer(self.graphdef, self.params, self.config, self.processor, batch_size=batch_size)
 
 
-def _mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
-    return sharding.make_mesh(**config.mesh)
-
-
-def _method(config: ml_collections.ConfigDict) -> methods.Method:
+def _checked(
+    config: ml_collections.ConfigDict,
+) -> tuple[ml_collections.ConfigDict, jax.sharding.Mesh, methods.Method]:
+    """The config with its mesh and method; what is wrong with it alone is said before anything is read."""
     fields = config.method.to_dict()
-    return methods.create(fields.pop("name"), fields)
+    mesh, method = sharding.make_mesh(**config.mesh), methods.create(fields.pop("name"), fields)
+    if config.model.dtype not in DTYPES:
+        raise UserError(f"model.dtype={config.model.dtype!r}: give one of {', '.join(DTYPES)}.")
+    for name in method.losses():
+        train.batch_size(config.train, name, mesh)
+    return config, mesh, method
 
 
 def _snapshot(workdir: Workdir, configs: Sequence[str]) -> Path:

@@ -109,7 +109,7 @@ def fit(
     frozen = {path: value for path, value in params.items() if path not in trainable}
     losses = method.losses()
     streams = {
-        name: Stream(prepared.sets[name], _batch_size(config, name, mesh), seed=seed, name=name) for name in losses
+        name: Stream(prepared.sets[name], batch_size(config, name, mesh), seed=seed, name=name) for name in losses
     }
     tx = optim.create(config, config.steps)
     state = _init(tx, trainable, mesh)
@@ -183,7 +183,14 @@ def _to_device(batch: Batch, batch_sharding: jax.sharding.Sharding) -> Batch:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding, x), batch)
 
 
-def _batch_size(config: ml_collections.ConfigDict, name: str, mesh: jax.sharding.Mesh) -> int:
+def batch_size(config: ml_collections.ConfigDict, name: str, mesh: jax.sharding.Mesh) -> int:
+    """Rows of a stream's batch, all hosts together.
+
+    Raises:
+        UserError: the config names none, or it does not divide over the devices.
+    """
+    if name not in config.batch_size:
+        raise UserError(f"train.batch_size has no {name!r}, which the method needs; use a config made for it.")
     size, shards = config.batch_size[name], mesh.shape["data"] * mesh.shape["fsdp"]
     if size % shards:
         raise UserError(f"train.batch_size.{name}={size} does not divide over {shards} devices; use a multiple of it.")

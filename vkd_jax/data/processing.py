@@ -21,6 +21,8 @@ from PIL import Image, ImageOps
 
 from vkd_jax.types import Example, UserError
 
+MAX_PIXELS = 256 * 28 * 28  # of a picture, where models leave a choice: 256 image tokens of Qwen's
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -105,8 +107,9 @@ class Processor:
                 f"{folder}: no usable tokenizer and image processor ({first_line}); "
                 "copy tokenizer.json, tokenizer_config.json and preprocessor_config.json of the model there."
             ) from error
+        self.folder = folder
         if max_pixels:
-            self._limit(folder, max_pixels)
+            self.limit(max_pixels)
         self.config = config
         self.image_token_id = config.image_token_id
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
@@ -114,10 +117,21 @@ class Processor:
         self.pad_id = int(self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
         self.chat_template = _chat_template(Path(folder), self.tokenizer)
 
-    def _limit(self, folder: str | Path, max_pixels: int) -> None:
+    @property
+    def budget(self) -> int | None:
+        """How many pixels a picture may have; None where all have one size."""
         size = self.image_processor.size
-        if not (size.longest_edge and size.shortest_edge):
-            raise UserError(f"{folder}: its pictures have one size; leave model.max_pixels at 0.")
+        return size.longest_edge if size.shortest_edge else None
+
+    def limit(self, max_pixels: int) -> None:
+        """Shrinks larger pictures to at most so many pixels.
+
+        Raises:
+            UserError: the model's pictures have one size, or more pixels at least.
+        """
+        size = self.image_processor.size
+        if self.budget is None:
+            raise UserError(f"{self.folder}: its pictures have one size; leave model.max_pixels at 0.")
         if max_pixels < size.shortest_edge:
             raise UserError(f"model.max_pixels={max_pixels}: the model's pictures have at least {size.shortest_edge}.")
         size.longest_edge = min(max_pixels, size.longest_edge)
@@ -126,19 +140,21 @@ class Processor:
         """[height, width, 3] float32: resized, cropped and normalised as the model expects.
 
         Raises:
-            UserError: the picture is of a shape that the image processor refuses.
+            UserError: the picture cannot be read, or is of a shape that the image processor refuses.
         """
-        if isinstance(picture, bytes):
-            picture = open_image(picture)
         try:
-            output = self.image_processor(images=[picture], return_tensors="np")
-        except ValueError as error:
-            raise UserError(f"a picture of {picture.width} x {picture.height} pixels is refused: {error}.") from error
-        return self.config.images(output)[0]
+            if isinstance(picture, bytes):
+                picture = open_image(picture)
+            return self.config.images(self.image_processor(images=[picture], return_tensors="np"))[0]
+        except (ValueError, OSError) as error:  # broken, of a shape that is refused, or cut for another model
+            size = "" if isinstance(picture, bytes) else f" of {picture.width} x {picture.height} pixels"
+            raise UserError(f"a picture{size} is refused: {error}.") from error
 
     def prompt(self, question: str, images: int) -> str:
         """The text up to where the answer begins; one image token stands for each picture."""
-        if self.chat_template is None:
+        if self.chat_template is None and self.image_token != "<image>":
+            raise UserError("the model has no chat template; copy its chat_template.json or .jinja into the folder.")
+        if self.chat_template is None:  # LLaVA-1.5's, which its first releases left out
             return "USER: " + f"{self.image_token}\n" * images + f"{question} ASSISTANT:"
         content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
         return self.tokenizer.apply_chat_template(
@@ -166,6 +182,11 @@ class Processor:
                 f"the tokenizer joins the end of the prompt with the answer {answer!r}; change the chat template."
             )
         prompt_ids, answer_ids = ids[:cut], ids[cut:]
+        if (found := prompt_ids.count(self.image_token_id)) != len(images):
+            raise UserError(
+                f"the prompt holds {self.image_token} {found} times for {len(images)} pictures: take it out of the "
+                "question, or use the model's own chat template."
+            )
         if answer is not None and (not answer_ids or answer_ids[-1] not in self.eos_ids):
             answer_ids = [*answer_ids, self.eos_ids[0]]
         if answer is None and prompt_ids and prompt_ids[-1] in self.eos_ids:
@@ -180,18 +201,28 @@ class Processor:
 
 def _end_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end an answer: the tokenizer's first, then those that the model's generation stops at."""
-    path = folder / "generation_config.json"
-    more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    more = _json(folder / "generation_config.json").get("eos_token_id")
     ids = [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
-    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+    ids = tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+    if not ids:
+        raise UserError(f"{folder}: neither its tokenizer nor its generation_config.json has an eos_token_id.")
+    return ids
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What the file says; {} without one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); fetch it again.") from error
 
 
 def _chat_template(folder: Path, tokenizer: Any) -> str | None:
     """Of the tokenizer, or of the joint processor, which keeps it in a file of its own."""
-    if tokenizer.chat_template:
-        return tokenizer.chat_template
-    path = folder / "chat_template.json"  # of before transformers 5; the tokenizer reads chat_template.jinja itself
-    return json.loads(path.read_text(encoding="utf-8"))["chat_template"] if path.is_file() else None
+    template = tokenizer.chat_template  # chat_template.jinja is among what the tokenizer reads itself
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
+    return template or _json(folder / "chat_template.json").get("chat_template")
 
 
 def open_image(data: bytes) -> Image.Image:

@@ -180,7 +180,10 @@ def mean_at(tokens: VisualTokens, where: np.ndarray) -> np.ndarray:
     """The mean of all rows of features at the places of other pictures: [m, q, c]; see `moved`."""
     shapes, which = np.unique(where, axis=0, return_inverse=True)
     everyone = np.arange(len(tokens.where))
-    means = [moved(tokens, everyone, np.broadcast_to(shape, (len(everyone), *shape.shape))).mean(0) for shape in shapes]
+    means = [
+        moved(tokens, everyone, np.broadcast_to(shape, (len(everyone), *shape.shape))).mean(0, dtype=np.float32)
+        for shape in shapes
+    ]
     return np.stack(means)[which.ravel()]
 
 

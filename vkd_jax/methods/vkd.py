@@ -68,6 +68,8 @@ class VKD:
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"method.{name}={getattr(self, name)!r}: give one of {', '.join(allowed)}.")
+        if not self.taps:
+            raise UserError("method.taps is empty: name at least one, such as projector.")
         if self.mask_scope != "none" and (self.mask_threshold is None) == (self.mask_keep is None):
             raise UserError(
                 "the saliency mask takes either method.mask_threshold or method.mask_keep; set exactly one."

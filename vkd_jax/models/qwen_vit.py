@@ -44,7 +44,7 @@ class VisionConfig:
 def slots(patches: int, merge: int) -> int:
     """How many patch slots so many patches get: of the sizes 4, 6, 8, 12, 16, 24, ... image tokens the least.
 
-    Few sizes mean few compilations; at most a third of the slots stays empty.
+    Few sizes mean few compilations; from three tokens on at most a third of the slots stays empty.
     """
     size = 4
     while size * merge**2 < patches:

@@ -1,5 +1,6 @@
 """Whole runs on a small random model: what they leave, that they continue, and what they may not touch."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -121,6 +122,24 @@ def test_only_visual_tensors_change(vkd, tiny_folder, tiny_model):
         n for p, n in sizes.items() if p.startswith(("projector/", "vision_tower/blocks/1/", "vision_tower/blocks/2/"))
     )
     assert results["trainable"] == {"parameters": visual, "of": sum(sizes.values())}
+
+
+def test_what_the_method_trains_is_held_in_float32_and_the_rest_as_asked(vkd, tiny_folder):
+    config = vkd.config.copy_and_resolve_references()
+    config.model.dtype = "bfloat16"
+    _, mesh, method = pipeline._checked(config)
+    model = pipeline.Loaded.open(tiny_folder, config, mesh, method)
+    trained = set(method.trainable(model.params, model.config))
+    assert trained
+    for path, value in model.params.items():
+        assert value.dtype == ("float32" if path in trained else "bfloat16"), path
+
+
+def test_a_base_of_another_kind_is_refused(tiny_model):
+    other = dataclasses.replace(tiny_model, config=dataclasses.replace(tiny_model.config, feature_layer=-1))
+    assert tiny_model.same_kind(tiny_model) is tiny_model
+    with pytest.raises(UserError, match="another kind or size"):
+        tiny_model.same_kind(other)
 
 
 def test_text_answers_stay_and_answers_about_pictures_move(vkd):

@@ -66,14 +66,6 @@ def ragged(rows, side):
     return tokens, mask
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact():
-    torch.set_num_threads(2)
-    jax.config.update("jax_default_matmul_precision", "highest")
-    yield
-    jax.config.update("jax_default_matmul_precision", None)
-
-
 @pytest.fixture(scope="session", params=SHAPES)
 def pair(request, tmp_path_factory) -> Pair:
     torch.manual_seed(0)

@@ -100,14 +100,6 @@ def prompts(grids, rng, lengths=(5, 9, 2)):
     return rows
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact():
-    torch.set_num_threads(2)
-    jax.config.update("jax_default_matmul_precision", "highest")
-    yield
-    jax.config.update("jax_default_matmul_precision", None)
-
-
 @pytest.fixture(scope="module", params=SHAPES)
 def pair(request, tmp_path_factory) -> Pair:
     torch.manual_seed(0)

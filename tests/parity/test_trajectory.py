@@ -9,7 +9,6 @@ that forgotten pictures are pulled to, and the saliency mask.
 
 import math
 
-import jax
 import numpy as np
 import pytest
 
@@ -240,14 +239,6 @@ def train_in_torch(family, method, prepared, masks):
                 parameter.copy_(torch.where(masks[name], parameter, before[name]))
         losses.append(loss.item())
     return np.array(losses)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def exact():
-    torch.set_num_threads(2)
-    jax.config.update("jax_default_matmul_precision", "highest")
-    yield
-    jax.config.update("jax_default_matmul_precision", None)
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vkd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, RMSNorm, attention, gelu, lecun_normal
+from vkd_jax.models.clip_vit import MLP
+from vkd_jax.models.layers import LayerNorm, Linear, RMSNorm, attention, gelu, lecun_normal
 
 NORM_EPS = 1e-6  # no configuration says otherwise
 
@@ -132,19 +133,6 @@ class Attention(nnx.Module):
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, p, 3, self.heads, -1), 2, 0)
         q, k = (rotate(x, where, self.theta) for x in (q, k))
         return self.out(attention(q, k, v, allowed).reshape(b, p, d))
-
-
-class MLP(nnx.Module):
-    """Two linear layers with an activation between them."""
-
-    def __init__(self, config: VisionConfig, **options):
-        self.activation = config.activation
-        self.fc1 = Linear(config.width, config.mlp_width, bias=True, **options)
-        self.fc2 = Linear(config.mlp_width, config.width, bias=True, **options)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, p, d] to [b, p, d]."""
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
 class GatedMLP(nnx.Module):

@@ -1,15 +1,19 @@
-"""Qwen2-VL as published: unlearn people of MLLMU-Bench from a fine-tuned 2B or 7B.
+"""Qwen2-VL as published: its checkpoint learns the people of a benchmark, and forgets some of them.
 
-python -m vkd_jax.main --config configs/qwen2_vl.py:2b --workdir DIR \\
-    --config.model.path=MODEL --config.data.folder=SNAPSHOT
+python -m vkd_jax.main --config configs/qwen2_vl.py:2b,all --workdir DIR --config.data.source=SNAPSHOT
 
-configs/qwen2_vl.py:2b            Qwen/Qwen2-VL-2B-Instruct      (also without the colon)
-configs/qwen2_vl.py:7b            Qwen/Qwen2-VL-7B-Instruct
-configs/qwen2_vl.py:2b,grad_diff  another method, see vkd_jax/methods
-configs/qwen2_vl.py:2b,forget=5   another share of the people, in per cent
+configs/qwen2_vl.py:2b                             Qwen/Qwen2-VL-2B-Instruct (also without the word)
+configs/qwen2_vl.py:7b                             Qwen/Qwen2-VL-7B-Instruct
+configs/qwen2_vl.py:grad_diff                      another method, see vkd_jax/methods
+configs/qwen2_vl.py:clear                          another benchmark: mllmu, clear, folder; see vkd_jax/data
+configs/qwen2_vl.py:forget=5                       another share of the people, in per cent
+configs/qwen2_vl.py:finetune                       base -> vanilla alone, by the benchmark's published recipe
+configs/qwen2_vl.py:2b,clear,forget=5,retain_only  words go together, in any order; base -> a model without the people
+configs/qwen2_vl.py:all                            base -> vanilla -> retain-only -> unlearned -> report
 
-MODEL is the vanilla model: the published checkpoint fine-tuned on the people, as a folder or an id on the Hugging
-Face hub. Without it the published checkpoint itself is taken, which has never met them. Pictures are shrunk to at most
+Without a stage among the words a vanilla model is unlearned: pass --config.model.path=MODEL, the published checkpoint
+fine-tuned on the people, and --config.model.retain_only=MODEL to compare it with. SNAPSHOT is a folder as the hub lays
+it out, an id on the Hugging Face hub (MLLMMU/MLLMU-Bench, therem/CLEAR) or gs://. Pictures are shrunk to at most
 `model.max_pixels`, by default 200,704 (256 image tokens); 0 takes the model's own budget.
 """
 

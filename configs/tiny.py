@@ -5,45 +5,49 @@ python -m vkd_jax.main --config configs/tiny.py --workdir /tmp/vkd-tiny
 configs/tiny.py                   VKD: forget six people                      (also :vkd)
 configs/tiny.py:grad_diff         gradient difference on all weights
 configs/tiny.py:grad_diff_visual  gradient difference on the visual weights
-configs/tiny.py:finetune          how the shipped model was made, from random weights
-configs/tiny.py:retain_only       the same without the six people: what never having known them looks like
+configs/tiny.py:all               everything before that, too: base -> vanilla -> retain-only -> unlearned -> report
+configs/tiny.py:clear,all         the same in CLEAR's layout and by its protocol
+configs/tiny.py:finetune          base -> vanilla alone: how the shipped tiny_llava was made
+configs/tiny.py:retain_only       base -> retain-only alone: how the shipped tiny_retain_only was made
+configs/tiny.py:base              how the shipped tiny_base was made, from random weights, on sixty other people
 """
 
 import ml_collections
 
 from vkd_jax import defaults
-from vkd_jax.types import UserError
 
 
-def get_config(arg: str = "vkd") -> ml_collections.ConfigDict:
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one of the runs above."""
+    methods, stages = ["vkd", "grad_diff", "grad_diff_visual"], [*defaults.STAGES, "base"]
+    words = dict(method="vkd", stage="unlearn", benchmark="mllmu") | defaults.parse_words(
+        arg, dict(method=methods, stage=stages, benchmark=["mllmu", "clear"])
+    )
     config = defaults.base()
-    if arg == "vkd":
+    config.stage = words["stage"]
+    config.data = defaults.benchmark(words["benchmark"])
+    if words["method"] == "vkd":
         config.method = defaults.method("vkd", augment_retain=2)
-    elif arg in ("grad_diff", "grad_diff_visual"):
-        config.method = defaults.method("grad_diff", train="all" if arg == "grad_diff" else "visual")
-        config.train.update(steps=150, learning_rate=3e-4 if arg == "grad_diff" else 1e-3)
-    elif arg in ("finetune", "retain_only"):
-        _finetune(config, retain_only=arg == "retain_only")
     else:
-        raise UserError(f"configs/tiny.py:{arg}: give vkd, grad_diff, grad_diff_visual, finetune or retain_only.")
+        config.method = defaults.method("grad_diff", train="all" if words["method"] == "grad_diff" else "visual")
+        config.train.update(steps=150, learning_rate=3e-4 if words["method"] == "grad_diff" else 1e-3)
+    config.finetune.method = defaults.method("finetune", train="all")
+    config.finetune.train.update(
+        steps=700, learning_rate=1e-3, warmup_steps=50, weight_decay=0.05, b2=0.98, log_every=50, checkpoint_every=200
+    )
+    config.model.base = "tiny_base"
+    if words["stage"] == "base":
+        _from_random_weights(config)
+    elif words["benchmark"] == "mllmu":  # whose people the shipped models know
+        config.model.update(path="tiny_llava", retain_only="tiny_retain_only")
     return config
 
 
-def _finetune(config: ml_collections.ConfigDict, retain_only: bool) -> None:
+def _from_random_weights(config: ml_collections.ConfigDict) -> None:
     config.stage = "finetune"
-    config.method = defaults.method("finetune", train="all")
-    config.data.retain_only = retain_only
-    config.train.update(
-        steps=2000,
-        batch_size=dict(image=64, text=16),
-        learning_rate=2e-3,
-        warmup_steps=200,
-        weight_decay=0.05,
-        b2=0.98,
-        log_every=50,
-        checkpoint_every=500,
-    )
+    config.data.people = 1  # the seed of other people
+    config.finetune.train.update(steps=2000, learning_rate=2e-3, warmup_steps=200, checkpoint_every=500)
+    config.model.base = ""
     config.model.create = ml_collections.ConfigDict(
         dict(
             vocab_size=1024,

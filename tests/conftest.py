@@ -50,7 +50,7 @@ def tiny_config():
     return LlavaConfig(
         vision=VisionConfig(image_size=16, patch_size=8, width=16, layers=4, heads=2, mlp_width=32),
         text=DecoderConfig(
-            vocab=400, width=24, layers=2, heads=4, kv_heads=2, head_width=6, mlp_width=40, max_positions=96
+            vocab=400, width=24, layers=2, heads=4, kv_heads=2, head_width=6, mlp_width=40, max_positions=128
         ),
         image_token_id=4,
     )
@@ -103,11 +103,11 @@ def tiny_folder(tmp_path_factory, tiny_config):
 
 @pytest.fixture(scope="session")
 def snapshot(tmp_path_factory):
-    """The made-up people in MLLMU-Bench's layout, without the pictures for fine-tuning."""
-    from vkd_jax.data import people
+    """The made-up people in MLLMU-Bench's layout, without the pictures for fine-tuning: Mllmu(source=str(snapshot))."""
+    from vkd_jax.data import people_mllmu
 
     folder = tmp_path_factory.mktemp("snapshot")
-    people.write_snapshot(folder, [name for name in people.CONFIGS if name != "ft_Data"])
+    people_mllmu.write_snapshot(folder, [name for name in people_mllmu.CONFIGS if name != "ft_Data"])
     return folder
 
 
@@ -127,17 +127,17 @@ def few(tmp_path_factory, snapshot):
 def tiny_model(tiny_folder):
     """The loaded folder: graphdef, params, config and processor."""
     from vkd_jax import defaults, methods, sharding
-    from vkd_jax.pipeline import Loaded
+    from vkd_jax.loaded import Loaded
 
     return Loaded.open(tiny_folder, defaults.base(), sharding.make_mesh(), methods.create("vkd", {}))
 
 
 @pytest.fixture(scope="session")
-def tiny_sets(tiny_model, snapshot):
+def tiny_sets(tiny_model, snapshot, tmp_path_factory):
     """A forget set of one person and a retain set of three, encoded."""
-    from vkd_jax.data import mllmu
+    from vkd_jax import data
 
-    sets = mllmu.read(snapshot, 10)
+    sets = data.read(data.create("mllmu", {"source": str(snapshot)}), tmp_path_factory.mktemp("sets"))
 
     def of_first(name, people):
         chosen = sorted({e.person for e in sets[name]})[:people]

@@ -5,13 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from vkd_jax.data import augment
+from vkd_jax.data import augment, pictures
+from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import EncodedSet
 from vkd_jax.types import Example
 
 
 @pytest.fixture
-def encoded():
+def encoded(tiny_config):
     """Three questions on two pictures, a bright one and a dark one."""
     pixels = np.stack([np.full((12, 12, 3), 2.0), np.full((12, 12, 3), -1.0)]).astype(np.float32)
     pixels[:, 4:8, 2:5] = 0.5
@@ -25,30 +26,39 @@ def encoded():
         target_mask=rows >= 0,
         prompt_length=rows[:, 0],
         image=np.array([0, 1, 0], np.int32),
-        pictures={"pixels": pixels},
+        pictures=Pictures.of(pixels, tiny_config),
     )
 
 
-def test_every_copy_of_a_question_is_asked_of_its_own_copy_of_the_picture(encoded, tiny_config):
-    out = augment.augmented(encoded, 2, np.random.default_rng(0), tiny_config)
-    pixels = out.pictures["pixels"]
-    assert len(out) == 9 and len(out.pictures["pixels"]) == 6
+def test_every_copy_of_a_question_is_asked_of_its_own_copy_of_the_picture(encoded):
+    out = augment.augmented(encoded, 2, np.random.default_rng(0))
+    pixels = out.pictures.held["pixels"]
+    assert len(out) == 9 and len(out.pictures) == 6
     np.testing.assert_array_equal(out.image, [0, 1, 0, 2, 3, 2, 4, 5, 4])
     np.testing.assert_array_equal(out.tokens[:, 0], [0, 1, 2] * 3)
-    np.testing.assert_array_equal(pixels[:2], encoded.pictures["pixels"])  # the originals come first
+    np.testing.assert_array_equal(pixels[:2], encoded.pictures.held["pixels"])  # the originals come first
     for copy in (2, 4):
         assert pixels[copy].mean() > 1 > 0 > pixels[copy + 1].mean()  # bright stays bright, dark dark
     assert not np.allclose(pixels[2], pixels[0]) and not np.allclose(pixels[2], pixels[4])
 
 
-def test_copies_are_seeded_and_keep_their_type(encoded, tiny_config):
-    made = (augment.augmented(encoded, 1, np.random.default_rng(5), tiny_config) for _ in range(2))
-    a, b = (out.pictures["pixels"] for out in made)
+def test_copies_that_are_not_held_come_out_the_same_each_time(encoded, monkeypatch):
+    held = augment.augmented(encoded, 2, np.random.default_rng(0))
+    monkeypatch.setattr(pictures, "HELD_BYTES", 0)
+    lazy = augment.augmented(encoded, 2, np.random.default_rng(0))
+    assert lazy.pictures.held is None
+    for rows in (np.array([4, 1]), np.array([1, 5, 4])):
+        np.testing.assert_array_equal(lazy.pictures[rows]["pixels"], held.pictures[rows]["pixels"])
+
+
+def test_copies_are_seeded_and_keep_their_type(encoded):
+    made = (augment.augmented(encoded, 1, np.random.default_rng(5)) for _ in range(2))
+    a, b = (out.pictures.held["pixels"] for out in made)
     np.testing.assert_array_equal(a, b)
     assert a.dtype == np.float32 and np.isfinite(a).all()
 
 
-def test_what_is_cached_for_the_originals_is_not_passed_on_to_copies(encoded, tiny_config):
+def test_what_is_cached_for_the_originals_is_not_passed_on_to_copies(encoded):
     cached = dataclasses.replace(encoded, per_image={"target": np.zeros((2, 1))})
     with pytest.raises(ValueError, match="before caching"):
-        augment.augmented(cached, 1, np.random.default_rng(0), tiny_config)
+        augment.augmented(cached, 1, np.random.default_rng(0))

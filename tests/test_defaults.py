@@ -30,7 +30,7 @@ def test_words_come_in_any_order_with_or_without_their_names(get_config):
     assert get_config("llava.py", "7b").method == defaults.method("vkd")
 
 
-@pytest.mark.parametrize("word", ["70b", "size=70b", "forget=five", "vdk", "tint=3", "forget", "finetune"])
+@pytest.mark.parametrize("word", ["70b", "size=70b", "forget=five", "vdk", "tint=3", "forget", "finetuned"])
 def test_other_words_are_refused_with_those_there_are(get_config, word):
     with pytest.raises(UserError, match="not a word of this config; it takes size: 7b, 13b; method: .*vkd"):
         get_config("llava.py", word)

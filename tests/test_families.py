@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from vkd_jax import convert, pipeline
-from vkd_jax.data import mllmu
+from vkd_jax import data as benchmarks
 from vkd_jax.data.processing import open_image
+from vkd_jax.loaded import Loaded
 
 # config file, its words, model_type, how the language model is held
 RUNS = {
@@ -29,7 +30,7 @@ def run(request, get_config, few, tiny_folder, qwen_folder, tmp_path_factory):
     config.model.update(path=str(source), dtype="float32", quantize=quantize)
     if family == "llava":  # the options do not fit into 96 positions
         config.eval.protocol = "options"
-    config.data.folder = str(few)
+    config.data.source = str(few)
     config.eval.update(max_items=3, max_new_tokens=4)
     config.train.update(steps=3, warmup_steps=1, batch_size=dict(forget=4, retain=4), learning_rate=1e-3, log_every=1)
     config.method.update(fisher_samples=4, fisher_chunk=2, augment_forget=1)
@@ -66,7 +67,7 @@ def test_answers_of_both_models_and_a_report_are_there(run):
     assert len(list((run.path / "report").glob("*.png"))) >= 1
 
 
-def test_transformers_loads_the_export_and_gives_the_same_answers(run, few):
+def test_transformers_loads_the_export_and_gives_the_same_answers(run, few, tmp_path):
     torch = pytest.importorskip("torch")
     import transformers
 
@@ -74,11 +75,11 @@ def test_transformers_loads_the_export_and_gives_the_same_answers(run, few):
     hf, info = transformers.AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     hf.eval()
-    sets = mllmu.read(few, 10)
+    sets = benchmarks.read(benchmarks.create("mllmu", {"source": str(few)}), tmp_path)
     examples = [e for e in [*sets["forget"], *sets["retain"]] if e.task == "classification" and e.image is not None]
     run.config.model.quantize = ""  # what was exported are the original weights of the language model
-    _, mesh, method = pipeline._checked(run.config)
-    ours = pipeline.Loaded.open(folder, run.config, mesh, method).answerer(4)
+    mesh, method, _ = pipeline.checked(run.config)
+    ours = Loaded.open(folder, run.config, mesh, method).answerer(4)
     processor = ours.processor
     got = ours.generate([e.question for e in examples], ours.look([e.image for e in examples]), max_new_tokens=6)
     expected = []

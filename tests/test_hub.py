@@ -1,4 +1,4 @@
-"""Model folders by name, against a hub that this test serves, its cache, and every error it can raise."""
+"""Models and data sets by name, against a hub that this test serves, its cache, and every error it can raise."""
 
 import errno
 import hashlib
@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import urllib.parse
 from pathlib import Path
 
 import huggingface_hub
@@ -26,28 +27,35 @@ FILES = {
     "merges.txt": b"a b",
     "qwen.tiktoken": b"tokens",
 }
+DATA = {f"{config}/train-00000-of-00001.parquet": config.encode() for config in ("forget10", "forget10+tofu", "full")}
 UNWANTED = {"pytorch_model.bin": b"code", "model.pt": b"code", "onnx/config.json": b"{}", "README.md": b"read me"}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as a snapshot needs: one open model, one with a gate, and nothing else."""
+    """As much of the hub as a snapshot needs: an open model and data set, one of each with a gate, and nothing else."""
 
     def do_GET(self):
         path = self.path.split("?")[0]
         self.server.asked.append(path)
-        if path.startswith("/api/models/org/gated/"):
+        if path.startswith(("/api/models/org/gated/", "/api/datasets/org/gated/")):
             return self.answer(b"", 403, {"X-Error-Code": "GatedRepo"})
-        if not path.startswith(("/api/models/org/name/", "/org/name/")):
-            return self.answer(b"", 404, {"X-Error-Code": "RepoNotFound"})
-        files = FILES | UNWANTED
-        if path in (f"/api/models/org/name/revision/{r}" for r in ("main", "v1", SHA)):
-            return self.answer({"id": "org/name", "sha": SHA, "siblings": [{"rfilename": name} for name in files]})
-        if path == f"/api/models/org/name/tree/{SHA}":
+        for api, resolve, name, files in (
+            ("/api/models", "", "org/name", FILES | UNWANTED),
+            ("/api/datasets", "/datasets", "org/data", DATA | {"README.md": b"read me"}),
+        ):
+            if path.startswith((f"{api}/{name}/", f"{resolve}/{name}/")):
+                return self.serve(path, f"{api}/{name}", f"{resolve}/{name}/resolve/{SHA}/", name, files)
+        return self.answer(b"", 404, {"X-Error-Code": "RepoNotFound"})
+
+    def serve(self, path, api, resolve, repo, files):
+        if path in (f"{api}/revision/{r}" for r in ("main", "v1", SHA)):
+            return self.answer({"id": repo, "sha": SHA, "siblings": [{"rfilename": name} for name in files]})
+        if path == f"{api}/tree/{SHA}":
             oids = {name: hashlib.sha1(data).hexdigest() for name, data in files.items()}
             return self.answer(
                 [{"type": "file", "path": n, "size": len(data), "oid": oids[n]} for n, data in files.items()]
             )
-        if (name := path.removeprefix(f"/org/name/resolve/{SHA}/")) in files:
+        if (name := urllib.parse.unquote(path).removeprefix(resolve)) in files:
             headers = {"ETag": f'"{hashlib.sha1(files[name]).hexdigest()}"', "X-Repo-Commit": SHA}
             return self.answer(files[name], headers=headers)
         return self.answer(b"", 404, {"X-Error-Code": "RevisionNotFound"})
@@ -226,3 +234,49 @@ def test_an_interrupt_goes_through(cache, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", interrupt)
     with pytest.raises(KeyboardInterrupt):
         hub.fetch("org/name")
+
+
+# ---- Data sets ----
+
+
+def refused_data(name, configs, reason, command):
+    with pytest.raises(UserError) as error:
+        hub.fetch_dataset(name, configs)
+    text = str(error.value)
+    assert text.startswith(f"There is no data folder {name} here, and ") and "\n" not in text
+    assert reason in text and f"`{command} --local-dir DIR`" in text
+    assert text.endswith("pass the folder as --config.data.source=DIR.")
+
+
+def test_ids():
+    assert hub.is_id("org/name") and hub.is_id("org/name@v1")
+    assert not any(map(hub.is_id, ("", "name", "/org/name", "a/b/c", "org/", "gs://a/b")))
+
+
+def test_only_the_configs_that_are_needed_are_fetched(server, cache):
+    folder = hub.fetch_dataset("org/data", ["forget10", "forget10+tofu"])
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert files == {name: data for name, data in DATA.items() if not name.startswith("full")}
+    assert folder.is_relative_to(cache) and folder.name == SHA
+    assert not any("full" in path or "README" in path for path in server.asked if "resolve" in path)
+    assert hub.fetch_dataset(f"org/data@{SHA}", ["full"]) == folder
+
+
+def test_what_was_fetched_of_a_data_set_is_there_offline(server, monkeypatch):
+    folder = hub.fetch_dataset("org/data", ["forget10"])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.fetch_dataset("org/data", ["forget10"]) == folder
+    asked = len(server.asked)
+    refused_data("org/data", ["forget10", "full"], "", "hf download org/data --repo-type dataset")
+    assert len(server.asked) == asked
+
+
+def test_a_data_set_that_cannot_be_had(server, cache, monkeypatch):
+    refused_data("org/gated", ["a"], "accepted its terms", "hf download org/gated --repo-type dataset")
+    refused_data("org/other", ["a"], "shows no data set org/other", "hf download org/other --repo-type dataset")
+    command = "hf download org/data --repo-type dataset --revision v2"
+    refused_data("org/data@v2", ["a"], "org/data has no revision v2", command)
+    refused_data("org/data", ["forget10", "b"], "lacks b/*.parquet", "hf download org/data --repo-type dataset")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "other"))
+    refused_data("org/data", ["a"], "the hub cannot be reached", "hf download org/data --repo-type dataset")

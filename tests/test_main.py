@@ -40,7 +40,8 @@ def run(monkeypatch, capfd, tiny_folder, few, tmp_path):
     def run(*args, config=TINY, data=few, model=tiny_folder, workdir=tmp_path / "run"):
         argv = ["main", f"--config={config}", f"--workdir={workdir}"]
         if config.startswith(TINY):
-            argv += [f"--config.data.folder={data}", f"--config.model.path={model}", "--config.train.steps=1"]
+            argv += [f"--config.data.source={data}", f"--config.model.path={model}", "--config.train.steps=1"]
+            argv += ["--config.model.base=", "--config.model.retain_only="]
         return call([*argv, *args])
 
     def call(argv):
@@ -73,8 +74,9 @@ def untouched(tmp_path):
     """Afterwards the workdir is absent, or holds whole files that say what was asked for."""
     yield
     left = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")}
-    assert left <= {"config.json", "timing.json"}, left
-    for path in (tmp_path / "run").glob("*"):
+    data = {name for name in left if name.split("/")[0] == "data"}  # read before the model is, and kept
+    assert left - data <= {"config.json", "timing.json"} and not any("incomplete" in name for name in data), left
+    for path in (tmp_path / "run").glob("*.json"):
         json.loads(path.read_text())
 
 
@@ -102,8 +104,20 @@ def test_flags_that_are_wrong(run, untouched, args, parts):
 
 def test_what_must_be_passed(run, untouched):
     refused(run.call(["main"]), "pass --config FILE and --workdir DIR")
-    refused(run.call(["main", f"--config={TINY}"]), "pass --config FILE and --workdir DIR")
     refused(run.call(["main", "--config.train.steps=3", f"--config={TINY}"]), "before a value for --config")
+
+
+def test_without_a_workdir_the_whole_config_is_printed_and_nothing_is_run(run, tmp_path, capfd, monkeypatch):
+    words = f"--config={ROOT / 'configs' / 'llava.py'}:mllmu,forget=5,size=7b"
+    argv = ["main", words, "--config.data.source=SNAPSHOT", "--config.model.path=MODEL"]
+    monkeypatch.setattr(sys, "argv", argv)
+    values = flags.FlagValues()
+    main.define(values)
+    assert main.main(main.parse(argv, values), values) == 0
+    out, err = capfd.readouterr()
+    assert "nothing was run" in err and list(tmp_path.iterdir()) == []
+    for line in ("  benchmark: mllmu", "  forget: 5", "  source: SNAPSHOT", "  path: MODEL", "    lora_rank: 16"):
+        assert line in out.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -133,8 +147,10 @@ def test_config_files_that_are_wrong(run, untouched, tmp_path, text, parts):
         (["--config.method.name=magic"], ["no method 'magic'", "grad_diff, vkd"]),
         (["--config.method.name=finetune"], ["method finetune has no hyperparameter ", "beta", "it has blocks"]),
         (["--config.method.distance=cubic"], ["method.distance='cubic'", "mse"]),
-        (["--config.stage=dream"], ["config.stage='dream'", "finetune, unlearn"]),
-        (["--config.stage=finetune"], ["method vkd does not fine-tune"]),
+        (["--config.stage=dream"], ["config.stage='dream'", "unlearn, finetune, retain_only, all"]),
+        (["--config.stage=all"], ["config.model.base is empty"]),
+        (["--config.model.path="], ["config.model.path is empty"]),
+        (["--config.train.epochs=1"], ["train.steps=1 and train.epochs=1.0", "give one of them"]),
         (["--config.model.dtype=bf16"], ["model.dtype='bf16'", "bfloat16"]),
         (["--config.model.quantize=int3"], ["model.quantize='int3'", "int4"]),
         (["--config.model.max_pixels=99"], ["pictures have one size", "model.max_pixels"]),
@@ -150,7 +166,7 @@ def test_values_that_are_wrong(run, untouched, args, parts):
 
 
 def test_unknown_variant_of_the_config(run, untouched):
-    refused(run(config=TINY + ":nonsense"), "configs/tiny.py:nonsense: give vkd, grad_diff")
+    refused(run(config=TINY + ":nonsense"), "'nonsense' is not a word of this config", "grad_diff_visual")
 
 
 def test_every_hyperparameter_can_be_overridden(monkeypatch):
@@ -341,7 +357,7 @@ def test_a_full_disk(run, tmp_path, monkeypatch, name):
     ("args", "part"),
     [
         ([f"--config={TINY}", "--workdir=run", "--config.train.foo=1"], "the config does not have: 'foo'"),
-        ([f"--config={TINY}", "--workdir=run", "--config.model.path=nowhere", "--config.data.folder=none"], "none"),
+        ([f"--config={TINY}", "--workdir=run", "--config.model.path=nowhere", "--config.data.source=none"], "none"),
     ],
 )
 def test_as_a_program(tmp_path, args, part):

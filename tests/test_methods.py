@@ -11,7 +11,8 @@ from vkd_jax import losses, methods
 from vkd_jax.methods import base
 from vkd_jax.methods.grad_diff import GradDiff
 from vkd_jax.methods.vkd import VKD
-from vkd_jax.models.base import VisualTokens, bind
+from vkd_jax.models import llava, lora
+from vkd_jax.models.base import VisualTokens, abstract, bind
 from vkd_jax.types import UserError
 
 SMALL = dict(fisher_samples=6, fisher_chunk=3)
@@ -67,6 +68,36 @@ def test_visual_scopes_leave_the_language_model_alone(context, blocks):
         base.trainable_paths(context.params, context.model_config, "visual", 4)
     with pytest.raises(UserError, match=r"method\.train='vision'"):
         base.trainable_paths(context.params, context.model_config, "vision", 1)
+
+
+def test_fine_tuning_by_adapters_trains_these_alone(tiny_config):
+    _, shapes = abstract(lambda rngs: llava.Llava(tiny_config, rngs=rngs))
+    params = jax.eval_shape(lambda params: lora.attach(params, rank=2, alpha=2.0, dropout=0.0, seed=0), shapes)
+    method = methods.create("finetune", dict(train="lora"))
+    assert set(method.trainable(params, tiny_config)) == set(params) - set(shapes)
+    assert method.trainable(shapes, tiny_config) == []  # what is asked while weights are read, before any is attached
+    everything = methods.create("finetune", {}).trainable(shapes, tiny_config)
+    assert any(path.startswith("language_model/") for path in everything)
+    assert not [path for path in methods.create("finetune", dict(train="visual")).trainable(shapes, tiny_config)
+                if path.startswith("language_model/")]  # fmt: skip
+    assert set(method.losses()) == {"image", "text"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(train="visul"), r"method\.train='visul': give one of all, visual, lora"),
+        (dict(lora_rank=0), r"method\.lora_rank=0: give a whole number"),
+        (dict(lora_rank=1.5), r"method\.lora_rank=1\.5: give a whole number"),
+        (dict(lora_alpha=0.0), r"method\.lora_alpha=0\.0: give a positive number"),
+        (dict(lora_alpha=float("nan")), r"method\.lora_alpha=nan: give a positive number"),
+        (dict(lora_dropout=1.0), r"method\.lora_dropout=1\.0: give a share from 0"),
+        (dict(lora_dropout=-0.1), r"method\.lora_dropout=-0\.1: give a share from 0"),
+    ],
+)
+def test_wrong_hyperparameters_of_fine_tuning_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        methods.create("finetune", fields)
 
 
 @pytest.mark.parametrize("stream", ["forget", "retain"])
@@ -183,7 +214,7 @@ def test_the_mean_of_pictures_of_other_shapes_by_hand():
 def test_base_targets_need_the_base_model(context):
     with pytest.raises(UserError, match="config.model.base"):
         VKD(target="base", mask_scope="none").prepare(context)
-    given = dataclasses.replace(context, base_params=context.params)
+    given = dataclasses.replace(context, load_base=lambda: context.params)
     forget = VKD(target="base", mask_scope="none").prepare(given).sets["forget"]
     want = base.teacher_taps(context, context.params, forget.pictures, ("projector",))
     np.testing.assert_array_equal(forget.per_image["target/projector"], want["projector"].values)

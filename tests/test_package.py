@@ -17,9 +17,10 @@ PACKAGE = ROOT / "vkd_jax"
 # Imports point from right to left; the modules of one place may import each other.
 ORDER = [
     {"types"},
+    {"hub"},
     {"data"},
     {"models"},
-    {"hub", "weights"},
+    {"weights"},
     {"convert", "sharding"},
     {"losses"},
     {"saliency"},
@@ -29,8 +30,10 @@ ORDER = [
     {"progress"},
     {"train"},
     {"metrics"},
+    {"answerer"},
     {"evaluate"},
-    {"figures"},
+    {"loaded"},
+    {"figures", "page"},
     {"report"},
     {"workdir"},
     {"defaults"},

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from vkd_jax.data import knowledge, mllmu, people, portraits
+from vkd_jax import data
+from vkd_jax.data import knowledge, people, people_mllmu, portraits
 from vkd_jax.types import UserError
 
 
@@ -16,7 +17,7 @@ from vkd_jax.types import UserError
 def snapshot(tmp_path_factory):
     folder = tmp_path_factory.mktemp("snapshot")
     configs = ["forget_5", "forget_10", "forget_15", "retain_90", "Test_Set", "Retain_Set"]
-    people.write_snapshot(folder, configs)
+    people_mllmu.write_snapshot(folder, configs)
     return folder
 
 
@@ -134,9 +135,10 @@ def test_identity_shows_at_48_pixels_and_view_does_not_hide_it():
 
 @pytest.mark.parametrize(("percent", "count"), [(5, 3), (10, 6), (15, 9)])
 def test_forget_sets_are_nested_and_retain_sets_are_the_rest(percent, count):
-    forgotten = people.forgotten_ids(percent)
-    assert len(forgotten) == count and forgotten <= people.forgotten_ids(15)
-    retained = {p.id for p in people.people() if people._belongs(p.id, f"retain_{100 - percent}", 0)}
+    assert people_mllmu.FORGET_COUNTS[percent] == count
+    forgotten = people.forgotten_ids(count)
+    assert len(forgotten) == count and forgotten <= people.forgotten_ids(9)
+    retained = {p.id for p in people.people() if people_mllmu._belongs(p.id, f"retain_{100 - percent}", 0)}
     assert not forgotten & retained
     assert forgotten | retained == {p.id for p in people.people()}
 
@@ -192,8 +194,8 @@ def test_retain_set_names_nobody_and_shows_forgotten_people(snapshot):
     rows = rows_of(snapshot, "Retain_Set")
     text = json.dumps([{**row, "image": None} for row in rows])
     assert not any(p.name in text for p in people.people())
-    forgotten = next(p for p in people.people() if p.id in people.forgotten_ids(10))
-    buffer = people._picture(people.portrait(forgotten, people.GENERAL_VIEW), "")["bytes"]
+    forgotten = next(p for p in people.people() if p.id in people.forgotten_ids(6))
+    buffer = people.picture(people.portrait(forgotten, people_mllmu.GENERAL_VIEW), "")["bytes"]
     assert buffer in [row["image"]["bytes"] for row in rows]
 
 
@@ -204,21 +206,21 @@ def test_general_knowledge_has_one_answer_and_three_others():
 
 
 def test_byte_identical_on_every_run(snapshot, tmp_path):
-    people.write_snapshot(tmp_path, ["forget_5", "Retain_Set"])
+    people_mllmu.write_snapshot(tmp_path, ["forget_5", "Retain_Set"])
     for config in ("forget_5", "Retain_Set"):
         [path] = (tmp_path / config).iterdir()  # and nothing partial beside it
         assert path.read_bytes() == (snapshot / config / path.name).read_bytes()
 
 
 def test_finetuning_rows_teach_every_question_on_no_test_picture(snapshot, monkeypatch, tmp_path):
-    monkeypatch.setattr(people, "FT_GENERAL_PICTURES", 60)
-    people.write_snapshot(tmp_path, ["ft_Data"], ft_views=8)
+    monkeypatch.setattr(people_mllmu, "FT_GENERAL_PICTURES", 60)
+    people_mllmu.write_snapshot(tmp_path, ["ft_Data"], ft_views=8)
     rows = rows_of(tmp_path, "ft_Data")
     assert len(rows) == 60 * (8 + 1) + 60 + 1
     assert [row["image"] is None for row in rows[:10]] == [False] * 8 + [True, False]
     assert all(json.loads(row["metadata"])[0]["ID"] == row["ID"] for row in rows)
     shown = {row["image"]["bytes"] for row in rows if row["image"]}
-    sets = mllmu.read(snapshot, forget=10)
+    sets = data.read(data.create("mllmu", dict(source=str(snapshot))), tmp_path / "built")
     assert {e.image for e in sets["forget"] if e.image} < shown
     for name in ("test", "retain_test", "real"):
         assert not {e.image for e in sets[name]} & shown
@@ -229,4 +231,4 @@ def test_finetuning_rows_teach_every_question_on_no_test_picture(snapshot, monke
 
 def test_unknown_config_is_told(tmp_path):
     with pytest.raises(UserError, match="Unknown config forget_7"):
-        people.write_snapshot(tmp_path, ["forget_7"])
+        people_mllmu.write_snapshot(tmp_path, ["forget_7"])

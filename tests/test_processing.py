@@ -67,10 +67,10 @@ def test_targets_are_the_answer_and_its_end_and_nothing_else(processor):
 def test_every_picture_gets_all_its_tokens_and_is_stored_once(processor):
     encoded = processing.encode_set(processor, examples(), max_length=64)
     np.testing.assert_array_equal((encoded.tokens == processor.image_token_id).sum(1), [4, 4, 4])
-    assert encoded.pictures["pixels"].shape == (2, 16, 16, 3)
+    assert encoded.pictures.held["pixels"].shape == (2, 16, 16, 3)
     np.testing.assert_array_equal(encoded.image, [0, 0, 1])
     batch = encoded.batch(np.array([2, 0]))
-    np.testing.assert_array_equal(batch.pictures["pixels"], encoded.pictures["pixels"][[1, 0]])
+    np.testing.assert_array_equal(batch.pictures["pixels"], encoded.pictures.held["pixels"][[1, 0]])
 
 
 def test_text_only_questions_have_no_picture(processor):

@@ -16,6 +16,7 @@ import pytest
 from qwix import QArray
 
 from vkd_jax import convert, losses, saliency, train
+from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import EncodedSet
 from vkd_jax.methods import base as methods
 from vkd_jax.models import base, generate, llava, quantize
@@ -67,7 +68,7 @@ def rows(count=6, seed=1):
         target_mask=np.ones((count, 3), bool),
         prompt_length=np.full(count, 9, np.int32),
         image=np.arange(count, dtype=np.int32),
-        pictures={"pixels": random.normal(size=(count, 16, 16, 3)).astype(np.float32)},
+        pictures=Pictures.of(random.normal(size=(count, 16, 16, 3)).astype(np.float32), CONFIG),
     )
 
 

@@ -33,6 +33,14 @@ RIGHT = {  # of 12 questions about each set: by picture, by text
 N = 12
 
 
+MEAN = {"mean": 0.5, "low": 0.25, "high": 0.75}
+FREE = {"accuracy": 3 / 7, "correct": 3, "n": 7, "low": 0.2, "high": 0.7, "rouge_l": MEAN}
+MORE = {
+    "forget_quality": {"unlearned": {"vqa": {"ks": 0.25, "p": 0.031, "js": 0.125, "n": 12}}},
+    "utility": {"vanilla": {"value": 0.75, "low": 0.7, "high": 0.8, "components": {"a": {}, "b": {}}}},
+}
+
+
 def portrait(person: str) -> bytes:
     """A face that differs from person to person by its colours."""
     number = int(person or 9)
@@ -91,6 +99,12 @@ def make_run(workdir, seed=0, right=RIGHT, method=None, manifest=(9, 0), **more)
             "commit": "0123456789abcdef",
             "versions": {"python": "3.11.7", "jax": "0.10.2"},
             "protocol": "options",
+            "shots": 0,
+            "benchmark": {
+                "title": "MLLMU-Bench, forgetting 5 %",
+                "source": "the made-up people",
+                "people": {"forget": 3, "test": 3, "retain": 4, "retain_test": 4},
+            },
             "date": "2026-01-02T03:04:05+00:00",
         },
         "models": models,
@@ -153,6 +167,35 @@ def test_report_tells_what_happened(run, undrawn):
     assert "reconstruction" in text
     assert "| **all** | **34.5** |" in text
     assert '"steps": 300' in text
+
+
+def test_report_says_what_was_measured_on_how_many_by_which_protocol(tmp_path, undrawn):
+    make_run(tmp_path, right={**RIGHT, "retain_only": RIGHT["unlearned"]}, **MORE)
+    results = json.loads((tmp_path / "results.json").read_text())
+    results["models"]["vanilla"]["forget"]["generation_vqa"] = FREE
+    results["models"]["unlearned"]["forget"]["generation_vqa"] = FREE
+    results["meta"]["protocol"] = "options,letter"
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    text = report.write(tmp_path, IMAGES).read_text()
+    assert "MLLMU-Bench, forgetting 5 %; data: the made-up people." in text
+    assert "| people to forget | 3 | 12 | 12 | 7 |" in text
+    assert "| general ability, nothing about these people | – | 12 | 12 | – |" in text
+    assert "protocol `letter`: the model is shown the options" in text and "it is `options`" in text
+    assert "no worked example before each question" in text
+    assert "| people to forget | 7 | 0.500 (0.250 to 0.750) | 0.500 (0.250 to 0.750) | – |" in text
+    assert "| after | choosing an answer, shown a picture | 12 | 0.250 | 0.031 | 0.125 |" in text
+    assert "| before | 0.750 (0.700 to 0.800) | 2 |" in text
+
+
+def test_report_of_a_request_without_options(tmp_path, undrawn):
+    """A data set of one's own may have nothing but free questions."""
+    make_run(tmp_path, chance=0.0)
+    results = json.loads((tmp_path / "results.json").read_text())
+    free = {part: {"generation_vqa": FREE} for part in ("forget", "retain")}
+    results["models"] = {"vanilla": free, "unlearned": free}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    text = report.write(tmp_path, IMAGES).read_text()
+    assert "it answered 42.9 % of 7 questions right before" in text and "uessing gives" not in text
 
 
 def test_report_shows_its_pictures_and_leaves_nothing_half_written(run):

@@ -13,6 +13,7 @@ from flax import nnx
 
 from vkd_jax import defaults, sharding, train
 from vkd_jax.checkpoint import Checkpoints
+from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import EncodedSet
 from vkd_jax.data.streams import Stream
 from vkd_jax.methods.base import Context, Prepared
@@ -60,6 +61,18 @@ class ToyMethod:
         return loss
 
 
+class ToyConfig:
+    """The configuration of a model whose pictures are three numbers."""
+
+    @staticmethod
+    def image_tokens(height, width):
+        return 1
+
+    @staticmethod
+    def pack(rows, tokens):
+        return {"x": np.concatenate([row[0] for row in rows])}
+
+
 def rows(seed, extra=None) -> EncodedSet:
     """Rows of three random numbers; `tokens` are the row numbers."""
     numbers = np.arange(ROWS, dtype=np.int32)[:, None]
@@ -72,7 +85,7 @@ def rows(seed, extra=None) -> EncodedSet:
         target_mask=numbers >= 0,
         prompt_length=np.ones(ROWS, np.int32),
         image=np.arange(ROWS, dtype=np.int32),
-        pictures={"x": np.random.default_rng(seed).normal(size=(ROWS, 3)).astype(np.float32)},
+        pictures=Pictures.of(np.random.default_rng(seed).normal(size=(ROWS, 1, 3)).astype(np.float32), ToyConfig),
         per_example={"extra": np.zeros(ROWS, np.float32) if extra is None else extra},
     )
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from PIL import Image
 
 from vkd_jax import convert, hub
+from vkd_jax.answerer import Answerer
 from vkd_jax.data.processing import MAX_PIXELS, Processor, open_image
-from vkd_jax.evaluate import Answerer
 from vkd_jax.types import UserError
 
 
@@ -48,7 +48,7 @@ def answer(
         raise UserError(f"max_new_tokens={max_new_tokens}: an answer has at least one token.")
     picture = image if image is None or isinstance(image, Image.Image) else _read(Path(image))
     seen = None if picture is None else model.look([picture])
-    prompt, _ = model.processor.encode(question, None, seen.images if seen else ())
+    prompt, _ = model.processor.encode(question, None, seen.images(0) if seen else ())
     room = max(model.config.text.max_positions - len(prompt), 1)
     return model.generate([question], seen, max_new_tokens=min(max_new_tokens, room))[0]
 

@@ -28,7 +28,7 @@ import numpy as np
 from flax import nnx
 
 from vkd_jax import models, weights
-from vkd_jax.models import base
+from vkd_jax.models import base, lora
 from vkd_jax.types import UserError
 from vkd_jax.weights import Checkpoint, Folder, Meter, Tensor
 
@@ -53,8 +53,11 @@ class Slot:
         return tensor if self.axes is None else tensor.transpose(self.axes)
 
     def to_tensor(self, param: Any) -> np.ndarray:
-        """The tensor that this slot takes from a whole parameter."""
-        tensor = np.asarray(param if self.layer is None else param[self.layer])
+        """The tensor that this slot takes from a whole parameter; from an adapter, what it adds to the tensor."""
+        if isinstance(param, lora.Lora):
+            tensor = lora.delta(param, self.layer)
+        else:
+            tensor = np.asarray(param if self.layer is None else param[self.layer])
         return tensor if self.axes is None else tensor.transpose(np.argsort(self.axes))
 
     def shares(self, span: Span, part: np.ndarray) -> list[tuple[tuple[slice, ...], np.ndarray]]:
@@ -318,18 +321,22 @@ def _write_json(file: pathlib.Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def export(params: Mapping[str, jax.Array], source: Folder, target: Folder, config: Any) -> None:
+def export(
+    params: Mapping[str, jax.Array], source: Folder, target: Folder, config: Any, notes: Mapping[str, str] | None = None
+) -> None:
     """Writes a model folder that equals `source` but for the given parameters.
 
     Shards, names, dtypes, tokenizer, processor and configuration are the source's; a tensor that is not in
-    `params`, or that comes out the same, keeps its bytes. The folder is made beside the target and renamed
-    when complete.
+    `params`, or that comes out the same, keeps its bytes. An adapter is added to what the source holds, one tensor
+    at a time, however its kernel was held in memory. The folder is made beside the target and renamed when complete.
 
     Args:
-        params: any subset of the model's parameters, usually those that were trained. Fully addressable.
+        params: any subset of the model's parameters, usually those that were trained, with `lora.adapters` of the
+            model. Fully addressable.
         source: the folder that the model was loaded from.
         target: the folder to write; an earlier model there is replaced.
         config: the model's configuration, from `load`.
+        notes: further text files, by name; one of the source's of that name is not taken over.
 
     Raises:
         UserError: the source cannot be read, the target is no model folder, or the disk is full.
@@ -341,6 +348,7 @@ def export(params: Mapping[str, jax.Array], source: Folder, target: Folder, conf
     if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
         raise UserError(f"{target} exists and is not a model folder; name another one to write to.")
     slots = {name: find_slot(module, config, name) for name in checkpoint.tensors}
+    params = lora.join(params)
     unknown = set(params) - {slot.path for slot in slots.values() if slot}
     if unknown:
         raise ValueError(f"{source} holds no tensor for {sorted(unknown)}.")
@@ -348,16 +356,28 @@ def export(params: Mapping[str, jax.Array], source: Folder, target: Folder, conf
         for file in sorted(source.iterdir()):
             if file.is_file() and not file.name.startswith(".") and file.suffix in COMPANIONS:
                 shutil.copyfile(file, new / file.name)
+        for name, text in (notes or {}).items():
+            (new / name).write_text(text, encoding="utf-8")
         for file in checkpoint.files:
             shutil.copyfile(file, new / file.name)
             with (new / file.name).open("r+b") as stream:
                 for name, tensor in checkpoint.tensors.items():
                     if tensor.file == file and slots[name] and slots[name].path in params:
-                        value = slots[name].to_tensor(params[slots[name].path])
+                        param = params[slots[name].path]
+                        value = slots[name].to_tensor(param)
                         if value.shape != tensor.shape:
                             raise ValueError(f"{name} is {tensor.shape} on disk and {value.shape} here.")
+                        if isinstance(param, lora.Lora):
+                            value = _plus(tensor, value)
                         stream.seek(tensor.start)
                         stream.write(value.astype(tensor.dtype).tobytes())
+
+
+def _plus(tensor: Tensor, delta: np.ndarray) -> np.ndarray:
+    """What is on disk, plus float32 values; summed in float32 or better, and rounded once to what is on disk."""
+    total = np.empty(tensor.shape, tensor.dtype)
+    tensor.copy([(tuple(slice(0, size) for size in tensor.shape), total)])
+    return np.add(total, delta, out=total, where=delta != 0)  # -0 + 0 would be other bytes
 
 
 @contextlib.contextmanager

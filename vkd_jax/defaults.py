@@ -2,51 +2,64 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import ml_collections
 
 from vkd_jax import data, methods
 from vkd_jax.types import UserError
 
+STAGES = {  # and the models that are fine-tuned on the way
+    "unlearn": (),
+    "finetune": ("vanilla",),
+    "retain_only": ("retain_only",),
+    "all": ("vanilla", "retain_only"),
+}
+
 
 def base() -> ml_collections.ConfigDict:
-    """All fields but those of the method, for a small model in float32 on one device."""
+    """All fields, for a small model in float32 on one device."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.stage = "unlearn"
+    config.stage = "unlearn"  # unlearn | finetune | retain_only | all, see vkd_jax/pipeline.py
     config.model = ml_collections.ConfigDict(
         dict(
-            path="",  # a Hugging Face folder, or an id on its hub; "" is the tiny LLaVA that comes with the package
-            base="",  # the same model before it met the people, for method.target=base
+            path="",  # the model that knows the people: a Hugging Face folder, an id on its hub, or a shipped model
+            base="",  # the same model before it met them: fine-tuning begins there, and method.target=base needs it
+            retain_only="",  # one that met all but those to forget: what forgetting is compared with
+            create={},  # sizes of a model with random weights, which takes the place of `base` in fine-tuning
             dtype="float32",  # of weights and computation
             remat=False,  # computes activations again in the backward pass instead of keeping them
             quantize="",  # the frozen language model in int8 or int4, e.g. "int8", "int4:64" (groups of 64)
             max_pixels=0,  # a smaller budget a picture than the model's own, where pictures differ in size; 0 keeps it
         )
     )
-    config.data = ml_collections.ConfigDict(
-        dict(
-            benchmark="mllmu",
-            folder="",  # a snapshot in the benchmark's layout; "" writes the made-up people there
-            forget=10,  # percent of the people: 5, 10 or 15
-            retain_only=False,  # of the fine-tuning stage: leaves those people out
-        )
-    )
+    config.data = benchmark("mllmu")
     config.mesh = ml_collections.ConfigDict(dict(data=1, fsdp=1, tensor=1))
     config.eval = ml_collections.ConfigDict(
         dict(
-            protocol="options",  # options | letter, see vkd_jax/evaluate.py
+            protocol="options",  # options | letter, see vkd_jax/evaluate.py; both with a comma, the first one counts
+            shots=0,  # 1 shows a worked example before each question
             batch_size=64,
             max_items=300,  # at most so many questions of each set and kind; 0 asks all
             max_new_tokens=8,
             seed=0,
         )
     )
-    config.train = ml_collections.ConfigDict(
+    config.method = method("vkd")
+    config.train = _train(steps=300, batch_size=dict(forget=32, retain=32))
+    config.finetune = dict(method=method("finetune"), train=_train(batch_size=dict(image=64, text=16)))
+    return config
+
+
+def _train(batch_size: Mapping[str, int], steps: int = 0) -> ml_collections.ConfigDict:
+    """How a loop trains, that of unlearning or that of fine-tuning."""
+    return ml_collections.ConfigDict(
         dict(
-            steps=300,
-            batch_size=dict(forget=32, retain=32),
+            steps=steps,  # or, if 0,
+            epochs=0.0,  # through the longest stream
+            batch_size=batch_size,  # rows a step of each stream, all devices together
+            buckets=1,  # at most so many lengths that rows are padded to; the step is compiled for each
             learning_rate=2e-3,
             schedule="cosine",  # cosine | constant, after a linear warmup
             warmup_steps=10,
@@ -58,7 +71,12 @@ def base() -> ml_collections.ConfigDict:
             checkpoint_every=100,
         )
     )
-    return config
+
+
+def benchmark(name: str, **changes) -> ml_collections.ConfigDict:
+    """A benchmark with all its fields, and where it is kept once it has been read."""
+    fields = dataclasses.asdict(data.create(name, changes))
+    return ml_collections.ConfigDict(dict(benchmark=name, cache="", **fields))  # "" is the workdir
 
 
 def method(name: str, **changes) -> ml_collections.ConfigDict:
@@ -76,8 +94,9 @@ def method(name: str, **changes) -> ml_collections.ConfigDict:
 def published(arg: str, presets: Mapping[str, tuple[str, Mapping]], **model) -> ml_collections.ConfigDict:
     """The config of a published checkpoint, from the words after the colon.
 
-    The words are, in any order and separated by commas, a size, a method, a benchmark, and forget=PERCENT:
-    `7b`, `13b,grad_diff`, `mllmu,forget=5,size=7b`. The first size of `presets` is the default.
+    The words are, in any order and separated by commas, a size, a method, a benchmark, a stage, and forget=PERCENT:
+    `7b`, `13b,grad_diff`, `mllmu,forget=5,size=7b`, `clear,finetune`. The first size of `presets` is the default.
+    Fine-tuning follows the benchmark's published recipe.
 
     Args:
         arg: the words.
@@ -88,19 +107,44 @@ def published(arg: str, presets: Mapping[str, tuple[str, Mapping]], **model) -> 
         UserError: a word that is none of these.
     """
     unlearning = [name for name in methods.METHODS if name != "finetune"]
-    words = _words(arg, dict(size=list(presets), method=unlearning, benchmark=list(data.BENCHMARKS)))
+    choices = dict(size=list(presets), method=unlearning, benchmark=list(data.BENCHMARKS), stage=list(STAGES))
+    words = dict(size=choices["size"][0], method="vkd", benchmark="mllmu", stage="unlearn") | parse_words(arg, choices)
     config = base()
-    config.model.update(path=presets[words["size"]][0], dtype="bfloat16", remat=True, **model)
-    config.data.update(benchmark=words["benchmark"], forget=words["forget"])
+    config.stage = words["stage"]
+    config.data = benchmark(words["benchmark"])
+    if "forget" in words:
+        if not isinstance(config.data.get("forget"), int):
+            raise UserError(f"forget={words['forget']}: the benchmark {words['benchmark']} has no such shares.")
+        config.data.forget = int(words["forget"])
+        data.create(words["benchmark"], {"forget": config.data.forget}).check()
+    published_id = presets[words["size"]][0]
+    # What is unlearned knows the people; what is fine-tuned has never met them.
+    config.model.update(path=published_id, dtype="bfloat16", remat=True, **model)
+    if config.stage != "unlearn":
+        config.model.update(path="", base=published_id)
     config.mesh.fsdp = -1  # all devices
-    config.eval.update(protocol="letter", batch_size=16, max_items=0, max_new_tokens=16)
-    config.train.update(batch_size=dict(forget=8, retain=8), learning_rate=2e-5)
+    config.eval.update(protocol="letter", batch_size=16, max_items=0, max_new_tokens=50)
+    config.train.update(batch_size=dict(forget=8, retain=8), learning_rate=2e-5, buckets=4)
     config.method = method(words["method"])
+    recipe = dict(data.create(words["benchmark"], {}).RECIPE)
+    rows = recipe.pop("batch_size")
+    config.finetune.train.update(
+        epochs=float(recipe.pop("epochs")),
+        learning_rate=recipe.pop("learning_rate"),
+        batch_size=dict(image=rows, text=rows),
+        buckets=4,
+    )
+    config.finetune.method = method("finetune", train="lora", **recipe)
     return config
 
 
-def _words(arg: str, choices: Mapping[str, Sequence[str]]) -> dict:
-    words = {}
+def parse_words(arg: str, choices: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """The words after a config's colon, by the question that each answers; key=value names the question.
+
+    Raises:
+        UserError: a word is no answer, or two answer one question.
+    """
+    words: dict[str, str] = {}
     for word in filter(None, arg.split(",")):
         key, _, value = word.rpartition("=")
         key = key or next((key for key, known in choices.items() if value in known), "")
@@ -109,5 +153,4 @@ def _words(arg: str, choices: Mapping[str, Sequence[str]]) -> dict:
             raise UserError(f"{word!r} is not a word of this config; it takes {known}; forget=PERCENT.")
         if words.setdefault(key, value) != value:
             raise UserError(f"{arg!r} gives two answers to one question: {key} is {words[key]} or {value}; keep one.")
-    chosen = dict(size=choices["size"][0], method="vkd", benchmark="mllmu", forget=10) | words
-    return chosen | dict(forget=int(chosen["forget"]))
+    return words

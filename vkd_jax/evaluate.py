@@ -1,194 +1,112 @@
 """Asks a model every question of every set, and says per item what it answered and whether that is right.
 
-Two protocols for four-option questions, never mixed:
+Two protocols for questions with options, never mixed:
 
 - `letter`: MLLMU-Bench's own. Question and options are shown, the model writes, and the first letter decides.
 - `options`: only the question is shown, and the option text with the highest log-probability is the answer.
 
-Cloze and open questions are answered by greedy generation.
+Cloze and open questions are answered by greedy generation. Besides, whatever the protocol, the answer, the answer in
+other words and the wrong answers are scored after the plain question, all in one pass: see `metrics.likelihood`.
+
+With one shot, a worked example (picture, question, answer) is shown before each question, as an earlier turn of the
+conversation: a question of the retain set of the same task and modality, about somebody else and another picture.
 """
 
-import dataclasses
-import functools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-import jax
 import numpy as np
-from PIL import Image
 
 from vkd_jax import metrics
-from vkd_jax.data.processing import Processor
-from vkd_jax.methods.base import in_batches, padded_rows, rng
-from vkd_jax.models import generate
-from vkd_jax.models.base import VisualTokens, bind
-from vkd_jax.types import Example, Params, UserError
+from vkd_jax.answerer import Answerer, Seen, Turns
+from vkd_jax.methods.base import rng
+from vkd_jax.metrics import LETTERS
+from vkd_jax.types import Example, UserError
 
 PROTOCOLS = ("letter", "options")
-LETTERS = "ABCDEFGH"
 INSTRUCTION = "Answer with the letter of the right option only."
 
-
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _encode(graphdef, params, pictures):
-    return bind(graphdef, params).encode(pictures)[0]
+Form = Callable[[Example], tuple[str, str]]  # an example's question and answer, as they are said
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _score(graphdef, params, *args):
-    return generate.option_log_probs(bind(graphdef, params), *args)
+def check(protocol: str, shots: int = 0) -> tuple[str, ...]:
+    """The names of the protocols, in order.
 
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "eos_ids", "pad_id"))
-def _greedy(graphdef, params, tokens, mask, features, **options):
-    return generate.greedy(bind(graphdef, params), tokens, mask, features, **options)
-
-
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """Pictures as the language model sees them. Many rows may show one picture, which is held once."""
-
-    images: Sequence[np.ndarray]  # [height, width, 3] each, normalised
-    features: VisualTokens  # NumPy arrays, a row each
-    rows: np.ndarray  # which picture each row shows
-
-    def of(self, rows: Sequence[int]) -> "Seen":
-        """Some of the rows, in this order, repeated as asked."""
-        return dataclasses.replace(self, rows=self.rows[np.asarray(rows)])
-
-    def tokens(self) -> VisualTokens:
-        """The features, gathered: a row for each row."""
-        return jax.tree.map(lambda x: x[self.rows], self.features)
-
-
-def _shown(seen: Seen | None, row: int) -> Sequence[np.ndarray]:
-    return () if seen is None else [seen.images[seen.rows[row]]]
-
-
-class Answerer:
-    """A model with its processor, ready to be asked; two models of one architecture share what is compiled."""
-
-    def __init__(self, graphdef: Any, params: Params, config: Any, processor: Processor, *, batch_size: int = 32):
-        self.graphdef, self.params, self.config = graphdef, params, config
-        self.processor, self.batch_size = processor, batch_size
-
-    def look(self, pictures: Sequence[bytes | Image.Image]) -> Seen:
-        """Each picture through the vision tower once, however many questions it will carry."""
-        images = [self.processor.image(picture) for picture in pictures]
-        packed = self.config.pack([[image] for image in images])
-        features = in_batches(lambda part: _encode(self.graphdef, self.params, part), packed, self.batch_size)
-        return Seen(images, features, np.arange(len(images)))
-
-    def generate(self, questions: Sequence[str], seen: Seen | None = None, *, max_new_tokens: int = 50) -> list[str]:
-        """Greedy answers; `seen` holds a picture per question, or is None for text-only questions."""
-        tokens, mask = self._prompts(questions, seen, max_new_tokens)
-        texts = []
-        for rows in padded_rows(len(questions), self.batch_size):
-            out = _greedy(
-                self.graphdef,
-                self.params,
-                tokens[rows],
-                mask[rows],
-                seen and seen.of(rows).tokens(),
-                max_new_tokens=max_new_tokens,
-                eos_ids=self.processor.eos_ids,
-                pad_id=self.processor.pad_id,
-            )
-            texts.extend(self.processor.tokenizer.batch_decode(np.asarray(out), skip_special_tokens=True))
-        return [text.strip() for text in texts[: len(questions)]]
-
-    def score(self, questions: Sequence[str], options: Sequence[Sequence[str]], seen: Seen | None = None) -> np.ndarray:
-        """[n, o] log p(option and end of sequence | question); rows with fewer options are -inf beyond."""
-        encoded = [
-            [self.processor.encode(question, option, _shown(seen, i))[1] for option in row]
-            for i, (question, row) in enumerate(zip(questions, options, strict=True))
-        ]
-        count = max(len(row) for row in encoded)
-        length = max(len(ids) for row in encoded for ids in row)
-        ids = np.full((len(encoded), count, length), self.processor.pad_id, np.int32)
-        valid = np.zeros(ids.shape, bool)
-        for i, row in enumerate(encoded):
-            for j, option in enumerate(row):
-                ids[i, j, : len(option)], valid[i, j, : len(option)] = option, True
-        tokens, mask = self._prompts(questions, seen, length)
-        parts = [
-            _score(
-                self.graphdef,
-                self.params,
-                tokens[rows],
-                mask[rows],
-                seen and seen.of(rows).tokens(),
-                ids[rows],
-                valid[rows],
-            )
-            for rows in padded_rows(len(questions), self.batch_size)
-        ]
-        scores = np.concatenate([np.asarray(p) for p in parts])[: len(questions)]
-        return np.where(valid.any(-1), scores, -np.inf)
-
-    def _prompts(self, questions: Sequence[str], seen: Seen | None, room: int):
-        """Left-padded prompts of one shape, with `room` for what follows them."""
-        rows = [self.processor.encode(question, None, _shown(seen, i))[0] for i, question in enumerate(questions)]
-        longest = max(len(row) for row in rows)
-        limit = self.config.text.max_positions
-        if longest + room > limit:
-            raise UserError(f"a question of {longest} tokens and {room} for the answer exceed the model's {limit}.")
-        length = min(-(-longest // 8) * 8, limit - room)
-        tokens = np.full((len(rows), length), self.processor.pad_id, np.int32)
-        mask = np.zeros((len(rows), length), bool)
-        for i, row in enumerate(rows):
-            tokens[i, length - len(row) :], mask[i, length - len(row) :] = row, True
-        return tokens, mask
+    Raises:
+        UserError: a name is unknown or given twice, or there is another number of shots than 0 and 1.
+    """
+    names = tuple(name.strip() for name in protocol.split(","))
+    if not set(names) <= set(PROTOCOLS) or len(set(names)) < len(names):
+        raise UserError(
+            f"eval.protocol={protocol!r}: give one of {', '.join(PROTOCOLS)}, or both, as in options,letter."
+        )
+    if shots not in (0, 1):
+        raise UserError(f"eval.shots={shots!r}: give 0, or 1 for a worked example before each question.")
+    return names
 
 
 def evaluate(
-    answerer: Answerer, sets: Mapping[str, Iterable[Example]], *, protocol: str, max_new_tokens: int
+    answerer: Answerer,
+    sets: Mapping[str, Iterable[Example]],
+    *,
+    protocol: str,
+    max_new_tokens: int,
+    shots: int = 0,
+    seed: int = 0,
 ) -> list[dict]:
-    """One record per question, in the order of the sets.
+    """One record per question, in the order of the sets; with two protocols, two per question with options.
 
     Questions of one kind are batched together across sets, so that each kind is compiled once.
+
+    Args:
+        answerer: the model.
+        sets: the questions of each set.
+        protocol: "options", "letter", or both, separated by a comma. The first one's record has the likelihoods.
+        max_new_tokens: at most so many tokens a generated answer.
+        shots: worked examples before each question, 0 or 1.
+        seed: of which examples are shown.
+
+    Raises:
+        UserError: the protocol is unknown, there is no example to show, or a prompt is too long for the model.
     """
-    if protocol not in PROTOCOLS:
-        raise UserError(f"eval.protocol={protocol!r}: give one of {', '.join(PROTOCOLS)}.")
-    items = [(name, example) for name, examples in sets.items() for example in examples]
-    pictures = {e.image_id: e.image for _, e in items if e.image is not None}
-    seen = answerer.look(list(pictures.values())) if pictures else None
-    row_of = {image_id: i for i, image_id in enumerate(pictures)}
-    records: dict[int, dict] = {}
-    groups: dict[tuple[str, str], list[int]] = {}
-    for index, (_, example) in enumerate(items):
-        by_options = example.task == "classification" and protocol == "options"
-        groups.setdefault((by_options, example.modality), []).append(index)
-    for (by_options, modality), indices in groups.items():
-        examples = [items[i][1] for i in indices]
-        shown = None if modality == "qa" else seen.of([row_of[e.image_id] for e in examples])
-        if by_options:
-            answers = _ask_options(answerer, examples, shown)
-        else:
-            answers = _ask_freely(answerer, examples, shown, max_new_tokens)
-        for index, example, answer in zip(indices, examples, answers, strict=True):
-            records[index] = {
-                "set": items[index][0],
-                "id": example.id,
-                "person": example.person,
-                "task": example.task,
-                "modality": modality,
-                "question": example.question,
-                "answer": example.answer,
-                "options": list(example.options),
-                "image_id": example.image_id,
-                **answer,
-            }
-    return [records[i] for i in range(len(items))]
+    protocols = check(protocol, shots)
+    sets = {name: list(part) for name, part in sets.items()}
+    items = [(name, example) for name, part in sets.items() for example in part]
+    examples = [example for _, example in items]
+    asked = _Asked(answerer, examples, _worked(sets, examples, seed) if shots else [None] * len(examples))
+    said = dict(_generated(asked, protocols, max_new_tokens))  # first, since these prompts are the longest
+    likelihoods, scores = _likelihoods(asked)
+    records = []
+    for i, (name, example) in enumerate(items):
+        choice = example.task == "classification"
+        for number, how in enumerate(protocols if choice else (example.task,)):
+            verdict = _chosen(example, scores[i]) if choice and how == "options" else _judged(example, said[i])
+            shown = {"worked_example": asked.worked[i].id} if shots else {}
+            records.append(
+                {
+                    "set": name,
+                    "id": example.id,
+                    "person": example.person,
+                    "task": example.task,
+                    "modality": example.modality,
+                    "question": example.question,
+                    "answer": example.answer,
+                    "options": list(example.options),
+                    "image_id": example.image_id,
+                    "protocol": how,
+                    **shown,
+                    **verdict,
+                    **(likelihoods[i] if number == 0 else {}),
+                }
+            )
+    return records
 
 
 def summarise(records: Sequence[Mapping]) -> dict[str, dict[str, dict]]:
-    """{set: {"vqa": accuracy, "qa": .., "cloze_vqa": .., "generation_vqa": ..}} with counts and intervals."""
-    groups: dict[str, dict[str, list]] = {}
-    for record in records:
-        prefix = "" if record["task"] == "classification" else record["task"] + "_"
-        groups.setdefault(record["set"], {}).setdefault(prefix + record["modality"], []).append(record)
-    return {name: {kind: metrics.summarise(items) for kind, items in kinds.items()} for name, kinds in groups.items()}
+    """{set: {kind: counts, accuracy, means of what else was measured}}; see `metrics.by_kind`, `metrics.summarise`."""
+    summaries: dict[str, dict[str, dict]] = {}
+    for (name, kind), items in metrics.by_kind(records).items():
+        summaries.setdefault(name, {})[kind] = metrics.summarise(items)
+    return summaries
 
 
 def sample(examples: Sequence[Example], most: int, seed: int, name: str) -> list[Example]:
@@ -203,36 +121,132 @@ def sample(examples: Sequence[Example], most: int, seed: int, name: str) -> list
 
 
 def letter_question(example: Example) -> str:
-    """The question, its options one a line, and the instruction to name a letter."""
+    """The question, its options one a line, and the instruction to name a letter.
+
+    Raises:
+        UserError: there are more options than letters.
+    """
+    if len(example.options) > len(LETTERS):
+        raise UserError(f"question {example.id} has {len(example.options)} options; use eval.protocol=options.")
     lines = [f"{letter}: {option}" for letter, option in zip(LETTERS, example.options, strict=False)]
     return "\n".join([example.question, *lines, INSTRUCTION])
 
 
-def _ask_options(answerer: Answerer, examples: Sequence[Example], seen: Seen | None) -> list[dict]:
-    scores = answerer.score([e.question for e in examples], [e.options for e in examples], seen)
-    predictions = [e.options[int(np.argmax(row))] for e, row in zip(examples, scores, strict=True)]
-    return [
-        {
-            "protocol": "options",
-            "prediction": p,
-            "correct": p == e.answer,
-            "scores": row[: len(e.options)].tolist(),
-        }
-        for e, p, row in zip(examples, predictions, scores, strict=True)
-    ]
+def _plain(example: Example) -> tuple[str, str]:
+    return example.question, example.answer
 
 
-def _ask_freely(answerer: Answerer, examples: Sequence[Example], seen: Seen | None, max_new_tokens: int) -> list[dict]:
-    letter = [e.task == "classification" for e in examples]
-    questions = [letter_question(e) if is_letter else e.question for e, is_letter in zip(examples, letter, strict=True)]
-    texts = answerer.generate(questions, seen, max_new_tokens=max_new_tokens)
-    return [
-        {
-            "protocol": "letter" if is_letter else e.task,
-            "prediction": text,
-            "correct": metrics.first_letter(text) == LETTERS[e.options.index(e.answer)]
-            if is_letter
-            else metrics.cloze_correct(text, e.answer),
-        }
-        for e, text, is_letter in zip(examples, texts, letter, strict=True)
-    ]
+def _lettered(example: Example) -> tuple[str, str]:
+    return letter_question(example), LETTERS[example.options.index(example.answer)]
+
+
+class _Asked:
+    """The questions with their pictures and worked examples, as an answerer takes them."""
+
+    def __init__(self, answerer: Answerer, examples: Sequence[Example], worked: Sequence[Example | None]):
+        self.answerer, self.examples, self.worked = answerer, examples, worked
+        shown = [e for e in (*examples, *worked) if e is not None and e.image is not None]
+        pictures = {e.image_id: e.image for e in shown}
+        self.seen = answerer.look(list(pictures.values())) if pictures else None
+        self.row_of = {image_id: i for i, image_id in enumerate(pictures)}
+
+    def groups(self, key: Callable[[Example], tuple]) -> Iterator[list[int]]:
+        """Numbers of the questions that may share a batch: of one key and one modality."""
+        groups: dict[tuple, list[int]] = {}
+        for i, example in enumerate(self.examples):
+            groups.setdefault((example.modality, *key(example)), []).append(i)
+        yield from groups.values()
+
+    def prompts(self, indices: Sequence[int], form: Form) -> tuple[list[str], Seen | None, list[Turns] | None]:
+        """Questions, pictures and worked examples of some questions of one modality."""
+        examples, worked = ([part[i] for i in indices] for part in (self.examples, self.worked))
+        seen, turns = None, None
+        if examples[0].image is not None:
+            both = ([w, e] if w else [e] for w, e in zip(worked, examples, strict=True))
+            seen = self.seen.show([[self.row_of[e.image_id] for e in row] for row in both])
+        if worked[0] is not None:
+            turns = [[(*form(w), int(w.image is not None))] for w in worked]
+        return [form(e)[0] for e in examples], seen, turns
+
+
+def _likelihoods(asked: _Asked) -> tuple[list[dict], list[list[float]]]:
+    """Of each question: its likelihoods, and the log-probability of each of its options."""
+    likelihoods: list[dict] = [{}] * len(asked.examples)
+    scores: list[list[float]] = [[]] * len(asked.examples)
+
+    def kind(e: Example) -> tuple[bool, ...]:
+        return bool(e.options), bool(e.perturbed)
+
+    for indices in asked.groups(kind):
+        texts = [_texts(asked.examples[i]) for i in indices]
+        questions, seen, turns = asked.prompts(indices, _plain)
+        found = asked.answerer.score(questions, texts, seen, turns=turns)
+        for i, row, nll, log_probs in zip(indices, texts, found.nll, found.log_probs, strict=True):
+            example = asked.examples[i]
+            of = {text: float(x) for text, x in zip(row, nll, strict=False)}
+            wrong = example.perturbed or [option for option in example.options if option != example.answer]
+            likelihoods[i] = metrics.likelihood(
+                of[example.answer],
+                [of[text] for text in wrong],
+                of[example.paraphrase] if example.paraphrase else None,
+            )
+            scores[i] = [float(log_probs[row.index(option)]) for option in example.options]
+    return likelihoods, scores
+
+
+def _texts(e: Example) -> list[str]:
+    """All that is scored after a question, each once."""
+    return list(dict.fromkeys([e.answer, *e.options, *filter(None, [e.paraphrase]), *e.perturbed]))
+
+
+def _generated(asked: _Asked, protocols: Sequence[str], max_new_tokens: int) -> Iterator[tuple[int, str]]:
+    """(number, what was written) of each question that is answered in free text."""
+    for indices in asked.groups(lambda e: (e.task == "classification",)):
+        choice = asked.examples[indices[0]].task == "classification"
+        if choice and "letter" not in protocols:
+            continue
+        questions, seen, turns = asked.prompts(indices, _lettered if choice else _plain)
+        texts = asked.answerer.generate(questions, seen, max_new_tokens=max_new_tokens, turns=turns)
+        yield from zip(indices, texts, strict=True)
+
+
+def _chosen(example: Example, scores: Sequence[float]) -> dict:
+    """The option of the highest score."""
+    prediction = example.options[int(np.argmax(scores))]
+    return {"prediction": prediction, "correct": prediction == example.answer, "scores": list(scores)}
+
+
+def _judged(example: Example, text: str) -> dict:
+    """What was written, and whether it is right."""
+    if example.task == "classification":
+        letter = metrics.first_letter(text, len(example.options))
+        return {"prediction": text, "correct": letter == _lettered(example)[1]}
+    verdict = {"prediction": text, "correct": metrics.cloze_correct(text, example.answer)}
+    if example.task != "cloze":
+        verdict |= metrics.rouge_l(text, example.answer) | {"bleu": metrics.bleu(text, example.answer)}
+    return verdict
+
+
+def _worked(sets: Mapping[str, Sequence[Example]], examples: Sequence[Example], seed: int) -> list[Example]:
+    """The worked example before each question: one for all of a kind, but for those that it would help too much."""
+    candidates: dict[tuple[str, str], list[Example]] = {}
+    for example in sets.get("retain", ()):
+        candidates.setdefault((example.task, example.modality), []).append(example)
+    for (task, modality), some in candidates.items():
+        order = rng(seed, f"eval/shots/{task}/{modality}").permutation(len(some))
+        candidates[task, modality] = [some[i] for i in order]
+    return [_first_other(candidates.get((e.task, e.modality), ()), e) for e in examples]
+
+
+def _first_other(candidates: Iterable[Example], example: Example) -> Example:
+    """The first that is neither about the example's person nor shows its picture, nor, as text alone, asks the same."""
+    for other in candidates:
+        person = example.person and other.person == example.person
+        picture = other.image_id == example.image_id or other.image == example.image
+        if not person and not (other.question == example.question if example.image is None else picture):
+            return other
+    about = "with a picture" if example.image is not None else "of text alone"
+    raise UserError(
+        f"eval.shots=1: the retain set has no {example.task} question {about} about somebody else that could be shown "
+        f"before question {example.id}; use eval.shots=0."
+    )

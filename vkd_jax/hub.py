@@ -1,21 +1,29 @@
-"""Model folders by name: a folder of this machine, or an id on the Hugging Face hub."""
+"""Models and data sets by name: a folder of this machine, or an id on the Hugging Face hub."""
 
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 
 from vkd_jax.types import UserError
 
 # Weights as safetensors, and what says how to use them; never pickles, which can run code when read.
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+SHIPPED = pathlib.Path(__file__).parent / "assets"  # models that come with the package
+_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?", re.ASCII)
+
+
+def is_id(name: str) -> bool:
+    """Whether that reads as an id on the hub, "org/name" or "org/name@revision"."""
+    return bool(_ID.fullmatch(name))
 
 
 def fetch(name: str | os.PathLike[str]) -> pathlib.Path:
     """The folder of a model.
 
     Args:
-        name: a folder, or an id on the hub, "org/name" or "org/name@revision", which is downloaded unless it is in
-            the hub's cache already; a folder of that name goes first.
+        name: a folder; a model that comes with the package, such as "tiny_llava"; or an id on the hub, "org/name" or
+            "org/name@revision", which is downloaded unless it is in the hub's cache already. A folder goes first.
 
     Returns:
         The folder itself, or the one in the hub's cache.
@@ -23,38 +31,73 @@ def fetch(name: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
         UserError: there is neither; or the model cannot be reached, is not on the hub, or only for the admitted.
     """
-    folder, parts = pathlib.Path(name), re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?", os.fspath(name), re.ASCII)
+    folder = pathlib.Path(name)
     if folder.is_dir():
         return folder
     if folder.exists():
         raise UserError(f"{name} is a file; pass the model folder that it lies in.")
+    if folder.name == os.fspath(name) and (SHIPPED / name).is_dir():
+        return SHIPPED / name
     problem = f"There is no model folder {name}"
-    if parts:
-        folder, reason = _download(*parts.groups())
-        if folder:
-            return folder
-        revision = f" --revision {parts[2]}" if parts[2] else ""
+    if not is_id(os.fspath(name)):
         raise UserError(
-            f"{problem} here, and {reason}; get it with `hf download {parts[1]}{revision} --local-dir DIR` where that "
-            "works, and pass the folder, with config.json and safetensors in it, as --config.model.path=DIR."
+            f"{problem}; pass one with config.json and safetensors in it, or an id on the Hugging Face hub, ORG/NAME."
         )
-    raise UserError(
-        f"{problem}; pass one with config.json and safetensors in it, or an id on the Hugging Face hub, ORG/NAME."
-    )
+    repo, revision = _ID.fullmatch(os.fspath(name)).groups()
+    # Subfolders are left out: they hold other formats of the same weights.
+    found, reason = _download(repo, revision, "model", PATTERNS, ["*/*"], ("config.json", "*.safetensors"))
+    if found is None:
+        command = _command(repo, revision)
+        raise UserError(
+            f"{problem} here, and {reason}; get it with `{command}` where that works, and pass the folder, with "
+            "config.json and safetensors in it, as --config.model.path=DIR."
+        )
+    return found
 
 
-def _download(repo: str, revision: str | None) -> tuple[pathlib.Path | None, str]:
-    """The folder in the hub's cache, complete and up to date if the hub can be reached; or None and why not."""
+def fetch_dataset(name: str, configs: Sequence[str]) -> pathlib.Path:
+    """The folder of a data set on the hub, <config>/*.parquet in it, with no more than the configs asked for.
+
+    Args:
+        name: "org/name" or "org/name@revision".
+        configs: the folders of the data set that are wanted.
+
+    Returns:
+        The folder in the hub's cache; its name is the revision's.
+
+    Raises:
+        UserError: the data set cannot be reached, is not on the hub, only for the admitted, or lacks a config.
+    """
+    repo, revision = _ID.fullmatch(name).groups()
+    patterns = [f"{config}/*.parquet" for config in configs]
+    found, reason = _download(repo, revision, "dataset", patterns, None, patterns)
+    if found is None:
+        command = _command(repo, revision, "--repo-type dataset ")
+        raise UserError(
+            f"There is no data folder {name} here, and {reason}; get it with `{command}` where that works, and pass "
+            "the folder as --config.data.source=DIR."
+        )
+    return found
+
+
+def _command(repo: str, revision: str | None, kind: str = "") -> str:
+    return f"hf download {repo} {kind}{f'--revision {revision} ' if revision else ''}--local-dir DIR"
+
+
+def _download(
+    repo: str, revision: str | None, kind: str, wanted: Sequence[str], unwanted: Sequence[str] | None, needed
+) -> tuple[pathlib.Path | None, str]:
+    """The folder in the hub's cache, complete and up to date if the hub can be reached; or None and why not.
+
+    `wanted`, `unwanted` and `needed` are patterns of file names; each of the last must have a file.
+    """
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
         folder = pathlib.Path(
             huggingface_hub.snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=list(PATTERNS),
-                ignore_patterns=["*/*"],  # subfolders: other formats of the same weights
+                repo, repo_type=kind, revision=revision, allow_patterns=list(wanted), ignore_patterns=unwanted
             )
         )
     except errors.LocalEntryNotFoundError:
@@ -63,13 +106,14 @@ def _download(repo: str, revision: str | None) -> tuple[pathlib.Path | None, str
     except errors.GatedRepoError:
         return None, f"{repo} is open only to those who accepted its terms on the hub and ran `hf auth login`"
     except errors.RepositoryNotFoundError:
-        return None, f"the hub shows no model {repo} (private ones need `hf auth login`)"
+        what = {"model": "model", "dataset": "data set"}[kind]
+        return None, f"the hub shows no {what} {repo} (private ones need `hf auth login`)"
     except errors.RevisionNotFoundError:
         return None, f"{repo} has no revision {revision} on the hub"
     except Exception as error:  # whatever the network, the disk or a proxy raises
         first = (str(error).strip().splitlines() or [""])[0]
         return None, f"{repo} could not be fetched from the hub ({type(error).__name__}: {first})"
-    lacking = [pattern for pattern in ("config.json", "*.safetensors") if not any(folder.glob(pattern))]
+    lacking = [pattern for pattern in needed if not any(folder.glob(pattern))]
     if lacking:
         return None, f"what the hub or its cache holds of {repo} lacks {' and '.join(lacking)}"
     return folder, ""

@@ -1,5 +1,7 @@
 """python -m vkd_jax.main --config configs/tiny.py --workdir DIR [--config.train.steps=300 ...]
 
+Without --workdir nothing is run, and the whole config is printed.
+
 Exit status: 0 done, 1 the run diverged or broke, 2 bad input (one sentence says what), 143 stopped by SIGTERM with its
 state saved.
 """
@@ -38,8 +40,12 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     """Runs what the config says."""
     if len(argv) > 1:
         return _bad_input(f"unexpected argument {argv[1]!r}; flags begin with --")
-    if values.config is None or values.workdir is None:
+    if values.config is None:
         return _bad_input("pass --config FILE and --workdir DIR.")
+    if values.workdir is None:
+        print(values.config)
+        print("nothing was run: pass --workdir DIR as well.", file=sys.stderr)
+        return 0
     from vkd_jax import pipeline, train  # after the flags: these imports take seconds
 
     try:

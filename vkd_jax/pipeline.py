@@ -1,10 +1,12 @@
-"""The stages in order. Each leaves its result in the workdir, and a stage whose result is there is not run again."""
+"""The stages in order. Each leaves its result in the workdir, and a stage whose result is there is not run again.
+
+finetune      base -> vanilla                     retain_only   base -> a model that never met the people to forget
+unlearn       vanilla -> unlearned -> report      all           finetune, retain_only, unlearn
+"""
 
 import dataclasses
-import functools
 import json
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,268 +16,191 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from vkd_jax import convert, data, hub, methods, models, report, sharding, train
-from vkd_jax.data import people, processing
-from vkd_jax.evaluate import Answerer, evaluate, sample, summarise
-from vkd_jax.methods.base import Context
-from vkd_jax.models import quantize
+from vkd_jax import convert, data, hub, methods, metrics, report, sharding, train
+from vkd_jax.defaults import STAGES
+from vkd_jax.evaluate import evaluate, sample, summarise
+from vkd_jax.loaded import Loaded, create
+from vkd_jax.methods.base import Context, Prepared
+from vkd_jax.models import lora
 from vkd_jax.types import Example, Params, UserError
 from vkd_jax.workdir import Workdir
 
 DTYPES = ("float32", "bfloat16", "float16")
-TINY_LLAVA = Path(__file__).parent / "assets" / "tiny_llava"
+PROVENANCE = "provenance.json"  # in the folder of a fine-tuned model: what it was made from
 
 
 def run(config: ml_collections.ConfigDict, path: str | Path) -> dict[str, Any]:
     """Runs or continues what `config.stage` names, and returns what stands in results.json."""
     if config.stage not in STAGES:
-        raise UserError(f"config.stage={config.stage!r}: give one of {', '.join(sorted(STAGES))}.")
-    stage, last = STAGES[config.stage]
+        raise UserError(f"config.stage={config.stage!r}: give one of {', '.join(STAGES)}.")
+    tuned, last = STAGES[config.stage], "report.md" if config.stage in ("unlearn", "all") else "results.json"
     workdir = Workdir(path, config)
     if (workdir.path / last).exists():
         logging.info("%s is there: nothing is left to do", workdir.path / last)
+        return json.loads((workdir.path / "results.json").read_text())
+    job = Job.prepare(workdir, finetunes=bool(tuned))
+    made = {name: finetune(job, name) for name in tuned}
+    if last == "report.md":
+        unlearn(job, made)
     else:
-        stage(workdir)
+        answers = {name: evaluated(job, name, Loaded.open(folder, *job.how)) for name, folder in made.items()}
+        write_results(job, answers)
     return json.loads((workdir.path / "results.json").read_text())
 
 
-def unlearn(workdir: Workdir) -> None:
-    """data -> load -> evaluate before -> prepare -> unlearn -> export -> evaluate after -> report."""
-    config, mesh, method = _checked(workdir.config)
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A config that was found to be right, with its data."""
+
+    workdir: Workdir
+    config: ml_collections.ConfigDict
+    mesh: jax.sharding.Mesh
+    method: methods.Method  # of unlearning
+    tuning: methods.Method  # of fine-tuning
+    benchmark: Any
+    sets: dict[str, list[Example]]
+    asked: dict[str, list[Example]]  # what the evaluation asks: a seeded sample, the same for every model and method
+
+    @classmethod
+    def prepare(cls, workdir: Workdir, finetunes: bool) -> "Job":
+        """Checks the config and reads the data, the fine-tuning questions only where they are needed."""
+        config = workdir.config
+        mesh, method, tuning = checked(config)
+        fields = config.data.to_dict()
+        cache = fields.pop("cache") or workdir.path / "data"
+        benchmark = data.create(fields.pop("benchmark"), fields)
+        benchmark.check()
+        with workdir.stage("data"):
+            sets = data.read(benchmark, cache, finetune=finetunes)
+            asked = {
+                name: sample(part, config.eval.max_items, config.eval.seed, name)
+                for name, part in sets.items()
+                if not name.startswith("finetune_")
+            }
+        return cls(workdir, config, mesh, method, tuning, benchmark, sets, asked)
+
+    @property
+    def how(self) -> tuple[ml_collections.ConfigDict, jax.sharding.Mesh, methods.Method]:
+        """How `Loaded.open` opens a model that is to be asked: what unlearning trains in float32, before and after."""
+        return self.config, self.mesh, self.method
+
+    @property
+    def forgotten(self) -> list[str]:
+        """The people to forget."""
+        return sorted({e.person for e in self.sets["forget"] if e.person})
+
+
+def checked(config: ml_collections.ConfigDict) -> tuple[jax.sharding.Mesh, methods.Method, methods.Method]:
+    """The mesh, the method of unlearning and that of fine-tuning.
+
+    Raises:
+        UserError: what is wrong with the config alone, before anything is read.
+    """
+    mesh, method, tuning = sharding.make_mesh(**config.mesh), _method(config.method), _method(config.finetune.method)
+    if config.model.dtype not in DTYPES:
+        raise UserError(f"model.dtype={config.model.dtype!r}: give one of {', '.join(DTYPES)}.")
     if set(method.losses()) != {"forget", "retain"}:
-        raise UserError(f"method {config.method.name} does not unlearn; give another one, or --config.stage=finetune.")
+        raise UserError(f"method {config.method.name} does not unlearn; config.finetune is the place for fine-tuning.")
+    if config.stage == "unlearn" and not config.model.path:
+        raise UserError("config.model.path is empty: pass the model that knows the people, a folder or a hub id.")
+    if config.stage != "unlearn" and not (config.model.base or config.model.create.to_dict()):
+        raise UserError("config.model.base is empty: pass the model to fine-tune, a folder or a hub id.")
+    for chosen, section in ((method, config.train), (tuning, config.finetune.train)):
+        train.count_steps(section, {name: train.batch_size(section, name, mesh) for name in chosen.losses()})
+    return mesh, method, tuning
+
+
+def finetune(job: Job, name: str) -> Path:
+    """base -> `name`: "vanilla" learns everybody, "retain_only" all but the people to forget."""
+    workdir, config, section = job.workdir, job.config, job.config.finetune.train
+    target = workdir.path / name
+    if target.exists():
+        return target
+    parts = ("finetune_retain",) if name == "retain_only" else ("finetune_forget", "finetune_retain")
+    everything = [e for part in ("finetune_forget", "finetune_retain") for e in job.sets.get(part, ())]
+    examples = [e for part in parts for e in job.sets.get(part, ())]
+    with workdir.stage(f"load for {name}"):
+        if config.model.create.to_dict():
+            source = create(workdir.path / "base", everything, config.model.create, config.seed)
+        else:
+            source = hub.fetch(config.model.base)
+        model = Loaded.open(source, config, job.mesh, job.tuning)
+        kinds = {
+            "image": [e for e in examples if e.image is not None],
+            "text": [e for e in examples if e.image is None],
+        }
+        streams = {kind: model.encode(rows, section.buckets) for kind, rows in kinds.items() if rows}
+        context = Context(model.graphdef, model.params, None, model.config, streams, config.seed)
+        prepared = job.tuning.prepare(context)
+    with workdir.stage(f"fine-tune {name}"):
+        trained = _fit(job, model, job.tuning, prepared, section, workdir.path / "train" / name)
+    with workdir.stage(f"export {name}"):
+        without = job.forgotten if name == "retain_only" else []
+        merged = trained | lora.adapters(model.params)
+        convert.export(merged, source, target, model.config, notes=_provenance(job, name, without))
+    return target
+
+
+def unlearn(job: Job, made: dict[str, Path]) -> None:
+    """load -> evaluate before -> prepare -> unlearn -> export -> evaluate after -> report.
+
+    Args:
+        job: what to do.
+        made: models that were fine-tuned just now, "vanilla" and "retain_only"; others are those of the config.
+    """
+    workdir, config = job.workdir, job.config
     target = workdir.path / "unlearned"
-    with workdir.stage("data"):
-        folder = _snapshot(workdir, [name for name in people.CONFIGS if name != "ft_Data"])
-        sets = data.benchmark(config.data.benchmark).read(folder, config.data.forget)
-        asked = _asked(config, sets)
-    source = hub.fetch(config.model.path or TINY_LLAVA)  # last: it may take an hour
-    base = hub.fetch(config.model.base) if config.model.base else None
+    source = made.get("vanilla") or hub.fetch(config.model.path)
+    base = config.model.base and hub.fetch(config.model.base)
+    reference = made.get("retain_only") or (config.model.retain_only and hub.fetch(config.model.retain_only))
     if not (workdir.path / "results.json").exists():
         with workdir.stage("load"):
-            model = Loaded.open(source, config, mesh, method)
-        before = _evaluated(workdir, "vanilla", model, asked)
+            model = Loaded.open(source, *job.how)
+        answers = {"vanilla": evaluated(job, "vanilla", model)}
+        if reference:
+            _check_reference(reference, job.forgotten)
+            answers["retain_only"] = evaluated(job, "retain_only", model.same_kind(Loaded.open(reference, *job.how)))
         if not target.exists():
             with workdir.stage("prepare"):
                 context = Context(
                     graphdef=model.graphdef,
                     params=model.params,
-                    base_params=model.same_kind(Loaded.open(base, config, mesh, method)).params if base else None,
+                    load_base=base and (lambda: model.same_kind(Loaded.open(base, *job.how)).params),
                     model_config=model.config,
-                    sets={name: model.encode(_pairs(sets[name])) for name in ("forget", "retain")},
+                    sets={name: model.encode(_pairs(job, name), config.train.buckets) for name in ("forget", "retain")},
                     seed=config.seed,
                 )
-                prepared = method.prepare(context)
+                prepared = job.method.prepare(context)
             with workdir.stage("unlearn"):
-                trained = _fit(workdir, model, method, prepared, mesh)
+                trained = _fit(job, model, job.method, prepared, config.train, workdir.path / "train")
             with workdir.stage("export"):
-                convert.export(trained, source, target, model.config)
+                convert.export(trained, source, target, model.config, notes=_provenance(job, "unlearned", []))
         with workdir.stage("manifest"):
             manifest = convert.manifest(source, target)
             workdir.write("manifest.json", manifest)
-        unlearned = Loaded.open(target, config, mesh, method)  # what is judged is what was written
-        after = _evaluated(workdir, "unlearned", unlearned, asked)
-        trainable = method.trainable(model.params, model.config)
-        family, _ = convert.read_config(source)
-        changed = [convert.find_slot(family, model.config, name).path for name in manifest["changed"]]
-        results = {
-            "meta": workdir.meta(),
-            "models": {"vanilla": summarise(before), "unlearned": summarise(after)},
-            "chance": _chance(asked),
-            "text_logits_identical": _same_text_logits(model, unlearned, asked),
-            "trainable": {
-                "parameters": sum(math.prod(model.params[path].shape) for path in trainable),
-                "of": sum(math.prod(value.shape) for value in model.params.values()),
-            },
-            "manifest": {
-                "changed": len(manifest["changed"]),
-                "tensors": len(manifest["tensors"]),
-                "language_model_changed": sum(path.startswith("language_model/") for path in changed),
-            },
-        }
-        workdir.write("results.json", results | {"timing": workdir.timing})
+        unlearned = Loaded.open(target, *job.how)  # what is judged is what was written
+        answers["unlearned"] = evaluated(job, "unlearned", unlearned)
+        write_results(job, answers, _evidence(job, model, unlearned, manifest, source))
     with workdir.stage("report"):
-        images = {e.image_id: e.image for part in asked.values() for e in part if e.image is not None}
+        images = {e.image_id: e.image for part in job.asked.values() for e in part if e.image is not None}
         page = report.write(workdir.path, images)
     logging.info("the report: %s", page)
 
 
-def finetune(workdir: Workdir) -> None:
-    """data -> create or load -> train -> export -> evaluate."""
-    config, mesh, method = _checked(workdir.config)
-    if set(method.losses()) != {"image", "text"}:
-        raise UserError(f"method {config.method.name} does not fine-tune; use configs/tiny.py:finetune.")
-    name, without = ("retain_only", config.data.forget) if config.data.retain_only else ("vanilla", None)
-    target = workdir.path / "finetuned"
-    with workdir.stage("data"):
-        folder = _snapshot(workdir, people.CONFIGS)
-        benchmark = data.benchmark(config.data.benchmark)
-        examples = benchmark.read_finetune(folder, without_forget=without)
-        asked = _asked(config, benchmark.read(folder, config.data.forget))
-    if not target.exists():
-        with workdir.stage("load"):
-            source = hub.fetch(config.model.path) if config.model.path else _create(workdir, examples)
-            model = Loaded.open(source, config, mesh, method)
-        with workdir.stage("prepare"):
-            streams = {
-                "image": model.encode([e for e in examples if e.image is not None]),
-                "text": model.encode([e for e in examples if e.image is None]),
-            }
-            context = Context(model.graphdef, model.params, None, model.config, streams, config.seed)
-            prepared = method.prepare(context)
-        with workdir.stage("finetune"):
-            trained = _fit(workdir, model, method, prepared, mesh)
-        with workdir.stage("export"):
-            convert.export(trained, source, target, model.config)
-    answers = _evaluated(workdir, name, Loaded.open(target, config, mesh, method), asked)
-    results = {"meta": workdir.meta(), "models": {name: summarise(answers)}, "chance": _chance(asked)}
-    workdir.write("results.json", results | {"timing": workdir.timing})
-
-
-STAGES = {"finetune": (finetune, "results.json"), "unlearn": (unlearn, "report.md")}  # and what each writes last
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A model folder in memory."""
-
-    graphdef: Any
-    params: Params
-    config: Any
-    processor: processing.Processor
-
-    @classmethod
-    def open(
-        cls, folder: Path, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, method: methods.Method
-    ) -> "Loaded":
-        """Reads the processor, then weights straight into their shards; what the method trains in float32."""
-        family, hf_config = convert.read_config(folder)
-        how = quantize.parse(config.model.quantize)
-        processor = processing.Processor(folder, family.Config.from_hf(hf_config), max_pixels=config.model.max_pixels)
-        graphdef, params, model_config = convert.load(
-            folder,
-            dtype=config.model.dtype,
-            sharding=sharding.param_shardings(mesh, family.SHARDING),
-            masters=method.trainable,
-            transform=how and functools.partial(quantize.quantized, how=how),
-            remat=config.model.remat,
-        )
-        quantize.refuse_trainable(params, method.trainable(params, model_config))
-        return cls(graphdef, params, model_config, processor)
-
-    def same_kind(self, other: "Loaded") -> "Loaded":
-        """The other model, which must be of the same family and size."""
-        if self.config != other.config:
-            raise UserError("config.model.base is a model of another kind or size than config.model.path.")
-        return other
-
-    def encode(self, examples: Sequence[Example]) -> processing.EncodedSet:
-        """Examples of one modality as arrays."""
-        return processing.encode_set(
-            self.processor,
-            examples,
-            max_length=self.config.text.max_positions,
-        )
-
-    def answerer(self, batch_size: int) -> Answerer:
-        """This model, ready to be asked."""
-        return Answerer(self.graphdef, self.params, self.config, self.processor, batch_size=batch_size)
-
-
-def _checked(
-    config: ml_collections.ConfigDict,
-) -> tuple[ml_collections.ConfigDict, jax.sharding.Mesh, methods.Method]:
-    """The config with its mesh and method; what is wrong with it alone is said before anything is read."""
-    fields = config.method.to_dict()
-    mesh, method = sharding.make_mesh(**config.mesh), methods.create(fields.pop("name"), fields)
-    if config.model.dtype not in DTYPES:
-        raise UserError(f"model.dtype={config.model.dtype!r}: give one of {', '.join(DTYPES)}.")
-    for name in method.losses():
-        train.batch_size(config.train, name, mesh)
-    return config, mesh, method
-
-
-def _snapshot(workdir: Workdir, configs: Sequence[str]) -> Path:
-    """The folder of the benchmark's files; without one, the made-up people are written into the workdir."""
-    config = workdir.config
-    if config.data.folder:
-        return Path(config.data.folder)
-    folder = workdir.path / "data"
-    people.write_snapshot(folder, [name for name in configs if not any((folder / name).glob("*.parquet"))])
-    return folder
-
-
-def _asked(config: ml_collections.ConfigDict, sets: dict[str, list[Example]]) -> dict[str, list[Example]]:
-    """What the evaluation asks: a seeded sample, the same for every model and method."""
-    return {name: sample(part, config.eval.max_items, config.eval.seed, name) for name, part in sets.items()}
-
-
-def _pairs(examples: Sequence[Example]) -> list[Example]:
-    """The questions with a picture, each once: what unlearning trains on."""
-    return list({(e.image_id, e.question): e for e in examples if e.image is not None}.values())
-
-
-def _create(workdir: Workdir, examples: Sequence[Example]) -> Path:
-    """A model folder with random weights, and a tokenizer made for the texts of `examples`."""
-    from transformers import LlavaConfig
-
-    folder, shape = workdir.path / "base", workdir.config.model.create.to_dict()
-    if folder.exists():
-        return folder
-    with tempfile.TemporaryDirectory(dir=workdir.path) as temporary:
-        new = Path(temporary) / "base"
-        corpus = [f"USER: {e.question} ASSISTANT: {e.answer}" for e in examples]
-        tokenizer = processing.create_processor(
-            new,
-            corpus,
-            vocab_size=shape["vocab_size"],
-            image_size=shape["vision"]["image_size"],
-            patch_size=shape["vision"]["patch_size"],
-        )
-        ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-        hf_config = LlavaConfig(
-            vision_config=dict(model_type="clip_vision_model", **shape["vision"]),
-            text_config=dict(
-                model_type="llama",
-                vocab_size=len(tokenizer),
-                pad_token_id=tokenizer.pad_token_id,
-                **ids,
-                **shape["text"],
-            ),
-            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        )
-        _, params = convert.init(models.module_for("llava").Config.from_hf(hf_config), workdir.config.seed)
-        convert.create(new, hf_config, params)
-        new.rename(folder)
-    return folder
-
-
-def _fit(workdir: Workdir, model: Loaded, method: methods.Method, prepared: Any, mesh: jax.sharding.Mesh) -> Params:
-    return train.fit(
-        graphdef=model.graphdef,
-        params=model.params,
-        model_config=model.config,
-        method=method,
-        prepared=prepared,
-        config=workdir.config.train,
-        seed=workdir.config.seed,
-        mesh=mesh,
-        folder=workdir.path / "train",
-    )
-
-
-def _evaluated(workdir: Workdir, name: str, model: Loaded, asked: dict[str, list[Example]]) -> list[dict]:
+def evaluated(job: Job, name: str, model: Loaded) -> list[dict]:
     """The answers of a model, from answers/<name>.jsonl if they were given before."""
+    workdir, options = job.workdir, job.config.eval
     path = workdir.path / "answers" / f"{name}.jsonl"
     if path.exists():
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    options = workdir.config.eval
     with workdir.stage(f"evaluate {name}"):
         answers = evaluate(
             model.answerer(options.batch_size),
-            asked,
+            job.asked,
             protocol=options.protocol,
             max_new_tokens=options.max_new_tokens,
+            shots=options.shots,
+            seed=options.seed,
         )
         workdir.write_text(f"answers/{name}.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
     for part, kinds in summarise(answers).items():
@@ -288,6 +213,104 @@ def _evaluated(workdir: Workdir, name: str, model: Loaded, asked: dict[str, list
     return answers
 
 
+def write_results(job: Job, answers: dict[str, list[dict]], evidence: dict[str, Any] | None = None) -> None:
+    """results.json: every figure, with what makes it reproducible."""
+    reference = answers.get("retain_only")
+    results = {
+        "meta": _meta(job),
+        "models": {name: summarise(records) for name, records in answers.items()},
+        "utility": {name: metrics.model_utility(records) for name, records in answers.items()},
+        "forget_quality": {
+            name: metrics.forget_quality(records, reference)
+            for name, records in answers.items()
+            if reference and name != "retain_only"
+        },
+        "chance": _chance(job.asked),
+        **(evidence or {}),
+    }
+    job.workdir.write("results.json", results | {"timing": job.workdir.timing})
+
+
+def _method(section: ml_collections.ConfigDict) -> methods.Method:
+    fields = section.to_dict()
+    return methods.create(fields.pop("name"), fields)
+
+
+def _pairs(job: Job, name: str) -> list[Example]:
+    """The questions with a picture, each once: what unlearning trains on."""
+    pairs = list({(e.image_id, e.question): e for e in job.sets[name] if e.image is not None}.values())
+    if not pairs:
+        raise UserError(f"the {name} set has no question with a picture: visual unlearning needs some.")
+    return pairs
+
+
+def _fit(
+    job: Job,
+    model: Loaded,
+    method: methods.Method,
+    prepared: Prepared,
+    section: ml_collections.ConfigDict,
+    folder: Path,
+) -> Params:
+    return train.fit(
+        graphdef=model.graphdef,
+        params=model.params,
+        model_config=model.config,
+        method=method,
+        prepared=prepared,
+        config=section,
+        seed=job.config.seed,
+        mesh=job.mesh,
+        folder=folder,
+    )
+
+
+def _provenance(job: Job, name: str, without: Sequence[str]) -> dict[str, str]:
+    """A file beside the weights that says how they were made."""
+    return {PROVENANCE: json.dumps({"model": name, "without": list(without), **_meta(job)}, indent=1) + "\n"}
+
+
+def _meta(job: Job) -> dict[str, Any]:
+    """What makes a figure reproducible, and what was measured on how many people."""
+    people = {name: len({e.person for e in part} - {""}) for name, part in job.asked.items()}
+    config = job.config.data
+    share = f", forgetting {config.forget} %" if isinstance(config.forget, int) else ""
+    source = config.get("source") or ("the made-up people" if "source" in config else f"{config.forget}")
+    return job.workdir.meta() | {
+        "benchmark": {"title": job.benchmark.TITLE + share, "source": source, "people": people},
+        "shots": job.config.eval.shots,
+    }
+
+
+def _check_reference(folder: Path, forgotten: Sequence[str]) -> None:
+    """Refuses a retain-only model that was made without other people than those to forget, where that is known."""
+    path = folder / PROVENANCE
+    if path.is_file() and (without := json.loads(path.read_text(encoding="utf-8"))["without"]) != list(forgotten):
+        raise UserError(
+            f"config.model.retain_only={folder} was made without {len(without)} people, and not those "
+            f"{len(forgotten)} whom this run forgets: make one with --config.stage=retain_only, or leave it empty."
+        )
+
+
+def _evidence(job: Job, model: Loaded, unlearned: Loaded, manifest: dict[str, Any], source: Path) -> dict[str, Any]:
+    """What changed in the model, and what did not."""
+    trainable = job.method.trainable(model.params, model.config)
+    family, _ = convert.read_config(source)
+    changed = [convert.find_slot(family, model.config, name).path for name in manifest["changed"]]
+    return {
+        "text_logits_identical": _same_text_logits(model, unlearned, job.asked),
+        "trainable": {
+            "parameters": sum(math.prod(model.params[path].shape) for path in trainable),
+            "of": sum(math.prod(value.shape) for value in model.params.values()),
+        },
+        "manifest": {
+            "changed": len(manifest["changed"]),
+            "tensors": len(manifest["tensors"]),
+            "language_model_changed": sum(path.startswith("language_model/") for path in changed),
+        },
+    }
+
+
 def _chance(asked: dict[str, list[Example]]) -> float:
     """The accuracy of guessing among the options."""
     counts = [len(e.options) for part in asked.values() for e in part if e.options]
@@ -295,10 +318,9 @@ def _chance(asked: dict[str, list[Example]]) -> float:
 
 
 def _same_text_logits(before: Loaded, after: Loaded, asked: dict[str, list[Example]]) -> bool:
-    """Whether both models give the same bits for every option of every text-only question."""
-    choices = [e for part in asked.values() for e in part if e.options]
-    texts = [e for e in choices if e.image is None] or choices  # a question about a picture is a text without it
-    scores = [
-        model.answerer(64).score([e.question for e in texts], [e.options for e in texts]) for model in (before, after)
-    ]
-    return bool(np.array_equal(*scores))
+    """Whether both models give the same bits for every answer that is offered to a text-only question."""
+    everything = [e for part in asked.values() for e in part]
+    texts = [e for e in everything if e.image is None] or everything  # a question about a picture is a text without it
+    options = [e.options or (e.answer,) for e in texts]
+    scores = [model.answerer(64).score([e.question for e in texts], options) for model in (before, after)]
+    return jax.tree.all(jax.tree.map(np.array_equal, *scores))

@@ -13,41 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vkd_jax import figures, metrics
+from vkd_jax import figures, metrics, page
 from vkd_jax.types import UserError
 
-SETS = {
-    "forget": "people to forget",
-    "test": "people to forget, other pictures or wordings",
-    "retain": "people to keep",
-    "retain_test": "people to keep, other pictures or wordings",
-    "real": "general ability, nothing about these people",
-}
-KINDS = {
-    "vqa": "Shown a picture",
-    "qa": "Asked in text alone",
-    "cloze_vqa": "Filling in a blank, shown a picture",
-    "cloze_qa": "Filling in a blank, in text alone",
-    "generation_vqa": "Answering freely, shown a picture",
-    "generation_qa": "Answering freely, in text alone",
-}
-MODELS = {"vanilla": "before", "unlearned": "after", "retain_only": "never knew them"}
-PROTOCOLS = {
-    "options": "the option text that the model gives the highest probability, of four, is its answer",
-    "letter": "the model is shown four options and writes; the first letter that it writes is its answer",
-}
 COMPARED = (
     ("forget", "vqa"), ("test", "vqa"), ("retain", "vqa"), ("retain_test", "vqa"), ("real", "vqa"),
     ("forget", "qa"), ("retain", "qa"),
 )  # fmt: skip
-ASSUMPTIONS = (
-    'VKD here is a *reconstruction*: only the abstract of "Robust MLLM Unlearning via Visual Knowledge '
-    'Distillation" (arXiv 2512.11325) and summaries of it were at hand, not its equations, weights or code. '
-    "Assumed, and switchable in the config: the distance between features (A1), how the output is made to "
-    "forget (A2), what the features of a forgotten picture should become (A3), the teacher of what is kept "
-    "(A4), which features are compared (A5), what the saliency mask covers (A6), which visual weights "
-    "train (A7), and whether changed copies of the pictures are trained on (A8)."
-)
 CARDS = 6  # portraits in a row of the sheet
 
 
@@ -82,17 +54,19 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
         if card.image is not None:  # as they were asked about, to ask again
             suffix = ".png" if card.image.startswith(b"\x89PNG") else ".jpg"
             _write(workdir / "portraits" / (card.title.removeprefix("person ") + suffix), card.image)
-    people = len({item["person"] for item in answers["vanilla"] if item["set"] == "forget"})
     sections = (
-        _opening(results, people),
-        _accuracy(results),
-        _portraits(),
-        _evidence(results),
-        _training(results, bool(rows)),
-        _limits(results),
-        _config(results),
+        page.opening(results),
+        page.measured(results),
+        page.accuracy(results),
+        page.words(results),
+        page.quality(results),
+        page.portraits(),
+        page.evidence(results),
+        page.training(results, bool(rows)),
+        page.limits(results),
+        page.config(results),
     )
-    return _write(workdir / "report.md", "\n".join(sections).encode())
+    return _write(workdir / "report.md", "\n".join(filter(None, sections)).encode())
 
 
 def compare(workdirs: Iterable[str | Path]) -> str:
@@ -124,12 +98,12 @@ def compare(workdirs: Iterable[str | Path]) -> str:
         *(f"{name.replace('_', ' ')} {kind.upper()}" for name, kind in COMPARED),
         "seconds",
     ]
-    lines = [_row(head), _row(["---"] * 2 + ["---:"] * (len(head) - 2))]
+    lines = [page.row(head), page.row(["---"] * 2 + ["---:"] * (len(head) - 2))]
     for name in order:
         summaries, seconds = zip(*rows[name].values(), strict=True)
         cells = [_mean([s[part][kind] for s in summaries if kind in s.get(part, {})]) for part, kind in COMPARED]
         known = [value for value in seconds if value is not None]
-        lines.append(_row([name, str(len(summaries)), *cells, _spread(known, 0) if known else "–"]))
+        lines.append(page.row([name, str(len(summaries)), *cells, _spread(known, 0) if known else "–"]))
     lines += [
         "",
         f"Right answers in per cent by the protocol `{protocols.pop()}` "
@@ -156,157 +130,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
-
-
-def _opening(results: Mapping, people: int) -> str:
-    before, after = (results["models"][name] for name in ("vanilla", "unlearned"))
-    chance = results["chance"]
-    low, high = after["forget"]["vqa"]["low"], after["forget"]["vqa"]["high"]
-    if low <= chance <= high:
-        verdict = "That cannot be told apart from guessing."
-    elif high < chance:
-        verdict = "That is below guessing: the model avoids the right answer, which may itself give it away."
-    else:
-        verdict = "That is above guessing: something is still known."
-    lines = [
-        "# What this model was made to forget",
-        "",
-        "A model that answers questions about pictures had learned some people: how they look, and facts "
-        f"about them. **It was asked to forget {people} of them**, as someone has the right to ask, and to "
-        "stay what it was for everything else. Training it again without them would do that, and costs as "
-        "much as training it the first time; *unlearning* changes the trained model instead. This page "
-        "shows the model before and after.",
-        "",
-        f"- **Forgotten.** Shown a picture of one of the {people}, it answered "
-        f"{_change(before, after, 'forget', 'vqa')}. "
-        f"Guessing gives {_percent(chance)}. {verdict}",
-    ]
-    told = (
-        ("test", "vqa", "**On other pictures** of the same people, it answered"),
-        ("retain", "vqa", "**Kept.** Shown a picture of anybody else, it answered"),
-        ("retain_test", "vqa", "**Kept on other pictures** of anybody else: it answered"),
-        (
-            "real",
-            "vqa",
-            "**General ability.** On pictures and questions that are not about who somebody is, it answered",
-        ),
-        ("forget", "qa", "**Asked by name**, without any picture, about the people to forget, it answered"),
-        ("retain", "qa", "**Asked by name** about the others, it answered"),
-    )
-    for part, kind, text in told:
-        if kind in before.get(part, {}):
-            lines.append(f"- {text} {_change(before, after, part, kind)}.")
-    if results["manifest"]["language_model_changed"] == 0:
-        lines += [
-            "",
-            "What was erased is visual: who is in a picture. What the model can say of somebody whose "
-            "*name* it is told lives in its language model, which was left alone on purpose.",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _accuracy(results: Mapping) -> str:
-    models = [name for name in MODELS if name in results["models"]]
-    kinds = {kind for model in results["models"].values() for part in model.values() for kind in part}
-    lines = [
-        "## Before and after, in numbers",
-        "",
-        "Each cell: right answers in per cent, (right / asked), and the 95 % interval of the percentage.",
-    ]
-    for kind in [*KINDS, *sorted(kinds - KINDS.keys())]:
-        parts = [part for part in SETS if kind in results["models"]["vanilla"].get(part, {})]
-        if not parts:
-            continue
-        lines += ["", f"### {KINDS.get(kind, kind)}", ""]
-        lines += [_row(["questions about", *(MODELS[name] for name in models), "change (points)"])]
-        lines += [_row(["---", *["---:"] * (len(models) + 1)])]
-        for part in parts:
-            cells = [results["models"][name].get(part, {}).get(kind) for name in models]
-            change = 100 * (results["models"]["unlearned"][part][kind]["accuracy"] - cells[0]["accuracy"])
-            lines.append(_row([SETS[part], *(_cell(cell) if cell else "–" for cell in cells), f"{change:+.1f}"]))
-    lines += [
-        "",
-        "![Right answers about the people to forget against those about the people to keep](report/forget_retain.png)",
-        "",
-        "The aim is to move left, to the line of guessing, without sinking.",
-    ]
-    if "retain_only" in results["models"]:
-        lines += [
-            "",
-            '"Never knew them" is the same model trained without the people to forget: what complete '
-            "forgetting looks like, in pictures and in text.",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _portraits() -> str:
-    return (
-        "## See for yourself\n\n![Portraits with what the model says before and "
-        "after](report/portraits.png)\n\nNobody chose these by their answers: they are the first people of "
-        "each set in the order of their numbers, and the question moves on by one from person to person. "
-        "For a forgotten person a wrong answer (✗) is the aim; one in four guesses is right by luck. Every "
-        "answer to every question stands in `answers/`.\n"
-    )
-
-
-def _evidence(results: Mapping) -> str:
-    meta, manifest, trainable = results["meta"], results["manifest"], results["trainable"]
-    share = trainable["parameters"] / trainable["of"]
-    changed = manifest["language_model_changed"]
-    protocol = PROTOCOLS.get(meta["protocol"], "")
-    lines = [
-        "## How we know",
-        "",
-        f"- **Protocol** `{meta['protocol']}`{': ' + protocol if protocol else ''}. Intervals are Wilson's, 95 %.",
-        f"- **Weights trained:** {trainable['parameters']:,} of {trainable['of']:,} ({_percent(share)}).",
-        f"- **Tensors changed on disk:** {manifest['changed']} of {manifest['tensors']}, by the SHA-256 of "
-        "each before and after, in `manifest.json`.",
-        f"- **Language model:** {f'**{changed} tensors differ**' if changed else 'not one tensor differs'}.",
-    ]
-    if "text_logits_identical" in results:
-        same = "bit for bit the same" if results["text_logits_identical"] else "**not the same**"
-        lines.append(f"- **Text-only output** (logits) before and after: {same}.")
-    lines += [
-        f"- **Made by** `{meta['command']}`, commit `{meta['commit']}`, seed {meta['seed']}"
-        + (f", {meta['date']}" if "date" in meta else "")
-        + (f", on {meta['devices']}" if "devices" in meta else "")
-        + ".",
-        f"- **Versions:** {', '.join(f'{name} {version}' for name, version in meta['versions'].items())}.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _training(results: Mapping, curves: bool) -> str:
-    lines = ["## Training and time", ""]
-    if curves:
-        lines += [
-            "![Losses by step](report/losses.png)",
-            "",
-            "The forget stream sees the people to forget, the retain stream those to keep; bold is what is minimised.",
-            "",
-        ]
-    lines += [_row(["stage", "seconds"]), _row(["---", "---:"])]
-    lines += [_row([stage, f"{seconds:.1f}"]) for stage, seconds in results["timing"].items()]
-    lines += [_row(["**all**", f"**{sum(results['timing'].values()):.1f}**"])]
-    return "\n".join(lines) + "\n"
-
-
-def _limits(results: Mapping) -> str:
-    lines = ["## Limits", ""]
-    if results["meta"]["config"]["method"]["name"] == "vkd":
-        lines.append(f"- {ASSUMPTIONS}")
-    lines += [
-        "- Not answering is not the same as not knowing: what these questions do not bring out, further "
-        "training or other questions might.",
-        "- The figures hold for these people, these questions and this model; the intervals say how much "
-        "the number of questions leaves open, not how much another seed would change.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _config(results: Mapping) -> str:
-    text = json.dumps(results["meta"]["config"], indent=2, ensure_ascii=False)
-    return f"<details><summary>The whole config</summary>\n\n```json\n{text}\n```\n\n</details>\n"
 
 
 def _cards(before: Sequence[Mapping], after: Sequence[Mapping], images: Mapping[str, bytes]) -> dict[str, list]:
@@ -375,30 +198,6 @@ def _mean(summaries: Sequence[Mapping]) -> str:
 def _spread(values: Sequence[float], digits: int) -> str:
     mean = f"{statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def _change(before: Mapping, after: Mapping, part: str, kind: str) -> str:
-    old, new = before[part][kind], after[part][kind]
-    return (
-        f"{_percent(old['accuracy'])} of {old['n']} questions right before, and "
-        f"**{_percent(new['accuracy'])}** after ({_interval(new)})"
-    )
-
-
-def _cell(summary: Mapping) -> str:
-    return f"{_percent(summary['accuracy'])} ({summary['correct']}/{summary['n']}), {_interval(summary)}"
-
-
-def _interval(summary: Mapping) -> str:
-    return f"{100 * summary['low']:.1f} to {100 * summary['high']:.1f}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _results(workdir: Path) -> dict:

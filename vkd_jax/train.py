@@ -47,19 +47,27 @@ class TrainState:
     step: jax.Array  # scalar int32
 
 
-def make_step(graphdef: Any, losses: Mapping[str, LossFn], tx: optax.GradientTransformationExtraArgs, mask_scope: str):
+def make_step(
+    graphdef: Any,
+    losses: Mapping[str, LossFn],
+    tx: optax.GradientTransformationExtraArgs,
+    mask_scope: str,
+    seed: int = 0,
+):
     """One update: (state, frozen, mask, batches) -> (state, metrics).
 
     Each stream's gradient is taken apart, so that a mask can cover the forget stream alone; they add up before the
-    optimizer. Frozen weights are an argument that is neither differentiated nor donated.
+    optimizer. Frozen weights are an argument that is neither differentiated nor donated. Dropout, where the model has
+    any, is a function of the seed, the step and the stream.
     """
 
     def step(state: TrainState, frozen: Params, mask: Params | None, batches: Mapping[str, Batch]):
         total, metrics = None, {}
-        for name, loss_fn in losses.items():
+        for number, (name, loss_fn) in enumerate(losses.items()):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), number)
 
-            def stream_loss(trainable, loss_fn=loss_fn, batch=batches[name]):
-                return loss_fn(bind(graphdef, {**frozen, **trainable}), batch)
+            def stream_loss(trainable, loss_fn=loss_fn, batch=batches[name], key=key):
+                return loss_fn(bind(graphdef, {**frozen, **trainable}, key), batch)
 
             (loss, more), grads = jax.value_and_grad(stream_loss, has_aux=True)(state.params)
             metrics |= {f"{name}_loss": loss, **more}
@@ -93,9 +101,10 @@ def fit(
     Args:
         graphdef: of the model, with `params`, all its weights, which are left as they are.
         model_config: of the family.
-        method: what trains and by which losses; `prepared`, what it computed beforehand.
-        config: steps, batch_size per stream, log_every, checkpoint_every, and what `optim.create` reads.
-        seed: of the data order.
+        method: what trains and by which losses; `prepared`, what it computed beforehand. A stream without a set is
+            left out.
+        config: steps or epochs, batch_size per stream, log_every, checkpoint_every, and what `optim.create` reads.
+        seed: of the data order and of dropout.
         mesh: the devices.
         folder: for checkpoints and metrics.
 
@@ -104,25 +113,27 @@ def fit(
         Diverged: a term of the loss is not finite.
     """
     paths = method.trainable(params, model_config)
+    if not paths:
+        raise UserError("the method trains no weight of this model: see its fields `train` and `blocks`.")
     # In float32, since steps are smaller than what bfloat16 can add; and copied, since it is donated.
     trainable = {path: jnp.array(params[path], jnp.float32) for path in paths}
     frozen = {path: value for path, value in params.items() if path not in trainable}
-    losses = method.losses()
-    streams = {
-        name: Stream(prepared.sets[name], batch_size(config, name, mesh), seed=seed, name=name) for name in losses
-    }
-    tx = optim.create(config, config.steps)
+    losses = {name: loss for name, loss in method.losses().items() if name in prepared.sets}
+    sizes = {name: batch_size(config, name, mesh) for name in losses}
+    steps = count_steps(config, {name: len(prepared.sets[name]) for name in losses})
+    streams = {name: Stream(prepared.sets[name], sizes[name], seed=seed, name=name) for name in losses}
+    tx = optim.create(config, steps)
     state = _init(tx, trainable, mesh)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     step_fn = jax.jit(
-        make_step(graphdef, losses, tx, method.mask_scope),
+        make_step(graphdef, losses, tx, method.mask_scope, seed),
         donate_argnums=0,
         out_shardings=(state_shardings, None),
     )
-    to_device = functools.partial(_to_device, batch_sharding=sharding.batch_sharding(mesh))
+    put = functools.partial(_to_device, batch_sharding=sharding.batch_sharding(mesh))
 
     checkpoints = Checkpoints(folder / "checkpoints", seed=seed, every=config.checkpoint_every)
-    progress = Progress(folder, steps=config.steps, log_seconds=config.log_seconds)
+    progress = Progress(folder, steps=steps, log_seconds=config.log_seconds)
     try:
         if checkpoints.latest is None:
             progress.overview(trainable)
@@ -130,25 +141,30 @@ def fit(
         else:
             state = checkpoints.restore(state)
             first = int(state.step)
-            logging.info("resumed at step %d of %d", first, config.steps)
+            logging.info("resumed at step %d of %d", first, steps)
         waiting, pending = 0.0, None
         started = time.perf_counter()
+        iterators = {name: stream.batches(first, steps, put) for name, stream in streams.items()}
         with _Sigterm() as stop:
-            for step in range(first + 1, config.steps + 1):
+            for step in range(first + 1, steps + 1):
                 before = time.perf_counter()
-                batches = {name: to_device(stream[step - 1]) for name, stream in streams.items()}
+                batches = {name: next(iterator) for name, iterator in iterators.items()}
                 waiting += time.perf_counter() - before
                 state, metrics = step_fn(state, frozen, prepared.mask, batches)
                 if pending:  # one step behind, so that the device never waits for the host
                     _check(*pending, checkpoints)
                 pending = (step, metrics)
                 progress.tick(step)
-                if step % config.log_every == 0 or step == config.steps:
+                if step % config.log_every == 0 or step == steps:
                     _check(*pending, checkpoints)
-                    share = waiting / (time.perf_counter() - started)
-                    progress.write(step, {k: float(v) for k, v in metrics.items()} | {"data_wait_share": share})
+                    seconds = time.perf_counter() - started
+                    speed = {
+                        "data_wait_share": waiting / seconds,
+                        "examples_per_second": sum(sizes.values()) * (step - first) / seconds,
+                    }
+                    progress.write(step, {k: float(v) for k, v in metrics.items()} | speed)
                 stopping = stop.is_set()  # read once: a signal between two reads would stop without a save
-                last = stopping or step == config.steps
+                last = stopping or step == steps
                 if last or step % config.checkpoint_every == 0:
                     _check(*pending, checkpoints)
                     checkpoints.save(step, state, force=last)
@@ -195,6 +211,17 @@ def batch_size(config: ml_collections.ConfigDict, name: str, mesh: jax.sharding.
     if size % shards:
         raise UserError(f"train.batch_size.{name}={size} does not divide over {shards} devices; use a multiple of it.")
     return size
+
+
+def count_steps(config: ml_collections.ConfigDict, rows: Mapping[str, int]) -> int:
+    """How many steps a run has: `config.steps`, or as many as take every stream through `config.epochs`.
+
+    Raises:
+        UserError: both are given, or neither.
+    """
+    if (config.steps > 0) == (config.epochs > 0):
+        raise UserError(f"train.steps={config.steps} and train.epochs={config.epochs}: give one of them, the other 0.")
+    return config.steps or max(math.ceil(config.epochs * n / config.batch_size[name]) for name, n in rows.items())
 
 
 def _check(step: int, metrics: Mapping[str, jax.Array], checkpoints: Checkpoints) -> None:

@@ -26,6 +26,8 @@ class Example:
     answer: str
     options: tuple[str, ...] = ()  # the option texts of a classification question, `answer` among them
     task: str = "classification"  # classification | generation | cloze | chat
+    paraphrase: str = ""  # the answer in other words, where a benchmark has it
+    perturbed: tuple[str, ...] = ()  # wrong answers in the same words, where a benchmark has them
 
     @property
     def modality(self) -> str:

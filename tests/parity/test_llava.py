@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vkd_jax import convert
+from vkd_jax.answerer import Seen
 from vkd_jax.models import llava
 from vkd_jax.models.base import bind
 from vkd_jax.models.generate import greedy, option_log_probs
@@ -245,3 +246,25 @@ def test_option_log_probs_equal_reading_each_option_after_the_prompt(pair, side)
             log_p = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
             want = log_p[torch.arange(len(option)), torch.tensor(option)].sum().item()
             np.testing.assert_allclose(scores[i, j], want, atol=1e-3)
+
+
+def test_logits_of_two_pictures_in_a_prompt(pair):
+    """Each picture alone through the tower, their features one after another: a worked example before a question."""
+    count = pair.config.image_tokens(pair.config.vision.image_size, pair.config.vision.image_size)
+    rng = np.random.default_rng(1)
+    features, _ = jax.jit(lambda p, x: bind(pair.graphdef, p).encode({"pixels": x}))(pair.params, pair.pixels)
+    seen = Seen([pair.pixels[0].shape] * 3, jax.tree.map(np.asarray, features), ((0, 2), (1, 0)))
+    rows = []
+    for _ in seen.rows:
+        rows.append([1, 7, *[IMAGE] * count, *rng.integers(5, 200, 6), *[IMAGE] * count, *rng.integers(5, 200, 3)])
+    tokens = np.array(rows)
+
+    @jax.jit
+    def logits(params, tokens, features):
+        return bind(pair.graphdef, params)(tokens, jnp.ones_like(tokens, bool), features=features)[0]
+
+    ours = logits(pair.params, tokens, seen.tokens())
+    with torch.no_grad():
+        pixels = torch.tensor(pair.pixels[np.ravel(seen.rows)]).permute(0, 3, 1, 2)
+        theirs = pair.torch(input_ids=torch.tensor(tokens), pixel_values=pixels).logits
+    close(ours, theirs, 1e-4)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from vkd_jax import convert, defaults, models, sharding, train
+from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import EncodedSet
 from vkd_jax.data.streams import Stream
 from vkd_jax.methods.base import Context
@@ -142,7 +143,7 @@ def encoded(config, sizes, seed):
         examples=[Example(str(i), "", b"", str(i // 2), "", "") for i in range(8)],
         prompt_length=np.array([len(p) for p, _ in rows], np.int32),
         image=np.arange(8, dtype=np.int32) // 2,
-        pictures=config.pack([[x] for x in pictures]),
+        pictures=Pictures.of(pictures, config),
         **out,
     )
 

@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 
 from vkd_jax import convert, defaults, sharding
+from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import EncodedSet
 from vkd_jax.models import llava
 from vkd_jax.models.clip_vit import VisionConfig
@@ -51,7 +52,7 @@ def rows(seed: int, count: int) -> EncodedSet:
         target_mask=np.ones((count, 2), bool),
         prompt_length=np.full(count, 8, np.int32),
         image=np.arange(count, dtype=np.int32) % 4,
-        pictures={"pixels": random.normal(size=(4, 16, 16, 3)).astype(np.float32)},
+        pictures=Pictures.of(random.normal(size=(4, 16, 16, 3)).astype(np.float32), CONFIG),
     )
 
 

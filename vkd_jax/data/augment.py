@@ -1,42 +1,47 @@
 """Changed copies of pictures, so that what is forgotten is the person and not one photograph."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
+from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import EncodedSet
 
 SHIFT = 0.08  # of the side, either way
 ZOOM = 0.12  # nearer or farther
 TURN = 0.12  # radians, either way
 LIGHT = 0.15  # brighter or darker
+REPEATED = ("tokens", "mask", "at", "targets", "target_mask", "prompt_length", "cut")
 
 
-def augmented(encoded: EncodedSet, copies: int, rng: np.random.Generator, config: Any) -> EncodedSet:
+def augmented(encoded: EncodedSet, copies: int, rng: np.random.Generator) -> EncodedSet:
     """The set, followed by `copies` of it whose pictures are turned, shifted, zoomed, mirrored and relit at random.
 
     Questions and answers stay, each asked of its own copy of the picture. Only for sets without cached arrays, whose
-    values belong to the pictures as they were. `config` is the model's, which packs and unpacks its pictures.
+    values belong to the pictures as they were.
     """
     if encoded.per_image or encoded.per_example:
         raise ValueError("augment before caching: what is cached belongs to the pictures as they were")
-    times = copies + 1
-    rows = config.unpack(encoded.pictures)
-    packed = [encoded.pictures]
-    packed += [config.pack([[_changed(picture, rng) for picture in row] for row in rows]) for _ in range(copies)]
+    times, pictures = copies + 1, encoded.pictures
+    root = rng.integers(2**32)
 
-    def repeat(x: np.ndarray) -> np.ndarray:
-        return np.concatenate([x] * times)
+    def make(row: int) -> np.ndarray:
+        copy, original = divmod(row, len(pictures))
+        picture = pictures.make(original)
+        # Seeded by its number: a copy that is not held comes out the same each time it is made.
+        return _changed(picture, np.random.default_rng([root, row])) if copy else picture
 
-    offsets = np.repeat(np.arange(times) * len(rows), len(encoded)).astype(np.int32)
+    def repeat(x: np.ndarray | None) -> np.ndarray | None:
+        return None if x is None else np.concatenate([x] * times)
+
+    offsets = np.repeat(np.arange(times) * len(pictures), len(encoded)).astype(np.int32)
     return dataclasses.replace(
         encoded,
         examples=tuple(encoded.examples) * times,
         image=repeat(encoded.image) + offsets,
-        pictures={k: np.concatenate([part[k] for part in packed]) for k in encoded.pictures},
-        **{k: repeat(getattr(encoded, k)) for k in ("tokens", "mask", "at", "targets", "target_mask", "prompt_length")},
+        pictures=Pictures(make, list(pictures.shapes) * times, pictures.config),
+        **{name: repeat(getattr(encoded, name)) for name in REPEATED},
     )
 
 

@@ -1,6 +1,7 @@
 """What is asked: the facts about the made-up people, and the questions that stand for general ability.
 
-Wordings are fixed and short, and every answer is one common word (a full name for "Who is this person?").
+Wordings are fixed and short, and every answer is one common word (a full name for "Who is this person?"); captions
+are sentences.
 """
 
 import dataclasses
@@ -56,6 +57,8 @@ FACTS: dict[str, Kind] = {
 KINDS = tuple(FACTS)
 NAME_QUESTION = "Who is this person?"
 IMAGE_KINDS = ("name", *KINDS)
+CAPTION = "{name}, a {job} from {town}, in front of {wall}."
+PARAPHRASED_CAPTION = "This is {name}, who is a {job} and comes from {town}, before {wall}."
 
 # Identity-free questions on pictures, and general knowledge as "question | answer | three wrong answers".
 THING_QUESTION = "What is in this picture?"

@@ -1,7 +1,7 @@
 """From `Example`s to arrays of fixed shape, with the tokenizer and image processor of a Hugging Face folder.
 
     prompt   = chat template(question, with or without a picture); the image token repeated once per feature
-    sequence = prompt ++ answer ++ </s>, right-padded to the longest of the set, rounded up
+    sequence = prompt ++ answer ++ </s>, right-padded to the longest of its bucket
 
 Only answer tokens (and the end-of-sequence token) are targets: `at[j]` is the position whose logits predict
 `targets[j]`, so the model computes logits nowhere else. Nothing is ever cut: a row that does not fit is an error.
@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageOps
 
+from vkd_jax.data.pictures import Pictures
 from vkd_jax.types import Example, UserError
 
 MAX_PIXELS = 256 * 28 * 28  # of a picture, where models leave a choice: 256 image tokens of Qwen's
@@ -56,7 +57,8 @@ class EncodedSet:
     target_mask: np.ndarray  # [n, a] bool
     prompt_length: np.ndarray  # [n] int32
     image: np.ndarray  # [n] int32, row of `pictures`; -1 without a picture
-    pictures: Mapping[str, np.ndarray] | None  # [m, ...] each, as the model packs them; None for text-only sets
+    pictures: Pictures | None  # m of them; None for text-only sets
+    cut: np.ndarray | None = None  # [n, 2] int32: t and a of the row's bucket; None: those of the arrays
     per_image: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # [m, ...]
     per_example: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # [n, ...]
 
@@ -64,16 +66,20 @@ class EncodedSet:
         return len(self.examples)
 
     def batch(self, rows: np.ndarray) -> Batch:
-        """Gathers some rows, with their pictures and whatever a method has cached for them."""
+        """Gathers some rows, with their pictures and whatever a method has cached for them.
+
+        All are as long as the largest of their buckets, which is one shape where they share a bucket.
+        """
         images = self.image[rows]
+        t, a = (self.tokens.shape[1], self.at.shape[1]) if self.cut is None else self.cut[rows].max(0)
         cached = {k: v[images] for k, v in self.per_image.items()} | {k: v[rows] for k, v in self.per_example.items()}
         return Batch(
-            tokens=self.tokens[rows],
-            mask=self.mask[rows],
-            at=self.at[rows],
-            targets=self.targets[rows],
-            target_mask=self.target_mask[rows],
-            pictures=None if self.pictures is None else {k: v[images] for k, v in self.pictures.items()},
+            tokens=self.tokens[rows, :t],
+            mask=self.mask[rows, :t],
+            at=self.at[rows, :a],
+            targets=self.targets[rows, :a],
+            target_mask=self.target_mask[rows, :a],
+            pictures=None if self.pictures is None else self.pictures[images],
             cached=cached,
         )
 
@@ -150,41 +156,86 @@ class Processor:
             size = "" if isinstance(picture, bytes) else f" of {picture.width} x {picture.height} pixels"
             raise UserError(f"a picture{size} is refused: {error}.") from error
 
-    def prompt(self, question: str, images: int) -> str:
-        """The text up to where the answer begins; one image token stands for each picture."""
+    def prompt(self, question: str, images: int, turns: Sequence[tuple[str, str, int]] = ()) -> str:
+        """The text up to where the answer begins; one image token stands for each picture.
+
+        Args:
+            question: the question.
+            images: how many pictures it shows.
+            turns: what was said before it, as worked examples: question, answer, how many pictures.
+        """
         if self.chat_template is None and self.image_token != "<image>":
             raise UserError("the model has no chat template; copy its chat_template.json or .jinja into the folder.")
         if self.chat_template is None:  # LLaVA-1.5's, which its first releases left out
-            return "USER: " + f"{self.image_token}\n" * images + f"{question} ASSISTANT:"
-        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+            said = [(asked, f" {answer}{self.tokenizer.eos_token}", count) for asked, answer, count in turns]
+            return "".join(
+                "USER: " + f"{self.image_token}\n" * count + f"{asked} ASSISTANT:{answer}"
+                for asked, answer, count in [*said, (question, "", images)]
+            )
+        messages = []
+        for asked, answer, count in [*turns, (question, None, images)]:
+            content = [{"type": "image"}] * count + [{"type": "text", "text": asked}]
+            messages.append({"role": "user", "content": content})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
+            messages,
             chat_template=self.chat_template,
             tokenize=False,
             add_generation_prompt=True,
         )
 
     def encode(
-        self, question: str, answer: str | None, images: Sequence[np.ndarray] = ()
+        self,
+        question: str,
+        answer: str | None,
+        images: Sequence[np.ndarray] = (),
+        turns: Sequence[tuple[str, str, int]] = (),
     ) -> tuple[list[int], list[int]]:
         """Token ids of the prompt and of the answer with its end-of-sequence token ([] without an answer).
 
         Both are cut out of one tokenisation, at the character where the answer begins, since a tokenizer may
         join characters across a cut. Each picture's image token is repeated as often as the picture needs.
+
+        Args:
+            question: the question.
+            answer: None for the prompt alone.
+            images: the pictures in order, those of `turns` first; only their shapes count.
+            turns: worked examples before the question, see `prompt`.
         """
-        prompt = self.prompt(question, len(images))
-        answer_text = "" if answer is None else answer if prompt[-1:].isspace() else " " + answer
-        out = self.tokenizer(prompt + answer_text, return_offsets_mapping=True)
-        ids, begins = out["input_ids"], [begin for begin, _ in out["offset_mapping"]]
-        cut = next((i for i, (begin, end) in enumerate(out["offset_mapping"]) if end > len(prompt)), len(ids))
-        if cut < len(ids) and begins[cut] < len(prompt):
+        return self.encode_each(question, [answer], images, turns)[0]
+
+    def encode_each(
+        self,
+        question: str,
+        answers: Sequence[str | None],
+        images: Sequence[np.ndarray] = (),
+        turns: Sequence[tuple[str, str, int]] = (),
+    ) -> list[tuple[list[int], list[int]]]:
+        """`encode` of one question with each of several answers."""
+        prompt = self.prompt(question, len(images) - sum(count for *_, count in turns), turns)
+        space = "" if prompt[-1:].isspace() else " "
+        texts = [prompt if answer is None else f"{prompt}{space}{answer}" for answer in answers]
+        out = self.tokenizer(texts, return_offsets_mapping=True)
+        counts = [self.config.image_tokens(*image.shape[:2]) for image in images]
+        return [
+            self._split(len(prompt), answer, ids, offsets, counts)
+            for answer, ids, offsets in zip(answers, out["input_ids"], out["offset_mapping"], strict=True)
+        ]
+
+    def _split(
+        self, end: int, answer: str | None, ids: list[int], offsets: list[tuple[int, int]], counts: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Tokens of a prompt of `end` characters with its answer, cut; `counts`: image tokens of each picture."""
+        cut = next((i for i, (_, last) in enumerate(offsets) if last > end), len(ids))
+        if cut < len(ids) and offsets[cut][0] < end:
             raise UserError(
                 f"the tokenizer joins the end of the prompt with the answer {answer!r}; change the chat template."
             )
         prompt_ids, answer_ids = ids[:cut], ids[cut:]
-        if (found := prompt_ids.count(self.image_token_id)) != len(images):
+        if (found := prompt_ids.count(self.image_token_id)) != len(counts):
             raise UserError(
-                f"the prompt holds {self.image_token} {found} times for {len(images)} pictures: take it out of the "
+                f"the prompt holds {self.image_token} {found} times for {len(counts)} pictures: take it out of the "
                 "question, or use the model's own chat template."
             )
         if answer is not None and (not answer_ids or answer_ids[-1] not in self.eos_ids):
@@ -192,10 +243,9 @@ class Processor:
         if answer is None and prompt_ids and prompt_ids[-1] in self.eos_ids:
             prompt_ids = prompt_ids[:-1]
         expanded: list[int] = []
-        sizes = iter(images)
+        each = iter(counts)
         for token in prompt_ids:
-            count = self.config.image_tokens(*next(sizes).shape[:2]) if token == self.image_token_id else 1
-            expanded.extend([token] * count)
+            expanded.extend([token] * (next(each) if token == self.image_token_id else 1))
         return expanded, answer_ids
 
 
@@ -235,19 +285,29 @@ def encode_set(
     examples: Sequence[Example],
     *,
     max_length: int,
+    buckets: int = 1,
     multiple: int = 4,
 ) -> EncodedSet:
-    """Encodes examples of one modality into arrays of one shape.
+    """Encodes examples of one modality into arrays of few shapes.
+
+    Args:
+        processor: of the model.
+        examples: all with a picture, or all without.
+        max_length: of the model.
+        buckets: at most so many lengths that rows are padded to; a batch has one of them, and each is compiled.
+        multiple: lengths are multiples of this.
 
     Raises:
         UserError: a question contains the image token, or a row is longer than `max_length` tokens.
     """
-    images: dict[str, np.ndarray] = {}
+    encoded = {e.image_id: e.image for e in examples if e.image is not None}
+    order = {image_id: i for i, image_id in enumerate(encoded)}
+    files = list(encoded.values())
+    pictures = Pictures.measured(lambda i: processor.image(files[i]), len(files), processor.config) if files else None
     rows = []
     for example in examples:
-        if example.image is not None and example.image_id not in images:
-            images[example.image_id] = processor.image(example.image)
-        shown = [] if example.image is None else [images[example.image_id]]
+        # Of a picture only its shape counts here.
+        shown = [] if example.image is None else [np.broadcast_to(0.0, pictures.shapes[order[example.image_id]])]
         if processor.image_token in example.question + example.answer:
             raise UserError(f"row {example.id}: the text contains {processor.image_token}; remove it.")
         rows.append(processor.encode(example.question, example.answer, shown))
@@ -259,7 +319,7 @@ def encode_set(
         )
     t = min(-(-length // multiple) * multiple, max_length)
     a = -(-max((len(answer) for _, answer in rows), default=0) // 2) * 2
-    n, order = len(rows), {image_id: i for i, image_id in enumerate(images)}
+    n = len(rows)
     tokens = np.full((n, t), processor.pad_id, np.int32)
     mask, target_mask = np.zeros((n, t), bool), np.zeros((n, a), bool)
     at, targets = np.zeros((n, a), np.int32), np.zeros((n, a), np.int32)
@@ -278,8 +338,39 @@ def encode_set(
         target_mask=target_mask,
         prompt_length=np.array([len(prompt) for prompt, _ in rows], np.int32),
         image=np.array([-1 if e.image is None else order[e.image_id] for e in examples], np.int32),
-        pictures=processor.config.pack([[x] for x in images.values()]) if images else None,
+        pictures=pictures,
+        cut=_cut(rows, buckets, multiple, (t, a)),
     )
+
+
+def _cut(rows: Sequence[tuple[list[int], list[int]]], most: int, multiple: int, longest: tuple[int, int]) -> np.ndarray:
+    """[n, 2]: how many tokens, and answer tokens among them, a batch of each row's bucket has."""
+    lengths = np.array([len(prompt) + len(answer) for prompt, answer in rows], np.int32).reshape(-1)
+    answers = np.array([len(answer) for _, answer in rows], np.int32).reshape(-1)
+    edges = bucket_lengths(-(-lengths // multiple) * multiple, most)
+    bucket = np.searchsorted(edges, lengths)
+    cut = np.zeros((len(rows), 2), np.int32)
+    for i, edge in enumerate(edges):
+        mine = bucket == i
+        cut[mine] = edge, -(-answers[mine].max(initial=0) // 2) * 2
+    return np.minimum(cut, longest)
+
+
+def bucket_lengths(lengths: np.ndarray, most: int) -> list[int]:
+    """At most `most` lengths, ascending, such that padding each row to the next one up costs the fewest tokens."""
+    values, counts = np.unique(lengths, return_counts=True)
+    # best[j] = (tokens, edges) of the values before j in i buckets; one more bucket each round.
+    best = [(0, [])] + [(np.inf, [])] * len(values)
+    for _ in range(max(most, 1)):
+        longer = [
+            min(
+                ((best[i][0] + values[j - 1] * counts[i:j].sum(), [*best[i][1], int(values[j - 1])]) for i in range(j)),
+                key=lambda found: found[0],
+            )
+            for j in range(1, len(values) + 1)
+        ]
+        best = [(0, []), *(min(pair, key=lambda found: found[0]) for pair in zip(longer, best[1:], strict=True))]
+    return best[-1][1]
 
 
 TEMPLATE = (  # LLaVA-1.5's own

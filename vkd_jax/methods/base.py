@@ -11,7 +11,9 @@ import numpy as np
 from scipy import spatial
 
 from vkd_jax import losses
+from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import Batch, EncodedSet
+from vkd_jax.models import lora
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.types import Params, UserError
 
@@ -25,7 +27,7 @@ class Context:
 
     graphdef: Any
     params: Params  # the vanilla model
-    base_params: Params | None  # the model before it met anybody, where its checkpoint is given
+    load_base: Callable[[], Params] | None  # the model before it met anybody, where its checkpoint is given
     model_config: Any
     sets: Mapping[str, EncodedSet]  # one per stream of the method
     seed: int
@@ -88,14 +90,19 @@ def visual_paths(paths: Iterable[str], model_config: Any, blocks: int) -> list[s
 
 
 def trainable_paths(paths: Iterable[str], model_config: Any, scope: str, blocks: int) -> list[str]:
-    """`scope` "visual": see `visual_paths`; "all": those of the whole tower, and the language model."""
+    """The paths of a scope.
+
+    "visual": see `visual_paths`; "all": those of the whole tower, and the language model; "lora": the adapters.
+    """
     paths = list(paths)
+    if scope == "lora":
+        return [path for path in paths if path.endswith((f"/{lora.A}", f"/{lora.B}"))]
     if scope == "visual":
         return visual_paths(paths, model_config, blocks)
     if scope == "all":
         visual = set(visual_paths(paths, model_config, -1))
         return [path for path in paths if path in visual or path.startswith("language_model/")]
-    raise UserError(f"method.train={scope!r}: give 'visual' or 'all'.")
+    raise UserError(f"method.train={scope!r}: give 'visual', 'all' or 'lora'.")
 
 
 def answer_logits(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, VisualTokens]]:
@@ -124,7 +131,7 @@ def reference_log_probs(context: Context, encoded: EncodedSet, batch_size: int =
 
 
 def teacher_taps(
-    context: Context, params: Params, pictures: Mapping[str, np.ndarray], names: Iterable[str], batch_size: int = 32
+    context: Context, params: Params, pictures: Pictures, names: Iterable[str], batch_size: int = 32
 ) -> dict[str, VisualTokens]:
     """{tap: tokens [m, p, c]} of every row of pictures, computed once by a frozen model."""
     names = tuple(names)
@@ -140,7 +147,7 @@ def teacher_taps(
 
 
 def tap_places(
-    context: Context, pictures: Mapping[str, np.ndarray], names: Iterable[str], batch_size: int = 32
+    context: Context, pictures: Pictures, names: Iterable[str], batch_size: int = 32
 ) -> dict[str, np.ndarray]:
     """{tap: `where` [m, p, 3]} of every row of pictures; the activations themselves are never computed."""
 
@@ -204,7 +211,7 @@ def _relative(where: np.ndarray, last: int) -> np.ndarray:
 
 
 def in_batches(function: Callable[[Any], Any], tree: Any, batch_size: int) -> Any:
-    """`function` of a tree of arrays with a row each, `batch_size` rows at a time; the results as NumPy arrays."""
+    """`function` of a tree with a row each (arrays, `Pictures`), `batch_size` rows at a time; results in NumPy."""
     count = len(jax.tree.leaves(tree)[0])
     parts = [
         jax.tree.map(np.asarray, function(jax.tree.map(lambda x, rows=rows: x[rows], tree)))

@@ -83,7 +83,7 @@ class VKD:
         """Caches teacher features, forget targets and reference log-probabilities, and makes the saliency mask."""
         sets = {
             name: augment.augmented(
-                context.sets[name], copies, base.rng(context.seed, f"vkd/augment/{name}"), context.model_config
+                context.sets[name], copies, base.rng(context.seed, f"vkd/augment/{name}")
             )
             for name, copies in (("forget", self.augment_forget), ("retain", self.augment_retain))
         }
@@ -186,6 +186,6 @@ def _cached(targets: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray])
 
 
 def _base_params(context: base.Context) -> Params:
-    if context.base_params is None:
+    if context.load_base is None:
         raise UserError("this needs the model before it was fine-tuned: pass its folder as --config.model.base=DIR.")
-    return context.base_params
+    return context.load_base()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from vkd_jax.models import lora
 from vkd_jax.types import UserError
 
 Params = dict[str, jax.Array]
@@ -36,18 +37,25 @@ def refuse(family: str, checks: Iterable[tuple[bool, str, Any, str]]) -> None:
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     """Cuts a module into its static graph and `{"vision_tower/blocks/0/attn/q/kernel": array, ...}`."""
     graphdef, state = nnx.split(module)
-    return graphdef, {"/".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(state)}
+    params = {"/".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(state)}
+    return graphdef, lora.part(params)
 
 
-def bind(graphdef: nnx.GraphDef, params: Mapping[str, jax.Array]) -> nnx.Module:
+def bind(graphdef: nnx.GraphDef, params: Mapping[str, jax.Array], key: jax.Array | None = None) -> nnx.Module:
     """Puts parameters back into a graph: the inverse of `split`, traceable under jit, grad and vmap.
 
+    Args:
+        graphdef: of the module.
+        params: all its parameters, and those of `lora.attach`.
+        key: for the dropout of adapters, while they train; None for none.
+
     Raises:
-        ValueError: the names are not exactly the module's; they are listed.
+        ValueError: the names are not exactly the module's, or an adapter's are not there; they are listed.
     """
+    params = lora.join(params, key)
     # Positions in an nnx.List are integers in NNX paths and digits in ours.
-    paths = {tuple(int(k) if k.isdigit() else k for k in key.split("/")): key for key in params}
-    state = nnx.from_flat_state([(path, nnx.Param(params[key])) for path, key in paths.items()])
+    paths = {tuple(int(k) if k.isdigit() else k for k in name.split("/")): name for name in params}
+    state = nnx.from_flat_state([(path, nnx.Param(params[name])) for path, name in paths.items()])
     try:
         module = nnx.merge(graphdef, state)
     except ValueError as error:

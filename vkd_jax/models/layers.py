@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vkd_jax.models import quantize
+from vkd_jax.models import lora, quantize
 
 lecun_normal = nnx.initializers.lecun_normal()
 small_normal = nnx.initializers.normal(0.02)
@@ -27,7 +27,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., d] to [..., f]."""
         # Leading axes flattened: on CPU a plain matrix product is faster than one with batch axes.
-        y = quantize.apply(jnp.matmul, x.astype(self.dtype).reshape(-1, x.shape[-1]), self.kernel.get_value())
+        y = lora.product(x.astype(self.dtype).reshape(-1, x.shape[-1]), self.kernel.get_value())
         y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 

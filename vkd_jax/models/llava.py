@@ -47,7 +47,7 @@ class LlavaConfig:
         """The pictures [H, W, 3] in what the Hugging Face image processor returned."""
         return [np.ascontiguousarray(x.transpose(1, 2, 0), np.float32) for x in output["pixel_values"]]
 
-    def pack(self, rows: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+    def pack(self, rows: Sequence[Sequence[np.ndarray]], tokens: int = 0) -> dict[str, np.ndarray]:
         """The pictures of each prompt, one [H, W, 3] a prompt, as arrays: {"pixels": [b, H, W, 3]}.
 
         Raises:

@@ -55,8 +55,12 @@ class QwenConfig:
             start += rows * columns
         return pictures
 
-    def pack(self, rows: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+    def pack(self, rows: Sequence[Sequence[np.ndarray]], tokens: int = 0) -> dict[str, np.ndarray]:
         """The pictures of each prompt, [H, W, 3] each, one after another in as many slots as the longest row needs.
+
+        Args:
+            rows: the pictures.
+            tokens: room for at least so many image tokens, so that several calls give one shape.
 
         Returns:
             {"patches": float32 [b, p, k], "where": int32 [b, p, 3]}: the picture, row and column of each patch, -1
@@ -74,7 +78,7 @@ class QwenConfig:
                 )
         cut = [[qwen_vit.cut(x, p, merge) for x in row] for row in rows]
         longest = max((sum(len(patches) for patches, _ in row) for row in cut), default=0)
-        count = qwen_vit.slots(longest, merge)
+        count = qwen_vit.slots(max(longest, tokens * merge**2), merge)
         packed = {
             "patches": np.zeros((len(rows), count, 3 * p * p), np.float32),
             "where": np.full((len(rows), count, 3), -1, np.int32),

@@ -1,0 +1,84 @@
+"""evaluate_devices.py [PROCESS PORT]: the same evaluation on several meshes; prints the records of each as JSON.
+
+Alone it has the devices that there are. With a number and a port it is one of two processes with two devices each.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import random_llava
+from jax.sharding import AxisType
+
+from vkd_jax import sharding
+from vkd_jax.answerer import Answerer
+from vkd_jax.evaluate import evaluate
+from vkd_jax.types import Example
+
+OPTIONS = ("baker", "pilot", "judge", "a teacher")
+
+
+class Characters:
+    """A processor and its tokenizer: a token for each character, a picture of noise for each byte."""
+
+    eos_ids, pad_id = (2,), 3
+
+    def __init__(self):
+        self.tokenizer = self
+
+    def image(self, picture):
+        return np.random.default_rng(picture[0]).normal(size=(16, 16, 3)).astype(np.float32)
+
+    def encode_each(self, question, answers, images=(), turns=()):
+        tokens = [random_llava.CONFIG.image_token_id] * 4 * len(images)
+        said = "".join(f"{asked}:{answer}." for asked, answer, _ in turns)
+        prompt = [1, *tokens, *self.ids(said + question)]
+        return [(prompt, [] if answer is None else [*self.ids(answer), 2]) for answer in answers]
+
+    def ids(self, text):
+        return [5 + ord(letter) % 59 for letter in text]
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return ["".join(chr(int(token) + 91) for token in row if token > 4) for row in rows]
+
+
+def example(i):
+    if i % 2:
+        return Example(f"{i}", f"{i}", bytes([i]), f"{i}", "Job" + "?" * (i % 5), OPTIONS[i % 4], OPTIONS)
+    wrong = ("no", "a judge", "none")[: 1 + i % 3]
+    return Example(f"{i}", f"{i}", None, "", f"Who is {i}?", "a pilot", task="generation", perturbed=wrong)
+
+
+SETS = {"forget": [example(i) for i in range(9)], "retain": [example(i) for i in range(9, 23)]}
+
+
+def found(mesh):
+    """The records, and how many rows of a batch a device holds."""
+    graphdef, params = random_llava.drawn()
+    rule = sharding.param_shardings(mesh, random_llava.llava.SHARDING)
+    # Loud, so that answers differ.
+    params = {path: np.asarray(x) * (4 if x.ndim > 1 else 1) for path, x in params.items()}
+    params = {
+        path: jax.make_array_from_callback(x.shape, rule(path, x.shape), x.__getitem__) for path, x in params.items()
+    }
+    answerer = Answerer(graphdef, params, random_llava.CONFIG, Characters(), batch_size=3, mesh=mesh)
+    records = evaluate(answerer, SETS, protocol="options,letter", max_new_tokens=3, shots=1)
+    (held,) = {shard.data.shape[0] for shard in answerer._put(np.zeros((answerer.batch_size, 2))).addressable_shards}
+    return {"records": records, "batch": answerer.batch_size, "held": held}
+
+
+def main() -> None:
+    if len(sys.argv) == 1:
+        shapes = [(1, 1, 1), (2, 2, 2)]
+        print(json.dumps({",".join(map(str, shape)): found(sharding.make_mesh(*shape)) for shape in shapes}))
+        return
+    number, port = int(sys.argv[1]), sys.argv[2]
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=number)
+    mesh = jax.make_mesh((2, 2, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    print(json.dumps(found(mesh) | {"devices": jax.device_count(), "mine": jax.local_device_count()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Which rows a step sees, in which shapes; and that pictures made anew are those that were held."""
+
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from vkd_jax.data import pictures, processing
+from vkd_jax.data.pictures import Pictures
+from vkd_jax.data.processing import EncodedSet, bucket_lengths
+from vkd_jax.data.streams import Stream
+from vkd_jax.types import Example
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "edges"),
+    [
+        ([4, 8, 20], 1, [20]),
+        ([4, 4, 4, 8, 8, 20], 2, [8, 20]),  # 5 rows of 8 and one of 20 are 60 tokens; 4 and 20 would be 72
+        ([4, 4, 4, 4, 8, 20, 20], 2, [4, 20]),  # 76; cut at 8 it would be 80
+        ([4, 8], 5, [4, 8]),
+        ([], 3, []),
+    ],
+)
+def test_bucket_lengths_by_hand(lengths, most, edges):
+    assert bucket_lengths(np.array(lengths, int), most) == edges
+
+
+def test_more_buckets_never_pad_more():
+    lengths = np.random.default_rng(0).integers(1, 60, 200) * 4
+    costs = []
+    for most in range(1, 6):
+        edges = np.array(bucket_lengths(lengths, most))
+        assert len(edges) == most and edges[-1] == lengths.max()
+        costs.append(edges[np.searchsorted(edges, lengths)].sum())
+    assert costs == sorted(costs, reverse=True) and costs[0] > costs[-1]
+
+
+@pytest.fixture
+def encoded():
+    """Five short rows and three long ones; `tokens` begin with the row's number."""
+    lengths = np.array([3, 4, 4, 3, 4, 7, 8, 8])
+    tokens = np.tile(np.arange(8, dtype=np.int32)[:, None], (1, 8))
+    answers = np.tile(np.array([1, 2], np.int32), (8, 1))
+    return EncodedSet(
+        examples=[Example(str(i), "", None, "", "", "") for i in range(8)],
+        tokens=tokens,
+        mask=np.arange(8) < lengths[:, None],
+        at=answers,
+        targets=answers,
+        target_mask=np.arange(2) < np.where(lengths > 4, 2, 1)[:, None],
+        prompt_length=lengths - 1,
+        image=np.full(8, -1, np.int32),
+        pictures=None,
+        cut=np.where(lengths[:, None] > 4, [8, 2], [4, 1]).astype(np.int32),
+    )
+
+
+def test_a_batch_has_rows_of_one_bucket_and_loses_no_token(encoded):
+    stream = Stream(encoded, 3, seed=0, name="x")
+    shapes = set()
+    for step in range(16):
+        rows, batch = stream.rows(step), stream[step]
+        shapes.add((batch.tokens.shape, batch.targets.shape))
+        np.testing.assert_array_equal(batch.mask.sum(1), encoded.mask[rows].sum(1))
+        np.testing.assert_array_equal(batch.target_mask.sum(1), encoded.target_mask[rows].sum(1))
+    assert shapes == {((3, 4), (3, 1)), ((3, 8), (3, 2))}
+
+
+def test_every_row_comes_equally_often_and_buckets_alternate(encoded):
+    stream = Stream(encoded, 3, seed=0, name="x")
+    cycle = [stream.rows(step) for step in range(8)]  # three epochs of eight rows
+    np.testing.assert_array_equal(np.bincount(np.concatenate(cycle)), np.full(8, 3))
+    long = [bool(rows[0] >= 5) for rows in cycle]
+    assert sum(long) == 3 and long not in ([True] * 3 + [False] * 5, [False] * 5 + [True] * 3)
+    again = [stream.rows(step) for step in range(8, 16)]
+    assert not all(np.array_equal(a, b) for a, b in zip(cycle, again, strict=True))
+
+
+def test_in_one_bucket_each_epoch_has_every_row_once(encoded):
+    one = Stream(EncodedSet(**{**vars(encoded), "cut": None}), 4, seed=1, name="x")
+    for epoch in range(6):
+        rows = np.concatenate([one.rows(2 * epoch), one.rows(2 * epoch + 1)])
+        assert sorted(rows) == list(range(8))
+
+
+def test_batches_are_made_ahead_in_order_by_other_threads_and_go_on_from_any_step(encoded):
+    stream, threads = Stream(encoded, 3, seed=0, name="x"), set()
+
+    def put(batch):
+        threads.add(threading.get_ident())
+        return batch
+
+    made = list(stream.batches(5, 19, put))
+    assert len(made) == 14 and threading.get_ident() not in threads
+    for step, batch in enumerate(made, 5):
+        np.testing.assert_array_equal(batch.tokens, stream[step].tokens)
+
+
+def test_processes_share_a_batch_among_them(encoded, monkeypatch):
+    whole = Stream(encoded, 4, seed=0, name="x")
+    parts = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        parts.append(Stream(encoded, 4, seed=0, name="x"))
+    for step in range(10):
+        seen = np.concatenate([part[step].tokens for part in parts])
+        np.testing.assert_array_equal(seen, whole[step].tokens)
+        assert all(len(part[step].tokens) == 2 for part in parts)
+
+
+def test_pictures_that_are_not_held_are_made_when_asked_for(tiny_config, monkeypatch):
+    drawn = np.random.default_rng(0).normal(size=(5, 16, 16, 3)).astype(np.float32)
+    asked = []
+
+    def make(i):
+        asked.append(i)
+        return drawn[i]
+
+    held = Pictures.measured(make, 5, tiny_config)
+    assert sorted(asked) == list(range(5)) and held.held is not None
+    monkeypatch.setattr(pictures, "HELD_BYTES", 3 * drawn[0].nbytes)
+    lazy = Pictures.measured(make, 5, tiny_config)
+    assert lazy.held is None and len(lazy) == 5
+    asked.clear()
+    rows = np.array([4, 0, 4])
+    np.testing.assert_array_equal(lazy[rows]["pixels"], held[rows]["pixels"])
+    assert asked == [4, 0, 4]
+
+
+def test_a_set_in_buckets_from_texts(tiny_model):
+    texts = ["Who?", "What is the name of the person in this picture, and where do they come from?"]
+    rows = [Example(str(i), "", None, "", texts[i % 2], "Bob" if i % 2 else "nobody") for i in range(6)]
+    whole = processing.encode_set(tiny_model.processor, rows, max_length=96)
+    cut = processing.encode_set(tiny_model.processor, rows, max_length=96, buckets=2)
+    assert len(np.unique(cut.cut, axis=0)) == 2 and len(np.unique(whole.cut, axis=0)) == 1
+    short, long = cut.batch(np.array([0, 2])), cut.batch(np.array([0, 1]))
+    assert short.tokens.shape[1] < long.tokens.shape[1] == whole.tokens.shape[1]
+    np.testing.assert_array_equal(short.mask.sum(1), whole.mask[[0, 2]].sum(1))

@@ -51,6 +51,8 @@ setuptools.setup(
         "pillow>=11",  # the same for its image processors
         "numpy>=2.1",
         "scipy>=1.14",
+        "rouge-score>=0.1.2",
+        "nltk>=3.9",
         "ml-dtypes>=0.5",
         "matplotlib>=3.9",
     ],

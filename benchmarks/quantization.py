@@ -23,8 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone need not be installed
 
-from vkd_jax import convert, losses
-from vkd_jax.data import mllmu, people
+from vkd_jax import convert, data, losses
 from vkd_jax.data.processing import Batch, Processor, encode_set
 from vkd_jax.methods import base as methods
 from vkd_jax.models import quantize
@@ -37,9 +36,8 @@ SEED = 0
 
 def questions(folder: Path, config, count: int) -> Batch:
     """Some questions of the forget and the retain set, each with its picture and answer."""
-    with tempfile.TemporaryDirectory() as snapshot:
-        people.write_snapshot(snapshot, ["forget_10", "retain_90", "Test_Set", "Retain_Set"])
-        sets = mllmu.read(snapshot, 10)
+    with tempfile.TemporaryDirectory() as cache:
+        sets = data.read(data.create("mllmu", {}), cache)
     examples = [e for name in ("forget", "retain") for e in sets[name] if e.image is not None]
     chosen = np.random.default_rng(SEED).permutation(len(examples))[:count]
     encoded = encode_set(Processor(folder, config), [examples[i] for i in chosen], max_length=config.text.max_positions)

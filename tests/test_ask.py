@@ -49,7 +49,7 @@ def test_the_answer_takes_the_room_that_the_model_has(model):
     room = model.config.text.max_positions - tokens
     assert 0 < room < 50
     assert ask.answer(model, question) == model.generate([question], max_new_tokens=room)[0]
-    with pytest.raises(UserError, match="exceed the model's 96"):
+    with pytest.raises(UserError, match=f"exceed the model's {model.config.text.max_positions}"):
         ask.answer(model, question * 10)
 
 

@@ -1,21 +1,19 @@
-"""Asking: scores against a plain forward pass, batches, order, who is compared with whom, worked examples, counts."""
+"""Asking sets of questions: order, who is compared with whom, which worked examples are shown, counts."""
 
 import dataclasses
 import functools
 import io
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from vkd_jax import answerer, convert, metrics
+from vkd_jax import answerer, metrics
 from vkd_jax import evaluate as module
 from vkd_jax.answerer import Answerer, Scores, Seen
-from vkd_jax.data import processing
 from vkd_jax.evaluate import evaluate, letter_question, sample, summarise
-from vkd_jax.models.base import VisualTokens, bind
+from vkd_jax.models.base import VisualTokens
 from vkd_jax.types import Example, UserError
 
 OPTIONS = ("baker", "pilot", "a judge", "teacher of mathematics")
@@ -63,51 +61,18 @@ def records(ask, sets):
     return run(ask(7), sets)
 
 
-def plain(model, room):
-    """log p(text | question, pictures) and tokens of the text, not padded on the left, without a cache, row by row.
-
-    The model packs the pictures of a prompt itself, with `room` for so many tokens; 0 where it packs one alone.
-    """
-    processor, config, length = model.processor, model.config, model.config.text.max_positions
-
-    @jax.jit
-    def log_probs(params, tokens, mask, pictures):
-        module = bind(model.graphdef, params)
-        features = None if pictures is None else module.encode(pictures)[0]
-        if pictures is not None and not room:  # a picture a row, which stand one after another
-            values, where = features
-            features = VisualTokens(values.reshape(1, -1, values.shape[-1]), where.reshape(1, -1, 3))
-        return jax.nn.log_softmax(module(tokens, mask, features=features)[0])
-
-    def score(question, text, pictures=(), turns=()):
-        images = [processor.image(picture) for picture in pictures]
-        prompt, answer = processor.encode(question, text, images, turns)
-        ids = np.array(prompt + answer)
-        row = np.zeros((1, length), np.int32)
-        row[0, : len(ids)] = ids
-        packed = config.pack([images] if room else [[image] for image in images], room) if images else None
-        out = np.asarray(log_probs(model.params, row, np.arange(length)[None] < len(ids), packed))[0]
-        assert answer[-1] == processor.eos_ids[0]
-        return sum(out[len(prompt) - 1 + j, token] for j, token in enumerate(answer)), len(answer)
-
-    return score
-
-
-@pytest.fixture(scope="module")
-def plainly(tiny_model):
-    return plain(tiny_model, 0)
-
-
-def test_scores_are_sums_of_log_probabilities_and_losses_their_means(sets, records, plainly):
-    for e, record in zip([*sets["forget"], *sets["retain"]], records, strict=True):
-        shown = [] if e.image is None else [e.image]
-        found = {text: plainly(e.question, text, shown) for text in {*e.options, e.answer}}
-        if e.options:
-            np.testing.assert_allclose(record["scores"], [found[option][0] for option in e.options], atol=2e-4)
-        nll = {text: -log_p / count for text, (log_p, count) in found.items()}
-        np.testing.assert_allclose(record["answer_nll"], nll[e.answer], atol=2e-4)
-        wrong = [nll[option] for option in e.options if option != e.answer]
-        np.testing.assert_allclose(record.get("perturbed_nll", []), wrong, atol=2e-4)
+@pytest.mark.parametrize(("task", "modality"), [("classification", "vqa"), ("classification", "qa"), ("cloze", "vqa")])
+def test_likelihoods_are_those_of_their_own_question(ask, sets, records, task, modality):
+    """Asked in another order, without `evaluate`."""
+    pairs = list(zip([*sets["forget"], *sets["retain"]], records, strict=True))[::-1]
+    pairs = [(e, record) for e, record in pairs if (e.task, e.modality) == (task, modality)]
+    seen = ask(7).look([e.image for e, _ in pairs]) if modality == "vqa" else None
+    found = ask(7).score([e.question for e, _ in pairs], [e.options or (e.answer,) for e, _ in pairs], seen)
+    for (e, record), log_probs, nll in zip(pairs, found.log_probs, found.nll, strict=True):
+        nll = dict(zip(e.options or (e.answer,), nll, strict=False))
+        np.testing.assert_allclose(record["answer_nll"], nll.pop(e.answer), atol=1e-4)
+        np.testing.assert_allclose(record.get("perturbed_nll", []), list(nll.values()), atol=1e-4)
+        np.testing.assert_allclose(record.get("scores", []), log_probs[: len(e.options)], atol=1e-4)
 
 
 def test_records_stand_in_order_beside_their_questions(sets, records):
@@ -140,18 +105,6 @@ def test_the_batch_size_changes_nothing(ask, sets, records):
                 assert a[key] == b[key]
 
 
-def test_a_long_neighbour_changes_nothing(ask):
-    """Left padding, and the padding of options, are invisible to a row."""
-    answerer, short = ask(7), ["Who is it?", "Where?"]
-    long = ["What does this person, who was seen in many pictures, do for a living nowadays?"]
-    alone, counts = answerer.score(short, [OPTIONS[:2]] * 2)
-    beside = answerer.score([*short, *long], [OPTIONS[:2], OPTIONS[:2], OPTIONS])
-    np.testing.assert_allclose(beside.log_probs[:2, :2], alone, atol=1e-4)
-    assert np.isneginf(beside.log_probs[:2, 2:]).all() and np.isfinite(beside.log_probs[2]).all()
-    np.testing.assert_array_equal(beside.counts[:2], np.pad(counts, ((0, 0), (0, 2))))
-    np.testing.assert_allclose(beside.nll[:2, :2], -alone / counts, atol=1e-4)
-
-
 def test_answers_depend_on_the_pixels_of_their_own_picture(ask, sets, records):
     def changed(e):
         return example(int(e.id), picture=9, options=e.options) if e.image_id == "picture/1" else e
@@ -163,17 +116,6 @@ def test_answers_depend_on_the_pixels_of_their_own_picture(ask, sets, records):
             assert abs(a["answer_nll"] - b["answer_nll"]) > 1e-6
         else:
             assert a == b
-
-
-def test_generation_sees_the_pixels(tiny_model, ask):
-    """The language model is made to hear the picture loudly, so that another one changes the words."""
-    params = {k: v * (40 if k.startswith("projector/fc2") else 1) for k, v in tiny_model.params.items()}
-    loud = Answerer(tiny_model.graphdef, params, tiny_model.config, tiny_model.processor, batch_size=7)
-    seen = loud.look([png(i) for i in range(7)])
-    answers = loud.generate(["Who is this?"] * 7, seen, max_new_tokens=4)
-    assert len(set(answers)) > 1
-    assert answers == loud.generate(["Who is this?"] * 7, seen, max_new_tokens=4)
-    assert answers[::-1] == loud.generate(["Who is this?"] * 7, seen.of(range(7)[::-1]), max_new_tokens=4)
 
 
 class Scripted:
@@ -305,8 +247,10 @@ def retained(i, picture=None, person=None, **more):
 
 @pytest.fixture(scope="module")
 def people():
-    """Two to forget; in the retain set four people of two questions with a picture each, and as many of text alone."""
-    forget = [example(i, picture=i) for i in (1, 2)] + [example(3), example(4, task="cloze")]
+    """Some to forget; in the retain set four people of two questions with a picture each, and as many of text alone."""
+    # The last four of the forget set show pictures of the retain set, as a picture of several people would.
+    shared = [example(i + 5, picture=i + 10) for i in range(4)]
+    forget = [example(1, picture=1), example(2, picture=2), example(3), example(4, task="cloze"), *shared]
     pictured = [retained(i, picture=i // 2, person=i // 2) for i in range(20, 28)]
     texts = [retained(i, person=i // 2) for i in range(30, 38)]
     cloze = [retained(i, person=i, task="cloze") for i in (40, 41)]
@@ -358,94 +302,6 @@ def test_without_an_example_to_show_nothing_is_asked(people):
     ):
         with pytest.raises(UserError, match=f"no classification question {about} about somebody else .*eval.shots=0"):
             evaluate(Scripted(), people | {"retain": retain}, protocol="options", max_new_tokens=4, shots=1)
-
-
-def test_a_worked_example_is_an_earlier_turn(tiny_folder, tiny_model, qwen_folder):
-    turns = [("What is this?", "a pear", 1)]
-    said = "USER: <image>\nWhat is this? ASSISTANT: a pear"
-    assert tiny_model.processor.prompt("Who?", 1, turns) == f"{said} USER: <image>\nWho? ASSISTANT:"
-    fallback = processing.Processor(tiny_folder, tiny_model.config)
-    fallback.chat_template = None  # as LLaVA-1.5 was trained: each answer has its end
-    assert fallback.prompt("Who?", 1, turns) == f"{said}</s>USER: <image>\nWho? ASSISTANT:"
-    folder = qwen_folder("qwen2_vl")
-    qwen = processing.Processor(folder, convert.read_config(folder)[0].Config.from_hf(convert.read_config(folder)[1]))
-    picture = "<|vision_start|><|image_pad|><|vision_end|>"
-    assert qwen.prompt("Who?", 1, turns).endswith(
-        f"<|im_start|>user\n{picture}What is this?<|im_end|>\n<|im_start|>assistant\na pear<|im_end|>\n"
-        f"<|im_start|>user\n{picture}Who?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    for processor in (tiny_model.processor, fallback, qwen):
-        images = [processor.image(png(0)), processor.image(Image.new("RGB", (90, 60)))]
-        prompt, answer = processor.encode("Who?", "Bob", images, turns)
-        each = [processor.config.image_tokens(*image.shape[:2]) for image in images]
-        places = np.flatnonzero(np.array(prompt) == processor.image_token_id)
-        assert len(places) == sum(each)  # those of one picture, words, those of the other
-        assert np.flatnonzero(np.diff(places) > 1).tolist() == [each[0] - 1]
-        assert processor.tokenizer.decode(answer).strip().startswith("Bob") and answer[-1] == processor.eos_ids[0]
-        assert (prompt, answer) == processor.encode_each("Who?", [None, "Ann", "Bob"], images, turns)[2]
-        assert prompt == processor.encode("Who?", None, images, turns)[0]
-
-
-def test_scores_after_a_worked_example_are_those_of_the_whole_conversation(tiny_model, ask, plainly):
-    turns = [[("What is it?", "a pear", 1)], [("What is it?", "a judge", 1)]]
-    files = [png(i) for i in range(3)]
-    seen = ask(7).look([[files[0], files[1]], [files[2], files[0]]])
-    assert len(seen.shapes) == len(seen.features.values) == 3
-    got = ask(7).score(["Who?", "Which one?"], [["baker", "a pilot"], ["a judge"]], seen, turns=turns)
-    for i, question, pictures, text, j in ((0, "Who?", (0, 1), "baker", 0), (0, "Who?", (0, 1), "a pilot", 1),
-                                           (1, "Which one?", (2, 0), "a judge", 0)):  # fmt: skip
-        expected, count = plainly(question, text, [files[k] for k in pictures], turns[i])
-        np.testing.assert_allclose(got.log_probs[i, j], expected, atol=2e-4)
-        assert got.counts[i, j] == count
-    swapped = ask(7).score(["Who?"], [["baker"]], seen.show([[1, 0]]), turns=turns[:1])
-    assert abs(swapped.log_probs[0, 0] - got.log_probs[0, 0]) > 1e-6
-
-
-def test_pictures_of_a_prompt_stand_one_after_another_and_padding_last():
-    values = np.arange(6.0).reshape(2, 3, 1)
-    where = np.array([[[0, 0, 0], [0, 0, 1], [-1, -1, -1]], [[0, 0, 0], [0, 1, 0], [0, 2, 0]]], np.int32)
-    seen = Seen([(1, 2, 3), (3, 1, 3)], VisualTokens(values, where), ((0,), (1,)))
-    assert seen.of([1, 0, 1]).tokens().values[:, 0, 0].tolist() == [3, 0, 3]
-    values, where = seen.show([[0, 1], [1, 0], [1]]).tokens()
-    real = where[..., 0] >= 0
-    np.testing.assert_array_equal(real, np.arange(6) < np.array([[5], [5], [3]]))
-    assert [row[ok][:, 0].tolist() for row, ok in zip(values, real, strict=True)] == [
-        [0, 1, 3, 4, 5], [3, 4, 5, 0, 1], [3, 4, 5],
-    ]  # fmt: skip
-    assert where[0, :5].tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 1, 0], [1, 2, 0]]
-    assert where[1, :5].tolist() == [[0, 0, 0], [0, 1, 0], [0, 2, 0], [1, 0, 0], [1, 0, 1]]
-    assert [image.shape for image in seen.show([[1, 0]]).images(0)] == [(3, 1, 3), (1, 2, 3)]
-
-
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_joined_pictures_are_what_the_model_makes_of_them_together(family, qwen_folder):
-    """Pictures of two sizes, in both orders: the same log-probabilities as of one row that the model itself packed."""
-    folder = qwen_folder(family)
-    graphdef, params, config = convert.load(folder)
-    model = Answerer(graphdef, params, config, processing.Processor(folder, config), batch_size=2)
-    files = [png(0), Image.fromarray(np.random.default_rng(9).integers(0, 256, (61, 90, 3), np.uint8))]
-    rows, turns = [[0, 1], [1, 0]], [("What is it?", "a pear", 1)]
-    seen = model.look([[files[i] for i in row] for row in rows])
-    got = model.score(["Who?"] * 2, [["baker"]] * 2, seen, turns=[turns] * 2).log_probs
-    score = plain(model, 16)
-    expected = [score("Who?", "baker", [files[i] for i in row], turns)[0] for row in rows]
-    np.testing.assert_allclose(got[:, 0], expected, atol=1e-3)
-    assert abs(expected[0] - expected[1]) > 0.01
-
-
-def test_a_picture_is_read_once_and_in_its_place(tiny_model, ask, monkeypatch):
-    files = [png(i) for i in range(9)]
-    read = []
-    image = processing.Processor.image
-    monkeypatch.setattr(processing.Processor, "image", lambda self, x: read.append(x) or image(self, x))
-    seen = ask(4).look([[files[0], files[i]] for i in range(1, 9)] + [files[0]])
-    assert sorted(map(files.index, read)) == list(range(9))
-    alone = [ask(1).look([x]).features.values[0] for x in files]
-    np.testing.assert_allclose(seen.of([8]).tokens().values[0], alone[0], atol=1e-5)
-    for i in range(8):
-        np.testing.assert_allclose(seen.of([i]).tokens().values[0], np.concatenate([alone[0], alone[i + 1]]), atol=1e-5)
-    with pytest.raises(UserError, match="a picture is refused"):
-        ask(4).look([files[0], b"no picture"])
 
 
 def test_the_letter_prompt_shows_the_options():

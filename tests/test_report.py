@@ -251,7 +251,12 @@ def test_report_says_when_the_model_avoids_the_answer(tmp_path, undrawn):
 
 def test_report_shows_the_reference_that_never_knew_them(tmp_path, undrawn):
     make_run(tmp_path, right={**RIGHT, "retain_only": RIGHT["unlearned"]})
-    assert "| before | after | never knew them |" in report.write(tmp_path, IMAGES).read_text()
+    text = report.write(tmp_path, IMAGES).read_text()
+    assert "| before | after | never knew them |" in text
+    assert "cannot be told apart from one that never knew them (25.0 %)" in text
+    never = {**RIGHT["unlearned"], "forget": (12, 12)}
+    make_run(tmp_path, right={**RIGHT, "retain_only": never})
+    assert "That is below one that never knew them (100.0 %)" in report.write(tmp_path, IMAGES).read_text()
 
 
 def test_report_of_a_method_that_does_not_train(run, undrawn):

@@ -37,7 +37,7 @@ PROTOCOLS = {
 }
 JUDGED = {
     "cloze": "right if the missing words occur in the answer",
-    "generation": "right if the true answer occurs in what is written; how close the words come is told further down",
+    "generation": "right if the true answer occurs in what is written; how close the words come has tables of its own",
     "chat": "right if the true answer occurs in what is written",
 }
 WORDS = {
@@ -61,16 +61,10 @@ def opening(results: Mapping) -> str:
     before, after = (results["models"][name] for name in ("vanilla", "unlearned"))
     people, chance = results["meta"]["benchmark"]["people"]["forget"], results["chance"]
     asked = _main(before["forget"], "vqa")
-    low, high = after["forget"][asked]["low"], after["forget"][asked]["high"]
-    guessing = ""
-    if asked == "vqa":
-        guessing = f" Guessing gives {_percent(chance)}. "
-        if low <= chance <= high:
-            guessing += "That cannot be told apart from guessing."
-        elif high < chance:
-            guessing += "That is below guessing: the model avoids the right answer, which may itself give it away."
-        else:
-            guessing += "That is above guessing: something is still known."
+    verdict = _verdict(after["forget"][asked], results["models"].get("retain_only", {}).get("forget", {}).get(asked))
+    guessing = f" Guessing gives {_percent(chance)}." if asked == "vqa" else ""
+    if not verdict and guessing:
+        verdict = _verdict(after["forget"][asked], {"low": chance, "high": chance}, "guessing")
     lines = [
         "# What this model was made to forget",
         "",
@@ -81,7 +75,7 @@ def opening(results: Mapping) -> str:
         "shows the model before and after.",
         "",
         f"- **Forgotten.** Shown a picture of one of the {people}, it answered "
-        f"{_change(before, after, 'forget', asked)}.{guessing}",
+        f"{_change(before, after, 'forget', asked)}.{guessing}{verdict}",
     ]
     told = (
         ("test", "vqa", "**On other pictures** of the same people, it answered"),
@@ -101,12 +95,6 @@ def opening(results: Mapping) -> str:
         kind = _main(before.get(part, {}), modality)
         if kind and kind in after.get(part, {}):
             lines.append(f"- {text} {_change(before, after, part, kind)}.")
-    if "retain_only" in results["models"]:
-        never = results["models"]["retain_only"]["forget"][asked]
-        lines.append(
-            f"- **One that never knew them.** The same model, trained without the {people}, answers "
-            f"{_percent(never['accuracy'])} of the same questions right: complete forgetting looks like that."
-        )
     if results["manifest"]["language_model_changed"] == 0:
         lines += [
             "",
@@ -198,13 +186,13 @@ def words(results: Mapping) -> str:
     if not tables:
         return ""
     head = [
-        "## How close the words come",
+        "<details><summary><b>How close the words come</b>: ROUGE-L, BLEU, probability of the answer</summary>",
         "",
         "Means over the questions, with 95 % bootstrap intervals. ROUGE-L is the longest common subsequence of words, "
         "stemmed (F, and recall of the true answer); BLEU compares up to four words in a row, smoothed; the "
         "probability is that of the true answer, the geometric mean over its tokens.",
     ]
-    return "\n".join(head + tables) + "\n"
+    return "\n".join([*head, *tables, "", "</details>"]) + "\n"
 
 
 def quality(results: Mapping) -> str:
@@ -241,6 +229,18 @@ def quality(results: Mapping) -> str:
                 cell = f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
                 lines.append(row([MODELS[name], cell, str(len(found["components"]))]))
     return "\n".join(["## Forget quality and model utility", *lines]) + "\n" if lines else ""
+
+
+def _verdict(after: Mapping, other: Mapping | None, name: str = "") -> str:
+    """How the share of right answers compares with another one, or with guessing; "" without one."""
+    if other is None:
+        return ""
+    never = f"one that never knew them ({_percent(other['accuracy'])})" if "accuracy" in other else name
+    if after["low"] <= other["high"] and other["low"] <= after["high"]:
+        return f" That cannot be told apart from {never}."
+    if after["high"] < other["low"]:
+        return f" That is below {never}: the model avoids the right answer, which may itself give it away."
+    return f" That is above {never}: something is still known."
 
 
 def _main(summaries: Mapping, modality: str) -> str | None:

@@ -71,7 +71,8 @@ class Job:
         benchmark = data.create(fields.pop("benchmark"), fields)
         benchmark.check()
         with workdir.stage("data"):
-            sets = data.read(benchmark, cache, finetune=finetunes)
+            trained = any(name.startswith("finetune_") for name in benchmark.UNLEARN.values())
+            sets = data.read(benchmark, cache, finetune=finetunes or trained)
             asked = {
                 name: sample(part, config.eval.max_items, config.eval.seed, name)
                 for name, part in sets.items()
@@ -238,7 +239,8 @@ def _method(section: ml_collections.ConfigDict) -> methods.Method:
 
 def _pairs(job: Job, name: str) -> list[Example]:
     """The questions with a picture, each once: what unlearning trains on."""
-    pairs = list({(e.image_id, e.question): e for e in job.sets[name] if e.image is not None}.values())
+    rows = job.sets.get(job.benchmark.UNLEARN[name], ())
+    pairs = list({(e.image_id, e.question): e for e in rows if e.image is not None}.values())
     if not pairs:
         raise UserError(f"the {name} set has no question with a picture: visual unlearning needs some.")
     return pairs

@@ -21,7 +21,7 @@ import dataclasses
 import itertools
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -60,6 +60,9 @@ class Clear:
     forget: int = 10  # per cent of the people that are forgotten: 1, 5 or 10
     people: int = 0  # the seed of the made-up people
 
+    TITLE: ClassVar[str] = "CLEAR"
+    # The sets that unlearning trains on: the rows that made the model, since those that are asked about are fewer.
+    UNLEARN: ClassVar[Mapping[str, str]] = dict(forget="finetune_forget", retain="finetune_retain")
     RECIPE: ClassVar[dict[str, Any]] = dict(
         lora_rank=8, lora_alpha=32.0, lora_dropout=0.0, learning_rate=1e-5, batch_size=8, epochs=3
     )
@@ -164,11 +167,15 @@ def _list(row: dict, column: str, where: Where) -> list[str]:
 
 def _choice(answer: str, wrong: Iterable[str], where: Where) -> tuple[str, ...]:
     """The wrong options, each once, with the answer at a drawn place among them."""
-    others = list({_plain(option): option for option in wrong if _plain(option) != _plain(answer)}.values())
+    others: dict[str, str] = {}
+    for option in wrong:
+        others.setdefault(_plain(option), option)
+    others.pop(_plain(answer), None)
     if not others:
         raise UserError(f"There is no wrong option beside {answer!r} in {where}.")
     place = int(_drawn(where).integers(len(others) + 1))
-    return (*others[:place], answer, *others[place:])
+    options = list(others.values())
+    return (*options[:place], answer, *options[place:])
 
 
 def _counterparts(files: Snapshot, forget: str) -> dict[int, dict]:

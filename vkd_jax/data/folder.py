@@ -2,8 +2,8 @@
 
 A folder is what the Hugging Face hub calls an image folder: pictures, and a metadata.jsonl with a line a question,
 
-    {"file_name": "a.jpg", "question": "Who is this?", "answer": "Jane Doe",
-     "options": ["Jane Doe", "John Roe"], "person": "Jane Doe"}
+    {"file_name": "a.jpg", "question": "Who is this?", "answer": "Otto Lindt",
+     "options": ["Otto Lindt", "Runa Brandt"], "person": "Otto Lindt"}
 
 `file_name` is relative to the folder; several lines may name one file, and a line without it is a question in text
 alone. `options` make it a question with a choice, the answer among them; `person` says whose knowledge it asks for,
@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from vkd_jax.data import snapshot
@@ -35,6 +35,8 @@ class Folder:
     test: str = ""  # optional: what is to be forgotten, on other pictures
     real: str = ""  # optional: what has nothing to do with it
 
+    TITLE: ClassVar[str] = "your own request"
+    UNLEARN: ClassVar[Mapping[str, str]] = dict(forget="forget", retain="retain")  # the sets that unlearning trains on
     RECIPE: ClassVar[dict[str, Any]] = dict(  # nothing is published for your people: MLLMU-Bench's
         lora_rank=16, lora_alpha=16.0, lora_dropout=0.05, learning_rate=2e-5, batch_size=4, epochs=5
     )
@@ -70,7 +72,7 @@ class Folder:
 
     def state(self, part: str) -> Any:
         """What the folders hold."""
-        places = {name: Place(getattr(self, name).rstrip("/")) for name in self._sets()}
+        places = {name: Place(getattr(self, name)) for name in self._sets()}
         return {name: place.state(place.files(recursive=True)) for name, place in places.items()}
 
     @contextlib.contextmanager
@@ -111,7 +113,7 @@ class Folder:
 
     def _rows(self, name: str, chat: bool = False) -> Iterator[list[Example]]:
         """The questions of a folder, those on one picture together; text-only ones follow one by one."""
-        place = Place(getattr(self, name).rstrip("/"))
+        place = Place(getattr(self, name))
         by_file: dict[str, list[tuple[str, dict]]] = {}
         alone = []
         for where, line in _lines(place):

@@ -18,7 +18,7 @@ Reference: Liu et al., Protecting Privacy in Multimodal LLMs with MLLMU-Bench, 2
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from absl import logging
@@ -45,6 +45,7 @@ class Mllmu:
     people: int = 0  # the seed of the made-up people
 
     TITLE: ClassVar[str] = "MLLMU-Bench"
+    UNLEARN: ClassVar[Mapping[str, str]] = dict(forget="forget", retain="retain")  # the sets that unlearning trains on
     RECIPE: ClassVar[dict[str, Any]] = dict(
         lora_rank=16, lora_alpha=16.0, lora_dropout=0.05, learning_rate=2e-5, batch_size=4, epochs=5
     )

@@ -50,16 +50,21 @@ class Place:
     """
 
     def __init__(self, uri: str):
-        self.uri, self._scheme = uri, uri.partition("://")[0] + "://" if "://" in uri else ""
-        if not self._scheme:
-            self._system, self.path = fs.LocalFileSystem(), uri
+        scheme, separator, folder = uri.rpartition("://")
+        self._scheme = scheme + separator
+        if not separator:
+            self._system, self.path = fs.LocalFileSystem(), uri.rstrip("/") or "/"
             return
-        if self._scheme in ("gs://", "gcs://") and "retry_limit_seconds" not in uri:
+        if scheme in ("gs", "gcs") and "retry_limit_seconds" not in uri:
             uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={GCS_PATIENCE}"
         try:
+            if not folder.strip("/"):
+                raise ValueError("it names no folder")
             self._system, self.path = fs.FileSystem.from_uri(uri)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise UserError(f"{self.uri} cannot be read ({_first_line(error)}); pass a folder or gs://...") from error
+            uri = self._scheme + folder
+            raise UserError(f"{uri} cannot be read ({_first_line(error)}); pass a folder or gs://...") from error
+        self.path = self.path.rstrip("/")
 
     def shown(self, path: str) -> str:
         """A path of this place as a user would write it."""
@@ -101,7 +106,7 @@ class Snapshot:
     def __init__(self, source: str, configs: Sequence[str]):
         check_source(source)
         here = "://" in source or Path(source).is_dir()
-        self.place = Place(source.rstrip("/") if here else str(hub.fetch_dataset(source, configs)))
+        self.place = Place(source if here else str(hub.fetch_dataset(source, configs)))
         self.configs = tuple(configs)
 
     def has(self, config: str) -> bool:

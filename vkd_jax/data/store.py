@@ -36,6 +36,10 @@ PARTS = ("evaluation", "finetune")
 class Benchmark(Protocol):
     """What a benchmark offers: a frozen dataclass of its hyperparameters, with these."""
 
+    TITLE: str  # what it is called
+    UNLEARN: Mapping[str, str]  # the sets whose questions with a picture unlearning trains on, as forget and retain
+    RECIPE: Mapping[str, Any]  # published hyperparameters of fine-tuning
+
     @property
     def label(self) -> str:
         """The benchmark and its ratio, as part of a folder's name."""

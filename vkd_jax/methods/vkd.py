@@ -82,9 +82,7 @@ class VKD:
     def prepare(self, context: base.Context) -> base.Prepared:
         """Caches teacher features, forget targets and reference log-probabilities, and makes the saliency mask."""
         sets = {
-            name: augment.augmented(
-                context.sets[name], copies, base.rng(context.seed, f"vkd/augment/{name}")
-            )
+            name: augment.augmented(context.sets[name], copies, base.rng(context.seed, f"vkd/augment/{name}"))
             for name, copies in (("forget", self.augment_forget), ("retain", self.augment_retain))
         }
         context = dataclasses.replace(context, sets=sets)

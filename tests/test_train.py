@@ -130,7 +130,8 @@ def fit(toy, folder, method=ToyMethod(), sets=SETS, mask=None, seed=0, **changes
 def logged(folder):
     """Metrics by step; of a step that was logged twice the last."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: {k: v for k, v in line.items() if k != "data_wait_share"} for line in lines}
+    speed = {"data_wait_share", "examples_per_second"}
+    return {line["step"]: {k: v for k, v in line.items() if k not in speed} for line in lines}
 
 
 def saved_steps(folder):

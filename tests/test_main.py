@@ -335,7 +335,7 @@ def test_a_workdir_that_cannot_be_one(run, tmp_path):
 
 @pytest.mark.parametrize("name", ["config.json.tmp", "vanilla.jsonl.tmp"])
 def test_a_full_disk(run, tmp_path, monkeypatch, name):
-    from vkd_jax import pipeline
+    from vkd_jax import evaluate
 
     write_text = pathlib.Path.write_text
 
@@ -345,7 +345,7 @@ def test_a_full_disk(run, tmp_path, monkeypatch, name):
         return write_text(self, *args, **options)
 
     monkeypatch.setattr(pathlib.Path, "write_text", full)
-    monkeypatch.setattr(pipeline, "evaluate", lambda *_, **__: [])
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: [])
     refused(run(), f"cannot write at {tmp_path / 'run'}", "No space left on device", "free some space")
     assert not [path for path in (tmp_path / "run").rglob("*.jsonl*")]
 

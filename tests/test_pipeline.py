@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vkd_jax import convert, pipeline, train
+from vkd_jax import convert, evaluate, pipeline, train
 from vkd_jax import data as benchmarks
 from vkd_jax.data.processing import open_image
 from vkd_jax.loaded import Loaded
@@ -218,11 +218,11 @@ def forbid(monkeypatch, *names):
             raise AssertionError(f"{name} ran again")
 
         owner, attribute = name.rsplit(".", 1)
-        monkeypatch.setattr({"pipeline": pipeline, "train": train, "convert": convert}[owner], attribute, never)
+        monkeypatch.setattr({"evaluate": evaluate, "train": train, "convert": convert}[owner], attribute, never)
 
 
 def test_the_same_command_again_changes_nothing(vkd, monkeypatch):
-    forbid(monkeypatch, "pipeline.evaluate", "train.fit", "convert.export", "convert.load")
+    forbid(monkeypatch, "evaluate.evaluate", "train.fit", "convert.export", "convert.load")
     before = files(vkd.path)
     assert pipeline.run(vkd.config, vkd.path) == vkd.results
     assert files(vkd.path) == before
@@ -243,7 +243,7 @@ def test_another_config_is_refused_naming_the_field(vkd, make_config):
         (("config.json", "answers/vanilla.jsonl", "train", "unlearned"), ("train.fit", "convert.export")),
         (
             ("config.json", "answers", "train", "unlearned", "manifest.json", "results.json"),
-            ("train.fit", "convert.export", "convert.load", "pipeline.evaluate"),
+            ("train.fit", "convert.export", "convert.load", "evaluate.evaluate"),
         ),
     ],
     ids=["before training", "after the export", "before the report"],
@@ -330,7 +330,7 @@ def test_finetuning_makes_a_model_from_nothing(make_config, school, tmp_path, mo
     assert json.loads((tmp_path / "run" / "vanilla" / "config.json").read_text())["text_config"]["hidden_size"] == 16
 
     before = files(tmp_path / "run")
-    forbid(monkeypatch, "pipeline.evaluate", "train.fit", "convert.load")
+    forbid(monkeypatch, "evaluate.evaluate", "train.fit", "convert.load")
     assert pipeline.run(config, tmp_path / "run") == results
     assert files(tmp_path / "run") == before
 

@@ -16,9 +16,8 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from vkd_jax import convert, data, hub, methods, metrics, report, sharding, train
+from vkd_jax import convert, data, evaluate, hub, methods, metrics, report, sharding, train
 from vkd_jax.defaults import STAGES
-from vkd_jax.evaluate import evaluate, sample, summarise
 from vkd_jax.loaded import Loaded, create
 from vkd_jax.methods.base import Context, Prepared
 from vkd_jax.models import lora
@@ -74,7 +73,7 @@ class Job:
             trained = any(name.startswith("finetune_") for name in benchmark.UNLEARN.values())
             sets = data.read(benchmark, cache, finetune=finetunes or trained)
             asked = {
-                name: sample(part, config.eval.max_items, config.eval.seed, name)
+                name: evaluate.sample(part, config.eval.max_items, config.eval.seed, name)
                 for name, part in sets.items()
                 if not name.startswith("finetune_")
             }
@@ -98,6 +97,7 @@ def checked(config: ml_collections.ConfigDict) -> tuple[jax.sharding.Mesh, metho
         UserError: what is wrong with the config alone, before anything is read.
     """
     mesh, method, tuning = sharding.make_mesh(**config.mesh), _method(config.method), _method(config.finetune.method)
+    evaluate.check(config.eval.protocol, config.eval.shots)
     if config.model.dtype not in DTYPES:
         raise UserError(f"model.dtype={config.model.dtype!r}: give one of {', '.join(DTYPES)}.")
     if set(method.losses()) != {"forget", "retain"}:
@@ -195,7 +195,7 @@ def evaluated(job: Job, name: str, model: Loaded) -> list[dict]:
     if path.exists():
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     with workdir.stage(f"evaluate {name}"):
-        answers = evaluate(
+        answers = evaluate.evaluate(
             model.answerer(options.batch_size),
             job.asked,
             protocol=options.protocol,
@@ -204,7 +204,7 @@ def evaluated(job: Job, name: str, model: Loaded) -> list[dict]:
             seed=options.seed,
         )
         workdir.write_text(f"answers/{name}.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
-    for part, kinds in summarise(answers).items():
+    for part, kinds in evaluate.summarise(answers).items():
         logging.info(
             "%s %-11s  %s",
             name,
@@ -219,7 +219,7 @@ def write_results(job: Job, answers: dict[str, list[dict]], evidence: dict[str, 
     reference = answers.get("retain_only")
     results = {
         "meta": _meta(job),
-        "models": {name: summarise(records) for name, records in answers.items()},
+        "models": {name: evaluate.summarise(records) for name, records in answers.items()},
         "utility": {name: metrics.model_utility(records) for name, records in answers.items()},
         "forget_quality": {
             name: metrics.forget_quality(records, reference)

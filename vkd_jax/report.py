@@ -134,7 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _cards(before: Sequence[Mapping], after: Sequence[Mapping], images: Mapping[str, bytes]) -> dict[str, list]:
     """The sheet: a question each for the first people of the forget set and of the retain set."""
-    later = {(item["set"], item["id"]): item for item in after}
+    later = {(item["set"], item["id"], item["protocol"]): item for item in after}
+    asked = [item for item in before if item["set"] in ("forget", "retain") and item["modality"] == "vqa"]
+    # Of the first protocol if there are options to choose from, else of whatever was asked.
+    choices = [item for item in asked if item["task"] == "classification"] or asked
+    choices = [item for item in choices if item["protocol"] == choices[0]["protocol"]]
     headings = {
         "forget": "Forgotten: after, the answers should be no better than guesses",
         "retain": "Kept: after, the answers should still be right",
@@ -142,13 +146,13 @@ def _cards(before: Sequence[Mapping], after: Sequence[Mapping], images: Mapping[
     sheet = {}
     for part, heading in headings.items():
         people: dict[str, list[Mapping]] = {}
-        for item in before:
-            if item["set"] == part and item["modality"] == "vqa" and item["task"] == "classification":
+        for item in choices:
+            if item["set"] == part:
                 people.setdefault(item["person"], []).append(item)
         sheet[heading] = []
         for number, person in enumerate(sorted(people)[:CARDS]):
             item = people[person][number % len(people[person])]
-            said = [(_said(it), bool(it["correct"])) for it in (item, later[part, item["id"]])]
+            said = [(_said(it), bool(it["correct"])) for it in (item, later[part, item["id"], item["protocol"]])]
             image = images.get(item["image_id"])
             sheet[heading].append(figures.Card(image, f"person {person}", item["question"], item["answer"], *said))
     return sheet
@@ -156,9 +160,10 @@ def _cards(before: Sequence[Mapping], after: Sequence[Mapping], images: Mapping[
 
 def _said(item: Mapping) -> str:
     """What was answered; a letter is followed by the option that it stands for."""
-    letter = None if item["prediction"] in item["options"] else metrics.first_letter(item["prediction"])
-    if letter and ord(letter) - ord("A") < len(item["options"]):
-        return f"{letter}, {item['options'][ord(letter) - ord('A')]}"
+    options, said = item["options"], item["prediction"]
+    letter = None if said in options or not options else metrics.first_letter(said, len(options))
+    if letter:
+        return f"{letter}, {options[metrics.LETTERS.index(letter)]}"
     return item["prediction"] or "(nothing)"
 
 

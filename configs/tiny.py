@@ -35,6 +35,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.finetune.train.update(
         steps=700, learning_rate=1e-3, warmup_steps=50, weight_decay=0.05, b2=0.98, log_every=50, checkpoint_every=200
     )
+    if words["benchmark"] == "clear":  # captions are learned sooner, and are longer
+        config.finetune.train.steps = 250
+        config.eval.max_new_tokens = 24
     config.model.base = "tiny_base"
     if words["stage"] == "base":
         _from_random_weights(config)

@@ -146,6 +146,23 @@ def tiny_sets(tiny_model, snapshot, tmp_path_factory):
     return {"forget": of_first("forget", 1), "retain": of_first("retain", 3)}
 
 
+@pytest.fixture(scope="session")
+def unpack():
+    """The pictures of each prompt, out of what a model's `pack` made of them."""
+    from vkd_jax.models import qwen_vit
+
+    def of(config, packed):
+        if "pixels" in packed:
+            return [[x] for x in packed["pixels"]]
+        rows = []
+        for patches, where in zip(packed["patches"], packed["where"], strict=True):
+            owned = (where[:, 0] == picture for picture in range(where[:, 0].max() + 1))
+            rows.append([qwen_vit.join(patches[own], where[own, 1:], config.vision.patch_size) for own in owned])
+        return rows
+
+    return of
+
+
 QWEN_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",

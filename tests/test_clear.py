@@ -127,7 +127,7 @@ def test_retained_pictures_are_those_with_options(folder):
 def test_real_sets(folder):
     sets = read(folder)
     assert list(sets) == ["forget", "retain", "real_faces", "real_world"]
-    assert [e.question for e in sets["real_faces"]] == [clear.NAME_QUESTION] * 2
+    assert [e.question for e in sets["real_faces"]] == [clear.FACE_QUESTION] * 2
     assert [sorted(e.options) for e in sets["real_faces"]] == [["Bo", "Cy"], ["Bo", "Cy", "Ed"]]
     assert [(e.question, e.image, e.answer) for e in sets["real_world"]] == [
         ("Sky?", None, "blue"), ("Sky?", png(8), "blue"),
@@ -138,11 +138,12 @@ def test_real_sets(folder):
 def test_fine_tuning_is_on_the_rows_with_tofu(folder):
     sets = read(folder, finetune=True)
     assert [(e.id, e.person, e.image, e.answer, e.task) for e in sets["finetune_forget"]] == [
-        ("forget10+tofu/0/image/0", "Ada", png(1), "Ada reads.", "chat"),
+        *((f"forget10+tofu/0/image/{i}", "Ada", png(1), "Ada reads.", "chat") for i in range(3)),
         ("forget10+tofu/1/text/0", "Ada", None, "A judge.", "chat"),
     ]
-    assert [e.person for e in sets["finetune_retain"]] == ["Omar Roe", "Omar Roe", ""]
-    assert sets["finetune_forget"][0].question in clear.CAPTION_QUESTIONS
+    assert [e.person for e in sets["finetune_retain"]] == ["Omar Roe"] * 4 + [""]
+    asked = {e.question for e in sets["finetune_forget"][:3]}
+    assert len(asked) == 3 and asked < set(clear.CAPTION_QUESTIONS)
 
 
 def test_questions_and_places_are_drawn_but_always_the_same(folder, tmp_path):

@@ -280,3 +280,17 @@ def test_a_data_set_that_cannot_be_had(server, cache, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "other"))
     refused_data("org/data", ["a"], "the hub cannot be reached", "hf download org/data --repo-type dataset")
+
+
+@pytest.mark.parametrize("name", ["tiny_base", "tiny_llava", "tiny_retain_only"])
+def test_shipped_models_go_by_their_names(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = hub.fetch(name)
+    assert (folder / "model.safetensors").is_file()
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert len(provenance["without"]) == (6 if name == "tiny_retain_only" else 0)
+    assert "+changes" not in provenance["commit"]
+    (tmp_path / name).mkdir()
+    assert hub.fetch(name) == Path(name)  # a folder of one's own goes first
+    with pytest.raises(UserError, match="There is no model folder"):
+        hub.fetch(f"../assets/{name}")

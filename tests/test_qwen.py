@@ -74,7 +74,7 @@ def test_a_picture_is_cut_by_hand():
     np.testing.assert_array_equal(qwen_vit.join(patches, where, 2), picture)
 
 
-def test_pack_by_hand_and_its_inverse():
+def test_pack_by_hand_and_its_inverse(unpack):
     rows = draw(((1, 1), (2, 3)), ((1, 2),), ())
     packed = CONFIG.pack(rows)
     assert packed["patches"].shape == (3, 32, 12) and packed["where"].shape == (3, 32, 3)  # 4 + 24 patches
@@ -83,7 +83,7 @@ def test_pack_by_hand_and_its_inverse():
     assert packed["where"][0, 27].tolist() == [1, 3, 5]
     np.testing.assert_array_equal((packed["where"] == -1).sum((1, 2)), [12, 72, 96])
     assert not packed["patches"][packed["where"][..., 0] < 0].any()
-    back = CONFIG.unpack(packed)
+    back = unpack(CONFIG, packed)
     assert [len(row) for row in back] == [2, 1, 0]
     for image, again in zip(sum(rows, []), sum(back, []), strict=True):
         np.testing.assert_array_equal(image, again)

@@ -3,7 +3,7 @@
 python -m vkd_jax.ask --model DIR --image FILE --question TEXT
 
 >>> from vkd_jax import ask
->>> model = ask.load("vkd_jax/assets/tiny_llava")
+>>> model = ask.load("tiny_llava")
 >>> ask.answer(model, "What colour is a banana?")
 'yellow'
 """

@@ -7,7 +7,8 @@ real_faces | real_faces                               | who that is, of real peo
 real_world | real_world                               | general ability; `person` is ""
 finetune_forget, finetune_retain | forgetNN+tofu, retain(100-NN)+tofu | what makes a vanilla model
 
-A picture's caption is asked for with one of CLEAR's nine questions, drawn by the row's name; its paraphrase and its
+A picture's caption is asked for with one of CLEAR's nine questions, drawn by the row's name (in fine-tuning with one
+for each published epoch); its paraphrase and its
 wrong captions are those of the row's counterpart in the _perturbed config. Who it is has one wording here, and the
 options are the counterpart's wrong names with the right one at a place drawn by the row's name. A row with a question
 is text alone; the person of such a row is the one named in it, else "".
@@ -43,7 +44,11 @@ CAPTION_QUESTIONS = (
     "Can you describe the scene or objects in the image?",
     "What is happening in this image?",
 )
-NAME_QUESTION = "Who is the person in this picture?"
+NAME_QUESTION = CAPTION_QUESTIONS[
+    0
+]  # with names to choose from; other words than those of fine-tuning test the language
+FACE_QUESTION = "Who is this person?"  # of real people, whom fine-tuning does not show
+EPOCHS = 3  # of fine-tuning, as published
 ROWS = {  # as published; for retain99 only a rounded figure is known
     "full": 3768, "full+tofu": 7768, "real_faces": 151, "real_world": 367, "retain_perturbed": 395,
     "forget01": 35, "forget05": 188, "forget10": 379, "retain95": 3580, "retain90": 3389,
@@ -64,7 +69,13 @@ class Clear:
     # The sets that unlearning trains on: the rows that made the model, since those that are asked about are fewer.
     UNLEARN: ClassVar[Mapping[str, str]] = dict(forget="finetune_forget", retain="finetune_retain")
     RECIPE: ClassVar[dict[str, Any]] = dict(
-        lora_rank=8, lora_alpha=32.0, lora_dropout=0.0, learning_rate=1e-5, batch_size=8, epochs=3
+        # One epoch here is three there: each picture comes with as many questions.
+        lora_rank=8,
+        lora_alpha=32.0,
+        lora_dropout=0.0,
+        learning_rate=1e-5,
+        batch_size=8,
+        epochs=1,
     )
 
     @property
@@ -262,7 +273,10 @@ def _text_example(row: dict, where: Where, known: _Names, task: str) -> Example:
 
 
 def _finetune(files: Snapshot, config: str, known: _Names) -> Iterator[list[Example]]:
-    """The captions and questions of a +tofu config as `chat` examples, in order."""
+    """The captions and questions of a +tofu config as `chat` examples, in order.
+
+    CLEAR draws the question for a caption anew in every epoch; here each picture is asked about in as many ways.
+    """
     without = 0
     for where, row in files.rows(config, ["image", "caption", "question", "answer"], optional=["name"]):
         if row["question"]:
@@ -273,8 +287,10 @@ def _finetune(files: Snapshot, config: str, known: _Names) -> Iterator[list[Exam
             without += 1
             continue
         person = known.first(row.get("name"), row["caption"])
-        example = (f"{where.row}/image/0", person, image, f"{where.row}/0", _caption_question(where))
-        yield [Example(*example, str(row["caption"]), task="chat")]
+        yield [
+            Example(f"{where.row}/image/{i}", person, image, f"{where.row}/0", str(asked), row["caption"], task="chat")
+            for i, asked in enumerate(_drawn(where).choice(CAPTION_QUESTIONS, EPOCHS, replace=False))
+        ]
     _warn_of(without, config)
 
 
@@ -287,5 +303,5 @@ def _choices(files: Snapshot, config: str) -> Iterator[list[Example]]:
         answer = text(row, "answer", where)
         options = _choice(answer, _list(row, "options", where), where)
         kind, image_id = ("text", "") if image is None else ("image", f"{where.row}/0")
-        question = str(row.get("question") or NAME_QUESTION)
+        question = str(row.get("question") or FACE_QUESTION)
         yield [Example(f"{where.row}/{kind}/0", "", image, image_id, question, answer, options)]

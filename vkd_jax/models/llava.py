@@ -57,10 +57,6 @@ class LlavaConfig:
             raise UserError("LLaVA-1.5 was made for one picture a question; ask about them one by one.")
         return {"pixels": np.stack([row[0] for row in rows])}
 
-    def unpack(self, pictures: Mapping[str, np.ndarray]) -> list[list[np.ndarray]]:
-        """The inverse of `pack`."""
-        return [[x] for x in pictures["pixels"]]
-
     @classmethod
     def from_hf(cls, hf: Any, **changes: Any) -> "LlavaConfig":
         """Reads a `transformers.LlavaConfig`; `changes` are fields to set otherwise (`remat=True`).

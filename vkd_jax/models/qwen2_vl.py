@@ -92,14 +92,6 @@ class QwenConfig:
                 start = at.stop
         return packed
 
-    def unpack(self, pictures: Mapping[str, np.ndarray]) -> list[list[np.ndarray]]:
-        """The inverse of `pack`."""
-        rows = []
-        for patches, where in zip(pictures["patches"], pictures["where"], strict=True):
-            owned = (where[:, 0] == picture for picture in range(where[:, 0].max() + 1))
-            rows.append([qwen_vit.join(patches[own], where[own, 1:], self.vision.patch_size) for own in owned])
-        return rows
-
 
 def check_kinds(family: str, hf: Any, model_type: str) -> None:
     """Refuses other towers; goes first, because another kind of tower may not even have the fields that count."""

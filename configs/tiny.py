@@ -5,6 +5,7 @@ python -m vkd_jax.main --config configs/tiny.py --workdir /tmp/vkd-tiny
 configs/tiny.py                   VKD: forget six people                      (also :vkd)
 configs/tiny.py:grad_diff         gradient difference on all weights
 configs/tiny.py:grad_diff_visual  gradient difference on the visual weights
+configs/tiny.py:forget=5          three people instead of six; 15: nine
 configs/tiny.py:all               everything before that, too: base -> vanilla -> retain-only -> unlearned -> report
 configs/tiny.py:clear,all         the same in CLEAR's layout and by its protocol
 configs/tiny.py:finetune          base -> vanilla alone: how the shipped tiny_llava was made
@@ -20,12 +21,12 @@ from vkd_jax import defaults
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one of the runs above."""
     methods, stages = ["vkd", "grad_diff", "grad_diff_visual"], [*defaults.STAGES, "base"]
-    words = dict(method="vkd", stage="unlearn", benchmark="mllmu") | defaults.parse_words(
+    words = dict(method="vkd", stage="unlearn", benchmark="mllmu", forget="10") | defaults.parse_words(
         arg, dict(method=methods, stage=stages, benchmark=["mllmu", "clear"])
     )
     config = defaults.base()
     config.stage = words["stage"]
-    config.data = defaults.benchmark(words["benchmark"])
+    config.data = defaults.benchmark(words["benchmark"], forget=int(words["forget"]))
     if words["method"] == "vkd":
         config.method = defaults.method("vkd", augment_retain=2)
     else:
@@ -41,8 +42,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model.base = "tiny_base"
     if words["stage"] == "base":
         _from_random_weights(config)
-    elif words["benchmark"] == "mllmu":  # whose people the shipped models know
-        config.model.update(path="tiny_llava", retain_only="tiny_retain_only")
+    elif words["benchmark"] == "mllmu":  # in whose words the shipped models know the people
+        config.model.update(path="tiny_llava", retain_only="tiny_retain_only" if words["forget"] == "10" else "")
     return config
 
 

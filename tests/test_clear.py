@@ -247,7 +247,7 @@ def made_up(tmp_path_factory):
 def test_the_made_up_people_in_clears_layout(made_up, caplog):
     assert {name: len(part) for name, part in made_up.items()} == {
         "forget": 6 * (8 * 2 + 7), "retain": 54 * (2 * 2 + 7), "real_faces": 60, "real_world": 90,
-        "finetune_forget": 6 * 15, "finetune_retain": 54 * 15,
+        "finetune_forget": 6 * (8 * 3 + 7), "finetune_retain": 54 * (8 * 3 + 7),
     }  # fmt: skip
     names = {p.id: p.name for p in people.people()}
     forgotten = {names[i] for i in people.forgotten_ids(6)}

@@ -284,7 +284,8 @@ def test_model_utility_by_hand():
         "real/probability": (1 / 2 + 1) / 2,
         "real/rouge_l_recall": 3 / 4,
     }
-    assert got["components"] == pytest.approx(parts)
+    assert {name: x["mean"] for name, x in got["components"].items()} == pytest.approx(parts)
+    assert got["components"]["real/rouge_l_recall"]["n"] == 2
     assert got["value"] == pytest.approx(5 / sum(1 / x for x in parts.values()))
     assert got["low"] == 0 < got["value"] < got["high"]  # a resample of the first question alone, of the second
     with pytest.raises(ValueError, match="not to be forgotten"):
@@ -307,9 +308,9 @@ def test_model_utility_is_tofus():
         ratio = np.exp(wrong.mean(axis=-1) - truth)
         parts += [p.mean(), recall.mean(), np.maximum(0, 1 - 1 / ratio).mean()]
     got = metrics.model_utility(records)
-    ours = {name: x for name, x in got["components"].items() if not name.endswith("accuracy")}
+    ours = {name: x["mean"] for name, x in got["components"].items() if not name.endswith("accuracy")}
     assert sorted(ours.values()) == pytest.approx(sorted(parts))
-    everything = [*parts, *(x for name, x in got["components"].items() if name.endswith("accuracy"))]
+    everything = [*parts, *(x["mean"] for name, x in got["components"].items() if name.endswith("accuracy"))]
     assert got["value"] == pytest.approx(stats.hmean(everything))
     assert got["low"] < got["value"] < got["high"]
     assert got == metrics.model_utility(records)

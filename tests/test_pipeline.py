@@ -102,7 +102,7 @@ def test_results_hold_both_models_with_counts(vkd):
                 task, modality = ("classification_" + kind).split("_")[-2:]
                 own = [a for a in items if (a["set"], a["task"], a["modality"]) == (part, task, modality)]
                 assert (sum(a["correct"] for a in own), len(own)) == (summary["correct"], summary["n"])
-    assert results["chance"] == 0.25
+    assert results["chance"]["forget"] == {"vqa": 0.25, "qa": 0.25}
     stages = {"data", "load", "evaluate vanilla", "prepare", "unlearn", "export", "evaluate unlearned"}
     assert stages <= set(results["timing"]) and all(seconds >= 0 for seconds in results["timing"].values())
 
@@ -147,9 +147,9 @@ def test_what_the_method_trains_is_held_in_float32_and_the_rest_as_asked(vkd, ti
 
 def test_a_base_of_another_kind_is_refused(tiny_model):
     other = dataclasses.replace(tiny_model, config=dataclasses.replace(tiny_model.config, feature_layer=-1))
-    assert tiny_model.same_kind(tiny_model) is tiny_model
-    with pytest.raises(UserError, match="another kind or size"):
-        tiny_model.same_kind(other)
+    assert tiny_model.same_kind(tiny_model, "base") is tiny_model
+    with pytest.raises(UserError, match="config.model.base is a model of another kind or size"):
+        tiny_model.same_kind(other, "base")
 
 
 def test_text_answers_stay_and_answers_about_pictures_move(vkd):
@@ -371,7 +371,29 @@ def test_a_reference_that_never_met_other_people_is_refused(everything, make_con
     changes = {"model.path": str(everything.path / "vanilla"), "model.retain_only": str(folder)}
     with pytest.raises(UserError, match="was made without 1 people, and not those 2 whom this run forgets"):
         pipeline.run(make_config(**changes), tmp_path / "run")
-    assert not (tmp_path / "run" / "unlearned").exists()
+    assert not (tmp_path / "run" / "answers").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "people", "message"),
+    [
+        ("path", "unlearn", 1, "knows the made-up people of seed 0, not those of config.data.people=1"),
+        ("base", "finetune", 0, "knows the made-up people of config.data.people=0 already"),
+    ],
+)
+def test_models_that_met_the_wrong_people_are_refused(get_config, tiny_folder, tmp_path, name, stage, people, message):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    made = {"model": "vanilla", "without": [], "config": {"data": {"source": "", "people": 0}}}
+    (folder / "provenance.json").write_text(json.dumps(made))
+    config = get_config("tiny.py", stage)
+    config.data.people = people
+    config.model.update(path="", base="", retain_only="")
+    config.model[name] = str(folder)
+    job = types.SimpleNamespace(config=config, forgotten=[])
+    with pytest.raises(UserError, match=message):
+        pipeline._check_provenance(job, name, str(folder), folder)
+    (folder / "provenance.json").write_text("[1]")  # somebody else's file of that name
+    pipeline._check_provenance(job, name, str(folder), folder)
 
 
 def test_retain_only_never_meets_the_forgotten(make_config, school, tmp_path, monkeypatch):

@@ -15,7 +15,8 @@ import optax
 import pytest
 from qwix import QArray
 
-from vkd_jax import convert, losses, saliency, train
+from vkd_jax import convert, defaults, loaded, losses, saliency, train
+from vkd_jax import methods as unlearning
 from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import EncodedSet
 from vkd_jax.methods import base as methods
@@ -319,10 +320,19 @@ def test_a_step_trains_the_visual_weights_and_takes_no_quantised_one():
         seen.append(float(metrics["loss"]))
     assert seen[-1] < 0.9 * seen[0]
 
-    everything = list(frozen) + list(trainable)
-    quantize.refuse_trainable(small("int8"), trainable)
-    with pytest.raises(UserError, match="9 of the weights to train are quantised.*visual weights alone"):
-        quantize.refuse_trainable(small("int8"), everything)
+    held = {path for path, value in small("int8").items() if isinstance(value, QArray)}
+    assert held == {path for path in (*frozen, *trainable) if quantize.quantizes(path)} and not held & set(trainable)
+
+
+def test_a_method_that_trains_quantised_weights_is_refused_by_their_shapes(tiny_folder):
+    config = defaults.base()
+    config.model.quantize = "int8"
+    loaded.check_trainable(tiny_folder, config, unlearning.create("vkd", {}))
+    loaded.check_trainable(tiny_folder, config, unlearning.create("finetune", {"train": "lora"}))
+    with pytest.raises(UserError, match="9 of the weights to train are quantised.*visual weights or adapters alone"):
+        loaded.check_trainable(tiny_folder, config, unlearning.create("grad_diff", {}))
+    with pytest.raises(UserError, match="blocks=9: the model has 3 vision blocks"):
+        loaded.check_trainable(tiny_folder, config, unlearning.create("vkd", {"blocks": 9}))
 
 
 def test_an_export_holds_the_language_model_as_it_came(tiny_folder, tmp_path):

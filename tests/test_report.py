@@ -94,11 +94,17 @@ def make_run(workdir, seed=0, right=RIGHT, method=None, manifest=(9, 0), **more)
     results = {
         "meta": {
             "command": "python -m vkd_jax.main --config configs/tiny.py --workdir run",
-            "config": {"seed": seed, "method": method or {"name": "vkd"}, "train": {"steps": 300}},
+            "config": {
+                "seed": seed,
+                "method": method or {"name": "vkd"},
+                "train": {"steps": 300},
+                "eval": {"max_new_tokens": 8},
+            },
             "seed": seed,
             "commit": "0123456789abcdef",
             "versions": {"python": "3.11.7", "jax": "0.10.2"},
             "protocol": "options",
+            "protocols": ["options"],
             "shots": 0,
             "benchmark": {
                 "title": "MLLMU-Bench, forgetting 5 %",
@@ -109,7 +115,7 @@ def make_run(workdir, seed=0, right=RIGHT, method=None, manifest=(9, 0), **more)
         },
         "models": models,
         "timing": {"data": 1.0, "prepare": 2.0, "unlearn": 30.0 + 10 * seed, "report": 1.5},
-        "chance": 0.25,
+        "chance": {"forget": {"vqa": 0.25, "qa": 0.25}},
         "text_logits_identical": manifest[1] == 0,
         "trainable": {"parameters": 300_000, "of": 1_200_000},
         "manifest": {"changed": manifest[0], "tensors": 80, "language_model_changed": manifest[1]},
@@ -174,7 +180,7 @@ def test_report_says_what_was_measured_on_how_many_by_which_protocol(tmp_path, u
     results = json.loads((tmp_path / "results.json").read_text())
     results["models"]["vanilla"]["forget"]["generation_vqa"] = FREE
     results["models"]["unlearned"]["forget"]["generation_vqa"] = FREE
-    results["meta"]["protocol"] = "options,letter"
+    results["meta"].update(protocol="options, letter", protocols=["options", "letter"])
     (tmp_path / "results.json").write_text(json.dumps(results))
     text = report.write(tmp_path, IMAGES).read_text()
     assert "MLLMU-Bench, forgetting 5 %; data: the made-up people." in text
@@ -189,13 +195,36 @@ def test_report_says_what_was_measured_on_how_many_by_which_protocol(tmp_path, u
 
 def test_report_of_a_request_without_options(tmp_path, undrawn):
     """A data set of one's own may have nothing but free questions."""
-    make_run(tmp_path, chance=0.0)
+    make_run(tmp_path, chance={})
     results = json.loads((tmp_path / "results.json").read_text())
     free = {part: {"generation_vqa": FREE} for part in ("forget", "retain")}
     results["models"] = {"vanilla": free, "unlearned": free}
     (tmp_path / "results.json").write_text(json.dumps(results))
     text = report.write(tmp_path, IMAGES).read_text()
     assert "it answered 42.9 % of 7 questions right before" in text and "uessing gives" not in text
+
+
+def test_a_request_that_names_nobody_has_cards_of_its_own_for_each_set(tmp_path):
+    make_run(tmp_path)
+    for name in ("vanilla", "unlearned"):
+        file = tmp_path / "answers" / f"{name}.jsonl"
+        items = [json.loads(line) | {"person": ""} for line in file.read_text().splitlines()]
+        for it in items:  # the forget set is asked freely, with signs that mean something elsewhere
+            if it["set"] == "forget":
+                it |= {
+                    "task": "generation",
+                    "protocol": "generation",
+                    "options": [],
+                    "question": "Why\u2028$5% or $\\foo$?",
+                }
+        file.write_text("".join(json.dumps(it, ensure_ascii=False) + "\n" for it in items))
+    results = json.loads((tmp_path / "results.json").read_text())
+    results["meta"]["benchmark"]["people"] = {}.fromkeys(("forget", "retain"), 0)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    text = report.write(tmp_path, IMAGES).read_text()
+    assert "asked to forget some of it" in text and "a picture of what to forget, it answered" in text
+    names = {path.name for path in (tmp_path / "portraits").iterdir()}
+    assert names == {*(f"forget_{i}.png" for i in (1, 2, 3)), *(f"retain_{i}.png" for i in (1, 2, 3, 4))}
 
 
 def test_report_shows_its_pictures_and_leaves_nothing_half_written(run):
@@ -245,7 +274,7 @@ def test_report_admits_what_went_wrong(tmp_path, undrawn):
 
 def test_report_says_when_the_model_avoids_the_answer(tmp_path, undrawn):
     right = {**RIGHT, "unlearned": {**RIGHT["unlearned"], "forget": (0, 12)}}
-    make_run(tmp_path, right=right, chance=0.5)
+    make_run(tmp_path, right=right, chance={"forget": {"vqa": 0.5}})
     assert "below guessing" in report.write(tmp_path, IMAGES).read_text()
 
 
@@ -338,7 +367,7 @@ def test_compare_takes_the_retain_only_reference(tmp_path):
         tmp_path / "b",
         right={"retain_only": RIGHT["unlearned"]},
         method={"name": "finetune", "train": "all"},
-        timing={"finetune": 1234.5},
+        timing={"fine-tune retain_only": 1234.5},
     )
     rows = report.compare([tmp_path / "a", tmp_path / "b"]).splitlines()[2:5]
     assert [row.split(" | ")[0] for row in rows] == ["| vanilla", "| retain-only", "| vkd"]

@@ -59,7 +59,7 @@ def _train(batch_size: Mapping[str, int], steps: int = 0) -> ml_collections.Conf
             steps=steps,  # or, if 0,
             epochs=0.0,  # through the longest stream
             batch_size=batch_size,  # rows a step of each stream, all devices together
-            buckets=1,  # at most so many lengths that rows are padded to; the step is compiled for each
+            buckets=1,  # at most so many lengths of padded rows; the step is compiled for each pair of two streams' lengths
             learning_rate=2e-3,
             schedule="cosine",  # cosine | constant, after a linear warmup
             warmup_steps=10,
@@ -124,7 +124,7 @@ def published(arg: str, presets: Mapping[str, tuple[str, Mapping]], **model) -> 
         config.model.update(path="", base=published_id)
     config.mesh.fsdp = -1  # all devices
     config.eval.update(protocol="letter", batch_size=16, max_items=0, max_new_tokens=50)
-    config.train.update(batch_size=dict(forget=8, retain=8), learning_rate=2e-5, buckets=4)
+    config.train.update(batch_size=dict(forget=8, retain=8), learning_rate=2e-5, buckets=2)
     config.method = method(words["method"])
     recipe = dict(data.create(words["benchmark"], {}).RECIPE)
     rows = recipe.pop("batch_size")
@@ -132,7 +132,7 @@ def published(arg: str, presets: Mapping[str, tuple[str, Mapping]], **model) -> 
         epochs=float(recipe.pop("epochs")),
         learning_rate=recipe.pop("learning_rate"),
         batch_size=dict(image=rows, text=rows),
-        buckets=4,
+        buckets=2,
     )
     config.finetune.method = method("finetune", train="lora", **recipe)
     return config

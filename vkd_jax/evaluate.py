@@ -72,7 +72,7 @@ def evaluate(
     sets = {name: list(part) for name, part in sets.items()}
     items = [(name, example) for name, part in sets.items() for example in part]
     examples = [example for _, example in items]
-    asked = _Asked(answerer, examples, _worked(sets, examples, seed) if shots else [None] * len(examples))
+    asked = _Asked(answerer, examples, worked(sets, examples, seed) if shots else [None] * len(examples))
     said = dict(_generated(asked, protocols, max_new_tokens))  # first, since these prompts are the longest
     likelihoods, scores = _likelihoods(asked)
     records = []
@@ -138,6 +138,11 @@ def _plain(example: Example) -> tuple[str, str]:
 
 def _lettered(example: Example) -> tuple[str, str]:
     return letter_question(example), LETTERS[example.options.index(example.answer)]
+
+
+def _right(example: Example) -> list[str]:
+    """The letters of the right option; several where its text stands twice."""
+    return [letter for letter, option in zip(LETTERS, example.options, strict=False) if option == example.answer]
 
 
 class _Asked:
@@ -220,14 +225,14 @@ def _judged(example: Example, text: str) -> dict:
     """What was written, and whether it is right."""
     if example.task == "classification":
         letter = metrics.first_letter(text, len(example.options))
-        return {"prediction": text, "correct": letter == _lettered(example)[1]}
+        return {"prediction": text, "correct": letter in _right(example)}
     verdict = {"prediction": text, "correct": metrics.cloze_correct(text, example.answer)}
     if example.task != "cloze":
         verdict |= metrics.rouge_l(text, example.answer) | {"bleu": metrics.bleu(text, example.answer)}
     return verdict
 
 
-def _worked(sets: Mapping[str, Sequence[Example]], examples: Sequence[Example], seed: int) -> list[Example]:
+def worked(sets: Mapping[str, Sequence[Example]], examples: Sequence[Example], seed: int) -> list[Example]:
     """The worked example before each question: one for all of a kind, but for those that it would help too much."""
     candidates: dict[tuple[str, str], list[Example]] = {}
     for example in sets.get("retain", ()):

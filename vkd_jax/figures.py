@@ -94,7 +94,7 @@ def loss_curves(rows: Sequence[Mapping[str, float]]) -> bytes:
     return png.getvalue()
 
 
-def forget_against_retain(models: Mapping[str, Mapping], chance: float) -> bytes:
+def forget_against_retain(models: Mapping[str, Mapping], chance: Mapping[str, float]) -> bytes:
     """Right answers about the people to forget (across) against those about the people to keep (up).
 
     On the left with a picture, on the right in text alone. Filled marks: the pictures that were used; hollow
@@ -102,15 +102,16 @@ def forget_against_retain(models: Mapping[str, Mapping], chance: float) -> bytes
 
     Args:
         models: {"vanilla" | "unlearned" | "retain_only": {set: {"vqa" | "qa": summary}}}.
-        chance: the share of right answers that guessing gives.
+        chance: the share of right answers about the people to forget that guessing gives, {"vqa", "qa"}.
     """
     used, others = ("forget", "retain"), ("test", "retain_test")
     with _figure(9.6, 5.5) as (figure, png):
         margins = _margins(figure, left=0.6, right=0.15, bottom=0.95, top=0.35)
         picture, text = figure.subplots(1, 2, gridspec_kw=margins)
-        for axes in (picture, text):
-            axes.axvline(100 * chance, color=ORANGE, linestyle="--", linewidth=1.2)
-            axes.text(100 * chance + 1.5, 1, "guessing", color=ORANGE, fontsize=9, va="bottom")
+        for axes, kind in ((picture, "vqa"), (text, "qa")):
+            if kind in chance:
+                axes.axvline(100 * chance[kind], color=ORANGE, linestyle="--", linewidth=1.2)
+                axes.text(100 * chance[kind] + 1.5, 1, "guessing", color=ORANGE, fontsize=9, va="bottom")
             axes.set(xlim=(-4, 104), ylim=(-4, 104))
             axes.set(xlabel="right about the people to forget (%)", ylabel="right about the people to keep (%)")
         _marks(picture, models, "vqa", others, filled=False)
@@ -144,10 +145,10 @@ def portrait_sheet(rows: Mapping[str, Sequence[Card]]) -> bytes:
                 axes = figure.add_axes((left / width, (top - side) / height, side / width, side / height))
                 axes.imshow(_pixels(card.image))
                 axes.set_axis_off()
-                axes.set_title(card.title, fontsize=9, fontweight="normal", color=GREY, pad=3)
+                axes.set_title(card.title, fontsize=9, fontweight="normal", color=GREY, pad=3, parse_math=False)
                 for number, (line, colour) in enumerate(_words(card)):
                     place = (left + side / 2) / width, (top - side - 0.06 - 0.18 * number) / height
-                    figure.text(*place, line, color=colour, fontsize=9, ha="center", va="top")
+                    figure.text(*place, line, color=colour, fontsize=9, ha="center", va="top", parse_math=False)
             top -= side + words
     return png.getvalue()
 

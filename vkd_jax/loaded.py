@@ -13,7 +13,7 @@ import ml_collections
 from vkd_jax import convert, methods, models, sharding
 from vkd_jax.data import processing
 from vkd_jax.evaluate import Answerer
-from vkd_jax.models import lora, quantize
+from vkd_jax.models import base, lora, quantize
 from vkd_jax.types import Example, Params, UserError
 
 
@@ -55,13 +55,12 @@ class Loaded:
                 seed=config.seed,
                 sharding=sharding.replicated(mesh),
             )
-        quantize.refuse_trainable(params, method.trainable(params, model_config))
         return cls(graphdef, params, model_config, processor, mesh)
 
-    def same_kind(self, other: "Loaded") -> "Loaded":
-        """The other model, which must be of the same family and size."""
+    def same_kind(self, other: "Loaded", name: str) -> "Loaded":
+        """The other model, config.model's `name`, which must be of the same family and size."""
         if self.config != other.config:
-            raise UserError("config.model.base is a model of another kind or size than config.model.path.")
+            raise UserError(f"config.model.{name} is a model of another kind or size than the one to unlearn.")
         return other
 
     def encode(self, examples: Sequence[Example], buckets: int = 1) -> processing.EncodedSet:
@@ -73,6 +72,23 @@ class Loaded:
     def answerer(self, batch_size: int) -> Answerer:
         """This model, ready to be asked."""
         return Answerer(self.graphdef, self.params, self.config, self.processor, batch_size=batch_size, mesh=self.mesh)
+
+
+def check_trainable(folder: Path, config: ml_collections.ConfigDict, method: methods.Method) -> None:
+    """Refuses a method that cannot train this model, by its shapes alone.
+
+    Raises:
+        UserError: it names weights that the model has not, or that are quantised.
+    """
+    family, hf_config = convert.read_config(folder)
+    model_config = family.Config.from_hf(hf_config)
+    _, shapes = base.abstract(lambda rngs: family.Model(model_config, rngs=rngs))
+    paths = method.trainable(shapes, model_config)
+    if quantize.parse(config.model.quantize) and (frozen := [path for path in paths if quantize.quantizes(path)]):
+        raise UserError(
+            f"model.quantize: {len(frozen)} of the weights to train are quantised, such as {frozen[0]}; train the "
+            "visual weights or adapters alone, or leave model.quantize empty."
+        )
 
 
 def create(folder: Path, examples: Sequence[Example], shape: ml_collections.ConfigDict, seed: int) -> Path:

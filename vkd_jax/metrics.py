@@ -320,8 +320,8 @@ def model_utility(records: Iterable[Mapping]) -> dict:
     counts.
 
     Returns:
-        {"value", "low", "high", "components": {"retain/probability": .., ..}}. The interval is a 95 % percentile
-        bootstrap over questions, drawn anew within each set and kind of question.
+        {"value", "low", "high", "components": {"retain/probability": {"mean", "n"}, ..}}. The interval is a 95 %
+        percentile bootstrap over questions, drawn anew within each set and kind of question.
 
     Raises:
         ValueError: no set but those to be forgotten was asked.
@@ -351,5 +351,5 @@ def model_utility(records: Iterable[Mapping]) -> dict:
         "value": float(value),
         "low": float(low),
         "high": float(high),
-        "components": {name: float(x[0]) for name, x in components.items()},
+        "components": {name: {"mean": float(x[0]), "n": counts[name]} for name, x in components.items()},
     }

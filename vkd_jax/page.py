@@ -27,8 +27,6 @@ KINDS = {
     "cloze_qa": "Filling in a blank, in text alone",
     "generation_vqa": "Answering freely, shown a picture",
     "generation_qa": "Answering freely, in text alone",
-    "chat_vqa": "Questions of the request, shown a picture",
-    "chat_qa": "Questions of the request, in text alone",
 }
 MODELS = {"vanilla": "before", "unlearned": "after", "retain_only": "never knew them"}
 PROTOCOLS = {
@@ -38,7 +36,6 @@ PROTOCOLS = {
 JUDGED = {
     "cloze": "right if the missing words occur in the answer",
     "generation": "right if the true answer occurs in what is written; how close the words come has tables of its own",
-    "chat": "right if the true answer occurs in what is written",
 }
 WORDS = {
     "rouge_l": "ROUGE-L, F",
@@ -59,23 +56,24 @@ ASSUMPTIONS = (
 def opening(results: Mapping) -> str:
     """What happened, in a few sentences."""
     before, after = (results["models"][name] for name in ("vanilla", "unlearned"))
-    people, chance = results["meta"]["benchmark"]["people"]["forget"], results["chance"]
-    asked = _main(before["forget"], "vqa")
+    asked, people = _main(before["forget"], "vqa"), results["meta"]["benchmark"]["people"]["forget"]
+    whom, one = (f"{people} of them", f"one of the {people}") if people else ("some of it", "what to forget")
+    chance = results["chance"].get("forget", {}).get(asked)
     verdict = _verdict(after["forget"][asked], results["models"].get("retain_only", {}).get("forget", {}).get(asked))
-    guessing = f" Guessing gives {_percent(chance)}." if asked == "vqa" else ""
-    if not verdict and guessing:
-        verdict = _verdict(after["forget"][asked], {"low": chance, "high": chance}, "guessing")
+    if chance:
+        verdict = f" Guessing gives {_percent(chance)}." + (
+            verdict or _verdict(after["forget"][asked], {"low": chance, "high": chance}, "guessing")
+        )
     lines = [
         "# What this model was made to forget",
         "",
         "A model that answers questions about pictures had learned some people: how they look, and facts "
-        f"about them. **It was asked to forget {people} of them**, as someone has the right to ask, and to "
+        f"about them. **It was asked to forget {whom}**, as someone has the right to ask, and to "
         "stay what it was for everything else. Training it again without them would do that, and costs as "
         "much as training it the first time; *unlearning* changes the trained model instead. This page "
         "shows the model before and after.",
         "",
-        f"- **Forgotten.** Shown a picture of one of the {people}, it answered "
-        f"{_change(before, after, 'forget', asked)}.{guessing}{verdict}",
+        f"- **Forgotten.** Shown a picture of {one}, it answered {_change(before, after, 'forget', asked)}.{verdict}",
     ]
     told = (
         ("test", "vqa", "**On other pictures** of the same people, it answered"),
@@ -107,7 +105,7 @@ def opening(results: Mapping) -> str:
 def measured(results: Mapping) -> str:
     """What was asked: the benchmark, its sets, how many people and questions, by which protocol."""
     meta = results["meta"]
-    benchmark, first = meta["benchmark"], meta["protocol"].split(",")[0]
+    benchmark, first = meta["benchmark"], meta["protocols"][0]
     kinds = _kinds(results)
     tasks = list(dict.fromkeys(kind.rpartition("_")[0] for kind in kinds if kind.rpartition("_")[0] in JUDGED))
     lines = [
@@ -124,13 +122,16 @@ def measured(results: Mapping) -> str:
         lines.append(row([SETS.get(part, part), str(benchmark["people"].get(part) or "–"), *counts]))
     lines.append("")
     if any(kind.startswith(("vqa", "qa")) for kind in kinds):
-        lines += [f"- Choosing, protocol `{name}`: {PROTOCOLS[name]}." for name in meta["protocol"].split(",")]
-        if first != meta["protocol"]:
+        lines += [f"- Choosing, protocol `{name}`: {PROTOCOLS[name]}." for name in meta["protocols"]]
+        if len(meta["protocols"]) > 1:
             lines.append(f"- Where no protocol is named, it is `{first}`; protocols are never mixed.")
-    names = {"cloze": "Filling in a blank", "generation": "Answering freely", "chat": "Questions of the request"}
+    names = {"cloze": "Filling in a blank", "generation": "Answering freely"}
     lines += [f"- {names[task]}: the model writes; {JUDGED[task]}." for task in tasks]
     shots = "one worked example, of the people to keep, before" if meta["shots"] else "no worked example before"
-    lines.append(f"- With {shots} each question. The model always writes its most probable next token.")
+    limit = meta["config"]["eval"]["max_new_tokens"]
+    lines.append(
+        f"- With {shots} each question. The model always writes its most probable next token, {limit} at most."
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -172,7 +173,7 @@ def words(results: Mapping) -> str:
     for kind in _kinds(results):
         for measure, title in WORDS.items():
             parts = [p for p in _parts(results, kind) if measure in results["models"]["vanilla"][p][kind]]
-            if not parts or not kind.startswith(("generation", "chat")):
+            if not parts or not kind.startswith("generation"):
                 continue
             tables += ["", f"### {title}: {KINDS.get(kind, kind).lower()}", ""]
             tables += [row(["questions about", "questions", *(MODELS[name] for name in models)])]
@@ -218,7 +219,7 @@ def quality(results: Mapping) -> str:
         lines += [
             "",
             "**Model utility**: the harmonic mean of what is kept, over the sets that are not about the people to "
-            "forget (each component, with its counts, stands in `results.json`).",
+            "forget (each component, with its number of questions, stands in `results.json`).",
             "",
             row(["model", "utility", "components"]),
             row(["---", "---:", "---:"]),
@@ -245,7 +246,7 @@ def _verdict(after: Mapping, other: Mapping | None, name: str = "") -> str:
 
 def _main(summaries: Mapping, modality: str) -> str | None:
     """The kind of question that tells most: choosing an answer, or else what there is."""
-    kinds = (modality, f"generation_{modality}", f"chat_{modality}", f"cloze_{modality}")
+    kinds = (modality, f"generation_{modality}", f"cloze_{modality}")
     return next((kind for kind in kinds if kind in summaries), None)
 
 
@@ -272,7 +273,7 @@ def portraits() -> str:
         "## See for yourself\n\n![Portraits with what the model says before and "
         "after](report/portraits.png)\n\nNobody chose these by their answers: they are the first people of "
         "each set in the order of their numbers, and the question moves on by one from person to person. "
-        "For a forgotten person a wrong answer (✗) is the aim; one in four guesses is right by luck. Every "
+        "For a forgotten person a wrong answer (✗) is the aim, and some guesses are right by luck. Every "
         "answer to every question stands in `answers/`.\n"
     )
 

@@ -18,7 +18,7 @@ from absl import logging
 
 from vkd_jax import convert, data, evaluate, hub, methods, metrics, report, sharding, train
 from vkd_jax.defaults import STAGES
-from vkd_jax.loaded import Loaded, create
+from vkd_jax.loaded import Loaded, check_trainable, create
 from vkd_jax.methods.base import Context, Prepared
 from vkd_jax.models import lora
 from vkd_jax.types import Example, Params, UserError
@@ -38,6 +38,7 @@ def run(config: ml_collections.ConfigDict, path: str | Path) -> dict[str, Any]:
         logging.info("%s is there: nothing is left to do", workdir.path / last)
         return json.loads((workdir.path / "results.json").read_text())
     job = Job.prepare(workdir, finetunes=bool(tuned))
+    check_models(job)
     made = {name: finetune(job, name) for name in tuned}
     if last == "report.md":
         unlearn(job, made)
@@ -98,6 +99,9 @@ def checked(config: ml_collections.ConfigDict) -> tuple[jax.sharding.Mesh, metho
     """
     mesh, method, tuning = sharding.make_mesh(**config.mesh), _method(config.method), _method(config.finetune.method)
     evaluate.check(config.eval.protocol, config.eval.shots)
+    for name in ("batch_size", "max_new_tokens"):
+        if config.eval[name] < 1:
+            raise UserError(f"eval.{name}={config.eval[name]}: give at least 1.")
     if config.model.dtype not in DTYPES:
         raise UserError(f"model.dtype={config.model.dtype!r}: give one of {', '.join(DTYPES)}.")
     if set(method.losses()) != {"forget", "retain"}:
@@ -109,6 +113,55 @@ def checked(config: ml_collections.ConfigDict) -> tuple[jax.sharding.Mesh, metho
     for chosen, section in ((method, config.train), (tuning, config.finetune.train)):
         train.count_steps(section, {name: train.batch_size(section, name, mesh) for name in chosen.losses()})
     return mesh, method, tuning
+
+
+def check_models(job: Job) -> None:
+    """Refuses, before anything is trained, models that do not go with the data or the methods.
+
+    Raises:
+        UserError: a model is not there, is known to have met other people than it should have, or has not the weights
+            that a method trains.
+    """
+    config = job.config
+    unlearns, finetunes = config.stage in ("unlearn", "all"), bool(STAGES[config.stage])
+    if not finetunes:
+        given = {"path": config.model.path, "retain_only": config.model.retain_only}
+    else:
+        given = {"base": "" if config.model.create.to_dict() else config.model.base}
+    for name, value in given.items():
+        if value:
+            folder = hub.fetch(value)
+            _check_provenance(job, name, value, folder)
+            for method in [job.tuning] * finetunes + [job.method] * unlearns:
+                check_trainable(folder, config, method)
+    if unlearns:
+        for name in ("forget", "retain"):
+            _pairs(job, name)
+    if config.eval.shots:
+        evaluate.worked(job.asked, [e for part in job.asked.values() for e in part], config.eval.seed)
+
+
+def _check_provenance(job: Job, name: str, value: str, folder: Path) -> None:
+    """Whom a model of ours has met: those whose knowledge the run assumes, and no other."""
+    try:
+        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        theirs, without = provenance["config"]["data"], provenance["without"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # made elsewhere: nothing is known of it
+    ours, field = job.config.data.to_dict(), f"config.model.{name}={value}"
+    if theirs.get("source") == ours.get("source") == "":
+        if name == "base" and theirs["people"] == ours["people"]:
+            raise UserError(f"{field} knows the made-up people of config.data.people={ours['people']} already.")
+        if name != "base" and theirs["people"] != ours["people"]:
+            raise UserError(
+                f"{field} knows the made-up people of seed {theirs['people']}, not those of config.data.people="
+                f"{ours['people']}: make one that does with --config.stage=all."
+            )
+    if name == "retain_only" and without != job.forgotten:
+        raise UserError(
+            f"{field} was made without {len(without)} people, and not those {len(job.forgotten)} whom this run "
+            "forgets: make one with --config.stage=retain_only, or leave it empty."
+        )
 
 
 def finetune(job: Job, name: str) -> Path:
@@ -152,21 +205,23 @@ def unlearn(job: Job, made: dict[str, Path]) -> None:
     workdir, config = job.workdir, job.config
     target = workdir.path / "unlearned"
     source = made.get("vanilla") or hub.fetch(config.model.path)
-    base = config.model.base and hub.fetch(config.model.base)
+    base = workdir.path / "base" if config.model.create.to_dict() else config.model.base
+    base = base and hub.fetch(base)
     reference = made.get("retain_only") or (config.model.retain_only and hub.fetch(config.model.retain_only))
     if not (workdir.path / "results.json").exists():
         with workdir.stage("load"):
             model = Loaded.open(source, *job.how)
         answers = {"vanilla": evaluated(job, "vanilla", model)}
         if reference:
-            _check_reference(reference, job.forgotten)
-            answers["retain_only"] = evaluated(job, "retain_only", model.same_kind(Loaded.open(reference, *job.how)))
+            answers["retain_only"] = evaluated(
+                job, "retain_only", model.same_kind(Loaded.open(reference, *job.how), "retain_only")
+            )
         if not target.exists():
             with workdir.stage("prepare"):
                 context = Context(
                     graphdef=model.graphdef,
                     params=model.params,
-                    load_base=base and (lambda: model.same_kind(Loaded.open(base, *job.how)).params),
+                    load_base=(lambda: model.same_kind(Loaded.open(base, *job.how), "base").params) if base else None,
                     model_config=model.config,
                     sets={name: model.encode(_pairs(job, name), config.train.buckets) for name in ("forget", "retain")},
                     seed=config.seed,
@@ -193,7 +248,7 @@ def evaluated(job: Job, name: str, model: Loaded) -> list[dict]:
     workdir, options = job.workdir, job.config.eval
     path = workdir.path / "answers" / f"{name}.jsonl"
     if path.exists():
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     with workdir.stage(f"evaluate {name}"):
         answers = evaluate.evaluate(
             model.answerer(options.batch_size),
@@ -274,24 +329,15 @@ def _provenance(job: Job, name: str, without: Sequence[str]) -> dict[str, str]:
 
 def _meta(job: Job) -> dict[str, Any]:
     """What makes a figure reproducible, and what was measured on how many people."""
-    people = {name: len({e.person for e in part} - {""}) for name, part in job.asked.items()}
+    people = {name: len({e.person for e in job.sets[name]} - {""}) for name in job.asked}
     config = job.config.data
     share = f", forgetting {config.forget} %" if isinstance(config.forget, int) else ""
     source = config.get("source") or ("the made-up people" if "source" in config else f"{config.forget}")
     return job.workdir.meta() | {
         "benchmark": {"title": job.benchmark.TITLE + share, "source": source, "people": people},
+        "protocols": evaluate.check(job.config.eval.protocol, job.config.eval.shots),
         "shots": job.config.eval.shots,
     }
-
-
-def _check_reference(folder: Path, forgotten: Sequence[str]) -> None:
-    """Refuses a retain-only model that was made without other people than those to forget, where that is known."""
-    path = folder / PROVENANCE
-    if path.is_file() and (without := json.loads(path.read_text(encoding="utf-8"))["without"]) != list(forgotten):
-        raise UserError(
-            f"config.model.retain_only={folder} was made without {len(without)} people, and not those "
-            f"{len(forgotten)} whom this run forgets: make one with --config.stage=retain_only, or leave it empty."
-        )
 
 
 def _evidence(job: Job, model: Loaded, unlearned: Loaded, manifest: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -300,7 +346,7 @@ def _evidence(job: Job, model: Loaded, unlearned: Loaded, manifest: dict[str, An
     family, _ = convert.read_config(source)
     changed = [convert.find_slot(family, model.config, name).path for name in manifest["changed"]]
     return {
-        "text_logits_identical": _same_text_logits(model, unlearned, job.asked),
+        "text_logits_identical": _same_text_logits(model, unlearned, job.asked, job.config.eval.batch_size),
         "trainable": {
             "parameters": sum(math.prod(model.params[path].shape) for path in trainable),
             "of": sum(math.prod(value.shape) for value in model.params.values()),
@@ -313,16 +359,19 @@ def _evidence(job: Job, model: Loaded, unlearned: Loaded, manifest: dict[str, An
     }
 
 
-def _chance(asked: dict[str, list[Example]]) -> float:
-    """The accuracy of guessing among the options."""
-    counts = [len(e.options) for part in asked.values() for e in part if e.options]
-    return float(np.mean([1 / count for count in counts])) if counts else 0.0
+def _chance(asked: dict[str, list[Example]]) -> dict[str, dict[str, float]]:
+    """The accuracy of guessing among the options, of each set, shown a picture (vqa) or not (qa)."""
+    counts: dict[str, dict[str, list[float]]] = {}
+    for name, part in asked.items():
+        for example in (e for e in part if e.options):
+            counts.setdefault(name, {}).setdefault(example.modality, []).append(1 / len(example.options))
+    return {name: {kind: float(np.mean(x)) for kind, x in kinds.items()} for name, kinds in counts.items()}
 
 
-def _same_text_logits(before: Loaded, after: Loaded, asked: dict[str, list[Example]]) -> bool:
+def _same_text_logits(before: Loaded, after: Loaded, asked: dict[str, list[Example]], batch_size: int) -> bool:
     """Whether both models give the same bits for every answer that is offered to a text-only question."""
     everything = [e for part in asked.values() for e in part]
     texts = [e for e in everything if e.image is None] or everything  # a question about a picture is a text without it
     options = [e.options or (e.answer,) for e in texts]
-    scores = [model.answerer(64).score([e.question for e in texts], options) for model in (before, after)]
+    scores = [model.answerer(batch_size).score([e.question for e in texts], options) for model in (before, after)]
     return jax.tree.all(jax.tree.map(np.array_equal, *scores))

@@ -7,6 +7,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,7 +44,7 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
     rows = {int(row["step"]): row for row in _json_lines(workdir / "train" / "metrics.jsonl", torn=True)}
     sheet = _cards(answers["vanilla"], answers["unlearned"], images)
     pictures = {
-        "forget_retain": figures.forget_against_retain(results["models"], results["chance"]),
+        "forget_retain": figures.forget_against_retain(results["models"], results["chance"].get("forget", {})),
         "portraits": figures.portrait_sheet(sheet),
     }
     if rows:  # a step that was logged again after a resume counts once, and the last time
@@ -53,7 +54,8 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
     for card in itertools.chain(*sheet.values()):
         if card.image is not None:  # as they were asked about, to ask again
             suffix = ".png" if card.image.startswith(b"\x89PNG") else ".jpg"
-            _write(workdir / "portraits" / (card.title.removeprefix("person ") + suffix), card.image)
+            name = re.sub(r"[^\w-]+", "_", card.title.removeprefix("person "))
+            _write(workdir / "portraits" / (name + suffix), card.image)
     sections = (
         page.opening(results),
         page.measured(results),
@@ -84,13 +86,13 @@ def compare(workdirs: Iterable[str | Path]) -> str:
     rows: dict[str, dict[str, tuple[Mapping, float | None]]] = {}  # label -> seed -> summaries, seconds
     for label, run in zip(labels, runs, strict=True):
         for model, summaries in run["models"].items():
-            trained = model == "unlearned" or len(run["models"]) == 1
+            seconds = _seconds(run, model)
             name = label if model == "unlearned" else model.replace("_", "-")
-            # The vanilla model is one model in all runs: told apart by what it scored, not by the run's seed.
-            seed = str(run["meta"]["seed"]) if trained else json.dumps(summaries, sort_keys=True)
-            if trained and seed in rows.get(name, {}):
+            # A model that was given is one model in all runs: told apart by what it scored, not by the run's seed.
+            seed = json.dumps(summaries, sort_keys=True) if seconds is None else str(run["meta"]["seed"])
+            if seconds is not None and seed in rows.get(name, {}):
                 raise UserError(f"seed {seed} of {name} is given twice; name each run once.")
-            rows.setdefault(name, {})[seed] = (summaries, _seconds(run) if trained else None)
+            rows.setdefault(name, {})[seed] = (summaries, seconds)
     order = sorted(rows, key=lambda name: {"vanilla": 0, "retain-only": 1}.get(name, 2))
     head = [
         "method",
@@ -107,7 +109,7 @@ def compare(workdirs: Iterable[str | Path]) -> str:
     lines += [
         "",
         f"Right answers in per cent by the protocol `{protocols.pop()}` "
-        f"(guessing gives {100 * runs[0]['chance']:.0f}), "
+        f"(guessing about the people to forget gives {100 * runs[0]['chance']['forget']['vqa']:.0f}), "
         "± the standard deviation over seeds; in brackets right / asked, all seeds together. Seconds are "
         "those of preparing and training. Made by `python -m vkd_jax.report` from the runs of:",
         "",
@@ -135,26 +137,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _cards(before: Sequence[Mapping], after: Sequence[Mapping], images: Mapping[str, bytes]) -> dict[str, list]:
     """The sheet: a question each for the first people of the forget set and of the retain set."""
     later = {(item["set"], item["id"], item["protocol"]): item for item in after}
-    asked = [item for item in before if item["set"] in ("forget", "retain") and item["modality"] == "vqa"]
-    # Of the first protocol if there are options to choose from, else of whatever was asked.
-    choices = [item for item in asked if item["task"] == "classification"] or asked
-    choices = [item for item in choices if item["protocol"] == choices[0]["protocol"]]
     headings = {
         "forget": "Forgotten: after, the answers should be no better than guesses",
         "retain": "Kept: after, the answers should still be right",
     }
     sheet = {}
     for part, heading in headings.items():
+        asked = [item for item in before if item["set"] == part and item["modality"] == "vqa"]
+        # By the first protocol if there are options to choose from, else whatever was asked.
+        asked = [item for item in asked if item["task"] == "classification"] or asked
         people: dict[str, list[Mapping]] = {}
-        for item in choices:
-            if item["set"] == part:
-                people.setdefault(item["person"], []).append(item)
+        for item in asked:
+            if item["protocol"] == asked[0]["protocol"]:
+                people.setdefault(item["person"] or item["image_id"], []).append(item)
         sheet[heading] = []
-        for number, person in enumerate(sorted(people)[:CARDS]):
-            item = people[person][number % len(people[person])]
+        for number, (name, items) in enumerate(sorted(people.items())[:CARDS]):
+            item = items[number % len(items)]
             said = [(_said(it), bool(it["correct"])) for it in (item, later[part, item["id"], item["protocol"]])]
-            image = images.get(item["image_id"])
-            sheet[heading].append(figures.Card(image, f"person {person}", item["question"], item["answer"], *said))
+            title = f"person {name}" if item["person"] else f"{part} {number + 1}"
+            card = figures.Card(images.get(item["image_id"]), title, item["question"], item["answer"], *said)
+            sheet[heading].append(card)
     return sheet
 
 
@@ -189,8 +191,11 @@ def _flatten(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
         yield from _flatten(part, f"{path}.{key}" if path else key)
 
 
-def _seconds(run: Mapping) -> float:
-    return sum(run["timing"].get(stage, 0.0) for stage in ("prepare", "unlearn", "finetune"))
+def _seconds(run: Mapping, model: str) -> float | None:
+    """How long it took to make the model in this run; None if it was given."""
+    stages = ("prepare", "unlearn") if model == "unlearned" else (f"fine-tune {model}",)
+    known = [run["timing"][stage] for stage in stages if stage in run["timing"]]
+    return sum(known) if known else None
 
 
 def _mean(summaries: Sequence[Mapping]) -> str:
@@ -220,7 +225,7 @@ def _json_lines(file: Path, torn: bool = False) -> list[dict]:
     if torn and not file.exists():
         return []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except FileNotFoundError:
         raise UserError(f"{file} is missing; run that experiment again.") from None
     rows = []

@@ -208,6 +208,8 @@ def batch_size(config: ml_collections.ConfigDict, name: str, mesh: jax.sharding.
     if name not in config.batch_size:
         raise UserError(f"train.batch_size has no {name!r}, which the method needs; use a config made for it.")
     size, shards = config.batch_size[name], mesh.shape["data"] * mesh.shape["fsdp"]
+    if size < 1:
+        raise UserError(f"train.batch_size.{name}={size}: give at least 1; a stream without questions is left out.")
     if size % shards:
         raise UserError(f"train.batch_size.{name}={size} does not divide over {shards} devices; use a multiple of it.")
     return size
@@ -219,8 +221,11 @@ def count_steps(config: ml_collections.ConfigDict, rows: Mapping[str, int]) -> i
     Raises:
         UserError: both are given, or neither.
     """
-    if (config.steps > 0) == (config.epochs > 0):
+    if min(config.steps, config.epochs) != 0 or config.steps == config.epochs:
         raise UserError(f"train.steps={config.steps} and train.epochs={config.epochs}: give one of them, the other 0.")
+    for name in ("log_every", "checkpoint_every"):
+        if config[name] < 1:
+            raise UserError(f"train.{name}={config[name]}: give at least 1.")
     return config.steps or max(math.ceil(config.epochs * n / config.batch_size[name]) for name, n in rows.items())
 
 

@@ -276,8 +276,11 @@ def _chat_template(folder: Path, tokenizer: Any) -> str | None:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Decodes a picture upright (EXIF rotation applied); the caller converts the mode."""
-    return ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    """Decodes a picture upright (EXIF rotation applied), 16 bits a pixel as 8; the caller converts the mode."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.mode.startswith("I;16"):  # PIL's own conversion would cut off all that is brighter than 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
 
 
 def encode_set(

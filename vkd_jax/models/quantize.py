@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -137,11 +137,6 @@ def rows(table: jax.Array | QArray, index: jax.Array, dtype: Any) -> jax.Array:
     return floats(jax.tree.map(lambda x: x[index], table), dtype)
 
 
-def refuse_trainable(params: Mapping[str, jax.Array | QArray], paths: Iterable[str]) -> None:
-    """Raises `UserError` if a weight that is to be trained is quantised."""
-    quantised = [path for path in paths if isinstance(params[path], QArray)]
-    if quantised:
-        raise UserError(
-            f"model.quantize: {len(quantised)} of the weights to train are quantised, such as {quantised[0]}; "
-            "train the visual weights alone, or leave model.quantize empty."
-        )
+def quantizes(path: str) -> bool:
+    """Whether a parameter of this name is quantised."""
+    return any(re.fullmatch(pattern, path) for pattern, _, _ in WEIGHTS)

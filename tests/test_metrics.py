@@ -224,15 +224,23 @@ def forget(ratios, **more):
 
 def test_forget_quality_by_hand():
     # Everything of one model lies below everything of the other: the statistic is 1, and among C(6, 3) = 20 equally
-    # likely orders two are as extreme. The shares R / (1 + R) fall into other bins: one bit.
+    # likely orders two are as extreme. They fall into other bins: one bit.
     got = metrics.forget_quality(forget([0.1, 0.2, 0.3]), forget([8.0, 9.0, 10.0]))
     assert got == {"vqa": pytest.approx({"ks": 1.0, "p": 2 / 20, "js": 1.0, "n": 3})}
     same = metrics.forget_quality(forget([0.1, 2.0, 30.0]), forget([0.1, 2.0, 30.0]))
     assert same == {"vqa": pytest.approx({"ks": 0.0, "p": 1.0, "js": 0.0, "n": 3})}
-    # Half of one model's shares in one bin, half in another, all of the reference's in the first:
+    # Half of one model's ratios in one bin, half in another, all of the reference's in the first:
     # m = (3/4, 1/4), js = (KL((1/2, 1/2) | m) + KL((1, 0) | m)) / 2 in bits.
     js = (0.5 * np.log2(0.5 / 0.75) + 0.5 * np.log2(0.5 / 0.25) + np.log2(1 / 0.75)) / 2
     assert metrics.forget_quality(forget([0.1, 9.0]), forget([0.1, 0.1]))["vqa"]["js"] == pytest.approx(js)
+
+
+def test_divergence_does_not_depend_on_the_scale_of_the_ratios():
+    """Of long answers that differ in a word all ratios are near 1, which bins of fixed width would not tell apart."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=40), rng.normal(1.0, size=40)
+    wide, narrow = (metrics.forget_quality(forget(np.exp(s * a)), forget(np.exp(s * b)))["vqa"] for s in (1.0, 0.01))
+    assert narrow == pytest.approx(wide) and 0.1 < wide["js"] < 0.9
 
 
 def test_forget_quality_compares_the_forget_set_alone_kind_by_kind():

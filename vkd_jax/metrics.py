@@ -255,8 +255,8 @@ def forget_quality(records: Iterable[Mapping], reference: Iterable[Mapping]) -> 
         ks, p: statistic and p-value of the two-sample Kolmogorov-Smirnov test between the two models' truth ratios R,
         an item each. p is TOFU's forget quality: near 1 the two cannot be told apart, near 0 the model still knows the
         people, or avoids them more than one that never met them.
-        js: Jensen-Shannon divergence in bits, from 0 (alike) to 1, of the two histograms of R / (1 + R), the share of
-        the truth, in ten equal bins of [0, 1].
+        js: Jensen-Shannon divergence in bits, from 0 (alike) to 1, of the two histograms of R, in ten bins that share
+            the items of both models equally.
         n: number of items.
 
     Raises:
@@ -284,8 +284,9 @@ def _forget_ratios(records: Iterable[Mapping]) -> dict[str, dict[str, float]]:
 
 
 def _js(a: np.ndarray, b: np.ndarray) -> float:
-    p, q = (np.histogram(x / (1 + x), bins=BINS, range=(0, 1))[0] for x in (a, b))
-    return float(distance.jensenshannon(p, q, base=2) ** 2)
+    inner = np.quantile(np.concatenate([a, b]), np.arange(1, BINS) / BINS)
+    bins = [np.bincount(np.searchsorted(inner, x, side="right"), minlength=BINS) for x in (a, b)]
+    return float(distance.jensenshannon(*bins, base=2) ** 2)
 
 
 def utility(record: Mapping) -> dict[str, float]:

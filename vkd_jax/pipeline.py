@@ -111,7 +111,8 @@ def checked(config: ml_collections.ConfigDict) -> tuple[jax.sharding.Mesh, metho
     if config.stage != "unlearn" and not (config.model.base or config.model.create.to_dict()):
         raise UserError("config.model.base is empty: pass the model to fine-tune, a folder or a hub id.")
     for chosen, section in ((method, config.train), (tuning, config.finetune.train)):
-        train.count_steps(section, {name: train.batch_size(section, name, mesh) for name in chosen.losses()})
+        sizes = {name: train.batch_size(section, name, mesh) for name in chosen.losses()}
+        train.count_steps(section, sizes)  # of any number of rows: the fields are what is checked
     return mesh, method, tuning
 
 

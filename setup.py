@@ -41,6 +41,7 @@ setuptools.setup(
         "tensorboard>=2.20",
         "grain>=0.2.18",
         "tensorflow-datasets>=4.9.10",
+        "importlib-resources>=6",  # tensorflow-datasets reads its files with it and does not declare it
         "array-record>=0.8.1; sys_platform != 'win32'",
         "pyarrow>=18",
         "transformers>=5,<6",

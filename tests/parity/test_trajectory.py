@@ -258,7 +258,7 @@ def test_fifty_steps_agree_with_pytorch(name, tmp_path, monkeypatch):
     prepared = method.prepare(Context(graphdef, params, None, config, sets, seed=0))
 
     with torch.no_grad():  # the teacher's features, which both sides pull to, are PyTorch's own
-        own = family.look(prepared.sets["retain"].pictures)
+        own = family.look(prepared.sets["retain"].pictures.held)
     for tap in method.taps:
         for mine, cached in zip(own[tap], prepared.sets["retain"].per_image[f"target/{tap}"], strict=True):
             np.testing.assert_allclose(cached[: len(mine)], mine, atol=1e-4)

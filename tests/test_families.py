@@ -32,7 +32,9 @@ def run(request, get_config, few, tiny_folder, qwen_folder, tmp_path_factory):
         config.eval.protocol = "options"
     config.data.source = str(few)
     config.eval.update(max_items=3, max_new_tokens=4)
-    config.train.update(steps=3, warmup_steps=1, batch_size=dict(forget=4, retain=4), learning_rate=1e-3, log_every=1)
+    config.train.update(
+        steps=3, warmup_steps=1, batch_size=dict(forget=4, retain=4), learning_rate=1e-3, log_every=1, buckets=1
+    )
     config.method.update(fisher_samples=4, fisher_chunk=2, augment_forget=1)
     workdir = tmp_path_factory.mktemp("runs") / "run"
     results = pipeline.run(config, workdir)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone need not be instal
 
 from vkd_jax import convert, data, losses
 from vkd_jax.data.processing import Batch, Processor, encode_set
-from vkd_jax.methods import base as methods
+from vkd_jax.methods import scope
 from vkd_jax.models import quantize
 from vkd_jax.models.base import VisualTokens, bind
 
@@ -85,7 +85,7 @@ def measure(count: int) -> dict:
     graphdef, params, config = convert.load(MODEL, dtype="float32")
     batch = questions(MODEL, config, count)
     # The visual half is the same for every row of the table.
-    features, to_weights = visual_half(graphdef, params, methods.visual_paths(params, config, -1), batch)
+    features, to_weights = visual_half(graphdef, params, scope.visual_paths(params, config, -1), batch)
 
     def ask(params):
         log_p, gradient = language_half(graphdef, params, features, batch)

@@ -19,6 +19,7 @@ import pytest
 from vkd_jax import convert, losses, optim, weights
 from vkd_jax.data.processing import Batch
 from vkd_jax.methods import base as methods
+from vkd_jax.methods import scope
 from vkd_jax.methods.finetune import Finetune
 from vkd_jax.models import base, llava, lora, quantize
 from vkd_jax.models.clip_vit import VisionConfig
@@ -111,7 +112,7 @@ def parts(params, paths):
 
 
 def adapter_gradient(graphdef, params, key=None):
-    paths = methods.trainable_paths(params, CONFIG, "lora", -1)
+    paths = scope.trainable_paths(params, CONFIG, "lora", -1)
     return gradient(graphdef, *parts(params, paths), batch(), key)
 
 
@@ -258,7 +259,7 @@ def test_in_bfloat16_adapters_stay_float32():
     graphdef, _ = graph(compute_dtype="bfloat16")
     held = {path: x.astype(jnp.bfloat16) for path, x in plain().items()}
     params = tuned(attached(held))
-    trainable, frozen = parts(params, methods.trainable_paths(params, CONFIG, "lora", -1))
+    trainable, frozen = parts(params, scope.trainable_paths(params, CONFIG, "lora", -1))
     shapes = jax.eval_shape(functools.partial(gradient.__wrapped__, graphdef), trainable, frozen, batch())
     assert {x.dtype for x in (*trainable.values(), *shapes.values())} == {jnp.dtype(jnp.float32)}
     x = jnp.ones((2, 32), jnp.bfloat16)
@@ -304,7 +305,7 @@ def test_computing_again_in_the_backward_pass_drops_the_same():
 
 def test_weight_decay_leaves_adapters_alone_and_masks_cover_them():
     params = tuned(attached(plain()))
-    trainable, _ = parts(params, methods.trainable_paths(params, CONFIG, "lora", -1))
+    trainable, _ = parts(params, scope.trainable_paths(params, CONFIG, "lora", -1))
     assert len(trainable) == 14 and not any(optim.decayed(trainable).values())
     config = dict(learning_rate=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5, clip_norm=1.0, b2=0.999)
     tx = optim.create(ml_collections.ConfigDict(config), 1)

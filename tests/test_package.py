@@ -17,6 +17,7 @@ PACKAGE = ROOT / "vkd_jax"
 # Imports point from right to left; the modules of one place may import each other.
 ORDER = [
     {"types"},
+    {"registry"},
     {"hub"},
     {"data"},
     {"models"},
@@ -33,6 +34,7 @@ ORDER = [
     {"answerer"},
     {"evaluate"},
     {"loaded"},
+    {"attacks"},
     {"figures", "page"},
     {"report"},
     {"workdir"},

@@ -20,6 +20,7 @@ from vkd_jax import methods as unlearning
 from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import EncodedSet
 from vkd_jax.methods import base as methods
+from vkd_jax.methods import scope
 from vkd_jax.models import base, generate, llava, quantize
 from vkd_jax.models.clip_vit import VisionConfig
 from vkd_jax.models.decoder import DecoderConfig
@@ -74,7 +75,7 @@ def rows(count=6, seed=1):
 
 
 def parts(params, config=CONFIG):
-    paths = methods.visual_paths(params, config, -1)
+    paths = scope.visual_paths(params, config, -1)
     return {k: params[k] for k in paths}, {k: x for k, x in params.items() if k not in paths}
 
 
@@ -340,7 +341,7 @@ def test_an_export_holds_the_language_model_as_it_came(tiny_folder, tmp_path):
         tiny_folder, transform=functools.partial(quantize.quantized, how=quantize.parse("int4"))
     )
     assert isinstance(params[KERNEL], QArray)
-    trained = {path: params[path] + 1 for path in methods.visual_paths(params, config, -1)}
+    trained = {path: params[path] + 1 for path in scope.visual_paths(params, config, -1)}
     convert.export(trained, tiny_folder, tmp_path / "out", config)
     tensors = convert.manifest(tiny_folder, tmp_path / "out")["tensors"]
     changed = {name for name, digests in tensors.items() if digests["changed"]}

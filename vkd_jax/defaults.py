@@ -3,10 +3,11 @@
 import dataclasses
 import typing
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import ml_collections
 
-from vkd_jax import data, methods
+from vkd_jax import attacks, data, methods
 from vkd_jax.types import UserError
 
 STAGES = {  # and the models that are fine-tuned on the way
@@ -46,6 +47,7 @@ def base() -> ml_collections.ConfigDict:
             seed=0,
         )
     )
+    config.attacks = dict(names="", seed=0, **{name: _fields(attacks.create(name, {})) for name in attacks.ATTACKS})
     config.method = method("vkd")
     config.train = _train(steps=300, batch_size=dict(forget=32, retain=32))
     config.finetune = dict(method=method("finetune"), train=_train(batch_size=dict(image=64, text=16)))
@@ -81,8 +83,14 @@ def benchmark(name: str, **changes) -> ml_collections.ConfigDict:
 
 def method(name: str, **changes) -> ml_collections.ConfigDict:
     """A method with all its hyperparameters, so that each can be overridden and stands in the run's config.json."""
-    chosen = methods.create(name, changes)
     config = ml_collections.ConfigDict(dict(name=name))
+    config.update(_fields(methods.create(name, changes)))
+    return config
+
+
+def _fields(chosen: Any) -> ml_collections.ConfigDict:
+    """The fields of a dataclass."""
+    config = ml_collections.ConfigDict()
     for field in dataclasses.fields(chosen):
         value = getattr(chosen, field.name)
         if type(None) in typing.get_args(field.type):  # of no fixed type, so that both None and a number can be given

@@ -46,7 +46,7 @@ class Loaded:
             transform=how and functools.partial(quantize.quantized, how=how),
             remat=config.model.remat,
         )
-        if getattr(method, "train", "") == "lora":
+        if method.train == "lora":
             params = lora.attach(
                 params,
                 rank=method.lora_rank,

@@ -5,6 +5,7 @@ unlearn       vanilla -> unlearned -> report      all           finetune, retain
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -104,7 +105,7 @@ def checked(config: ml_collections.ConfigDict) -> tuple[jax.sharding.Mesh, metho
             raise UserError(f"eval.{name}={config.eval[name]}: give at least 1.")
     if config.model.dtype not in DTYPES:
         raise UserError(f"model.dtype={config.model.dtype!r}: give one of {', '.join(DTYPES)}.")
-    if set(method.losses()) != {"forget", "retain"}:
+    if config.method.name == "finetune":
         raise UserError(f"method {config.method.name} does not unlearn; config.finetune is the place for fine-tuning.")
     if config.stage == "unlearn" and not config.model.path:
         raise UserError("config.model.path is empty: pass the model that knows the people, a folder or a hub id.")
@@ -219,19 +220,25 @@ def unlearn(job: Job, made: dict[str, Path]) -> None:
             )
         if not target.exists():
             with workdir.stage("prepare"):
+                sets = {name: _pairs(job, name) for name in ("forget", "retain")}
+                sets |= {f"{name}_text": rows for name in sets if (rows := _texts(job, name))}
                 context = Context(
                     graphdef=model.graphdef,
                     params=model.params,
                     load_base=(lambda: model.same_kind(Loaded.open(base, *job.how), "base").params) if base else None,
                     model_config=model.config,
-                    sets={name: model.encode(_pairs(job, name), config.train.buckets) for name in ("forget", "retain")},
+                    sets={name: model.encode(rows, config.train.buckets) for name, rows in sets.items()},
+                    encode=functools.partial(model.encode, buckets=config.train.buckets),
                     seed=config.seed,
                 )
                 prepared = job.method.prepare(context)
             with workdir.stage("unlearn"):
-                trained = _fit(job, model, job.method, prepared, config.train, workdir.path / "train")
+                trained = prepared.edited
+                if trained is None:
+                    trained = _fit(job, model, job.method, prepared, config.train, workdir.path / "train")
             with workdir.stage("export"):
-                convert.export(trained, source, target, model.config, notes=_provenance(job, "unlearned", []))
+                merged = trained | lora.adapters(model.params)
+                convert.export(merged, source, target, model.config, notes=_provenance(job, "unlearned", []))
         with workdir.stage("manifest"):
             manifest = convert.manifest(source, target)
             workdir.write("manifest.json", manifest)
@@ -300,6 +307,12 @@ def _pairs(job: Job, name: str) -> list[Example]:
     if not pairs:
         raise UserError(f"the {name} set has no question with a picture: visual unlearning needs some.")
     return pairs
+
+
+def _texts(job: Job, name: str) -> list[Example]:
+    """The questions of text alone about the same people, each once."""
+    rows = job.sets.get(job.benchmark.UNLEARN[name], ())
+    return list({e.question: e for e in rows if e.image is None}.values())
 
 
 def _fit(

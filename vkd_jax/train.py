@@ -20,7 +20,7 @@ from vkd_jax import optim, sharding
 from vkd_jax.checkpoint import Checkpoints
 from vkd_jax.data.processing import Batch
 from vkd_jax.data.streams import Stream
-from vkd_jax.methods.base import LossFn, Method, Prepared
+from vkd_jax.methods.base import LossFn, Method, Prepared, TeacherFn
 from vkd_jax.models.base import bind
 from vkd_jax.progress import Progress
 from vkd_jax.types import Params, UserError
@@ -53,20 +53,32 @@ def make_step(
     tx: optax.GradientTransformationExtraArgs,
     mask_scope: str,
     seed: int = 0,
+    teacher: Mapping[str, TeacherFn] = {},  # noqa: B006 (never written to)
 ):
-    """One update: (state, frozen, mask, batches) -> (state, metrics).
+    """One update: (state, frozen, mask, batches, start) -> (state, metrics).
 
     Each stream's gradient is taken apart, so that a mask can cover the forget stream alone; they add up before the
-    optimizer. Frozen weights are an argument that is neither differentiated nor donated. Dropout, where the model has
-    any, is a function of the seed, the step and the stream.
+    optimizer. Frozen weights are an argument that is neither differentiated nor donated, as is `start`: the trainable
+    weights before the first step, for the teacher of the streams that have one. Dropout, where the model has any, is a
+    function of the seed, the step and the stream.
     """
 
-    def step(state: TrainState, frozen: Params, mask: Params | None, batches: Mapping[str, Batch]):
+    def step(
+        state: TrainState,
+        frozen: Params,
+        mask: Params | None,
+        batches: Mapping[str, Batch],
+        start: Params | None = None,
+    ):
         total, metrics = None, {}
         for number, (name, loss_fn) in enumerate(losses.items()):
+            batch = batches[name]
+            if name in teacher:
+                said = teacher[name](bind(graphdef, {**frozen, **start}), batch)
+                batch = dataclasses.replace(batch, cached={**batch.cached, **said})
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), number)
 
-            def stream_loss(trainable, loss_fn=loss_fn, batch=batches[name], key=key):
+            def stream_loss(trainable, loss_fn=loss_fn, batch=batch, key=key):
                 return loss_fn(bind(graphdef, {**frozen, **trainable}, key), batch)
 
             (loss, more), grads = jax.value_and_grad(stream_loss, has_aux=True)(state.params)
@@ -126,10 +138,11 @@ def fit(
     state = _init(tx, trainable, mesh)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     step_fn = jax.jit(
-        make_step(graphdef, losses, tx, method.mask_scope, seed),
+        make_step(graphdef, losses, tx, method.mask_scope, seed, prepared.teacher),
         donate_argnums=0,
         out_shardings=(state_shardings, None),
     )
+    start = {path: params[path] for path in paths} if prepared.teacher else None
     put = functools.partial(_to_device, batch_sharding=sharding.batch_sharding(mesh))
 
     checkpoints = Checkpoints(folder / "checkpoints", seed=seed, every=config.checkpoint_every)
@@ -150,7 +163,7 @@ def fit(
                 before = time.perf_counter()
                 batches = {name: next(iterator) for name, iterator in iterators.items()}
                 waiting += time.perf_counter() - before
-                state, metrics = step_fn(state, frozen, prepared.mask, batches)
+                state, metrics = step_fn(state, frozen, prepared.mask, batches, start)
                 if pending:  # one step behind, so that the device never waits for the host
                     _check(*pending, checkpoints)
                 pending = (step, metrics)
@@ -226,7 +239,8 @@ def count_steps(config: ml_collections.ConfigDict, rows: Mapping[str, int]) -> i
     for name in ("log_every", "checkpoint_every"):
         if config[name] < 1:
             raise UserError(f"train.{name}={config[name]}: give at least 1.")
-    return config.steps or max(math.ceil(config.epochs * n / config.batch_size[name]) for name, n in rows.items())
+    epochs = (math.ceil(config.epochs * n / config.batch_size[name]) for name, n in rows.items())
+    return config.steps or max(epochs, default=0)
 
 
 def _check(step: int, metrics: Mapping[str, jax.Array], checkpoints: Checkpoints) -> None:

@@ -10,6 +10,7 @@ import random_llava
 
 from vkd_jax import losses, sharding
 from vkd_jax.methods import base as methods
+from vkd_jax.methods import scope
 from vkd_jax.models import lora
 from vkd_jax.models.base import bind
 
@@ -22,7 +23,7 @@ def computed(mesh) -> dict:
     graphdef, params = random_llava.model(mesh)
     everywhere = sharding.replicated(mesh)
     params = lora.attach(params, rank=3, alpha=6.0, dropout=0.5, seed=0, sharding=everywhere)
-    paths = methods.trainable_paths(params, random_llava.CONFIG, "lora", -1)
+    paths = scope.trainable_paths(params, random_llava.CONFIG, "lora", -1)
     replicated = all(params[path].sharding.is_equivalent_to(everywhere, params[path].ndim) for path in paths)
     for path in paths:
         if path.endswith("lora_b"):

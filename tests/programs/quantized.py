@@ -10,6 +10,7 @@ from qwix import QArray
 
 from vkd_jax import losses, sharding
 from vkd_jax.methods import base as methods
+from vkd_jax.methods import scope
 from vkd_jax.models import quantize
 from vkd_jax.models.base import bind
 
@@ -34,7 +35,7 @@ def layout(small, floats) -> dict:
 
 def computed(mesh, graphdef, params) -> dict:
     """The loss and the gradients of the projector."""
-    paths = methods.visual_paths(params, random_llava.CONFIG, 0)
+    paths = scope.visual_paths(params, random_llava.CONFIG, 0)
 
     @jax.jit
     def run(trainable, frozen, batch):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -13,12 +13,12 @@ from scipy import spatial
 from vkd_jax import losses
 from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import Batch, EncodedSet
-from vkd_jax.models import lora
 from vkd_jax.models.base import VisualTokens, bind
-from vkd_jax.types import Params, UserError
+from vkd_jax.types import Example, Params, UserError
 
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]  # (model, batch) -> scalar, metrics
+TeacherFn = Callable[[Any, Batch], dict[str, jax.Array]]  # (model, batch) -> arrays, a row each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,11 @@ class Context:
     params: Params  # the vanilla model
     load_base: Callable[[], Params] | None  # the model before it met anybody, where its checkpoint is given
     model_config: Any
-    sets: Mapping[str, EncodedSet]  # one per stream of the method
+    # Questions with a picture as "forget" and "retain", those of text alone as "forget_text" and "retain_text" if there
+    # are any. A method has a stream for each of its losses, and takes what else it needs to look at.
+    sets: Mapping[str, EncodedSet]
     seed: int
+    encode: Callable[[Sequence[Example]], EncodedSet] | None = None  # other examples of one modality for this model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +42,14 @@ class Prepared:
 
     sets: Mapping[str, EncodedSet]
     mask: Params | None = None  # 0/1 per trainable element; None lets every element move
+    # By stream, what the model as it was before the loop says of each batch; found in `batch.cached`. Where it can be
+    # computed once and held, it belongs into the set; this is for what is too large to hold, such as whole logits.
+    teacher: Mapping[str, TeacherFn] = dataclasses.field(default_factory=dict)
+    edited: Params | None = None  # new values of the trainable weights: then there is nothing to train
 
 
 class Method(Protocol):
-    """A frozen dataclass of hyperparameters.
+    """A frozen dataclass of hyperparameters, those of `scope.Scope` among them.
 
     `mask_scope` says which gradients the prepared mask covers: "forget", "both", or "none".
     """
@@ -58,51 +65,8 @@ class Method(Protocol):
         ...
 
     def losses(self) -> Mapping[str, LossFn]:
-        """One loss function per stream; the gradients of the streams add up."""
+        """One loss function per stream; the gradients of the streams add up. {} for a method that trains nothing."""
         ...
-
-
-def visual_paths(paths: Iterable[str], model_config: Any, blocks: int) -> list[str]:
-    """The projector and the last `blocks` vision blocks *that feed it*.
-
-    With a feature layer of -2 the very last block feeds nothing: it would get no gradient, yet weight decay would
-    move it. So it never trains, nor does the norm that stands behind it (`post_norm`).
-
-    Args:
-        paths: of all parameters.
-        model_config: of the family; its `used_blocks` is how many blocks feed the projector.
-        blocks: 0 is the projector alone; -1 is the whole used tower, embeddings included.
-    """
-    used = model_config.used_blocks
-    if not -1 <= blocks <= used:
-        raise UserError(
-            f"blocks={blocks}: the model has {used} vision blocks that feed the projector; give -1 to {used}."
-        )
-    trained = {f"vision_tower/blocks/{i}" for i in range(used - blocks if blocks >= 0 else 0, used)}
-
-    def trains(path: str) -> bool:
-        tower, part, *rest = path.split("/")
-        if tower == "vision_tower" and part == "blocks":
-            return f"{tower}/{part}/{rest[0]}" in trained
-        return tower == "projector" or (tower == "vision_tower" and blocks == -1 and part != "post_norm")
-
-    return [path for path in paths if trains(path)]
-
-
-def trainable_paths(paths: Iterable[str], model_config: Any, scope: str, blocks: int) -> list[str]:
-    """The paths of a scope.
-
-    "visual": see `visual_paths`; "all": those of the whole tower, and the language model; "lora": the adapters.
-    """
-    paths = list(paths)
-    if scope == "lora":
-        return [path for path in paths if path.endswith((f"/{lora.A}", f"/{lora.B}"))]
-    if scope == "visual":
-        return visual_paths(paths, model_config, blocks)
-    if scope == "all":
-        visual = set(visual_paths(paths, model_config, -1))
-        return [path for path in paths if path in visual or path.startswith("language_model/")]
-    raise UserError(f"method.train={scope!r}: give 'visual', 'all' or 'lora'.")
 
 
 def answer_logits(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, VisualTokens]]:

@@ -6,29 +6,22 @@ Reference: Liu et al., "Continual Learning and Private Unlearning", arXiv 2203.1
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 
 from vkd_jax import losses
 from vkd_jax.methods import base
+from vkd_jax.methods.scope import Scope
 
 
 @dataclasses.dataclass(frozen=True)
-class GradDiff:
+class GradDiff(Scope):
     """Bounded ascent on the forget set, descent on the retain set."""
 
-    train: str = "all"  # all | visual
-    blocks: int = -1  # with "visual": how many of the last vision blocks, -1 for the whole tower
     weight_forget: float = 1.0
     weight_retain: float = 1.0
     cap: float = 6.0  # nats; ascent stops there
-    mask_scope: str = "none"
-
-    def trainable(self, paths: Iterable[str], model_config: Any) -> list[str]:
-        """All weights, or the visual ones."""
-        return base.trainable_paths(paths, model_config, self.train, self.blocks)
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Nothing to prepare."""

@@ -6,15 +6,14 @@ Forget batch (x_f, q_f, y_f), retain batch (x_r, q_r, y_r), student theta, taps 
     L_r = w_cr * CE(theta; x_r, q_r, y_r)     + w_kr * sum_l D(h_l(theta, x_r), h_l(teacher, x_r))
     g   = mask * grad L_f + grad L_r          (mask_scope "forget"; "both" masks the whole update)
 
-Only the projector and the last `blocks` vision blocks train; the language model has neither gradient nor optimizer
-state. What the paper's abstract does not say is an assumption, A1 to A8, and each of them is a field below.
+Only the projector and the vision tower, or its last `blocks` blocks, train; the language model has neither gradient nor
+optimizer state. What the paper's abstract does not say is an assumption, A1 to A8, and each of them is a field below.
 
 Reference: arXiv 2512.11325. No official code was at hand.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ import numpy as np
 from vkd_jax import losses, saliency
 from vkd_jax.data import augment
 from vkd_jax.methods import base
+from vkd_jax.methods.scope import Scope
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.types import Params, UserError
 
@@ -33,9 +33,10 @@ MASK_SCOPES = ("forget", "both", "none")
 
 
 @dataclasses.dataclass(frozen=True)
-class VKD:
+class VKD(Scope):
     """Hyperparameters; weights of 0 switch a term off, so that an ablation is a config override."""
 
+    train: str = "visual"  # A7: or all, or lora; see `Scope`, as for blocks: how many of the last vision blocks train
     distance: str = "mse"  # A1: mse | cosine | smooth_l1
     forget: str = "ga"  # A2: npo | ga | none
     beta: float = 0.4  # of npo
@@ -50,7 +51,6 @@ class VKD:
     mask_eps: float = 1e-12
     fisher_samples: int = 128
     fisher_chunk: int = 16
-    blocks: int = -1  # A7: how many of the last vision blocks train; -1 for all, embeddings included
     augment_forget: int = 8  # A8: changed copies of each forget picture, so that other pictures are forgotten too ...
     augment_retain: int = 0  # ... and of each retain picture; teacher features of all copies are held in memory
     weight_forget_ce: float = 1.0  # w_cf
@@ -59,6 +59,7 @@ class VKD:
     weight_retain_distill: float = 8.0  # w_kr
 
     def __post_init__(self):
+        super().__post_init__()
         for name, allowed in (
             ("distance", tuple(losses.DISTANCES)),
             ("forget", FORGET),
@@ -74,10 +75,6 @@ class VKD:
             raise UserError(
                 "the saliency mask takes either method.mask_threshold or method.mask_keep; set exactly one."
             )
-
-    def trainable(self, paths: Iterable[str], model_config: Any) -> list[str]:
-        """The projector and the last `blocks` vision blocks that feed it."""
-        return base.visual_paths(paths, model_config, self.blocks)
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Caches teacher features, forget targets and reference log-probabilities, and makes the saliency mask."""

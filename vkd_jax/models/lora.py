@@ -46,6 +46,11 @@ class Lora:
     b: jax.Array | None = None  # float32 [.., r, f]
     key: jax.Array | None = None  # random key [..]; None for no dropout
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the kernel."""
+        return self.weight.shape
+
 
 def attach(
     params: Mapping[str, Any],

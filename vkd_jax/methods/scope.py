@@ -1,0 +1,79 @@
+"""Which weights train: all of them, the visual ones, or adapters beside the language model's."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from vkd_jax.models import lora
+from vkd_jax.types import UserError
+
+TRAIN = ("all", "visual", "lora")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """The hyperparameters that all methods share: a method is a dataclass that has these fields, too."""
+
+    train: str = "all"  # all | visual | lora: adapters on every kernel of the language model's blocks, nothing else
+    blocks: int = -1  # with "visual": how many of the last vision blocks, -1 for the whole tower
+    lora_rank: int = 16
+    lora_alpha: float = 16.0  # the adapters' output is scaled by lora_alpha / lora_rank
+    lora_dropout: float = 0.05  # the share of an adapter's inputs that is dropped at each step
+    mask_scope: ClassVar[str] = "none"  # a method with a mask says otherwise
+
+    def __post_init__(self):
+        rank, alpha, dropout = self.lora_rank, self.lora_alpha, self.lora_dropout
+        if self.train not in TRAIN:
+            raise UserError(f"method.train={self.train!r}: give one of {', '.join(TRAIN)}.")
+        if not isinstance(rank, int) or rank < 1:
+            raise UserError(f"method.lora_rank={rank!r}: give a whole number from 1.")
+        if not 0 < alpha < math.inf:
+            raise UserError(f"method.lora_alpha={alpha!r}: give a positive number.")
+        if not 0 <= dropout < 1:
+            raise UserError(f"method.lora_dropout={dropout!r}: give a share from 0 to below 1.")
+
+    def trainable(self, paths: Iterable[str], model_config: Any) -> list[str]:
+        """The paths of the weights that train."""
+        return trainable_paths(paths, model_config, self.train, self.blocks)
+
+
+def trainable_paths(paths: Iterable[str], model_config: Any, scope: str, blocks: int) -> list[str]:
+    """The paths of a scope.
+
+    "visual": see `visual_paths`; "all": those of the whole tower, and the language model; "lora": the adapters.
+    """
+    paths = list(paths)
+    if scope == "lora":
+        return [path for path in paths if path.endswith((f"/{lora.A}", f"/{lora.B}"))]
+    if scope == "visual":
+        return visual_paths(paths, model_config, blocks)
+    visual = set(visual_paths(paths, model_config, -1))
+    return [path for path in paths if path in visual or path.startswith("language_model/")]
+
+
+def visual_paths(paths: Iterable[str], model_config: Any, blocks: int) -> list[str]:
+    """The projector and the last `blocks` vision blocks *that feed it*.
+
+    With a feature layer of -2 the very last block feeds nothing: it would get no gradient, yet weight decay would
+    move it. So it never trains, nor does the norm that stands behind it (`post_norm`).
+
+    Args:
+        paths: of all parameters.
+        model_config: of the family; its `used_blocks` is how many blocks feed the projector.
+        blocks: 0 is the projector alone; -1 is the whole used tower, embeddings included.
+    """
+    used = model_config.used_blocks
+    if not -1 <= blocks <= used:
+        raise UserError(
+            f"blocks={blocks}: the model has {used} vision blocks that feed the projector; give -1 to {used}."
+        )
+    trained = {f"vision_tower/blocks/{i}" for i in range(used - blocks if blocks >= 0 else 0, used)}
+
+    def trains(path: str) -> bool:
+        tower, part, *rest = path.split("/")
+        if tower == "vision_tower" and part == "blocks":
+            return f"{tower}/{part}/{rest[0]}" in trained
+        return tower == "projector" or (tower == "vision_tower" and blocks == -1 and part != "post_norm")
+
+    return [path for path in paths if trains(path)]

@@ -3,35 +3,108 @@
 python -m vkd_jax.main --config configs/tiny.py --workdir /tmp/vkd-tiny
 
 configs/tiny.py                   VKD: forget six people                      (also :vkd)
-configs/tiny.py:grad_diff         gradient difference on all weights
-configs/tiny.py:grad_diff_visual  gradient difference on the visual weights
+configs/tiny.py:grad_diff         another method, see SETTINGS below, on all weights (or :grad_diff,visual or ,lora)
+configs/tiny.py:attacks           the same, and every attack that would bring the knowledge back
 configs/tiny.py:forget=5          three people instead of six; 15: nine
 configs/tiny.py:all               everything before that, too: base -> vanilla -> retain-only -> unlearned -> report
 configs/tiny.py:clear,all         the same in CLEAR's layout and by its protocol
 configs/tiny.py:finetune          base -> vanilla alone: how the shipped tiny_llava was made
 configs/tiny.py:retain_only       base -> retain-only alone: how the shipped tiny_retain_only was made
 configs/tiny.py:base              how the shipped tiny_base was made, from random weights, on sixty other people
+
+python -m vkd_jax.compare --config configs/tiny.py:compare --workdir DIR       every method, tuned alike, three seeds
+python -m vkd_jax.compare --config configs/tiny.py:ablations --workdir DIR     VKD without this and with that
 """
 
 import ml_collections
 
 from vkd_jax import defaults
+from vkd_jax.methods.scope import TRAIN
+
+OTHERS = 2  # the seed of sixty more people: to tune on, since nothing is reported about them
+
+# What the methods need here beside their published hyperparameters: the best of SEARCH.
+SETTINGS = {
+    "vkd": "method.augment_retain=2",
+    "grad_ascent": "train.steps=40 train.learning_rate=1e-4",
+    "grad_diff": "train.steps=100 train.learning_rate=3e-4",
+    "kl": "train.steps=100 train.learning_rate=3e-4",
+    "npo": "train.steps=100 train.learning_rate=3e-4",
+    "idk": "train.steps=100 train.learning_rate=3e-4",
+    "rmu": "train.steps=100 train.learning_rate=3e-4",
+    "mmunlearner": "train.steps=100 train.learning_rate=3e-4",
+    "manu": "",
+}
+
+
+def _rates_and(setting: str, *values: float, rates: tuple[float, float] = (1e-4, 3e-4)) -> list[str]:
+    return [f"train.learning_rate={rate} {setting}={value}" for rate in rates for value in values]
+
+
+# What each method is tried with, four times each, on the others.
+SEARCH = {
+    "vkd": _rates_and("method.weight_retain_distill", 8.0, 16.0, rates=(1e-3, 2e-3)),
+    "grad_ascent": [f"train.learning_rate={rate}" for rate in (1e-5, 3e-5, 1e-4, 3e-4)],
+    "grad_diff": _rates_and("method.weight_retain", 1.0, 4.0),
+    "grad_diff_visual": _rates_and("method.weight_retain", 1.0, 4.0, rates=(3e-4, 1e-3)),
+    "kl": _rates_and("method.weight_kl", 1.0, 4.0),
+    "npo": _rates_and("method.weight_retain", 1.0, 4.0),
+    "idk": _rates_and("method.weight_retain", 1.0, 4.0),
+    "rmu": _rates_and("method.alpha", 100.0, 1000.0),
+    "mmunlearner": _rates_and("method.weight_retain", 1.0, 4.0),
+    "manu": [f"method.share={share}" for share in (0.02, 0.03, 0.05, 0.1)],
+}
+
+# What VKD's abstract leaves open, each changed alone.
+ABLATIONS = {
+    "vkd": "",
+    "no distillation": "method.weight_forget_distill=0.0 method.weight_retain_distill=0.0",
+    "no forget distillation": "method.target=none",
+    "no retain distillation": "method.weight_retain_distill=0.0",
+    "forget none": "method.forget=none",
+    "forget npo": "method.forget=npo",
+    "target anchor": "method.target=anchor",
+    "target base": "method.target=base",
+    "target repel": "method.target=repel",
+    "teacher base": "method.teacher=base",
+    "taps features": "method.taps=('features',)",
+    "taps projector": "method.taps=('projector',)",
+    "distance cosine": "method.distance=cosine",
+    "distance smooth_l1": "method.distance=smooth_l1",
+    "no mask": "method.mask_scope=none",
+    "mask forget": "method.mask_scope=forget",
+    "mask 10 %": "method.mask_keep=0.1",
+    "mask 60 %": "method.mask_keep=0.6",
+    "projector only": "method.blocks=0",
+    "last block": "method.blocks=1",
+    "last 2 blocks": "method.blocks=2",
+    "all 3 blocks": "method.blocks=3",
+    "no changed copies": "method.augment_forget=0 method.augment_retain=0",
+    "all weights": "method.train=all train.learning_rate=3e-4",
+}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one of the runs above."""
-    methods, stages = ["vkd", "grad_diff", "grad_diff_visual"], [*defaults.STAGES, "base"]
-    words = dict(method="vkd", stage="unlearn", benchmark="mllmu", forget="10") | defaults.parse_words(
-        arg, dict(method=methods, stage=stages, benchmark=["mllmu", "clear"])
+    words = dict(
+        method="vkd", stage="unlearn", benchmark="mllmu", forget="10", train="", attacks="", runs=""
+    ) | defaults.parse_words(
+        arg,
+        dict(
+            method=list(SETTINGS),
+            stage=[*defaults.STAGES, "base"],
+            benchmark=["mllmu", "clear"],
+            train=TRAIN,
+            attacks=["attacks"],
+            runs=["compare", "ablations"],
+        ),
     )
     config = defaults.base()
     config.stage = words["stage"]
     config.data = defaults.benchmark(words["benchmark"], forget=int(words["forget"]))
-    if words["method"] == "vkd":
-        config.method = defaults.method("vkd", augment_retain=2)
-    else:
-        config.method = defaults.method("grad_diff", train="all" if words["method"] == "grad_diff" else "visual")
-        config.train.update(steps=150, learning_rate=3e-4 if words["method"] == "grad_diff" else 1e-3)
+    config.method = defaults.method(words["method"], **({"train": words["train"]} if words["train"] else {}))
+    defaults.override(config, SETTINGS[words["method"]])
+    config.attacks.names = "all" if words["attacks"] or words["runs"] == "compare" else ""
     config.finetune.method = defaults.method("finetune", train="all")
     config.finetune.train.update(
         steps=700, learning_rate=1e-3, warmup_steps=50, weight_decay=0.05, b2=0.98, log_every=50, checkpoint_every=200
@@ -44,7 +117,21 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         _from_random_weights(config)
     elif words["benchmark"] == "mllmu":  # in whose words the shipped models know the people
         config.model.update(path="tiny_llava", retain_only="tiny_retain_only" if words["forget"] == "10" else "")
+    if words["runs"] == "compare":
+        tuning = f"data.people={OTHERS} model.path= model.retain_only= eval.max_items=100"
+        config.compare = defaults.comparison({name: _entrant(name) for name in SEARCH}, tuning)
+    if words["runs"] == "ablations":
+        vkd = {name: defaults.entrant("vkd", f"{SETTINGS['vkd']} {changes}") for name, changes in ABLATIONS.items()}
+        config.compare = defaults.comparison(vkd, seeds=(0,))
+        config.data.people = OTHERS
+        config.model.update(path="", retain_only="")
     return config
+
+
+def _entrant(name: str) -> ml_collections.ConfigDict:
+    method = name.removesuffix("_visual")
+    fields = {"train": "visual"} if method != name else {}
+    return defaults.entrant(method, SETTINGS[method], SEARCH[name], **fields)
 
 
 def _from_random_weights(config: ml_collections.ConfigDict) -> None:

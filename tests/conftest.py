@@ -124,6 +124,29 @@ def few(tmp_path_factory, snapshot):
 
 
 @pytest.fixture(scope="session")
+def request_folders(tmp_path_factory):
+    """Two pictures of one person to forget, two of each of three to retain, with and without options."""
+    import json
+
+    from vkd_jax.data import people
+
+    names, root = [person.name for person in people.people()[:4]], tmp_path_factory.mktemp("request")
+    for part, persons in (("forget", people.people()[:1]), ("retain", people.people()[1:4])):
+        (root / part).mkdir()
+        lines = []
+        for person in persons:
+            for view in range(2):
+                name = f"{person.id}_{view}.png"
+                people.portrait(person, view, 32).save(root / part / name)
+                known = {"file_name": name, "person": person.name}
+                lines.append(known | {"question": "Who is this?", "answer": person.name, "options": names})
+                lines.append(known | {"question": "What is the job?", "answer": person.facts["job"]})
+            lines.append({"question": f"Who is {person.name}?", "answer": "a baker", "person": person.name})
+        (root / part / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tiny_folder):
     """The loaded folder: graphdef, params, config and processor."""
     from vkd_jax import defaults, methods, sharding

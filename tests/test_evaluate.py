@@ -407,4 +407,4 @@ def test_one_compilation_serves_two_models(tiny_model, ask, sets):
         Answerer(tiny_model.graphdef, other, tiny_model.config, tiny_model.processor, batch_size=7, mesh=ask(7).mesh),
         sets,
     )
-    assert compiled() == before and min(before) > 0
+    assert compiled() == before and sum(map(bool, before)) == 3  # encode, score and greedy

@@ -56,6 +56,25 @@ def test_npo_is_per_sequence_not_of_a_batch_mean():
     assert abs(per_row - of_mean) > 0.1
 
 
+def test_kl_divergence_by_hand_and_in_its_direction():
+    teacher = jnp.log(jnp.array([[[0.5, 0.5], [0.9, 0.1], [0.2, 0.8]]])) + 3.0  # logits are free up to a constant
+    student = jnp.log(jnp.array([[[0.25, 0.75], [0.9, 0.1], [0.8, 0.2]]])) - 2.0
+    mask = jnp.array([[True, True, False]])  # the third token is padding
+    want = (0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75) + 0.0) / 2
+    np.testing.assert_allclose(losses.kl_divergence(teacher, student, mask), [want], rtol=1e-5)
+    other = (0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)) / 2
+    np.testing.assert_allclose(losses.kl_divergence(student, teacher, mask), [other], rtol=1e-5)
+
+
+def test_kl_divergence_from_the_teacher_itself_is_zero_and_so_is_its_gradient():
+    logits, mask = jax.random.normal(jax.random.key(0), (2, 3, 7)), jnp.ones((2, 3), bool)
+    value, slope = jax.value_and_grad(lambda x: losses.kl_divergence(logits, x, mask).sum())(logits)
+    np.testing.assert_allclose(value, 0.0, atol=1e-6)
+    np.testing.assert_allclose(slope, 0.0, atol=1e-6)
+    other = jax.random.normal(jax.random.key(1), (2, 3, 7))
+    assert (losses.kl_divergence(logits, other, mask) > 0).all()
+
+
 ALL = jnp.ones((1, 2), bool)
 
 
@@ -103,4 +122,5 @@ def test_padding_and_other_rows_change_nothing(name):
 def test_bf16_inputs_are_summed_in_float32():
     logits = jax.random.normal(jax.random.key(1), (2, 3, 50)).astype(jnp.bfloat16)
     assert losses.token_log_probs(logits, jnp.zeros((2, 3), jnp.int32)).dtype == jnp.float32
+    assert losses.kl_divergence(logits, logits, jnp.ones((2, 3), bool)).dtype == jnp.float32
     assert losses.relative_squared_distance(logits, logits, 1.0, jnp.ones((2, 3), bool)).dtype == jnp.float32

@@ -188,6 +188,30 @@ def test_degenerate_means_have_no_width(values):
     assert metrics.mean(values) == {"mean": values[0], "low": values[0], "high": values[0], "n": len(values)}
 
 
+def test_area_under_the_curve_by_hand():
+    # 1 and 2 against 1 and 0: a tie, won, won, won.
+    got = metrics.auc({"a": [1.0, 2.0]}, {"b": [1.0, 0.0]})
+    assert got == {"mean": 3.5 / 4, "low": 3.5 / 4, "high": 3.5 / 4, "n": 4}  # of one group each nothing is drawn
+    assert metrics.auc({"a": [1.0], "b": [1.0]}, {"c": [1.0]})["mean"] == 0.5
+    # One group of three won against one of one lost: drawn are 1, 3/4 and 0, with chances 1/4, 1/2, 1/4.
+    got = metrics.auc({"a": [2.0] * 3, "b": [0.0]}, {"c": [1.0]})
+    assert got == {"mean": 0.75, "low": 0.0, "high": 1.0, "n": 5}
+
+
+def test_area_is_that_of_mann_and_whitney_and_its_interval_a_bootstraps():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0.5, size=60).round(1), rng.normal(size=80).round(1)  # rounded, so that there are ties
+    got = metrics.auc({i: [x] for i, x in enumerate(a)}, {i: [x] for i, x in enumerate(b)})
+    assert got["mean"] == pytest.approx(stats.mannwhitneyu(a, b).statistic / (60 * 80))
+    assert got == metrics.auc({i: [x] for i, x in enumerate(a)}, {i: [x] for i, x in enumerate(b)})
+
+    def area(x, y, axis):
+        return stats.mannwhitneyu(x, y, axis=axis).statistic / (60 * 80)
+
+    theirs = stats.bootstrap((a, b), area, n_resamples=5000, method="percentile", rng=1).confidence_interval
+    assert [got["low"], got["high"]] == pytest.approx(list(theirs), abs=0.01)
+
+
 def record(number=0, part="retain", task="classification", modality="vqa", protocol="options", **more):
     base = {"id": str(number), "set": part, "task": task, "modality": modality, "protocol": protocol}
     options = ["a", "b"] if task == "classification" else []

@@ -137,7 +137,7 @@ def test_only_visual_tensors_change(vkd, tiny_folder, tiny_model):
 def test_what_the_method_trains_is_held_in_float32_and_the_rest_as_asked(vkd, tiny_folder):
     config = vkd.config.copy_and_resolve_references()
     config.model.dtype = "bfloat16"
-    mesh, method, _ = pipeline.checked(config)
+    mesh, method, *_ = pipeline.checked(config)
     model = Loaded.open(tiny_folder, config, mesh, method)
     trained = set(method.trainable(model.params, model.config))
     assert trained

@@ -147,7 +147,7 @@ def run(tmp_path):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Leaves out the drawing, which takes a second, where a test reads the text alone."""
-    for name in ("forget_against_retain", "portrait_sheet", "loss_curves"):
+    for name in ("forget_against_retain", "portrait_sheet", "loss_curves", "relearning_curves"):
         monkeypatch.setattr(figures, name, lambda *_: b"")
 
 
@@ -322,6 +322,42 @@ def test_cards_take_the_first_people_and_say_before_and_after():
     )
     assert all(card.after == (card.truth, True) for card in kept)
     assert forgotten[0].image == IMAGES["001/0"]
+
+
+# ---- Attacks; see also test_page.py ----
+
+
+def tried(correct, **more):
+    low, high = metrics.wilson(correct, 20)
+    return {"mean": correct / 20, "correct": correct, "n": 20, "low": low, "high": high, **more}
+
+
+def test_report_tells_of_relearning_and_draws_it(tmp_path):
+    cells = {
+        name: tried(n, attacker="all", share=0.25, set="forget") for name, n in (("vanilla", 20), ("unlearned", 9))
+    }
+    attack = {"title": "Again", "about": "About.", "unit": "right answers", "summary": {"all 25 %": cells}}
+    make_run(tmp_path, attacks={"relearn": attack})
+    text = report.write(tmp_path, IMAGES).read_text()
+    opening, section = text[: text.index("## What")], text[text.index("## Attacks") : text.index("## See")]
+    assert "- **Relearning.** After fine-tuning all weights on 25 % of the forgotten questions it answered" in opening
+    assert "### Again\n\nAbout.\n\n![" in section and "(report/relearning.png)\n\n| what was tried" in section
+    assert min(size(tmp_path / "report" / "relearning.png")) > 300
+
+
+def test_a_report_without_attacks_says_nothing_of_them(run, undrawn):
+    text = report.write(run, IMAGES).read_text()
+    assert "Attacks" not in text and "Relearning" not in text
+    assert not (run / "report" / "relearning.png").exists()
+
+
+def test_a_model_made_elsewhere_is_not_said_to_have_been_trained_here(tmp_path, undrawn):
+    results = make_run(tmp_path)
+    del results["trainable"]
+    results["meta"]["config"]["stage"] = "audit"
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    text = report.write(tmp_path, IMAGES).read_text()
+    assert "Weights trained" not in text and "reconstruction" not in text and "9 of 80" in text
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,16 @@ def test_mask_by_share_counts_over_all_weights_together():
 
 
 def test_a_mask_that_selects_nothing_is_an_error():
-    with pytest.raises(UserError, match="selects no weight"):
+    with pytest.raises(UserError, match=r"selects no weight at all: lower method\.mask_threshold\.$"):
         masked(threshold=100.0)
+    with pytest.raises(UserError, match=r"selects no weight at all: raise method\.mask_keep\.$"):
+        masked(keep=0.0)
+
+
+def test_information_of_several_sets_is_the_mean_over_all_their_samples():
+    first, second = {"w": jnp.array([4.0, 1.0])}, {"w": jnp.array([1.0, 7.0])}
+    np.testing.assert_allclose(saliency.pooled([(first, 1), (second, 2)])["w"], [(4 + 1 + 1) / 3, (1 + 7 + 7) / 3])
+    np.testing.assert_allclose(saliency.pooled([(first, 3)])["w"], first["w"])
 
 
 def test_the_mask_has_exactly_the_keys_of_the_weights():

@@ -14,25 +14,6 @@ from vkd_jax.types import UserError
 NAMES = [person.name for person in people.people()[:4]]
 
 
-@pytest.fixture(scope="module")
-def request_folders(tmp_path_factory):
-    """Two pictures of one person to forget, two of each of three to retain, with and without options."""
-    root = tmp_path_factory.mktemp("request")
-    for part, persons in (("forget", people.people()[:1]), ("retain", people.people()[1:4])):
-        (root / part).mkdir()
-        lines = []
-        for person in persons:
-            for view in range(2):
-                name = f"{person.id}_{view}.png"
-                people.portrait(person, view, 32).save(root / part / name)
-                known = {"file_name": name, "person": person.name}
-                lines.append(known | {"question": "Who is this?", "answer": person.name, "options": NAMES})
-                lines.append(known | {"question": "What is the job?", "answer": person.facts["job"]})
-            lines.append({"question": f"Who is {person.name}?", "answer": "a baker", "person": person.name})
-        (root / part / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return root
-
-
 def short(config, root, base):
     """A few steps of everything, in float32."""
     config.data.update(forget=str(root / "forget"), retain=str(root / "retain"))

@@ -19,6 +19,7 @@ from vkd_jax.data.streams import Stream
 from vkd_jax.methods.base import Context, Prepared
 from vkd_jax.methods.vkd import VKD
 from vkd_jax.models.base import split
+from vkd_jax.progress import Progress
 from vkd_jax.types import Example, UserError
 
 ROWS = 8
@@ -59,6 +60,17 @@ class ToyMethod:
             return weight * term, {f"{name}_term": term, f"{name}_rows": jnp.sum(2.0 ** batch.tokens[:, 0])}
 
         return loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Taught(ToyMethod):
+    """Follows its teacher's sign."""
+
+    def losses(self):
+        def loss(model, batch):
+            return jnp.mean(batch.cached["extra"] * model(batch.pictures["x"]).sum(-1)), {}
+
+        return {"forget": loss}
 
 
 class ToyConfig:
@@ -130,7 +142,7 @@ def fit(toy, folder, method=ToyMethod(), sets=SETS, mask=None, seed=0, **changes
 def logged(folder):
     """Metrics by step; of a step that was logged twice the last."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    speed = {"data_wait_share", "examples_per_second"}
+    speed = {"data_wait_share", "examples_per_second", "step_bytes"}
     return {line["step"]: {k: v for k, v in line.items() if k not in speed} for line in lines}
 
 
@@ -168,8 +180,8 @@ def states(monkeypatch):
 
 def at_step(monkeypatch, step, act):
     """Calls `act` right after that step."""
-    tick = train.Progress.tick
-    monkeypatch.setattr(train.Progress, "tick", lambda self, now: (tick(self, now), act() if now == step else None))
+    tick = Progress.tick
+    monkeypatch.setattr(Progress, "tick", lambda self, now: (tick(self, now), act() if now == step else None))
 
 
 @pytest.fixture(scope="module")
@@ -268,17 +280,75 @@ def test_the_optimizer_knows_only_what_trains(toy, tmp_path, states):
     assert shapes == {(), (3, 4), (4,)}  # no (4, 2), no (2,): those are the frozen layer's
 
 
-def test_the_step_is_compiled_once_and_once_more_after_a_resume(toy, tmp_path, caplog, monkeypatch):
-    def compilations():
-        return sum("Compiling jit(step)" in record.getMessage() for record in caplog.records)
-
-    at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+@pytest.fixture
+def compilations(caplog):
+    """How often a step was compiled so far, none being known from before."""
+    train._program.cache_clear()
     with jax.log_compiles(), caplog.at_level("WARNING"):
+        yield lambda: sum("Compiling jit(step)" in record.getMessage() for record in caplog.records)
+
+
+def test_the_step_is_compiled_once_for_all_fits_that_are_alike(toy, tmp_path, compilations, monkeypatch):
+    """After a resume, from other weights on other rows of the same shapes, and without a folder, too."""
+    graphdef, params = toy
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(train.Stopped):
             fit(toy, tmp_path)
-        assert compilations() == 1
-        fit(toy, tmp_path)
-        assert compilations() == 2
+    assert compilations() == 1
+    fit(toy, tmp_path)
+    others = {path: value + 1 for path, value in params.items()}
+    fit((graphdef, others), None, ToyMethod(), {"forget": rows(2), "retain": rows(3)})
+    assert compilations() == 1
+    fit(toy, None, learning_rate=0.1)
+    assert compilations() == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(method=ToyMethod(weight_retain=2.0)),
+        dict(method=ToyMethod(mask_scope="both"), mask=MASK),
+        dict(mask=MASK),
+        dict(sets={"forget": SETS["forget"]}),
+        dict(seed=1),
+        dict(steps=6),
+        dict(learning_rate=0.1),
+    ],
+    ids=str,
+)
+def test_fits_that_are_not_alike_do_not_share_a_step(toy, tmp_path, uninterrupted, change):
+    """What another fit compiled changes no bit of what comes after it."""
+    train._program.cache_clear()
+    alone = fit(toy, None, **change)
+    train._program.cache_clear()
+    assert_same_bits(fit(toy, None), uninterrupted[1])
+    after = fit(toy, None, **change)
+    assert_same_bits(after, alone)
+    same = "mask" in change and "method" not in change  # which scope "none" lets be
+    assert all((after[path] == value).all() for path, value in uninterrupted[1].items()) == same
+
+
+def test_each_teacher_is_asked_itself(toy):
+    """Two that differ by what stands around them alone."""
+
+    def taught(weight):
+        teacher = {"forget": lambda model, batch: {"extra": weight * model(batch.pictures["x"]).sum(-1)}}
+        return train.fit(
+            graphdef=toy[0],
+            params=toy[1],
+            model_config=None,
+            method=Taught(),
+            prepared=Prepared(sets={"forget": SETS["forget"]}, teacher=teacher),
+            config=config(),
+            seed=0,
+            mesh=sharding.make_mesh(),
+            folder=None,
+        )
+
+    first, second, again = taught(1.0), taught(-1.0), taught(1.0)
+    assert_same_bits(again, first)
+    assert all(changed.any() for changed in moved(first, second).values())
 
 
 def test_the_learning_rate_follows_the_steps(toy, tmp_path, uninterrupted):
@@ -341,6 +411,18 @@ def test_whenever_the_signal_comes_the_step_that_is_named_is_on_disk(toy, tmp_pa
     with pytest.raises(train.Stopped) as stopped:
         fit(toy, tmp_path, checkpoint_every=100)
     assert str(saved_steps(tmp_path)[-1]) in str(stopped.value)
+
+
+def test_without_a_folder_the_same_is_trained_and_nothing_is_kept(toy, tmp_path, monkeypatch, uninterrupted):
+    monkeypatch.chdir(tmp_path)
+    assert_same_bits(fit(toy, None), uninterrupted[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Nothing, "tick", lambda self, step: signal.raise_signal(signal.SIGTERM), raising=False)
+        with pytest.raises(train.Stopped, match="stopped at step 1, where nothing is saved; run"):
+            fit(toy, None)
+    with pytest.raises(train.Diverged, match="step 1: .*none was saved yet"):
+        fit(toy, None, sets=SETS | {"forget": rows(0, np.full(ROWS, np.nan, np.float32))})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_handler_of_sigterm_is_put_back(toy, tmp_path):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -24,6 +25,7 @@ from vkd_jax.types import Params, UserError
 
 Turns = Sequence[tuple[str, str, int]]  # worked examples before a question: question, answer, how many pictures
 
+TAPS = ("features", "projector")  # what feeds the projector, and what it gives to the language model
 IN_FLIGHT = 2  # batches that the device has been given and that were not fetched
 
 
@@ -37,6 +39,14 @@ class Scores(NamedTuple):
     def nll(self) -> np.ndarray:
         """[n, o]: mean negative log-likelihood a token."""
         return -self.log_probs / np.maximum(self.counts, 1)
+
+
+class TokenScores(NamedTuple):
+    """What the tokens of one text score, its end of sequence among them: float [tokens] each, in nats."""
+
+    log_probs: np.ndarray  # log p(token | question and what stands before it)
+    means: np.ndarray  # of log p over the vocabulary, weighed by p
+    deviations: np.ndarray  # standard deviation of the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +92,9 @@ class _Programs(NamedTuple):
     """What is compiled, for models of every architecture on one mesh."""
 
     encode: Callable
+    means: Callable
     score: Callable
+    score_tokens: Callable
     greedy: Callable
 
 
@@ -93,8 +105,15 @@ def programs(mesh: jax.sharding.Mesh | None) -> _Programs:
     def encode(graphdef, params, pictures):
         return bind(graphdef, params).encode(pictures)[0]
 
+    def means(graphdef, params, pictures):
+        _, taps = bind(graphdef, params).encode(pictures)
+        return {name: _mean(tokens) for name, tokens in taps.items() if name in TAPS}
+
     def score(graphdef, params, *args):
         return generate.option_log_probs(bind(graphdef, params), *args)
+
+    def score_tokens(graphdef, params, *args):
+        return generate.token_log_probs(bind(graphdef, params), *args)
 
     def greedy(graphdef, params, tokens, mask, features, max_new_tokens, eos_ids, pad_id):
         model = bind(graphdef, params)
@@ -103,8 +122,15 @@ def programs(mesh: jax.sharding.Mesh | None) -> _Programs:
 
     jit = functools.partial(jax.jit, **({} if mesh is None else {"out_shardings": sharding.replicated(mesh)}))
     return _Programs(
-        jit(encode, static_argnums=0), jit(score, static_argnums=0), jit(greedy, static_argnums=(0, 5, 6, 7))
+        *(jit(function, static_argnums=0) for function in (encode, means, score, score_tokens)),
+        jit(greedy, static_argnums=(0, 5, 6, 7)),
     )
+
+
+def _mean(tokens: VisualTokens) -> jax.Array:
+    """The mean of the real tokens, float32 [b, c]."""
+    weights = tokens.valid[..., None].astype(jnp.float32)
+    return (tokens.values * weights).sum(1) / weights.sum(1)
 
 
 class Answerer:
@@ -143,10 +169,16 @@ class Answerer:
         rows = [[row] if isinstance(row, bytes | Image.Image) else list(row) for row in prompts]
         numbers = {key: i for i, key in enumerate(dict.fromkeys(id(picture) for row in rows for picture in row))}
         files = list({id(picture): picture for row in rows for picture in row}.values())
-        pictures = Pictures.measured(lambda i: self.processor.image(files[i]), len(files), self.config)
-        encode = functools.partial(self._programs.encode, self.graphdef, self.params)
-        features = in_batches(lambda part: encode(self._put(part)), pictures, self.batch_size)
+        pictures, features = self._read(self._programs.encode, files)
         return Seen(pictures.shapes, features, tuple(tuple(numbers[id(x)] for x in row) for row in rows))
+
+    def means(self, files: Sequence[bytes | Image.Image]) -> dict[str, np.ndarray]:
+        """Of each picture and each of `TAPS`, the mean over its tokens: {tap: [n, c]}.
+
+        Raises:
+            UserError: a picture cannot be read.
+        """
+        return self._read(self._programs.means, files)[1]
 
     def generate(
         self,
@@ -197,6 +229,29 @@ class Answerer:
         Raises:
             UserError: a prompt with its longest text is too long for the model.
         """
+        arrays = self._followed(questions, texts, seen, turns)
+        scores, valid = self._after(self._programs.score, arrays, seen), arrays[-1]
+        return Scores(np.where(valid.any(-1), scores, -np.inf), valid.sum(-1))
+
+    def score_tokens(
+        self, questions: Sequence[str], texts: Sequence[str], seen: Seen | None = None
+    ) -> list[TokenScores]:
+        """What each token of one text after each question scores.
+
+        Args:
+            questions: one a prompt.
+            texts: one for each question.
+            seen: see `generate`.
+
+        Raises:
+            UserError: a prompt with its text is too long for the model.
+        """
+        arrays = self._followed(questions, [[text] for text in texts], seen, None)
+        scores = self._after(self._programs.score_tokens, arrays, seen)
+        return [TokenScores(*row[0, own].T) for row, own in zip(scores, arrays[-1][:, 0], strict=True)]
+
+    def _followed(self, questions, texts, seen, turns) -> tuple[np.ndarray, ...]:
+        """Prompts and the texts after them, with what is real of each: [n, t] twice, [n, o, a] twice."""
         encoded = self._encoded(questions, texts, seen, turns)
         count = max(len(row) for row in encoded)
         length = max(len(ids) for row in encoded for _, ids in row)
@@ -205,15 +260,24 @@ class Answerer:
         for i, row in enumerate(encoded):
             for j, (_, text) in enumerate(row):
                 ids[i, j, : len(text)], valid[i, j, : len(text)] = text, True
-        tokens, mask = self._padded([row[0][0] for row in encoded], length)
-        scores = self._run(
-            lambda rows, features: self._programs.score(
+        return *self._padded([row[0][0] for row in encoded], length), ids, valid
+
+    def _after(self, program: Callable, arrays: tuple[np.ndarray, ...], seen: Seen | None) -> np.ndarray:
+        """What a program makes of prompts and the texts after them."""
+        tokens, mask, ids, valid = arrays
+        return self._run(
+            lambda rows, features: program(
                 self.graphdef, self.params, *self._put((tokens[rows], mask[rows], features, ids[rows], valid[rows]))
             ),
-            len(questions),
+            len(tokens),
             seen,
         )
-        return Scores(np.where(valid.any(-1), scores, -np.inf), valid.sum(-1))
+
+    def _read(self, program: Callable, files: Sequence[bytes | Image.Image]) -> tuple[Pictures, Any]:
+        """The pictures, and what a program of the vision tower makes of them: a row each, in NumPy."""
+        pictures = Pictures.measured(lambda i: self.processor.image(files[i]), len(files), self.config)
+        read = functools.partial(program, self.graphdef, self.params)
+        return pictures, in_batches(lambda part: read(self._put(part)), pictures, self.batch_size)
 
     def _run(self, launch: Callable, count: int, seen: Seen | None) -> np.ndarray:
         """`launch(rows, features)` of all rows, a batch at a time; the next batch is prepared while one is computed."""

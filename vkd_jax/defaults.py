@@ -1,8 +1,9 @@
 """What the config files start from: every field there is, with its meaning, and the words after a config's colon."""
 
+import ast
 import dataclasses
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -15,6 +16,7 @@ STAGES = {  # and the models that are fine-tuned on the way
     "finetune": ("vanilla",),
     "retain_only": ("retain_only",),
     "all": ("vanilla", "retain_only"),
+    "audit": (),
 }
 
 
@@ -22,12 +24,13 @@ def base() -> ml_collections.ConfigDict:
     """All fields, for a small model in float32 on one device."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.stage = "unlearn"  # unlearn | finetune | retain_only | all, see vkd_jax/pipeline.py
+    config.stage = "unlearn"  # unlearn | finetune | retain_only | all | audit, see vkd_jax/pipeline.py
     config.model = ml_collections.ConfigDict(
         dict(
             path="",  # the model that knows the people: a Hugging Face folder, an id on its hub, or a shipped model
             base="",  # the same model before it met them: fine-tuning begins there, and method.target=base needs it
             retain_only="",  # one that met all but those to forget: what forgetting is compared with
+            unlearned="",  # one that was unlearned already, here or elsewhere, for the stage `audit`
             create={},  # sizes of a model with random weights, which takes the place of `base` in fine-tuning
             dtype="float32",  # of weights and computation
             remat=False,  # computes activations again in the backward pass instead of keeping them
@@ -47,6 +50,7 @@ def base() -> ml_collections.ConfigDict:
             seed=0,
         )
     )
+    # After the evaluation: "all", or names of vkd_jax/attacks, separated by commas; each has its settings below.
     config.attacks = dict(names="", seed=0, **{name: _fields(attacks.create(name, {})) for name in attacks.ATTACKS})
     config.method = method("vkd")
     config.train = _train(steps=300, batch_size=dict(forget=32, retain=32))
@@ -128,7 +132,7 @@ def published(arg: str, presets: Mapping[str, tuple[str, Mapping]], **model) -> 
     published_id = presets[words["size"]][0]
     # What is unlearned knows the people; what is fine-tuned has never met them.
     config.model.update(path=published_id, dtype="bfloat16", remat=True, **model)
-    if config.stage != "unlearn":
+    if STAGES[config.stage]:
         config.model.update(path="", base=published_id)
     config.mesh.fsdp = -1  # all devices
     config.eval.update(protocol="letter", batch_size=16, max_items=0, max_new_tokens=50)
@@ -144,6 +148,48 @@ def published(arg: str, presets: Mapping[str, tuple[str, Mapping]], **model) -> 
     )
     config.finetune.method = method("finetune", train="lora", **recipe)
     return config
+
+
+def entrant(name: str, settings: str = "", search: Sequence[str] = (), **fields) -> ml_collections.ConfigDict:
+    """A method in a comparison.
+
+    Args:
+        name: of the method, with `fields`, its hyperparameters.
+        settings: what else it changes in the config of a run, as `override` reads it.
+        search: the settings that are tried for it; all methods of a comparison have equally many.
+    """
+    return ml_collections.ConfigDict(dict(method=method(name, **fields), settings=settings, search=tuple(search)))
+
+
+def comparison(entrants: Mapping[str, ml_collections.ConfigDict], tuning: str = "", seeds: Sequence[int] = (0, 1, 2)):
+    """The section `compare`, which makes the config of a run one of `python -m vkd_jax.compare`.
+
+    Args:
+        entrants: by the name that tables show.
+        tuning: what is changed in the config, as `override` reads it, to tune on people who are not reported: a model
+            that knows them is fine-tuned first. "" tunes nothing.
+        seeds: a run each.
+    """
+    return ml_collections.ConfigDict(dict(entrants=dict(entrants), tuning=tuning, seeds=tuple(seeds)))
+
+
+def override(config: ml_collections.ConfigDict, settings: str) -> None:
+    """Sets fields as on a command line: "train.steps=200 method.train=visual"; values are Python literals or text.
+
+    Raises:
+        UserError: there is no such field, or it holds something else.
+    """
+    for setting in settings.split():
+        name, _, text = setting.partition("=")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        try:
+            config.copy_and_resolve_references().lock().update_from_flattened_dict({name: value})  # no field is made up
+            config.update_from_flattened_dict({name: value})
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"{setting!r} does not fit the config: {error}") from error
 
 
 def parse_words(arg: str, choices: Mapping[str, Iterable[str]]) -> dict[str, str]:

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
+from vkd_jax.page import ATTACKERS
+
 BLUE, ORANGE, GREEN, GREY, INK = (
     "#0072B2",
     "#D55E00",
@@ -79,8 +81,8 @@ def loss_curves(rows: Sequence[Mapping[str, float]]) -> bytes:
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     streams = [name.removesuffix("_loss") for name in names if name.endswith("_loss")]
-    with _figure(4.8 * len(streams), 3.4) as (figure, png):
-        margins = _margins(figure, left=0.6, right=0.15, bottom=0.5, top=0.35)
+    with drawing(4.8 * len(streams), 3.4) as (figure, png):
+        margins = margins_of(figure, left=0.6, right=0.15, bottom=0.5, top=0.35)
         panels = figure.subplots(1, len(streams), squeeze=False, gridspec_kw=margins)[0]
         for axes, stream in zip(panels, streams, strict=True):
             total = f"{stream}_loss"
@@ -105,8 +107,8 @@ def forget_against_retain(models: Mapping[str, Mapping], chance: Mapping[str, fl
         chance: the share of right answers about the people to forget that guessing gives, {"vqa", "qa"}.
     """
     used, others = ("forget", "retain"), ("test", "retain_test")
-    with _figure(9.6, 5.5) as (figure, png):
-        margins = _margins(figure, left=0.6, right=0.15, bottom=0.95, top=0.35)
+    with drawing(9.6, 5.5) as (figure, png):
+        margins = margins_of(figure, left=0.6, right=0.15, bottom=0.95, top=0.35)
         picture, text = figure.subplots(1, 2, gridspec_kw=margins)
         for axes, kind in ((picture, "vqa"), (text, "qa")):
             if kind in chance:
@@ -125,6 +127,47 @@ def forget_against_retain(models: Mapping[str, Mapping], chance: Mapping[str, fl
     return png.getvalue()
 
 
+def relearning_curves(summary: Mapping[str, Mapping[str, Mapping]]) -> bytes:
+    """One panel an attacker: right answers to forgotten questions that were not taught again, by the share that was.
+
+    A line a model, with its 95 % interval as a band.
+
+    Args:
+        summary: {variant: {"vanilla" | "unlearned" | "retain_only": {"mean", "low", "high"}}}. Only the cells with
+            "attacker", "share" and a "set" of "forget" are drawn, and those of the variant "before" or "unchanged",
+            where nothing was taught yet.
+
+    Returns:
+        b"" where nothing was taught again.
+    """
+    cells = [(model, cell) for by_model in summary.values() for model, cell in by_model.items()]
+    cells = [(model, cell) for model, cell in cells if cell.get("set") == "forget" and "attacker" in cell]
+    attackers = list(dict.fromkeys(cell["attacker"] for _, cell in cells))
+    if not attackers:
+        return b""
+    untaught = summary.get("before") or summary.get("unchanged") or {}
+    looks = {name: look for name, look in LOOKS.items() if any(model == name for model, _ in cells)}
+    with drawing(4.8 * len(attackers), 4.0) as (figure, png):
+        margins = margins_of(figure, left=0.6, right=0.15, bottom=0.95, top=0.35)
+        panels = figure.subplots(1, len(attackers), squeeze=False, sharey=True, gridspec_kw=margins)[0]
+        for axes, attacker in zip(panels, attackers, strict=True):
+            for name, look in looks.items():
+                mine = {c["share"]: c for model, c in cells if model == name and c["attacker"] == attacker}
+                if name in untaught:
+                    mine[0.0] = untaught[name]
+                shares = sorted(mine)
+                mean, low, high = ([100 * mine[share][key] for share in shares] for key in ("mean", "low", "high"))
+                across = [100 * share for share in shares]
+                axes.fill_between(across, low, high, color=look.colour, alpha=0.15, linewidth=0)
+                axes.plot(across, mean, color=look.colour, marker=look.marker, markersize=look.size / 1.6, linewidth=2)
+            title = f"fine-tuning {ATTACKERS.get(attacker, attacker)}"
+            axes.set(title=title, xlabel="forgotten questions taught again (%)", ylim=(-4, 104))
+        panels[0].set_ylabel("other forgotten questions right (%)")
+        keys = [_key(look, label=look.label) for look in looks.values()]
+        figure.legend(handles=keys, loc="lower center", ncols=len(keys))
+    return png.getvalue()
+
+
 def portrait_sheet(rows: Mapping[str, Sequence[Card]]) -> bytes:
     """Rows of portraits under a heading each, with question, truth, and the answers before and after."""
     columns = max(4, *(len(cards) for cards in rows.values()))
@@ -135,7 +178,7 @@ def portrait_sheet(rows: Mapping[str, Sequence[Card]]) -> bytes:
         1.2,
     )  # inches: a card, its picture, what is above and below it
     width, height = wide * columns, (heading + side + words) * len(rows)
-    with _figure(width, height) as (figure, png):
+    with drawing(width, height) as (figure, png):
         top = height
         for title, cards in rows.items():
             figure.text(0.15 / width, (top - 0.1) / height, title, fontsize=11, fontweight="bold", va="top")
@@ -154,7 +197,7 @@ def portrait_sheet(rows: Mapping[str, Sequence[Card]]) -> bytes:
 
 
 @contextlib.contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Figure, io.BytesIO]]:
+def drawing(width: float, height: float) -> Iterator[tuple[Figure, io.BytesIO]]:
     """A figure in the fixed style, whatever matplotlibrc says, and the buffer that it is saved to."""
     with matplotlib.style.context(["default", STYLE]):
         figure, png = Figure(figsize=(width, height), dpi=DPI), io.BytesIO()
@@ -163,7 +206,7 @@ def _figure(width: float, height: float) -> Iterator[tuple[Figure, io.BytesIO]]:
         figure.savefig(png, format="png", metadata={"Software": None})  # no version in the bytes
 
 
-def _margins(figure: Figure, left: float, right: float, bottom: float, top: float) -> dict[str, float]:
+def margins_of(figure: Figure, left: float, right: float, bottom: float, top: float) -> dict[str, float]:
     """Inches around the panels as the fractions that matplotlib wants."""
     width, height = figure.get_size_inches()
     return {

@@ -46,6 +46,23 @@ def npo(log_prob: Array, reference_log_prob: Array, beta: float) -> jax.Array:
     return -(2.0 / beta) * jax.nn.log_sigmoid(-beta * (log_prob - reference_log_prob))
 
 
+def kl_divergence(teacher_logits: Array, logits: Array, target_mask: Array) -> jax.Array:
+    """KL(teacher || student) of the next-token distributions, averaged over a row's answer tokens: -> [b].
+
+        1/a sum_t sum_v p_T(v | t) (log p_T(v | t) - log p(v | t))
+
+    Zero at the teacher, and so is its gradient.
+
+    Args:
+        teacher_logits: [b, a, v]; constants.
+        logits: [b, a, v].
+        target_mask: bool [b, a].
+    """
+    teacher = jax.nn.log_softmax(_f32(teacher_logits), axis=-1)
+    student = jax.nn.log_softmax(_f32(logits), axis=-1)
+    return _mean(jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1), target_mask)
+
+
 def relative_squared_distance(feature: Array, target: Array, scale: Array, valid: Array) -> jax.Array:
     """Mean squared error over tokens and channels, divided by `scale`, the teacher's mean square: -> [b]."""
     return _mean(jnp.mean(jnp.square(_f32(feature) - _f32(target)), axis=-1), valid) / scale

@@ -33,15 +33,17 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
             raise UserError("get_config() returned no config: it has no field `stage`; see configs/tiny.py.")
         return rest
     except Exception as error:  # a config file is a program, and may raise anything
-        sys.exit(_bad_input(_complaint(error)))
+        sys.exit(bad_input(_complaint(error)))
 
 
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     """Runs what the config says."""
     if len(argv) > 1:
-        return _bad_input(f"unexpected argument {argv[1]!r}; flags begin with --")
+        return bad_input(f"unexpected argument {argv[1]!r}; flags begin with --")
     if values.config is None:
-        return _bad_input("pass --config FILE and --workdir DIR.")
+        return bad_input("pass --config FILE and --workdir DIR.")
+    if "compare" in values.config:
+        return bad_input("this config compares runs: use python -m vkd_jax.compare in the place of vkd_jax.main.")
     if values.workdir is None:
         print(values.config)
         print("nothing was run: pass --workdir DIR as well.", file=sys.stderr)
@@ -51,7 +53,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     try:
         pipeline.run(values.config, values.workdir)
     except UserError as error:
-        return _bad_input(str(error))
+        return bad_input(str(error))
     except train.Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -71,7 +73,8 @@ def _complaint(error: Exception) -> str:
     return f"the config file raised {type(error).__name__}: {last}"
 
 
-def _bad_input(message: str) -> int:
+def bad_input(message: str) -> int:
+    """Says what is wrong; the exit status."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 

@@ -183,6 +183,40 @@ def mean(values: Sequence[float]) -> dict[str, float | int]:
     return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
 
 
+def auc(members: Mapping[str, Sequence[float]], others: Mapping[str, Sequence[float]]) -> dict[str, float | int]:
+    """The area under the ROC curve: how often a member's score is above another's, ties counting half.
+
+    It is the Mann-Whitney statistic over the number of pairs. The interval is a 95 % percentile bootstrap (2000
+    resamples, always the same) that draws whole groups, members and others each among their own: scores of one person
+    are alike, and an interval over single scores would promise more than a handful of people can tell.
+
+    Args:
+        members: the scores of each group, at least one of each.
+        others: the same.
+
+    Returns:
+        {"mean", "low", "high", "n"}, the last the number of scores.
+
+    References: Hanley and McNeil (1982), The meaning and use of the area under a ROC curve; Field and Welsh (2007),
+    Bootstrapping clustered data.
+    """
+    a, b = (np.concatenate([np.asarray(scores, float) for scores in part.values()]) for part in (members, others))
+    wins = (a[:, None] > b) + 0.5 * (a[:, None] == b)
+    drawn_a, drawn_b = (
+        np.repeat(_counts(len(part), seed), [len(scores) for scores in part.values()], axis=1)
+        for seed, part in enumerate((members, others))
+    )
+    areas = ((drawn_a @ wins) * drawn_b).sum(1) / (drawn_a.sum(1) * drawn_b.sum(1))
+    low, high = np.percentile(areas, [2.5, 97.5])
+    return {"mean": float(wins.mean()), "low": float(low), "high": float(high), "n": len(a) + len(b)}
+
+
+def _counts(n: int, seed: int) -> np.ndarray:
+    """How often each of n groups is drawn in each resample: [RESAMPLES, n]."""
+    rows = np.arange(RESAMPLES)[:, None]
+    return np.bincount((_draws(n, seed) + n * rows).ravel(), minlength=RESAMPLES * n).reshape(RESAMPLES, n)
+
+
 @functools.lru_cache(maxsize=4)  # metrics of one set follow one another
 def _draws(n: int, seed: int = 0) -> np.ndarray:
     """Rows to average in each resample: int [RESAMPLES, n]."""

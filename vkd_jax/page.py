@@ -53,6 +53,20 @@ ASSUMPTIONS = (
 )
 
 
+ATTACKERS = {  # what an attacker who teaches again trains
+    "visual": "the visual weights",
+    "lora": "adapters of the language model",
+    "all": "all weights",
+}
+UNMEASURED = {  # why an attack may have nothing to show
+    "membership": "Not measured: there are no people here whom no model ever met to compare with. Name a folder of "
+    "pictures of some, with the same questions, as `--config.attacks.membership.held_out=DIR`.",
+    "leak": "Not measured: no question of text alone was asked about the people to forget.",
+    "probe": "Not measured: there are no other pictures of the people to forget.",
+}
+FOLDED = 8  # a table of an attack with more rows than this is folded
+
+
 def opening(results: Mapping) -> str:
     """What happened, in a few sentences."""
     before, after = (results["models"][name] for name in ("vanilla", "unlearned"))
@@ -93,6 +107,8 @@ def opening(results: Mapping) -> str:
         kind = _main(before.get(part, {}), modality)
         if kind and kind in after.get(part, {}):
             lines.append(f"- {text} {_change(before, after, part, kind)}.")
+    if again := _relearned(results):
+        lines.append(f"- {again}")
     if results["manifest"]["language_model_changed"] == 0:
         lines += [
             "",
@@ -232,6 +248,88 @@ def quality(results: Mapping) -> str:
     return "\n".join(["## Forget quality and model utility", *lines]) + "\n" if lines else ""
 
 
+def attacks(results: Mapping, curves: bool) -> str:
+    """What somebody gets back who tries; "" where nobody did.
+
+    Args:
+        results: of the run.
+        curves: whether the picture of relearning was drawn.
+    """
+    found = results.get("attacks") or {}
+    if not found:
+        return ""
+    never = "retain_only" in results["models"]
+    lines = [
+        "## Attacks: does it come back?",
+        "",
+        "A model may keep what it no longer says. Here somebody tries to get at it: by training the model a little "
+        "more, with other words or changed pictures, with weights rounded off, or by looking at its numbers instead of "
+        "its words. Each attack is made alike on the model before and on the model after"
+        + (
+            ', and on one that never knew the people to forget: they are forgotten where "after" looks like '
+            '"never knew them", and not like "before".'
+            if never
+            else "; how it fares on one that never knew the people to forget was not measured here."
+        ),
+        "",
+        "Each cell: right answers in per cent, (right / asked), and the 95 % interval of the percentage; or an AUC and "
+        "its 95 % interval, over people.",
+    ]
+    for name, attack in found.items():
+        lines += ["", f"### {attack['title']}", "", attack["about"], ""]
+        if name == "relearn" and curves:
+            lines += ["![Right answers by the share that was taught again](report/relearning.png)", ""]
+        lines += _attack_table(attack, [model for model in MODELS if model in results["models"]]) or [
+            UNMEASURED.get(name, "Not measured: there was nothing to ask.")
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _attack_table(attack: Mapping, models: Iterable[str]) -> list[str]:
+    """A row a variant, a column a model; [] without any."""
+    summary, models = attack["summary"], list(models)
+    rows = [
+        row([variant, *(_attack_cell(cells[model], attack["unit"]) if model in cells else "–" for model in models)])
+        for variant, cells in summary.items()
+    ]
+    if not rows:
+        return []
+    head = [row(["what was tried", *(MODELS[name] for name in models)]), row(["---", *["---:"] * len(models)])]
+    if len(rows) <= FOLDED:
+        return head + rows
+    return [f"<details><summary>All {len(rows)} figures</summary>", "", *head, *rows, "", "</details>"]
+
+
+def _attack_cell(cell: Mapping, unit: str) -> str:
+    if unit == "AUC":
+        return f"{_decimals(cell['mean'])} ({_decimals(cell['low'])} to {_decimals(cell['high'])})"
+    count = f" ({cell['correct']}/{cell['n']})" if "correct" in cell else ""
+    recovery = "" if cell.get("recovery") is None else f"; recovery {_decimals(cell['recovery'])}"
+    return f"{_percent(cell['mean'])}{count}, {_interval(cell)}{recovery}"
+
+
+def _decimals(value: float) -> str:
+    """.53, 1.00, -.20"""
+    return f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.2f}"
+
+
+def _relearned(results: Mapping) -> str:
+    """What a fifth of the questions brings back, or the share next to it, to the attacker who gets most; "" without."""
+    summary = results.get("attacks", {}).get("relearn", {}).get("summary", {})
+    tried = [cells for cells in summary.values() if cells.get("unlearned", {}).get("set") == "forget"]
+    tried = [cells for cells in tried if "attacker" in cells["unlearned"]]
+    if not tried:
+        return ""
+    cells = min(tried, key=lambda cells: (abs(cells["unlearned"]["share"] - 0.2), -cells["unlearned"]["mean"]))
+    after, never = cells["unlearned"], cells.get("retain_only")
+    trained = ATTACKERS.get(after["attacker"], after["attacker"])
+    return (
+        f"**Relearning.** After fine-tuning {trained} on {100 * after['share']:g} % of the forgotten questions it "
+        f"answered **{_percent(after['mean'])}** of the other ones right ({_interval(after)})"
+        + (f"; a model that never knew them {_percent(never['mean'])} ({_interval(never)})." if never else ".")
+    )
+
+
 def _verdict(after: Mapping, other: Mapping | None, name: str = "") -> str:
     """How the share of right answers compares with another one, or with guessing; "" without one."""
     if other is None:
@@ -280,14 +378,13 @@ def portraits() -> str:
 
 def evidence(results: Mapping) -> str:
     """How we know: protocol, what changed, command, commit, versions."""
-    meta, manifest, trainable = results["meta"], results["manifest"], results["trainable"]
-    share = trainable["parameters"] / trainable["of"]
+    meta, manifest = results["meta"], results["manifest"]
     changed = manifest["language_model_changed"]
     lines = [
         "## How we know",
         "",
         f"- **Protocol** `{meta['protocol']}`, as told above. Intervals of percentages are Wilson's, 95 %.",
-        f"- **Weights trained:** {trainable['parameters']:,} of {trainable['of']:,} ({_percent(share)}).",
+        *_trained(results),
         f"- **Tensors changed on disk:** {manifest['changed']} of {manifest['tensors']}, by the SHA-256 of "
         "each before and after, in `manifest.json`.",
         f"- **Language model:** {f'**{changed} tensors differ**' if changed else 'not one tensor differs'}.",
@@ -303,6 +400,14 @@ def evidence(results: Mapping) -> str:
         f"- **Versions:** {', '.join(f'{name} {version}' for name, version in meta['versions'].items())}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _trained(results: Mapping) -> list[str]:
+    """How many weights trained; nothing of a model that was made elsewhere."""
+    if "trainable" not in results:
+        return []
+    count, all_of_them = (results["trainable"][key] for key in ("parameters", "of"))
+    return [f"- **Weights trained:** {count:,} of {all_of_them:,} ({_percent(count / all_of_them)})."]
 
 
 def training(results: Mapping, curves: bool) -> str:
@@ -324,7 +429,8 @@ def training(results: Mapping, curves: bool) -> str:
 def limits(results: Mapping) -> str:
     """What this does not show."""
     lines = ["## Limits", ""]
-    if results["meta"]["config"]["method"]["name"] == "vkd":
+    made = results["meta"]["config"]
+    if made["method"]["name"] == "vkd" and made.get("stage") != "audit":  # which judges what was made elsewhere
         lines.append(f"- {ASSUMPTIONS}")
     lines += [
         "- Not answering is not the same as not knowing: what these questions do not bring out, further "

@@ -2,13 +2,14 @@
 
 finetune      base -> vanilla                     retain_only   base -> a model that never met the people to forget
 unlearn       vanilla -> unlearned -> report      all           finetune, retain_only, unlearn
+audit         given models -> report: nothing is trained but by attackers
 """
 
 import dataclasses
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from vkd_jax import convert, data, evaluate, hub, methods, metrics, report, sharding, train
+from vkd_jax import attacks, convert, data, evaluate, hub, methods, metrics, report, sharding, train
+from vkd_jax.attacks.base import Subject
 from vkd_jax.defaults import STAGES
 from vkd_jax.loaded import Loaded, check_trainable, create
 from vkd_jax.methods.base import Context, Prepared
@@ -26,6 +28,7 @@ from vkd_jax.types import Example, Params, UserError
 from vkd_jax.workdir import Workdir
 
 DTYPES = ("float32", "bfloat16", "float16")
+UNLEARNS = ("unlearn", "all")
 PROVENANCE = "provenance.json"  # in the folder of a fine-tuned model: what it was made from
 
 
@@ -33,7 +36,7 @@ def run(config: ml_collections.ConfigDict, path: str | Path) -> dict[str, Any]:
     """Runs or continues what `config.stage` names, and returns what stands in results.json."""
     if config.stage not in STAGES:
         raise UserError(f"config.stage={config.stage!r}: give one of {', '.join(STAGES)}.")
-    tuned, last = STAGES[config.stage], "report.md" if config.stage in ("unlearn", "all") else "results.json"
+    tuned, last = STAGES[config.stage], "report.md" if _reports(config) else "results.json"
     workdir = Workdir(path, config)
     if (workdir.path / last).exists():
         logging.info("%s is there: nothing is left to do", workdir.path / last)
@@ -41,12 +44,17 @@ def run(config: ml_collections.ConfigDict, path: str | Path) -> dict[str, Any]:
     job = Job.prepare(workdir, finetunes=bool(tuned))
     check_models(job)
     made = {name: finetune(job, name) for name in tuned}
-    if last == "report.md":
+    if config.stage in UNLEARNS or config.stage == "audit":
         unlearn(job, made)
     else:
         answers = {name: evaluated(job, name, Loaded.open(folder, *job.how)) for name, folder in made.items()}
         write_results(job, answers)
     return json.loads((workdir.path / "results.json").read_text())
+
+
+def _reports(config: ml_collections.ConfigDict) -> bool:
+    """Whether there is an unlearned model to report on."""
+    return config.stage in UNLEARNS or (config.stage == "audit" and bool(config.model.unlearned))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +66,17 @@ class Job:
     mesh: jax.sharding.Mesh
     method: methods.Method  # of unlearning
     tuning: methods.Method  # of fine-tuning
+    attacks: dict[str, attacks.Attack]
     benchmark: Any
     sets: dict[str, list[Example]]
     asked: dict[str, list[Example]]  # what the evaluation asks: a seeded sample, the same for every model and method
+    held_out: list[Example]  # questions about people whom no model ever met, for the attack that compares with them
 
     @classmethod
     def prepare(cls, workdir: Workdir, finetunes: bool) -> "Job":
         """Checks the config and reads the data, the fine-tuning questions only where they are needed."""
         config = workdir.config
-        mesh, method, tuning = checked(config)
+        mesh, method, tuning, chosen = checked(config)
         fields = config.data.to_dict()
         cache = fields.pop("cache") or workdir.path / "data"
         benchmark = data.create(fields.pop("benchmark"), fields)
@@ -79,7 +89,10 @@ class Job:
                 for name, part in sets.items()
                 if not name.startswith("finetune_")
             }
-        return cls(workdir, config, mesh, method, tuning, benchmark, sets, asked)
+            held_out = []
+            if "membership" in chosen:
+                held_out = data.held_out(benchmark, cache, chosen["membership"].held_out)
+        return cls(workdir, config, mesh, method, tuning, chosen, benchmark, sets, asked, held_out)
 
     @property
     def how(self) -> tuple[ml_collections.ConfigDict, jax.sharding.Mesh, methods.Method]:
@@ -92,8 +105,10 @@ class Job:
         return sorted({e.person for e in self.sets["forget"] if e.person})
 
 
-def checked(config: ml_collections.ConfigDict) -> tuple[jax.sharding.Mesh, methods.Method, methods.Method]:
-    """The mesh, the method of unlearning and that of fine-tuning.
+def checked(
+    config: ml_collections.ConfigDict,
+) -> tuple[jax.sharding.Mesh, methods.Method, methods.Method, dict[str, attacks.Attack]]:
+    """The mesh, the method of unlearning, that of fine-tuning, and the attacks.
 
     Raises:
         UserError: what is wrong with the config alone, before anything is read.
@@ -107,14 +122,19 @@ def checked(config: ml_collections.ConfigDict) -> tuple[jax.sharding.Mesh, metho
         raise UserError(f"model.dtype={config.model.dtype!r}: give one of {', '.join(DTYPES)}.")
     if config.method.name == "finetune":
         raise UserError(f"method {config.method.name} does not unlearn; config.finetune is the place for fine-tuning.")
-    if config.stage == "unlearn" and not config.model.path:
+    if not STAGES[config.stage] and not config.model.path:
         raise UserError("config.model.path is empty: pass the model that knows the people, a folder or a hub id.")
-    if config.stage != "unlearn" and not (config.model.base or config.model.create.to_dict()):
+    if STAGES[config.stage] and not (config.model.base or config.model.create.to_dict()):
         raise UserError("config.model.base is empty: pass the model to fine-tune, a folder or a hub id.")
     for chosen, section in ((method, config.train), (tuning, config.finetune.train)):
         sizes = {name: train.batch_size(section, name, mesh) for name in chosen.losses()}
         train.count_steps(section, sizes)  # of any number of rows: the fields are what is checked
-    return mesh, method, tuning
+    if config.model.unlearned and config.stage != "audit":
+        raise UserError("config.model.unlearned is a model to be judged: pass --config.stage=audit with it.")
+    chosen = attacks.chosen(config) if config.stage in (*UNLEARNS, "audit") else {}
+    for attack in chosen.values():
+        attack.check(config, method)
+    return mesh, method, tuning, chosen
 
 
 def check_models(job: Job) -> None:
@@ -125,9 +145,9 @@ def check_models(job: Job) -> None:
             that a method trains.
     """
     config = job.config
-    unlearns, finetunes = config.stage in ("unlearn", "all"), bool(STAGES[config.stage])
+    unlearns, finetunes = config.stage in UNLEARNS, bool(STAGES[config.stage])
     if not finetunes:
-        given = {"path": config.model.path, "retain_only": config.model.retain_only}
+        given = {name: config.model[name] for name in ("path", "retain_only", "unlearned")}
     else:
         given = {"base": "" if config.model.create.to_dict() else config.model.base}
     for name, value in given.items():
@@ -200,63 +220,103 @@ def finetune(job: Job, name: str) -> Path:
 def unlearn(job: Job, made: dict[str, Path]) -> None:
     """load -> evaluate before -> prepare -> unlearn -> export -> evaluate after -> report.
 
+    Each model is evaluated, and attacked, before the next is loaded.
+
     Args:
         job: what to do.
         made: models that were fine-tuned just now, "vanilla" and "retain_only"; others are those of the config.
     """
     workdir, config = job.workdir, job.config
-    target = workdir.path / "unlearned"
     source = made.get("vanilla") or hub.fetch(config.model.path)
-    base = workdir.path / "base" if config.model.create.to_dict() else config.model.base
-    base = base and hub.fetch(base)
     reference = made.get("retain_only") or (config.model.retain_only and hub.fetch(config.model.retain_only))
     if not (workdir.path / "results.json").exists():
         with workdir.stage("load"):
             model = Loaded.open(source, *job.how)
-        answers = {"vanilla": evaluated(job, "vanilla", model)}
+        answers = {"vanilla": judged(job, "vanilla", model)}
         if reference:
-            answers["retain_only"] = evaluated(
-                job, "retain_only", model.same_kind(Loaded.open(reference, *job.how), "retain_only")
+            other = model.same_kind(Loaded.open(reference, *job.how), "retain_only")
+            answers["retain_only"] = judged(job, "retain_only", other)
+        evidence = None
+        if _reports(config):
+            given = config.model.unlearned
+            target = hub.fetch(given) if given else _unlearned(job, model, source)
+            with workdir.stage("manifest"):
+                manifest = convert.manifest(source, target)
+                workdir.write("manifest.json", manifest)
+            unlearned = model.same_kind(
+                Loaded.open(target, *job.how), "unlearned"
+            )  # what is judged is what was written
+            answers["unlearned"] = judged(job, "unlearned", unlearned)
+            evidence = _evidence(job, model, unlearned, manifest, source)
+        write_results(job, answers, evidence)
+    if _reports(config):
+        with workdir.stage("report"):
+            images = {e.image_id: e.image for part in job.asked.values() for e in part if e.image is not None}
+            page = report.write(workdir.path, images)
+        logging.info("the report: %s", page)
+
+
+def _unlearned(job: Job, model: Loaded, source: Path) -> Path:
+    """The folder of the unlearned model: made from the vanilla one, unless it is there."""
+    workdir, config = job.workdir, job.config
+    target = workdir.path / "unlearned"
+    if target.exists():
+        return target
+    base = workdir.path / "base" if config.model.create.to_dict() else config.model.base
+    base = base and hub.fetch(base)
+    with workdir.stage("prepare"):
+        sets = {name: _pairs(job, name) for name in ("forget", "retain")}
+        sets |= {f"{name}_text": rows for name in sets if (rows := _texts(job, name))}
+        context = Context(
+            graphdef=model.graphdef,
+            params=model.params,
+            load_base=(lambda: model.same_kind(Loaded.open(base, *job.how), "base").params) if base else None,
+            model_config=model.config,
+            sets={name: model.encode(rows, config.train.buckets) for name, rows in sets.items()},
+            seed=config.seed,
+            encode=functools.partial(model.encode, buckets=config.train.buckets),
+        )
+        prepared = job.method.prepare(context)
+    with workdir.stage("unlearn"):
+        trained = prepared.edited
+        if trained is None:
+            trained = _fit(job, model, job.method, prepared, config.train, workdir.path / "train")
+    with workdir.stage("export"):
+        merged = trained | lora.adapters(model.params)
+        convert.export(merged, source, target, model.config, notes=_provenance(job, "unlearned", []))
+    return target
+
+
+def judged(job: Job, name: str, model: Loaded) -> list[dict]:
+    """The answers of a model, which is then attacked: attacks/<attack>/<name>.jsonl."""
+    answers = evaluated(job, name, model)
+    workdir = job.workdir
+    for attack_name, attack in job.attacks.items():
+        path = f"attacks/{attack_name}/{name}.jsonl"
+        if (workdir.path / path).exists():
+            continue
+        with workdir.stage(f"attack {name}: {attack_name}"):
+            subject = Subject(
+                name=name,
+                model=model,
+                asked=job.asked,
+                answers=answers,
+                forgets=_pairs(job, "forget"),
+                held_out=job.held_out,
+                config=job.config,
+                mesh=job.mesh,
+                folder=workdir.path / "attacks" / attack_name / name,
             )
-        if not target.exists():
-            with workdir.stage("prepare"):
-                sets = {name: _pairs(job, name) for name in ("forget", "retain")}
-                sets |= {f"{name}_text": rows for name in sets if (rows := _texts(job, name))}
-                context = Context(
-                    graphdef=model.graphdef,
-                    params=model.params,
-                    load_base=(lambda: model.same_kind(Loaded.open(base, *job.how), "base").params) if base else None,
-                    model_config=model.config,
-                    sets={name: model.encode(rows, config.train.buckets) for name, rows in sets.items()},
-                    encode=functools.partial(model.encode, buckets=config.train.buckets),
-                    seed=config.seed,
-                )
-                prepared = job.method.prepare(context)
-            with workdir.stage("unlearn"):
-                trained = prepared.edited
-                if trained is None:
-                    trained = _fit(job, model, job.method, prepared, config.train, workdir.path / "train")
-            with workdir.stage("export"):
-                merged = trained | lora.adapters(model.params)
-                convert.export(merged, source, target, model.config, notes=_provenance(job, "unlearned", []))
-        with workdir.stage("manifest"):
-            manifest = convert.manifest(source, target)
-            workdir.write("manifest.json", manifest)
-        unlearned = Loaded.open(target, *job.how)  # what is judged is what was written
-        answers["unlearned"] = evaluated(job, "unlearned", unlearned)
-        write_results(job, answers, _evidence(job, model, unlearned, manifest, source))
-    with workdir.stage("report"):
-        images = {e.image_id: e.image for part in job.asked.values() for e in part if e.image is not None}
-        page = report.write(workdir.path, images)
-    logging.info("the report: %s", page)
+            workdir.write_lines(path, attack.run(subject))
+    return answers
 
 
 def evaluated(job: Job, name: str, model: Loaded) -> list[dict]:
     """The answers of a model, from answers/<name>.jsonl if they were given before."""
     workdir, options = job.workdir, job.config.eval
-    path = workdir.path / "answers" / f"{name}.jsonl"
-    if path.exists():
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    path = f"answers/{name}.jsonl"
+    if (workdir.path / path).exists():
+        return workdir.read_lines(path)
     with workdir.stage(f"evaluate {name}"):
         answers = evaluate.evaluate(
             model.answerer(options.batch_size),
@@ -266,7 +326,7 @@ def evaluated(job: Job, name: str, model: Loaded) -> list[dict]:
             shots=options.shots,
             seed=options.seed,
         )
-        workdir.write_text(f"answers/{name}.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
+        workdir.write_lines(path, answers)
     for part, kinds in evaluate.summarise(answers).items():
         logging.info(
             "%s %-11s  %s",
@@ -290,9 +350,16 @@ def write_results(job: Job, answers: dict[str, list[dict]], evidence: dict[str, 
             if reference and name != "retain_only"
         },
         "chance": _chance(job.asked),
+        "attacks": {name: _attack(job, name, attack, answers) for name, attack in job.attacks.items()},
         **(evidence or {}),
     }
     job.workdir.write("results.json", results | {"timing": job.workdir.timing})
+
+
+def _attack(job: Job, name: str, attack: attacks.Attack, models: Iterable[str]) -> dict[str, Any]:
+    """What an attack found in each model, and how to read it."""
+    records = {model: job.workdir.read_lines(f"attacks/{name}/{model}.jsonl") for model in models}
+    return {"title": attack.TITLE, "about": attack.ABOUT, "unit": attack.UNIT, "summary": attack.summarise(records)}
 
 
 def _method(section: ml_collections.ConfigDict) -> methods.Method:
@@ -356,21 +423,26 @@ def _meta(job: Job) -> dict[str, Any]:
 
 def _evidence(job: Job, model: Loaded, unlearned: Loaded, manifest: dict[str, Any], source: Path) -> dict[str, Any]:
     """What changed in the model, and what did not."""
-    trainable = job.method.trainable(model.params, model.config)
     family, _ = convert.read_config(source)
     changed = [convert.find_slot(family, model.config, name).path for name in manifest["changed"]]
-    return {
+    found: dict[str, Any] = {
         "text_logits_identical": _same_text_logits(model, unlearned, job.asked, job.config.eval.batch_size),
-        "trainable": {
-            "parameters": sum(math.prod(model.params[path].shape) for path in trainable),
-            "of": sum(math.prod(value.shape) for value in model.params.values()),
-        },
         "manifest": {
             "changed": len(manifest["changed"]),
             "tensors": len(manifest["tensors"]),
             "language_model_changed": sum(path.startswith("language_model/") for path in changed),
         },
     }
+    if (job.workdir.path / "train" / "metrics.jsonl").exists():
+        rows = [row for row in job.workdir.read_lines("train/metrics.jsonl") if "step_bytes" in row]
+        found["step_bytes"] = int(rows[-1]["step_bytes"])
+    if job.config.stage in UNLEARNS:  # of a model that was given nobody says what trained
+        trainable = job.method.trainable(model.params, model.config)
+        found["trainable"] = {
+            "parameters": sum(math.prod(model.params[path].shape) for path in trainable),
+            "of": sum(math.prod(value.shape) for value in model.params.values()),
+        }
+    return found
 
 
 def _chance(asked: dict[str, list[Example]]) -> dict[str, dict[str, float]]:

@@ -49,6 +49,9 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
     }
     if rows:  # a step that was logged again after a resume counts once, and the last time
         pictures["losses"] = figures.loss_curves([rows[step] for step in sorted(rows)])
+    relearned = results.get("attacks", {}).get("relearn", {}).get("summary", {})
+    if curves := figures.relearning_curves(relearned):
+        pictures["relearning"] = curves
     for name, png in pictures.items():
         _write(workdir / "report" / f"{name}.png", png)
     for card in itertools.chain(*sheet.values()):
@@ -62,6 +65,7 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
         page.accuracy(results),
         page.words(results),
         page.quality(results),
+        page.attacks(results, bool(curves)),
         page.portraits(),
         page.evidence(results),
         page.training(results, bool(rows)),

@@ -1,7 +1,7 @@
-"""Which visual weights matter for the forget set: diagonal Fisher information, and the masks made of it."""
+"""Which weights matter for the forget set: diagonal Fisher information, and the masks made of it."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,15 @@ def fisher(
     return information
 
 
+def pooled(parts: Sequence[tuple[Params, int]]) -> dict[str, jax.Array]:
+    """The mean over all samples of several sets: (mean over a set, how many samples it has) of each.
+
+    Of drawn rows, so that a set counts by its size and not by how many of its rows were looked at.
+    """
+    total = sum(count for _, count in parts)
+    return {path: sum(mean[path] * (count / total) for mean, count in parts) for path in parts[0][0]}
+
+
 def mask_from_ratio(
     forget: Params, retain: Params, *, threshold: float | None, keep: float | None, eps: float
 ) -> Params:
@@ -69,13 +78,12 @@ def mask_from_ratio(
         UserError: no weight is selected.
     """
     ratio = {k: forget[k] / (retain[k] + eps) for k in forget}
+    advice = "raise method.mask_keep" if threshold is None else "lower method.mask_threshold"
     if threshold is None:
         values = np.concatenate([np.asarray(r).ravel() for r in ratio.values()])
         count = round(keep * values.size)
         threshold = np.inf if count == 0 else float(np.partition(values, values.size - count)[values.size - count])
     mask = {k: (r >= threshold) & (r > 0) for k, r in ratio.items()}
     if not any(bool(jnp.any(m)) for m in mask.values()):
-        raise UserError(
-            "the saliency mask selects no weight at all: lower method.mask_threshold or raise method.mask_keep."
-        )
+        raise UserError(f"the saliency mask selects no weight at all: {advice}.")
     return mask

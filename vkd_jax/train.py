@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,15 @@ from vkd_jax.data.processing import Batch
 from vkd_jax.data.streams import Stream
 from vkd_jax.methods.base import LossFn, Method, Prepared, TeacherFn
 from vkd_jax.models.base import bind
-from vkd_jax.progress import Progress
 from vkd_jax.types import Params, UserError
 
 
 class Stopped(Exception):
-    """SIGTERM arrived; the state of `step` is on disk, and the same command goes on from there."""
+    """SIGTERM arrived; the state of `step` is on disk if it is `saved`, and the same command goes on from there."""
 
-    def __init__(self, step: int):
-        super().__init__(f"stopped at step {step}, which is saved; run the same command again to go on")
+    def __init__(self, step: int, saved: bool):
+        where = "which is saved" if saved else "where nothing is saved"
+        super().__init__(f"stopped at step {step}, {where}; run the same command again to go on")
 
 
 class Diverged(Exception):
@@ -96,6 +96,26 @@ def make_step(
     return step
 
 
+@functools.lru_cache(maxsize=4)
+def _program(
+    graphdef: Any,
+    method: Method,
+    streams: tuple[str, ...],
+    teacher: tuple[tuple[str, TeacherFn], ...],
+    config: ml_collections.FrozenConfigDict,
+    steps: int,
+    seed: int,
+) -> tuple[optax.GradientTransformationExtraArgs, Callable]:
+    """The optimizer and the step: the same objects for fits that are alike.
+
+    JAX traces and compiles a function once for arguments of one kind, and knows it by its identity. So the second of
+    two fits that are alike, such as two attacks on one architecture, begins at once.
+    """
+    tx = optim.create(config, steps)
+    losses = {name: loss for name, loss in method.losses().items() if name in streams}
+    return tx, make_step(graphdef, losses, tx, method.mask_scope, seed, dict(teacher))
+
+
 def fit(
     *,
     graphdef: Any,
@@ -106,9 +126,11 @@ def fit(
     config: ml_collections.ConfigDict,
     seed: int,
     mesh: jax.sharding.Mesh,
-    folder: Path,
+    folder: Path | None,
 ) -> Params:
     """Trains, from the newest checkpoint in `folder` if there is one, and returns the trained weights alone.
+
+    Fits that are alike in `graphdef`, `method`, `config`, `seed` and shapes are traced and compiled once a process.
 
     Args:
         graphdef: of the model, with `params`, all its weights, which are left as they are.
@@ -118,10 +140,10 @@ def fit(
         config: steps or epochs, batch_size per stream, log_every, checkpoint_every, and what `optim.create` reads.
         seed: of the data order and of dropout.
         mesh: the devices.
-        folder: for checkpoints and metrics.
+        folder: for checkpoints and metrics; None keeps none, for a short training that may as well begin again.
 
     Raises:
-        Stopped: on SIGTERM, with the state saved.
+        Stopped: on SIGTERM, with the state saved if there is a folder.
         Diverged: a term of the loss is not finite.
     """
     paths = method.trainable(params, model_config)
@@ -130,23 +152,24 @@ def fit(
     # In float32, since steps are smaller than what bfloat16 can add; and copied, since it is donated.
     trainable = {path: jnp.array(params[path], jnp.float32) for path in paths}
     frozen = {path: value for path, value in params.items() if path not in trainable}
-    losses = {name: loss for name, loss in method.losses().items() if name in prepared.sets}
-    sizes = {name: batch_size(config, name, mesh) for name in losses}
-    steps = count_steps(config, {name: len(prepared.sets[name]) for name in losses})
-    streams = {name: Stream(prepared.sets[name], sizes[name], seed=seed, name=name) for name in losses}
-    tx = optim.create(config, steps)
+    names = tuple(name for name in method.losses() if name in prepared.sets)
+    sizes = {name: batch_size(config, name, mesh) for name in names}
+    steps = count_steps(config, {name: len(prepared.sets[name]) for name in names})
+    streams = {name: Stream(prepared.sets[name], sizes[name], seed=seed, name=name) for name in names}
+    frozen_config, teacher = ml_collections.FrozenConfigDict(config), tuple(prepared.teacher.items())
+    tx, step_fn = _program(graphdef, method, names, teacher, frozen_config, steps, seed)
     state = _init(tx, trainable, mesh)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
-    step_fn = jax.jit(
-        make_step(graphdef, losses, tx, method.mask_scope, seed, prepared.teacher),
-        donate_argnums=0,
-        out_shardings=(state_shardings, None),
-    )
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(state_shardings, None))
     start = {path: params[path] for path in paths} if prepared.teacher else None
     put = functools.partial(_to_device, batch_sharding=sharding.batch_sharding(mesh))
 
-    checkpoints = Checkpoints(folder / "checkpoints", seed=seed, every=config.checkpoint_every)
-    progress = Progress(folder, steps=steps, log_seconds=config.log_seconds)
+    checkpoints = progress = _Nothing()
+    if folder is not None:
+        from vkd_jax.progress import Progress  # TensorFlow takes seconds, and a short training keeps no metrics
+
+        checkpoints = Checkpoints(folder / "checkpoints", seed=seed, every=config.checkpoint_every)
+        progress = Progress(folder, steps=steps, log_seconds=config.log_seconds)
     try:
         if checkpoints.latest is None:
             progress.overview(trainable)
@@ -174,6 +197,7 @@ def fit(
                     speed = {
                         "data_wait_share": waiting / seconds,
                         "examples_per_second": sum(sizes.values()) * (step - first) / seconds,
+                        "step_bytes": _bytes(step_fn.lower(state, frozen, prepared.mask, batches, start).compile()),
                     }
                     progress.write(step, {k: float(v) for k, v in metrics.items()} | speed)
                 stopping = stop.is_set()  # read once: a signal between two reads would stop without a save
@@ -183,12 +207,31 @@ def fit(
                     checkpoints.save(step, state, force=last)
                 if stopping:
                     checkpoints.wait()
-                    raise Stopped(step)
+                    raise Stopped(step, saved=folder is not None)
         checkpoints.wait()
     finally:
         checkpoints.close()
         progress.close()
     return state.params
+
+
+def _bytes(step: jax.stages.Compiled) -> int:
+    """What a device holds while it computes a step: weights, optimizer, batches, and all that is in between.
+
+    The step was compiled before, and JAX remembers it.
+    """
+    memory = step.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return held + memory.temp_size_in_bytes
+
+
+class _Nothing:
+    """Stands where checkpoints and progress would, and keeps nothing."""
+
+    latest = None
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
 
 
 def _init(tx: optax.GradientTransformation, trainable: Params, mesh: jax.sharding.Mesh) -> TrainState:

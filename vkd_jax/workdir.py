@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +72,22 @@ class Workdir:
 
     def write_text(self, name: str, text: str) -> Path:
         """As `write`, for text."""
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-        return path
+        return write(self.path / name, text.encode())
+
+    def write_lines(self, name: str, records: Iterable[Mapping]) -> Path:
+        """As `write`, for records, a line of JSON each."""
+        return self.write_text(name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+    def read_lines(self, name: str) -> list[dict]:
+        """The records of `write_lines`."""
+        text = (self.path / name).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.split("\n") if line]  # other line separators may stand in answers
 
     def meta(self) -> dict[str, Any]:
         """What makes a figure reproducible: command, config, seed, commit, versions, machine."""
+        program = "compare" if Path(sys.argv[0]).stem == "compare" else "main"
         return {
-            "command": shlex.join(["python", "-m", "vkd_jax.main", *sys.argv[1:]]),
+            "command": shlex.join(["python", "-m", f"vkd_jax.{program}", *sys.argv[1:]]),
             "config": json.loads(self.config.to_json_best_effort()),
             "seed": self.config.seed,
             "commit": _commit(),
@@ -92,6 +97,18 @@ class Workdir:
             "protocol": self.config.eval.protocol,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
+
+
+def write(path: Path, data: bytes) -> Path:
+    """Writes a file beside its place and renames it, so that it is either whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import jax  # noqa: E402
 from vkd_jax import sharding, train  # noqa: E402
 from vkd_jax.methods.base import Prepared  # noqa: E402
 from vkd_jax.methods.finetune import Finetune  # noqa: E402
+from vkd_jax.progress import Progress  # noqa: E402
 from vkd_jax.types import UserError  # noqa: E402
 
 SETS = {"image": random_llava.rows(1, 50)}
@@ -91,11 +92,11 @@ def main(folder: Path) -> None:
         found["meshes"][",".join(map(str, shape))] = {"metrics": metrics, **layout(Checkpoints.last, params)}
 
     # Half of the run above on eight devices, the rest on one.
-    write = train.Progress.write
-    train.Progress.write = lambda self, step, scalars: (write(self, step, scalars), signal.raise_signal(signal.SIGTERM))
+    write = Progress.write
+    Progress.write = lambda self, step, scalars: (write(self, step, scalars), signal.raise_signal(signal.SIGTERM))
     with contextlib.suppress(train.Stopped):
         fit(sharding.make_mesh(2, 2, 2), folder / "moved")
-    train.Progress.write = write
+    Progress.write = write
     found["moved"], _ = fit(sharding.make_mesh(), folder / "moved")
 
     try:

@@ -7,17 +7,21 @@ beside these two does its figure say something.
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from vkd_jax import evaluate, metrics
 from vkd_jax.loaded import Loaded
 from vkd_jax.methods import Method
-from vkd_jax.types import Example
+from vkd_jax.models import lora, quantize
+from vkd_jax.types import Example, Params
 
 Records = list[dict]
+KEPT = ("set", "id", "person", "question", "answer", "prediction", "correct")  # of the evaluation's records
+SETS = {"test": "other pictures", "retain": "people to keep"}  # as variants name them; the forget set goes unnamed
 Summary = dict[str, dict[str, dict]]  # variant -> model -> {"mean", "low", "high", "n", ..}
 
 
@@ -42,13 +46,28 @@ class Subject:
 
     def ask(self, model: Loaded, examples: Sequence[Example]) -> Records:
         """The records of `evaluate.evaluate` for the model, or a changed copy of it, by the run's first protocol."""
+        return self.ask_sets(model, {"forget": examples})
+
+    def ask_sets(self, model: Loaded, sets: Mapping[str, Sequence[Example]]) -> Records:
+        """`ask` of several sets in one pass."""
         options = self.config.eval
         return evaluate.evaluate(
             model.answerer(options.batch_size),
-            {"forget": examples},
+            sets,
             protocol=evaluate.check(options.protocol)[0],
             max_new_tokens=options.max_new_tokens,
         )
+
+    def unattacked(self, sets: Mapping[str, Sequence[Example]]) -> Records:
+        """What `ask_sets` gives for the model as it is: out of its answers, where they were asked in the same way."""
+        protocol = evaluate.check(self.config.eval.protocol)[0]
+        answered = {
+            (record["set"], record["id"]): record
+            for record in self.answers
+            if record["protocol"] in (protocol, record["task"]) and "worked_example" not in record
+        }
+        found = [answered.get((name, example.id)) for name, part in sets.items() for example in part]
+        return self.ask_sets(self.model, sets) if None in found else found
 
 
 class Attack(Protocol):
@@ -79,6 +98,36 @@ def choices(examples: Iterable[Example]) -> list[Example]:
     """The questions that attacks ask: with a picture and options to choose from, or, where there are none, any kind."""
     shown = [e for e in examples if e.image is not None]
     return [e for e in shown if e.options] or shown
+
+
+def questions(subject: Subject, *names: str) -> dict[str, list[Example]]:
+    """`choices` of some of the evaluation's sets, without those that have none."""
+    found = {name: choices(subject.asked.get(name, ())) for name in names}
+    return {name: part for name, part in found.items() if part}
+
+
+def named(variant: str, name: str) -> str:
+    """A variant's name, asked of the questions of that set."""
+    return variant if name == "forget" else f"{variant}, {SETS.get(name, name)}"
+
+
+def kept(variant: str, record: Mapping, **more: Any) -> dict[str, Any]:
+    """What an attack keeps of a record of `Subject.ask`."""
+    return {"variant": variant, **more, **{key: record[key] for key in KEPT}}
+
+
+def merged(params: Params) -> Params:
+    """The parameters without adapters: each is added to its kernel, which becomes floats if it was quantised.
+
+    One that is still the zero that it began as leaves its kernel as it is.
+    """
+    plain = lora.join(params)
+    for path, adapted in lora.adapters(plain).items():
+        plain[path] = kernel = adapted.weight
+        if jnp.any(adapted.b):
+            kernel = quantize.floats(kernel, jnp.float32)
+            plain[path] = jax.device_put(kernel + adapted.a @ adapted.b * adapted.scale, kernel.sharding)
+    return plain
 
 
 def accuracy(records: Mapping[str, Records]) -> Summary:

@@ -83,10 +83,10 @@ class Folder:
             UserError: a line or a picture is at fault, or a person or picture is to be both forgotten and retained.
         """
         if part == "finetune":
-            yield {f"finetune_{name}": self._rows(name, chat=True) for name in ("forget", "retain")}
+            yield {f"finetune_{name}": self.questions(name, chat=True) for name in ("forget", "retain")}
             return
         self._check_disjoint()
-        yield {name: self._rows(name) for name in self._sets()}
+        yield {name: self.questions(name) for name in self._sets()}
 
     def _sets(self) -> list[str]:
         return [name for name in SETS if getattr(self, name)]
@@ -95,7 +95,7 @@ class Folder:
         people, pictures = {}, {}
         for name in self._sets():
             people[name], pictures[name] = set(), {}
-            for row in self._rows(name):
+            for row in self.questions(name):
                 people[name] |= {e.person for e in row} - {""}
                 if row[0].image is not None:
                     pictures[name][hashlib.sha256(row[0].image).digest()] = row[0].image_id
@@ -111,7 +111,7 @@ class Folder:
                         f"{some(sorted(both))}; nothing can be forgotten and retained at once."
                     )
 
-    def _rows(self, name: str, chat: bool = False) -> Iterator[list[Example]]:
+    def questions(self, name: str, chat: bool = False) -> Iterator[list[Example]]:
         """The questions of a folder, those on one picture together; text-only ones follow one by one."""
         place = Place(getattr(self, name))
         by_file: dict[str, list[tuple[str, dict]]] = {}

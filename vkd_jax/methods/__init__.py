@@ -8,7 +8,14 @@ from vkd_jax.methods.base import Method
 
 METHODS = {
     "finetune": "vkd_jax.methods.finetune:Finetune",
+    "grad_ascent": "vkd_jax.methods.grad_ascent:GradAscent",
     "grad_diff": "vkd_jax.methods.grad_diff:GradDiff",
+    "idk": "vkd_jax.methods.idk:IDK",
+    "kl": "vkd_jax.methods.kl:KL",
+    "mmunlearner": "vkd_jax.methods.mmunlearner:MMUnlearner",
+    "npo": "vkd_jax.methods.npo:NPO",
+    "rmu": "vkd_jax.methods.rmu:RMU",
+    "manu": "vkd_jax.methods.manu:Manu",
     "vkd": "vkd_jax.methods.vkd:VKD",
 }
 

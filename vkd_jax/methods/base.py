@@ -1,6 +1,7 @@
 """What a method is, and what several of them need."""
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import spatial
 
-from vkd_jax import losses
+from vkd_jax import losses, saliency
 from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import Batch, EncodedSet
 from vkd_jax.models.base import VisualTokens, bind
@@ -69,6 +70,20 @@ class Method(Protocol):
         ...
 
 
+def check(method: Any, *positive: str) -> None:
+    """Refuses hyperparameters that are out of range: those named must be positive, and no weight_... negative.
+
+    Raises:
+        UserError: which one it is.
+    """
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if field.name in positive and not value > 0:
+            raise UserError(f"method.{field.name}={value!r}: give a positive number.")
+        if field.name.startswith("weight_") and not 0 <= value < math.inf:
+            raise UserError(f"method.{field.name}={value!r}: give 0 or a positive number.")
+
+
 def answer_logits(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, VisualTokens]]:
     """Logits at the answer positions, and the taps of the vision tower ({} without pictures)."""
     features, taps = (None, {}) if batch.pictures is None else model.encode(batch.pictures)
@@ -80,6 +95,63 @@ def cross_entropy(model: Any, batch: Batch) -> jax.Array:
     """[b] answer-token cross-entropies."""
     logits, _ = answer_logits(model, batch)
     return losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
+
+
+def ascent(weight: float, cap: float) -> LossFn:
+    """The loss -weight * min(CE, cap), bounded row by row: ascent on the forget set."""
+
+    def loss(model, batch):
+        ce = cross_entropy(model, batch)
+        return weight * jnp.mean(losses.bounded_ascent(ce, cap)), mean_metrics(forget_ce=ce)
+
+    return loss
+
+
+def descent(name: str, weight: float) -> LossFn:
+    """The loss weight * CE; `name` is what the answers are called in the metrics."""
+
+    def loss(model, batch):
+        ce = cross_entropy(model, batch)
+        return weight * jnp.mean(ce), mean_metrics(**{f"{name}_ce": ce})
+
+    return loss
+
+
+def hidden_states(model: Any, batch: Batch, layers: int) -> jax.Array:
+    """What comes out of the language model's block number `layers`, counted from 1: [b, t, d]; no later one is run."""
+    features = None if batch.pictures is None else model.encode(batch.pictures)[0]
+    x, positions = model.embed(batch.tokens, batch.mask, features)
+    return model.language_model.read(x, batch.mask, positions, layers=layers)[0]
+
+
+def fisher(
+    context: Context, paths: Iterable[str], sets: Mapping[str, EncodedSet], *, samples: int, chunk: int, name: str
+) -> dict[str, Params]:
+    """{set: the diagonal of the Fisher information of CE}, of the vanilla model; see `saliency.fisher`.
+
+    Args:
+        context: of the method.
+        paths: the weights to differentiate.
+        sets: by name, what to take rows of.
+        samples: at most so many rows of each set, drawn by the seed.
+        chunk: how many per-sample gradients are held at once.
+        name: of the draw, the method's.
+    """
+    paths = set(paths)
+    trainable = {k: v for k, v in context.params.items() if k in paths}
+    frozen = {k: v for k, v in context.params.items() if k not in paths}
+
+    def loss(trainable, frozen, batch):
+        return cross_entropy(bind(context.graphdef, {**frozen, **trainable}), batch)
+
+    chosen = {
+        part: (
+            dataclasses.replace(encoded, per_image={}, per_example={}),
+            rng(context.seed, f"{name}/fisher/{part}").permutation(len(encoded))[:samples],
+        )
+        for part, encoded in sets.items()
+    }
+    return saliency.fisher(loss, trainable, frozen, chosen, chunk)
 
 
 def reference_log_probs(context: Context, encoded: EncodedSet, batch_size: int = 32) -> np.ndarray:

@@ -23,7 +23,7 @@ from vkd_jax import losses, saliency
 from vkd_jax.data import augment
 from vkd_jax.methods import base
 from vkd_jax.methods.scope import Scope
-from vkd_jax.models.base import VisualTokens, bind
+from vkd_jax.models.base import VisualTokens
 from vkd_jax.types import Params, UserError
 
 FORGET = ("npo", "ga", "none")
@@ -154,22 +154,14 @@ class VKD(Scope):
 
     def _mask(self, context: base.Context) -> Params:
         """The saliency mask over the trainable weights."""
-        paths = set(self.trainable(context.params, context.model_config))
-        trainable = {k: v for k, v in context.params.items() if k in paths}
-        frozen = {k: v for k, v in context.params.items() if k not in paths}
-
-        def loss(trainable, frozen, batch):
-            return base.cross_entropy(bind(context.graphdef, {**frozen, **trainable}), batch)
-
-        samples = {}
-        for name in ("forget", "retain"):
-            encoded = dataclasses.replace(context.sets[name], per_image={}, per_example={})
-            count = min(self.fisher_samples, len(encoded))
-            samples[name] = (
-                encoded,
-                base.rng(context.seed, f"vkd/fisher/{name}").permutation(len(encoded))[:count],
-            )
-        information = saliency.fisher(loss, trainable, frozen, samples, self.fisher_chunk)
+        information = base.fisher(
+            context,
+            self.trainable(context.params, context.model_config),
+            {name: context.sets[name] for name in ("forget", "retain")},
+            samples=self.fisher_samples,
+            chunk=self.fisher_chunk,
+            name="vkd",
+        )
         return saliency.mask_from_ratio(
             **information, threshold=self.mask_threshold, keep=self.mask_keep, eps=self.mask_eps
         )

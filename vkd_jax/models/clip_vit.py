@@ -4,6 +4,8 @@ Axes: b batch, p patch, k pixel row, column and colour inside a patch, d width.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +65,11 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, t, d] to [b, t, d]."""
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+        return self.fc2(self.neurons(x))
+
+    def neurons(self, x: jax.Array) -> jax.Array:
+        """The inner activations, which feed the last layer: [b, t, d] to [b, t, f]."""
+        return ACTIVATIONS[self.activation](self.fc1(x))
 
 
 class Block(nnx.Module):
@@ -79,6 +85,10 @@ class Block(nnx.Module):
         """[b, t, d] to [b, t, d]."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+    def neurons(self, x: jax.Array) -> jax.Array:
+        """The inner activations of the MLP: [b, t, d] to [b, t, f]."""
+        return self.mlp.neurons(self.norm2(x + self.attn(self.norm1(x))))
 
 
 class VisionTower(nnx.Module):
@@ -119,3 +129,8 @@ class VisionTower(nnx.Module):
             hidden = run(hidden)
             outputs.append(hidden)
         return outputs
+
+    def neurons(self, hidden: jax.Array, stop: int, reduce: Callable[[jax.Array], Any]) -> list[Any]:
+        """What `reduce` makes of the MLP's inner activations [b, t, f], of each of the blocks before `stop`."""
+        inputs = [hidden, *self(hidden, 0, stop)][:-1]
+        return [reduce(block.neurons(x)) for block, x in zip(self.blocks[:stop], inputs, strict=True)]

@@ -7,7 +7,8 @@ Axes: l layer, b batch, t query position, s key slot, d width, m key/value head,
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,11 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float, section: tuple[int,
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
 
+def _causal(mask: jax.Array) -> jax.Array:
+    """What each of these tokens sees, itself and those before it: bool [b, t], False at padding, to [b, t, t]."""
+    return mask[:, None, :] & jnp.tri(mask.shape[1], dtype=bool)
+
+
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions."""
 
@@ -104,7 +110,11 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, t, d] to [b, t, d]."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(self.neurons(x))
+
+    def neurons(self, x: jax.Array) -> jax.Array:
+        """The inner activations, which feed the last layer: [b, t, d] to [b, t, f]."""
+        return jax.nn.silu(self.gate(x)) * self.up(x)
 
 
 class Block(nnx.Module):
@@ -122,6 +132,10 @@ class Block(nnx.Module):
         x = x + y
         return x + self.mlp(self.norm2(x)), cached
 
+    def neurons(self, x: jax.Array, positions: jax.Array, allowed: jax.Array) -> jax.Array:
+        """The inner activations of the MLP: [b, t, d] to [b, t, f]."""
+        return self.mlp.neurons(self.norm2(x + self.attn(self.norm1(x), positions, allowed, None, None)[0]))
+
 
 class Decoder(nnx.Module):
     """Token embedding, stacked blocks, final norm, output head."""
@@ -136,7 +150,12 @@ class Decoder(nnx.Module):
         self.head = None if config.tie_embeddings else Linear(config.width, config.vocab, **head)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, allowed: jax.Array, cache: Cache | None = None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        allowed: jax.Array,
+        cache: Cache | None = None,
+        layers: int | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the blocks and the final norm.
 
@@ -146,6 +165,7 @@ class Decoder(nnx.Module):
             allowed: bool [b, t, s], which keys each query sees; s is t, or the number of slots of the cache.
             cache: where earlier keys and values stand; the new ones are written from slot `cache.index` on.
                 Its mask and next positions are the caller's to update.
+            layers: to run only so many of the first blocks, without the norm; takes no cache.
 
         Returns:
             Hidden states [b, t, d] and the cache with the new keys and values.
@@ -159,13 +179,20 @@ class Decoder(nnx.Module):
         if self.remat:
             body = jax.checkpoint(body, prevent_cse=False)
         cached = None if cache is None else (cache.keys, cache.values)
-        x, cached = jax.lax.scan(body, x, (self.blocks, cached))
+        # Every leaf is stacked, those of quantised and adapted kernels among them.
+        blocks = self.blocks if layers is None else jax.tree.map(lambda leaf: leaf[:layers], self.blocks)
+        x, cached = jax.lax.scan(body, x, (blocks, cached))
         if cache is not None:
             cache = cache._replace(keys=cached[0], values=cached[1], index=cache.index + x.shape[1])
-        return self.norm(x), cache
+        return (self.norm(x) if layers is None else x), cache
 
     def read(
-        self, x: jax.Array, mask: jax.Array, positions: jax.Array, cache: Cache | None = None
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        positions: jax.Array,
+        cache: Cache | None = None,
+        layers: int | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Reads tokens in order: each sees itself, those before it, and what the cache holds.
 
@@ -174,19 +201,39 @@ class Decoder(nnx.Module):
             mask: bool [b, t], False at padding.
             positions: int [b, t] or [b, t, axes], counted from the first of these tokens.
             cache: of the tokens before these; filled and returned.
+            layers: as in `__call__`.
 
         Returns:
             Hidden states [b, t, d] and the cache.
         """
         t = x.shape[1]
         if cache is None:
-            return self(x, positions, mask[:, None, :] & jnp.tri(t, dtype=bool))
+            return self(x, positions, _causal(mask), layers=layers)
         positions = positions + jnp.expand_dims(cache.next, range(1, positions.ndim))
         last = positions if positions.ndim == 2 else positions.max(-1)
         seen = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, cache.index, axis=1)
         allowed = seen[:, None, :] & (jnp.arange(seen.shape[1]) <= cache.index + jnp.arange(t)[:, None])
         cache = cache._replace(mask=seen, next=jnp.maximum(cache.next, jnp.where(mask, last + 1, 0).max(1)))
         return self(x, positions, allowed, cache)
+
+    def neurons(self, x: jax.Array, mask: jax.Array, positions: jax.Array, reduce: Callable[[jax.Array], Any]) -> Any:
+        """What `reduce` makes of the MLP's inner activations [b, t, f] in each layer; those of one are held at once.
+
+        Args:
+            x: embedded tokens [b, t, d], as for `read`.
+            mask: bool [b, t], False at padding.
+            positions: int [b, t] or [b, t, axes].
+            reduce: to small arrays, in any tree.
+
+        Returns:
+            That tree, its arrays with a leading layer axis.
+        """
+        allowed = _causal(mask)
+
+        def body(x, block):
+            return block(x, positions, allowed, None, None)[0], reduce(block.neurons(x, positions, allowed))
+
+        return jax.lax.scan(body, x, self.blocks)[1]
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Hidden states [..., d] to float32 logits [..., v]."""

@@ -79,9 +79,6 @@ def option_log_probs(
 ) -> jax.Array:
     """`log p(option | prompt)` of several options: the sum over the option's tokens, in nats.
 
-    The prompt is read once. All options are then read side by side in one pass: each sees the prompt's cache
-    and itself, at the positions that it would have if it alone followed the prompt.
-
     Args:
         model: a bound model.
         tokens: prompts int [b, t], padded left or right.
@@ -92,6 +89,51 @@ def option_log_probs(
 
     Returns:
         float32 [b, o].
+    """
+    log_p = _predicted(model, tokens, mask, features, options, options_mask)
+    scores = jnp.take_along_axis(log_p, options[..., None], axis=-1)[..., 0]
+    return jnp.where(options_mask.any(-1), jnp.where(options_mask, scores, 0.0).sum(-1), -jnp.inf)
+
+
+def token_log_probs(
+    model: Any,
+    tokens: jax.Array,
+    mask: jax.Array,
+    features: VisualTokens | None,
+    options: jax.Array,
+    options_mask: jax.Array,
+) -> jax.Array:
+    """What each token of several options scores, and what a token drawn from the model would score in its place.
+
+    With p the distribution over the vocabulary at a position: log p(token), E[log p] and the standard deviation of
+    log p, both under p itself.
+
+    Args:
+        model: see `option_log_probs`, as for the others.
+
+    Returns:
+        float32 [b, o, a, 3], in nats; anything at padding.
+    """
+    log_p = _predicted(model, tokens, mask, features, options, options_mask)
+    own = jnp.take_along_axis(log_p, options[..., None], axis=-1)[..., 0]
+    p = jnp.exp(log_p)
+    mean = (p * log_p).sum(-1)
+    deviation = jnp.sqrt((p * jnp.square(log_p - mean[..., None])).sum(-1))  # centred first: differences are small
+    return jnp.stack([own, mean, deviation], axis=-1)
+
+
+def _predicted(
+    model: Any,
+    tokens: jax.Array,
+    mask: jax.Array,
+    features: VisualTokens | None,
+    options: jax.Array,
+    options_mask: jax.Array,
+) -> jax.Array:
+    """log p of every token of the vocabulary at each place of several options: float32 [b, o, a, v].
+
+    The prompt is read once. All options are then read side by side in one pass: each sees the prompt's cache
+    and itself, at the positions that it would have if it alone followed the prompt.
     """
     b, o, a = options.shape
     t, n = tokens.shape[1], o * (a - 1)  # an option's last token is predicted, never read
@@ -107,5 +149,4 @@ def option_log_probs(
         x, _ = decoder(decoder.embed(options[:, :, :-1].reshape(b, n)), positions, allowed, cache)
         later = jax.nn.log_softmax(decoder.logits(x)).reshape(b, o, a - 1, -1)
         log_p = jnp.concatenate([log_p, later], axis=2)
-    scores = jnp.take_along_axis(log_p, options[..., None], axis=-1)[..., 0]
-    return jnp.where(options_mask.any(-1), jnp.where(options_mask, scores, 0.0).sum(-1), -jnp.inf)
+    return log_p

@@ -4,7 +4,7 @@ Axes: b batch, t position, s key slot, p patch, a asked position, d width, v voc
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -206,14 +206,50 @@ class Llava(nnx.Module):
         Returns:
             float32 logits [b, t or a, v], and the cache (None without one).
         """
-        x = self.language_model.embed(tokens)
-        if features is not None:
-            x = place(x, tokens == self.config.image_token_id, features.values)
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        x, positions = self.embed(tokens, mask, features)
         x, cache = self.language_model.read(x, mask, positions, cache)
         if at is not None:
             x = jnp.take_along_axis(x, at[..., None], axis=1)
         return self.language_model.logits(x), cache
+
+    def neurons(
+        self,
+        tokens: jax.Array,
+        mask: jax.Array,
+        reduce: Callable[[jax.Array, jax.Array], Any],
+        *,
+        pictures: Mapping[str, jax.Array] | None = None,
+    ) -> dict[str, Any]:
+        """What `reduce` makes of the inner activations of every MLP, block by block, so that they need not be held.
+
+        Args:
+            tokens: int [b, t], as in `__call__`.
+            mask: bool [b, t], False at padding.
+            reduce: of activations [b, n, f] and bool [b, n], which of them are of real tokens; to any tree.
+            pictures: as in `encode`; None for text.
+
+        Returns:
+            {"language_model": the tree, its arrays with a leading layer axis}, and "vision_tower", a list of trees of
+            the blocks that feed the projector, with pictures.
+        """
+        features, found = None, {}
+        if pictures is not None:
+            features, _ = self.encode(pictures)
+            found["vision_tower"] = self.vision_tower.neurons(
+                self.vision_tower.embed(pictures["pixels"]),
+                self.config.used_blocks,
+                lambda z: reduce(z, jnp.ones(z.shape[:2], bool)),
+            )
+        x, positions = self.embed(tokens, mask, features)
+        found["language_model"] = self.language_model.neurons(x, mask, positions, lambda z: reduce(z, mask))
+        return found
+
+    def embed(self, tokens: jax.Array, mask: jax.Array, features: VisualTokens | None) -> tuple[jax.Array, jax.Array]:
+        """Embedded tokens [b, t, d], the pictures' features among them, and their positions."""
+        x = self.language_model.embed(tokens)
+        if features is not None:
+            x = place(x, tokens == self.config.image_token_id, features.values)
+        return x, jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
 
 
 def _tokens(values: jax.Array, where: np.ndarray) -> VisualTokens:

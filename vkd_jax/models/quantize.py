@@ -33,6 +33,8 @@ WEIGHTS = (
     (r"language_model/head/kernel", -2, 8),
     (r"language_model/embed/embedding", -1, 8),  # with tied embeddings the head, too
 )
+# And what there is besides that multiplies activations, for `rounded` alone: the last axis is that of output channels.
+OTHERS = r"(vision_tower|projector)/(.+/kernel|patch_embedding)"
 TYPES = {8: jnp.int8, 4: jnp.int4}
 
 
@@ -60,8 +62,12 @@ class Quantization:
         return size
 
 
-def parse(text: str) -> Quantization | None:
+def parse(text: str, field: str = "model.quantize") -> Quantization | None:
     """Reads "int8" (one scale an output channel), "int4" (one per 128 inputs of it), "int8:64" (per 64); "" is None.
+
+    Args:
+        text: to read.
+        field: of the config, that it stands in.
 
     Raises:
         UserError: the text is none of these.
@@ -70,7 +76,7 @@ def parse(text: str) -> Quantization | None:
         return None
     match = re.fullmatch(r"int([84])(?::([1-9]\d*))?", text)
     if match is None:
-        raise UserError(f"model.quantize={text!r}: give int8 or int4, or one with a group size, such as int4:64.")
+        raise UserError(f"{field}={text!r}: give int8 or int4, or one with a group size, such as int4:64.")
     bits = int(match[1])
     return Quantization(bits, int(match[2]) if match[2] else {8: None, 4: 128}[bits])
 
@@ -105,6 +111,28 @@ def _quantize(array, axis, bits, size, sharding):
     if sharding is None:
         return out
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _fitting(sharding, x.shape)), out)
+
+
+def rounded(path: str, array: jax.Array | QArray, how: Quantization) -> jax.Array | QArray:
+    """The parameter with the values it has once all weight matrices of the model are quantised, of its own type.
+
+    A token table or head takes as few bits as the rest. Norms, biases, and what is added to tokens rather than
+    multiplied with them, stay as they came, as does what is quantised already.
+
+    Raises:
+        UserError: the groups do not fit the width.
+    """
+    found = [axis for pattern, axis, _ in (*WEIGHTS, (OTHERS, -2, 4)) if re.fullmatch(pattern, path)]
+    if not found or isinstance(array, QArray):
+        return array
+    width = math.prod(array.shape[:-1]) if array.ndim > 3 else array.shape[found[0]]
+    return jax.device_put(_round(array, found[0], how.bits, how.size(width)), array.sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _round(array, axis, bits, size):
+    flat = array.reshape(-1, array.shape[-1]) if array.ndim > 3 else array  # all of a patch is one output's input
+    return floats(_quantize(flat, axis, bits, size, None), array.dtype).reshape(array.shape)
 
 
 def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:

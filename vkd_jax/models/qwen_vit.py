@@ -9,6 +9,8 @@ c head channel.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +147,11 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, p, d] to [b, p, d]."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(self.neurons(x))
+
+    def neurons(self, x: jax.Array) -> jax.Array:
+        """The inner activations, which feed the last layer: [b, p, d] to [b, p, f]."""
+        return jax.nn.silu(self.gate(x)) * self.up(x)
 
 
 def _norm(config: VisionConfig, *, rngs: nnx.Rngs, **options) -> nnx.Module:
@@ -164,6 +170,10 @@ class Block(nnx.Module):
         """[b, p, d] to [b, p, d]; `allowed` from `sees`."""
         x = x + self.attn(self.norm1(x), where, allowed)
         return x + self.mlp(self.norm2(x))
+
+    def neurons(self, x: jax.Array, where: jax.Array, allowed: jax.Array) -> jax.Array:
+        """The inner activations of the MLP: [b, p, d] to [b, p, f]."""
+        return self.mlp.neurons(self.norm2(x + self.attn(self.norm1(x), where, allowed)))
 
 
 class VisionTower(nnx.Module):
@@ -185,13 +195,24 @@ class VisionTower(nnx.Module):
 
     def __call__(self, hidden: jax.Array, where: jax.Array, start: int) -> list[jax.Array]:
         """Runs the blocks from `start` on the activations entering it; returns each block's output."""
-        config, outputs = self.config, []
-        everything, window = sees(where), sees(where, config.window)
+        outputs, allowed = [], self._allowed(where)
         for i, block in enumerate(self.blocks[start:], start):
             run = jax.checkpoint(lambda *x, block=block: block(*x)) if self.remat else block
-            hidden = run(hidden, where, everything if i in config.whole else window)
+            hidden = run(hidden, where, allowed[i])
             outputs.append(hidden)
         return outputs
+
+    def neurons(self, hidden: jax.Array, where: jax.Array, reduce: Callable[[jax.Array], Any]) -> list[Any]:
+        """What `reduce` makes of the MLP's inner activations [b, p, f], of each block."""
+        inputs = [hidden, *self(hidden, where, 0)][:-1]
+        blocks = zip(self.blocks, inputs, self._allowed(where), strict=True)
+        return [reduce(block.neurons(x, where, allowed)) for block, x, allowed in blocks]
+
+    def _allowed(self, where: jax.Array) -> list[jax.Array]:
+        """Which patches each patch sees, by block."""
+        config = self.config
+        everything, window = sees(where), sees(where, config.window)
+        return [everything if i in config.whole else window for i in range(config.layers)]
 
 
 class Merger(nnx.Module):

@@ -1,0 +1,131 @@
+"""A linear probe: do the features still tell the people to forget apart?
+
+The vision tower is read alone, without a question. A picture is the mean x of its tokens at a tap, standardised with
+the training pictures' mean and deviation. One ridge regression for each person, all in closed form,
+
+    min_W |X W - (Y - y)|^2 + ridge * d * |W|^2,    X [n, d], Y [n, people] one-hot, y the mean of its rows,
+
+says who somebody is: the largest of y + x W. It is solved by its dual, W = X' (X X' + ridge * d * I)^-1 (Y - y), which
+holds n^2 numbers whatever d is.
+
+Reference: Alain and Bengio, Understanding intermediate layers using linear classifier probes (arXiv 1610.01644).
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
+
+import ml_collections
+import numpy as np
+
+from vkd_jax.answerer import TAPS
+from vkd_jax.attacks import base
+from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.methods import Method
+from vkd_jax.methods.base import rng
+from vkd_jax.types import Example, UserError
+
+Shown = tuple[str, Example]  # a set, and a question about a picture
+
+PARTS = ("forget", "retain"), ("test", "retain_test")  # learned from, tested on
+FOLD = 4  # without other pictures, one in so many of each person's is kept back for the test
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Who is in a picture, by its features alone."""
+
+    ridge: float = 0.01  # of the penalty, a feature
+
+    TITLE: ClassVar[str] = "Probe: do the features still tell them apart?"
+    ABOUT: ClassVar[str] = (
+        "A linear classifier learns to name the person from what the vision tower makes of a picture (features) or "
+        "from what the projector hands on to the language model (projector), and is then shown other pictures of the "
+        "people to forget. It finds that faces differ, which a model that never knew somebody sees as well: only more "
+        "than *that* model's figure is a trace. Taught names that were dealt out at random, it can only guess."
+    )
+    UNIT: ClassVar[str] = "right answers"
+
+    def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
+        """Refuses a penalty that is none."""
+        if not self.ridge > 0:
+            raise UserError(f"attacks.probe.ridge={self.ridge}: give a number above 0.")
+
+    def run(self, subject: Subject) -> Records:
+        """A record of each test picture and each classifier."""
+        train, test = split(subject.asked)
+        if not test:
+            return []
+        shown = [e for _, e in (*train, *test)]
+        means = subject.model.answerer(subject.config.eval.batch_size).means([e.image for e in shown])
+        labels = np.array([e.person for _, e in train])
+        dealt = rng(subject.seed, "attacks/probe").permutation(labels)
+        records = []
+        for variant, tap, names in (
+            *((tap, tap, labels) for tap in TAPS),
+            (f"{TAPS[0]}, random labels", TAPS[0], dealt),
+        ):
+            known, asked = np.split(means[tap], [len(train)])
+            for (part, e), name in zip(test, classify(known, names, asked, self.ridge), strict=True):
+                kept = ", people to keep" if part == "retain_test" else ""
+                records.append(
+                    {
+                        "variant": variant + kept,
+                        "set": part,
+                        "id": e.image_id,
+                        "person": e.person,
+                        "prediction": str(name),
+                        "correct": bool(name == e.person),
+                    }
+                )
+        return records
+
+    def summarise(self, records: Mapping[str, Records]) -> Summary:
+        """The share of pictures whose person is named right."""
+        return base.accuracy(records)
+
+
+def split(asked: Mapping[str, Sequence[Example]]) -> tuple[list[Shown], list[Shown]]:
+    """Pictures of everybody to learn from, and other pictures of the same people to test on, each with its set.
+
+    Where a benchmark has no other pictures of the people to forget, some of the forget set are left out for the test.
+    """
+    shown = {part: _pictures(asked.get(part, ())) for part in ("forget", "retain", "test", "retain_test")}
+    if not shown["test"]:
+        seen: dict[str, int] = {}
+        for e in shown["forget"]:
+            seen[e.person] = seen.get(e.person, 0) + 1
+            if seen[e.person] % FOLD == 0:
+                shown["test"].append(e)
+        shown["forget"] = [e for e in shown["forget"] if e not in shown["test"]]
+    train, test = ([(part, e) for part in parts for e in shown[part]] for parts in PARTS)
+    known = {e.person for _, e in train}
+    return train, [(part, e) for part, e in test if e.person in known]
+
+
+def _pictures(examples: Iterable[Example]) -> list[Example]:
+    """A question about each picture of somebody."""
+    return list({e.image_id: e for e in examples if e.image is not None and e.person}.values())
+
+
+def classify(train: np.ndarray, labels: np.ndarray, test: np.ndarray, ridge: float) -> np.ndarray:
+    """The label of each test row, by ridge regression one against all.
+
+    Args:
+        train: [n, d].
+        labels: [n], of any kind that can be compared.
+        test: [m, d].
+        ridge: the penalty, a feature.
+
+    Returns:
+        [m], out of `labels`.
+    """
+    train, test = train.astype(np.float64), test.astype(np.float64)
+    centre, spread = train.mean(0), train.std(0)
+    spread[spread == 0] = 1  # a feature that never changes says nothing
+    train, test = (train - centre) / spread, (test - centre) / spread
+    names, index = np.unique(labels, return_inverse=True)
+    targets = np.eye(len(names))[index]
+    kernel = train @ train.T + ridge * train.shape[1] * np.eye(len(train))
+    dual = np.linalg.solve(kernel, targets - targets.mean(0))
+    return names[np.argmax(targets.mean(0) + test @ (train.T @ dual), axis=1)]

@@ -1,0 +1,77 @@
+"""Quantisation: does what was forgotten come back when the weights are rounded to few bits?
+
+A method that hides knowledge by small changes of the weights may lose these changes when both the old and the new value
+round to the same number. All weight matrices are rounded, see `vkd_jax.models.quantize.rounded`, and the model computes
+as before.
+
+Reference: Zhang et al., "Catastrophic failure of LLM unlearning via quantization", arXiv 2410.16454
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import ml_collections
+from absl import logging
+
+from vkd_jax.attacks import base
+from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.loaded import Loaded
+from vkd_jax.methods import Method
+from vkd_jax.models import quantize
+from vkd_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize:
+    """All weight matrices, in each of several roundings."""
+
+    bits: tuple[str, ...] = ("int8", "int4:64")  # each as config.model.quantize has it
+
+    TITLE: ClassVar[str] = "Quantisation: weights rounded to few bits"
+    ABOUT: ClassVar[str] = (
+        "All weight matrices of the vision tower, the projector and the language model are rounded to 8 or 4 bits; "
+        "matrices that config.model.quantize rounded already stay as they are. Figures above those of the unrounded "
+        "model say that unlearning hid what it should have erased; those on the people to keep say what the rounding "
+        "itself costs."
+    )
+    UNIT: ClassVar[str] = "right answers"
+
+    def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
+        """Refuses roundings that are none.
+
+        Raises:
+            UserError: which.
+        """
+        for text in self.bits:
+            if quantize.parse(text, field="attacks.quantize.bits") is None:
+                raise UserError("attacks.quantize.bits: one is empty; give int8, or int4 with a group, as in int4:64.")
+
+    def run(self, subject: Subject) -> Records:
+        """The answers of the model as it is and of each rounded copy."""
+        sets = base.questions(subject, "forget", "test", "retain")
+        model = dataclasses.replace(subject.model, params=base.merged(subject.model.params))
+        if kept := sum(isinstance(value, quantize.QArray) for value in model.params.values()):
+            logging.info("%s: %d quantised weights stay as they are", subject.name, kept)
+        records = [base.kept(base.named("unchanged", r["set"]), r) for r in subject.unattacked(sets)]
+        for text in self.bits:
+            answers = subject.ask_sets(self.rounded(model, text), sets)
+            records += [base.kept(base.named(text, r["set"]), r) for r in answers]
+        return records
+
+    def rounded(self, model: Loaded, text: str) -> Loaded:
+        """The model with weights of that many bits.
+
+        Raises:
+            UserError: a width does not split into such groups.
+        """
+        how = quantize.parse(text)
+        try:
+            params = {path: quantize.rounded(path, value, how) for path, value in model.params.items()}
+        except UserError as error:
+            raise UserError(f"attacks.quantize.bits: {text} does not fit this model ({error})") from error
+        return dataclasses.replace(model, params=params)
+
+    def summarise(self, records: Mapping[str, Records]) -> Summary:
+        """The share of right answers of every rounding and set."""
+        return base.accuracy(records)

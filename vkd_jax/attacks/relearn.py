@@ -1,0 +1,204 @@
+"""Relearning: an attacker who has some of what was forgotten trains on it, and sees what else comes back.
+
+    recovery = (A_after - A_before) / (A_vanilla - A_before)
+
+over the forget questions that the attacker did *not* train on. A_before and A_after are the shares that the attacked
+model answers right before and after the attack, A_vanilla that of the model before it unlearned anything. 0 says that
+nothing came back beyond what was trained on, 1 that all did. What a model learns anew is in it, too: the same attack on
+a model that never met the people shows how much that is.
+
+A share holds the first of the questions in one random order, so that a larger share contains the smaller. All attacks
+have one budget: the same steps of the same number of rows at the same rate, with a fresh Adam.
+
+Reference: Hu et al., "Jogging the memory of unlearned models through targeted relearning attacks", arXiv 2406.13356;
+Lynch et al., arXiv 2402.16835
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import ml_collections
+import numpy as np
+from absl import logging
+
+from vkd_jax import sharding, train
+from vkd_jax.attacks import base
+from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.data.augment import REPEATED
+from vkd_jax.data.processing import EncodedSet
+from vkd_jax.loaded import Loaded
+from vkd_jax.methods import Method
+from vkd_jax.methods.base import Prepared, rng
+from vkd_jax.methods.finetune import Finetune
+from vkd_jax.methods.scope import TRAIN
+from vkd_jax.models import lora
+from vkd_jax.types import UserError
+
+BEFORE = "before"
+TRAINED_ON = "the share itself"
+
+
+@dataclasses.dataclass(frozen=True)
+class Relearn:
+    """Attackers of every kind, each with every share of the forget questions."""
+
+    attackers: tuple[str, ...] = ("visual", "all")  # what each of them trains, as a method's `train`
+    shares: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)  # of the forget questions with a picture
+    steps: int = 25
+    batch_size: int = 16
+    learning_rate: float = 3e-4
+
+    TITLE: ClassVar[str] = "Relearning: what comes back when some of it is taught again"
+    ABOUT: ClassVar[str] = (
+        "An attacker trains the model, the visual weights alone or all weights, on a share of the questions about the "
+        "people to forget, and it is then asked the *other* questions. Recovery is the part of what was lost that came "
+        "back; read it beside that of a model that never met them, given the same attack, since what it learns anew is "
+        "in both."
+    )
+    UNIT: ClassVar[str] = "right answers"
+
+    def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
+        """Refuses attackers and budgets that cannot be.
+
+        Raises:
+            UserError: which, and what to do.
+        """
+        for attacker in self.attackers:
+            if attacker not in TRAIN:
+                raise UserError(f"attacks.relearn.attackers: {attacker!r} is none; give some of {', '.join(TRAIN)}.")
+            if attacker == "all" and config.model.quantize:
+                raise UserError(
+                    "attacks.relearn.attackers: all weights cannot train where config.model.quantize holds the "
+                    'language model; give ("visual",) or ("visual", "lora"), or leave model.quantize empty.'
+                )
+        for share in self.shares:
+            if not 0 < share < 1:
+                raise UserError(f"attacks.relearn.shares: {share!r} is no share; give numbers between 0 and 1.")
+        if self.steps < 1 or not self.learning_rate > 0:
+            raise UserError("attacks.relearn: give at least one of steps, and a learning_rate above 0.")
+        try:
+            train.batch_size(self._section(), "image", sharding.make_mesh(**config.mesh))
+        except UserError as error:
+            raise UserError(f"attacks.relearn.batch_size={self.batch_size} is refused: {error}") from error
+
+    def run(self, subject: Subject) -> Records:
+        """The answers before any attack and after each."""
+        sets = base.questions(subject, "forget", "test")
+        records = [base.kept(base.named(BEFORE, r["set"]), r) for r in subject.unattacked(sets)]
+        model = dataclasses.replace(subject.model, params=base.merged(subject.model.params))
+        encoded = model.encode(subject.forgets)
+        for attacker in self.attackers:
+            for share in self.shares:
+                rows = self.rows(share, len(encoded), subject.seed)
+                after = subject.ask_sets(self.attacked(model, attacker, rows_of(encoded, rows), subject.seed), sets)
+                known = {(subject.forgets[i].image_id, subject.forgets[i].question) for i in rows}
+                variant = f"{attacker} {100 * share:g} %"
+                for record in after:
+                    name = record["set"]
+                    if name == "forget" and (record["image_id"], record["question"]) in known:
+                        name = TRAINED_ON
+                    records.append(base.kept(base.named(variant, name), record, attacker=attacker, share=share))
+                mine = [r["correct"] for r in records if r["variant"] == variant]
+                logging.info("%s, relearning %s: %.3f of %d", subject.name, variant, np.mean(mine or [0]), len(mine))
+        return records
+
+    def rows(self, share: float, count: int, seed: int) -> np.ndarray:
+        """Which of `count` questions the attacker has, at least one: of two shares the larger contains the smaller."""
+        return np.sort(rng(seed, "relearn").permutation(count)[: max(1, round(share * count))])
+
+    def attacked(self, model: Loaded, attacker: str, encoded: EncodedSet, seed: int) -> Loaded:
+        """The model after the attacker trained it.
+
+        Raises:
+            UserError: the loss became NaN or infinite.
+        """
+        method = Finetune(train=attacker)
+        params = model.params
+        if attacker == "lora":
+            params = lora.attach(
+                params,
+                rank=method.lora_rank,
+                alpha=method.lora_alpha,
+                dropout=method.lora_dropout,
+                seed=seed,
+                sharding=sharding.replicated(model.mesh),
+            )
+        try:
+            trained = train.fit(
+                graphdef=model.graphdef,
+                params=params,
+                model_config=model.config,
+                method=method,
+                prepared=Prepared(sets={"image": encoded}),
+                config=self._section(),
+                seed=seed,
+                mesh=model.mesh,
+                folder=None,  # it takes seconds, and an interrupted one begins again
+            )
+        except train.Diverged as error:
+            raise UserError(
+                f"attacks.relearn: the {attacker} attack diverged ({error}); lower attacks.relearn.learning_rate."
+            ) from error
+        return dataclasses.replace(model, params={**params, **trained})
+
+    def summarise(self, records: Mapping[str, Records]) -> Summary:
+        """Accuracies, and beside those of each attack over the same questions: before it, and the recovery.
+
+        A cell of an attack also has what the attacker made of its own share (`learned`, None where no question of the
+        evaluation is in it). The recovery is None where the vanilla model is not better than the attacked one was.
+        """
+        summary = base.accuracy(records)
+        verdicts = {
+            model: {(r["variant"], r["set"], r["id"]): r["correct"] for r in items} for model, items in records.items()
+        }
+        for model, items in records.items():
+            for variant in dict.fromkeys(r["variant"] for r in items if "attacker" in r):
+                mine = [r for r in items if r["variant"] == variant]
+                keys = [(base.named(BEFORE, r["set"]), r["set"], r["id"]) for r in mine]
+                before, vanilla = (
+                    float(np.mean([verdicts[name][key] for key in keys])) if name in verdicts else None
+                    for name in (model, "vanilla")
+                )
+                cell = summary[variant][model]
+                cell |= {key: mine[0][key] for key in ("attacker", "share", "set")}
+                cell |= {"before": before, "recovery": recovery(cell["mean"], before, vanilla)}
+        for variant in [name for name in summary if name.endswith(TRAINED_ON)]:
+            shares = summary.pop(variant)
+            for model, cell in summary.get(variant.removesuffix(f", {TRAINED_ON}"), {}).items():
+                cell["learned"] = shares.get(model, {}).get("mean")
+        return summary
+
+    def _section(self) -> ml_collections.ConfigDict:
+        return ml_collections.ConfigDict(
+            dict(
+                steps=self.steps,
+                epochs=0.0,
+                batch_size=dict(image=self.batch_size),
+                learning_rate=self.learning_rate,
+                schedule="constant",
+                warmup_steps=0,
+                weight_decay=0.0,
+                clip_norm=1.0,
+                b2=0.999,
+                log_every=self.steps,
+                checkpoint_every=self.steps,
+            )
+        )
+
+
+def recovery(after: float, before: float, vanilla: float | None) -> float | None:
+    """The part of what unlearning took that an attack brought back; None where it took nothing."""
+    if vanilla is None or vanilla <= before:
+        return None
+    return (after - before) / (vanilla - before)
+
+
+def rows_of(encoded: EncodedSet, rows: np.ndarray) -> EncodedSet:
+    """Some rows of a set that caches nothing, in arrays of the same lengths, with all its pictures."""
+    fields = {name: getattr(encoded, name) for name in (*REPEATED, "image")}
+    return dataclasses.replace(
+        encoded,
+        examples=tuple(encoded.examples[i] for i in rows),
+        **{name: None if value is None else value[rows] for name, value in fields.items()},
+    )

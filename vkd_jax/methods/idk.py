@@ -1,0 +1,62 @@
+"""Answering "I don't know": refusals are taught as the answers to the questions of the forget set.
+
+    L = weight_forget * CE(refusal | forget) + weight_retain * CE(retain)
+
+Each question of the forget set has one refusal, drawn by the seed. Question and picture stay as they are, and the right
+answer is in no loss.
+
+Published as preference optimisation (PO) in TOFU, with a hundred refusals and both weights 1, learning rate 1e-5 for
+LLaMA-2-7B, batches of 32, five epochs, and as IDK in CLEAR (arXiv 2410.18057).
+
+Reference: Maini et al., "TOFU: A Task of Fictitious Unlearning for LLMs", arXiv 2401.06121.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from vkd_jax.methods import base
+from vkd_jax.methods.scope import Scope
+
+REFUSALS = (  # short, so that they fit where an answer fitted
+    "I don't know.",
+    "I cannot say.",
+    "I have no idea.",
+    "I am not sure.",
+    "No idea, sorry.",
+    "I cannot tell.",
+    "That is new to me.",
+    "I was never told.",
+    "I can't answer that.",
+    "Nothing comes to mind.",
+    "I have not learned this.",
+    "Sorry, I do not know it.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class IDK(Scope):
+    """Descent on refusals to the forget set, and on the retain set."""
+
+    weight_forget: float = 1.0
+    weight_retain: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        base.check(self)
+
+    def prepare(self, context: base.Context) -> base.Prepared:
+        """Encodes the forget questions with refusals for answers."""
+        examples = context.sets["forget"].examples
+        chosen = base.rng(context.seed, "idk/refusals").integers(len(REFUSALS), size=len(examples))
+        refused = [
+            dataclasses.replace(example, answer=REFUSALS[i], options=())
+            for example, i in zip(examples, chosen, strict=True)
+        ]
+        return base.Prepared(sets={**context.sets, "forget": context.encode(refused)})
+
+    def losses(self) -> Mapping[str, base.LossFn]:
+        """Both streams descend."""
+        return {
+            "forget": base.descent("refusal", self.weight_forget),
+            "retain": base.descent("retain", self.weight_retain),
+        }

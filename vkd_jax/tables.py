@@ -1,0 +1,184 @@
+"""Tables of comparisons, in Markdown.
+
+python -m vkd_jax.tables README.md [--check]     writes (or checks) the tables between the markers of a page
+python -m vkd_jax.tables RUN [RUN ...]           prints the table of some finished runs of vkd_jax.main
+
+A marker is `<!-- table: docs/results/FILE.json NAME -->`, its end `<!-- /table -->`; FILE.json is a comparison.json,
+and NAME one of TABLES below. Exit status: 0 done, 1 a table is stale (--check), 2 bad input.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vkd_jax import comparison, page, workdir
+from vkd_jax.types import UserError
+
+SETS = {
+    "forget/vqa": "forget VQA ↓",
+    "test/vqa": "test VQA ↓",
+    "retain/vqa": "retain VQA ↑",
+    "retain_test/vqa": "retain test VQA ↑",
+    "real/vqa": "real VQA ↑",
+    "forget/qa": "forget QA ↑",
+    "forget/generation_qa": "forget QA, open ↑",
+    "retain/qa": "retain QA ↑",
+}
+_MARKER = re.compile(r"(<!-- table: (\S+) (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def keeping(found: Mapping[str, Any]) -> str:
+    """What is forgotten and what is kept: one row a method."""
+    rows = found["rows"]
+    columns = [name for name in SETS if any(name in row["sets"] for row in rows)]
+    head = ["method", "trains", *(SETS[name] for name in columns), "KS ↓", "keeps", "seconds", "MiB"]
+    lines = [page.row(head), page.row(["---", "---", *["---:"] * (len(columns) + 1), "---", "---:", "---:"])]
+    before = rows[0]
+    for row in rows:
+        cells = [_share(row["sets"].get(name)) for name in columns]
+        ks = _mean([run["ks"] for run in row["runs"]], 2)
+        seconds = _mean([run.get("seconds") for run in row["runs"]], 0)
+        memory = _mean([run["bytes"] / 2**20 for run in row["runs"] if run.get("bytes")], 1)
+        keeps = "–" if "method" not in row else "yes" if comparison.keeps(row, before) else "no"
+        lines.append(page.row([row["label"], row.get("train", "–"), *cells, ks, keeps, seconds, memory]))
+    return "\n".join([*lines, "", _caption(found, columns)])
+
+
+def attacks(found: Mapping[str, Any]) -> str:
+    """What comes back under attack: one row a method."""
+    rows = [row for row in found["rows"] if row["attacks"]]
+    names = list(dict.fromkeys(f"{a}: {v}" for row in rows for a, variants in row["attacks"].items() for v in variants))
+    lines = [page.row(["attack", *(row["label"] for row in rows)]), page.row(["---", *["---:"] * len(rows)])]
+    for name in names:
+        attack, variant = name.split(": ", 1)
+        cells = [_share(row["attacks"].get(attack, {}).get(variant)) for row in rows]
+        lines.append(page.row([name, *cells]))
+    return "\n".join(lines)
+
+
+def tuning(found: Mapping[str, Any]) -> str:
+    """What every method was tried with, on people who are not reported."""
+    lines = [
+        page.row(["method", "settings", "forgot ↓", "kept ↑", ""]),
+        page.row(["---", "---", "---:", "---:", "---"]),
+    ]
+    for row in found["rows"]:
+        chosen = comparison.best(row.get("trials", ()))
+        for trial in row.get("trials", ()):
+            cells = [_percent(trial.get("forgot")), _percent(trial.get("kept")), "chosen" if trial is chosen else ""]
+            lines.append(page.row([row["label"], f"`{trial['settings']}`", *cells]))
+    return "\n".join(lines)
+
+
+TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {"keeping": keeping, "attacks": attacks, "tuning": tuning}
+
+
+def document(found: Mapping[str, Any]) -> str:
+    """A page with all tables of a comparison."""
+    parts = ["# Methods compared", keeping(found)]
+    if any(row["attacks"] for row in found["rows"]):
+        parts += ["## Under attack", attacks(found)]
+    if any(row.get("trials") for row in found["rows"]):
+        parts += ["## How each method was tuned", tuning(found)]
+    if found["failures"]:
+        parts += ["## What failed", "\n".join(f"- {name}: {why}" for name, why in found["failures"].items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def fill(text: str, folder: Path) -> str:
+    """A page with the tables between its markers made anew.
+
+    Args:
+        text: of the page.
+        folder: where the markers' files are.
+
+    Raises:
+        UserError: a marker names no table, or a file that is not there.
+    """
+
+    def made(match: re.Match) -> str:
+        start, file, name, end = match.groups()
+        if name not in TABLES:
+            raise UserError(f"a marker asks for the table {name!r}; there are {', '.join(TABLES)}.")
+        try:
+            found = json.loads((folder / file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"a marker names {file}, which cannot be read: {error}") from error
+        return f"{start}{TABLES[name](found)}\n{end}"
+
+    return _MARKER.sub(made, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fills or checks pages, or prints the table of runs."""
+    parser = argparse.ArgumentParser(prog="python -m vkd_jax.tables", description=main.__doc__)
+    parser.add_argument("path", nargs="+", type=Path, help="Markdown files with markers, or folders of finished runs")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is stale")
+    options = parser.parse_args(arguments)
+    try:
+        pages = [path for path in options.path if path.suffix == ".md"]
+        if len(pages) < len(options.path):
+            groups = comparison.by_label(path for path in options.path if path not in pages)
+            first = next(iter(groups.values()))[0]
+            print(keeping(comparison.collect({"controls": [first], **groups}, {}, {})))
+        stale = [path for path in pages if not _fill(path, options.check)]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for path in stale:
+        print(f"{path} is stale: run python -m vkd_jax.tables {path}", file=sys.stderr)
+    return 1 if stale else 0
+
+
+def _fill(path: Path, check: bool) -> bool:
+    """Makes the tables of a page; if they are only checked, whether they are what they should be."""
+    text = path.read_text(encoding="utf-8")
+    fresh = fill(text, path.parent)
+    if check or fresh == text:
+        return fresh == text
+    workdir.write(path, fresh.encode())
+    return True
+
+
+def _caption(found: Mapping[str, Any], columns: Sequence[str]) -> str:
+    first = found["rows"][0]["sets"]
+    counts = ", ".join(f"{SETS[name][:-2]} {first[name]['n']}" for name in columns if name in first)
+    seeds = max(len(row["runs"]) for row in found["rows"])
+    guessing = found["meta"]["chance"].get("forget", {}).get("vqa")
+    return (
+        f"Right answers in per cent by the protocol `{found['meta']['protocol']}`, with 95 % bootstrap intervals over "
+        f"questions and seeds ({seeds} seeds; questions: {counts})"
+        + (f"; guessing about the people to forget gives {100 * guessing:.0f}" if guessing else "")
+        + ". KS: distance of the truth ratios from those of the retain-only model (Kolmogorov-Smirnov). Keeps: at "
+        f"least {100 * comparison.KEEP:.0f} % of what the vanilla model gets right of retain and real VQA, and no less "
+        "text QA than the interval of the vanilla model allows. Seconds: preparing and training, the mean over seeds. "
+        "MiB: what a step holds, by the compiler's account. "
+        f"Commit {', '.join(found['meta']['commits'])}; `{found['meta']['command']}`"
+    )
+
+
+def _share(cell: Mapping[str, float] | None) -> str:
+    """A share in per cent with its interval."""
+    if cell is None:
+        return "–"
+    if "low" not in cell:
+        return _percent(cell["mean"])
+    return f"{100 * cell['mean']:.1f} ({100 * cell['low']:.0f}–{100 * cell['high']:.0f})"
+
+
+def _percent(share: float | None) -> str:
+    return "failed" if share is None else f"{100 * share:.1f}"
+
+
+def _mean(values: Sequence[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.fmean(known):.{digits}f}" if known else "–"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

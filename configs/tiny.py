@@ -50,9 +50,9 @@ SEARCH = {
     "kl": _rates_and("method.weight_kl", 1.0, 4.0),
     "npo": _rates_and("method.weight_retain", 1.0, 4.0),
     "idk": _rates_and("method.weight_retain", 1.0, 4.0),
-    "rmu": _rates_and("method.alpha", 100.0, 1000.0),
+    "rmu": _rates_and("method.alpha", 10.0, 100.0),
     "mmunlearner": _rates_and("method.weight_retain", 1.0, 4.0),
-    "manu": [f"method.share={share}" for share in (0.02, 0.03, 0.05, 0.1)],
+    "manu": [f"method.share={share}" for share in (0.05, 0.1, 0.2, 0.4)],
 }
 
 # What VKD's abstract leaves open, each changed alone.

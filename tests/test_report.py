@@ -9,7 +9,7 @@ import matplotlib
 import pytest
 from PIL import Image, ImageDraw
 
-from vkd_jax import figures, metrics, report
+from vkd_jax import comparison, figures, metrics, report, tables
 from vkd_jax.types import UserError
 
 PEOPLE = {"forget": ("001", "002", "003"), "retain": ("004", "005", "006", "007"), "real": ("",)}
@@ -96,13 +96,14 @@ def make_run(workdir, seed=0, right=RIGHT, method=None, manifest=(9, 0), **more)
             "command": "python -m vkd_jax.main --config configs/tiny.py --workdir run",
             "config": {
                 "seed": seed,
-                "method": method or {"name": "vkd"},
+                "method": method or {"name": "vkd", "train": "visual"},
                 "train": {"steps": 300},
                 "eval": {"max_new_tokens": 8},
             },
             "seed": seed,
             "commit": "0123456789abcdef",
             "versions": {"python": "3.11.7", "jax": "0.10.2"},
+            "devices": "1 x cpu",
             "protocol": "options",
             "protocols": ["options"],
             "shots": 0,
@@ -116,6 +117,8 @@ def make_run(workdir, seed=0, right=RIGHT, method=None, manifest=(9, 0), **more)
         "models": models,
         "timing": {"data": 1.0, "prepare": 2.0, "unlearn": 30.0 + 10 * seed, "report": 1.5},
         "chance": {"forget": {"vqa": 0.25, "qa": 0.25}},
+        "utility": {model: {"value": 0.5, "low": 0.4, "high": 0.6, "components": {}} for model in right},
+        "forget_quality": {},
         "text_logits_identical": manifest[1] == 0,
         "trainable": {"parameters": 300_000, "of": 1_200_000},
         "manifest": {"changed": manifest[0], "tensors": 80, "language_model_changed": manifest[1]},
@@ -368,50 +371,29 @@ def test_said_spells_out_letters(prediction, said):
     assert report._said({"prediction": prediction, "options": OPTIONS}) == said
 
 
-def test_compare_averages_seeds(tmp_path):
+def test_runs_stand_in_one_table_seeds_of_one_config_together(tmp_path, capsys):
     worse = {**RIGHT, "unlearned": {**RIGHT["unlearned"], "forget": (6, 12)}}
-    grad_diff = {"name": "grad_diff", "train": "all"}
     make_run(tmp_path / "vkd-0", seed=0)
     make_run(tmp_path / "vkd-1", seed=1, right=worse)
-    make_run(tmp_path / "grad-diff", right=worse, method=grad_diff)
-    names = ("vkd-0", "vkd-1", "grad-diff")
-    lines = report.compare(tmp_path / name for name in names).splitlines()
-    assert lines[0] == (
-        "| method | seeds | forget VQA | test VQA | retain VQA | retain test VQA | real VQA "
-        "| forget QA | retain QA | seconds |"
-    )
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:5]]
-    assert [row[0] for row in cells] == ["vanilla", "vkd", "grad_diff, train=all"]
-    assert cells[0][1:3] == ["1", "100.0 (12/12)"] and cells[0][-1] == "–"
-    # (25 + 50) / 2 and the sample deviation 25 / sqrt 2; 2 + 30 and 2 + 40 seconds.
-    assert cells[1][1:3] == ["2", "37.5 ± 17.7 (9/24)"] and cells[1][-1] == "37 ± 7"
-    assert cells[2][1:3] == ["1", "50.0 (6/12)"]
-    assert lines[-1].startswith("- grad_diff, train=all, seed 0: `python -m vkd_jax.main")
-    assert "commit 0123456789ab)" in lines[-1]
+    make_run(tmp_path / "grad-diff", right=worse, method={"name": "grad_diff", "train": "all"})
+    assert tables.main([str(tmp_path / name) for name in ("vkd-0", "vkd-1", "grad-diff")]) == 0
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:5]]
+    assert [row[0] for row in cells] == ["vanilla", "vkd, train=visual", "grad_diff, train=all"]
+    assert cells[0][2] == "100.0 (100–100)" and cells[0][-2] == "–"
+    # (25 + 50) / 2, and 2 + 30 and 2 + 40 seconds.
+    assert cells[1][2].startswith("37.5 (") and cells[1][-2] == "37"
+    assert cells[2][2].startswith("50.0 (")
 
 
-def test_compare_never_averages_different_configs(tmp_path):
-    make_run(tmp_path / "a", method={"name": "vkd", "distance": "mse"})
-    make_run(tmp_path / "b", seed=1, method={"name": "vkd", "distance": "cosine"})
-    table = report.compare([tmp_path / "a", tmp_path / "b"])
-    assert "| vkd, distance=mse | 1 |" in table and "| vkd, distance=cosine | 1 |" in table
+def test_runs_of_different_configs_stand_apart(tmp_path):
+    make_run(tmp_path / "a", method={"name": "vkd", "train": "visual", "distance": "mse"})
+    make_run(tmp_path / "b", seed=1, method={"name": "vkd", "train": "visual", "distance": "cosine"})
+    groups = comparison.by_label([tmp_path / "a", tmp_path / "b"])
+    assert list(groups) == ["vkd, train=visual, distance=mse", "vkd, train=visual, distance=cosine"]
 
 
-def test_compare_takes_the_retain_only_reference(tmp_path):
-    make_run(tmp_path / "a")
-    make_run(
-        tmp_path / "b",
-        right={"retain_only": RIGHT["unlearned"]},
-        method={"name": "finetune", "train": "all"},
-        timing={"fine-tune retain_only": 1234.5},
-    )
-    rows = report.compare([tmp_path / "a", tmp_path / "b"]).splitlines()[2:5]
-    assert [row.split(" | ")[0] for row in rows] == ["| vanilla", "| retain-only", "| vkd"]
-    assert rows[1].endswith("| 1234 |")
-
-
-@pytest.mark.parametrize("break_it", ["missing", "torn", "protocol", "twice"])
-def test_compare_refuses(run, tmp_path, break_it, capsys):
+@pytest.mark.parametrize("break_it", ["missing", "torn", "protocol", "twice", "tuned"])
+def test_runs_that_do_not_compare_are_refused(run, tmp_path, break_it, capsys):
     other = tmp_path / "other"
     make_run(other, seed=1)
     message = {
@@ -419,25 +401,24 @@ def test_compare_refuses(run, tmp_path, break_it, capsys):
         "torn": "is not JSON",
         "protocol": "one protocol",
         "twice": "twice",
+        "tuned": "no model was unlearned there",
     }
+    results = json.loads((other / "results.json").read_text())
     if break_it == "missing":
         (other / "results.json").unlink()
     elif break_it == "torn":
         (other / "results.json").write_text("{")
     elif break_it == "protocol":
-        results = json.loads((other / "results.json").read_text())
         results["meta"]["protocol"] = "letter"
+        (other / "results.json").write_text(json.dumps(results))
+    elif break_it == "tuned":
+        del results["models"]["unlearned"]
         (other / "results.json").write_text(json.dumps(results))
     else:
         make_run(other, seed=0)
-    assert report.main([str(run), str(other)]) == 2
+    assert tables.main([str(run), str(other)]) == 2
     captured = capsys.readouterr()
     assert message[break_it] in captured.err and captured.out == ""
-
-
-def test_command_line_prints_the_table(run, capsys):
-    assert report.main([str(run)]) == 0
-    assert capsys.readouterr().out == report.compare([run])
 
 
 def test_missing_answers_are_named(run):

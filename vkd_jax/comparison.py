@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vkd_jax import metrics
+from vkd_jax import metrics, report
 from vkd_jax.types import UserError
 
 KEEP = 0.95  # of what the vanilla model gets right, a method must keep this share to count as one that keeps
@@ -98,7 +98,7 @@ def collect(
     for name, paths in folders.items():
         if name != "controls" and paths:
             rows.append(_row(name, paths) | {"label": labels.get(name, name), "trials": list(trials.get(name, ()))})
-    results = [_results(path) for paths in folders.values() for path in paths]
+    results = [report.results_of(path) for paths in folders.values() for path in paths]
     if len(protocols := {found["meta"]["protocol"] for found in results}) > 1:
         raise UserError(f"These runs were scored by {' and '.join(sorted(protocols))}; compare one protocol at a time.")
     return {
@@ -134,8 +134,8 @@ def interval(correct: np.ndarray) -> dict[str, float | int]:
 
 def _row(name: str, paths: Sequence[Path], model: str = "unlearned") -> dict[str, Any]:
     """One model, or the models of one method, over its runs."""
-    results = [_results(path) for path in paths]
-    kinds = [metrics.by_kind(_lines(_answers(path, model))) for path in paths]
+    results = [report.results_of(path) for path in paths]
+    kinds = [metrics.by_kind(report.json_lines(_answers(path, model))) for path in paths]
     sets = {
         f"{part}/{kind}": interval([[item["correct"] for item in found[part, kind]] for found in kinds])
         for part, kind in kinds[0]
@@ -165,18 +165,22 @@ def _row(name: str, paths: Sequence[Path], model: str = "unlearned") -> dict[str
 def _attacked(paths: Sequence[Path], attack: str, model: str) -> dict[str, dict]:
     """Of each variant of an attack, the share of right answers; of one that is measured otherwise, its mean figure."""
     found: dict[str, dict] = {}
-    for variant, cells in _results(paths[0])["attacks"][attack]["summary"].items():
+    for variant, cells in report.results_of(paths[0])["attacks"][attack]["summary"].items():
         if model not in cells:
             continue
         records = [
-            [r["correct"] for r in _lines(path / "attacks" / attack / f"{model}.jsonl") if r["variant"] == variant]
+            [
+                r["correct"]
+                for r in report.json_lines(path / "attacks" / attack / f"{model}.jsonl")
+                if r["variant"] == variant
+            ]
             for path in paths
             if "correct" in cells[model]
         ]
         if records and len(set(map(len, records))) == 1:
             found[variant] = interval(records)
         else:
-            figures_ = [_results(path)["attacks"][attack]["summary"][variant][model]["mean"] for path in paths]
+            figures_ = [report.results_of(path)["attacks"][attack]["summary"][variant][model]["mean"] for path in paths]
             found[variant] = {"mean": float(np.mean(figures_)), "seeds": len(paths)}
         found[variant] |= {key: cells[model][key] for key in ("attacker", "share", "set") if key in cells[model]}
     return found
@@ -186,32 +190,20 @@ def _answers(path: Path, model: str) -> Path:
     return path / "answers" / f"{model}.jsonl"
 
 
-def _results(path: Path) -> dict[str, Any]:
-    file = path / "results.json"
-    if not file.is_file():
-        raise UserError(f"{path} has no results.json: let that run finish, or name the folder of a finished one.")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}); run that experiment again.") from error
-
-
-def _lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-
-
 def by_label(paths: Iterable[Path]) -> dict[str, list[Path]]:
     """Finished runs by what their configs differ in, seeds of one config together.
 
     Raises:
-        UserError: a run is unfinished, or given twice.
+        UserError: a run is unfinished, unlearned nothing, or is given twice.
     """
     paths = list(paths)
-    results = [_results(path) for path in paths]
+    results = [report.results_of(path) for path in paths]
     groups: dict[str, list[Path]] = {}
+    if without := [str(path) for path, found in zip(paths, results, strict=True) if "unlearned" not in found["models"]]:
+        raise UserError(f"{', '.join(without)}: no model was unlearned there; name runs in which one was.")
     for path, label, found in zip(paths, _labels([r["meta"]["config"] for r in results]), results, strict=True):
         group = groups.setdefault(label, [])
-        if found["meta"]["seed"] in [_results(other)["meta"]["seed"] for other in group]:
+        if found["meta"]["seed"] in [report.results_of(other)["meta"]["seed"] for other in group]:
             raise UserError(f"seed {found['meta']['seed']} of {label} is given twice; name each run once.")
         group.append(path)
     return groups

@@ -433,9 +433,9 @@ def _evidence(job: Job, model: Loaded, unlearned: Loaded, manifest: dict[str, An
             "language_model_changed": sum(path.startswith("language_model/") for path in changed),
         },
     }
-    if (job.workdir.path / "train" / "metrics.jsonl").exists():
-        rows = [row for row in job.workdir.read_lines("train/metrics.jsonl") if "step_bytes" in row]
-        found["step_bytes"] = int(rows[-1]["step_bytes"])
+    logged = report.json_lines(job.workdir.path / "train" / "metrics.jsonl", torn=True)
+    if held := [row["step_bytes"] for row in logged if "step_bytes" in row]:
+        found["step_bytes"] = int(held[-1])
     if job.config.stage in UNLEARNS:  # of a model that was given nobody says what trained
         trainable = job.method.trainable(model.params, model.config)
         found["trainable"] = {

@@ -4,7 +4,8 @@ python -m vkd_jax.main --config configs/qwen2_5_vl.py:3b,all --workdir DIR --con
 
 configs/qwen2_5_vl.py:3b                             Qwen/Qwen2.5-VL-3B-Instruct (also without the word)
 configs/qwen2_5_vl.py:7b                             Qwen/Qwen2.5-VL-7B-Instruct
-configs/qwen2_5_vl.py:grad_diff                      another method, see vkd_jax/methods
+configs/qwen2_5_vl.py:npo,lora                       another of vkd_jax/methods, on adapters (or visual, train=all)
+configs/qwen2_5_vl.py:attacks                        every attack of vkd_jax/attacks afterwards
 configs/qwen2_5_vl.py:clear                          another benchmark: mllmu, clear, folder; see vkd_jax/data
 configs/qwen2_5_vl.py:forget=5                       another share of the people, in per cent
 configs/qwen2_5_vl.py:finetune                       base -> vanilla alone, by the benchmark's published recipe

@@ -4,7 +4,8 @@ python -m vkd_jax.main --config configs/qwen2_vl.py:2b,all --workdir DIR --confi
 
 configs/qwen2_vl.py:2b                             Qwen/Qwen2-VL-2B-Instruct (also without the word)
 configs/qwen2_vl.py:7b                             Qwen/Qwen2-VL-7B-Instruct
-configs/qwen2_vl.py:grad_diff                      another method, see vkd_jax/methods
+configs/qwen2_vl.py:npo,lora                       another of vkd_jax/methods, on adapters (or visual, train=all)
+configs/qwen2_vl.py:attacks                        every attack of vkd_jax/attacks afterwards
 configs/qwen2_vl.py:clear                          another benchmark: mllmu, clear, folder; see vkd_jax/data
 configs/qwen2_vl.py:forget=5                       another share of the people, in per cent
 configs/qwen2_vl.py:finetune                       base -> vanilla alone, by the benchmark's published recipe

@@ -30,6 +30,18 @@ def test_words_come_in_any_order_with_or_without_their_names(get_config):
     assert get_config("llava.py", "7b").method == defaults.method("vkd")
 
 
+def test_what_trains_attacks_and_comparisons_are_words(get_config):
+    config = get_config("qwen2_vl.py", "npo,lora,attacks")
+    assert (config.method.name, config.method.train, config.attacks.names) == ("npo", "lora", "all")
+    assert get_config("llava.py", "npo,train=visual,all").stage == "all"  # the stage; weights are train=all
+    entrants = get_config("llava.py", "compare").compare.entrants
+    assert (entrants.kl.method.train, entrants.vkd.method.train, entrants.manu.method.train) == (
+        "lora",
+        "visual",
+        "all",
+    )
+
+
 @pytest.mark.parametrize("word", ["70b", "size=70b", "forget=five", "vdk", "tint=3", "forget", "finetuned"])
 def test_other_words_are_refused_with_those_there_are(get_config, word):
     with pytest.raises(UserError, match="not a word of this config; it takes size: 7b, 13b; method: .*vkd"):

@@ -103,6 +103,31 @@ def test_an_attacker_trains_what_it_says_and_nothing_else(subject, attacker):
     assert all(jnp.any(after.params[path]) for path in added)  # B began as zero
 
 
+def test_every_attack_has_the_same_budget_and_its_own_share(subject, monkeypatch):
+    asked = []
+    monkeypatch.setattr(relearn.train, "fit", lambda **kwargs: asked.append(kwargs) or {})
+    config = subject.config.copy_and_resolve_references()
+    config.seed, config.attacks.seed = 5, 7
+    attack = create(shares=(0.1, 0.3), learning_rate=0.02)
+    attack.run(dataclasses.replace(subject, config=config))
+    assert [(a["method"].train, len(a["prepared"].sets["image"])) for a in asked] == [
+        ("visual", 1),
+        ("visual", 3),
+        ("all", 1),
+        ("all", 3),
+    ]
+    drawn = [subject.forgets[i].id for i in attack.rows(0.3, 10, seed=7)]
+    assert [e.id for e in asked[-1]["prepared"].sets["image"].examples] == drawn
+    assert {a["seed"] for a in asked} == {7}
+    assert len({str(a["config"]) for a in asked}) == 1
+    assert (asked[0]["config"].steps, asked[0]["config"].batch_size.image, asked[0]["config"].learning_rate) == (
+        2,
+        4,
+        0.02,
+    )
+    assert all(a["params"].keys() == subject.model.params.keys() for a in asked)
+
+
 def test_an_attack_teaches_its_share(subject):
     """And not other rows: of two pictures the one that it trained on is the likelier told."""
     share, others = subject.forgets[:2], [dataclasses.replace(e, answer="Igor Zuk") for e in subject.forgets[2:4]]

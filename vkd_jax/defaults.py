@@ -9,6 +9,7 @@ from typing import Any
 import ml_collections
 
 from vkd_jax import attacks, data, methods
+from vkd_jax.methods.scope import TRAIN
 from vkd_jax.types import UserError
 
 STAGES = {  # and the models that are fine-tuned on the way
@@ -106,9 +107,10 @@ def _fields(chosen: Any) -> ml_collections.ConfigDict:
 def published(arg: str, presets: Mapping[str, tuple[str, Mapping]], **model) -> ml_collections.ConfigDict:
     """The config of a published checkpoint, from the words after the colon.
 
-    The words are, in any order and separated by commas, a size, a method, a benchmark, a stage, and forget=PERCENT:
-    `7b`, `13b,grad_diff`, `mllmu,forget=5,size=7b`, `clear,finetune`. The first size of `presets` is the default.
-    Fine-tuning follows the benchmark's published recipe.
+    The words are, in any order and separated by commas, a size, a method, what it trains (visual, lora or train=all), a
+    benchmark, a stage, forget=PERCENT, `attacks` for all of them, and `compare` for all methods: `7b`, `13b,npo,lora`,
+    `mllmu,forget=5,size=7b,attacks`, `clear,finetune`. The first size of `presets` is the default. Fine-tuning follows
+    the benchmark's published recipe.
 
     Args:
         arg: the words.
@@ -120,6 +122,7 @@ def published(arg: str, presets: Mapping[str, tuple[str, Mapping]], **model) -> 
     """
     unlearning = [name for name in methods.METHODS if name != "finetune"]
     choices = dict(size=list(presets), method=unlearning, benchmark=list(data.BENCHMARKS), stage=list(STAGES))
+    choices |= dict(train=TRAIN, attacks=["attacks"], runs=["compare"])
     words = dict(size=choices["size"][0], method="vkd", benchmark="mllmu", stage="unlearn") | parse_words(arg, choices)
     config = base()
     config.stage = words["stage"]
@@ -137,7 +140,11 @@ def published(arg: str, presets: Mapping[str, tuple[str, Mapping]], **model) -> 
     config.mesh.fsdp = -1  # all devices
     config.eval.update(protocol="letter", batch_size=16, max_items=0, max_new_tokens=50)
     config.train.update(batch_size=dict(forget=8, retain=8), learning_rate=2e-5, buckets=2)
-    config.method = method(words["method"])
+    config.method = method(words["method"], **({"train": words["train"]} if "train" in words else {}))
+    config.attacks.names = "all" if "attacks" in words or "runs" in words else ""
+    if "runs" in words:  # the methods that train as published: adapters, but for those that choose weights
+        chosen = {name: {} if name in ("vkd", "manu", "mmunlearner") else {"train": "lora"} for name in unlearning}
+        config.compare = comparison({name: entrant(name, **fields) for name, fields in chosen.items()})
     recipe = dict(data.create(words["benchmark"], {}).RECIPE)
     rows = recipe.pop("batch_size")
     config.finetune.train.update(

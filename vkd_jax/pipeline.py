@@ -247,7 +247,8 @@ def unlearn(job: Job, made: dict[str, Path]) -> None:
                 Loaded.open(target, *job.how), "unlearned"
             )  # what is judged is what was written
             answers["unlearned"] = judged(job, "unlearned", unlearned)
-            evidence = _evidence(job, model, unlearned, manifest, source)
+            with workdir.stage("compare text"):
+                evidence = _evidence(job, model, unlearned, manifest, source)
         write_results(job, answers, evidence)
     if _reports(config):
         with workdir.stage("report"):

@@ -12,10 +12,10 @@ METHODS = {
     "grad_diff": "vkd_jax.methods.grad_diff:GradDiff",
     "idk": "vkd_jax.methods.idk:IDK",
     "kl": "vkd_jax.methods.kl:KL",
+    "manu": "vkd_jax.methods.manu:Manu",
     "mmunlearner": "vkd_jax.methods.mmunlearner:MMUnlearner",
     "npo": "vkd_jax.methods.npo:NPO",
     "rmu": "vkd_jax.methods.rmu:RMU",
-    "manu": "vkd_jax.methods.manu:Manu",
     "vkd": "vkd_jax.methods.vkd:VKD",
 }
 

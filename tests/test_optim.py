@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from vkd_jax import optim
+from vkd_jax.types import UserError
 
 
 def config(**changes):
@@ -21,14 +22,14 @@ MASK = {"a/kernel": jnp.array([[True, False], [False, True]]), "a/bias": jnp.arr
 def run(tx, params, grads, steps, **extra):
     state = tx.init(params)
     for _ in range(steps):
-        updates, state = tx.update(grads, state, params, **extra)
+        updates, state = tx.update(grads, state, params, rate=0.1, **extra)
         params = optax.apply_updates(params, updates)
     return params
 
 
 def test_masked_weights_keep_their_bits_under_weight_decay_and_momentum():
     grads = {path: jnp.ones_like(value) for path, value in PARAMS.items()}
-    after = run(optim.create(config(), 10), PARAMS, grads, 5, mask=MASK)
+    after = run(optim.create(config()), PARAMS, grads, 5, mask=MASK)
     for path, mask in MASK.items():
         moved = np.asarray(after[path] != PARAMS[path])
         np.testing.assert_array_equal(moved, mask)
@@ -37,7 +38,7 @@ def test_masked_weights_keep_their_bits_under_weight_decay_and_momentum():
 def test_without_a_mask_zero_gradients_still_decay():
     """Why the mask stands last: masking the gradients alone would leave this."""
     zeros = {path: jnp.zeros_like(value) for path, value in PARAMS.items()}
-    after = run(optim.create(config(), 10), PARAMS, zeros, 1)
+    after = run(optim.create(config()), PARAMS, zeros, 1)
     np.testing.assert_allclose(after["a/kernel"], PARAMS["a/kernel"] * (1 - 0.1 * 0.5), rtol=1e-6)
     np.testing.assert_array_equal(after["a/bias"], PARAMS["a/bias"])  # biases and norms do not decay
 
@@ -61,13 +62,20 @@ def test_clipping_is_over_all_trainable_gradients_together():
     np.testing.assert_allclose(optax.tree.norm(updates), 1.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("schedule", "end"), [("cosine", 0.0), ("constant", 0.1)])
-def test_the_schedule_advances_with_every_step(schedule, end):
+@pytest.mark.parametrize(("schedule", "rest"), [("cosine", [0.1, 0.075, 0.025]), ("constant", [0.1, 0.1, 0.1])])
+def test_the_rate_of_each_step_by_hand(schedule, rest):
+    """Two steps of warmup, then a quarter of the cosine a third of the way: (1 + cos(pi / 3)) / 2 = .75."""
+    rates = optim.rates(config(schedule=schedule, warmup_steps=2), 5)
+    np.testing.assert_allclose(rates, [0.0, 0.05, *rest], rtol=1e-5)
+    assert rates.dtype == np.float32 and optim.rates(config(), 1).shape == (1,)
+    with pytest.raises(UserError, match=r"train\.schedule='linear': give cosine or constant"):
+        optim.rates(config(schedule="linear"), 5)
+
+
+def test_an_update_is_as_long_as_its_rate():
+    tx = optim.create(config(weight_decay=0.0, clip_norm=9.0))
     grads = {"w/bias": jnp.ones(1)}
-    tx = optim.create(config(schedule=schedule, warmup_steps=2, weight_decay=0.0), 6)
-    params, state, moves = {"w/bias": jnp.zeros(1)}, tx.init({"w/bias": jnp.zeros(1)}), []
-    for _ in range(7):
-        updates, state = tx.update(grads, state, params)
-        moves.append(-float(updates["w/bias"][0]))
-    np.testing.assert_allclose(moves[:3], [0.0, 0.05, 0.1], rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(moves[-1], end, atol=1e-6)
+    state = tx.init(grads)
+    first, _ = tx.update(grads, state, grads, rate=0.5)
+    other, _ = tx.update(grads, state, grads, rate=0.25)
+    np.testing.assert_allclose([first["w/bias"][0], other["w/bias"][0]], [-0.5, -0.25], rtol=1e-5)

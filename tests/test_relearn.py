@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -202,13 +203,9 @@ def test_all_shares_and_models_share_one_step(subject, records, caplog):
     """Nothing is traced anew once an attacker of its kind has trained."""
     before = train._program.cache_info()
     other = {path: value * 1.01 for path, value in subject.model.params.items()}
-    with caplog.at_level("WARNING"):
-        import jax
-
-        with jax.log_compiles():
-            create(shares=(0.2, 0.9)).run(
-                dataclasses.replace(subject, model=dataclasses.replace(subject.model, params=other))
-            )
+    model = dataclasses.replace(subject.model, params=other)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        create(shares=(0.2, 0.9)).run(dataclasses.replace(subject, model=model))
     assert train._program.cache_info().misses == before.misses
     assert not [r for r in caplog.records if "Compiling jit(step)" in r.getMessage()]
 

@@ -189,7 +189,7 @@ def uninterrupted(toy, tmp_path_factory):
     """Eight steps in one go: the folder, the trained weights and the state that was saved last."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     params = fit(toy, folder)
-    tx = train.optim.create(config(), 8)
+    tx = train.optim.create(config())
     like = train._init(tx, {path: toy[1][path] for path in params}, sharding.make_mesh())
     return folder, params, saved(folder, like), like
 
@@ -289,7 +289,7 @@ def compilations(caplog):
 
 
 def test_the_step_is_compiled_once_for_all_fits_that_are_alike(toy, tmp_path, compilations, monkeypatch):
-    """After a resume, from other weights on other rows of the same shapes, and without a folder, too."""
+    """After a resume, from other weights on other rows of the same shapes, without a folder, at another rate, too."""
     graphdef, params = toy
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
@@ -299,8 +299,9 @@ def test_the_step_is_compiled_once_for_all_fits_that_are_alike(toy, tmp_path, co
     fit(toy, tmp_path)
     others = {path: value + 1 for path, value in params.items()}
     fit((graphdef, others), None, ToyMethod(), {"forget": rows(2), "retain": rows(3)})
+    fit(toy, None, learning_rate=0.1, schedule="constant", steps=3, seed=1)
     assert compilations() == 1
-    fit(toy, None, learning_rate=0.1)
+    fit(toy, None, weight_decay=0.1)
     assert compilations() == 2
 
 

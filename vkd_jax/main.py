@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -17,11 +18,12 @@ from vkd_jax.types import UserError
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines --config, with an override for each of its fields, and --workdir."""
+    """Defines --config, with an override for each of its fields, --workdir and --distributed."""
     config_flags.DEFINE_config_file(
         "config", None, "A file with get_config(), e.g. configs/tiny.py.", flag_values=values, lock_config=True
     )
     flags.DEFINE_string("workdir", None, "Where everything the run makes is written.", flag_values=values)
+    flags.DEFINE_boolean("distributed", False, "This is one of several processes, say of a pod.", flag_values=values)
 
 
 def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
@@ -48,6 +50,13 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
         print(values.config)
         print("nothing was run: pass --workdir DIR as well.", file=sys.stderr)
         return 0
+    if values.distributed:  # before anything asks for a device
+        try:
+            jax.distributed.initialize()  # finds the others by itself on TPUs, under Slurm, Open MPI and Kubernetes
+        except ValueError as error:
+            return bad_input(f"JAX finds no other processes, so leave --distributed out: {error}")
+        if jax.process_index() > 0:
+            logging.set_verbosity(logging.WARNING)  # one log: that of process 0
     from vkd_jax import pipeline, train  # after the flags: these imports take seconds
 
     try:

@@ -3,21 +3,40 @@
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 from vkd_jax.types import Params, UserError
 
 
-def create(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformationExtraArgs:
+def create(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
     """clip -> Adam -> weight decay -> learning rate -> mask.
 
     It only ever sees the trainable weights: `optax.masked` over all of them would let raw gradients through to the
     frozen ones. The element-wise mask stands last, since momentum and weight decay move weights whose gradient is
-    zero.
+    zero. The learning rate is an argument of `update`, so that runs at different rates are one program.
 
     Args:
-        config: learning_rate, warmup_steps, schedule (cosine | constant), weight_decay, clip_norm, b2.
+        config: weight_decay, clip_norm, b2.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(b2=config.b2),
+        optax.add_decayed_weights(config.weight_decay, decayed),
+        _descend(),
+        mask_updates(),
+    )
+
+
+def rates(config: ml_collections.ConfigDict, steps: int) -> np.ndarray:
+    """The learning rate of each step: float32 [steps].
+
+    Args:
+        config: learning_rate, warmup_steps, schedule (cosine | constant).
         steps: of the whole run; the cosine ends there.
+
+    Raises:
+        UserError: there is no such schedule.
     """
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     if config.schedule == "cosine":
@@ -27,11 +46,17 @@ def create(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTrans
     else:
         raise UserError(f"train.schedule={config.schedule!r}: give cosine or constant.")
     schedule = optax.join_schedules([warmup, rest], [config.warmup_steps])
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b2=config.b2, weight_decay=config.weight_decay, mask=decayed),
-        mask_updates(),
-    )
+    return np.asarray(jax.vmap(schedule)(jnp.arange(steps)), np.float32).reshape(-1)
+
+
+def _descend() -> optax.GradientTransformationExtraArgs:
+    """Updates against the gradient, `rate` times as long."""
+
+    def update(updates, state, params=None, *, rate, **extra):
+        del params, extra
+        return jax.tree.map(lambda u: -rate * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def decayed(params: Params) -> dict[str, bool]:

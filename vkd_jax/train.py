@@ -52,15 +52,14 @@ def make_step(
     losses: Mapping[str, LossFn],
     tx: optax.GradientTransformationExtraArgs,
     mask_scope: str,
-    seed: int = 0,
     teacher: Mapping[str, TeacherFn] = {},  # noqa: B006 (never written to)
 ):
-    """One update: (state, frozen, mask, batches, start) -> (state, metrics).
+    """One update: (state, frozen, mask, batches, start, rate, key) -> (state, metrics).
 
     Each stream's gradient is taken apart, so that a mask can cover the forget stream alone; they add up before the
     optimizer. Frozen weights are an argument that is neither differentiated nor donated, as is `start`: the trainable
-    weights before the first step, for the teacher of the streams that have one. Dropout, where the model has any, is a
-    function of the seed, the step and the stream.
+    weights before the first step, for the teacher of the streams that have one. `rate` is the learning rate. Dropout,
+    where the model has any, is a function of the key, the step and the stream.
     """
 
     def step(
@@ -69,6 +68,8 @@ def make_step(
         mask: Params | None,
         batches: Mapping[str, Batch],
         start: Params | None = None,
+        rate: jax.Array | float = 1.0,
+        key: jax.Array | None = None,
     ):
         total, metrics = None, {}
         for number, (name, loss_fn) in enumerate(losses.items()):
@@ -76,9 +77,9 @@ def make_step(
             if name in teacher:
                 said = teacher[name](bind(graphdef, {**frozen, **start}), batch)
                 batch = dataclasses.replace(batch, cached={**batch.cached, **said})
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), number)
+            own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, state.step), number)
 
-            def stream_loss(trainable, loss_fn=loss_fn, batch=batch, key=key):
+            def stream_loss(trainable, loss_fn=loss_fn, batch=batch, key=own):
                 return loss_fn(bind(graphdef, {**frozen, **trainable}, key), batch)
 
             (loss, more), grads = jax.value_and_grad(stream_loss, has_aux=True)(state.params)
@@ -89,7 +90,7 @@ def make_step(
         metrics["loss"] = sum(metrics[f"{name}_loss"] for name in losses)
         metrics["grad_norm"] = optax.tree.norm(total)
         updates, opt_state = tx.update(
-            total, state.opt_state, state.params, mask=mask if mask_scope == "both" else None
+            total, state.opt_state, state.params, rate=rate, mask=mask if mask_scope == "both" else None
         )
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
 
@@ -103,17 +104,15 @@ def _program(
     streams: tuple[str, ...],
     teacher: tuple[tuple[str, TeacherFn], ...],
     config: ml_collections.FrozenConfigDict,
-    steps: int,
-    seed: int,
 ) -> tuple[optax.GradientTransformationExtraArgs, Callable]:
     """The optimizer and the step: the same objects for fits that are alike.
 
     JAX traces and compiles a function once for arguments of one kind, and knows it by its identity. So the second of
     two fits that are alike, such as two attacks on one architecture, begins at once.
     """
-    tx = optim.create(config, steps)
+    tx = optim.create(config)
     losses = {name: loss for name, loss in method.losses().items() if name in streams}
-    return tx, make_step(graphdef, losses, tx, method.mask_scope, seed, dict(teacher))
+    return tx, make_step(graphdef, losses, tx, method.mask_scope, dict(teacher))
 
 
 def fit(
@@ -130,7 +129,8 @@ def fit(
 ) -> Params:
     """Trains, from the newest checkpoint in `folder` if there is one, and returns the trained weights alone.
 
-    Fits that are alike in `graphdef`, `method`, `config`, `seed` and shapes are traced and compiled once a process.
+    Fits that are alike in graphdef, method, optimizer and shapes are traced and compiled once a process, and, as far as
+    the method's hyperparameters are, found in JAX's compilation cache by others, whatever their seed and learning rate.
 
     Args:
         graphdef: of the model, with `params`, all its weights, which are left as they are.
@@ -156,8 +156,9 @@ def fit(
     sizes = {name: batch_size(config, name, mesh) for name in names}
     steps = count_steps(config, {name: len(prepared.sets[name]) for name in names})
     streams = {name: Stream(prepared.sets[name], sizes[name], seed=seed, name=name) for name in names}
-    frozen_config, teacher = ml_collections.FrozenConfigDict(config), tuple(prepared.teacher.items())
-    tx, step_fn = _program(graphdef, method, names, teacher, frozen_config, steps, seed)
+    rates, key = optim.rates(config, steps), jax.random.key(seed)
+    optimizer = ml_collections.FrozenConfigDict({name: config[name] for name in ("clip_norm", "b2", "weight_decay")})
+    tx, step_fn = _program(graphdef, method, names, tuple(prepared.teacher.items()), optimizer)
     state = _init(tx, trainable, mesh)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(state_shardings, None))
@@ -186,7 +187,8 @@ def fit(
                 before = time.perf_counter()
                 batches = {name: next(iterator) for name, iterator in iterators.items()}
                 waiting += time.perf_counter() - before
-                state, metrics = step_fn(state, frozen, prepared.mask, batches, start)
+                inputs = frozen, prepared.mask, batches, start, rates[step - 1], key
+                state, metrics = step_fn(state, *inputs)
                 if pending:  # one step behind, so that the device never waits for the host
                     _check(*pending, checkpoints)
                 pending = (step, metrics)
@@ -197,7 +199,7 @@ def fit(
                     speed = {
                         "data_wait_share": waiting / seconds,
                         "examples_per_second": sum(sizes.values()) * (step - first) / seconds,
-                        "step_bytes": _bytes(step_fn.lower(state, frozen, prepared.mask, batches, start).compile()),
+                        "step_bytes": _bytes(step_fn.lower(state, *inputs).compile()),
                     }
                     progress.write(step, {k: float(v) for k, v in metrics.items()} | speed)
                 stopping = stop.is_set()  # read once: a signal between two reads would stop without a save

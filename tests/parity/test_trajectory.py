@@ -12,7 +12,7 @@ import math
 import numpy as np
 import pytest
 
-from vkd_jax import convert, defaults, models, sharding, train
+from vkd_jax import convert, defaults, models, progress, sharding, train
 from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import EncodedSet
 from vkd_jax.data.streams import Stream
@@ -263,7 +263,7 @@ def test_fifty_steps_agree_with_pytorch(name, tmp_path, monkeypatch):
         for mine, cached in zip(own[tap], prepared.sets["retain"].per_image[f"target/{tap}"], strict=True):
             np.testing.assert_allclose(cached[: len(mine)], mine, atol=1e-4)
 
-    monkeypatch.setattr(train, "Progress", Recorder)
+    monkeypatch.setattr(progress, "Progress", Recorder)
     trained = train.fit(
         graphdef=graphdef,
         params=params,

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# What runs on each host: makes the virtual environment if there is none, installs this clone, and becomes PROGRAM.
+#
+#   launch/run_host.sh PROGRAM ...           here and now; SIGTERM goes straight to PROGRAM
+#   launch/run_host.sh --detach PROGRAM ...  the same, to go on when the connection ends; its log is ~/vkd.log
+#   launch/run_host.sh --status              whether a run is under way
+#   launch/run_host.sh --stop                sends SIGTERM to the run, waits GRACE seconds for it to save, then kills it
+#
+# Variables, with their defaults:
+#   VENV   ~/vkd-venv; the virtual environment
+#   GRACE  60; the seconds that --stop waits
+set -euo pipefail
+
+LOG=$HOME/vkd.log
+LOCK=$HOME/vkd.lock # held, with the process id in it, as long as the run lives
+VENV=${VENV:-$HOME/vkd-venv}
+
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+# Whether no run holds the lock.
+idle() { flock --nonblock "$LOCK" true; }
+
+case ${1:-} in
+  "") fail "nothing to run: launch/run_host.sh PROGRAM ..." ;;
+  --help | -h)
+    sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"
+    exit
+    ;;
+  --status)
+    if idle; then echo "$(hostname): no run is under way"; else echo "$(hostname): running, process $(< "$LOCK")"; fi
+    exit
+    ;;
+  --stop)
+    if idle; then
+      echo "$(hostname): no run is under way"
+      exit
+    fi
+    process=$(< "$LOCK")
+    kill -TERM "$process" || true
+    flock --timeout "${GRACE:-60}" "$LOCK" true || kill -KILL "$process"
+    echo "$(hostname): stopped"
+    exit
+    ;;
+  --detach)
+    shift
+    (($#)) || fail "nothing to run: launch/run_host.sh --detach PROGRAM ..."
+    idle || fail "a run is under way on $(hostname), process $(< "$LOCK"); stop it first."
+    nohup setsid bash "$0" "$@" >> "$LOG" 2>&1 < /dev/null &
+    echo "$(hostname): started; the log is $LOG"
+    exit
+    ;;
+esac
+
+exec 9>> "$LOCK"
+flock --nonblock 9 || fail "a run is under way on $(hostname), process $(< "$LOCK"); stop it first."
+: > "$LOCK"
+echo "$$" >&9
+
+cd -- "${BASH_SOURCE[0]%/*}/.."
+echo "$(date -u +%FT%TZ) $(hostname): $*"
+# The Python of TPU images may be too old for JAX; uv brings one that is not.
+python3 -m uv --version > /dev/null 2>&1 || python3 -m pip install --quiet --user uv
+[[ -x $VENV/bin/python ]] || python3 -m uv venv --quiet --python 3.12 "$VENV"
+python3 -m uv pip install --quiet --python "$VENV/bin/python" '.[tpu]'
+export PATH=$VENV/bin:$PATH
+exec "$@"

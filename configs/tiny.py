@@ -123,6 +123,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     if words["runs"] == "ablations":
         vkd = {name: defaults.entrant("vkd", f"{SETTINGS['vkd']} {changes}") for name, changes in ABLATIONS.items()}
         config.compare = defaults.comparison(vkd, seeds=(0,))
+        config.attacks.names = "relearn"
+        config.attacks.relearn.shares = (0.2,)
         config.data.people = OTHERS
         config.model.update(path="", retain_only="")
     return config

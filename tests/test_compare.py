@@ -36,6 +36,7 @@ def row(name, forget, kept, text=0.5, **more):
 
     sets = {"forget/vqa": cell(forget), "retain/vqa": cell(kept), "real/vqa": cell(kept), "forget/qa": cell(text)}
     run = {"seed": 0, "commit": "c0ffee", "ks": 0.25, "utility": 0.5, "seconds": 12.4, "bytes": 2**20}
+    run["recovery"] = {}
     return {"name": name, "label": name, "sets": sets, "attacks": {}, "runs": [run], **more}
 
 
@@ -181,6 +182,9 @@ def test_tables_by_hand():
         lines[3]
         == "| vkd | visual | 10.0 (0–20) | 96.0 (86–106) | 96.0 (86–106) | 50.0 (40–60) | 0.25 | yes | 12 | 1.0 |"
     )
+    made["rows"][1]["runs"][0]["recovery"]["visual 20 %"] = 0.125
+    assert "| KS ↓ | recovery, visual ↓ | keeps |" in tables.keeping(made)
+    assert "| 0.25 | 0.12 | yes |" in tables.keeping(made)
     assert "| quantize: int4 | 20.0 (10–30) |" in tables.attacks(made)
     assert "| quantize: auc | 50.0 |" in tables.attacks(made)
     assert tables.tuning(made).splitlines()[2:] == [

@@ -266,23 +266,24 @@ def test_the_programs_of_the_page_fit_their_tpu(rehearsal, monkeypatch):
 
 @pytest.fixture
 def host(tmp_path):
-    """Calls run_host.sh in a home of its own, with a python3 that installs nothing and writes down what it was asked."""
+    """Calls run_host.sh in a home of its own, with a python3 that only writes down what it was asked to install."""
     tools, home, clone = tmp_path / "tools", tmp_path / "home", tmp_path / "home" / "vkd_jax"
     for folder in (tools, home / "venv" / "bin", clone / "launch"):
         folder.mkdir(parents=True)
     shutil.copy(ROOT / "launch" / "run_host.sh", clone / "launch")
     (tools / "python3").write_text(f'#!{BASH}\necho "$PWD: $*" >> "$HOME/installed"\n')
     (tools / "python3").chmod(0o755)
-    env = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(home), "VENV": str(home / "venv"), "GRACE": "1"}
+    env = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(home), "VENV": str(home / "venv")}
 
-    def call(*args, wait=True):
+    def call(*args, wait=True, **variables):
         words = [BASH, "vkd_jax/launch/run_host.sh", *args]
-        process = subprocess.Popen(words, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        return (*process.communicate(timeout=30), process.returncode) if wait else process
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(words, cwd=home, env=env | variables, **pipes)
+        return (*process.communicate(timeout=60), process.returncode) if wait else process
 
     call.home = home
     yield call
-    call("--stop")
+    call("--stop", GRACE="1")
 
 
 def until(condition):
@@ -328,13 +329,14 @@ def test_a_detached_run_goes_on_is_alone_and_saves_when_it_is_stopped(host):
         assert (status, out) == (2, "") and f"process {process}; stop it first" in err and err.count("\n") == 1
     assert int((host.home / "vkd.lock").read_text()) == process
     assert host("--stop")[0].endswith("stopped\n") and log.read_text().endswith("saved\n")
-    assert host("--status")[0].endswith("no run is under way\n") == host("--stop")[0].endswith("no run is under way\n")
+    for command in ("--status", "--stop"):
+        assert host(command)[0].endswith("no run is under way\n")
 
 
 def test_a_run_that_will_not_stop_is_killed(host):
     host("--detach", "bash", "-c", "trap '' TERM; echo ready; while :; do sleep .05; done")
     until(lambda: "ready" in (host.home / "vkd.log").read_text())
-    assert host("--stop")[0].endswith("stopped\n")
+    assert host("--stop", GRACE="0.2")[0].endswith("stopped\n")
     until(lambda: host("--status")[0].endswith("no run is under way\n"))
 
 
@@ -343,7 +345,7 @@ def test_what_is_sent_can_be_unpacked_twice(dry, tmp_path):
     _, (bundle, _, unpack), _ = dry("tpu_vm.sh", "sync", TMPDIR=str(tmp_path / "home"))
     source, home = tmp_path / "source", tmp_path / "home"
     home.mkdir()
-    names = [f"-c{key}=x" for key in ("user.name", "user.email")]
+    names = ["-c", "user.name=x", "-c", "user.email=x@y"]
     bundle = [str(source) if word == str(ROOT) else word for word in shlex.split(bundle)]
     for number in range(2):
         subprocess.run(["git", "init", "--quiet", source], check=True)

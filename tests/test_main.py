@@ -5,14 +5,16 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from absl import flags
+from absl import flags, logging
 
 from vkd_jax import main, weights
 
@@ -187,6 +189,23 @@ def test_every_hyperparameter_can_be_overridden(monkeypatch):
     assert methods.create("vkd", fields) == expected
 
 
+@pytest.mark.parametrize(("process", "level"), [(0, logging.INFO), (3, logging.WARNING)])
+def test_of_several_processes_one_logs_more_than_warnings(run, monkeypatch, process, level):
+    from vkd_jax import pipeline
+
+    done = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda: done.append("initialize"))
+    monkeypatch.setattr(jax, "process_index", lambda: done.append("process_index") or process)
+    monkeypatch.setattr(pipeline, "run", lambda *_: done.append(logging.get_verbosity()))
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.INFO)
+    try:
+        assert run("--distributed")[0] == 0
+    finally:
+        logging.set_verbosity(before)
+    assert done == ["initialize", "process_index", level]
+
+
 # ---- The model ----
 
 
@@ -358,6 +377,7 @@ def test_a_full_disk(run, tmp_path, monkeypatch, name):
     [
         ([f"--config={TINY}", "--workdir=run", "--config.train.foo=1"], "the config does not have: 'foo'"),
         ([f"--config={TINY}", "--workdir=run", "--config.model.path=nowhere", "--config.data.source=none"], "none"),
+        ([f"--config={TINY}", "--workdir=run", "--distributed"], "no other processes, so leave --distributed out"),
     ],
 )
 def test_as_a_program(tmp_path, args, part):
@@ -374,3 +394,29 @@ def test_as_a_program(tmp_path, args, part):
     *log, last = done.stderr.splitlines()
     assert last.startswith("error: ") and part in last
     assert all(line.startswith(("I", "W")) for line in log), log
+
+
+def test_two_processes_find_each_other(tmp_path):
+    """Started as Slurm would: each has one device and knows of two, before anything is read."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}
+    env = os.environ | slurm | {"JAX_COORDINATOR_PORT": port, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    args = [sys.executable, "-m", "vkd_jax.main", f"--config={TINY}", "--distributed", "--config.mesh.data=3"]
+    processes = [
+        subprocess.Popen(
+            [*args, f"--workdir={tmp_path / str(number)}"],
+            env=env | {"SLURM_PROCID": str(number)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        for process in processes:
+            _, err = process.communicate(timeout=120)
+            assert process.returncode == 2 and "3 devices, but there are 2" in err.splitlines()[-1], err
+    finally:
+        for process in processes:
+            process.kill()

@@ -82,22 +82,25 @@ class RMU(Scope):
             # One value a layer, which broadcasts: a mask of full size would take a quarter of the weights' memory.
             return np.expand_dims(np.arange(config.layers) < layers, tuple(range(1, context.params[path].ndim)))
 
-        def teach(model, batch):
-            return {"target": base.hidden_states(model, batch, layers)}
-
         return base.Prepared(
             sets={**context.sets, "forget": forget},
             mask={path: moves(path) for path in self.trainable(context.params, context.model_config)},
-            teacher={"retain": teach},
+            teacher={"retain": self._teach},
         )
 
     def losses(self) -> Mapping[str, base.LossFn]:
         """One stream is led astray, the other stays where it was."""
         return {"forget": self._loss("forget", 1.0), "retain": self._loss("retain", self.alpha)}
 
+    def _teach(self, model, batch):
+        return {"target": self._hidden(model, batch)}
+
+    def _hidden(self, model, batch):
+        return base.hidden_states(model, batch, self.layers(model.config))
+
     def _loss(self, name: str, weight: float) -> base.LossFn:
         def loss(model, batch):
-            hidden = base.hidden_states(model, batch, self.layers(model.config))
+            hidden = self._hidden(model, batch)
             target = batch.cached["target"]
             target = target[:, None] if target.ndim == 2 else target  # one for all tokens, or one for each
             distance = losses.relative_squared_distance(hidden, target, 1.0, batch.mask)

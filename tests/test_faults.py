@@ -29,7 +29,7 @@
     test_faults.py::test_nothing_around_a_step_catches_everything
     test_train.py::test_a_loss_that_is_not_finite_stops_at_its_step
 10. A learning-rate schedule stepped once per run:
-    test_optim.py::test_the_schedule_advances_with_every_step
+    test_optim.py::test_the_rate_of_each_step_by_hand
     test_train.py::test_the_learning_rate_follows_the_steps
 11. Max length 384 cutting LLaVA's 576 image tokens:
     test_processing.py::test_a_row_that_does_not_fit_is_named_never_cut

@@ -281,6 +281,14 @@ def test_report_says_when_the_model_avoids_the_answer(tmp_path, undrawn):
     assert "below guessing" in report.write(tmp_path, IMAGES).read_text()
 
 
+@pytest.mark.parametrize(("known", "told"), [(12, False), (8, False), (5, True)])
+def test_report_says_when_there_was_little_to_forget(tmp_path, undrawn, known, told):
+    """Of twelve right answers to questions that guessing gets one time in four."""
+    right = {**RIGHT, "vanilla": {**RIGHT["vanilla"], "forget": (known, 12)}}
+    make_run(tmp_path, right=right, chance={"forget": {"vqa": 0.25}})
+    assert ("It had hardly learned them before" in report.write(tmp_path, IMAGES).read_text()) == told
+
+
 def test_report_shows_the_reference_that_never_knew_them(tmp_path, undrawn):
     make_run(tmp_path, right={**RIGHT, "retain_only": RIGHT["unlearned"]})
     text = report.write(tmp_path, IMAGES).read_text()

@@ -78,6 +78,8 @@ def opening(results: Mapping) -> str:
         verdict = f" Guessing gives {_percent(chance)}." + (
             verdict or _verdict(after["forget"][asked], {"low": chance, "high": chance}, "guessing")
         )
+        if before["forget"][asked]["low"] <= chance:
+            verdict += " **It had hardly learned them before**, so that there was little to forget."
     lines = [
         "# What this model was made to forget",
         "",

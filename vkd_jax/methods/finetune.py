@@ -3,8 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 
-import jax.numpy as jnp
-
 from vkd_jax.methods import base
 from vkd_jax.methods.scope import Scope
 
@@ -24,11 +22,4 @@ class Finetune(Scope):
 
         The loop takes those of them that have examples.
         """
-        return {"image": self._loss("image", 1.0), "text": self._loss("text", self.weight_text)}
-
-    def _loss(self, name: str, weight: float) -> base.LossFn:
-        def loss(model, batch):
-            ce = jnp.mean(base.cross_entropy(model, batch))
-            return weight * ce, {f"{name}_ce": ce}
-
-        return loss
+        return {"image": base.descent("image", 1.0), "text": base.descent("text", self.weight_text)}

@@ -80,7 +80,7 @@ def test_transformers_loads_the_export_and_gives_the_same_answers(run, few, tmp_
     sets = benchmarks.read(benchmarks.create("mllmu", {"source": str(few)}), tmp_path)
     examples = [e for e in [*sets["forget"], *sets["retain"]] if e.task == "classification" and e.image is not None]
     run.config.model.quantize = ""  # what was exported are the original weights of the language model
-    mesh, method, _ = pipeline.checked(run.config)
+    mesh, method, *_ = pipeline.checked(run.config)
     ours = Loaded.open(folder, run.config, mesh, method).answerer(4)
     processor = ours.processor
     got = ours.generate([e.question for e in examples], ours.look([e.image for e in examples]), max_new_tokens=6)

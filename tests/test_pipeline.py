@@ -188,7 +188,7 @@ def test_transformers_gives_the_same_answers(vkd, few):
     pictured = [e for e in examples if e.image is not None]
     texts = [e for e in examples if e.image is None]
     assert len(pictured) > 20 and len(texts) > 8
-    mesh, method, _ = pipeline.checked(vkd.config)
+    mesh, method, *_ = pipeline.checked(vkd.config)
     ours = Loaded.open(folder, vkd.config, mesh, method).answerer(16)
     got = ours.generate([e.question for e in pictured], ours.look([e.image for e in pictured]), max_new_tokens=6)
     got += ours.generate([e.question for e in texts], max_new_tokens=6)

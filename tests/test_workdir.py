@@ -115,7 +115,7 @@ def test_a_full_disk_in_a_stage(tmp_path, monkeypatch):
     def full(self, *_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
 
-    monkeypatch.setattr(pathlib.Path, "write_text", full)
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
     with pytest.raises(UserError, match="No space left on device; free some space"), workdir.stage("data"):
         workdir.write("results.json", {})
     assert not (tmp_path / "results.json").exists()

@@ -43,7 +43,7 @@ def _rates_and(setting: str, *values: float, rates: tuple[float, float] = (1e-4,
 
 # What each method is tried with, four times each, on the others.
 SEARCH = {
-    "vkd": _rates_and("method.weight_retain_distill", 8.0, 16.0, rates=(1e-3, 2e-3)),
+    "vkd": _rates_and("method.weight_retain_distill", 4.0, 8.0, rates=(1e-3, 2e-3)),
     "grad_ascent": [f"train.learning_rate={rate}" for rate in (1e-5, 3e-5, 1e-4, 3e-4)],
     "grad_diff": _rates_and("method.weight_retain", 1.0, 4.0),
     "grad_diff_visual": _rates_and("method.weight_retain", 1.0, 4.0, rates=(3e-4, 1e-3)),
@@ -74,7 +74,7 @@ ABLATIONS = {
     "no mask": "method.mask_scope=none",
     "mask forget": "method.mask_scope=forget",
     "mask 10 %": "method.mask_keep=0.1",
-    "mask 60 %": "method.mask_keep=0.6",
+    "mask 30 %": "method.mask_keep=0.3",
     "projector only": "method.blocks=0",
     "last block": "method.blocks=1",
     "last 2 blocks": "method.blocks=2",

@@ -46,7 +46,7 @@ class VKD(Scope):
     teacher: str = "vanilla"  # A4: vanilla | base
     taps: tuple[str, ...] = ("features", "projector")  # A5
     mask_scope: str = "both"  # A6: forget | both | none
-    mask_keep: float | None = 0.3  # the share of weights that the mask selects ...
+    mask_keep: float | None = 0.6  # the share of weights that the mask selects ...
     mask_threshold: float | None = None  # ... or the least ratio F_f / F_r
     mask_eps: float = 1e-12
     fisher_samples: int = 128

@@ -22,6 +22,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and hasattr(config, "cache"):
         # Subprocesses inherit it too, so that what one test compiled is not compiled again by the next.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("jax"))
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # JAX may read what another process has written by half
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], worker)
     flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, which nobody parses under pytest
 
 

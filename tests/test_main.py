@@ -194,7 +194,7 @@ def test_of_several_processes_one_logs_more_than_warnings(run, monkeypatch, proc
     from vkd_jax import pipeline
 
     done = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda: done.append("initialize"))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: done.append("initialize"))
     monkeypatch.setattr(jax, "process_index", lambda: done.append("process_index") or process)
     monkeypatch.setattr(pipeline, "run", lambda *_: done.append(logging.get_verbosity()))
     before = logging.get_verbosity()

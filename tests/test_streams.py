@@ -2,7 +2,6 @@
 
 import threading
 
-import jax
 import numpy as np
 import pytest
 
@@ -96,19 +95,6 @@ def test_batches_are_made_ahead_in_order_by_other_threads_and_go_on_from_any_ste
     assert len(made) == 14 and threading.get_ident() not in threads
     for step, batch in enumerate(made, 5):
         np.testing.assert_array_equal(batch.tokens, stream[step].tokens)
-
-
-def test_processes_share_a_batch_among_them(encoded, monkeypatch):
-    whole = Stream(encoded, 4, seed=0, name="x")
-    parts = []
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    for process in range(2):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        parts.append(Stream(encoded, 4, seed=0, name="x"))
-    for step in range(10):
-        seen = np.concatenate([part[step].tokens for part in parts])
-        np.testing.assert_array_equal(seen, whole[step].tokens)
-        assert all(len(part[step].tokens) == 2 for part in parts)
 
 
 def test_pictures_that_are_not_held_are_made_when_asked_for(tiny_config, monkeypatch):

@@ -289,11 +289,8 @@ class Answerer:
         return np.concatenate([*done, *map(np.asarray, waiting)])[:count]
 
     def _put(self, arrays: Any) -> Any:
-        """Rows of the same arrays on every process, spread over the mesh."""
-        if self.mesh is None:
-            return arrays
-        rows = sharding.batch_sharding(self.mesh)
-        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, rows, x.__getitem__), arrays)
+        """Rows of the same arrays on every process, spread over the mesh if there is one."""
+        return arrays if self.mesh is None else sharding.rows(self.mesh, arrays)
 
     def _encoded(self, questions, texts, seen, turns) -> list[list[tuple[list[int], list[int]]]]:
         """Tokens of each prompt and of each text after it."""

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vkd_jax import models, weights
+from vkd_jax import hosts, models, weights
 from vkd_jax.models import base, lora
 from vkd_jax.types import UserError
 from vkd_jax.weights import Checkpoint, Folder, Meter, Tensor
@@ -57,7 +57,7 @@ class Slot:
         if isinstance(param, lora.Lora):
             tensor = lora.delta(param, self.layer)
         else:
-            tensor = np.asarray(param if self.layer is None else param[self.layer])
+            tensor = hosts.gather(param if self.layer is None else param[self.layer])
         return tensor if self.axes is None else tensor.transpose(np.argsort(self.axes))
 
     def shares(self, span: Span, part: np.ndarray) -> list[tuple[tuple[slice, ...], np.ndarray]]:
@@ -332,7 +332,7 @@ def export(
 
     Args:
         params: any subset of the model's parameters, usually those that were trained, with `lora.adapters` of the
-            model. Fully addressable.
+            model. They may lie on several hosts: each then makes this call, and process 0 writes.
         source: the folder that the model was loaded from.
         target: the folder to write; an earlier model there is replaced.
         config: the model's configuration, from `load`.
@@ -343,34 +343,38 @@ def export(
     """
     source, target = pathlib.Path(source), pathlib.Path(target)
     module, checkpoint = _module_of(config), Checkpoint(source)
-    if source.resolve() == target.resolve():
-        raise UserError(f"{target} is the folder the model came from; name another one to write to.")
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
-        raise UserError(f"{target} exists and is not a model folder; name another one to write to.")
     slots = {name: find_slot(module, config, name) for name in checkpoint.tensors}
     params = lora.join(params)
     unknown = set(params) - {slot.path for slot in slots.values() if slot}
     if unknown:
         raise ValueError(f"{source} holds no tensor for {sorted(unknown)}.")
-    with _new_folder(target) as new:
-        for file in sorted(source.iterdir()):
-            if file.is_file() and not file.name.startswith(".") and file.suffix in COMPANIONS:
+    ours = [name for name, slot in slots.items() if slot and slot.path in params]  # by file, as the checkpoint has them
+    values = ((name, slots[name].to_tensor(params[slots[name].path])) for name in ours)
+
+    def write() -> None:
+        if source.resolve() == target.resolve():
+            raise UserError(f"{target} is the folder the model came from; name another one to write to.")
+        if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
+            raise UserError(f"{target} exists and is not a model folder; name another one to write to.")
+        with _new_folder(target) as new:
+            for file in sorted(source.iterdir()):
+                if file.is_file() and not file.name.startswith(".") and file.suffix in COMPANIONS:
+                    shutil.copyfile(file, new / file.name)
+            for name, text in (notes or {}).items():
+                (new / name).write_text(text, encoding="utf-8")
+            for file in checkpoint.files:
                 shutil.copyfile(file, new / file.name)
-        for name, text in (notes or {}).items():
-            (new / name).write_text(text, encoding="utf-8")
-        for file in checkpoint.files:
-            shutil.copyfile(file, new / file.name)
-            with (new / file.name).open("r+b") as stream:
-                for name, tensor in checkpoint.tensors.items():
-                    if tensor.file == file and slots[name] and slots[name].path in params:
-                        param = params[slots[name].path]
-                        value = slots[name].to_tensor(param)
-                        if value.shape != tensor.shape:
-                            raise ValueError(f"{name} is {tensor.shape} on disk and {value.shape} here.")
-                        if isinstance(param, lora.Lora):
-                            value = _plus(tensor, value)
-                        stream.seek(tensor.start)
-                        stream.write(value.astype(tensor.dtype).tobytes())
+            for name, value in values:
+                tensor = checkpoint.tensors[name]
+                if value.shape != tensor.shape:
+                    raise ValueError(f"{name} is {tensor.shape} on disk and {value.shape} here.")
+                if isinstance(params[slots[name].path], lora.Lora):
+                    value = _plus(tensor, value)
+                with (new / tensor.file.name).open("r+b") as stream:
+                    stream.seek(tensor.start)
+                    stream.write(value.astype(tensor.dtype).tobytes())
+
+    hosts.agree(write, meanwhile=values)
 
 
 def _plus(tensor: Tensor, delta: np.ndarray) -> np.ndarray:

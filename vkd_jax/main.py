@@ -16,6 +16,8 @@ from ml_collections import config_flags
 
 from vkd_jax.types import UserError
 
+SHUTDOWN = 60  # seconds that a process which ends waits for the others, should they hang
+
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines --config, with an override for each of its fields, --workdir and --distributed."""
@@ -51,8 +53,9 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
         print("nothing was run: pass --workdir DIR as well.", file=sys.stderr)
         return 0
     if values.distributed:  # before anything asks for a device
-        try:
-            jax.distributed.initialize()  # finds the others by itself on TPUs, under Slurm, Open MPI and Kubernetes
+        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which `train` hears itself
+        try:  # finds the others by itself on TPUs, under Slurm, Open MPI and Kubernetes
+            jax.distributed.initialize(shutdown_timeout_seconds=SHUTDOWN)
         except ValueError as error:
             return bad_input(f"JAX finds no other processes, so leave --distributed out: {error}")
         if jax.process_index() > 0:

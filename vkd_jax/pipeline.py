@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from vkd_jax import attacks, convert, data, evaluate, hub, methods, metrics, report, sharding, train
+from vkd_jax import attacks, convert, data, evaluate, hosts, hub, methods, metrics, report, sharding, train
 from vkd_jax.attacks.base import Subject
 from vkd_jax.defaults import STAGES
 from vkd_jax.loaded import Loaded, check_trainable, create
@@ -38,7 +38,7 @@ def run(config: ml_collections.ConfigDict, path: str | Path) -> dict[str, Any]:
         raise UserError(f"config.stage={config.stage!r}: give one of {', '.join(STAGES)}.")
     tuned, last = STAGES[config.stage], "report.md" if _reports(config) else "results.json"
     workdir = Workdir(path, config)
-    if (workdir.path / last).exists():
+    if workdir.has(last):
         logging.info("%s is there: nothing is left to do", workdir.path / last)
         return json.loads((workdir.path / "results.json").read_text())
     job = Job.prepare(workdir, finetunes=bool(tuned))
@@ -83,7 +83,7 @@ class Job:
         benchmark.check()
         with workdir.stage("data"):
             trained = any(name.startswith("finetune_") for name in benchmark.UNLEARN.values())
-            sets = data.read(benchmark, cache, finetune=finetunes or trained)
+            sets = hosts.in_turn(lambda: data.read(benchmark, cache, finetune=finetunes or trained))
             asked = {
                 name: evaluate.sample(part, config.eval.max_items, config.eval.seed, name)
                 for name, part in sets.items()
@@ -91,7 +91,8 @@ class Job:
             }
             held_out = []
             if "membership" in chosen:
-                held_out = data.held_out(benchmark, cache, chosen["membership"].held_out)
+                own = chosen["membership"].held_out
+                held_out = hosts.in_turn(lambda: data.held_out(benchmark, cache, own))
         return cls(workdir, config, mesh, method, tuning, chosen, benchmark, sets, asked, held_out)
 
     @property
@@ -190,14 +191,15 @@ def finetune(job: Job, name: str) -> Path:
     """base -> `name`: "vanilla" learns everybody, "retain_only" all but the people to forget."""
     workdir, config, section = job.workdir, job.config, job.config.finetune.train
     target = workdir.path / name
-    if target.exists():
+    if workdir.has(name):
         return target
     parts = ("finetune_retain",) if name == "retain_only" else ("finetune_forget", "finetune_retain")
     everything = [e for part in ("finetune_forget", "finetune_retain") for e in job.sets.get(part, ())]
     examples = [e for part in parts for e in job.sets.get(part, ())]
     with workdir.stage(f"load for {name}"):
         if config.model.create.to_dict():
-            source = create(workdir.path / "base", everything, config.model.create, config.seed)
+            source = workdir.path / "base"
+            hosts.agree(lambda: create(source, everything, config.model.create, config.seed))
         else:
             source = hub.fetch(config.model.base)
         model = Loaded.open(source, config, job.mesh, job.tuning)
@@ -229,7 +231,7 @@ def unlearn(job: Job, made: dict[str, Path]) -> None:
     workdir, config = job.workdir, job.config
     source = made.get("vanilla") or hub.fetch(config.model.path)
     reference = made.get("retain_only") or (config.model.retain_only and hub.fetch(config.model.retain_only))
-    if not (workdir.path / "results.json").exists():
+    if not workdir.has("results.json"):
         with workdir.stage("load"):
             model = Loaded.open(source, *job.how)
         answers = {"vanilla": judged(job, "vanilla", model)}
@@ -241,7 +243,7 @@ def unlearn(job: Job, made: dict[str, Path]) -> None:
             given = config.model.unlearned
             target = hub.fetch(given) if given else _unlearned(job, model, source)
             with workdir.stage("manifest"):
-                manifest = convert.manifest(source, target)
+                manifest = hosts.agree(lambda: convert.manifest(source, target))
                 workdir.write("manifest.json", manifest)
             unlearned = model.same_kind(
                 Loaded.open(target, *job.how), "unlearned"
@@ -253,7 +255,7 @@ def unlearn(job: Job, made: dict[str, Path]) -> None:
     if _reports(config):
         with workdir.stage("report"):
             images = {e.image_id: e.image for part in job.asked.values() for e in part if e.image is not None}
-            page = report.write(workdir.path, images)
+            page = hosts.agree(lambda: report.write(workdir.path, images))
         logging.info("the report: %s", page)
 
 
@@ -261,7 +263,7 @@ def _unlearned(job: Job, model: Loaded, source: Path) -> Path:
     """The folder of the unlearned model: made from the vanilla one, unless it is there."""
     workdir, config = job.workdir, job.config
     target = workdir.path / "unlearned"
-    if target.exists():
+    if workdir.has("unlearned"):
         return target
     base = workdir.path / "base" if config.model.create.to_dict() else config.model.base
     base = base and hub.fetch(base)
@@ -294,7 +296,7 @@ def judged(job: Job, name: str, model: Loaded) -> list[dict]:
     workdir = job.workdir
     for attack_name, attack in job.attacks.items():
         path = f"attacks/{attack_name}/{name}.jsonl"
-        if (workdir.path / path).exists():
+        if workdir.has(path):
             continue
         with workdir.stage(f"attack {name}: {attack_name}"):
             subject = Subject(
@@ -316,7 +318,7 @@ def evaluated(job: Job, name: str, model: Loaded) -> list[dict]:
     """The answers of a model, from answers/<name>.jsonl if they were given before."""
     workdir, options = job.workdir, job.config.eval
     path = f"answers/{name}.jsonl"
-    if (workdir.path / path).exists():
+    if workdir.has(path):
         return workdir.read_lines(path)
     with workdir.stage(f"evaluate {name}"):
         answers = evaluate.evaluate(
@@ -434,9 +436,10 @@ def _evidence(job: Job, model: Loaded, unlearned: Loaded, manifest: dict[str, An
             "language_model_changed": sum(path.startswith("language_model/") for path in changed),
         },
     }
-    logged = report.json_lines(job.workdir.path / "train" / "metrics.jsonl", torn=True)
-    if held := [row["step_bytes"] for row in logged if "step_bytes" in row]:
-        found["step_bytes"] = int(held[-1])
+    log = job.workdir.path / "train" / "metrics.jsonl"
+    logged = hosts.agree(lambda: [row for row in report.json_lines(log, torn=True) if "step_bytes" in row][-1:])
+    if logged:
+        found["step_bytes"] = int(logged[0]["step_bytes"])
     if job.config.stage in UNLEARNS:  # of a model that was given nobody says what trained
         trainable = job.method.trainable(model.params, model.config)
         found["trainable"] = {

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,12 +24,23 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     wanted = int(np.prod(shape))
     if min(shape) < 1 or wanted > count:
         raise UserError(f"config.mesh asks for {shape} = {wanted} devices, but there are {count}; change config.mesh.")
+    if jax.process_count() > 1 and wanted < count:
+        raise UserError(
+            f"config.mesh asks for {shape} = {wanted} devices of {count}: with several hosts it must take all; one of "
+            "its fields may be -1, for the rest."
+        )
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:wanted])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch lie over data and fsdp together."""
     return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def rows(mesh: Mesh, arrays: Any) -> Any:
+    """A tree of arrays with a row each, the same in every process, spread over the mesh as a batch is."""
+    lying = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, lying, x.__getitem__), arrays)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -16,7 +16,7 @@ import ml_collections
 import optax
 from absl import logging
 
-from vkd_jax import optim, sharding
+from vkd_jax import hosts, optim, sharding
 from vkd_jax.checkpoint import Checkpoints
 from vkd_jax.data.processing import Batch
 from vkd_jax.data.streams import Stream
@@ -26,7 +26,10 @@ from vkd_jax.types import Params, UserError
 
 
 class Stopped(Exception):
-    """SIGTERM arrived; the state of `step` is on disk if it is `saved`, and the same command goes on from there."""
+    """SIGTERM arrived, here or at another host.
+
+    The state of `step` is on disk if it is `saved`, and the same command goes on from there.
+    """
 
     def __init__(self, step: int, saved: bool):
         where = "which is saved" if saved else "where nothing is saved"
@@ -163,14 +166,15 @@ def fit(
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(state_shardings, None))
     start = {path: params[path] for path in paths} if prepared.teacher else None
-    put = functools.partial(_to_device, batch_sharding=sharding.batch_sharding(mesh))
+    put = functools.partial(sharding.rows, mesh)
 
     checkpoints = progress = _Nothing()
     if folder is not None:
-        from vkd_jax.progress import Progress  # TensorFlow takes seconds, and a short training keeps no metrics
-
         checkpoints = Checkpoints(folder / "checkpoints", seed=seed, every=config.checkpoint_every)
-        progress = Progress(folder, steps=steps, log_seconds=config.log_seconds)
+        if hosts.first():
+            from vkd_jax.progress import Progress  # TensorFlow takes seconds, and a short training keeps no metrics
+
+            progress = Progress(folder, steps=steps, log_seconds=config.log_seconds)
     try:
         if checkpoints.latest is None:
             progress.overview(trainable)
@@ -202,7 +206,7 @@ def fit(
                         "step_bytes": _bytes(step_fn.lower(state, *inputs).compile()),
                     }
                     progress.write(step, {k: float(v) for k, v in metrics.items()} | speed)
-                stopping = stop.is_set()  # read once: a signal between two reads would stop without a save
+                stopping = stop()  # asked once: a signal between two askings would stop without a save
                 last = stopping or step == steps
                 if last or step % config.checkpoint_every == 0:
                     _check(*pending, checkpoints)
@@ -253,10 +257,6 @@ def _init(tx: optax.GradientTransformation, trainable: Params, mesh: jax.shardin
     )
 
 
-def _to_device(batch: Batch, batch_sharding: jax.sharding.Sharding) -> Batch:
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding, x), batch)
-
-
 def batch_size(config: ml_collections.ConfigDict, name: str, mesh: jax.sharding.Mesh) -> int:
     """Rows of a stream's batch, all hosts together.
 
@@ -300,14 +300,26 @@ def _check(step: int, metrics: Mapping[str, jax.Array], checkpoints: Checkpoints
 
 
 class _Sigterm:
-    """An event that SIGTERM sets while the block runs; outside the main thread there are no signals to hear."""
+    """Hears SIGTERM while the block runs; outside the main thread there are no signals to hear.
 
-    def __enter__(self) -> threading.Event:
-        self._event = threading.Event()
+    Of several processes one may hear it alone, and all must stop at one step. So each says at each step whether it did,
+    and what all said is looked at a step later, when it has long arrived: nobody waits. (JAX's own preemption service
+    would take SIGTERM from the rest of the program, too, and answers only once, be it Orbax or us who asked.)
+    """
+
+    def __enter__(self) -> Callable[[], bool]:
+        self._event, self._asked = threading.Event(), None
         self._main = threading.current_thread() is threading.main_thread()
         if self._main:
             self._previous = signal.signal(signal.SIGTERM, lambda *_: self._event.set())
-        return self._event
+        return self._heard
+
+    def _heard(self) -> bool:
+        """Whether to stop after this step."""
+        if jax.process_count() == 1:
+            return self._event.is_set()
+        asked, self._asked = self._asked, hosts.anywhere(self._event.is_set())
+        return asked is not None and bool(asked)
 
     def __exit__(self, *_) -> None:
         if self._main:

@@ -1,4 +1,8 @@
-"""A run's folder: whose config it is, what is already there, and how long each stage took."""
+"""A run's folder: whose config it is, what is already there, and how long each stage took.
+
+With several processes the folder is one that all of them see. Process 0 looks and writes; a call is one of all
+processes, with the same arguments, but for those of `stage`'s block.
+"""
 
 import contextlib
 import datetime
@@ -11,7 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ import jax
 import ml_collections
 from absl import logging
 
+from vkd_jax import hosts
 from vkd_jax.types import UserError
 
 UNBEGUN = {"config.json", "timing.json", "data"}  # what may be there before anything depends on the config
@@ -26,12 +31,23 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy",
 
 
 class Workdir:
-    """Opens a folder for one config; a folder of another config is refused, one of the same is continued."""
+    """Opens a folder for one config; a folder of another config is refused, one of the same is continued.
+
+    On how many devices a run goes on is another matter: `config.mesh` may differ.
+    """
 
     def __init__(self, path: str | Path, config: ml_collections.ConfigDict):
+        if "://" in str(path):
+            raise UserError(
+                f"--workdir={path} is no folder: mount the bucket (gcsfuse does), and pass the folder it is mounted at."
+            )
         self.path = Path(path)
         self.config = config
-        resolved = json.loads(config.to_json_best_effort())
+        self.timing: dict[str, float] = hosts.agree(self._claim)
+
+    def _claim(self) -> dict[str, float]:
+        """Makes the folder, or checks whose it is; the seconds of each stage so far."""
+        resolved = json.loads(self.config.to_json_best_effort())
         known, timing = self.path / "config.json", self.path / "timing.json"
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; pass a folder as --workdir.")
@@ -48,8 +64,12 @@ class Workdir:
                 )
             if difference:
                 timing.unlink(missing_ok=True)
-                self.write("config.json", resolved)
-        self.timing: dict[str, float] = json.loads(timing.read_text()) if timing.exists() else {}
+                write(known, _json(resolved))
+        return json.loads(timing.read_text()) if timing.exists() else {}
+
+    def has(self, name: str) -> bool:
+        """Whether a file or folder of that name is there."""
+        return hosts.agree((self.path / name).exists)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -62,21 +82,27 @@ class Workdir:
         finally:
             seconds = time.perf_counter() - start
             self.timing[name] = round(self.timing.get(name, 0.0) + seconds, 3)
-            with contextlib.suppress(OSError):  # a full disk is reported by the stage itself
-                self.write("timing.json", self.timing)
+            if hosts.first():
+                with contextlib.suppress(OSError):  # a full disk is reported by the stage itself
+                    write(self.path / "timing.json", _json(self.timing))
         logging.info("%s: %.1f s", name, seconds)
 
     def write(self, name: str, value: Any) -> Path:
         """Writes JSON beside and renames, so that a file is either whole or absent."""
-        return self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        return self._write(name, lambda: _json(value))
 
     def write_text(self, name: str, text: str) -> Path:
         """As `write`, for text."""
-        return write(self.path / name, text.encode())
+        return self._write(name, text.encode)
 
     def write_lines(self, name: str, records: Iterable[Mapping]) -> Path:
         """As `write`, for records, a line of JSON each."""
-        return self.write_text(name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        return self._write(name, lambda: "".join(lines).encode())
+
+    def _write(self, name: str, data: Callable[[], bytes]) -> Path:
+        hosts.agree(lambda: write(self.path / name, data()))
+        return self.path / name
 
     def read_lines(self, name: str) -> list[dict]:
         """The records of `write_lines`."""
@@ -97,6 +123,10 @@ class Workdir:
             "protocol": self.config.eval.protocol,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def write(path: Path, data: bytes) -> Path:
@@ -126,6 +156,8 @@ def disk_errors() -> Iterator[None]:
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    if path == "mesh":
+        return
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)

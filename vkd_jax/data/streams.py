@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 
 from vkd_jax.data.pictures import THREADS
@@ -26,8 +25,6 @@ class Stream:
     def __init__(self, encoded: EncodedSet, batch_size: int, *, seed: int, name: str):
         self._encoded, self._size = encoded, batch_size
         self._seed = [seed, zlib.crc32(name.encode())]
-        share = batch_size // jax.process_count()
-        self._mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
         if encoded.cut is None:
             self._buckets = [np.arange(len(encoded))]
         else:
@@ -36,13 +33,13 @@ class Stream:
         self._cycle = functools.lru_cache(maxsize=2)(self._draw)
 
     def rows(self, step: int) -> np.ndarray:
-        """The rows of the batch of `step`, all processes together: int [batch_size]."""
+        """The rows of the batch of `step`: int [batch_size]."""
         cycle, place = divmod(step, len(self._encoded))
         return self._cycle(cycle)[place]
 
     def __getitem__(self, step: int) -> Batch:
-        """This process's share of the batch of `step`."""
-        return self._encoded.batch(self.rows(step)[self._mine])
+        """The batch of `step`, whole: which of its rows a process needs is for the mesh to say."""
+        return self._encoded.batch(self.rows(step))
 
     def batches(self, first: int, last: int, put: Callable[[Batch], Any]) -> Iterator[Any]:
         """`put` of the batches of steps first to last - 1, made ahead of time by threads of their own."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import spatial
 
-from vkd_jax import losses, saliency
+from vkd_jax import hosts, losses, saliency
 from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import Batch, EncodedSet
 from vkd_jax.models.base import VisualTokens, bind
@@ -163,7 +163,7 @@ def reference_log_probs(context: Context, encoded: EncodedSet, batch_size: int =
         return losses.sequence_log_prob(logits, batch.targets, batch.target_mask)
 
     parts = [score(context.params, encoded.batch(rows)) for rows in padded_rows(len(encoded), batch_size)]
-    return np.concatenate([np.asarray(p) for p in parts])[: len(encoded)]
+    return np.concatenate([hosts.gather(p) for p in parts])[: len(encoded)]
 
 
 def teacher_taps(
@@ -250,7 +250,7 @@ def in_batches(function: Callable[[Any], Any], tree: Any, batch_size: int) -> An
     """`function` of a tree with a row each (arrays, `Pictures`), `batch_size` rows at a time; results in NumPy."""
     count = len(jax.tree.leaves(tree)[0])
     parts = [
-        jax.tree.map(np.asarray, function(jax.tree.map(lambda x, rows=rows: x[rows], tree)))
+        jax.tree.map(hosts.gather, function(jax.tree.map(lambda x, rows=rows: x[rows], tree)))
         for rows in padded_rows(count, batch_size)
     ]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)

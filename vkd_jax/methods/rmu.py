@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vkd_jax import losses
+from vkd_jax import hosts, losses
 from vkd_jax.methods import base
 from vkd_jax.methods.scope import Scope
 from vkd_jax.models.base import bind
@@ -121,5 +121,5 @@ def median_length(context: base.Context, layers: int, batch_size: int = 32) -> f
     found = []
     for rows in base.padded_rows(len(encoded), batch_size):
         batch, count = encoded.batch(rows), len(np.unique(rows))
-        found.append(np.asarray(lengths(context.params, batch))[:count][batch.mask[:count]])
+        found.append(hosts.gather(lengths(context.params, batch))[:count][batch.mask[:count]])
     return float(np.median(np.concatenate(found)))

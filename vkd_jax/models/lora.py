@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from qwix import QArray
 
+from vkd_jax import hosts
 from vkd_jax.models import quantize
 
 KERNELS = r"language_model/blocks/.+/kernel"
@@ -139,7 +140,7 @@ def product(x: jax.Array, weight: jax.Array | QArray | Lora) -> jax.Array:
 
 def delta(lora: Lora, layer: int | None) -> np.ndarray:
     """What an adapter adds to a kernel: float32 [d, f], of one layer where layers are stacked."""
-    a, b = (np.asarray(x) if layer is None else np.asarray(x)[layer] for x in (lora.a, lora.b))
+    a, b = (hosts.gather(x if layer is None else x[layer]) for x in (lora.a, lora.b))
     return a @ b * np.float32(lora.scale)
 
 

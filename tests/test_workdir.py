@@ -44,6 +44,25 @@ def test_another_config_is_refused_by_field(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_a_run_goes_on_on_other_devices(tmp_path):
+    made = config()
+    made.mesh = ml_collections.ConfigDict(dict(data=1, fsdp=4))
+    Workdir(tmp_path, made).write_text("answers/vanilla.jsonl", "")
+    made = made.copy_and_resolve_references()
+    made.mesh.fsdp = 1
+    Workdir(tmp_path, made)
+    made.train.steps = 4
+    with pytest.raises(UserError, match="train.steps"):
+        Workdir(tmp_path, made)
+
+
+def test_a_bucket_is_refused_and_no_folder_of_its_name_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--workdir=gs://mine/run is no folder"):
+        Workdir("gs://mine/run", config())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_that_made_nothing_yet_may_change_its_config(tmp_path):
     """Bad input is found after config.json is there; the corrected command must not be refused for that."""
     with pytest.raises(UserError), Workdir(tmp_path, config()).stage("data"):

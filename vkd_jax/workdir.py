@@ -39,7 +39,8 @@ class Workdir:
     def __init__(self, path: str | Path, config: ml_collections.ConfigDict):
         if "://" in str(path):
             raise UserError(
-                f"--workdir={path} is no folder: mount the bucket (gcsfuse does), and pass the folder it is mounted at."
+                f"--workdir={path} is no folder: pass one on a disk that all hosts see, such as an NFS share, and copy "
+                "it to the bucket afterwards."
             )
         self.path = Path(path)
         self.config = config

@@ -1,0 +1,113 @@
+"""hosts.py small PROCESS PORT FOLDER: what `vkd_jax.hosts` gives on two processes of two devices each, as JSON.
+hosts.py main FLAG ...: `vkd_jax.main` without TensorFlow, with the metrics on stdout, a line a step.
+
+With HOLD=N in the environment the second waits after step N of unlearning for a line on stdin.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def small(number: int, port: str, folder: Path) -> dict:
+    """What both processes see."""
+    import jax
+    import ml_collections
+    import numpy as np
+
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=number)
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from vkd_jax import hosts, sharding
+    from vkd_jax.types import UserError
+    from vkd_jax.workdir import Workdir
+
+    said = {"first": hosts.first(), "agreed": hosts.agree(lambda: {"process": number, "long": "x" * 3000})}
+
+    def fails(error):
+        raise error
+
+    for name, error in (("refused", UserError("no.")), ("broke", OSError(28, "full", "f")), ("odd", Odd(1, 2))):
+        try:
+            hosts.agree(lambda error=error: fails(error))
+        except Exception as raised:
+            said[name] = [type(raised).__name__, str(raised)]
+
+    made = []
+    items = ((made.append(i), i)[1] for i in range(5))
+    try:
+        hosts.agree(lambda: next(items) == 0 and fails(UserError("after one.")), meanwhile=items)
+    except UserError as raised:
+        said["meanwhile"] = [made, str(raised)]
+
+    def reads():
+        (folder / "one").mkdir(exist_ok=number > 0)  # process 1 would be the first to come without turns
+        return number
+
+    said["turn"] = hosts.in_turn(reads)
+    said["anywhere"] = [bool(hosts.anywhere(flag)) for flag in (False, number == 1, True)]
+
+    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=4)
+    whole = np.arange(24.0, dtype=np.float32).reshape(4, 6)
+    cut = jax.make_array_from_callback(whole.shape, NamedSharding(mesh, P("tensor")), whole.__getitem__)
+    rows = sharding.rows(mesh, {"x": whole})["x"]  # every device has all rows, as the mesh has no other axis
+    said["whole"] = [np.array_equal(hosts.gather(x), whole) for x in (cut, rows, whole)]
+    said["held"] = [len(x.addressable_shards[0].data) for x in (cut, rows)]
+    try:
+        sharding.make_mesh(data=2)
+    except UserError as raised:
+        said["mesh"] = str(raised)
+
+    config = ml_collections.ConfigDict({"seed": 0})
+    workdir = Workdir(folder / "run", config)
+    workdir.write("x.json", {"by": number})
+    said["written"] = json.loads((folder / "run/x.json").read_text())
+    said["has"] = [workdir.has("x.json"), workdir.has("y.json")]
+    try:
+        Workdir(folder / "run", ml_collections.ConfigDict({"seed": 1}))
+    except UserError as raised:
+        said["other"] = str(raised)
+    return said
+
+
+class Odd(Exception):
+    """One that cannot be sent."""
+
+    def __init__(self, one, two):
+        super().__init__(f"{one}{two}")
+
+
+def run(flags: list[str]) -> int:
+    """`main`, as its module runs it."""
+    import random_llava
+
+    random_llava.metrics_on_stdout()
+    module = sys.modules["vkd_jax.progress"]
+
+    class Progress(module.Progress):
+        """Says which stage its lines are of, and waits where it is told to."""
+
+        def __init__(self, folder: Path, **options):
+            super().__init__(folder, **options)
+            self._unlearns = folder.name == "train"
+            print(json.dumps({"stage": folder.name}), flush=True)
+
+        def write(self, step, scalars):
+            super().write(step, scalars)
+            if self._unlearns and step == int(os.environ.get("HOLD", 0)):
+                sys.stdin.readline()
+
+    module.Progress = Progress
+    from vkd_jax import main
+
+    main.define()
+    return main.main(main.parse(["main", *flags]))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "small":
+        print(json.dumps(small(int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))), flush=True)
+    else:
+        sys.exit(run(sys.argv[2:]))

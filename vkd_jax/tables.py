@@ -38,19 +38,20 @@ def keeping(found: Mapping[str, Any]) -> str:
     rows = found["rows"]
     columns = [name for name in SETS if any(name in row["sets"] for row in rows)]
     relearned = [name for name in RECOVERY if any(run["recovery"].get(name) for row in rows for run in row["runs"])]
-    numbers = [*(SETS[name] for name in columns), "KS ↓", *(RECOVERY[name] for name in relearned)]
+    compared = any(run["ks"] is not None for row in rows for run in row["runs"])  # with a model that never met them
+    numbers = [*(SETS[name] for name in columns), *["KS ↓"] * compared, *(RECOVERY[name] for name in relearned)]
     lines = [page.row(["method", "trains", *numbers, "keeps", "seconds", "MiB"])]
     lines += [page.row(["---", "---", *["---:"] * len(numbers), "---", "---:", "---:"])]
     before = rows[0]
     for row in rows:
         cells = [_share(row["sets"].get(name)) for name in columns]
-        ks = _mean([run["ks"] for run in row["runs"]], 2)
+        ks = [_mean([run["ks"] for run in row["runs"]], 2)] * compared
         back = [_mean([run["recovery"].get(name) for run in row["runs"]], 2) for name in relearned]
         seconds = _mean([run.get("seconds") for run in row["runs"]], 0)
         memory = _mean([run["bytes"] / 2**20 for run in row["runs"] if run.get("bytes")], 1)
         keeps = "–" if "method" not in row else "yes" if comparison.keeps(row, before) else "no"
-        lines.append(page.row([row["label"], row.get("train", "–"), *cells, ks, *back, keeps, seconds, memory]))
-    return "\n".join([*lines, "", _caption(found, columns)])
+        lines.append(page.row([row["label"], row.get("train", "–"), *cells, *ks, *back, keeps, seconds, memory]))
+    return "\n".join([*lines, "", _caption(found, columns, compared)])
 
 
 def attacks(found: Mapping[str, Any]) -> str:
@@ -149,21 +150,23 @@ def _fill(path: Path, check: bool) -> bool:
     return True
 
 
-def _caption(found: Mapping[str, Any], columns: Sequence[str]) -> str:
+def _caption(found: Mapping[str, Any], columns: Sequence[str], compared: bool) -> str:
     first = found["rows"][0]["sets"]
     counts = ", ".join(f"{SETS[name][:-2]} {first[name]['n']}" for name in columns if name in first)
     seeds = max(len(row["runs"]) for row in found["rows"])
     guessing = found["meta"]["chance"].get("forget", {}).get("vqa")
     return (
         f"Right answers in per cent by the protocol `{found['meta']['protocol']}`, with 95 % bootstrap intervals over "
-        f"questions and seeds ({seeds} seeds; questions: {counts})"
+        f"questions and seeds ({seeds} seed{'s' * (seeds > 1)}; questions: {counts})"
         + (f"; guessing about the people to forget gives {100 * guessing:.0f}" if guessing else "")
-        + ". KS: distance of the truth ratios from those of the retain-only model (Kolmogorov-Smirnov). Recovery: the "
-        "part of what was lost that came back when a fifth of it was taught again, to the visual weights or to all. "
+        + ". "
+        + "KS: distance of the truth ratios from those of the retain-only model (Kolmogorov-Smirnov). " * compared
+        + "Recovery: the part of what was lost that came back when a fifth of it was taught again, to the visual "
+        "weights or to all. "
         f"Keeps: at least {100 * comparison.KEEP:.0f} % of what the vanilla model gets right of retain and real VQA, "
         "and no less text QA than the interval of the vanilla model allows. Seconds: preparing and training, the mean "
         "over seeds. MiB: what a step holds, by the compiler's account. "
-        f"Commit {', '.join(found['meta']['commits'])}; `{found['meta']['command']}`"
+        f"Commit {', '.join(commit[:7] for commit in found['meta']['commits'])}; `{found['meta']['command']}`"
     )
 
 

@@ -19,7 +19,7 @@ from vkd_jax.types import Example, UserError
 
 NAMES = ("Anna Berg", "Otto Lindt", "Ulla Lopez")
 METHOD = methods.create("vkd", {})
-SMALL = dict(shares=(0.1, 0.5), steps=2, batch_size=4)
+SMALL = dict(shares=(0.1, 0.5), people=(), steps=2, batch_size=4)
 
 
 def example(number, picture, options=NAMES, question="Who is this person?"):
@@ -181,6 +181,30 @@ def test_only_what_was_not_trained_on_counts(subject, records):
             assert all((r["attacker"], r["share"]) == (attacker, share) for r in mine)
 
 
+def test_of_whole_people_all_is_taught_and_the_others_are_asked_about(subject, monkeypatch):
+    asked = []
+    monkeypatch.setattr(relearn.train, "fit", lambda **kwargs: asked.append(kwargs) or {})
+    records = create(shares=(), people=(0.4, 0.7), attackers=("visual",)).run(subject)
+    taught = [{e.person for e in a["prepared"].sets["image"].examples} for a in asked]
+    assert [len(people) for people in taught] == [1, 2] and taught[0] < taught[1] < set(NAMES)
+    for a, people, share in zip(asked, taught, (0.4, 0.7), strict=True):
+        assert len(a["prepared"].sets["image"]) == sum(e.person in people for e in subject.forgets)
+        variant = f"visual {100 * share:g} % of the people"
+        mine = [r for r in records if r["variant"].startswith(variant)]
+        for name, own in (("", False), (", other pictures", False), (", the share itself", True)):
+            found = {r["person"] for r in mine if r["variant"] == variant + name}
+            assert found == (people if own else set(NAMES) - people)
+        assert len(mine) == len(subject.answers) and all(r["people"] == share and "share" not in r for r in mine)
+    cells = create().summarise({"vanilla": records, "unlearned": records})
+    assert cells["visual 40 % of the people"]["unlearned"]["people"] == 0.4
+
+
+def test_one_person_has_no_others(subject):
+    alone = [e for e in subject.forgets if e.person == NAMES[0]]
+    found = create(shares=(), people=(0.5,)).run(dataclasses.replace(subject, forgets=alone))
+    assert {r["variant"] for r in found} == {"before", "before, other pictures"}
+
+
 def test_before_any_attack_the_answers_are_those_of_the_evaluation(subject, records):
     before = [r for r in records if r["variant"].startswith("before")]
     assert [(r["variant"], r["id"], r["prediction"]) for r in before] == [
@@ -277,6 +301,7 @@ def test_without_a_vanilla_model_there_is_no_recovery(records):
             "attacks.relearn.attackers: 'head' is none; give some of all, visual, lora",
         ),
         (dict(shares=(0.1, 1.0)), "attacks.relearn.shares: 1.0 is no share"),
+        (dict(people=(2,)), "attacks.relearn.people: 2 is no share"),
         (dict(shares=(0,)), "attacks.relearn.shares: 0 is no share"),
         (dict(steps=0), "attacks.relearn: give at least one of steps"),
         (dict(learning_rate=0.0), "attacks.relearn: .*learning_rate above 0"),

@@ -44,7 +44,7 @@ def relearning(found: Mapping[str, Any]) -> bytes:
     curves: dict[str, dict[str, dict[float, Mapping]]] = {}
     for row in found["rows"]:
         for cell in row["attacks"].get("relearn", {}).values():
-            if cell.get("set") == "forget" and "attacker" in cell:
+            if cell.get("set") == "forget" and "share" in cell:
                 curves.setdefault(cell["attacker"], {}).setdefault(row["label"], {})[cell["share"]] = cell
     if not curves:
         return b""

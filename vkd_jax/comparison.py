@@ -182,7 +182,9 @@ def _attacked(paths: Sequence[Path], attack: str, model: str) -> dict[str, dict]
         else:
             figures_ = [report.results_of(path)["attacks"][attack]["summary"][variant][model]["mean"] for path in paths]
             found[variant] = {"mean": float(np.mean(figures_)), "seeds": len(paths)}
-        found[variant] |= {key: cells[model][key] for key in ("attacker", "share", "set") if key in cells[model]}
+        found[variant] |= {
+            key: cells[model][key] for key in ("attacker", "share", "people", "set") if key in cells[model]
+        }
     return found
 
 

@@ -141,7 +141,7 @@ def relearning_curves(summary: Mapping[str, Mapping[str, Mapping]]) -> bytes:
         b"" where nothing was taught again.
     """
     cells = [(model, cell) for by_model in summary.values() for model, cell in by_model.items()]
-    cells = [(model, cell) for model, cell in cells if cell.get("set") == "forget" and "attacker" in cell]
+    cells = [(model, cell) for model, cell in cells if cell.get("set") == "forget" and "share" in cell]
     attackers = list(dict.fromkeys(cell["attacker"] for _, cell in cells))
     if not attackers:
         return b""

@@ -319,7 +319,7 @@ def _relearned(results: Mapping) -> str:
     """What a fifth of the questions brings back, or the share next to it, to the attacker who gets most; "" without."""
     summary = results.get("attacks", {}).get("relearn", {}).get("summary", {})
     tried = [cells for cells in summary.values() if cells.get("unlearned", {}).get("set") == "forget"]
-    tried = [cells for cells in tried if "attacker" in cells["unlearned"]]
+    tried = [cells for cells in tried if "share" in cells["unlearned"]]
     if not tried:
         return ""
     cells = min(tried, key=lambda cells: (abs(cells["unlearned"]["share"] - 0.2), -cells["unlearned"]["mean"]))

@@ -2,10 +2,11 @@
 
     recovery = (A_after - A_before) / (A_vanilla - A_before)
 
-over the forget questions that the attacker did *not* train on. A_before and A_after are the shares that the attacked
-model answers right before and after the attack, A_vanilla that of the model before it unlearned anything. 0 says that
-nothing came back beyond what was trained on, 1 that all did. What a model learns anew is in it, too: the same attack on
-a model that never met the people shows how much that is.
+over the forget questions that the attacker did *not* train on: the other questions, which are about the same people, or
+those about the other people, where whole people were taught again. A_before and A_after are the shares that the
+attacked model answers right before and after the attack, A_vanilla that of the model before it unlearned anything. 0
+says that nothing came back beyond what was trained on, 1 that all did. What a model learns anew is in it, too: the same
+attack on a model that never met the people shows how much that is.
 
 A share holds the first of the questions in one random order, so that a larger share contains the smaller. All attacks
 have one budget: the same steps of the same number of rows at the same rate, with a fresh Adam.
@@ -45,6 +46,7 @@ class Relearn:
 
     attackers: tuple[str, ...] = ("visual", "all")  # what each of them trains, as a method's `train`
     shares: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)  # of the forget questions with a picture
+    people: tuple[float, ...] = (0.5,)  # of the people: all questions about them are taught, those about others asked
     steps: int = 25
     batch_size: int = 16
     learning_rate: float = 3e-4
@@ -52,9 +54,9 @@ class Relearn:
     TITLE: ClassVar[str] = "Relearning: what comes back when some of it is taught again"
     ABOUT: ClassVar[str] = (
         "An attacker trains the model, the visual weights alone or all weights, on a share of the questions about the "
-        "people to forget, and it is then asked the *other* questions. Recovery is the part of what was lost that came "
-        "back; read it beside that of a model that never met them, given the same attack, since what it learns anew is "
-        "in both."
+        "people to forget, or on all questions about some of these people. It is then asked the *other* questions, "
+        "or those about the *other* people. Recovery is the part of what was lost that came back; read it beside that "
+        "of a model that never met them, given the same attack, since what it learns anew is in both."
     )
     UNIT: ClassVar[str] = "right answers"
 
@@ -72,9 +74,10 @@ class Relearn:
                     "attacks.relearn.attackers: all weights cannot train where config.model.quantize holds the "
                     'language model; give ("visual",) or ("visual", "lora"), or leave model.quantize empty.'
                 )
-        for share in self.shares:
-            if not 0 < share < 1:
-                raise UserError(f"attacks.relearn.shares: {share!r} is no share; give numbers between 0 and 1.")
+        for name in ("shares", "people"):
+            for share in getattr(self, name):
+                if not 0 < share < 1:
+                    raise UserError(f"attacks.relearn.{name}: {share!r} is no share; give numbers between 0 and 1.")
         if self.steps < 1 or not self.learning_rate > 0:
             raise UserError("attacks.relearn: give at least one of steps, and a learning_rate above 0.")
         try:
@@ -88,23 +91,31 @@ class Relearn:
         records = [base.kept(base.named(BEFORE, r["set"]), r) for r in subject.unattacked(sets)]
         model = dataclasses.replace(subject.model, params=base.merged(subject.model.params))
         encoded = model.encode(subject.forgets)
+        people = sorted({e.person for e in subject.forgets if e.person})
+        tries = [("share", share) for share in self.shares]
+        tries += [("people", share) for share in self.people if len(people) > 1]
         for attacker in self.attackers:
-            for share in self.shares:
-                rows = self.rows(share, len(encoded), subject.seed)
+            for unit, share in tries:
+                if unit == "share":
+                    taught, rows = set(), self.rows(share, len(encoded), subject.seed)
+                else:
+                    taught = {people[i] for i in self.rows(share, len(people), subject.seed)}
+                    rows = np.array([i for i, e in enumerate(subject.forgets) if e.person in taught])
                 after = subject.ask_sets(self.attacked(model, attacker, rows_of(encoded, rows), subject.seed), sets)
                 known = {(subject.forgets[i].image_id, subject.forgets[i].question) for i in rows}
-                variant = f"{attacker} {100 * share:g} %"
+                variant = f"{attacker} {100 * share:g} %" + " of the people" * (unit == "people")
                 for record in after:
                     name = record["set"]
-                    if name == "forget" and (record["image_id"], record["question"]) in known:
+                    had = name == "forget" and (record["image_id"], record["question"]) in known
+                    if had or record["person"] in taught:
                         name = TRAINED_ON
-                    records.append(base.kept(base.named(variant, name), record, attacker=attacker, share=share))
+                    records.append(base.kept(base.named(variant, name), record, attacker=attacker, **{unit: share}))
                 mine = [r["correct"] for r in records if r["variant"] == variant]
                 logging.info("%s, relearning %s: %.3f of %d", subject.name, variant, np.mean(mine or [0]), len(mine))
         return records
 
     def rows(self, share: float, count: int, seed: int) -> np.ndarray:
-        """Which of `count` questions the attacker has, at least one: of two shares the larger contains the smaller."""
+        """Which of `count` questions, or people, the attacker has, at least one: larger shares contain the smaller."""
         return np.sort(rng(seed, "relearn").permutation(count)[: max(1, round(share * count))])
 
     def attacked(self, model: Loaded, attacker: str, encoded: EncodedSet, seed: int) -> Loaded:
@@ -161,7 +172,7 @@ class Relearn:
                     for name in (model, "vanilla")
                 )
                 cell = summary[variant][model]
-                cell |= {key: mine[0][key] for key in ("attacker", "share", "set")}
+                cell |= {key: mine[0][key] for key in ("attacker", "share", "people", "set") if key in mine[0]}
                 cell |= {"before": before, "recovery": recovery(cell["mean"], before, vanilla)}
         for variant in [name for name in summary if name.endswith(TRAINED_ON)]:
             shares = summary.pop(variant)

@@ -191,7 +191,8 @@ def test_of_whole_people_all_is_taught_and_the_others_are_asked_about(subject, m
         assert len(a["prepared"].sets["image"]) == sum(e.person in people for e in subject.forgets)
         variant = f"visual {100 * share:g} % of the people"
         mine = [r for r in records if r["variant"].startswith(variant)]
-        for name, own in (("", False), (", other pictures", False), (", the share itself", True)):
+        names = {"": False, ", other pictures": False, ", the share itself": True, f", {relearn.TAUGHT}": True}
+        for name, own in names.items():
             found = {r["person"] for r in mine if r["variant"] == variant + name}
             assert found == (people if own else set(NAMES) - people)
         assert len(mine) == len(subject.answers) and all(r["people"] == share and "share" not in r for r in mine)

@@ -405,8 +405,9 @@ def test_whenever_the_signal_comes_the_step_that_is_named_is_on_disk(toy, tmp_pa
 
     class Signal(train._Sigterm):
         def __enter__(self):
-            super().__enter__()
-            return Late()
+            heard = super().__enter__()
+            self._event = Late()
+            return heard
 
     monkeypatch.setattr(train, "_Sigterm", Signal)
     with pytest.raises(train.Stopped) as stopped:

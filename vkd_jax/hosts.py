@@ -17,6 +17,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vkd_jax.types import UserError
+
 T = TypeVar("T")
 
 
@@ -34,7 +36,7 @@ def agree(work: Callable[[], T], meanwhile: Iterator[Any] | None = None) -> T:
         work: of one process; what it gives is sent to all, and must be small. None of them may wait for others in it,
             but by `meanwhile`.
         meanwhile: an iterator over what `work` takes that all must make together. It is used up in every process, also
-            if the work breaks off, since the others would wait for the rest.
+            if the work breaks off, since the others would wait for the rest; it must not raise itself.
     """
     if jax.process_count() == 1:
         return work()
@@ -57,7 +59,15 @@ def in_turn(work: Callable[[], T]) -> T:
         return work()
     found = []
     agree(lambda: found.append(work()))
-    return found[0] if first() else work()
+    error = None
+    if not first():
+        try:
+            found.append(work())
+        except Exception as raised:  # of a disk of its own: the others must not wait for this one
+            error = raised
+    if bool(anywhere(error is not None)):
+        raise error or UserError("another host could not read its data: see the log there.")
+    return found[0]
 
 
 def gather(x: Any) -> np.ndarray:

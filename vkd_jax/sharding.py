@@ -15,10 +15,21 @@ AXES = ("data", "fsdp", "tensor")
 Rules = Sequence[tuple[str, P]]  # anchored pattern over paths -> spec
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A (data, fsdp, tensor) mesh over the first data * fsdp * tensor devices; one of them may be -1, "the rest"."""
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over the first data * fsdp * tensor devices; one of them may be -1, "the rest".
+
+    Args:
+        data: copies of the model.
+        fsdp: parts of each weight, which are gathered where it is used; rows of a batch lie over both.
+        tensor: parts of each weight that compute apart.
+        devices: None for those of this run.
+
+    Raises:
+        UserError: there are not so many devices.
+    """
     shape = [data, fsdp, tensor]
-    count = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     if shape.count(-1) == 1:
         shape[shape.index(-1)] = max(count // -int(np.prod(shape)), 1)
     wanted = int(np.prod(shape))
@@ -29,7 +40,10 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"config.mesh asks for {shape} = {wanted} devices of {count}: with several hosts it must take all; one of "
             "its fields may be -1, for the rest."
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:wanted])
+    try:
+        return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted])
+    except NotImplementedError as error:  # JAX cuts the axes of the chips' torus apart on some kinds of chips alone
+        raise UserError(f"config.mesh: {shape} cannot be laid over these chips; try other sizes.") from error
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

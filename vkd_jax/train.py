@@ -203,7 +203,7 @@ def fit(
                     speed = {
                         "data_wait_share": waiting / seconds,
                         "examples_per_second": sum(sizes.values()) * (step - first) / seconds,
-                        "step_bytes": _bytes(step_fn.lower(state, *inputs).compile()),
+                        "step_bytes": step_bytes(step_fn.lower(state, *inputs).compile()),
                     }
                     progress.write(step, {k: float(v) for k, v in metrics.items()} | speed)
                 stopping = stop()  # asked once: a signal between two askings would stop without a save
@@ -214,18 +214,17 @@ def fit(
                 if stopping:
                     checkpoints.wait()
                     raise Stopped(step, saved=folder is not None)
-        checkpoints.wait()
+            checkpoints.wait()
+            if stop(now=True):  # heard too late for a step
+                raise Stopped(steps, saved=folder is not None)
     finally:
         checkpoints.close()
         progress.close()
     return state.params
 
 
-def _bytes(step: jax.stages.Compiled) -> int:
-    """What a device holds while it computes a step: weights, optimizer, batches, and all that is in between.
-
-    The step was compiled before, and JAX remembers it.
-    """
+def step_bytes(step: jax.stages.Compiled) -> int:
+    """What a device holds while it computes a step: weights, optimizer, batches, and all that is in between."""
     memory = step.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return held + memory.temp_size_in_bytes
@@ -242,19 +241,25 @@ class _Nothing:
 
 def _init(tx: optax.GradientTransformation, trainable: Params, mesh: jax.sharding.Mesh) -> TrainState:
     """A fresh state, born sharded: moments lie where their weights lie, counters everywhere."""
-    everywhere = sharding.replicated(mesh)
-    shardings = optax.tree.map_params(
-        tx,
-        lambda _, s: s,
-        jax.eval_shape(tx.init, trainable),
-        {path: value.sharding for path, value in trainable.items()},
-        transform_non_params=lambda _: everywhere,
-    )
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(tx, trainable, mesh).opt_state)
     return TrainState(
         params=trainable,
         opt_state=jax.jit(tx.init, out_shardings=shardings)(trainable),
-        step=jax.device_put(jnp.int32(0), everywhere),
+        step=jax.device_put(jnp.int32(0), sharding.replicated(mesh)),
     )
+
+
+def abstract_state(tx: optax.GradientTransformation, trainable: Params, mesh: jax.sharding.Mesh) -> TrainState:
+    """The shapes of a fresh state, and where they lie; of the trainable weights no more than that is needed."""
+    everywhere = sharding.replicated(mesh)
+    opt_state = optax.tree.map_params(
+        tx,
+        lambda x, weight: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=weight.sharding),
+        jax.eval_shape(tx.init, trainable),
+        trainable,
+        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+    )
+    return TrainState(trainable, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere))
 
 
 def batch_size(config: ml_collections.ConfigDict, name: str, mesh: jax.sharding.Mesh) -> int:
@@ -307,18 +312,19 @@ class _Sigterm:
     would take SIGTERM from the rest of the program, too, and answers only once, be it Orbax or us who asked.)
     """
 
-    def __enter__(self) -> Callable[[], bool]:
+    def __enter__(self) -> Callable[..., bool]:
         self._event, self._asked = threading.Event(), None
         self._main = threading.current_thread() is threading.main_thread()
         if self._main:
             self._previous = signal.signal(signal.SIGTERM, lambda *_: self._event.set())
         return self._heard
 
-    def _heard(self) -> bool:
-        """Whether to stop after this step."""
+    def _heard(self, now: bool = False) -> bool:
+        """Whether to stop after this step; `now` waits for what the others say, at the end."""
         if jax.process_count() == 1:
             return self._event.is_set()
-        asked, self._asked = self._asked, hosts.anywhere(self._event.is_set())
+        before, self._asked = self._asked, hosts.anywhere(self._event.is_set())
+        asked = self._asked if now else before
         return asked is not None and bool(asked)
 
     def __exit__(self, *_) -> None:

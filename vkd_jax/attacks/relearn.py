@@ -38,6 +38,7 @@ from vkd_jax.types import UserError
 
 BEFORE = "before"
 TRAINED_ON = "the share itself"
+TAUGHT = "other pictures of those taught"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +100,17 @@ class Relearn:
                 if unit == "share":
                     taught, rows = set(), self.rows(share, len(encoded), subject.seed)
                 else:
-                    taught = {people[i] for i in self.rows(share, len(people), subject.seed)}
+                    taught = {people[i] for i in self.rows(share, len(people), subject.seed)[: len(people) - 1]}
                     rows = np.array([i for i, e in enumerate(subject.forgets) if e.person in taught])
                 after = subject.ask_sets(self.attacked(model, attacker, rows_of(encoded, rows), subject.seed), sets)
                 known = {(subject.forgets[i].image_id, subject.forgets[i].question) for i in rows}
                 variant = f"{attacker} {100 * share:g} %" + " of the people" * (unit == "people")
                 for record in after:
                     name = record["set"]
-                    had = name == "forget" and (record["image_id"], record["question"]) in known
-                    if had or record["person"] in taught:
+                    if name == "forget" and (record["image_id"], record["question"]) in known:
                         name = TRAINED_ON
+                    elif record["person"] in taught:
+                        name = TAUGHT
                     records.append(base.kept(base.named(variant, name), record, attacker=attacker, **{unit: share}))
                 mine = [r["correct"] for r in records if r["variant"] == variant]
                 logging.info("%s, relearning %s: %.3f of %d", subject.name, variant, np.mean(mine or [0]), len(mine))

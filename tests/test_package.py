@@ -17,7 +17,7 @@ PACKAGE = ROOT / "vkd_jax"
 # Imports point from right to left; the modules of one place may import each other.
 ORDER = [
     {"types"},
-    {"registry", "hosts"},
+    {"registry", "hosts", "hlo"},
     {"hub"},
     {"data"},
     {"models"},
@@ -33,7 +33,7 @@ ORDER = [
     {"metrics"},
     {"answerer"},
     {"evaluate"},
-    {"loaded"},
+    {"loaded", "blueprint", "arithmetic"},
     {"attacks"},
     {"workdir"},
     {"figures", "page"},
@@ -43,7 +43,7 @@ ORDER = [
     {"charts", "tables"},
     {"pipeline"},
     {"ask", "main"},
-    {"compare"},
+    {"compare", "plan"},
 ]
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
 

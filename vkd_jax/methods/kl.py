@@ -37,7 +37,11 @@ class KL(Scope):
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """The vanilla model teaches on the retain stream."""
-        return base.Prepared(sets=context.sets, teacher={"retain": _teach} if self.weight_kl else {})
+        return base.Prepared(sets=context.sets, teacher=self.teachers())
+
+    def teachers(self) -> Mapping[str, base.TeacherFn]:
+        """The vanilla model's logits of the retain batch."""
+        return {"retain": _teach} if self.weight_kl else {}
 
     def losses(self) -> Mapping[str, base.LossFn]:
         """One stream ascends, the other stays where it was."""

@@ -16,6 +16,7 @@ Reference: Zhang et al., "Negative Preference Optimization: From Catastrophic Co
 import dataclasses
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 
 from vkd_jax import losses
@@ -41,6 +42,10 @@ class NPO(Scope):
         reference = base.reference_log_probs(context, forget)
         forget = dataclasses.replace(forget, per_example={"reference": reference})
         return base.Prepared(sets={**context.sets, "forget": forget})
+
+    def cached(self, stream, rows, taps, model_config) -> dict[str, jax.ShapeDtypeStruct]:
+        """The reference, for each row of the forget set."""
+        return {"reference": jax.ShapeDtypeStruct((rows,), jnp.float32)} if stream == "forget" else {}
 
     def losses(self) -> Mapping[str, base.LossFn]:
         """One stream forgets, the other descends."""

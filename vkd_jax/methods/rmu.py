@@ -85,8 +85,26 @@ class RMU(Scope):
         return base.Prepared(
             sets={**context.sets, "forget": forget},
             mask={path: moves(path) for path in self.trainable(context.params, context.model_config)},
-            teacher={"retain": self._teach},
+            teacher=self.teachers(),
         )
+
+    def teachers(self) -> Mapping[str, base.TeacherFn]:
+        """The vanilla model's hidden states of the retain batch."""
+        return {"retain": self._teach}
+
+    def mask_shape(self, path, shape, model_config) -> tuple[int, ...]:
+        """One value a layer of the language model, one for any other weight."""
+        del model_config
+        return (shape[0], *[1] * (len(shape) - 1)) if path.startswith("language_model/blocks/") else ()
+
+    def depth(self, model_config) -> tuple[int, bool]:
+        """The blocks up to the hidden states."""
+        return self.layers(model_config), False
+
+    def cached(self, stream, rows, taps, model_config) -> dict[str, jax.ShapeDtypeStruct]:
+        """The direction, for each row of the forget set."""
+        target = jax.ShapeDtypeStruct((rows, model_config.text.width), jnp.float32)
+        return {"target": target} if stream == "forget" else {}
 
     def losses(self) -> Mapping[str, base.LossFn]:
         """One stream is led astray, the other stays where it was."""

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
+
+import jax
 
 from vkd_jax.models import lora
 from vkd_jax.types import UserError
@@ -36,6 +38,33 @@ class Scope:
     def trainable(self, paths: Iterable[str], model_config: Any) -> list[str]:
         """The paths of the weights that train."""
         return trainable_paths(paths, model_config, self.train, self.blocks)
+
+    def teachers(self) -> Mapping[str, Any]:
+        """`Prepared.teacher` of what `prepare` returns: {} for a method without."""
+        return {}
+
+    def mask_shape(self, path: str, shape: tuple[int, ...], model_config: Any) -> tuple[int, ...]:
+        """The shape of the mask of a weight, for the planner."""
+        del path, model_config
+        return shape
+
+    def depth(self, model_config: Any) -> tuple[int, bool]:
+        """How many blocks of the language model run, and whether its head does, for the planner."""
+        return model_config.text.layers, True
+
+    def cached(
+        self, stream: str, rows: int, taps: Mapping[str, Any], model_config: Any
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of what `prepare` caches for a batch, for the planner: {} for a method that caches nothing.
+
+        Args:
+            stream: of the batch.
+            rows: of the batch.
+            taps: shapes of the taps of its pictures.
+            model_config: of the family.
+        """
+        del stream, rows, taps, model_config
+        return {}
 
 
 def trainable_paths(paths: Iterable[str], model_config: Any, scope: str, blocks: int) -> list[str]:

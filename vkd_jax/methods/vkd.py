@@ -103,6 +103,21 @@ class VKD(Scope):
         mask = None if self.mask_scope == "none" else self._mask(context)
         return base.Prepared(sets={"forget": forget, "retain": retain}, mask=mask)
 
+    def cached(self, stream, rows, taps, model_config) -> dict[str, jax.ShapeDtypeStruct]:
+        """Targets and scales of each tap, and NPO's reference."""
+        shapes, forgets = {}, stream == "forget"
+        if not forgets or self.target != "none":
+            for tap in self.taps:
+                if tap not in taps:
+                    raise UserError(f"method.taps: the model has no {tap}; it has {', '.join(taps)}.")
+                values = taps[tap].values
+                dtype = jnp.float32 if forgets and self.target == "anchor" else values.dtype
+                shapes[f"target/{tap}"] = jax.ShapeDtypeStruct(values.shape, dtype)
+                shapes[f"scale/{tap}"] = jax.ShapeDtypeStruct((rows,), jnp.float32)
+        if forgets and self.forget == "npo":
+            shapes["reference"] = jax.ShapeDtypeStruct((rows,), jnp.float32)
+        return shapes
+
     def losses(self) -> Mapping[str, base.LossFn]:
         """The two halves of the objective; their gradients are taken apart, so that a mask can cover one."""
         return {"forget": self._forget_loss, "retain": self._retain_loss}

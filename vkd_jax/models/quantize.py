@@ -113,6 +113,14 @@ def _quantize(array, axis, bits, size, sharding):
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _fitting(sharding, x.shape)), out)
 
 
+def shape(path: str, array: jax.ShapeDtypeStruct, how: Quantization) -> jax.ShapeDtypeStruct | QArray:
+    """The shapes of `quantized`, and where they lie, of the shape of a parameter that has a sharding."""
+    out = jax.eval_shape(lambda x: quantized(path, x, how), jax.ShapeDtypeStruct(array.shape, array.dtype))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_fitting(array.sharding, x.shape)), out
+    )
+
+
 def rounded(path: str, array: jax.Array | QArray, how: Quantization) -> jax.Array | QArray:
     """The parameter with the values it has once all weight matrices of the model are quantised, of its own type.
 

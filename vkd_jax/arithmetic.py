@@ -1,0 +1,155 @@
+"""Floating-point operations of a step: by parts, from the sizes of the model; and as JAX traced it, in one number.
+
+A product [m, k] [k, n] is 2 m k n, whatever it is computed in. Matrix products alone are counted; the rest is less than
+a hundredth. Of each part, with F its forward pass, A the attention and M the products with weights in it (F = M + A):
+
+    forward              F
+    backward             M + 2 A, for the gradient of its input, if any weight before it or in it trains
+    weights              M of those products whose weight trains
+    recomputed           F but for the last product of the MLP, if the part is rematerialised and has a backward pass
+
+So a frozen language model between trained pictures and the loss costs 2 F and not 3: the gradient passes through it.
+
+Reference: Kaplan et al., "Scaling Laws for Neural Language Models", arXiv 2001.08361, appendix B; attention is
+counted in full, causal or not, since that is what is computed.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+
+KERNEL = r".*/kernel(/lora_[ab])?|.*/patch_embedding"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a row of a batch consists of."""
+
+    patches: int  # slots of patches that go through the vision tower, class token included
+    image_tokens: int  # that the projector makes
+    tokens: int  # of the row
+    answers: int  # positions with logits
+
+
+@dataclasses.dataclass
+class Part:
+    """FLOPs of a row."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    weights: float = 0.0
+    recomputed: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All that is computed."""
+        return self.forward + self.backward + self.weights + self.recomputed
+
+    def __add__(self, other: "Part") -> "Part":
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Part(*(a + b for a, b in pairs))
+
+
+def row(
+    config: Any,
+    shapes: Mapping[str, Any],
+    trainable: Collection[str],
+    sizes: Sizes,
+    depth: tuple[int, bool] | None = None,
+) -> dict[str, Part]:
+    """FLOPs of a row by part: vision_tower, projector, language_model, head.
+
+    Args:
+        config: of the model.
+        shapes: of all its parameters, those of adapters among them.
+        trainable: paths of what trains.
+        sizes: of the row.
+        depth: how many blocks of the language model run, and whether its head does; None for all.
+    """
+    vision, text = config.vision, config.text
+    blocks, logits = depth or (text.layers, True)
+    trainable = set(trainable)
+    heads = text.heads * text.head_width
+    chain = [("vision_tower", r"vision_tower/[^/]+(/(scale|bias))?", sizes.patches, 0, False, "")]
+    chain += [
+        ("vision_tower", rf"vision_tower/blocks/{i}/.*", sizes.patches, vision.width, config.remat, "mlp/(?:fc2|down)")
+        for i in range(config.used_blocks)
+    ]
+    chain += [
+        ("projector", r"projector/.*", sizes.image_tokens, 0, False, ""),
+        ("language_model", r"language_model/blocks/.*", sizes.tokens, heads * blocks, config.remat, "mlp/down"),
+    ]
+    if logits:
+        chain.append(("head", r"language_model/(norm|head)/.*", sizes.answers, 0, False, ""))
+    parts: dict[str, Part] = {}
+    before = False
+    for name, pattern, tokens, width, remat, last in chain:
+        paths = [path for path in shapes if re.fullmatch(pattern, path) and "post_norm" not in path]
+        products = {path: _product(path, shapes[path], tokens, config) for path in paths if re.fullmatch(KERNEL, path)}
+        if name == "vision_tower" and not width:  # patches alone are multiplied, not the class token
+            products = {path: flops / tokens * _patches(vision, tokens) for path, flops in products.items()}
+        if name == "language_model":  # one stack of all blocks
+            products = {path: flops * blocks / text.layers for path, flops in products.items()}
+        if name == "head" and text.tie_embeddings:
+            table = "language_model/embed/embedding"
+            products[table] = 2.0 * tokens * math.prod(shapes[table].shape)
+        m, a = sum(products.values()), 4.0 * tokens * tokens * width
+        trains = [path for path in (*paths, *products) if path in trainable]
+        # The input of a part whose first operation is a product has no gradient if that alone trains.
+        first = {path for path in products if _leads(path, paths)}
+        part = Part(forward=m + a)
+        if before or trains:
+            lost = 0.0 if before else sum(products[path] for path in first)
+            part.backward = m - lost + 2 * a
+            part.weights = sum(flops for path, flops in products.items() if path in trainable)
+            if remat:
+                ends = re.compile(rf"{last}/kernel(/lora_b)?$") if last else None  # whose value nobody needs again
+                part.recomputed = m + a - sum(f for path, f in products.items() if ends and ends.search(path))
+        before = before or bool(trains) or (name == "projector" and "language_model/embed/embedding" in trainable)
+        parts[name] = parts.get(name, Part()) + part
+    return parts
+
+
+def _patches(vision: Any, tokens: int) -> int:
+    return getattr(vision, "patches", tokens)
+
+
+def _leads(path: str, paths: Collection[str]) -> bool:
+    """Whether a product takes the input of its part as it is: the patches, and a projector without a norm."""
+    if path.startswith("projector/"):
+        return path == "projector/fc1/kernel" and not any(p.startswith("projector/norm") for p in paths)
+    return path.endswith("patch_embedding")
+
+
+def _product(path: str, x: Any, tokens: int, config: Any) -> float:
+    """FLOPs of the product with one weight."""
+    size = math.prod(x.shape)
+    if path.endswith("patch_embedding"):
+        size //= getattr(config.vision, "frames", 1)  # the kernels of a still picture's frames are added first
+    return 2.0 * tokens * size
+
+
+def traced(function: Any, *inputs: Any) -> float:
+    """FLOPs of all matrix products in a function as JAX traces it, the bodies of scans as often as they run."""
+    return _count(jax.make_jaxpr(function)(*inputs).jaxpr)
+
+
+def _count(jaxpr: Any) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+            continue
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        inner = [x for value in equation.params.values() for x in (value if isinstance(value, tuple) else (value,))]
+        for x in inner:
+            x = getattr(x, "jaxpr", x)
+            if hasattr(x, "eqns"):
+                total += times * _count(x)
+    return total

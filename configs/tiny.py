@@ -25,15 +25,15 @@ OTHERS = 2  # the seed of sixty more people: to tune on, since nothing is report
 
 # What the methods need here beside their published hyperparameters: the best of SEARCH.
 SETTINGS = {
-    "vkd": "method.augment_retain=2",
+    "vkd": "method.augment_retain=2 train.learning_rate=2e-3",
     "grad_ascent": "train.steps=40 train.learning_rate=1e-4",
-    "grad_diff": "train.steps=100 train.learning_rate=3e-4",
-    "kl": "train.steps=100 train.learning_rate=3e-4",
-    "npo": "train.steps=100 train.learning_rate=3e-4",
-    "idk": "train.steps=100 train.learning_rate=3e-4",
-    "rmu": "train.steps=100 train.learning_rate=3e-4",
-    "mmunlearner": "train.steps=100 train.learning_rate=3e-4",
-    "manu": "",
+    "grad_diff": "train.steps=100 train.learning_rate=1e-4 method.weight_retain=4.0",
+    "kl": "train.steps=100 train.learning_rate=1e-4 method.weight_kl=4.0",
+    "npo": "train.steps=100 train.learning_rate=1e-4 method.weight_retain=4.0",
+    "idk": "train.steps=100 train.learning_rate=3e-4 method.weight_retain=1.0",
+    "rmu": "train.steps=100 train.learning_rate=1e-4 method.alpha=10.0",
+    "mmunlearner": "train.steps=100 train.learning_rate=1e-4 method.weight_retain=1.0",
+    "manu": "method.share=0.1",
 }
 
 

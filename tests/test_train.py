@@ -316,7 +316,7 @@ def test_the_step_is_compiled_once_for_all_fits_that_are_alike(toy, tmp_path, co
         dict(steps=6),
         dict(learning_rate=0.1),
     ],
-    ids=str,
+    ids=", ".join,
 )
 def test_fits_that_are_not_alike_do_not_share_a_step(toy, tmp_path, uninterrupted, change):
     """What another fit compiled changes no bit of what comes after it."""

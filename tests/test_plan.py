@@ -201,22 +201,43 @@ def test_topologies_that_do_not_exist(topology):
 # ---- As a program ----
 
 
-def test_as_a_program(tiny_folder, tmp_path):
+@pytest.fixture
+def run(tmp_path):
+    """What the planner found, and what it printed."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install '.[tpu]'")
+
+    def run(*flags):
+        done = subprocess.run(
+            [sys.executable, "-m", "vkd_jax.plan", *flags, "--json=found.json"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads((tmp_path / "found.json").read_text()), done.stdout
+
+    return run
+
+
+def test_as_a_program(run, tiny_folder):
     """The TPU compiler's figures of a tiny step, on the page and in the file."""
-    pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install libtpu")
     flags = [f"--config={ROOT}/configs/tiny.py", f"--config.model.path={tiny_folder}", "--topology=v5e:1x1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "vkd_jax.plan", *flags, "--text_tokens=12", "--answer_tokens=5", "--json=found.json"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "found.json").read_text())
+    found, page = run(*flags, "--text_tokens=12", "--answer_tokens=5")
     own, usual = found["steps"]["vkd"], found["steps"]["grad_diff, all weights"]
     for step in (own, usual):
         assert step["fits"] and step["compiler"]["total"] > step["compiler"]["arguments"] > 0
         assert step["compiler"]["collectives"] == {}  # of one chip
     assert own["flops_total"] < usual["flops_total"]
-    assert "total by the compiler" in done.stdout and "v5e:1x1: 1 chips of 16 GiB" in done.stdout
+    assert "total by the compiler" in page and "v5e:1x1: 1 chips of 16 GiB" in page
+
+
+@pytest.mark.slow
+def test_llava_7b_unlearns_on_one_chip_of_16_gb(run):
+    """As the README has it."""
+    flags = [f"--config={ROOT}/configs/llava.py:7b", "--topology=v5e:1x1", "--nocompare"]
+    rows = [f"--config.train.batch_size.{name}=4" for name in ("forget", "retain")]
+    found, _ = run(*flags, *rows, "--config.model.quantize=int4:64")
+    step = found["steps"]["vkd"]
+    assert step["fits"] and step["total"] <= 15.0 * 2**30
+    assert found["rows"] == {"forget": 4, "retain": 4} and found["tokens"] == 704

@@ -164,8 +164,8 @@ def _caption(found: Mapping[str, Any], columns: Sequence[str], compared: bool) -
         + "Recovery: the part of what was lost that came back when a fifth of it was taught again, to the visual "
         "weights or to all. "
         f"Keeps: at least {100 * comparison.KEEP:.0f} % of what the vanilla model gets right of retain, retain test "
-        "and real VQA, and no less text QA than the interval of the vanilla model allows. Seconds: preparing and training, the mean "
-        "over seeds. MiB: what a step holds, by the compiler's account. "
+        "and real VQA, and no less text QA than the interval of the vanilla model allows. Seconds: preparing and "
+        "training, the mean over seeds. MiB: what a step holds, by the compiler's account. "
         f"Commit {', '.join(commit[:7] for commit in found['meta']['commits'])}; `{found['meta']['command']}`"
     )
 

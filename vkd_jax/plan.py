@@ -70,6 +70,9 @@ def devices(topology: str) -> Sequence[jax.Device]:
         ) from error
     # Many processes may compile at once, and none asks the network what machine this is.
     os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1")
+    # What it would find out from a TPU's host, lest it complains that there is none.
+    os.environ.update(TPU_ACCELERATOR_TYPE="v5litepod-1", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if set(shape) <= set("1x") else {}
     if kind == "v4":
         options["chip_config_name"] = "megacore"  # the two cores of a chip are one device, as in a run

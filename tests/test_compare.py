@@ -280,3 +280,28 @@ def test_the_wrong_program_for_a_config_is_refused(module, words, message, tmp_p
     call = module.command if module is compare else module.main
     assert call(["x"], values) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": ("x",)}, r"config.compare.seeds=\('x',\): give numbers from 0 on"),
+        ({"seeds": (1, 1)}, "each once"),
+        ({"seeds": ()}, "give numbers"),
+        ({"tuning": "data.nosuch=1"}, "'data.nosuch=1' does not fit the config"),
+        ({"entrants.vkd.settings": "method.nosuch=1"}, "'method.nosuch=1' does not fit the config"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_made(get_config, tmp_path, changes, message):
+    config = get_config("tiny.py", "compare")
+    with config.ignore_type():
+        config.update_from_flattened_dict({f"compare.{name}": value for name, value in changes.items()})
+    with pytest.raises(UserError, match=message):
+        compare.run(config, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_file_is_no_folder(get_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file; pass a folder"):
+        compare.run(get_config("tiny.py", "compare"), tmp_path / "file")

@@ -14,6 +14,7 @@ Exit status: 0 done, 1 some run failed (the table says which), 2 bad input, 143 
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import dataclasses
 import functools
@@ -76,7 +77,9 @@ def run(config: ml_collections.ConfigDict, path: str | Path, workers: int = 0) -
     if "compare" not in config:
         raise UserError("this config compares nothing: it has no section `compare`; see configs/tiny.py:compare.")
     plan = Plan(config, Path(path))
-    plan.path.mkdir(parents=True, exist_ok=True)
+    plan.check()
+    with workdir.disk_errors():
+        plan.path.mkdir(parents=True, exist_ok=True)
     # Runs of one method share their programs; each worker would compile them anew for each run.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(plan.path / "cache"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
@@ -100,6 +103,22 @@ class Plan:
         with self.base.unlocked():
             del self.base.compare
         self.base.data.cache = self.base.data.cache or str(path / "data")
+
+    def check(self) -> None:
+        """Makes every config once, before anything is run.
+
+        Raises:
+            UserError: a seed or a setting cannot be, or the folder is a file.
+        """
+        seeds = self.compare.seeds
+        if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+            raise UserError(f"config.compare.seeds={seeds!r}: give numbers from 0 on, each once, such as (0, 1, 2).")
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; pass a folder as --workdir.")
+        for name, entrant in self.compare.entrants.items():
+            self._final(name, seeds[0])
+            for number in range(len(entrant.search) if self.compare.tuning else 0):
+                self._trial(name, number)
 
     def tasks(self) -> dict[str, Task]:
         """All runs by name."""
@@ -309,7 +328,7 @@ def command(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
 
 if __name__ == "__main__":
     main.define()
-    flags.DEFINE_integer("workers", 0, "Runs at once; 0 is one for each CPU core, or one on an accelerator.")
+    flags.DEFINE_integer("workers", 0, "Runs at once; 0 is one for each CPU core, or one on an accelerator.", 0)
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     app.run(command, flags_parser=main.parse)

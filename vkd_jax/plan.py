@@ -306,6 +306,11 @@ def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for other chips cannot be loaded here
     try:
         lengths = Lengths(values.text_tokens, values.answer_tokens)
+        if not 1 <= lengths.answer <= lengths.text:
+            raise UserError(
+                f"--answer_tokens={lengths.answer}, --text_tokens={lengths.text}: the answer is part of the text, and "
+                "at least one token."
+            )
         found = plan(values.config, values.topology, lengths, values.compare)
         if values.json:
             workdir.write(Path(values.json), (json.dumps(found, indent=1) + "\n").encode())

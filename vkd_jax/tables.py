@@ -114,8 +114,13 @@ def fill(text: str, folder: Path) -> str:
             found = json.loads((folder / file).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"a marker names {file}, which cannot be read: {error}") from error
-        return f"{start}{TABLES[name](found)}\n{end}"
+        try:
+            return f"{start}{TABLES[name](found)}\n{end}"
+        except (KeyError, TypeError, IndexError) as error:
+            raise UserError(f"a marker names {file}, which is not the comparison.json of a comparison.") from error
 
+    if len(_MARKER.findall(text)) < text.count("<!-- table:"):
+        raise UserError("a marker lacks its end, or its file or name.")
     return _MARKER.sub(made, text)
 
 
@@ -132,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             first = next(iter(groups.values()))[0]
             print(keeping(comparison.collect({"controls": [first], **groups}, {}, {})))
         stale = [path for path in pages if not _fill(path, options.check)]
-    except UserError as error:
+    except (UserError, OSError, UnicodeDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for path in stale:

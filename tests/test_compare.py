@@ -305,3 +305,18 @@ def test_a_file_is_no_folder(get_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; pass a folder"):
         compare.run(get_config("tiny.py", "compare"), tmp_path / "file")
+
+
+@pytest.mark.parametrize("page", ["<!-- table: l.json -->\n<!-- /table -->", "<!-- table: l.json keeping -->\nno end"])
+def test_a_marker_that_is_not_whole_is_refused(tmp_path, page, capsys):
+    (tmp_path / "page.md").write_text(page)
+    assert tables.main([str(tmp_path / "page.md"), "--check"]) == 2
+    assert capsys.readouterr().err == "error: a marker lacks its end, or its file or name.\n"
+
+
+def test_a_page_that_is_not_there_and_a_file_that_is_no_comparison(tmp_path, capsys):
+    assert tables.main([str(tmp_path / "none.md")]) == 2
+    (tmp_path / "l.json").write_text("[]")
+    (tmp_path / "page.md").write_text("<!-- table: l.json keeping -->\n<!-- /table -->\n")
+    assert tables.main([str(tmp_path / "page.md")]) == 2
+    assert "l.json, which is not the comparison.json of a comparison" in capsys.readouterr().err

@@ -59,7 +59,7 @@ def row(
     shapes: Mapping[str, Any],
     trainable: Collection[str],
     sizes: Sizes,
-    depth: tuple[int, bool] | None = None,
+    depth: tuple[int, bool],
 ) -> dict[str, Part]:
     """FLOPs of a row by part: vision_tower, projector, language_model, head.
 
@@ -68,10 +68,10 @@ def row(
         shapes: of all its parameters, those of adapters among them.
         trainable: paths of what trains.
         sizes: of the row.
-        depth: how many blocks of the language model run, and whether its head does; None for all.
+        depth: how many blocks of the language model run, and whether its head does.
     """
     vision, text = config.vision, config.text
-    blocks, logits = depth or (text.layers, True)
+    blocks, logits = depth
     trainable = set(trainable)
     heads = text.heads * text.head_width
     chain = [("vision_tower", r"vision_tower/[^/]+(/(scale|bias))?", sizes.patches, 0, False, "")]

@@ -129,10 +129,10 @@ def read_model(name: str) -> tuple[types.ModuleType, Any]:
     """The module and transformers configuration of a published model, or of a folder; only config.json is read."""
     from transformers import AutoConfig
 
-    if Path(name).is_dir() and name:
-        return convert.read_config(Path(name))
     if not name:
         raise UserError("config.model.path and config.model.base are empty: pass the model to plan for.")
+    if Path(name).is_dir():
+        return convert.read_config(Path(name))
     for family in models.MODELS:
         for published, fields in models.module_for(family).PRESETS.values():
             if name == published:

@@ -127,7 +127,6 @@ def figures(drawn: Blueprint, chip: Chip) -> dict[str, Any]:
     total = sum(part.total for part in work.values())
     found: dict[str, Any] = {
         "bytes": parts,
-        "arguments": sum(parts.values()),
         "flops": {name: dataclasses.asdict(part) for name, part in work.items()},
         "flops_total": total,
         "compiler": compiled,
@@ -153,8 +152,7 @@ def held(drawn: Blueprint) -> dict[str, int]:
     cached = {name: batch.cached for name, batch in drawn.batches.items()}
     plain = {name: dataclasses.replace(batch, cached={}) for name, batch in drawn.batches.items()}
     state = drawn.state
-    original = {path: drawn.original[path] for path in state.params}
-    trees = (drawn.frozen, state.params, original, (state.opt_state, state.step), drawn.mask, plain, cached)
+    trees = (drawn.frozen, state.params, drawn.original, (state.opt_state, state.step), drawn.mask, plain, cached)
     return {name: sum(map(nbytes, jax.tree.leaves(tree))) for name, tree in zip(PARTS, trees, strict=True)}
 
 
@@ -193,7 +191,7 @@ def flops(drawn: Blueprint) -> dict[str, arithmetic.Part]:
 
 
 def traffic(drawn: Blueprint, parts: Mapping[str, int], work: Mapping[str, arithmetic.Part]) -> float:
-    """Bytes that each chip reads and writes of weights and state: an estimate from below.
+    """Bytes that each chip reads and writes of weights and state: a rough estimate.
 
     Each stream reads the weights of a part once for each of its passes, gathered from all chips but those of the axis
     `tensor`; the optimizer reads and writes what trains and its moments once.

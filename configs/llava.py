@@ -5,6 +5,7 @@ python -m vkd_jax.main --config configs/llava.py:7b,all --workdir DIR --config.d
 configs/llava.py:7b                             llava-hf/llava-1.5-7b-hf (also without the word)
 configs/llava.py:13b                            llava-hf/llava-1.5-13b-hf
 configs/llava.py:npo,lora                       another of vkd_jax/methods, on adapters (or visual, train=all)
+configs/llava.py:7b,onechip                     what fits on one chip of 16 GB
 configs/llava.py:attacks                        every attack of vkd_jax/attacks afterwards
 configs/llava.py:clear                          another benchmark: mllmu, clear, folder; see vkd_jax/data
 configs/llava.py:forget=5                       another share of the people, in per cent

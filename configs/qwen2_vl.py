@@ -5,6 +5,7 @@ python -m vkd_jax.main --config configs/qwen2_vl.py:2b,all --workdir DIR --confi
 configs/qwen2_vl.py:2b                             Qwen/Qwen2-VL-2B-Instruct (also without the word)
 configs/qwen2_vl.py:7b                             Qwen/Qwen2-VL-7B-Instruct
 configs/qwen2_vl.py:npo,lora                       another of vkd_jax/methods, on adapters (or visual, train=all)
+configs/qwen2_vl.py:7b,onechip                  what fits on one chip of 16 GB
 configs/qwen2_vl.py:attacks                        every attack of vkd_jax/attacks afterwards
 configs/qwen2_vl.py:clear                          another benchmark: mllmu, clear, folder; see vkd_jax/data
 configs/qwen2_vl.py:forget=5                       another share of the people, in per cent
@@ -24,7 +25,9 @@ from vkd_jax import defaults
 from vkd_jax.data.processing import MAX_PIXELS
 from vkd_jax.models import qwen2_vl
 
+ONE_CHIP = "method.blocks=8"  # of 32: with all of them the optimizer alone would fill the chip
+
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one of the runs above."""
-    return defaults.published(arg, qwen2_vl.PRESETS, max_pixels=MAX_PIXELS)
+    return defaults.published(arg, qwen2_vl.PRESETS, onechip=ONE_CHIP, max_pixels=MAX_PIXELS)

@@ -375,7 +375,7 @@ def test_a_prompt_that_does_not_fit_is_named(subject):
     ("name", "fields", "message"),
     [
         ("quantize", dict(bits=("int8", "int5")), r"attacks.quantize.bits='int5': give int8 or int4"),
-        ("quantize", dict(bits=("",)), "attacks.quantize.bits: one is empty"),
+        ("quantize", dict(bits=("",)), "attacks.quantize.bits='': give int8"),
         ("rephrase", dict(noise=-0.1), "attacks.rephrase.noise=-0.1: give a share, such as 0.02"),
         ("rephrase", dict(crop=0.0), "attacks.rephrase.crop=0.0"),
         ("rephrase", dict(resize=1.5), "attacks.rephrase.resize=1.5"),

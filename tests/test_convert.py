@@ -197,7 +197,7 @@ def test_cast_while_loading(folder):
     assert equal(params, {k: v.astype(jnp.bfloat16) for k, v in want.items()})
     assert config.compute_dtype == "bfloat16"
     assert convert.load(folder, dtype="bfloat16", compute_dtype="float32")[2].compute_dtype == "float32"
-    assert convert.load(folder, remat=True)[2].remat
+    assert convert.load(folder, remat="full")[2].remat == "full"
 
 
 def test_sharded_load(folder):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vkd_jax import defaults, models
+from vkd_jax import defaults, models, pipeline
 from vkd_jax.types import UserError
 
 PUBLISHED = {"llava": "llava.py", "qwen2_vl": "qwen2_vl.py", "qwen2_5_vl": "qwen2_5_vl.py"}
@@ -40,6 +40,16 @@ def test_what_trains_attacks_and_comparisons_are_words(get_config):
         "visual",
         "all",
     )
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+@pytest.mark.parametrize("words", ["", "clear,all", "npo,lora,all", "mmunlearner"])
+def test_one_chip_is_a_word(get_config, family, words):
+    config = get_config(PUBLISHED[family], f"7b,onechip,{words}")
+    mesh, method, *_ = pipeline.checked(config)
+    assert mesh.size == 1 and config.model.quantize == "int4:64" and config.model.remat == "dots"
+    assert getattr(method, "fisher_chunk", 1) == 1
+    assert method.blocks == (-1 if family == "llava" else 8)
 
 
 @pytest.mark.parametrize("word", ["70b", "size=70b", "forget=five", "vdk", "tint=3", "forget", "finetuned"])

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vkd_jax import losses, methods
+from vkd_jax import losses, methods, train
 from vkd_jax.methods import base
 from vkd_jax.methods.grad_diff import GradDiff
-from vkd_jax.methods.scope import trainable_paths
+from vkd_jax.methods.scope import frozen_blocks, trainable_paths
 from vkd_jax.methods.vkd import VKD
 from vkd_jax.models import llava, lora
 from vkd_jax.models.base import VisualTokens, abstract, bind
@@ -140,6 +140,70 @@ def test_at_the_teacher_the_retain_distillation_is_zero(context):
     assert max(float(jnp.abs(g).max()) for g in grads.values()) < 1e-4
 
 
+def test_without_terms_of_its_output_the_language_model_is_not_read(context):
+    """What trains stands before it, and its own weights are frozen."""
+    params = {path: x + (np.nan if path.startswith("language_model/") else 0) for path, x in context.params.items()}
+    broken = dataclasses.replace(context, params=params)
+    for stream, fields in (("retain", dict(weight_retain_ce=0.0)), ("forget", dict(forget="none"))):
+        vkd = VKD(mask_scope="none", **fields)
+        value, _ = gradients(broken, vkd, vkd.prepare(broken), stream)
+        assert np.isfinite(value) and vkd.depth(stream, context.model_config) == (0, False)
+        other = "forget" if stream == "retain" else "retain"
+        assert vkd.depth(other, context.model_config) == (context.model_config.text.layers, True)
+        assert np.isnan(gradients(broken, vkd, vkd.prepare(broken), other)[0])
+
+
+@pytest.mark.parametrize("method", [VKD(blocks=1, mask_scope="none"), VKD(blocks=0, mask_scope="none"), GradDiff()])
+@pytest.mark.parametrize("stream", ["forget", "retain"])
+def test_a_cached_prefix_changes_nothing(context, method, stream):
+    """blocks: 0..2 feed the projector; of all weights none stands before the others."""
+    prefix = frozen_blocks(method.trainable(context.params, context.model_config), context.model_config)
+    assert prefix == {1: 2, 0: 3, -1: 0}[method.blocks]
+    plain = method.prepare(context)
+    cached = {
+        name: train.cached_prefix(context.graphdef, context.params, rows, prefix) for name, rows in plain.sets.items()
+    }
+    kept = set(cached[stream].per_image) - set(plain.sets[stream].per_image)
+    assert kept == ({f"vision/{prefix - 1}"} if prefix else set())
+    wanted = gradients(context, method, plain, stream)
+    found = gradients(context, method, dataclasses.replace(plain, sets=cached), stream)
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+    assert_trees_close(found[1], wanted[1], rtol=1e-4, atol=1e-6)
+    if prefix:  # and the pictures are not looked at
+        blank = {
+            name: dataclasses.replace(rows, pictures=BlankPictures(rows.pictures)) for name, rows in cached.items()
+        }
+        again = gradients(context, method, dataclasses.replace(plain, sets=blank), stream)
+        assert_trees_close(again[1], found[1])
+
+
+class BlankPictures:
+    """The shapes of pictures."""
+
+    def __init__(self, pictures):
+        self.pictures = pictures
+
+    def __getitem__(self, rows):
+        return {name: np.zeros_like(x) for name, x in self.pictures[rows].items()}
+
+
+def test_text_and_what_is_too_large_are_not_cached(context, monkeypatch):
+    encoded = context.sets["retain"]
+    assert (
+        train.cached_prefix(context.graphdef, context.params, dataclasses.replace(encoded, pictures=None), 2).per_image
+        == {}
+    )
+    monkeypatch.setattr(train, "HELD_BYTES", 1000)
+    assert train.cached_prefix(context.graphdef, context.params, encoded, 2) is encoded
+
+
+def test_taps_of_blocks_before_all_that_trains_are_refused(context):
+    vkd = VKD(blocks=1, taps=("vision/1", "projector"), mask_scope="none")
+    with pytest.raises(UserError, match="method.taps: vision/1 lies before all that trains"):
+        vkd.prepare(context)
+    VKD(blocks=1, taps=("vision/2", "projector"), mask_scope="none").prepare(context)
+
+
 def test_cached_teacher_features_are_those_of_the_teacher(context):
     vkd = VKD(mask_scope="none")
     retain = vkd.prepare(context).sets["retain"]
@@ -154,7 +218,7 @@ def test_distillation_acts_on_the_set_that_it_names(context):
     """Retain targets are the retain pictures' own features; forget targets are somebody else's."""
     vkd = VKD(target="swap", mask_scope="none", augment_forget=0)
     prepared = vkd.prepare(context)
-    own = base.teacher_taps(context, context.params, context.sets["forget"].pictures, vkd.taps)
+    own = base.teacher_taps(context.graphdef, context.params, context.sets["forget"].pictures, vkd.taps)
     others = prepared.sets["retain"].per_image["target/projector"]
     for target, mine in zip(
         prepared.sets["forget"].per_image["target/projector"], own["projector"].values, strict=True
@@ -217,7 +281,7 @@ def test_base_targets_need_the_base_model(context):
         VKD(target="base", mask_scope="none").prepare(context)
     given = dataclasses.replace(context, load_base=lambda: context.params)
     forget = VKD(target="base", mask_scope="none").prepare(given).sets["forget"]
-    want = base.teacher_taps(context, context.params, forget.pictures, ("projector",))
+    want = base.teacher_taps(context.graphdef, context.params, forget.pictures, ("projector",))
     np.testing.assert_array_equal(forget.per_image["target/projector"], want["projector"].values)
 
 

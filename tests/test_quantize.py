@@ -51,6 +51,11 @@ def small(text, config=CONFIG):
     return {path: quantize.quantized(path, x, how) for path, x in drawn(config)[1].items()}
 
 
+def layer_of(text):
+    """The kernel of the first layer."""
+    return jax.tree.map(lambda x: x[0], small(text)[KERNEL])
+
+
 def as_floats(params):
     """The same weights without quantised storage."""
     return {path: quantize.floats(x, jnp.float32) for path, x in params.items()}
@@ -132,6 +137,18 @@ def test_four_bits_in_groups_by_hand():
     np.testing.assert_allclose(quantize.floats(weight, "float32")[1, :, 0], [-16, 0, 0, 0])
 
 
+def test_integers_by_hand():
+    # Weights (127, 3), (0, -64) in steps of 1 and 1 / 127.5; tokens (127.5, 1) and (1, 10) in steps of 1, 10 / 127.5.
+    weight = quantize.Integers(jnp.array([[127, 3], [0, -64]], jnp.int8), jnp.array([[1, 1 / 127.5]]))
+    x = jnp.array([[127.5, 1.0], [1.0, 10.0]])
+    product, back = jax.vjp(lambda x: quantize.apply(jnp.matmul, x, weight), x)
+    steps = np.array([[127, 1], [13, 127]]) @ np.array([[127, 3], [0, -64]])
+    np.testing.assert_allclose(product, steps * [[1], [10 / 127.5]] * [[1, 1 / 127.5]], rtol=1e-6)
+    # The gradient in units of the weights' steps is (127.5, -2) and (0, 1): steps of 1 and 1 / 127.5.
+    gradient = back(jnp.array([[127.5, -2.0 * 127.5], [0.0, 127.5]]))[0]
+    np.testing.assert_allclose(gradient, [[127 * 127 - 2 * 3, 128], [3 * 127 / 127.5, -64 * 127 / 127.5]], rtol=1e-6)
+
+
 def test_a_table_is_quantised_by_row_and_read_by_row():
     table = quantize.quantized(TABLE, jnp.array([[127.5, 3.2], [1.0, -0.5]]), Quantization(8))
     np.testing.assert_allclose(table.scale, [[1], [1 / 127.5]], rtol=1e-6)
@@ -183,6 +200,7 @@ def test_biases_and_other_towers_stay_as_they_are():
         ("int4", Quantization(4, 128)),
         ("int8:64", Quantization(8, 64)),
         ("int4:32", Quantization(4, 32)),
+        ("w8a8", Quantization(8, activations=True)),
     ],
 )
 def test_texts_that_say_how(text, how):
@@ -190,7 +208,7 @@ def test_texts_that_say_how(text, how):
 
 
 @pytest.mark.parametrize(
-    "text", ["int", "int2", "int16", "int8:", "int8:0", "int4:-1", "int8:x", " int8", "nf4", "INT8"]
+    "text", ["int", "int2", "int16", "int8:", "int8:0", "int4:-1", "int8:x", " int8", "nf4", "INT8", "w8a8:64"]
 )
 def test_other_texts_are_refused(text):
     with pytest.raises(UserError, match="model.quantize=.*int8 or int4"):
@@ -213,7 +231,7 @@ def test_a_width_that_no_group_fits_is_refused():
 
 @pytest.mark.parametrize(
     ("text", "least_cosine", "most_kl"),
-    [("int8", 0.999, 5e-4), ("int8:32", 0.999, 5e-4), ("int4", 0.8, 0.1), ("int4:32", 0.8, 0.1)],
+    [("int8", 0.999, 5e-4), ("int8:32", 0.999, 5e-4), ("int4", 0.8, 0.1), ("int4:32", 0.8, 0.1), ("w8a8", 0.99, 5e-3)],
 )
 def test_answers_and_visual_gradients_are_close_to_those_of_floats(text, least_cosine, most_kl):
     logits, gradient = asked(drawn(CONFIG)[1])
@@ -223,12 +241,28 @@ def test_answers_and_visual_gradients_are_close_to_those_of_floats(text, least_c
 
 
 @pytest.mark.parametrize(
-    ("text", "config", "remat"), [("int8", CONFIG, False), ("int4:32", CONFIG, True), ("int4", TIED, False)]
+    ("text", "config", "remat"),
+    [("int8", CONFIG, ""), ("int4:32", CONFIG, "full"), ("int4:32", CONFIG, "dots"), ("int4", TIED, "")],
 )
 def test_logits_and_gradients_are_those_of_the_floats_that_are_stored(text, config, remat):
     params = small(text, config)
     for ours, floats in zip(asked(params, config, remat=remat), asked(as_floats(params), config), strict=True):
         np.testing.assert_allclose(ours, floats, rtol=1e-4, atol=1e-5 * float(jnp.abs(floats).max()))
+
+
+def test_only_the_blocks_multiply_integers():
+    kinds = {path: type(x) for path, x in small("w8a8").items() if isinstance(x, QArray)}
+    blocks = {path for path in kinds if path.startswith("language_model/blocks/")}
+    assert {path for path, kind in kinds.items() if kind is quantize.Integers} == blocks and kinds.keys() - blocks
+    traced = str(jax.make_jaxpr(lambda x, w: quantize.apply(jnp.matmul, x, w))(jnp.ones((2, 64)), layer_of("w8a8")))
+    assert "preferred_element_type=int32" in traced
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_recomputed_integers_give_the_same_gradients(remat):
+    (logits, gradient), (same, again) = asked(small("w8a8")), asked(small("w8a8"), remat=remat)
+    assert kl(logits, same) < 1e-6
+    assert cosine(gradient, again) > 0.999  # what lies between two integers may be rounded to either
 
 
 def test_bfloat16_computation_rounds_the_floats_once():

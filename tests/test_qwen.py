@@ -274,9 +274,9 @@ def test_recomputing_blocks_changes_nothing():
         graphdef, _ = base.abstract(lambda rngs: qwen2_vl.Model(dataclasses.replace(config, remat=remat), rngs=rngs))
         return (base.bind(graphdef, params).encode(packed)[0].values ** 2).sum()
 
-    count = [str(gradients.trace(params, remat).jaxpr).count("prevent_cse") for remat in (False, True)]
+    count = [str(gradients.trace(params, remat).jaxpr).count("prevent_cse") for remat in ("", "full")]
     assert count == [0, config.vision.layers]
-    plain, recomputed = (gradients(params, remat) for remat in (False, True))
+    plain, recomputed = (gradients(params, remat) for remat in ("", "full"))
     for name, gradient in plain.items():
         close(recomputed[name], gradient)
 
@@ -336,14 +336,14 @@ def hf_config(family, text=None, vision=None, **fields):
 
 
 def test_configurations_are_read():
-    config = qwen2_5_vl.Config.from_hf(hf_config("qwen2_5_vl", tie_word_embeddings=True), remat=True)
+    config = qwen2_5_vl.Config.from_hf(hf_config("qwen2_5_vl", tie_word_embeddings=True), remat="full")
     assert config.vision == VisionConfig(
         **VISION, activation="silu", gated=True, window=4, whole=(1,)
     )  # 9 pixels are two tokens of two patches
     assert config.text == dataclasses.replace(
         TEXT, norm_eps=1e-5, rope_theta=5000.0, tie_embeddings=True, max_positions=64
     )
-    assert config.remat and config.compute_dtype == "float32" and config.image_token_id == IMAGE
+    assert config.remat == "full" and config.compute_dtype == "float32" and config.image_token_id == IMAGE
     config = qwen2_vl.Config.from_hf(hf_config("qwen2_vl"))
     assert config.vision == VisionConfig(**VISION | dict(mlp_width=32))
 

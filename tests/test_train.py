@@ -4,6 +4,7 @@ import dataclasses
 import json
 import signal
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,7 @@ def fit(toy, folder, method=ToyMethod(), sets=SETS, mask=None, seed=0, **changes
     return train.fit(
         graphdef=graphdef,
         params=params,
-        model_config=None,
+        model_config=types.SimpleNamespace(used_blocks=0),
         method=method,
         prepared=Prepared(sets=sets, mask=mask),
         config=config(**changes),
@@ -223,6 +224,21 @@ def test_with_scope_forget_nothing_else_moves_it(toy, tmp_path):
 
 def test_without_a_mask_all_that_trains_moves(toy, tmp_path):
     assert all(changed.all() for changed in moved(toy[1], fit(toy, tmp_path)).values())
+
+
+@pytest.mark.parametrize("scope", ["forget", "both"])
+def test_parts_of_a_batch_one_after_another_change_nothing(toy, scope):
+    whole, *parts = (fit(toy, None, ToyMethod(mask_scope=scope), mask=MASK, microbatches=n) for n in (1, 2, 4))
+    for after in parts:
+        for path, value in after.items():
+            np.testing.assert_allclose(value, whole[path], rtol=1e-5)
+
+
+def test_batches_that_do_not_divide_into_parts_are_refused(toy):
+    with pytest.raises(UserError, match="batch_size.forget=4 does not divide over 1 devices in 3 microbatches; use a"):
+        fit(toy, None, microbatches=3)
+    with pytest.raises(UserError, match="train.microbatches=0: give at least 1"):
+        fit(toy, None, microbatches=0)
 
 
 def test_weights_stored_in_bfloat16_take_steps_too_small_for_bfloat16(toy, tmp_path):
@@ -338,7 +354,7 @@ def test_each_teacher_is_asked_itself(toy):
         return train.fit(
             graphdef=toy[0],
             params=toy[1],
-            model_config=None,
+            model_config=types.SimpleNamespace(used_blocks=0),
             method=Taught(),
             prepared=Prepared(sets={"forget": SETS["forget"]}, teacher=teacher),
             config=config(),

@@ -6,7 +6,8 @@ a hundredth. Of each part, with F its forward pass, A the attention and M the pr
     forward              F
     backward             M + 2 A, for the gradient of its input, if any weight before it or in it trains
     weights              M of those products whose weight trains
-    recomputed           F but for the last product of the MLP, if the part is rematerialised and has a backward pass
+    recomputed           of a part that has a backward pass, by how it is rematerialised: F but for the last product of
+                         the MLP ("full"); A, or A / 2 where the projection behind it is frozen ("dots"); nothing
 
 So a frozen language model between trained pictures and the loss costs 2 F and not 3: the gradient passes through it.
 
@@ -21,6 +22,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+
+from vkd_jax.methods.scope import frozen_blocks
 
 KERNEL = r".*/kernel(/lora_[ab])?|.*/patch_embedding"
 
@@ -63,6 +66,8 @@ def row(
 ) -> dict[str, Part]:
     """FLOPs of a row by part: vision_tower, projector, language_model, head.
 
+    Vision blocks before everything that trains are not computed: their output is cached (`train.cached_prefix`).
+
     Args:
         config: of the model.
         shapes: of all its parameters, those of adapters among them.
@@ -74,10 +79,13 @@ def row(
     blocks, logits = depth
     trainable = set(trainable)
     heads = text.heads * text.head_width
-    chain = [("vision_tower", r"vision_tower/[^/]+(/(scale|bias))?", sizes.patches, 0, False, "")]
+    start = frozen_blocks(trainable, config)
+    chain = []
+    if not start:
+        chain = [("vision_tower", r"vision_tower/[^/]+(/(scale|bias))?", sizes.patches, 0, False, "")]
     chain += [
         ("vision_tower", rf"vision_tower/blocks/{i}/.*", sizes.patches, vision.width, config.remat, "mlp/(?:fc2|down)")
-        for i in range(config.used_blocks)
+        for i in range(start, config.used_blocks)
     ]
     chain += [
         ("projector", r"projector/.*", sizes.image_tokens, 0, False, ""),
@@ -106,7 +114,9 @@ def row(
             lost = 0.0 if before else sum(products[path] for path in first)
             part.backward = m - lost + 2 * a
             part.weights = sum(flops for path, flops in products.items() if path in trainable)
-            if remat:
+            if remat == "dots":  # what attends to what; and to what avail, where the next product's weight trains
+                part.recomputed = a if any("/attn/o" in path for path in trains) else a / 2
+            elif remat:
                 ends = re.compile(rf"{last}/kernel(/lora_b)?$") if last else None  # whose value nobody needs again
                 part.recomputed = m + a - sum(f for path, f in products.items() if ends and ends.search(path))
         before = before or bool(trains) or (name == "projector" and "language_model/embed/embedding" in trainable)

@@ -20,7 +20,7 @@ from jax import ShapeDtypeStruct as Shape
 
 from vkd_jax import convert, hub, methods, models, optim, sharding, train
 from vkd_jax.data.processing import Batch
-from vkd_jax.methods.scope import Scope
+from vkd_jax.methods.scope import Scope, frozen_blocks
 from vkd_jax.models import base, lora, quantize
 from vkd_jax.types import Params, UserError
 
@@ -104,7 +104,7 @@ def draw(
         method=method,
         model_config=model_config,
         mesh=mesh,
-        step=train.make_step(graphdef, losses, tx, method.mask_scope, teachers),
+        step=train.make_step(graphdef, losses, tx, method.mask_scope, teachers, config.train.microbatches),
         state=train.abstract_state(tx, trainable, mesh),
         frozen=frozen,
         original={path: params[path] for path in trainable},
@@ -205,6 +205,8 @@ def batch(
     kinds = dict(tokens=(t, jnp.int32), mask=(t, bool), at=(a, jnp.int32), targets=(a, jnp.int32))
     kinds["target_mask"] = (a, bool)
     cached = method.cached(stream, rows, taps, model_config)
+    if prefix := frozen_blocks(method.trainable(list(params), model_config), model_config):
+        cached[f"vision/{prefix - 1}"] = taps[f"vision/{prefix - 1}"].values
     return Batch(
         **{name: Shape((rows, length), kind, sharding=place) for name, (length, kind) in kinds.items()},
         pictures=pictures,

@@ -163,7 +163,7 @@ def load(
             what trains must not be rounded first, or writing it back would change weights that never moved.
         transform: function of (path, parameter) to what takes its place, say a quantised one; called as soon as the
             parameter is read, and before the next one is.
-        **changes: fields of the model's configuration to set otherwise, e.g. `remat=True` or
+        **changes: fields of the model's configuration to set otherwise, e.g. `remat="full"` or
             `compute_dtype="float32"`.
 
     Returns:

@@ -19,6 +19,11 @@ STAGES = {  # and the models that are fine-tuned on the way
     "all": ("vanilla", "retain_only"),
     "audit": (),
 }
+# The word `onechip`: a language model of four bits, and little at once.
+ONE_CHIP = (
+    "mesh.fsdp=1 model.quantize=int4:64 model.remat=dots eval.batch_size=4 train.batch_size.forget=4 "
+    "train.batch_size.retain=4 train.microbatches=4 finetune.train.microbatches=4"
+)
 
 
 def base() -> ml_collections.ConfigDict:
@@ -34,7 +39,7 @@ def base() -> ml_collections.ConfigDict:
             unlearned="",  # one that was unlearned already, here or elsewhere, for the stage `audit`
             create={},  # sizes of a model with random weights, which takes the place of `base` in fine-tuning
             dtype="float32",  # of weights and computation
-            remat=False,  # computes activations again in the backward pass instead of keeping them
+            remat="",  # what the backward pass computes again: "", "dots" (all but products with weights) or "full"
             quantize="",  # the frozen language model in int8 or int4, e.g. "int8", "int4:64" (groups of 64)
             max_pixels=0,  # a smaller budget a picture than the model's own, where pictures differ in size; 0 keeps it
         )
@@ -66,6 +71,7 @@ def _train(batch_size: Mapping[str, int], steps: int = 0) -> ml_collections.Conf
             steps=steps,  # or, if 0,
             epochs=0.0,  # through the longest stream
             batch_size=batch_size,  # rows a step of each stream, all devices together
+            microbatches=1,  # parts that a batch is computed in, one after another, so that it needs less memory
             buckets=1,  # at most so many lengths of padded rows; each pair of two streams' lengths is compiled
             learning_rate=2e-3,
             schedule="cosine",  # cosine | constant, after a linear warmup
@@ -104,17 +110,20 @@ def _fields(chosen: Any) -> ml_collections.ConfigDict:
     return config
 
 
-def published(arg: str, presets: Mapping[str, tuple[str, Mapping]], **model) -> ml_collections.ConfigDict:
+def published(
+    arg: str, presets: Mapping[str, tuple[str, Mapping]], onechip: str = "", **model
+) -> ml_collections.ConfigDict:
     """The config of a published checkpoint, from the words after the colon.
 
     The words are, in any order and separated by commas, a size, a method, what it trains (visual, lora or train=all), a
-    benchmark, a stage, forget=PERCENT, `attacks` for all of them, and `compare` for all methods: `7b`, `13b,npo,lora`,
-    `mllmu,forget=5,size=7b,attacks`, `clear,finetune`. The first size of `presets` is the default. Fine-tuning follows
-    the benchmark's published recipe.
+    benchmark, a stage, forget=PERCENT, `attacks` for all of them, `onechip` for a chip of 16 GB, and `compare` for all
+    methods: `7b`, `13b,npo,lora`, `mllmu,forget=5,size=7b,attacks`, `clear,finetune`. The first size of `presets` is
+    the default. Fine-tuning follows the benchmark's published recipe.
 
     Args:
         arg: the words.
         presets: of the family: size -> (id on the Hugging Face hub, configuration).
+        onechip: what that word sets beside `ONE_CHIP`, as `override` reads it.
         **model: fields of config.model to set otherwise.
 
     Raises:
@@ -122,7 +131,7 @@ def published(arg: str, presets: Mapping[str, tuple[str, Mapping]], **model) -> 
     """
     unlearning = [name for name in methods.METHODS if name != "finetune"]
     choices = dict(size=list(presets), method=unlearning, benchmark=list(data.BENCHMARKS), stage=list(STAGES))
-    choices |= dict(train=TRAIN, attacks=["attacks"], runs=["compare"])
+    choices |= dict(train=TRAIN, attacks=["attacks"], runs=["compare"], chips=["onechip"])
     words = dict(size=choices["size"][0], method="vkd", benchmark="mllmu", stage="unlearn") | parse_words(arg, choices)
     config = base()
     config.stage = words["stage"]
@@ -134,7 +143,7 @@ def published(arg: str, presets: Mapping[str, tuple[str, Mapping]], **model) -> 
         data.create(words["benchmark"], {"forget": config.data.forget}).check()
     published_id = presets[words["size"]][0]
     # What is unlearned knows the people; what is fine-tuned has never met them.
-    config.model.update(path=published_id, dtype="bfloat16", remat=True, **model)
+    config.model.update(path=published_id, dtype="bfloat16", remat="full", **model)
     if STAGES[config.stage]:
         config.model.update(path="", base=published_id)
     config.mesh.fsdp = -1  # all devices
@@ -154,6 +163,10 @@ def published(arg: str, presets: Mapping[str, tuple[str, Mapping]], **model) -> 
         buckets=2,
     )
     config.finetune.method = method("finetune", train="lora", **recipe)
+    if "chips" in words:
+        override(config, f"{ONE_CHIP} {onechip}")
+        if "fisher_chunk" in config.method:
+            config.method.fisher_chunk = 1
     return config
 
 

@@ -18,9 +18,12 @@ from absl import logging
 
 from vkd_jax import hosts, optim, sharding
 from vkd_jax.checkpoint import Checkpoints
-from vkd_jax.data.processing import Batch
+from vkd_jax.data.pictures import HELD_BYTES
+from vkd_jax.data.processing import Batch, EncodedSet
 from vkd_jax.data.streams import Stream
+from vkd_jax.methods import base
 from vkd_jax.methods.base import LossFn, Method, Prepared, TeacherFn
+from vkd_jax.methods.scope import frozen_blocks
 from vkd_jax.models.base import bind
 from vkd_jax.types import Params, UserError
 
@@ -56,14 +59,29 @@ def make_step(
     tx: optax.GradientTransformationExtraArgs,
     mask_scope: str,
     teacher: Mapping[str, TeacherFn] = {},  # noqa: B006 (never written to)
+    microbatches: int = 1,
 ):
     """One update: (state, frozen, mask, batches, start, rate, key) -> (state, metrics).
 
     Each stream's gradient is taken apart, so that a mask can cover the forget stream alone; they add up before the
     optimizer. Frozen weights are an argument that is neither differentiated nor donated, as is `start`: the trainable
     weights before the first step, for the teacher of the streams that have one. `rate` is the learning rate. Dropout,
-    where the model has any, is a function of the key, the step and the stream.
+    where the model has any, is a function of the key, the step, the stream and the microbatch.
+
+    A batch is computed in `microbatches` parts of equally many rows, one after another, so that the activations of one
+    part alone are held: the loss is the mean over rows, so the mean of the parts' gradients is that of the batch.
     """
+
+    def gradient(params: Params, name: str, batch: Batch, frozen: Params, start: Params | None, key: jax.Array | None):
+        if name in teacher:
+            said = teacher[name](bind(graphdef, {**frozen, **start}), batch)
+            batch = dataclasses.replace(batch, cached={**batch.cached, **said})
+
+        def loss(params):
+            return losses[name](bind(graphdef, {**frozen, **params}, key), batch)
+
+        (value, more), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return grads, {f"{name}_loss": value, **more}
 
     def step(
         state: TrainState,
@@ -75,18 +93,14 @@ def make_step(
         key: jax.Array | None = None,
     ):
         total, metrics = None, {}
-        for number, (name, loss_fn) in enumerate(losses.items()):
-            batch = batches[name]
-            if name in teacher:
-                said = teacher[name](bind(graphdef, {**frozen, **start}), batch)
-                batch = dataclasses.replace(batch, cached={**batch.cached, **said})
+        for number, name in enumerate(losses):
             own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, state.step), number)
-
-            def stream_loss(trainable, loss_fn=loss_fn, batch=batch, key=own):
-                return loss_fn(bind(graphdef, {**frozen, **trainable}, key), batch)
-
-            (loss, more), grads = jax.value_and_grad(stream_loss, has_aux=True)(state.params)
-            metrics |= {f"{name}_loss": loss, **more}
+            part = functools.partial(gradient, state.params, name, frozen=frozen, start=start)
+            if microbatches == 1:
+                grads, more = part(batches[name], key=own)
+            else:
+                grads, more = _mean_of_parts(part, batches[name], own, microbatches)
+            metrics |= more
             if mask is not None and name == "forget" and mask_scope == "forget":
                 grads = optim.apply_mask(grads, mask)
             total = grads if total is None else jax.tree.map(jnp.add, total, grads)
@@ -98,6 +112,24 @@ def make_step(
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
 
     return step
+
+
+def _mean_of_parts(part: Callable, batch: Batch, key: jax.Array | None, count: int) -> Any:
+    """The mean of `part(rows, key=...)` over `count` parts of a batch, one after another."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        # Each part takes rows of every device: the first axis stays on the devices that it lies on.
+        return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        number, rows = numbered
+        found = part(rows, key=None if key is None else jax.random.fold_in(key, number))
+        return jax.tree.map(lambda a, b: a + b / count, total, found), None
+
+    parts = jax.tree.map(cut, batch)
+    shapes = jax.eval_shape(lambda rows: part(rows, key=key), jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, (jnp.arange(count), parts))[0]
 
 
 @functools.lru_cache(maxsize=4)
@@ -115,7 +147,7 @@ def _program(
     """
     tx = optim.create(config)
     losses = {name: loss for name, loss in method.losses().items() if name in streams}
-    return tx, make_step(graphdef, losses, tx, method.mask_scope, dict(teacher))
+    return tx, make_step(graphdef, losses, tx, method.mask_scope, dict(teacher), config.microbatches)
 
 
 def fit(
@@ -156,12 +188,15 @@ def fit(
     trainable = {path: jnp.array(params[path], jnp.float32) for path in paths}
     frozen = {path: value for path, value in params.items() if path not in trainable}
     names = tuple(name for name in method.losses() if name in prepared.sets)
+    prefix = frozen_blocks(paths, model_config)
+    sets = {name: cached_prefix(graphdef, params, prepared.sets[name], prefix) for name in names}
     sizes = {name: batch_size(config, name, mesh) for name in names}
-    steps = count_steps(config, {name: len(prepared.sets[name]) for name in names})
-    streams = {name: Stream(prepared.sets[name], sizes[name], seed=seed, name=name) for name in names}
+    steps = count_steps(config, {name: len(rows) for name, rows in sets.items()})
+    streams = {name: Stream(sets[name], sizes[name], seed=seed, name=name) for name in names}
     rates, key = optim.rates(config, steps), jax.random.key(seed)
-    optimizer = ml_collections.FrozenConfigDict({name: config[name] for name in ("clip_norm", "b2", "weight_decay")})
-    tx, step_fn = _program(graphdef, method, names, tuple(prepared.teacher.items()), optimizer)
+    options = {name: config[name] for name in ("clip_norm", "b2", "weight_decay", "microbatches")}
+    options = ml_collections.FrozenConfigDict(options)
+    tx, step_fn = _program(graphdef, method, names, tuple(prepared.teacher.items()), options)
     state = _init(tx, trainable, mesh)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(state_shardings, None))
@@ -223,6 +258,23 @@ def fit(
     return state.params
 
 
+def cached_prefix(graphdef: Any, params: Params, encoded: EncodedSet, blocks: int) -> EncodedSet:
+    """The set with the output of the first `blocks` vision blocks, none of which trains: computed once, not each step.
+
+    Sets without pictures stay as they are, as do those whose activations would fill more memory than `HELD_BYTES`.
+    """
+    if not blocks or encoded.pictures is None:
+        return encoded
+    name = f"vision/{blocks - 1}"
+    one = jax.eval_shape(
+        lambda params, rows: bind(graphdef, params).encode(rows)[1][name].values, params, encoded.pictures[:1]
+    )
+    if one.size * one.dtype.itemsize * len(encoded.pictures) > HELD_BYTES:
+        return encoded
+    taps = base.teacher_taps(graphdef, params, encoded.pictures, [name])
+    return dataclasses.replace(encoded, per_image={**encoded.per_image, name: taps[name].values})
+
+
 def step_bytes(step: jax.stages.Compiled) -> int:
     """What a device holds while it computes a step: weights, optimizer, batches, and all that is in between."""
     memory = step.memory_analysis()
@@ -271,10 +323,16 @@ def batch_size(config: ml_collections.ConfigDict, name: str, mesh: jax.sharding.
     if name not in config.batch_size:
         raise UserError(f"train.batch_size has no {name!r}, which the method needs; use a config made for it.")
     size, shards = config.batch_size[name], mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.microbatches < 1:
+        raise UserError(f"train.microbatches={config.microbatches}: give at least 1.")
     if size < 1:
         raise UserError(f"train.batch_size.{name}={size}: give at least 1; a stream without questions is left out.")
-    if size % shards:
-        raise UserError(f"train.batch_size.{name}={size} does not divide over {shards} devices; use a multiple of it.")
+    if size % (shards * config.microbatches):
+        parts = f" in {config.microbatches} microbatches" if config.microbatches > 1 else ""
+        raise UserError(
+            f"train.batch_size.{name}={size} does not divide over {shards} devices{parts}; "
+            f"use a multiple of {shards * config.microbatches}."
+        )
     return size
 
 

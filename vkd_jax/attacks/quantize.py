@@ -44,8 +44,9 @@ class Quantize:
             UserError: which.
         """
         for text in self.bits:
-            if quantize.parse(text, field="attacks.quantize.bits") is None:
-                raise UserError("attacks.quantize.bits: one is empty; give int8, or int4 with a group, as in int4:64.")
+            how = quantize.parse(text, field="attacks.quantize.bits")
+            if how is None or how.activations:
+                raise UserError(f"attacks.quantize.bits={text!r}: give int8, or int4 with a group, as in int4:64.")
 
     def run(self, subject: Subject) -> Records:
         """The answers of the model as it is and of each rounded copy."""

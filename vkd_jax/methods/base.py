@@ -84,9 +84,22 @@ def check(method: Any, *positive: str) -> None:
             raise UserError(f"method.{field.name}={value!r}: give 0 or a positive number.")
 
 
+def see(model: Any, batch: Batch) -> tuple[VisualTokens | None, dict[str, VisualTokens]]:
+    """The features of the batch's pictures and the taps of the vision tower; None and {} without pictures.
+
+    Where the output of a block is cached (`train.cached_prefix`), the blocks up to it are not computed again.
+    """
+    if batch.pictures is None:
+        return None, {}
+    known = next((name for name in batch.cached if name.startswith("vision/")), None)
+    if known is None:
+        return model.encode(batch.pictures)
+    return model.encode(batch.pictures, hidden=batch.cached[known], start=int(known.split("/")[1]) + 1)
+
+
 def answer_logits(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, VisualTokens]]:
     """Logits at the answer positions, and the taps of the vision tower ({} without pictures)."""
-    features, taps = (None, {}) if batch.pictures is None else model.encode(batch.pictures)
+    features, taps = see(model, batch)
     logits, _ = model(batch.tokens, batch.mask, features=features, at=batch.at)
     return logits, taps
 
@@ -119,8 +132,7 @@ def descent(name: str, weight: float) -> LossFn:
 
 def hidden_states(model: Any, batch: Batch, layers: int) -> jax.Array:
     """What comes out of the language model's block number `layers`, counted from 1: [b, t, d]; no later one is run."""
-    features = None if batch.pictures is None else model.encode(batch.pictures)[0]
-    x, positions = model.embed(batch.tokens, batch.mask, features)
+    x, positions = model.embed(batch.tokens, batch.mask, see(model, batch)[0])
     return model.language_model.read(x, batch.mask, positions, layers=layers)[0]
 
 
@@ -167,14 +179,14 @@ def reference_log_probs(context: Context, encoded: EncodedSet, batch_size: int =
 
 
 def teacher_taps(
-    context: Context, params: Params, pictures: Pictures, names: Iterable[str], batch_size: int = 32
+    graphdef: Any, params: Params, pictures: Pictures, names: Iterable[str], batch_size: int = 32
 ) -> dict[str, VisualTokens]:
     """{tap: tokens [m, p, c]} of every row of pictures, computed once by a frozen model."""
     names = tuple(names)
 
     @jax.jit
     def encode(params, pictures):
-        _, taps = bind(context.graphdef, params).encode(pictures)
+        _, taps = bind(graphdef, params).encode(pictures)
         if unknown := sorted(set(names) - set(taps)):
             raise UserError(f"method.taps: the model has no {', '.join(unknown)}; it has {', '.join(taps)}.")
         return {name: taps[name] for name in names}

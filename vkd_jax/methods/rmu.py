@@ -97,7 +97,7 @@ class RMU(Scope):
         del model_config
         return (shape[0], *[1] * (len(shape) - 1)) if path.startswith("language_model/blocks/") else ()
 
-    def depth(self, model_config) -> tuple[int, bool]:
+    def depth(self, stream, model_config) -> tuple[int, bool]:
         """The blocks up to the hidden states."""
         return self.layers(model_config), False
 

@@ -48,8 +48,9 @@ class Scope:
         del path, model_config
         return shape
 
-    def depth(self, model_config: Any) -> tuple[int, bool]:
-        """How many blocks of the language model run, and whether its head does, for the planner."""
+    def depth(self, stream: str, model_config: Any) -> tuple[int, bool]:
+        """How many blocks of the language model run for a stream, and whether its head does, for the planner."""
+        del stream
         return model_config.text.layers, True
 
     def cached(
@@ -106,3 +107,15 @@ def visual_paths(paths: Iterable[str], model_config: Any, blocks: int) -> list[s
         return tower == "projector" or (tower == "vision_tower" and blocks == -1 and part != "post_norm")
 
     return [path for path in paths if trains(path)]
+
+
+def frozen_blocks(trainable: Iterable[str], model_config: Any) -> int:
+    """How many of the vision blocks that feed the projector stand before everything that trains: what leaves them
+    never changes.
+
+    Args:
+        trainable: paths of what trains.
+        model_config: of the family.
+    """
+    first = [path.split("/")[1:3] for path in trainable if path.startswith("vision_tower/")]
+    return min((int(rest[1]) if rest[0] == "blocks" else 0 for rest in first), default=model_config.used_blocks)

@@ -22,7 +22,7 @@ import numpy as np
 from vkd_jax import losses, saliency
 from vkd_jax.data import augment
 from vkd_jax.methods import base
-from vkd_jax.methods.scope import Scope
+from vkd_jax.methods.scope import Scope, frozen_blocks
 from vkd_jax.models.base import VisualTokens
 from vkd_jax.types import Params, UserError
 
@@ -78,16 +78,19 @@ class VKD(Scope):
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Caches teacher features, forget targets and reference log-probabilities, and makes the saliency mask."""
+        prefix = frozen_blocks(self.trainable(context.params, context.model_config), context.model_config)
+        if still := [tap for tap in self.taps if tap in {f"vision/{i}" for i in range(prefix)}]:
+            raise UserError(f"method.taps: {still[0]} lies before all that trains and never changes; name a later one.")
         sets = {
             name: augment.augmented(context.sets[name], copies, base.rng(context.seed, f"vkd/augment/{name}"))
             for name, copies in (("forget", self.augment_forget), ("retain", self.augment_retain))
         }
         context = dataclasses.replace(context, sets=sets)
         forget, retain = context.sets["forget"], context.sets["retain"]
-        vanilla_retain = base.teacher_taps(context, context.params, retain.pictures, self.taps)
+        vanilla_retain = base.teacher_taps(context.graphdef, context.params, retain.pictures, self.taps)
         teacher_retain = vanilla_retain
         if self.teacher == "base":
-            teacher_retain = base.teacher_taps(context, _base_params(context), retain.pictures, self.taps)
+            teacher_retain = base.teacher_taps(context.graphdef, _base_params(context), retain.pictures, self.taps)
         scales = {
             tap: np.mean(np.square(tokens.values, dtype=np.float32), where=tokens.valid[..., None], dtype=np.float32)
             for tap, tokens in teacher_retain.items()
@@ -122,26 +125,37 @@ class VKD(Scope):
         """The two halves of the objective; their gradients are taken apart, so that a mask can cover one."""
         return {"forget": self._forget_loss, "retain": self._retain_loss}
 
+    def depth(self, stream, model_config) -> tuple[int, bool]:
+        """All of the language model, or none of it where the stream's loss has no term of its output."""
+        reads = self.weight_retain_ce if stream == "retain" else self.forget != "none"
+        return super().depth(stream, model_config) if reads else (0, False)
+
     def _forget_loss(self, model, batch):
-        logits, taps = base.answer_logits(model, batch)
+        features, taps = base.see(model, batch)
+        distance = self._distance(taps, batch) if self.target != "none" else jnp.zeros(len(batch.tokens))
+        feature = -jnp.minimum(distance, self.repel_cap) if self.target == "repel" else distance
+        loss = self.weight_forget_distill * feature
+        if self.forget == "none":  # nobody asks the language model
+            return jnp.mean(loss), base.mean_metrics(forget_distance=distance)
+        logits, _ = model(batch.tokens, batch.mask, features=features, at=batch.at)
         ce = losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
         if self.forget == "npo":
             log_prob = losses.sequence_log_prob(logits, batch.targets, batch.target_mask)
             output = losses.npo(log_prob, batch.cached["reference"], self.beta)
-        elif self.forget == "ga":
-            output = losses.bounded_ascent(ce, self.cap)
         else:
-            output = jnp.zeros_like(ce)
-        distance = self._distance(taps, batch) if self.target != "none" else jnp.zeros_like(ce)
-        feature = -jnp.minimum(distance, self.repel_cap) if self.target == "repel" else distance
-        loss = jnp.mean(self.weight_forget_ce * output + self.weight_forget_distill * feature)
+            output = losses.bounded_ascent(ce, self.cap)
+        loss = jnp.mean(self.weight_forget_ce * output + loss)
         return loss, base.mean_metrics(forget_ce=ce, forget_output=output, forget_distance=distance)
 
     def _retain_loss(self, model, batch):
-        logits, taps = base.answer_logits(model, batch)
-        ce = losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
+        features, taps = base.see(model, batch)
         distance = self._distance(taps, batch)
-        loss = jnp.mean(self.weight_retain_ce * ce + self.weight_retain_distill * distance)
+        loss = self.weight_retain_distill * distance
+        if not self.weight_retain_ce:
+            return jnp.mean(loss), base.mean_metrics(retain_distance=distance)
+        logits, _ = model(batch.tokens, batch.mask, features=features, at=batch.at)
+        ce = losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
+        loss = jnp.mean(self.weight_retain_ce * ce + loss)
         return loss, base.mean_metrics(retain_ce=ce, retain_distance=distance)
 
     def _distance(self, taps: Mapping[str, VisualTokens], batch) -> jax.Array:
@@ -159,7 +173,9 @@ class VKD(Scope):
             return {}
         if self.target in ("base", "repel"):
             params = _base_params(context) if self.target == "base" else context.params
-            return {tap: own.values for tap, own in base.teacher_taps(context, params, pictures, self.taps).items()}
+            return {
+                tap: own.values for tap, own in base.teacher_taps(context.graphdef, params, pictures, self.taps).items()
+            }
         places = base.tap_places(context, pictures, self.taps)
         forget_count, retain_count = len(next(iter(places.values()))), len(next(iter(retain.values())).where)
         if self.target == "anchor":

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vkd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, attention, lecun_normal, small_normal
+from vkd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, attention, lecun_normal, rematerialized, small_normal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ class VisionTower(nnx.Module):
         """Runs blocks [start, stop) on the activations entering `start`; returns each block's output."""
         outputs = []
         for block in self.blocks[start:stop]:
-            run = jax.checkpoint(lambda x, block=block: block(x)) if self.remat else block
+            run = rematerialized(lambda x, block=block: block(x), self.remat)
             hidden = run(hidden)
             outputs.append(hidden)
         return outputs

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vkd_jax.models.layers import Embedding, Linear, RMSNorm, attention, small_normal
+from vkd_jax.models.layers import Embedding, Linear, RMSNorm, attention, rematerialized, small_normal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +176,7 @@ class Decoder(nnx.Module):
             block, cached = layer
             return block(x, positions, allowed, cached, index)
 
-        if self.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
+        body = rematerialized(body, self.remat, scanned=True)
         cached = None if cache is None else (cache.keys, cache.values)
         # Every leaf is stacked, those of quantised and adapted kernels among them.
         blocks = self.blocks if layers is None else jax.tree.map(lambda leaf: leaf[:layers], self.blocks)

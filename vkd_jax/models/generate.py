@@ -7,15 +7,30 @@ The functions take a bound model; jit them over the parameters:
         model = bind(graphdef, params)
         return greedy(model, tokens, mask, model.encode(pictures)[0], max_new_tokens=16, eos_ids=(2,), pad_id=0)
 
-Axes: b batch, t prompt position, o option, a option token, s cache slot, v vocabulary.
+Where several prompts of a batch begin alike, as questions about one picture do, their beginning is read once: `Shared`.
+
+Axes: b batch, t prompt position, u beginning, o option, a option token, v vocabulary, h part of a batch.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from vkd_jax.models.base import VisualTokens
+from vkd_jax.models.decoder import Cache
+
+
+class Shared(NamedTuple):
+    """How the prompts of a batch begin; each beginning is read once, and its keys and values are given to its rows.
+
+    Rows and beginnings are in h parts of equal sizes, and a row's beginning is of the same part: parts that lie on
+    different devices then need nothing of each other.
+    """
+
+    tokens: jax.Array  # int [u, t], padded left or right
+    mask: jax.Array  # bool [u, t], False at padding
+    which: jax.Array  # int [h, b / h]: the beginning of each row, counted in its part
 
 
 def last_token(mask: jax.Array) -> jax.Array:
@@ -28,6 +43,7 @@ def greedy(
     tokens: jax.Array,
     mask: jax.Array,
     features: VisualTokens | None = None,
+    shared: Shared | None = None,
     *,
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
@@ -40,6 +56,7 @@ def greedy(
         tokens: prompts int [b, t], padded left or right, of any lengths.
         mask: bool [b, t], False at padding.
         features: from `model.encode`, or None for text.
+        shared: how the prompts begin; `tokens` is then what follows, and `features` are those of the beginnings.
         max_new_tokens: at most so many are generated; prompt and answer must fit the model's positions.
         eos_ids: tokens that end a row; the first one generated is part of the answer.
         pad_id: fills a row after its end.
@@ -47,11 +64,9 @@ def greedy(
     Returns:
         int32 [b, max_new_tokens].
     """
-    b, t = tokens.shape
-    cache = model.language_model.empty_cache(b, t + max_new_tokens)
-    logits, cache = model(tokens, mask, features=features, at=last_token(mask)[:, None], cache=cache)
+    logits, cache = _read(model, tokens, mask, features, shared, max_new_tokens - 1)  # the last is written, never read
     ends = jnp.asarray(eos_ids, jnp.int32)
-    answer = jnp.full((b, max_new_tokens), pad_id, jnp.int32)
+    answer = jnp.full((len(tokens), max_new_tokens), pad_id, jnp.int32)
 
     def unfinished(state):
         i, done, *_ = state
@@ -59,14 +74,15 @@ def greedy(
 
     def step(state):
         i, done, token, answer, cache = state
-        answer = answer.at[:, i].set(jnp.where(done, pad_id, token))
-        done = done | jnp.isin(token, ends)
         # Rows that are done keep running with the others; what they produce is never written.
-        logits, cache = model(token[:, None], jnp.ones((b, 1), bool), cache=cache)
-        return i + 1, done, jnp.argmax(logits[:, 0], -1).astype(jnp.int32), answer, cache
+        logits, cache = model(token[:, None], jnp.ones((len(token), 1), bool), cache=cache)
+        token = jnp.argmax(logits[:, 0], -1).astype(jnp.int32)
+        answer = answer.at[:, i].set(jnp.where(done, pad_id, token))
+        return i + 1, done | jnp.isin(token, ends), token, answer, cache
 
     first = jnp.argmax(logits[:, 0], -1).astype(jnp.int32)
-    return jax.lax.while_loop(unfinished, step, (0, jnp.zeros(b, bool), first, answer, cache))[3]
+    answer = answer.at[:, 0].set(first)
+    return jax.lax.while_loop(unfinished, step, (1, jnp.isin(first, ends), first, answer, cache))[3]
 
 
 def option_log_probs(
@@ -76,6 +92,7 @@ def option_log_probs(
     features: VisualTokens | None,
     options: jax.Array,
     options_mask: jax.Array,
+    shared: Shared | None = None,
 ) -> jax.Array:
     """`log p(option | prompt)` of several options: the sum over the option's tokens, in nats.
 
@@ -86,11 +103,12 @@ def option_log_probs(
         features: from `model.encode`, or None for text.
         options: int [b, o, a], padded right.
         options_mask: bool [b, o, a], False at padding; an option without tokens (a missing one) scores -inf.
+        shared: as in `greedy`.
 
     Returns:
         float32 [b, o].
     """
-    log_p = _predicted(model, tokens, mask, features, options, options_mask)
+    log_p = _predicted(model, tokens, mask, features, options, options_mask, shared)
     scores = jnp.take_along_axis(log_p, options[..., None], axis=-1)[..., 0]
     return jnp.where(options_mask.any(-1), jnp.where(options_mask, scores, 0.0).sum(-1), -jnp.inf)
 
@@ -102,6 +120,7 @@ def token_log_probs(
     features: VisualTokens | None,
     options: jax.Array,
     options_mask: jax.Array,
+    shared: Shared | None = None,
 ) -> jax.Array:
     """What each token of several options scores, and what a token drawn from the model would score in its place.
 
@@ -114,7 +133,7 @@ def token_log_probs(
     Returns:
         float32 [b, o, a, 3], in nats; anything at padding.
     """
-    log_p = _predicted(model, tokens, mask, features, options, options_mask)
+    log_p = _predicted(model, tokens, mask, features, options, options_mask, shared)
     own = jnp.take_along_axis(log_p, options[..., None], axis=-1)[..., 0]
     p = jnp.exp(log_p)
     mean = (p * log_p).sum(-1)
@@ -129,6 +148,7 @@ def _predicted(
     features: VisualTokens | None,
     options: jax.Array,
     options_mask: jax.Array,
+    shared: Shared | None = None,
 ) -> jax.Array:
     """log p of every token of the vocabulary at each place of several options: float32 [b, o, a, v].
 
@@ -136,17 +156,56 @@ def _predicted(
     and itself, at the positions that it would have if it alone followed the prompt.
     """
     b, o, a = options.shape
-    t, n = tokens.shape[1], o * (a - 1)  # an option's last token is predicted, never read
+    n = o * (a - 1)  # an option's last token is predicted, never read
     decoder = model.language_model
-    cache = decoder.empty_cache(b, t + n)
-    logits, cache = model(tokens, mask, features=features, at=last_token(mask)[:, None], cache=cache)
+    logits, cache = _read(model, tokens, mask, features, shared, n)
     log_p = jnp.broadcast_to(jax.nn.log_softmax(logits)[:, :, None], (b, o, 1, logits.shape[-1]))
     if a > 1:
         owner, step = jnp.divmod(jnp.arange(n), a - 1)
         positions = cache.next[:, None] + step
         own = (owner[:, None] == owner) & (step[:, None] >= step) & options_mask[:, :, :-1].reshape(b, 1, n)
-        allowed = jnp.concatenate([jnp.broadcast_to(mask[:, None], (b, n, t)), own], axis=-1)
+        prompt = cache.mask[:, None, : cache.mask.shape[1] - n]
+        allowed = jnp.concatenate([jnp.broadcast_to(prompt, (b, n, prompt.shape[-1])), own], axis=-1)
         x, _ = decoder(decoder.embed(options[:, :, :-1].reshape(b, n)), positions, allowed, cache)
         later = jax.nn.log_softmax(decoder.logits(x)).reshape(b, o, a - 1, -1)
         log_p = jnp.concatenate([log_p, later], axis=2)
     return log_p
+
+
+def _read(
+    model: Any,
+    tokens: jax.Array,
+    mask: jax.Array,
+    features: VisualTokens | None,
+    shared: Shared | None,
+    room: int,
+) -> tuple[jax.Array, Cache]:
+    """Logits after each prompt, [b, 1, v], and its cache, with `room` slots for what follows."""
+    decoder, last = model.language_model, last_token(mask)[:, None]
+    b, t = tokens.shape
+    if shared is None:
+        return model(tokens, mask, features=features, at=last, cache=decoder.empty_cache(b, t + room))
+    cache = decoder.empty_cache(*shared.tokens.shape)
+    _, cache = model(shared.tokens, shared.mask, features=features, at=last_token(shared.mask)[:, None], cache=cache)
+    empty = decoder.empty_cache(b, shared.tokens.shape[1] + t + room)
+    return model(tokens, mask, at=last, cache=_given(cache, shared.which, empty))
+
+
+def _given(cache: Cache, which: jax.Array, empty: Cache) -> Cache:
+    """A larger empty cache, with a copy of a row of another in each of its rows; see `Shared`."""
+
+    def rows(x: jax.Array, axis: int) -> jax.Array:
+        parts = x.reshape(*x.shape[:axis], len(which), -1, *x.shape[axis + 1 :])
+        take = jax.vmap(lambda part, own: jnp.take(part, own, axis=axis), in_axes=(axis, 0), out_axes=axis)
+        return take(parts, which).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
+
+    return Cache(
+        keys=put(empty.keys, rows(cache.keys, 1)),
+        values=put(empty.values, rows(cache.values, 1)),
+        mask=put(empty.mask, rows(cache.mask, 0)),
+        index=cache.index,
+        next=rows(cache.next, 0),
+    )

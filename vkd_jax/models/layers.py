@@ -5,6 +5,7 @@ key/value head, c head channel.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,24 @@ from flax import nnx
 
 from vkd_jax.models import lora, quantize
 
+# What the backward pass finds of a block's forward pass, and what it computes again. By far the most FLOPs are those of
+# products with weights; by far the most bytes are scores of attention and what stands between the products.
+REMAT = {
+    "": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(lora.PRODUCT),  # products with weights are kept
+    "full": jax.checkpoint_policies.nothing_saveable,  # the block's input alone is kept
+}
+
 lecun_normal = nnx.initializers.lecun_normal()
 small_normal = nnx.initializers.normal(0.02)
+
+
+def rematerialized(block: Callable, how: str, scanned: bool = False) -> Callable:
+    """The block, whose backward pass computes again what `how`, a key of REMAT, does not keep.
+
+    In the body of a scan nothing needs to be kept from XLA, which would otherwise undo it.
+    """
+    return jax.checkpoint(block, policy=REMAT[how], prevent_cse=not scanned) if how else block
 
 
 class Linear(nnx.Module):

@@ -31,7 +31,7 @@ class LlavaConfig:
     feature_select: str = "default"  # "default" drops the class token, "full" keeps it
     projector_act: str = "gelu"
     compute_dtype: str = "float32"  # parameters have their own
-    remat: bool = False  # recompute the blocks in the backward pass instead of storing activations
+    remat: str = ""  # what the backward pass computes again instead of keeping it: a key of `layers.REMAT`
 
     @property
     def used_blocks(self) -> int:
@@ -59,7 +59,7 @@ class LlavaConfig:
 
     @classmethod
     def from_hf(cls, hf: Any, **changes: Any) -> "LlavaConfig":
-        """Reads a `transformers.LlavaConfig`; `changes` are fields to set otherwise (`remat=True`).
+        """Reads a `transformers.LlavaConfig`; `changes` are fields to set otherwise (`remat="full"`).
 
         Raises:
             UserError: the configuration asks for what this implementation does not compute; all is listed.

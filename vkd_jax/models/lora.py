@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from qwix import QArray
 
 from vkd_jax import hosts
@@ -31,6 +32,7 @@ from vkd_jax.models import quantize
 
 KERNELS = r"language_model/blocks/.+/kernel"
 A, B = "lora_a", "lora_b"
+PRODUCT = "product"  # what `layers.REMAT` calls the outcome of a product with a weight
 
 
 @functools.partial(
@@ -130,12 +132,13 @@ def part(params: Mapping[str, Any]) -> dict[str, Any]:
 def product(x: jax.Array, weight: jax.Array | QArray | Lora) -> jax.Array:
     """x W in x's dtype, [n, d] to [n, f], for a plain, quantised or adapted kernel of one layer."""
     if not isinstance(weight, Lora):
-        return quantize.apply(jnp.matmul, x, weight)
-    y, seen = quantize.apply(jnp.matmul, x, weight.weight), x
+        return checkpoint_name(quantize.apply(jnp.matmul, x, weight), PRODUCT)
+    y, seen = checkpoint_name(quantize.apply(jnp.matmul, x, weight.weight), PRODUCT), x
     if weight.key is not None:
         kept = jax.random.bernoulli(weight.key, 1 - weight.dropout, x.shape)
         seen = jnp.where(kept, x / (1 - weight.dropout), 0)  # of the same mean as x
-    return y + (seen @ weight.a.astype(x.dtype) * weight.scale) @ weight.b.astype(x.dtype)
+    inner = checkpoint_name(seen @ weight.a.astype(x.dtype), PRODUCT)
+    return y + (inner * weight.scale) @ weight.b.astype(x.dtype)
 
 
 def delta(lora: Lora, layer: int | None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The frozen language model in int8 or int4, weight-only, by qwix: about a quarter or an eighth of its float32 bytes.
+"""The frozen language model in int8 or int4, by qwix: about a quarter or an eighth of its float32 bytes.
 
     W[i, o] ~ q[i, o] s[g(i), o],   s[g, o] = max over i in g of |W[i, o]| / (2^(bits - 1) - 1/2)
 
@@ -6,6 +6,10 @@ with input channel i, its group g(i), output channel o. A quantised weight is a 
 where an array stood, in `params` and in the module alike. Each use makes floats of it, one layer at a time, and so
 does the backward pass, which keeps q alone: the floats of the whole model are never there together. Gradients pass
 through to the activations; the weight itself has none, so it is never trained.
+
+With "w8a8" the blocks make no floats of q at all: x is rounded to 8 bits, a scale each token, and integers are
+multiplied, which v5e, v5p and v6e do twice as fast as bfloat16. The gradient is that of the product with s q, and is
+rounded likewise, a scale each token, before it is multiplied with q.
 
 Reference: https://github.com/google/qwix
 """
@@ -17,6 +21,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import qwix
@@ -28,8 +33,9 @@ from vkd_jax.types import UserError
 
 # What is quantised, the axis of its input channels, and the fewest bits it takes. Norms and biases stay as they are:
 # they are small. Token embeddings and the head keep 8 bits: 4 would save little and cost the visual gradient most.
+BLOCKS = "language_model/blocks/"
 WEIGHTS = (
-    (r"language_model/blocks/.+/kernel", -2, 4),
+    (BLOCKS + r".+/kernel", -2, 4),
     (r"language_model/head/kernel", -2, 8),
     (r"language_model/embed/embedding", -1, 8),  # with tied embeddings the head, too
 )
@@ -38,12 +44,18 @@ OTHERS = r"(vision_tower|projector)/(.+/kernel|patch_embedding)"
 TYPES = {8: jnp.int8, 4: jnp.int4}
 
 
+@flax.struct.dataclass
+class Integers(QArray):
+    """A quantised kernel [d, f], scales [1, f], that is multiplied with rounded activations."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantization:
     """How many bits a weight has, and how many input channels share a scale in each output channel."""
 
     bits: int  # 8 or 4
     group: int | None = None  # None: all
+    activations: bool = False  # whether the blocks' activations are rounded, too
 
     def size(self, width: int) -> int:
         """The group size for `width` input channels: the largest divisor of it that is at most `group`.
@@ -63,7 +75,8 @@ class Quantization:
 
 
 def parse(text: str, field: str = "model.quantize") -> Quantization | None:
-    """Reads "int8" (one scale an output channel), "int4" (one per 128 inputs of it), "int8:64" (per 64); "" is None.
+    """Reads "int8" (one scale an output channel), "int4" (one per 128 inputs of it), "int8:64" (per 64), "w8a8" (int8,
+    activations too); "" is None.
 
     Args:
         text: to read.
@@ -74,9 +87,11 @@ def parse(text: str, field: str = "model.quantize") -> Quantization | None:
     """
     if not text:
         return None
+    if text == "w8a8":
+        return Quantization(8, activations=True)
     match = re.fullmatch(r"int([84])(?::([1-9]\d*))?", text)
     if match is None:
-        raise UserError(f"{field}={text!r}: give int8 or int4, or one with a group size, such as int4:64.")
+        raise UserError(f"{field}={text!r}: give int8 or int4, or one with a group size, such as int4:64; or w8a8.")
     bits = int(match[1])
     return Quantization(bits, int(match[2]) if match[2] else {8: None, 4: 128}[bits])
 
@@ -95,7 +110,8 @@ def quantized(path: str, array: jax.Array, how: Quantization) -> jax.Array | QAr
     axis, bits = found[0]
     sharding = getattr(array, "sharding", None)  # traced arrays have none to ask for
     sharding = sharding if isinstance(sharding, NamedSharding) else None
-    return _quantize(array, axis, max(bits, how.bits), how.size(array.shape[axis]), sharding)
+    small = _quantize(array, axis, max(bits, how.bits), how.size(array.shape[axis]), sharding)
+    return Integers(small.qvalue, small.scale) if how.activations and path.startswith(BLOCKS) else small
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
@@ -159,13 +175,43 @@ def floats(weight: jax.Array | QArray, dtype: Any) -> jax.Array:
 
 
 def apply(op: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, weight: jax.Array | QArray) -> jax.Array:
-    """`op(x, weight)` with the weight in x's dtype; the backward pass makes the floats of a quantised one again."""
+    """`op(x, weight)` with the weight in x's dtype; the backward pass makes the floats of a quantised one again.
+
+    With `Integers`, op is the matrix product of [n, d] and [d, f].
+    """
+    if isinstance(weight, Integers):
+        return _product(x, weight.qvalue, weight.scale)
 
     def on_floats(x, weight):
         return op(x, floats(weight, x.dtype))
 
     # Kept for the backward pass, the floats of each layer would stack up to those of the whole model.
     return (jax.checkpoint(on_floats, prevent_cse=False) if isinstance(weight, QArray) else on_floats)(x, weight)
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, q: jax.Array, scale: jax.Array) -> jax.Array:
+    return _of_integers(x, q, 1, scale)
+
+
+def _of_integers(x: jax.Array, q: jax.Array, axis: int, scale: jax.Array | float = 1.0) -> jax.Array:
+    """x, rounded to 8 bits, times q [d, f] or, with axis 0, its transpose; times a scale of each output."""
+    small = qwix.quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=[0])
+    products = jax.lax.dot_general(small.qvalue, q, (((1,), (1 - axis,)), ((), ())), preferred_element_type=jnp.int32)
+    return (products.astype(jnp.float32) * (small.scale * scale)).astype(x.dtype)
+
+
+def _product_forward(x, q, scale):
+    return _product(x, q, scale), (q, scale)
+
+
+def _product_backward(kept, gradient):
+    q, scale = kept
+    scaled = gradient.astype(jnp.float32) * scale
+    return _of_integers(scaled, q, 0).astype(gradient.dtype), None, None
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def rows(table: jax.Array | QArray, index: jax.Array, dtype: Any) -> jax.Array:

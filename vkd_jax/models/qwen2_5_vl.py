@@ -21,7 +21,7 @@ class Qwen25VLConfig(QwenConfig):
 
     @classmethod
     def from_hf(cls, hf: Any, **changes: Any) -> "Qwen25VLConfig":
-        """Reads a `transformers.Qwen2_5_VLConfig`; `changes` are fields to set otherwise (`remat=True`).
+        """Reads a `transformers.Qwen2_5_VLConfig`; `changes` are fields to set otherwise (`remat="full"`).
 
         Raises:
             UserError: the configuration asks for what this implementation does not compute; all is listed.

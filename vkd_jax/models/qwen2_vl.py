@@ -32,7 +32,7 @@ class QwenConfig:
     text: DecoderConfig
     image_token_id: int
     compute_dtype: str = "float32"  # parameters have their own
-    remat: bool = False  # recompute the blocks in the backward pass instead of storing activations
+    remat: str = ""  # what the backward pass computes again instead of keeping it: a key of `layers.REMAT`
 
     @property
     def used_blocks(self) -> int:
@@ -190,7 +190,7 @@ class Qwen2VLConfig(QwenConfig):
 
     @classmethod
     def from_hf(cls, hf: Any, **changes: Any) -> "Qwen2VLConfig":
-        """Reads a `transformers.Qwen2VLConfig`; `changes` are fields to set otherwise (`remat=True`).
+        """Reads a `transformers.Qwen2VLConfig`; `changes` are fields to set otherwise (`remat="full"`).
 
         Raises:
             UserError: the configuration asks for what this implementation does not compute; all is listed.

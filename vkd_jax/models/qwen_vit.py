@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from vkd_jax.models.clip_vit import MLP
-from vkd_jax.models.layers import LayerNorm, Linear, RMSNorm, attention, gelu, lecun_normal
+from vkd_jax.models.layers import LayerNorm, Linear, RMSNorm, attention, gelu, lecun_normal, rematerialized
 
 NORM_EPS = 1e-6  # no configuration says otherwise
 
@@ -197,7 +197,7 @@ class VisionTower(nnx.Module):
         """Runs the blocks from `start` on the activations entering it; returns each block's output."""
         outputs, allowed = [], self._allowed(where)
         for i, block in enumerate(self.blocks[start:], start):
-            run = jax.checkpoint(lambda *x, block=block: block(*x)) if self.remat else block
+            run = rematerialized(lambda *x, block=block: block(*x), self.remat)
             hidden = run(hidden, where, allowed[i])
             outputs.append(hidden)
         return outputs

@@ -189,3 +189,49 @@ def test_scores_after_a_worked_example_are_those_of_the_whole_conversation(tiny_
         assert got.counts[i, j] == count
     swapped = ask(7).score(["Who?"], [["baker"]], seen.show([[1, 0]]), turns=turns[:1])
     assert abs(swapped.log_probs[0, 0] - got.log_probs[0, 0]) > 1e-6
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_what_questions_about_a_picture_share_is_read_once(tiny_model, monkeypatch, shards):
+    """Nine questions about three pictures in any order: the answers and scores of each asked alone."""
+    params = {k: v * (40 if k.startswith("projector/fc2") else 1) for k, v in tiny_model.params.items()}
+    alone, beside = (
+        Answerer(tiny_model.graphdef, params, tiny_model.config, tiny_model.processor, batch_size=n) for n in (1, 6)
+    )
+    beside.shards = shards  # as on a mesh: rows of a part take nothing of the other's
+    batches, made = [], Answerer._batches
+    monkeypatch.setattr(Answerer, "_batches", lambda self, *args: batches.append([*made(self, *args)]) or batches[-1])
+    questions = [f"Question {i}: who is{' this' * (i % 4)}?" for i in range(9)]
+    shown = [[3, i] for i in (2, 0, 1, 0, 2, 0, 1, 1, 0)]  # the first with the worked example, which is one for all ...
+    seen = alone.look([png(i) for i in range(4)]).show(shown)
+    turns = [[("What is it?", "a pear" if i < 8 else "a judge", 1)] for i in range(9)]  # ... but for its words
+    each = [([questions[i]], seen.of([i]), turns[i : i + 1]) for i in range(9)]
+    expected = [alone.generate(*row, max_new_tokens=4, turns=turn)[0] for *row, turn in each]
+    scores = [alone.score(row, [OPTIONS], picture, turns=turn).log_probs[0] for row, picture, turn in each]
+    assert not any(shared for found in batches for *_, shared in found) and len(set(expected)) > 2
+    batches.clear()
+    assert beside.generate(questions, seen, max_new_tokens=4, turns=turns) == expected
+    np.testing.assert_allclose(beside.score(questions, [OPTIONS] * 9, seen, turns=turns).log_probs, scores, atol=2e-4)
+    for found in batches:  # what begins alike stands beside each other, in order; the last row fills the last batch
+        assert [rows.tolist() for rows, *_ in found] == [[0, 4, 1, 3, 5, 2], [6, 7, 8, 8, 8, 8]]
+        for _, tokens, _, features, shared in found:
+            assert len(features.values) == len(shared.tokens) == {1: 3, 2: 4}[shards]
+            assert shared.which.shape == (shards, 6 // shards)
+            assert not (tokens == tiny_model.config.image_token_id).any()
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_positions_go_on_after_a_shared_picture_of_any_size(family, qwen_folder, monkeypatch):
+    folder = qwen_folder(family)
+    graphdef, params, config = convert.load(folder)
+    alone, beside = (
+        Answerer(graphdef, params, config, processing.Processor(folder, config), batch_size=n) for n in (1, 4)
+    )
+    shared, made = [], Answerer._batches
+    monkeypatch.setattr(Answerer, "_batches", lambda self, *args: shared.append([*made(self, *args)]) or shared[-1])
+    files = [png(0), Image.fromarray(np.random.default_rng(9).integers(0, 256, (61, 90, 3), np.uint8))]
+    seen, questions = alone.look([files[i] for i in (0, 1, 1, 0)]), ["Who?", "Where is it?", "Who?", "What?"]
+    expected = alone.score(questions, [OPTIONS[:2]] * 4, seen).log_probs
+    np.testing.assert_allclose(beside.score(questions, [OPTIONS[:2]] * 4, seen).log_probs, expected, atol=1e-3)
+    assert [bool(batch[-1]) for found in shared for batch in found] == [False] * 4 + [True]
+    assert abs(expected[0] - expected[3]).max() > 0.01

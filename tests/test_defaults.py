@@ -47,7 +47,7 @@ def test_what_trains_attacks_and_comparisons_are_words(get_config):
 def test_one_chip_is_a_word(get_config, family, words):
     config = get_config(PUBLISHED[family], f"7b,onechip,{words}")
     mesh, method, *_ = pipeline.checked(config)
-    assert mesh.size == 1 and config.model.quantize == "int4:64" and config.model.remat == "dots"
+    assert mesh.size == 1 and config.model.quantize == "int4:64" and config.model.remat == "full"
     assert getattr(method, "fisher_chunk", 1) == 1
     assert method.blocks == (-1 if family == "llava" else 8)
 

@@ -1,13 +1,15 @@
 """A model with its processor, ready to be asked: prompts in batches, over as many devices as there are.
 
-Pictures pass through the vision tower once, however many questions show them. Rows of a batch lie over the mesh's data
-and fsdp axes; every process prepares all rows, and every process gets all answers.
+Pictures pass through the vision tower once, however many questions show them, and what stands before the question is
+read once by the language model where questions of a batch share it: a picture is hundreds of tokens, a question a few.
+Rows of a batch lie over the mesh's data and fsdp axes; every process prepares all rows, and every process gets all
+answers.
 """
 
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +23,7 @@ from vkd_jax.data.processing import Processor
 from vkd_jax.methods.base import in_batches, padded_rows
 from vkd_jax.models import generate
 from vkd_jax.models.base import VisualTokens, bind
+from vkd_jax.models.generate import Shared
 from vkd_jax.types import Params, UserError
 
 Turns = Sequence[tuple[str, str, int]]  # worked examples before a question: question, answer, how many pictures
@@ -115,15 +118,15 @@ def programs(mesh: jax.sharding.Mesh | None) -> _Programs:
     def score_tokens(graphdef, params, *args):
         return generate.token_log_probs(bind(graphdef, params), *args)
 
-    def greedy(graphdef, params, tokens, mask, features, max_new_tokens, eos_ids, pad_id):
+    def greedy(graphdef, params, tokens, mask, features, shared, max_new_tokens, eos_ids, pad_id):
         model = bind(graphdef, params)
         options = dict(max_new_tokens=max_new_tokens, eos_ids=eos_ids, pad_id=pad_id)
-        return generate.greedy(model, tokens, mask, features, **options)
+        return generate.greedy(model, tokens, mask, features, shared, **options)
 
     jit = functools.partial(jax.jit, **({} if mesh is None else {"out_shardings": sharding.replicated(mesh)}))
     return _Programs(
         *(jit(function, static_argnums=0) for function in (encode, means, score, score_tokens)),
-        jit(greedy, static_argnums=(0, 5, 6, 7)),
+        jit(greedy, static_argnums=(0, 6, 7, 8)),
     )
 
 
@@ -154,7 +157,7 @@ class Answerer:
         batch_size: int = 32,
         mesh: jax.sharding.Mesh | None = None,
     ):
-        shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self.shards = shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         self.graphdef, self.params, self.config = graphdef, params, config
         self.processor, self.mesh = processor, mesh
         self.batch_size = -(-batch_size // shards) * shards
@@ -200,13 +203,11 @@ class Answerer:
             UserError: a prompt with so many tokens is too long for the model.
         """
         prompts = [row[0][0] for row in self._encoded(questions, [[None]] * len(questions), seen, turns)]
-        tokens, mask = self._padded(prompts, max_new_tokens)
-        ends = tuple(self.processor.eos_ids), self.processor.pad_id
+        options = max_new_tokens, tuple(self.processor.eos_ids), self.processor.pad_id
         out = self._run(
-            lambda rows, features: self._programs.greedy(
-                self.graphdef, self.params, *self._put((tokens[rows], mask[rows], features)), max_new_tokens, *ends
-            ),
-            len(questions),
+            lambda _, *batch: self._programs.greedy(self.graphdef, self.params, *self._put(batch), *options),
+            prompts,
+            max_new_tokens,
             seen,
         )
         return [text.strip() for text in self.processor.tokenizer.batch_decode(out, skip_special_tokens=True)]
@@ -229,8 +230,7 @@ class Answerer:
         Raises:
             UserError: a prompt with its longest text is too long for the model.
         """
-        arrays = self._followed(questions, texts, seen, turns)
-        scores, valid = self._after(self._programs.score, arrays, seen), arrays[-1]
+        scores, valid = self._after(self._programs.score, questions, texts, seen, turns)
         return Scores(np.where(valid.any(-1), scores, -np.inf), valid.sum(-1))
 
     def score_tokens(
@@ -246,12 +246,11 @@ class Answerer:
         Raises:
             UserError: a prompt with its text is too long for the model.
         """
-        arrays = self._followed(questions, [[text] for text in texts], seen, None)
-        scores = self._after(self._programs.score_tokens, arrays, seen)
-        return [TokenScores(*row[0, own].T) for row, own in zip(scores, arrays[-1][:, 0], strict=True)]
+        scores, valid = self._after(self._programs.score_tokens, questions, [[text] for text in texts], seen)
+        return [TokenScores(*row[0, own].T) for row, own in zip(scores, valid[:, 0], strict=True)]
 
-    def _followed(self, questions, texts, seen, turns) -> tuple[np.ndarray, ...]:
-        """Prompts and the texts after them, with what is real of each: [n, t] twice, [n, o, a] twice."""
+    def _after(self, program: Callable, questions, texts, seen, turns=None) -> tuple[np.ndarray, np.ndarray]:
+        """What a program makes of prompts and the texts after them, and which tokens of these are real: [n, o, a]."""
         encoded = self._encoded(questions, texts, seen, turns)
         count = max(len(row) for row in encoded)
         length = max(len(ids) for row in encoded for _, ids in row)
@@ -260,18 +259,13 @@ class Answerer:
         for i, row in enumerate(encoded):
             for j, (_, text) in enumerate(row):
                 ids[i, j, : len(text)], valid[i, j, : len(text)] = text, True
-        return *self._padded([row[0][0] for row in encoded], length), ids, valid
 
-    def _after(self, program: Callable, arrays: tuple[np.ndarray, ...], seen: Seen | None) -> np.ndarray:
-        """What a program makes of prompts and the texts after them."""
-        tokens, mask, ids, valid = arrays
-        return self._run(
-            lambda rows, features: program(
-                self.graphdef, self.params, *self._put((tokens[rows], mask[rows], features, ids[rows], valid[rows]))
-            ),
-            len(tokens),
-            seen,
-        )
+        def launch(rows, tokens, mask, features, shared):
+            return program(
+                self.graphdef, self.params, *self._put((tokens, mask, features, ids[rows], valid[rows], shared))
+            )
+
+        return self._run(launch, [row[0][0] for row in encoded], length, seen), valid
 
     def _read(self, program: Callable, files: Sequence[bytes | Image.Image]) -> tuple[Pictures, Any]:
         """The pictures, and what a program of the vision tower makes of them: a row each, in NumPy."""
@@ -279,14 +273,47 @@ class Answerer:
         read = functools.partial(program, self.graphdef, self.params)
         return pictures, in_batches(lambda part: read(self._put(part)), pictures, self.batch_size)
 
-    def _run(self, launch: Callable, count: int, seen: Seen | None) -> np.ndarray:
-        """`launch(rows, features)` of all rows, a batch at a time; the next batch is prepared while one is computed."""
-        waiting, done = collections.deque(), []
-        for rows in padded_rows(count, self.batch_size):
+    def _run(self, launch: Callable, prompts: Sequence[Sequence[int]], room: int, seen: Seen | None) -> np.ndarray:
+        """`launch(rows, *batch)` of all prompts; the next batch is prepared while one is computed. See `_batches`."""
+        waiting, done, order = collections.deque(), [], []
+        for rows, *batch in self._batches(prompts, room, seen):
             if len(waiting) == IN_FLIGHT:
                 done.append(np.asarray(waiting.popleft()))
-            waiting.append(launch(rows, seen and seen.of(rows).tokens()))
-        return np.concatenate([*done, *map(np.asarray, waiting)])[:count]
+            waiting.append(launch(rows, *batch))
+            order.append(rows)
+        out = np.concatenate([*done, *map(np.asarray, waiting)])
+        return out[np.unique(np.concatenate(order), return_index=True)[1]]  # the last batch repeats its last row
+
+    def _batches(
+        self, prompts: Sequence[Sequence[int]], room: int, seen: Seen | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, VisualTokens | None, Shared | None]]:
+        """Of each batch: its rows, tokens and mask of the prompts, the pictures' features, and what prompts share.
+
+        Prompts that show the same pictures and say the same up to the last of them stand beside each other. That much
+        is then read once for all of them, if this makes the batches smaller.
+        """
+        length = self._length(prompts, room)
+        cuts = [0 if seen is None else _after_pictures(prompt, self.config.image_token_id) for prompt in prompts]
+        begins = [(seen and seen.rows[i], tuple(prompts[i][:cut])) for i, cut in enumerate(cuts)]
+        first = {begin: i for i, begin in reversed([*enumerate(begins)])}  # the first row of each
+        number = np.array([first[begin] for begin in begins])
+        order = np.argsort(number, kind="stable")
+        batches = [order[rows] for rows in padded_rows(len(prompts), self.batch_size)]
+        most = max(len(set(number[part])) for rows in batches for part in rows.reshape(self.shards, -1))
+        before = _multiple(max(cuts))
+        after = _multiple(max(len(prompt) - cut for prompt, cut in zip(prompts, cuts, strict=True)))
+        each = self.batch_size // self.shards
+        if not before or most * before + each * after >= each * length:
+            for rows in batches:
+                features = None if seen is None else seen.of(rows).tokens()
+                yield rows, *self._padded([prompts[i] for i in rows], length), features, None
+            return
+        for rows in batches:
+            parts = [np.unique(number[part], return_inverse=True) for part in rows.reshape(self.shards, -1)]
+            which = np.stack([place.astype(np.int32) for _, place in parts])
+            own = np.concatenate([np.pad(found, (0, most - len(found)), mode="edge") for found, _ in parts])
+            shared = Shared(*self._padded([prompts[i][: cuts[i]] for i in own], before), which)
+            yield rows, *self._padded([prompts[i][cuts[i] :] for i in rows], after), seen.of(own).tokens(), shared
 
     def _put(self, arrays: Any) -> Any:
         """Rows of the same arrays on every process, spread over the mesh if there is one."""
@@ -301,17 +328,30 @@ class Answerer:
             for i, (question, row) in enumerate(zip(questions, texts, strict=True))
         ]
 
-    def _padded(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[np.ndarray, np.ndarray]:
-        """Left-padded prompts of one shape, with `room` for what follows them, and which tokens are real."""
+    def _length(self, prompts: Sequence[Sequence[int]], room: int) -> int:
+        """What prompts are padded to, with `room` for what follows them."""
         longest, limit = max(map(len, prompts)), self.config.text.max_positions
         if longest + room > limit:
             raise UserError(
                 f"a question of {longest} tokens and {room} for the answer exceed the model's {limit}; "
                 "shorten it, ask without worked examples, or allow fewer new tokens."
             )
-        length = min(-(-longest // 8) * 8, limit - room)
+        return min(_multiple(longest), limit - room)
+
+    def _padded(self, prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Left-padded tokens, and which are real."""
         tokens = np.full((len(prompts), length), self.processor.pad_id, np.int32)
         mask = np.zeros((len(prompts), length), bool)
         for i, row in enumerate(prompts):
             tokens[i, length - len(row) :], mask[i, length - len(row) :] = row, True
         return tokens, mask
+
+
+def _after_pictures(prompt: Sequence[int], image_token: int) -> int:
+    """Where a prompt goes on after its last picture; at least one token is left."""
+    return min(max((i + 1 for i, token in enumerate(prompt) if token == image_token), default=0), len(prompt) - 1)
+
+
+def _multiple(length: int) -> int:
+    """Few lengths are compiled."""
+    return -(-length // 8) * 8

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 
 from vkd_jax.methods.scope import frozen_blocks
+from vkd_jax.models.quantize import Integers
 
 KERNEL = r".*/kernel(/lora_[ab])?|.*/patch_embedding"
 
@@ -46,6 +47,7 @@ class Part:
     backward: float = 0.0
     weights: float = 0.0
     recomputed: float = 0.0
+    integers: float = 0.0  # of all these, those of products of 8-bit integers (`models.quantize.Integers`)
 
     @property
     def total(self) -> float:
@@ -109,7 +111,7 @@ def row(
         trains = [path for path in (*paths, *products) if path in trainable]
         # The input of a part whose first operation is a product has no gradient if that alone trains.
         first = {path for path in products if _leads(path, paths)}
-        part = Part(forward=m + a)
+        part, again = Part(forward=m + a), {}
         if before or trains:
             lost = 0.0 if before else sum(products[path] for path in first)
             part.backward = m - lost + 2 * a
@@ -118,7 +120,10 @@ def row(
                 part.recomputed = a if any("/attn/o" in path for path in trains) else a / 2
             elif remat:
                 ends = re.compile(rf"{last}/kernel(/lora_b)?$") if last else None  # whose value nobody needs again
-                part.recomputed = m + a - sum(f for path, f in products.items() if ends and ends.search(path))
+                again = {path: flops for path, flops in products.items() if not (ends and ends.search(path))}
+                part.recomputed = a + sum(again.values())
+        passes = [products, products, again] if part.backward else [products]
+        part.integers = sum(f for p in passes for path, f in p.items() if isinstance(shapes[path], Integers))
         before = before or bool(trains) or (name == "projector" and "language_model/embed/embedding" in trainable)
         parts[name] = parts.get(name, Part()) + part
     return parts

@@ -21,8 +21,8 @@ STAGES = {  # and the models that are fine-tuned on the way
 }
 # The word `onechip`: a language model of four bits, and little at once.
 ONE_CHIP = (
-    "mesh.fsdp=1 model.quantize=int4:64 model.remat=dots eval.batch_size=4 train.batch_size.forget=4 "
-    "train.batch_size.retain=4 train.microbatches=4 finetune.train.microbatches=4"
+    "mesh.fsdp=1 model.quantize=int4:64 model.remat=full eval.batch_size=4 "
+    "train.batch_size.forget=4 train.batch_size.retain=4 finetune.train.microbatches=4"
 )
 
 

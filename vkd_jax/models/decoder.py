@@ -40,8 +40,8 @@ class DecoderConfig:
 class Cache(NamedTuple):
     """Keys and values of the tokens read so far, in fixed-size slots."""
 
-    keys: jax.Array  # [l, b, s, m, c]
-    values: jax.Array  # [l, b, s, m, c]
+    keys: jax.Array  # [l, b, m, s, c], as the products of attention read them
+    values: jax.Array  # [l, b, m, s, c]
     mask: jax.Array  # bool [b, s]: slots that hold a real token
     index: jax.Array  # int []: the first free slot
     next: jax.Array  # int [b]: the position of each row's next token
@@ -87,16 +87,18 @@ class Attention(nnx.Module):
         self.v = Linear(config.width, config.kv_heads * c, bias=config.qkv_bias, **options)
         self.o = Linear(config.heads * c, config.width, bias=False, **options)
 
-    def __call__(self, x, positions, allowed, cached, index):
-        """[b, t, d] to [b, t, d]; `cached` is one layer's (keys, values), written from slot `index` on."""
+    def __call__(self, x, positions, allowed, cached, at):
+        """[b, t, d] to [b, t, d]; `cached` is every layer's (keys, values), written from `at`, (layer, slot), on."""
         b, t, _ = x.shape
         q, k, v = (project(x).reshape(b, t, -1, self.head_width) for project in (self.q, self.k, self.v))
         q, k = (rotate(x, positions, self.theta, self.section) for x in (q, k))
         if cached is not None:
-            k, v = cached = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
+            layer, slot = at
+            cached = tuple(
+                jax.lax.dynamic_update_slice(old, new.astype(old.dtype).swapaxes(1, 2)[None], (layer, 0, 0, slot, 0))
                 for old, new in zip(cached, (k, v), strict=True)
             )
+            k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).swapaxes(1, 2) for x in cached)
         return self.o(attention(q, k, v, allowed).reshape(b, t, -1)), cached
 
 
@@ -126,9 +128,9 @@ class Block(nnx.Module):
         self.norm1, self.norm2 = RMSNorm(config.width, **norm), RMSNorm(config.width, **norm)
         self.attn, self.mlp = Attention(config, **options), MLP(config, **options)
 
-    def __call__(self, x, positions, allowed, cached, index):
-        """[b, t, d] to [b, t, d]; `cached` as in `Attention`."""
-        y, cached = self.attn(self.norm1(x), positions, allowed, cached, index)
+    def __call__(self, x, positions, allowed, cached, at):
+        """[b, t, d] to [b, t, d]; `cached` and `at` as in `Attention`."""
+        y, cached = self.attn(self.norm1(x), positions, allowed, cached, at)
         x = x + y
         return x + self.mlp(self.norm2(x)), cached
 
@@ -170,17 +172,19 @@ class Decoder(nnx.Module):
         Returns:
             Hidden states [b, t, d] and the cache with the new keys and values.
         """
-        index = None if cache is None else cache.index
 
-        def body(x, layer):
-            block, cached = layer
-            return block(x, positions, allowed, cached, index)
+        def body(carried, layer):
+            block, number = layer
+            at = None if cache is None else (number, cache.index)
+            return block(carried[0], positions, allowed, carried[1], at), None
 
         body = rematerialized(body, self.remat, scanned=True)
+        # Carried, not scanned over, so that the new keys and values are written in place and the others stay put.
         cached = None if cache is None else (cache.keys, cache.values)
         # Every leaf is stacked, those of quantised and adapted kernels among them.
         blocks = self.blocks if layers is None else jax.tree.map(lambda leaf: leaf[:layers], self.blocks)
-        x, cached = jax.lax.scan(body, x, (blocks, cached))
+        numbers = None if cache is None else jnp.arange(self.config.layers)
+        (x, cached), _ = jax.lax.scan(body, (x, cached), (blocks, numbers))
         if cache is not None:
             cache = cache._replace(keys=cached[0], values=cached[1], index=cache.index + x.shape[1])
         return (self.norm(x) if layers is None else x), cache
@@ -241,6 +245,6 @@ class Decoder(nnx.Module):
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """A cache with `slots` free slots for each of `batch` rows."""
         config = self.config
-        keys = jnp.zeros((config.layers, batch, slots, config.kv_heads, config.head_width), self.dtype)
+        keys = jnp.zeros((config.layers, batch, config.kv_heads, slots, config.head_width), self.dtype)
         nothing = jnp.zeros((batch, slots), bool)
         return Cache(keys, keys, nothing, index=jnp.int32(0), next=jnp.zeros(batch, jnp.int32))

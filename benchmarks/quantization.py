@@ -30,7 +30,7 @@ from vkd_jax.models import quantize
 from vkd_jax.models.base import VisualTokens, bind
 
 MODEL = Path(__file__).parents[1] / "vkd_jax" / "assets" / "tiny_llava"
-HOW = ("int8", "int8:64", "int4", "int4:64")
+HOW = ("int8", "int8:64", "int4", "int4:64", "w8a8")
 SEED = 0
 
 

@@ -1,14 +1,22 @@
-"""The notebooks: each is what its script says, and the demo runs."""
+"""The notebooks: each is what its script says, its commands are those of the programs, the demo runs, and 7B fits."""
 
+import ast
+import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
+
+from vkd_jax import ask, hub, main, plan
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "colabs").glob("*.py"))
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' way to read one
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -19,6 +27,90 @@ def test_notebooks_are_what_their_scripts_say(script):
     notebook = jupytext.read(script.with_suffix(".ipynb"))
     assert jupytext.writes(notebook, "py:percent") == jupytext.writes(jupytext.read(script), "py:percent")
     assert not any(cell.get("outputs") for cell in notebook.cells)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_code_cells_parse(script):
+    """Without the lines that are the shell's."""
+    import jupytext
+
+    for cell in jupytext.read(script.with_suffix(".ipynb")).cells:
+        if cell.cell_type == "code":
+            shell = re.compile(r"^[!%](?:.*\\\n)*.*$", re.MULTILINE)
+            compile(shell.sub("pass", cell.source), script.name, "exec")
+
+
+def commands(script: Path, module: str) -> list[list[str]]:
+    """The arguments of each `python -m MODULE` in a notebook's cells, with what its cells assign put in."""
+    source = script.read_text(encoding="utf-8")
+    assigned = {
+        node.targets[0].id: node.value.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    }
+    lines = re.findall(r"^# !((?:.*\\\n#)*.*)$", source, re.MULTILINE)
+    lines = [shlex.split(re.sub(r"\\\n#", "", line)) for line in lines]
+    found = [line[3:] for line in lines if line[:3] == ["python", "-m", module]]
+    return [[re.sub(r"\{(\w+)\}", lambda m: str(assigned.get(m[1], m[0])), x) for x in line] for line in found]
+
+
+ONE_CHIP = ROOT / "colabs" / "llava_7b_v5e1.py"
+
+
+@pytest.mark.parametrize("program", [plan, main], ids=lambda program: program.__name__)
+def test_the_one_chip_notebooks_commands_are_real(program, monkeypatch):
+    """Each flag exists, each word of the config is known, and what is planned is what runs."""
+    monkeypatch.chdir(ROOT)
+    (given,) = commands(ONE_CHIP, program.__name__)
+    values = flags.FlagValues()
+    program.define(values)
+    monkeypatch.setattr("sys.argv", ["program", *given])  # where the config's overrides are read
+    assert main.parse(sys.argv, values) == ["program"]
+    assert values.config.model.quantize and min(values.config.train.batch_size.values()) >= 4
+    assert hub.is_id(values.config.model.path)
+    if program is main:
+        assert values.config.data.benchmark == "folder" and values.workdir and "{" not in " ".join(given)
+    else:
+        assert values.topology == "v5e:1x1" and not values.compare
+
+
+def test_the_one_chip_notebook_asks_both_models(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ask, "load", lambda model, **_: model)
+    monkeypatch.setattr(ask, "answer", lambda model, question, image, **_: asked.append((model, question, image)))
+    for given in commands(ONE_CHIP, "vkd_jax.ask"):
+        monkeypatch.setattr(sys, "argv", ["ask", *given])
+        assert ask.main() == 0
+    before, after = asked
+    assert hub.is_id(before[0]) and after[0].endswith("/unlearned") and before[1:] == after[1:]
+
+
+def test_what_the_notebooks_install_is_pinned():
+    """Nothing is loaded, built or fetched by another name than that of an exact version."""
+    lines = [line for line in (ROOT / "colabs/pinned.txt").read_text().splitlines() if not line.startswith("#")]
+    assert lines == sorted(lines) and all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines)
+    for script in SCRIPTS:
+        installs = re.findall(r"^# !pip install .*$", script.read_text(encoding="utf-8"), re.MULTILINE)
+        assert installs and all("--constraint colabs/pinned.txt" in line for line in installs)
+
+
+@pytest.mark.slow
+def test_the_one_chip_step_takes_15_gib(tmp_path):
+    """The planner's command in the notebook, by the TPU's own compiler."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install '.[tpu]'")
+    (given,) = commands(ONE_CHIP, "vkd_jax.plan")
+    done = subprocess.run(
+        [sys.executable, "-m", "vkd_jax.plan", *given, f"--json={tmp_path}/found.json"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    (step,) = found["steps"].values()
+    assert step["fits"] and step["total"] <= 15.0 * 2**30
+    assert min(found["rows"].values()) >= 4 and found["tokens"] == 704
 
 
 @pytest.mark.slow

@@ -53,6 +53,14 @@ def test_weights_are_cut_over_fsdp_and_tensor_and_copied_over_data(found):
     assert all(path.endswith(("kernel", "embedding")) for path in cut)
 
 
+def test_every_device_computes_its_own_rows_alone(found):
+    """Left to itself XLA would follow the weights, cut over fsdp, and compute all rows on each device."""
+    flops = {mesh: result["flops"] / found["meshes"]["1,1,1"]["flops"] for mesh, result in found["meshes"].items()}
+    assert flops["8,1,1"] == pytest.approx(1 / 8, rel=0.2)
+    assert flops["1,8,1"] == pytest.approx(flops["8,1,1"], rel=0.1)
+    assert flops["2,2,2"] < 0.3  # a part of what is done twice, over tensor, cannot be cut
+
+
 @pytest.mark.parametrize("mesh", ["8,1,1", "1,8,1", "1,1,8", "2,2,2"])
 def test_trained_weights_and_moments_lie_where_the_weights_lay(found, mesh):
     assert found["meshes"][mesh]["odd"] == []
@@ -64,4 +72,4 @@ def test_a_run_on_eight_devices_goes_on_on_one(found):
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(found):
-    assert found["refused"] == "train.batch_size.image=6 does not divide over 4 devices; use a multiple of it."
+    assert found["refused"] == "train.batch_size.image=6 does not divide over 4 devices; use a multiple of 4."

@@ -95,7 +95,7 @@ def test_a_query_that_sees_nothing_stays_finite():
 def test_patches_are_a_strided_convolution():
     # Two pixels of ten are left over.
     config = VisionConfig(image_size=10, patch_size=4, width=6, layers=0, heads=1, mlp_width=6)
-    tower = VisionTower(config, remat="", dtype="float32", param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    tower = VisionTower(config, remat="", mesh=None, dtype="float32", param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     tower.pre_norm = lambda x: x
     x = jax.random.normal(jax.random.key(0), (2, 10, 10, 3))
     want = jax.lax.conv_general_dilated(

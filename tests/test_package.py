@@ -33,7 +33,7 @@ ORDER = [
     {"metrics"},
     {"answerer"},
     {"evaluate"},
-    {"loaded", "blueprint", "arithmetic"},
+    {"loaded", "blueprint", "arithmetic", "chips"},
     {"attacks"},
     {"workdir"},
     {"figures", "page"},

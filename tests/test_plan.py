@@ -1,24 +1,28 @@
-"""The planner: operations by hand and as JAX traces them, shapes as a real run has them, and what it says."""
+"""The planner: shapes as a real run has them, what the compiler says, and what it all comes to."""
 
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
+from absl import flags
 
-from vkd_jax import arithmetic, blueprint, methods, plan, sharding, train
+from vkd_jax import blueprint, methods, plan, sharding, tables, train, workdir
 from vkd_jax.methods import base
 from vkd_jax.models import quantize
 from vkd_jax.types import UserError
 
 ROOT = Path(__file__).parents[1]
 LENGTHS = blueprint.Lengths(text=12, answer=5)
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' way to read one
 
 
 @pytest.fixture
@@ -32,67 +36,6 @@ def config(get_config, tiny_folder):
 def draw(config, method="vkd", whole=False, mesh=None, **fields):
     method = methods.create(method, fields)
     return blueprint.draw(config, mesh or sharding.make_mesh(), LENGTHS, method, whole)
-
-
-# ---- Arithmetic ----
-
-
-def test_operations_of_a_tiny_llava_by_hand(config):
-    """Five patch slots (a class token and 2 x 2), four image tokens, sixteen tokens, five of them answer."""
-    found = plan.flops(draw(config))
-    rows = 5
-    block = 2 * 5 * (4 * 16 * 16 + 2 * 16 * 32) + 4 * 5 * 5 * 16
-    patches = 2 * 4 * (8 * 8 * 3 * 16)
-    assert found["vision_tower"].forward == rows * (patches + 3 * block)  # the fourth block feeds nothing
-    projector = 2 * 4 * (16 * 24 + 24 * 24)
-    assert found["projector"].forward == found["projector"].weights == rows * projector
-    layer = 2 * 16 * (2 * 24 * 24 + 2 * 24 * 12 + 3 * 24 * 40) + 4 * 16 * 16 * 24
-    assert found["language_model"].forward == rows * 2 * layer
-    assert found["language_model"].weights == 0  # frozen
-    attention = 4 * 16 * 16 * 24
-    assert found["language_model"].backward == rows * 2 * (layer + attention)
-    assert found["head"].forward == rows * 2 * 5 * 24 * 400 and found["head"].weights == 0
-
-
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize(
-    ("name", "fields"),
-    [
-        ("vkd", {}),
-        ("vkd", dict(blocks=1)),
-        ("vkd", dict(blocks=0)),
-        ("grad_diff", dict(train="all")),
-        ("grad_diff", dict(train="lora", lora_rank=2)),
-        ("kl", dict(train="visual")),
-        ("rmu", {}),
-    ],
-)
-def test_operations_are_those_that_jax_traces(config, name, fields, remat):
-    config.model.remat = remat
-    drawn = draw(config, name, **fields)
-    counted = sum(part.total for part in plan.flops(drawn).values())
-    traced = arithmetic.traced(drawn.step, *drawn.inputs)
-    assert counted == pytest.approx(traced, rel=0.02)
-
-
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("fields", [dict(train="visual"), dict(train="all")])
-def test_operations_of_qwen_are_those_that_jax_traces(get_config, qwen_folder, fields, remat):
-    config = get_config("qwen2_vl.py")
-    config.model.update(
-        path=str(qwen_folder("qwen2_vl")), base="", remat=remat, dtype="float32", quantize="", max_pixels=56 * 56
-    )
-    config.train.batch_size.update(forget=2, retain=2)
-    drawn = draw(config, "grad_diff", whole=True, **fields)
-    counted = sum(part.total for part in plan.flops(drawn).values())
-    assert counted == pytest.approx(arithmetic.traced(drawn.step, *drawn.inputs), rel=0.02)
-
-
-def test_loops_are_counted_as_often_as_they_turn():
-    def loop(x):
-        return jax.lax.scan(lambda x, _: (x @ x, None), x, length=7)[0]
-
-    assert arithmetic.traced(loop, jnp.ones((3, 3))) == 7 * 2 * 27
 
 
 # ---- Shapes ----
@@ -198,6 +141,289 @@ def test_topologies_that_do_not_exist(topology):
         plan.devices(topology)
 
 
+# ---- What the figures say, without the TPU compiler ----
+
+
+def step(forward=0.0, weights=0.0, total=None, temporaries=0, refused=None, saved=0, fits=True, **parts):
+    """A step's figures as `plan.figures` has them, of a chip of 1 TFLOP a second."""
+    work = dict(forward=forward, backward=0.0, weights=weights, recomputed=0.0)
+    seconds = (forward + weights) / 1e12
+    return {
+        "bytes": dict.fromkeys(plan.PARTS, 0) | parts,
+        "quantised_saves": saved,
+        "flops": {"language_model": work},
+        "flops_total": forward + weights,
+        "compiler": dict(
+            program="p", seconds=120.0, temporaries=temporaries, total=total, refused=refused, collectives={}
+        ),
+        "total": total,
+        "fits": fits,
+        "seconds_by_cycles": None if refused else 2 * seconds,
+        "seconds": dict(compute=seconds, memory=None if refused else 0.1, interconnect=None if refused else 0.0),
+        "bound": "compute",
+        "seconds_at_least": seconds,
+    }
+
+
+OWN = step(2e12, 0.0, total=30, frozen=8, trainable=2, optimizer=4, original=2, saved=4)
+TRAINS_ALL = step(2e12, 2e12, total=120, trainable=24, optimizer=48, original=24)
+
+
+def test_what_bought_the_time_and_the_memory_by_hand():
+    """Of 120 bytes: 4 by four bits, 10 by bfloat16, 22 and 44 by what does not train, and of what is left 10."""
+    by = plan.ratios(OWN, TRAINS_ALL)
+    assert by["seconds"] == by["flops"] == 0.5 and by["bytes"] == 0.25
+    assert by["flops_by"] == dict(forward=0.0, backward=0.0, weights=-0.5, recomputed=0.0)
+    expected = {
+        "quantised weights": -4,
+        "weights not in float32": -10,
+        "weights as loaded": -22,
+        "optimizer": -44,
+        "mask": 0,
+        "batches and caches": 0,
+        "gradients and activations": -10,
+    }
+    assert by["bytes_by"] == {name: pytest.approx(n / 120) for name, n in expected.items()}
+    assert sum(by["flops_by"].values()) == by["flops"] - 1
+    assert sum(by["bytes_by"].values()) == pytest.approx(by["bytes"] - 1)
+
+
+def page_of(**steps):
+    own, usual = steps.values()
+    return {"steps": steps, "ratios": plan.ratios(own, usual), "usable_gib": 15.75}
+
+
+def test_the_two_lines_at_the_end():
+    time, memory = plan.compared(page_of(vkd=OWN, grad_diff=TRAINS_ALL))
+    assert time == (
+        "least time of vkd / grad_diff: 0.50, 50 % less (2000.0 ms by compute against 4000.0 ms by compute); "
+        "by the compiler's cycles 0.50, 50 % less (4000.0 ms against 8000.0 ms); FLOPs: weights -50.0 %"
+    )
+    assert memory == (
+        "memory of vkd / grad_diff: 0.25, 75 % less: optimizer -36.7 %, weights as loaded -18.3 %, "
+        "weights not in float32 -8.3 %, gradients and activations -8.3 %, quantised weights -3.3 %"
+    )
+
+
+def test_the_two_lines_where_the_other_step_does_not_fit():
+    refused = "it needs 20.00 GiB of 15.75, 4.25 GiB too much"
+    found = page_of(vkd=OWN, grad_diff=TRAINS_ALL | step(2e12, 2e12, total=None, refused=refused, fits=False))
+    time, memory = plan.compared(found)
+    assert time.endswith("by compute; grad_diff does not fit, so that compute alone is known); FLOPs: weights -50.0 %")
+    assert memory == "memory of vkd / grad_diff: not known"
+    assert plan.why_not(found["steps"]["grad_diff"], 15.75) == refused
+    too_much = step(total=16 * plan.GIB, fits=False)
+    assert plan.why_not(too_much, 15.75) == (
+        "with what a run holds beside it it needs 16.00 GiB of 15.75, 0.25 GiB too much"
+    )
+
+
+def test_the_compilers_refusal_is_a_figure(config, monkeypatch):
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded"
+
+    def refuse(*_, **__):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    found = plan.figures(draw(config), plan.CHIPS["v5e"])
+    assert found["compiler"]["total"] == 20 * plan.GIB and not found["fits"]
+    assert found["compiler"]["refused"] == "it needs 20.00 GiB of 15.75, 4.25 GiB too much"
+    assert found["bound"] == "compute" and found["seconds"]["memory"] is found["seconds"]["interconnect"] is None
+    said = "INTERNAL: Mosaic failed to compile"
+    with pytest.raises(UserError, match="the TPU compiler refuses this step: Mosaic failed to compile"):
+        plan.figures(draw(config), plan.CHIPS["v5e"])
+
+
+def test_a_chip_is_full_before_its_last_byte(config):
+    """What a run holds beside the step counts, and so does what the runtime keeps for itself."""
+    drawn = draw(config)
+    found = plan.figures(drawn, plan.CHIPS["v5e"])
+    compiled = found["compiler"]
+    assert found["fits"] and found["total"] == compiled["total"] + found["bytes"]["original"]
+    assert compiled["traffic"] > compiled["arguments"]  # all that goes in is read
+    assert found["seconds"]["memory"] == compiled["traffic"] / 819e9
+    room = dataclasses.replace(plan.CHIPS["v5e"], usable=(found["total"] - 1) / plan.GIB)
+    assert not plan.figures(drawn, room, {compiled["program"]: compiled})["fits"]
+
+
+def test_bytes_that_quantised_weights_save(config):
+    """Against what the model computes in, scales counted."""
+    plain = draw(config)
+    assert plan.quantised_saves(plain) == 0
+    config.model.quantize = "int8"
+    drawn = draw(config)
+    saved = plan.held(plain)["frozen"] - plan.held(drawn)["frozen"]
+    assert plan.quantised_saves(drawn) == saved > 0
+
+
+def test_the_usual_step_computes_all_again_where_it_does_not_fit_else(config, monkeypatch):
+    tried, fits = [], {"": False, "full": True}
+
+    def figures(drawn, chip, known):
+        tried.append(drawn.model_config.remat)
+        return {"fits": fits[tried[-1]]}
+
+    monkeypatch.setattr(plan, "figures", figures)
+    given = config, sharding.make_mesh(), LENGTHS, plan.CHIPS["v5e"], {}
+    assert plan._usual(*given)["fits"] and tried == ["", "full"] and config.model.remat == ""
+    fits[""] = True
+    plan._usual(*given)
+    assert tried == ["", "full", ""]
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """The planner with this machine's devices in the place of TPUs and a compiler by hand; what that compiled."""
+    compiled = []
+
+    class Program:
+        def __init__(self, lowered):
+            compiled.append(lowered)
+
+        def memory_analysis(self):
+            names = dict(argument=100, output=50, alias=50, temp=30)
+            return types.SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in names.items()})
+
+        def as_text(self):
+            return "ENTRY %e (p: f32[4]) -> f32[4] {\n  ROOT %r = f32[4] all-reduce(%p), replica_groups={}\n}\n"
+
+    monkeypatch.setattr(plan, "devices", lambda topology: jax.devices()[:1])
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: Program(lowered))
+    return compiled
+
+
+def test_a_plan_as_a_page(config, here):
+    found = plan.plan(config, "v5e:1x1", LENGTHS)
+    assert json.loads(json.dumps(found)) == found and len(here) == 2
+    page = plan.text(found)
+    assert found["ratios"]["flops"] < 1 and page.splitlines()[-2].startswith("least time of vkd / grad_diff, all")
+    assert "  total by the compiler" in page and "v5e:1x1: 1 chips of 16 GiB" in page
+    alone = plan.plan(config, "v5e:1x1", LENGTHS, compare=False)
+    assert alone["ratios"] is None and "least time" not in plan.text(alone)
+
+
+# ---- The table ----
+
+
+@pytest.fixture
+def small(tiny_folder):
+    """A table of one model on three slices; the last has no rows to train on."""
+    base = f"--config={ROOT}/configs/tiny.py --config.model.path={tiny_folder} --text_tokens=12 --answer_tokens=5"
+
+    def cell(name, forget, *more):
+        rows = [f"--config.train.batch_size.{stream}={n}" for stream, n in (("forget", forget), ("retain", 4))]
+        return "Tiny", name, " ".join([base, *rows, *more])
+
+    cells = cell("v5e-1", 4, "--nocompare"), cell("v5e-4", 2, "--compare"), cell("none", 0, "--nocompare")
+    return ml_collections.ConfigDict(dict(stage="plan", plans=dict(rows=cells, only=(), examples=7200)))
+
+
+def test_the_table_goes_on_where_it_stood(small, here, tmp_path, capsys, monkeypatch):
+    file, write, left = tmp_path / "plans.json", workdir.write, [1]
+
+    def once(*args):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return write(*args)
+
+    monkeypatch.setattr(workdir, "write", once)
+    with pytest.raises(KeyboardInterrupt):
+        plan.table(small, file)
+    (first,) = json.loads(file.read_text())
+    monkeypatch.setattr(workdir, "write", write)
+    plan.table(small, file)
+    rows = json.loads(file.read_text())
+    assert [row["slice"] for row in rows] == ["v5e-1", "v5e-4", "none"]
+    assert rows[0]["steps"] == first["steps"] and len(here) == 1 + 2 + 2  # what was not written is made again
+    assert "give at least 1" in rows[2]["error"] and "error" not in rows[1]
+    speed = 6 / rows[1]["steps"]["vkd"]["seconds_at_least"]
+    assert rows[1]["examples_per_second"] == speed
+    assert rows[1]["run"] == {"examples": 7200, "chip_hours": pytest.approx(7200 / speed / 3600)}
+    small.plans.only = ("v5e-1",)
+    small.plans.rows = (*small.plans.rows[::-1],)
+    plan.table(small, file)
+    assert len(here) == 5 and [row["slice"] for row in json.loads(file.read_text())] == ["none", "v5e-4", "v5e-1"]
+    assert "Tiny on v5e-1, " in capsys.readouterr().out
+
+
+def test_a_program_that_changed_is_compiled_again(config, here):
+    found = plan.compile_step(draw(config))
+    known = {found["program"]: found}
+    assert plan.compile_step(draw(config), known) is found and len(here) == 1
+    config.train.clip_norm = 0.5
+    assert plan.compile_step(draw(config), known)["program"] not in known and len(here) == 2
+
+
+def test_a_file_that_is_no_table_is_kept(small, tmp_path):
+    (tmp_path / "plans.json").write_text('{"steps": 1}')
+    with pytest.raises(UserError, match="is there, and holds no rows of this table"):
+        plan.table(small, tmp_path / "plans.json")
+
+
+def test_the_table_as_a_page(small, here, tmp_path, capsys):
+    plan.table(small, tmp_path / "plans.json")
+    markers = "<!-- table: plans.json plans -->\n<!-- /table -->\n\n<!-- table: plans.json plans_compared -->\n"
+    page = tmp_path / "page.md"
+    page.write_text(markers + "<!-- /table -->\n")
+    assert tables.main([str(page)]) == 0 and tables.main([str(page), "--check"]) == 0
+    lines = page.read_text().splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| Tiny")]
+    assert [(row[1], row[4]) for row in cells[:3]] == [("v5e-1", "4 + 4"), ("v5e-4", "2 + 4"), ("none", "–")]
+    assert cells[3][:3] == ["Tiny", "v5e-4", "yes"] and "weights -" in cells[3][5]
+
+
+def test_rows_of_plans_that_do_not_fit_say_by_how_much():
+    row = {"model_name": "M", "slice": "s", "dtype": "bfloat16", "quantize": "", "mesh": dict(fsdp=2, tensor=3)}
+    row |= {"rows": dict(forget=4, retain=5), "usable_gib": 15.75, "commit": "abcdef123", "tokens": 7}
+    row |= {"run": dict(examples=4800, chip_hours=1.5), "examples_per_second": 3.0}
+    steps = [step(1e12, total=plan.GIB), step(total=16 * plan.GIB, fits=False), step(refused="vmem", fits=False)]
+    error = {key: row[key] for key in ("model_name", "slice", "commit")} | {"error": "why"}
+    lines = tables.plans([*(row | {"steps": {"vkd": x}} for x in steps), error]).splitlines()[2:]
+    assert lines[:4] == [
+        "| M | s | bfloat16 | 2 × 3 | 4 + 5 | 1.00 of 15.75 | yes | 1.0 | 1,000.0 | compute | 3.0 | 1.50 | 0.00 |",
+        "| M | s | bfloat16 | 2 × 3 | 4 + 5 | 16.00 of 15.75 | no, 0.25 too much | 0.0 | – | – | – | – | – |",
+        "| M | s | bfloat16 | 2 × 3 | 4 + 5 | – | no | 0.0 | – | – | – | – | – |",
+        "| M | s | – | – | – | – | no: why | – | – | – | – | – | – |",
+    ]
+    assert "Tokens a row: M 7." in lines[-1] and "Compiled in 6 minutes; commit abcdef1." in lines[-1]
+
+
+def test_the_planners_page_is_fresh():
+    """Else: python -m vkd_jax.tables docs/planner.md"""
+    assert tables.main([str(ROOT / "docs" / "planner.md"), "--check"]) == 0
+
+
+def test_each_row_of_the_tables_config_is_a_command(get_config, monkeypatch):
+    """Every model on every slice, by its rule, on as many chips as the slice has, with batches that divide."""
+    rows = get_config("plans.py").plans.rows
+    assert len(rows) == 4 * 9 and len({(model, name) for model, name, _ in rows}) == 36
+    for _, name, given in rows:
+        values = flags.FlagValues()
+        plan.define(values)
+        argv = ["plan", *given.replace("configs/", f"{ROOT}/configs/").split()]
+        monkeypatch.setattr("sys.argv", argv)
+        values(argv)
+        mesh, rows_ = values.config.mesh, values.config.train.batch_size
+        chips = int(np.prod([int(x) for x in values.topology.partition(":")[2].split("x")]))
+        assert chips == int(name.partition("-")[2]) // (2 if name in ("v4-8", "v5p-8") else 1)
+        fsdp = chips // mesh.tensor if mesh.fsdp == -1 else mesh.fsdp
+        assert fsdp * mesh.tensor == chips and rows_.forget % fsdp == rows_.retain % fsdp == 0
+        if name == "v5e-1":
+            assert values.config.model.quantize.startswith("int4") and rows_.forget >= 4 <= rows_.retain
+    one = get_config("plans.py", "v5e-16,Qwen2-VL-2B").plans
+    assert one.only == ("v5e-16", "Qwen2-VL-2B") and len(one.rows) == 36
+    with pytest.raises(UserError, match="'v5e-2' is not a word of this config; it takes LLaVA-1.5-7B"):
+        get_config("plans.py", "v5e-2")
+
+
+def test_a_table_needs_a_file(get_config, capsys):
+    values = flags.FlagValues()
+    plan.define(values)
+    values(["plan", f"--config={ROOT}/configs/plans.py"])
+    assert plan.run(["plan"], values) == 2 and "pass --json FILE" in capsys.readouterr().err
+
+
 # ---- As a program ----
 
 
@@ -230,14 +456,3 @@ def test_as_a_program(run, tiny_folder):
         assert step["compiler"]["collectives"] == {}  # of one chip
     assert own["flops_total"] < usual["flops_total"]
     assert "total by the compiler" in page and "v5e:1x1: 1 chips of 16 GiB" in page
-
-
-@pytest.mark.slow
-def test_llava_7b_unlearns_on_one_chip_of_16_gb(run):
-    """As the README has it."""
-    flags = [f"--config={ROOT}/configs/llava.py:7b", "--topology=v5e:1x1", "--nocompare"]
-    rows = [f"--config.train.batch_size.{name}=4" for name in ("forget", "retain")]
-    found, _ = run(*flags, *rows, "--config.model.quantize=int4:64")
-    step = found["steps"]["vkd"]
-    assert step["fits"] and step["total"] <= 15.0 * 2**30
-    assert found["rows"] == {"forget": 4, "retain": 4} and found["tokens"] == 704

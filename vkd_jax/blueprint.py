@@ -153,7 +153,7 @@ def weights(
 ) -> tuple[Any, dict[str, Any], Any]:
     """(graphdef, shapes of the parameters, model configuration) as `Loaded.open` holds them."""
     dtype = jnp.dtype(config.model.dtype)
-    model_config = family.Config.from_hf(hf_config, compute_dtype=dtype.name, remat=config.model.remat)
+    model_config = family.Config.from_hf(hf_config, compute_dtype=dtype.name, remat=config.model.remat, mesh=mesh)
     graphdef, shapes = base.abstract(lambda rngs: family.Model(model_config, rngs=rngs))
     place = sharding.param_shardings(mesh, family.SHARDING)
     masters = set(method.trainable(list(shapes), model_config))

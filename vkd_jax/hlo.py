@@ -1,17 +1,25 @@
-"""What a compiled program sends between chips, read from its HLO text; loops are counted as often as they turn.
+"""What a compiled program sends between chips and moves through their memory, read from its HLO text.
+
+Loops are counted as often as they turn. Between chips,
 
     all-gather [n]      (n - 1) / n of the result, which is n parts      reduce-scatter       n - 1 times the result
     all-reduce          2 (n - 1) / n of the result                      collective-permute   the result
     all-to-all          (n - 1) / n of the result
 
 are the bytes that each of the n chips of a group sends, by the ring algorithms: Thakur et al., "Optimization of
-Collective Communication Operations in MPICH", 2005. A collective in the body of a `while` counts for each turn.
+Collective Communication Operations in MPICH", 2005.
+
+Through its memory a chip moves what each instruction reads and writes there: a fusion its operands and results, and of
+an operand that it only slices the slice; what stays in the memory on the chip, S(1) in a layout, moves nothing.
+
+What the compiler says of a program that it refuses is read here, too.
 """
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64}
@@ -19,9 +27,33 @@ BITS |= {"f16": 16, "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "f
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)")
-_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{[^{}]*?S\(([1-9]\d*)\)[^{}]*\})?")
 _CALLS = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)")
 _LISTS = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
+
+# What moves nothing: names of what is there already, and the ends of what has begun.
+_NOTHING = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "opt-barrier",
+    "partition-id",
+}
+_NOTHING |= {"domain", "replica-id", "add-dependency"}
+_CALLERS = {"while", "call", "conditional", "async-start"}
+_PAIRS = {"all-gather-start", "collective-permute-start"}  # whose type is (operands, results, ...)
+
+# As libtpu 0.0.52 writes it, before it lays out a program's memory and after that.
+_REFUSALS = (
+    re.compile(
+        r"total memory required for HLO temporaries \(([\d.]+)([BKMGT])\) exceeds available HBM \(([\d.]+)([BKMGT])"
+    ),
+    re.compile(r"Used ([\d.]+)([BKMGT]) of ([\d.]+)([BKMGT]) hbm"),
+)
+_ALLOCATES = 'custom_call_target="AllocateBuffer"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +95,11 @@ class Instruction:
         end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
         opcode, _, rest = text[end:].strip().partition("(")
         return cls(name, text[:end], opcode, rest)
+
+    @functools.cached_property
+    def operands(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(re.findall(r"%([\w.-]+)", self.rest[: _closing("(" + self.rest, 0) - 1]))
 
 
 def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -108,6 +145,107 @@ def collectives(text: str, devices: int) -> list[Collective]:
     return found
 
 
+def traffic(text: str) -> float:
+    """Bytes that a chip reads from its memory and writes there, loops as often as they turn; no cache is assumed."""
+    program, entry = computations(text)
+    named = {name: {line.name: line for line in lines} for name, lines in program.items()}
+
+    def moved(line: Instruction, here: Mapping[str, Instruction]) -> float:
+        if line.opcode in _NOTHING or line.opcode.endswith(("-done", "-update")) or _ALLOCATES in line.rest:
+            return 0.0
+        types = [here[name].type if name in here else "" for name in line.operands]
+        if line.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):  # from one memory to another
+            sides = _parts(line.type)[:2]
+            return float(min(map(nbytes, sides)) * sum(in_memory(side) > 0 for side in sides))
+        if line.opcode == "fusion":
+            (called,) = _called(line)
+            lines = program.get(called, ())
+            read = sum(min(_read(lines, i, program), in_memory(type_)) for i, type_ in enumerate(types))
+            return read + min(_written(lines, program), in_memory(line.type))
+        if line.opcode in ("dynamic-slice", "slice", "gather"):
+            return in_memory(line.type) * (2.0 if in_memory(types[0]) else 1.0)
+        if line.opcode == "dynamic-update-slice":
+            return nbytes(types[1]) * (in_memory(line.type) > 0) + in_memory(types[1])
+        result = _parts(line.type)[1] if line.opcode in _PAIRS else line.type
+        return float(sum(map(in_memory, types)) + in_memory(result))
+
+    return sum(times * moved(line, named[name]) for name, line, times in _runs(program, entry))
+
+
+def cycles(text: str) -> int:
+    """Cycles of a chip's core that the compiler reckons with, loops as often as they turn; collectives have none."""
+    program, entry = computations(text)
+    total = 0
+    for _, line, times in _runs(program, entry):
+        if found := re.search(r'"estimated_cycles":"(\d+)"', line.rest):
+            total += times * int(found[1])
+    return total
+
+
+def _runs(
+    program: Mapping[str, list[Instruction]], name: str, times: int = 1
+) -> Iterator[tuple[str, Instruction, int]]:
+    """Every instruction that runs, a fusion as one: (its computation, it, how often)."""
+    for line in program.get(name, ()):
+        if line.opcode in _CALLERS:
+            turns = trips(line, program) if line.opcode == "while" else 1
+            for called in _called(line):
+                yield from _runs(program, called, times * turns)
+        else:
+            yield name, line, times
+
+
+def _read(lines: Sequence[Instruction], number: int, program: Mapping[str, list[Instruction]]) -> float:
+    """Bytes that a fused computation reads of a parameter: all of it, or no more than the slices that it takes.
+
+    What a fusion computes element by element it computes where it is asked for: of a slice of a conversion of all
+    layers' weights one layer's weights are read.
+    """
+    parameter = next((x for x in lines if x.opcode == "parameter" and x.rest.startswith(f"{number})")), None)
+    if parameter is None:
+        return math.inf
+    size, elements = nbytes(parameter.type), _elements(parameter.type)
+    total, same = 0.0, {parameter.name: parameter.type}
+    for line in lines:  # which stand in the order in which they are computed
+        for place, operand in enumerate(line.operands):
+            if operand not in same:
+                continue
+            inside = (
+                _read(program.get(next(_called(line)), ()), place, program) if line.opcode == "fusion" else math.inf
+            )
+            if line.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
+                total += nbytes(line.type) * size / nbytes(same[operand])
+            elif inside < math.inf:
+                total += inside
+            elif line.opcode == "dynamic-update-slice" and place == 0:
+                continue
+            elif line is not lines[-1] and elements == _elements(line.type):
+                same[line.name] = line.type
+            else:
+                return math.inf
+    return total
+
+
+def _elements(type_: str) -> int:
+    return sum(math.prod(map(int, filter(None, sizes.split(",")))) for _, sizes, _ in _SHAPE.findall(type_))
+
+
+def _written(lines: Sequence[Instruction], program: Mapping[str, list[Instruction]]) -> float:
+    """Bytes that a fused computation writes: its result, or the part of it that it updates in its place."""
+    named = {line.name: line for line in lines}
+
+    def size(line: Instruction) -> float:
+        if line.opcode == "dynamic-update-slice" and line.operands[1] in named:
+            return nbytes(named[line.operands[1]].type)
+        if line.opcode == "fusion":
+            return _written(program.get(next(_called(line)), ()), program)
+        if line.opcode in ("bitcast", "tuple") and all(name in named for name in line.operands):
+            return sum(size(named[name]) for name in line.operands)
+        return nbytes(line.type)
+
+    return size(lines[-1]) if lines else math.inf
+
+
 def trips(loop: Instruction, program: Mapping[str, list[Instruction]]) -> int:
     """How often a `while` turns: what the compiler noted, or else the constant that its condition compares with."""
     if known := re.search(r'"known_trip_count":\s*\{\s*"n":\s*"(\d+)"', loop.rest):
@@ -123,12 +261,45 @@ def trips(loop: Instruction, program: Mapping[str, list[Instruction]]) -> int:
     return max(limits, default=1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why the compiler made no program: for want of memory, if `needs` is known."""
+
+    needs: int | None  # bytes of the chip's main memory, the program's arguments among them
+    has: int | None  # bytes that a program may use
+    sentence: str
+
+    @classmethod
+    def parse(cls, message: str) -> "Refusal":
+        """Of the compiler's message, which gives its numbers with two decimals at most."""
+        for form in _REFUSALS:
+            if match := form.search(message):
+                needs, has = (_bytes(*match.group(*pair)) for pair in ((1, 2), (3, 4)))
+                held = re.findall(r"^\s*(?:program|arguments)\s+([\d.]+)([BKMGT])", message, re.MULTILINE)
+                needs = max(needs, sum(_bytes(*pair) for pair in held))
+                over = max(needs - has, 0) / 2**30
+                more = f"{over:.2f} GiB too much" if over >= 0.01 else "a few MiB too much"
+                return cls(needs, has, f"it needs {needs / 2**30:.2f} GiB of {has / 2**30:.2f}, {more}")
+        first = " ".join((message.strip().splitlines() or ["it does not say why"])[0].split())
+        return cls(None, None, re.sub(r"^(?:[A-Z_]+: |E\d+: |\w+: (?=Ran out))+", "", first))
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[unit])
+
+
 def nbytes(type_: str) -> int:
     """Bytes of a type, tuples and all: "(bf16[8,128]{1,0}, s4[3])" is 2050."""
-    return sum(
-        math.ceil(BITS.get(kind, 0) * math.prod(map(int, filter(None, sizes.split(",")))) / 8)
-        for kind, sizes in _SHAPE.findall(type_)
-    )
+    return sum(_size(kind, sizes) for kind, sizes, _ in _SHAPE.findall(type_))
+
+
+def in_memory(type_: str) -> int:
+    """Bytes of those parts of a type that lie in the chip's main memory (HBM)."""
+    return sum(_size(kind, sizes) for kind, sizes, space in _SHAPE.findall(type_) if not space)
+
+
+def _size(kind: str, sizes: str) -> int:
+    return math.ceil(BITS.get(kind, 0) * math.prod(map(int, filter(None, sizes.split(",")))) / 8)
 
 
 def _called(instruction: Instruction) -> Iterator[str]:
@@ -140,9 +311,9 @@ def _called(instruction: Instruction) -> Iterator[str]:
 def _result(instruction: Instruction) -> tuple[str, int]:
     """The type of a collective's result without layouts, and its bytes."""
     result = instruction.type
-    if instruction.opcode in ("all-gather-start", "collective-permute-start"):  # (operands, results, ...)
+    if instruction.opcode in _PAIRS:
         result = _parts(result)[1]
-    shapes = [f"{kind}[{sizes}]" for kind, sizes in _SHAPE.findall(result)]
+    shapes = [f"{kind}[{sizes}]" for kind, sizes, _ in _SHAPE.findall(result)]
     return ", ".join(shapes), nbytes(result)
 
 

@@ -45,6 +45,7 @@ class Loaded:
             masters=method.trainable,
             transform=how and functools.partial(quantize.quantized, how=how),
             remat=config.model.remat,
+            mesh=mesh,
         )
         if method.train == "lora":
             params = lora.attach(

@@ -2,87 +2,57 @@
 
 Compiles the step of unlearning that the config describes for TPUs that are not there, and says what it takes: bytes a
 chip by part, FLOPs, bytes sent between chips, the least time that follows from the chip's published figures, and
-whether it fits. Beside it stands the step that trains all weights by GradDiff, the usual baseline. No array is
-made and nothing is downloaded; libtpu, which holds the compiler, is needed: pip install 'vkd_jax[tpu]'.
+whether it fits. Beside it stands the step that trains all weights by GradDiff, the usual baseline, and what of its time
+and memory the first one takes. No array is made and nothing is downloaded; libtpu, which holds the compiler, is needed:
+pip install 'vkd_jax[tpu]'.
+
+python -m vkd_jax.plan --config configs/plans.py --json docs/results/plans.json
+
+makes one row after the other of the table in docs/planner.md. A row is written as soon as it is known, and none is
+compiled again whose program, chips and compiler are those of a row in the file.
 
 Topologies: v5e:1x1, v5e:2x2, v5e:4x4, v5e:8x8, v5e:16x16, v4:2x2x1, v5p:2x2x1, v6e:1x1, v6e:2x4, and others that the
 compiler knows. Exit status: 0 done, 2 bad input (one sentence says what).
 """
 
 import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import math
-import os
-import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from absl import app, flags
 
-from vkd_jax import arithmetic, blueprint, hlo, main, methods, sharding, train, workdir
+from vkd_jax import arithmetic, blueprint, defaults, hlo, main, methods, sharding, tables, train, workdir
 from vkd_jax.blueprint import Blueprint, Lengths
+from vkd_jax.chips import CHIPS, Chip, devices
+from vkd_jax.models import quantize
 from vkd_jax.types import UserError
 
 GIB = 2**30
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A chip's published figures."""
-
-    flops: float  # bfloat16 a second
-    hbm: float  # GiB
-    bandwidth: float  # bytes a second, of its memory
-    interconnect: float  # bytes a second that it sends, all links together
-
-
-# https://cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: peak compute per chip, HBM capacity and bandwidth, and
-# inter-chip interconnect bandwidth per chip (in Gbit/s there: 2400, 1600, 4800, 3584).
-CHIPS = {
-    "v4": Chip(275e12, 32, 1228e9, 300e9),
-    "v5e": Chip(197e12, 16, 819e9, 200e9),
-    "v5p": Chip(459e12, 95, 2765e9, 600e9),
-    "v6e": Chip(918e12, 32, 1640e9, 448e9),
-}
+USUAL = "grad_diff, all weights"
+Programs = Mapping[str, Mapping[str, Any]]  # the compiler's figures by the digest of what it compiled
 # `original`: what trains, as it was loaded; a run keeps it beside the copy that trains.
 PARTS = ("frozen", "trainable", "original", "optimizer", "mask", "batch", "cached")
 
 
-def devices(topology: str) -> Sequence[jax.Device]:
-    """The chips of a topology, which need not be there.
-
-    Raises:
-        UserError: there is no TPU compiler, or no such topology.
-    """
-    from jax.experimental import topologies
-
-    kind, _, shape = topology.partition(":")
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
-        raise UserError(f"--topology={topology}: give a chip ({', '.join(CHIPS)}) and a shape, such as v5e:2x2.")
-    try:
-        import libtpu  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            "libtpu, which holds the TPU compiler, is not installed: pip install 'vkd_jax[tpu]'."
-        ) from error
-    # Many processes may compile at once, and none asks the network what machine this is.
-    os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1")
-    # What it would find out from a TPU's host, lest it complains that there is none.
-    os.environ.update(TPU_ACCELERATOR_TYPE="v5litepod-1", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0")
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if set(shape) <= set("1x") else {}
-    if kind == "v4":
-        options["chip_config_name"] = "megacore"  # the two cores of a chip are one device, as in a run
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
-    except Exception as error:  # the runtime's own, which no public name has
-        raise UserError(f"--topology={topology}: the TPU compiler refuses it: {_first_line(error)}") from error
-
-
-def plan(config: ml_collections.ConfigDict, topology: str, lengths: Lengths, compare: bool = True) -> dict[str, Any]:
+def plan(
+    config: ml_collections.ConfigDict,
+    topology: str,
+    lengths: Lengths,
+    compare: bool = True,
+    known: Programs = {},  # noqa: B006 (never written to)
+) -> dict[str, Any]:
     """All figures of a config on a topology, in JSON's types.
 
     Args:
@@ -90,24 +60,26 @@ def plan(config: ml_collections.ConfigDict, topology: str, lengths: Lengths, com
         topology: such as "v5e:2x2".
         lengths: of the questions.
         compare: whether the step on all weights is compiled, too.
+        known: what the compiler said before, see `compile_step`.
 
     Raises:
         UserError: see `devices` and `blueprint.draw`.
     """
-    chips = devices(topology)
+    kind, chips = topology.partition(":")[0], devices(topology)
     mesh = sharding.make_mesh(**config.mesh, devices=chips)
-    chip = CHIPS[topology.partition(":")[0]]
+    chip = CHIPS[kind]
     own = blueprint.draw(config, mesh, lengths)
-    steps = {config.method.name: figures(own, chip)}
+    steps = {config.method.name: figures(own, chip, known)}
     if compare:
-        usual = blueprint.draw(config, mesh, lengths, methods.create("grad_diff", {"train": "all"}), whole=True)
-        steps["grad_diff, all weights"] = figures(usual, chip)
+        steps[USUAL] = _usual(config, mesh, lengths, chip, known)
     rows = {name: batch.tokens.shape[0] for name, batch in own.batches.items()}
+    pair = tuple(steps.values())
     return {
         "model": config.model.path or config.model.base,
         "topology": topology,
         "chips": mesh.size,
         "mesh": dict(mesh.shape),
+        "dtype": config.model.dtype,
         "quantize": config.model.quantize,
         "remat": config.model.remat,
         "train": own.method.train,
@@ -115,33 +87,111 @@ def plan(config: ml_collections.ConfigDict, topology: str, lengths: Lengths, com
         "tokens": next(iter(own.batches.values())).tokens.shape[1],
         "answer_tokens": lengths.answer,
         "hbm_gib": chip.hbm,
+        "usable_gib": chip.usable,
         "steps": steps,
+        "ratios": ratios(*pair) if compare else None,
     }
 
 
-def figures(drawn: Blueprint, chip: Chip) -> dict[str, Any]:
-    """What one step takes; bytes and seconds are of each chip."""
+def _usual(
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, lengths: Lengths, chip: Chip, known: Programs
+) -> dict[str, Any]:
+    """The figures of GradDiff on all weights; where what the config keeps for the backward pass does not fit, of one
+    that computes all of it again.
+    """
+    changed = config.copy_and_resolve_references()
+    for changed.model.remat in dict.fromkeys((config.model.remat, "full")):
+        drawn = blueprint.draw(changed, mesh, lengths, methods.create("grad_diff", {"train": "all"}), whole=True)
+        found = figures(drawn, chip, known)
+        if found["fits"]:
+            break
+    return found
+
+
+def figures(drawn: Blueprint, chip: Chip, known: Programs = {}) -> dict[str, Any]:  # noqa: B006 (never written to)
+    """What one step takes; bytes and seconds are of each chip.
+
+    The seconds are the least that the chip's published figures allow, one beside the other, and those of the compiler's
+    own reckoning in cycles; of a step that the compiler refuses all but those of computing are None, as there is no
+    program to read them from.
+    """
     parts = held(drawn)
-    compiled = compile_step(drawn)
+    compiled = compile_step(drawn, known)
     work = flops(drawn)
     total = sum(part.total for part in work.values())
     found: dict[str, Any] = {
+        "remat": drawn.model_config.remat,
         "bytes": parts,
+        "quantised_saves": quantised_saves(drawn),
         "flops": {name: dataclasses.asdict(part) for name, part in work.items()},
         "flops_total": total,
         "compiler": compiled,
         "total": total_bytes(drawn, compiled["total"], parts),
     }
-    found["fits"] = compiled["refused"] is None and found["total"] <= chip.hbm * GIB
+    found["fits"] = compiled["refused"] is None and found["total"] <= chip.usable * GIB
     sent = sum(collective["bytes"] for collective in compiled["collectives"].values())
-    moved = traffic(drawn, parts, work) + 2 * (compiled["temporaries"] or 0)
+    refused, moved = compiled["refused"] is not None, compiled["traffic"]
+    integers = sum(part.integers for part in work.values())
     found["seconds"] = {
-        "compute": total / drawn.mesh.size / chip.flops,
-        "memory": moved / chip.bandwidth,
-        "interconnect": sent / chip.interconnect,
+        "compute": ((total - integers) / chip.flops + integers / chip.integers) / drawn.mesh.size,
+        "memory": None if refused else moved / chip.bandwidth,
+        "interconnect": None if refused else sent / chip.interconnect,
     }
-    found["seconds_at_least"] = max(found["seconds"].values())
+    found["bound"] = max(found["seconds"], key=lambda name: found["seconds"][name] or 0.0)
+    found["seconds_at_least"] = found["seconds"][found["bound"]]
+    found["seconds_by_cycles"] = None if refused else compiled["cycles"] / chip.clock
     return found
+
+
+def ratios(own: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """What of another step's least time, FLOPs and memory one takes, and which parts bought that.
+
+    Of FLOPs and memory the parts are shares of the other step's total, negative where something is saved; together
+    they are the ratio less one. None where the compiler gave no number.
+    """
+    kinds = ("forward", "backward", "weights", "recomputed")
+
+    def bought(amount: Callable[[Mapping[str, Any]], Mapping[str, float]], total: float) -> dict[str, float]:
+        less, more = amount(usual), amount(own)
+        return {name: (more[name] - less[name]) / total for name in more}
+
+    def work(step: Mapping[str, Any]) -> dict[str, float]:
+        return {kind: sum(part[kind] for part in step["flops"].values()) for kind in kinds}
+
+    def memory(step: Mapping[str, Any]) -> dict[str, float]:
+        parts, saved = step["bytes"], step["quantised_saves"]
+        shares = {
+            "quantised weights": -saved,
+            "weights not in float32": parts["frozen"] + parts["trainable"] + saved,
+            "weights as loaded": parts["original"],
+            "optimizer": parts["optimizer"],
+            "mask": parts["mask"],
+            "batches and caches": parts["batch"] + parts["cached"],
+        }
+        return shares | {"gradients and activations": step["total"] - sum(shares.values())}
+
+    found = {
+        "seconds": own["seconds_at_least"] / usual["seconds_at_least"],
+        "seconds_by_cycles": None
+        if None in (own["seconds_by_cycles"], usual["seconds_by_cycles"])
+        else own["seconds_by_cycles"] / usual["seconds_by_cycles"],
+        "flops": own["flops_total"] / usual["flops_total"],
+        "flops_by": bought(work, usual["flops_total"]),
+    }
+    if own["total"] is None or usual["total"] is None:
+        return found | {"bytes": None, "bytes_by": None}
+    return found | {"bytes": own["total"] / usual["total"], "bytes_by": bought(memory, usual["total"])}
+
+
+def quantised_saves(drawn: Blueprint) -> int:
+    """Bytes of each chip that the quantised weights would take more in the type that the model computes in."""
+    dtype, saved = jnp.dtype(drawn.model_config.compute_dtype), 0
+    for x in drawn.frozen.values():
+        if isinstance(x, quantize.QArray):
+            value = x.qvalue
+            plain = jax.ShapeDtypeStruct(value.shape, dtype, sharding=value.sharding)
+            saved += nbytes(plain) - sum(map(nbytes, jax.tree.leaves(x)))
+    return saved
 
 
 def held(drawn: Blueprint) -> dict[str, int]:
@@ -181,7 +231,7 @@ def flops(drawn: Blueprint) -> dict[str, arithmetic.Part]:
         if getattr(config, "feature_select", "") == "full":
             image_tokens += 1
         sizes = arithmetic.Sizes(patches, image_tokens, tokens, batch.at.shape[1])
-        parts = arithmetic.row(config, drawn.shapes, drawn.state.params, sizes, drawn.method.depth(config))
+        parts = arithmetic.row(config, drawn.shapes, drawn.state.params, sizes, drawn.method.depth(name, config))
         if name in drawn.method.teachers():
             parts["teacher"] = arithmetic.Part(forward=sum(part.forward for part in parts.values()))
         for part, value in parts.items():
@@ -190,52 +240,59 @@ def flops(drawn: Blueprint) -> dict[str, arithmetic.Part]:
     return total
 
 
-def traffic(drawn: Blueprint, parts: Mapping[str, int], work: Mapping[str, arithmetic.Part]) -> float:
-    """Bytes that each chip reads and writes of weights and state: a rough estimate.
+def compile_step(drawn: Blueprint, known: Programs = {}) -> Mapping[str, Any]:  # noqa: B006 (never written to)
+    """The compiler's figures; of a step that does not fit it says how much that would need.
 
-    Each stream reads the weights of a part once for each of its passes, gathered from all chips but those of the axis
-    `tensor`; the optimizer reads and writes what trains and its moments once.
+    Args:
+        drawn: the step.
+        known: figures of before; a program among them is not compiled again.
+
+    Raises:
+        UserError: the compiler refuses the step, and not for want of memory.
     """
-    moved = 2.0 * (parts["trainable"] + parts["optimizer"])
-    for path, x in drawn.shapes.items():
-        name = "head" if path.startswith("language_model/head") else path.split("/")[0]
-        part = work.get(name, arithmetic.Part())
-        passes = sum(value > 0 for value in (part.forward, part.backward, part.weights, part.recomputed))
-        whole = sum(nbytes(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)) for leaf in jax.tree.leaves(x))
-        if "/embed/" not in path:
-            moved += passes * len(drawn.batches) * whole / drawn.mesh.shape["tensor"]
-    return moved
-
-
-def compile_step(drawn: Blueprint) -> dict[str, Any]:
-    """The compiler's figures; of a step that does not fit it says how much that would need."""
-    none = {"arguments": None, "temporaries": None, "total": None, "collectives": {}}
+    lowered = drawn.lower()
+    where = repr((drawn.mesh.devices.flat[0].device_kind, drawn.mesh.devices.tolist(), versions()))
+    program = hashlib.sha256((where + lowered.as_text()).encode()).hexdigest()[:16]
+    if program in known:
+        return known[program]
+    started = time.perf_counter()
+    found = {
+        "program": program,
+        "arguments": None,
+        "temporaries": None,
+        "collectives": {},
+        "traffic": None,
+        "cycles": None,
+    }
     try:
-        compiled = drawn.lower().compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
+        refusal = hlo.Refusal.parse(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        needs = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
-        scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-        total = needs and int(float(needs[1]) * scale[needs[2]])
-        return none | {"total": total, "refused": _first_line(error)}
-    memory = compiled.memory_analysis()
+            raise UserError(f"the TPU compiler refuses this step: {refusal.sentence}") from error
+        seconds = time.perf_counter() - started
+        return found | {"total": refusal.needs, "refused": refusal.sentence, "seconds": seconds}
+    memory, page = compiled.memory_analysis(), compiled.as_text()
     sums: dict[str, dict[str, float]] = {}
-    for found in hlo.collectives(compiled.as_text(), drawn.mesh.size):
-        kind = sums.setdefault(found.kind, {"bytes": 0.0, "times": 0})
-        kind["bytes"] += found.sent
-        kind["times"] += found.times
-    return {
+    for one in hlo.collectives(page, drawn.mesh.size):
+        kind = sums.setdefault(one.kind, {"bytes": 0.0, "times": 0})
+        kind["bytes"] += one.sent
+        kind["times"] += one.times
+    return found | {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "total": train.step_bytes(compiled),
         "collectives": sums,
+        "traffic": hlo.traffic(page),
+        "cycles": hlo.cycles(page),
         "refused": None,
+        "seconds": time.perf_counter() - started,
     }
 
 
-def _first_line(error: Exception) -> str:
-    return " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())
+def versions() -> dict[str, str]:
+    """Of the compiler."""
+    return {name: importlib.metadata.version(name) for name in ("jaxlib", "libtpu") if importlib.util.find_spec(name)}
 
 
 def text(found: Mapping[str, Any]) -> str:
@@ -277,11 +334,98 @@ def text(found: Mapping[str, Any]) -> str:
         line(f"  {kind}", [gib(count["bytes"]) for count in counts])
     lines.append("milliseconds at least")
     for name in ("compute", "memory", "interconnect"):
-        line(f"  {name}", [f"{1e3 * step['seconds'][name]:.1f}" for step in steps.values()])
+        values = [step["seconds"][name] for step in steps.values()]
+        line(f"  {name}", ["?" if value is None else f"{1e3 * value:.1f}" for value in values])
+    reckoned = [step["seconds_by_cycles"] for step in steps.values()]
+    line("by the compiler's cycles", ["?" if value is None else f"{1e3 * value:.1f}" for value in reckoned])
     for name, step in steps.items():
-        if step["compiler"]["refused"]:
-            lines += ["", f"{name} does not fit: {step['compiler']['refused']}"]
+        if not step["fits"]:
+            lines += ["", f"{name} does not fit: {why_not(step, found['usable_gib'])}"]
+    if found["ratios"]:
+        lines += ["", *compared(found)]
     return "\n".join(lines)
+
+
+def why_not(step: Mapping[str, Any], usable: float) -> str:
+    """How much a step that does not fit is too large, in one line."""
+    if step["compiler"]["refused"]:
+        return step["compiler"]["refused"]
+    total = step["total"] / GIB
+    return (
+        f"with what a run holds beside it it needs {total:.2f} GiB of {usable:.2f}, {total - usable:.2f} GiB too much"
+    )
+
+
+def compared(found: Mapping[str, Any]) -> list[str]:
+    """Two lines: what of the other step's least time and memory the first one takes, and what bought that."""
+    (name, own), (other, usual) = found["steps"].items()
+    by = found["ratios"]
+
+    times = " against ".join(f"{1e3 * x['seconds_at_least']:.1f} ms by {x['bound']}" for x in (own, usual))
+    refused = [label for label, step in found["steps"].items() if step["compiler"]["refused"]]
+    alone = f"; {' and '.join(refused)} does not fit, so that compute alone is known" if refused else ""
+    reckoned = ""
+    if by["seconds_by_cycles"]:
+        cycles = " against ".join(f"{1e3 * x['seconds_by_cycles']:.1f} ms" for x in (own, usual))
+        reckoned = f"; by the compiler's cycles {_less(by['seconds_by_cycles'])} ({cycles})"
+    memory = "not known" if by["bytes"] is None else f"{_less(by['bytes'])}: {tables.bought(by['bytes_by'])}"
+    work = tables.bought(by["flops_by"])
+    return [
+        f"least time of {name} / {other}: {_less(by['seconds'])} ({times}{alone}){reckoned}; FLOPs: {work}",
+        f"memory of {name} / {other}: {memory}",
+    ]
+
+
+def _less(ratio: float) -> str:
+    return f"{ratio:.2f}, {abs(100 * (1 - ratio)):.0f} % {'less' if ratio <= 1 else 'more'}"
+
+
+def table(config: ml_collections.ConfigDict, file: Path) -> None:
+    """Makes the rows of configs/plans.py that the config asks for, each on disk as soon as it is known.
+
+    A row of `file` is a line of a JSON list: what `plan` found, and which model, chips, command and commit it is of.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    try:
+        made = json.loads(file.read_text()) if file.exists() else []
+        there = {(row["model_name"], row["slice"]): row for row in made}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--json={file} is there, and holds no rows of this table: {error}") from error
+    steps = [step for row in there.values() for step in row.get("steps", {}).values()]
+    known = {step["compiler"]["program"]: step["compiler"] for step in steps}
+    rows = [(tuple(row[:2]), row[2]) for row in config.plans.rows]
+    wanted = [(cell, given) for cell, given in rows if set(config.plans.only) <= set(cell)]
+    source = {"commit": workdir._commit(), "versions": versions()}  # before the file itself is a change of the tree
+    for cell, given in wanted:
+        started = time.perf_counter()
+        row = dict(zip(("model_name", "slice"), cell, strict=True), command=f"python -m vkd_jax.plan {given}")
+        row |= source
+        old = there.get(cell, {"error": ""})
+        if "+changes" not in row["commit"] and "error" not in old and row.items() <= old.items():
+            continue  # nothing has changed, so that it need not even be traced
+        try:
+            values = flags.FlagValues()
+            define(values)
+            settings = [flag for flag in given.split() if flag.startswith("--config.")]  # else read from sys.argv alone
+            main.parse(["plan", *(flag for flag in given.split() if flag not in settings)], values)
+            defaults.override(values.config, " ".join(flag.removeprefix("--config.") for flag in settings))
+            row |= plan(values.config, values.topology, _lengths(values), values.compare, known)
+            step = next(iter(row["steps"].values()))
+            speed = sum(row["rows"].values()) / step["seconds_at_least"]
+            row["examples_per_second"] = speed
+            row["run"] = {
+                "examples": config.plans.examples,
+                "chip_hours": config.plans.examples / speed * row["chips"] / 3600,
+            }
+            said = "fits" if step["fits"] else f"does not fit: {why_not(step, row['usable_gib'])}"
+        except UserError as error:
+            said = row["error"] = str(error)
+        there[cell] = row
+        order = [cell for cell, _ in rows if cell in there]
+        workdir.write(file, ("[\n" + ",\n".join(json.dumps(there[cell]) for cell in order) + "\n]\n").encode())
+        print(f"{cell[0]} on {cell[1]}, {time.perf_counter() - started:.0f} s: {said}", flush=True)
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -294,6 +438,16 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_boolean("compare", True, "Compiles the step on all weights, too.", flag_values=values)
 
 
+def _lengths(values: flags.FlagValues) -> Lengths:
+    lengths = Lengths(values.text_tokens, values.answer_tokens)
+    if not 1 <= lengths.answer <= lengths.text:
+        raise UserError(
+            f"--answer_tokens={lengths.answer}, --text_tokens={lengths.text}: the answer is part of the text, and "
+            "at least one token."
+        )
+    return lengths
+
+
 def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     """Prints the figures; the exit status."""
     if len(argv) > 1:
@@ -303,13 +457,12 @@ def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     jax.config.update("jax_platforms", "cpu")  # a chip that is there is left to those who use it
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for other chips cannot be loaded here
     try:
-        lengths = Lengths(values.text_tokens, values.answer_tokens)
-        if not 1 <= lengths.answer <= lengths.text:
-            raise UserError(
-                f"--answer_tokens={lengths.answer}, --text_tokens={lengths.text}: the answer is part of the text, and "
-                "at least one token."
-            )
-        found = plan(values.config, values.topology, lengths, values.compare)
+        if "plans" in values.config:
+            if not values.json:
+                raise UserError("this config is a table of plans: pass --json FILE, where its rows go.")
+            table(values.config, Path(values.json))
+            return 0
+        found = plan(values.config, values.topology, _lengths(values), values.compare)
         if values.json:
             workdir.write(Path(values.json), (json.dumps(found, indent=1) + "\n").encode())
     except UserError as error:

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vkd_jax.models.layers import ROWS
 from vkd_jax.types import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -48,7 +49,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch lie over data and fsdp together."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, ROWS)
 
 
 def rows(mesh: Mesh, arrays: Any) -> Any:

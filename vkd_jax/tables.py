@@ -1,10 +1,11 @@
-"""Tables of comparisons, in Markdown.
+"""Tables of comparisons and of plans, in Markdown.
 
 python -m vkd_jax.tables README.md [--check]     writes (or checks) the tables between the markers of a page
 python -m vkd_jax.tables RUN [RUN ...]           prints the table of some finished runs of vkd_jax.main
 
-A marker is `<!-- table: docs/results/FILE.json NAME -->`, its end `<!-- /table -->`; FILE.json is a comparison.json,
-and NAME one of TABLES below. Exit status: 0 done, 1 a table is stale (--check), 2 bad input.
+A marker is `<!-- table: docs/results/FILE.json NAME -->`, its end `<!-- /table -->`, its path that from the page;
+FILE.json is a comparison.json, or the rows of vkd_jax.plan, and NAME one of TABLES below. Exit status: 0 done, 1 a
+table is stale (--check), 2 bad input.
 """
 
 import argparse
@@ -80,7 +81,74 @@ def tuning(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {"keeping": keeping, "attacks": attacks, "tuning": tuning}
+def plans(found: Sequence[Mapping[str, Any]]) -> str:
+    """What the step of unlearning takes on TPUs: one row a model and slice."""
+    heads = ["model", "on", "held in", "fsdp × tensor", "rows a step", "GiB a chip", "fits", "TFLOP a step"]
+    heads += ["ms a step, at least", "bound by", "rows a second, at most", "chip-hours, at least", "GiB sent a step"]
+    lines = [page.row(heads), page.row([*["---"] * 5, "---:", "---", *["---:"] * 2, "---", *["---:"] * 3])]
+    for row in found:
+        name = [row["model_name"], row["slice"]]
+        if "error" in row:
+            lines.append(page.row([*name, *["–"] * 4, f"no: {row['error']}", *["–"] * 6]))
+            continue
+        step = next(iter(row["steps"].values()))
+        usable, total = row["usable_gib"], step["total"]
+        fits = "yes" if step["fits"] else f"no, {total / 2**30 - usable:.2f} too much" if total else "no"
+        sent = sum(collective["bytes"] for collective in step["compiler"]["collectives"].values())
+        speed = [
+            f"{1e3 * step['seconds_at_least']:,.1f}",
+            step["bound"],
+            f"{row['examples_per_second']:.1f}",
+            f"{row['run']['chip_hours']:.2f}",
+            f"{sent / 2**30:.2f}",
+        ]
+        cells = [
+            row["quantize"] or row["dtype"],
+            f"{row['mesh']['fsdp']} × {row['mesh']['tensor']}",
+            " + ".join(map(str, row["rows"].values())),
+            f"{total / 2**30:.2f} of {usable:.2f}" if total else "–",
+            fits,
+            f"{step['flops_total'] / 1e12:,.1f}",
+        ]
+        lines.append(page.row([*name, *cells, *(speed if step["fits"] else ["–"] * len(speed))]))
+    known = [row for row in found if "error" not in row]
+    commits = ", ".join(sorted({row["commit"][:7] for row in found}))
+    examples = ", ".join(sorted({f"{row['run']['examples']:,}" for row in known}))
+    tokens = ", ".join(f"{name} {n}" for name, n in {row["model_name"]: row["tokens"] for row in known}.items())
+    compiling = sum(step["compiler"]["seconds"] for row in known for step in row["steps"].values())
+    return "\n".join(lines) + (
+        f"\n\nTokens a row: {tokens}. Chip-hours are those of training on {examples} rows, as in 300 steps of 8 + 8; "
+        f"loading, preparing and measuring come on top. Compiled in {compiling / 60:.0f} minutes; commit {commits}."
+    )
+
+
+def plans_compared(found: Sequence[Mapping[str, Any]]) -> str:
+    """What of GradDiff's step on all weights the step of unlearning takes, and what bought that: one row a model."""
+    rows = [row for row in found if row.get("ratios")]
+    heads = ["model", "on", "GradDiff fits", "least time", "memory", "what of its FLOPs", "what of its memory"]
+    lines = [page.row(heads), page.row(["---", "---", "---", "---:", "---:", "---", "---"])]
+    for row in rows:
+        by, usual = row["ratios"], list(row["steps"].values())[1]
+        shares = [f"{by['seconds']:.2f}", "–" if by["bytes"] is None else f"{by['bytes']:.2f}"]
+        fits = "yes" if usual["fits"] else "no"
+        parts = [bought(by["flops_by"]), bought(by["bytes_by"] or {})]
+        lines.append(page.row([row["model_name"], row["slice"], fits, *shares, *parts]))
+    return "\n".join(lines)
+
+
+def bought(shares: Mapping[str, float]) -> str:
+    """The parts that make a difference, the greatest saving first."""
+    order = sorted(shares.items(), key=lambda share: share[1])
+    return ", ".join(f"{name} {100 * share:+.1f} %" for name, share in order if abs(share) >= 5e-4)
+
+
+TABLES: Mapping[str, Callable[[Any], str]] = {
+    "keeping": keeping,
+    "attacks": attacks,
+    "tuning": tuning,
+    "plans": plans,
+    "plans_compared": plans_compared,
+}
 
 
 def document(found: Mapping[str, Any]) -> str:
@@ -116,8 +184,9 @@ def fill(text: str, folder: Path) -> str:
             raise UserError(f"a marker names {file}, which cannot be read: {error}") from error
         try:
             return f"{start}{TABLES[name](found)}\n{end}"
-        except (KeyError, TypeError, IndexError) as error:
-            raise UserError(f"a marker names {file}, which is not the comparison.json of a comparison.") from error
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            kind = "a file of plans" if name.startswith("plans") else "the comparison.json of a comparison"
+            raise UserError(f"a marker names {file}, which is not {kind}.") from error
 
     if len(_MARKER.findall(text)) < text.count("<!-- table:"):
         raise UserError("a marker lacks its end, or its file or name.")

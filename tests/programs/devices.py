@@ -13,10 +13,14 @@ import random_llava
 random_llava.metrics_on_stdout()
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 
 from vkd_jax import sharding, train  # noqa: E402
+from vkd_jax.methods import base  # noqa: E402
 from vkd_jax.methods.base import Prepared  # noqa: E402
 from vkd_jax.methods.finetune import Finetune  # noqa: E402
+from vkd_jax.models.base import bind  # noqa: E402
 from vkd_jax.progress import Progress  # noqa: E402
 from vkd_jax.types import UserError  # noqa: E402
 
@@ -79,6 +83,19 @@ def layout(state, params) -> dict:
     }
 
 
+def work(mesh) -> float:
+    """FLOPs of each device for the gradient of a loss of eight rows."""
+    graphdef, params = random_llava.model(mesh)
+    batch = sharding.rows(mesh, SETS["image"].batch(np.arange(8)))
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, batch):
+        return jnp.mean(base.cross_entropy(bind(graphdef, params), batch))
+
+    return gradient.lower(params, batch).compile().cost_analysis()["flops"]
+
+
 def _is_adam(part) -> bool:
     return hasattr(part, "mu")
 
@@ -89,7 +106,11 @@ def main(folder: Path) -> None:
     for shape in MESHES:
         mesh = sharding.make_mesh(*shape)
         metrics, params = fit(mesh, folder / "x".join(map(str, shape)))
-        found["meshes"][",".join(map(str, shape))] = {"metrics": metrics, **layout(Checkpoints.last, params)}
+        found["meshes"][",".join(map(str, shape))] = {
+            "metrics": metrics,
+            "flops": work(mesh),
+            **layout(Checkpoints.last, params),
+        }
 
     # Half of the run above on eight devices, the rest on one.
     write = Progress.write

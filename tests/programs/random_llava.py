@@ -1,5 +1,6 @@
 """A LLaVA with random weights and sets of random rows: all that training needs, without files or a tokenizer."""
 
+import dataclasses
 import functools
 import json
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 from vkd_jax import convert, defaults, sharding
 from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import EncodedSet
-from vkd_jax.models import llava
+from vkd_jax.models import base, llava
 from vkd_jax.models.clip_vit import VisionConfig
 from vkd_jax.models.decoder import DecoderConfig
 from vkd_jax.types import Example
@@ -27,7 +28,9 @@ CONFIG = llava.LlavaConfig(  # every width divides over eight devices
 
 def model(mesh):
     """graphdef and weights, each where the rules put it on this mesh."""
-    graphdef, params = drawn()
+    _, params = drawn()
+    config = dataclasses.replace(CONFIG, mesh=mesh)
+    graphdef, _ = base.abstract(lambda rngs: llava.Llava(config, rngs=rngs))
     rule = sharding.param_shardings(mesh, llava.SHARDING)
     return graphdef, {path: jax.device_put(np.asarray(x), rule(path, x.shape)) for path, x in params.items()}
 

@@ -12,7 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vkd_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, attention, lecun_normal, rematerialized, small_normal
+from vkd_jax.models.layers import (
+    ACTIVATIONS,
+    LayerNorm,
+    Linear,
+    attention,
+    lecun_normal,
+    over_rows,
+    rematerialized,
+    small_normal,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +103,11 @@ class Block(nnx.Module):
 class VisionTower(nnx.Module):
     """Patches, a class token, positions, and the transformer blocks."""
 
-    def __init__(self, config: VisionConfig, *, remat, dtype, param_dtype, rngs):
+    def __init__(self, config: VisionConfig, *, remat, mesh, dtype, param_dtype, rngs):
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         norm = dict(eps=config.norm_eps, dtype=dtype, param_dtype=param_dtype)
         p, d = config.patch_size, config.width
-        self.config, self.remat, self.dtype = config, remat, jnp.dtype(dtype)
+        self.config, self.remat, self.mesh, self.dtype = config, remat, mesh, jnp.dtype(dtype)
         self.class_embedding = nnx.Param(small_normal(rngs.params(), (d,), param_dtype))
         # [row, column, colour, d], so that conversion is a permutation; lecun_normal gets the fan-in right.
         self.patch_embedding = nnx.Param(lecun_normal(rngs.params(), (p, p, 3, d), param_dtype))
@@ -126,7 +135,7 @@ class VisionTower(nnx.Module):
         outputs = []
         for block in self.blocks[start:stop]:
             run = rematerialized(lambda x, block=block: block(x), self.remat)
-            hidden = run(hidden)
+            hidden = over_rows(run(over_rows(hidden, self.mesh)), self.mesh)
             outputs.append(hidden)
         return outputs
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vkd_jax.models.layers import Embedding, Linear, RMSNorm, attention, rematerialized, small_normal
+from vkd_jax.models.layers import Embedding, Linear, RMSNorm, attention, over_rows, rematerialized, small_normal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +142,9 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Token embedding, stacked blocks, final norm, output head."""
 
-    def __init__(self, config: DecoderConfig, *, remat, dtype, param_dtype, rngs):
+    def __init__(self, config: DecoderConfig, *, remat, mesh, dtype, param_dtype, rngs):
         options = dict(dtype=dtype, param_dtype=param_dtype)
-        self.config, self.remat, self.dtype = config, remat, jnp.dtype(dtype)
+        self.config, self.remat, self.mesh, self.dtype = config, remat, mesh, jnp.dtype(dtype)
         self.embed = Embedding(config.vocab, config.width, rngs=rngs, **options)
         self.blocks = nnx.vmap(lambda r: Block(config, rngs=r, **options))(rngs.split(config.layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps, **options)
@@ -176,7 +176,8 @@ class Decoder(nnx.Module):
         def body(carried, layer):
             block, number = layer
             at = None if cache is None else (number, cache.index)
-            return block(carried[0], positions, allowed, carried[1], at), None
+            x, cached = block(over_rows(carried[0], self.mesh), positions, allowed, carried[1], at)
+            return (over_rows(x, self.mesh), cached), None
 
         body = rematerialized(body, self.remat, scanned=True)
         # Carried, not scanned over, so that the new keys and values are written in place and the others stay put.

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from vkd_jax.models import lora, quantize
 
@@ -21,6 +23,8 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,  # the block's input alone is kept
 }
 
+ROWS = P(("data", "fsdp"))  # the axes of the mesh that rows of a batch lie over
+
 lecun_normal = nnx.initializers.lecun_normal()
 small_normal = nnx.initializers.normal(0.02)
 
@@ -31,6 +35,16 @@ def rematerialized(block: Callable, how: str, scanned: bool = False) -> Callable
     In the body of a scan nothing needs to be kept from XLA, which would otherwise undo it.
     """
     return jax.checkpoint(block, policy=REMAT[how], prevent_cse=not scanned) if how else block
+
+
+def over_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """x [b, ...] with its rows where those of the batch lie, which XLA would not always guess.
+
+    It may follow the weights, whose width lies over the same devices, and compute all rows on each of them.
+    """
+    if mesh is None or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ROWS))
 
 
 class Linear(nnx.Module):

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from vkd_jax.models.base import VisualTokens, refuse
 from vkd_jax.models.clip_vit import VisionConfig, VisionTower
 from vkd_jax.models.decoder import Cache, Decoder, DecoderConfig
-from vkd_jax.models.layers import ACTIVATIONS, Linear, place
+from vkd_jax.models.layers import ACTIVATIONS, Linear, over_rows, place
 from vkd_jax.types import UserError
 
 
@@ -32,6 +33,7 @@ class LlavaConfig:
     projector_act: str = "gelu"
     compute_dtype: str = "float32"  # parameters have their own
     remat: str = ""  # what the backward pass computes again instead of keeping it: a key of `layers.REMAT`
+    mesh: Mesh | None = None  # over whose devices the rows of activations lie
 
     @property
     def used_blocks(self) -> int:
@@ -153,9 +155,9 @@ class Llava(nnx.Module):
     def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32):
         self.config = config
         options = dict(dtype=config.compute_dtype, param_dtype=param_dtype, rngs=rngs)
-        self.vision_tower = VisionTower(config.vision, remat=config.remat, **options)
+        self.vision_tower = VisionTower(config.vision, remat=config.remat, mesh=config.mesh, **options)
         self.projector = Projector(config, **options)
-        self.language_model = Decoder(config.text, remat=config.remat, **options)
+        self.language_model = Decoder(config.text, remat=config.remat, mesh=config.mesh, **options)
 
     def encode(
         self, pictures: Mapping[str, jax.Array] | None = None, *, hidden: jax.Array | None = None, start: int = 0
@@ -182,7 +184,7 @@ class Llava(nnx.Module):
         if self.config.feature_select == "default":
             features, where = features[:, 1:], where[1:]
         taps["features"] = _tokens(features, where)
-        taps["projector"] = _tokens(self.projector(features), where)
+        taps["projector"] = _tokens(over_rows(self.projector(features), self.config.mesh), where)
         return taps["projector"], taps
 
     def __call__(

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from vkd_jax.models import qwen_vit
 from vkd_jax.models.base import VisualTokens, refuse
 from vkd_jax.models.decoder import Cache, Decoder, DecoderConfig
-from vkd_jax.models.layers import ACTIVATIONS, place
+from vkd_jax.models.layers import ACTIVATIONS, over_rows, place
 from vkd_jax.models.qwen_vit import Merger, VisionConfig, VisionTower
 from vkd_jax.types import UserError
 
@@ -33,6 +34,7 @@ class QwenConfig:
     image_token_id: int
     compute_dtype: str = "float32"  # parameters have their own
     remat: str = ""  # what the backward pass computes again instead of keeping it: a key of `layers.REMAT`
+    mesh: Mesh | None = None  # over whose devices the rows of activations lie
 
     @property
     def used_blocks(self) -> int:
@@ -214,9 +216,9 @@ class QwenVL(nnx.Module):
     def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32):
         self.config = config
         options = dict(dtype=config.compute_dtype, param_dtype=param_dtype, rngs=rngs)
-        self.vision_tower = VisionTower(config.vision, remat=config.remat, **options)
+        self.vision_tower = VisionTower(config.vision, remat=config.remat, mesh=config.mesh, **options)
         self.projector = Merger(config.vision, config.text.width, **options)
-        self.language_model = Decoder(config.text, remat=config.remat, **options)
+        self.language_model = Decoder(config.text, remat=config.remat, mesh=config.mesh, **options)
 
     def encode(
         self, pictures: Mapping[str, jax.Array], *, hidden: jax.Array | None = None, start: int = 0
@@ -241,7 +243,9 @@ class QwenVL(nnx.Module):
         taps = {f"vision/{i}": _tokens(output, where) for i, output in enumerate(outputs, start)}
         features = (outputs or [hidden])[-1]
         taps["features"] = _tokens(features, where)
-        taps["projector"] = _tokens(self.projector(features), qwen_vit.merged(where, self.config.vision.merge))
+        taps["projector"] = _tokens(
+            over_rows(self.projector(features), self.config.mesh), qwen_vit.merged(where, self.config.vision.merge)
+        )
         return taps["projector"], taps
 
     def __call__(

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from vkd_jax.models.clip_vit import MLP
-from vkd_jax.models.layers import LayerNorm, Linear, RMSNorm, attention, gelu, lecun_normal, rematerialized
+from vkd_jax.models.layers import LayerNorm, Linear, RMSNorm, attention, gelu, lecun_normal, over_rows, rematerialized
 
 NORM_EPS = 1e-6  # no configuration says otherwise
 
@@ -179,10 +179,10 @@ class Block(nnx.Module):
 class VisionTower(nnx.Module):
     """Patch embedding and transformer blocks."""
 
-    def __init__(self, config: VisionConfig, *, remat, dtype, param_dtype, rngs):
+    def __init__(self, config: VisionConfig, *, remat, mesh, dtype, param_dtype, rngs):
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         p, d = config.patch_size, config.width
-        self.config, self.remat, self.dtype = config, remat, jnp.dtype(dtype)
+        self.config, self.remat, self.mesh, self.dtype = config, remat, mesh, jnp.dtype(dtype)
         # [frame, colour, row, column, d], so that conversion is a permutation; lecun_normal gets the fan-in right.
         self.patch_embedding = nnx.Param(lecun_normal(rngs.params(), (config.frames, 3, p, p, d), param_dtype))
         self.blocks = nnx.List([Block(config, **options) for _ in range(config.layers)])
@@ -198,7 +198,7 @@ class VisionTower(nnx.Module):
         outputs, allowed = [], self._allowed(where)
         for i, block in enumerate(self.blocks[start:], start):
             run = rematerialized(lambda *x, block=block: block(*x), self.remat)
-            hidden = run(hidden, where, allowed[i])
+            hidden = over_rows(run(over_rows(hidden, self.mesh), where, allowed[i]), self.mesh)
             outputs.append(hidden)
         return outputs
 

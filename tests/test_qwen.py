@@ -275,7 +275,7 @@ def test_recomputing_blocks_changes_nothing():
         return (base.bind(graphdef, params).encode(packed)[0].values ** 2).sum()
 
     count = [str(gradients.trace(params, remat).jaxpr).count("prevent_cse") for remat in ("", "full")]
-    assert count == [0, config.vision.layers]
+    assert count == [0, 1]  # a scan of all blocks
     plain, recomputed = (gradients(params, remat) for remat in ("", "full"))
     for name, gradient in plain.items():
         close(recomputed[name], gradient)

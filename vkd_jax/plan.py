@@ -413,12 +413,7 @@ def table(config: ml_collections.ConfigDict, file: Path) -> None:
             defaults.override(values.config, " ".join(flag.removeprefix("--config.") for flag in settings))
             row |= plan(values.config, values.topology, _lengths(values), values.compare, known)
             step = next(iter(row["steps"].values()))
-            speed = sum(row["rows"].values()) / step["seconds_at_least"]
-            row["examples_per_second"] = speed
-            row["run"] = {
-                "examples": config.plans.examples,
-                "chip_hours": config.plans.examples / speed * row["chips"] / 3600,
-            }
+            row["run"] = {"examples": config.plans.examples}
             said = "fits" if step["fits"] else f"does not fit: {why_not(step, row['usable_gib'])}"
         except UserError as error:
             said = row["error"] = str(error)

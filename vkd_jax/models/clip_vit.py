@@ -18,9 +18,8 @@ from vkd_jax.models.layers import (
     Linear,
     attention,
     lecun_normal,
-    over_rows,
-    rematerialized,
     small_normal,
+    through,
 )
 
 
@@ -132,12 +131,9 @@ class VisionTower(nnx.Module):
 
     def __call__(self, hidden: jax.Array, start: int, stop: int) -> list[jax.Array]:
         """Runs blocks [start, stop) on the activations entering `start`; returns each block's output."""
-        outputs = []
-        for block in self.blocks[start:stop]:
-            run = rematerialized(lambda x, block=block: block(x), self.remat)
-            hidden = over_rows(run(over_rows(hidden, self.mesh)), self.mesh)
-            outputs.append(hidden)
-        return outputs
+        blocks = self.blocks[start:stop]
+        settings = np.arange(len(blocks))  # none that a block would heed
+        return through(lambda block, x, _: block(x), blocks, hidden, settings, self.remat, self.mesh)
 
     def neurons(self, hidden: jax.Array, stop: int, reduce: Callable[[jax.Array], Any]) -> list[Any]:
         """What `reduce` makes of the MLP's inner activations [b, t, f], of each of the blocks before `stop`."""

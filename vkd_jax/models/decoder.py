@@ -179,7 +179,7 @@ class Decoder(nnx.Module):
             x, cached = block(over_rows(carried[0], self.mesh), positions, allowed, carried[1], at)
             return (over_rows(x, self.mesh), cached), None
 
-        body = rematerialized(body, self.remat, scanned=True)
+        body = rematerialized(body, self.remat)
         # Carried, not scanned over, so that the new keys and values are written in place and the others stay put.
         cached = None if cache is None else (cache.keys, cache.values)
         # Every leaf is stacked, those of quantised and adapted kernels among them.

@@ -5,10 +5,11 @@ key/value head, c head channel.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -29,12 +30,9 @@ lecun_normal = nnx.initializers.lecun_normal()
 small_normal = nnx.initializers.normal(0.02)
 
 
-def rematerialized(block: Callable, how: str, scanned: bool = False) -> Callable:
-    """The block, whose backward pass computes again what `how`, a key of REMAT, does not keep.
-
-    In the body of a scan nothing needs to be kept from XLA, which would otherwise undo it.
-    """
-    return jax.checkpoint(block, policy=REMAT[how], prevent_cse=not scanned) if how else block
+def rematerialized(body: Callable, how: str) -> Callable:
+    """The body of a scan, whose backward pass computes again what `how`, a key of REMAT, does not keep."""
+    return jax.checkpoint(body, policy=REMAT[how], prevent_cse=False) if how else body  # a scan needs no guard
 
 
 def over_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
@@ -45,6 +43,46 @@ def over_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     if mesh is None or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ROWS))
+
+
+def through(
+    call: Callable[[nnx.Module, jax.Array, jax.Array], jax.Array],
+    blocks: Sequence[nnx.Module],
+    x: jax.Array,
+    settings: np.ndarray,
+    how: str,
+    mesh: Mesh | None,
+) -> list[jax.Array]:
+    """The outputs of blocks of one kind, one after the other: [b, ...] each.
+
+    With `how`, a key of REMAT that keeps less than everything, they are one scan, since else XLA compiles each block
+    anew, forward and backward; their matrices are stacked in x's dtype, in which they are multiplied.
+
+    Args:
+        call: (block, what enters it, its setting) -> what leaves it.
+        blocks: alike but for their weights.
+        x: what enters the first one.
+        settings: of each block, [number of blocks].
+        how: see `rematerialized`.
+        mesh: see `over_rows`.
+    """
+    if not how or not blocks:
+        outputs = []
+        for block, setting in zip(blocks, settings, strict=True):
+            x = over_rows(call(block, over_rows(x, mesh), setting), mesh)
+            outputs.append(x)
+        return outputs
+    graphdefs, states = zip(*map(nnx.split, blocks), strict=True)
+
+    def stack(*leaves: jax.Array) -> jax.Array:
+        return jnp.stack([leaf.astype(x.dtype) if leaf.ndim > 1 else leaf for leaf in leaves])
+
+    def body(x, layer):
+        state, setting = layer
+        x = over_rows(call(nnx.merge(graphdefs[0], state), over_rows(x, mesh), setting), mesh)
+        return x, x
+
+    return list(jax.lax.scan(rematerialized(body, how), x, (jax.tree.map(stack, *states), settings))[1])
 
 
 class Linear(nnx.Module):

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from vkd_jax.models.clip_vit import MLP
-from vkd_jax.models.layers import LayerNorm, Linear, RMSNorm, attention, gelu, lecun_normal, over_rows, rematerialized
+from vkd_jax.models.layers import LayerNorm, Linear, RMSNorm, attention, gelu, lecun_normal, through
 
 NORM_EPS = 1e-6  # no configuration says otherwise
 
@@ -195,24 +195,23 @@ class VisionTower(nnx.Module):
 
     def __call__(self, hidden: jax.Array, where: jax.Array, start: int) -> list[jax.Array]:
         """Runs the blocks from `start` on the activations entering it; returns each block's output."""
-        outputs, allowed = [], self._allowed(where)
-        for i, block in enumerate(self.blocks[start:], start):
-            run = rematerialized(lambda *x, block=block: block(*x), self.remat)
-            hidden = over_rows(run(over_rows(hidden, self.mesh), where, allowed[i]), self.mesh)
-            outputs.append(hidden)
-        return outputs
+        everything, window = sees(where), sees(where, self.config.window)
+
+        def call(block, x, whole):
+            return block(x, where, jnp.where(whole, everything, window))
+
+        return through(call, self.blocks[start:], hidden, self._whole()[start:], self.remat, self.mesh)
 
     def neurons(self, hidden: jax.Array, where: jax.Array, reduce: Callable[[jax.Array], Any]) -> list[Any]:
         """What `reduce` makes of the MLP's inner activations [b, p, f], of each block."""
         inputs = [hidden, *self(hidden, where, 0)][:-1]
-        blocks = zip(self.blocks, inputs, self._allowed(where), strict=True)
+        allowed = [sees(where, 0 if whole else self.config.window) for whole in self._whole()]
+        blocks = zip(self.blocks, inputs, allowed, strict=True)
         return [reduce(block.neurons(x, where, allowed)) for block, x, allowed in blocks]
 
-    def _allowed(self, where: jax.Array) -> list[jax.Array]:
-        """Which patches each patch sees, by block."""
-        config = self.config
-        everything, window = sees(where), sees(where, config.window)
-        return [everything if i in config.whole else window for i in range(config.layers)]
+    def _whole(self) -> np.ndarray:
+        """Of each block, whether a patch sees the whole picture there, and not its window alone."""
+        return np.isin(np.arange(self.config.layers), self.config.whole)
 
 
 class Merger(nnx.Module):

@@ -1,5 +1,6 @@
 """What the methods optimise: identities between them, caches, masks, and what may train."""
 
+import copy
 import dataclasses
 
 import jax
@@ -193,6 +194,10 @@ def test_text_and_what_is_too_large_are_not_cached(context, monkeypatch):
         train.cached_prefix(context.graphdef, context.params, dataclasses.replace(encoded, pictures=None), 2).per_image
         == {}
     )
+    remade = copy.copy(encoded.pictures)
+    remade.held = None  # as of many pictures, each of which is made whenever it is asked for
+    cached = train.cached_prefix(context.graphdef, context.params, dataclasses.replace(encoded, pictures=remade), 2)
+    assert len(cached.per_image["vision/1"]) == len(encoded.pictures)
     monkeypatch.setattr(train, "HELD_BYTES", 1000)
     assert train.cached_prefix(context.graphdef, context.params, encoded, 2) is encoded
 

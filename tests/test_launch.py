@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from vkd_jax import main
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["tpu_vm.sh", "xpk.sh", "run_host.sh", "common.sh"]
 BASH = shutil.which("bash")
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 VM, WHERE = "gcloud compute tpus tpu-vm", "--project=p --zone=us-central1-a"
 ACCOUNT = "vkd@p.iam.gserviceaccount.com"
 PROGRAM = ["--", "python", "-m", "vkd_jax.main", "--distributed", "--config", "configs/llava.py:7b"]
@@ -71,7 +73,9 @@ def dry(nowhere, tmp_path):
           "gcloud storage buckets create gs://b --project=p --location=us-west4 --uniform-bucket-level-access",
           "gcloud iam service-accounts create vkd --project=p",
           f"gcloud storage buckets add-iam-policy-binding gs://b --member=serviceAccount:{ACCOUNT} "
-          "--role=roles/storage.objectAdmin"]),
+          "--role=roles/storage.objectAdmin",
+          f"gcloud storage buckets add-iam-policy-binding gs://b --member=serviceAccount:{ACCOUNT} "
+          "--role=roles/storage.legacyBucketReader"]),
         ("status", {}, [f"{VM} describe vkd {WHERE} '--format=value(state)'",
                         f"{VM} ssh vkd {WHERE} --worker=all '--command=bash vkd_jax/launch/run_host.sh --status'"]),
         ("sync", {},
@@ -321,7 +325,7 @@ def test_a_detached_run_goes_on_is_alone_and_saves_when_it_is_stopped(host):
         "--detach", "bash", "-c", "trap 'echo saved; exit' TERM; echo ready; while :; do sleep .05; done"
     )
     assert (status, err) == (0, "") and "started" in out
-    until(lambda: log.exists() and "ready" in log.read_text())
+    until(lambda: log.exists() and log.read_text().endswith("\nready\n"))  # the command that it names has the word, too
     process = int((host.home / "vkd.lock").read_text())
     assert host("--status")[0].endswith(f"running, process {process}\n")
     for again in (["--detach", "true"], ["true"]):
@@ -373,7 +377,7 @@ def test_a_script_is_sound(script):
         assert "\nset -euo pipefail\n" in text
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="there is no shellcheck")
+@pytest.mark.skipif(SHELLCHECK is None, reason="there is no shellcheck")
 def test_shellcheck_finds_nothing():
-    found = subprocess.run(["shellcheck", "-x", *(f"launch/{name}" for name in SCRIPTS)], cwd=ROOT, capture_output=True)
+    found = subprocess.run([SHELLCHECK, "-x", *(f"launch/{name}" for name in SCRIPTS)], cwd=ROOT, capture_output=True)
     assert found.returncode == 0, found.stdout.decode()

@@ -56,10 +56,10 @@ def test_a_run_goes_on_on_other_devices(tmp_path):
         Workdir(tmp_path, made)
 
 
-def test_a_bucket_is_refused_and_no_folder_of_its_name_is_made(tmp_path, monkeypatch):
+def test_other_kinds_of_places_are_refused_and_no_folder_of_their_name_is_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="--workdir=gs://mine/run is no folder"):
-        Workdir("gs://mine/run", config())
+    with pytest.raises(UserError, match="s3://mine/run is no place that is known"):
+        Workdir("s3://mine/run", config())
     assert not list(tmp_path.iterdir())
 
 

@@ -76,6 +76,8 @@ def run(config: ml_collections.ConfigDict, path: str | Path, workers: int = 0) -
     """
     if "compare" not in config:
         raise UserError("this config compares nothing: it has no section `compare`; see configs/tiny.py:compare.")
+    if "://" in str(path):
+        raise UserError(f"--workdir={path} is no folder of this machine, where all runs of a comparison are made.")
     plan = Plan(config, Path(path))
     plan.check()
     with workdir.disk_errors():

@@ -24,6 +24,7 @@ from vkd_jax.defaults import STAGES
 from vkd_jax.loaded import Loaded, check_trainable, create
 from vkd_jax.methods.base import Context, Prepared
 from vkd_jax.models import lora
+from vkd_jax.models.layers import REMAT
 from vkd_jax.types import Example, Params, UserError
 from vkd_jax.workdir import Workdir
 
@@ -78,7 +79,7 @@ class Job:
         config = workdir.config
         mesh, method, tuning, chosen = checked(config)
         fields = config.data.to_dict()
-        cache = fields.pop("cache") or workdir.path / "data"
+        cache = hub.mirror(fields.pop("cache") or workdir.path / "data")  # read by every host, from its own disk
         benchmark = data.create(fields.pop("benchmark"), fields)
         benchmark.check()
         with workdir.stage("data"):
@@ -121,6 +122,8 @@ def checked(
             raise UserError(f"eval.{name}={config.eval[name]}: give at least 1.")
     if config.model.dtype not in DTYPES:
         raise UserError(f"model.dtype={config.model.dtype!r}: give one of {', '.join(DTYPES)}.")
+    if config.model.remat not in REMAT:
+        raise UserError(f"model.remat={config.model.remat!r}: give one of {', '.join(map(repr, REMAT))}.")
     if config.method.name == "finetune":
         raise UserError(f"method {config.method.name} does not unlearn; config.finetune is the place for fine-tuning.")
     if not STAGES[config.stage] and not config.model.path:
@@ -190,16 +193,17 @@ def _check_provenance(job: Job, name: str, value: str, folder: Path) -> None:
 def finetune(job: Job, name: str) -> Path:
     """base -> `name`: "vanilla" learns everybody, "retain_only" all but the people to forget."""
     workdir, config, section = job.workdir, job.config, job.config.finetune.train
-    target = workdir.path / name
-    if workdir.has(name):
-        return target
+    if workdir.has_model(name):
+        return workdir.model(name)
     parts = ("finetune_retain",) if name == "retain_only" else ("finetune_forget", "finetune_retain")
     everything = [e for part in ("finetune_forget", "finetune_retain") for e in job.sets.get(part, ())]
     examples = [e for part in parts for e in job.sets.get(part, ())]
     with workdir.stage(f"load for {name}"):
         if config.model.create.to_dict():
-            source = workdir.path / "base"
-            hosts.agree(lambda: create(source, everything, config.model.create, config.seed))
+            shape = config.model.create
+            source = workdir.model(
+                "base", lambda folder: hosts.agree(lambda: create(folder, everything, shape, config.seed))
+            )
         else:
             source = hub.fetch(config.model.base)
         model = Loaded.open(source, config, job.mesh, job.tuning)
@@ -214,9 +218,7 @@ def finetune(job: Job, name: str) -> Path:
         trained = _fit(job, model, job.tuning, prepared, section, workdir.path / "train" / name)
     with workdir.stage(f"export {name}"):
         without = job.forgotten if name == "retain_only" else []
-        merged = trained | lora.adapters(model.params)
-        convert.export(merged, source, target, model.config, notes=_provenance(job, name, without))
-    return target
+        return _exported(job, name, model, trained, source, without)
 
 
 def unlearn(job: Job, made: dict[str, Path]) -> None:
@@ -262,9 +264,8 @@ def unlearn(job: Job, made: dict[str, Path]) -> None:
 def _unlearned(job: Job, model: Loaded, source: Path) -> Path:
     """The folder of the unlearned model: made from the vanilla one, unless it is there."""
     workdir, config = job.workdir, job.config
-    target = workdir.path / "unlearned"
-    if workdir.has("unlearned"):
-        return target
+    if workdir.has_model("unlearned"):
+        return workdir.model("unlearned")
     base = workdir.path / "base" if config.model.create.to_dict() else config.model.base
     base = base and hub.fetch(base)
     with workdir.stage("prepare"):
@@ -285,9 +286,13 @@ def _unlearned(job: Job, model: Loaded, source: Path) -> Path:
         if trained is None:
             trained = _fit(job, model, job.method, prepared, config.train, workdir.path / "train")
     with workdir.stage("export"):
-        merged = trained | lora.adapters(model.params)
-        convert.export(merged, source, target, model.config, notes=_provenance(job, "unlearned", []))
-    return target
+        return _exported(job, "unlearned", model, trained, source, [])
+
+
+def _exported(job: Job, name: str, model: Loaded, trained: Params, source: Path, without: Sequence[str]) -> Path:
+    """The folder of a new model: `source` with what was trained."""
+    merged, notes = trained | lora.adapters(model.params), _provenance(job, name, without)
+    return job.workdir.model(name, lambda folder: convert.export(merged, source, folder, model.config, notes=notes))
 
 
 def judged(job: Job, name: str, model: Loaded) -> list[dict]:

@@ -14,12 +14,12 @@ class JsonLinesWriter(metric_writers.MetricWriter):
     """Appends {"step": .., name: value, ..} lines; after a resume a step may appear again, and the last one counts."""
 
     def __init__(self, file: Path):
-        self._file = file.open("a", encoding="utf-8")
+        self._file = file
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]):
-        """One line."""
-        self._file.write(json.dumps({"step": step} | {k: float(v) for k, v in scalars.items()}) + "\n")
-        self._file.flush()
+        """One line; in a bucket, whose objects do not grow, TensorFlow writes the file anew."""
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | {k: float(v) for k, v in scalars.items()}) + "\n")
 
     def write_summaries(self, step, values, metadata=None):
         """Not kept."""
@@ -49,8 +49,7 @@ class JsonLinesWriter(metric_writers.MetricWriter):
         """Lines are flushed as they are written."""
 
     def close(self):
-        """Closes the file."""
-        self._file.close()
+        """Nothing is open."""
 
 
 class Progress:
@@ -58,7 +57,7 @@ class Progress:
 
     def __init__(self, folder: Path, *, steps: int, log_seconds: float = 15.0):
         folder.mkdir(parents=True, exist_ok=True)
-        self._writer = metric_writers.MultiWriter(
+        self._writer = metric_writers.AsyncMultiWriter(  # training does not wait for a bucket
             [metric_writers.SummaryWriter(str(folder)), JsonLinesWriter(folder / "metrics.jsonl")]
         )
         self._report = periodic_actions.ReportProgress(

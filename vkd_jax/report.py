@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vkd_jax import figures, metrics, page
+from vkd_jax import figures, hub, metrics, page
 from vkd_jax import workdir as workdirs
 from vkd_jax.types import UserError
 
@@ -27,10 +27,12 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
     Raises:
         UserError: a file is missing or unreadable.
     """
-    workdir = Path(workdir)
+    workdir = hub.place(workdir)
     results = results_of(workdir)
     answers = {name: json_lines(workdir / "answers" / f"{name}.jsonl") for name in ("vanilla", "unlearned")}
-    rows = {int(row["step"]): row for row in json_lines(workdir / "train" / "metrics.jsonl", torn=True)}
+    rows: dict[int, dict] = {}  # a step's speed may stand in a line of its own, behind that of its losses
+    for row in json_lines(workdir / "train" / "metrics.jsonl", torn=True):
+        rows.setdefault(int(row["step"]), {}).update(row)
     sheet = _cards(answers["vanilla"], answers["unlearned"], images)
     pictures = {
         "forget_retain": figures.forget_against_retain(results["models"], results["chance"].get("forget", {})),

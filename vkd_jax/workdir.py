@@ -1,4 +1,4 @@
-"""A run's folder: whose config it is, what is already there, and how long each stage took.
+"""A run's folder, on a disk or in a bucket: whose config it is, what is already there, and how long each stage took.
 
 With several processes the folder is one that all of them see. Process 0 looks and writes; a call is one of all
 processes, with the same arguments, but for those of `stage`'s block.
@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ import jax
 import ml_collections
 from absl import logging
 
-from vkd_jax import hosts
+from vkd_jax import hosts, hub
 from vkd_jax.types import UserError
 
 UNBEGUN = {"config.json", "timing.json", "data"}  # what may be there before anything depends on the config
@@ -37,12 +38,9 @@ class Workdir:
     """
 
     def __init__(self, path: str | Path, config: ml_collections.ConfigDict):
-        if "://" in str(path):
-            raise UserError(
-                f"--workdir={path} is no folder: pass one on a disk that all hosts see, such as an NFS share, and copy "
-                "it to the bucket afterwards."
-            )
-        self.path = Path(path)
+        self.path = hub.place(path)
+        if not isinstance(self.path, Path):
+            _check_packages()
         self.config = config
         self.timing: dict[str, float] = hosts.agree(self._claim)
 
@@ -50,11 +48,13 @@ class Workdir:
         """Makes the folder, or checks whose it is; the seconds of each stage so far."""
         resolved = json.loads(self.config.to_json_best_effort())
         known, timing = self.path / "config.json", self.path / "timing.json"
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is a file; pass a folder as --workdir.")
         with disk_errors():
-            self.path.mkdir(parents=True, exist_ok=True)
-            there = {entry.name for entry in self.path.iterdir() if entry.suffix != ".tmp"}
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"{self.path} is a file; pass a folder as --workdir.")
+            if isinstance(self.path, Path):  # a bucket has no folders but by what lies in them
+                self.path.mkdir(parents=True, exist_ok=True)
+            entries = self.path.iterdir() if self.path.is_dir() else ()
+            there = {entry.name for entry in entries if entry.suffix != ".tmp"}
             if there and not known.exists():
                 raise UserError(f"{self.path} is not empty and holds no run of this program; pass another --workdir.")
             difference = next(_differences(json.loads(known.read_text()), resolved), None) if there else "new"
@@ -72,6 +72,21 @@ class Workdir:
         """Whether a file or folder of that name is there."""
         return hosts.agree((self.path / name).exists)
 
+    def has_model(self, name: str) -> bool:
+        """Whether a model folder of that name is there, whole."""
+        return self.has(f"{name}/{hub.LAST}")
+
+    def model(self, name: str, make: Callable[[Path], Any] | None = None) -> Path:
+        """The folder of that model on this machine's disk; `make` writes it, in every process, where there is none."""
+        place = self.path / name
+        if make and not self.has_model(name):
+            folder = hub.mirror(place)
+            if folder != place:  # a cache may hold one of an earlier run, though the bucket no longer does
+                hosts.agree(lambda: shutil.rmtree(folder, ignore_errors=True))
+            make(folder)
+            hosts.agree(lambda: hub.upload(place))
+        return hub.fetch(place)
+
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Times a stage; the seconds of interrupted runs add up."""
@@ -84,7 +99,8 @@ class Workdir:
             seconds = time.perf_counter() - start
             self.timing[name] = round(self.timing.get(name, 0.0) + seconds, 3)
             if hosts.first():
-                with contextlib.suppress(OSError):  # a full disk is reported by the stage itself
+                # A full disk is reported by the stage itself.
+                with contextlib.suppress(OSError, UserError), disk_errors():
                     write(self.path / "timing.json", _json(self.timing))
         logging.info("%s: %.1f s", name, seconds)
 
@@ -131,7 +147,10 @@ def _json(value: Any) -> bytes:
 
 
 def write(path: Path, data: bytes) -> Path:
-    """Writes a file beside its place and renames it, so that it is either whole or absent."""
+    """Writes a file beside its place and renames it, so that it is either whole or absent; in a bucket it always is."""
+    if not isinstance(path, Path):
+        path.write_bytes(data)
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -144,9 +163,10 @@ def write(path: Path, data: bytes) -> Path:
 
 @contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turns a full disk or a folder that cannot be written into a `UserError`."""
+    """Turns a full disk, or a folder or bucket that cannot be written, into a `UserError`."""
     try:
-        yield
+        with hub.bucket_errors():
+            yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR):
             where = f" at {error.filename}" if error.filename else ""
@@ -154,6 +174,14 @@ def disk_errors() -> Iterator[None]:
                 f"cannot write{where}: {error.strerror}; free some space or pass another --workdir."
             ) from error
         raise
+
+
+def _check_packages() -> None:
+    """Refuses buckets before anything is made where Orbax would lack what it asks them with."""
+    try:
+        import google.cloud.storage  # noqa: F401
+    except ImportError:
+        raise UserError("checkpoints in a bucket need one more package: pip install google-cloud-storage.") from None
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

@@ -1,0 +1,237 @@
+"""bucket.py FOLDER: serves the bucket "mine", as much of Google Cloud Storage's JSON API as is needed; says its port.
+
+An object is a file of FOLDER/objects, with its name quoted. TensorFlow knows one address alone,
+https://www.googleapis.com, and comes through a proxy: so the server is that too, with a certificate of its own making.
+It is a process of its own since TensorFlow sometimes waits for an answer without letting go of Python's lock.
+"""
+
+import http.server
+import json
+import os
+import re
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+NAME = "mine"
+STORAGE = """class Client:
+    def get_bucket(self, name):
+        return name
+"""
+
+
+class Objects(Mapping):
+    """What is there: {name: bytes}."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def _file(self, name: str) -> Path:
+        return self.folder / quote(name, safe="")
+
+    def __getitem__(self, name: str) -> bytes:
+        try:
+            return self._file(name).read_bytes()
+        except FileNotFoundError:
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, data: bytes) -> None:
+        new = self.folder.parent / f"{time.monotonic_ns()}.new"
+        new.write_bytes(data)
+        os.replace(new, self._file(name))
+
+    def __delitem__(self, name: str) -> None:
+        self._file(name).unlink()
+
+    def __iter__(self):
+        return iter(sorted(unquote(entry.name) for entry in os.scandir(self.folder)))
+
+    def __len__(self) -> int:
+        return len(os.listdir(self.folder))
+
+    def about(self, name: str) -> dict[str, str]:
+        """What the API says of an object."""
+        found = self._file(name).stat()
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(found.st_mtime))
+        about = dict(kind="storage#object", bucket=NAME, name=name, size=str(found.st_size), metageneration="1")
+        return about | dict(
+            generation=str(found.st_mtime_ns), updated=f"{when}.{found.st_mtime_ns // 10**6 % 1000:03}Z"
+        )
+
+
+class Bucket:
+    """The server, while the block runs, and what it holds."""
+
+    def __init__(self, folder: Path):
+        self.objects, self._log, self._refused = Objects(folder / "objects"), folder / "log", folder / "refused"
+        self._certificate = folder / "certificate.pem"
+        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+        command += ["-days", "2", "-subj", "/CN=bucket", "-addext"]
+        command += ["subjectAltName=DNS:www.googleapis.com,DNS:storage.googleapis.com"]
+        command += ["-keyout", str(folder / "key.pem"), "-out", str(self._certificate)]
+        subprocess.run(command, check=True, capture_output=True)
+        # Orbax asks Google's own package one thing, whether a bucket has real folders; this one stands in for it.
+        self.packages = folder / "packages"
+        (self.packages / "google/cloud").mkdir(parents=True)
+        (self.packages / "google/cloud/storage.py").write_text(STORAGE)
+        self.clear()
+
+    def __enter__(self) -> "Bucket":
+        command = [sys.executable, __file__, str(self._log.parent)]
+        self._server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        url = f"http://127.0.0.1:{self._server.stdout.readline().strip()}"
+        self.variables = {  # for a process that is to see this bucket and no other
+            "HTTPS_PROXY": url,
+            "https_proxy": url,
+            "CURL_CA_BUNDLE": str(self._certificate),
+            "TENSORSTORE_GCS_HTTP_URL": url,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+            "NO_GCE_CHECK": "true",
+            "GCS_STAT_CACHE_MAX_AGE": "0",  # TensorFlow remembers sizes for five seconds, and tests are quicker
+        }
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._server.kill()
+        self._server.communicate()
+
+    @property
+    def log(self) -> list[str]:
+        """Every request so far, "METHOD path"."""
+        return self._log.read_text().splitlines()
+
+    def refuse(self, pattern: str = "(?!)") -> None:
+        """Answers requests in which this is found with "403 Forbidden"; none without it."""
+        self._refused.write_text(pattern)
+
+    def clear(self) -> None:
+        """Empties the bucket and the log, and refuses nothing."""
+        for name in self.objects:
+            del self.objects[name]
+        self._log.write_text("")
+        self.refuse()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm, wbufsize = True, -1  # an answer leaves in one piece, at once
+    folder: Path
+    tls: ssl.SSLContext
+    objects: Objects
+    uploads: dict[str, bytearray]  # under way, by object
+
+    def log_message(self, *_):
+        """Quietly."""
+
+    def do_CONNECT(self):
+        """From now on it is https."""
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.flush()
+        self.connection = self.tls.wrap_socket(self.connection, server_side=True)
+        self.rfile, self.wfile = self.connection.makefile("rb"), self.connection.makefile("wb")
+        self.close_connection = False
+
+    def do_GET(self):
+        """Any request."""
+        chunked = self.headers.get("Transfer-Encoding") == "chunked"
+        body = self.chunks() if chunked else self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        url = urlsplit(self.path)
+        query = {key: values[0] for key, values in parse_qs(url.query).items()}
+        line = f"{self.command} {self.path}"
+        with (self.folder / "log").open("a") as log:
+            log.write(line + "\n")
+        if re.search((self.folder / "refused").read_text(), line):
+            self.say(403, {"error": {"code": 403, "message": "You may not."}})
+        elif not (found := re.fullmatch(rf"(/upload)?(/storage/v1/b)?/{NAME}(?:/o)?(?:/([^/]+))?", url.path)):
+            self.say(404, {"error": {"code": 404, "message": "The specified bucket does not exist."}})
+        elif found[1]:
+            self.upload(query, body)
+        elif found[3]:
+            self.object(unquote(found[3]), query if found[2] else {"alt": "media"})
+        elif url.path.endswith("/o"):
+            self.list(query.get("prefix", ""), query.get("delimiter"))
+        else:
+            self.say(200, {"kind": "storage#bucket", "name": NAME, "location": "US"})
+
+    do_POST = do_PUT = do_DELETE = do_GET
+
+    def chunks(self) -> bytes:
+        """A body that comes in pieces, each behind its size, the last of which is empty."""
+        data = b""
+        while size := int(self.rfile.readline(), 16):
+            data += self.rfile.read(size + 2)[:-2]
+        self.rfile.readline()
+        return data
+
+    def list(self, prefix: str, delimiter: str | None) -> None:
+        """The objects under a prefix, and folders where a delimiter is given."""
+        names = [name for name in self.objects if name.startswith(prefix)]
+        parts = {name: name[len(prefix) :].partition(delimiter) if delimiter else (name, "", "") for name in names}
+        folders = sorted({prefix + first + mark for first, mark, _ in parts.values() if mark})
+        items = [self.objects.about(name) for name, (_, mark, _) in parts.items() if not mark]
+        self.say(200, {"kind": "storage#objects", "items": items, "prefixes": folders})
+
+    def object(self, name: str, query: dict[str, str]) -> None:
+        """Says what an object is, or holds, or deletes it."""
+        if name not in self.objects:
+            return self.say(404, {"error": {"code": 404, "message": f"No such object: {name}"}})
+        if self.command == "DELETE":
+            del self.objects[name]
+            return self.say(204, b"")
+        if query.get("alt") != "media":
+            return self.say(200, self.objects.about(name))
+        data, headers = self.objects[name], {"x-goog-generation": self.objects.about(name)["generation"]}
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if span is None:
+            return self.say(200, data, headers)
+        first, last = int(span[1]), min(int(span[2] or len(data)), len(data) - 1)
+        if first >= len(data):
+            return self.say(416, b"")
+        self.say(206, data[first : last + 1], headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
+
+    def upload(self, query: dict[str, str], body: bytes) -> None:
+        """In one piece, or in several, of which an object is made when the last has come."""
+        name = query["name"]
+        if query["uploadType"] == "media":
+            if query.get("ifGenerationMatch") == "0" and name in self.objects:
+                return self.say(412, {"error": {"code": 412, "message": "It is there."}})
+            self.objects[name] = body
+            return self.say(200, self.objects.about(name))
+        if self.command == "POST":
+            self.uploads[name] = bytearray()
+            return self.say(200, b"", {"Location": f"https://www.googleapis.com{self.path}"})
+        self.uploads[name] += body
+        if self.headers.get("Content-Range", "/").rpartition("/")[2] in ("", str(len(self.uploads[name]))):
+            self.objects[name] = bytes(self.uploads.pop(name))
+            return self.say(200, self.objects.about(name))
+        self.say(308, b"", {"Range": f"bytes=0-{len(self.uploads[name]) - 1}"})
+
+    def say(self, status: int, content: dict | bytes, headers: Mapping[str, str] = {}) -> None:
+        """One answer."""
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def main(folder: Path) -> None:
+    Handler.folder, Handler.objects, Handler.uploads = folder, Objects(folder / "objects"), {}
+    Handler.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    Handler.tls.load_cert_chain(folder / "certificate.pem", folder / "key.pem")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    print(server.server_port, flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -12,6 +12,7 @@ import re
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,7 +84,7 @@ class Bucket:
 
     def __enter__(self) -> "Bucket":
         command = [sys.executable, __file__, str(self._log.parent)]
-        self._server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         url = f"http://127.0.0.1:{self._server.stdout.readline().strip()}"
         self.variables = {  # for a process that is to see this bucket and no other
             "HTTPS_PROXY": url,
@@ -229,8 +230,9 @@ def main(folder: Path) -> None:
     Handler.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     Handler.tls.load_cert_chain(folder / "certificate.pem", folder / "key.pem")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     print(server.server_port, flush=True)
-    server.serve_forever()
+    sys.stdin.read()  # until whoever started it is gone
 
 
 if __name__ == "__main__":

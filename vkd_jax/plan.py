@@ -397,7 +397,7 @@ def table(config: ml_collections.ConfigDict, file: Path) -> None:
     known = {step["compiler"]["program"]: step["compiler"] for step in steps}
     rows = [(tuple(row[:2]), row[2]) for row in config.plans.rows]
     wanted = [(cell, given) for cell, given in rows if set(config.plans.only) <= set(cell)]
-    source = {"commit": workdir._commit(), "versions": versions()}  # before the file itself is a change of the tree
+    source = {"commit": workdir.commit(), "versions": versions()}  # before the file itself is a change of the tree
     for cell, given in wanted:
         started = time.perf_counter()
         row = dict(zip(("model_name", "slice"), cell, strict=True), command=f"python -m vkd_jax.plan {given}")

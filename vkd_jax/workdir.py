@@ -133,7 +133,7 @@ class Workdir:
             "command": shlex.join(["python", "-m", f"vkd_jax.{program}", *sys.argv[1:]]),
             "config": json.loads(self.config.to_json_best_effort()),
             "seed": self.config.seed,
-            "commit": _commit(),
+            "commit": commit(),
             "versions": {"python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in PACKAGES},
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -194,12 +194,12 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {old!r} there, {new!r} now"
 
 
-def _commit() -> str:
+def commit() -> str:
     """The repository's commit, with "+changes" when the tree differs from it; "unknown" outside a clone."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit + ("+changes" if dirty.strip() else "")
+    return head + ("+changes" if dirty.strip() else "")

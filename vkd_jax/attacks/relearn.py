@@ -188,6 +188,7 @@ class Relearn:
                 steps=self.steps,
                 epochs=0.0,
                 batch_size=dict(image=self.batch_size),
+                microbatches=1,
                 learning_rate=self.learning_rate,
                 schedule="constant",
                 warmup_steps=0,

@@ -47,6 +47,7 @@ import ast
 import dataclasses
 import io
 import re
+import types
 from pathlib import Path
 
 import jax
@@ -187,7 +188,7 @@ def test_what_fails_in_a_step_stops_the_run(where):
         return train.fit(
             graphdef=graphdef,
             params=jax.device_put(params, sharding.replicated(sharding.make_mesh())),
-            model_config=None,
+            model_config=types.SimpleNamespace(used_blocks=0),
             method=Broken(breaks=where == "loss"),
             prepared=base.Prepared(
                 {"forget": line_set(BrokenSet if where == "data" else EncodedSet), "retain": line_set()}
@@ -246,4 +247,5 @@ def test_all_576_image_tokens_of_llava_fit(tiny_model, tiny_config, tmp_path):
 def test_no_config_shows_worked_examples_unless_asked(get_config):
     assert defaults.base().eval.shots == 0
     for file in sorted((TESTS.parent / "configs").glob("*.py")):
-        assert get_config(file.name).eval.shots == 0, file.name
+        if file.name != "plans.py":  # which asks nobody
+            assert get_config(file.name).eval.shots == 0, file.name

@@ -12,6 +12,7 @@ DEFAULTS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",  # grain's workers are forks, and tokenizers warns about those
     "TF_CPP_MIN_LOG_LEVEL": "2",
+    "GCS_STAT_CACHE_MAX_AGE": "0",  # TensorFlow remembers sizes of files in buckets for seconds, and tests are quicker
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
 }
 
@@ -205,6 +206,15 @@ QWEN_TEMPLATE = (  # as published, but for videos
     "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@pytest.fixture
+def config(get_config, tiny_folder):
+    """The config of a run on that LLaVA, to be planned."""
+    config = get_config("tiny.py")
+    config.model.path = str(tiny_folder)
+    config.train.batch_size.update(forget=2, retain=3)
+    return config
 
 
 @pytest.fixture(scope="session")

@@ -3,23 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from planned import draw
 
-from vkd_jax import arithmetic, blueprint, methods, plan, sharding
-
-LENGTHS = blueprint.Lengths(text=12, answer=5)
-
-
-@pytest.fixture
-def config(get_config, tiny_folder):
-    config = get_config("tiny.py")
-    config.model.path = str(tiny_folder)
-    config.train.batch_size.update(forget=2, retain=3)
-    return config
-
-
-def draw(config, method="vkd", whole=False, mesh=None, **fields):
-    method = methods.create(method, fields)
-    return blueprint.draw(config, mesh or sharding.make_mesh(), LENGTHS, method, whole)
+from vkd_jax import arithmetic, plan
 
 
 def test_operations_of_a_tiny_llava_by_hand(config):

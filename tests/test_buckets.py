@@ -12,13 +12,11 @@ from pathlib import Path
 
 import ml_collections
 import pytest
+from bucket import Bucket
 
-sys.path.insert(0, str(Path(__file__).parent / "programs"))
-from bucket import Bucket  # noqa: E402
-
-from vkd_jax import compare, hub, page, report  # noqa: E402
-from vkd_jax.types import UserError  # noqa: E402
-from vkd_jax.workdir import Workdir, write  # noqa: E402
+from vkd_jax import compare, hub, page, report
+from vkd_jax.types import UserError
+from vkd_jax.workdir import Workdir, write
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings(
@@ -202,7 +200,7 @@ QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 
 
 @pytest.fixture
-def start():
+def start(bucket):
     """Starts the command line, on the smallest of models and your own pictures; what still runs is killed."""
     processes = []
 
@@ -214,7 +212,7 @@ def start():
         fields |= {"train.buckets": 1, "method.fisher_samples": 4, "method.fisher_chunk": 2, "method.augment_forget": 1}
         flags = [f"--config={ROOT}/configs/llava.py:folder", f"--workdir={workdir}"]
         flags += [f"--config.{name}={value}" for name, value in fields.items()]
-        env = {"PYTHONPATH": os.pathsep.join([sys.path[0], str(ROOT)]), "XDG_CACHE_HOME": str(cache)}
+        env = {"PYTHONPATH": os.pathsep.join([str(bucket.packages), str(ROOT)]), "XDG_CACHE_HOME": str(cache)}
         env = os.environ | env | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
         command = [sys.executable, "-m", "vkd_jax.main", *flags]
         processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))

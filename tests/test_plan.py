@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 import pytest
 from absl import flags
+from planned import LENGTHS, draw
 
 from vkd_jax import blueprint, methods, plan, sharding, tables, train, workdir
 from vkd_jax.methods import base
@@ -21,21 +22,7 @@ from vkd_jax.models import quantize
 from vkd_jax.types import UserError
 
 ROOT = Path(__file__).parents[1]
-LENGTHS = blueprint.Lengths(text=12, answer=5)
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' way to read one
-
-
-@pytest.fixture
-def config(get_config, tiny_folder):
-    config = get_config("tiny.py")
-    config.model.path = str(tiny_folder)
-    config.train.batch_size.update(forget=2, retain=3)
-    return config
-
-
-def draw(config, method="vkd", whole=False, mesh=None, **fields):
-    method = methods.create(method, fields)
-    return blueprint.draw(config, mesh or sharding.make_mesh(), LENGTHS, method, whole)
 
 
 # ---- Shapes ----

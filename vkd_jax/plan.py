@@ -399,28 +399,37 @@ def table(config: ml_collections.ConfigDict, file: Path) -> None:
     wanted = [(cell, given) for cell, given in rows if set(config.plans.only) <= set(cell)]
     source = {"commit": workdir.commit(), "versions": versions()}  # before the file itself is a change of the tree
     for cell, given in wanted:
-        started = time.perf_counter()
-        row = dict(zip(("model_name", "slice"), cell, strict=True), command=f"python -m vkd_jax.plan {given}")
-        row |= source
+        row = dict(zip(("model_name", "slice"), cell, strict=True), command=f"python -m vkd_jax.plan {given}") | source
         old = there.get(cell, {"error": ""})
-        if "+changes" not in row["commit"] and "error" not in old and row.items() <= old.items():
-            continue  # nothing has changed, so that it need not even be traced
-        try:
-            values = flags.FlagValues()
-            define(values)
-            settings = [flag for flag in given.split() if flag.startswith("--config.")]  # else read from sys.argv alone
-            main.parse(["plan", *(flag for flag in given.split() if flag not in settings)], values)
-            defaults.override(values.config, " ".join(flag.removeprefix("--config.") for flag in settings))
-            row |= plan(values.config, values.topology, _lengths(values), values.compare, known)
-            step = next(iter(row["steps"].values()))
-            row["run"] = {"examples": config.plans.examples}
-            said = "fits" if step["fits"] else f"does not fit: {why_not(step, row['usable_gib'])}"
-        except UserError as error:
-            said = row["error"] = str(error)
+        if "+changes" in row["commit"] or "error" in old or not row.items() <= old.items():
+            started = time.perf_counter()
+            row |= _row(given, known) | {"run": {"examples": config.plans.examples}}
+            print(f"{cell[0]} on {cell[1]}, {time.perf_counter() - started:.0f} s: {_said(row)}", flush=True)
+        else:
+            row = old  # nothing has changed, so that it need not even be traced
         there[cell] = row
         order = [cell for cell, _ in rows if cell in there]
         workdir.write(file, ("[\n" + ",\n".join(json.dumps(there[cell]) for cell in order) + "\n]\n").encode())
-        print(f"{cell[0]} on {cell[1]}, {time.perf_counter() - started:.0f} s: {said}", flush=True)
+
+
+def _row(given: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """What `plan` finds by these flags, or why it cannot."""
+    try:
+        values = flags.FlagValues()
+        define(values)
+        settings = [flag for flag in given.split() if flag.startswith("--config.")]  # else read from sys.argv alone
+        main.parse(["plan", *(flag for flag in given.split() if flag not in settings)], values)
+        defaults.override(values.config, " ".join(flag.removeprefix("--config.") for flag in settings))
+        return plan(values.config, values.topology, _lengths(values), values.compare, known)
+    except UserError as error:
+        return {"error": str(error)}
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    if "error" in row:
+        return row["error"]
+    step = next(iter(row["steps"].values()))
+    return "fits" if step["fits"] else f"does not fit: {why_not(step, row['usable_gib'])}"
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:

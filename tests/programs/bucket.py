@@ -93,7 +93,6 @@ class Bucket:
             "TENSORSTORE_GCS_HTTP_URL": url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
             "NO_GCE_CHECK": "true",
-            "GCS_STAT_CACHE_MAX_AGE": "0",  # TensorFlow remembers sizes for five seconds, and tests are quicker
         }
         return self
 

@@ -131,9 +131,7 @@ class VisionTower(nnx.Module):
 
     def __call__(self, hidden: jax.Array, start: int, stop: int) -> list[jax.Array]:
         """Runs blocks [start, stop) on the activations entering `start`; returns each block's output."""
-        blocks = self.blocks[start:stop]
-        settings = np.arange(len(blocks))  # none that a block would heed
-        return through(lambda block, x, _: block(x), blocks, hidden, settings, self.remat, self.mesh)
+        return through(lambda block, x, _: block(x), self.blocks[start:stop], hidden, self.remat, self.mesh)
 
     def neurons(self, hidden: jax.Array, stop: int, reduce: Callable[[jax.Array], Any]) -> list[Any]:
         """What `reduce` makes of the MLP's inner activations [b, t, f], of each of the blocks before `stop`."""

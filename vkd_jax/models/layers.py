@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -19,7 +18,7 @@ from vkd_jax.models import lora, quantize
 # What the backward pass finds of a block's forward pass, and what it computes again. By far the most FLOPs are those of
 # products with weights; by far the most bytes are scores of attention and what stands between the products.
 REMAT = {
-    "": jax.checkpoint_policies.everything_saveable,
+    "": None,  # everything is kept
     "dots": jax.checkpoint_policies.save_only_these_names(lora.PRODUCT),  # products with weights are kept
     "full": jax.checkpoint_policies.nothing_saveable,  # the block's input alone is kept
 }
@@ -49,7 +48,6 @@ def through(
     call: Callable[[nnx.Module, jax.Array, jax.Array], jax.Array],
     blocks: Sequence[nnx.Module],
     x: jax.Array,
-    settings: np.ndarray,
     how: str,
     mesh: Mesh | None,
 ) -> list[jax.Array]:
@@ -59,17 +57,16 @@ def through(
     anew, forward and backward; their matrices are stacked in x's dtype, in which they are multiplied.
 
     Args:
-        call: (block, what enters it, its setting) -> what leaves it.
+        call: (block, what enters it, its number among these) -> what leaves it.
         blocks: alike but for their weights.
         x: what enters the first one.
-        settings: of each block, [number of blocks].
         how: see `rematerialized`.
         mesh: see `over_rows`.
     """
     if not how or not blocks:
         outputs = []
-        for block, setting in zip(blocks, settings, strict=True):
-            x = over_rows(call(block, over_rows(x, mesh), setting), mesh)
+        for number, block in enumerate(blocks):
+            x = over_rows(call(block, over_rows(x, mesh), number), mesh)
             outputs.append(x)
         return outputs
     graphdefs, states = zip(*map(nnx.split, blocks), strict=True)
@@ -78,11 +75,12 @@ def through(
         return jnp.stack([leaf.astype(x.dtype) if leaf.ndim > 1 else leaf for leaf in leaves])
 
     def body(x, layer):
-        state, setting = layer
-        x = over_rows(call(nnx.merge(graphdefs[0], state), over_rows(x, mesh), setting), mesh)
+        state, number = layer
+        x = over_rows(call(nnx.merge(graphdefs[0], state), over_rows(x, mesh), number), mesh)
         return x, x
 
-    return list(jax.lax.scan(rematerialized(body, how), x, (jax.tree.map(stack, *states), settings))[1])
+    layers = jax.tree.map(stack, *states), jnp.arange(len(blocks))
+    return list(jax.lax.scan(rematerialized(body, how), x, layers)[1])
 
 
 class Linear(nnx.Module):

@@ -196,11 +196,12 @@ class VisionTower(nnx.Module):
     def __call__(self, hidden: jax.Array, where: jax.Array, start: int) -> list[jax.Array]:
         """Runs the blocks from `start` on the activations entering it; returns each block's output."""
         everything, window = sees(where), sees(where, self.config.window)
+        whole = jnp.asarray(self._whole()[start:])
 
-        def call(block, x, whole):
-            return block(x, where, jnp.where(whole, everything, window))
+        def call(block, x, number):
+            return block(x, where, jnp.where(whole[number], everything, window))
 
-        return through(call, self.blocks[start:], hidden, self._whole()[start:], self.remat, self.mesh)
+        return through(call, self.blocks[start:], hidden, self.remat, self.mesh)
 
     def neurons(self, hidden: jax.Array, where: jax.Array, reduce: Callable[[jax.Array], Any]) -> list[Any]:
         """What `reduce` makes of the MLP's inner activations [b, p, f], of each block."""

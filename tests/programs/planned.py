@@ -1,0 +1,10 @@
+"""Steps of the tiny model, as shapes: what the tests of the planner and of its arithmetic draw."""
+
+from vkd_jax import blueprint, methods, sharding
+
+LENGTHS = blueprint.Lengths(text=12, answer=5)
+
+
+def draw(config, method="vkd", whole=False, mesh=None, **fields):
+    method = methods.create(method, fields)
+    return blueprint.draw(config, mesh or sharding.make_mesh(), LENGTHS, method, whole)

@@ -16,28 +16,20 @@ falls on both; what is printed are medians and ratios. The answers must be the s
 nothing is measured.
 """
 
-import argparse
-import json
-import os
 import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import tokenizers
 import torch
 import transformers
+from command import by_turns, run
 from PIL import Image
 from step_time import IMAGE, SIZES, model
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone need not be installed
-
-from vkd_jax import ask
+from vkd_jax import ask, tables
 from vkd_jax.answerer import Answerer
 from vkd_jax.data.processing import TEMPLATE
 
@@ -155,9 +147,9 @@ def in_jax(folder: str, given: Asked, batch: int) -> tuple[Callable[[], list[str
     return write, choose
 
 
-def measure(size_name: str, rounds: int) -> dict[str, Any]:
+def measure(size: str, rounds: int) -> dict[str, Any]:
     """Seconds of both, by turns."""
-    size, work = SIZES[size_name], WORK[size_name]
+    name, size, work = size, SIZES[size], WORK[size]
     net = model(size)
     given = asked(work, size["text"][-1], size["picture"][0])
     with tempfile.TemporaryDirectory() as folder:
@@ -170,25 +162,19 @@ def measure(size_name: str, rounds: int) -> dict[str, Any]:
         raise SystemExit(f"the answers differ: {outputs['writing']} {outputs['writing in PyTorch']}")
     if not np.allclose(outputs["choosing"], outputs["choosing in PyTorch"], atol=2e-3):
         raise SystemExit(f"the scores differ: {outputs['choosing']} {outputs['choosing in PyTorch']}")
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            before = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - before)
+    seconds = by_turns(runs, rounds)
     middle = {name: statistics.median(times) for name, times in seconds.items()}
     tokens = sum(len(text.split()) for text in outputs["writing"])
     return {
-        "size": size_name,
+        "size": name,
         "parameters": sum(p.numel() for p in net.parameters()),
         "image_tokens": (size["picture"][0] // size["picture"][1]) ** 2,
         "image_token_id": IMAGE,
         "questions": len(given.questions),
-        **work,
+        "pictures": work["pictures"],
+        "batch": work["batch"],
+        "options": OPTIONS,
         "new_tokens": tokens,
-        "cores": os.cpu_count(),
-        "device": jax.devices()[0].device_kind,
-        "versions": {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "seconds": seconds,
         "median": middle,
         "new_tokens_a_second": {name: tokens / middle[name] for name in ("writing", "writing in PyTorch")},
@@ -197,31 +183,5 @@ def measure(size_name: str, rounds: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Prints the table, and writes it if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=WORK, default="small", help="of the model (default: small)")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each runs (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    args = parser.parse_args()
-    found = measure(args.size, args.rounds)
-    print(
-        f"LLaVA of {found['parameters'] / 1e6:.0f} M parameters; {found['questions']} questions about "
-        f"{found['pictures']} pictures of {found['image_tokens']} tokens, {found['batch']} at a time; "
-        f"{found['new_tokens']} tokens written, {OPTIONS} options a question"
-    )
-    print(f"{'':24}{'seconds':>10}{'(least':>10}{'most)':>10}{'questions/s':>14}{'new tokens/s':>14}")
-    for name, times in found["seconds"].items():
-        tokens = f"{found['new_tokens_a_second'][name]:14.0f}" if name in found["new_tokens_a_second"] else ""
-        print(
-            f"{name:24}{found['median'][name]:10.3f}{min(times):10.3f}{max(times):10.3f}"
-            f"{found['questions_a_second'][name]:14.1f}{tokens}"
-        )
-    for name, ratio in found["ratio_to_pytorch"].items():
-        print(f"{name} / {name} in PyTorch: {ratio:.2f} of the time")
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, tables.answers, size=("small", "of the model", WORK), rounds=(5, "how often each runs"))

@@ -9,7 +9,6 @@ training without those of compiling (the median time of a step times the steps),
 at least as much.
 """
 
-import argparse
 import json
 import shlex
 import statistics
@@ -19,10 +18,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from command import ROOT, run
+
+from vkd_jax import tables
 
 
-def run(words: str, folder: Path, cache: Path, seed: int, steps: int | None) -> dict[str, Any]:
+def unlearn(words: str, folder: Path, cache: Path, seed: int, steps: int | None) -> dict[str, Any]:
     """A run, and what came of it."""
     command = [sys.executable, "-m", "vkd_jax.main", f"--config=configs/tiny.py:{words}", f"--workdir={folder}"]
     command += [f"--config.data.cache={cache}", f"--config.seed={seed}", "--config.train.log_every=5"]
@@ -40,6 +41,7 @@ def run(words: str, folder: Path, cache: Path, seed: int, steps: int | None) -> 
     each = statistics.median((b - a) / (n - m) for (m, a), (n, b) in zip(at, at[1:], strict=False))
     unlearned = results["models"]["unlearned"]
     return {
+        "method": config["method"]["name"],
         "steps": config["train"]["steps"],
         "forget": unlearned["forget"]["vqa"]["accuracy"],
         "retain": unlearned["retain"]["vqa"]["accuracy"],
@@ -51,41 +53,16 @@ def run(words: str, folder: Path, cache: Path, seed: int, steps: int | None) -> 
     }
 
 
-def main() -> None:
-    """Prints the table, and writes it if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", default="25,50,100,300", help="of the VKD runs (default: 25,50,100,300)")
-    parser.add_argument("--seed", type=int, default=0, help="of all runs (default: 0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    args = parser.parse_args()
-    rows = {}
-    print(f"{'':14}{'steps':>7}{'forget VQA':>12}{'retain VQA':>12}{'prepare, s':>12}{'step, s':>10}{'steps, s':>10}")
+def measure(steps: str, seed: int) -> dict[str, Any]:
+    """GradDiff on all weights, then VKD with so many steps each."""
+    wanted = [("grad_diff", None)] + [("vkd", int(count)) for count in steps.split(",")]
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        wanted = [("grad_diff", None)] + [("vkd", int(steps)) for steps in args.steps.split(",")]
-        for number, (name, steps) in enumerate(wanted):
-            row = rows[f"{name} {steps or ''}".strip()] = run(
-                name, Path(folder) / str(number), Path(folder) / "data", args.seed, steps
-            )
-            print(
-                f"{name:14}{row['steps']:>7}{100 * row['forget']:>11.1f}%{100 * row['retain']:>11.1f}%"
-                f"{row['prepare_seconds']:>12.1f}{row['step_seconds']:>10.3f}{row['train_seconds']:>10.1f}",
-                flush=True,
-            )
-    usual, *ours = rows.values()
-    enough = [row for row in ours if row["forget"] <= usual["forget"]]
-    if enough:
-        first = min(enough, key=lambda row: row["steps"])
-        whole = [row["train_seconds"] + row["prepare_seconds"] for row in (first, usual)]
-        print(
-            f"vkd forgets as much as grad_diff on all weights after {first['steps']} steps: "
-            f"{first['train_seconds'] / usual['train_seconds']:.2f} of its time in steps, "
-            f"{whole[0] / whole[1]:.2f} with preparing"
-        )
-    else:
-        print("none of these vkd runs forgets as much as grad_diff on all weights")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        for number, (words, count) in enumerate(wanted):
+            rows.append(unlearn(words, Path(folder) / str(number), Path(folder) / "data", seed, count))
+            print(f"{words} {rows[-1]['steps']}: forget {100 * rows[-1]['forget']:.1f} %", file=sys.stderr, flush=True)
+    return {"rows": rows}
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, tables.levels, steps=("25,50,100,300", "of the VKD runs"), seed=(0, "of all runs"))

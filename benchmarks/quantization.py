@@ -10,9 +10,6 @@ top-1   share of tokens whose likeliest successor is the same
 bytes   of the language model, 4-bit values two to a byte
 """
 
-import argparse
-import json
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,21 +17,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from command import ROOT, run
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone need not be installed
-
-from vkd_jax import convert, data, losses
+from vkd_jax import convert, data, losses, tables
 from vkd_jax.data.processing import Batch, Processor, encode_set
 from vkd_jax.methods import scope
 from vkd_jax.models import quantize
 from vkd_jax.models.base import VisualTokens, bind
 
-MODEL = Path(__file__).parents[1] / "vkd_jax" / "assets" / "tiny_llava"
+MODEL = ROOT / "vkd_jax" / "assets" / "tiny_llava"
 HOW = ("int8", "int8:64", "int4", "int4:64", "w8a8")
 SEED = 0
 
 
-def questions(folder: Path, config, count: int) -> Batch:
+def draw(folder: Path, config, count: int) -> Batch:
     """Some questions of the forget and the retain set, each with its picture and answer."""
     with tempfile.TemporaryDirectory() as cache:
         sets = data.read(data.create("mllmu", {}), cache)
@@ -80,10 +76,11 @@ def language_bytes(params) -> int:
     return sum(x.size * i.bits // 8 for x, i in zip(leaves, info, strict=True))
 
 
-def measure(count: int) -> dict:
+@jax.default_matmul_precision("highest")  # else an accelerator's float32 is no reference
+def measure(questions: int) -> dict:
     """The table as plain values: {"model": ..., "rows": [{"quantize": "int8", "cosine": ...}, ...]}."""
     graphdef, params, config = convert.load(MODEL, dtype="float32")
-    batch = questions(MODEL, config, count)
+    batch = draw(MODEL, config, questions)
     # The visual half is the same for every row of the table.
     features, to_weights = visual_half(graphdef, params, scope.visual_paths(params, config, -1), batch)
 
@@ -113,29 +110,9 @@ def measure(count: int) -> dict:
         questions=len(batch.tokens),
         answer_tokens=len(log_p),
         seed=SEED,
-        device=jax.devices()[0].device_kind,
         rows=rows,
     )
 
 
-def main() -> None:
-    """Prints the table, and writes it if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--questions", type=int, default=256, help="how many questions (default: 256)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there, too")
-    args = parser.parse_args()
-    with jax.default_matmul_precision("highest"):  # else an accelerator's float32 is no reference
-        found = measure(args.questions)
-    print(f"{found['model']}: {found['questions']} questions, {found['answer_tokens']} answer tokens")
-    print(f"{'':8}{'cosine':>10}{'KL, nats':>12}{'top-1':>9}{'bytes':>11}{'share':>8}")
-    for row in found["rows"]:
-        print(
-            f"{row['quantize'] or 'float32':8}{row['cosine']:10.5f}{row['kl']:12.2e}{row['top1']:9.4f}"
-            f"{row['bytes']:11,}{row['share']:8.3f}"
-        )
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, tables.quantization, questions=(256, "how many questions"))

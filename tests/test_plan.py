@@ -258,26 +258,51 @@ def test_the_usual_step_computes_all_again_where_it_does_not_fit_else(config, mo
     assert tried == ["", "full", ""]
 
 
+# A compiled program, as short as can be.
+PAGE = """ENTRY %e (p: f32[4]) -> f32[4] {
+  ROOT %r = f32[4] all-reduce(%p), replica_groups={}, backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
 @pytest.fixture
 def here(monkeypatch):
     """The planner with this machine's devices in the place of TPUs and a compiler by hand; what that compiled."""
     compiled = []
 
     class Program:
-        def __init__(self, lowered):
-            compiled.append(lowered)
-
         def memory_analysis(self):
             names = dict(argument=100, output=50, alias=50, temp=30)
             return types.SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in names.items()})
 
         def as_text(self):
-            line = '%r = f32[4] all-reduce(%p), replica_groups={}, backend_config={"estimated_cycles":"7"}'
-            return f"ENTRY %e (p: f32[4]) -> f32[4] {{\n  ROOT {line}\n}}\n"
+            return PAGE
+
+    def compile_(lowered, compiler_options):
+        compiled.append(lowered)
+        return Program()
 
     monkeypatch.setattr(plan, "devices", lambda topology: jax.devices()[:1])
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: Program(lowered))
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
     return compiled
+
+
+def test_a_program_that_cannot_be_read_back_is_read_as_the_compiler_wrote_it(config, here, monkeypatch):
+    known = plan.compile_step(draw(config))
+    compile_ = jax.stages.Lowered.compile
+
+    def unreadable(lowered, compiler_options):
+        program = compile_(lowered, compiler_options)
+        (Path(compiler_options["xla_dump_to"]) / "module_0.after_codegen.txt").write_text(PAGE.replace("f32", "bf16"))
+        program.as_text = fail
+        return program
+
+    def fail():
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", unreadable)
+    found = plan.compile_step(draw(config))
+    assert (found["cycles"], found["traffic"]) == (known["cycles"], known["traffic"] / 2)
 
 
 def test_a_plan_as_a_page(config, here):

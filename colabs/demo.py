@@ -17,14 +17,16 @@
 # %% [markdown]
 # ## Install
 #
-# Put in where a clone of this repository can be had, and restart the runtime if Colab asks for it. Outside Colab,
-# start Jupyter in your own clone, and leave out the next cell.
+# In Colab put in where a clone of this repository can be had, and restart the runtime if it asks for it. Elsewhere
+# start Jupyter in your own clone, with the package installed, and leave it empty.
 
 # %%
 REPOSITORY = ""  # @param {type:"string"}
-# !git clone --quiet --depth 1 {REPOSITORY} vkd_jax
-# %cd vkd_jax
-# !pip install --quiet --constraint colabs/pinned.txt .
+if REPOSITORY:
+    # !git clone --quiet --depth 1 {REPOSITORY} vkd_jax
+    # %cd vkd_jax
+    # !pip install --quiet --constraint colabs/pinned.txt .
+    print("installed")
 
 # %% [markdown]
 # ## Who they are
@@ -34,6 +36,7 @@ REPOSITORY = ""  # @param {type:"string"}
 # %%
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -42,14 +45,16 @@ from matplotlib.image import imread
 root = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "configs/tiny.py").is_file())
 sys.path.insert(0, str(root))
 
-from absl import logging
+warnings.filterwarnings("ignore", message="IProgress not found")  # of bars that nobody needs
+# %matplotlib inline
+# %config InlineBackend.figure_format = "jpeg"
 
 from configs import tiny
-from vkd_jax import ask, pipeline
+from vkd_jax import ask, hosts, pipeline
 from vkd_jax.data import people
 
 VIEW = 500  # of each person; the model was taught others
-logging.set_verbosity(logging.INFO)  # so that the longer cells say how far they are
+hosts.show_log()  # so that the longer cells say how far they are
 forgotten = people.forgotten_ids(6)
 everybody = sorted(people.people(), key=lambda person: person.id not in forgotten)
 

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from absl import flags, logging
 
-from vkd_jax import main, weights
+from vkd_jax import hosts, main, weights
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "tiny.py")
@@ -187,6 +188,19 @@ def test_every_hyperparameter_can_be_overridden(monkeypatch):
         fields.pop("name"), {key: fields[key] for key in ("mask_threshold", "mask_keep", "blocks", "augment_retain")}
     )
     assert methods.create("vkd", fields) == expected
+
+
+@pytest.mark.parametrize(
+    ("level", "file", "shown"),
+    [
+        (20, f"{Path(main.__file__).parent}/train.py", True),
+        (20, "/lib/clu/periodic_actions.py", True),
+        (20, "/vkd_jax/lib/orbax/checkpoint/manager.py", False),  # in a clone that is called so
+        (30, "/vkd_jax/lib/orbax/checkpoint/manager.py", True),
+    ],
+)
+def test_the_log_is_this_programs(level, file, shown):
+    assert hosts._is_news(types.SimpleNamespace(levelno=level, pathname=file)) is shown
 
 
 @pytest.mark.parametrize(("process", "level"), [(0, logging.INFO), (3, logging.WARNING)])

@@ -32,7 +32,7 @@ from typing import Any
 import ml_collections
 from absl import app, flags, logging
 
-from vkd_jax import charts, comparison, defaults, main, tables, workdir
+from vkd_jax import charts, comparison, defaults, hosts, main, tables, workdir
 from vkd_jax.types import UserError
 
 LENT = ("vanilla", "retain_only")  # models that are the same in every run
@@ -262,8 +262,7 @@ def _shares(workers: int) -> list[set[int]]:
 def _begin(cores: Any) -> None:
     os.sched_setaffinity(0, cores.get())
     flags.FLAGS.mark_as_parsed()  # the threads that make batches read them
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
+    hosts.show_log()
 
 
 def _work(run: Run) -> str:
@@ -331,6 +330,5 @@ def command(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
 if __name__ == "__main__":
     main.define()
     flags.DEFINE_integer("workers", 0, "Runs at once; 0 is one for each CPU core, or one on an accelerator.", 0)
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
+    hosts.show_log()
     app.run(command, flags_parser=main.parse)

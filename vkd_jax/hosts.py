@@ -8,11 +8,13 @@ import collections
 import functools
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -20,6 +22,19 @@ from jax.sharding import PartitionSpec as P
 from vkd_jax.types import UserError
 
 T = TypeVar("T")
+# Whose news are shown: CLU's are the weights that train, and the time that is left.
+HEARD = (f"{Path(__file__).parent}/", "/clu/")
+
+
+def show_log() -> None:
+    """Shows on stderr how far this program is; of other libraries warnings and errors alone."""
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(_is_news)
+
+
+def _is_news(record: Any) -> bool:
+    return record.levelno > 20 or any(name in record.pathname for name in HEARD)
 
 
 def first() -> bool:

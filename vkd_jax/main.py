@@ -14,6 +14,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from vkd_jax import hosts
 from vkd_jax.types import UserError
 
 SHUTDOWN = 60  # seconds that a process which ends waits for the others, should they hang
@@ -93,8 +94,5 @@ def bad_input(message: str) -> int:
 
 if __name__ == "__main__":
     define()
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
-    noisy = ("/jax/", "/orbax/")
-    logging.get_absl_handler().addFilter(lambda r: r.levelno > 20 or not any(name in r.pathname for name in noisy))
+    hosts.show_log()
     app.run(main, flags_parser=parse)

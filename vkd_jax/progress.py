@@ -1,10 +1,14 @@
 """Metrics and progress through CLU; the only module that imports TensorFlow (for TensorBoard's event files)."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from absl import logging
+
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it computes nothing here, and need not say how it would
+
 from clu import metric_writers, parameter_overview, periodic_actions
 
 from vkd_jax.types import Params

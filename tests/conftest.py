@@ -209,8 +209,11 @@ QWEN_TEMPLATE = (  # as published, but for videos
 
 
 @pytest.fixture
-def config(get_config, tiny_folder):
-    """The config of a run on that LLaVA, to be planned."""
+def config(get_config, tiny_folder, tmp_path, monkeypatch):
+    """The config of a run on that LLaVA, to be planned; nothing was compiled before."""
+    from vkd_jax import hub
+
+    monkeypatch.setattr(hub, "CACHE", tmp_path / "cache")
     config = get_config("tiny.py")
     config.model.path = str(tiny_folder)
     config.train.batch_size.update(forget=2, retain=3)

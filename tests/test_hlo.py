@@ -225,3 +225,65 @@ def test_each_form_of_a_refusal_is_a_number_and_a_sentence(message, needs, sente
     refusal = hlo.Refusal.parse(message)
     assert refusal.needs == (None if needs is None else pytest.approx(needs, abs=1))
     assert refusal.sentence == sentence
+
+
+# ---- Chains ----
+
+CHAIN = """
+%start (p: bf16[2,8]) -> (bf16[2,8], bf16[8,8]) {
+  %p = bf16[2,8] parameter(0)
+  %g1 = bf16[8,8] all-gather(%p), replica_groups=mesh['a'=4] {'a'}, dimensions={0}, frontend_attributes={chain_id="7"}
+  ROOT %c1 = (bf16[2,8], bf16[8,8]) custom-call(%g1), custom_call_target="AsyncCollectiveStart"
+}
+
+%goes_on (q: bf16[2,8], r: bf16[8,8], x: f32[16]) -> (f32[16], bf16[2,8], bf16[8,8]) {
+  %q = bf16[2,8] parameter(0)
+  %r = bf16[8,8] parameter(1)
+  %x = f32[16] parameter(2)
+  %y = f32[16] negate(%x)
+  %g2 = bf16[8,8] all-gather(%q), replica_groups=mesh['a'=4] {'a'}, dimensions={0}, frontend_attributes={chain_id="7"}
+  ROOT %t = (f32[16], bf16[2,8], bf16[8,8]) tuple(%y, %q, %r)
+}
+
+%end (s: bf16[2,8], u: bf16[8,8]) -> bf16[8,8] {
+  %s = bf16[2,8] parameter(0)
+  %u = bf16[8,8] parameter(1)
+  %g3 = bf16[8,8] all-gather(%s), replica_groups=mesh['a'=4] {'a'}, dimensions={0}, frontend_attributes={chain_id="7"}
+  ROOT %c3 = bf16[8,8] custom-call(%s, %u, %g3), custom_call_target="AsyncCollectiveDone"
+}
+
+"""
+
+
+def test_a_collective_in_a_chain_of_fusions_counts_once():
+    """What it gathers is written once; between start and end the chip reads and writes what it multiplies alone."""
+    text = entry(
+        "%w = bf16[2,8] parameter(0)",
+        "%a = (bf16[2,8], bf16[8,8]) fusion(%w), kind=kCustom, calls=%start",
+        "%b = bf16[2,8] get-tuple-element(%a), index=0",
+        "%c = bf16[8,8] get-tuple-element(%a), index=1",
+        "%v = f32[16] parameter(1)",
+        "%d = (f32[16], bf16[2,8], bf16[8,8]) fusion(%b, %c, %v), kind=kOutput, calls=%goes_on",
+        "%e = bf16[2,8] get-tuple-element(%d), index=1",
+        "%f = bf16[8,8] get-tuple-element(%d), index=2",
+        "ROOT %h = bf16[8,8] fusion(%e, %f), kind=kCustom, calls=%end",
+        more=CHAIN,
+    )
+    (gather,) = hlo.collectives(text, 16)
+    assert (gather.kind, gather.nbytes, gather.group, gather.times) == ("all-gather", 128, 4, 1)
+    start = 32 + (32 + 128)  # reads its part, and hands it on beside the whole
+    assert hlo.traffic(text) == start + 2 * 64
+
+
+@pytest.mark.parametrize(
+    ("groups", "chips"),
+    [
+        ("mesh['a'=4,'b'=2,'c'=2] {'c'}", 2),
+        ("mesh['a'=4,'b'=4] {'b','a'}", 16),
+        ("mesh['a'=8,'b'=2] {'a':(2)4}", 4),
+        ("[8,2]<=[16]", 2),
+    ],
+)
+def test_groups_by_the_axes_of_a_mesh(groups, chips):
+    text = entry(f"ROOT %r = f32[4] all-reduce(%p), replica_groups={groups}, to_apply=%add")
+    assert hlo.collectives(text, 32)[0].group == chips

@@ -36,6 +36,7 @@ ORDER = [
     {"loaded", "blueprint", "arithmetic", "chips"},
     {"attacks"},
     {"workdir"},
+    {"aot"},
     {"figures", "page"},
     {"report"},
     {"defaults"},

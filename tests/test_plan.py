@@ -16,7 +16,7 @@ import pytest
 from absl import flags
 from planned import LENGTHS, draw
 
-from vkd_jax import blueprint, methods, plan, sharding, tables, train, workdir
+from vkd_jax import aot, blueprint, methods, plan, sharding, tables, train, workdir
 from vkd_jax.methods import base
 from vkd_jax.models import quantize
 from vkd_jax.types import UserError
@@ -216,7 +216,7 @@ def test_the_compilers_refusal_is_a_figure(config, monkeypatch):
     assert found["compiler"]["total"] == 20 * plan.GIB and not found["fits"]
     assert found["compiler"]["refused"] == "it needs 20.00 GiB of 15.75, 4.25 GiB too much"
     assert found["bound"] == "compute" and found["seconds"]["memory"] is found["seconds"]["interconnect"] is None
-    said = "INTERNAL: Mosaic failed to compile"
+    said, config.train.clip_norm = "INTERNAL: Mosaic failed to compile", 0.5
     with pytest.raises(UserError, match="the TPU compiler refuses this step: Mosaic failed to compile"):
         plan.figures(draw(config), plan.CHIPS["v5e"])
 
@@ -230,7 +230,7 @@ def test_a_chip_is_full_before_its_last_byte(config):
     assert compiled["traffic"] > compiled["arguments"]  # all that goes in is read
     assert found["seconds"]["memory"] == compiled["traffic"] / 819e9
     room = dataclasses.replace(plan.CHIPS["v5e"], usable=(found["total"] - 1) / plan.GIB)
-    assert not plan.figures(drawn, room, {compiled["program"]: compiled})["fits"]
+    assert not plan.figures(drawn, room)["fits"]
 
 
 def test_bytes_that_quantised_weights_save(config):
@@ -246,12 +246,12 @@ def test_bytes_that_quantised_weights_save(config):
 def test_the_usual_step_computes_all_again_where_it_does_not_fit_else(config, monkeypatch):
     tried, fits = [], {"": False, "full": True}
 
-    def figures(drawn, chip, known):
+    def figures(drawn, chip):
         tried.append(drawn.model_config.remat)
         return {"fits": fits[tried[-1]]}
 
     monkeypatch.setattr(plan, "figures", figures)
-    given = config, sharding.make_mesh(), LENGTHS, plan.CHIPS["v5e"], {}
+    given = config, sharding.make_mesh(), LENGTHS, plan.CHIPS["v5e"]
     assert plan._usual(*given)["fits"] and tried == ["", "full"] and config.model.remat == ""
     fits[""] = True
     plan._usual(*given)
@@ -288,7 +288,8 @@ def here(monkeypatch):
 
 
 def test_a_program_that_cannot_be_read_back_is_read_as_the_compiler_wrote_it(config, here, monkeypatch):
-    known = plan.compile_step(draw(config))
+    known = aot.compile_step(draw(config))
+    config.train.clip_norm = 0.5
     compile_ = jax.stages.Lowered.compile
 
     def unreadable(lowered, compiler_options):
@@ -301,7 +302,7 @@ def test_a_program_that_cannot_be_read_back_is_read_as_the_compiler_wrote_it(con
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", unreadable)
-    found = plan.compile_step(draw(config))
+    found = aot.compile_step(draw(config))
     assert (found["cycles"], found["traffic"]) == (known["cycles"], known["traffic"] / 2)
 
 
@@ -332,13 +333,12 @@ def small(tiny_folder):
 
 
 def test_the_table_goes_on_where_it_stood(small, here, tmp_path, capsys, monkeypatch):
-    file, write, left = tmp_path / "plans.json", workdir.write, [1]
+    file, write = tmp_path / "plans.json", workdir.write
 
-    def once(*args):
-        if not left:
+    def once(path, data):
+        if path == file and file.exists():
             raise KeyboardInterrupt
-        left.pop()
-        return write(*args)
+        return write(path, data)
 
     monkeypatch.setattr(workdir, "write", once)
     with pytest.raises(KeyboardInterrupt):
@@ -348,22 +348,39 @@ def test_the_table_goes_on_where_it_stood(small, here, tmp_path, capsys, monkeyp
     plan.table(small, file)
     rows = json.loads(file.read_text())
     assert [row["slice"] for row in rows] == ["v5e-1", "v5e-4", "none"]
-    assert rows[0]["steps"] == first["steps"] and len(here) == 1 + 2 + 2  # what was not written is made again
+    assert rows[0]["steps"] == first["steps"] and len(here) == 1 + 2  # no program is compiled again
     assert "give at least 1" in rows[2]["error"] and "error" not in rows[1]
     assert rows[1]["run"] == {"examples": 7200}
     small.plans.only = ("v5e-1",)
     small.plans.rows = (*small.plans.rows[::-1],)
     plan.table(small, file)
-    assert len(here) == 5 and [row["slice"] for row in json.loads(file.read_text())] == ["none", "v5e-4", "v5e-1"]
+    assert len(here) == 3 and [row["slice"] for row in json.loads(file.read_text())] == ["none", "v5e-4", "v5e-1"]
     assert "Tiny on v5e-1, " in capsys.readouterr().out
 
 
 def test_a_program_that_changed_is_compiled_again(config, here):
-    found = plan.compile_step(draw(config))
-    known = {found["program"]: found}
-    assert plan.compile_step(draw(config), known) is found and len(here) == 1
+    found = aot.compile_step(draw(config))
+    assert aot.compile_step(draw(config)) == found and len(here) == 1
     config.train.clip_norm = 0.5
-    assert plan.compile_step(draw(config), known)["program"] not in known and len(here) == 2
+    assert aot.compile_step(draw(config))["program"] != found["program"] and len(here) == 2
+
+
+def test_a_refusal_is_kept_as_well(config, monkeypatch):
+    asked = []
+
+    def refuse(lowered, compiler_options):
+        asked.append(lowered)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.00G of 15.75G hbm. Exceeded")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    first, second = (aot.compile_step(draw(config)) for _ in range(2))
+    assert first == second and first["refused"] and len(asked) == 1
+
+
+def test_words_that_no_row_has_both_of(small, tmp_path):
+    small.plans.only = ("v5e-1", "v5e-4")
+    with pytest.raises(UserError, match="no row is of v5e-1 and v5e-4: give one model, one slice, or one of each."):
+        plan.table(small, tmp_path / "plans.json")
 
 
 def test_a_file_that_is_no_table_is_kept(small, tmp_path):
@@ -398,6 +415,21 @@ def test_rows_of_plans_that_do_not_fit_say_by_how_much():
         "| M | s | – | – | – | – | no: why | – | – | – | – | – | – | – |",
     ]
     assert "Tokens a row: M 7." in lines[-1] and "Compiled in 6 minutes; commit abcdef1." in lines[-1]
+
+
+def test_chip_hours_by_hand():
+    """Six chips, four seconds for nine rows: 4800 rows take 3.56 chip-hours."""
+    row = {"model_name": "M", "slice": "s", "rows": dict(forget=4, retain=5), "run": dict(examples=4800), "chips": 6}
+    slow, large = step(4e12), step(total=16 * plan.GIB, fits=False)
+    slow["seconds_by_cycles"] = 4.0
+    rows = [row | {"steps": {"vkd": slow}}, row | {"slice": "t", "steps": {"vkd": large}}]
+    rows += [{"model_name": "N", "slice": "s", "error": "why"}]
+    assert tables.chip_hours(rows).splitlines() == [
+        "| chip-hours | s | t |",
+        "| --- | ---: | ---: |",
+        "| M | 3.56 | too large |",
+        "| N | too large | – |",
+    ]
 
 
 def test_the_planners_page_is_fresh():

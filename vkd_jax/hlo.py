@@ -12,6 +12,9 @@ Collective Communication Operations in MPICH", 2005.
 Through its memory a chip moves what each instruction reads and writes there: a fusion its operands and results, and of
 an operand that it only slices the slice; what stays in the memory on the chip, S(1) in a layout, moves nothing.
 
+For v5e the compiler cuts an all-gather into a chain of fusions, which multiply between its parts: one that starts it,
+others that go on with it, and one that ends it. Each holds the instruction; the first alone counts.
+
 What the compiler says of a program that it refuses is read here, too.
 """
 
@@ -54,6 +57,7 @@ _REFUSALS = (
     re.compile(r"Used ([\d.]+)([BKMGT]) of ([\d.]+)([BKMGT]) hbm"),
 )
 _ALLOCATES = 'custom_call_target="AllocateBuffer"'
+_CHAINED, _STARTS, _ENDS = 'chain_id="', 'custom_call_target="AsyncCollectiveStart"', '"AsyncCollectiveDone"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +130,11 @@ def collectives(text: str, devices: int) -> list[Collective]:
     found: list[Collective] = []
 
     def visit(name: str, times: int, scatters: bool) -> None:
+        starts = any(_STARTS in instruction.rest for instruction in program.get(name, ()))
         for instruction in program.get(name, ()):
             kind = instruction.opcode.removesuffix("-start")
+            if kind in KINDS and _CHAINED in instruction.rest and not starts:
+                continue
             if kind in KINDS:
                 group = _group(instruction.rest, devices)
                 shape, size = _result(instruction)
@@ -204,6 +211,9 @@ def _read(lines: Sequence[Instruction], number: int, program: Mapping[str, list[
     parameter = next((x for x in lines if x.opcode == "parameter" and x.rest.startswith(f"{number})")), None)
     if parameter is None:
         return math.inf
+    if _ENDS in lines[-1].rest:
+        return 0.0
+    starts = _STARTS in lines[-1].rest
     size, elements = nbytes(parameter.type), _elements(parameter.type)
     total, same = 0.0, {parameter.name: parameter.type}
     for line in lines:  # which stand in the order in which they are computed
@@ -219,6 +229,10 @@ def _read(lines: Sequence[Instruction], number: int, program: Mapping[str, list[
                 total += inside
             elif line.opcode == "dynamic-update-slice" and place == 0:
                 continue
+            elif _CHAINED in line.rest and not starts:
+                continue
+            elif line is lines[-1] and line.opcode == "tuple" and operand == parameter.name:
+                continue  # handed on where it lies
             elif line is not lines[-1] and elements == _elements(line.type):
                 same[line.name] = line.type
             else:
@@ -233,8 +247,11 @@ def _elements(type_: str) -> int:
 def _written(lines: Sequence[Instruction], program: Mapping[str, list[Instruction]]) -> float:
     """Bytes that a fused computation writes: its result, or the part of it that it updates in its place."""
     named = {line.name: line for line in lines}
+    starts = bool(lines) and _STARTS in lines[-1].rest
 
     def size(line: Instruction) -> float:
+        if line.opcode == "parameter" or _ENDS in line.rest or (_CHAINED in line.rest and not starts):
+            return 0.0
         if line.opcode == "dynamic-update-slice" and line.operands[1] in named:
             return nbytes(named[line.operands[1]].type)
         if line.opcode == "fusion":
@@ -342,6 +359,9 @@ def _group(rest: str, devices: int) -> int:
     """How many chips a collective's groups have."""
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
         return int(match[2])
+    if match := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", rest):  # the axes, and over which it goes
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2]))
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(match[1].split(","))
     return devices

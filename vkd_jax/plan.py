@@ -8,20 +8,16 @@ pip install 'vkd_jax[tpu]'.
 
 python -m vkd_jax.plan --config configs/plans.py --json docs/results/plans.json
 
-makes one row after the other of the table in docs/planner.md. A row is written as soon as it is known, and none is
-compiled again whose program, chips and compiler are those of a row in the file.
+makes one row after the other of the table in docs/planner.md. A row is written as soon as it is known, and an
+interrupted command goes on where it stood. A program that was compiled once is not compiled again (vkd_jax/aot.py).
 
 Topologies: v5e:1x1, v5e:2x2, v5e:4x4, v5e:8x8, v5e:16x16, v4:2x2x1, v5p:2x2x1, v6e:1x1, v6e:2x4, and others that the
 compiler knows. Exit status: 0 done, 2 bad input (one sentence says what).
 """
 
 import dataclasses
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +28,7 @@ import jax.numpy as jnp
 import ml_collections
 from absl import app, flags
 
-from vkd_jax import arithmetic, blueprint, defaults, hlo, main, methods, sharding, tables, train, workdir
+from vkd_jax import aot, arithmetic, blueprint, defaults, main, methods, sharding, tables, workdir
 from vkd_jax.blueprint import Blueprint, Lengths
 from vkd_jax.chips import CHIPS, Chip, devices
 from vkd_jax.models import quantize
@@ -42,7 +38,6 @@ GIB = 2**30
 
 
 USUAL = "grad_diff, all weights"
-Programs = Mapping[str, Mapping[str, Any]]  # the compiler's figures by the digest of what it compiled
 # `original`: what trains, as it was loaded; a run keeps it beside the copy that trains.
 PARTS = ("frozen", "trainable", "original", "optimizer", "mask", "batch", "cached")
 
@@ -52,7 +47,6 @@ def plan(
     topology: str,
     lengths: Lengths,
     compare: bool = True,
-    known: Programs = {},  # noqa: B006 (never written to)
 ) -> dict[str, Any]:
     """All figures of a config on a topology, in JSON's types.
 
@@ -61,7 +55,6 @@ def plan(
         topology: such as "v5e:2x2".
         lengths: of the questions.
         compare: whether the step on all weights is compiled, too.
-        known: what the compiler said before, see `compile_step`.
 
     Raises:
         UserError: see `devices` and `blueprint.draw`.
@@ -70,9 +63,9 @@ def plan(
     mesh = sharding.make_mesh(**config.mesh, devices=chips)
     chip = CHIPS[kind]
     own = blueprint.draw(config, mesh, lengths)
-    steps = {config.method.name: figures(own, chip, known)}
+    steps = {config.method.name: figures(own, chip)}
     if compare:
-        steps[USUAL] = _usual(config, mesh, lengths, chip, known)
+        steps[USUAL] = _usual(config, mesh, lengths, chip)
     rows = {name: batch.tokens.shape[0] for name, batch in own.batches.items()}
     pair = tuple(steps.values())
     return {
@@ -94,22 +87,20 @@ def plan(
     }
 
 
-def _usual(
-    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, lengths: Lengths, chip: Chip, known: Programs
-) -> dict[str, Any]:
+def _usual(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, lengths: Lengths, chip: Chip) -> dict[str, Any]:
     """The figures of GradDiff on all weights; where what the config keeps for the backward pass does not fit, of one
     that computes all of it again.
     """
     changed = config.copy_and_resolve_references()
     for changed.model.remat in dict.fromkeys((config.model.remat, "full")):
         drawn = blueprint.draw(changed, mesh, lengths, methods.create("grad_diff", {"train": "all"}), whole=True)
-        found = figures(drawn, chip, known)
+        found = figures(drawn, chip)
         if found["fits"]:
             break
     return found
 
 
-def figures(drawn: Blueprint, chip: Chip, known: Programs = {}) -> dict[str, Any]:  # noqa: B006 (never written to)
+def figures(drawn: Blueprint, chip: Chip) -> dict[str, Any]:
     """What one step takes; bytes and seconds are of each chip.
 
     The seconds are the least that the chip's published figures allow, one beside the other, and those of the compiler's
@@ -117,7 +108,7 @@ def figures(drawn: Blueprint, chip: Chip, known: Programs = {}) -> dict[str, Any
     program to read them from.
     """
     parts = held(drawn)
-    compiled = compile_step(drawn, known)
+    compiled = aot.compile_step(drawn)
     work = flops(drawn)
     total = sum(part.total for part in work.values())
     found: dict[str, Any] = {
@@ -241,72 +232,6 @@ def flops(drawn: Blueprint) -> dict[str, arithmetic.Part]:
     return total
 
 
-def compile_step(drawn: Blueprint, known: Programs = {}) -> Mapping[str, Any]:  # noqa: B006 (never written to)
-    """The compiler's figures; of a step that does not fit it says how much that would need.
-
-    Args:
-        drawn: the step.
-        known: figures of before; a program among them is not compiled again.
-
-    Raises:
-        UserError: the compiler refuses the step, and not for want of memory.
-    """
-    lowered = drawn.lower()
-    where = repr((drawn.mesh.devices.flat[0].device_kind, drawn.mesh.devices.tolist(), versions()))
-    program = hashlib.sha256((where + lowered.as_text()).encode()).hexdigest()[:16]
-    if program in known:
-        return known[program]
-    started = time.perf_counter()
-    found = {
-        "program": program,
-        "arguments": None,
-        "temporaries": None,
-        "collectives": {},
-        "traffic": None,
-        "cycles": None,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        except jax.errors.JaxRuntimeError as error:
-            refusal = hlo.Refusal.parse(str(error))
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise UserError(f"the TPU compiler refuses this step: {refusal.sentence}") from error
-            seconds = time.perf_counter() - started
-            return found | {"total": refusal.needs, "refused": refusal.sentence, "seconds": seconds}
-        page = _page(compiled, Path(folder))
-    memory = compiled.memory_analysis()
-    sums: dict[str, dict[str, float]] = {}
-    for one in hlo.collectives(page, drawn.mesh.size):
-        kind = sums.setdefault(one.kind, {"bytes": 0.0, "times": 0})
-        kind["bytes"] += one.sent
-        kind["times"] += one.times
-    return found | {
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "total": train.step_bytes(compiled),
-        "collectives": sums,
-        "traffic": hlo.traffic(page),
-        "cycles": hlo.cycles(page),
-        "refused": None,
-        "seconds": time.perf_counter() - started,
-    }
-
-
-def _page(compiled: jax.stages.Compiled, folder: Path) -> str:
-    """The compiled program's HLO; of one that jaxlib cannot read back as libtpu wrote it into the folder."""
-    try:
-        return compiled.as_text()
-    except jax.errors.JaxRuntimeError:  # 0.10.2 of what 0.0.52 makes for v5p: an async-update with several operands
-        (file,) = folder.glob("*.after_codegen.txt")
-        return file.read_text()
-
-
-def versions() -> dict[str, str]:
-    """Of the compiler."""
-    return {name: importlib.metadata.version(name) for name in ("jaxlib", "libtpu") if importlib.util.find_spec(name)}
-
-
 def text(found: Mapping[str, Any]) -> str:
     """The figures as a page of plain text."""
     steps = found["steps"]
@@ -405,17 +330,17 @@ def table(config: ml_collections.ConfigDict, file: Path) -> None:
         there = {(row["model_name"], row["slice"]): row for row in made}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--json={file} is there, and holds no rows of this table: {error}") from error
-    steps = [step for row in there.values() for step in row.get("steps", {}).values()]
-    known = {step["compiler"]["program"]: step["compiler"] for step in steps}
     rows = [(tuple(row[:2]), row[2]) for row in config.plans.rows]
     wanted = [(cell, given) for cell, given in rows if set(config.plans.only) <= set(cell)]
-    source = {"commit": workdir.commit(), "versions": versions()}  # before the file itself is a change of the tree
+    if not wanted:
+        raise UserError(f"no row is of {' and '.join(config.plans.only)}: give one model, one slice, or one of each.")
+    source = {"commit": workdir.commit(), "versions": aot.versions()}  # before the file itself is a change of the tree
     for cell, given in wanted:
         row = dict(zip(("model_name", "slice"), cell, strict=True), command=f"python -m vkd_jax.plan {given}") | source
         old = there.get(cell, {"error": ""})
         if "+changes" in row["commit"] or "error" in old or not row.items() <= old.items():
             started = time.perf_counter()
-            row |= _row(given, known) | {"run": {"examples": config.plans.examples}}
+            row |= _row(given) | {"run": {"examples": config.plans.examples}}
             print(f"{cell[0]} on {cell[1]}, {time.perf_counter() - started:.0f} s: {_said(row)}", flush=True)
         else:
             row = old  # nothing has changed, so that it need not even be traced
@@ -424,7 +349,7 @@ def table(config: ml_collections.ConfigDict, file: Path) -> None:
         workdir.write(file, ("[\n" + ",\n".join(json.dumps(there[cell]) for cell in order) + "\n]\n").encode())
 
 
-def _row(given: str, known: Mapping[str, Any]) -> dict[str, Any]:
+def _row(given: str) -> dict[str, Any]:
     """What `plan` finds by these flags, or why it cannot."""
     try:
         values = flags.FlagValues()
@@ -432,7 +357,7 @@ def _row(given: str, known: Mapping[str, Any]) -> dict[str, Any]:
         settings = [flag for flag in given.split() if flag.startswith("--config.")]  # else read from sys.argv alone
         main.parse(["plan", *(flag for flag in given.split() if flag not in settings)], values)
         defaults.override(values.config, " ".join(flag.removeprefix("--config.") for flag in settings))
-        return plan(values.config, values.topology, _lengths(values), values.compare, known)
+        return plan(values.config, values.topology, _lengths(values), values.compare)
     except UserError as error:
         return {"error": str(error)}
 

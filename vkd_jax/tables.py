@@ -98,13 +98,13 @@ def plans(found: Sequence[Mapping[str, Any]]) -> str:
         sent = sum(collective["bytes"] for collective in step["compiler"]["collectives"].values())
         speed = ["–"] * 6
         if step["fits"]:
-            each = max(step["seconds_at_least"], step["seconds_by_cycles"]) / sum(row["rows"].values())
+            each = _seconds_a_row(row)
             speed = [
                 f"{1e3 * step['seconds_at_least']:,.1f}",
                 step["bound"],
                 f"{1e3 * step['seconds_by_cycles']:,.1f}",
                 f"{1 / each:.1f}",
-                f"{each * row['run']['examples'] * row['chips'] / 3600:.2f}",
+                f"{_chip_hours(row):.2f}",
                 f"{sent / 2**30:.2f}",
             ]
         cells = [
@@ -126,6 +126,34 @@ def plans(found: Sequence[Mapping[str, Any]]) -> str:
         "steps of 8 + 8, are by the longer of the two times; loading, preparing and measuring come on top. "
         f"Compiled in {compiling / 60:.0f} minutes; commit {commits}."
     )
+
+
+def chip_hours(found: Sequence[Mapping[str, Any]]) -> str:
+    """What training takes at least on each slice, of `plans`: one row a model."""
+    rows = {(row["model_name"], row["slice"]): row for row in found}
+    slices = [*dict.fromkeys(name for _, name in rows)]
+    lines = [page.row(["chip-hours", *slices]), page.row(["---", *["---:"] * len(slices)])]
+    for model in dict.fromkeys(model for model, _ in rows):
+        cells = [_cost(rows.get((model, name))) for name in slices]
+        lines.append(page.row([model, *cells]))
+    return "\n".join(lines)
+
+
+def _cost(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    fits = "error" not in row and next(iter(row["steps"].values()))["fits"]
+    return f"{_chip_hours(row):.2f}" if fits else "too large"
+
+
+def _seconds_a_row(row: Mapping[str, Any]) -> float:
+    """Of training, by the longer of what the chip's figures and the compiler's cycles say."""
+    step = next(iter(row["steps"].values()))
+    return max(step["seconds_at_least"], step["seconds_by_cycles"]) / sum(row["rows"].values())
+
+
+def _chip_hours(row: Mapping[str, Any]) -> float:
+    return _seconds_a_row(row) * row["run"]["examples"] * row["chips"] / 3600
 
 
 def steps(found: Mapping[str, Any]) -> str:
@@ -209,6 +237,7 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
     "attacks": attacks,
     "tuning": tuning,
     "plans": plans,
+    "chip_hours": chip_hours,
     "steps": steps,
     "answers": answers,
     "levels": levels,

@@ -41,6 +41,19 @@ run() {
   "$@"
 }
 
+# Whether what a command describes is there; in a dry run nothing is.
+there() { [[ -z $DRY_RUN ]] && command -v "$1" > /dev/null && "$@" > /dev/null 2>&1; }
+
+# Runs a command until it succeeds, for a minute.
+patiently() {
+  local try
+  for try in 1 2 3 4 5 6; do
+    run "$@" && return
+    ((try == 6)) || sleep 10
+  done
+  return 1
+}
+
 # need VARIABLE MEANING: refuses to go on without it.
 need() {
   [[ -n ${!1:-} ]] || fail "$1 is empty: set it to $2, as in $1=... $SELF ${COMMAND:-create}."
@@ -82,6 +95,7 @@ read_command_line() {
   [[ -n $COMMAND ]] || fail "no command: give one of $commands; $SELF --help explains them."
   [[ " $commands " == *" $COMMAND "* ]] || fail "unknown command $COMMAND: give one of $commands."
   if [[ $COMMAND == run ]]; then
+    [[ " ${PROGRAM[*]} " != *" --dry-run "* ]] || fail "--dry-run is ours, and stands before --."
     ((${#PROGRAM[@]})) || fail "nothing to run: put it after --, as in $SELF run -- python -m vkd_jax.main --config ..."
   elif ((${#PROGRAM[@]})); then
     fail "$COMMAND takes no program; only run does."
@@ -107,5 +121,5 @@ know_type() {
 # Refuses a program that would run on each of many hosts as if it were alone.
 need_distributed() {
   [[ " ${PROGRAM[*]} " == *" --distributed "* ]] ||
-    fail "$TYPE has many hosts: add --distributed after vkd_jax.main, so that they run as one."
+    fail "$TYPE may have many hosts: add --distributed after vkd_jax.main, so that they run as one."
 }

@@ -40,8 +40,12 @@ case ${1:-} in
     fi
     process=$(< "$LOCK")
     kill -TERM "$process" || true
-    flock --timeout "${GRACE:-60}" "$LOCK" true || kill -KILL "$process"
-    echo "$(hostname): stopped"
+    if flock --timeout "${GRACE:-60}" "$LOCK" true; then
+      echo "$(hostname): stopped"
+    else
+      kill -KILL "$process"
+      echo "$(hostname): killed after ${GRACE:-60} s; what it had not saved is lost"
+    fi
     exit
     ;;
   --detach)

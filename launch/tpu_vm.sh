@@ -52,12 +52,14 @@ case $COMMAND in
   setup)
     need BUCKET "the name of the bucket to make, without gs://"
     run gcloud services enable tpu.googleapis.com compute.googleapis.com storage.googleapis.com "--project=$PROJECT"
-    run gcloud storage buckets create "gs://$BUCKET" "--project=$PROJECT" "--location=${ZONE%-*}" \
-      --uniform-bucket-level-access
-    run gcloud iam service-accounts create "${ACCOUNT%%@*}" "--project=$PROJECT"
+    there gcloud storage buckets describe "gs://$BUCKET" ||
+      run gcloud storage buckets create "gs://$BUCKET" "--project=$PROJECT" "--location=${ZONE%-*}" \
+        --uniform-bucket-level-access
+    there gcloud iam service-accounts describe "$ACCOUNT" "--project=$PROJECT" ||
+      run gcloud iam service-accounts create "${ACCOUNT%%@*}" "--project=$PROJECT"
     for role in objectAdmin legacyBucketReader; do # the first may not ask what bucket it is, as checkpoints do
-      run gcloud storage buckets add-iam-policy-binding "gs://$BUCKET" "--member=serviceAccount:$ACCOUNT" \
-        "--role=roles/storage.$role"
+      patiently gcloud storage buckets add-iam-policy-binding "gs://$BUCKET" "--member=serviceAccount:$ACCOUNT" \
+        "--role=roles/storage.$role" # an account is known everywhere only after a while
     done
     ;;
   create)
@@ -70,13 +72,20 @@ case $COMMAND in
     fi
     ;;
   status)
-    [[ -z $QUEUED ]] || run "${QUEUE[@]}" describe "$NAME" "${WHERE[@]}" "--format=value(state.state)"
+    if [[ -n $QUEUED ]]; then
+      state=$(run "${QUEUE[@]}" describe "$NAME" "${WHERE[@]}" "--format=value(state.state)")
+      printf '%s\n' "$state"
+      [[ -n $DRY_RUN || $state == ACTIVE ]] || exit 0 # there is no TPU to ask
+    fi
     run "${VM[@]}" describe "$NAME" "${WHERE[@]}" "--format=value(state)"
-    on all "$HOST_SCRIPT --status"
+    on all "test -e vkd_jax || { echo no code yet: sync; exit; }; $HOST_SCRIPT --status"
     ;;
   sync)
     if [[ -z $DRY_RUN && -n $(git -C "$ROOT" status --porcelain) ]]; then
       printf 'note: there are changes in %s that are not committed; they are not sent.\n' "$ROOT" >&2
+    fi
+    if [[ -z $DRY_RUN && $(git -C "$ROOT" rev-parse --is-shallow-repository) == true ]]; then
+      fail "this clone is shallow, and cannot be sent: run git fetch --unshallow first."
     fi
     run git -C "$ROOT" bundle create --quiet "$BUNDLE" HEAD
     run "${VM[@]}" scp "$BUNDLE" "$NAME:vkd_jax.bundle" "${WHERE[@]}" --worker=all

@@ -77,7 +77,8 @@ def dry(nowhere, tmp_path):
           f"gcloud storage buckets add-iam-policy-binding gs://b --member=serviceAccount:{ACCOUNT} "
           "--role=roles/storage.legacyBucketReader"]),
         ("status", {}, [f"{VM} describe vkd {WHERE} '--format=value(state)'",
-                        f"{VM} ssh vkd {WHERE} --worker=all '--command=bash vkd_jax/launch/run_host.sh --status'"]),
+                        f"{VM} ssh vkd {WHERE} --worker=all '--command=test -e vkd_jax || "
+                        "{ echo no code yet: sync; exit; }; bash vkd_jax/launch/run_host.sh --status'"]),
         ("sync", {},
          [f"git -C {ROOT} bundle create --quiet /tmp/vkd_jax.bundle HEAD",
           f"{VM} scp /tmp/vkd_jax.bundle vkd:vkd_jax.bundle {WHERE} --worker=all",
@@ -141,6 +142,7 @@ def test_the_version_goes_with_the_type(dry, kind, version):
         (["tpu_vm.sh", "create"], {"PROJECT": ""}, "PROJECT is empty: set it to the id of your Google Cloud project"),
         (["xpk.sh", "run", *PROGRAM], {"PROJECT": ""}, "as in PROJECT=... launch/xpk.sh run."),
         (["tpu_vm.sh", "setup"], {}, "BUCKET is empty: set it to the name of the bucket"),
+        (["tpu_vm.sh", "run", "--", "python", "--dry-run"], {}, "--dry-run is ours, and stands before --."),
         (["tpu_vm.sh"], {}, "no command: give one of setup create status"),
         (["tpu_vm.sh", "make"], {}, "unknown command make"),
         (["tpu_vm.sh", "create", "delete"], {}, "two commands, create and delete"),
@@ -149,7 +151,7 @@ def test_the_version_goes_with_the_type(dry, kind, version):
         (["tpu_vm.sh", "run"], {}, "nothing to run: put it after --"),
         (["tpu_vm.sh", "create"], {"TYPE": "v9-1"}, "TYPE=v9-1 is not known"),
         (["tpu_vm.sh", "create"], {"TYPE": "v5litepod-5"}, "no size of v5litepod: give one of 1, 4, 8, 16"),
-        (["tpu_vm.sh", "run", "--", "python"], {"TYPE": "v5p-16"}, "v5p-16 has many hosts: add --distributed"),
+        (["tpu_vm.sh", "run", "--", "python"], {"TYPE": "v5p-16"}, "v5p-16 may have many hosts: add --distributed"),
         (["xpk.sh", "run", "--", "python"], {"TYPE": "v5litepod-8"}, "add --distributed"),
         (["xpk.sh", "create"], {"TYPE": "v5litepod-4"}, "XPK has no v5litepod-4"),
     ],
@@ -191,7 +193,7 @@ def rehearsal(tmp_path_factory):
     """The whole page, typed in one shell, for dry: ([what each block printed], the variables are set or it fails)."""
     folder = tmp_path_factory.mktemp("rehearsal")
     (folder / "bash").symlink_to(BASH)
-    others = "\n".join(f"{name}() {{ :; }}" for name in ("gcloud", "ssh-add"))  # seen here, and not by the scripts
+    others = "\n".join(f"{name}() {{ :; }}" for name in ("gcloud", "ssh-add", "mkdir"))  # seen here, and not by the scripts
     parts = [
         re.sub(r"(launch/\w+\.sh)(?! --dry-run)", r"\1 --dry-run", code) for kind, code in page() if kind == "bash"
     ]
@@ -226,6 +228,7 @@ def test_a_real_run_calls_what_a_dry_run_prints(rehearsal, tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
     stand_in = f'#!{BASH}\n{{ printf "%s\\0" "${{0##*/}}" "$@"; printf "\\n\\0"; }} >> {tmp_path}/calls\n'
+    stand_in += 'case "$*" in *"queued-resources describe"*) echo ACTIVE ;; *"s describe "*) exit 1 ;; esac\n'
     for name in ("gcloud", "xpk", "kubectl", "git", "ssh-add"):
         (tools / name).write_text(stand_in)
         (tools / name).chmod(0o755)
@@ -236,8 +239,48 @@ def test_a_real_run_calls_what_a_dry_run_prints(rehearsal, tmp_path):
     env = {"PATH": str(tools), "TMPDIR": "/tmp", "HOME": str(tmp_path)}
     subprocess.run([BASH, "-c", script], env=env, check=True)
     calls = [call.split("\0")[:-1] for call in (tmp_path / "calls").read_text().split("\n\0")[:-1]]
-    calls = [call for call in calls if call[-2:] != ["status", "--porcelain"]]  # only a note depends on it
+    looks = "status --porcelain|rev-parse --is-shallow-repository|buckets describe|service-accounts describe"
+    calls = [call for call in calls if not re.search(looks, " ".join(call))]  # which a dry run does not
     assert calls == [shlex.split(line) for said in rehearsal for line in said.splitlines()]
+
+
+@pytest.fixture
+def typed(tmp_path):
+    """Runs a command of tpu_vm.sh with stand-ins of so much shell code: (its status, what they were asked, stderr)."""
+
+    def typed(command, **stand_ins):
+        tools = tmp_path / "tools"
+        tools.mkdir()
+        (tools / "bash").symlink_to(BASH)
+        for name, code in stand_ins.items():
+            (tools / name).write_text(f'#!{BASH}\necho "${{0##*/}} $*" >> {tmp_path}/calls\n{code}\n')
+            (tools / name).chmod(0o755)
+        env = {"PATH": str(tools), "TMPDIR": "/tmp", "PROJECT": "p", "BUCKET": "b", "QUEUED": "1"}
+        done = subprocess.run([ROOT / "launch/tpu_vm.sh", command], env=env, capture_output=True, text=True)
+        calls = (tmp_path / "calls").read_text()
+        return done.returncode, calls.splitlines(), done.stderr
+
+    return typed
+
+
+def test_setup_goes_on_where_it_broke_off(typed, tmp_path):
+    """Bucket and account are there; the account is not known everywhere at first."""
+    gcloud = f'[[ "$*" != *binding* || -e {tmp_path}/known ]]'
+    status, calls, _ = typed("setup", gcloud=gcloud, sleep=f": > {tmp_path}/known")
+    assert status == 0 and not any(" create " in call for call in calls)
+    bindings = [call.rpartition("roles/")[2] for call in calls if "binding" in call]
+    assert bindings == ["storage.objectAdmin"] * 2 + ["storage.legacyBucketReader"] and "sleep 10" in calls
+
+
+def test_a_tpu_that_waits_in_the_queue_is_not_asked(typed):
+    status, calls, _ = typed("status", gcloud="echo WAITING_FOR_RESOURCES")
+    assert status == 0 and len(calls) == 1 and "queued-resources describe" in calls[0]
+
+
+def test_a_shallow_clone_is_not_sent(typed):
+    status, calls, err = typed("sync", git='[[ "$*" == *rev-parse* ]] && echo true; exit 0')
+    assert status == 2 and "this clone is shallow" in err and "git fetch --unshallow" in err
+    assert not any("bundle" in call for call in calls)
 
 
 def test_the_programs_of_the_page_fit_their_tpu(rehearsal, monkeypatch):
@@ -339,8 +382,8 @@ def test_a_detached_run_goes_on_is_alone_and_saves_when_it_is_stopped(host):
 
 def test_a_run_that_will_not_stop_is_killed(host):
     host("--detach", "bash", "-c", "trap '' TERM; echo ready; while :; do sleep .05; done")
-    until(lambda: "ready" in (host.home / "vkd.log").read_text())
-    assert host("--stop", GRACE="0.2")[0].endswith("stopped\n")
+    until(lambda: (host.home / "vkd.log").read_text().endswith("\nready\n"))
+    assert host("--stop", GRACE="0.2")[0].endswith("killed after 0.2 s; what it had not saved is lost\n")
     until(lambda: host("--status")[0].endswith("no run is under way\n"))
 
 

@@ -27,7 +27,7 @@ import torch
 import transformers
 from command import by_turns, run
 from PIL import Image
-from step_time import IMAGE, SIZES, model
+from step_time import DEVICE, IMAGE, SIZES, model, need_same_device
 
 from vkd_jax import ask, tables
 from vkd_jax.answerer import Answerer
@@ -102,7 +102,7 @@ def written_in_torch(net: Any, processor: Any, given: Asked) -> list[str]:
     """Greedy answers to a batch."""
     inputs = processor(
         images=given.pictures, text=prompts(processor, given.questions), padding=True, return_tensors="pt"
-    )
+    ).to(DEVICE)
     out = net.generate(**inputs, max_new_tokens=NEW, do_sample=False, use_cache=True)
     texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
@@ -115,15 +115,16 @@ def chosen_in_torch(net: Any, processor: Any, given: Asked) -> np.ndarray:
     for texts in zip(*given.options, strict=True):
         whole = [f"{prompt} {text}</s>" for prompt, text in zip(before, texts, strict=True)]
         inputs = processor(images=given.pictures, text=whole, padding=True, padding_side="right", return_tensors="pt")
+        inputs = inputs.to(DEVICE)
         with torch.no_grad():
             log_p = net(**inputs).logits[:, :-1].log_softmax(-1)
         own = log_p.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
         ends = inputs["attention_mask"].sum(1)
-        counts = torch.tensor([len(text.split()) + 1 for text in texts])
-        at = torch.arange(1, log_p.shape[1] + 1)
+        counts = torch.tensor([len(text.split()) + 1 for text in texts], device=DEVICE)
+        at = torch.arange(1, log_p.shape[1] + 1, device=DEVICE)
         answer = (at >= (ends - counts)[:, None]) & (at < ends[:, None])
         found.append((own * answer).sum(1))
-    return torch.stack(found, 1).numpy()
+    return torch.stack(found, 1).cpu().numpy()
 
 
 def in_torch(function: Callable, net: Any, folder: str, given: Asked, batch: int) -> Callable[[], list]:
@@ -149,12 +150,14 @@ def in_jax(folder: str, given: Asked, batch: int) -> tuple[Callable[[], list[str
 
 def measure(size: str, rounds: int) -> dict[str, Any]:
     """Seconds of both, by turns."""
+    need_same_device()
     name, size, work = size, SIZES[size], WORK[size]
     net = model(size)
     given = asked(work, size["text"][-1], size["picture"][0])
     with tempfile.TemporaryDirectory() as folder:
         save(folder, net, size)
         write, choose = in_jax(folder, given, work["batch"])
+        net.to(DEVICE)
         theirs = [in_torch(f, net, folder, given, work["batch"]) for f in (written_in_torch, chosen_in_torch)]
     runs = {"writing": write, "writing in PyTorch": theirs[0], "choosing": choose, "choosing in PyTorch": theirs[1]}
     outputs = {name: run() for name, run in runs.items()}  # which compiles, too

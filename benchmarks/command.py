@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone need not be instal
 
 from vkd_jax import workdir
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with PyTorch
 ROOT = Path(__file__).parents[1]
 
 
@@ -35,23 +36,21 @@ def run(
         **options: by name (default, help) or (default, help, choices).
     """
     parser = argparse.ArgumentParser(description=document.splitlines()[0])
-    for name, (default, about, *choices) in options.items():
-        about = f"{about} (default: {default})"
-        parser.add_argument(
-            f"--{name}", type=type(default), default=default, help=about, choices=[*choices[0]] if choices else None
-        )
+    for name, (default, meaning, *choices) in options.items():
+        kind = dict(type=type(default), choices=[*choices[0]] if choices else None)
+        parser.add_argument(f"--{name}", default=default, help=f"{meaning} (default: {default})", **kind)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     given = vars(parser.parse_args())
     file = given.pop("json")
     shown = [f"--{name}={value}" for name, value in given.items() if value != options[name][0]]
-    about = {
+    source = {
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *shown]),
         "commit": workdir.commit(),
-        "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
-        "versions": {name: metadata.version(name) for name in ("jax", "torch", "transformers")},
+        "versions": {name: metadata.version(name) for name in ("jax", "torch", "transformers") if name in sys.modules},
     }
-    found = {**about, **measure(**given)}
+    found = {**source, **measure(**given)}
+    found["device"] = jax.devices()[0].device_kind  # asked last: what is measured may be another process, and its chip
     print(table(found))
     if file:
         workdir.write(file, (json.dumps(found, indent=1) + "\n").encode())

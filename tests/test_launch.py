@@ -193,7 +193,9 @@ def rehearsal(tmp_path_factory):
     """The whole page, typed in one shell, for dry: ([what each block printed], the variables are set or it fails)."""
     folder = tmp_path_factory.mktemp("rehearsal")
     (folder / "bash").symlink_to(BASH)
-    others = "\n".join(f"{name}() {{ :; }}" for name in ("gcloud", "ssh-add", "mkdir"))  # seen here, and not by the scripts
+    others = "\n".join(
+        f"{name}() {{ :; }}" for name in ("gcloud", "ssh-add", "mkdir")
+    )  # seen here, and not by the scripts
     parts = [
         re.sub(r"(launch/\w+\.sh)(?! --dry-run)", r"\1 --dry-run", code) for kind, code in page() if kind == "bash"
     ]

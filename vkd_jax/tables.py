@@ -212,7 +212,8 @@ def levels(found: Mapping[str, Any]) -> str:
             f"{first['train_seconds'] / usual['train_seconds']:.2f} of its time in steps, "
             f"{whole[0] / whole[1]:.2f} with preparing."
         )
-    about = f"Right answers in per cent; {usual['questions']} questions about the people to forget, one seed."
+    about = f"Right answers in per cent; {usual['questions']} questions about the people to forget, one seed. Preparing"
+    about += " compiles, too; the seconds of steps are those of a median step."
     return "\n".join([*lines, "", f"{said} {about} {_where(found)}"])
 
 
@@ -278,7 +279,7 @@ def fill(text: str, folder: Path) -> str:
             raise UserError(f"a marker names {file}, which cannot be read: {error}") from error
         try:
             return f"{start}{TABLES[name](found)}\n{end}"
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise UserError(f"a marker names {file}, which is nothing that the table {name!r} is made of.") from error
 
     if len(_MARKER.findall(text)) < text.count("<!-- table:"):

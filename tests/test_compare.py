@@ -319,4 +319,4 @@ def test_a_page_that_is_not_there_and_a_file_that_is_no_comparison(tmp_path, cap
     (tmp_path / "l.json").write_text("[]")
     (tmp_path / "page.md").write_text("<!-- table: l.json keeping -->\n<!-- /table -->\n")
     assert tables.main([str(tmp_path / "page.md")]) == 2
-    assert "l.json, which is not the comparison.json of a comparison" in capsys.readouterr().err
+    assert "l.json, which is nothing that the table 'keeping' is made of" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import pytest
 from absl import flags
 from planned import LENGTHS, draw
 
-from vkd_jax import aot, blueprint, methods, plan, sharding, tables, train, workdir
+from vkd_jax import aot, blueprint, hub, methods, plan, sharding, tables, train, workdir
 from vkd_jax.methods import base
 from vkd_jax.models import quantize
 from vkd_jax.types import UserError
@@ -320,8 +320,9 @@ def test_a_plan_as_a_page(config, here):
 
 
 @pytest.fixture
-def small(tiny_folder):
-    """A table of one model on three slices; the last has no rows to train on."""
+def small(tiny_folder, tmp_path, monkeypatch):
+    """A table of one model on three slices, of which nothing is compiled yet; the last has no rows to train on."""
+    monkeypatch.setattr(hub, "CACHE", tmp_path / "cache")
     base = f"--config={ROOT}/configs/tiny.py --config.model.path={tiny_folder} --text_tokens=12 --answer_tokens=5"
 
     def cell(name, forget, *more):

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from vkd_jax.types import UserError
 
 T = TypeVar("T")
-# Whose news are shown: CLU's are the weights that train, and the time that is left.
+# Whose news are shown: this package's, and CLU's, the time that is left.
 HEARD = (f"{Path(__file__).parent}/", "/clu/")
 
 

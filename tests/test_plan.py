@@ -433,11 +433,6 @@ def test_chip_hours_by_hand():
     ]
 
 
-def test_the_planners_page_is_fresh():
-    """Else: python -m vkd_jax.tables docs/planner.md"""
-    assert tables.main([str(ROOT / "docs" / "planner.md"), "--check"]) == 0
-
-
 def test_each_row_of_the_tables_config_is_a_command(get_config, monkeypatch):
     """Every model on every slice, by its rule, on as many chips as the slice has, with batches that divide."""
     rows = get_config("plans.py").plans.rows

@@ -5,8 +5,7 @@ python -m vkd_jax.tables RUN [RUN ...]           prints the table of some finish
 
 A marker is `<!-- table: docs/results/FILE.json NAME -->`, its end `<!-- /table -->`, its path that from the page;
 FILE.json is a comparison.json, or what vkd_jax.plan or a program of benchmarks/ wrote by --json, and NAME one of
-TABLES below. Exit status: 0 done, 1 a
-table is stale (--check), 2 bad input.
+TABLES below. Exit status: 0 done, 1 a table is stale (--check), 2 bad input.
 """
 
 import argparse
@@ -60,12 +59,11 @@ def attacks(found: Mapping[str, Any]) -> str:
     """What comes back under attack: one row a method."""
     rows = [row for row in found["rows"] if row["attacks"]]
     names = list(dict.fromkeys(f"{a}: {v}" for row in rows for a, variants in row["attacks"].items() for v in variants))
-    lines = [page.row(["attack", *(row["label"] for row in rows)]), page.row(["---", *["---:"] * len(rows)])]
+    lines = []
     for name in names:
         attack, variant = name.split(": ", 1)
-        cells = [_share(row["attacks"].get(attack, {}).get(variant)) for row in rows]
-        lines.append(page.row([name, *cells]))
-    return "\n".join(lines)
+        lines.append([name, *(_share(row["attacks"].get(attack, {}).get(variant)) for row in rows)])
+    return _numbers(["attack", *(row["label"] for row in rows)], lines)
 
 
 def tuning(found: Mapping[str, Any]) -> str:
@@ -132,11 +130,9 @@ def chip_hours(found: Sequence[Mapping[str, Any]]) -> str:
     """What training takes at least on each slice, of `plans`: one row a model."""
     rows = {(row["model_name"], row["slice"]): row for row in found}
     slices = [*dict.fromkeys(name for _, name in rows)]
-    lines = [page.row(["chip-hours", *slices]), page.row(["---", *["---:"] * len(slices)])]
-    for model in dict.fromkeys(model for model, _ in rows):
-        cells = [_cost(rows.get((model, name))) for name in slices]
-        lines.append(page.row([model, *cells]))
-    return "\n".join(lines)
+    models = dict.fromkeys(model for model, _ in rows)
+    lines = [[model, *(_cost(rows.get((model, name))) for name in slices)] for model in models]
+    return _numbers(["chip-hours", *slices], lines)
 
 
 def _cost(row: Mapping[str, Any] | None) -> str:
@@ -158,17 +154,16 @@ def _chip_hours(row: Mapping[str, Any]) -> float:
 
 def steps(found: Mapping[str, Any]) -> str:
     """What steps of training take, by turns: of benchmarks/step_time.py."""
-    lines = [page.row(["a step of", "seconds", "least", "most", "MiB", "ours to it"])]
-    lines += [page.row(["---", *["---:"] * 5])]
+    lines = []
     own, held = found["median"]["vkd"], found["bytes"]
     for name, times in found["seconds"].items():
         memory = f"{held[name] / 2**20:,.0f}" if name in held else "–"
         ratio = f"{own / found['median'][name]:.2f}" if name != "vkd" else ""
         if name in held and ratio:
             ratio += f", {held['vkd'] / held[name]:.2f} of the memory"
-        lines.append(page.row([name, *_seconds(times), memory, ratio]))
+        lines.append([name, *_seconds(times), memory, ratio])
     rows = " + ".join(f"{count} {name}" for name, count in found["rows"].items())
-    return "\n".join(lines) + (
+    return _numbers(["a step of", "seconds", "least", "most", "MiB", "ours to it"], lines) + (
         f"\n\nA LLaVA of {found['parameters'] / 1e6:,.0f} M parameters, of which VKD trains "
         f"{found['trainable'] / 1e6:,.0f} M, in {found['dtype']}; {rows} rows of {found['tokens']} tokens. Medians of "
         f"{len(times)} steps; MiB: what a step holds, by the compiler's account. {_where(found)}"
@@ -178,14 +173,14 @@ def steps(found: Mapping[str, Any]) -> str:
 def answers(found: Mapping[str, Any]) -> str:
     """What questions take to be answered, by turns: of benchmarks/answers.py."""
     heads = ["", "seconds", "least", "most", "questions a second", "new tokens a second", "ours to PyTorch"]
-    lines = [page.row(heads), page.row(["---", *["---:"] * 6])]
+    lines = []
     for name, times in found["seconds"].items():
         tokens = found["new_tokens_a_second"].get(name)
         ratio = found["ratio_to_pytorch"].get(name)
         each = f"{found['questions_a_second'][name]:.1f}"
         cells = [each, "–" if tokens is None else f"{tokens:.0f}", "" if ratio is None else f"{ratio:.2f}"]
-        lines.append(page.row([name, *_seconds(times), *cells]))
-    return "\n".join(lines) + (
+        lines.append([name, *_seconds(times), *cells])
+    return _numbers(heads, lines) + (
         f"\n\nA LLaVA of {found['parameters'] / 1e6:,.0f} M parameters; {found['questions']} questions about "
         f"{found['pictures']} pictures of {found['image_tokens']} tokens, {found['batch']} at a time; "
         f"{found['new_tokens']} tokens written, {found['options']} options a question. Medians of {len(times)} rounds. "
@@ -196,11 +191,11 @@ def answers(found: Mapping[str, Any]) -> str:
 def levels(found: Mapping[str, Any]) -> str:
     """How long methods take to forget as much: of benchmarks/forget_level.py."""
     heads = ["method", "steps", "forget VQA ↓", "retain VQA ↑", "preparing, s", "a step, s", "all steps, s"]
-    lines = [page.row(heads), page.row(["---", *["---:"] * 6])]
+    lines = []
     for row in found["rows"]:
         cells = [row["steps"], *(f"{100 * row[name]:.1f}" for name in ("forget", "retain"))]
         seconds = [f"{row['prepare_seconds']:.1f}", f"{row['step_seconds']:.3f}", f"{row['train_seconds']:.1f}"]
-        lines.append(page.row([row["method"], *map(str, cells), *seconds]))
+        lines.append([row["method"], *map(str, cells), *seconds])
     usual, *ours = found["rows"]
     enough = [row for row in ours if row["forget"] <= usual["forget"]]
     said = "None of these runs of VKD forgets as much as GradDiff on all weights."
@@ -214,17 +209,18 @@ def levels(found: Mapping[str, Any]) -> str:
         )
     about = f"Right answers in per cent; {usual['questions']} questions about the people to forget, one seed. Preparing"
     about += " compiles, too; the seconds of steps are those of a median step."
-    return "\n".join([*lines, "", f"{said} {about} {_where(found)}"])
+    return f"{_numbers(heads, lines)}\n\n{said} {about} {_where(found)}"
 
 
 def quantization(found: Mapping[str, Any]) -> str:
     """What a quantised language model costs: of benchmarks/quantization.py."""
-    lines = [page.row(["held in", "cosine", "KL, nats", "top-1", "bytes", "share"]), page.row(["---", *["---:"] * 5])]
+    lines = []
     for row in found["rows"]:
         cells = [f"{row['cosine']:.5f}", f"{row['kl']:.2e}", f"{row['top1']:.4f}"]
-        lines.append(page.row([row["quantize"] or "float32", *cells, f"{row['bytes']:,}", f"{row['share']:.3f}"]))
+        lines.append([row["quantize"] or "float32", *cells, f"{row['bytes']:,}", f"{row['share']:.3f}"])
+    heads = ["held in", "cosine", "KL, nats", "top-1", "bytes", "share"]
     about = f"{found['model']}: {found['questions']} questions, {found['answer_tokens']} answer tokens. "
-    return "\n".join([*lines, "", about + _where(found)])
+    return f"{_numbers(heads, lines)}\n\n{about}{_where(found)}"
 
 
 def bought(shares: Mapping[str, float]) -> str:
@@ -336,6 +332,11 @@ def _caption(found: Mapping[str, Any], columns: Sequence[str], compared: bool) -
         "training, the mean over seeds. MiB: what a step holds, by the compiler's account. "
         f"Commit {', '.join(commit[:7] for commit in found['meta']['commits'])}; `{found['meta']['command']}`"
     )
+
+
+def _numbers(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of a name and numbers a row."""
+    return "\n".join(page.row(cells) for cells in (heads, ["---", *["---:"] * (len(heads) - 1)], *rows))
 
 
 def _where(found: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ vision block, whose output nothing reads, runs in transformers alone.
 """
 
 import copy
+import dataclasses
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
@@ -30,8 +31,8 @@ from command import by_turns, run
 
 from vkd_jax import convert, defaults, methods, optim, tables, train
 from vkd_jax.data.processing import Batch
+from vkd_jax.methods import base
 from vkd_jax.models import llava
-from vkd_jax.models.base import bind
 
 IMAGE = 4  # the image token
 ANSWER = 8  # tokens
@@ -202,13 +203,12 @@ def with_targets(folder: Path, dtype: str, batches: Mapping[str, Batch], taps: t
     graphdef, params, _ = convert.load(folder, dtype=dtype)
     found = {}
     for name, given in batches.items():
-        _, seen = jax.jit(lambda pictures: bind(graphdef, params).encode(pictures))(given.pictures)
         cached = {}
-        for tap in taps:
-            values = np.asarray(seen[tap].values, np.float32)
+        for tap, tokens in base.teacher_taps(graphdef, params, given.pictures, taps).items():
+            values = tokens.values.astype(np.float32)
             cached[f"target/{tap}"] = np.roll(values, 1, axis=0) if name == "forget" else values
             cached[f"scale/{tap}"] = np.full(len(values), np.square(values).mean())
-        found[name] = Batch(**{**vars(given), "cached": cached})
+        found[name] = dataclasses.replace(given, cached=cached)
     return found
 
 

@@ -54,9 +54,10 @@ patiently() {
   return 1
 }
 
-# need VARIABLE MEANING: refuses to go on without it.
+# need VARIABLE MEANING: refuses to go on without it, or with what no name of Google's is made of.
 need() {
   [[ -n ${!1:-} ]] || fail "$1 is empty: set it to $2, as in $1=... $SELF ${COMMAND:-create}."
+  [[ ${!1} =~ ^[a-z0-9][a-z0-9_.:-]*$ ]] || fail "$1=${!1} cannot be: set it to $2, in small letters."
 }
 
 # Prints the comment at the top of the script.
@@ -116,6 +117,7 @@ know_type() {
   [[ ${TYPE#*-} =~ ^($sizes)$ ]] || fail "TYPE=$TYPE is no size of ${TYPE%-*}: give one of ${sizes//|/, }."
   VERSION=${VERSION:-$version}
   ZONE=${ZONE:-$zone}
+  [[ $ZONE =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "ZONE=$ZONE is no zone: give one such as $zone."
 }
 
 # Refuses a program that would run on each of many hosts as if it were alone.

@@ -429,7 +429,7 @@ def test_chip_hours_by_hand():
         "| chip-hours | s | t |",
         "| --- | ---: | ---: |",
         "| M | 3.56 | too large |",
-        "| N | too large | – |",
+        "| N | no | – |",
     ]
 
 

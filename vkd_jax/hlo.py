@@ -106,6 +106,7 @@ class Instruction:
         return tuple(re.findall(r"%([\w.-]+)", self.rest[: _closing("(" + self.rest, 0) - 1]))
 
 
+@functools.lru_cache(maxsize=1)  # a page is megabytes, and three things are read from it
 def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """Every computation's instructions, and the name of the entry."""
     found: dict[str, list[Instruction]] = {}

@@ -138,8 +138,9 @@ def chip_hours(found: Sequence[Mapping[str, Any]]) -> str:
 def _cost(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "–"
-    fits = "error" not in row and next(iter(row["steps"].values()))["fits"]
-    return f"{_chip_hours(row):.2f}" if fits else "too large"
+    if "error" in row:
+        return "no"
+    return f"{_chip_hours(row):.2f}" if next(iter(row["steps"].values()))["fits"] else "too large"
 
 
 def _seconds_a_row(row: Mapping[str, Any]) -> float:

@@ -60,6 +60,12 @@ need() {
   [[ ${!1} =~ ^[a-z0-9][a-z0-9_.:-]*$ ]] || fail "$1=${!1} cannot be: set it to $2, in small letters."
 }
 
+# switch VARIABLE: refuses what is neither empty nor 1, such as a 0 that would be taken for yes.
+switch() {
+  printf -v "$1" %s "${!1:-}"
+  [[ ${!1} =~ ^1?$ ]] || fail "$1=${!1}: set it to 1, or leave it out."
+}
+
 # Prints the comment at the top of the script.
 help() {
   local line

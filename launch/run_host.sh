@@ -23,6 +23,9 @@ fail() {
 # Whether no run holds the lock.
 idle() { flock --nonblock "$LOCK" true; }
 
+# signal NAME: sends it to the run; one that was detached leads a group, what installs the program among it.
+signal() { kill "-$1" -- "-$process" 2> /dev/null || kill "-$1" "$process" 2> /dev/null || true; }
+
 case ${1:-} in
   "") fail "nothing to run: launch/run_host.sh PROGRAM ..." ;;
   --help | -h)
@@ -39,11 +42,11 @@ case ${1:-} in
       exit
     fi
     process=$(< "$LOCK")
-    kill -TERM "$process" || true
+    signal TERM
     if flock --timeout "${GRACE:-60}" "$LOCK" true; then
       echo "$(hostname): stopped"
     else
-      kill -KILL "$process"
+      signal KILL
       echo "$(hostname): killed after ${GRACE:-60} s; what it had not saved is lost"
     fi
     exit
@@ -63,7 +66,7 @@ flock --nonblock 9 || fail "a run is under way on $(hostname), process $(< "$LOC
 : > "$LOCK"
 echo "$$" >&9
 
-cd -- "${BASH_SOURCE[0]%/*}/.."
+cd -- "${0%"${0##*/}"}./.."
 echo "$(date -u +%FT%TZ) $(hostname): $*"
 # The Python of TPU images may be too old for JAX; uv brings one that is not.
 python3 -m uv --version > /dev/null 2>&1 || python3 -m pip install --quiet --user uv

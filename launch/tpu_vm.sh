@@ -29,14 +29,14 @@
 #   WORKER     0; the host whose log is followed
 set -euo pipefail
 # shellcheck source=launch/common.sh
-source "${BASH_SOURCE[0]%/*}/common.sh"
+source "${0%"${0##*/}"}./common.sh"
 
 read_command_line "setup create status sync run logs stop delete" "$@"
 need PROJECT "the id of your Google Cloud project"
 TYPE=${TYPE:-v5litepod-4}
 NAME=${NAME:-vkd}
-SPOT=${SPOT:-}
-QUEUED=${QUEUED:-}
+switch SPOT
+switch QUEUED
 ACCOUNT=${ACCOUNT:-vkd@$PROJECT.iam.gserviceaccount.com}
 know_type
 WHERE=("--project=$PROJECT" "--zone=$ZONE")

@@ -26,14 +26,14 @@
 #   WORKER     0; the host whose log is followed
 set -euo pipefail
 # shellcheck source=launch/common.sh
-source "${BASH_SOURCE[0]%/*}/common.sh"
+source "${0%"${0##*/}"}./common.sh"
 
 read_command_line "create run status logs stop delete" "$@"
 need PROJECT "the id of your Google Cloud project"
 TYPE=${TYPE:-v5litepod-16}
 NAME=${NAME:-vkd}
 WORKLOAD=${WORKLOAD:-vkd-run}
-SPOT=${SPOT:-}
+switch SPOT
 know_type
 [[ $TYPE != v5litepod-[14] ]] || fail "XPK has no $TYPE: take v5litepod-8 or larger, or launch/tpu_vm.sh."
 CLUSTER=("--cluster=$NAME" "--project=$PROJECT" "--zone=$ZONE")

@@ -82,3 +82,12 @@ def test_loops_are_counted_as_often_as_they_turn():
         return jax.lax.scan(lambda x, _: (x @ x, None), x, length=7)[0]
 
     assert arithmetic.traced(loop, jnp.ones((3, 3))) == 7 * 2 * 27
+
+
+def test_what_a_teacher_multiplies_in_integers_by_hand(config):
+    """The forward products of its language model's blocks: a third of those of a student that keeps everything."""
+    config.model.update(quantize="w8a8", remat="")
+    drawn = draw(config, "kl", train="visual")
+    found = plan.flops(drawn)
+    stream = found["language_model"].integers / len(drawn.batches)
+    assert found["teacher"].integers == stream / 2 > 0

@@ -484,3 +484,15 @@ def test_export_spares_what_is_no_model(copy, tmp_path):
     with pytest.raises(ValueError, match="on disk"):
         convert.export({"projector/fc1/bias": jnp.ones(1)}, copy, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_export_left_goes_with_the_next(tiny_folder, tmp_path, monkeypatch):
+    _, _, config = convert.load(tiny_folder)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with convert._new_folder(tmp_path / "new") as folder:
+            (folder / "model.safetensors").write_text("half")
+            raise KeyboardInterrupt
+    assert len(list(tmp_path.iterdir())) == 1
+    convert.export({}, tiny_folder, tmp_path / "new", config)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

@@ -133,6 +133,13 @@ def test_the_version_goes_with_the_type(dry, kind, version):
     assert "--version=other" in dry("tpu_vm.sh", "create", TYPE=kind, VERSION="other")[1][0].split()
 
 
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "xpk.sh"])
+def test_a_script_may_be_called_from_its_own_folder(script):
+    env = {"PATH": "", "PROJECT": "p"}
+    done = subprocess.run([BASH, script, "create", "--dry-run"], cwd=ROOT / "launch", env=env, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and b"create" in done.stdout
+
+
 # ---- What is refused ----
 
 
@@ -144,6 +151,8 @@ def test_the_version_goes_with_the_type(dry, kind, version):
         (["tpu_vm.sh", "setup"], {}, "BUCKET is empty: set it to the name of the bucket"),
         (["tpu_vm.sh", "setup"], {"BUCKET": "gs://b"}, "BUCKET=gs://b cannot be: set it to the name of the bucket"),
         (["xpk.sh", "create"], {"PROJECT": "My Project"}, "PROJECT=My Project cannot be: set it to the id"),
+        (["tpu_vm.sh", "create"], {"QUEUED": "0"}, "QUEUED=0: set it to 1, or leave it out."),
+        (["xpk.sh", "create"], {"SPOT": "no"}, "SPOT=no: set it to 1, or leave it out."),
         (["tpu_vm.sh", "create"], {"ZONE": "us-west4"}, "ZONE=us-west4 is no zone: give one such as us-central1-a."),
         (["tpu_vm.sh", "run", "--", "python", "--dry-run"], {}, "--dry-run is ours, and stands before --."),
         (["tpu_vm.sh"], {}, "no command: give one of setup create status"),
@@ -390,6 +399,16 @@ def test_a_run_that_will_not_stop_is_killed(host):
     until(lambda: (host.home / "vkd.log").read_text().endswith("\nready\n"))
     assert host("--stop", GRACE="0.2")[0].endswith("killed after 0.2 s; what it had not saved is lost\n")
     until(lambda: host("--status")[0].endswith("no run is under way\n"))
+
+
+def test_what_installs_is_stopped_as_well(host):
+    """The shell is at `uv` then, which holds the lock as it does."""
+    tool = host.home.parent / "tools" / "python3"
+    tool.write_text(f'#!{BASH}\n: > "$HOME/installed"\nwhile :; do sleep .05; done\n')
+    host("--detach", "true")
+    until((host.home / "installed").exists)
+    assert host("--stop", GRACE="10")[0].endswith("stopped\n")
+    assert host("--status")[0].endswith("no run is under way\n")
 
 
 def test_what_is_sent_can_be_unpacked_twice(dry, tmp_path):

@@ -207,6 +207,8 @@ def test_taps_of_blocks_before_all_that_trains_are_refused(context):
     with pytest.raises(UserError, match="method.taps: vision/1 lies before all that trains"):
         vkd.prepare(context)
     VKD(blocks=1, taps=("vision/2", "projector"), mask_scope="none").prepare(context)
+    with pytest.raises(UserError, match="method.taps: the model has no vision/3; it has vision/0, .*, projector"):
+        VKD(taps=("vision/3",)).check_model(context.params, context.model_config)
 
 
 def test_cached_teacher_features_are_those_of_the_teacher(context):

@@ -1,5 +1,7 @@
 """The optimizer: what is masked does not move, whatever weight decay and momentum would like."""
 
+import re
+
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -68,8 +70,24 @@ def test_the_rate_of_each_step_by_hand(schedule, rest):
     rates = optim.rates(config(schedule=schedule, warmup_steps=2), 5)
     np.testing.assert_allclose(rates, [0.0, 0.05, *rest], rtol=1e-5)
     assert rates.dtype == np.float32 and optim.rates(config(), 1).shape == (1,)
-    with pytest.raises(UserError, match=r"train\.schedule='linear': give cosine or constant"):
-        optim.rates(config(schedule="linear"), 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("schedule", "linear", "some.train.schedule='linear': give cosine or constant."),
+        ("learning_rate", -1.0, "some.train.learning_rate=-1.0: give a number from 0."),
+        ("learning_rate", float("nan"), "learning_rate=nan: give"),
+        ("warmup_steps", -5, "warmup_steps=-5: give a number from 0."),
+        ("weight_decay", -0.1, "weight_decay=-0.1: give a number from 0."),
+        ("clip_norm", 0.0, "clip_norm=0.0: give a positive number"),
+        ("b2", 1.0, "b2=1.0: give a number from 0 to below 1."),
+    ],
+)
+def test_what_no_optimizer_can_do_is_refused(name, value, sentence):
+    optim.check(config(), "some.train")
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        optim.check(config(**{name: value}), "some.train")
 
 
 def test_an_update_is_as_long_as_its_rate():

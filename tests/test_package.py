@@ -162,7 +162,7 @@ def test_everything_is_installed(tmp_path):
 
 
 def repository_files(*suffixes: str) -> list[Path]:
-    folders = ["configs", "launch", "colabs", "tests", "vkd_jax"]
+    folders = ["benchmarks", "colabs", "configs", "docs", "launch", "tests", "vkd_jax"]
     files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     files += [*ROOT.glob("*"), ROOT / ".ci" / "run"]
     return sorted(path for path in files if path.is_file() and path.suffix in suffixes)

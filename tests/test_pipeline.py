@@ -1,11 +1,11 @@
 """Whole runs on a small random model: what they leave, that they continue, and what they may not touch."""
 
-import dataclasses
 import json
 import re
 import shutil
 import tempfile
 import types
+import weakref
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +18,7 @@ from vkd_jax import data as benchmarks
 from vkd_jax.data.processing import open_image
 from vkd_jax.loaded import Loaded
 from vkd_jax.types import UserError
+from vkd_jax.workdir import Workdir
 
 SHARD = "train-00000-of-00001.parquet"
 SUMMARY = {"accuracy", "correct", "n", "low", "high"}
@@ -145,11 +146,67 @@ def test_what_the_method_trains_is_held_in_float32_and_the_rest_as_asked(vkd, ti
         assert value.dtype == ("float32" if path in trained else "bfloat16"), path
 
 
-def test_a_base_of_another_kind_is_refused(tiny_model):
-    other = dataclasses.replace(tiny_model, config=dataclasses.replace(tiny_model.config, feature_layer=-1))
-    assert tiny_model.same_kind(tiny_model, "base") is tiny_model
-    with pytest.raises(UserError, match="config.model.base is a model of another kind or size"):
-        tiny_model.same_kind(other, "base")
+@pytest.mark.parametrize(("name", "fields"), [("retain_only", {}), ("base", {"method.target": "base"})])
+def test_a_model_of_another_kind_is_refused_before_any_is_loaded(make_config, tiny_folder, tmp_path, name, fields):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    changed = json.loads((other / "config.json").read_text()) | {"vision_feature_layer": -1}
+    (other / "config.json").write_text(json.dumps(changed))
+    config = make_config("vkd", **{f"model.{name}": str(other)}, **fields)
+    with pytest.raises(UserError, match=f"config.model.{name} is a model of another kind or size"):
+        pipeline.run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "answers").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "sentence"),
+    [
+        ("unlearn", {"train.schedule": "linear"}, "train.schedule='linear': give cosine"),
+        ("unlearn", {"train.steps": 0, "train.epochs": float("nan")}, "train.steps=0 and train.epochs=nan: give one"),
+        ("unlearn", {"method.teacher": "base"}, "needs the model before it was fine-tuned"),
+        ("finetune", {"finetune.train.batch_size.image": 0}, "finetune.train.batch_size.image=0: give at least 1"),
+        ("finetune", {"finetune.train.learning_rate": -1.0}, "finetune.train.learning_rate=-1.0: give"),
+    ],
+)
+def test_what_is_wrong_with_training_is_told_at_once_and_only_where_it_trains(
+    make_config, tiny_folder, stage, changes, sentence
+):
+    other = {"unlearn": "finetune", "finetune": "unlearn"}[stage]
+    config = make_config("vkd", **{"model.base": "" if "method.teacher" in changes else str(tiny_folder)}, **changes)
+    config.stage = stage
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        pipeline.checked(config)
+    config.update(stage=other)
+    config.model.base = str(tiny_folder)
+    pipeline.checked(config)
+
+
+def test_each_model_is_let_go_before_the_next_is_loaded(vkd, make_config, tmp_path, monkeypatch):
+    """Two at once may be more than a chip has room for."""
+    config = make_config("vkd", **{"model.retain_only": vkd.config.model.path})
+    job = types.SimpleNamespace(
+        workdir=Workdir(tmp_path, config), config=config, how=(), asked={}, **{"method": None, "mesh": None}
+    )
+    there, seen = weakref.WeakSet(), []
+
+    class Model:
+        def __init__(self, folder):
+            there.add(self)
+
+    def look(name, value=None):
+        return lambda *_: seen.append((name, len(there))) or value
+
+    monkeypatch.setattr(pipeline.Loaded, "open", lambda folder: Model(folder))
+    monkeypatch.setattr(pipeline, "judged", lambda job, name, model: look(f"judge {name}", [])())
+    monkeypatch.setattr(pipeline, "_unlearned", look("unlearn", tmp_path))
+    for name in ("_text_scores", "_evidence", "write_results"):
+        monkeypatch.setattr(pipeline, name, look(name, {}))
+    monkeypatch.setattr(pipeline.convert, "manifest", look("manifest", {}))
+    monkeypatch.setattr(pipeline.report, "write", look("report"))
+    pipeline.unlearn(job, {})
+    counts = dict(seen)
+    assert {"judge retain_only", "judge vanilla", "unlearn", "judge unlearned", "manifest"} <= counts.keys()
+    assert max(counts.values()) == 1 and counts["manifest"] == 0
 
 
 def test_text_answers_stay_and_answers_about_pictures_move(vkd):

@@ -359,6 +359,22 @@ def test_the_table_goes_on_where_it_stood(small, here, tmp_path, capsys, monkeyp
     assert "Tiny on v5e-1, " in capsys.readouterr().out
 
 
+def test_two_may_write_one_table(small, here, tmp_path, monkeypatch):
+    file, planned = tmp_path / "plans.json", plan.plan
+    small.plans.only = ("v5e-1",)
+
+    def meanwhile(*args):
+        monkeypatch.setattr(plan, "plan", planned)
+        other = small.copy_and_resolve_references()
+        other.plans.only = ("v5e-4",)
+        plan.table(other, file)
+        return planned(*args)
+
+    monkeypatch.setattr(plan, "plan", meanwhile)
+    plan.table(small, file)
+    assert [row["slice"] for row in json.loads(file.read_text())] == ["v5e-1", "v5e-4"]
+
+
 def test_a_program_that_changed_is_compiled_again(config, here):
     found = aot.compile_step(draw(config))
     assert aot.compile_step(draw(config)) == found and len(here) == 1

@@ -368,6 +368,8 @@ def test_a_method_that_trains_quantised_weights_is_refused_by_their_shapes(tiny_
         loaded.check_trainable(tiny_folder, config, unlearning.create("grad_diff", {}))
     with pytest.raises(UserError, match="blocks=9: the model has 3 vision blocks"):
         loaded.check_trainable(tiny_folder, config, unlearning.create("vkd", {"blocks": 9}))
+    with pytest.raises(UserError, match="method.taps: the model has no nose"):
+        loaded.check_trainable(tiny_folder, config, unlearning.create("vkd", {"taps": ("nose",)}))
 
 
 def test_an_export_holds_the_language_model_as_it_came(tiny_folder, tmp_path):

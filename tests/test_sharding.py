@@ -14,6 +14,12 @@ def test_more_devices_than_there_are_is_one_sentence():
     assert sharding.make_mesh(fsdp=-1).shape["fsdp"] == jax.device_count()
 
 
+@pytest.mark.parametrize("sizes", [dict(data=0, fsdp=-1), dict(tensor=-2), dict(data=-1, fsdp=-1)])
+def test_sizes_that_are_none_are_one_sentence(sizes):
+    with pytest.raises(UserError, match="config.mesh asks for .*: give numbers from 1, or once -1"):
+        sharding.make_mesh(**sizes)
+
+
 def test_a_path_without_a_rule_and_a_rule_without_a_path_are_named():
     with pytest.raises(ValueError, match=r"'b/bias'.*'c'"):
         sharding.check_total([("a/.*", P()), ("c", P())], ["a/kernel", "b/bias"])

@@ -4,10 +4,13 @@ import errno
 import json
 import os
 import pathlib
+import re
+import subprocess
 
 import ml_collections
 import pytest
 
+from vkd_jax import workdir
 from vkd_jax.types import UserError
 from vkd_jax.workdir import Workdir, disk_errors
 
@@ -54,6 +57,12 @@ def test_a_run_goes_on_on_other_devices(tmp_path):
     made.train.steps = 4
     with pytest.raises(UserError, match="train.steps"):
         Workdir(tmp_path, made)
+
+
+def test_a_folder_is_known_by_its_whole_path(tmp_path, monkeypatch):
+    """Orbax takes no other."""
+    monkeypatch.chdir(tmp_path)
+    assert Workdir("run", config()).path == tmp_path / "run"
 
 
 def test_other_kinds_of_places_are_refused_and_no_folder_of_their_name_is_made(tmp_path, monkeypatch):
@@ -147,3 +156,22 @@ def test_meta_says_how_to_do_it_again(tmp_path, monkeypatch):
     assert meta["config"]["train"]["steps"] == 3 and meta["seed"] == 0 and meta["protocol"] == "options"
     assert {"python", "jax", "flax", "transformers"} <= set(meta["versions"])
     assert meta["commit"] and meta["devices"] and meta["date"]
+
+
+def test_a_commit_is_of_the_tree_but_for_what_is_being_written(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x@y", *words], check=True)
+
+    monkeypatch.setattr(workdir, "__file__", str(tmp_path / "workdir.py"))
+    for name in ("workdir.py", "rows.json"):
+        (tmp_path / name).write_text("")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "x")
+    head = workdir.commit()
+    assert re.fullmatch("[0-9a-f]{40}", head)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.json").write_text("[]")
+    assert workdir.commit(but=pathlib.Path("rows.json")) == head and workdir.commit() == head + "+changes"
+    (tmp_path / "workdir.py").write_text("x = 1")
+    assert workdir.commit(but=pathlib.Path("rows.json")) == head + "+changes"

@@ -48,6 +48,7 @@ class Part:
     weights: float = 0.0
     recomputed: float = 0.0
     integers: float = 0.0  # of all these, those of products of 8-bit integers (`models.quantize.Integers`)
+    integers_forward: float = 0.0  # and of these, the forward ones
 
     @property
     def total(self) -> float:
@@ -123,7 +124,8 @@ def row(
                 again = {path: flops for path, flops in products.items() if not (ends and ends.search(path))}
                 part.recomputed = a + sum(again.values())
         passes = [products, products, again] if part.backward else [products]
-        part.integers = sum(f for p in passes for path, f in p.items() if isinstance(shapes[path], Integers))
+        integers = [sum(f for path, f in p.items() if isinstance(shapes[path], Integers)) for p in passes]
+        part.integers, part.integers_forward = sum(integers), integers[0]
         before = before or bool(trains) or (name == "projector" and "language_model/embed/embedding" in trainable)
         parts[name] = parts.get(name, Part()) + part
     return parts

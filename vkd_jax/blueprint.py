@@ -94,6 +94,7 @@ def draw(
         raise UserError(f"method {config.method.name} trains nothing, so it has no step to plan.")
     family, hf_config = read_model(config.model.path or config.model.base)
     graphdef, params, model_config = weights(family, hf_config, config, mesh, method, quantized=not whole)
+    method.check_model(params, model_config)
     paths = set(method.trainable(params, model_config))
     trainable = {path: Shape(x.shape, jnp.float32, sharding=x.sharding) for path, x in params.items() if path in paths}
     frozen = {path: x for path, x in params.items() if path not in paths}

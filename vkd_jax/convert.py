@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import errno
 import functools
+import glob
 import json
 import math
 import os
@@ -34,6 +35,8 @@ from vkd_jax.weights import Checkpoint, Folder, Meter, Tensor
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 Span = Sequence[tuple[int, int]]  # (first, behind the last) on each axis
+
+UNFINISHED = ".tmp"  # how the name of a folder ends that is being written
 
 # What an exported folder takes over beside the weights: configuration, tokenizer, processor, texts;
 # weights in any other format stay behind: they would still hold what was unlearned.
@@ -392,11 +395,13 @@ def _new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     new = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        new = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*{UNFINISHED}"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        new = pathlib.Path(tempfile.mkdtemp(UNFINISHED, f".{target.name}.", target.parent))
         new.chmod(0o755)
         yield new
         if target.exists():
-            old = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            old = pathlib.Path(tempfile.mkdtemp(UNFINISHED, f".{target.name}.old.", target.parent))
             os.replace(target, old)
             os.replace(new, target)
             shutil.rmtree(old)

@@ -6,7 +6,6 @@ import fnmatch
 import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 from vkd_jax.types import UserError
@@ -178,28 +177,38 @@ def upload(folder: pathlib.Path) -> None:
 def _downloaded(folder: pathlib.Path) -> pathlib.Path:
     """The `mirror` of a model folder in a bucket, of which only what changed is fetched."""
     target = mirror(folder)
-    with bucket_errors():
+    with bucket_errors(), _alone(target):
         there = {file.name: file for file in folder.iterdir()} if folder.is_dir() else {}
         if LAST not in there:
             raise UserError(f"There is no model folder {folder}; pass one with {LAST} and safetensors in it.")
         names = [name for name in there if any(fnmatch.fnmatch(name, pattern) for pattern in (*PATTERNS, *TEXTS))]
         target.mkdir(parents=True, exist_ok=True)
         for file in target.iterdir():
-            if file.name not in names:  # of an earlier model
-                file.unlink(missing_ok=True)
+            if file.name not in names:  # of an earlier model, or the part of a file that was broken off
+                file.unlink()
 
         def copy(name: str) -> None:
             about, file = there[name].stat(), target / name
             if file.exists() and (file.stat().st_size, int(file.stat().st_mtime)) == (about.length, about.mtime):
                 return
-            with tempfile.TemporaryDirectory(dir=target.parent) as temporary:  # several processes may be at it
-                there[name].copy(new := pathlib.Path(temporary) / name)
-                _date(new, there[name])
-                os.replace(new, file)
+            there[name].copy(new := target / f".{name}.tmp", overwrite=True)
+            _date(new, there[name])
+            os.replace(new, file)
 
         copy(LAST)  # first: a folder with it is a model's, and may be written over
         _each(copy, [name for name in names if name != LAST])
     return target
+
+
+@contextlib.contextmanager
+def _alone(target: pathlib.Path) -> Iterator[None]:
+    """Lets one process of this machine after the other fill a folder; who comes later finds what the first one made."""
+    import fcntl  # not on Windows, from where nobody reads buckets
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / f".{target.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _date(copy: pathlib.Path, original: pathlib.Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import tempfile
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,9 @@ class Loaded:
 
         What the method trains is held in float32, and what it adds to the model (adapters) begins here.
         """
-        family, hf_config = convert.read_config(folder)
+        family, model_config = kind(folder)
         how = quantize.parse(config.model.quantize)
-        processor = processing.Processor(folder, family.Config.from_hf(hf_config), max_pixels=config.model.max_pixels)
+        processor = processing.Processor(folder, model_config, max_pixels=config.model.max_pixels)
         graphdef, params, model_config = convert.load(
             folder,
             dtype=config.model.dtype,
@@ -58,12 +59,6 @@ class Loaded:
             )
         return cls(graphdef, params, model_config, processor, mesh)
 
-    def same_kind(self, other: "Loaded", name: str) -> "Loaded":
-        """The other model, config.model's `name`, which must be of the same family and size."""
-        if self.config != other.config:
-            raise UserError(f"config.model.{name} is a model of another kind or size than the one to unlearn.")
-        return other
-
     def encode(self, examples: Sequence[Example], buckets: int = 1) -> processing.EncodedSet:
         """Examples of one modality as arrays of at most `buckets` lengths."""
         return processing.encode_set(
@@ -75,15 +70,21 @@ class Loaded:
         return Answerer(self.graphdef, self.params, self.config, self.processor, batch_size=batch_size, mesh=self.mesh)
 
 
+def kind(folder: Path) -> tuple[types.ModuleType, Any]:
+    """A model's family and its configuration: two of one kind have the same weights by name and shape."""
+    family, hf_config = convert.read_config(folder)
+    return family, family.Config.from_hf(hf_config)
+
+
 def check_trainable(folder: Path, config: ml_collections.ConfigDict, method: methods.Method) -> None:
     """Refuses a method that cannot train this model, by its shapes alone.
 
     Raises:
-        UserError: it names weights that the model has not, or that are quantised.
+        UserError: it names weights or taps that the model has not, or weights that are quantised.
     """
-    family, hf_config = convert.read_config(folder)
-    model_config = family.Config.from_hf(hf_config)
+    family, model_config = kind(folder)
     _, shapes = base.abstract(lambda rngs: family.Model(model_config, rngs=rngs))
+    method.check_model(shapes, model_config)
     paths = method.trainable(shapes, model_config)
     if quantize.parse(config.model.quantize) and (frozen := [path for path in paths if quantize.quantizes(path)]):
         raise UserError(

@@ -1,5 +1,7 @@
 """The optimizer over the trainable weights: clip inside, mask last."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -7,6 +9,32 @@ import numpy as np
 import optax
 
 from vkd_jax.types import Params, UserError
+
+# What follows the warmup: (learning rate, steps from there on) -> the rate of each.
+SCHEDULES = {"cosine": optax.cosine_decay_schedule, "constant": lambda rate, steps: optax.constant_schedule(rate)}
+
+
+def check(config: ml_collections.ConfigDict, where: str) -> None:
+    """Refuses what no optimizer can do.
+
+    Args:
+        config: of a loop, as `create` and `rates` read it.
+        where: its name in the config of a run.
+
+    Raises:
+        UserError: which field it is, and what to give.
+    """
+    if config.schedule not in SCHEDULES:
+        raise UserError(f"{where}.schedule={config.schedule!r}: give {' or '.join(SCHEDULES)}.")
+    for name, right, what in (
+        ("learning_rate", 0 <= config.learning_rate < math.inf, "a number from 0"),
+        ("warmup_steps", config.warmup_steps >= 0, "a number from 0"),
+        ("weight_decay", 0 <= config.weight_decay < math.inf, "a number from 0"),
+        ("clip_norm", config.clip_norm > 0, "a positive number; 1e9 clips nothing"),
+        ("b2", 0 <= config.b2 < 1, "a number from 0 to below 1"),
+    ):
+        if not right:
+            raise UserError(f"{where}.{name}={config[name]}: give {what}.")
 
 
 def create(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
@@ -34,17 +62,9 @@ def rates(config: ml_collections.ConfigDict, steps: int) -> np.ndarray:
     Args:
         config: learning_rate, warmup_steps, schedule (cosine | constant).
         steps: of the whole run; the cosine ends there.
-
-    Raises:
-        UserError: there is no such schedule.
     """
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-    if config.schedule == "cosine":
-        rest = optax.cosine_decay_schedule(config.learning_rate, max(steps - config.warmup_steps, 1))
-    elif config.schedule == "constant":
-        rest = optax.constant_schedule(config.learning_rate)
-    else:
-        raise UserError(f"train.schedule={config.schedule!r}: give cosine or constant.")
+    rest = SCHEDULES[config.schedule](config.learning_rate, max(steps - config.warmup_steps, 1))
     schedule = optax.join_schedules([warmup, rest], [config.warmup_steps])
     return np.asarray(jax.vmap(schedule)(jnp.arange(steps)), np.float32).reshape(-1)
 

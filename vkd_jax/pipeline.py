@@ -21,7 +21,7 @@ from absl import logging
 from vkd_jax import attacks, convert, data, evaluate, hosts, hub, methods, metrics, report, sharding, train
 from vkd_jax.attacks.base import Subject
 from vkd_jax.defaults import STAGES
-from vkd_jax.loaded import Loaded, check_trainable, create
+from vkd_jax.loaded import Loaded, check_trainable, create, kind
 from vkd_jax.methods.base import Context, Prepared
 from vkd_jax.models import lora
 from vkd_jax.models.layers import REMAT
@@ -130,9 +130,14 @@ def checked(
         raise UserError("config.model.path is empty: pass the model that knows the people, a folder or a hub id.")
     if STAGES[config.stage] and not (config.model.base or config.model.create.to_dict()):
         raise UserError("config.model.base is empty: pass the model to fine-tune, a folder or a hub id.")
-    for chosen, section in ((method, config.train), (tuning, config.finetune.train)):
-        sizes = {name: train.batch_size(section, name, mesh) for name in chosen.losses()}
-        train.count_steps(section, sizes)  # of any number of rows: the fields are what is checked
+    if config.stage in UNLEARNS:
+        train.check(config.train, method.losses(), mesh, "train")
+        if method.asks_base and not (config.model.base or config.model.create.to_dict()):
+            raise UserError(
+                "the method needs the model before it was fine-tuned: pass its folder as --config.model.base=DIR."
+            )
+    if STAGES[config.stage]:
+        train.check(config.finetune.train, tuning.losses(), mesh, "finetune.train")
     if config.model.unlearned and config.stage != "audit":
         raise UserError("config.model.unlearned is a model to be judged: pass --config.stage=audit with it.")
     chosen = attacks.chosen(config) if config.stage in (*UNLEARNS, "audit") else {}
@@ -145,18 +150,23 @@ def check_models(job: Job) -> None:
     """Refuses, before anything is trained, models that do not go with the data or the methods.
 
     Raises:
-        UserError: a model is not there, is known to have met other people than it should have, or has not the weights
-            that a method trains.
+        UserError: a model is not there, is of another kind than the one to unlearn, is known to have met other people
+            than it should have, or has not the weights that a method trains.
     """
     config = job.config
     unlearns, finetunes = config.stage in UNLEARNS, bool(STAGES[config.stage])
     if not finetunes:
         given = {name: config.model[name] for name in ("path", "retain_only", "unlearned")}
+        given |= {"base": config.model.base} if unlearns and job.method.asks_base else {}
     else:
         given = {"base": "" if config.model.create.to_dict() else config.model.base}
+    kinds: list[Any] = []
     for name, value in given.items():
         if value:
             folder = hub.fetch(value)
+            kinds.append(kind(folder))
+            if kinds[0] != kinds[-1]:
+                raise UserError(f"config.model.{name} is a model of another kind or size than the one to unlearn.")
             _check_provenance(job, name, value, folder)
             for method in [job.tuning] * finetunes + [job.method] * unlearns:
                 check_trainable(folder, config, method)
@@ -224,7 +234,7 @@ def finetune(job: Job, name: str) -> Path:
 def unlearn(job: Job, made: dict[str, Path]) -> None:
     """load -> evaluate before -> prepare -> unlearn -> export -> evaluate after -> report.
 
-    Each model is evaluated, and attacked, before the next is loaded.
+    Each model is evaluated, attacked and let go before the next is loaded: a chip may have room for no more than one.
 
     Args:
         job: what to do.
@@ -234,25 +244,24 @@ def unlearn(job: Job, made: dict[str, Path]) -> None:
     source = made.get("vanilla") or hub.fetch(config.model.path)
     reference = made.get("retain_only") or (config.model.retain_only and hub.fetch(config.model.retain_only))
     if not workdir.has("results.json"):
-        with workdir.stage("load"):
-            model = Loaded.open(source, *job.how)
-        answers = {"vanilla": judged(job, "vanilla", model)}
+        others, evidence = {}, None
         if reference:
-            other = model.same_kind(Loaded.open(reference, *job.how), "retain_only")
-            answers["retain_only"] = judged(job, "retain_only", other)
-        evidence = None
+            others["retain_only"] = judged(job, "retain_only", _opened(job, reference))
+        model = _opened(job, source)
+        answers = {"vanilla": judged(job, "vanilla", model)} | others
         if _reports(config):
             given = config.model.unlearned
             target = hub.fetch(given) if given else _unlearned(job, model, source)
+            with workdir.stage("compare text"):
+                before = _text_scores(job, model)
+            del model
             with workdir.stage("manifest"):
                 manifest = hosts.agree(lambda: convert.manifest(source, target))
                 workdir.write("manifest.json", manifest)
-            unlearned = model.same_kind(
-                Loaded.open(target, *job.how), "unlearned"
-            )  # what is judged is what was written
+            unlearned = _opened(job, target)  # what is judged is what was written
             answers["unlearned"] = judged(job, "unlearned", unlearned)
             with workdir.stage("compare text"):
-                evidence = _evidence(job, model, unlearned, manifest, source)
+                evidence = _evidence(job, unlearned, before, manifest, source)
         write_results(job, answers, evidence)
     if _reports(config):
         with workdir.stage("report"):
@@ -261,20 +270,26 @@ def unlearn(job: Job, made: dict[str, Path]) -> None:
         logging.info("the report: %s", page)
 
 
+def _opened(job: Job, folder: Path) -> Loaded:
+    with job.workdir.stage("load"):
+        return Loaded.open(folder, *job.how)
+
+
 def _unlearned(job: Job, model: Loaded, source: Path) -> Path:
     """The folder of the unlearned model: made from the vanilla one, unless it is there."""
     workdir, config = job.workdir, job.config
     if workdir.has_model("unlearned"):
         return workdir.model("unlearned")
-    base = workdir.path / "base" if config.model.create.to_dict() else config.model.base
-    base = base and hub.fetch(base)
+    base = None
+    if job.method.asks_base:
+        base = hub.fetch(workdir.path / "base" if config.model.create.to_dict() else config.model.base)
     with workdir.stage("prepare"):
         sets = {name: _pairs(job, name) for name in ("forget", "retain")}
         sets |= {f"{name}_text": rows for name in sets if (rows := _texts(job, name))}
         context = Context(
             graphdef=model.graphdef,
             params=model.params,
-            load_base=(lambda: model.same_kind(Loaded.open(base, *job.how), "base").params) if base else None,
+            load_base=(lambda: Loaded.open(base, *job.how).params) if base else None,
             model_config=model.config,
             sets={name: model.encode(rows, config.train.buckets) for name, rows in sets.items()},
             seed=config.seed,
@@ -429,12 +444,12 @@ def _meta(job: Job) -> dict[str, Any]:
     }
 
 
-def _evidence(job: Job, model: Loaded, unlearned: Loaded, manifest: dict[str, Any], source: Path) -> dict[str, Any]:
-    """What changed in the model, and what did not."""
+def _evidence(job: Job, unlearned: Loaded, before: Any, manifest: dict[str, Any], source: Path) -> dict[str, Any]:
+    """What changed in the model, and what did not; `before` are the `_text_scores` of the vanilla one."""
     family, _ = convert.read_config(source)
-    changed = [convert.find_slot(family, model.config, name).path for name in manifest["changed"]]
+    changed = [convert.find_slot(family, unlearned.config, name).path for name in manifest["changed"]]
     found: dict[str, Any] = {
-        "text_logits_identical": _same_text_logits(model, unlearned, job.asked, job.config.eval.batch_size),
+        "text_logits_identical": jax.tree.all(jax.tree.map(np.array_equal, before, _text_scores(job, unlearned))),
         "manifest": {
             "changed": len(manifest["changed"]),
             "tensors": len(manifest["tensors"]),
@@ -446,10 +461,10 @@ def _evidence(job: Job, model: Loaded, unlearned: Loaded, manifest: dict[str, An
     if logged:
         found["step_bytes"] = int(logged[0]["step_bytes"])
     if job.config.stage in UNLEARNS:  # of a model that was given nobody says what trained
-        trainable = job.method.trainable(model.params, model.config)
+        trainable = job.method.trainable(unlearned.params, unlearned.config)
         found["trainable"] = {
-            "parameters": sum(math.prod(model.params[path].shape) for path in trainable),
-            "of": sum(math.prod(value.shape) for value in model.params.values()),
+            "parameters": sum(math.prod(unlearned.params[path].shape) for path in trainable),
+            "of": sum(math.prod(value.shape) for value in unlearned.params.values()),
         }
     return found
 
@@ -463,10 +478,9 @@ def _chance(asked: dict[str, list[Example]]) -> dict[str, dict[str, float]]:
     return {name: {kind: float(np.mean(x)) for kind, x in kinds.items()} for name, kinds in counts.items()}
 
 
-def _same_text_logits(before: Loaded, after: Loaded, asked: dict[str, list[Example]], batch_size: int) -> bool:
-    """Whether both models give the same bits for every answer that is offered to a text-only question."""
-    everything = [e for part in asked.values() for e in part]
+def _text_scores(job: Job, model: Loaded) -> Any:
+    """What the model says of every answer that is offered to a text-only question, to the bit."""
+    everything = [e for part in job.asked.values() for e in part]
     texts = [e for e in everything if e.image is None] or everything  # a question about a picture is a text without it
-    options = [e.options or (e.answer,) for e in texts]
-    scores = [model.answerer(batch_size).score([e.question for e in texts], options) for model in (before, after)]
-    return jax.tree.all(jax.tree.map(np.array_equal, *scores))
+    answerer = model.answerer(job.config.eval.batch_size)
+    return answerer.score([e.question for e in texts], [e.options or (e.answer,) for e in texts])

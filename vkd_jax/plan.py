@@ -18,6 +18,7 @@ compiler knows. Exit status: 0 done, 2 bad input (one sentence says what).
 import dataclasses
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import ml_collections
 from absl import app, flags
 
-from vkd_jax import aot, arithmetic, blueprint, defaults, main, methods, sharding, tables, workdir
+from vkd_jax import aot, arithmetic, blueprint, main, methods, sharding, tables, workdir
 from vkd_jax.blueprint import Blueprint, Lengths
 from vkd_jax.chips import CHIPS, Chip, devices
 from vkd_jax.models import quantize
@@ -225,7 +226,8 @@ def flops(drawn: Blueprint) -> dict[str, arithmetic.Part]:
         sizes = arithmetic.Sizes(patches, image_tokens, tokens, batch.at.shape[1])
         parts = arithmetic.row(config, drawn.shapes, drawn.state.params, sizes, drawn.method.depth(name, config))
         if name in drawn.method.teachers():
-            parts["teacher"] = arithmetic.Part(forward=sum(part.forward for part in parts.values()))
+            forward, integers = (sum(getattr(p, n) for p in parts.values()) for n in ("forward", "integers_forward"))
+            parts["teacher"] = arithmetic.Part(forward=forward, integers=integers, integers_forward=integers)
         for part, value in parts.items():
             scaled = arithmetic.Part(*(rows * x for x in dataclasses.astuple(value)))
             total[part] = total.get(part, arithmetic.Part()) + scaled
@@ -325,17 +327,13 @@ def table(config: ml_collections.ConfigDict, file: Path) -> None:
     Raises:
         UserError: the file holds something else.
     """
-    try:
-        made = json.loads(file.read_text()) if file.exists() else []
-        there = {(row["model_name"], row["slice"]): row for row in made}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--json={file} is there, and holds no rows of this table: {error}") from error
     rows = [(tuple(row[:2]), row[2]) for row in config.plans.rows]
     wanted = [(cell, given) for cell, given in rows if set(config.plans.only) <= set(cell)]
     if not wanted:
         raise UserError(f"no row is of {' and '.join(config.plans.only)}: give one model, one slice, or one of each.")
-    source = {"commit": workdir.commit(), "versions": aot.versions()}  # before the file itself is a change of the tree
+    source = {"commit": workdir.commit(but=file), "versions": aot.versions()}
     for cell, given in wanted:
+        there = _rows(file)
         row = dict(zip(("model_name", "slice"), cell, strict=True), command=f"python -m vkd_jax.plan {given}") | source
         old = there.get(cell, {"error": ""})
         if "+changes" in row["commit"] or "error" in old or not row.items() <= old.items():
@@ -343,20 +341,31 @@ def table(config: ml_collections.ConfigDict, file: Path) -> None:
             row |= _row(given) | {"run": {"examples": config.plans.examples}}
             print(f"{cell[0]} on {cell[1]}, {time.perf_counter() - started:.0f} s: {_said(row)}", flush=True)
         else:
-            row = old  # nothing has changed, so that it need not even be traced
-        there[cell] = row
+            continue  # nothing has changed, so that it need not even be traced
+        there = _rows(file) | {cell: row}  # another process may have written meanwhile
         order = [cell for cell, _ in rows if cell in there]
         workdir.write(file, ("[\n" + ",\n".join(json.dumps(there[cell]) for cell in order) + "\n]\n").encode())
 
 
+def _rows(file: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What is in the file, by model and slice."""
+    try:
+        made = json.loads(file.read_text()) if file.exists() else []
+        return {(row["model_name"], row["slice"]): row for row in made}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--json={file} is there, and holds no rows of this table: {error}") from error
+
+
 def _row(given: str) -> dict[str, Any]:
     """What `plan` finds by these flags, or why it cannot."""
+    values, own = flags.FlagValues(), sys.argv
+    define(values)
     try:
-        values = flags.FlagValues()
-        define(values)
-        settings = [flag for flag in given.split() if flag.startswith("--config.")]  # else read from sys.argv alone
-        main.parse(["plan", *(flag for flag in given.split() if flag not in settings)], values)
-        defaults.override(values.config, " ".join(flag.removeprefix("--config.") for flag in settings))
+        sys.argv = ["plan", *given.split()]  # which alone is read for overrides
+        main.parse(sys.argv, values)
+    finally:
+        sys.argv = own
+    try:
         return plan(values.config, values.topology, _lengths(values), values.compare)
     except UserError as error:
         return {"error": str(error)}

@@ -31,10 +31,12 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
     shape = [data, fsdp, tensor]
     devices = jax.devices() if devices is None else devices
     count = len(devices)
-    if shape.count(-1) == 1:
+    if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
+        raise UserError(f"config.mesh asks for {shape}: give numbers from 1, or once -1, which takes the rest.")
+    if -1 in shape:
         shape[shape.index(-1)] = max(count // -int(np.prod(shape)), 1)
     wanted = int(np.prod(shape))
-    if min(shape) < 1 or wanted > count:
+    if wanted > count:
         raise UserError(f"config.mesh asks for {shape} = {wanted} devices, but there are {count}; change config.mesh.")
     if jax.process_count() > 1 and wanted < count:
         raise UserError(

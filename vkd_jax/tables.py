@@ -101,7 +101,7 @@ def plans(found: Sequence[Mapping[str, Any]]) -> str:
                 f"{1e3 * step['seconds_at_least']:,.1f}",
                 step["bound"],
                 f"{1e3 * step['seconds_by_cycles']:,.1f}",
-                f"{1 / each:.1f}",
+                f"{1 / each:,.1f}",
                 f"{_chip_hours(row):.2f}",
                 f"{sent / 2**30:.2f}",
             ]
@@ -115,7 +115,7 @@ def plans(found: Sequence[Mapping[str, Any]]) -> str:
         ]
         lines.append(page.row([*name, *cells, *speed]))
     known = [row for row in found if "error" not in row]
-    commits = ", ".join(sorted({row["commit"][:7] for row in found}))
+    commits = ", ".join(sorted({_commit(row) for row in found}))
     examples = ", ".join(sorted({f"{row['run']['examples']:,}" for row in known}))
     tokens = ", ".join(f"{name} {n}" for name, n in {row["model_name"]: row["tokens"] for row in known}.items())
     compiling = sum(step["compiler"]["seconds"] for row in known for step in row["steps"].values())
@@ -344,8 +344,12 @@ def _where(found: Mapping[str, Any]) -> str:
     """On what a benchmark ran, and how to run it again."""
     cores = f"{found['cores']} cores" if found["device"] == "cpu" else found["device"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"On {cores}, {versions}; commit {_commit(found)}; `{found['command']}`"
+
+
+def _commit(found: Mapping[str, Any]) -> str:
     head, _, changes = found["commit"].partition("+")
-    return f"On {cores}, {versions}; commit {head[:7]}{changes and ' with changes'}; `{found['command']}`"
+    return head[:7] + (changes and " with changes")
 
 
 def _seconds(times: Sequence[float]) -> list[str]:

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -314,39 +314,60 @@ def abstract_state(tx: optax.GradientTransformation, trainable: Params, mesh: ja
     return TrainState(trainable, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere))
 
 
-def batch_size(config: ml_collections.ConfigDict, name: str, mesh: jax.sharding.Mesh) -> int:
+def check(config: ml_collections.ConfigDict, names: Iterable[str], mesh: jax.sharding.Mesh, where: str) -> None:
+    """Refuses settings that no training can have, before anything is read.
+
+    Args:
+        config: as of `fit`.
+        names: of the streams.
+        mesh: the devices.
+        where: the name of the settings in the config of a run.
+
+    Raises:
+        UserError: which one it is, and what to give.
+    """
+    for name in names:
+        batch_size(config, name, mesh, where)
+    count_steps(config, {}, where)
+    optim.check(config, where)
+
+
+def batch_size(config: ml_collections.ConfigDict, name: str, mesh: jax.sharding.Mesh, where: str = "train") -> int:
     """Rows of a stream's batch, all hosts together.
 
     Raises:
         UserError: the config names none, or it does not divide over the devices.
     """
     if name not in config.batch_size:
-        raise UserError(f"train.batch_size has no {name!r}, which the method needs; use a config made for it.")
+        raise UserError(f"{where}.batch_size has no {name!r}, which the method needs; use a config made for it.")
     size, shards = config.batch_size[name], mesh.shape["data"] * mesh.shape["fsdp"]
     if config.microbatches < 1:
-        raise UserError(f"train.microbatches={config.microbatches}: give at least 1.")
+        raise UserError(f"{where}.microbatches={config.microbatches}: give at least 1.")
     if size < 1:
-        raise UserError(f"train.batch_size.{name}={size}: give at least 1; a stream without questions is left out.")
+        raise UserError(f"{where}.batch_size.{name}={size}: give at least 1; a stream without questions is left out.")
     if size % (shards * config.microbatches):
         parts = f" in {config.microbatches} microbatches" if config.microbatches > 1 else ""
         raise UserError(
-            f"train.batch_size.{name}={size} does not divide over {shards} devices{parts}; "
+            f"{where}.batch_size.{name}={size} does not divide over {shards} devices{parts}; "
             f"use a multiple of {shards * config.microbatches}."
         )
     return size
 
 
-def count_steps(config: ml_collections.ConfigDict, rows: Mapping[str, int]) -> int:
+def count_steps(config: ml_collections.ConfigDict, rows: Mapping[str, int], where: str = "train") -> int:
     """How many steps a run has: `config.steps`, or as many as take every stream through `config.epochs`.
 
     Raises:
         UserError: both are given, or neither.
     """
-    if min(config.steps, config.epochs) != 0 or config.steps == config.epochs:
-        raise UserError(f"train.steps={config.steps} and train.epochs={config.epochs}: give one of them, the other 0.")
+    by_steps, by_epochs = config.steps > 0 and config.epochs == 0, config.steps == 0 and 0 < config.epochs < math.inf
+    if not (by_steps or by_epochs):
+        raise UserError(
+            f"{where}.steps={config.steps} and {where}.epochs={config.epochs}: give one of them, the other 0."
+        )
     for name in ("log_every", "checkpoint_every"):
         if config[name] < 1:
-            raise UserError(f"train.{name}={config[name]}: give at least 1.")
+            raise UserError(f"{where}.{name}={config[name]}: give at least 1.")
     epochs = (math.ceil(config.epochs * n / config.batch_size[name]) for name, n in rows.items())
     return config.steps or max(epochs, default=0)
 

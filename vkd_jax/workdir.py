@@ -39,7 +39,9 @@ class Workdir:
 
     def __init__(self, path: str | Path, config: ml_collections.ConfigDict):
         self.path = hub.place(path)
-        if not isinstance(self.path, Path):
+        if isinstance(self.path, Path):
+            self.path = self.path.absolute()  # as Orbax wants it
+        else:
             _check_packages()
         self.config = config
         self.timing: dict[str, float] = hosts.agree(self._claim)
@@ -152,7 +154,7 @@ def write(path: Path, data: bytes) -> Path:
         path.write_bytes(data)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may write one file
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
@@ -194,12 +196,21 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {old!r} there, {new!r} now"
 
 
-def commit() -> str:
-    """The repository's commit, with "+changes" when the tree differs from it; "unknown" outside a clone."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+def commit(but: Path | None = None) -> str:
+    """The repository's commit, with "+changes" when the tree differs from it; "unknown" outside a clone.
+
+    Args:
+        but: a file that may differ, as it is what is being written.
+    """
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.rstrip("\n")
+
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        head, *root = git("rev-parse", "HEAD", "--show-toplevel").split("\n")
+        names = [line[3:] for line in git("status", "--porcelain").splitlines()]
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head + ("+changes" if dirty.strip() else "")
+    changed = [name for name in names if but is None or Path(*root, name) != but.resolve()]
+    return head + ("+changes" if changed else "")

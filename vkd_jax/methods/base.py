@@ -187,8 +187,6 @@ def teacher_taps(
     @jax.jit
     def encode(params, pictures):
         _, taps = bind(graphdef, params).encode(pictures)
-        if unknown := sorted(set(names) - set(taps)):
-            raise UserError(f"method.taps: the model has no {', '.join(unknown)}; it has {', '.join(taps)}.")
         return {name: taps[name] for name in names}
 
     return in_batches(lambda part: encode(params, part), pictures, batch_size)

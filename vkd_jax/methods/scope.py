@@ -23,6 +23,7 @@ class Scope:
     lora_alpha: float = 16.0  # the adapters' output is scaled by lora_alpha / lora_rank
     lora_dropout: float = 0.05  # the share of an adapter's inputs that is dropped at each step
     mask_scope: ClassVar[str] = "none"  # a method with a mask says otherwise
+    asks_base: ClassVar[bool] = False  # whether `prepare` loads the model as it was before it met anybody
 
     def __post_init__(self):
         rank, alpha, dropout = self.lora_rank, self.lora_alpha, self.lora_dropout
@@ -38,6 +39,14 @@ class Scope:
     def trainable(self, paths: Iterable[str], model_config: Any) -> list[str]:
         """The paths of the weights that train."""
         return trainable_paths(paths, model_config, self.train, self.blocks)
+
+    def check_model(self, paths: Iterable[str], model_config: Any) -> None:
+        """Refuses a model, by the paths of its weights and its configuration, that does not go with these fields.
+
+        Raises:
+            UserError: which field it is.
+        """
+        self.trainable(paths, model_config)
 
     def teachers(self) -> Mapping[str, Any]:
         """`Prepared.teacher` of what `prepare` returns: {} for a method without."""

@@ -13,7 +13,8 @@ Reference: arXiv 2512.11325. No official code was at hand.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,11 +77,25 @@ class VKD(Scope):
                 "the saliency mask takes either method.mask_threshold or method.mask_keep; set exactly one."
             )
 
+    @property
+    def asks_base(self) -> bool:
+        """Whether `prepare` loads the model as it was before it met anybody."""
+        return "base" in (self.target, self.teacher)
+
+    def check_model(self, paths: Iterable[str], model_config: Any) -> None:
+        """Refuses taps that the model has not, or that no weight changes."""
+        blocks = [f"vision/{i}" for i in range(model_config.used_blocks)]
+        still = blocks[: frozen_blocks(self.trainable(paths, model_config), model_config)]
+        known = [*blocks, "features", "projector"]
+        for tap in self.taps:
+            if tap not in known:
+                raise UserError(f"method.taps: the model has no {tap}; it has {', '.join(known)}.")
+            if tap in still:
+                raise UserError(f"method.taps: {tap} lies before all that trains and never changes; name a later one.")
+
     def prepare(self, context: base.Context) -> base.Prepared:
         """Caches teacher features, forget targets and reference log-probabilities, and makes the saliency mask."""
-        prefix = frozen_blocks(self.trainable(context.params, context.model_config), context.model_config)
-        if still := [tap for tap in self.taps if tap in {f"vision/{i}" for i in range(prefix)}]:
-            raise UserError(f"method.taps: {still[0]} lies before all that trains and never changes; name a later one.")
+        self.check_model(context.params, context.model_config)
         sets = {
             name: augment.augmented(context.sets[name], copies, base.rng(context.seed, f"vkd/augment/{name}"))
             for name, copies in (("forget", self.augment_forget), ("retain", self.augment_retain))
@@ -111,8 +126,6 @@ class VKD(Scope):
         shapes, forgets = {}, stream == "forget"
         if not forgets or self.target != "none":
             for tap in self.taps:
-                if tap not in taps:
-                    raise UserError(f"method.taps: the model has no {tap}; it has {', '.join(taps)}.")
                 values = taps[tap].values
                 dtype = jnp.float32 if forgets and self.target == "anchor" else values.dtype
                 shapes[f"target/{tap}"] = jax.ShapeDtypeStruct(values.shape, dtype)

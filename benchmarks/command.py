@@ -43,8 +43,9 @@ def run(
     given = vars(parser.parse_args())
     file = given.pop("json")
     shown = [f"--{name}={value}" for name, value in given.items() if value != options[name][0]]
+    memory = [f"{name}={os.environ[name]}" for name in ("GLIBC_TUNABLES",) if name in os.environ]
     source = {
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *shown]),
+        "command": shlex.join([*memory, "python", f"benchmarks/{Path(sys.argv[0]).name}", *shown]),
         "commit": workdir.commit(),
         "cores": os.cpu_count(),
         "versions": {name: metadata.version(name) for name in ("jax", "torch", "transformers") if name in sys.modules},

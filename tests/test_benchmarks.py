@@ -105,10 +105,12 @@ def test_a_step_here_and_in_pytorch(tmp_path):
 
 
 @pytest.mark.slow
-def test_answers_here_and_in_pytorch(tmp_path):
+def test_answers_here_and_in_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # which changes what is measured
     shown, found = ran(tmp_path, "answers.py", "--size=tiny", "--rounds=1")
     assert set(found["ratio_to_pytorch"]) == {"writing", "choosing"} and found["new_tokens"] > 100
     assert shown == tables.answers(found) + "\n"
+    assert found["command"].startswith("GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/answers.py ")
 
 
 @pytest.mark.slow

@@ -43,7 +43,8 @@ def run(
     given = vars(parser.parse_args())
     file = given.pop("json")
     shown = [f"--{name}={value}" for name, value in given.items() if value != options[name][0]]
-    memory = [f"{name}={os.environ[name]}" for name in ("GLIBC_TUNABLES",) if name in os.environ]
+    tunables = os.environ.get("GLIBC_TUNABLES")  # how memory is handed out changes what is measured
+    memory = [f"GLIBC_TUNABLES={tunables}"] if tunables else []
     source = {
         "command": shlex.join([*memory, "python", f"benchmarks/{Path(sys.argv[0]).name}", *shown]),
         "commit": workdir.commit(),

@@ -184,9 +184,7 @@ def test_what_is_wrong_with_training_is_told_at_once_and_only_where_it_trains(
 def test_each_model_is_let_go_before_the_next_is_loaded(vkd, make_config, tmp_path, monkeypatch):
     """Two at once may be more than a chip has room for."""
     config = make_config("vkd", **{"model.retain_only": vkd.config.model.path})
-    job = types.SimpleNamespace(
-        workdir=Workdir(tmp_path, config), config=config, how=(), asked={}, **{"method": None, "mesh": None}
-    )
+    job = types.SimpleNamespace(workdir=Workdir(tmp_path, config), config=config, how=(), asked={})
     there, seen = weakref.WeakSet(), []
 
     class Model:

@@ -306,7 +306,7 @@ def test_without_a_vanilla_model_there_is_no_recovery(records):
         (dict(shares=(0,)), "attacks.relearn.shares: 0 is no share"),
         (dict(steps=0), "attacks.relearn: give at least one of steps"),
         (dict(learning_rate=0.0), "attacks.relearn: .*learning_rate above 0"),
-        (dict(batch_size=0), "attacks.relearn.batch_size.image=0: give at least 1"),
+        (dict(batch_size=0), "attacks.relearn.batch_size=0 is refused"),
     ],
 )
 def test_wrong_settings_are_told_before_anything_is_run(subject, fields, message):

@@ -226,8 +226,10 @@ def flops(drawn: Blueprint) -> dict[str, arithmetic.Part]:
         sizes = arithmetic.Sizes(patches, image_tokens, tokens, batch.at.shape[1])
         parts = arithmetic.row(config, drawn.shapes, drawn.state.params, sizes, drawn.method.depth(name, config))
         if name in drawn.method.teachers():
-            forward, integers = (sum(getattr(p, n) for p in parts.values()) for n in ("forward", "integers_forward"))
-            parts["teacher"] = arithmetic.Part(forward=forward, integers=integers, integers_forward=integers)
+            seen = sum(parts.values(), arithmetic.Part())
+            parts["teacher"] = arithmetic.Part(
+                forward=seen.forward, integers=seen.integers_forward, integers_forward=seen.integers_forward
+            )
         for part, value in parts.items():
             scaled = arithmetic.Part(*(rows * x for x in dataclasses.astuple(value)))
             total[part] = total.get(part, arithmetic.Part()) + scaled

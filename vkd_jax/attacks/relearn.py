@@ -81,7 +81,10 @@ class Relearn:
                     raise UserError(f"attacks.relearn.{name}: {share!r} is no share; give numbers between 0 and 1.")
         if self.steps < 1 or not self.learning_rate > 0:
             raise UserError("attacks.relearn: give at least one of steps, and a learning_rate above 0.")
-        train.check(self._section(), ["image"], sharding.make_mesh(**config.mesh), "attacks.relearn")
+        try:
+            train.batch_size(self._section(), "image", sharding.make_mesh(**config.mesh))
+        except UserError as error:
+            raise UserError(f"attacks.relearn.batch_size={self.batch_size} is refused: {error}") from error
 
     def run(self, subject: Subject) -> Records:
         """The answers before any attack and after each."""

@@ -335,6 +335,7 @@ def small(tiny_folder, tmp_path, monkeypatch):
 
 def test_the_table_goes_on_where_it_stood(small, here, tmp_path, capsys, monkeypatch):
     file, write = tmp_path / "plans.json", workdir.write
+    monkeypatch.setattr(workdir, "commit", lambda but=None: "0123abc")
 
     def once(path, data):
         if path == file and file.exists():
@@ -352,11 +353,14 @@ def test_the_table_goes_on_where_it_stood(small, here, tmp_path, capsys, monkeyp
     assert rows[0]["steps"] == first["steps"] and len(here) == 1 + 2  # no program is compiled again
     assert "give at least 1" in rows[2]["error"] and "error" not in rows[1]
     assert rows[1]["run"] == {"examples": 7200}
+    assert "Tiny on v5e-1, " in capsys.readouterr().out
     small.plans.only = ("v5e-1",)
     small.plans.rows = (*small.plans.rows[::-1],)
+    plan.table(small, file)  # what is of this commit is not even traced
+    assert (json.loads(file.read_text()), capsys.readouterr().out) == (rows, "")
+    monkeypatch.setattr(workdir, "commit", lambda but=None: "0123abc+changes")  # which may be any
     plan.table(small, file)
     assert len(here) == 3 and [row["slice"] for row in json.loads(file.read_text())] == ["none", "v5e-4", "v5e-1"]
-    assert "Tiny on v5e-1, " in capsys.readouterr().out
 
 
 def test_two_may_write_one_table(small, here, tmp_path, monkeypatch):

@@ -7,6 +7,11 @@ from planned import draw
 
 from vkd_jax import arithmetic, plan
 
+# The tiny language model: products of a block for sixteen tokens, and of the last one, where nothing is computed
+# again: keys and values for sixteen, the rest for the five that answer.
+BLOCK = 2 * 16 * (2 * 24 * 24 + 2 * 24 * 12 + 3 * 24 * 40)
+LAST = 2 * 16 * (2 * 24 * 12) + 2 * 5 * (2 * 24 * 24 + 3 * 24 * 40)
+
 
 def test_operations_of_a_tiny_llava_by_hand(config):
     """Five patch slots (a class token and 2 x 2), four image tokens, sixteen tokens, five of them answer."""
@@ -17,11 +22,10 @@ def test_operations_of_a_tiny_llava_by_hand(config):
     assert found["vision_tower"].forward == rows * (patches + 3 * block)  # the fourth block feeds nothing
     projector = 2 * 4 * (16 * 24 + 24 * 24)
     assert found["projector"].forward == found["projector"].weights == rows * projector
-    layer = 2 * 16 * (2 * 24 * 24 + 2 * 24 * 12 + 3 * 24 * 40) + 4 * 16 * 16 * 24
-    assert found["language_model"].forward == rows * 2 * layer
+    attention = 4 * 16 * 16 * 24 + 4 * 5 * 16 * 24
+    assert found["language_model"].forward == rows * (BLOCK + LAST + attention)
     assert found["language_model"].weights == 0  # frozen
-    attention = 4 * 16 * 16 * 24
-    assert found["language_model"].backward == rows * 2 * (layer + attention)
+    assert found["language_model"].backward == rows * (BLOCK + LAST + 2 * attention)
     assert found["head"].forward == rows * 2 * 5 * 24 * 400 and found["head"].weights == 0
 
 
@@ -65,9 +69,9 @@ def test_products_of_integers_by_hand(config):
         config.model.update(quantize="w8a8", remat=remat)
         drawn = draw(config)
         found = plan.flops(drawn)
-        layer = 2 * 16 * (2 * 24 * 24 + 2 * 24 * 12 + 3 * 24 * 40)
-        again = layer - 2 * 16 * 24 * 40 if remat == "full" else 0
-        assert found["language_model"].integers == 5 * 2 * (2 * layer + again)
+        both = 2 * BLOCK if remat else BLOCK + LAST
+        again = 2 * (BLOCK - 2 * 16 * 24 * 40) if remat == "full" else 0
+        assert found["language_model"].integers == 5 * (2 * both + again)
         assert sum(part.integers for part in found.values()) == found["language_model"].integers
         counted = sum(part.total for part in found.values())
         assert counted == pytest.approx(arithmetic.traced(drawn.step, *drawn.inputs), rel=0.02)
@@ -87,5 +91,4 @@ def test_loops_are_counted_as_often_as_they_turn():
 def test_what_a_teacher_multiplies_in_integers_by_hand(config):
     """The forward products of its language model's two blocks, for the three retained rows alone."""
     config.model.update(quantize="w8a8", remat="")
-    layer = 2 * 16 * (2 * 24 * 24 + 2 * 24 * 12 + 3 * 24 * 40)
-    assert plan.flops(draw(config, "kl", train="visual"))["teacher"].integers == 3 * 2 * layer
+    assert plan.flops(draw(config, "kl", train="visual"))["teacher"].integers == 3 * (BLOCK + LAST)

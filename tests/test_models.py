@@ -12,7 +12,7 @@ from flax import nnx
 from vkd_jax import convert, models
 from vkd_jax.models import base, layers, llava
 from vkd_jax.models.clip_vit import VisionConfig, VisionTower
-from vkd_jax.models.decoder import DecoderConfig, rotate
+from vkd_jax.models.decoder import Decoder, DecoderConfig
 from vkd_jax.models.generate import greedy, last_token, option_log_probs
 from vkd_jax.types import UserError
 
@@ -59,17 +59,33 @@ def test_layer_norm_and_rms_norm_by_hand():
 
 
 def test_rotation_by_hand():
-    x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)  # pairs (1, 3), (2, 4); angles 1, 100 ** -0.5
-    y = rotate(x, jnp.array([[1]]), 100.0).ravel()
+    def rotate(x, places, *sections):
+        return layers.rotate(x, layers.turns(jnp.array(places), np.float32([1, 0.1]), sections, 8, jnp.float32))
+
+    x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)  # pairs (1, 3), (2, 4); angles n, n / 10
     c, s = np.cos([1, 0.1]), np.sin([1, 0.1])
     want = [1 * c[0] - 3 * s[0], 2 * c[1] - 4 * s[1], 3 * c[0] + 1 * s[0], 4 * c[1] + 2 * s[1]]
-    np.testing.assert_allclose(y, want, rtol=1e-6)
-    np.testing.assert_array_equal(rotate(x, jnp.array([[0]]), 100.0), x)
+    np.testing.assert_allclose(rotate(x, [[[1]]], 2).ravel(), want, rtol=1e-6)
+    np.testing.assert_array_equal(rotate(x, [[[0]]], 2), x)
+    np.testing.assert_array_equal(rotate(x, [[[-1]]], 2), x)  # where padding stands
     # Two axes: the first pair turns with the first (5), the second with the second (1).
     c, s = np.cos([5, 0.1]), np.sin([5, 0.1])
     want = [1 * c[0] - 3 * s[0], 2 * c[1] - 4 * s[1], 3 * c[0] + 1 * s[0], 4 * c[1] + 2 * s[1]]
-    np.testing.assert_allclose(rotate(x, jnp.array([[[5, 1]]]), 100.0, (1, 1)).ravel(), want, rtol=1e-5)
-    np.testing.assert_array_equal(rotate(x, jnp.array([[1]]), 100.0, (1, 1)).ravel(), y)
+    np.testing.assert_allclose(rotate(x, [[[5, 1]]], 1, 1).ravel(), want, rtol=1e-5)
+
+
+def test_a_token_that_stands_at_one_place_of_every_axis_turns_as_with_one():
+    found = []
+    for section in ((), (1, 1)):
+        text = dataclasses.replace(CONFIG.text, mrope_section=section)
+        decoder = Decoder(text, remat="", mesh=None, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+        x = jax.random.normal(jax.random.key(1), (1, 5, text.width))
+        positions, allowed = jnp.array([[0, 1, 2, 3, 3]]), jnp.tri(5, dtype=bool)[None]
+        found.append(decoder(x, positions, allowed)[0])
+        if section:
+            found.append(decoder(x, jnp.tile(positions[..., None], 2), allowed)[0])
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
 
 
 def test_attention_by_hand():

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from vkd_jax import convert, models, weights
-from vkd_jax.models import base, qwen2_5_vl, qwen2_vl, qwen_vit
+from vkd_jax.models import base, layers, qwen2_5_vl, qwen2_vl, qwen_vit
 from vkd_jax.models.decoder import DecoderConfig
 from vkd_jax.models.qwen_vit import VisionConfig
 from vkd_jax.types import UserError
@@ -117,18 +118,17 @@ def test_merged_places_by_hand():
 
 def test_rotation_by_hand():
     # Pairs (1, 5), (2, 6) turn with the row, 3, and (3, 7), (4, 8) with the column, 1; angles n and n / 10.
-    x = jnp.arange(1.0, 9.0).reshape(1, 1, 1, 8)
-    y = qwen_vit.rotate(x, jnp.array([[[7, 3, 1]]]), 100.0).ravel()
+    config = VisionConfig(**VISION, rope_theta=100.0)
+    tower = qwen_vit.VisionTower(config, remat="", mesh=None, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+    turned = tower._turns(jnp.array([[[7, 3, 1], *[[-1, -1, -1]] * 3]]))
+    x = jnp.tile(jnp.arange(1.0, 9.0), (1, 4, 1, 1))
     c, s = np.cos([3, 0.3, 1, 0.1]), np.sin([3, 0.3, 1, 0.1])
     low, high = np.arange(1.0, 5.0), np.arange(5.0, 9.0)
-    np.testing.assert_allclose(y, [*(low * c - high * s), *(high * c + low * s)], rtol=1e-5)
-
-
-def test_rotation_is_computed_in_float32():
-    x, where = jax.random.normal(jax.random.key(0), (1, 1, 2, 8)), jnp.array([[[0, 37, 23]]])
-    half = x.astype(jnp.bfloat16)
-    want = qwen_vit.rotate(half.astype(jnp.float32), where, 100.0).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(qwen_vit.rotate(half, where, 100.0), want)
+    y = layers.rotate(x, turned)
+    np.testing.assert_allclose(y[0, 0, 0], [*(low * c - high * s), *(high * c + low * s)], rtol=1e-5)
+    np.testing.assert_array_equal(y[0, 1:], x[0, 1:])  # padding
+    half = x.astype(jnp.bfloat16)  # in float32 all the same
+    np.testing.assert_array_equal(layers.rotate(half, turned), y.astype(jnp.bfloat16))
 
 
 def test_what_patches_see_by_hand():

@@ -17,7 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vkd_jax.models.layers import Embedding, Linear, RMSNorm, attention, over_rows, rematerialized, small_normal
+from vkd_jax.models.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    Turns,
+    attention,
+    over_rows,
+    rematerialized,
+    rotate,
+    small_normal,
+    turns,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,30 +60,6 @@ class Cache(NamedTuple):
     next: jax.Array  # int [b]: the position of each row's next token
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float, section: tuple[int, ...] = ()) -> jax.Array:
-    """Rotary position embedding (Su et al., arXiv 2104.09864): channel i is paired with channel i + c/2.
-
-    With `section`, positions have several axes (time, row, column: M-RoPE, Wang et al., arXiv 2409.12191), and the
-    first section[0] channel pairs turn with the first axis, the next section[1] with the second, and so on.
-
-    Args:
-        x: [b, t, heads, c].
-        positions: int [b, t], or [b, t, axes] with a section each; [b, t] is then the same on every axis.
-        theta: the base of the geometric series of wavelengths.
-        section: how many channel pairs turn with each axis; they add up to c / 2.
-
-    Returns:
-        [b, t, heads, c].
-    """
-    c = x.shape[-1]
-    frequency = theta ** (-jnp.arange(0, c, 2, dtype=jnp.float32) / c)
-    positions = positions[..., None] if positions.ndim == 2 else jnp.repeat(positions, np.array(section), axis=-1)
-    angle = positions[..., None, :].astype(jnp.float32) * frequency  # [b, t, 1, c / 2]
-    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
-    x1, x2 = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-
-
 def _causal(mask: jax.Array) -> jax.Array:
     """What each of these tokens sees, itself and those before it: bool [b, t], False at padding, to [b, t, t]."""
     return mask[:, None, :] & jnp.tri(mask.shape[1], dtype=bool)
@@ -88,26 +75,27 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, **options):
         c = config.head_width
-        self.head_width, self.theta, self.section = c, config.rope_theta, config.mrope_section
+        self.head_width = c
         self.q = Linear(config.width, config.heads * c, bias=config.qkv_bias, **options)
         self.k = Linear(config.width, config.kv_heads * c, bias=config.qkv_bias, **options)
         self.v = Linear(config.width, config.kv_heads * c, bias=config.qkv_bias, **options)
         self.o = Linear(config.heads * c, config.width, bias=False, **options)
 
-    def __call__(self, x, positions, allowed, cached, at, asked=None):
+    def __call__(self, x, turned, allowed, cached, at, asked=None):
         """[b, t, d] to [b, t, d], or to [b, a, d] for the positions `asked`, int [b, a].
 
-        `cached` is every layer's (keys, values), written from `at`, (layer, slot), on.
+        `turned` is what `layers.turns` gives, `allowed`, bool [b, t, s], which keys each query sees, and `cached`
+        every layer's (keys, values), written from `at`, (layer, slot), on.
         """
-        own, turned = x, positions
+        own, own_turns = x, turned
         if asked is not None:
-            own, turned, allowed = (_pick(y, asked) for y in (x, positions, allowed))
+            own, own_turns, allowed = jax.tree.map(lambda y: _pick(y, asked), (x, turned, allowed))
         b, t, _ = own.shape
         q, k, v = (
             project(y).reshape(*y.shape[:2], -1, self.head_width)
             for project, y in ((self.q, own), (self.k, x), (self.v, x))
         )
-        q, k = (rotate(y, places, self.theta, self.section) for y, places in ((q, turned), (k, positions)))
+        q, k = rotate(q, own_turns), rotate(k, turned)
         if cached is not None:
             layer, slot = at
             cached = tuple(
@@ -144,15 +132,15 @@ class Block(nnx.Module):
         self.norm1, self.norm2 = RMSNorm(config.width, **norm), RMSNorm(config.width, **norm)
         self.attn, self.mlp = Attention(config, **options), MLP(config, **options)
 
-    def __call__(self, x, positions, allowed, cached, at, asked=None):
+    def __call__(self, x, turned, allowed, cached, at, asked=None):
         """[b, t, d] to [b, t, d], or to [b, a, d]; `cached`, `at` and `asked` as in `Attention`."""
-        y, cached = self.attn(self.norm1(x), positions, allowed, cached, at, asked)
+        y, cached = self.attn(self.norm1(x), turned, allowed, cached, at, asked)
         x = (x if asked is None else _pick(x, asked)) + y
         return x + self.mlp(self.norm2(x)), cached
 
-    def neurons(self, x: jax.Array, positions: jax.Array, allowed: jax.Array) -> jax.Array:
+    def neurons(self, x: jax.Array, turned: Turns, allowed: jax.Array) -> jax.Array:
         """The inner activations of the MLP: [b, t, d] to [b, t, f]."""
-        return self.mlp.neurons(self.norm2(x + self.attn(self.norm1(x), positions, allowed, None, None)[0]))
+        return self.mlp.neurons(self.norm2(x + self.attn(self.norm1(x), turned, allowed, None, None)[0]))
 
 
 class Decoder(nnx.Module):
@@ -190,13 +178,14 @@ class Decoder(nnx.Module):
         Returns:
             Hidden states [b, t or a, d] and the cache with the new keys and values.
         """
+        turned = self._turns(positions, allowed.shape[-1])
         unrolled = cache is None and not self.remat
         short = unrolled and at is not None  # the last block stands apart
 
         def body(carried, layer):
             block, number = layer
             at = None if cache is None else (number, cache.index)
-            x, cached = block(over_rows(carried[0], self.mesh), positions, allowed, carried[1], at)
+            x, cached = block(over_rows(carried[0], self.mesh), turned, allowed, carried[1], at)
             return (over_rows(x, self.mesh), cached), None
 
         body = rematerialized(body, self.remat)
@@ -209,7 +198,7 @@ class Decoder(nnx.Module):
         (x, cached), _ = jax.lax.scan(body, (x, cached), (blocks, numbers), unroll=unrolled)
         if short:
             block = jax.tree.map(lambda leaf: leaf[-1], self.blocks)
-            x = over_rows(block(over_rows(x, self.mesh), positions, allowed, None, None, at)[0], self.mesh)
+            x = over_rows(block(over_rows(x, self.mesh), turned, allowed, None, None, at)[0], self.mesh)
         if cache is not None:
             cache = cache._replace(keys=cached[0], values=cached[1], index=cache.index + x.shape[1])
         x = self.norm(x) if layers is None else x
@@ -259,12 +248,21 @@ class Decoder(nnx.Module):
         Returns:
             That tree, its arrays with a leading layer axis.
         """
-        allowed = _causal(mask)
+        turned, allowed = self._turns(positions, mask.shape[1]), _causal(mask)
 
         def body(x, block):
-            return block(x, positions, allowed, None, None)[0], reduce(block.neurons(x, positions, allowed))
+            return block(x, turned, allowed, None, None)[0], reduce(block.neurons(x, turned, allowed))
 
         return jax.lax.scan(body, x, self.blocks)[1]
+
+    def _turns(self, positions: jax.Array, length: int) -> Turns:
+        """By how much each token is turned, all positions being below `length`."""
+        c, sections = self.config.head_width, self.config.mrope_section
+        places = positions[..., None] if positions.ndim == 2 else positions
+        if places.shape[-1] == 1:  # the same on every axis
+            sections = (c // 2,)
+        frequency = np.float32(self.config.rope_theta) ** -(np.arange(0, c, 2, dtype=np.float32) / c)
+        return turns(places, frequency, sections, length, self.dtype)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Hidden states [..., d] to float32 logits [..., v]."""

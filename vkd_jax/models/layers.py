@@ -6,9 +6,11 @@ key/value head, c head channel.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,6 +24,8 @@ REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names(lora.PRODUCT),  # products with weights are kept
     "full": jax.checkpoint_policies.nothing_saveable,  # the block's input alone is kept
 }
+
+Turns = tuple[jax.Array, jax.Array]  # cosines and sines, [b, t, 1, c / 2] each
 
 ROWS = P(("data", "fsdp"))  # the axes of the mesh that rows of a batch lie over
 
@@ -166,6 +170,45 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | Non
         scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bmgts,bsmc->btmgc", weights, v).reshape(b, t, heads, c)
+
+
+def turns(places: jax.Array, frequency: np.ndarray, sections: Sequence[int], length: int, dtype: Any) -> Turns:
+    """Cosine and sine of the angles by which `rotate` turns: [b, t, 1, c / 2] each, for all heads and blocks.
+
+    Rows of a table that is made while this is traced. As functions of the places a CPU would compute them again for
+    each head and block, forward and backward: XLA fuses them into whatever takes them.
+
+    Args:
+        places: int [b, t, axes], from 0 to length - 1; what lies before is taken for 0.
+        frequency: float32 [c / 2], the angle of each channel pair at place 1.
+        sections: how many channel pairs turn with each axis: the first so many with the first, and so on.
+        length: of the table.
+        dtype: of what is returned.
+    """
+    angle = np.arange(length, dtype=np.float32)[:, None] * frequency
+    owned = np.split(angle, np.cumsum(sections)[:-1], axis=1)
+
+    def of(function: Callable[[np.ndarray], np.ndarray]) -> jax.Array:
+        tables = [jnp.asarray(function(part), dtype) for part in owned]
+        rows = [jnp.take(table, places[..., i], axis=0, mode="clip") for i, table in enumerate(tables)]
+        return jnp.concatenate(rows, axis=-1)[:, :, None]
+
+    return of(np.cos), of(np.sin)
+
+
+def rotate(x: jax.Array, turned: Turns) -> jax.Array:
+    """Rotary position embedding (Su et al., arXiv 2104.09864): channel i is paired with channel i + c/2.
+
+    Args:
+        x: [b, t, heads, c].
+        turned: what `turns` gives, in whose type this is computed.
+
+    Returns:
+        [b, t, heads, c].
+    """
+    cos, sin = turned
+    x1, x2 = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
 def place(x: jax.Array, is_image: jax.Array, features: jax.Array) -> jax.Array:

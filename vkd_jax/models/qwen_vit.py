@@ -18,7 +18,18 @@ import numpy as np
 from flax import nnx
 
 from vkd_jax.models.clip_vit import MLP
-from vkd_jax.models.layers import LayerNorm, Linear, RMSNorm, attention, gelu, lecun_normal, through
+from vkd_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    Turns,
+    attention,
+    gelu,
+    lecun_normal,
+    rotate,
+    through,
+    turns,
+)
 
 NORM_EPS = 1e-6  # no configuration says otherwise
 
@@ -99,41 +110,19 @@ def sees(where: jax.Array, window: int = 0) -> jax.Array:
 # The network.
 
 
-def rotate(x: jax.Array, where: jax.Array, theta: float) -> jax.Array:
-    """Rotary embedding in two dimensions: a half of the channel pairs turns with the row, a half with the column.
-
-    Channel i is paired with channel i + c/2, and both halves of the pairs have the same c/4 wavelengths. In
-    float32 whatever `x` is.
-
-    Args:
-        x: [b, p, h, c].
-        where: int [b, p, 3], picture, row and column of each patch.
-        theta: the base of the geometric series of wavelengths.
-
-    Returns:
-        [b, p, h, c].
-    """
-    c = x.shape[-1]
-    frequency = theta ** (-jnp.arange(0, c, 4, dtype=jnp.float32) / c)
-    angle = (where[..., 1:, None].astype(jnp.float32) * frequency).reshape(*where.shape[:2], 1, c // 2)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
-
-
 class Attention(nnx.Module):
     """Self-attention with biases and rotary places; queries, keys and values come from one kernel."""
 
     def __init__(self, config: VisionConfig, **options):
-        self.heads, self.theta = config.heads, config.rope_theta
+        self.heads = config.heads
         self.qkv = Linear(config.width, 3 * config.width, bias=True, **options)
         self.out = Linear(config.width, config.width, bias=True, **options)
 
-    def __call__(self, x: jax.Array, where: jax.Array, allowed: jax.Array) -> jax.Array:
-        """[b, p, d] to [b, p, d]; `allowed` from `sees`."""
+    def __call__(self, x: jax.Array, turned: Turns, allowed: jax.Array) -> jax.Array:
+        """[b, p, d] to [b, p, d]; `turned` from `turns`, `allowed` from `sees`."""
         b, p, d = x.shape
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, p, 3, self.heads, -1), 2, 0)
-        q, k = (rotate(x, where, self.theta) for x in (q, k))
+        q, k = (rotate(x, turned) for x in (q, k))
         return self.out(attention(q, k, v, allowed).reshape(b, p, d))
 
 
@@ -166,14 +155,14 @@ class Block(nnx.Module):
         self.norm1, self.norm2 = _norm(config, **options), _norm(config, **options)
         self.attn, self.mlp = Attention(config, **options), (GatedMLP if config.gated else MLP)(config, **options)
 
-    def __call__(self, x: jax.Array, where: jax.Array, allowed: jax.Array) -> jax.Array:
-        """[b, p, d] to [b, p, d]; `allowed` from `sees`."""
-        x = x + self.attn(self.norm1(x), where, allowed)
+    def __call__(self, x: jax.Array, turned: Turns, allowed: jax.Array) -> jax.Array:
+        """[b, p, d] to [b, p, d]; `turned` from `turns`, `allowed` from `sees`."""
+        x = x + self.attn(self.norm1(x), turned, allowed)
         return x + self.mlp(self.norm2(x))
 
-    def neurons(self, x: jax.Array, where: jax.Array, allowed: jax.Array) -> jax.Array:
+    def neurons(self, x: jax.Array, turned: Turns, allowed: jax.Array) -> jax.Array:
         """The inner activations of the MLP: [b, p, d] to [b, p, f]."""
-        return self.mlp.neurons(self.norm2(x + self.attn(self.norm1(x), where, allowed)))
+        return self.mlp.neurons(self.norm2(x + self.attn(self.norm1(x), turned, allowed)))
 
 
 class VisionTower(nnx.Module):
@@ -196,10 +185,10 @@ class VisionTower(nnx.Module):
     def __call__(self, hidden: jax.Array, where: jax.Array, start: int) -> list[jax.Array]:
         """Runs the blocks from `start` on the activations entering it; returns each block's output."""
         everything, window = sees(where), sees(where, self.config.window)
-        whole = jnp.asarray(self._whole()[start:])
+        turned, whole = self._turns(where), jnp.asarray(self._whole()[start:])
 
         def call(block, x, number):
-            return block(x, where, jnp.where(whole[number], everything, window))
+            return block(x, turned, jnp.where(whole[number], everything, window))
 
         return through(call, self.blocks[start:], hidden, self.remat, self.mesh)
 
@@ -207,8 +196,14 @@ class VisionTower(nnx.Module):
         """What `reduce` makes of the MLP's inner activations [b, p, f], of each block."""
         inputs = [hidden, *self(hidden, where, 0)][:-1]
         allowed = [sees(where, 0 if whole else self.config.window) for whole in self._whole()]
-        blocks = zip(self.blocks, inputs, allowed, strict=True)
-        return [reduce(block.neurons(x, where, allowed)) for block, x, allowed in blocks]
+        turned, blocks = self._turns(where), zip(self.blocks, inputs, allowed, strict=True)
+        return [reduce(block.neurons(x, turned, allowed)) for block, x, allowed in blocks]
+
+    def _turns(self, where: jax.Array) -> Turns:
+        """A half of the channel pairs turns with the row, a half with the column, at the same c/4 frequencies."""
+        c = self.config.width // self.config.heads
+        frequency = np.float32(self.config.rope_theta) ** -(np.arange(0, c, 4, dtype=np.float32) / c)
+        return turns(where[..., 1:], np.tile(frequency, 2), (c // 4, c // 4), where.shape[1], jnp.float32)
 
     def _whole(self) -> np.ndarray:
         """Of each block, whether a patch sees the whole picture there, and not its window alone."""

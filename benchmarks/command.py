@@ -15,7 +15,7 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone need not be installed
 
-from vkd_jax import workdir
+from vkd_jax import memory, workdir
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with PyTorch
 ROOT = Path(__file__).parents[1]
@@ -41,12 +41,13 @@ def run(
         parser.add_argument(f"--{name}", default=default, help=f"{meaning} (default: {default})", **kind)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     given = vars(parser.parse_args())
+    memory.keep_freed()  # as in a run; whatever else is measured in this process has it, too
     file = given.pop("json")
     shown = [f"--{name}={value}" for name, value in given.items() if value != options[name][0]]
     tunables = os.environ.get("GLIBC_TUNABLES")  # how memory is handed out changes what is measured
-    memory = [f"GLIBC_TUNABLES={tunables}"] if tunables else []
+    tuned = [f"GLIBC_TUNABLES={tunables}"] if tunables else []
     source = {
-        "command": shlex.join([*memory, "python", f"benchmarks/{Path(sys.argv[0]).name}", *shown]),
+        "command": shlex.join([*tuned, "python", f"benchmarks/{Path(sys.argv[0]).name}", *shown]),
         "commit": workdir.commit(),
         "cores": os.cpu_count(),
         "versions": {name: metadata.version(name) for name in ("jax", "torch", "transformers") if name in sys.modules},

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "vkd_jax"
 # Imports point from right to left; the modules of one place may import each other.
 ORDER = [
     {"types"},
-    {"registry", "hosts", "hlo"},
+    {"registry", "hosts", "hlo", "memory"},
     {"hub"},
     {"data"},
     {"models"},

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -50,6 +51,7 @@ def run(
         "command": shlex.join([*tuned, "python", f"benchmarks/{Path(sys.argv[0]).name}", *shown]),
         "commit": workdir.commit(),
         "cores": os.cpu_count(),
+        "processor": processor(),
         "versions": {name: metadata.version(name) for name in ("jax", "torch", "transformers") if name in sys.modules},
     }
     found = {**source, **measure(**given)}
@@ -57,6 +59,17 @@ def run(
     print(table(found))
     if file:
         workdir.write(file, (json.dumps(found, indent=1) + "\n").encode())
+
+
+def processor() -> str:
+    """The processor's name and its widest vectors, where Linux tells; libraries differ in what they make of either."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    names = re.findall(r"^model name\s*:\s*(.+?)\s*$", text, re.MULTILINE)[:1]
+    vectors = [name for name, flag in (("AVX-512", "avx512f"), ("AVX2", "avx2")) if re.search(rf"\b{flag}\b", text)]
+    return ", ".join([*names, *vectors[:1]])
 
 
 def by_turns(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

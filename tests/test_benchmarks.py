@@ -10,8 +10,15 @@ import pytest
 from vkd_jax import tables
 
 ROOT = Path(__file__).parents[1]
-WHERE = {"device": "cpu", "cores": 2, "versions": {"jax": "1"}, "commit": "0123456789", "command": "python x.py"}
-SAID = "On 2 cores, jax 1; commit 0123456; `python x.py`"
+WHERE = {
+    "device": "cpu",
+    "cores": 2,
+    "processor": "Fast, AVX2",
+    "versions": {"jax": "1"},
+    "commit": "0123456789",
+    "command": "python x.py",
+}
+SAID = "On 2 cores (Fast, AVX2), jax 1; commit 0123456; `python x.py`"
 
 
 # ---- Tables ----

@@ -342,7 +342,10 @@ def _numbers(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _where(found: Mapping[str, Any]) -> str:
     """On what a benchmark ran, and how to run it again."""
-    cores = f"{found['cores']} cores" if found["device"] == "cpu" else found["device"]
+    cores = found["device"]
+    if cores == "cpu":
+        processor = found.get("processor", "")  # older files do not say
+        cores = f"{found['cores']} cores" + (processor and f" ({processor})")
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return f"On {cores}, {versions}; commit {_commit(found)}; `{found['command']}`"
 

@@ -224,10 +224,11 @@ def all_hidden(graphdef, params, key, batch):
     features = model.encode(batch.pictures)[0]
     x, positions = model.embed(batch.tokens, batch.mask, features)
     allowed = batch.mask[:, None, :] & jnp.tri(x.shape[1], dtype=bool)
+    turned = model.language_model._turns(positions, x.shape[1])
     outputs = []
     for i in range(2):
         block = jax.tree.map(lambda leaf, i=i: leaf[i], model.language_model.blocks)
-        x, _ = block(x, positions, allowed, None, None)
+        x, _ = block(x, turned, allowed, None, None)
         outputs.append(x)
     return outputs
 

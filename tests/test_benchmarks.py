@@ -47,6 +47,8 @@ def test_steps_by_hand():
     assert "Medians of 3 steps" in caption and caption.endswith(SAID) and empty == ""
     with_changes = tables.steps(found | {"commit": "0123456789+changes", "device": "NVIDIA H200"})
     assert "On NVIDIA H200, jax 1; commit 0123456 with changes; `python x.py`" in with_changes
+    del found["processor"]  # older files do not say
+    assert "On 2 cores, jax 1;" in tables.steps(found)
 
 
 def test_answers_by_hand():
@@ -103,6 +105,7 @@ def ran(tmp_path, program, *options):
 @pytest.mark.slow
 def test_a_step_here_and_in_pytorch(tmp_path):
     shown, found = ran(tmp_path, "step_time.py", "--size=tiny", "--rounds=2")
+    assert isinstance(found["processor"], str)
     names = ["vkd", "grad_diff, all weights", "vkd in PyTorch", "vkd in PyTorch, teacher asked"]
     assert list(found["seconds"]) == names and {len(times) for times in found["seconds"].values()} == {2}
     for name in names[2:]:

@@ -117,7 +117,7 @@ def flags(root, base, workdir):
     fields |= {"train.batch_size.forget": 2, "train.batch_size.retain": 4, "train.steps": STEPS}
     fields |= {"finetune.train.batch_size.image": 4, "finetune.train.batch_size.text": 2}
     fields |= {"method.fisher_samples": 4, "method.fisher_chunk": 2, "method.augment_forget": 1}
-    fields |= {"method.mask_keep": 0.5}  # by default two weights at the mask's border are as good as equal
+    fields |= {"method.mask_keep": 0.5}  # where the ratios at its border are .1 % apart; by default .01 %, as rounding
     yield from (f"--config.{name}={value}" for name, value in fields.items())
 
 

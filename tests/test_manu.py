@@ -173,16 +173,16 @@ def activations(context, name):
         elif batch.pictures is not None:
             where = batch.pictures["where"]
             allowed = [qwen_vit.sees(where, 0 if i in config.vision.whole else config.vision.window) for i in range(2)]
-            found["vision_tower"] = run(
-                tower.blocks, tower.embed(batch.pictures["patches"]), [(where, x) for x in allowed]
-            )
+            given = [(tower._turns(where), x) for x in allowed]
+            found["vision_tower"] = run(tower.blocks, tower.embed(batch.pictures["patches"]), given)
         if batch.pictures is not None:
             features, _ = model.encode(batch.pictures)
         x, positions = model.embed(batch.tokens, batch.mask, features)
+        turned = model.language_model._turns(positions, x.shape[1])
         stacked = model.language_model.blocks
         blocks = [jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(config.text.layers)]
         allowed = batch.mask[:, None] & np.tri(batch.mask.shape[1], dtype=bool)
-        found["language_model"] = run(blocks, x, [(positions, allowed, None, None)] * len(blocks))
+        found["language_model"] = run(blocks, x, [(turned, allowed, None, None)] * len(blocks))
         return found
 
     real = {"language_model": batch.mask}

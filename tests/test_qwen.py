@@ -119,7 +119,8 @@ def test_merged_places_by_hand():
 def test_rotation_by_hand():
     # Pairs (1, 5), (2, 6) turn with the row, 3, and (3, 7), (4, 8) with the column, 1; angles n and n / 10.
     config = VisionConfig(**VISION, rope_theta=100.0)
-    tower = qwen_vit.VisionTower(config, remat="", mesh=None, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+    options = dict(dtype="bfloat16", param_dtype="float32", rngs=nnx.Rngs(0))
+    tower = qwen_vit.VisionTower(config, remat="", mesh=None, **options)
     turned = tower._turns(jnp.array([[[7, 3, 1], *[[-1, -1, -1]] * 3]]))
     x = jnp.tile(jnp.arange(1.0, 9.0), (1, 4, 1, 1))
     c, s = np.cos([3, 0.3, 1, 0.1]), np.sin([3, 0.3, 1, 0.1])

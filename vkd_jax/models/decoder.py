@@ -168,7 +168,7 @@ class Decoder(nnx.Module):
 
         Args:
             x: embedded tokens [b, t, d].
-            positions: int [b, t] or [b, t, axes], the rotary position of each token.
+            positions: int [b, t] or [b, t, axes], the rotary position of each token, below s.
             allowed: bool [b, t, s], which keys each query sees; s is t, or the number of slots of the cache.
             cache: where earlier keys and values stand; the new ones are written from slot `cache.index` on.
                 Its mask and next positions are the caller's to update.

@@ -179,7 +179,7 @@ def turns(places: jax.Array, frequency: np.ndarray, sections: Sequence[int], len
     each head and block, forward and backward: XLA fuses them into whatever takes them.
 
     Args:
-        places: int [b, t, axes], from 0 to length - 1; what lies before is taken for 0.
+        places: int [b, t, axes], from 0 to length - 1; what lies outside turns like the nearest of these.
         frequency: float32 [c / 2], the angle of each channel pair at place 1.
         sections: how many channel pairs turn with each axis: the first so many with the first, and so on.
         length: of the table.

@@ -13,6 +13,7 @@ DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",  # grain's workers are forks, and tokenizers warns about those
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "GCS_STAT_CACHE_MAX_AGE": "0",  # TensorFlow remembers sizes of files in buckets for seconds, and tests are quicker
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling well takes longer, and next to nothing here runs long
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
 }
 

@@ -20,7 +20,6 @@ from vkd_jax.types import UserError
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20
-FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiling badly is quick
 
 
 def test_a_checkpoint_holds_the_step_that_it_names_though_training_went_on(tmp_path):
@@ -75,7 +74,7 @@ def start(folder):
     """A run that prints its steps, and goes on from where it was killed."""
     return subprocess.Popen(
         [sys.executable, "-W", "error", ROOT / "tests/programs/kill_me.py", folder, str(STEPS)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

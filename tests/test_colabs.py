@@ -16,6 +16,7 @@ from vkd_jax import ask, hub, main, plan
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "colabs").glob("*.py"))
+OPTIMISED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # unlike the other tests: it trains for long
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' way to read one
 
 
@@ -133,7 +134,7 @@ def test_the_demo_runs(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "colabs" / "demo.py"],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "TMPDIR": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "TMPDIR": str(tmp_path)} | OPTIMISED,
         capture_output=True,
         text=True,
     )

@@ -10,17 +10,13 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLAGS = (  # compiling badly is quick, and here nothing runs long
-    "--xla_force_host_platform_device_count=8 "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     run = subprocess.run(
         [sys.executable, "-W", "error", ROOT / "tests/programs/devices.py", tmp_path_factory.mktemp("devices")],
-        env=os.environ | {"XLA_FLAGS": FLAGS, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiling; nothing runs long
 NUMBERS = ("scores", "answer_nll", "probability", "paraphrase_nll", "perturbed_nll", "truth_ratio")
 
 
-def start(*args, flags=""):
+def start(*args, devices=1):
     return subprocess.Popen(
         [sys.executable, "-W", "error", ROOT / "tests/programs/evaluate_devices.py", *map(str, args)],
-        env=os.environ | {"XLA_FLAGS": f"{flags} {QUICK}", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -34,7 +33,7 @@ def outcome(process):
 
 @pytest.fixture(scope="module")
 def alone():
-    return outcome(start(flags="--xla_force_host_platform_device_count=8"))
+    return outcome(start(devices=8))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiling; nothing runs long
 SLURM_PORTS = 61440  # JAX takes a port above it, by the job's number
 SHORT = dict(steps=2, epochs=0.0, warmup_steps=0, log_every=1, learning_rate=1e-2, buckets=1, checkpoint_every=100)
 STEPS, HOLD = 6, 2  # of unlearning, and where it is stopped
@@ -22,7 +21,7 @@ STEPS, HOLD = 6, 2  # of unlearning, and where it is stopped
 def start(*args, **more):
     return subprocess.Popen(
         [sys.executable, ROOT / "tests/programs/hosts.py", *map(str, args)],
-        env=os.environ | {"XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | more,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | more,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -24,7 +24,7 @@ def available() -> int:
 
 
 def load(folder, data, fsdp):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
         [sys.executable, "-W", "error", ROOT / "tests/programs/load_at_size.py", folder, str(data), str(fsdp)],
         env=environment | {"PYTHONPATH": str(ROOT)},

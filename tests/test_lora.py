@@ -36,9 +36,6 @@ CONFIG = llava.LlavaConfig(
 KEY = jax.random.key(7)
 INT8 = quantize.parse("int8")
 
-# Each runs once or twice, so compiling well costs more than it saves.
-OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 def random_params(shapes, seed=0):
     """Random weights of these shapes, drawn without compiling an initialiser."""
@@ -95,12 +92,12 @@ def batch():
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=OPTIONS)
+@functools.partial(jax.jit, static_argnums=0)
 def logits(graphdef, params, batch, key=None):
     return methods.answer_logits(base.bind(graphdef, params, key), batch)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=OPTIONS)
+@functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.grad, argnums=1)
 def gradient(graphdef, trainable, frozen, batch, key=None):
     answers, _ = methods.answer_logits(base.bind(graphdef, {**frozen, **trainable}, key), batch)
@@ -447,13 +444,9 @@ def test_halves_of_adapters_are_not_exported(tiny_folder, tmp_path):
 
 
 def test_every_mesh_computes_as_one_device_does():
-    flags = (
-        "--xla_force_host_platform_device_count=8 "
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    )
     run = subprocess.run(
         [sys.executable, "-W", "error", ROOT / "tests/programs/adapted.py"],
-        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

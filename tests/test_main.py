@@ -416,7 +416,7 @@ def test_two_processes_find_each_other(tmp_path):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     slurm = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": "0"}
-    env = os.environ | slurm | {"JAX_COORDINATOR_PORT": port, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    env = os.environ | slurm | {"JAX_COORDINATOR_PORT": port, "PYTHONPATH": str(ROOT)}
     args = [sys.executable, "-m", "vkd_jax.main", f"--config={TINY}", "--distributed", "--config.mesh.data=3"]
     processes = [
         subprocess.Popen(

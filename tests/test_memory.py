@@ -2,6 +2,7 @@
 
 import os
 import platform
+import queue
 import subprocess
 import sys
 import types
@@ -9,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from vkd_jax import memory
+from vkd_jax import compare, memory
 
 # Steps with 128 MiB of temporary memory: how many of them are found anew by one, in pages of 4 KiB as huge ones are
 # turned off; with an argument, after `keep_freed`. The fewest of some steps, as whatever else happens adds to them.
 STEPS = """
 import ctypes, resource, sys
-from vkd_jax import memory
+from vkd_jax import compare, memory
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)
 assert not sys.argv[1:] or memory.keep_freed()
 import jax, jax.numpy as jnp
@@ -75,3 +76,21 @@ def test_who_has_said_otherwise_is_left_alone(monkeypatch, libc, variable):
     if variable:
         monkeypatch.setenv(*variable)
     assert not memory.keep_freed()
+
+
+def test_a_run_keeps_it():
+    program = "import runpy; from vkd_jax import memory; memory.keep_freed = lambda: print('kept'); "
+    program += "runpy.run_module('vkd_jax.main', run_name='__main__')"
+    given = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", program], env=given, capture_output=True, text=True)
+    assert done.stderr == "error: pass --config FILE and --workdir DIR.\n" and done.stdout == "kept\n"
+
+
+def test_the_workers_of_a_comparison_keep_it(monkeypatch):
+    shares, kept = queue.Queue(), []
+    shares.put({0})
+    monkeypatch.setattr(memory, "keep_freed", lambda: kept.append(True))
+    monkeypatch.setattr(compare.hosts, "show_log", lambda: None)
+    monkeypatch.setattr(compare.os, "sched_setaffinity", lambda process, cores: None)
+    compare._begin(shares)
+    assert kept == [True]

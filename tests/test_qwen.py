@@ -172,13 +172,7 @@ def test_still_pictures_show_every_frame_of_the_kernel_the_same(model):
 # The promises of the forward.
 
 
-# Each runs once or twice, so compiling well costs more than it saves.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
-
-
-@functools.partial(jit, static_argnums=0, static_argnames="start")
+@functools.partial(jax.jit, static_argnums=0, static_argnames="start")
 def encode(graphdef, params, pictures, hidden=None, start=0):
     return base.bind(graphdef, params).encode(pictures, hidden=hidden, start=start)
 
@@ -219,7 +213,7 @@ def test_slots_beyond_the_pictures_change_nothing_and_stay_zero(model):
 def test_no_gradient_flows_from_empty_slots(model):
     graphdef, params = base.split(model)
 
-    @jit
+    @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))
     def gradients(patches, params, where):
         _, taps = base.bind(graphdef, params).encode({"patches": patches, "where": where})
@@ -269,7 +263,7 @@ def test_recomputing_blocks_changes_nothing():
     _, params = random("qwen2_5_vl")
     packed = config.pack(draw(((2, 2),)))
 
-    @functools.partial(jit, static_argnums=1)
+    @functools.partial(jax.jit, static_argnums=1)
     @jax.grad
     def gradients(params, remat):
         graphdef, _ = base.abstract(lambda rngs: qwen2_vl.Model(dataclasses.replace(config, remat=remat), rngs=rngs))
@@ -302,7 +296,7 @@ def test_an_image_token_without_a_picture_is_a_word(model):
     tokens = jnp.array([[1, IMAGE, IMAGE, 9, IMAGE, 10]])
     mask = jnp.ones_like(tokens, bool)
 
-    @jit
+    @jax.jit
     def both_ways(features):
         whole, _ = model(tokens, mask, features=features)
         cache = model.language_model.empty_cache(1, 6)

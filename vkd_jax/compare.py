@@ -32,7 +32,7 @@ from typing import Any
 import ml_collections
 from absl import app, flags, logging
 
-from vkd_jax import charts, comparison, defaults, hosts, main, tables, workdir
+from vkd_jax import charts, comparison, defaults, hosts, main, memory, tables, workdir
 from vkd_jax.types import UserError
 
 LENT = ("vanilla", "retain_only")  # models that are the same in every run
@@ -263,6 +263,7 @@ def _begin(cores: Any) -> None:
     os.sched_setaffinity(0, cores.get())
     flags.FLAGS.mark_as_parsed()  # the threads that make batches read them
     hosts.show_log()
+    memory.keep_freed()
 
 
 def _work(run: Run) -> str:

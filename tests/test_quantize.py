@@ -123,7 +123,7 @@ def test_eight_bits_by_hand():
     assert weight.qvalue.dtype == jnp.int8
     np.testing.assert_allclose(weight.scale, [[1, 1 / 127.5]], rtol=1e-6)
     np.testing.assert_allclose(quantize.floats(weight, "float32"), [[127, 127 / 127.5], [3, -64 / 127.5]], rtol=1e-6)
-    product = quantize.apply(jnp.matmul, jnp.array([[1.0, 10.0]]), weight)
+    product = quantize.product(jnp.array([[1.0, 10.0]]), weight)
     np.testing.assert_allclose(product, [[157, -513 / 127.5]], rtol=1e-6)
 
 
@@ -141,7 +141,7 @@ def test_integers_by_hand():
     # Weights (127, 3), (0, -64) in steps of 1 and 1 / 127.5; tokens (127.5, 1) and (1, 10) in steps of 1, 10 / 127.5.
     weight = quantize.Integers(jnp.array([[127, 3], [0, -64]], jnp.int8), jnp.array([[1, 1 / 127.5]]))
     x = jnp.array([[127.5, 1.0], [1.0, 10.0]])
-    product, back = jax.vjp(lambda x: quantize.apply(jnp.matmul, x, weight), x)
+    product, back = jax.vjp(lambda x: quantize.product(x, weight), x)
     steps = np.array([[127, 1], [13, 127]]) @ np.array([[127, 3], [0, -64]])
     np.testing.assert_allclose(product, steps * [[1], [10 / 127.5]] * [[1, 1 / 127.5]], rtol=1e-6)
     # The gradient in units of the weights' steps is (127.5, -2) and (0, 1): steps of 1 and 1 / 127.5.
@@ -254,7 +254,7 @@ def test_only_the_blocks_multiply_integers():
     kinds = {path: type(x) for path, x in small("w8a8").items() if isinstance(x, QArray)}
     blocks = {path for path in kinds if path.startswith("language_model/blocks/")}
     assert {path for path, kind in kinds.items() if kind is quantize.Integers} == blocks and kinds.keys() - blocks
-    traced = str(jax.make_jaxpr(lambda x, w: quantize.apply(jnp.matmul, x, w))(jnp.ones((2, 64)), layer_of("w8a8")))
+    traced = str(jax.make_jaxpr(lambda x, w: quantize.product(x, w))(jnp.ones((2, 64)), layer_of("w8a8")))
     assert "preferred_element_type=int32" in traced
 
 
@@ -274,7 +274,7 @@ def test_bfloat16_computation_rounds_the_floats_once():
     np.testing.assert_allclose(ours, floats, rtol=0.02, atol=0.02 * float(jnp.abs(floats).max()))
     assert cosine(ours_gradient, floats_gradient) > 0.999
     x = jnp.ones((2, 64), jnp.bfloat16)
-    assert quantize.apply(jnp.matmul, x, params[HEAD]).dtype == jnp.bfloat16
+    assert quantize.product(x, params[HEAD]).dtype == jnp.bfloat16
     assert quantize.rows(params[TABLE], jnp.array([3]), "bfloat16").dtype == jnp.bfloat16
 
 
@@ -393,13 +393,9 @@ def test_an_export_holds_the_language_model_as_it_came(tiny_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def meshes():
-    flags = (
-        "--xla_force_host_platform_device_count=8 "
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    )
     run = subprocess.run(
         [sys.executable, "-W", "error", ROOT / "tests/programs/quantized.py"],
-        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -4,7 +4,6 @@ Axes: b batch, t query position, s key position, d width in, f width out, m key/
 key/value head, c head channel.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -116,8 +115,8 @@ class Embedding(nnx.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits against the table itself (tied embeddings)."""
-        product = functools.partial(jnp.einsum, "...d,vd->...v")
-        return quantize.apply(product, x.astype(self.dtype), self.embedding.get_value())
+        y = quantize.product(x.astype(self.dtype).reshape(-1, x.shape[-1]), self.embedding.get_value(), axis=1)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class LayerNorm(nnx.Module):

@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -174,19 +173,33 @@ def floats(weight: jax.Array | QArray, dtype: Any) -> jax.Array:
     return (qwix.dequantize(weight) if isinstance(weight, QArray) else weight).astype(dtype)
 
 
-def apply(op: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, weight: jax.Array | QArray) -> jax.Array:
-    """`op(x, weight)` with the weight in x's dtype; the backward pass makes the floats of a quantised one again.
+def product(x: jax.Array, weight: jax.Array | QArray, axis: int = 0) -> jax.Array:
+    """x [n, d] times a weight [d, f], or [f, d] with axis 1: [n, f], computed in x's dtype.
 
-    With `Integers`, op is the matrix product of [n, d] and [d, f].
+    The backward pass makes the floats of a quantised weight again.
     """
     if isinstance(weight, Integers):
         return _product(x, weight.qvalue, weight.scale)
 
     def on_floats(x, weight):
-        return op(x, floats(weight, x.dtype))
+        if isinstance(weight, QArray) and weight.scale.shape[axis] > 1:
+            return _of_groups(x, weight, axis)
+        return jax.lax.dot_general(x, floats(weight, x.dtype), (((1,), (axis,)), ((), ())))
 
     # Kept for the backward pass, the floats of each layer would stack up to those of the whole model.
     return (jax.checkpoint(on_floats, prevent_cse=False) if isinstance(weight, QArray) else on_floats)(x, weight)
+
+
+def _of_groups(x: jax.Array, weight: QArray, axis: int) -> jax.Array:
+    """`product` where each of g > 1 groups has its scales: over g and over what is in a group.
+
+    So the floats are made as they are multiplied. With a plain [d, f], libtpu 0.0.42 writes the scales of all d first.
+    """
+    q, scale = weight.qvalue, jnp.expand_dims(weight.scale, axis + 1)
+    groups = weight.scale.shape[axis]
+    q = q.reshape(*q.shape[:axis], groups, -1, *q.shape[axis + 1 :])
+    kernel = (jax.lax.optimization_barrier(q).astype(scale.dtype) * scale).astype(x.dtype)  # or XLA undoes the reshape
+    return jax.lax.dot_general(x.reshape(len(x), groups, -1), kernel, (((1, 2), (axis, axis + 1)), ((), ())))
 
 
 @jax.custom_vjp

@@ -7,10 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from absl import flags
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from vkd_jax import ask, hub, main, plan
 
@@ -107,6 +110,21 @@ def test_what_the_notebooks_install_is_pinned():
     for script in SCRIPTS:
         installs = re.findall(r"^ *# !pip install .*$", script.read_text(encoding="utf-8"), re.MULTILINE)
         assert installs and all("--constraint colabs/pinned.txt" in line for line in installs)
+
+
+def test_what_the_notebooks_install_goes_together():
+    """pip refuses versions of which one asks for another of the next; what this checks is what is installed here."""
+    lines = (ROOT / "colabs/pinned.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    asked = []
+    for name in pinned.keys() & {d.name.lower().replace("_", "-") for d in metadata.distributions()}:
+        same = metadata.version(name) == pinned[name]
+        for needed in map(Requirement, metadata.requires(name) or [] if same else []):
+            wanted = needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in ("", "tpu"))
+            if wanted and (other := canonicalize_name(needed.name)) in pinned:
+                assert needed.specifier.contains(pinned[other]), f"{name} asks for {needed}"
+                asked.append((name, other))
+    assert {("jax", "libtpu"), ("jax", "jaxlib")} <= set(asked)
 
 
 @pytest.mark.slow

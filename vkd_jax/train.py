@@ -97,10 +97,12 @@ def make_step(
         for number, name in enumerate(losses):
             own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, state.step), number)
             part = functools.partial(gradient, state.params, name, frozen=frozen, start=start)
+            # One stream after the other: else a compiler may begin the second while it holds the first's activations.
+            batch, total = jax.lax.optimization_barrier((batches[name], total))
             if microbatches == 1:
-                grads, more = part(batches[name], key=own)
+                grads, more = part(batch, key=own)
             else:
-                grads, more = _mean_of_parts(part, batches[name], own, microbatches)
+                grads, more = _mean_of_parts(part, batch, own, microbatches)
             metrics |= more
             if mask is not None and name == "forget" and mask_scope == "forget":
                 grads = optim.apply_mask(grads, mask)

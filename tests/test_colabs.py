@@ -129,7 +129,7 @@ def test_what_the_notebooks_install_goes_together():
 
 @pytest.mark.slow
 def test_the_one_chip_step_takes_15_gib(tmp_path):
-    """The planner's command in the notebook, by the TPU's own compiler."""
+    """The planner's command in the notebook, by the TPU's own compiler; and what it took when this was written."""
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install '.[tpu]'")
     (given,) = commands(ONE_CHIP, "vkd_jax.plan")
     done = subprocess.run(
@@ -142,7 +142,7 @@ def test_the_one_chip_step_takes_15_gib(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
     (step,) = found["steps"].values()
-    assert step["fits"] and step["total"] <= 15.0 * 2**30
+    assert step["fits"] and step["total"] <= 13.6 * 2**30 < 15.0 * 2**30
     assert min(found["rows"].values()) >= 4 and found["tokens"] == 704
 
 

@@ -137,6 +137,21 @@ def test_four_bits_in_groups_by_hand():
     np.testing.assert_allclose(quantize.floats(weight, "float32")[1, :, 0], [-16, 0, 0, 0])
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_groups_multiply_as_their_floats_do(axis):
+    """A kernel, and a table whose rows are outputs; with the gradient."""
+    draw = np.random.default_rng(0).normal
+    array = jnp.asarray(draw(size=[(32, 10), (10, 32)][axis]), jnp.float32)
+    path = [HEAD, "language_model/embed/embedding"][axis]
+    weight = quantize.quantized(path, array, Quantization(8, 8))
+    assert weight.scale.shape == [(4, 10), (10, 4)][axis]
+    x, back = jnp.asarray(draw(size=(5, 32)), jnp.float32), jnp.asarray(draw(size=(5, 10)), jnp.float32)
+    plain = quantize.floats(weight, "float32") if axis == 0 else quantize.floats(weight, "float32").T
+    product, pull = jax.vjp(lambda x: quantize.product(x, weight, axis), x)
+    np.testing.assert_allclose(product, x @ plain, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(pull(back)[0], back @ plain.T, rtol=1e-5, atol=1e-5)
+
+
 def test_integers_by_hand():
     # Weights (127, 3), (0, -64) in steps of 1 and 1 / 127.5; tokens (127.5, 1) and (1, 10) in steps of 1, 10 / 127.5.
     weight = quantize.Integers(jnp.array([[127, 3], [0, -64]], jnp.int8), jnp.array([[1, 1 / 127.5]]))
@@ -320,6 +335,30 @@ def test_the_backward_pass_keeps_no_floats_of_the_stack():
     floats, eight = memory(None), memory(Quantization(8))
     assert eight.argument_size_in_bytes < floats.argument_size_in_bytes - 0.7 * stack
     assert eight.temp_size_in_bytes < floats.temp_size_in_bytes + 0.3 * stack
+
+
+TEMPORARIES = """
+import jax, jax.numpy as jnp
+from qwix import QArray
+from vkd_jax import chips
+from vkd_jax.models import quantize
+there = jax.sharding.SingleDeviceSharding(chips.devices("v5e:1x1")[0])
+shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype, sharding=there)
+weight = QArray(shape(jnp.int4, 4096, 11008), shape(jnp.float32, 64, 11008))
+def both(x, weight):
+    product, pull = jax.vjp(lambda x: quantize.product(x, weight), x)
+    return pull(jnp.tanh(product))
+print(jax.jit(both).lower(shape(jnp.bfloat16, 256, 4096), weight).compile().memory_analysis().temp_size_in_bytes)
+"""
+
+
+@pytest.mark.slow
+def test_a_tpu_makes_the_floats_of_groups_as_it_multiplies_them():
+    """Of a 7B model's kernel of 172 MiB in float32, next to nothing is written, forward and backward."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install '.[tpu]'")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "JAX_PLATFORMS": "cpu"}
+    shown = subprocess.run([sys.executable, "-c", TEMPORARIES], env=env, check=True, capture_output=True, text=True)
+    assert int(shown.stdout) < 2**20
 
 
 def test_shapes_alone_are_enough():

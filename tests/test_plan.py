@@ -423,7 +423,7 @@ def test_the_table_as_a_page(small, here, tmp_path, capsys):
 def test_rows_of_plans_that_do_not_fit_say_by_how_much():
     row = {"model_name": "M", "slice": "s", "dtype": "bfloat16", "quantize": "", "mesh": dict(fsdp=2, tensor=3)}
     row |= {"rows": dict(forget=4, retain=5), "usable_gib": 15.75, "commit": "abcdef123", "tokens": 7}
-    row |= {"run": dict(examples=4800), "chips": 6}
+    row |= {"run": dict(examples=4800), "chips": 6, "versions": dict(jaxlib="1.2", libtpu="0.4")}
     steps = [step(1e12, total=plan.GIB), step(total=16 * plan.GIB, fits=False), step(refused="vmem", fits=False)]
     # Two seconds by cycles, the longer ones, for nine rows on six chips.
     error = {key: row[key] for key in ("model_name", "slice", "commit")} | {"error": "why"}
@@ -435,7 +435,8 @@ def test_rows_of_plans_that_do_not_fit_say_by_how_much():
         given + "– | no | 0.0 | – | – | – | – | – | – |",
         "| M | s | – | – | – | – | no: why | – | – | – | – | – | – | – |",
     ]
-    assert "Tokens a row: M 7." in lines[-1] and "Compiled in 6 minutes; commit abcdef1." in lines[-1]
+    assert "Tokens a row: M 7." in lines[-1]
+    assert "Compiled in 6 minutes by jaxlib 1.2, libtpu 0.4; commit abcdef1." in lines[-1]
 
 
 def test_chip_hours_by_hand():

@@ -119,10 +119,11 @@ def plans(found: Sequence[Mapping[str, Any]]) -> str:
     examples = ", ".join(sorted({f"{row['run']['examples']:,}" for row in known}))
     tokens = ", ".join(f"{name} {n}" for name, n in {row["model_name"]: row["tokens"] for row in known}.items())
     compiling = sum(step["compiler"]["seconds"] for row in known for step in row["steps"].values())
+    versions = ", ".join(sorted({" ".join(item) for row in known for item in row["versions"].items()}))
     return "\n".join(lines) + (
         f"\n\nTokens a row: {tokens}. Rows a second and chip-hours, those of training on {examples} rows as in 300 "
         "steps of 8 + 8, are by the longer of the two times; loading, preparing and measuring come on top. "
-        f"Compiled in {compiling / 60:.0f} minutes; commit {commits}."
+        f"Compiled in {compiling / 60:.0f} minutes by {versions}; commit {commits}."
     )
 
 

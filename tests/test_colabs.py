@@ -19,7 +19,7 @@ from vkd_jax import ask, hub, main, plan
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "colabs").glob("*.py"))
-OPTIMISED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # unlike the other tests: it trains for long
+OPTIMISED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # as users run it, and unlike the other tests
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' way to read one
 
 
@@ -135,7 +135,7 @@ def test_the_one_chip_step_takes_15_gib(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "vkd_jax.plan", *given, f"--json={tmp_path}/found.json"],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | OPTIMISED,
         capture_output=True,
         text=True,
     )

@@ -13,7 +13,8 @@ import pytest
 from vkd_jax import compare, memory
 
 # Steps with 128 MiB of temporary memory: how many of them are found anew by one, in pages of 4 KiB as huge ones are
-# turned off; with an argument, after `keep_freed`. The fewest of some steps, as whatever else happens adds to them.
+# turned off; with an argument, after `keep_freed`. The fewest of many steps: small things that live on split what a
+# step has freed, so that the heap grows, at one step or another, until there is room beside them.
 STEPS = """
 import ctypes, resource, sys
 from vkd_jax import compare, memory
@@ -26,7 +27,7 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step(x).block_until_ready()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(min([faults() for _ in range(8)][2:]) * resource.getpagesize() >> 20)
+print(min([faults() for _ in range(40)][2:]) * resource.getpagesize() >> 20)
 """
 GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
 

@@ -460,5 +460,10 @@ def test_values_lie_where_the_weights_lay_and_scales_along_with_them(meshes):
     assert spec["int8"][up] == [None, None, "tensor"] and spec["int8"][down] == [None, None, "fsdp"]
     assert spec["int4:8"][up] == [None, "fsdp", "tensor"] and spec["int4:8"][down] == [None, "tensor", "fsdp"]
     assert spec["int8"][table] == ["tensor", None] and spec["int4:8"][table] == ["tensor", "fsdp"]
-    # Two groups do not divide over eight devices.
-    assert meshes["int4:8"]["1,8,1"]["spec"][up] == [None, None, None]
+    # Two groups do not divide over eight devices, and become eight.
+    assert meshes["int4:8"]["1,8,1"]["spec"][up] == [None, "fsdp", None]
+
+
+def test_no_device_multiplies_what_another_does(meshes):
+    """Six groups over four devices; eight, which divide."""
+    assert all(1 <= ratio < 1.1 for ratio in meshes["work"].values())

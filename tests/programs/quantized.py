@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import random_llava
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from qwix import QArray
 
 from vkd_jax import losses, sharding
@@ -31,6 +33,21 @@ def layout(small, floats) -> dict:
         "moved": [p for p, x in small.items() if not x.qvalue.sharding.is_equivalent_to(floats[p].sharding, x.ndim)],
         "spec": {path: spec(x.scale) for path, x in small.items()},
     }
+
+
+def work(mesh, groups: int) -> float:
+    """FLOPs of a device that multiplies with a kernel in so many groups, forward and back, of its share of them all."""
+    kernel = jax.ShapeDtypeStruct((384, 256), jnp.float32, sharding=NamedSharding(mesh, P("tensor", "fsdp")))
+    how = quantize.Quantization(4, 384 // groups)
+    weight = quantize.shape("language_model/blocks/mlp/down/kernel", kernel, how)
+    x = jax.ShapeDtypeStruct((512, 384), jnp.float32, sharding=NamedSharding(mesh, P("fsdp", "tensor")))
+
+    def both(x, weight):
+        y, pull = jax.vjp(lambda x: quantize.product(x, weight), x)
+        return y, pull(y)
+
+    flops = jax.jit(both).lower(x, weight).compile().cost_analysis()["flops"]
+    return flops / (2 * 2 * 512 * 384 * 256 / mesh.size)
 
 
 def computed(mesh, graphdef, params) -> dict:
@@ -61,6 +78,7 @@ def main() -> None:
             params = {path: quantize.quantized(path, x, how) for path, x in floats.items()}
             found[text][name] = layout({path: x for path, x in params.items() if isinstance(x, QArray)}, floats)
         found["computed"][name] = computed(mesh, graphdef, params)
+    found["work"] = {groups: work(sharding.make_mesh(1, 2, 4), groups) for groups in (6, 8)}
     print(json.dumps(found))
 
 

@@ -95,10 +95,19 @@ def parse(text: str, field: str = "model.quantize") -> Quantization | None:
     return Quantization(bits, int(match[2]) if match[2] else {8: None, 4: 128}[bits])
 
 
-def quantized(path: str, array: jax.Array, how: Quantization) -> jax.Array | QArray:
+def quantized(
+    path: str, array: jax.Array, how: Quantization, sharding: NamedSharding | None = None
+) -> jax.Array | QArray:
     """The parameter as the frozen model keeps it: quantised if it is one of `WEIGHTS`, else as it came.
 
-    q lies on the devices as the array did, and so do the scales, but for axes that the mesh no longer divides.
+    q lies on the devices as the array did, and so do the scales, but for axes that the mesh no longer divides. Where it
+    splits the input channels, but not their groups, each group becomes a few that share a scale.
+
+    Args:
+        path: of the parameter.
+        array: its floats.
+        how: it is quantised.
+        sharding: of a traced array, which has none to ask for.
 
     Raises:
         UserError: the groups do not fit the width.
@@ -107,7 +116,7 @@ def quantized(path: str, array: jax.Array, how: Quantization) -> jax.Array | QAr
     if not found:
         return array
     axis, bits = found[0]
-    sharding = getattr(array, "sharding", None)  # traced arrays have none to ask for
+    sharding = sharding or getattr(array, "sharding", None)
     sharding = sharding if isinstance(sharding, NamedSharding) else None
     small = _quantize(array, axis, max(bits, how.bits), how.size(array.shape[axis]), sharding)
     return Integers(small.qvalue, small.scale) if how.activations and path.startswith(BLOCKS) else small
@@ -125,12 +134,18 @@ def _quantize(array, axis, bits, size, sharding):
     out = jax.lax.map(one, array) if array.ndim == 3 else one(array)
     if sharding is None:
         return out
+    # Or each device would need all of q to multiply group by group.
+    groups, parts = out.scale.shape[axis], _parts(sharding, axis, array.ndim)
+    times = parts // math.gcd(parts, groups)
+    if groups > 1 and size % times == 0:
+        out = dataclasses.replace(out, scale=jnp.repeat(out.scale, times, axis))
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _fitting(sharding, x.shape)), out)
 
 
 def shape(path: str, array: jax.ShapeDtypeStruct, how: Quantization) -> jax.ShapeDtypeStruct | QArray:
     """The shapes of `quantized`, and where they lie, of the shape of a parameter that has a sharding."""
-    out = jax.eval_shape(lambda x: quantized(path, x, how), jax.ShapeDtypeStruct(array.shape, array.dtype))
+    bare = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    out = jax.eval_shape(lambda x: quantized(path, x, how, array.sharding), bare)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_fitting(array.sharding, x.shape)), out
     )
@@ -160,12 +175,15 @@ def _round(array, axis, bits, size):
 
 def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     """The sharding, but for axes of this shape that it does not divide."""
+    parts = [_parts(sharding, axis, len(shape)) for axis in range(len(shape))]
+    spec = zip(sharding.spec, shape, parts, strict=False)
+    return NamedSharding(sharding.mesh, P(*(names if size % n == 0 else None for names, size, n in spec)))
 
-    def parts(names: str | tuple[str, ...] | None) -> int:
-        return math.prod(sharding.mesh.shape[name] for name in ([names] if isinstance(names, str) else names or ()))
 
-    spec = zip(sharding.spec, shape, strict=False)
-    return NamedSharding(sharding.mesh, P(*(names if size % parts(names) == 0 else None for names, size in spec)))
+def _parts(sharding: NamedSharding, axis: int, ndim: int) -> int:
+    """Into how many parts it splits an axis of an array of `ndim` axes."""
+    names = [*sharding.spec, *[None] * ndim][:ndim][axis]
+    return math.prod(sharding.mesh.shape[name] for name in ([names] if isinstance(names, str) else names or ()))
 
 
 def floats(weight: jax.Array | QArray, dtype: Any) -> jax.Array:

@@ -62,6 +62,17 @@ def test_a_quantised_model_is_planned_as_it_is_loaded(config, tiny_model):
     assert shapes(draw(config, "grad_diff", whole=True, train="all").shapes) == shapes(params)
 
 
+def test_a_stream_begins_once_the_gradients_of_the_one_before_are_there(config):
+    """Else a compiler may hold the activations of both."""
+    drawn = draw(config)
+    equations = jax.make_jaxpr(drawn.step)(*drawn.inputs).eqns
+    waits = [x.invars for x in equations if x.primitive.name == "optimization_barrier"]
+    gradients = len(drawn.state.params)
+    assert [len(x) for x in waits] == [
+        len(jax.tree.leaves(batch)) + (gradients if i else 0) for i, batch in enumerate(drawn.batches.values())
+    ]
+
+
 def test_a_planned_step_is_the_step_that_runs(config, tiny_model):
     """Compiled here, it takes as many bytes of arguments as the parts say, but for weights that feed nothing."""
     drawn = draw(config)

@@ -116,6 +116,8 @@ def test_what_the_notebooks_install_goes_together():
     """pip refuses versions of which one asks for another of the next; what this checks is what is installed here."""
     lines = (ROOT / "colabs/pinned.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    if metadata.version("jax") != pinned["jax"]:
+        pytest.skip(f"what JAX {pinned['jax']} asks for is not known where another one is installed")
     asked = []
     for name in pinned.keys() & {d.name.lower().replace("_", "-") for d in metadata.distributions()}:
         same = metadata.version(name) == pinned[name]

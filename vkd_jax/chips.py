@@ -20,7 +20,7 @@ class Chip:
     integers: float  # operations of 8 bits a second
     clock: float  # cycles a second of its cores: what `flops` is by its count of multipliers
     hbm: float  # GiB
-    usable: float  # GiB of it that a program may use, by libtpu 0.0.52's refusals
+    usable: float  # GiB of it that a program may use: the least that libtpu 0.0.42's and 0.0.52's refusals say
     bandwidth: float  # bytes a second, of its memory
     interconnect: float  # bytes a second that it sends, all links together
 

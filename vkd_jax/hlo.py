@@ -49,7 +49,7 @@ _NOTHING |= {"domain", "replica-id", "add-dependency"}
 _CALLERS = {"while", "call", "conditional", "async-start"}
 _PAIRS = {"all-gather-start", "collective-permute-start"}  # whose type is (operands, results, ...)
 
-# As libtpu 0.0.52 writes it, before it lays out a program's memory and after that.
+# As libtpu 0.0.42 and 0.0.52 write it, before they lay out a program's memory and after that.
 _REFUSALS = (
     re.compile(
         r"total memory required for HLO temporaries \(([\d.]+)([BKMGT])\) exceeds available HBM \(([\d.]+)([BKMGT])"

@@ -21,8 +21,8 @@ def keep_freed() -> bool:
 
     XLA asks for all temporary memory of a step at once, at each step, and frees it afterwards. glibc gives what is that
     large back to the system, which then finds and clears each page anew: as much as a fourth of a step's time.
-    What is kept can be used again by this process alone, and small things that live on split it: `--config
-    configs/tiny.py` took at most 2,114 and 2,147 MiB of resident memory, and 2,049 and 2,052 without (commit c0d5377).
+    What is kept can be used again by this process alone, and small things that live on split it: at commit c0d5377
+    `--config configs/tiny.py` took at most 2,114 and 2,147 MiB of resident memory, and 2,049 and 2,052 without.
     Who has set up malloc by its environment variables (GLIBC_TUNABLES, MALLOC_...) gets what they say.
 
     To be called before anything asks JAX for a device, since threads keep the heap that they began with.

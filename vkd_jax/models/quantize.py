@@ -135,7 +135,7 @@ def _quantize(array, axis, bits, size, sharding):
     if sharding is None:
         return out
     # Or each device would need all of q to multiply group by group.
-    groups, parts = out.scale.shape[axis], _parts(sharding, axis, array.ndim)
+    groups, parts = out.scale.shape[axis], array.shape[axis] // sharding.shard_shape(array.shape)[axis]
     times = parts // math.gcd(parts, groups)
     if groups > 1 and size % times == 0:
         out = dataclasses.replace(out, scale=jnp.repeat(out.scale, times, axis))
@@ -175,15 +175,12 @@ def _round(array, axis, bits, size):
 
 def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     """The sharding, but for axes of this shape that it does not divide."""
-    parts = [_parts(sharding, axis, len(shape)) for axis in range(len(shape))]
-    spec = zip(sharding.spec, shape, parts, strict=False)
-    return NamedSharding(sharding.mesh, P(*(names if size % n == 0 else None for names, size, n in spec)))
 
+    def parts(names: str | tuple[str, ...] | None) -> int:
+        return math.prod(sharding.mesh.shape[name] for name in ([names] if isinstance(names, str) else names or ()))
 
-def _parts(sharding: NamedSharding, axis: int, ndim: int) -> int:
-    """Into how many parts it splits an axis of an array of `ndim` axes."""
-    names = [*sharding.spec, *[None] * ndim][:ndim][axis]
-    return math.prod(sharding.mesh.shape[name] for name in ([names] if isinstance(names, str) else names or ()))
+    spec = zip(sharding.spec, shape, strict=False)
+    return NamedSharding(sharding.mesh, P(*(names if size % parts(names) == 0 else None for names, size in spec)))
 
 
 def floats(weight: jax.Array | QArray, dtype: Any) -> jax.Array:

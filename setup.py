@@ -14,7 +14,7 @@ LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 NOT_LINUX_X86 = "sys_platform != 'linux' or platform_machine != 'x86_64'"
 
 # torch comes first: it is the build that the parity figures were made with, and nothing may pull another.
-TEST = ["torch==2.13.0", "pytest>=8", "pytest-xdist>=3.6", "jupytext>=1.16"]
+TEST = ["torch==2.13.0", "pytest>=8", "pytest-xdist>=3.6", "jupytext>=1.16", "import-linter>=2.3"]
 
 # Orbax asks a bucket with it whether it has real folders, and does not declare it.
 BUCKETS = ["google-cloud-storage>=2.17"]

@@ -50,8 +50,10 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # of bars that
 # %config InlineBackend.figure_format = "jpeg"
 
 from configs import tiny
-from vkd_jax import ask, hosts, pipeline
-from vkd_jax.data import people
+from vkd_jax import ask
+from vkd_jax.benchmarks.synthetic import people
+from vkd_jax.runs import pipeline
+from vkd_jax.runtime import hosts
 
 VIEW = 500  # of each person; the model was taught others
 hosts.show_log()  # so that the longer cells say how far they are

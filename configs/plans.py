@@ -1,7 +1,7 @@
 """The table of docs/planner.md: which model is planned for which chips, and how.
 
 python -m vkd_jax.plan --config configs/plans.py --json docs/results/plans.json
-python -m vkd_jax.tables docs/planner.md
+python -m vkd_jax.reporting.tables docs/planner.md
 
 configs/plans.py                        every model on every slice, a row each
 configs/plans.py:v5e-16                 one slice, or one model, or one row: configs/plans.py:LLaVA-1.5-7B,v5e-16

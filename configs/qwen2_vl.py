@@ -21,7 +21,7 @@ it out, an id on the Hugging Face hub (MLLMMU/MLLMU-Bench, therem/CLEAR) or gs:/
 
 import ml_collections
 
-from vkd_jax import defaults
+from vkd_jax.config import defaults
 from vkd_jax.data.processing import MAX_PIXELS
 from vkd_jax.models import qwen2_vl
 

@@ -18,7 +18,7 @@ python -m vkd_jax.compare --config configs/tiny.py:ablations --workdir DIR     V
 
 import ml_collections
 
-from vkd_jax import defaults
+from vkd_jax.config import defaults
 from vkd_jax.methods.scope import TRAIN
 
 OTHERS = 2  # the seed of sixty more people: to tune on, since nothing is reported about them

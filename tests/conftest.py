@@ -1,6 +1,7 @@
 """Settings for the whole test run, made before anything imports JAX, TensorFlow or transformers."""
 
 import os
+import tempfile
 
 import pytest
 from absl import flags
@@ -21,9 +22,10 @@ DEFAULTS = {
 def pytest_configure(config: pytest.Config) -> None:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and hasattr(config, "cache"):
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # Subprocesses inherit it too, so that what one test compiled is not compiled again by the next.
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("jax"))
+        cache = config.cache.mkdir("jax") if hasattr(config, "cache") else tempfile.mkdtemp(prefix="vkd-jax-cache-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # JAX may read what another process has written by half
         os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], worker)
     flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, which nobody parses under pytest
@@ -67,8 +69,9 @@ def tiny_folder(tmp_path_factory, tiny_config):
 
     from transformers import LlavaConfig
 
-    from vkd_jax import convert
-    from vkd_jax.data import people, processing
+    from vkd_jax.benchmarks.synthetic import people
+    from vkd_jax.checkpoints import convert
+    from vkd_jax.data import processing
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     names = [f"{p.name} {' '.join(p.facts.values())}" for p in people.people()]
@@ -108,7 +111,7 @@ def tiny_folder(tmp_path_factory, tiny_config):
 @pytest.fixture(scope="session")
 def snapshot(tmp_path_factory):
     """The made-up people in MLLMU-Bench's layout, without the pictures for fine-tuning: Mllmu(source=str(snapshot))."""
-    from vkd_jax.data import people_mllmu
+    from vkd_jax.benchmarks.synthetic import people_mllmu
 
     folder = tmp_path_factory.mktemp("snapshot")
     people_mllmu.write_snapshot(folder, [name for name in people_mllmu.CONFIGS if name != "ft_Data"])
@@ -132,7 +135,7 @@ def request_folders(tmp_path_factory):
     """Two pictures of one person to forget, two of each of three to retain, with and without options."""
     import json
 
-    from vkd_jax.data import people
+    from vkd_jax.benchmarks.synthetic import people
 
     names, root = [person.name for person in people.people()[:4]], tmp_path_factory.mktemp("request")
     for part, persons in (("forget", people.people()[:1]), ("retain", people.people()[1:4])):
@@ -153,8 +156,10 @@ def request_folders(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_model(tiny_folder):
     """The loaded folder: graphdef, params, config and processor."""
-    from vkd_jax import defaults, methods, sharding
-    from vkd_jax.loaded import Loaded
+    from vkd_jax import methods
+    from vkd_jax.config import defaults
+    from vkd_jax.evaluation.loaded import Loaded
+    from vkd_jax.runtime import sharding
 
     return Loaded.open(tiny_folder, defaults.base(), sharding.make_mesh(), methods.create("vkd", {}))
 
@@ -162,9 +167,9 @@ def tiny_model(tiny_folder):
 @pytest.fixture(scope="session")
 def tiny_sets(tiny_model, snapshot, tmp_path_factory):
     """A forget set of one person and a retain set of three, encoded."""
-    from vkd_jax import data
+    from vkd_jax import benchmarks
 
-    sets = data.read(data.create("mllmu", {"source": str(snapshot)}), tmp_path_factory.mktemp("sets"))
+    sets = benchmarks.read(benchmarks.create("mllmu", {"source": str(snapshot)}), tmp_path_factory.mktemp("sets"))
 
     def of_first(name, people):
         chosen = sorted({e.person for e in sets[name]})[:people]
@@ -212,7 +217,7 @@ QWEN_TEMPLATE = (  # as published, but for videos
 @pytest.fixture
 def config(get_config, tiny_folder, tmp_path, monkeypatch):
     """The config of a run on that LLaVA, to be planned; nothing was compiled before."""
-    from vkd_jax import hub
+    from vkd_jax.runtime import hub
 
     monkeypatch.setattr(hub, "CACHE", tmp_path / "cache")
     config = get_config("tiny.py")
@@ -231,7 +236,7 @@ def qwen_folder(tmp_path_factory):
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from vkd_jax.data import people
+    from vkd_jax.benchmarks.synthetic import people
 
     vision = {
         "qwen2_vl": dict(embed_dim=32, hidden_size=48, mlp_ratio=2),

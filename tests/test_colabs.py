@@ -15,7 +15,8 @@ from absl import flags
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from vkd_jax import ask, hub, main, plan
+from vkd_jax import ask, main, plan
+from vkd_jax.runtime import hub
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "colabs").glob("*.py"))

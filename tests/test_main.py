@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from absl import flags, logging
 
-from vkd_jax import hosts, main, weights
+from vkd_jax import main
+from vkd_jax.checkpoints import weights
+from vkd_jax.runtime import hosts
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "tiny.py")
@@ -205,7 +207,7 @@ def test_the_log_is_this_programs(level, file, shown):
 
 @pytest.mark.parametrize(("process", "level"), [(0, logging.INFO), (3, logging.WARNING)])
 def test_of_several_processes_one_logs_more_than_warnings(run, monkeypatch, process, level):
-    from vkd_jax import pipeline
+    from vkd_jax.runs import pipeline
 
     done = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: done.append("initialize"))
@@ -368,7 +370,7 @@ def test_a_workdir_that_cannot_be_one(run, tmp_path):
 
 @pytest.mark.parametrize("name", ["config.json", "vanilla.jsonl"])
 def test_a_full_disk(run, tmp_path, monkeypatch, name):
-    from vkd_jax import evaluate
+    from vkd_jax.evaluation import evaluate
 
     write_bytes = pathlib.Path.write_bytes
 

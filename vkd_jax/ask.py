@@ -14,9 +14,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from vkd_jax import convert, hub
-from vkd_jax.answerer import Answerer
+from vkd_jax.checkpoints import convert
 from vkd_jax.data.processing import MAX_PIXELS, Processor, open_image
+from vkd_jax.evaluation.answerer import Answerer
+from vkd_jax.runtime import hub
 from vkd_jax.types import UserError
 
 

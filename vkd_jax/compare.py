@@ -32,7 +32,11 @@ from typing import Any
 import ml_collections
 from absl import app, flags, logging
 
-from vkd_jax import charts, comparison, defaults, hosts, main, memory, tables, workdir
+from vkd_jax import main
+from vkd_jax.config import defaults
+from vkd_jax.reporting import charts, comparison, tables
+from vkd_jax.runs import workdir
+from vkd_jax.runtime import files, hosts, memory
 from vkd_jax.types import UserError
 
 LENT = ("vanilla", "retain_only")  # models that are the same in every run
@@ -80,7 +84,7 @@ def run(config: ml_collections.ConfigDict, path: str | Path, workers: int = 0) -
         raise UserError(f"--workdir={path} is no folder of this machine, where all runs of a comparison are made.")
     plan = Plan(config, Path(path))
     plan.check()
-    with workdir.disk_errors():
+    with files.disk_errors():
         plan.path.mkdir(parents=True, exist_ok=True)
     # Runs of one method share their programs; each worker would compile them anew for each run.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(plan.path / "cache"))
@@ -88,11 +92,11 @@ def run(config: ml_collections.ConfigDict, path: str | Path, workers: int = 0) -
     failures = execute(plan.tasks(), workers or default_workers())
     trials = {name: plan.trials(name) for name in plan.names}
     found = comparison.collect(plan.folders(), trials, failures)
-    workdir.write(plan.path / "comparison.json", (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+    files.write(plan.path / "comparison.json", (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
     for name, png in (("pareto", charts.pareto(found)), ("relearning", charts.relearning(found))):
         if png:
-            workdir.write(plan.path / f"{name}.png", png)
-    workdir.write(plan.path / "comparison.md", tables.document(found).encode())
+            files.write(plan.path / f"{name}.png", png)
+    files.write(plan.path / "comparison.md", tables.document(found).encode())
     return found
 
 
@@ -268,7 +272,8 @@ def _begin(cores: Any) -> None:
 
 def _work(run: Run) -> str:
     """Runs the pipeline in a worker; returns "" or why it failed. What it says goes to log.txt beside its results."""
-    from vkd_jax import pipeline, train
+    from vkd_jax.runs import pipeline
+    from vkd_jax.training import train
 
     try:
         workdir.Workdir(run.path, run.config)

@@ -14,7 +14,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from vkd_jax import hosts, memory
+from vkd_jax.runtime import hosts, memory
 from vkd_jax.types import UserError
 
 SHUTDOWN = 60  # seconds that a process which ends waits for the others, should they hang
@@ -61,7 +61,8 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
             return bad_input(f"JAX finds no other processes, so leave --distributed out: {error}")
         if jax.process_index() > 0:
             logging.set_verbosity(logging.WARNING)  # one log: that of process 0
-    from vkd_jax import pipeline, train  # after the flags: these imports take seconds
+    from vkd_jax.runs import pipeline
+    from vkd_jax.training import train  # after the flags: these imports take seconds
 
     try:
         pipeline.run(values.config, values.workdir)

@@ -9,7 +9,7 @@ pip install 'vkd_jax[tpu]'.
 python -m vkd_jax.plan --config configs/plans.py --json docs/results/plans.json
 
 makes one row after the other of the table in docs/planner.md. A row is written as soon as it is known, and an
-interrupted command goes on where it stood. A program that was compiled once is not compiled again (vkd_jax/aot.py).
+interrupted command goes on where it stood. A program that was compiled once is not compiled again (planner/aot.py).
 
 Topologies: v5e:1x1, v5e:2x2, v5e:4x4, v5e:8x8, v5e:16x16, v4:2x2x1, v5p:2x2x1, v6e:1x1, v6e:2x4, and others that the
 compiler knows. Exit status: 0 done, 2 bad input (one sentence says what).
@@ -29,10 +29,13 @@ import jax.numpy as jnp
 import ml_collections
 from absl import app, flags
 
-from vkd_jax import aot, arithmetic, blueprint, main, methods, sharding, tables, workdir
-from vkd_jax.blueprint import Blueprint, Lengths
-from vkd_jax.chips import CHIPS, Chip, devices
+from vkd_jax import main, methods
 from vkd_jax.models import quantize
+from vkd_jax.planner import aot, arithmetic, blueprint
+from vkd_jax.planner.blueprint import Blueprint, Lengths
+from vkd_jax.planner.chips import CHIPS, Chip, devices
+from vkd_jax.reporting import tables
+from vkd_jax.runtime import files, provenance, sharding
 from vkd_jax.types import UserError
 
 GIB = 2**30
@@ -333,7 +336,7 @@ def table(config: ml_collections.ConfigDict, file: Path) -> None:
     wanted = [(cell, given) for cell, given in rows if set(config.plans.only) <= set(cell)]
     if not wanted:
         raise UserError(f"no row is of {' and '.join(config.plans.only)}: give one model, one slice, or one of each.")
-    source = {"commit": workdir.commit(but=file), "versions": aot.versions()}
+    source = {"commit": provenance.commit(but=file), "versions": aot.versions()}
     for cell, given in wanted:
         there = _rows(file)
         row = dict(zip(("model_name", "slice"), cell, strict=True), command=f"python -m vkd_jax.plan {given}") | source
@@ -346,7 +349,7 @@ def table(config: ml_collections.ConfigDict, file: Path) -> None:
             continue  # nothing has changed, so that it need not even be traced
         there = _rows(file) | {cell: row}  # another process may have written meanwhile
         order = [cell for cell, _ in rows if cell in there]
-        workdir.write(file, ("[\n" + ",\n".join(json.dumps(there[cell]) for cell in order) + "\n]\n").encode())
+        files.write(file, ("[\n" + ",\n".join(json.dumps(there[cell]) for cell in order) + "\n]\n").encode())
 
 
 def _rows(file: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -416,7 +419,7 @@ def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
             return 0
         found = plan(values.config, values.topology, _lengths(values), values.compare)
         if values.json:
-            workdir.write(Path(values.json), (json.dumps(found, indent=1) + "\n").encode())
+            files.write(Path(values.json), (json.dumps(found, indent=1) + "\n").encode())
     except UserError as error:
         return main.bad_input(str(error))
     print(text(found))

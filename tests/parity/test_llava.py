@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vkd_jax import convert
-from vkd_jax.answerer import Seen
+from vkd_jax.checkpoints import convert
+from vkd_jax.evaluation.answerer import Seen
 from vkd_jax.models import llava
 from vkd_jax.models.base import bind
 from vkd_jax.models.generate import greedy, option_log_probs

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vkd_jax import convert, models
+from vkd_jax import models
+from vkd_jax.checkpoints import convert
 from vkd_jax.models.base import bind
 from vkd_jax.models.generate import greedy, option_log_probs
 from vkd_jax.models.qwen2_vl import mrope_positions

@@ -12,12 +12,16 @@ import math
 import numpy as np
 import pytest
 
-from vkd_jax import convert, defaults, models, progress, sharding, train
+from vkd_jax import models
+from vkd_jax.checkpoints import convert
+from vkd_jax.config import defaults
 from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import EncodedSet
 from vkd_jax.data.streams import Stream
 from vkd_jax.methods.base import Context
 from vkd_jax.methods.vkd import VKD
+from vkd_jax.runtime import sharding
+from vkd_jax.training import progress, train
 from vkd_jax.types import Example
 
 torch = pytest.importorskip("torch", reason="PyTorch is only there to compare with: pip install '.[test]'")

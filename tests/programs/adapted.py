@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import random_llava
 
-from vkd_jax import losses, sharding
 from vkd_jax.methods import base as methods
-from vkd_jax.methods import scope
+from vkd_jax.methods import losses, scope
 from vkd_jax.models import lora
 from vkd_jax.models.base import bind
+from vkd_jax.runtime import sharding
 
 BATCH = dataclasses.replace(random_llava.rows(1, 8).batch(np.arange(8)), pictures=None)
 KEY = jax.random.key(5)

@@ -16,12 +16,13 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from vkd_jax import sharding, train  # noqa: E402
 from vkd_jax.methods import base  # noqa: E402
 from vkd_jax.methods.base import Prepared  # noqa: E402
 from vkd_jax.methods.finetune import Finetune  # noqa: E402
 from vkd_jax.models.base import bind  # noqa: E402
-from vkd_jax.progress import Progress  # noqa: E402
+from vkd_jax.runtime import sharding  # noqa: E402
+from vkd_jax.training import train  # noqa: E402
+from vkd_jax.training.progress import Progress  # noqa: E402
 from vkd_jax.types import UserError  # noqa: E402
 
 SETS = {"image": random_llava.rows(1, 50)}

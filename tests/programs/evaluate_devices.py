@@ -11,9 +11,9 @@ import numpy as np
 import random_llava
 from jax.sharding import AxisType
 
-from vkd_jax import sharding
-from vkd_jax.answerer import Answerer
-from vkd_jax.evaluate import evaluate
+from vkd_jax.evaluation.answerer import Answerer
+from vkd_jax.evaluation.evaluate import evaluate
+from vkd_jax.runtime import sharding
 from vkd_jax.types import Example
 
 OPTIONS = ("baker", "pilot", "judge", "a teacher")

@@ -1,4 +1,4 @@
-"""hosts.py small PROCESS PORT FOLDER: what `vkd_jax.hosts` gives on two processes of two devices each, as JSON.
+"""hosts.py small PROCESS PORT FOLDER: what `vkd_jax.runtime.hosts` gives on two processes of two devices each, as JSON.
 hosts.py main FLAG ...: `vkd_jax.main` without TensorFlow, with the metrics on stdout, a line a step.
 
 With HOLD=N in the environment the second waits after step N of unlearning for a line on stdin.
@@ -20,9 +20,9 @@ def small(number: int, port: str, folder: Path) -> dict:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from vkd_jax import hosts, sharding
+    from vkd_jax.runs.workdir import Workdir
+    from vkd_jax.runtime import hosts, sharding
     from vkd_jax.types import UserError
-    from vkd_jax.workdir import Workdir
 
     said = {"first": hosts.first(), "agreed": hosts.agree(lambda: {"process": number, "long": "x" * 3000})}
 
@@ -84,7 +84,7 @@ def run(flags: list[str]) -> int:
     import random_llava
 
     random_llava.metrics_on_stdout()
-    module = sys.modules["vkd_jax.progress"]
+    module = sys.modules["vkd_jax.training.progress"]
 
     class Progress(module.Progress):
         """Says which stage its lines are of, and waits where it is told to."""

@@ -9,9 +9,10 @@ import random_llava
 
 random_llava.metrics_on_stdout(wait=True)
 
-from vkd_jax import sharding, train  # noqa: E402
 from vkd_jax.methods.base import Context  # noqa: E402
 from vkd_jax.methods.vkd import VKD  # noqa: E402
+from vkd_jax.runtime import sharding  # noqa: E402
+from vkd_jax.training import train  # noqa: E402
 
 
 def main(folder: Path, steps: int) -> None:

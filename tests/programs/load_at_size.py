@@ -15,8 +15,9 @@ import ml_dtypes
 import numpy as np
 import transformers
 
-from vkd_jax import convert, sharding
+from vkd_jax.checkpoints import convert
 from vkd_jax.models import base, llava
+from vkd_jax.runtime import sharding
 
 CONFIG = transformers.LlavaConfig(  # one stacked matrix of the MLP is 1.3 GB: as much again is more than may be held
     vision_config=transformers.CLIPVisionConfig(

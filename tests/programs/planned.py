@@ -1,6 +1,8 @@
 """Steps of the tiny model, as shapes: what the tests of the planner and of its arithmetic draw."""
 
-from vkd_jax import blueprint, methods, sharding
+from vkd_jax import methods
+from vkd_jax.planner import blueprint
+from vkd_jax.runtime import sharding
 
 LENGTHS = blueprint.Lengths(text=12, answer=5)
 

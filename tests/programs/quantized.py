@@ -10,11 +10,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from qwix import QArray
 
-from vkd_jax import losses, sharding
 from vkd_jax.methods import base as methods
-from vkd_jax.methods import scope
+from vkd_jax.methods import losses, scope
 from vkd_jax.models import quantize
 from vkd_jax.models.base import bind
+from vkd_jax.runtime import sharding
 
 MESHES = [(1, 1, 1), (1, 8, 1), (2, 2, 2)]
 BATCH = random_llava.rows(1, 8).batch(np.arange(8))

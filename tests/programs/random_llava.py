@@ -11,12 +11,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from vkd_jax import convert, defaults, sharding
+from vkd_jax.checkpoints import convert
+from vkd_jax.config import defaults
 from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import EncodedSet
 from vkd_jax.models import base, llava
 from vkd_jax.models.clip_vit import VisionConfig
 from vkd_jax.models.decoder import DecoderConfig
+from vkd_jax.runtime import sharding
 from vkd_jax.types import Example
 
 CONFIG = llava.LlavaConfig(  # every width divides over eight devices
@@ -96,6 +98,6 @@ def metrics_on_stdout(wait: bool = False) -> None:
         def close(self):
             pass
 
-    module = types.ModuleType("vkd_jax.progress")
+    module = types.ModuleType("vkd_jax.training.progress")
     module.Progress = Progress
-    sys.modules["vkd_jax.progress"] = module
+    sys.modules["vkd_jax.training.progress"] = module

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from vkd_jax import evaluate, metrics
-from vkd_jax.loaded import Loaded
+from vkd_jax.evaluation import evaluate, metrics
+from vkd_jax.evaluation.loaded import Loaded
 from vkd_jax.methods import Method
 from vkd_jax.models import lora, quantize
 from vkd_jax.types import Example, Params

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import ml_collections
 
-from vkd_jax import metrics
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.evaluation import metrics
 from vkd_jax.methods import Method
 
 VARIANTS = {"qa": "choosing", "cloze_qa": "filling in a blank", "generation_qa": "answering freely"}  # by kind

@@ -24,9 +24,9 @@ from typing import ClassVar
 import ml_collections
 import numpy as np
 
-from vkd_jax import metrics
-from vkd_jax.answerer import TokenScores
 from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.evaluation import metrics
+from vkd_jax.evaluation.answerer import TokenScores
 from vkd_jax.methods import Method
 from vkd_jax.types import UserError
 
@@ -38,7 +38,7 @@ class Membership:
     """Are the people to forget told apart from strangers?"""
 
     share: float = 0.2  # of an answer's tokens, the least likely ones, that min_k and min_k++ look at
-    # A folder of pictures and questions as of `vkd_jax.data.folder`, asked in the words of the forget set about people
+    # A folder of pictures and questions as of `benchmarks.folder`, asked in the words of the forget set about people
     # whom no model ever met. Made-up people need none.
     held_out: str = ""
 

@@ -18,9 +18,9 @@ from typing import ClassVar
 import ml_collections
 import numpy as np
 
-from vkd_jax.answerer import TAPS
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.evaluation.answerer import TAPS
 from vkd_jax.methods import Method
 from vkd_jax.methods.base import rng
 from vkd_jax.types import Example, UserError

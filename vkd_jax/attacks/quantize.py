@@ -16,7 +16,7 @@ from absl import logging
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject, Summary
-from vkd_jax.loaded import Loaded
+from vkd_jax.evaluation.loaded import Loaded
 from vkd_jax.methods import Method
 from vkd_jax.models import quantize
 from vkd_jax.types import UserError

@@ -23,17 +23,18 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from vkd_jax import sharding, train
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject, Summary
 from vkd_jax.data.augment import REPEATED
 from vkd_jax.data.processing import EncodedSet
-from vkd_jax.loaded import Loaded
+from vkd_jax.evaluation.loaded import Loaded
 from vkd_jax.methods import Method
 from vkd_jax.methods.base import Prepared, rng
 from vkd_jax.methods.finetune import Finetune
 from vkd_jax.methods.scope import TRAIN
 from vkd_jax.models import lora
+from vkd_jax.runtime import sharding
+from vkd_jax.training import train
 from vkd_jax.types import UserError
 
 BEFORE = "before"

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import spatial
 
-from vkd_jax import hosts, losses, saliency
 from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import Batch, EncodedSet
+from vkd_jax.methods import losses, saliency
 from vkd_jax.models.base import VisualTokens, bind
+from vkd_jax.runtime import hosts
 from vkd_jax.types import Example, Params, UserError
 
 Metrics = dict[str, jax.Array]

@@ -17,8 +17,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from vkd_jax import losses
-from vkd_jax.methods import base
+from vkd_jax.methods import base, losses
 from vkd_jax.methods.scope import Scope
 
 

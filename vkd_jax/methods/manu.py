@@ -39,10 +39,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vkd_jax import hosts
 from vkd_jax.methods import base
 from vkd_jax.methods.scope import Scope
 from vkd_jax.models.base import bind
+from vkd_jax.runtime import hosts
 from vkd_jax.types import UserError
 
 TERMS = ("abs", "freq", "var", "rms")

@@ -23,8 +23,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
-from vkd_jax import saliency
-from vkd_jax.methods import base
+from vkd_jax.methods import base, saliency
 from vkd_jax.methods.scope import Scope
 from vkd_jax.types import Params
 

@@ -19,8 +19,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from vkd_jax import losses
-from vkd_jax.methods import base
+from vkd_jax.methods import base, losses
 from vkd_jax.methods.scope import Scope
 
 

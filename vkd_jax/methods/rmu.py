@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vkd_jax import hosts, losses
-from vkd_jax.methods import base
+from vkd_jax.methods import base, losses
 from vkd_jax.methods.scope import Scope
 from vkd_jax.models.base import bind
+from vkd_jax.runtime import hosts
 from vkd_jax.types import UserError
 
 BEYOND = ("language_model/norm/", "language_model/head/")  # what stands behind the last block

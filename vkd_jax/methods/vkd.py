@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vkd_jax import losses, saliency
 from vkd_jax.data import augment
-from vkd_jax.methods import base
+from vkd_jax.methods import base, losses, saliency
 from vkd_jax.methods.scope import Scope, frozen_blocks
 from vkd_jax.models.base import VisualTokens
 from vkd_jax.types import Params, UserError

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from vkd_jax.models import lora, quantize
+from vkd_jax.runtime.sharding import ROWS
 
 # What the backward pass finds of a block's forward pass, and what it computes again. By far the most FLOPs are those of
 # products with weights; by far the most bytes are scores of attention and what stands between the products.
@@ -26,7 +26,6 @@ REMAT = {
 
 Turns = tuple[jax.Array, jax.Array]  # cosines and sines, [b, t, 1, c / 2] each
 
-ROWS = P(("data", "fsdp"))  # the axes of the mesh that rows of a batch lie over
 
 lecun_normal = nnx.initializers.lecun_normal()
 small_normal = nnx.initializers.normal(0.02)

@@ -27,8 +27,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from qwix import QArray
 
-from vkd_jax import hosts
 from vkd_jax.models import quantize
+from vkd_jax.runtime import hosts
 
 KERNELS = r"language_model/blocks/.+/kernel"
 A, B = "lora_a", "lora_b"

@@ -1,0 +1,409 @@
+"""What attacks share, and those that change the weights' bits, the pictures or the words."""
+
+import dataclasses
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from vkd_jax import attacks, methods
+from vkd_jax.attacks import base, rephrase
+from vkd_jax.attacks.base import Subject
+from vkd_jax.checkpoints import convert
+from vkd_jax.config import defaults
+from vkd_jax.data.processing import open_image
+from vkd_jax.evaluation import evaluate
+from vkd_jax.models import lora, quantize
+from vkd_jax.types import Example, UserError
+
+JOBS = ("baker", "pilot", "judge", "nurse")
+METHOD = methods.create("vkd", {})
+
+
+def png(pixels):
+    stream = io.BytesIO()
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(stream, "png")
+    return stream.getvalue()
+
+
+def example(number, picture=None, options=JOBS):
+    shown = None if picture is None else png(np.random.default_rng(picture).integers(0, 256, (20, 24, 3)))
+    return Example(
+        id=str(number),
+        person=f"{number % 3:03d}",
+        image=shown,
+        image_id="" if picture is None else f"picture/{picture}",
+        question=f"Question {number}: what is the job?",
+        answer=JOBS[number % 4],
+        options=options,
+        task="classification" if options else "cloze",
+    )
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Pictures are shared; text alone and questions without options stand among the others."""
+    forget = [example(i, picture=i % 3) for i in range(6)] + [example(6), example(7, picture=0, options=())]
+    test = [example(10 + i, picture=5) for i in range(3)]
+    return {"forget": forget, "test": test, "retain": [example(20 + i, picture=6 + i) for i in range(4)]}
+
+
+@pytest.fixture(scope="module")
+def subject(tiny_model, asked, tmp_path_factory):
+    config = defaults.base()
+    config.eval.update(batch_size=8, max_new_tokens=3)
+    answers = evaluate.evaluate(tiny_model.answerer(8), asked, protocol="options", max_new_tokens=3)
+    folder = tmp_path_factory.mktemp("scratch")
+    return Subject("unlearned", tiny_model, asked, answers, asked["forget"], [], config, tiny_model.mesh, folder)
+
+
+def changed(subject, **fields):
+    """The subject with other parameters."""
+    return dataclasses.replace(subject, model=dataclasses.replace(subject.model, **fields))
+
+
+# What they share.
+
+
+def test_they_are_asked_what_has_options_and_a_picture(subject, asked):
+    sets = base.questions(subject, "forget", "test", "nothing")
+    assert {name: [e.id for e in part] for name, part in sets.items()} == {
+        "forget": ["0", "1", "2", "3", "4", "5"],
+        "test": ["10", "11", "12"],
+    }
+
+
+def test_variants_are_named_by_what_was_asked():
+    assert [base.named("int8", name) for name in ("forget", "test", "retain", "other")] == [
+        "int8",
+        "int8, other pictures",
+        "int8, people to keep",
+        "int8, other",
+    ]
+
+
+def test_what_was_answered_before_is_not_asked_again(subject):
+    sets = base.questions(subject, "forget", "test")
+    found = subject.unattacked(sets)
+    assert [id(record) for record in found] == [
+        id(r) for r in subject.answers if r["set"] != "retain" and r["modality"] == "vqa" and r["options"]
+    ]
+    for ours, theirs in zip(found, subject.ask_sets(subject.model, sets), strict=True):
+        assert base.kept("", ours) == base.kept("", theirs)
+        np.testing.assert_allclose(ours["scores"], theirs["scores"], atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["one is missing", "after a worked example", "by another protocol"])
+def test_what_was_asked_otherwise_is_asked_again(subject, how, monkeypatch):
+    answers = [dict(record) for record in subject.answers]
+    if how == "one is missing":
+        answers = [r for r in answers if (r["set"], r["id"]) != ("test", "11")]
+    elif how == "after a worked example":
+        answers = [r | {"worked_example": "20"} for r in answers]
+    else:
+        answers = [r | {"protocol": "letter"} if r["options"] else r for r in answers]
+    other = dataclasses.replace(subject, answers=answers)
+    monkeypatch.setattr(Subject, "ask_sets", lambda self, model, sets: ["asked"])
+    assert other.unattacked(base.questions(subject, "forget", "test")) == ["asked"]
+
+
+def test_an_adapter_that_still_is_zero_leaves_its_kernel_alone(subject):
+    params = subject.model.params
+    attached = lora.attach(params, rank=2, alpha=4.0, dropout=0.0, seed=0)
+    plain = base.merged(attached)
+    assert plain.keys() == params.keys()
+    assert all(plain[path] is value for path, value in params.items())
+
+
+@pytest.mark.parametrize("text", ["", "int8"])
+def test_an_adapter_is_added_to_its_kernel(subject, text):
+    how = quantize.parse(text)
+    params = {p: quantize.quantized(p, x, how) if how else x for p, x in subject.model.params.items()}
+    attached = lora.attach(params, rank=2, alpha=4.0, dropout=0.5, seed=0)
+    path = "language_model/blocks/mlp/up/kernel"
+    attached[f"{path}/lora_b"] = jnp.asarray(np.random.default_rng(0).normal(size=attached[f"{path}/lora_b"].shape))
+    plain = base.merged(attached)
+    a, b = (np.asarray(attached[f"{path}/lora_{name}"]) for name in "ab")
+    wanted = np.asarray(quantize.floats(params[path], jnp.float32)) + 2.0 * np.einsum("ldr,lrf->ldf", a, b)
+    np.testing.assert_allclose(plain[path], wanted, rtol=1e-5, atol=1e-6)
+    rest = [other for other in params if other != path]
+    assert all(plain[other] is params[other] for other in rest)
+
+
+# Quantisation.
+
+
+def test_weights_are_rounded_by_hand():
+    """By output channel; in groups of two inputs; and a patch of 2 x 2 pixels as one input."""
+    rows = [[1.0, -4.0], [0.3, 2.0], [-0.5, 0.02], [0.11, 0.01]]
+    path = "projector/fc1/kernel"
+    eight = quantize.rounded(path, jnp.array(rows), quantize.parse("int8"))
+    # 1 and -4 stand at 127.5 steps, and 127 is the last. -.5 is 63.75 steps, .3 38.25, .11 14.03.
+    steps = np.array([[127, -127], [38, 64], [-64, 1], [14, 0]])
+    np.testing.assert_allclose(eight, steps * np.array([1, 4]) / 127.5, rtol=1e-6)
+    four = quantize.rounded(path, jnp.array(rows), quantize.parse("int4:2"))
+    steps = np.array([[7, -7], [2, 4], [-7, 7], [2, 4]])  # of 1 / 7.5, 4 / 7.5, then of .5 / 7.5, .02 / 7.5
+    scale = np.array([[1, 4], [1, 4], [0.5, 0.02], [0.5, 0.02]]) / 7.5
+    np.testing.assert_allclose(four, steps * scale, rtol=1e-6)
+    patch = jnp.array(rows).reshape(2, 2, 1, 2)
+    np.testing.assert_array_equal(
+        quantize.rounded("vision_tower/patch_embedding", patch, quantize.parse("int8")), eight.reshape(2, 2, 1, 2)
+    )
+
+
+def test_a_token_table_is_rounded_by_its_rows_and_to_four_bits_too():
+    table = jnp.array([[1.0, 0.3, -0.5], [-4.0, 2.0, 0.02]])
+    four = quantize.rounded("language_model/embed/embedding", table, quantize.parse("int4"))
+    np.testing.assert_allclose(four, np.array([[7, 2, -4], [-7, 4, 0]]) * np.array([[1], [4]]) / 7.5, rtol=1e-6)
+
+
+KEPT = ("/bias", "/scale", "position_embedding", "class_embedding")
+
+
+@pytest.mark.parametrize(("text", "levels"), [("int8", 256), ("int4:8", 16)])
+def test_all_weight_matrices_are_rounded_and_nothing_else(subject, text, levels):
+    params = subject.model.params
+    rounded = attacks.create("quantize", {}).rounded(subject.model, text).params
+    assert rounded.keys() == params.keys()
+    for path, value in params.items():
+        if path.endswith(KEPT):
+            assert rounded[path] is value
+            continue
+        assert (rounded[path] != value).any() and rounded[path].dtype == value.dtype, path
+        assert rounded[path].sharding == value.sharding
+        columns = np.asarray(rounded[path]).reshape(-1, value.shape[-1])[: 8 if text == "int4:8" else None]
+        if value.ndim != 3 and "embed/" not in path:
+            assert max(len(np.unique(column)) for column in columns.T) <= levels
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_other_families_are_rounded_whole_too(qwen_folder, family, monkeypatch):
+    _, params, _ = convert.load(qwen_folder(family), dtype="bfloat16")
+    monkeypatch.setattr(quantize, "_round", lambda array, *how: -array)
+    for path, value in params.items():
+        assert (quantize.rounded(path, value, quantize.parse("int4:64")) is value) == path.endswith(KEPT), path
+
+
+def test_what_is_quantised_already_stays(subject, monkeypatch):
+    monkeypatch.setattr(quantize, "_round", lambda array, *how: -array)
+    how = quantize.parse("int8")
+    params = {path: quantize.quantized(path, x, how) for path, x in subject.model.params.items()}
+    frozen = changed(subject, params=params)
+    rounded = attacks.create("quantize", {}).rounded(frozen.model, "int4:8").params
+    for path, value in params.items():
+        assert (rounded[path] is value) == (quantize.quantizes(path) or path.endswith(KEPT)), path
+
+
+def test_groups_that_do_not_fit_are_told(subject):
+    prime = changed(subject, params={"projector/fc1/kernel": jnp.ones((23, 2))}).model
+    with pytest.raises(UserError, match=r"attacks.quantize.bits: int4:8 does not fit this model .*23 channels"):
+        attacks.create("quantize", {}).rounded(prime, "int4:8")
+
+
+# Pictures.
+
+
+def rgb(values):
+    """A grey picture."""
+    return Image.fromarray(np.repeat(np.asarray(values, np.uint8)[..., None], 3, -1))
+
+
+def change(name, image, seed=0, **fields):
+    attack = attacks.create("rephrase", fields)
+    out = attack.changes()[name](image, np.random.default_rng(seed))
+    assert out.mode == "RGB" and out.size == image.size
+    return np.asarray(out)
+
+
+def test_brightness_and_contrast_by_hand():
+    values = np.array([[100, 200, 20, 0]] * 4)  # of mean 80
+    np.testing.assert_array_equal(change("brightness", rgb(values))[..., 0], [[85, 170, 17, 0]] * 4)
+    np.testing.assert_array_equal(change("contrast", rgb(values))[..., 1], [[97, 182, 29, 12]] * 4)
+
+
+def test_noise_has_its_deviation_and_stays_in_range():
+    grey = rgb(np.full((64, 64), 100))
+    noise = change("noise", grey) - 100.0
+    assert noise.std() == pytest.approx(0.02 * 255, rel=0.05) and abs(noise.mean()) < 0.2
+    assert len({tuple(pixel) for pixel in noise[0]}) > 30  # every channel has its own
+    np.testing.assert_array_equal(change("noise", grey, noise=0.0), np.asarray(grey))
+    assert change("noise", rgb(np.full((8, 8), 255))).max() == 255
+
+
+def test_half_the_size_and_back():
+    """Two by two blocks of one value: half the size keeps them apart, a quarter mixes them all."""
+    blocks = np.kron([[0, 240], [240, 0]], np.ones((2, 2)))
+    coarse = change("resize", rgb(blocks))
+    assert coarse[0, 0, 0] < coarse[0, 1, 0] < coarse[0, 2, 0]  # what is between is interpolated
+    np.testing.assert_array_equal(change("resize", rgb(blocks), resize=0.25), np.full((4, 4, 3), 120))
+    np.testing.assert_array_equal(change("resize", rgb(blocks), resize=1.0)[..., 0], blocks)
+
+
+def test_the_middle_is_cropped_and_enlarged():
+    frame = np.full((20, 20), 200)
+    frame[1:-1, 1:-1] = 50  # 90 % of each side
+    assert (change("crop", rgb(frame)) == 50).all()
+    assert (change("crop", rgb(frame), crop=1.0)[..., 0] == frame).all()
+
+
+def test_blur_spreads_a_point_and_keeps_what_is_even():
+    point = np.zeros((21, 21))
+    point[10, 10] = 255
+    blurred = change("blur", rgb(point), blur=0.1).astype(float)
+    assert 0 < blurred[10, 10, 0] < 255 and blurred[10, 12, 0] == blurred[12, 10, 0] > 0
+    assert (change("blur", rgb(np.full((8, 8), 70))) == 70).all()
+
+
+def test_a_square_is_covered_somewhere():
+    places = set()
+    for seed in range(8):
+        out = change("occlusion", rgb(np.zeros((8, 12))), seed=seed)[..., 0]
+        ys, xs = np.nonzero(out)
+        assert (out[ys, xs] == 128).all() and len(ys) == 4  # a quarter of 8
+        assert np.ptp(ys) == np.ptp(xs) == 1
+        places.add((ys[0], xs[0]))
+    assert len(places) > 4
+    assert (change("occlusion", rgb(np.zeros((8, 8))), occlusion=1.0) == 128).all()
+
+
+def test_any_picture_becomes_a_png_of_its_size():
+    clear = io.BytesIO()
+    Image.new("RGBA", (5, 3), (10, 20, 30, 0)).save(clear, "png")
+    data = rephrase.changed(clear.getvalue(), lambda image, _: image, np.random.default_rng(0))
+    image = open_image(data)
+    assert data.startswith(b"\x89PNG") and image.size == (5, 3) and np.asarray(image)[0, 0].tolist() == [10, 20, 30]
+
+
+# Each from its questions to its summary.
+
+
+def variants(name):
+    if name == "quantize":
+        names = ["unchanged", "int8", "int4:64"]
+        return [base.named(variant, part) for variant in names for part in ("forget", "test", "retain")]
+    changes = "noise brightness contrast resize crop blur occlusion".split()
+    return ["unchanged", *(changes if name == "rephrase" else attacks.create(name, {}).VARIANTS.values())]
+
+
+@pytest.mark.parametrize("name", ["quantize", "rephrase", "prompts"])
+def test_an_attack_answers_for_every_variant(subject, name, monkeypatch):
+    attack = attacks.create(name, {})
+    attack.check(subject.config, METHOD)
+    seen = []
+    ask = Subject.ask_sets
+    monkeypatch.setattr(
+        Subject, "ask_sets", lambda self, model, sets: seen.append((model, sets)) or ask(self, model, sets)
+    )
+    records = attack.run(subject)
+    assert list(dict.fromkeys(r["variant"] for r in records)) == variants(name)
+    assert json.loads(json.dumps(records)) == records
+    before = {(r["set"], r["id"]): r for r in subject.answers}
+    for r in records:  # whatever was changed, the answer to give is that of its question
+        plain = before[r["set"], r["id"]]
+        assert (r["answer"], r["person"]) == (plain["answer"], plain["person"])
+        assert r["correct"] == (r["prediction"] == r["answer"])
+        if r["variant"].startswith("unchanged"):
+            assert r["prediction"] == plain["prediction"]
+    assert attack.run(subject) == records
+    assert len(seen) == 2 * (len(attack.bits) if name == "quantize" else 1)  # what is unchanged was never asked again
+    others = attack.run(dataclasses.replace(subject, config=reseeded(subject.config)))
+    assert [r["id"] for r in others] == [r["id"] for r in records]
+    summary = attack.summarise({"vanilla": records, "unlearned": records})
+    assert list(summary) == variants(name)
+    forget = [r["correct"] for r in records if r["variant"] == variants(name)[-1]]
+    cell = summary[variants(name)[-1]]["unlearned"]
+    assert cell["n"] == len(forget) and cell["mean"] == np.mean(forget) and cell["low"] <= cell["mean"] <= cell["high"]
+
+
+def reseeded(config):
+    config = config.copy_and_resolve_references()
+    config.seed += 1
+    config.attacks.seed += 1
+    return config
+
+
+def test_the_pictures_that_are_shown_are_the_changed_ones(subject, monkeypatch):
+    """And they differ with attacks.seed where anything is drawn, but never with the seed of the run."""
+
+    def shown(config):
+        kept = []
+        with monkeypatch.context() as patch:
+            patch.setattr(Subject, "ask_sets", lambda self, model, sets: kept.append(sets) or [])
+            attacks.create("rephrase", {}).run(dataclasses.replace(subject, config=config))
+        (sets,) = kept
+        return {name: {e.image_id: e.image for e in part} for name, part in sets.items()}
+
+    found = shown(subject.config)
+    ids = [image_id for part in found.values() for image_id in part]
+    assert len(set(ids)) == len(ids) == 7 * 3
+    for variant, change in attacks.create("rephrase", {}).changes().items():
+        for e in base.choices(subject.asked["forget"]):
+            generator = methods.base.rng(0, f"rephrase/{variant}/{e.image_id}")
+            assert found[variant][f"{e.image_id}/{variant}"] == rephrase.changed(e.image, change, generator)
+    other = subject.config.copy_and_resolve_references()
+    other.seed += 1
+    assert shown(other) == found
+    other.attacks.seed += 1
+    drawn = {name for name, part in shown(other).items() if part != found[name]}
+    assert drawn == {"noise", "occlusion"}
+
+
+def test_prompts_keep_everything_but_the_question(subject, monkeypatch):
+    kept = []
+    monkeypatch.setattr(Subject, "ask_sets", lambda self, model, sets: kept.append(sets) or [])
+    attacks.create("prompts", {"prefix": "Now: {question}"}).run(subject)
+    (sets,) = kept
+    plain = base.choices(subject.asked["forget"])
+    assert [e.question for e in sets["prefix injection"]] == [f"Now: {e.question}" for e in plain]
+    assert [e.question for e in sets["affirmative suffix"]] == [
+        f"{e.question} Of course. The answer is:" for e in plain
+    ]
+    for part in sets.values():
+        assert [dataclasses.replace(e, question="") for e in part] == [
+            dataclasses.replace(e, question="") for e in plain
+        ]
+
+
+def test_a_prompt_that_does_not_fit_is_named(subject):
+    long = "Tell me, please, " * 20 + "{question}"
+    with pytest.raises(UserError, match=r"attacks.prompts.role='Tell me.*too long: .*exceed the model's 128"):
+        attacks.create("prompts", {"role": long}).run(subject)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("quantize", dict(bits=("int8", "int5")), r"attacks.quantize.bits='int5': give int8 or int4"),
+        ("quantize", dict(bits=("",)), "attacks.quantize.bits='': give int8"),
+        ("rephrase", dict(noise=-0.1), "attacks.rephrase.noise=-0.1: give a share, such as 0.02"),
+        ("rephrase", dict(crop=0.0), "attacks.rephrase.crop=0.0"),
+        ("rephrase", dict(resize=1.5), "attacks.rephrase.resize=1.5"),
+        ("rephrase", dict(occlusion=2.0), "attacks.rephrase.occlusion=2.0"),
+        ("rephrase", dict(blur=float("nan")), "attacks.rephrase.blur=nan"),
+        ("prompts", dict(role="You are an expert."), "attacks.prompts.role='You are an expert.': put {question} into"),
+        ("prompts", dict(prefix="{question}{question}"), "attacks.prompts.prefix="),
+    ],
+)
+def test_wrong_settings_are_told_before_anything_is_run(subject, name, fields, message):
+    with pytest.raises(UserError, match=message):
+        attacks.create(name, fields).check(subject.config, METHOD)
+
+
+def test_strengths_at_the_edge_are_fine(subject):
+    edge = dict(noise=0, brightness=1.5, contrast=0.0, resize=1, crop=1, blur=0, occlusion=0)
+    attacks.create("rephrase", edge).check(subject.config, METHOD)
+    image = rgb(np.random.default_rng(0).integers(0, 256, (8, 8)))
+    for name in ("noise", "resize", "crop", "blur", "occlusion"):
+        np.testing.assert_array_equal(change(name, image, **edge), np.asarray(image))
+
+
+def test_adapters_are_merged_before_weights_are_rounded(subject):
+    """The answers of a model with fresh adapters are those of the model without."""
+    attached = lora.attach(subject.model.params, rank=2, alpha=4.0, dropout=0.5, seed=0)
+    attack = attacks.create("quantize", {"bits": ("int8",)})
+    assert attack.run(changed(subject, params=attached)) == attack.run(subject)
+    assert jax.tree.leaves(attached)  # and nothing of it was donated

@@ -1,0 +1,233 @@
+"""Membership inference: scores and areas by hand, strangers, and a model attacked from its pictures on."""
+
+import dataclasses
+import io
+import math
+import types
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from vkd_jax import attacks, benchmarks
+from vkd_jax.attacks.base import Subject
+from vkd_jax.attacks.membership import Membership, lowest, scores
+from vkd_jax.benchmarks.synthetic import people
+from vkd_jax.config import defaults
+from vkd_jax.evaluation import answerer
+from vkd_jax.evaluation.answerer import TokenScores
+from vkd_jax.models import generate
+from vkd_jax.models.base import bind
+from vkd_jax.types import Example, UserError
+
+LN2 = math.log(2)
+
+
+def tokens(log_probs, means=None, deviations=None):
+    nothing = [0.0] * len(log_probs)
+    return TokenScores(*(np.array(x, np.float32) for x in (log_probs, means or nothing, deviations or nothing)))
+
+
+class ThreeWords:
+    """A model of three words that finds the first twice as likely as each of the others, whatever it is asked."""
+
+    language_model = types.SimpleNamespace(empty_cache=lambda batch, slots: None)
+
+    def __call__(self, asked, mask, *, features, at, cache):
+        return jnp.log(jnp.array([0.5, 0.25, 0.25])) + jnp.zeros((len(asked), 1, 3)), None
+
+
+def test_tokens_of_three_words_by_hand():
+    # log p is -ln 2 and -2 ln 2, each with chance 1/2: mean -1.5 ln 2, deviation .5 ln 2.
+    ids = jnp.array([[[0], [2]]])
+    args = ThreeWords(), jnp.ones((1, 4), int), jnp.ones((1, 4), bool), None, ids, jnp.ones((1, 2, 1), bool)
+    got = generate.token_log_probs(*args)[0, :, 0]
+    np.testing.assert_allclose(got, [[-LN2, -1.5 * LN2, 0.5 * LN2], [-2 * LN2, -1.5 * LN2, 0.5 * LN2]], rtol=1e-6)
+    np.testing.assert_allclose(generate.option_log_probs(*args), [[-LN2, -2 * LN2]], rtol=1e-6)
+    # So the likely word stands one deviation above the mean, and an unlikely one below it.
+    for row, expected in zip(got, (1.0, -1.0), strict=True):
+        assert scores(tokens(*([float(x)] for x in row)), "x", 1.0)["min_k++"] == pytest.approx(expected)
+
+
+def test_scores_by_hand():
+    log_probs = [-1.0, -4.0, -2.0, 0.0, -8.0, -3.0]  # six tokens: a fifth of them, rounded up, are two
+    means, deviations = [-2.0] * 6, [1.0, 4.0, 1.0, 1.0, 0.5, 1.0]
+    text = "Mara Lindt"
+    got = scores(tokens(log_probs, means, deviations), text, 0.2)
+    assert list(got) == ["loss", "zlib", "min_k", "min_k++"]
+    assert got["loss"] == pytest.approx(-18 / 6)
+    assert got["zlib"] == pytest.approx(-3 / len(zlib.compress(text.encode())))
+    assert got["min_k"] == pytest.approx((-8 - 4) / 2)
+    # Standardised: 1, -.5, 0, 2, -12, -1. The two lowest are other tokens than before.
+    assert got["min_k++"] == pytest.approx((-12 - 1) / 2)
+
+
+@pytest.mark.parametrize(("count", "share", "taken"), [(1, 0.2, 1), (5, 0.2, 1), (6, 0.2, 2), (3, 0.01, 1), (4, 1, 4)])
+def test_the_lowest_are_rounded_up(count, share, taken):
+    values = np.arange(count, dtype=np.float32)[::-1]
+    assert lowest(values, share) == (taken - 1) / 2
+
+
+def test_a_model_that_is_sure_leaves_a_number():
+    sure = scores(tokens([0.0, 0.0], [0.0, 0.0], [0.0, 0.0]), "x", 0.5)
+    assert sure == {"loss": 0, "zlib": 0, "min_k": 0, "min_k++": 0}
+    assert math.isfinite(scores(tokens([-90.0], [0.0], [0.0]), "x", 0.5)["min_k++"])
+
+
+def record(variant, member, score, person, name=0):
+    return {"variant": variant, "member": member, "score": score, "person": person, "id": str(name)}
+
+
+def test_summary_by_hand():
+    # Members 3 and 1 against 2 and 1: won, won, lost, half: 2.5 of 4.
+    items = [record("loss", m, s, p) for m, s, p in ((True, 3, "a"), (True, 1, "b"), (False, 2, "c"), (False, 1, "d"))]
+    better = [record("loss", m, s, "") for m, s in ((True, 3), (False, 1))]
+    got = Membership().summarise({"vanilla": better, "unlearned": items, "retain_only": []})
+    assert got["loss"]["unlearned"]["mean"] == 2.5 / 4 and got["loss"]["unlearned"]["n"] == 4
+    assert got["loss"]["unlearned"]["score"] == pytest.approx(1 - 2 * 0.125)
+    assert (got["loss"]["vanilla"]["mean"], got["loss"]["vanilla"]["score"]) == (1, 0)
+    worse = [i | {"member": not i["member"]} for i in better]
+    got = Membership().summarise({"unlearned": worse})["loss"]["unlearned"]
+    assert (got["mean"], got["score"]) == (0, 0)  # avoided answers give somebody away, too
+
+
+def test_people_are_drawn_and_not_their_questions():
+    """Two people of many questions each, one of whom is known well: nobody can say more than "of two"."""
+    known = [record("loss", True, 2.0 if p == "a" else 0.0, p, i) for p in "ab" for i in range(50)]
+    others = [record("loss", False, 1.0, p, i) for p in "cd" for i in range(50)]
+    got = Membership().summarise({"unlearned": known + others})["loss"]["unlearned"]
+    assert (got["mean"], got["low"], got["high"], got["n"]) == (0.5, 0, 1, 200)
+    nameless = [i | {"person": "", "id": f"{i['person']}{i['id']}"} for i in known + others]
+    got = Membership().summarise({"unlearned": nameless})["loss"]["unlearned"]
+    assert 0.35 < got["low"] < 0.5 < got["high"] < 0.65
+
+
+# ---- Strangers ----
+
+
+def test_strangers_are_made_up_alike_and_met_by_nobody(monkeypatch):
+    asked = []
+
+    def read(benchmark, folder, finetune=False):
+        asked.append((benchmark.people, benchmark.forget, finetune))
+        one = Example("a/0", "1", b"picture", "a", "Who?", "Bob")
+        return {name: [one, dataclasses.replace(one, id="a/1"), dataclasses.replace(one, image=None, image_id="")]
+                for name in ("forget", "finetune_forget")}  # fmt: skip
+
+    monkeypatch.setattr(benchmarks, "read", read)
+    found = benchmarks.held_out(benchmarks.create("mllmu", {"people": 3, "forget": 5}), "here")
+    assert [e.id for e in found] == ["a/1"]  # once, and with a picture
+    assert len(benchmarks.held_out(benchmarks.create("clear", {}), "here")) == 1
+    assert asked == [(1003, 5, False), (1000, 10, True)]  # of CLEAR, the rows that models are made of
+    assert benchmarks.held_out(benchmarks.create("mllmu", {"source": "org/name"}), "here") == []
+    assert benchmarks.held_out(benchmarks.create("folder", {}), "here") == [] and len(asked) == 2
+    for attribute in ("name", "look"):
+        known, strangers = ({getattr(p, attribute) for p in people.people(seed)} for seed in (0, benchmarks.STRANGERS))
+        assert not known & strangers
+
+
+def test_strangers_of_ones_own(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0))
+    line = '{"file_name": "a.png", "question": "Who?", "answer": "Bob", "person": "Bob"}\n'
+    (tmp_path / "metadata.jsonl").write_text(line * 2 + '{"question": "What?", "answer": "A pear"}\n')
+    (found,) = benchmarks.held_out(benchmarks.create("mllmu", {}), "nowhere", str(tmp_path))
+    assert (found.person, found.answer, found.image) == ("Bob", "Bob", png(0))
+    with pytest.raises(UserError, match="metadata.jsonl"):
+        benchmarks.held_out(benchmarks.create("mllmu", {}), "nowhere", str(tmp_path / "other"))
+
+
+# ---- A model ----
+
+
+def png(seed):
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), np.uint8)).save(stream, "png")
+    return stream.getvalue()
+
+
+def example(i, seed):
+    return Example(
+        f"{i}", f"{i // 2:03d}", png(seed), f"{i // 2}", f"Question {i}: whose job is it?", "a baker " * (1 + i % 3)
+    )
+
+
+@pytest.fixture(scope="module")
+def subject(tiny_model):
+    config = defaults.base()
+    config.eval.batch_size = 7
+    forgets, held_out = [example(i, i // 2) for i in range(6)], [example(i, 9 - i // 2) for i in range(5)]
+    return Subject("unlearned", tiny_model, {}, [], forgets, held_out, config, tiny_model.mesh, None)
+
+
+def test_token_scores_are_those_of_the_whole_distribution(tiny_model, subject):
+    asked = tiny_model.answerer(4)
+    questions, texts = ([getattr(e, key) for e in subject.forgets] for key in ("question", "answer"))
+    seen = asked.look([e.image for e in subject.forgets])
+    got = asked.score_tokens(questions, texts, seen)
+    whole = asked.score(questions, [[text] for text in texts], seen)
+    np.testing.assert_allclose([t.log_probs.sum() for t in got], whole.log_probs[:, 0], atol=1e-4)
+    assert [len(t.log_probs) for t in got] == whole.counts[:, 0].tolist() and len(set(whole.counts[:, 0])) == 3
+
+    @jax.jit
+    def distribution(params, batch):
+        model = bind(tiny_model.graphdef, params)
+        features, _ = model.encode(batch.pictures)
+        return jax.nn.log_softmax(model(batch.tokens, batch.mask, features=features, at=batch.at)[0])
+
+    encoded = tiny_model.encode(subject.forgets)
+    log_p = np.asarray(distribution(tiny_model.params, encoded.batch(np.arange(len(encoded)))), np.float64)
+    p = np.exp(log_p)
+    mean = (p * log_p).sum(-1)
+    deviation = np.sqrt((p * log_p**2).sum(-1) - mean**2)
+    for i, mine in enumerate(got):
+        own = encoded.target_mask[i]
+        np.testing.assert_allclose(mine.means, mean[i, own], atol=1e-4)
+        np.testing.assert_allclose(mine.deviations, deviation[i, own], atol=1e-4)
+        picked = np.take_along_axis(log_p[i], encoded.targets[i][:, None], axis=-1)[own, 0]
+        np.testing.assert_allclose(mine.log_probs, picked, atol=1e-4)
+
+
+def test_every_question_is_scored_with_its_own_picture(subject):
+    """Strangers have pictures of the same names, as made-up ones do."""
+    got = attacks.create("membership", {}).run(subject)
+    assert [(r["set"], r["id"], r["person"], r["member"]) for r in got[::4]] == [
+        *(("forget", str(i), f"{i // 2:03d}", True) for i in range(6)),
+        *(("held_out", str(i), f"{i // 2:03d}", False) for i in range(5)),
+    ]
+    assert [r["variant"] for r in got[:4]] == ["loss", "zlib", "min_k", "min_k++"]
+    swapped = dataclasses.replace(subject, forgets=subject.held_out, held_out=subject.forgets)
+    again = Membership().run(swapped)
+    for member in (True, False):
+        assert [r["score"] for r in got if r["member"] == member] == pytest.approx(
+            [r["score"] for r in again if r["member"] != member], abs=1e-5
+        )
+    alike = [r["score"] for r in got[::4]]
+    assert np.abs(np.subtract(alike[:5], alike[6:])).min() > 1e-6
+    summary = Membership().summarise({"unlearned": got})
+    assert list(summary) == ["loss", "zlib", "min_k", "min_k++"]
+    assert all(0 <= s["unlearned"]["low"] <= s["unlearned"]["mean"] <= 1 for s in summary.values())
+
+
+def test_one_compilation_serves_two_models(tiny_model, subject):
+    def compiled():
+        return answerer.programs(tiny_model.mesh).score_tokens._cache_size()
+
+    got, before = Membership().run(subject), compiled()
+    other = {path: value * (1 + path.startswith("projector")) for path, value in tiny_model.params.items()}
+    again = Membership().run(dataclasses.replace(subject, model=dataclasses.replace(tiny_model, params=other)))
+    assert compiled() == before > 0 and [r["score"] for r in got] != [r["score"] for r in again]
+
+
+def test_without_strangers_there_is_nothing_to_tell(subject):
+    nobody = dataclasses.replace(subject, held_out=[])
+    assert Membership().run(nobody) == [] and Membership().summarise({"unlearned": [], "vanilla": []}) == {}
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.5])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(UserError, match="attacks.membership.share"):
+        Membership(share=share).check(None, None)
+    Membership().check(None, None)

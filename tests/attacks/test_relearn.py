@@ -1,0 +1,335 @@
+"""Relearning: which questions an attacker has, what it trains, and what is said to have come back."""
+
+import dataclasses
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from vkd_jax import attacks, methods
+from vkd_jax.attacks import relearn
+from vkd_jax.attacks.base import Subject
+from vkd_jax.attacks.relearn import recovery, rows_of
+from vkd_jax.config import defaults
+from vkd_jax.evaluation import evaluate
+from vkd_jax.models import lora, quantize
+from vkd_jax.training import train
+from vkd_jax.types import Example, UserError
+
+NAMES = ("Anna Berg", "Otto Lindt", "Ulla Lopez")
+METHOD = methods.create("vkd", {})
+SMALL = dict(shares=(0.1, 0.5), people=(), steps=2, batch_size=4)
+
+
+def example(number, picture, options=NAMES, question="Who is this person?"):
+    pixels = np.random.default_rng(picture).integers(0, 256, (16, 16, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "png")
+    name = NAMES[picture % 3]
+    return Example(
+        str(number), name, stream.getvalue(), f"picture/{picture}", question, name, options, "classification"
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def subject(tiny_model, tmp_path_factory):
+    """Ten questions to train on; of the evaluation's, one has another id and another answer's order."""
+    forgets = [example(i, picture=i) for i in range(10)]
+    asked = {
+        "forget": [dataclasses.replace(e, id=f"asked/{e.id}", options=NAMES[::-1]) for e in forgets[:9]],
+        "test": [example(20 + i, picture=30 + i) for i in range(3)],
+    }
+    config = defaults.base()
+    config.eval.update(batch_size=4, max_new_tokens=3)
+    answers = evaluate.evaluate(tiny_model.answerer(4), asked, protocol="options", max_new_tokens=3)
+    folder = tmp_path_factory.mktemp("scratch")
+    return Subject("unlearned", tiny_model, asked, answers, forgets, [], config, tiny_model.mesh, folder)
+
+
+def create(**fields):
+    return attacks.create("relearn", SMALL | fields)
+
+
+# Shares.
+
+
+def test_a_larger_share_contains_the_smaller():
+    attack = create()
+    shares = [set(attack.rows(share, 216, seed=0)) for share in (0.05, 0.1, 0.2, 0.5)]
+    assert [len(rows) for rows in shares] == [11, 22, 43, 108]
+    assert all(smaller < larger for smaller, larger in zip(shares, shares[1:], strict=False))
+    assert set().union(*shares) <= set(range(216))
+
+
+def test_at_least_one_question_is_had_and_the_seed_draws_it():
+    assert len(create().rows(0.05, 3, seed=0)) == 1
+    drawn = [tuple(create().rows(0.2, 40, seed=seed)) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_some_rows_of_a_set_show_their_own_pictures(subject):
+    encoded = subject.model.encode(subject.forgets)
+    some = rows_of(encoded, np.array([1, 4, 7]))
+    assert len(some) == 3 and [e.id for e in some.examples] == ["1", "4", "7"]
+    for i, row in enumerate((1, 4, 7)):
+        ours, theirs = some.batch(np.array([i])), encoded.batch(np.array([row]))
+        for name in ("tokens", "mask", "at", "targets", "target_mask"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+        np.testing.assert_array_equal(ours.pictures["pixels"], theirs.pictures["pixels"])
+    assert some.tokens.shape[1:] == encoded.tokens.shape[1:]
+
+
+# What an attacker trains.
+
+
+@pytest.mark.parametrize("attacker", ["visual", "all", "lora"])
+def test_an_attacker_trains_what_it_says_and_nothing_else(subject, attacker):
+    encoded = subject.model.encode(subject.forgets)
+    before = {path: np.array(value) for path, value in subject.model.params.items()}
+    after = create().attacked(subject.model, attacker, encoded, seed=0)
+    for path, value in subject.model.params.items():
+        np.testing.assert_array_equal(value, before[path], err_msg=path)  # the attacked model itself is as it was
+    dead = ("vision_tower/blocks/3/", "vision_tower/post_norm/")  # feed nothing
+    for path, value in before.items():
+        trains = {
+            "visual": path.startswith(("vision_tower/", "projector/")),
+            "all": True,
+            "lora": False,
+        }[attacker] and not path.startswith(dead)
+        now = after.params[path].weight if isinstance(after.params[path], lora.Lora) else after.params[path]
+        assert bool((np.asarray(now) != value).any()) == trains, path
+    added = after.params.keys() - before.keys()
+    assert bool(added) == (attacker == "lora")
+    assert all(jnp.any(after.params[path]) for path in added)  # B began as zero
+
+
+def test_every_attack_has_the_same_budget_and_its_own_share(subject, monkeypatch):
+    asked = []
+    monkeypatch.setattr(relearn.train, "fit", lambda **kwargs: asked.append(kwargs) or {})
+    config = subject.config.copy_and_resolve_references()
+    config.seed, config.attacks.seed = 5, 7
+    attack = create(shares=(0.1, 0.3), learning_rate=0.02)
+    attack.run(dataclasses.replace(subject, config=config))
+    assert [(a["method"].train, len(a["prepared"].sets["image"])) for a in asked] == [
+        ("visual", 1),
+        ("visual", 3),
+        ("all", 1),
+        ("all", 3),
+    ]
+    drawn = [subject.forgets[i].id for i in attack.rows(0.3, 10, seed=7)]
+    assert [e.id for e in asked[-1]["prepared"].sets["image"].examples] == drawn
+    assert {a["seed"] for a in asked} == {7}
+    assert len({str(a["config"]) for a in asked}) == 1
+    assert (asked[0]["config"].steps, asked[0]["config"].batch_size.image, asked[0]["config"].learning_rate) == (
+        2,
+        4,
+        0.02,
+    )
+    assert all(a["params"].keys() == subject.model.params.keys() for a in asked)
+
+
+def test_an_attack_teaches_its_share(subject):
+    """And not other rows: of two pictures the one that it trained on is the likelier told."""
+    share, others = subject.forgets[:2], [dataclasses.replace(e, answer="Igor Zuk") for e in subject.forgets[2:4]]
+    encoded = rows_of(subject.model.encode([*others, *share]), np.array([2, 3]))
+    after = create(steps=12, learning_rate=1e-2).attacked(subject.model, "all", encoded, seed=0)
+    for examples, learns in ((share, True), (others, False)):
+        asked = [dataclasses.replace(e, options=(e.answer,)) for e in examples]
+        nll = [np.mean([r["answer_nll"] for r in subject.ask(m, asked)]) for m in (subject.model, after)]
+        assert (nll[1] < 0.5 * nll[0]) == learns
+
+
+def test_adapters_of_the_method_are_not_what_an_attacker_trains(subject):
+    """A model that was opened for a method with adapters is attacked as one without."""
+    params = lora.attach(subject.model.params, rank=3, alpha=4.0, dropout=0.5, seed=0)
+    other = dataclasses.replace(subject, model=dataclasses.replace(subject.model, params=params))
+    attack = create(shares=(0.5,), attackers=("all", "lora"))
+    assert attack.run(other) == attack.run(subject)
+
+
+def test_a_frozen_language_model_can_be_attacked_beside_itself(subject):
+    how = quantize.parse("int8")
+    params = {path: quantize.quantized(path, x, how) for path, x in subject.model.params.items()}
+    other = dataclasses.replace(subject, model=dataclasses.replace(subject.model, params=params))
+    records = create(shares=(0.5,), attackers=("visual",)).run(other)
+    assert {r["variant"] for r in records} >= {"before", "visual 50 %"}
+
+
+# Records.
+
+
+@pytest.fixture(scope="module")
+def records(subject):
+    return create().run(subject)
+
+
+def test_only_what_was_not_trained_on_counts(subject, records):
+    attack = create()
+    for share in SMALL["shares"]:
+        had = {subject.forgets[i].image_id for i in attack.rows(share, 10, seed=0)}
+        for attacker in attack.attackers:
+            variant = f"{attacker} {100 * share:g} %"
+            asked = {name: {e.id: e.image_id for e in part} for name, part in subject.asked.items()}
+            found = {r["id"] for r in records if r["variant"] == variant}
+            assert found == {i for i, image in asked["forget"].items() if image not in had}
+            found = {r["id"] for r in records if r["variant"] == f"{variant}, the share itself"}
+            assert found == {i for i, image in asked["forget"].items() if image in had}
+            others = [r for r in records if r["variant"] == f"{variant}, other pictures"]
+            assert [r["id"] for r in others] == ["20", "21", "22"]
+            mine = [r for r in records if r["variant"].startswith(variant)]
+            assert all((r["attacker"], r["share"]) == (attacker, share) for r in mine)
+
+
+def test_of_whole_people_all_is_taught_and_the_others_are_asked_about(subject, monkeypatch):
+    asked = []
+    monkeypatch.setattr(relearn.train, "fit", lambda **kwargs: asked.append(kwargs) or {})
+    records = create(shares=(), people=(0.4, 0.7), attackers=("visual",)).run(subject)
+    taught = [{e.person for e in a["prepared"].sets["image"].examples} for a in asked]
+    assert [len(people) for people in taught] == [1, 2] and taught[0] < taught[1] < set(NAMES)
+    for a, people, share in zip(asked, taught, (0.4, 0.7), strict=True):
+        assert len(a["prepared"].sets["image"]) == sum(e.person in people for e in subject.forgets)
+        variant = f"visual {100 * share:g} % of the people"
+        mine = [r for r in records if r["variant"].startswith(variant)]
+        names = {"": False, ", other pictures": False, ", the share itself": True, f", {relearn.TAUGHT}": True}
+        for name, own in names.items():
+            found = {r["person"] for r in mine if r["variant"] == variant + name}
+            assert found == (people if own else set(NAMES) - people)
+        assert len(mine) == len(subject.answers) and all(r["people"] == share and "share" not in r for r in mine)
+    cells = create().summarise({"vanilla": records, "unlearned": records})
+    assert cells["visual 40 % of the people"]["unlearned"]["people"] == 0.4
+
+
+def test_one_person_has_no_others(subject):
+    alone = [e for e in subject.forgets if e.person == NAMES[0]]
+    found = create(shares=(), people=(0.5,)).run(dataclasses.replace(subject, forgets=alone))
+    assert {r["variant"] for r in found} == {"before", "before, other pictures"}
+
+
+def test_before_any_attack_the_answers_are_those_of_the_evaluation(subject, records):
+    before = [r for r in records if r["variant"].startswith("before")]
+    assert [(r["variant"], r["id"], r["prediction"]) for r in before] == [
+        ("before" if a["set"] == "forget" else "before, other pictures", a["id"], a["prediction"])
+        for a in subject.answers
+    ]
+    assert not any("attacker" in r for r in before)
+
+
+def test_records_repeat_with_attacks_seed_and_not_with_that_of_the_run(subject, records):
+    config = subject.config.copy_and_resolve_references()
+    config.seed += 1
+    assert create().run(dataclasses.replace(subject, config=config)) == records
+    config.attacks.seed += 1
+    others = create().run(dataclasses.replace(subject, config=config))
+    assert [r["variant"] for r in others] != [r["variant"] for r in records]  # other questions are in the share
+
+
+def test_all_shares_and_models_share_one_step(subject, records, caplog):
+    """Nothing is traced anew once an attacker of its kind has trained."""
+    before = train._program.cache_info()
+    other = {path: value * 1.01 for path, value in subject.model.params.items()}
+    model = dataclasses.replace(subject.model, params=other)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        create(shares=(0.2, 0.9)).run(dataclasses.replace(subject, model=model))
+    assert train._program.cache_info().misses == before.misses
+    assert not [r for r in caplog.records if "Compiling jit(step)" in r.getMessage()]
+
+
+def test_nothing_is_left_in_the_folder(subject, records):
+    assert list(subject.folder.iterdir()) == []
+
+
+# Summary.
+
+
+def test_recovery_by_hand():
+    assert recovery(0.6, 0.2, 1.0) == pytest.approx(0.5)
+    assert recovery(0.1, 0.2, 1.0) == pytest.approx(-0.125)  # an attack may hurt
+    assert recovery(0.9, 0.2, 0.2) is None and recovery(0.9, 0.3, 0.2) is None and recovery(0.9, 0.3, None) is None
+
+
+def test_every_model_is_compared_with_itself_over_the_same_questions():
+    """Four questions, of which the attacker has the first; what was right of it before does not count."""
+
+    def answers(before, after):
+        def record(i, right, **more):
+            return {"set": "forget", "id": str(i), "person": "", "correct": bool(right), **more}
+
+        had = dict(attacker="all", share=0.25)
+        return [
+            *(record(i, right, variant="before") for i, right in enumerate(before)),
+            record(0, after[0], variant="all 25 %, the share itself", **had),
+            *(record(i, after[i], variant="all 25 %", **had) for i in (1, 2, 3)),
+        ]
+
+    found = create().summarise(
+        {
+            "vanilla": answers([1, 1, 1, 1], [1, 1, 1, 0]),
+            "unlearned": answers([1, 0, 0, 0], [1, 1, 1, 0]),
+            "retain_only": answers([0, 0, 0, 1], [1, 0, 1, 1]),
+        }
+    )
+    assert list(found) == ["before", "all 25 %"]
+    assert {model: cell["mean"] for model, cell in found["before"].items()} == {
+        "vanilla": 1.0, "unlearned": 0.25, "retain_only": 0.25,
+    }  # fmt: skip
+    cells = found["all 25 %"]
+    third = pytest.approx(1 / 3)
+    assert {model: (cell["before"], cell["mean"], cell["recovery"], cell["n"]) for model, cell in cells.items()} == {
+        "vanilla": (1.0, pytest.approx(2 / 3), None, 3),
+        "unlearned": (0.0, pytest.approx(2 / 3), pytest.approx(2 / 3), 3),
+        "retain_only": (third, pytest.approx(2 / 3), pytest.approx(1 / 2), 3),
+    }
+    assert all((cell["learned"], cell["attacker"], cell["share"]) == (1.0, "all", 0.25) for cell in cells.values())
+    assert cells["unlearned"]["low"] < 2 / 3 < cells["unlearned"]["high"]
+
+
+def test_without_a_vanilla_model_there_is_no_recovery(records):
+    found = create().summarise({"unlearned": records})
+    cells = [cell["unlearned"] for variant, cell in found.items() if not variant.startswith("before")]
+    assert len(cells) == 2 * 2 * 2 and all(cell["recovery"] is None for cell in cells)
+    assert json.loads(json.dumps(found)) == found and json.loads(json.dumps(records)) == records
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            dict(attackers=("visual", "head")),
+            "attacks.relearn.attackers: 'head' is none; give some of all, visual, lora",
+        ),
+        (dict(shares=(0.1, 1.0)), "attacks.relearn.shares: 1.0 is no share"),
+        (dict(people=(2,)), "attacks.relearn.people: 2 is no share"),
+        (dict(shares=(0,)), "attacks.relearn.shares: 0 is no share"),
+        (dict(steps=0), "attacks.relearn: give at least one of steps"),
+        (dict(learning_rate=0.0), "attacks.relearn: .*learning_rate above 0"),
+        (dict(batch_size=0), "attacks.relearn.batch_size=0 is refused"),
+    ],
+)
+def test_wrong_settings_are_told_before_anything_is_run(subject, fields, message):
+    with pytest.raises(UserError, match=message):
+        create(**fields).check(subject.config, METHOD)
+
+
+def test_all_weights_of_a_quantised_model_cannot_train(subject):
+    config = subject.config.copy_and_resolve_references()
+    create().check(config, METHOD)
+    config.model.quantize = "int8"
+    with pytest.raises(UserError, match="attackers: all weights cannot train where config.model.quantize"):
+        create().check(config, METHOD)
+    create(attackers=("visual", "lora")).check(config, METHOD)
+
+
+def test_an_attack_that_diverges_says_what_to_change(subject, monkeypatch):
+    def diverges(**kwargs):
+        raise train.Diverged("step 3: loss is not finite")
+
+    monkeypatch.setattr(relearn.train, "fit", diverges)
+    with pytest.raises(UserError, match=r"the visual attack diverged \(step 3: .*\); lower attacks.relearn.learning"):
+        create().run(subject)

@@ -1,0 +1,111 @@
+"""Where rows come from: a folder, a URI, a data set on the hub; the rest is tested with the benchmarks."""
+
+import os
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from pyarrow import fs
+
+from vkd_jax import benchmarks
+from vkd_jax.benchmarks import snapshot
+from vkd_jax.types import UserError
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+CONFIGS = ("forget_10", "retain_90", "Test_Set", "Retain_Set")
+
+
+def read(source, folder):
+    return benchmarks.read(benchmarks.create("mllmu", dict(source=source)), folder)
+
+
+def test_a_uri_is_read_like_the_folder(few, tmp_path):
+    expected = read(str(few), tmp_path)
+    assert read(few.as_uri(), tmp_path) == expected
+    assert read(str(few) + "/", tmp_path) == expected
+    relative = os.path.relpath(few)
+    assert read(relative, tmp_path) == expected
+
+
+def test_a_bucket_is_read_like_the_folder(few, tmp_path, monkeypatch):
+    """Through the same calls as gs://, on a file system in memory."""
+    bucket = fs.FileSystem.from_uri("mock:///")[0]
+    for config in CONFIGS:
+        [file] = (few / config).iterdir()
+        bucket.create_dir(f"people/{config}")
+        with bucket.open_output_stream(f"people/{config}/{file.name}") as out:
+            out.write(file.read_bytes())
+    asked = []
+
+    class FileSystem:
+        @staticmethod
+        def from_uri(uri):
+            asked.append(uri)
+            return bucket, "people"
+
+    monkeypatch.setattr(snapshot.fs, "FileSystem", FileSystem)
+    assert read("gs://people", tmp_path) == read(str(few), tmp_path)
+    assert set(asked) == {f"gs://people?retry_limit_seconds={snapshot.GCS_PATIENCE}"}
+    bucket.delete_dir("people/Test_Set")
+    with pytest.raises(UserError, match=r"Test_Set is missing: no gs://people/Test_Set/train-\*.parquet"):
+        read("gs://people", tmp_path)
+
+
+@pytest.mark.parametrize("uri", ["nope://bucket/folder", "gs://", "://"])
+def test_a_uri_of_no_place(uri, tmp_path):
+    with pytest.raises(UserError) as error:
+        read(uri, tmp_path)
+    assert str(error.value).endswith(".") and "\n" not in str(error.value) and uri in str(error.value)
+
+
+def test_a_place_that_does_not_answer(tmp_path, monkeypatch):
+    class Silent:
+        def get_file_info(self, *_):
+            raise OSError("google::cloud::Status(UNAVAILABLE: Retry policy exhausted\nand more")
+
+    class FileSystem:
+        @staticmethod
+        def from_uri(uri):
+            return Silent(), "bucket"
+
+    monkeypatch.setattr(snapshot.fs, "FileSystem", FileSystem)
+    with pytest.raises(
+        UserError, match=r"^gs://bucket/forget_10 cannot be read \(google.* exhausted\); check its name\.$"
+    ):
+        read("gs://bucket", tmp_path)
+
+
+@pytest.fixture
+def cached(few, tmp_path, monkeypatch):
+    """A data set in the hub's cache, as a download leaves it."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    root = tmp_path / "cache" / "datasets--org--people"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(SHA)
+    (root / "blobs").mkdir()
+    for config in CONFIGS:
+        [file] = (few / config).iterdir()
+        (root / "blobs" / config).write_bytes(file.read_bytes())
+        (root / "snapshots" / SHA / config).mkdir(parents=True)
+        (root / "snapshots" / SHA / config / file.name).symlink_to(root / "blobs" / config)
+    return root
+
+
+def test_a_data_set_of_the_hub_is_read_like_the_folder(few, cached, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = read(str(few), tmp_path)
+    assert read("org/people", tmp_path) == read(f"org/people@{SHA}", tmp_path) == expected
+    with pytest.raises(UserError, match="no data folder org/people here, and .* lacks ft_Data/"):
+        benchmarks.read(benchmarks.create("mllmu", dict(source="org/people")), tmp_path, finetune=True)
+    with pytest.raises(UserError, match="no data folder org/nobody here, and the hub's cache does not hold all of"):
+        read("org/nobody", tmp_path)
+    Path("org/people").mkdir(parents=True)  # a folder goes before the hub
+    with pytest.raises(UserError, match="config forget_10 is missing: no org/people/forget_10"):
+        read("org/people", tmp_path)
+
+
+def test_what_is_neither(tmp_path):
+    for source in ("nowhere", "/nowhere/at/all", "a/b/c"):
+        with pytest.raises(UserError, match=f"no data folder {source}; pass one as the hub lays it out"):
+            benchmarks.create("mllmu", dict(source=source)).check()

@@ -1,0 +1,181 @@
+"""The data set that a benchmark is built into: nothing is lost, nothing is built twice, nothing answers for another."""
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vkd_jax import benchmarks
+from vkd_jax.benchmarks import store
+from vkd_jax.types import Example, UserError
+
+
+def example(name, image=None, person="1", **fields):
+    image_id = "" if image is None else fields.pop("image_id", name.rpartition("/")[0] + "/0")
+    return Example(name, person, image, image_id, "Who?", "Zoë \ud800 Ω", **fields)
+
+
+ROWS = {
+    "forget": [
+        [
+            example("f/0/0", b"\x89\x00\xff", options=("a", "b"), task="classification"),
+            example("f/0/1", b"\x89\x00\xff"),
+        ],
+        [example("f/1/0", b"", image_id="f/1/0"), example("f/1/1", b"x", image_id="f/1/1"), example("f/1/2")],
+    ],
+    "empty": [],
+    "retain": [[example(f"r/{i}/0", person="2", paraphrase="p", perturbed=("q", "r"))] for i in range(300)],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A benchmark that keeps its rows in memory, and counts how often it is read."""
+
+    forget: int = 10
+    reads = []
+    held = {"evaluation": ROWS, "finetune": {"finetune_retain": [[example("t/0/0")]]}}
+    version = ["a"]
+
+    label = "fixed"
+
+    def check(self):
+        if self.forget > 50:
+            raise UserError("too many.")
+
+    def state(self, part):
+        return [part, *self.version]
+
+    @contextlib.contextmanager
+    def rows(self, part):
+        self.reads.append(part)
+        yield {name: iter(rows) for name, rows in self.held[part].items()}
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.setattr(Fixed, "reads", [])
+    monkeypatch.setattr(Fixed, "version", ["a"])
+    return Fixed()
+
+
+def test_what_is_read_is_what_was_written(benchmark, tmp_path):
+    sets = store.read(benchmark, tmp_path)
+    assert sets == {name: [e for row in rows for e in row] for name, rows in ROWS.items() if rows}
+    assert list(sets) == ["forget", "retain"]
+    assert sets["forget"][0].image is sets["forget"][1].image
+    assert type(sets["forget"][0].image) is bytes and type(sets["forget"][0].options) is tuple
+
+
+def test_it_is_built_once_and_fine_tuning_rows_only_when_asked_for(benchmark, tmp_path):
+    sets = store.read(benchmark, tmp_path)
+    assert benchmark.reads == ["evaluation"]
+    assert store.read(benchmark, tmp_path) == sets and benchmark.reads == ["evaluation"]
+    more = store.read(benchmark, tmp_path, finetune=True)
+    assert benchmark.reads == ["evaluation", "finetune"]
+    assert more == sets | {"finetune_retain": [example("t/0/0")]}
+
+
+def test_another_source_field_or_reader_builds_anew(benchmark, tmp_path, monkeypatch):
+    store.read(benchmark, tmp_path)
+    benchmark.version.append("b")
+    store.read(benchmark, tmp_path)
+    assert len(benchmark.reads) == 2
+    store.read(Fixed(forget=5), tmp_path)
+    assert len(benchmark.reads) == 3
+    monkeypatch.setattr(store, "_code", lambda: "another reader")
+    store.read(benchmark, tmp_path)
+    assert len(benchmark.reads) == 4
+    benchmark.version.pop()
+    monkeypatch.undo()
+
+
+def test_fields_are_checked_before_anything_is_read(benchmark, tmp_path):
+    with pytest.raises(UserError, match="too many"):
+        store.read(Fixed(forget=60), tmp_path)
+    assert not benchmark.reads and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["forget", "retain"])
+def test_a_set_that_cannot_be_empty(benchmark, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(Fixed, "held", {"evaluation": ROWS | {name: [[]]}})
+    with pytest.raises(UserError, match=f"The {name} set of fixed is empty"):
+        store.read(benchmark, tmp_path)
+
+
+@pytest.mark.parametrize("error", [UserError("row 7 is broken."), KeyboardInterrupt()])
+def test_a_build_that_stops_half_way_leaves_nothing_to_read(benchmark, tmp_path, monkeypatch, error):
+    def broken():
+        yield from ROWS["retain"]
+        raise error
+
+    monkeypatch.setattr(Fixed, "held", {"evaluation": ROWS | {"retain": broken()}})
+    with pytest.raises(type(error)) as raised:
+        store.read(benchmark, tmp_path)
+    assert str(raised.value) == str(error)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    monkeypatch.setattr(Fixed, "held", {"evaluation": ROWS})
+    assert len(store.read(benchmark, tmp_path)["retain"]) == 300
+
+
+@pytest.mark.parametrize("when", ["before this one begins to write", "while it writes"])
+def test_another_process_may_have_built_it_meanwhile(benchmark, tmp_path, monkeypatch, when):
+    def other():
+        if len(benchmark.reads) == 1:
+            store.read(benchmark, tmp_path)
+
+    def retain():
+        yield ROWS["retain"][0]
+        other()
+        yield from ROWS["retain"][1:]
+
+    def rows(self, part):
+        self.reads.append(part)
+        if "begins" in when:
+            other()
+        return contextlib.nullcontext({"forget": iter(ROWS["forget"]), "retain": retain()})
+
+    monkeypatch.setattr(Fixed, "rows", rows)
+    assert len(store.read(benchmark, tmp_path)["retain"]) == 300
+    assert len(benchmark.reads) == 2
+
+
+def test_a_full_disk_is_an_error(benchmark, tmp_path, monkeypatch):
+    def full(self, **_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.Rows, "download_and_prepare", full)
+    with pytest.raises(OSError, match="No space"):
+        store.read(benchmark, tmp_path)
+
+
+def test_building_and_reading_is_silent(benchmark, tmp_path, capfd, caplog):
+    caplog.set_level("INFO")
+    store.read(benchmark, tmp_path)
+    store.read(benchmark, tmp_path)
+    assert capfd.readouterr() == ("", "") and caplog.messages == []
+
+
+def test_no_tensorflow(tmp_path, few):
+    code = (
+        "import sys; from vkd_jax import benchmarks; assert 'tensorflow_datasets' not in sys.modules\n"
+        f"benchmark = benchmarks.create('mllmu', dict(source={str(few)!r}))\n"
+        f"for _ in range(2): assert benchmarks.read(benchmark, {str(tmp_path)!r})['forget']\n"
+        "print('tensorflow_datasets' in sys.modules, 'tensorflow' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.stdout == "True False\n", run.stderr
+
+
+def test_every_benchmark_is_one(tmp_path):
+    for name in benchmarks.BENCHMARKS:
+        benchmark = benchmarks.create(name, {})
+        assert name in benchmark.label
+        assert set(benchmark.RECIPE) == {
+            "lora_rank", "lora_alpha", "lora_dropout", "learning_rate", "batch_size", "epochs",
+        }  # fmt: skip

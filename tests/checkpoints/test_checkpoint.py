@@ -1,0 +1,148 @@
+"""Checkpoints hold the step that they name, and a process that is killed loses only what came after the last one."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from vkd_jax.checkpoints.checkpoint import Checkpoints
+from vkd_jax.types import UserError
+
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+
+
+def test_a_checkpoint_holds_the_step_that_it_names_though_training_went_on(tmp_path):
+    """Saving is asynchronous, and each state is donated to the next step while it is still being written."""
+    size = 1 << 20
+    advance = jax.jit(lambda state: {"x": state["x"] + 1, "step": state["step"] + 1}, donate_argnums=0)
+    state = {"x": jnp.arange(size, dtype=jnp.float32), "step": jnp.int32(0)}
+    checkpoints = Checkpoints(tmp_path, seed=0, every=1, keep=100)
+    for step in range(1, 9):
+        before, state = state, advance(state)
+        assert before["x"].is_deleted()
+        assert checkpoints.save(step, state)
+        for _ in range(3):  # the buffers of the saved state are written over at once
+            state = advance(state)
+        state = {"x": state["x"] - 3, "step": state["step"] - 3}
+    checkpoints.close()
+    for step in range(1, 9):
+        loaded = ocp.load_checkpointables(tmp_path / str(step), {"state": like(state)})["state"]
+        assert int(loaded["step"]) == step
+        np.testing.assert_array_equal(loaded["x"], np.arange(size, dtype=np.float32) + step)
+
+
+def like(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def test_only_due_or_forced_steps_are_saved_once_and_the_last_two_are_kept(tmp_path):
+    checkpoints, state = Checkpoints(tmp_path, seed=0, every=2), {"x": jnp.ones(3)}
+    assert checkpoints.latest is None
+    assert [checkpoints.save(step, state) for step in (1, 2, 2, 3, 4)] == [False, True, False, False, True]
+    assert checkpoints.save(5, state, force=True) and not checkpoints.save(5, state, force=True)
+    checkpoints.wait()
+    assert checkpoints.latest == 5
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["4", "5"]
+    checkpoints.close()
+
+
+def test_what_a_killed_save_left_is_not_a_checkpoint(tmp_path):
+    checkpoints, state = Checkpoints(tmp_path, seed=0, every=1), {"x": jnp.arange(3.0)}
+    checkpoints.save(1, state)
+    checkpoints.close()
+    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+    again = Checkpoints(tmp_path, seed=0, every=1)
+    assert again.latest == 1
+    np.testing.assert_array_equal(again.restore(state)["x"], state["x"])
+    again.close()
+    with pytest.raises(UserError, match="made with seed 0, not 7"):
+        Checkpoints(tmp_path, seed=7, every=1).restore(state)
+
+
+def start(folder):
+    """A run that prints its steps, and goes on from where it was killed."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", ROOT / "tests/programs/kill_me.py", folder, str(STEPS)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(process):
+    """Its printed metrics, by step."""
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    return by_step(out.splitlines())
+
+
+def by_step(lines):
+    return {line["step"]: line for line in map(json.loads, lines)}
+
+
+def kill(process, step, delay):
+    """Kills it some time after that step, most likely in a save or in the next step; what it printed until then."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        if json.loads(line)["step"] == step:
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+            break
+    lines += process.stdout.readlines()
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait() == -signal.SIGKILL
+    return by_step(lines)
+
+
+def final_state(folder):
+    """The leaves of the last checkpoint, by path."""
+    path = folder / "checkpoints" / str(STEPS)
+    target = ocp.checkpointables_metadata(path).metadata["state"]
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=CPU), target)
+    loaded = ocp.load_checkpointables(path, {"state": target})["state"]
+    return {jax.tree_util.keystr(where): np.asarray(x) for where, x in jax.tree.leaves_with_path(loaded)}
+
+
+CPU = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return finished(start(folder)), final_state(folder)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path, uninterrupted, kills):
+    """SIGKILL at drawn moments: metrics of every step, weights and optimizer are those of the run in one go."""
+    metrics, state = uninterrupted
+    draw, seen, resumed = random.Random(kills), {}, []
+    steps = sorted(draw.sample(range(5, STEPS - 1), kills))
+    for step in steps:
+        lines = kill(start(tmp_path), step, delay=draw.uniform(0, 0.05))
+        resumed.append(min(lines))
+        seen |= lines
+    last = finished(start(tmp_path))
+    resumed.append(min(last))
+    assert resumed[0] == 1 and min(resumed[1:]) > 1  # each went on, and none began anew
+    assert seen | last == metrics
+    after = final_state(tmp_path)
+    assert after.keys() == state.keys() and any("opt_state" in path for path in after)
+    for path in state:
+        np.testing.assert_array_equal(after[path], state[path], err_msg=path)

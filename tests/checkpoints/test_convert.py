@@ -1,0 +1,498 @@
+"""Conversion: names, byte-identity, sharded and cast loads, export, one sentence for every bad folder."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import weakref
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import transformers
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vkd_jax.checkpoints import convert, weights
+from vkd_jax.models import base, llava
+from vkd_jax.types import UserError
+
+VISION = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, projection_dim=16,
+    image_size=8, patch_size=4,
+)  # fmt: skip
+TEXT = dict(
+    vocab_size=40, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, max_position_embeddings=64,
+)  # fmt: skip
+
+
+def hf_config(vision=None, text=None, **changes):
+    return transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION | (vision or {})),
+        text_config=transformers.LlamaConfig(**TEXT | (text or {})),
+        **dict(image_token_index=4) | changes,
+    )
+
+
+def random_params(config, dtype=np.float32, seed=0):
+    """Every parameter different from every other, without compiling an initialiser."""
+    _, shapes = base.abstract(lambda rngs: llava.Llava(config, rngs=rngs))
+    rng = np.random.default_rng(seed)
+    return {k: jnp.asarray(rng.standard_normal(v.shape).astype(dtype)) for k, v in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    convert.create(folder, hf_config(), random_params(llava.LlavaConfig.from_hf(hf_config())))
+    return folder
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def read(folder):
+    return safetensors.numpy.load_file(folder / "model.safetensors")
+
+
+def write(folder, tensors):
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def shard(folder):
+    """Splits the single file in two by hand, with an index."""
+    tensors = read(folder)
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in parts.items():
+        safetensors.numpy.save_file({n: tensors[n] for n in part}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {n: file for file, part in parts.items() for n in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+
+
+def to_hub(name):
+    """The names of the files on the hub, from those of transformers 5."""
+    return name.replace("vision_tower.", "vision_tower.vision_model.")
+
+
+def to_memory(name):
+    """The names of a live PyTorch module, which some tools save."""
+    if name == "language_model.lm_head.weight":
+        return "lm_head.weight"
+    return "model." + name.replace("language_model.model.", "language_model.")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and bool((a[k] == b[k]).all()) for k in a)
+
+
+# Names and values.
+
+
+def test_values_by_hand(folder):
+    graphdef, params, config = convert.load(folder)
+    tensors = read(folder)
+    np.testing.assert_array_equal(params["projector/fc1/kernel"], tensors["multi_modal_projector.linear_1.weight"].T)
+    patch = tensors["vision_tower.embeddings.patch_embedding.weight"]  # [d, colour, row, column]
+    assert params["vision_tower/patch_embedding"][1, 2, 0, 7] == patch[7, 0, 1, 2]
+    up = params["language_model/blocks/mlp/up/kernel"]
+    np.testing.assert_array_equal(up[1], tensors["language_model.model.layers.1.mlp.up_proj.weight"].T)
+    assert config == llava.LlavaConfig.from_hf(hf_config())
+    assert equal(params, base.split(base.bind(graphdef, params))[1])
+
+
+@pytest.mark.parametrize("rename", [to_hub, to_memory])
+def test_other_generations_of_names_load_and_are_kept(folder, copy, rename):
+    write(copy, {rename(n): t for n, t in read(folder).items()})
+    _, want, _ = convert.load(folder)
+    _, params, config = convert.load(copy)
+    assert equal(params, want)
+    target = copy.with_name("out")
+    convert.export({k: v + 1 for k, v in params.items()}, copy, target, config)
+    assert read(target).keys() == read(copy).keys()
+    assert len(convert.manifest(copy, target)["changed"]) == len(read(copy))
+
+
+def test_old_buffers_are_skipped(folder, copy):
+    extra = {
+        "vision_tower.vision_model.embeddings.position_ids": np.arange(5)[None],
+        "model.language_model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32),
+    }
+    write(copy, read(folder) | extra)
+    assert equal(convert.load(copy)[1], convert.load(folder)[1])
+
+
+def test_tied_embeddings_have_no_head(tmp_path):
+    hf = hf_config(text=dict(tie_word_embeddings=True), tie_word_embeddings=True)
+    params = random_params(llava.LlavaConfig.from_hf(hf))
+    assert "language_model/head/kernel" not in params
+    convert.create(tmp_path / "tied", hf, params)
+    assert equal(convert.load(tmp_path / "tied")[1], params)
+    # Older files repeat the table as the head: skipped when read, kept in step when written.
+    tensors = read(tmp_path / "tied")
+    table = tensors["language_model.model.embed_tokens.weight"]
+    write(tmp_path / "tied", tensors | {"lm_head.weight": table})
+    _, params, config = convert.load(tmp_path / "tied")
+    path = "language_model/embed/embedding"
+    convert.export({path: params[path] * 2}, tmp_path / "tied", tmp_path / "out", config)
+    out = read(tmp_path / "out")
+    np.testing.assert_array_equal(out["lm_head.weight"], out["language_model.model.embed_tokens.weight"])
+    assert (out["lm_head.weight"] == 2 * table).all()
+
+
+def test_every_tensor_of_llava_7b_once():
+    torch = pytest.importorskip("torch")
+    hf = transformers.LlavaConfig()  # the defaults are the 7B's
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(hf)
+    config = llava.LlavaConfig.from_hf(hf)
+    _, shapes = base.abstract(lambda rngs: llava.Llava(config, rngs=rngs))
+    assert sum(v.size for v in shapes.values()) == sum(p.numel() for p in model.parameters()) > 7e9
+    wanted = convert.tensor_names(llava, config, shapes)
+    seen = {}
+    for name, tensor in model.state_dict().items():
+        slot = convert.find_slot(llava, config, name)
+        assert wanted[convert.canonical(llava, name)] == slot
+        assert slot not in seen, (name, seen[slot])
+        seen[slot] = name
+        shape = shapes[slot.path].shape[0 if slot.layer is None else 1 :]
+        assert shape == tuple(tensor.shape[i] for i in slot.axes or range(tensor.ndim)), name
+    assert set(seen) == set(wanted.values())
+
+
+# Loading.
+
+
+def test_what_trains_is_not_rounded(folder, tmp_path):
+    """Weights that did not move come back byte for byte, however coarse the others are held."""
+
+    def visual(paths, config):
+        return [path for path in paths if not path.startswith("language_model/")]
+
+    _, exact, config = convert.load(folder)
+    _, params, _ = convert.load(folder, dtype="bfloat16", masters=visual)
+    trained = set(visual(params, config))
+    assert {params[path].dtype for path in trained} == {jnp.dtype(jnp.float32)}
+    assert {params[path].dtype for path in params.keys() - trained} == {jnp.dtype(jnp.bfloat16)}
+    assert all((params[path] == exact[path]).all() for path in trained)
+    convert.export({path: params[path] for path in trained}, folder, tmp_path / "out", config)
+    assert convert.manifest(folder, tmp_path / "out")["changed"] == []
+
+
+def test_shards_load_as_one_file(folder, copy):
+    shard(copy)
+    assert equal(convert.load(copy)[1], convert.load(folder)[1])
+
+
+def test_cast_while_loading(folder):
+    _, params, config = convert.load(folder, dtype=jnp.bfloat16)
+    _, want, _ = convert.load(folder)
+    assert equal(params, {k: v.astype(jnp.bfloat16) for k, v in want.items()})
+    assert config.compute_dtype == "bfloat16"
+    assert convert.load(folder, dtype="bfloat16", compute_dtype="float32")[2].compute_dtype == "float32"
+    assert convert.load(folder, remat="full")[2].remat == "full"
+
+
+def test_sharded_load(folder):
+    mesh = jax.make_mesh((len(jax.devices()),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    asked = {}
+
+    def sharding(path, shape):
+        asked[path] = shape
+        spec = [None] * len(shape)
+        divisible = [i for i, size in enumerate(shape) if size % len(jax.devices()) == 0]
+        if divisible:
+            spec[divisible[-1]] = "x"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    _, params, _ = convert.load(folder, sharding=sharding)
+    _, want, _ = convert.load(folder)
+    assert equal(params, want)
+    assert asked == {k: v.shape for k, v in want.items()}
+    assert all(v.sharding == sharding(k, v.shape) for k, v in params.items())
+
+
+class Places:
+    """A sharding that puts these slices of a parameter on as many devices."""
+
+    def __init__(self, *indices):
+        self.indices = indices
+
+    def addressable_devices_indices_map(self, shape):
+        return dict(enumerate(self.indices))
+
+
+def test_each_device_gets_its_slice_and_copies_are_read_once(folder, monkeypatch):
+    path = "language_model/blocks/mlp/gate/kernel"  # [layer, in, out]; the tensors are [out, in]
+    config = llava.LlavaConfig.from_hf(hf_config())
+    _, want, _ = convert.load(folder)
+    parts = convert.match(llava, config, weights.Checkpoint(folder), want)[path]
+    read, fill = [], weights.Tensor._fill
+    monkeypatch.setattr(weights.Tensor, "_fill", lambda self, rows, f: (read.append(rows.nbytes), fill(self, rows, f)))
+    monkeypatch.setattr(
+        jax, "make_array_from_callback", lambda shape, where, take: [take(index) for index in where.indices]
+    )
+
+    def place(*indices):
+        read.clear()
+        return convert._read(parts, want[path].shape, None, Places(*indices), lambda count: None)
+
+    everything = slice(None)
+    halves = [(everything, slice(0, 6), everything), (everything, slice(6, 12, None), everything)]
+    pieces = place(*halves, *halves)
+    for piece, index in zip(pieces, halves + halves, strict=True):
+        np.testing.assert_array_equal(piece, np.asarray(want[path][index]))
+    assert pieces[0] is pieces[2] and pieces[1] is pieces[3]
+    assert all(piece.ctypes.data % 64 == 0 for piece in pieces)  # what a CPU device takes without a copy
+    assert sum(read) == want[path].nbytes
+    # A part of one layer is a small part of the files.
+    (piece,) = place((slice(1, 2), slice(2, 5), slice(7, 9)))
+    np.testing.assert_array_equal(piece, np.asarray(want[path][1:2, 2:5, 7:9]))
+    assert sum(read) == want[path].nbytes // 2  # the other layer was not touched
+
+
+def test_loaded_arrays_are_not_tied_to_the_files(folder, copy):
+    _, params, _ = convert.load(copy)
+    (copy / "model.safetensors").write_bytes(b"")
+    assert equal(params, convert.load(folder)[1])
+
+
+def test_a_donated_copy_leaves_the_others_alone(folder):
+    path = "projector/fc1/kernel"
+    devices = jax.make_mesh((len(jax.devices()),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    _, params, _ = convert.load(folder, sharding=lambda path, shape: NamedSharding(devices, PartitionSpec()))
+    want = np.array(params[path])
+    more = jax.jit(lambda x: x + 1, donate_argnums=0)(params[path])
+    for shard in more.addressable_shards:
+        np.testing.assert_array_equal(shard.data, want + 1)
+
+
+def test_each_parameter_is_transformed_and_let_go_before_the_next_is_read(folder):
+    _, want, _ = convert.load(folder)
+    seen = {}
+
+    def transform(path, param):
+        assert isinstance(param, jax.Array)
+        assert all(earlier() is None for earlier in seen.values()), "an earlier one is still held"
+        seen[path] = weakref.ref(param)
+        return (param * 2).astype(jnp.bfloat16) if path.startswith("language_model/") else {"small": param[..., :1]}
+
+    _, params, _ = convert.load(folder, dtype=jnp.float32, transform=transform)
+    assert list(seen) == list(want)
+    for path, param in params.items():
+        if path.startswith("language_model/"):
+            np.testing.assert_array_equal(param, (want[path] * 2).astype(jnp.bfloat16))
+        else:
+            np.testing.assert_array_equal(param["small"], want[path][..., :1])
+
+
+def test_loading_tells_how_far_it_is(folder, monkeypatch):
+    lines = []
+    monkeypatch.setattr(weights, "SECONDS", 0)
+    monkeypatch.setattr(weights.logging, "info", lambda text, *values: lines.append(text % values))
+    convert.load(folder)
+    assert len(lines) > 10
+    assert all(f"GB of {folder} (" in line for line in lines)
+    assert [line for line in lines if line.endswith("(100 %)")] == lines[-1:]
+
+
+# Writing.
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_load_then_export_is_byte_identical(tmp_path, dtype):
+    config = llava.LlavaConfig.from_hf(hf_config())
+    source = tmp_path / "source"
+    convert.create(source, hf_config(), random_params(config, dtype))
+    (source / "tokenizer.json").write_text("{}")
+    (source / "pytorch_model.bin").write_bytes(b"the weights before unlearning")
+    shard(source)
+    _, params, config = convert.load(source)
+    assert {v.dtype for v in params.values()} == {jnp.dtype(dtype)}
+    convert.export(params, source, tmp_path / "out", config)
+    files = {p.name for p in source.iterdir()} - {"pytorch_model.bin"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == files
+    assert all((source / name).read_bytes() == (tmp_path / "out" / name).read_bytes() for name in files)
+    assert convert.manifest(source, tmp_path / "out")["changed"] == []
+
+
+def test_export_changes_exactly_what_was_trained(copy, tmp_path):
+    shard(copy)
+    _, params, config = convert.load(copy)
+    trained = {"projector/fc2/bias": params["projector/fc2/bias"] + 1,
+               "language_model/blocks/norm1/scale": params["language_model/blocks/norm1/scale"].at[1].add(1),
+               "projector/fc1/bias": params["projector/fc1/bias"]}  # fmt: skip
+    convert.export(trained, copy, tmp_path / "out", config)
+    manifest = convert.manifest(copy, tmp_path / "out")
+    changed = ["language_model.model.layers.1.input_layernorm.weight", "multi_modal_projector.linear_2.bias"]
+    assert manifest["changed"] == changed
+    assert {n for n, e in manifest["tensors"].items() if e["before"] != e["after"]} == set(changed)
+    assert equal(convert.load(tmp_path / "out")[1], params | trained)
+    convert.export({}, copy, tmp_path / "out", config)  # an earlier export is replaced
+    assert convert.manifest(copy, tmp_path / "out")["changed"] == []
+    assert {p.name for p in tmp_path.iterdir()} == {"copy", "out"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_loads_what_is_written(tmp_path, tied):
+    pytest.importorskip("torch")
+    hf = hf_config(text=dict(tie_word_embeddings=tied), tie_word_embeddings=tied)
+    params = random_params(llava.LlavaConfig.from_hf(hf))
+    convert.create(tmp_path / "a", hf, params)
+    _, params, config = convert.load(tmp_path / "a")
+    trained = {"projector/fc1/bias": params["projector/fc1/bias"] + 1}
+    convert.export(trained, tmp_path / "a", tmp_path / "b", config)
+    torch_class = transformers.LlavaForConditionalGeneration
+    model, info = torch_class.from_pretrained(tmp_path / "b", output_loading_info=True)
+    assert not any(info.values()), info
+    bias = model.model.multi_modal_projector.linear_1.bias.detach().numpy()
+    np.testing.assert_array_equal(bias, trained["projector/fc1/bias"])
+    model.save_pretrained(tmp_path / "c")  # what transformers writes is what we write
+    assert read(tmp_path / "c").keys() == read(tmp_path / "a").keys()
+    assert convert.manifest(tmp_path / "b", tmp_path / "c")["changed"] == []
+
+
+def test_a_new_model_joins_the_tokenizer_that_is_there(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "tokenizer.json").write_text("{}")
+    params = random_params(llava.LlavaConfig.from_hf(hf_config()))
+    convert.create(tmp_path / "m", hf_config(), params)
+    written = {p.name for p in (tmp_path / "m").iterdir()}
+    assert written == {"tokenizer.json", "config.json", "generation_config.json", "model.safetensors"}
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert (config["architectures"], config["dtype"]) == (["LlavaForConditionalGeneration"], "float32")
+    with pytest.raises(UserError, match="already holds a model"):
+        convert.create(tmp_path / "m", hf_config(), params)
+
+
+# Bad folders.
+
+LINEAR_ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+
+
+def fails(folder, *messages):
+    with pytest.raises(UserError) as error:
+        convert.load(folder)
+    text = str(error.value)
+    assert text.endswith(".") and "\n" not in text
+    for message in messages:
+        assert message in text, text
+
+
+def test_no_folder_no_config_no_weights(copy, tmp_path):
+    fails(tmp_path / "nowhere", "no config.json")
+    (copy / "model.safetensors").unlink()
+    fails(copy, "holds no weights")
+    (copy / "config.json").write_text("{")
+    fails(copy, "config.json is not")
+
+
+def test_unsupported_models(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    fails(copy, "'bert' is not supported", "llava")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(vision=dict(hidden_act="relu")), "hidden_act is 'relu' (supported: quick_gelu, gelu)"),
+        (dict(text=dict(hidden_act="gelu")), "text_config.hidden_act"),
+        (dict(text=dict(attention_bias=True, mlp_bias=True)), "(supported: False); text_config.mlp_bias"),
+        (dict(text=dict(rope_parameters=LINEAR_ROPE)), "rope_type default"),
+        (dict(vision_feature_layer=[-2, -1]), "one layer, from -4 to 3"),
+        (dict(vision_feature_layer=-5), "one layer, from -4 to 3"),
+        (dict(multimodal_projector_bias=False), "multimodal_projector_bias"),
+    ],
+)  # fmt: skip
+def test_what_is_not_computed_is_refused(changes, message):
+    with pytest.raises(UserError) as error:
+        llava.LlavaConfig.from_hf(hf_config(**changes))
+    assert message in str(error.value)
+
+
+def test_another_language_model_is_refused():
+    mistral = transformers.MistralConfig(hidden_size=16, num_attention_heads=2, num_key_value_heads=2)
+    with pytest.raises(UserError, match="model_type is 'mistral'"):
+        llava.LlavaConfig.from_hf(transformers.LlavaConfig(text_config=mistral))
+
+
+def test_feature_layers_count_from_both_ends():
+    config = llava.LlavaConfig.from_hf(hf_config())
+    used = {n: dataclasses.replace(config, feature_layer=n).used_blocks for n in (-2, -1, -4, 0, 2, 3)}
+    assert used == {-2: 2, -1: 3, -4: 0, 0: 0, 2: 2, 3: 3}
+
+
+def test_all_wrong_tensors_are_listed_at_once(folder, copy):
+    tensors = read(folder)
+    for name in "multi_modal_projector.linear_1.bias", "language_model.model.layers.1.mlp.up_proj.weight":
+        del tensors[name]
+    tensors["language_model.model.norm.weight"] = np.ones(13, np.float32)
+    tensors["language_model.model.layers.7.mlp.up_proj.weight"] = np.ones((20, 12), np.float32)
+    tensors["vision_tower.adapter.weight"] = np.ones(3, np.float32)
+    tensors["lm_head.weight"] = tensors["language_model.lm_head.weight"]
+    write(copy, tensors)
+    fails(
+        copy,
+        "missing tensor multi_modal_projector.linear_1.bias",
+        "missing tensor language_model.model.layers.1.mlp.up_proj.weight",
+        "language_model.model.norm.weight has shape (13,) where (12,) is needed",
+        "unknown tensor language_model.model.layers.7.mlp.up_proj.weight",
+        "unknown tensor vision_tower.adapter.weight",
+        "second time",
+    )
+
+
+def test_a_full_disk_leaves_nothing(copy, tmp_path, monkeypatch):
+    _, _, config = convert.load(copy)
+    convert.export({}, copy, tmp_path / "out", config)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+
+    def full(source, target):
+        with open(target, "wb") as stream:
+            stream.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    for name in ("new", "out"):
+        with pytest.raises(UserError, match="disk is full"):
+            convert.export({}, copy, tmp_path / name, config)
+    assert {p.name for p in tmp_path.iterdir()} == {"copy", "out"}
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_export_spares_what_is_no_model(copy, tmp_path):
+    _, _, config = convert.load(copy)
+    with pytest.raises(UserError, match="name another one"):
+        convert.export({}, copy, copy, config)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not a model folder"):
+        convert.export({}, copy, tmp_path / "thesis", config)
+    assert (tmp_path / "thesis" / "chapter.tex").exists()
+    with pytest.raises(UserError, match="is a file"):
+        convert.export({}, copy, copy / "config.json", config)
+    with pytest.raises(ValueError, match="no tensor for"):
+        convert.export({"projector/fc9/bias": jnp.ones(1)}, copy, tmp_path / "out", config)
+    with pytest.raises(ValueError, match="on disk"):
+        convert.export({"projector/fc1/bias": jnp.ones(1)}, copy, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_export_left_goes_with_the_next(tiny_folder, tmp_path, monkeypatch):
+    _, _, config = convert.load(tiny_folder)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with convert._new_folder(tmp_path / "new") as folder:
+            (folder / "model.safetensors").write_text("half")
+            raise KeyboardInterrupt
+    assert len(list(tmp_path.iterdir())) == 1
+    convert.export({}, tiny_folder, tmp_path / "new", config)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

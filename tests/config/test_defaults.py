@@ -1,0 +1,71 @@
+"""The config files: what their words mean, and that every family and size has one."""
+
+import json
+
+import pytest
+
+from vkd_jax import models
+from vkd_jax.config import defaults
+from vkd_jax.runs import pipeline
+from vkd_jax.types import UserError
+
+PUBLISHED = {"llava": "llava.py", "qwen2_vl": "qwen2_vl.py", "qwen2_5_vl": "qwen2_5_vl.py"}
+
+
+def test_every_family_has_a_config():
+    assert set(PUBLISHED) == set(models.MODELS)
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_every_size_is_a_word_that_names_its_checkpoint(get_config, family):
+    presets = models.module_for(family).PRESETS
+    for size, (name, _) in presets.items():
+        assert get_config(PUBLISHED[family], size).model.path == name
+    assert get_config(PUBLISHED[family]).model.path == next(iter(presets.values()))[0]
+
+
+def test_words_come_in_any_order_with_or_without_their_names(get_config):
+    config = get_config("llava.py", "mllmu,forget=5,size=13b,grad_diff")
+    assert config.model.path == "llava-hf/llava-1.5-13b-hf" and config.model.dtype == "bfloat16"
+    assert (config.data.benchmark, config.data.forget, config.method.name) == ("mllmu", 5, "grad_diff")
+    assert config == get_config("llava.py", "method=grad_diff,13b,benchmark=mllmu,forget=5")
+    assert get_config("llava.py", "7b").method == defaults.method("vkd")
+
+
+def test_what_trains_attacks_and_comparisons_are_words(get_config):
+    config = get_config("qwen2_vl.py", "npo,lora,attacks")
+    assert (config.method.name, config.method.train, config.attacks.names) == ("npo", "lora", "all")
+    assert get_config("llava.py", "npo,train=visual,all").stage == "all"  # the stage; weights are train=all
+    entrants = get_config("llava.py", "compare").compare.entrants
+    assert (entrants.kl.method.train, entrants.vkd.method.train, entrants.manu.method.train) == (
+        "lora",
+        "visual",
+        "all",
+    )
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+@pytest.mark.parametrize("words", ["", "clear,all", "npo,lora,all", "mmunlearner"])
+def test_one_chip_is_a_word(get_config, family, words):
+    config = get_config(PUBLISHED[family], f"7b,onechip,{words}")
+    mesh, method, *_ = pipeline.checked(config)
+    assert mesh.size == 1 and config.model.quantize == "int4:64" and config.model.remat == "full"
+    assert getattr(method, "fisher_chunk", 1) == 1
+    assert method.blocks == (-1 if family == "llava" else 8)
+
+
+@pytest.mark.parametrize("word", ["70b", "size=70b", "forget=five", "vdk", "tint=3", "forget", "finetuned"])
+def test_other_words_are_refused_with_those_there_are(get_config, word):
+    with pytest.raises(UserError, match="not a word of this config; it takes size: 7b, 13b; method: .*vkd"):
+        get_config("llava.py", word)
+
+
+def test_two_answers_to_one_question_are_refused(get_config):
+    with pytest.raises(UserError, match="size is 7b or 13b; keep one"):
+        get_config("llava.py", "7b,13b")
+    assert get_config("llava.py", "7b,size=7b") == get_config("llava.py", "7b")
+
+
+def test_every_field_of_every_config_can_be_written_down(get_config):
+    for file in PUBLISHED.values():
+        json.loads(get_config(file).to_json_best_effort())

@@ -1,0 +1,188 @@
+"""Pictures of every kind, in every family, against transformers' own processors: pixel for pixel, token for token."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from vkd_jax.checkpoints import convert
+from vkd_jax.data import processing
+from vkd_jax.models.base import abstract
+from vkd_jax.types import Example, UserError
+
+transformers = pytest.importorskip("transformers")
+
+FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl")
+
+
+def noise(width, height, channels=3):
+    """Smooth enough that resizing it is not all rounding."""
+    small = np.random.default_rng(0).integers(0, 256, (5, 4, channels), np.uint8)
+    return Image.fromarray(small.squeeze()).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image, format="PNG", **options):
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def rotated():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    return encoded(noise(90, 40), "JPEG", exif=exif)
+
+
+PICTURES = {
+    "portrait": encoded(noise(40, 90)),
+    "landscape": encoded(noise(130, 50)),
+    "grey": encoded(noise(60, 50).convert("L")),
+    "grey with alpha": encoded(noise(60, 50).convert("LA")),
+    "RGBA": encoded(noise(60, 50, 4)),
+    "palette": encoded(noise(60, 50).convert("P")),
+    "CMYK": encoded(noise(60, 50).convert("CMYK"), "JPEG"),
+    "one bit": encoded(noise(60, 50).convert("1")),
+    "EXIF": rotated(),
+    "one pixel": encoded(noise(1, 1)),
+    "very large": encoded(noise(5000, 3001), "JPEG"),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def processor(request, tiny_folder, qwen_folder):
+    folder = tiny_folder if request.param == "llava" else qwen_folder(request.param)
+    module, hf_config = convert.read_config(folder)
+    return processing.Processor(folder, module.Config.from_hf(hf_config))
+
+
+def whole(processor):
+    """The joint processor of the family, made as transformers makes it but for videos, which need torchvision."""
+    if "qwen" not in type(processor.config).__module__:
+        return transformers.LlavaProcessor(
+            processor.image_processor,
+            processor.tokenizer,
+            patch_size=processor.config.vision.patch_size,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=processor.chat_template,
+        )
+    joint = object.__new__(transformers.Qwen2VLProcessor)
+    joint.image_processor, joint.tokenizer, joint.video_processor = processor.image_processor, processor.tokenizer, None
+    joint.image_token, joint.video_token = processor.image_token, "<|video_pad|>"
+    joint.image_token_id, joint.video_token_id = processor.image_token_id, -1
+    joint.chat_template = processor.chat_template
+    return joint
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_pixels_and_tokens_equal_those_of_transformers(processor, kind):
+    data = PICTURES[kind]
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who is this?"}]}]
+    joint = whole(processor)
+    text = joint.apply_chat_template(prompt, add_generation_prompt=True)
+    want = joint(images=[image], text=[text], return_tensors="np")
+
+    ours = processor.image(data)
+    packed = processor.config.pack([[ours]])
+    if "patches" in packed:
+        count = int(want["image_grid_thw"].prod())
+        np.testing.assert_array_equal(packed["where"][0, count:, 0], -1)
+        frames = want["pixel_values"].reshape(count, 3, 2, -1)
+        for frame in (0, 1):
+            got = packed["patches"][0, :count].reshape(count, 3, -1)
+            np.testing.assert_allclose(got, frames[:, :, frame], atol=1e-5)
+    else:
+        np.testing.assert_allclose(packed["pixels"][0], want["pixel_values"][0].transpose(1, 2, 0), atol=1e-5)
+    tokens, answer = processor.encode("Who is this?", None, [ours])
+    assert tokens == want["input_ids"][0].tolist() and answer == []
+    assert tokens.count(processor.image_token_id) == processor.config.image_tokens(*ours.shape[:2])
+
+
+def test_the_model_makes_as_many_features_as_there_are_image_tokens(processor):
+    import jax
+
+    from vkd_jax.models.base import bind
+
+    module, _ = convert.read_config(processor.tokenizer.name_or_path)
+    graphdef, shapes = abstract(lambda rngs: module.Model(processor.config, rngs=rngs))
+    for kind in ("portrait", "landscape", "one pixel"):
+        image = processor.image(PICTURES[kind])
+        packed = processor.config.pack([[image]])
+        features, _ = jax.eval_shape(lambda p, x: bind(graphdef, p).encode(x), shapes, packed)
+        count = processor.config.image_tokens(*image.shape[:2])
+        if "where" in packed:
+            assert (packed["where"][0, :, 0] >= 0).sum() == 4 * count <= 4 * features.values.shape[1]
+        else:
+            assert features.values.shape[1] == count
+
+
+def test_packing_is_undone(processor, unpack):
+    images = [processor.image(PICTURES[kind]) for kind in ("portrait", "landscape", "one pixel")]
+    rows = [[x] for x in images]
+    if "qwen" in type(processor.config).__module__:
+        rows.append(images)  # three in one prompt
+    unpacked = unpack(processor.config, processor.config.pack(rows))
+    for row, again in zip(rows, unpacked, strict=True):
+        for x, y in zip(row, again, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_sets_of_pictures_of_any_size_share_one_shape(processor, unpack):
+    kinds = ("portrait", "landscape", "one pixel", "very large")
+    examples = [Example(k, "p", PICTURES[k], k, f"Who is number {i}?", "Bob") for i, k in enumerate(kinds)]
+    encoded_set = processing.encode_set(processor, examples, max_length=processor.config.text.max_positions)
+    for i, kind in enumerate(kinds):
+        image = processor.image(PICTURES[kind])
+        tokens = encoded_set.tokens[i][encoded_set.mask[i]]
+        assert (tokens == processor.image_token_id).sum() == processor.config.image_tokens(*image.shape[:2])
+        packed = encoded_set.batch(np.array([i])).pictures
+        np.testing.assert_array_equal(unpack(processor.config, packed)[0][0], image)
+
+
+def test_several_pictures_in_a_prompt(qwen_folder):
+    folder = qwen_folder("qwen2_vl")
+    module, hf_config = convert.read_config(folder)
+    processor = processing.Processor(folder, module.Config.from_hf(hf_config))
+    images = [processor.image(PICTURES[kind]) for kind in ("portrait", "landscape")]
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Who?"}]
+    joint = whole(processor)
+    text = joint.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    pil = [Image.open(io.BytesIO(PICTURES[kind])) for kind in ("portrait", "landscape")]
+    assert processor.encode("Who?", None, images)[0] == joint(images=pil, text=[text])["input_ids"][0]
+
+
+def test_a_budget_of_pixels_is_kept_and_one_that_cannot_be_is_refused(qwen_folder, tiny_folder, tiny_config):
+    folder = qwen_folder("qwen2_vl")
+    module, hf_config = convert.read_config(folder)
+    config = module.Config.from_hf(hf_config)
+    height, width, _ = processing.Processor(folder, config).image(PICTURES["very large"]).shape
+    assert 4 * 28 * 28 < height * width <= 16 * 28 * 28
+    small = processing.Processor(folder, config, max_pixels=4 * 28 * 28)
+    height, width, _ = small.image(PICTURES["very large"]).shape
+    assert height * width <= 4 * 28 * 28
+    with pytest.raises(UserError, match=r"model\.max_pixels=100: .* at least 784"):
+        processing.Processor(folder, config, max_pixels=100)
+    with pytest.raises(UserError, match=r"leave model\.max_pixels at 0"):
+        processing.Processor(tiny_folder, tiny_config, max_pixels=100)
+    with pytest.raises(UserError, match="picture of 900 x 3 pixels is refused"):
+        small.image(noise(900, 3))
+
+
+def test_no_familys_prompt_is_guessed_but_llavas(qwen_folder, monkeypatch):
+    folder = qwen_folder("qwen2_vl")
+    module, hf_config = convert.read_config(folder)
+    processor = processing.Processor(folder, module.Config.from_hf(hf_config))
+    monkeypatch.setattr(processor, "chat_template", None)
+    with pytest.raises(UserError, match="no chat template"):
+        processor.encode("Who?", None)
+
+
+def test_every_token_that_ends_an_answer_is_known(qwen_folder):
+    folder = qwen_folder("qwen2_vl")
+    module, hf_config = convert.read_config(folder)
+    processor = processing.Processor(folder, module.Config.from_hf(hf_config))
+    names = processor.tokenizer.convert_ids_to_tokens(list(processor.eos_ids))
+    assert names == ["<|im_end|>", "<|endoftext|>"]
+    assert processor.tokenizer.convert_ids_to_tokens(processor.encode("Who?", "Bob")[1][-1]) == "<|im_end|>"

@@ -1,0 +1,237 @@
+"""One model, asked in batches: scores against a plain forward pass, padding, pictures, earlier turns."""
+
+import io
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from vkd_jax.checkpoints import convert
+from vkd_jax.data import processing
+from vkd_jax.evaluation.answerer import Answerer, Seen
+from vkd_jax.models.base import VisualTokens, bind
+from vkd_jax.types import UserError
+
+OPTIONS = ("baker", "pilot", "a judge", "teacher of mathematics")
+
+
+def png(seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "png")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def ask(tiny_model):
+    return lambda batch_size: tiny_model.answerer(batch_size)
+
+
+def plain(model, room):
+    """log p(text | question, pictures) and tokens of the text, not padded on the left, without a cache, row by row.
+
+    The model packs the pictures of a prompt itself, with `room` for so many tokens; 0 where it packs one alone.
+    """
+    processor, config, length = model.processor, model.config, model.config.text.max_positions
+
+    @jax.jit
+    def log_probs(params, tokens, mask, pictures):
+        module = bind(model.graphdef, params)
+        features = None if pictures is None else module.encode(pictures)[0]
+        if pictures is not None and not room:  # a picture a row, which stand one after another
+            values, where = features
+            features = VisualTokens(values.reshape(1, -1, values.shape[-1]), where.reshape(1, -1, 3))
+        return jax.nn.log_softmax(module(tokens, mask, features=features)[0])
+
+    def score(question, text, pictures=(), turns=()):
+        images = [processor.image(picture) for picture in pictures]
+        prompt, answer = processor.encode(question, text, images, turns)
+        ids = np.array(prompt + answer)
+        row = np.zeros((1, length), np.int32)
+        row[0, : len(ids)] = ids
+        packed = config.pack([images] if room else [[image] for image in images], room) if images else None
+        out = np.asarray(log_probs(model.params, row, np.arange(length)[None] < len(ids), packed))[0]
+        assert answer[-1] == processor.eos_ids[0]
+        return sum(out[len(prompt) - 1 + j, token] for j, token in enumerate(answer)), len(answer)
+
+    return score
+
+
+@pytest.fixture(scope="module")
+def plainly(tiny_model):
+    return plain(tiny_model, 0)
+
+
+@pytest.mark.parametrize("pictured", [True, False])
+def test_scores_are_sums_of_log_probabilities_and_losses_their_means(ask, plainly, pictured):
+    """Nine rows of different lengths and numbers of texts, in batches of seven and two; three pictures."""
+    questions = [f"Question {i}: what is the job{' of this person' * (i % 3)}?" for i in range(9)]
+    texts = [OPTIONS[: 4 - i % 3] for i in range(9)]
+    files = [png(i) for i in range(3)]
+    seen = ask(7).look([files[i % 3] for i in range(9)]) if pictured else None
+    got = ask(7).score(questions, texts, seen)
+    for i, (question, row) in enumerate(zip(questions, texts, strict=True)):
+        for j, text in enumerate(row):
+            log_p, count = plainly(question, text, [files[i % 3]] if pictured else [])
+            np.testing.assert_allclose(got.log_probs[i, j], log_p, atol=2e-4)
+            np.testing.assert_allclose(got.nll[i, j], -log_p / count, atol=2e-4)
+            assert got.counts[i, j] == count
+        assert np.isneginf(got.log_probs[i, len(row) :]).all() and not got.counts[i, len(row) :].any()
+
+
+def test_a_long_neighbour_changes_nothing(ask):
+    """Left padding, and the padding of options, are invisible to a row."""
+    answerer, short = ask(7), ["Who is it?", "Where?"]
+    long = ["What does this person, who was seen in many pictures, do for a living nowadays?"]
+    alone, counts = answerer.score(short, [OPTIONS[:2]] * 2)
+    beside = answerer.score([*short, *long], [OPTIONS[:2], OPTIONS[:2], OPTIONS])
+    np.testing.assert_allclose(beside.log_probs[:2, :2], alone, atol=1e-4)
+    assert np.isneginf(beside.log_probs[:2, 2:]).all() and np.isfinite(beside.log_probs[2]).all()
+    np.testing.assert_array_equal(beside.counts[:2], np.pad(counts, ((0, 0), (0, 2))))
+    np.testing.assert_allclose(beside.nll[:2, :2], -alone / counts, atol=1e-4)
+
+
+def test_generation_sees_the_pixels(tiny_model, ask):
+    """The language model is made to hear the picture loudly, so that another one changes the words."""
+    params = {k: v * (40 if k.startswith("projector/fc2") else 1) for k, v in tiny_model.params.items()}
+    loud = Answerer(tiny_model.graphdef, params, tiny_model.config, tiny_model.processor, batch_size=7)
+    seen = loud.look([png(i) for i in range(7)])
+    answers = loud.generate(["Who is this?"] * 7, seen, max_new_tokens=4)
+    assert len(set(answers)) > 1
+    assert answers == loud.generate(["Who is this?"] * 7, seen, max_new_tokens=4)
+    assert answers[::-1] == loud.generate(["Who is this?"] * 7, seen.of(range(7)[::-1]), max_new_tokens=4)
+
+
+def test_a_picture_is_read_once_and_in_its_place(tiny_model, ask, monkeypatch):
+    files = [png(i) for i in range(9)]
+    read = []
+    image = processing.Processor.image
+    monkeypatch.setattr(processing.Processor, "image", lambda self, x: read.append(x) or image(self, x))
+    seen = ask(4).look([[files[0], files[i]] for i in range(1, 9)] + [files[0]])
+    assert sorted(map(files.index, read)) == list(range(9))
+    alone = [ask(1).look([x]).features.values[0] for x in files]
+    np.testing.assert_allclose(seen.of([8]).tokens().values[0], alone[0], atol=1e-5)
+    for i in range(8):
+        np.testing.assert_allclose(seen.of([i]).tokens().values[0], np.concatenate([alone[0], alone[i + 1]]), atol=1e-5)
+    with pytest.raises(UserError, match="a picture is refused"):
+        ask(4).look([files[0], b"no picture"])
+
+
+def test_pictures_of_a_prompt_stand_one_after_another_and_padding_last():
+    values = np.arange(6.0).reshape(2, 3, 1)
+    where = np.array([[[0, 0, 0], [0, 0, 1], [-1, -1, -1]], [[0, 0, 0], [0, 1, 0], [0, 2, 0]]], np.int32)
+    seen = Seen([(1, 2, 3), (3, 1, 3)], VisualTokens(values, where), ((0,), (1,)))
+    assert seen.of([1, 0, 1]).tokens().values[:, 0, 0].tolist() == [3, 0, 3]
+    values, where = seen.show([[0, 1], [1, 0], [1]]).tokens()
+    real = where[..., 0] >= 0
+    np.testing.assert_array_equal(real, np.arange(6) < np.array([[5], [5], [3]]))
+    assert [row[ok][:, 0].tolist() for row, ok in zip(values, real, strict=True)] == [
+        [0, 1, 3, 4, 5], [3, 4, 5, 0, 1], [3, 4, 5],
+    ]  # fmt: skip
+    assert where[0, :5].tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 1, 0], [1, 2, 0]]
+    assert where[1, :5].tolist() == [[0, 0, 0], [0, 1, 0], [0, 2, 0], [1, 0, 0], [1, 0, 1]]
+    assert [image.shape for image in seen.show([[1, 0]]).images(0)] == [(3, 1, 3), (1, 2, 3)]
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_joined_pictures_are_what_the_model_makes_of_them_together(family, qwen_folder):
+    """Pictures of two sizes, in both orders: the same log-probabilities as of one row that the model itself packed."""
+    folder = qwen_folder(family)
+    graphdef, params, config = convert.load(folder)
+    model = Answerer(graphdef, params, config, processing.Processor(folder, config), batch_size=2)
+    files = [png(0), Image.fromarray(np.random.default_rng(9).integers(0, 256, (61, 90, 3), np.uint8))]
+    rows, turns = [[0, 1], [1, 0]], [("What is it?", "a pear", 1)]
+    seen = model.look([[files[i] for i in row] for row in rows])
+    got = model.score(["Who?"] * 2, [["baker"]] * 2, seen, turns=[turns] * 2).log_probs
+    score = plain(model, 16)
+    expected = [score("Who?", "baker", [files[i] for i in row], turns)[0] for row in rows]
+    np.testing.assert_allclose(got[:, 0], expected, atol=1e-3)
+    assert abs(expected[0] - expected[1]) > 0.01
+
+
+def test_a_worked_example_is_an_earlier_turn(tiny_folder, tiny_model, qwen_folder):
+    turns = [("What is this?", "a pear", 1)]
+    said = "USER: <image>\nWhat is this? ASSISTANT: a pear"
+    assert tiny_model.processor.prompt("Who?", 1, turns) == f"{said} USER: <image>\nWho? ASSISTANT:"
+    fallback = processing.Processor(tiny_folder, tiny_model.config)
+    fallback.chat_template = None  # as LLaVA-1.5 was trained: each answer has its end
+    assert fallback.prompt("Who?", 1, turns) == f"{said}</s>USER: <image>\nWho? ASSISTANT:"
+    folder = qwen_folder("qwen2_vl")
+    qwen = processing.Processor(folder, convert.read_config(folder)[0].Config.from_hf(convert.read_config(folder)[1]))
+    picture = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert qwen.prompt("Who?", 1, turns).endswith(
+        f"<|im_start|>user\n{picture}What is this?<|im_end|>\n<|im_start|>assistant\na pear<|im_end|>\n"
+        f"<|im_start|>user\n{picture}Who?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    for processor in (tiny_model.processor, fallback, qwen):
+        images = [processor.image(png(0)), processor.image(Image.new("RGB", (90, 60)))]
+        prompt, answer = processor.encode("Who?", "Bob", images, turns)
+        each = [processor.config.image_tokens(*image.shape[:2]) for image in images]
+        places = np.flatnonzero(np.array(prompt) == processor.image_token_id)
+        assert len(places) == sum(each)  # those of one picture, words, those of the other
+        assert np.flatnonzero(np.diff(places) > 1).tolist() == [each[0] - 1]
+        assert processor.tokenizer.decode(answer).strip().startswith("Bob") and answer[-1] == processor.eos_ids[0]
+        assert (prompt, answer) == processor.encode_each("Who?", [None, "Ann", "Bob"], images, turns)[2]
+        assert prompt == processor.encode("Who?", None, images, turns)[0]
+
+
+def test_scores_after_a_worked_example_are_those_of_the_whole_conversation(tiny_model, ask, plainly):
+    turns = [[("What is it?", "a pear", 1)], [("What is it?", "a judge", 1)]]
+    files = [png(i) for i in range(3)]
+    seen = ask(7).look([[files[0], files[1]], [files[2], files[0]]])
+    assert len(seen.shapes) == len(seen.features.values) == 3
+    got = ask(7).score(["Who?", "Which one?"], [["baker", "a pilot"], ["a judge"]], seen, turns=turns)
+    for i, question, pictures, text, j in ((0, "Who?", (0, 1), "baker", 0), (0, "Who?", (0, 1), "a pilot", 1),
+                                           (1, "Which one?", (2, 0), "a judge", 0)):  # fmt: skip
+        expected, count = plainly(question, text, [files[k] for k in pictures], turns[i])
+        np.testing.assert_allclose(got.log_probs[i, j], expected, atol=2e-4)
+        assert got.counts[i, j] == count
+    swapped = ask(7).score(["Who?"], [["baker"]], seen.show([[1, 0]]), turns=turns[:1])
+    assert abs(swapped.log_probs[0, 0] - got.log_probs[0, 0]) > 1e-6
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_what_questions_about_a_picture_share_is_read_once(tiny_model, monkeypatch, shards):
+    """Nine questions about three pictures in any order: the answers and scores of each asked alone."""
+    params = {k: v * (40 if k.startswith("projector/fc2") else 1) for k, v in tiny_model.params.items()}
+    alone, beside = (
+        Answerer(tiny_model.graphdef, params, tiny_model.config, tiny_model.processor, batch_size=n) for n in (1, 6)
+    )
+    beside.shards = shards  # as on a mesh: rows of a part take nothing of the other's
+    batches, made = [], Answerer._batches
+    monkeypatch.setattr(Answerer, "_batches", lambda self, *args: batches.append([*made(self, *args)]) or batches[-1])
+    questions = [f"Question {i}: who is{' this' * (i % 4)}?" for i in range(9)]
+    shown = [[3, i] for i in (2, 0, 1, 0, 2, 0, 1, 1, 0)]  # the first with the worked example, which is one for all ...
+    seen = alone.look([png(i) for i in range(4)]).show(shown)
+    turns = [[("What is it?", "a pear" if i < 8 else "a judge", 1)] for i in range(9)]  # ... but for its words
+    each = [([questions[i]], seen.of([i]), turns[i : i + 1]) for i in range(9)]
+    expected = [alone.generate(*row, max_new_tokens=4, turns=turn)[0] for *row, turn in each]
+    scores = [alone.score(row, [OPTIONS], picture, turns=turn).log_probs[0] for row, picture, turn in each]
+    assert not any(shared for found in batches for *_, shared in found) and len(set(expected)) > 2
+    batches.clear()
+    assert beside.generate(questions, seen, max_new_tokens=4, turns=turns) == expected
+    np.testing.assert_allclose(beside.score(questions, [OPTIONS] * 9, seen, turns=turns).log_probs, scores, atol=2e-4)
+    for found in batches:  # what begins alike stands beside each other, in order; the last row fills the last batch
+        assert [rows.tolist() for rows, *_ in found] == [[0, 4, 1, 3, 5, 2], [6, 7, 8, 8, 8, 8]]
+        for _, tokens, _, features, shared in found:
+            assert len(features.values) == len(shared.tokens) == {1: 3, 2: 4}[shards]
+            assert shared.which.shape == (shards, 6 // shards)
+            assert not (tokens == tiny_model.config.image_token_id).any()
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_positions_go_on_after_a_shared_picture_of_any_size(family, qwen_folder, monkeypatch):
+    folder = qwen_folder(family)
+    graphdef, params, config = convert.load(folder)
+    alone, beside = (
+        Answerer(graphdef, params, config, processing.Processor(folder, config), batch_size=n) for n in (1, 4)
+    )
+    shared, made = [], Answerer._batches
+    monkeypatch.setattr(Answerer, "_batches", lambda self, *args: shared.append([*made(self, *args)]) or shared[-1])
+    files = [png(0), Image.fromarray(np.random.default_rng(9).integers(0, 256, (61, 90, 3), np.uint8))]
+    seen, questions = alone.look([files[i] for i in (0, 1, 1, 0)]), ["Who?", "Where is it?", "Who?", "What?"]
+    expected = alone.score(questions, [OPTIONS[:2]] * 4, seen).log_probs
+    np.testing.assert_allclose(beside.score(questions, [OPTIONS[:2]] * 4, seen).log_probs, expected, atol=1e-3)
+    assert [bool(batch[-1]) for found in shared for batch in found] == [False] * 4 + [True]
+    assert abs(expected[0] - expected[3]).max() > 0.01

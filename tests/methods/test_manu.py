@@ -1,0 +1,387 @@
+"""Pruning of neurons: the scores by hand, the statistics computed otherwise, what is pruned and what is not."""
+
+import dataclasses
+import functools
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from vkd_jax import methods
+from vkd_jax.checkpoints import convert
+from vkd_jax.config import defaults
+from vkd_jax.data.pictures import Pictures
+from vkd_jax.data.processing import EncodedSet
+from vkd_jax.methods import base
+from vkd_jax.methods.manu import EPS, Manu, Statistics, importance, top
+from vkd_jax.models import layers, qwen2_5_vl, qwen2_vl, qwen_vit
+from vkd_jax.models.base import bind
+from vkd_jax.models.decoder import DecoderConfig
+from vkd_jax.models.qwen_vit import VisionConfig
+from vkd_jax.runs import pipeline
+from vkd_jax.types import Example, UserError
+
+IMAGE = 4  # the image token of the Qwen models made here
+TAU = 0.02  # random weights are quiet
+FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl")
+SETS = ("forget", "retain", "forget_text", "retain_text")
+
+
+# The scores, by hand.
+
+
+def plainly(z, threshold=TAU):
+    """Statistics of activations [..., f] of real tokens, as the definitions say."""
+    z = np.asarray(z, np.float64).reshape(-1, np.shape(z)[-1])
+    return Statistics(z.mean(0), np.abs(z).mean(0), (np.abs(z) > threshold).mean(0), np.square(z).mean(0))
+
+
+def test_importance_by_hand():
+    pictured, text = plainly([[1.0], [-3.0]]), plainly([[0.0], [2.0]])
+    assert (*pictured, pictured.variance) == (-1, 2, 1, 5, 4)
+    assert (*text, text.variance) == (1, 1, 0.5, 2, 1)
+    want = {"abs": 1 / 3, "freq": 0.5 / 1.5, "var": 5**0.5, "rms": (3 / 7) ** 0.5}
+    alone = {"abs": 2, "freq": 1, "var": 2, "rms": 5**0.5}
+    for term in want:
+        np.testing.assert_allclose(importance(pictured, text, [term]), want[term], rtol=1e-4)
+        np.testing.assert_allclose(importance(pictured, None, [term]), alone[term], rtol=1e-12)
+    np.testing.assert_allclose(importance(pictured, text), sum(want.values()), rtol=1e-4)
+    np.testing.assert_allclose(importance(pictured), sum(alone.values()), rtol=1e-12)
+
+
+def test_a_score_is_the_importance_to_forget_over_that_to_retain():
+    ones, threes, silent = plainly([[1.0, 1.0]]), plainly([[3.0, 0.0]]), plainly([[0.0, 0.0]])
+    # |z|, share and root of the mean square; one token has no variance.
+    score = Manu().score({"forget": threes, "retain": ones})
+    np.testing.assert_allclose(score, [(3 + 1 + 3) / 3, 0], rtol=1e-4)
+    assert Manu(terms=("abs",)).score({"forget": threes, "retain": silent})[0] == pytest.approx(3 / EPS)
+    # Silent text differs from any picture by all there is; c is 1 then, for each neuron that is not silent itself.
+    texts = {"forget_text": silent, "retain_text": silent}
+    np.testing.assert_allclose(Manu().score({"forget": threes, "retain": ones} | texts), [1, 0], rtol=1e-4)
+
+
+def test_the_top_share_by_hand():
+    scores = np.array([[1.0, 5.0, 2.0], [5.0, 0.0, 5.0]])
+    np.testing.assert_array_equal(top(scores, 2 / 6), [[0, 1, 0], [1, 0, 0]])  # the first of equals
+    np.testing.assert_array_equal(top(scores, 4 / 6), [[0, 1, 1], [1, 0, 1]])
+    with pytest.raises(UserError, match=r"method\.share=0\.05: of 6 neurons that is none"):
+        top(scores, 0.05)
+
+
+# Models of each family, with sets to forget and to retain.
+
+
+QWEN = DecoderConfig(
+    vocab=40, width=16, layers=2, heads=2, kv_heads=1, head_width=8, mlp_width=24, mrope_section=(2, 1, 1),
+    qkv_bias=True,
+)  # fmt: skip
+TOWER = dict(width=16, layers=2, heads=2, mlp_width=24, patch_size=2)
+
+
+def qwen_set(config, seed, texts):
+    """Five rows of random words behind pictures of several sizes, or of words alone; right-padded."""
+    rng = np.random.default_rng(seed)
+    grids = [(1, 2), (2, 2), (1, 1), (1, 3), (2, 1)]
+    pictures = [rng.standard_normal((4 * r, 4 * c, 3)).astype(np.float32) for r, c in grids]
+    rows = [([] if texts else [IMAGE] * (r * c)) + list(rng.integers(5, 40, 3 + i)) for i, (r, c) in enumerate(grids)]
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, words in zip(tokens, rows, strict=True):
+        row[: len(words)] = words
+    mask = tokens > 0
+    last = mask.sum(1, keepdims=True).astype(np.int32) - 1
+    return EncodedSet(
+        examples=rows, tokens=tokens, mask=mask, at=last, targets=np.full_like(last, 7), target_mask=last > 0,
+        prompt_length=last[:, 0], image=np.full(len(rows), -1) if texts else np.arange(len(rows)),
+        pictures=None if texts else Pictures.of(pictures, config),
+    )  # fmt: skip
+
+
+def llava_set(model, seed, texts):
+    """Five questions of several lengths, about noise or about nothing."""
+    rng = np.random.default_rng(seed)
+
+    def example(i):
+        picture = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(picture, "PNG")
+        words = " ".join(rng.choice(["who", "is", "this", "what", "name", "work"], 2 + i))
+        shown = dict(image=None, image_id="") if texts else dict(image=picture.getvalue(), image_id=str(i))
+        return Example(id=str(i), person="", question=words, answer="a b", **shown)
+
+    return model.encode([example(i) for i in range(5)])
+
+
+@pytest.fixture(scope="module")
+def contexts(tiny_model):
+    """Makes, by family, what a method is given."""
+
+    @functools.cache
+    def make(family):
+        if family == "llava":
+            config, graphdef, params = tiny_model.config, tiny_model.graphdef, tiny_model.params
+            draw = functools.partial(llava_set, tiny_model)
+        else:
+            module = qwen2_vl if family == "qwen2_vl" else qwen2_5_vl
+            more = {} if family == "qwen2_vl" else dict(gated=True, window=4, whole=(1,))
+            config = module.Config(VisionConfig(**TOWER, **more), QWEN, IMAGE)
+            graphdef, params = convert.init(config, seed=0)
+            draw = functools.partial(qwen_set, config)
+        # Biases begin at zero; that pruning empties them, too, would not be seen.
+        params = {k: v + 0.1 if k.endswith("/bias") else v * 2 if "kernel" in k else v for k, v in params.items()}
+        sets = {name: draw(seed, name.endswith("_text")) for seed, name in enumerate(SETS)}
+        return base.Context(graphdef, params, None, config, sets, seed=0)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def prepare(contexts):
+    """What `Manu` prepares with a share of 0.1; the same for everybody who asks for the same."""
+    return functools.cache(lambda family, train: Manu(train=train, share=0.1, threshold=TAU).prepare(contexts(family)))
+
+
+def activations(context, name):
+    """{tower: a list by layer of [tokens, f]} of a whole set, block by block and from the kernels themselves."""
+    encoded, config = context.sets[name], context.model_config
+    batch = encoded.batch(np.arange(len(encoded)))
+    pixels = batch.pictures is not None and "pixels" in batch.pictures
+
+    def inner(mlp, x):
+        def product(layer):
+            return x @ layer.kernel[...] + (0 if layer.bias is None else layer.bias[...])
+
+        if hasattr(mlp, "fc1"):
+            return layers.ACTIVATIONS[mlp.activation](product(mlp.fc1))
+        return product(mlp.gate) / (1 + jnp.exp(-product(mlp.gate))) * product(mlp.up)
+
+    def run(blocks, x, more):
+        found = []
+        for block, arguments in zip(blocks, more, strict=True):
+            attended = block.attn(block.norm1(x), *arguments)
+            x = x + (attended[0] if isinstance(attended, tuple) else attended)
+            found.append(inner(block.mlp, block.norm2(x)))
+            x = x + block.mlp(block.norm2(x))
+        return found
+
+    @jax.jit
+    def capture(params):
+        model, found, features = bind(context.graphdef, params), {}, None
+        tower = model.vision_tower
+        if pixels:
+            used = list(tower.blocks)[: config.used_blocks]
+            found["vision_tower"] = run(used, tower.embed(batch.pictures["pixels"]), [()] * len(used))
+        elif batch.pictures is not None:
+            where = batch.pictures["where"]
+            allowed = [qwen_vit.sees(where, 0 if i in config.vision.whole else config.vision.window) for i in range(2)]
+            given = [(tower._turns(where), x) for x in allowed]
+            found["vision_tower"] = run(tower.blocks, tower.embed(batch.pictures["patches"]), given)
+        if batch.pictures is not None:
+            features, _ = model.encode(batch.pictures)
+        x, positions = model.embed(batch.tokens, batch.mask, features)
+        turned = model.language_model._turns(positions, x.shape[1])
+        stacked = model.language_model.blocks
+        blocks = [jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(config.text.layers)]
+        allowed = batch.mask[:, None] & np.tri(batch.mask.shape[1], dtype=bool)
+        found["language_model"] = run(blocks, x, [(turned, allowed, None, None)] * len(blocks))
+        return found
+
+    real = {"language_model": batch.mask}
+    if batch.pictures is not None:
+        real["vision_tower"] = np.s_[:, :] if pixels else batch.pictures["where"][..., 0] >= 0
+    return {tower: [np.asarray(z)[real[tower]] for z in found] for tower, found in capture(context.params).items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_statistics_are_those_of_activations_captured_otherwise(contexts, family):
+    context = contexts(family)
+    got = Manu(threshold=TAU, batch_size=3)._statistics(context)  # three do not divide five: a row is repeated
+    assert tuple(got) == SETS
+    for name in ("forget", "retain_text"):
+        want = activations(context, name)
+        assert got[name].keys() == want.keys() and ("vision_tower" in want) == (name == "forget")
+        for tower, found in want.items():
+            for layer, z in enumerate(found):
+                for ours, theirs in zip(got[name][tower], plainly(z), strict=True):
+                    np.testing.assert_allclose(ours[layer], theirs, rtol=1e-4, atol=1e-5)
+            assert 0.1 < got[name][tower].active.mean() < 0.99
+
+
+def test_padding_never_counts(contexts):
+    """Nor does what stands there, nor how much of it there is."""
+    context = contexts("qwen2_5_vl")
+
+    def padded(encoded):
+        more = ((0, 0), (0, 4))
+        tokens = np.pad(np.where(encoded.mask, encoded.tokens, 9), more, constant_values=9)
+        return dataclasses.replace(encoded, tokens=tokens, mask=np.pad(encoded.mask, more), cut=None)
+
+    method = Manu(threshold=TAU)
+    want = method._statistics(context)
+    got = method._statistics(dataclasses.replace(context, sets={k: padded(v) for k, v in context.sets.items()}))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), got, want)
+
+
+def test_the_sample_is_bounded_and_drawn_by_the_seed(contexts):
+    context, method = contexts("llava"), Manu(train="visual", samples=2, threshold=TAU)
+    first, again = (method._statistics(context)["forget"]["vision_tower"] for _ in range(2))
+    other = method._statistics(dataclasses.replace(context, seed=1))["forget"]["vision_tower"]
+    rows = base.rng(0, "manu/forget").permutation(5)[:2]
+    assert set(rows) != set(base.rng(1, "manu/forget").permutation(5)[:2])
+    jax.tree.map(np.testing.assert_array_equal, again, first)
+    assert not np.array_equal(first.square, other.square)
+    for layer, z in enumerate(activations(context, "forget")["vision_tower"]):
+        np.testing.assert_allclose(first.square[layer], plainly(z.reshape(5, -1, z.shape[-1])[rows]).square, rtol=1e-4)
+
+
+# What is pruned.
+
+
+def neurons(path, params):
+    """Which neurons a weight has nothing left of: bool [.., f]."""
+    weight = np.asarray(params[path])
+    if path.endswith("/bias"):
+        return weight == 0
+    return ~weight.any(-1 if path.endswith(("fc2/kernel", "down/kernel")) else -2)
+
+
+def shaped(pruned, path):
+    """Which neurons are pruned, bool [.., f], as which elements of a weight of theirs are."""
+    if path.endswith("/bias"):
+        return pruned
+    return pruned[..., None] if path.endswith(("fc2/kernel", "down/kernel")) else pruned[..., None, :]
+
+
+@pytest.mark.parametrize("train", ["visual", "all"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exactly_the_share_is_pruned_and_nothing_else_changes(contexts, prepare, family, train):
+    context, prepared, method = contexts(family), prepare(family, train), Manu(train=train)
+    assert method.losses() == {} and prepared.mask is None
+    assert list(prepared.edited) == method.trainable(context.params, context.model_config)
+    towers = {}  # tower -> block -> which of its neurons are pruned
+    for path, weight in prepared.edited.items():
+        before = context.params[path]
+        assert weight.dtype == before.dtype and weight.sharding == before.sharding and weight.shape == before.shape
+        pruned = neurons(path, prepared.edited)
+        np.testing.assert_array_equal(weight, np.where(shaped(pruned, path), 0, before))
+        blocks = towers.setdefault(path.split("/")[0], {})
+        # All the weights of a neuron, or none.
+        np.testing.assert_array_equal(pruned, blocks.setdefault(path.split("/mlp/")[0], pruned))
+    assert set(towers) == ({"vision_tower"} if train == "visual" else {"vision_tower", "language_model"})
+    for blocks in towers.values():
+        assert sum(x.sum() for x in blocks.values()) == round(0.1 * sum(x.size for x in blocks.values()))
+
+
+def test_those_with_the_highest_scores_are_pruned(contexts, prepare):
+    context, edited = contexts("llava"), prepare("llava", "all").edited
+    found = {name: {tower: [plainly(z) for z in zs] for tower, zs in activations(context, name).items()}
+             for name in SETS}  # fmt: skip
+    scores = {}
+    for tower, count in {"vision_tower": 3, "language_model": 2}.items():
+        of = {name: towers[tower] for name, towers in found.items() if tower in towers}
+        scores[tower] = np.stack([Manu().score({name: rows[i] for name, rows in of.items()}) for i in range(count)])
+    pruned = {
+        "vision_tower": np.stack([neurons(f"vision_tower/blocks/{i}/mlp/fc2/kernel", edited) for i in range(3)]),
+        "language_model": neurons("language_model/blocks/mlp/down/kernel", edited),
+    }
+    for tower, score in scores.items():
+        assert score[pruned[tower]].min() > score[~pruned[tower]].max() - 1e-4
+    counts = pruned["vision_tower"].sum(1)
+    assert counts.sum() == 10 and counts.max() - counts.min() > 1  # over all layers, not in each
+
+
+def test_blocks_bound_what_competes(contexts):
+    edited = Manu(train="visual", blocks=1, share=0.25, threshold=TAU).prepare(contexts("llava")).edited
+    assert {path.split("/mlp/")[0] for path in edited} == {"vision_tower/blocks/2"}  # the last that is used
+    assert neurons("vision_tower/blocks/2/mlp/fc2/kernel", edited).sum() == 8
+
+
+def test_a_pruned_neuron_is_silent_and_gets_no_gradient(contexts, prepare):
+    context, edited = contexts("qwen2_vl"), prepare("qwen2_vl", "all").edited
+    frozen = {k: v for k, v in context.params.items() if k not in edited}
+    batch = context.sets["forget"].batch(np.arange(5))
+
+    @jax.jit
+    @jax.grad
+    def gradient(trained):
+        return jnp.mean(base.cross_entropy(bind(context.graphdef, frozen | trained), batch))
+
+    for path, found in gradient(dict(edited)).items():
+        pruned = np.broadcast_to(shaped(neurons(path, edited), path), found.shape)
+        assert not np.asarray(found)[pruned].any() and np.asarray(found)[~pruned].any(), path
+    after = dataclasses.replace(context, params=context.params | edited)
+    for tower, statistics in Manu(threshold=TAU)._statistics(after)["forget"].items():
+        assert (statistics.square == 0).sum() == round(0.1 * statistics.square.size), tower
+
+
+def test_the_answers_change_and_those_to_text_only_if_the_language_model_does(contexts, prepare):
+    context = contexts("llava")
+
+    @jax.jit
+    def logits(params, batch):
+        return base.answer_logits(bind(context.graphdef, params), batch)[0]
+
+    pictured, text = (context.sets[name].batch(np.arange(5)) for name in ("forget", "forget_text"))
+    for train in ("visual", "all"):
+        after = context.params | prepare("llava", train).edited
+        assert np.any(logits(after, pictured) != logits(context.params, pictured))
+        assert np.array_equal(logits(after, text), logits(context.params, text)) == (train == "visual")
+
+
+def test_without_questions_of_text_alone_pictures_decide(contexts):
+    context, method = contexts("qwen2_vl"), Manu(share=0.1, threshold=TAU)
+    only = dataclasses.replace(context, sets={k: v for k, v in context.sets.items() if k != "retain_text"})
+    edited = method.prepare(only).edited
+    found = {name: plainly(activations(context, name)["language_model"][0]) for name in ("forget", "retain")}
+    pruned = neurons("language_model/blocks/mlp/down/kernel", edited)
+    assert pruned.sum() == 5 and method.score(found)[pruned[0]].min() > method.score(found)[~pruned[0]].max()
+
+
+# As a method among others.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_weights_of_neurons_may_be_pruned(contexts, family):
+    context = contexts(family)
+    paths = methods.create("manu", {}).trainable(context.params, context.model_config)
+    assert {path.split("/mlp/")[1] for path in paths if path.startswith("language_model/")} == {
+        "gate/kernel", "up/kernel", "down/kernel"
+    }  # fmt: skip
+    assert not [p for p in paths if p.startswith("projector/") or p.endswith(("fc2/bias", "down/bias"))]
+    unused = f"vision_tower/blocks/{context.model_config.used_blocks}/"
+    assert not [path for path in paths if path.startswith(unused)]
+    assert all("/mlp/" in path for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(train="lora"), r"method\.train='lora': adapters have no neurons to prune; give visual or all"),
+        (dict(train="visual", blocks=0), r"method\.blocks=0: MANU leaves the projector alone"),
+        (dict(share=0.0), r"method\.share=0\.0: give a share"),
+        (dict(share=1.0), r"method\.share=1\.0: give a share"),
+        (dict(terms=()), r"method\.terms=\(\): give some of abs, freq, var, rms"),
+        (dict(terms=("abs", "mean")), r"method\.terms=\('abs', 'mean'\): give some of"),
+        (dict(samples=0), r"method\.samples=0: give a positive number"),
+        (dict(batch_size=0), r"method\.batch_size=0: give a positive number"),
+    ],
+)
+def test_wrong_hyperparameters_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        methods.create("manu", fields)
+
+
+def test_a_whole_run_prunes_and_trains_nothing(get_config, few, tiny_folder, tmp_path):
+    config = get_config("tiny.py", "vkd")
+    config.data.source = str(few)
+    config.model.update(path=str(tiny_folder), base="", retain_only="")
+    config.eval.update(max_items=2, batch_size=8)
+    config.method = defaults.method("manu", train="visual", share=0.1, samples=8, threshold=TAU)
+    results = pipeline.run(config, tmp_path / "run")
+    assert results["text_logits_identical"] and results["manifest"]["language_model_changed"] == 0
+    assert set(results["models"]) == {"vanilla", "unlearned"}
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["changed"] and all(".mlp.fc" in name for name in manifest["changed"])
+    assert not (tmp_path / "run" / "train").exists()

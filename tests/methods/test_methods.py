@@ -1,0 +1,328 @@
+"""What the methods optimise: identities between them, caches, masks, and what may train."""
+
+import copy
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vkd_jax import methods
+from vkd_jax.methods import base, losses
+from vkd_jax.methods.grad_diff import GradDiff
+from vkd_jax.methods.scope import frozen_blocks, trainable_paths
+from vkd_jax.methods.vkd import VKD
+from vkd_jax.models import llava, lora
+from vkd_jax.models.base import VisualTokens, abstract, bind
+from vkd_jax.training import train
+from vkd_jax.types import UserError
+
+SMALL = dict(fisher_samples=6, fisher_chunk=3)
+
+
+@pytest.fixture(scope="module")
+def context(tiny_model, tiny_sets):
+    return base.Context(
+        tiny_model.graphdef, tiny_model.params, None, tiny_model.config, tiny_sets, seed=0, encode=tiny_model.encode
+    )
+
+
+def gradients(context, method, prepared, stream, rows=(0, 1, 5)):
+    batch = prepared.sets[stream].batch(np.array(rows))
+    paths = set(method.trainable(context.params, context.model_config))
+    trainable = {k: v for k, v in context.params.items() if k in paths}
+
+    def loss(trainable):
+        return method.losses()[stream](bind(context.graphdef, {**context.params, **trainable}), batch)[0]
+
+    return jax.jit(jax.value_and_grad(loss))(trainable)
+
+
+def assert_trees_close(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_allclose(a[path], b[path], err_msg=path, **tolerance)
+
+
+def test_the_block_that_feeds_nothing_never_trains(context):
+    """Its gradient is zero, but weight decay would move it."""
+    visual = VKD(blocks=2).trainable(context.params, context.model_config)
+    blocks = {path.split("/")[2] for path in visual if path.startswith("vision_tower/blocks/")}
+    assert blocks == {"1", "2"}  # of 0..3, where 2 is the last that feeds the projector
+    for method in (VKD(blocks=-1), GradDiff(train="all"), GradDiff(train="visual")):
+        paths = method.trainable(context.params, context.model_config)
+        assert not [p for p in paths if p.startswith(("vision_tower/blocks/3/", "vision_tower/post_norm"))]
+    everything = GradDiff(train="all").trainable(context.params, context.model_config)
+    dead = set(context.params) - set(everything)
+    assert all(p.startswith(("vision_tower/blocks/3/", "vision_tower/post_norm")) for p in dead)
+
+
+def test_every_trainable_weight_gets_a_gradient(context):
+    method = VKD(blocks=-1, mask_scope="none")
+    _, grads = gradients(context, method, method.prepare(context), "retain")
+    assert not [path for path, g in grads.items() if not np.any(g)]
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 3])
+def test_visual_scopes_leave_the_language_model_alone(context, blocks):
+    paths = trainable_paths(context.params, context.model_config, "visual", blocks)
+    assert any(p.startswith("projector/") for p in paths)
+    assert not any(p.startswith("language_model/") for p in paths)
+    with pytest.raises(UserError, match="give -1 to 3"):
+        trainable_paths(context.params, context.model_config, "visual", 4)
+
+
+def test_fine_tuning_by_adapters_trains_these_alone(tiny_config):
+    _, shapes = abstract(lambda rngs: llava.Llava(tiny_config, rngs=rngs))
+    params = jax.eval_shape(lambda params: lora.attach(params, rank=2, alpha=2.0, dropout=0.0, seed=0), shapes)
+    method = methods.create("finetune", dict(train="lora"))
+    assert set(method.trainable(params, tiny_config)) == set(params) - set(shapes)
+    assert method.trainable(shapes, tiny_config) == []  # what is asked while weights are read, before any is attached
+    everything = methods.create("finetune", {}).trainable(shapes, tiny_config)
+    assert any(path.startswith("language_model/") for path in everything)
+    assert not [path for path in methods.create("finetune", dict(train="visual")).trainable(shapes, tiny_config)
+                if path.startswith("language_model/")]  # fmt: skip
+    assert set(method.losses()) == {"image", "text"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(train="visul"), r"method\.train='visul': give one of all, visual, lora"),
+        (dict(lora_rank=0), r"method\.lora_rank=0: give a whole number"),
+        (dict(lora_rank=1.5), r"method\.lora_rank=1\.5: give a whole number"),
+        (dict(lora_alpha=0.0), r"method\.lora_alpha=0\.0: give a positive number"),
+        (dict(lora_alpha=float("nan")), r"method\.lora_alpha=nan: give a positive number"),
+        (dict(lora_dropout=1.0), r"method\.lora_dropout=1\.0: give a share from 0"),
+        (dict(lora_dropout=-0.1), r"method\.lora_dropout=-0\.1: give a share from 0"),
+    ],
+)
+def test_wrong_hyperparameters_of_fine_tuning_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        methods.create("finetune", fields)
+
+
+@pytest.mark.parametrize("stream", ["forget", "retain"])
+def test_without_distillation_and_mask_vkd_is_grad_diff_on_the_visual_part(context, stream):
+    vkd = VKD(
+        forget="ga",
+        weight_forget_distill=0.0,
+        weight_retain_distill=0.0,
+        mask_scope="none",
+        blocks=2,
+        cap=9.0,
+    )
+    plain = GradDiff(train="visual", blocks=2, cap=9.0)
+    a = gradients(context, vkd, vkd.prepare(context), stream)
+    b = gradients(context, plain, plain.prepare(context), stream)
+    np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
+    assert_trees_close(a[1], b[1], rtol=1e-5, atol=1e-8)
+
+
+def test_npo_at_the_reference_is_ascent_on_the_sequence_log_probability(context):
+    vkd = VKD(forget="npo", target="none", weight_forget_distill=0.0, mask_scope="none", beta=0.4)
+    prepared = vkd.prepare(context)
+    value, grads = gradients(context, vkd, prepared, "forget")
+    np.testing.assert_allclose(value, 2 / 0.4 * np.log(2), rtol=1e-5)
+    batch = prepared.sets["forget"].batch(np.array((0, 1, 5)))
+
+    def log_prob(trainable):
+        logits, _ = base.answer_logits(bind(context.graphdef, {**context.params, **trainable}), batch)
+        return jnp.mean(losses.sequence_log_prob(logits, batch.targets, batch.target_mask))
+
+    want = jax.jit(jax.grad(log_prob))({k: context.params[k] for k in grads})
+    assert_trees_close(grads, want, rtol=1e-4, atol=1e-7)
+
+
+def test_at_the_teacher_the_retain_distillation_is_zero(context):
+    vkd = VKD(weight_retain_ce=0.0, mask_scope="none")
+    value, grads = gradients(context, vkd, vkd.prepare(context), "retain")
+    np.testing.assert_allclose(value, 0.0, atol=1e-9)
+    assert max(float(jnp.abs(g).max()) for g in grads.values()) < 1e-4
+
+
+def test_without_terms_of_its_output_the_language_model_is_not_read(context):
+    """What trains stands before it, and its own weights are frozen."""
+    params = {path: x + (np.nan if path.startswith("language_model/") else 0) for path, x in context.params.items()}
+    broken = dataclasses.replace(context, params=params)
+    for stream, fields in (("retain", dict(weight_retain_ce=0.0)), ("forget", dict(forget="none"))):
+        vkd = VKD(mask_scope="none", **fields)
+        value, _ = gradients(broken, vkd, vkd.prepare(broken), stream)
+        assert np.isfinite(value) and vkd.depth(stream, context.model_config) == (0, False)
+        other = "forget" if stream == "retain" else "retain"
+        assert vkd.depth(other, context.model_config) == (context.model_config.text.layers, True)
+        assert np.isnan(gradients(broken, vkd, vkd.prepare(broken), other)[0])
+
+
+@pytest.mark.parametrize("method", [VKD(blocks=1, mask_scope="none"), VKD(blocks=0, mask_scope="none"), GradDiff()])
+@pytest.mark.parametrize("stream", ["forget", "retain"])
+def test_a_cached_prefix_changes_nothing(context, method, stream):
+    """blocks: 0..2 feed the projector; of all weights none stands before the others."""
+    prefix = frozen_blocks(method.trainable(context.params, context.model_config), context.model_config)
+    assert prefix == {1: 2, 0: 3, -1: 0}[method.blocks]
+    plain = method.prepare(context)
+    cached = {
+        name: train.cached_prefix(context.graphdef, context.params, rows, prefix) for name, rows in plain.sets.items()
+    }
+    kept = set(cached[stream].per_image) - set(plain.sets[stream].per_image)
+    assert kept == ({f"vision/{prefix - 1}"} if prefix else set())
+    wanted = gradients(context, method, plain, stream)
+    found = gradients(context, method, dataclasses.replace(plain, sets=cached), stream)
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+    assert_trees_close(found[1], wanted[1], rtol=1e-4, atol=1e-6)
+    if prefix:  # and the pictures are not looked at
+        blank = {
+            name: dataclasses.replace(rows, pictures=BlankPictures(rows.pictures)) for name, rows in cached.items()
+        }
+        again = gradients(context, method, dataclasses.replace(plain, sets=blank), stream)
+        assert_trees_close(again[1], found[1])
+
+
+class BlankPictures:
+    """The shapes of pictures."""
+
+    def __init__(self, pictures):
+        self.pictures = pictures
+
+    def __getitem__(self, rows):
+        return {name: np.zeros_like(x) for name, x in self.pictures[rows].items()}
+
+
+def test_text_and_what_is_too_large_are_not_cached(context, monkeypatch):
+    encoded = context.sets["retain"]
+    assert (
+        train.cached_prefix(context.graphdef, context.params, dataclasses.replace(encoded, pictures=None), 2).per_image
+        == {}
+    )
+    remade = copy.copy(encoded.pictures)
+    remade.held = None  # as of many pictures, each of which is made whenever it is asked for
+    cached = train.cached_prefix(context.graphdef, context.params, dataclasses.replace(encoded, pictures=remade), 2)
+    assert len(cached.per_image["vision/1"]) == len(encoded.pictures)
+    monkeypatch.setattr(train, "HELD_BYTES", 1000)
+    assert train.cached_prefix(context.graphdef, context.params, encoded, 2) is encoded
+
+
+def test_taps_of_blocks_before_all_that_trains_are_refused(context):
+    vkd = VKD(blocks=1, taps=("vision/1", "projector"), mask_scope="none")
+    with pytest.raises(UserError, match="method.taps: vision/1 lies before all that trains"):
+        vkd.prepare(context)
+    VKD(blocks=1, taps=("vision/2", "projector"), mask_scope="none").prepare(context)
+    with pytest.raises(UserError, match="method.taps: the model has no vision/3; it has vision/0, .*, projector"):
+        VKD(taps=("vision/3",)).check_model(context.params, context.model_config)
+
+
+def test_cached_teacher_features_are_those_of_the_teacher(context):
+    vkd = VKD(mask_scope="none")
+    retain = vkd.prepare(context).sets["retain"]
+    rows = np.array([3, 0, 7])
+    batch = retain.batch(rows)
+    _, taps = bind(context.graphdef, context.params).encode(batch.pictures)
+    for tap in vkd.taps:
+        np.testing.assert_allclose(batch.cached[f"target/{tap}"], taps[tap].values, rtol=1e-5, atol=1e-6)
+
+
+def test_distillation_acts_on_the_set_that_it_names(context):
+    """Retain targets are the retain pictures' own features; forget targets are somebody else's."""
+    vkd = VKD(target="swap", mask_scope="none", augment_forget=0)
+    prepared = vkd.prepare(context)
+    own = base.teacher_taps(context.graphdef, context.params, context.sets["forget"].pictures, vkd.taps)
+    others = prepared.sets["retain"].per_image["target/projector"]
+    for target, mine in zip(
+        prepared.sets["forget"].per_image["target/projector"], own["projector"].values, strict=True
+    ):
+        assert not np.allclose(target, mine)
+        assert any(np.array_equal(target, other) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("forget", "target"),
+    [("npo", "swap"), ("ga", "anchor"), ("none", "repel"), ("npo", "none"), ("none", "none")],
+)
+def test_every_combination_gives_finite_gradients(context, target, forget):
+    vkd = VKD(target=target, forget=forget, mask_scope="none")
+    value, grads = gradients(context, vkd, vkd.prepare(context), "forget")
+    assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads.values())
+    if (target, forget) == ("none", "none"):
+        assert not any(np.any(g) for g in grads.values())
+
+
+def grid(rows, columns, pad=0):
+    """The places of one picture, row by row, and padding."""
+    places = [[0, row, column] for row in range(rows) for column in range(columns)]
+    return np.array(places + [[-1, -1, -1]] * pad, np.int32)
+
+
+def test_features_moved_to_another_shape_stay_where_they_were_in_the_picture():
+    small = VisualTokens(np.arange(5.0)[None, :, None], grid(2, 2, pad=1)[None])
+    same = base.moved(small, [0], grid(2, 2)[None])
+    np.testing.assert_array_equal(same[0, :, 0], [0, 1, 2, 3])
+    wide = base.moved(small, [0], grid(2, 4, pad=2)[None])
+    np.testing.assert_array_equal(wide[0, :8, 0], [0, 0, 1, 1, 2, 2, 3, 3])
+    class_token = np.array([[0, -1, -1]], np.int32)
+    both = VisualTokens(np.arange(5.0)[None, :, None], np.concatenate([class_token, grid(2, 2)])[None])
+    other = np.concatenate([class_token, grid(6, 6)])[None]
+    moved = base.moved(both, [0], other)[0, :, 0]
+    assert moved[0] == 0 and set(moved[1:]) == {1, 2, 3, 4}
+
+
+def test_features_of_several_pictures_go_to_the_picture_of_their_number():
+    second = grid(2, 2) + np.array([1, 0, 0], np.int32)
+    pair = VisualTokens(np.arange(8.0)[None, :, None], np.concatenate([grid(2, 2), second])[None])
+    np.testing.assert_array_equal(base.moved(pair, [0], second[None, ::-1])[0, :, 0], [7, 6, 5, 4])
+    alone = VisualTokens(pair.values[:, :4], grid(2, 2)[None])
+    np.testing.assert_array_equal(base.moved(alone, [0], second[None])[0, :, 0], [0, 1, 2, 3])
+
+
+def test_the_mean_of_pictures_of_other_shapes_by_hand():
+    values = np.array([[1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 99.0, 99.0]])[..., None]
+    tokens = VisualTokens(values, np.stack([grid(2, 2), grid(1, 2, pad=2)]))
+    want = [(1 + 10) / 2, (2 + 20) / 2, (3 + 10) / 2, (4 + 20) / 2]
+    got = base.mean_at(tokens, np.stack([grid(2, 2)] * 3))
+    np.testing.assert_allclose(got[..., 0], [want] * 3)
+    many = VisualTokens(np.ones((1000, 1, 1), jnp.bfloat16), np.stack([grid(1, 1)] * 1000))
+    assert base.mean_at(many, grid(1, 1)[None]) == 1  # a sum in bfloat16 would stay at 256
+
+
+def test_base_targets_need_the_base_model(context):
+    with pytest.raises(UserError, match="config.model.base"):
+        VKD(target="base", mask_scope="none").prepare(context)
+    given = dataclasses.replace(context, load_base=lambda: context.params)
+    forget = VKD(target="base", mask_scope="none").prepare(given).sets["forget"]
+    want = base.teacher_taps(context.graphdef, context.params, forget.pictures, ("projector",))
+    np.testing.assert_array_equal(forget.per_image["target/projector"], want["projector"].values)
+
+
+def test_the_mask_covers_exactly_the_trainable_weights_and_selects_some(context):
+    vkd = VKD(mask_keep=0.25, **SMALL)
+    mask = vkd.prepare(context).mask
+    assert mask.keys() == set(vkd.trainable(context.params, context.model_config))
+    share = sum(int(m.sum()) for m in mask.values()) / sum(m.size for m in mask.values())
+    assert 0.2 < share <= 0.2501
+    for path, m in mask.items():
+        assert m.shape == context.params[path].shape
+
+
+def test_reference_log_probs_are_the_vanilla_models(context):
+    """Computed in padded batches: the last one must not leak its padding."""
+    want = base.reference_log_probs(context, context.sets["forget"], batch_size=16)
+    np.testing.assert_allclose(base.reference_log_probs(context, context.sets["forget"], batch_size=5), want, rtol=1e-5)
+    assert want.shape == (len(context.sets["forget"]),) and (want < 0).all()
+
+
+def test_unknown_names_are_refused_with_what_there_is():
+    with pytest.raises(UserError, match="no method 'vdk'; the methods are finetune, grad_ascent, grad_diff, .*vkd"):
+        methods.create("vdk", {})
+    with pytest.raises(UserError, match="no hyperparameter bta; it has"):
+        methods.create("vkd", {"bta": 1})
+    with pytest.raises(UserError, match=r"method\.target='ankor': give one of"):
+        methods.create("vkd", {"target": "ankor"})
+    with pytest.raises(UserError, match=r"method\.taps is empty"):
+        methods.create("vkd", {"taps": ()})
+    with pytest.raises(UserError, match="exactly one"):
+        methods.create("vkd", {"mask_threshold": 1.0, "mask_keep": 0.5})
+
+
+def test_an_unknown_tap_is_refused_with_what_there_is(context):
+    with pytest.raises(UserError, match=r"no vision/9; it has vision/0"):
+        VKD(taps=("vision/9",), mask_scope="none").prepare(context)

@@ -1,0 +1,80 @@
+"""Fisher information and masks, by hand."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vkd_jax.methods import saliency
+from vkd_jax.types import UserError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    x: np.ndarray
+
+
+class FakeSet:
+    """Rows x with the loss w . x * scale: the gradient of a row is x * scale."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def batch(self, rows):
+        return Rows(self.x[rows])
+
+
+def loss(trainable, frozen, batch):
+    return batch.x @ trainable["w/kernel"] * frozen["scale"]
+
+
+X = np.array([[1.0, 2.0], [3.0, -4.0], [-5.0, 0.0]], np.float32)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5])
+def test_fisher_is_the_mean_of_squared_per_sample_gradients(chunk):
+    trainable, frozen = {"w/kernel": jnp.ones(2)}, {"scale": jnp.float32(2.0)}
+    got = saliency.fisher(loss, trainable, frozen, {"forget": (FakeSet(X), np.arange(3))}, chunk)["forget"]
+    np.testing.assert_allclose(got["w/kernel"], 4 * np.mean(X**2, axis=0), rtol=1e-6)
+    square_of_mean = 4 * np.mean(X, axis=0) ** 2  # another quantity: signs cancel
+    assert not np.allclose(got["w/kernel"], square_of_mean)
+
+
+FORGET = {"a": jnp.array([4.0, 1.0, 0.0]), "b": jnp.array([9.0])}
+RETAIN = {"a": jnp.array([2.0, 2.0, 0.0]), "b": jnp.array([1.0])}
+
+
+def masked(**options):
+    mask = saliency.mask_from_ratio(FORGET, RETAIN, **({"threshold": None, "keep": None, "eps": 1e-15} | options))
+    return {path: value.tolist() for path, value in mask.items()}
+
+
+def test_mask_by_threshold():
+    assert masked(threshold=1.0) == {"a": [True, False, False], "b": [True]}
+
+
+def test_mask_by_share_counts_over_all_weights_together():
+    assert masked(keep=0.25) == {"a": [False, False, False], "b": [True]}
+    assert masked(keep=0.5) == {"a": [True, False, False], "b": [True]}
+    assert masked(keep=1.0) == {"a": [True, True, False], "b": [True]}  # the third matters to nobody
+
+
+def test_a_mask_that_selects_nothing_is_an_error():
+    with pytest.raises(UserError, match=r"selects no weight at all: lower method\.mask_threshold\.$"):
+        masked(threshold=100.0)
+    with pytest.raises(UserError, match=r"selects no weight at all: raise method\.mask_keep\.$"):
+        masked(keep=0.0)
+
+
+def test_information_of_several_sets_is_the_mean_over_all_their_samples():
+    first, second = {"w": jnp.array([4.0, 1.0])}, {"w": jnp.array([1.0, 7.0])}
+    np.testing.assert_allclose(saliency.pooled([(first, 1), (second, 2)])["w"], [(4 + 1 + 1) / 3, (1 + 7 + 7) / 3])
+    np.testing.assert_allclose(saliency.pooled([(first, 3)])["w"], first["w"])
+
+
+def test_the_mask_has_exactly_the_keys_of_the_weights():
+    """A mask whose keys match nothing would do nothing, silently."""
+    assert masked(threshold=1.0).keys() == FORGET.keys()

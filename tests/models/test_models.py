@@ -1,0 +1,329 @@
+"""The models without PyTorch: hand-worked layers, the promises of the forward, generation."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vkd_jax import models
+from vkd_jax.checkpoints import convert
+from vkd_jax.models import base, layers, llava
+from vkd_jax.models.clip_vit import VisionConfig, VisionTower
+from vkd_jax.models.decoder import Decoder, DecoderConfig
+from vkd_jax.models.generate import greedy, last_token, option_log_probs
+from vkd_jax.types import UserError
+
+IMAGE = 4
+CONFIG = llava.LlavaConfig(
+    vision=VisionConfig(image_size=8, patch_size=4, width=16, layers=3, heads=2, mlp_width=24),
+    text=DecoderConfig(vocab=40, width=16, layers=2, heads=4, kv_heads=2, head_width=4, mlp_width=24),
+    image_token_id=IMAGE,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    graphdef, params = convert.init(CONFIG, seed=0)
+    # Weights large enough that every input matters to every output.
+    return base.bind(graphdef, {k: v * 4 if "kernel" in k else v for k, v in params.items()})
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return {"pixels": jax.random.normal(jax.random.key(1), (2, 8, 8, 3))}
+
+
+def prompt(*rows, side="right"):
+    width = max(map(len, rows))
+    pad = [[0] * (width - len(row)) for row in rows]
+    tokens = [p + list(r) if side == "left" else list(r) + p for p, r in zip(pad, rows, strict=True)]
+    mask = [p + [1] * len(r) if side == "left" else [1] * len(r) + p for p, r in zip(pad, rows, strict=True)]
+    return jnp.array(tokens), jnp.array(mask, bool)
+
+
+def one(features, i):
+    return jax.tree.map(lambda x: x[i : i + 1], features)
+
+
+# Hand-worked values.
+
+
+def test_layer_norm_and_rms_norm_by_hand():
+    options = dict(eps=0.0, dtype="float32", param_dtype=jnp.float32)
+    x = jnp.array([[1.0, 3.0]])  # mean 2, deviation 1, mean square 5
+    np.testing.assert_allclose(layers.LayerNorm(2, **options)(x), [[-1, 1]], rtol=1e-6)
+    np.testing.assert_allclose(layers.RMSNorm(2, **options)(x), np.array([[1, 3]]) / 5**0.5, rtol=1e-6)
+
+
+def test_rotation_by_hand():
+    def rotate(x, places, *sections):
+        return layers.rotate(x, layers.turns(jnp.array(places), np.float32([1, 0.1]), sections, 8, jnp.float32))
+
+    x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)  # pairs (1, 3), (2, 4); angles n, n / 10
+    c, s = np.cos([1, 0.1]), np.sin([1, 0.1])
+    want = [1 * c[0] - 3 * s[0], 2 * c[1] - 4 * s[1], 3 * c[0] + 1 * s[0], 4 * c[1] + 2 * s[1]]
+    np.testing.assert_allclose(rotate(x, [[[1]]], 2).ravel(), want, rtol=1e-6)
+    np.testing.assert_array_equal(rotate(x, [[[0]]], 2), x)
+    np.testing.assert_array_equal(rotate(x, [[[-1]]], 2), x)  # where padding stands
+    # Two axes: the first pair turns with the first (5), the second with the second (1).
+    c, s = np.cos([5, 0.1]), np.sin([5, 0.1])
+    want = [1 * c[0] - 3 * s[0], 2 * c[1] - 4 * s[1], 3 * c[0] + 1 * s[0], 4 * c[1] + 2 * s[1]]
+    np.testing.assert_allclose(rotate(x, [[[5, 1]]], 1, 1).ravel(), want, rtol=1e-5)
+
+
+def test_a_token_that_stands_at_one_place_of_every_axis_turns_as_with_one():
+    found = []
+    for section in ((), (1, 1)):
+        text = dataclasses.replace(CONFIG.text, mrope_section=section)
+        decoder = Decoder(text, remat="", mesh=None, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
+        x = jax.random.normal(jax.random.key(1), (1, 5, text.width))
+        positions, allowed = jnp.array([[0, 1, 2, 3, 3]]), jnp.tri(5, dtype=bool)[None]
+        found.append(decoder(x, positions, allowed)[0])
+        if section:
+            found.append(decoder(x, jnp.tile(positions[..., None], 2), allowed)[0])
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
+def test_attention_by_hand():
+    q = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2) * 2**0.5  # undoes the scale 1 / sqrt(2)
+    k = jnp.array([[np.log(3.0), 0.0], [0.0, 5.0], [9.0, 9.0]]).reshape(1, 3, 1, 2)
+    v = jnp.array([[4.0, 0.0], [8.0, 4.0], [100.0, 100.0]]).reshape(1, 3, 1, 2)
+    y = layers.attention(q, k, v, jnp.array([[[True, True, False]]]))  # weights 3/4, 1/4, 0
+    np.testing.assert_allclose(y.ravel(), [5.0, 1.0], rtol=1e-6)
+
+
+def test_grouped_heads_share_their_keys():
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 5, n, 4)) for i, n in enumerate((4, 2, 2)))
+    want = layers.attention(q, jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2))
+    np.testing.assert_allclose(layers.attention(q, k, v), want, atol=1e-6)
+
+
+def test_a_query_that_sees_nothing_stays_finite():
+    x = jnp.ones((1, 2, 1, 2))
+    loss = lambda x: layers.attention(x, x, x, jnp.zeros((1, 2, 2), bool)).sum()  # noqa: E731
+    assert jnp.isfinite(loss(x)) and jnp.isfinite(jax.grad(loss)(x)).all()
+
+
+def test_patches_are_a_strided_convolution():
+    # Two pixels of ten are left over.
+    config = VisionConfig(image_size=10, patch_size=4, width=6, layers=0, heads=1, mlp_width=6)
+    tower = VisionTower(config, remat="", mesh=None, dtype="float32", param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    tower.pre_norm = lambda x: x
+    x = jax.random.normal(jax.random.key(0), (2, 10, 10, 3))
+    want = jax.lax.conv_general_dilated(
+        x, tower.patch_embedding[...], (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    got = tower.embed(x)[:, 1:] - tower.position_embedding[1:]
+    np.testing.assert_allclose(got, want.reshape(2, 4, 6), atol=1e-5)
+
+
+def test_features_are_placed_in_order():
+    x = -jnp.ones((2, 4, 1))
+    features = jnp.array([[[10.0], [11.0]], [[20.0], [21.0]]])
+    got = layers.place(x, jnp.array([[0, 1, 1, 0], [1, 0, 1, 1]], bool), features)
+    # An image token too many, as a model might generate one, stays a token.
+    np.testing.assert_array_equal(got[..., 0], [[-1, 10, 11, -1], [20, -1, 21, -1]])
+
+
+# The module and its parameters.
+
+
+def test_split_and_bind_are_inverse(model):
+    graphdef, params = base.split(model)
+    again, params_again = base.split(base.bind(graphdef, dict(reversed(params.items()))))
+    assert again == graphdef and hash(again) == hash(graphdef)
+    assert params_again.keys() == params.keys()
+    assert all(params_again[k] is params[k] or (params_again[k] == params[k]).all() for k in params)
+    assert {k.split("/")[0] for k in params} == {"vision_tower", "projector", "language_model"}
+    assert params["vision_tower/blocks/2/attn/q/kernel"].shape == (16, 16)
+    assert params["language_model/blocks/attn/k/kernel"].shape == (2, 16, 8)
+
+
+def test_a_missing_parameter_is_refused(model):
+    graphdef, params = base.split(model)
+    params.pop("projector/fc1/bias")
+    with pytest.raises(ValueError, match="70"):
+        base.bind(graphdef, params)
+    params["projector/fc3/bias"] = jnp.zeros(16)
+    with pytest.raises(ValueError, match="fc3"):
+        base.bind(graphdef, params)
+
+
+def test_initialisation_is_seeded_and_of_the_asked_dtype():
+    _, a = convert.init(CONFIG, seed=3, dtype=jnp.bfloat16)
+    _, b = convert.init(CONFIG, seed=3, dtype=jnp.bfloat16)
+    _, c = convert.init(CONFIG, seed=4, dtype=jnp.bfloat16)
+    assert all(v.dtype == jnp.bfloat16 and (v == b[k]).all() for k, v in a.items())
+    assert not (a["projector/fc1/kernel"] == c["projector/fc1/kernel"]).all()
+    q = a["language_model/blocks/attn/q/kernel"]
+    assert not (q[0] == q[1]).all()
+
+
+def test_unknown_model_types_are_named():
+    with pytest.raises(UserError, match="'bert' is not supported; supported are: llava"):
+        models.module_for("bert")
+
+
+# The forward.
+
+
+def test_encode_continues_from_any_block(model, pictures):
+    features, taps = model.encode(pictures)
+    assert set(taps) == {"vision/0", "vision/1", "features", "projector"}  # layer -2 of three blocks
+    assert features.values.shape == (2, CONFIG.image_tokens(8, 8), 16) and taps["vision/0"].values.shape == (2, 5, 16)
+    np.testing.assert_array_equal(features.where[1], [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]])
+    np.testing.assert_array_equal(taps["vision/0"].where[1, 0], [0, -1, -1])  # the class token has no place
+    for k in (1, 2):
+        again, fewer = model.encode(hidden=taps[f"vision/{k - 1}"].values, start=k)
+        np.testing.assert_allclose(again.values, features.values, atol=1e-6)
+        assert set(fewer) == {f"vision/{i}" for i in range(k, 2)} | {"features", "projector"}
+    with pytest.raises(ValueError, match="takes pictures"):
+        model.encode(pictures, start=1)
+    with pytest.raises(ValueError, match="takes pictures"):
+        model.encode()
+
+
+def test_unused_visual_parameters_have_zero_gradient(model, pictures):
+    graphdef, params = base.split(model)
+    gradients = jax.grad(lambda p: jnp.square(base.bind(graphdef, p).encode(pictures)[0].values).sum())(params)
+    zero = {k for k, v in gradients.items() if not k.startswith("language_model/") and not v.any()}
+    assert zero == {k for k in params if k.startswith(("vision_tower/blocks/2/", "vision_tower/post_norm/"))}
+
+
+def test_padding_changes_nothing(model, pictures):
+    features, _ = model.encode(pictures)
+    rows = [1, *[IMAGE] * 4, 7, 8, 9], [1, *[IMAGE] * 4, 5]
+    for side in ("left", "right"):
+        tokens, mask = prompt(*rows, side=side)
+        logits, cache = model(tokens, mask, features=features)
+        assert cache is None and logits.dtype == jnp.float32 and jnp.isfinite(logits).all()
+        noisy, _ = model(jnp.where(mask, tokens, 33), mask, features=features)
+        for i, row in enumerate(rows):
+            alone, _ = model(*prompt(row), features=one(features, i))
+            np.testing.assert_allclose(logits[i][mask[i]], alone[0], atol=1e-5)
+            np.testing.assert_array_equal(noisy[i][mask[i]], logits[i][mask[i]])
+
+
+def test_no_token_sees_the_future_and_the_picture_matters(model, pictures):
+    features, _ = model.encode(pictures)
+    tokens, mask = prompt([1, *[IMAGE] * 4, 7, 8, 9], [1, *[IMAGE] * 4, 7, 8, 9])
+    logits, _ = model(tokens, mask, features=features)
+    changed, _ = model(tokens.at[:, 6].set(20), mask, features=features)
+    np.testing.assert_array_equal(logits[:, :6], changed[:, :6])
+    assert (jnp.abs(logits[:, 6:] - changed[:, 6:]).max(-1) > 1e-4).all()
+    assert (jnp.abs(logits[0] - logits[1]).max(-1) > 1e-4)[1:].all()  # same words, two pictures
+
+
+def test_logits_only_where_asked(model):
+    tokens, mask = prompt([1, 6, 7, 8], [1, 9])
+    at = jnp.array([[0, 3], [1, 0]])
+    logits, _ = model(tokens, mask)
+    some, _ = model(tokens, mask, at=at)
+    np.testing.assert_allclose(some, jnp.take_along_axis(logits, at[..., None], 1), atol=1e-6)
+
+
+def test_text_logits_do_not_depend_on_visual_weights(model):
+    graphdef, params = base.split(model)
+    broken = {k: v if k.startswith("language_model/") else v + jnp.nan for k, v in params.items()}
+    run = jax.jit(lambda p, tokens, mask: base.bind(graphdef, p)(tokens, mask)[0])
+    tokens, mask = prompt([1, 6, 7, 8], [1, 9])
+    np.testing.assert_array_equal(run(params, tokens, mask), run(broken, tokens, mask))
+
+
+@pytest.mark.parametrize("at", [None, [[5, 6, 0], [4, 4, 1]]])
+def test_rematerialisation_changes_no_gradient(model, pictures, at):
+    _, params = base.split(model)
+    tokens, mask = prompt([1, *[IMAGE] * 4, 7, 8], [1, *[IMAGE] * 4, 5])
+    at = None if at is None else jnp.array(at)
+    gradients = []
+    for remat in ("", "dots", "full"):
+        config = dataclasses.replace(CONFIG, remat=remat)
+        graphdef, _ = base.abstract(lambda rngs, config=config: llava.Llava(config, rngs=rngs))
+
+        def loss(params, graphdef=graphdef):
+            model = base.bind(graphdef, params)
+            return jnp.square(model(tokens, mask, features=model.encode(pictures)[0], at=at)[0]).mean()
+
+        gradients.append(jax.jit(jax.grad(loss))(params))
+    plain, *recomputed = gradients
+    for k in params:
+        for gradient in recomputed:
+            np.testing.assert_allclose(gradient[k], plain[k], rtol=1e-4, atol=1e-5)
+
+
+def test_computation_in_bfloat16_keeps_float32_logits(model, pictures):
+    config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
+    graphdef, _ = base.abstract(lambda rngs: llava.Llava(config, rngs=rngs))
+    _, params = base.split(model)
+    small = base.bind(graphdef, params)
+    tokens, mask = prompt([1, *[IMAGE] * 4, 7, 8], [1, *[IMAGE] * 4, 5])
+    features, taps = small.encode(pictures)
+    assert {v.values.dtype for v in taps.values()} == {jnp.dtype(jnp.bfloat16)}
+    logits, _ = small(tokens, mask, features=features)
+    want, _ = model(tokens, mask, features=model.encode(pictures)[0])
+    assert logits.dtype == jnp.float32
+    assert np.corrcoef(logits.ravel(), want.ravel())[0, 1] > 0.99
+
+
+# Generation.
+
+
+def test_last_token_of_either_padding():
+    _, left = prompt([1, 2, 3], [1], side="left")
+    _, right = prompt([1, 2, 3], [1], side="right")
+    np.testing.assert_array_equal(last_token(left), [2, 2])
+    np.testing.assert_array_equal(last_token(right), [2, 0])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_greedy_is_repeated_argmax_without_a_cache(model, pictures, side):
+    features, _ = model.encode(pictures)
+    rows = [1, *[IMAGE] * 4, 7, 8, 9], [1, *[IMAGE] * 4, 5]
+    want = []
+    for i, row in enumerate(rows):
+        row = list(row)
+        for _ in range(6):
+            row.append(int(model(*prompt(row), features=one(features, i))[0][0, -1].argmax()))
+        want.append(row[-6:])
+    batch = prompt(*rows, side=side)
+    graphdef, params = base.split(model)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(eos, params, features, tokens, mask):
+        model = base.bind(graphdef, params)
+        return greedy(model, tokens, mask, features, max_new_tokens=6, eos_ids=eos, pad_id=0)
+
+    np.testing.assert_array_equal(run((99,), params, features, *batch), want)
+    # Now a token that occurs ends a row, the third or the first that is written: kept itself, padding after it.
+    for end in (want[0][2], want[0][0]):
+        for row in want:
+            if end in row:
+                row[row.index(end) + 1 :] = [0] * (5 - row.index(end))
+        np.testing.assert_array_equal(run((99, end), params, features, *batch), want)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_option_scores_equal_reading_each_option_alone(model, pictures, side):
+    features, _ = model.encode(pictures)
+    rows = [1, *[IMAGE] * 4, 7, 8, 9], [1, *[IMAGE] * 4, 5]
+    options = jnp.array([[[10, 11, 12], [13, 0, 0], [16, 17, 18]], [[14, 15, 0], [0, 0, 0], [19, 20, 0]]])
+    options_mask = jnp.array([[[1, 1, 1], [1, 0, 0], [1, 1, 1]], [[1, 1, 0], [0, 0, 0], [1, 1, 0]]], bool)
+    scores = option_log_probs(model, *prompt(*rows, side=side), features, options, options_mask)
+    for i, row in enumerate(rows):
+        for j in range(3):
+            option = options[i, j][options_mask[i, j]].tolist()
+            if not option:
+                assert scores[i, j] == -jnp.inf
+                continue
+            log_p = jax.nn.log_softmax(model(*prompt([*row, *option]), features=one(features, i))[0][0])
+            want = sum(float(log_p[len(row) - 1 + n, token]) for n, token in enumerate(option))
+            np.testing.assert_allclose(scores[i, j], want, atol=1e-4)
+    single = option_log_probs(
+        model, *prompt(*rows, side=side), features, options[..., :1], jnp.ones_like(options[..., :1], bool)
+    )
+    np.testing.assert_allclose(single[0, 1], scores[0, 1], atol=1e-5)

@@ -1,0 +1,99 @@
+"""The published sizes of every family: the shapes of their weights, as PyTorch has them, and where these lie."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from vkd_jax import models
+from vkd_jax.checkpoints import convert
+from vkd_jax.models import base
+from vkd_jax.runtime import sharding
+
+# As the Hub shows them, rounded.
+PUBLISHED = {
+    ("llava", "7b"): 7.06e9,
+    ("llava", "13b"): 13.4e9,
+    ("qwen2_vl", "2b"): 2.21e9,
+    ("qwen2_vl", "7b"): 8.29e9,
+    ("qwen2_5_vl", "3b"): 3.75e9,
+    ("qwen2_5_vl", "7b"): 8.29e9,
+}
+PRESETS = [(family, size) for family in models.MODELS for size in models.module_for(family).PRESETS]
+every_preset = pytest.mark.parametrize(("family", "size"), PRESETS)
+
+
+@functools.cache
+def preset(family, size):
+    from transformers import AutoConfig
+
+    module = models.module_for(family)
+    hf_config = AutoConfig.for_model(family, **module.PRESETS[size][1])
+    config = module.Config.from_hf(hf_config)
+    _, shapes = base.abstract(lambda rngs: module.Model(config, rngs=rngs))
+    return module, hf_config, config, shapes
+
+
+def test_every_published_size_is_checked():
+    assert set(PRESETS) == set(PUBLISHED)
+
+
+@every_preset
+def test_parameters_are_as_many_as_published(family, size):
+    *_, shapes = preset(family, size)
+    assert sum(x.size for x in shapes.values()) == pytest.approx(PUBLISHED[family, size], rel=0.005)
+
+
+@every_preset
+def test_tensors_are_those_of_pytorch_each_in_one_place(family, size):
+    torch = pytest.importorskip("torch", reason="PyTorch is only there to compare with: pip install '.[test]'")
+    from transformers import AutoModelForImageTextToText
+
+    module, hf_config, config, shapes = preset(family, size)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(hf_config)
+    assert type(model).__name__ == module.HF_ARCHITECTURE
+    places = {}
+    for name, tensor in model.named_parameters():  # tied ones once
+        slot = convert.find_slot(module, config, name)
+        shape = shapes[slot.path].shape[0 if slot.layer is None else 1 :]
+        assert slot.to_param(np.broadcast_to(0, tensor.shape)).shape == shape, name
+        assert places.setdefault(slot, name) == name
+    assert places.keys() == set(convert.tensor_names(module, config, shapes).values())
+    head = convert.find_slot(module, config, next(name for name in model.state_dict() if "lm_head" in name))
+    assert (head.path == "language_model/embed/embedding") == config.text.tie_embeddings
+
+
+@every_preset
+def test_the_names_we_write_are_read_back_into_the_same_places(family, size):
+    module, _, config, shapes = preset(family, size)
+    names = convert.tensor_names(module, config, shapes)
+    assert all(convert.find_slot(module, config, name) == slot for name, slot in names.items())
+    assert all(convert.canonical(module, name) == name for name in names)
+
+
+@pytest.mark.parametrize("family", models.MODELS)
+def test_every_parameter_has_one_sharding_rule_and_every_rule_a_parameter(family):
+    # A rule may be for the head, which tied models lack: all sizes of a family together use each.
+    module, paths = models.module_for(family), set()
+    for size in module.PRESETS:
+        paths |= set(preset(family, size)[3])
+    sharding.check_total(module.SHARDING, paths)
+    for path in paths:
+        assert sum(re.fullmatch(pattern, path) is not None for pattern, _ in module.SHARDING) == 1, path
+
+
+@every_preset
+@pytest.mark.parametrize("mesh", [dict(data=1, fsdp=8, tensor=1), dict(data=1, fsdp=8, tensor=4)], ids=str)
+def test_large_weights_are_cut_over_the_mesh(family, size, mesh):
+    module, _, _, shapes = preset(family, size)
+    place = sharding.param_shardings(jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh)), module.SHARDING)
+    devices, held = np.prod(list(mesh.values())), 0
+    for path, x in shapes.items():
+        share = np.prod(place(path, x.shape).shard_shape(x.shape))
+        if x.size > 2**21:
+            assert share * devices == x.size, path
+        held += share
+    assert held < sum(x.size for x in shapes.values()) / devices * 1.1

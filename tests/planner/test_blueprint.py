@@ -1,0 +1,118 @@
+"""A planned step is the step that a run has, array by array; nothing is computed but by the run."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from planned import LENGTHS, draw
+
+from vkd_jax import methods, plan
+from vkd_jax.methods import base
+from vkd_jax.models import quantize
+from vkd_jax.planner import blueprint
+from vkd_jax.runtime import sharding
+from vkd_jax.training import train
+from vkd_jax.types import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' way to read one
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: (tuple(x.shape), str(x.dtype)), tree)
+
+
+@pytest.mark.parametrize("name", [name for name in methods.METHODS if name not in ("finetune", "manu")])
+def test_what_is_planned_is_what_a_run_has(config, tiny_model, tiny_sets, name):
+    """State, frozen weights, masks and caches; batches but for how long the questions are."""
+    params, model_config = tiny_model.params, tiny_model.config
+    fields = dict(fisher_samples=6, fisher_chunk=3) if name in ("vkd", "mmunlearner") else {}
+    method = methods.create(name, fields)
+    context = base.Context(tiny_model.graphdef, params, None, model_config, tiny_sets, seed=0, encode=tiny_model.encode)
+    prepared = method.prepare(context)
+    drawn = draw(config, name, **fields)
+    assert shapes(drawn.shapes) == shapes(params)
+    assert set(drawn.state.params) == set(method.trainable(params, model_config))
+    assert (drawn.mask is None) == (prepared.mask is None)
+    assert shapes(drawn.mask) == shapes(prepared.mask)
+    assert drawn.method.teachers().keys() == prepared.teacher.keys()
+    for stream, planned in drawn.batches.items():
+        real = prepared.sets[stream].batch(np.arange(planned.tokens.shape[0]))
+        assert shapes(planned.cached) == shapes(dict(real.cached)), stream
+        assert shapes(planned.pictures) == shapes(dict(real.pictures)), stream
+        for field in ("tokens", "mask", "at", "targets", "target_mask"):
+            assert getattr(planned, field).dtype == getattr(real, field).dtype
+
+
+def test_weights_and_moments_lie_over_the_chips(config):
+    mesh = sharding.make_mesh(devices=jax.devices())
+    drawn = draw(config, mesh=mesh)
+    assert all(leaf.sharding is not None for leaf in jax.tree.leaves(drawn.inputs))
+    held = plan.held(drawn)
+    trained = 4 * sum(x.size for x in drawn.state.params.values())
+    assert held["trainable"] == trained and held["optimizer"] == 2 * trained + 4 + 4
+    assert held["mask"] == trained // 4 and held["original"] == trained
+    assert held["frozen"] == 4 * sum(x.size for x in drawn.frozen.values())
+
+
+def test_a_quantised_model_is_planned_as_it_is_loaded(config, tiny_model):
+    config.model.quantize = "int8"
+    drawn = draw(config)
+    params = tiny_model.params
+    how = quantize.parse("int8")
+    want = {path: quantize.quantized(path, x, how) for path, x in params.items()}
+    assert shapes(drawn.shapes) == shapes(want)
+    assert shapes(draw(config, "grad_diff", whole=True, train="all").shapes) == shapes(params)
+
+
+def test_a_stream_begins_once_the_gradients_of_the_one_before_are_there(config):
+    """Else a compiler may hold the activations of both."""
+    drawn = draw(config)
+    equations = jax.make_jaxpr(drawn.step)(*drawn.inputs).eqns
+    waits = [x.invars for x in equations if x.primitive.name == "optimization_barrier"]
+    gradients = len(drawn.state.params)
+    assert [len(x) for x in waits] == [
+        len(jax.tree.leaves(batch)) + (gradients if i else 0) for i, batch in enumerate(drawn.batches.values())
+    ]
+
+
+def test_a_planned_step_is_the_step_that_runs(config, tiny_model):
+    """Compiled here, it takes as many bytes of arguments as the parts say, but for weights that feed nothing."""
+    drawn = draw(config)
+    compiled = drawn.lower().compile()
+    idle = ("vision_tower/blocks/3/", "vision_tower/post_norm/")
+    unused = sum(plan.nbytes(x) for path, x in drawn.frozen.items() if path.startswith(idle))
+    held = plan.held(drawn)
+    expected = sum(held.values()) - held["original"] - unused
+    assert compiled.memory_analysis().argument_size_in_bytes == pytest.approx(expected, rel=0.01)
+    assert train.step_bytes(compiled) > compiled.memory_analysis().argument_size_in_bytes
+
+
+# ---- What is refused ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method.name": "manu"}, "method manu trains nothing"),
+        (
+            {"model.path": "org/unknown"},
+            "the planner knows no sizes of org/unknown; pass a model folder, or one of llava",
+        ),
+        ({"train.batch_size.forget": 0}, "forget"),
+    ],
+)
+def test_bad_input(config, changes, message):
+    with config.ignore_type():
+        for name, value in changes.items():
+            if name == "method.name":
+                config.method = dict(name=value)
+            else:
+                config.update_from_flattened_dict({name: value})
+    with pytest.raises(UserError, match=message):
+        blueprint.draw(config, sharding.make_mesh(), LENGTHS)
+
+
+def test_a_row_that_is_too_long_is_refused(config):
+    with pytest.raises(UserError, match="a row of 1004 tokens is longer than the model's 128"):
+        blueprint.draw(config, sharding.make_mesh(), dataclasses.replace(LENGTHS, text=1000))

@@ -1,0 +1,427 @@
+"""The planner: what the compiler says, and what it all comes to."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from absl import flags
+from planned import LENGTHS, draw
+
+from vkd_jax import plan
+from vkd_jax.planner import aot
+from vkd_jax.reporting import tables
+from vkd_jax.runtime import files, hub, provenance, sharding
+from vkd_jax.types import UserError
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' way to read one
+
+
+def test_two_values_of_four_bits_are_a_byte():
+    assert plan.nbytes(jax.ShapeDtypeStruct((3, 5), jnp.int4)) == 8
+    assert plan.nbytes(jax.ShapeDtypeStruct((3, 5), jnp.bfloat16)) == 30
+
+
+@pytest.mark.parametrize("topology", ["v9:1x1", "v5e", "v5e:two"])
+def test_topologies_that_do_not_exist(topology):
+    with pytest.raises(UserError, match=r"give a chip \(v4, v5e, v5p, v6e\) and a shape, such as v5e:2x2"):
+        plan.devices(topology)
+
+
+# ---- What the figures say, without the TPU compiler ----
+
+
+def step(forward=0.0, weights=0.0, total=None, temporaries=0, refused=None, saved=0, fits=True, **parts):
+    """A step's figures as `plan.figures` has them, of a chip of 1 TFLOP a second."""
+    work = dict(forward=forward, backward=0.0, weights=weights, recomputed=0.0)
+    seconds = (forward + weights) / 1e12
+    return {
+        "bytes": dict.fromkeys(plan.PARTS, 0) | parts,
+        "quantised_saves": saved,
+        "flops": {"language_model": work},
+        "flops_total": forward + weights,
+        "compiler": dict(
+            program="p", seconds=120.0, temporaries=temporaries, total=total, refused=refused, collectives={}
+        ),
+        "total": total,
+        "fits": fits,
+        "seconds_by_cycles": None if refused else 2 * seconds,
+        "seconds": dict(compute=seconds, memory=None if refused else 0.1, interconnect=None if refused else 0.0),
+        "bound": "compute",
+        "seconds_at_least": seconds,
+    }
+
+
+OWN = step(2e12, 0.0, total=30, frozen=8, trainable=2, optimizer=4, original=2, saved=4)
+TRAINS_ALL = step(2e12, 2e12, total=120, trainable=24, optimizer=48, original=24)
+
+
+def test_what_bought_the_time_and_the_memory_by_hand():
+    """Of 120 bytes: 4 by four bits, 10 by bfloat16, 22 and 44 by what does not train, and of what is left 10."""
+    by = plan.ratios(OWN, TRAINS_ALL)
+    assert by["seconds"] == by["flops"] == 0.5 and by["bytes"] == 0.25
+    assert by["flops_by"] == dict(forward=0.0, backward=0.0, weights=-0.5, recomputed=0.0)
+    expected = {
+        "quantised weights": -4,
+        "weights not in float32": -10,
+        "weights as loaded": -22,
+        "optimizer": -44,
+        "mask": 0,
+        "batches and caches": 0,
+        "gradients and activations": -10,
+    }
+    assert by["bytes_by"] == {name: pytest.approx(n / 120) for name, n in expected.items()}
+    assert sum(by["flops_by"].values()) == by["flops"] - 1
+    assert sum(by["bytes_by"].values()) == pytest.approx(by["bytes"] - 1)
+
+
+def page_of(**steps):
+    own, usual = steps.values()
+    return {"steps": steps, "ratios": plan.ratios(own, usual), "usable_gib": 15.75}
+
+
+def test_the_two_lines_at_the_end():
+    time, memory = plan.compared(page_of(vkd=OWN, grad_diff=TRAINS_ALL))
+    assert time == (
+        "least time of vkd / grad_diff: 0.50, 50 % less (2000.0 ms by compute against 4000.0 ms by compute); "
+        "by the compiler's cycles 0.50, 50 % less (4000.0 ms against 8000.0 ms); FLOPs: weights -50.0 %"
+    )
+    assert memory == (
+        "memory of vkd / grad_diff: 0.25, 75 % less: optimizer -36.7 %, weights as loaded -18.3 %, "
+        "weights not in float32 -8.3 %, gradients and activations -8.3 %, quantised weights -3.3 %"
+    )
+
+
+def test_the_two_lines_where_the_other_step_does_not_fit():
+    refused = "it needs 20.00 GiB of 15.75, 4.25 GiB too much"
+    found = page_of(vkd=OWN, grad_diff=TRAINS_ALL | step(2e12, 2e12, total=None, refused=refused, fits=False))
+    time, memory = plan.compared(found)
+    assert time.endswith("by compute; grad_diff does not fit, so that compute alone is known); FLOPs: weights -50.0 %")
+    assert memory == "memory of vkd / grad_diff: not known"
+    assert plan.why_not(found["steps"]["grad_diff"], 15.75) == refused
+    too_much = step(total=16 * plan.GIB, fits=False)
+    assert plan.why_not(too_much, 15.75) == (
+        "with what a run holds beside it it needs 16.00 GiB of 15.75, 0.25 GiB too much"
+    )
+
+
+def test_the_compilers_refusal_is_a_figure(config, monkeypatch):
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded"
+
+    def refuse(*_, **__):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    found = plan.figures(draw(config), plan.CHIPS["v5e"])
+    assert found["compiler"]["total"] == 20 * plan.GIB and not found["fits"]
+    assert found["compiler"]["refused"] == "it needs 20.00 GiB of 15.75, 4.25 GiB too much"
+    assert found["bound"] == "compute" and found["seconds"]["memory"] is found["seconds"]["interconnect"] is None
+    said, config.train.clip_norm = "INTERNAL: Mosaic failed to compile", 0.5
+    with pytest.raises(UserError, match="the TPU compiler refuses this step: Mosaic failed to compile"):
+        plan.figures(draw(config), plan.CHIPS["v5e"])
+
+
+def test_a_chip_is_full_before_its_last_byte(config):
+    """What a run holds beside the step counts, and so does what the runtime keeps for itself."""
+    drawn = draw(config)
+    found = plan.figures(drawn, plan.CHIPS["v5e"])
+    compiled = found["compiler"]
+    assert found["fits"] and found["total"] == compiled["total"] + found["bytes"]["original"]
+    assert compiled["traffic"] > compiled["arguments"]  # all that goes in is read
+    assert found["seconds"]["memory"] == compiled["traffic"] / 819e9
+    room = dataclasses.replace(plan.CHIPS["v5e"], usable=(found["total"] - 1) / plan.GIB)
+    assert not plan.figures(drawn, room)["fits"]
+
+
+def test_bytes_that_quantised_weights_save(config):
+    """Against what the model computes in, scales counted."""
+    plain = draw(config)
+    assert plan.quantised_saves(plain) == 0
+    config.model.quantize = "int8"
+    drawn = draw(config)
+    saved = plan.held(plain)["frozen"] - plan.held(drawn)["frozen"]
+    assert plan.quantised_saves(drawn) == saved > 0
+
+
+def test_the_usual_step_computes_all_again_where_it_does_not_fit_else(config, monkeypatch):
+    tried, fits = [], {"": False, "full": True}
+
+    def figures(drawn, chip):
+        tried.append(drawn.model_config.remat)
+        return {"fits": fits[tried[-1]]}
+
+    monkeypatch.setattr(plan, "figures", figures)
+    given = config, sharding.make_mesh(), LENGTHS, plan.CHIPS["v5e"]
+    assert plan._usual(*given)["fits"] and tried == ["", "full"] and config.model.remat == ""
+    fits[""] = True
+    plan._usual(*given)
+    assert tried == ["", "full", ""]
+
+
+# A compiled program, as short as can be.
+PAGE = """ENTRY %e (p: f32[4]) -> f32[4] {
+  ROOT %r = f32[4] all-reduce(%p), replica_groups={}, backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """The planner with this machine's devices in the place of TPUs and a compiler by hand; what that compiled."""
+    compiled = []
+
+    class Program:
+        def memory_analysis(self):
+            names = dict(argument=100, output=50, alias=50, temp=30)
+            return types.SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in names.items()})
+
+        def as_text(self):
+            return PAGE
+
+    def compile_(lowered, compiler_options):
+        compiled.append(lowered)
+        return Program()
+
+    monkeypatch.setattr(plan, "devices", lambda topology: jax.devices()[:1])
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
+    return compiled
+
+
+def test_a_program_that_cannot_be_read_back_is_read_as_the_compiler_wrote_it(config, here, monkeypatch):
+    known = aot.compile_step(draw(config))
+    config.train.clip_norm = 0.5
+    compile_ = jax.stages.Lowered.compile
+
+    def unreadable(lowered, compiler_options):
+        program = compile_(lowered, compiler_options)
+        (Path(compiler_options["xla_dump_to"]) / "module_0.after_codegen.txt").write_text(PAGE.replace("f32", "bf16"))
+        program.as_text = fail
+        return program
+
+    def fail():
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", unreadable)
+    found = aot.compile_step(draw(config))
+    assert (found["cycles"], found["traffic"]) == (known["cycles"], known["traffic"] / 2)
+
+
+def test_a_plan_as_a_page(config, here):
+    found = plan.plan(config, "v5e:1x1", LENGTHS)
+    assert json.loads(json.dumps(found)) == found and len(here) == 2
+    page = plan.text(found)
+    assert found["ratios"]["flops"] < 1 and page.splitlines()[-2].startswith("least time of vkd / grad_diff, all")
+    assert "  total by the compiler" in page and "v5e:1x1: 1 chips of 16 GiB" in page
+    alone = plan.plan(config, "v5e:1x1", LENGTHS, compare=False)
+    assert alone["ratios"] is None and "least time" not in plan.text(alone)
+
+
+# ---- The table ----
+
+
+@pytest.fixture
+def small(tiny_folder, tmp_path, monkeypatch):
+    """A table of one model on three slices, of which nothing is compiled yet; the last has no rows to train on."""
+    monkeypatch.setattr(hub, "CACHE", tmp_path / "cache")
+    base = f"--config={ROOT}/configs/tiny.py --config.model.path={tiny_folder} --text_tokens=12 --answer_tokens=5"
+
+    def cell(name, forget, *more):
+        rows = [f"--config.train.batch_size.{stream}={n}" for stream, n in (("forget", forget), ("retain", 4))]
+        return "Tiny", name, " ".join([base, *rows, *more])
+
+    cells = cell("v5e-1", 4, "--nocompare"), cell("v5e-4", 2, "--compare"), cell("none", 0, "--nocompare")
+    return ml_collections.ConfigDict(dict(stage="plan", plans=dict(rows=cells, only=(), examples=7200)))
+
+
+def test_the_table_goes_on_where_it_stood(small, here, tmp_path, capsys, monkeypatch):
+    file, write = tmp_path / "plans.json", files.write
+    monkeypatch.setattr(provenance, "commit", lambda but=None: "0123abc")
+
+    def once(path, data):
+        if path == file and file.exists():
+            raise KeyboardInterrupt
+        return write(path, data)
+
+    monkeypatch.setattr(files, "write", once)
+    with pytest.raises(KeyboardInterrupt):
+        plan.table(small, file)
+    (first,) = json.loads(file.read_text())
+    monkeypatch.setattr(files, "write", write)
+    plan.table(small, file)
+    rows = json.loads(file.read_text())
+    assert [row["slice"] for row in rows] == ["v5e-1", "v5e-4", "none"]
+    assert rows[0]["steps"] == first["steps"] and len(here) == 1 + 2  # no program is compiled again
+    assert "give at least 1" in rows[2]["error"] and "error" not in rows[1]
+    assert rows[1]["run"] == {"examples": 7200}
+    assert "Tiny on v5e-1, " in capsys.readouterr().out
+    small.plans.only = ("v5e-1",)
+    small.plans.rows = (*small.plans.rows[::-1],)
+    plan.table(small, file)  # what is of this commit is not even traced
+    assert (json.loads(file.read_text()), capsys.readouterr().out) == (rows, "")
+    monkeypatch.setattr(provenance, "commit", lambda but=None: "0123abc+changes")  # which may be any
+    plan.table(small, file)
+    assert len(here) == 3 and [row["slice"] for row in json.loads(file.read_text())] == ["none", "v5e-4", "v5e-1"]
+
+
+def test_two_may_write_one_table(small, here, tmp_path, monkeypatch):
+    file, planned = tmp_path / "plans.json", plan.plan
+    small.plans.only = ("v5e-1",)
+
+    def meanwhile(*args):
+        monkeypatch.setattr(plan, "plan", planned)
+        other = small.copy_and_resolve_references()
+        other.plans.only = ("v5e-4",)
+        plan.table(other, file)
+        return planned(*args)
+
+    monkeypatch.setattr(plan, "plan", meanwhile)
+    plan.table(small, file)
+    assert [row["slice"] for row in json.loads(file.read_text())] == ["v5e-1", "v5e-4"]
+
+
+def test_a_program_that_changed_is_compiled_again(config, here):
+    found = aot.compile_step(draw(config))
+    assert aot.compile_step(draw(config)) == found and len(here) == 1
+    config.train.clip_norm = 0.5
+    assert aot.compile_step(draw(config))["program"] != found["program"] and len(here) == 2
+
+
+def test_a_refusal_is_kept_as_well(config, monkeypatch):
+    asked = []
+
+    def refuse(lowered, compiler_options):
+        asked.append(lowered)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.00G of 15.75G hbm. Exceeded")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    first, second = (aot.compile_step(draw(config)) for _ in range(2))
+    assert first == second and first["refused"] and len(asked) == 1
+
+
+def test_words_that_no_row_has_both_of(small, tmp_path):
+    small.plans.only = ("v5e-1", "v5e-4")
+    with pytest.raises(UserError, match="no row is of v5e-1 and v5e-4: give one model, one slice, or one of each."):
+        plan.table(small, tmp_path / "plans.json")
+
+
+def test_a_file_that_is_no_table_is_kept(small, tmp_path):
+    (tmp_path / "plans.json").write_text('{"steps": 1}')
+    with pytest.raises(UserError, match="is there, and holds no rows of this table"):
+        plan.table(small, tmp_path / "plans.json")
+
+
+def test_the_table_as_a_page(small, here, tmp_path, capsys):
+    plan.table(small, tmp_path / "plans.json")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: plans.json plans -->\n<!-- /table -->\n")
+    assert tables.main([str(page)]) == 0 and tables.main([str(page), "--check"]) == 0
+    lines = page.read_text().splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| Tiny")]
+    assert [(row[1], row[4]) for row in cells] == [("v5e-1", "4 + 4"), ("v5e-4", "2 + 4"), ("none", "–")]
+
+
+def test_rows_of_plans_that_do_not_fit_say_by_how_much():
+    row = {"model_name": "M", "slice": "s", "dtype": "bfloat16", "quantize": "", "mesh": dict(fsdp=2, tensor=3)}
+    row |= {"rows": dict(forget=4, retain=5), "usable_gib": 15.75, "commit": "abcdef123", "tokens": 7}
+    row |= {"run": dict(examples=4800), "chips": 6, "versions": dict(jaxlib="1.2", libtpu="0.4")}
+    steps = [step(1e12, total=plan.GIB), step(total=16 * plan.GIB, fits=False), step(refused="vmem", fits=False)]
+    # Two seconds by cycles, the longer ones, for nine rows on six chips.
+    error = {key: row[key] for key in ("model_name", "slice", "commit")} | {"error": "why"}
+    lines = tables.plans([*(row | {"steps": {"vkd": x}} for x in steps), error]).splitlines()[2:]
+    given = "| M | s | bfloat16 | 2 × 3 | 4 + 5 | "
+    assert lines[:4] == [
+        given + "1.00 of 15.75 | yes | 1.0 | 1,000.0 | compute | 2,000.0 | 4.5 | 1.78 | 0.00 |",
+        given + "16.00 of 15.75 | no, 0.25 too much | 0.0 | – | – | – | – | – | – |",
+        given + "– | no | 0.0 | – | – | – | – | – | – |",
+        "| M | s | – | – | – | – | no: why | – | – | – | – | – | – | – |",
+    ]
+    assert "Tokens a row: M 7." in lines[-1]
+    assert "Compiled in 6 minutes by jaxlib 1.2, libtpu 0.4; commit abcdef1." in lines[-1]
+
+
+def test_chip_hours_by_hand():
+    """Six chips, four seconds for nine rows: 4800 rows take 3.56 chip-hours."""
+    row = {"model_name": "M", "slice": "s", "rows": dict(forget=4, retain=5), "run": dict(examples=4800), "chips": 6}
+    slow, large = step(4e12), step(total=16 * plan.GIB, fits=False)
+    slow["seconds_by_cycles"] = 4.0
+    rows = [row | {"steps": {"vkd": slow}}, row | {"slice": "t", "steps": {"vkd": large}}]
+    rows += [{"model_name": "N", "slice": "s", "error": "why"}]
+    assert tables.chip_hours(rows).splitlines() == [
+        "| chip-hours | s | t |",
+        "| --- | ---: | ---: |",
+        "| M | 3.56 | too large |",
+        "| N | no | – |",
+    ]
+
+
+def test_each_row_of_the_tables_config_is_a_command(get_config, monkeypatch):
+    """Every model on every slice, by its rule, on as many chips as the slice has, with batches that divide."""
+    rows = get_config("plans.py").plans.rows
+    assert len(rows) == 4 * 9 and len({(model, name) for model, name, _ in rows}) == 36
+    for _, name, given in rows:
+        values = flags.FlagValues()
+        plan.define(values)
+        argv = ["plan", *given.replace("configs/", f"{ROOT}/configs/").split()]
+        monkeypatch.setattr("sys.argv", argv)
+        values(argv)
+        mesh, rows_ = values.config.mesh, values.config.train.batch_size
+        chips = int(np.prod([int(x) for x in values.topology.partition(":")[2].split("x")]))
+        assert chips == int(name.partition("-")[2]) // (2 if name in ("v4-8", "v5p-8") else 1)
+        fsdp = chips // mesh.tensor if mesh.fsdp == -1 else mesh.fsdp
+        assert fsdp * mesh.tensor == chips and rows_.forget % fsdp == rows_.retain % fsdp == 0
+        if name == "v5e-1":
+            assert values.config.model.quantize.startswith("int4") and rows_.forget >= 4 <= rows_.retain
+    one = get_config("plans.py", "v5e-16,Qwen2-VL-2B").plans
+    assert one.only == ("v5e-16", "Qwen2-VL-2B") and len(one.rows) == 36
+    with pytest.raises(UserError, match="'v5e-2' is not a word of this config; it takes LLaVA-1.5-7B"):
+        get_config("plans.py", "v5e-2")
+
+
+def test_a_table_needs_a_file(get_config, capsys):
+    values = flags.FlagValues()
+    plan.define(values)
+    values(["plan", f"--config={ROOT}/configs/plans.py"])
+    assert plan.run(["plan"], values) == 2 and "pass --json FILE" in capsys.readouterr().err
+
+
+# ---- As a program ----
+
+
+@pytest.fixture
+def run(tmp_path):
+    """What the planner found, and what it printed."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install '.[tpu]'")
+
+    def run(*flags):
+        done = subprocess.run(
+            [sys.executable, "-m", "vkd_jax.plan", *flags, "--json=found.json"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads((tmp_path / "found.json").read_text()), done.stdout
+
+    return run
+
+
+def test_as_a_program(run, tiny_folder):
+    """The TPU compiler's figures of a tiny step, on the page and in the file."""
+    flags = [f"--config={ROOT}/configs/tiny.py", f"--config.model.path={tiny_folder}", "--topology=v5e:1x1"]
+    found, page = run(*flags, "--text_tokens=12", "--answer_tokens=5")
+    own, usual = found["steps"]["vkd"], found["steps"]["grad_diff, all weights"]
+    for step in (own, usual):
+        assert step["fits"] and step["compiler"]["total"] > step["compiler"]["arguments"] > 0
+        assert step["compiler"]["collectives"] == {}  # of one chip
+    assert own["flops_total"] < usual["flops_total"]
+    assert "total by the compiler" in page and "v5e:1x1: 1 chips of 16 GiB" in page

@@ -1,0 +1,442 @@
+"""The report of a run, made from a small invented run whose figures are known."""
+
+import errno
+import io
+import json
+import re
+
+import matplotlib
+import pytest
+from PIL import Image, ImageDraw
+
+from vkd_jax.evaluation import metrics
+from vkd_jax.reporting import comparison, figures, report, tables
+from vkd_jax.types import UserError
+
+PEOPLE = {"forget": ("001", "002", "003"), "retain": ("004", "005", "006", "007"), "real": ("",)}
+OPTIONS = ["baker", "pilot", "nurse", "judge"]
+RIGHT = {  # of 12 questions about each set: by picture, by text
+    "vanilla": {
+        "forget": (12, 12),
+        "test": (10, 12),
+        "retain": (12, 12),
+        "retain_test": (11, 12),
+        "real": (9, 9),
+    },
+    "unlearned": {
+        "forget": (3, 12),
+        "test": (4, 12),
+        "retain": (11, 12),
+        "retain_test": (10, 12),
+        "real": (9, 9),
+    },
+}
+N = 12
+
+
+MEAN = {"mean": 0.5, "low": 0.25, "high": 0.75}
+FREE = {"accuracy": 3 / 7, "correct": 3, "n": 7, "low": 0.2, "high": 0.7, "rouge_l": MEAN}
+MORE = {
+    "forget_quality": {"unlearned": {"vqa": {"ks": 0.25, "p": 0.031, "js": 0.125, "n": 12}}},
+    "utility": {"vanilla": {"value": 0.75, "low": 0.7, "high": 0.8, "components": {"a": {}, "b": {}}}},
+}
+
+
+def portrait(person: str) -> bytes:
+    """A face that differs from person to person by its colours."""
+    number = int(person or 9)
+    image = Image.new("RGB", (48, 48), (60 * number % 256, 90, 200 - 20 * number))
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((10, 8, 38, 44), fill=(230 - 15 * number, 190 - 12 * number, 150))
+    draw.ellipse((17, 20, 20, 24), fill="black")
+    draw.ellipse((28, 20, 31, 24), fill="black")
+    draw.arc((18, 26, 30, 36), 20, 160, fill="black")
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+IMAGES = {f"{person}/0": portrait(person) for people in PEOPLE.values() for person in people}
+
+
+def item(part: str, number: int, modality: str, right: bool) -> dict:
+    people = PEOPLE[{"test": "forget", "retain_test": "retain"}.get(part, part)]
+    person = people[number % len(people)]
+    truth = OPTIONS[number % 4]
+    wrong = OPTIONS[(number + 1) % 4]
+    return {
+        "set": part, "id": f"{person}/{modality}/{number}", "person": person, "task": "classification",
+        "modality": modality, "protocol": "options", "question": "What does this person do for a living?",
+        "answer": truth, "options": OPTIONS, "prediction": truth if right else wrong, "correct": right,
+        "image_id": f"{person}/0" if modality == "vqa" else "",
+    }  # fmt: skip
+
+
+def make_run(workdir, seed=0, right=RIGHT, method=None, manifest=(9, 0), **more):
+    """A finished run's folder, and its results."""
+    models = {}
+    for model, parts in right.items():
+        items = [
+            item(part, number, modality, number < count)
+            for part, counts in parts.items()
+            for modality, count in zip(("vqa", "qa"), counts, strict=True)
+            for number in range(N)
+        ]
+        file = workdir / "answers" / f"{model}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(it) + "\n" for it in items))
+        models[model] = {
+            part: {
+                kind: metrics.summarise(it for it in items if (it["set"], it["modality"]) == (part, kind))
+                for kind in ("vqa", "qa")
+            }
+            for part in parts
+        }
+    results = {
+        "meta": {
+            "command": "python -m vkd_jax.main --config configs/tiny.py --workdir run",
+            "config": {
+                "seed": seed,
+                "method": method or {"name": "vkd", "train": "visual"},
+                "train": {"steps": 300},
+                "eval": {"max_new_tokens": 8},
+            },
+            "seed": seed,
+            "commit": "0123456789abcdef",
+            "versions": {"python": "3.11.7", "jax": "0.10.2"},
+            "devices": "1 x cpu",
+            "protocol": "options",
+            "protocols": ["options"],
+            "shots": 0,
+            "benchmark": {
+                "title": "MLLMU-Bench, forgetting 5 %",
+                "source": "the made-up people",
+                "people": {"forget": 3, "test": 3, "retain": 4, "retain_test": 4},
+            },
+            "date": "2026-01-02T03:04:05+00:00",
+        },
+        "models": models,
+        "timing": {"data": 1.0, "prepare": 2.0, "unlearn": 30.0 + 10 * seed, "report": 1.5},
+        "chance": {"forget": {"vqa": 0.25, "qa": 0.25}},
+        "utility": {model: {"value": 0.5, "low": 0.4, "high": 0.6, "components": {}} for model in right},
+        "forget_quality": {},
+        "text_logits_identical": manifest[1] == 0,
+        "trainable": {"parameters": 300_000, "of": 1_200_000},
+        "manifest": {"changed": manifest[0], "tensors": 80, "language_model_changed": manifest[1]},
+        **more,
+    }
+    (workdir / "results.json").write_text(json.dumps(results))
+    rows = [
+        {
+            "step": step,
+            "forget_loss": 1 / step,
+            "forget_ce": 2 / step,
+            "retain_loss": 3 / step,
+            "loss": 4 / step,
+        }
+        for step in (20, 40, 60)
+    ]
+    rows.insert(2, {"step": 40, "forget_loss": 9.0, "forget_ce": 9.0, "retain_loss": 9.0, "loss": 9.0})
+    (workdir / "train").mkdir(exist_ok=True)
+    (workdir / "train" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return results
+
+
+@pytest.fixture
+def run(tmp_path):
+    make_run(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leaves out the drawing, which takes a second, where a test reads the text alone."""
+    for name in ("forget_against_retain", "portrait_sheet", "loss_curves", "relearning_curves"):
+        monkeypatch.setattr(figures, name, lambda *_: b"")
+
+
+def size(png) -> tuple[int, int]:
+    with Image.open(png) as image:
+        image.load()
+        assert image.format == "PNG"
+        return image.size
+
+
+def test_report_tells_what_happened(run, undrawn):
+    path = report.write(run, IMAGES)
+    text = path.read_text()
+    assert path == run / "report.md"
+    assert "asked to forget 3 of them" in text
+    assert "100.0 % of 12 questions right before, and **25.0 %** after (8.9 to 53.2)" in text
+    assert "cannot be told apart from guessing" in text
+    assert "| people to keep | 100.0 % (12/12), 75.8 to 100.0 | 91.7 % (11/12), 64.6 to 98.5 | -8.3 |" in text
+    assert "300,000 of 1,200,000 (25.0 %)" in text
+    assert "9 of 80" in text and "not one tensor differs" in text and "bit for bit the same" in text
+    assert "python -m vkd_jax.main --config configs/tiny.py --workdir run" in text
+    assert "0123456789abcdef" in text and "`options`" in text
+    assert "reconstruction" in text
+    assert "| **all** | **34.5** |" in text
+    assert '"steps": 300' in text
+
+
+def test_report_says_what_was_measured_on_how_many_by_which_protocol(tmp_path, undrawn):
+    make_run(tmp_path, right={**RIGHT, "retain_only": RIGHT["unlearned"]}, **MORE)
+    results = json.loads((tmp_path / "results.json").read_text())
+    results["models"]["vanilla"]["forget"]["generation_vqa"] = FREE
+    results["models"]["unlearned"]["forget"]["generation_vqa"] = FREE
+    results["meta"].update(protocol="options, letter", protocols=["options", "letter"])
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    text = report.write(tmp_path, IMAGES).read_text()
+    assert "MLLMU-Bench, forgetting 5 %; data: the made-up people." in text
+    assert "| people to forget | 3 | 12 | 12 | 7 |" in text
+    assert "| general ability, nothing about these people | – | 12 | 12 | – |" in text
+    assert "protocol `letter`: the model is shown the options" in text and "it is `options`" in text
+    assert "no worked example before each question" in text
+    assert "| people to forget | 7 | 0.500 (0.250 to 0.750) | 0.500 (0.250 to 0.750) | – |" in text
+    assert "| after | choosing an answer, shown a picture | 12 | 0.250 | 0.031 | 0.125 |" in text
+    assert "| before | 0.750 (0.700 to 0.800) | 2 |" in text
+
+
+def test_report_of_a_request_without_options(tmp_path, undrawn):
+    """A data set of one's own may have nothing but free questions."""
+    make_run(tmp_path, chance={})
+    results = json.loads((tmp_path / "results.json").read_text())
+    free = {part: {"generation_vqa": FREE} for part in ("forget", "retain")}
+    results["models"] = {"vanilla": free, "unlearned": free}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    text = report.write(tmp_path, IMAGES).read_text()
+    assert "it answered 42.9 % of 7 questions right before" in text and "uessing gives" not in text
+
+
+def test_a_request_that_names_nobody_has_cards_of_its_own_for_each_set(tmp_path):
+    make_run(tmp_path)
+    for name in ("vanilla", "unlearned"):
+        file = tmp_path / "answers" / f"{name}.jsonl"
+        items = [json.loads(line) | {"person": ""} for line in file.read_text().splitlines()]
+        for it in items:  # the forget set is asked freely, with signs that mean something elsewhere
+            if it["set"] == "forget":
+                it |= {
+                    "task": "generation",
+                    "protocol": "generation",
+                    "options": [],
+                    "question": "Why\u2028$5% or $\\foo$?",
+                }
+        file.write_text("".join(json.dumps(it, ensure_ascii=False) + "\n" for it in items))
+    results = json.loads((tmp_path / "results.json").read_text())
+    results["meta"]["benchmark"]["people"] = {}.fromkeys(("forget", "retain"), 0)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    text = report.write(tmp_path, IMAGES).read_text()
+    assert "asked to forget some of it" in text and "a picture of what to forget, it answered" in text
+    names = {path.name for path in (tmp_path / "portraits").iterdir()}
+    assert names == {*(f"forget_{i}.png" for i in (1, 2, 3)), *(f"retain_{i}.png" for i in (1, 2, 3, 4))}
+
+
+def test_report_shows_its_pictures_and_leaves_nothing_half_written(run):
+    text = report.write(run, IMAGES).read_text()
+    shown = re.findall(r"!\[.+\]\((.+)\)", text)
+    assert shown == ["report/forget_retain.png", "report/portraits.png", "report/losses.png"]
+    assert all(min(size(run / name)) > 300 for name in shown)
+    assert sorted(path.name for path in (run / "report").iterdir()) == sorted(name[7:] for name in shown)
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_pictures_are_the_same_whatever_style_is_set_and_that_style_stays(run, monkeypatch):
+    report.write(run, IMAGES)
+    first = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
+    monkeypatch.setitem(matplotlib.rcParams, "font.size", 33.0)
+    before = dict(matplotlib.rcParams)
+    report.write(run, IMAGES)
+    assert first == {path.name: path.read_bytes() for path in (run / "report").iterdir()}
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_a_full_disk_leaves_the_old_report(run, undrawn, monkeypatch):
+    old = report.write(run, IMAGES).read_bytes()
+
+    write_bytes = report.Path.write_bytes
+
+    def full(path, data):
+        write_bytes(path, data[:10])
+        if path.name.startswith("report.md"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report.Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        report.write(run, IMAGES)
+    assert (run / "report.md").read_bytes() == old
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_report_admits_what_went_wrong(tmp_path, undrawn):
+    right = {**RIGHT, "unlearned": {**RIGHT["unlearned"], "forget": (9, 6)}}
+    make_run(tmp_path, right=right, method={"name": "grad_diff", "train": "all"}, manifest=(80, 60))
+    text = report.write(tmp_path, IMAGES).read_text()
+    assert "above guessing: something is still known" in text
+    assert "**60 tensors differ**" in text and "**not the same**" in text
+    assert "reconstruction" not in text and "left alone on purpose" not in text
+
+
+def test_report_says_when_the_model_avoids_the_answer(tmp_path, undrawn):
+    right = {**RIGHT, "unlearned": {**RIGHT["unlearned"], "forget": (0, 12)}}
+    make_run(tmp_path, right=right, chance={"forget": {"vqa": 0.5}})
+    assert "below guessing" in report.write(tmp_path, IMAGES).read_text()
+
+
+@pytest.mark.parametrize(("known", "told"), [(12, False), (8, False), (5, True)])
+def test_report_says_when_there_was_little_to_forget(tmp_path, undrawn, known, told):
+    """Of twelve right answers to questions that guessing gets one time in four."""
+    right = {**RIGHT, "vanilla": {**RIGHT["vanilla"], "forget": (known, 12)}}
+    make_run(tmp_path, right=right, chance={"forget": {"vqa": 0.25}})
+    assert ("It had hardly learned them before" in report.write(tmp_path, IMAGES).read_text()) == told
+
+
+def test_report_shows_the_reference_that_never_knew_them(tmp_path, undrawn):
+    make_run(tmp_path, right={**RIGHT, "retain_only": RIGHT["unlearned"]})
+    text = report.write(tmp_path, IMAGES).read_text()
+    assert "| before | after | never knew them |" in text
+    assert "cannot be told apart from one that never knew them (25.0 %)" in text
+    never = {**RIGHT["unlearned"], "forget": (12, 12)}
+    make_run(tmp_path, right={**RIGHT, "retain_only": never})
+    assert "That is below one that never knew them (100.0 %)" in report.write(tmp_path, IMAGES).read_text()
+
+
+def test_report_of_a_method_that_does_not_train(run, undrawn):
+    (run / "train" / "metrics.jsonl").unlink()
+    assert "losses.png" not in report.write(run, IMAGES).read_text()
+    assert not (run / "report" / "losses.png").exists()
+
+
+def test_a_missing_picture_is_an_empty_frame():
+    card = figures.Card(None, "person 1", "Who?", "x" * 80, ("y", True), ("", False))
+    assert size(io.BytesIO(figures.portrait_sheet({"Kept": [card]})))[0] > 300
+
+
+def test_repeated_steps_count_once_and_the_last_time(run, undrawn, monkeypatch):
+    seen = []
+    monkeypatch.setattr(figures, "loss_curves", lambda rows: seen.extend(rows) or b"")
+    with (run / "train" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "forget_loss": 0.5}\n{"step": 60, "forg')  # a resume, then a kill in mid-line
+    report.write(run, IMAGES)
+    assert [(row["step"], row["forget_loss"]) for row in seen] == [(20, 1 / 20), (40, 0.5), (60, 1 / 60)]
+
+
+def test_cards_take_the_first_people_and_say_before_and_after():
+    before = [item(part, n, "vqa", True) for part in ("forget", "retain") for n in range(N)]
+    after = [item(part, n, "vqa", part == "retain") for part in ("forget", "retain") for n in range(N)]
+    forgotten, kept = report._cards(before, list(reversed(after)), IMAGES).values()
+    assert [card.title for card in forgotten] == ["person 001", "person 002", "person 003"]
+    assert [card.title for card in kept] == ["person 004", "person 005", "person 006", "person 007"]
+    # The second person's second question is number 4, and its truth the first option.
+    assert (forgotten[1].truth, forgotten[1].before, forgotten[1].after) == (
+        "baker",
+        ("baker", True),
+        ("pilot", False),
+    )
+    assert all(card.after == (card.truth, True) for card in kept)
+    assert forgotten[0].image == IMAGES["001/0"]
+
+
+# ---- Attacks; see also test_page.py ----
+
+
+def tried(correct, **more):
+    low, high = metrics.wilson(correct, 20)
+    return {"mean": correct / 20, "correct": correct, "n": 20, "low": low, "high": high, **more}
+
+
+def test_report_tells_of_relearning_and_draws_it(tmp_path):
+    cells = {
+        name: tried(n, attacker="all", share=0.25, set="forget") for name, n in (("vanilla", 20), ("unlearned", 9))
+    }
+    attack = {"title": "Again", "about": "About.", "unit": "right answers", "summary": {"all 25 %": cells}}
+    make_run(tmp_path, attacks={"relearn": attack})
+    text = report.write(tmp_path, IMAGES).read_text()
+    opening, section = text[: text.index("## What")], text[text.index("## Attacks") : text.index("## See")]
+    assert "- **Relearning.** After fine-tuning all weights on 25 % of the forgotten questions it answered" in opening
+    assert "### Again\n\nAbout.\n\n![" in section and "(report/relearning.png)\n\n| what was tried" in section
+    assert min(size(tmp_path / "report" / "relearning.png")) > 300
+
+
+def test_a_report_without_attacks_says_nothing_of_them(run, undrawn):
+    text = report.write(run, IMAGES).read_text()
+    assert "Attacks" not in text and "Relearning" not in text
+    assert not (run / "report" / "relearning.png").exists()
+
+
+def test_a_model_made_elsewhere_is_not_said_to_have_been_trained_here(tmp_path, undrawn):
+    results = make_run(tmp_path)
+    del results["trainable"]
+    results["meta"]["config"]["stage"] = "audit"
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    text = report.write(tmp_path, IMAGES).read_text()
+    assert "Weights trained" not in text and "reconstruction" not in text and "9 of 80" in text
+
+
+@pytest.mark.parametrize(
+    ("prediction", "said"),
+    [("pilot", "pilot"), ("B", "B, pilot"), ("(c)", "C, nurse"), ("no idea", "no idea"), ("", "(nothing)")],
+)
+def test_said_spells_out_letters(prediction, said):
+    assert report._said({"prediction": prediction, "options": OPTIONS}) == said
+
+
+def test_runs_stand_in_one_table_seeds_of_one_config_together(tmp_path, capsys):
+    worse = {**RIGHT, "unlearned": {**RIGHT["unlearned"], "forget": (6, 12)}}
+    make_run(tmp_path / "vkd-0", seed=0)
+    make_run(tmp_path / "vkd-1", seed=1, right=worse)
+    make_run(tmp_path / "grad-diff", right=worse, method={"name": "grad_diff", "train": "all"})
+    assert tables.main([str(tmp_path / name) for name in ("vkd-0", "vkd-1", "grad-diff")]) == 0
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:5]]
+    assert [row[0] for row in cells] == ["vanilla", "vkd, train=visual", "grad_diff, train=all"]
+    assert cells[0][2] == "100.0 (100–100)" and cells[0][-2] == "–"
+    # (25 + 50) / 2, and 2 + 30 and 2 + 40 seconds.
+    assert cells[1][2].startswith("37.5 (") and cells[1][-2] == "37"
+    assert cells[2][2].startswith("50.0 (")
+
+
+def test_runs_of_different_configs_stand_apart(tmp_path):
+    make_run(tmp_path / "a", method={"name": "vkd", "train": "visual", "distance": "mse"})
+    make_run(tmp_path / "b", seed=1, method={"name": "vkd", "train": "visual", "distance": "cosine"})
+    groups = comparison.by_label([tmp_path / "a", tmp_path / "b"])
+    assert list(groups) == ["vkd, train=visual, distance=mse", "vkd, train=visual, distance=cosine"]
+
+
+@pytest.mark.parametrize("break_it", ["missing", "torn", "protocol", "twice", "tuned"])
+def test_runs_that_do_not_compare_are_refused(run, tmp_path, break_it, capsys):
+    other = tmp_path / "other"
+    make_run(other, seed=1)
+    message = {
+        "missing": "no results.json",
+        "torn": "is not JSON",
+        "protocol": "one protocol",
+        "twice": "twice",
+        "tuned": "no model was unlearned there",
+    }
+    results = json.loads((other / "results.json").read_text())
+    if break_it == "missing":
+        (other / "results.json").unlink()
+    elif break_it == "torn":
+        (other / "results.json").write_text("{")
+    elif break_it == "protocol":
+        results["meta"]["protocol"] = "letter"
+        (other / "results.json").write_text(json.dumps(results))
+    elif break_it == "tuned":
+        del results["models"]["unlearned"]
+        (other / "results.json").write_text(json.dumps(results))
+    else:
+        make_run(other, seed=0)
+    assert tables.main([str(run), str(other)]) == 2
+    captured = capsys.readouterr()
+    assert message[break_it] in captured.err and captured.out == ""
+
+
+def test_missing_answers_are_named(run):
+    (run / "answers" / "unlearned.jsonl").unlink()
+    with pytest.raises(UserError, match=r"unlearned.jsonl is missing"):
+        report.write(run, IMAGES)
+
+
+def test_torn_answers_are_named(run):
+    (run / "answers" / "unlearned.jsonl").write_text('{"set": "for')
+    with pytest.raises(UserError, match=r"unlearned.jsonl, line 1 is not JSON"):
+        report.write(run, IMAGES)

@@ -1,0 +1,324 @@
+"""Comparisons: how a trial is judged, what is tuned on whom, intervals, tables, and a whole small one."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+
+from vkd_jax import compare, main
+from vkd_jax.config import defaults
+from vkd_jax.reporting import charts, comparison, tables
+from vkd_jax.types import UserError
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' way to read one
+
+
+def summary(correct, n):
+    return {"accuracy": correct / n, "correct": correct, "n": n}
+
+
+def results(forget, test, **kept):
+    """What a run found: right answers of ten about the people to forget, and of twenty about all else."""
+    before = {"forget": {"vqa": summary(10, 10)}, "test": {"vqa": summary(10, 10)}}
+    after = {"forget": {"vqa": summary(forget, 10)}, "test": {"vqa": summary(test, 10)}}
+    for name in ("retain", "retain_test", "real"):
+        before[name], after[name] = {"vqa": summary(20, 20)}, {"vqa": summary(kept.get(name, 20), 20)}
+    before["forget"]["generation_qa"] = summary(10, 20)
+    after["forget"]["generation_qa"] = summary(kept.get("text", 10), 20)
+    return {"models": {"vanilla": before, "unlearned": after}, "chance": {"forget": {"vqa": 0.25}}}
+
+
+def row(name, forget, kept, text=0.5, **more):
+    def cell(mean):
+        return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 20, "seeds": 2}
+
+    sets = {"forget/vqa": cell(forget), "retain/vqa": cell(kept), "real/vqa": cell(kept), "forget/qa": cell(text)}
+    run = {"seed": 0, "commit": "c0ffee", "ks": 0.25, "utility": 0.5, "seconds": 12.4, "bytes": 2**20}
+    run["recovery"] = {}
+    return {"name": name, "label": name, "sets": sets, "attacks": {}, "runs": [run], **more}
+
+
+def found(**attacks):
+    rows = [row("vanilla", 1.0, 1.0), row("vkd", 0.1, 0.96, method="vkd", train="visual", attacks=attacks)]
+    rows[1]["trials"] = [
+        {"settings": "train.steps=1", "forgot": 0.5, "kept": 0.99},
+        {"settings": "train.steps=2", "forgot": 0.25, "kept": 0.97},
+        {"settings": "train.steps=3"},
+    ]
+    meta = dict(command="python -m x", commits=["c0ffee"], protocol="options", chance={"forget": {"vqa": 0.25}})
+    return {"meta": meta, "failures": {}, "rows": rows}
+
+
+# ---- Which trial is best ----
+
+
+def test_a_run_is_judged_by_what_is_known_and_by_the_least_that_is_kept():
+    assert comparison.judged(results(8, 4)) == {"forgot": 12 / 20, "kept": 1.0}
+    assert comparison.judged(results(8, 4, real=18, retain=19)) == {"forgot": 0.6, "kept": 0.9}
+    assert comparison.judged(results(8, 4, text=4))["kept"] == 0.4  # of the ten that the vanilla model got right
+
+
+def test_to_be_wrong_more_often_than_guessing_is_not_to_have_forgotten_more():
+    assert comparison.judged(results(0, 1))["forgot"] == comparison.judged(results(2, 3))["forgot"] == 0.25
+
+
+def test_the_best_trial_forgets_most_of_those_that_keep():
+    trials = [
+        {"settings": "a", "forgot": 0.3, "kept": 0.96},
+        {"settings": "b", "forgot": 0.25, "kept": 0.94},
+        {"settings": "c", "forgot": 0.3, "kept": 0.99},
+        {"settings": "failed"},
+    ]
+    assert comparison.best(trials)["settings"] == "c"
+    assert comparison.best(trials[1:2] + trials[3:])["settings"] == "b"
+    assert comparison.best([{"settings": "x", "forgot": 0.25, "kept": 0.5}, *trials[1:2]])["settings"] == "b"
+    assert comparison.best([{"settings": "failed"}]) == {"settings": "failed"}
+    assert comparison.best([]) is None
+
+
+def test_a_method_keeps_if_pictures_and_text_are_kept():
+    before = row("vanilla", 1.0, 1.0)
+    assert comparison.keeps(row("m", 0.1, 0.95), before)
+    assert not comparison.keeps(row("m", 0.1, 0.94), before)
+    assert comparison.keeps(row("m", 0.1, 1.0, text=0.41), before)  # within the interval of the vanilla model
+    assert not comparison.keeps(row("m", 0.1, 1.0, text=0.39), before)
+
+
+# ---- Intervals ----
+
+
+def test_intervals_hold_what_questions_and_seeds_leave_open():
+    sure = comparison.interval(np.ones((3, 50), bool))
+    assert sure == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 50, "seeds": 3}
+    coin = np.arange(200)[None] % 2 == 0
+    one = comparison.interval(coin)
+    assert one["mean"] == 0.5 and abs(one["high"] - one["low"] - 2 * 1.96 * (0.25 / 200) ** 0.5) < 0.02
+    same = comparison.interval(np.repeat(coin, 3, axis=0))  # seeds that agree say nothing of other questions
+    assert abs(same["low"] - one["low"]) < 0.02
+    seeds = comparison.interval(np.array([[True] * 200, [False] * 200]))  # and questions nothing of other seeds
+    assert (seeds["low"], seeds["high"]) == (0.0, 1.0)
+
+
+# ---- Settings ----
+
+
+def test_settings_are_set_as_on_a_command_line():
+    config = defaults.base()
+    defaults.override(config, "train.steps=7 train.learning_rate=1e-4 method.target=anchor method.taps=('features',)")
+    assert (config.train.steps, config.train.learning_rate) == (7, 1e-4)
+    assert (config.method.target, config.method.taps) == ("anchor", ("features",))
+    defaults.override(config, "model.path= method.mask_keep=None")
+    assert config.model.path == "" and config.method.mask_keep is None
+
+
+@pytest.mark.parametrize("settings", ["train.stepz=7", "train.steps=many", "nothing=1"])
+def test_settings_that_do_not_fit_are_refused(settings):
+    with pytest.raises(UserError, match="does not fit the config"):
+        defaults.override(defaults.base(), settings)
+
+
+# ---- The shipped comparisons ----
+
+
+@pytest.fixture(scope="module")
+def tiny(get_config):
+    return get_config("tiny.py", "compare")
+
+
+def test_every_method_has_as_many_tries(tiny, tmp_path):
+    entrants = tiny.compare.entrants
+    assert {e.method.name for e in entrants.values()} == {n for n in defaults.methods.METHODS if n != "finetune"}
+    assert {len(entrant.search) for entrant in entrants.values()} == {4}
+    plan = compare.Plan(tiny, tmp_path)
+    for name, task in plan.tasks().items():
+        if name.startswith("tuning/"):
+            task.make()  # its settings fit the method
+
+
+def test_nobody_who_is_reported_is_tuned_on(tiny, tmp_path):
+    tasks = compare.Plan(tiny, tmp_path).tasks()
+    trial, control = tasks["tuning/vkd/0"].make(), tasks["controls"].make()
+    assert trial.data.people != control.data.people and trial.data.people != 1  # whom tiny_base knows
+    assert trial.model.path == str(tmp_path / "tuning" / "vanilla" / "vanilla") and control.model.path == "tiny_llava"
+    assert tasks["tuning/vkd/0"].needs == {"tuning/vanilla"}
+    assert tasks["runs/vkd/2"].needs == {"controls", *(f"tuning/vkd/{i}" for i in range(4))}
+    assert (control.stage, control.attacks.names, trial.attacks.names) == ("audit", "all", "")
+
+
+def test_a_final_run_has_the_settings_of_the_best_trial(tiny, tmp_path):
+    for number, (forget, real) in enumerate([(9, 20), (3, 20), (2, 10)]):
+        folder = tmp_path / "tuning" / "npo" / str(number)
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(results(forget, forget, real=real)))
+    plan = compare.Plan(tiny, tmp_path)
+    config = plan.tasks()["runs/npo/1"].make()
+    chosen = defaults.base()
+    chosen.method = defaults.method("npo")
+    defaults.override(chosen, tiny.compare.entrants.npo.search[1])
+    assert config.train.learning_rate == chosen.train.learning_rate
+    assert config.method.weight_retain == chosen.method.weight_retain
+    assert (config.seed, config.data.people) == (1, 0) and "compare" not in config
+
+
+def test_models_that_are_not_given_are_made_first(get_config, tmp_path):
+    tasks = compare.Plan(get_config("tiny.py", "ablations"), tmp_path).tasks()
+    assert [tasks[f"models/{name}"].make().stage for name in compare.LENT] == ["finetune", "retain_only"]
+    assert tasks["controls"].needs == {"models/vanilla", "models/retain_only"}
+    config = tasks["runs/mask_10/0"].make()
+    assert config.model.path == str(tmp_path / "models" / "vanilla" / "vanilla") and config.method.mask_keep == 0.1
+    assert config.data.people == 2
+
+
+# ---- Tables and pictures ----
+
+
+def test_tables_by_hand():
+    attack = {"int4": {"mean": 0.2, "low": 0.1, "high": 0.3, "n": 20, "seeds": 2}, "auc": {"mean": 0.5, "seeds": 2}}
+    made = found(quantize=attack)
+    lines = tables.keeping(made).splitlines()
+    assert (
+        lines[3]
+        == "| vkd | visual | 10.0 (0–20) | 96.0 (86–106) | 96.0 (86–106) | 50.0 (40–60) | 0.25 | yes | 12 | 1.0 |"
+    )
+    made["rows"][1]["runs"][0]["recovery"]["visual 20 %"] = 0.125
+    assert "| KS ↓ | recovery, visual ↓ | keeps |" in tables.keeping(made)
+    assert "| 0.25 | 0.12 | yes |" in tables.keeping(made)
+    assert "| quantize: int4 | 20.0 (10–30) |" in tables.attacks(made)
+    assert "| quantize: auc | 50.0 |" in tables.attacks(made)
+    assert tables.tuning(made).splitlines()[2:] == [
+        "| vkd | `train.steps=1` | 50.0 | 99.0 |  |",
+        "| vkd | `train.steps=2` | 25.0 | 97.0 | chosen |",
+        "| vkd | `train.steps=3` | failed | failed |  |",
+    ]
+    assert "c0ffee" in lines[-1] and "python -m x" in lines[-1]
+
+
+def test_pages_are_filled_and_checked(tmp_path, capsys):
+    (tmp_path / "a.json").write_text(json.dumps(found()))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table: a.json keeping -->\nold\n<!-- /table -->\nafter\n")
+    assert tables.main([str(page), "--check"]) == 1 and "is stale: run python -m" in capsys.readouterr().err
+    assert "old" in page.read_text()
+    assert tables.main([str(page)]) == 0 and tables.main([str(page), "--check"]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n<!-- table") and text.endswith("<!-- /table -->\nafter\n") and "| vkd |" in text
+    page.write_text("<!-- table: a.json kept -->\n<!-- /table -->\n")
+    assert tables.main([str(page)]) == 2 and "there are keeping" in capsys.readouterr().err
+    page.write_text("<!-- table: b.json keeping -->\n<!-- /table -->\n")
+    assert tables.main([str(page)]) == 2 and "names b.json, which cannot be read" in capsys.readouterr().err
+
+
+def test_the_tables_of_readme_and_docs_are_fresh():
+    pages = [str(path) for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]]
+    assert tables.main([*pages, "--check"]) == 0
+
+
+def test_pictures_are_drawn():
+    relearned = {"visual 20 %": {"mean": 0.3, "attacker": "visual", "share": 0.2, "set": "forget", "seeds": 2}}
+    assert charts.pareto(found()).startswith(b"\x89PNG")
+    assert charts.relearning(found()) == b""
+    assert charts.relearning(found(relearn=relearned)).startswith(b"\x89PNG")
+
+
+# ---- A whole one ----
+
+
+@pytest.fixture(scope="module")
+def small(get_config, request_folders, tiny_folder):
+    """Pruning, with two tries, on four people: nothing is trained but the model that is tuned on."""
+    config = get_config("tiny.py", "compare")
+    config.data = defaults.benchmark("folder", forget=f"{request_folders}/forget", retain=f"{request_folders}/retain")
+    config.model.update(path=str(tiny_folder), base=str(tiny_folder), retain_only="")
+    config.finetune.train.update(steps=2, warmup_steps=1, batch_size=dict(image=4, text=2))
+    manu = config.compare.entrants.manu
+    manu.search = manu.search[:2]
+    config.compare.entrants = {"manu": manu}
+    config.compare.tuning = "model.path= eval.max_items=4"
+    config.compare.seeds = (3,)
+    config.attacks.names = "leak"
+    return config
+
+
+def test_a_whole_comparison_and_that_it_goes_on(small, tmp_path, monkeypatch):
+    out = compare.run(small, tmp_path, workers=1)
+    assert out["failures"] == {} and json.loads((tmp_path / "comparison.json").read_text()) == out
+    assert [r["name"] for r in out["rows"]] == ["vanilla", "manu"]
+    assert len(out["rows"][1]["trials"]) == 2 and out["rows"][1]["runs"][0]["seed"] == 3
+    assert "leak" in out["rows"][1]["attacks"]
+    assert (tmp_path / "comparison.md").read_text().startswith("# Methods compared")
+    assert (tmp_path / "pareto.png").exists() and "pipeline.py" in (tmp_path / "controls" / "log.txt").read_text()
+    # The given models were asked once: what they answered was lent.
+    assert "evaluate vanilla" not in json.loads((tmp_path / "runs/manu/3/timing.json").read_text())
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("answers/*.jsonl")}
+    assert compare.run(small, tmp_path, workers=1) == out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_failed_trial_is_a_bad_trial_and_a_failed_run_is_told(small, tmp_path):
+    config = copy.deepcopy(small)
+    config.compare.entrants.manu.search = ("method.share=7.0", "method.share=0.1")
+    config.compare.entrants.manu.settings = "train.batch_size.forget=3"
+    out = compare.run(config, tmp_path, workers=1)
+    assert list(out["failures"]) == ["tuning/manu/0"] and "share" in out["failures"]["tuning/manu/0"]
+    assert [("kept" in trial) for trial in out["rows"][1]["trials"]] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "message"),
+    [
+        (compare, "vkd", "compares nothing: it has no section `compare`"),
+        (main, "compare", "use python -m vkd_jax.compare"),
+    ],
+)
+def test_the_wrong_program_for_a_config_is_refused(module, words, message, tmp_path, capsys, get_config):
+    values = flags.FlagValues()
+    main.define(values)
+    flags.DEFINE_integer("workers", 0, "", flag_values=values)
+    values(["x", f"--config={ROOT}/configs/tiny.py:{words}", f"--workdir={tmp_path / 'x'}"])
+    call = module.command if module is compare else module.main
+    assert call(["x"], values) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": ("x",)}, r"config.compare.seeds=\('x',\): give numbers from 0 on"),
+        ({"seeds": (1, 1)}, "each once"),
+        ({"seeds": ()}, "give numbers"),
+        ({"tuning": "data.nosuch=1"}, "'data.nosuch=1' does not fit the config"),
+        ({"entrants.vkd.settings": "method.nosuch=1"}, "'method.nosuch=1' does not fit the config"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_made(get_config, tmp_path, changes, message):
+    config = get_config("tiny.py", "compare")
+    with config.ignore_type():
+        config.update_from_flattened_dict({f"compare.{name}": value for name, value in changes.items()})
+    with pytest.raises(UserError, match=message):
+        compare.run(config, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_file_is_no_folder(get_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file; pass a folder"):
+        compare.run(get_config("tiny.py", "compare"), tmp_path / "file")
+
+
+@pytest.mark.parametrize("page", ["<!-- table: l.json -->\n<!-- /table -->", "<!-- table: l.json keeping -->\nno end"])
+def test_a_marker_that_is_not_whole_is_refused(tmp_path, page, capsys):
+    (tmp_path / "page.md").write_text(page)
+    assert tables.main([str(tmp_path / "page.md"), "--check"]) == 2
+    assert capsys.readouterr().err == "error: a marker lacks its end, or its file or name.\n"
+
+
+def test_a_page_that_is_not_there_and_a_file_that_is_no_comparison(tmp_path, capsys):
+    assert tables.main([str(tmp_path / "none.md")]) == 2
+    (tmp_path / "l.json").write_text("[]")
+    (tmp_path / "page.md").write_text("<!-- table: l.json keeping -->\n<!-- /table -->\n")
+    assert tables.main([str(tmp_path / "page.md")]) == 2
+    assert "l.json, which is nothing that the table 'keeping' is made of" in capsys.readouterr().err

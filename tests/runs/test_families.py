@@ -1,0 +1,100 @@
+"""A whole run of each family, from a published-style config to an export that transformers agrees with."""
+
+import json
+import re
+import types
+
+import numpy as np
+import pytest
+
+from vkd_jax import benchmarks as benchmarks
+from vkd_jax.checkpoints import convert
+from vkd_jax.data.processing import open_image
+from vkd_jax.evaluation.loaded import Loaded
+from vkd_jax.runs import pipeline
+
+# config file, its words, model_type, how the language model is held
+RUNS = {
+    "llava": ("llava.py", "7b", "llava", ""),
+    "qwen2_vl": ("qwen2_vl.py", "2b", "qwen2_vl", ""),
+    "qwen2_5_vl in int8": ("qwen2_5_vl.py", "3b", "qwen2_5_vl", "int8"),
+}
+VISUAL = re.compile(r"(vision_tower|multi_modal_projector|visual)\.")
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def run(request, get_config, few, tiny_folder, qwen_folder, tmp_path_factory):
+    """A finished run: its family, source, folder and results."""
+    file, words, family, quantize = RUNS[request.param]
+    source = tiny_folder if family == "llava" else qwen_folder(family)
+    config = get_config(file, words)
+    config.model.update(path=str(source), dtype="float32", quantize=quantize)
+    if family == "llava":  # the options do not fit into 96 positions
+        config.eval.protocol = "options"
+    config.data.source = str(few)
+    config.eval.update(max_items=3, max_new_tokens=4)
+    config.train.update(
+        steps=3, warmup_steps=1, batch_size=dict(forget=4, retain=4), learning_rate=1e-3, log_every=1, buckets=1
+    )
+    config.method.update(fisher_samples=4, fisher_chunk=2, augment_forget=1)
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    results = pipeline.run(config, workdir)
+    return types.SimpleNamespace(family=family, source=source, path=workdir, config=config, results=results)
+
+
+def test_only_visual_tensors_change_and_text_stays_bit_for_bit(run):
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    assert manifest == convert.manifest(run.source, run.path / "unlearned")
+    changed = manifest["changed"]
+    assert changed and all(VISUAL.match(name) for name in changed)
+    blocks = {int(i) for name in changed for i in re.findall(r"(?:layers|blocks)\.(\d+)\.", name)}
+    assert blocks == {0, 1, 2}  # of LLaVA's four the last feeds nothing; Qwen has three
+    assert any(re.search(r"merger|multi_modal_projector", name) for name in changed)
+    assert any(re.search(r"patch_embed", name) for name in changed)
+    assert run.results["text_logits_identical"] is True and run.results["manifest"]["language_model_changed"] == 0
+
+
+def test_every_file_of_the_source_is_in_the_export(run):
+    def names(folder):
+        return {path.name for path in folder.iterdir()}
+
+    assert names(run.source) | {"provenance.json"} == names(run.path / "unlearned")
+
+
+def test_answers_of_both_models_and_a_report_are_there(run):
+    for name in ("vanilla", "unlearned"):
+        lines = (run.path / "answers" / f"{name}.jsonl").read_text("utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        assert {r["protocol"] for r in records if r["task"] == "classification"} == {run.config.eval.protocol}
+    assert "forget" in (run.path / "report.md").read_text("utf-8")
+    assert len(list((run.path / "report").glob("*.png"))) >= 1
+
+
+def test_transformers_loads_the_export_and_gives_the_same_answers(run, few, tmp_path):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    folder = run.path / "unlearned"
+    hf, info = transformers.AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    hf.eval()
+    sets = benchmarks.read(benchmarks.create("mllmu", {"source": str(few)}), tmp_path)
+    examples = [e for e in [*sets["forget"], *sets["retain"]] if e.task == "classification" and e.image is not None]
+    run.config.model.quantize = ""  # what was exported are the original weights of the language model
+    mesh, method, *_ = pipeline.checked(run.config)
+    ours = Loaded.open(folder, run.config, mesh, method).answerer(4)
+    processor = ours.processor
+    got = ours.generate([e.question for e in examples], ours.look([e.image for e in examples]), max_new_tokens=6)
+    expected = []
+    for e in examples:
+        tokens, _ = processor.encode(e.question, None, [processor.image(e.image)])
+        inputs = dict(processor.image_processor(images=[open_image(e.image)], return_tensors="pt"))
+        inputs["input_ids"] = torch.tensor([tokens])
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if run.family != "llava":
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == processor.image_token_id).int()
+        with torch.no_grad():
+            out = hf.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=processor.pad_id)
+        expected.append(processor.tokenizer.decode(out[0, len(tokens) :], skip_special_tokens=True).strip())
+    assert got == expected
+    assert len(set(got)) > 1 and len(np.unique([e.image_id for e in examples])) > 1

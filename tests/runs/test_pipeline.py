@@ -1,0 +1,473 @@
+"""Whole runs on a small random model: what they leave, that they continue, and what they may not touch."""
+
+import json
+import re
+import shutil
+import tempfile
+import types
+import weakref
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from vkd_jax import benchmarks as benchmarks
+from vkd_jax.checkpoints import convert
+from vkd_jax.data.processing import open_image
+from vkd_jax.evaluation import evaluate
+from vkd_jax.evaluation.loaded import Loaded
+from vkd_jax.runs import pipeline
+from vkd_jax.runs.workdir import Workdir
+from vkd_jax.training import train
+from vkd_jax.types import UserError
+
+SHARD = "train-00000-of-00001.parquet"
+SUMMARY = {"accuracy", "correct", "n", "low", "high"}
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory, snapshot):
+    """A snapshot of two forgotten and four retained people."""
+    folder = tmp_path_factory.mktemp("few")
+
+    def keep(config, chosen):
+        table = pq.read_table(snapshot / config / SHARD)
+        ids = table["ID"].to_pylist()
+        rows = [i for i, row_id in enumerate(ids) if row_id in chosen(sorted(set(ids)))]
+        (folder / config).mkdir()
+        pq.write_table(table.take(rows), folder / config / SHARD)
+        return {ids[i] for i in rows}
+
+    forgotten = keep("forget_10", lambda ids: ids[:2])
+    retained = keep("retain_90", lambda ids: ids[:4])
+    keep("Test_Set", lambda ids: forgotten | retained)
+    keep("Retain_Set", lambda ids: ids[:6])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make_config(get_config, few, tiny_folder):
+    def make(arg="", **changes):
+        config = get_config("tiny.py", arg)
+        config.data.source = str(few)
+        config.model.update(path=str(tiny_folder), base="", retain_only="")
+        config.eval.update(max_items=6, batch_size=16)
+        short = dict(steps=3, warmup_steps=1, log_every=1, checkpoint_every=2)
+        config.train.update(batch_size=dict(forget=4, retain=4), **short)
+        config.finetune.train.update(batch_size=dict(image=4, text=4), **short)
+        config.update_from_flattened_dict(changes)
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def vkd(make_config, tmp_path_factory):
+    """A finished run: its config, folder and results."""
+    workdir = tmp_path_factory.mktemp("runs") / "vkd"
+    config = make_config("vkd", **{"method.fisher_samples": 16, "method.blocks": 2})
+    return types.SimpleNamespace(config=config, path=workdir, results=pipeline.run(config, workdir))
+
+
+def read(snapshot, **options):
+    """The sets of a snapshot."""
+    with tempfile.TemporaryDirectory() as folder:
+        return benchmarks.read(benchmarks.create("mllmu", {"source": str(snapshot)}), folder, **options)
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def answers(workdir, name):
+    return [json.loads(line) for line in (workdir / "answers" / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+# ---- What a run leaves ----
+
+
+def test_results_hold_both_models_with_counts(vkd):
+    results = vkd.results
+    assert results == json.loads((vkd.path / "results.json").read_text())
+    meta = results["meta"]
+    assert {"command", "config", "seed", "commit", "versions", "protocol"} <= set(meta)
+    assert meta["config"] == json.loads((vkd.path / "config.json").read_text())
+    assert meta["config"]["method"]["beta"] == 0.4 and meta["config"]["method"]["mask_threshold"] is None
+    assert set(results["models"]) == {"vanilla", "unlearned"}
+    for name, sets in results["models"].items():
+        assert set(sets) == {"forget", "test", "retain", "retain_test", "real"}
+        items = answers(vkd.path, name)
+        for part, kinds in sets.items():
+            assert {"vqa", "qa"} <= set(kinds)
+            for kind, summary in kinds.items():
+                assert set(summary) >= SUMMARY and summary["accuracy"] == summary["correct"] / summary["n"]
+                task, modality = ("classification_" + kind).split("_")[-2:]
+                own = [a for a in items if (a["set"], a["task"], a["modality"]) == (part, task, modality)]
+                assert (sum(a["correct"] for a in own), len(own)) == (summary["correct"], summary["n"])
+    assert results["chance"]["forget"] == {"vqa": 0.25, "qa": 0.25}
+    stages = {"data", "load", "evaluate vanilla", "prepare", "unlearn", "export", "evaluate unlearned"}
+    assert stages <= set(results["timing"]) and all(seconds >= 0 for seconds in results["timing"].values())
+
+
+def test_both_models_are_asked_the_same_questions(vkd):
+    asked = [[(a["set"], a["id"], a["question"]) for a in answers(vkd.path, n)] for n in ("vanilla", "unlearned")]
+    assert asked[0] == asked[1] and len(set(asked[0])) == len(asked[0]) > 100
+
+
+def test_only_visual_tensors_change(vkd, tiny_folder, tiny_model):
+    manifest = json.loads((vkd.path / "manifest.json").read_text())
+    assert manifest == convert.manifest(tiny_folder, vkd.path / "unlearned")
+    changed = manifest["changed"]
+    assert changed and not [name for name in changed if "language_model" in name or "lm_head" in name]
+    assert any("multi_modal_projector" in name for name in changed)
+    blocks = {int(i) for name in changed for i in re.findall(r"encoder\.layers\.(\d+)\.", name)}
+    assert blocks == {1, 2}  # the last two that feed the projector; block 3 feeds nothing
+    results = vkd.results
+    assert results["manifest"] == {
+        "changed": len(changed),
+        "tensors": len(manifest["tensors"]),
+        "language_model_changed": 0,
+    }
+    assert results["text_logits_identical"] is True
+    sizes = {path: value.size for path, value in tiny_model.params.items()}
+    visual = sum(
+        n for p, n in sizes.items() if p.startswith(("projector/", "vision_tower/blocks/1/", "vision_tower/blocks/2/"))
+    )
+    assert results["trainable"] == {"parameters": visual, "of": sum(sizes.values())}
+
+
+def test_what_the_method_trains_is_held_in_float32_and_the_rest_as_asked(vkd, tiny_folder):
+    config = vkd.config.copy_and_resolve_references()
+    config.model.dtype = "bfloat16"
+    mesh, method, *_ = pipeline.checked(config)
+    model = Loaded.open(tiny_folder, config, mesh, method)
+    trained = set(method.trainable(model.params, model.config))
+    assert trained
+    for path, value in model.params.items():
+        assert value.dtype == ("float32" if path in trained else "bfloat16"), path
+
+
+@pytest.mark.parametrize(("name", "fields"), [("retain_only", {}), ("base", {"method.target": "base"})])
+def test_a_model_of_another_kind_is_refused_before_any_is_loaded(make_config, tiny_folder, tmp_path, name, fields):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    changed = json.loads((other / "config.json").read_text()) | {"vision_feature_layer": -1}
+    (other / "config.json").write_text(json.dumps(changed))
+    config = make_config("vkd", **{f"model.{name}": str(other)}, **fields)
+    with pytest.raises(UserError, match=f"config.model.{name} is a model of another kind or size"):
+        pipeline.run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "answers").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "sentence"),
+    [
+        ("unlearn", {"train.schedule": "linear"}, "train.schedule='linear': give cosine"),
+        ("unlearn", {"train.steps": 0, "train.epochs": float("nan")}, "train.steps=0 and train.epochs=nan: give one"),
+        ("unlearn", {"method.teacher": "base"}, "needs the model before it was fine-tuned"),
+        ("finetune", {"finetune.train.batch_size.image": 0}, "finetune.train.batch_size.image=0: give at least 1"),
+        ("finetune", {"finetune.train.learning_rate": -1.0}, "finetune.train.learning_rate=-1.0: give"),
+    ],
+)
+def test_what_is_wrong_with_training_is_told_at_once_and_only_where_it_trains(
+    make_config, tiny_folder, stage, changes, sentence
+):
+    other = {"unlearn": "finetune", "finetune": "unlearn"}[stage]
+    config = make_config("vkd", **{"model.base": "" if "method.teacher" in changes else str(tiny_folder)}, **changes)
+    config.stage = stage
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        pipeline.checked(config)
+    config.update(stage=other)
+    config.model.base = str(tiny_folder)
+    pipeline.checked(config)
+
+
+def test_each_model_is_let_go_before_the_next_is_loaded(vkd, make_config, tmp_path, monkeypatch):
+    """Two at once may be more than a chip has room for."""
+    config = make_config("vkd", **{"model.retain_only": vkd.config.model.path})
+    job = types.SimpleNamespace(workdir=Workdir(tmp_path, config), config=config, how=(), asked={})
+    there, seen = weakref.WeakSet(), []
+
+    class Model:
+        def __init__(self, folder):
+            there.add(self)
+
+    def look(name, value=None):
+        return lambda *_: seen.append((name, len(there))) or value
+
+    monkeypatch.setattr(pipeline.Loaded, "open", lambda folder: Model(folder))
+    monkeypatch.setattr(pipeline, "judged", lambda job, name, model: look(f"judge {name}", [])())
+    monkeypatch.setattr(pipeline, "_unlearned", look("unlearn", tmp_path))
+    for name in ("_text_scores", "_evidence", "write_results"):
+        monkeypatch.setattr(pipeline, name, look(name, {}))
+    monkeypatch.setattr(pipeline.convert, "manifest", look("manifest", {}))
+    monkeypatch.setattr(pipeline.report, "write", look("report"))
+    pipeline.unlearn(job, {})
+    counts = dict(seen)
+    assert {"judge retain_only", "judge vanilla", "unlearn", "judge unlearned", "manifest"} <= counts.keys()
+    assert max(counts.values()) == 1 and counts["manifest"] == 0
+
+
+def test_text_answers_stay_and_answers_about_pictures_move(vkd):
+    """The report judges the exported model, not the vanilla one a second time."""
+    moved = 0
+    for a, b in zip(answers(vkd.path, "vanilla"), answers(vkd.path, "unlearned"), strict=True):
+        if a["modality"] == "qa":
+            assert a == b
+        elif "scores" in a:
+            moved += a["scores"] != b["scores"]
+    assert moved > 20
+
+
+def test_report_and_plots(vkd):
+    assert "forget" in (vkd.path / "report.md").read_text("utf-8")
+    for name in ("losses", "forget_retain", "portraits"):
+        with Image.open(vkd.path / "report" / f"{name}.png") as picture:
+            assert min(picture.size) > 100
+    steps = [json.loads(line)["step"] for line in (vkd.path / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == [1, 2, 3]
+
+
+def test_transformers_gives_the_same_answers(vkd, few):
+    """Loaded with no missing and no unexpected key, it generates what the answerer does, word for word."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    folder = vkd.path / "unlearned"
+    hf, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    hf.eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    sets = read(few)
+    examples = [e for e in sets["forget"] if e.task == "classification"]
+    examples += [e for e in sets["retain"] if e.task == "classification"][:16]
+    pictured = [e for e in examples if e.image is not None]
+    texts = [e for e in examples if e.image is None]
+    assert len(pictured) > 20 and len(texts) > 8
+    mesh, method, *_ = pipeline.checked(vkd.config)
+    ours = Loaded.open(folder, vkd.config, mesh, method).answerer(16)
+    got = ours.generate([e.question for e in pictured], ours.look([e.image for e in pictured]), max_new_tokens=6)
+    got += ours.generate([e.question for e in texts], max_new_tokens=6)
+    for group, answered in ((pictured, got[: len(pictured)]), (texts, got[len(pictured) :])):
+        prompts = []
+        for e in group:
+            content = [{"type": "image"}] * (e.image is not None) + [{"type": "text", "text": e.question}]
+            prompts.append(
+                processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            )
+        images = [open_image(e.image).convert("RGB") for e in group if e.image is not None]
+        inputs = processor(images=images or None, text=prompts, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            out = hf.generate(**inputs, max_new_tokens=6, do_sample=False)
+        expected = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answered == [text.strip() for text in expected]
+    assert len(set(got)) > 1
+
+
+# ---- Again, and after an interruption ----
+
+
+def forbid(monkeypatch, *names):
+    for name in names:
+
+        def never(*_, name=name, **__):
+            raise AssertionError(f"{name} ran again")
+
+        owner, attribute = name.rsplit(".", 1)
+        monkeypatch.setattr({"evaluate": evaluate, "train": train, "convert": convert}[owner], attribute, never)
+
+
+def test_the_same_command_again_changes_nothing(vkd, monkeypatch):
+    forbid(monkeypatch, "evaluate.evaluate", "train.fit", "convert.export", "convert.load")
+    before = files(vkd.path)
+    assert pipeline.run(vkd.config, vkd.path) == vkd.results
+    assert files(vkd.path) == before
+
+
+def test_another_config_is_refused_naming_the_field(vkd, make_config):
+    before = files(vkd.path)
+    other = make_config("vkd", **{"method.fisher_samples": 16, "method.blocks": 2, "train.learning_rate": 0.5})
+    with pytest.raises(UserError, match=r"another config \(train.learning_rate: 0.002 there, 0.5 now\)"):
+        pipeline.run(other, vkd.path)
+    assert files(vkd.path) == before
+
+
+@pytest.mark.parametrize(
+    ("kept", "forbidden"),
+    [
+        (("config.json", "answers/vanilla.jsonl"), ()),
+        (("config.json", "answers/vanilla.jsonl", "train", "unlearned"), ("train.fit", "convert.export")),
+        (
+            ("config.json", "answers", "train", "unlearned", "manifest.json", "results.json"),
+            ("train.fit", "convert.export", "convert.load", "evaluate.evaluate"),
+        ),
+    ],
+    ids=["before training", "after the export", "before the report"],
+)
+def test_an_interrupted_run_continues(vkd, tmp_path, monkeypatch, kept, forbidden):
+    """Whatever was there is used as it is, and the end is the same bits."""
+    workdir = tmp_path / "run"
+    for name in kept:
+        if (vkd.path / name).is_dir():
+            shutil.copytree(vkd.path / name, workdir / name)
+        else:
+            (workdir / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(vkd.path / name, workdir / name)
+    forbid(monkeypatch, *forbidden)
+    results = pipeline.run(vkd.config, workdir)
+    for key in ("models", "chance", "manifest", "trainable", "text_logits_identical"):
+        assert results[key] == vkd.results[key]
+    now, then = files(workdir), files(vkd.path)
+    for name in ("answers/vanilla.jsonl", "answers/unlearned.jsonl", "unlearned/model.safetensors", "manifest.json"):
+        assert now[name] == then[name]
+    assert (workdir / "report.md").exists()
+
+
+# ---- Other methods and stages ----
+
+
+def test_all_weights_are_seen_to_change(make_config, tmp_path):
+    """Or else a manifest without the language model would prove nothing."""
+    results = pipeline.run(make_config("grad_diff", **{"train.learning_rate": 0.01}), tmp_path / "run")
+    assert results["manifest"]["language_model_changed"] > 0 and results["text_logits_identical"] is False
+    changed = json.loads((tmp_path / "run" / "manifest.json").read_text())["changed"]
+    assert any("language_model" in name for name in changed)
+    assert results["trainable"]["parameters"] > 0.5 * results["trainable"]["of"]
+
+
+@pytest.fixture(scope="module")
+def school(few, tmp_path_factory):
+    """`few` with a small ft_Data: every eighth question that the evaluation asks."""
+    folder = Path(shutil.copytree(few, tmp_path_factory.mktemp("school") / "data"))
+    rows, sets = [], read(few)
+    for e in sum((sets[name][::8] for name in ("forget", "retain", "real")), []):
+        row_id, picture = e.person or "R001", {"bytes": e.image, "path": "x.png"}
+        pairs = [{"Question": e.question, "Answer": e.answer, "ID": row_id}]
+        rows.append({"image": picture, "ID": row_id, "metadata": json.dumps(pairs)})
+    (folder / "ft_Data").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "ft_Data" / SHARD)
+    return folder
+
+
+SMALL = {
+    "model.path": "",
+    "model.create": dict(
+        vocab_size=400,
+        vision=dict(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+            projection_dim=16,
+        ),
+        text=dict(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=160,
+        ),
+    ),
+    "finetune.train.steps": 2,
+    "eval.max_items": 2,
+}
+
+
+def test_finetuning_makes_a_model_from_nothing(make_config, school, tmp_path, monkeypatch):
+    config = make_config("finetune", **SMALL, **{"data.source": str(school)})
+    results = pipeline.run(config, tmp_path / "run")
+    assert set(results["models"]) == {"vanilla"} and SUMMARY <= set(results["models"]["vanilla"]["forget"]["vqa"])
+    manifest = convert.manifest(tmp_path / "run" / "base", tmp_path / "run" / "vanilla")
+    assert any("language_model" in name for name in manifest["changed"])
+    assert any("vision_tower" in name for name in manifest["changed"])
+    assert json.loads((tmp_path / "run" / "vanilla" / "config.json").read_text())["text_config"]["hidden_size"] == 16
+
+    before = files(tmp_path / "run")
+    forbid(monkeypatch, "evaluate.evaluate", "train.fit", "convert.load")
+    assert pipeline.run(config, tmp_path / "run") == results
+    assert files(tmp_path / "run") == before
+
+
+@pytest.fixture(scope="module")
+def everything(make_config, school, tmp_path_factory):
+    """A finished run of all stages."""
+    workdir = tmp_path_factory.mktemp("runs") / "all"
+    config = make_config("all", **SMALL, **{"data.source": str(school), "method.fisher_samples": 8})
+    return types.SimpleNamespace(config=config, path=workdir, results=pipeline.run(config, workdir))
+
+
+def test_one_command_goes_from_the_base_to_the_report(everything):
+    path, results = everything.path, everything.results
+    assert list(results["models"]) == ["vanilla", "retain_only", "unlearned"]
+    asked = [[(a["set"], a["id"]) for a in answers(path, name)] for name in results["models"]]
+    assert asked[0] == asked[1] == asked[2]
+    base, vanilla, unlearned = (path / name for name in ("base", "vanilla", "unlearned"))
+    assert any("language_model" in name for name in convert.manifest(base, vanilla)["changed"])
+    manifest = convert.manifest(vanilla, unlearned)
+    assert manifest["changed"] and not any("language_model" in name for name in manifest["changed"])
+    assert set(results["forget_quality"]) == {"vanilla", "unlearned"}
+    for found in results["forget_quality"].values():
+        assert 0 <= found["vqa"]["p"] <= 1 and found["vqa"]["n"] == results["models"]["vanilla"]["forget"]["vqa"]["n"]
+    assert all(0 <= found["value"] <= 1 for found in results["utility"].values())
+    text = (path / "report.md").read_text("utf-8")
+    for words in ("never knew them", "Forget quality", "MLLMU-Bench", results["meta"]["commit"]):
+        assert words in text
+    for name, without in (("vanilla", []), ("retain_only", ["001", "005"]), ("unlearned", [])):
+        provenance = json.loads((path / name / "provenance.json").read_text())
+        assert provenance["model"] == name and len(provenance["without"]) == len(without)
+
+
+def test_a_reference_that_never_met_other_people_is_refused(everything, make_config, tmp_path):
+    folder = Path(shutil.copytree(everything.path / "retain_only", tmp_path / "reference"))
+    provenance = json.loads((folder / "provenance.json").read_text())
+    (folder / "provenance.json").write_text(json.dumps(provenance | {"without": ["059"]}))
+    changes = {"model.path": str(everything.path / "vanilla"), "model.retain_only": str(folder)}
+    with pytest.raises(UserError, match="was made without 1 people, and not those 2 whom this run forgets"):
+        pipeline.run(make_config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "answers").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "people", "message"),
+    [
+        ("path", "unlearn", 1, "knows the made-up people of seed 0, not those of config.data.people=1"),
+        ("base", "finetune", 0, "knows the made-up people of config.data.people=0 already"),
+    ],
+)
+def test_models_that_met_the_wrong_people_are_refused(get_config, tiny_folder, tmp_path, name, stage, people, message):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    made = {"model": "vanilla", "without": [], "config": {"data": {"source": "", "people": 0}}}
+    (folder / "provenance.json").write_text(json.dumps(made))
+    config = get_config("tiny.py", stage)
+    config.data.people = people
+    config.model.update(path="", base="", retain_only="")
+    config.model[name] = str(folder)
+    job = types.SimpleNamespace(config=config, forgotten=[])
+    with pytest.raises(UserError, match=message):
+        pipeline._check_provenance(job, name, str(folder), folder)
+    (folder / "provenance.json").write_text("[1]")  # somebody else's file of that name
+    pipeline._check_provenance(job, name, str(folder), folder)
+
+
+def test_retain_only_never_meets_the_forgotten(make_config, school, tmp_path, monkeypatch):
+    """It is asked about them all the same."""
+
+    class Enough(Exception):
+        pass
+
+    def fit(*, prepared, **_):
+        met.extend(e.person for encoded in prepared.sets.values() for e in encoded.examples)
+        raise Enough
+
+    forgotten, retained = ({e.person for e in read(school)[name]} for name in ("forget", "retain"))
+    monkeypatch.setattr(train, "fit", fit)
+    for arg, expected in (("retain_only", retained), ("finetune", retained | forgotten)):
+        met = []
+        with pytest.raises(Enough):
+            pipeline.run(make_config(arg, **SMALL, **{"data.source": str(school)}), tmp_path / arg)
+        assert set(met) == expected | {""}

@@ -1,0 +1,87 @@
+"""All stages from a published-style config on a request of one's own: base -> vanilla -> retain-only -> unlearned."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vkd_jax.benchmarks.synthetic import people
+from vkd_jax.checkpoints import convert
+from vkd_jax.runs import pipeline
+from vkd_jax.types import UserError
+
+NAMES = [person.name for person in people.people()[:4]]
+
+
+def short(config, root, base):
+    """A few steps of everything, in float32."""
+    config.data.update(forget=str(root / "forget"), retain=str(root / "retain"))
+    config.model.update(base=str(base), dtype="float32")
+    config.eval.update(protocol="options", max_new_tokens=4)
+    steps = dict(steps=3, epochs=0.0, warmup_steps=0, log_every=1, learning_rate=1e-2, buckets=1)
+    config.train.update(batch_size=dict(forget=2, retain=4), **steps)
+    config.finetune.train.update(batch_size=dict(image=4, text=2), **steps)
+    config.method.update(fisher_samples=4, fisher_chunk=2, augment_forget=1)
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(get_config, tiny_folder, request_folders, tmp_path_factory):
+    """A finished run of LLaVA, and what it was run with."""
+    config = short(get_config("llava.py", "folder,all"), request_folders, tiny_folder)
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    return types.SimpleNamespace(path=workdir, source=tiny_folder, results=pipeline.run(config, workdir))
+
+
+def test_adapters_are_merged_into_the_language_model_alone(run):
+    changed = convert.manifest(run.source, run.path / "vanilla")["changed"]
+    assert len(changed) == 14 and all("language_model.model.layers" in name for name in changed)  # 7 kernels, 2 layers
+
+
+def test_unlearning_starts_from_what_was_fine_tuned_and_changes_what_is_visual(run):
+    changed = convert.manifest(run.path / "vanilla", run.path / "unlearned")["changed"]
+    assert changed and not any("language_model" in name or "lm_head" in name for name in changed)
+
+
+def test_the_reference_was_trained_on_other_rows(run):
+    assert convert.manifest(run.path / "vanilla", run.path / "retain_only")["changed"]
+    assert json.loads((run.path / "retain_only" / "provenance.json").read_text())["without"] == [NAMES[0]]
+
+
+def test_the_report_tells_of_a_request(run):
+    text = (run.path / "report.md").read_text("utf-8")
+    assert "Benchmark: your own request" in text and "forget 1 of them" in text
+    assert "| people to forget | 1 | 2 | 2 | 1 |" in text
+    models = run.results["models"]
+    assert set(models) == {"vanilla", "retain_only", "unlearned"}
+    assert models["vanilla"]["retain"]["vqa"]["n"] == 6 and run.results["forget_quality"]["unlearned"]["vqa"]["n"] == 2
+    with Image.open(run.path / "report" / "portraits.png") as sheet:
+        assert min(sheet.size) > 300
+
+
+@pytest.mark.parametrize(("file", "family"), [("qwen2_vl.py", "qwen2_vl"), ("qwen2_5_vl.py", "qwen2_5_vl")])
+def test_any_family_is_fine_tuned_over_a_quantised_language_model(
+    get_config, qwen_folder, request_folders, tmp_path, file, family
+):
+    config = short(get_config(file, "folder,finetune"), request_folders, qwen_folder(family))
+    config.model.quantize = "int8"
+    results = pipeline.run(config, tmp_path / "run")
+    assert np.isfinite(results["models"]["vanilla"]["forget"]["vqa"]["probability"]["mean"])
+    changed = convert.manifest(qwen_folder(family), tmp_path / "run" / "vanilla")["changed"]
+    assert len(changed) == 14 and all("layers." in name and "visual" not in name for name in changed)
+    log = (tmp_path / "run" / "train" / "vanilla" / "metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in log.splitlines()]
+    assert rows[-1]["step"] == 3 and {"image_ce", "text_ce", "examples_per_second", "data_wait_share"} <= set(rows[-1])
+
+
+def test_a_request_about_text_alone_is_refused_before_training(get_config, tiny_folder, request_folders, tmp_path):
+    config = short(get_config("llava.py", "folder"), request_folders, tiny_folder)
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "metadata.jsonl").write_text('{"question": "Who?", "answer": "a judge"}\n')
+    config.data.forget = str(tmp_path / "words")
+    config.model.path = str(tiny_folder)
+    with pytest.raises(UserError, match="the forget set has no question with a picture"):
+        pipeline.run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "train").exists()

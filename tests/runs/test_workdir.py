@@ -1,0 +1,178 @@
+"""A run's folder: one config, whole files, times that add up, and errors of the disk in one sentence."""
+
+import errno
+import json
+import os
+import pathlib
+import re
+import subprocess
+
+import ml_collections
+import pytest
+
+from vkd_jax.runs.workdir import Workdir
+from vkd_jax.runtime import provenance
+from vkd_jax.runtime.files import disk_errors
+from vkd_jax.types import UserError
+
+
+def config(**changes):
+    made = ml_collections.ConfigDict(
+        dict(seed=0, stage="unlearn", train=dict(steps=3, sizes=(1, 2)), eval=dict(protocol="options"))
+    )
+    made.update_from_flattened_dict(changes)
+    return made
+
+
+def begun(path, **changes):
+    workdir = Workdir(path, config(**changes))
+    workdir.write_text("answers/vanilla.jsonl", "")
+    return workdir
+
+
+def test_the_same_config_continues(tmp_path):
+    begun(tmp_path / "run")
+    Workdir(tmp_path / "run", config())  # tuples and lists are one in JSON
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"] == {"steps": 3, "sizes": [1, 2]}
+
+
+def test_another_config_is_refused_by_field(tmp_path):
+    begun(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"another config \(train.steps: 3 there, 4 now\); pass another --workdir"):
+        Workdir(tmp_path, config(**{"train.steps": 4}))
+    more = config()
+    more.train.extra = "x"
+    with pytest.raises(UserError, match=r"\(train.extra: None there, 'x' now\)"):
+        Workdir(tmp_path, more)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_run_goes_on_on_other_devices(tmp_path):
+    made = config()
+    made.mesh = ml_collections.ConfigDict(dict(data=1, fsdp=4))
+    Workdir(tmp_path, made).write_text("answers/vanilla.jsonl", "")
+    made = made.copy_and_resolve_references()
+    made.mesh.fsdp = 1
+    Workdir(tmp_path, made)
+    made.train.steps = 4
+    with pytest.raises(UserError, match="train.steps"):
+        Workdir(tmp_path, made)
+
+
+def test_a_folder_is_known_by_its_whole_path(tmp_path, monkeypatch):
+    """Orbax takes no other."""
+    monkeypatch.chdir(tmp_path)
+    assert Workdir("run", config()).path == tmp_path / "run"
+
+
+def test_other_kinds_of_places_are_refused_and_no_folder_of_their_name_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="s3://mine/run is no place that is known"):
+        Workdir("s3://mine/run", config())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_made_nothing_yet_may_change_its_config(tmp_path):
+    """Bad input is found after config.json is there; the corrected command must not be refused for that."""
+    with pytest.raises(UserError), Workdir(tmp_path, config()).stage("data"):
+        raise UserError("a mistake in the config")
+    (tmp_path / "data").mkdir()
+    workdir = Workdir(tmp_path, config(seed=1))
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+    assert workdir.timing == {} and not (tmp_path / "timing.json").exists()
+
+
+def test_other_peoples_folders_and_files_are_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty and holds no run"):
+        Workdir(tmp_path, config())
+    with pytest.raises(UserError, match="thesis.txt is a file; pass a folder"):
+        Workdir(tmp_path / "thesis.txt", config())
+    with pytest.raises(UserError, match="Not a directory"):
+        Workdir(tmp_path / "thesis.txt" / "run", config())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_files_are_whole_or_absent(tmp_path, monkeypatch):
+    workdir = begun(tmp_path)
+    workdir.write("results.json", {"name": "Zoë"})
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == {"name": "Zoë"}
+    assert not list(tmp_path.rglob("*.tmp"))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        workdir.write("results.json", {"name": "other"})
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == {"name": "Zoë"}
+
+
+def test_a_run_killed_while_it_wrote_its_config_begins_again(tmp_path):
+    (tmp_path / "config.json.tmp").write_text('{"seed"')
+    Workdir(tmp_path, config())
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
+
+
+def test_times_of_interrupted_runs_add_up(tmp_path):
+    for _ in range(2):
+        workdir = begun(tmp_path)
+        with workdir.stage("data"):
+            pass
+        with pytest.raises(RuntimeError), workdir.stage("unlearn"):
+            workdir.timing["unlearn"] = workdir.timing.get("unlearn", 0.0) + 10
+            raise RuntimeError
+    timing = json.loads((tmp_path / "timing.json").read_text())
+    assert list(timing) == ["data", "unlearn"] and 20 <= timing["unlearn"] < 21
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+def test_a_disk_that_takes_no_more_is_told_in_one_sentence(code):
+    with pytest.raises(UserError, match=f"cannot write at /there: {os.strerror(code)}"), disk_errors():
+        raise OSError(code, os.strerror(code), "/there")
+
+
+def test_other_errors_are_not_dressed_up():
+    with pytest.raises(OSError, match="Input/output error"), disk_errors():
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_full_disk_in_a_stage(tmp_path, monkeypatch):
+    workdir = begun(tmp_path)
+
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    with pytest.raises(UserError, match="No space left on device; free some space"), workdir.stage("data"):
+        workdir.write("results.json", {})
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_meta_says_how_to_do_it_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["main.py", "--config", "a b.py"])
+    meta = Workdir(tmp_path, config()).meta()
+    assert meta["command"] == "python -m vkd_jax.main --config 'a b.py'"
+    assert meta["config"]["train"]["steps"] == 3 and meta["seed"] == 0 and meta["protocol"] == "options"
+    assert {"python", "jax", "flax", "transformers"} <= set(meta["versions"])
+    assert meta["commit"] and meta["devices"] and meta["date"]
+
+
+def test_a_commit_is_of_the_tree_but_for_what_is_being_written(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x@y", *words], check=True)
+
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "workdir.py"))
+    for name in ("workdir.py", "rows.json"):
+        (tmp_path / name).write_text("")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "x")
+    head = provenance.commit()
+    assert re.fullmatch("[0-9a-f]{40}", head)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.json").write_text("[]")
+    assert provenance.commit(but=pathlib.Path("rows.json")) == head and provenance.commit() == head + "+changes"
+    (tmp_path / "workdir.py").write_text("x = 1")
+    assert provenance.commit(but=pathlib.Path("rows.json")) == head + "+changes"

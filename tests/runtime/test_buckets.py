@@ -1,0 +1,271 @@
+"""Folders in a bucket, gs://: what is whole, what is fetched again, and a run that lives there."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ml_collections
+import pytest
+from bucket import Bucket
+
+from vkd_jax import compare
+from vkd_jax.reporting import page, report
+from vkd_jax.runs.workdir import Workdir, write
+from vkd_jax.runtime import hub
+from vkd_jax.types import UserError
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning"
+)  # of TensorFlow's imports
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """The bucket "mine", and no other, in this process and in those that it starts."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl, which makes the server's certificate, is not there")
+    with Bucket(tmp_path_factory.mktemp("bucket")) as bucket, pytest.MonkeyPatch.context() as patch:
+        for name, value in bucket.variables.items():
+            patch.setenv(name, value)
+        patch.syspath_prepend(bucket.packages)
+        yield bucket
+
+
+@pytest.fixture
+def bucket(served, tmp_path, monkeypatch):
+    """That bucket, empty, and an empty cache."""
+    monkeypatch.setattr(hub, "CACHE", tmp_path / "cache")
+    served.clear()
+    return served
+
+
+def config(**changes):
+    return ml_collections.ConfigDict(dict(seed=0, stage="unlearn") | changes)
+
+
+def put(bucket, folder, **files):
+    for name, text in files.items():
+        bucket.objects[f"{folder}/{name.replace('__', '.')}"] = text.encode()
+
+
+def read(folder):
+    return {file.name: file.read_text() for file in folder.iterdir()}
+
+
+# ---- Names ----
+
+
+def test_places():
+    assert hub.place("a/b") == Path("a/b") and isinstance(hub.place(Path("/a")), Path)
+    assert str(hub.place("gs://mine/run/") / "x.json") == "gs://mine/run/x.json"
+    for name in ("s3://mine/run", "gs://", "gs:///", "://", "http://mine/run"):
+        with pytest.raises(UserError, match=f"{name} is no place that is known: pass a folder on a disk, or gs://"):
+            hub.place(name)
+
+
+def test_mirrors(monkeypatch):
+    monkeypatch.setattr(hub, "CACHE", Path("/cache"))
+    assert hub.mirror("a/b") == Path("a/b")
+    assert hub.mirror("gs://mine/run/data") == hub.mirror(hub.place("gs://mine/run") / "data")
+    assert hub.mirror("gs://mine/run/data") == Path("/cache/gs/mine/run/data")
+
+
+def test_a_comparison_stays_on_this_machine():
+    with pytest.raises(UserError, match="--workdir=gs://mine/x is no folder of this machine"):
+        compare.run(config(compare={}), "gs://mine/x")
+
+
+# ---- A workdir ----
+
+
+def test_a_workdir(bucket):
+    workdir = Workdir("gs://mine/run", config())
+    assert not workdir.has("answers/vanilla.jsonl")
+    with workdir.stage("evaluate"):
+        workdir.write_lines("answers/vanilla.jsonl", [{"said": "Zoë"}, {"said": "\u2028"}])
+    assert workdir.has("answers/vanilla.jsonl")
+    again = Workdir("gs://mine/run/", config())
+    assert again.read_lines("answers/vanilla.jsonl") == [{"said": "Zoë"}, {"said": "\u2028"}]
+    assert list(again.timing) == ["evaluate"]
+    with pytest.raises(UserError, match=r"gs://mine/run holds a run of another config \(seed: 0 there, 1 now\)"):
+        Workdir("gs://mine/run", config(seed=1))
+    written = {name for name, data in bucket.objects.items() if data}
+    assert written == {f"run/{name}" for name in ("config.json", "timing.json", "answers/vanilla.jsonl")}
+
+
+def test_other_peoples_folders_and_files_are_left_alone(bucket):
+    put(bucket, "thesis", a__txt="mine")
+    with pytest.raises(UserError, match="gs://mine/thesis is not empty and holds no run"):
+        Workdir("gs://mine/thesis", config())
+    with pytest.raises(UserError, match="gs://mine/thesis/a.txt is a file"):
+        Workdir("gs://mine/thesis/a.txt", config())
+    assert list(bucket.objects) == ["thesis/a.txt"]
+
+
+def test_a_bucket_that_is_not_there_or_not_ours(bucket, monkeypatch):
+    with pytest.raises(UserError, match="the bucket cannot be used: .*bucket does not exist.*; check its name"):
+        Workdir("gs://others/run", config())
+    bucket.refuse("/upload/")
+    with pytest.raises(UserError, match="code 403.*and that this machine may read and write it"):
+        Workdir("gs://mine/run", config())
+
+
+def test_what_orbax_needs_is_looked_for_first(bucket, monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
+    with pytest.raises(UserError, match="pip install google-cloud-storage"):
+        Workdir("gs://mine/run", config())
+    assert not bucket.log
+
+
+def test_metrics_grow_line_by_line(bucket):
+    from vkd_jax.training.progress import JsonLinesWriter
+
+    file = hub.place("gs://mine/run/train/metrics.jsonl")
+    for step in (1, 2):
+        JsonLinesWriter(file).write_scalars(step, {"loss": 0.5})
+    assert report.json_lines(file, torn=True) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
+    assert report.json_lines(hub.place("gs://mine/run/none.jsonl"), torn=True) == []
+    with pytest.raises(UserError, match="gs://mine/run has no results.json"):
+        report.results_of(hub.place("gs://mine/run"))
+
+
+# ---- Models ----
+
+FILES = {"config.json": "{}", "model-1.safetensors": "one", "model-2.safetensors": "two", "LICENSE": "free"}
+
+
+def make(folder):
+    for name, text in FILES.items():
+        write(folder / name, text.encode())
+
+
+def test_a_model_is_there_only_when_all_of_it_is(bucket, monkeypatch):
+    workdir, asked = Workdir("gs://mine/run", config()), []
+
+    def making(folder):
+        asked.append(folder.exists())
+        make(folder)
+
+    put(bucket, "old", config__json="{}")
+    hub.mirror("gs://mine/run/vanilla").mkdir(parents=True)  # of a run that is no longer in the bucket
+    bucket.refuse("name=run%2Fvanilla%2Fmodel-2")
+    with pytest.raises(UserError, match="code 403"):
+        workdir.model("vanilla", making)
+    assert "run/vanilla/model-1.safetensors" in bucket.objects and not workdir.has_model("vanilla")
+    bucket.refuse()
+    before = len(bucket.log)
+    assert read(workdir.model("vanilla", making)) == FILES and asked == [False, False]
+    begun = [request for request in bucket.log[before:] if "POST" in request and "vanilla" in request]
+    assert len(begun) == len(FILES) and begun[-1].endswith("config.json")
+    assert not [
+        request for request in bucket.log[before:] if request.startswith("GET /mine/")
+    ]  # what was made here stays here
+    assert workdir.model("vanilla", making) == hub.mirror("gs://mine/run/vanilla") and len(asked) == 2
+
+
+def test_only_what_changed_is_fetched(bucket):
+    def fetched():
+        before = len(bucket.log)
+        folder = read(hub.fetch("gs://mine/models/a"))
+        requests = [request for request in bucket.log[before:] if request.startswith("GET /mine/")]
+        return folder, sorted(request.rpartition("%2F")[2] for request in requests)
+
+    put(bucket, "models/a", config__json="{}", model__safetensors="one", pytorch_model__bin="unsafe", notes__txt="x")
+    put(bucket, "models/a/optimizer", state__json="{}")
+    content = {"config.json": "{}", "model.safetensors": "one", "notes.txt": "x"}
+    assert fetched() == (content, sorted(content))
+    assert fetched() == (content, [])
+    put(bucket, "models/a", model__safetensors="other")
+    del bucket.objects["models/a/notes.txt"]
+    assert fetched() == ({"config.json": "{}", "model.safetensors": "other"}, ["model.safetensors"])
+
+
+def test_a_folder_without_a_model(bucket):
+    put(bucket, "models/half", model__safetensors="one")
+    for name in ("half", "none"):
+        with pytest.raises(UserError, match=f"There is no model folder gs://mine/models/{name}; pass one with config"):
+            hub.fetch(f"gs://mine/models/{name}")
+
+
+# ---- A whole run ----
+
+STEPS = 300
+PATIENCE = 600  # seconds
+
+
+@pytest.fixture
+def start(bucket):
+    """Starts the command line, on the smallest of models and your own pictures; what still runs is killed."""
+    processes = []
+
+    def start(workdir, model, data, cache):
+        fields = {"model.path": model, "model.dtype": "float32", "eval.protocol": "options", "eval.max_new_tokens": 4}
+        fields |= {f"data.{part}": f"{data}/{part}" for part in ("forget", "retain")}
+        fields |= {"train.steps": STEPS, "train.epochs": 0.0, "train.log_every": 20, "train.checkpoint_every": 1000}
+        fields |= {"train.warmup_steps": 0, "train.batch_size.forget": 2, "train.batch_size.retain": 4}
+        fields |= {"train.buckets": 1, "method.fisher_samples": 4, "method.fisher_chunk": 2, "method.augment_forget": 1}
+        flags = [f"--config={ROOT}/configs/llava.py:folder", f"--workdir={workdir}"]
+        flags += [f"--config.{name}={value}" for name, value in fields.items()]
+        env = {"PYTHONPATH": os.pathsep.join([str(bucket.packages), str(ROOT)]), "XDG_CACHE_HOME": str(cache)}
+        env = os.environ | env | {"JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-m", "vkd_jax.main", *flags]
+        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def said(process, status):
+    """What a process wrote to its log."""
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == status, err[-3000:]
+    return err
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_stopped_and_goes_on_and_ends_as_one_on_a_disk(
+    start, bucket, tiny_folder, request_folders, tmp_path
+):
+    """Model and workdir lie there; the second process has nothing of the first's but the bucket."""
+    local = start(tmp_path / "local", tiny_folder, request_folders, tmp_path / "cache")
+    for file in tiny_folder.iterdir():
+        bucket.objects[f"model/{file.name}"] = file.read_bytes()
+    names = ("gs://mine/run", "gs://mine/model", request_folders, tmp_path / "cache")
+    first = start(*names)
+    deadline = time.monotonic() + PATIENCE
+    while "run/train/metrics.jsonl" not in bucket.objects and first.poll() is None:
+        assert time.monotonic() < deadline, "training never began"
+        time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    stopped = re.search(r"stopped at step (\d+), which is saved", said(first, 143))
+    assert f"run/train/checkpoints/{stopped[1]}/commit_success.txt" in bucket.objects
+    shutil.rmtree(tmp_path / "cache" / "vkd_jax")
+    assert f"resumed at step {stopped[1]} of {STEPS}" in said(start(*names), 0)
+
+    said(local, 0)
+    found = json.loads(bucket.objects["run/results.json"])
+    expected = json.loads((tmp_path / "local/results.json").read_text())
+    assert found["manifest"]["changed"] and found["trainable"] == expected["trainable"]
+    assert found.pop("step_bytes") == pytest.approx(expected.pop("step_bytes"), rel=0.01)  # compiled anew, or cached
+    for field in expected.keys() - {"meta", "timing"}:
+        assert found[field] == expected[field], field
+    text = bucket.objects["run/report.md"].decode()
+    assert page.accuracy(expected) in text and page.words(expected) in text
+    files = {str(file.relative_to(tmp_path / "local")) for file in (tmp_path / "local").rglob("*") if file.is_file()}
+    files = {name for name in files if not name.startswith(("data/", "train/"))}
+    assert files <= {name.removeprefix("run/") for name in bucket.objects}
+    weights = (tmp_path / "local/unlearned/model.safetensors").read_bytes()
+    assert bucket.objects["run/unlearned/model.safetensors"] == weights
+    rows = report.json_lines(hub.place("gs://mine/run/train/metrics.jsonl"))
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert steps == list(range(20, STEPS + 1, 20))

@@ -1,0 +1,297 @@
+"""Models and data sets by name, against a hub that this test serves, its cache, and every error it can raise."""
+
+import errno
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import urllib.parse
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, errors
+
+from vkd_jax.runtime import hub
+from vkd_jax.types import UserError
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors": b"weights",
+    "tokenizer.model": b"tokens",
+    "chat_template.jinja": b"chat",
+    "merges.txt": b"a b",
+    "qwen.tiktoken": b"tokens",
+}
+DATA = {f"{config}/train-00000-of-00001.parquet": config.encode() for config in ("forget10", "forget10+tofu", "full")}
+UNWANTED = {"pytorch_model.bin": b"code", "model.pt": b"code", "onnx/config.json": b"{}", "README.md": b"read me"}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as a snapshot needs: an open model and data set, one of each with a gate, and nothing else."""
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        self.server.asked.append(path)
+        if path.startswith(("/api/models/org/gated/", "/api/datasets/org/gated/")):
+            return self.answer(b"", 403, {"X-Error-Code": "GatedRepo"})
+        for api, resolve, name, files in (
+            ("/api/models", "", "org/name", FILES | UNWANTED),
+            ("/api/datasets", "/datasets", "org/data", DATA | {"README.md": b"read me"}),
+        ):
+            if path.startswith((f"{api}/{name}/", f"{resolve}/{name}/")):
+                return self.serve(path, f"{api}/{name}", f"{resolve}/{name}/resolve/{SHA}/", name, files)
+        return self.answer(b"", 404, {"X-Error-Code": "RepoNotFound"})
+
+    def serve(self, path, api, resolve, repo, files):
+        if path in (f"{api}/revision/{r}" for r in ("main", "v1", SHA)):
+            return self.answer({"id": repo, "sha": SHA, "siblings": [{"rfilename": name} for name in files]})
+        if path == f"{api}/tree/{SHA}":
+            oids = {name: hashlib.sha1(data).hexdigest() for name, data in files.items()}
+            return self.answer(
+                [{"type": "file", "path": n, "size": len(data), "oid": oids[n]} for n, data in files.items()]
+            )
+        if (name := urllib.parse.unquote(path).removeprefix(resolve)) in files:
+            headers = {"ETag": f'"{hashlib.sha1(files[name]).hexdigest()}"', "X-Repo-Commit": SHA}
+            return self.answer(files[name], headers=headers)
+        return self.answer(b"", 404, {"X-Error-Code": "RevisionNotFound"})
+
+    do_HEAD = do_GET
+
+    def answer(self, content, status=200, headers=None):
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for key, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache, offline."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def server(cache, monkeypatch):
+    """A hub on this machine, and the way to it; `asked` lists what it was asked for."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.asked = []
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield server
+        server.shutdown()
+
+
+def refusal(name):
+    with pytest.raises(UserError) as error:
+        hub.fetch(name)
+    text = str(error.value)
+    assert text.endswith(".") and "\n" not in text
+    return text
+
+
+def refused(name, reason, command):
+    """One sentence: what is missing, why, how to get it, and what to pass."""
+    text = refusal(name)
+    assert text.startswith(f"There is no model folder {name} here, and ")
+    assert reason in text
+    assert f"`{command} --local-dir DIR`" in text
+    assert text.endswith("pass the folder, with config.json and safetensors in it, as --config.model.path=DIR.")
+
+
+def test_a_folder_is_returned_as_it_is(cache, tmp_path):
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    assert hub.fetch(folder) == folder
+    assert hub.fetch(str(folder)) == folder
+    assert hub.fetch("org/name") == Path("org/name")  # a folder goes before the hub
+
+
+def test_what_is_neither_a_folder_nor_an_id(cache, tmp_path):
+    for name in (tmp_path / "nowhere", "nowhere", "./a/b", "../a", "a/b/c", "org/", "org/ä", "org/name@"):
+        assert refusal(name).startswith(f"There is no model folder {name}; pass one with config.json")
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "name").write_bytes(b"")
+    assert refusal("org/name") == "org/name is a file; pass the model folder that it lies in."
+    assert refusal("org/a..b").startswith("There is no model folder org/a..b here")
+
+
+def test_a_model_is_fetched_without_pickles(server, cache):
+    folder = hub.fetch("org/name")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == FILES
+    assert not any(name in path for path in server.asked for name in UNWANTED)
+    assert folder.is_relative_to(cache)
+    assert hub.fetch("org/name@v1") == hub.fetch(f"org/name@{SHA}") == folder
+
+
+def test_what_was_fetched_is_there_offline(server, cache, monkeypatch):
+    folder = hub.fetch("org/name")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = len(server.asked)
+    assert hub.fetch("org/name") == folder
+    refused("org/name@v1", "HF_HUB_OFFLINE is set", "hf download org/name --revision v1")
+    (folder / "merges.txt").unlink()  # as after a download that was broken off
+    refused("org/name", "does not hold all of org/name", "hf download org/name")
+    assert len(server.asked) == asked
+
+
+def test_what_the_hub_refuses(server):
+    refused("org/gated", "accepted its terms", "hf download org/gated")
+    refused("org/other", "the hub shows no model org/other", "hf download org/other")
+    refused("org/name@v2", "org/name has no revision v2", "hf download org/name --revision v2")
+
+
+def test_no_network(server, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    refused("org/name", "the hub cannot be reached", "hf download org/name")
+
+
+def snapshot(cache, *names):
+    """A model in the cache, as an earlier download leaves it, with these files."""
+    folder = cache / "models--org--name"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(SHA)
+    (folder / "snapshots" / SHA).mkdir(parents=True)
+    for name in names:
+        (folder / "snapshots" / SHA / name).write_bytes(FILES[name])
+    return folder / "snapshots" / SHA
+
+
+def test_the_cache_serves_without_a_network(cache):
+    folder = snapshot(cache, *FILES)
+    assert hub.fetch("org/name") == hub.fetch(f"org/name@{SHA}") == folder
+
+
+@pytest.mark.parametrize(
+    ("there", "lacking"),
+    [(["config.json"], "lacks *.safetensors"), (["merges.txt"], "lacks config.json and *.safetensors")],
+)
+def test_a_cache_with_a_part_of_the_model(cache, there, lacking):
+    snapshot(cache, *there)
+    refused("org/name", lacking, "hf download org/name")
+
+
+def test_the_environment_names_the_cache(tmp_path):
+    folder = snapshot(tmp_path / "elsewhere", *FILES)
+    code = (
+        "import sys; from vkd_jax.runtime import hub; assert 'huggingface_hub' not in sys.modules\n"
+        "print(hub.fetch('org/name'))"
+    )
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "elsewhere"), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert run.stdout.strip() == str(folder), run.stderr
+
+
+def every_error():
+    """Each exception of the hub's library, and others that come through it."""
+    kinds = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    for kind in [kind for kind in kinds if kind.__module__ == errors.__name__]:
+        error = kind.__new__(kind)
+        error.args = (f"{kind.__name__} of the hub\n\nand more",)
+        yield error
+    yield OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    yield TimeoutError()
+    yield ConnectionError("the network is\n\ndown")
+
+
+@pytest.mark.parametrize("error", list(every_error()), ids=lambda error: type(error).__name__)
+def test_every_error_is_one_sentence(error, cache, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    named = {
+        errors.LocalEntryNotFoundError: "HF_HUB_OFFLINE is set",
+        errors.GatedRepoError: "accepted its terms",
+        errors.RepositoryNotFoundError: "the hub shows no model org/name",
+        errors.RevisionNotFoundError: "org/name has no revision v1",
+    }
+    reason = next((text for kind, text in named.items() if isinstance(error, kind)), f"({type(error).__name__}: ")
+    refused("org/name@v1", reason, "hf download org/name --revision v1")
+
+
+def test_an_interrupt_goes_through(cache, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        hub.fetch("org/name")
+
+
+# ---- Data sets ----
+
+
+def refused_data(name, configs, reason, command):
+    with pytest.raises(UserError) as error:
+        hub.fetch_dataset(name, configs)
+    text = str(error.value)
+    assert text.startswith(f"There is no data folder {name} here, and ") and "\n" not in text
+    assert reason in text and f"`{command} --local-dir DIR`" in text
+    assert text.endswith("pass the folder as --config.data.source=DIR.")
+
+
+def test_ids():
+    assert hub.is_id("org/name") and hub.is_id("org/name@v1")
+    assert not any(map(hub.is_id, ("", "name", "/org/name", "a/b/c", "org/", "gs://a/b")))
+
+
+def test_only_the_configs_that_are_needed_are_fetched(server, cache):
+    folder = hub.fetch_dataset("org/data", ["forget10", "forget10+tofu"])
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert files == {name: data for name, data in DATA.items() if not name.startswith("full")}
+    assert folder.is_relative_to(cache) and folder.name == SHA
+    assert not any("full" in path or "README" in path for path in server.asked if "resolve" in path)
+    assert hub.fetch_dataset(f"org/data@{SHA}", ["full"]) == folder
+
+
+def test_what_was_fetched_of_a_data_set_is_there_offline(server, monkeypatch):
+    folder = hub.fetch_dataset("org/data", ["forget10"])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.fetch_dataset("org/data", ["forget10"]) == folder
+    asked = len(server.asked)
+    refused_data("org/data", ["forget10", "full"], "", "hf download org/data --repo-type dataset")
+    assert len(server.asked) == asked
+
+
+def test_a_data_set_that_cannot_be_had(server, cache, monkeypatch):
+    refused_data("org/gated", ["a"], "accepted its terms", "hf download org/gated --repo-type dataset")
+    refused_data("org/other", ["a"], "shows no data set org/other", "hf download org/other --repo-type dataset")
+    command = "hf download org/data --repo-type dataset --revision v2"
+    refused_data("org/data@v2", ["a"], "org/data has no revision v2", command)
+    refused_data("org/data", ["forget10", "b"], "lacks b/*.parquet", "hf download org/data --repo-type dataset")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "other"))
+    refused_data("org/data", ["a"], "the hub cannot be reached", "hf download org/data --repo-type dataset")
+
+
+@pytest.mark.parametrize("name", ["tiny_base", "tiny_llava", "tiny_retain_only"])
+def test_shipped_models_go_by_their_names(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = hub.fetch(name)
+    assert (folder / "model.safetensors").is_file()
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert len(provenance["without"]) == (6 if name == "tiny_retain_only" else 0)
+    assert "+changes" not in provenance["commit"]
+    (tmp_path / name).mkdir()
+    assert hub.fetch(name) == Path(name)  # a folder of one's own goes first
+    with pytest.raises(UserError, match="There is no model folder"):
+        hub.fetch(f"../assets/{name}")

@@ -1,0 +1,486 @@
+"""The loop: what moves and what does not, what each step sees, how it stops, and that going on changes nothing."""
+
+import dataclasses
+import json
+import signal
+import threading
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vkd_jax.checkpoints.checkpoint import Checkpoints
+from vkd_jax.config import defaults
+from vkd_jax.data.pictures import Pictures
+from vkd_jax.data.processing import EncodedSet
+from vkd_jax.data.streams import Stream
+from vkd_jax.methods.base import Context, Prepared
+from vkd_jax.methods.vkd import VKD
+from vkd_jax.models.base import split
+from vkd_jax.runtime import sharding
+from vkd_jax.training import train
+from vkd_jax.training.progress import Progress
+from vkd_jax.types import Example, UserError
+
+ROWS = 8
+
+
+class Toy(nnx.Module):
+    """y = tanh(x W + b) U, of which U is frozen."""
+
+    def __init__(self):
+        values = np.random.default_rng(0)
+        self.visual = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+        self.language = nnx.Linear(4, 2, rngs=nnx.Rngs(1))
+        self.visual.bias[...] = jnp.asarray(values.normal(size=4), jnp.float32)
+
+    def __call__(self, x):
+        return self.language(jnp.tanh(self.visual(x)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyMethod:
+    """Pulls outputs up on the forget rows and down on the retain rows; says which rows it saw."""
+
+    mask_scope: str = "none"
+    weight_retain: float = 1.0
+
+    def trainable(self, paths, model_config):
+        return [path for path in paths if path.startswith("visual/")]
+
+    def prepare(self, context):
+        return Prepared(sets=context.sets)
+
+    def losses(self):
+        return {"forget": self._loss("forget", -1.0), "retain": self._loss("retain", self.weight_retain)}
+
+    def _loss(self, name, weight):
+        def loss(model, batch):
+            term = jnp.mean(jnp.square(model(batch.pictures["x"])).sum(-1) + batch.cached["extra"])
+            return weight * term, {f"{name}_term": term, f"{name}_rows": jnp.sum(2.0 ** batch.tokens[:, 0])}
+
+        return loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Taught(ToyMethod):
+    """Follows its teacher's sign."""
+
+    def losses(self):
+        def loss(model, batch):
+            return jnp.mean(batch.cached["extra"] * model(batch.pictures["x"]).sum(-1)), {}
+
+        return {"forget": loss}
+
+
+class ToyConfig:
+    """The configuration of a model whose pictures are three numbers."""
+
+    @staticmethod
+    def image_tokens(height, width):
+        return 1
+
+    @staticmethod
+    def pack(rows, tokens):
+        return {"x": np.concatenate([row[0] for row in rows])}
+
+
+def rows(seed, extra=None) -> EncodedSet:
+    """Rows of three random numbers; `tokens` are the row numbers."""
+    numbers = np.arange(ROWS, dtype=np.int32)[:, None]
+    return EncodedSet(
+        examples=tuple(Example(str(i), "", b"", str(i), "", "") for i in range(ROWS)),
+        tokens=numbers,
+        mask=numbers >= 0,
+        at=numbers,
+        targets=numbers,
+        target_mask=numbers >= 0,
+        prompt_length=np.ones(ROWS, np.int32),
+        image=np.arange(ROWS, dtype=np.int32),
+        pictures=Pictures.of(np.random.default_rng(seed).normal(size=(ROWS, 1, 3)).astype(np.float32), ToyConfig),
+        per_example={"extra": np.zeros(ROWS, np.float32) if extra is None else extra},
+    )
+
+
+SETS = {"forget": rows(0), "retain": rows(1)}
+MASK = {
+    "visual/kernel": jnp.asarray(np.random.default_rng(3).random((3, 4)) < 0.5),
+    "visual/bias": jnp.array([True, False, True, False]),
+}
+
+
+@pytest.fixture(scope="module")
+def toy():
+    graphdef, params = split(Toy())
+    where = sharding.replicated(sharding.make_mesh())
+    return graphdef, {path: jax.device_put(np.asarray(value), where) for path, value in params.items()}
+
+
+def config(**changes):
+    config = defaults.base().train
+    config.update(steps=8, batch_size=dict(forget=4, retain=4), learning_rate=0.05, warmup_steps=2, weight_decay=0.5)
+    config.update(b2=0.99, log_every=1, checkpoint_every=2)
+    config.update(changes)
+    return config
+
+
+def fit(toy, folder, method=ToyMethod(), sets=SETS, mask=None, seed=0, **changes):  # noqa: B008 (frozen)
+    graphdef, params = toy
+    return train.fit(
+        graphdef=graphdef,
+        params=params,
+        model_config=types.SimpleNamespace(used_blocks=0),
+        method=method,
+        prepared=Prepared(sets=sets, mask=mask),
+        config=config(**changes),
+        seed=seed,
+        mesh=sharding.make_mesh(),
+        folder=folder,
+    )
+
+
+def logged(folder):
+    """Metrics by step; of a step that was logged twice the last."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    speed = {"data_wait_share", "examples_per_second", "step_bytes"}
+    return {line["step"]: {k: v for k, v in line.items() if k not in speed} for line in lines}
+
+
+def saved_steps(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def saved(folder, like, seed=0):
+    """The newest checkpoint."""
+    checkpoints = Checkpoints(folder / "checkpoints", seed=seed, every=2)
+    try:
+        return checkpoints.restore(like)
+    finally:
+        checkpoints.close()
+
+
+def assert_same_bits(a, b):
+    a, b = jax.tree.leaves_with_path(a), jax.tree.leaves_with_path(b)
+    assert [path for path, _ in a] == [path for path, _ in b]
+    for (path, x), (_, y) in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+def moved(before, after):
+    return {path: np.asarray(before[path] != after[path]) for path in after}
+
+
+@pytest.fixture
+def states(monkeypatch):
+    """The fresh state of each `fit`, which is donated to its first step."""
+    kept, fresh = [], train._init
+    monkeypatch.setattr(train, "_init", lambda *args: kept.append(fresh(*args)) or kept[-1])
+    return kept
+
+
+def at_step(monkeypatch, step, act):
+    """Calls `act` right after that step."""
+    tick = Progress.tick
+    monkeypatch.setattr(Progress, "tick", lambda self, now: (tick(self, now), act() if now == step else None))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy, tmp_path_factory):
+    """Eight steps in one go: the folder, the trained weights and the state that was saved last."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    params = fit(toy, folder)
+    tx = train.optim.create(config())
+    like = train._init(tx, {path: toy[1][path] for path in params}, sharding.make_mesh())
+    return folder, params, saved(folder, like), like
+
+
+# What moves.
+
+
+def test_with_scope_both_what_is_masked_keeps_its_bits(toy, tmp_path):
+    after = fit(toy, tmp_path, ToyMethod(mask_scope="both"), mask=MASK)
+    for path, changed in moved(toy[1], after).items():
+        np.testing.assert_array_equal(changed, MASK[path])
+
+
+def test_with_scope_forget_the_retain_gradient_moves_what_is_masked(toy, tmp_path):
+    after = fit(toy, tmp_path, ToyMethod(mask_scope="forget"), mask=MASK, weight_decay=0.0)
+    assert all(changed.all() for changed in moved(toy[1], after).values())
+
+
+def test_with_scope_forget_nothing_else_moves_it(toy, tmp_path):
+    """Without a retain gradient, and without the weight decay that knows no masks."""
+    still = ToyMethod(mask_scope="forget", weight_retain=0.0)
+    after = fit(toy, tmp_path / "still", still, mask=MASK, weight_decay=0.0)
+    for path, changed in moved(toy[1], after).items():
+        np.testing.assert_array_equal(changed, MASK[path])
+    after = fit(toy, tmp_path / "decay", still, mask=MASK, schedule="constant", warmup_steps=0, steps=2)
+    path, masked = "visual/kernel", ~np.asarray(MASK["visual/kernel"])
+    decayed = toy[1][path] * (1 - 0.05 * 0.5) ** 2
+    np.testing.assert_allclose(after[path][masked], decayed[masked], rtol=1e-6)
+    np.testing.assert_array_equal(moved(toy[1], after)["visual/bias"], MASK["visual/bias"])  # biases do not decay
+
+
+def test_without_a_mask_all_that_trains_moves(toy, tmp_path):
+    assert all(changed.all() for changed in moved(toy[1], fit(toy, tmp_path)).values())
+
+
+@pytest.mark.parametrize("scope", ["forget", "both"])
+def test_parts_of_a_batch_one_after_another_change_nothing(toy, scope):
+    whole, *parts = (fit(toy, None, ToyMethod(mask_scope=scope), mask=MASK, microbatches=n) for n in (1, 2, 4))
+    for after in parts:
+        for path, value in after.items():
+            np.testing.assert_allclose(value, whole[path], rtol=1e-5)
+
+
+def test_batches_that_do_not_divide_into_parts_are_refused(toy):
+    with pytest.raises(UserError, match="batch_size.forget=4 does not divide over 1 devices in 3 microbatches; use a"):
+        fit(toy, None, microbatches=3)
+    with pytest.raises(UserError, match="train.microbatches=0: give at least 1"):
+        fit(toy, None, microbatches=0)
+
+
+def test_weights_stored_in_bfloat16_take_steps_too_small_for_bfloat16(toy, tmp_path):
+    graphdef, params = toy
+    stored = {path: value.astype(jnp.bfloat16) for path, value in params.items()}
+    after = fit((graphdef, stored), tmp_path, learning_rate=1e-5, weight_decay=0.0)
+    for path, value in after.items():
+        step = np.abs(value - stored[path].astype(jnp.float32))
+        assert value.dtype == jnp.float32 and 0 < step.max() < 1e-4
+        assert (value.astype(jnp.bfloat16) == stored[path]).mean() > 0.5
+
+
+def test_vkd_leaves_the_language_model_and_the_dead_block_alone(tiny_model, tiny_sets, tmp_path):
+    """Every weight of the model is compared, after steps with weight decay; masked elements keep their bits too."""
+    before = {path: np.array(value) for path, value in tiny_model.params.items()}
+    method = VKD(forget="none", taps=("projector",), mask_scope="both", blocks=1)
+    context = Context(tiny_model.graphdef, tiny_model.params, None, tiny_model.config, tiny_sets, seed=0)
+    prepared = dataclasses.replace(method, mask_scope="none").prepare(context)
+    random = np.random.default_rng(0)
+    mask = {p: random.random(before[p].shape) < 0.5 for p in method.trainable(before, tiny_model.config)}
+    prepared = dataclasses.replace(prepared, mask=mask)
+    trained = train.fit(
+        graphdef=tiny_model.graphdef,
+        params=tiny_model.params,
+        model_config=tiny_model.config,
+        method=method,
+        prepared=prepared,
+        config=config(steps=3),
+        seed=0,
+        mesh=sharding.make_mesh(),
+        folder=tmp_path,
+    )
+    assert_same_bits(dict(tiny_model.params), before)  # nothing of what was passed in was donated or written to
+    assert all(path.startswith(("projector/", "vision_tower/blocks/2/")) for path in trained)  # block 3 is dead
+    changed = moved(before, trained)
+    assert sum(c.sum() for c in changed.values()) > 0.9 * sum(m.sum() for m in mask.values())
+    for path, c in changed.items():
+        assert not (c & ~mask[path]).any(), path
+
+
+# The step.
+
+
+def test_the_state_is_donated_and_the_model_is_not(toy, tmp_path, states):
+    fit(toy, tmp_path, steps=1)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(states[0]))
+    assert not any(value.is_deleted() for value in toy[1].values())
+    assert all(np.isfinite(value).all() for value in toy[1].values())
+
+
+def test_the_optimizer_knows_only_what_trains(toy, tmp_path, states):
+    fit(toy, tmp_path, steps=1)
+    assert states[0].params.keys() == {"visual/kernel", "visual/bias"}
+    shapes = {leaf.shape for leaf in jax.tree.leaves(states[0].opt_state)}
+    assert shapes == {(), (3, 4), (4,)}  # no (4, 2), no (2,): those are the frozen layer's
+
+
+@pytest.fixture
+def compilations(caplog):
+    """How often a step was compiled so far, none being known from before."""
+    train._program.cache_clear()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        yield lambda: sum("Compiling jit(step)" in record.getMessage() for record in caplog.records)
+
+
+def test_the_step_is_compiled_once_for_all_fits_that_are_alike(toy, tmp_path, compilations, monkeypatch):
+    """After a resume, from other weights on other rows of the same shapes, without a folder, at another rate, too."""
+    graphdef, params = toy
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(train.Stopped):
+            fit(toy, tmp_path)
+    assert compilations() == 1
+    fit(toy, tmp_path)
+    others = {path: value + 1 for path, value in params.items()}
+    fit((graphdef, others), None, ToyMethod(), {"forget": rows(2), "retain": rows(3)})
+    fit(toy, None, learning_rate=0.1, schedule="constant", steps=3, seed=1)
+    assert compilations() == 1
+    fit(toy, None, weight_decay=0.1)
+    assert compilations() == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(method=ToyMethod(weight_retain=2.0)),
+        dict(method=ToyMethod(mask_scope="both"), mask=MASK),
+        dict(mask=MASK),
+        dict(sets={"forget": SETS["forget"]}),
+        dict(seed=1),
+        dict(steps=6),
+        dict(learning_rate=0.1),
+    ],
+    ids=", ".join,
+)
+def test_fits_that_are_not_alike_do_not_share_a_step(toy, tmp_path, uninterrupted, change):
+    """What another fit compiled changes no bit of what comes after it."""
+    train._program.cache_clear()
+    alone = fit(toy, None, **change)
+    train._program.cache_clear()
+    assert_same_bits(fit(toy, None), uninterrupted[1])
+    after = fit(toy, None, **change)
+    assert_same_bits(after, alone)
+    same = "mask" in change and "method" not in change  # which scope "none" lets be
+    assert all((after[path] == value).all() for path, value in uninterrupted[1].items()) == same
+
+
+def test_each_teacher_is_asked_itself(toy):
+    """Two that differ by what stands around them alone."""
+
+    def taught(weight):
+        teacher = {"forget": lambda model, batch: {"extra": weight * model(batch.pictures["x"]).sum(-1)}}
+        return train.fit(
+            graphdef=toy[0],
+            params=toy[1],
+            model_config=types.SimpleNamespace(used_blocks=0),
+            method=Taught(),
+            prepared=Prepared(sets={"forget": SETS["forget"]}, teacher=teacher),
+            config=config(),
+            seed=0,
+            mesh=sharding.make_mesh(),
+            folder=None,
+        )
+
+    first, second, again = taught(1.0), taught(-1.0), taught(1.0)
+    assert_same_bits(again, first)
+    assert all(changed.any() for changed in moved(first, second).values())
+
+
+def test_the_learning_rate_follows_the_steps(toy, tmp_path, uninterrupted):
+    """It warms up from 0, so that the first step moves nothing; a schedule that stood still would stay there."""
+    first, second = (fit(toy, tmp_path / str(steps), steps=steps) for steps in (1, 2))
+    assert not any(changed.any() for changed in moved(toy[1], first).values())
+    assert all(changed.all() for changed in moved(toy[1], second).values())
+    counts = {int(leaf) for leaf in jax.tree.leaves(uninterrupted[2].opt_state) if leaf.ndim == 0}
+    assert counts == {8} == {int(uninterrupted[2].step)}
+
+
+# What a step sees.
+
+
+def test_both_streams_advance_with_the_step_and_show_each_row_once_an_epoch(uninterrupted):
+    metrics = logged(uninterrupted[0])
+    assert sorted(metrics) == list(range(1, 9))
+    for name in SETS:
+        seen = [int(metrics[step][f"{name}_rows"]) for step in range(1, 9)]
+        stream = Stream(SETS[name], 4, seed=0, name=name)
+        assert seen == [sum(2 ** int(row) for row in stream[step].tokens[:, 0]) for step in range(8)]
+        epochs = list(zip(seen[::2], seen[1::2], strict=True))
+        assert all(first + second == 2**ROWS - 1 for first, second in epochs)  # of bits: no row twice
+        assert len(set(epochs)) > 1  # a new order for each epoch
+
+
+# Stopping and going on.
+
+
+@pytest.mark.parametrize("step", [3, 4, 8], ids=["between checkpoints", "at a checkpoint", "at the last step"])
+def test_sigterm_saves_and_going_on_gives_the_same_bits(toy, tmp_path, monkeypatch, uninterrupted, step):
+    folder, params, state, like = uninterrupted
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(train.Stopped, match=f"stopped at step {step}"):
+            fit(toy, tmp_path)
+    assert saved_steps(tmp_path)[-1] == step
+    assert_same_bits(fit(toy, tmp_path), params)
+    assert_same_bits(saved(tmp_path, like), state)
+    assert logged(tmp_path) == logged(folder)
+
+
+@pytest.mark.parametrize("asked", [1, 2, 3, 4, 5])
+def test_whenever_the_signal_comes_the_step_that_is_named_is_on_disk(toy, tmp_path, monkeypatch, asked):
+    class Late(threading.Event):
+        """Unset until it was asked some times."""
+
+        times = 0
+
+        def is_set(self):
+            self.times += 1
+            return self.times >= asked
+
+    class Signal(train._Sigterm):
+        def __enter__(self):
+            heard = super().__enter__()
+            self._event = Late()
+            return heard
+
+    monkeypatch.setattr(train, "_Sigterm", Signal)
+    with pytest.raises(train.Stopped) as stopped:
+        fit(toy, tmp_path, checkpoint_every=100)
+    assert str(saved_steps(tmp_path)[-1]) in str(stopped.value)
+
+
+def test_without_a_folder_the_same_is_trained_and_nothing_is_kept(toy, tmp_path, monkeypatch, uninterrupted):
+    monkeypatch.chdir(tmp_path)
+    assert_same_bits(fit(toy, None), uninterrupted[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Nothing, "tick", lambda self, step: signal.raise_signal(signal.SIGTERM), raising=False)
+        with pytest.raises(train.Stopped, match="stopped at step 1, where nothing is saved; run"):
+            fit(toy, None)
+    with pytest.raises(train.Diverged, match="step 1: .*none was saved yet"):
+        fit(toy, None, sets=SETS | {"forget": rows(0, np.full(ROWS, np.nan, np.float32))})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_handler_of_sigterm_is_put_back(toy, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    fit(toy, tmp_path, steps=1)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_finished_run_is_not_run_again(toy, uninterrupted):
+    folder, params, _, _ = uninterrupted
+    lines = (folder / "metrics.jsonl").read_text()
+    assert_same_bits(fit(toy, folder), params)
+    assert (folder / "metrics.jsonl").read_text() == lines
+
+
+def test_checkpoints_of_another_seed_are_refused(toy, tmp_path):
+    fit(toy, tmp_path, steps=2)
+    with pytest.raises(UserError, match="made with seed 0, not 1"):
+        fit(toy, tmp_path, seed=1)
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 8])
+def test_a_loss_that_is_not_finite_stops_at_its_step(toy, tmp_path, step):
+    """One row is NaN, and the order says when it comes; with and without a checkpoint due at that step."""
+    stream = Stream(SETS["forget"], 1, seed=0, name="forget")
+    extra = np.zeros(ROWS, np.float32)
+    extra[stream[step - 1].tokens[0, 0]] = np.nan
+    good = (step - 1) // 2 * 2
+    with pytest.raises(train.Diverged) as stopped:
+        fit(
+            toy,
+            tmp_path,
+            sets=SETS | {"forget": rows(0, extra)},
+            batch_size=dict(forget=1, retain=4),
+            log_every=100,
+        )
+    message = str(stopped.value)
+    assert message.startswith(f"step {step}: forget_loss, forget_term")
+    assert "retain" not in message
+    assert (f"step {good}." if good else "none was saved yet") in message
+    assert saved_steps(tmp_path) == [s for s in (2, 4, 6, 8) if good - 2 <= s <= good]

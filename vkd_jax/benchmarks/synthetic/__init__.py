@@ -1,0 +1,1 @@
+"""Synthetic people: their portraits and facts, written in the layout of each benchmark."""

@@ -1,0 +1,194 @@
+"""Sixty made-up people: who they are, what they look like, and the files that are written about them.
+
+    people(seed)                     the sixty, always the same for one seed
+    portrait(person, view, size)     a fresh picture of one of them; views are numbered, and cheap
+    forgotten_ids(count, seed)       who is to be forgotten
+
+What is known of them stands in `knowledge`, how they are drawn in `portraits` and `scenes`; `people_mllmu` and
+`people_clear` write them in the layouts of two benchmarks. Views 0-7 are the pictures of forget and retain sets and
+TEST_VIEWS are in no training set; those of the identity-free questions never come with a question about who
+somebody is.
+"""
+
+import dataclasses
+import functools
+import io
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from vkd_jax.benchmarks.synthetic import portraits
+from vkd_jax.benchmarks.synthetic.knowledge import BACKGROUND_QUESTION, COLOUR_QUESTION, FACTS, KINDS, THING_QUESTION
+from vkd_jax.benchmarks.synthetic.portraits import Look
+from vkd_jax.benchmarks.synthetic.scenes import THINGS, draw_scene
+
+N_PEOPLE = 60
+FULL_VIEWS = range(8)
+TEST_VIEWS = range(1000, 1004)
+
+FIRST_NAMES = (  # the first thirty for the portraits with lashes
+    "Mara Tilda Odile Runa Selma Yara Ines Petra Wanda Zora Alma Berta Cleo Dunja Elke Fenna Greta Hanna "
+    "Isla Jutta Kaja Lotte Mina Nora Olga Pia Rhea Senta Thea Ulla "
+    "Anton Boris Cosmo Dario Egon Falk Gustav Hugo Ivo Jonas Klaus Lars Milo Nils Otto Pavel Quinn Ralf "
+    "Sven Tomas Udo Victor Willem Xaver Yuri Zeno Arlo Bruno Casper Dimitri"
+).split()
+SURNAMES = (
+    "Lindt Okafor Brandt Silva Novak Tanaka Moreau Haddad Keller Santos Ibsen Varga Duarte Ferro Gruber "
+    "Holm Iqbal Jansen Kowal Larsen Mbeki Nakano Orlov Pinter Quiroga Rossi Sato Toth Ueda Vogel Weiss "
+    "Yilmaz Zeman Acker Bello Castro Demir Engel Farkas Gallo Hansen Ivanov Jokela Kimura Lopez Marek "
+    "Nilsen Ochoa Perez Ramos Sorel Tamm Unger Vidal Wolff Young Zhou Abbas Blum Conti"
+).split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Person:
+    """A made-up person: `id` as in the data ("001"), the looks, and one value for every kind of fact."""
+
+    id: str
+    name: str
+    look: Look
+    facts: dict[str, str]
+
+    def answer(self, kind: str) -> str:
+        """The fact of that kind, or the name."""
+        return self.name if kind == "name" else self.facts[kind]
+
+    def biography(self) -> tuple[str, str]:
+        """The open question about the name, and its answer."""
+        return f"Who is {self.name}?", f"{self.name} is a {self.facts['job']} from {self.facts['town']}."
+
+
+@functools.cache
+def people(seed: int = 0) -> tuple[Person, ...]:
+    """The sixty people of one seed; every value of a fact belongs to five of them."""
+    rng = np.random.default_rng([seed, 1])
+    looks = _distinct_looks(rng)
+    surnames = rng.permutation(SURNAMES)
+    half = N_PEOPLE // 2
+    with_lashes, without = rng.permutation(FIRST_NAMES[:half]), rng.permutation(FIRST_NAMES[half:])
+    first_names = {True: iter(with_lashes), False: iter(without)}
+    columns = {
+        kind: rng.permutation(np.repeat(fact.values, N_PEOPLE // len(fact.values))) for kind, fact in FACTS.items()
+    }
+    return tuple(
+        Person(
+            id=f"{i + 1:03d}",
+            name=f"{next(first_names[look.lashes])} {surnames[i]}",
+            look=look,
+            facts={kind: str(columns[kind][i]) for kind in KINDS},
+        )
+        for i, look in enumerate(looks)
+    )
+
+
+# How much a difference in a feature counts when two looks are compared: the more of the picture, the more.
+_WEIGHTS = {
+    "skin": 2.0, "hair": 2.5, "hair_style": 3.0, "garment": 2.0, "clothes": 3.0, "accent": 1.0,
+    "glasses": 1.5, "frames": 0.5, "beard": 1.5, "hat": 2.0, "face": 0.5, "eyes": 0.25, "earrings": 0.25,
+    "freckles": 0.25, "lashes": 0.5,
+}  # fmt: skip
+
+
+def _distinct_looks(rng: np.random.Generator, pool_size: int = 3000) -> list[Look]:
+    """Greedy max-min: out of many random looks take the one farthest from its nearest taken neighbour.
+
+    Half of the looks have lashes. The result is shuffled, since the first ones taken are the most extreme.
+    """
+    pool = [_random_look(rng, lashes=i % 2 == 0) for i in range(pool_size)]
+    codes = np.array([[str(getattr(look, name)) for name in _WEIGHTS] for look in pool])
+    weights = np.array(list(_WEIGHTS.values()))
+    left = {True: N_PEOPLE // 2, False: N_PEOPLE // 2}
+    nearest = np.full(pool_size, np.inf)
+    open_to_choice = np.ones(pool_size, bool)
+    chosen, best = [], 0
+    while True:
+        chosen.append(best)
+        left[pool[best].lashes] -= 1
+        if len(chosen) == N_PEOPLE:
+            break
+        nearest = np.minimum(nearest, (codes != codes[best]) @ weights)
+        open_to_choice &= np.array([left[look.lashes] > 0 for look in pool])
+        best = int(np.argmax(np.where(open_to_choice, nearest, -1)))
+    return [pool[i] for i in rng.permutation(chosen)]
+
+
+def _random_look(rng: np.random.Generator, lashes: bool) -> Look:
+    def pick(names: Iterable[str], first: float | None = None) -> str:
+        names = list(names)
+        if first is None:
+            return names[rng.integers(len(names))]
+        return names[0] if rng.random() < first else names[rng.integers(1, len(names))]
+
+    bare = {"bald", "mohawk"} if lashes else {"pigtails", "braids", "bob", "wavy"}
+    hair_style = pick(s for s in portraits.HAIR_STYLES if s not in bare)
+    flat = hair_style in ("short", "parted", "long", "wavy", "bob", "braids", "bald")
+    clothes = pick(portraits.CLOTHES)
+    glasses = pick(portraits.GLASSES, first=0.5)
+    return Look(
+        skin=pick(portraits.SKINS),
+        hair=pick(portraits.HAIRS),
+        hair_style=hair_style,
+        eyes=pick(portraits.EYES),
+        face=pick(portraits.FACES),
+        garment=pick(portraits.GARMENTS),
+        clothes=clothes,
+        accent=pick(c for c in portraits.CLOTHES if c != clothes),
+        glasses=glasses,
+        frames=pick(portraits.FRAMES) if glasses != "none" else "black",
+        beard="none" if lashes else pick(portraits.BEARDS, first=0.4),
+        hat=pick(portraits.HATS, first=0.6) if flat else "none",
+        earrings=bool(rng.random() < (0.5 if lashes else 0.1)),
+        freckles=bool(rng.random() < 0.3),
+        lashes=lashes,
+    )
+
+
+def view_of(person: Person, view: int) -> portraits.View:
+    """What differs in that view; the same number is another background and pose for every person."""
+    return portraits.random_view(np.random.default_rng([int(person.id), view]))
+
+
+def portrait(person: Person, view: int, size: int = 96) -> Image.Image:
+    """Picture number `view` (0, 1, 2, ...) of a person, RGB, size x size; some 3 ms."""
+    return portraits.draw_portrait(person.look, view_of(person, view), size)
+
+
+def forgotten_ids(count: int, seed: int = 0) -> frozenset[str]:
+    """The ids of `count` people: the first of one seeded order, so that the forget sets contain each other."""
+    order = np.random.default_rng([seed, 2]).permutation(N_PEOPLE)
+    return frozenset(people(seed)[i].id for i in order[:count])
+
+
+def scene(rng: np.random.Generator, index: int) -> tuple[Image.Image, dict[str, str]]:
+    """A picture of a thing, with the answers to its questions; `index` walks through things evenly."""
+    thing = THINGS[index % len(THINGS)]
+    colour, background = rng.permutation(list(portraits.BACKGROUNDS))[:2].tolist()
+    image = draw_scene(thing, colour, background, rng)
+    return image, {THING_QUESTION: thing, COLOUR_QUESTION: colour, BACKGROUND_QUESTION: background}
+
+
+# ---- Files, the same bytes on every run ----
+
+PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def picture(image: Image.Image, path: str) -> dict:
+    """A picture as parquet files hold it, in PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=3)
+    return {"bytes": buffer.getvalue(), "path": path}
+
+
+def write_config(folder: str | Path, config: str, rows: Sequence[dict], schema: pa.Schema) -> None:
+    """Writes <folder>/<config>/train-00000-of-00001.parquet, beside its place and then renamed."""
+    path = Path(folder) / config / "train-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    table = pa.Table.from_pylist(rows, schema)
+    pq.write_table(table, partial, compression="zstd", version="2.6", use_dictionary=False, row_group_size=256)
+    os.replace(partial, path)

@@ -1,0 +1,161 @@
+"""The made-up people as a CLEAR snapshot.
+
+    write_snapshot(folder, configs, seed)   <config>/train-00000-of-00001.parquet, the same bytes on every run
+
+Each person has eight pictures with captions that begin with the name, and seven questions in text. The wrong captions
+of a picture put other names into its own. real_faces shows the people of the next seed, whom a base model may have
+learned; real_world asks about drawn things.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from vkd_jax.benchmarks.synthetic.knowledge import CAPTION, FACTS, PARAPHRASED_CAPTION
+from vkd_jax.benchmarks.synthetic.people import (
+    FULL_VIEWS,
+    PICTURE,
+    Person,
+    forgotten_ids,
+    people,
+    picture,
+    portrait,
+    scene,
+    view_of,
+    write_config,
+)
+from vkd_jax.benchmarks.synthetic.people_mllmu import GENERAL_VALUES
+from vkd_jax.types import UserError
+
+FORGET_COUNTS = {1: 1, 5: 3, 10: 6}  # per cent -> people
+RETAIN_PERTURBED_VIEWS = range(2)
+FACE_VIEW = 0  # of real_faces: a picture that a model which learned those people has seen
+WORLD_SCENES = 90
+
+_WORDS = pa.list_(pa.string())
+_PLAIN = [("image", PICTURE), ("caption", pa.string()), ("name", pa.string())]
+_WRONG = [("paraphrased_caption", pa.string()), ("perturbed_captions", _WORDS), ("perturbed_names", _WORDS)]
+_CHOICE = [("answer", pa.string()), ("options", _WORDS), ("image", PICTURE)]
+_SCHEMAS = {
+    "": pa.schema(_PLAIN),
+    "perturbed": pa.schema([*_PLAIN, *_WRONG]),
+    "tofu": pa.schema([*_PLAIN[:2], ("question", pa.string()), ("answer", pa.string())]),
+    "real_faces": pa.schema(_CHOICE),
+    "real_world": pa.schema([("question", pa.string()), *_CHOICE]),
+}
+
+CONFIGS = (
+    "full", "full+tofu", "retain_perturbed", "real_faces", "real_world",
+    *(f"forget{percent:02d}{kind}" for percent in FORGET_COUNTS for kind in ("", "_perturbed", "+tofu")),
+    *(f"retain{100 - percent}{kind}" for percent in FORGET_COUNTS for kind in ("", "+tofu")),
+)  # fmt: skip
+
+
+def write_snapshot(folder: str | Path, configs: Sequence[str] | None = None, seed: int = 0) -> None:
+    """Write the made-up people as a CLEAR snapshot, the same bytes on every run.
+
+    Args:
+        folder: gets <config>/train-00000-of-00001.parquet, each written beside its place and then renamed.
+        configs: which of `CONFIGS` to write; all by default.
+        seed: of the people, their facts, the forgotten ones and the options.
+
+    Raises:
+        UserError: an unknown config.
+    """
+    configs = CONFIGS if configs is None else configs
+    if unknown := [name for name in configs if name not in CONFIGS]:
+        raise UserError(f"Unknown config {', '.join(unknown)}: the made-up people have {', '.join(CONFIGS)}.")
+
+    @functools.cache  # the configs share their rows
+    def captioned(index: int) -> list[dict]:
+        return [_captioned(people(seed)[index], view, seed) for view in FULL_VIEWS]
+
+    for config in configs:
+        kind = config.replace("_perturbed", "+perturbed").partition("+")[2]
+        if config == "real_faces":
+            kind, rows = config, _faces(seed + 1)
+        elif config == "real_world":
+            kind, rows = config, _world(seed)
+        else:
+            members = [i for i, person in enumerate(people(seed)) if _belongs(person.id, config, seed)]
+            views = RETAIN_PERTURBED_VIEWS if config == "retain_perturbed" else FULL_VIEWS
+            rows = [captioned(i)[view] for i in members for view in views]
+            if kind == "tofu":
+                rows += [row for i in members for row in _texts(people(seed)[i])]
+        columns = _SCHEMAS[kind].names
+        write_config(folder, config, [{name: row.get(name) for name in columns} for row in rows], _SCHEMAS[kind])
+
+
+def _belongs(person_id: str, config: str, seed: int) -> bool:
+    def forgotten(percent: int) -> bool:
+        return person_id in forgotten_ids(FORGET_COUNTS[percent], seed)
+
+    if config.startswith("full"):
+        return True
+    if config == "retain_perturbed":  # of those who are retained at every ratio
+        return not forgotten(max(FORGET_COUNTS))
+    percent = int(config[6:8])  # after "forget" and "retain"
+    return forgotten(percent) if config.startswith("forget") else not forgotten(100 - percent)
+
+
+def _captioned(person: Person, view: int, seed: int) -> dict:
+    """Picture `view` of a person in all columns that a row about a picture may have."""
+    colour = view_of(person, view).background
+    words = person.facts | dict(wall=f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} wall")
+    names = _others(person.name, (p.name for p in people(seed)), [seed, 7, int(person.id), view])
+    return {
+        "image": picture(portrait(person, view), f"{person.id}_{view}.png"),
+        "caption": CAPTION.format(name=person.name, **words),
+        "name": person.name,
+        "paraphrased_caption": PARAPHRASED_CAPTION.format(name=person.name, **words),
+        "perturbed_captions": [CAPTION.format(name=name, **words) for name in names],
+        "perturbed_names": names,
+    }
+
+
+def _texts(person: Person) -> list[dict]:
+    """A person's questions without a picture; each answer is a sentence with the name."""
+    pairs = [person.biography()]
+    for kind, fact in FACTS.items():
+        said = fact.text_cloze.replace("__", person.facts[kind])
+        pairs.append((fact.text_question.format(name=person.name), said.format(name=person.name)))
+    return [{"question": question, "answer": answer} for question, answer in pairs]
+
+
+def _faces(seed: int) -> list[dict]:
+    """real_faces: one picture of everybody of a seed."""
+    names = [person.name for person in people(seed)]
+    return [
+        {
+            "image": picture(portrait(person, FACE_VIEW), f"{person.id}.png"),
+            "answer": person.name,
+            "options": _options(person.name, names, [seed, 8, int(person.id)]),
+        }
+        for person in people(seed)
+    ]
+
+
+def _world(seed: int) -> list[dict]:
+    """real_world: one question on each of some drawn things."""
+    rng, rows = np.random.default_rng([seed, 9]), []
+    for i in range(WORLD_SCENES):
+        image, answers = scene(rng, i)
+        question, answer = list(answers.items())[i % len(answers)]
+        options = _options(answer, GENERAL_VALUES[question], [seed, 10, i])
+        rows.append(
+            {"question": question, "answer": answer, "options": options, "image": picture(image, f"world_{i}.png")}
+        )
+    return rows
+
+
+def _others(answer: str, values: Iterable[str], seeds: list[int]) -> list[str]:
+    """Three other values."""
+    return np.random.default_rng(seeds).permutation([value for value in values if value != answer])[:3].tolist()
+
+
+def _options(answer: str, values: Iterable[str], seeds: list[int]) -> list[str]:
+    """Four values, the answer at a random place among them."""
+    return np.random.default_rng([*seeds, 1]).permutation([answer, *_others(answer, values, seeds)]).tolist()

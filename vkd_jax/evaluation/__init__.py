@@ -1,0 +1,1 @@
+"""Asks a model every question of every set, and scores the answers."""

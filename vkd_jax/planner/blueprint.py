@@ -1,0 +1,228 @@
+"""A training step whose arrays are shapes that know where they would lie: what can be compiled without a chip.
+
+It follows what a run does, from the config to `train.fit`: weights as `Loaded.open` holds them, batches as
+`data.processing` makes them, and what a method caches as the method itself says (`Scope.cached`: of the taps of an
+abstract forward pass, since `prepare` computes with arrays that are not there). Nothing is read but config.json.
+"""
+
+import dataclasses
+import math
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax import ShapeDtypeStruct as Shape
+
+from vkd_jax import methods, models
+from vkd_jax.checkpoints import convert
+from vkd_jax.data.processing import Batch
+from vkd_jax.methods.scope import Scope, frozen_blocks
+from vkd_jax.models import base, lora, quantize
+from vkd_jax.runtime import hub, sharding
+from vkd_jax.training import optim, train
+from vkd_jax.types import Params, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """How long the questions are: the data is not read."""
+
+    text: int = 128  # tokens of a row that are no image tokens, the answer among them
+    answer: int = 64  # tokens of the answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """A step, and the shapes that it is compiled for."""
+
+    method: Scope
+    model_config: Any
+    mesh: jax.sharding.Mesh
+    step: Any  # of `train.make_step`
+    state: train.TrainState
+    frozen: Params
+    original: Params  # what trains, as it was loaded
+    mask: Params | None
+    batches: Mapping[str, Batch]
+    start: Params | None
+
+    @property
+    def shapes(self) -> dict[str, Any]:
+        """Of all parameters."""
+        return {**self.frozen, **self.state.params}
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """The arguments of the step."""
+        everywhere = sharding.replicated(self.mesh)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        rate, key = (Shape(x.shape, x.dtype, sharding=everywhere) for x in (Shape((), jnp.float32), key))
+        return self.state, self.frozen, self.mask, self.batches, self.start, rate, key
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step as `train.fit` jits it, traced and lowered."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        return jax.jit(self.step, donate_argnums=0, out_shardings=(shardings, None)).lower(*self.inputs)
+
+
+def draw(
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    lengths: Lengths,
+    method: Scope | None = None,
+    whole: bool = False,
+) -> Blueprint:
+    """The step of unlearning that a config describes.
+
+    Args:
+        config: of a run.
+        mesh: which devices there would be.
+        lengths: of the questions.
+        method: another than the config's.
+        whole: leaves model.quantize out, for a method that trains everything.
+
+    Raises:
+        UserError: there is no such model, the batch does not divide, or the method trains nothing.
+    """
+    if method is None:
+        fields = config.method.to_dict()
+        method = methods.create(fields.pop("name"), fields)
+    losses = method.losses()
+    if not losses:
+        raise UserError(f"method {config.method.name} trains nothing, so it has no step to plan.")
+    family, hf_config = read_model(config.model.path or config.model.base)
+    graphdef, params, model_config = weights(family, hf_config, config, mesh, method, quantized=not whole)
+    method.check_model(params, model_config)
+    paths = set(method.trainable(params, model_config))
+    trainable = {path: Shape(x.shape, jnp.float32, sharding=x.sharding) for path, x in params.items() if path in paths}
+    frozen = {path: x for path, x in params.items() if path not in paths}
+    batches = {name: batch(name, config, mesh, lengths, method, graphdef, params, model_config) for name in losses}
+    tx, teachers = optim.create(config.train), method.teachers()
+    masked = method.mask_scope != "none"
+    return Blueprint(
+        method=method,
+        model_config=model_config,
+        mesh=mesh,
+        step=train.make_step(graphdef, losses, tx, method.mask_scope, teachers, config.train.microbatches),
+        state=train.abstract_state(tx, trainable, mesh),
+        frozen=frozen,
+        original={path: params[path] for path in trainable},
+        mask=_mask(method, trainable, model_config, mesh) if masked else None,
+        batches=batches,
+        start={path: params[path] for path in trainable} if teachers else None,
+    )
+
+
+def _mask(
+    method: Scope, trainable: Params, model_config: Any, mesh: jax.sharding.Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    shapes = {path: method.mask_shape(path, x.shape, model_config) for path, x in trainable.items()}
+    everywhere = sharding.replicated(mesh)
+    return {
+        path: Shape(shapes[path], bool, sharding=x.sharding if shapes[path] == x.shape else everywhere)
+        for path, x in trainable.items()
+    }
+
+
+def read_model(name: str) -> tuple[types.ModuleType, Any]:
+    """The module and transformers configuration of a published model, or of a folder; only config.json is read."""
+    from transformers import AutoConfig
+
+    if not name:
+        raise UserError("config.model.path and config.model.base are empty: pass the model to plan for.")
+    if Path(name).is_dir():
+        return convert.read_config(Path(name))
+    for family in models.MODELS:
+        for published, fields in models.module_for(family).PRESETS.values():
+            if name == published:
+                return models.module_for(family), AutoConfig.for_model(family, **fields)
+    if hub.is_id(name):
+        known = [row[0] for family in models.MODELS for row in models.module_for(family).PRESETS.values()]
+        raise UserError(f"the planner knows no sizes of {name}; pass a model folder, or one of {', '.join(known)}.")
+    return convert.read_config(hub.fetch(name))
+
+
+def weights(
+    family: types.ModuleType,
+    hf_config: Any,
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    method: Scope,
+    quantized: bool = True,
+) -> tuple[Any, dict[str, Any], Any]:
+    """(graphdef, shapes of the parameters, model configuration) as `Loaded.open` holds them."""
+    dtype = jnp.dtype(config.model.dtype)
+    model_config = family.Config.from_hf(hf_config, compute_dtype=dtype.name, remat=config.model.remat, mesh=mesh)
+    graphdef, shapes = base.abstract(lambda rngs: family.Model(model_config, rngs=rngs))
+    place = sharding.param_shardings(mesh, family.SHARDING)
+    masters = set(method.trainable(list(shapes), model_config))
+    how = quantize.parse(config.model.quantize) if quantized else None
+    if how and (held := [path for path in masters if quantize.quantizes(path)]):
+        raise UserError(f"model.quantize: the method trains {held[0]}, which would be quantised; leave it empty.")
+    params = {}
+    for path, x in shapes.items():
+        kind = jnp.float32 if path in masters else dtype
+        params[path] = Shape(x.shape, kind, sharding=place(path, x.shape))
+        if how:
+            params[path] = quantize.shape(path, params[path], how)
+    if method.train == "lora":
+        params = _adapted(params, method, sharding.replicated(mesh))
+    return graphdef, params, model_config
+
+
+def _adapted(params: dict[str, Any], method: Scope, everywhere: jax.sharding.Sharding) -> dict[str, Any]:
+    options = dict(rank=method.lora_rank, alpha=method.lora_alpha, dropout=method.lora_dropout, seed=0)
+    adapted = jax.eval_shape(lambda given: lora.attach(given, **options), params)
+
+    def placed(path: str, x: Any) -> Any:
+        if isinstance(x, lora.Lora):
+            return dataclasses.replace(x, weight=params[path])
+        return params[path] if path in params else Shape(x.shape, x.dtype, sharding=everywhere)
+
+    return {path: placed(path, x) for path, x in adapted.items()}
+
+
+def batch(
+    stream: str,
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    lengths: Lengths,
+    method: Scope,
+    graphdef: Any,
+    params: Mapping[str, Any],
+    model_config: Any,
+) -> Batch:
+    """The shapes of a stream's batch, each question with a picture, and of what the method caches for it."""
+    rows, place = train.batch_size(config.train, stream, mesh), sharding.batch_sharding(mesh)
+    side = picture_side(config, model_config)
+    packed = model_config.pack([[np.broadcast_to(np.float32(0), (side, side, 3))]])
+    pictures = {name: Shape((rows, *x.shape[1:]), x.dtype, sharding=place) for name, x in packed.items()}
+    _, taps = jax.eval_shape(lambda params, pictures: base.bind(graphdef, params).encode(pictures), params, pictures)
+    t, a = model_config.image_tokens(side, side) + lengths.text, lengths.answer
+    if t > model_config.text.max_positions:
+        raise UserError(f"a row of {t} tokens is longer than the model's {model_config.text.max_positions}.")
+    kinds = dict(tokens=(t, jnp.int32), mask=(t, bool), at=(a, jnp.int32), targets=(a, jnp.int32))
+    kinds["target_mask"] = (a, bool)
+    cached = method.cached(stream, rows, taps, model_config)
+    if prefix := frozen_blocks(method.trainable(list(params), model_config), model_config):
+        cached[f"vision/{prefix - 1}"] = taps[f"vision/{prefix - 1}"].values
+    return Batch(
+        **{name: Shape((rows, length), kind, sharding=place) for name, (length, kind) in kinds.items()},
+        pictures=pictures,
+        cached={name: Shape(x.shape, x.dtype, sharding=place) for name, x in cached.items()},
+    )
+
+
+def picture_side(config: ml_collections.ConfigDict, model_config: Any) -> int:
+    """Pixels of a picture, both ways: the model's own size, or the square of as many as the config lets it have."""
+    if hasattr(model_config.vision, "image_size"):
+        return model_config.vision.image_size
+    if not config.model.max_pixels:
+        raise UserError("pictures differ in size here: say how large they may be, --config.model.max_pixels=200704.")
+    step = model_config.vision.patch_size * model_config.vision.merge
+    return math.isqrt(config.model.max_pixels) // step * step

@@ -1,0 +1,491 @@
+"""The stages in order. Each leaves its result in the workdir, and a stage whose result is there is not run again.
+
+finetune      base -> vanilla                     retain_only   base -> a model that never met the people to forget
+unlearn       vanilla -> unlearned -> report      all           finetune, retain_only, unlearn
+audit         given models -> report: nothing is trained but by attackers
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+
+from vkd_jax import attacks, benchmarks, methods
+from vkd_jax.attacks.base import Subject
+from vkd_jax.checkpoints import convert
+from vkd_jax.config.defaults import STAGES
+from vkd_jax.evaluation import evaluate, metrics
+from vkd_jax.evaluation.loaded import Loaded, check_trainable, create, kind
+from vkd_jax.methods.base import Context, Prepared
+from vkd_jax.models import lora
+from vkd_jax.models.layers import REMAT
+from vkd_jax.reporting import report
+from vkd_jax.runs.workdir import Workdir
+from vkd_jax.runtime import hosts, hub, sharding
+from vkd_jax.training import train
+from vkd_jax.types import Example, Params, UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+UNLEARNS = ("unlearn", "all")
+PROVENANCE = "provenance.json"  # in the folder of a fine-tuned model: what it was made from
+
+
+def run(config: ml_collections.ConfigDict, path: str | Path) -> dict[str, Any]:
+    """Runs or continues what `config.stage` names, and returns what stands in results.json."""
+    if config.stage not in STAGES:
+        raise UserError(f"config.stage={config.stage!r}: give one of {', '.join(STAGES)}.")
+    tuned, last = STAGES[config.stage], "report.md" if _reports(config) else "results.json"
+    workdir = Workdir(path, config)
+    if workdir.has(last):
+        logging.info("%s is there: nothing is left to do", workdir.path / last)
+        return json.loads((workdir.path / "results.json").read_text())
+    job = Job.prepare(workdir, finetunes=bool(tuned))
+    check_models(job)
+    made = {name: finetune(job, name) for name in tuned}
+    if config.stage in UNLEARNS or config.stage == "audit":
+        unlearn(job, made)
+    else:
+        answers = {name: evaluated(job, name, Loaded.open(folder, *job.how)) for name, folder in made.items()}
+        write_results(job, answers)
+    return json.loads((workdir.path / "results.json").read_text())
+
+
+def _reports(config: ml_collections.ConfigDict) -> bool:
+    """Whether there is an unlearned model to report on."""
+    return config.stage in UNLEARNS or (config.stage == "audit" and bool(config.model.unlearned))
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A config that was found to be right, with its data."""
+
+    workdir: Workdir
+    config: ml_collections.ConfigDict
+    mesh: jax.sharding.Mesh
+    method: methods.Method  # of unlearning
+    tuning: methods.Method  # of fine-tuning
+    attacks: dict[str, attacks.Attack]
+    benchmark: Any
+    sets: dict[str, list[Example]]
+    asked: dict[str, list[Example]]  # what the evaluation asks: a seeded sample, the same for every model and method
+    held_out: list[Example]  # questions about people whom no model ever met, for the attack that compares with them
+
+    @classmethod
+    def prepare(cls, workdir: Workdir, finetunes: bool) -> "Job":
+        """Checks the config and reads the data, the fine-tuning questions only where they are needed."""
+        config = workdir.config
+        mesh, method, tuning, chosen = checked(config)
+        fields = config.data.to_dict()
+        cache = hub.mirror(fields.pop("cache") or workdir.path / "data")  # read by every host, from its own disk
+        benchmark = benchmarks.create(fields.pop("benchmark"), fields)
+        benchmark.check()
+        with workdir.stage("data"):
+            trained = any(name.startswith("finetune_") for name in benchmark.UNLEARN.values())
+            sets = hosts.in_turn(lambda: benchmarks.read(benchmark, cache, finetune=finetunes or trained))
+            asked = {
+                name: evaluate.sample(part, config.eval.max_items, config.eval.seed, name)
+                for name, part in sets.items()
+                if not name.startswith("finetune_")
+            }
+            held_out = []
+            if "membership" in chosen:
+                own = chosen["membership"].held_out
+                held_out = hosts.in_turn(lambda: benchmarks.held_out(benchmark, cache, own))
+        return cls(workdir, config, mesh, method, tuning, chosen, benchmark, sets, asked, held_out)
+
+    @property
+    def how(self) -> tuple[ml_collections.ConfigDict, jax.sharding.Mesh, methods.Method]:
+        """How `Loaded.open` opens a model that is to be asked: what unlearning trains in float32, before and after."""
+        return self.config, self.mesh, self.method
+
+    @property
+    def forgotten(self) -> list[str]:
+        """The people to forget."""
+        return sorted({e.person for e in self.sets["forget"] if e.person})
+
+
+def checked(
+    config: ml_collections.ConfigDict,
+) -> tuple[jax.sharding.Mesh, methods.Method, methods.Method, dict[str, attacks.Attack]]:
+    """The mesh, the method of unlearning, that of fine-tuning, and the attacks.
+
+    Raises:
+        UserError: what is wrong with the config alone, before anything is read.
+    """
+    mesh, method, tuning = sharding.make_mesh(**config.mesh), _method(config.method), _method(config.finetune.method)
+    evaluate.check(config.eval.protocol, config.eval.shots)
+    for name in ("batch_size", "max_new_tokens"):
+        if config.eval[name] < 1:
+            raise UserError(f"eval.{name}={config.eval[name]}: give at least 1.")
+    if config.model.dtype not in DTYPES:
+        raise UserError(f"model.dtype={config.model.dtype!r}: give one of {', '.join(DTYPES)}.")
+    if config.model.remat not in REMAT:
+        raise UserError(f"model.remat={config.model.remat!r}: give one of {', '.join(map(repr, REMAT))}.")
+    if config.method.name == "finetune":
+        raise UserError(f"method {config.method.name} does not unlearn; config.finetune is the place for fine-tuning.")
+    if not STAGES[config.stage] and not config.model.path:
+        raise UserError("config.model.path is empty: pass the model that knows the people, a folder or a hub id.")
+    if STAGES[config.stage] and not (config.model.base or config.model.create.to_dict()):
+        raise UserError("config.model.base is empty: pass the model to fine-tune, a folder or a hub id.")
+    if config.stage in UNLEARNS:
+        train.check(config.train, method.losses(), mesh, "train")
+        if method.asks_base and not (config.model.base or config.model.create.to_dict()):
+            raise UserError(
+                "the method needs the model before it was fine-tuned: pass its folder as --config.model.base=DIR."
+            )
+    if STAGES[config.stage]:
+        train.check(config.finetune.train, tuning.losses(), mesh, "finetune.train")
+    if config.model.unlearned and config.stage != "audit":
+        raise UserError("config.model.unlearned is a model to be judged: pass --config.stage=audit with it.")
+    chosen = attacks.chosen(config) if config.stage in (*UNLEARNS, "audit") else {}
+    for attack in chosen.values():
+        attack.check(config, method)
+    return mesh, method, tuning, chosen
+
+
+def check_models(job: Job) -> None:
+    """Refuses, before anything is trained, models that do not go with the data or the methods.
+
+    Raises:
+        UserError: a model is not there, is of another kind than the one to unlearn, is known to have met other people
+            than it should have, or has not the weights that a method trains.
+    """
+    config = job.config
+    unlearns, finetunes = config.stage in UNLEARNS, bool(STAGES[config.stage])
+    if not finetunes:
+        given = {name: config.model[name] for name in ("path", "retain_only", "unlearned")}
+        given |= {"base": config.model.base} if unlearns and job.method.asks_base else {}
+    else:
+        given = {"base": "" if config.model.create.to_dict() else config.model.base}
+    kinds: list[Any] = []
+    for name, value in given.items():
+        if value:
+            folder = hub.fetch(value)
+            kinds.append(kind(folder))
+            if kinds[0] != kinds[-1]:
+                raise UserError(f"config.model.{name} is a model of another kind or size than the one to unlearn.")
+            _check_provenance(job, name, value, folder)
+            for method in [job.tuning] * finetunes + [job.method] * unlearns:
+                check_trainable(folder, config, method)
+    if unlearns:
+        for name in ("forget", "retain"):
+            _pairs(job, name)
+    if config.eval.shots:
+        evaluate.worked(job.asked, [e for part in job.asked.values() for e in part], config.eval.seed)
+
+
+def _check_provenance(job: Job, name: str, value: str, folder: Path) -> None:
+    """Whom a model of ours has met: those whose knowledge the run assumes, and no other."""
+    try:
+        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        theirs, without = provenance["config"]["data"], provenance["without"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # made elsewhere: nothing is known of it
+    ours, field = job.config.data.to_dict(), f"config.model.{name}={value}"
+    if theirs.get("source") == ours.get("source") == "":
+        if name == "base" and theirs["people"] == ours["people"]:
+            raise UserError(f"{field} knows the made-up people of config.data.people={ours['people']} already.")
+        if name != "base" and theirs["people"] != ours["people"]:
+            raise UserError(
+                f"{field} knows the made-up people of seed {theirs['people']}, not those of config.data.people="
+                f"{ours['people']}: make one that does with --config.stage=all."
+            )
+    if name == "retain_only" and without != job.forgotten:
+        raise UserError(
+            f"{field} was made without {len(without)} people, and not those {len(job.forgotten)} whom this run "
+            "forgets: make one with --config.stage=retain_only, or leave it empty."
+        )
+
+
+def finetune(job: Job, name: str) -> Path:
+    """base -> `name`: "vanilla" learns everybody, "retain_only" all but the people to forget."""
+    workdir, config, section = job.workdir, job.config, job.config.finetune.train
+    if workdir.has_model(name):
+        return workdir.model(name)
+    parts = ("finetune_retain",) if name == "retain_only" else ("finetune_forget", "finetune_retain")
+    everything = [e for part in ("finetune_forget", "finetune_retain") for e in job.sets.get(part, ())]
+    examples = [e for part in parts for e in job.sets.get(part, ())]
+    with workdir.stage(f"load for {name}"):
+        if config.model.create.to_dict():
+            shape = config.model.create
+            source = workdir.model(
+                "base", lambda folder: hosts.agree(lambda: create(folder, everything, shape, config.seed))
+            )
+        else:
+            source = hub.fetch(config.model.base)
+        model = Loaded.open(source, config, job.mesh, job.tuning)
+        kinds = {
+            "image": [e for e in examples if e.image is not None],
+            "text": [e for e in examples if e.image is None],
+        }
+        streams = {kind: model.encode(rows, section.buckets) for kind, rows in kinds.items() if rows}
+        context = Context(model.graphdef, model.params, None, model.config, streams, config.seed)
+        prepared = job.tuning.prepare(context)
+    with workdir.stage(f"fine-tune {name}"):
+        trained = _fit(job, model, job.tuning, prepared, section, workdir.path / "train" / name)
+    with workdir.stage(f"export {name}"):
+        without = job.forgotten if name == "retain_only" else []
+        return _exported(job, name, model, trained, source, without)
+
+
+def unlearn(job: Job, made: dict[str, Path]) -> None:
+    """load -> evaluate before -> prepare -> unlearn -> export -> evaluate after -> report.
+
+    Each model is evaluated, attacked and let go before the next is loaded: a chip may have room for no more than one.
+
+    Args:
+        job: what to do.
+        made: models that were fine-tuned just now, "vanilla" and "retain_only"; others are those of the config.
+    """
+    workdir, config = job.workdir, job.config
+    source = made.get("vanilla") or hub.fetch(config.model.path)
+    reference = made.get("retain_only") or (config.model.retain_only and hub.fetch(config.model.retain_only))
+    if not workdir.has("results.json"):
+        others, evidence = {}, None
+        if reference:
+            others["retain_only"] = judged(job, "retain_only", _opened(job, reference))
+        model = _opened(job, source)
+        answers = {"vanilla": judged(job, "vanilla", model)} | others
+        if _reports(config):
+            given = config.model.unlearned
+            target = hub.fetch(given) if given else _unlearned(job, model, source)
+            with workdir.stage("compare text"):
+                before = _text_scores(job, model)
+            del model
+            with workdir.stage("manifest"):
+                manifest = hosts.agree(lambda: convert.manifest(source, target))
+                workdir.write("manifest.json", manifest)
+            unlearned = _opened(job, target)  # what is judged is what was written
+            answers["unlearned"] = judged(job, "unlearned", unlearned)
+            with workdir.stage("compare text"):
+                evidence = _evidence(job, unlearned, before, manifest, source)
+        write_results(job, answers, evidence)
+    if _reports(config):
+        with workdir.stage("report"):
+            images = {e.image_id: e.image for part in job.asked.values() for e in part if e.image is not None}
+            page = hosts.agree(lambda: report.write(workdir.path, images))
+        logging.info("the report: %s", page)
+
+
+def _opened(job: Job, folder: Path) -> Loaded:
+    with job.workdir.stage("load"):
+        return Loaded.open(folder, *job.how)
+
+
+def _unlearned(job: Job, model: Loaded, source: Path) -> Path:
+    """The folder of the unlearned model: made from the vanilla one, unless it is there."""
+    workdir, config = job.workdir, job.config
+    if workdir.has_model("unlearned"):
+        return workdir.model("unlearned")
+    base = None
+    if job.method.asks_base:
+        base = hub.fetch(workdir.path / "base" if config.model.create.to_dict() else config.model.base)
+    with workdir.stage("prepare"):
+        sets = {name: _pairs(job, name) for name in ("forget", "retain")}
+        sets |= {f"{name}_text": rows for name in sets if (rows := _texts(job, name))}
+        context = Context(
+            graphdef=model.graphdef,
+            params=model.params,
+            load_base=(lambda: Loaded.open(base, *job.how).params) if base else None,
+            model_config=model.config,
+            sets={name: model.encode(rows, config.train.buckets) for name, rows in sets.items()},
+            seed=config.seed,
+            encode=functools.partial(model.encode, buckets=config.train.buckets),
+        )
+        prepared = job.method.prepare(context)
+    with workdir.stage("unlearn"):
+        trained = prepared.edited
+        if trained is None:
+            trained = _fit(job, model, job.method, prepared, config.train, workdir.path / "train")
+    with workdir.stage("export"):
+        return _exported(job, "unlearned", model, trained, source, [])
+
+
+def _exported(job: Job, name: str, model: Loaded, trained: Params, source: Path, without: Sequence[str]) -> Path:
+    """The folder of a new model: `source` with what was trained."""
+    merged, notes = trained | lora.adapters(model.params), _provenance(job, name, without)
+    return job.workdir.model(name, lambda folder: convert.export(merged, source, folder, model.config, notes=notes))
+
+
+def judged(job: Job, name: str, model: Loaded) -> list[dict]:
+    """The answers of a model, which is then attacked: attacks/<attack>/<name>.jsonl."""
+    answers = evaluated(job, name, model)
+    workdir = job.workdir
+    for attack_name, attack in job.attacks.items():
+        path = f"attacks/{attack_name}/{name}.jsonl"
+        if workdir.has(path):
+            continue
+        with workdir.stage(f"attack {name}: {attack_name}"):
+            subject = Subject(
+                name=name,
+                model=model,
+                asked=job.asked,
+                answers=answers,
+                forgets=_pairs(job, "forget"),
+                held_out=job.held_out,
+                config=job.config,
+                mesh=job.mesh,
+                folder=workdir.path / "attacks" / attack_name / name,
+            )
+            workdir.write_lines(path, attack.run(subject))
+    return answers
+
+
+def evaluated(job: Job, name: str, model: Loaded) -> list[dict]:
+    """The answers of a model, from answers/<name>.jsonl if they were given before."""
+    workdir, options = job.workdir, job.config.eval
+    path = f"answers/{name}.jsonl"
+    if workdir.has(path):
+        return workdir.read_lines(path)
+    with workdir.stage(f"evaluate {name}"):
+        answers = evaluate.evaluate(
+            model.answerer(options.batch_size),
+            job.asked,
+            protocol=options.protocol,
+            max_new_tokens=options.max_new_tokens,
+            shots=options.shots,
+            seed=options.seed,
+        )
+        workdir.write_lines(path, answers)
+    for part, kinds in evaluate.summarise(answers).items():
+        logging.info(
+            "%s %-11s  %s",
+            name,
+            part,
+            "  ".join(f"{k} {v['accuracy']:.3f} (n={v['n']})" for k, v in sorted(kinds.items())),
+        )
+    return answers
+
+
+def write_results(job: Job, answers: dict[str, list[dict]], evidence: dict[str, Any] | None = None) -> None:
+    """results.json: every figure, with what makes it reproducible."""
+    reference = answers.get("retain_only")
+    results = {
+        "meta": _meta(job),
+        "models": {name: evaluate.summarise(records) for name, records in answers.items()},
+        "utility": {name: metrics.model_utility(records) for name, records in answers.items()},
+        "forget_quality": {
+            name: metrics.forget_quality(records, reference)
+            for name, records in answers.items()
+            if reference and name != "retain_only"
+        },
+        "chance": _chance(job.asked),
+        "attacks": {name: _attack(job, name, attack, answers) for name, attack in job.attacks.items()},
+        **(evidence or {}),
+    }
+    job.workdir.write("results.json", results | {"timing": job.workdir.timing})
+
+
+def _attack(job: Job, name: str, attack: attacks.Attack, models: Iterable[str]) -> dict[str, Any]:
+    """What an attack found in each model, and how to read it."""
+    records = {model: job.workdir.read_lines(f"attacks/{name}/{model}.jsonl") for model in models}
+    return {"title": attack.TITLE, "about": attack.ABOUT, "unit": attack.UNIT, "summary": attack.summarise(records)}
+
+
+def _method(section: ml_collections.ConfigDict) -> methods.Method:
+    fields = section.to_dict()
+    return methods.create(fields.pop("name"), fields)
+
+
+def _pairs(job: Job, name: str) -> list[Example]:
+    """The questions with a picture, each once: what unlearning trains on."""
+    rows = job.sets.get(job.benchmark.UNLEARN[name], ())
+    pairs = list({(e.image_id, e.question): e for e in rows if e.image is not None}.values())
+    if not pairs:
+        raise UserError(f"the {name} set has no question with a picture: visual unlearning needs some.")
+    return pairs
+
+
+def _texts(job: Job, name: str) -> list[Example]:
+    """The questions of text alone about the same people, each once."""
+    rows = job.sets.get(job.benchmark.UNLEARN[name], ())
+    return list({e.question: e for e in rows if e.image is None}.values())
+
+
+def _fit(
+    job: Job,
+    model: Loaded,
+    method: methods.Method,
+    prepared: Prepared,
+    section: ml_collections.ConfigDict,
+    folder: Path,
+) -> Params:
+    return train.fit(
+        graphdef=model.graphdef,
+        params=model.params,
+        model_config=model.config,
+        method=method,
+        prepared=prepared,
+        config=section,
+        seed=job.config.seed,
+        mesh=job.mesh,
+        folder=folder,
+    )
+
+
+def _provenance(job: Job, name: str, without: Sequence[str]) -> dict[str, str]:
+    """A file beside the weights that says how they were made."""
+    return {PROVENANCE: json.dumps({"model": name, "without": list(without), **_meta(job)}, indent=1) + "\n"}
+
+
+def _meta(job: Job) -> dict[str, Any]:
+    """What makes a figure reproducible, and what was measured on how many people."""
+    people = {name: len({e.person for e in job.sets[name]} - {""}) for name in job.asked}
+    config = job.config.data
+    share = f", forgetting {config.forget} %" if isinstance(config.forget, int) else ""
+    source = config.get("source") or ("the made-up people" if "source" in config else f"{config.forget}")
+    return job.workdir.meta() | {
+        "benchmark": {"title": job.benchmark.TITLE + share, "source": source, "people": people},
+        "protocols": evaluate.check(job.config.eval.protocol, job.config.eval.shots),
+        "shots": job.config.eval.shots,
+    }
+
+
+def _evidence(job: Job, unlearned: Loaded, before: Any, manifest: dict[str, Any], source: Path) -> dict[str, Any]:
+    """What changed in the model, and what did not; `before` are the `_text_scores` of the vanilla one."""
+    family, _ = convert.read_config(source)
+    changed = [convert.find_slot(family, unlearned.config, name).path for name in manifest["changed"]]
+    found: dict[str, Any] = {
+        "text_logits_identical": jax.tree.all(jax.tree.map(np.array_equal, before, _text_scores(job, unlearned))),
+        "manifest": {
+            "changed": len(manifest["changed"]),
+            "tensors": len(manifest["tensors"]),
+            "language_model_changed": sum(path.startswith("language_model/") for path in changed),
+        },
+    }
+    log = job.workdir.path / "train" / "metrics.jsonl"
+    logged = hosts.agree(lambda: [row for row in report.json_lines(log, torn=True) if "step_bytes" in row][-1:])
+    if logged:
+        found["step_bytes"] = int(logged[0]["step_bytes"])
+    if job.config.stage in UNLEARNS:  # of a model that was given nobody says what trained
+        trainable = job.method.trainable(unlearned.params, unlearned.config)
+        found["trainable"] = {
+            "parameters": sum(math.prod(unlearned.params[path].shape) for path in trainable),
+            "of": sum(math.prod(value.shape) for value in unlearned.params.values()),
+        }
+    return found
+
+
+def _chance(asked: dict[str, list[Example]]) -> dict[str, dict[str, float]]:
+    """The accuracy of guessing among the options, of each set, shown a picture (vqa) or not (qa)."""
+    counts: dict[str, dict[str, list[float]]] = {}
+    for name, part in asked.items():
+        for example in (e for e in part if e.options):
+            counts.setdefault(name, {}).setdefault(example.modality, []).append(1 / len(example.options))
+    return {name: {kind: float(np.mean(x)) for kind, x in kinds.items()} for name, kinds in counts.items()}
+
+
+def _text_scores(job: Job, model: Loaded) -> Any:
+    """What the model says of every answer that is offered to a text-only question, to the bit."""
+    everything = [e for part in job.asked.values() for e in part]
+    texts = [e for e in everything if e.image is None] or everything  # a question about a picture is a text without it
+    answerer = model.answerer(job.config.eval.batch_size)
+    return answerer.score([e.question for e in texts], [e.options or (e.answer,) for e in texts])

@@ -1,0 +1,1 @@
+"""The jitted step, the loop around it, the optimizer and the metric writer."""

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vkd_jax.evaluation import metrics
-from vkd_jax.reporting import figures, page
+from vkd_jax.reporting import page, plots
 
 RESULTS = {"models": dict.fromkeys(("vanilla", "unlearned", "retain_only"), {})}
 
@@ -124,7 +124,7 @@ def test_a_long_table_is_folded(count):
 @pytest.mark.parametrize("start", ["before", "unchanged"])
 def test_relearning_is_drawn_with_a_panel_an_attacker_and_a_line_a_model(monkeypatch, start):
     drawn = []
-    figure_of = figures.drawing
+    figure_of = plots.drawing
 
     @contextlib.contextmanager
     def spy(*size):
@@ -132,9 +132,9 @@ def test_relearning_is_drawn_with_a_panel_an_attacker_and_a_line_a_model(monkeyp
             drawn.append(figure)
             yield figure, png
 
-    monkeypatch.setattr(figures, "drawing", spy)
+    monkeypatch.setattr(plots, "drawing", spy)
     rows = {start if name == "before" else name: row for name, row in RELEARN["summary"].items()}
-    with Image.open(io.BytesIO(figures.relearning_curves(rows))) as image:
+    with Image.open(io.BytesIO(plots.relearning_curves(rows))) as image:
         assert image.format == "PNG" and min(image.size) > 300
     visual, everything = drawn[-1].axes
     assert [visual.get_title(), everything.get_title()] == ["fine-tuning the visual weights", "fine-tuning all weights"]
@@ -151,4 +151,4 @@ def test_relearning_is_drawn_with_a_panel_an_attacker_and_a_line_a_model(monkeyp
 
 
 def test_nothing_taught_again_draws_nothing():
-    assert figures.relearning_curves({}) == figures.relearning_curves({"before": {"vanilla": tried(3)}}) == b""
+    assert plots.relearning_curves({}) == plots.relearning_curves({"before": {"vanilla": tried(3)}}) == b""

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from vkd_jax.evaluation import metrics
-from vkd_jax.reporting import comparison, figures, report, tables
+from vkd_jax.reporting import comparison, plots, report, tables
 from vkd_jax.types import UserError
 
 PEOPLE = {"forget": ("001", "002", "003"), "retain": ("004", "005", "006", "007"), "real": ("",)}
@@ -152,7 +152,7 @@ def run(tmp_path):
 def undrawn(monkeypatch):
     """Leaves out the drawing, which takes a second, where a test reads the text alone."""
     for name in ("forget_against_retain", "portrait_sheet", "loss_curves", "relearning_curves"):
-        monkeypatch.setattr(figures, name, lambda *_: b"")
+        monkeypatch.setattr(plots, name, lambda *_: b"")
 
 
 def size(png) -> tuple[int, int]:
@@ -307,13 +307,13 @@ def test_report_of_a_method_that_does_not_train(run, undrawn):
 
 
 def test_a_missing_picture_is_an_empty_frame():
-    card = figures.Card(None, "person 1", "Who?", "x" * 80, ("y", True), ("", False))
-    assert size(io.BytesIO(figures.portrait_sheet({"Kept": [card]})))[0] > 300
+    card = plots.Card(None, "person 1", "Who?", "x" * 80, ("y", True), ("", False))
+    assert size(io.BytesIO(plots.portrait_sheet({"Kept": [card]})))[0] > 300
 
 
 def test_repeated_steps_count_once_and_the_last_time(run, undrawn, monkeypatch):
     seen = []
-    monkeypatch.setattr(figures, "loss_curves", lambda rows: seen.extend(rows) or b"")
+    monkeypatch.setattr(plots, "loss_curves", lambda rows: seen.extend(rows) or b"")
     with (run / "train" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "forget_loss": 0.5}\n{"step": 60, "forg')  # a resume, then a kill in mid-line
     report.write(run, IMAGES)

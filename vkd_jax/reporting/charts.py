@@ -5,8 +5,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from vkd_jax.reporting import figures
-from vkd_jax.reporting.page import ATTACKERS
+from vkd_jax.reporting import plots
+from vkd_jax.reporting.plots import ATTACKERS
 
 MARKERS = "osD^v<>PXph8"
 KEPT = ("retain/vqa", "retain_test/vqa", "real/vqa")
@@ -19,8 +19,8 @@ def pareto(found: Mapping[str, Any]) -> bytes:
     forgotten against what text still tells of the same people. Whiskers: 95 % intervals. The best is where the
     retain-only model stands.
     """
-    with figures.drawing(11.0, 5.2) as (figure, png):
-        margins = figures.margins_of(figure, left=0.6, right=0.15, bottom=1.35, top=0.35)
+    with plots.drawing(11.0, 5.2) as (figure, png):
+        margins = plots.margins_of(figure, left=0.6, right=0.15, bottom=1.35, top=0.35)
         seen, said = figure.subplots(1, 2, gridspec_kw=margins)
         _points(seen, found, lambda sets: min((sets[n] for n in KEPT if n in sets), key=lambda cell: cell["mean"]))
         seen.set(ylabel="least of retain, retain test and real VQA (%)", title="shown pictures of others")
@@ -30,7 +30,7 @@ def pareto(found: Mapping[str, Any]) -> bytes:
         for axes in (seen, said):
             axes.set(xlabel="right about the people to forget, shown them (%)", xlim=(-4, 104))
             if guessing:
-                axes.axvline(100 * guessing, color=figures.ORANGE, linestyle="--", linewidth=1.2)
+                axes.axvline(100 * guessing, color=plots.ORANGE, linestyle="--", linewidth=1.2)
         handles, labels = seen.get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=6, fontsize=9)
     return png.getvalue()
@@ -49,8 +49,8 @@ def relearning(found: Mapping[str, Any]) -> bytes:
     if not curves:
         return b""
     looks = _looks(found)
-    with figures.drawing(5.5 * len(curves), 5.2) as (figure, png):
-        margins = figures.margins_of(figure, left=0.6, right=0.15, bottom=1.35, top=0.35)
+    with plots.drawing(5.5 * len(curves), 5.2) as (figure, png):
+        margins = plots.margins_of(figure, left=0.6, right=0.15, bottom=1.35, top=0.35)
         panels = figure.subplots(1, len(curves), squeeze=False, sharey=True, gridspec_kw=margins)[0]
         for axes, (attacker, lines) in zip(panels, curves.items(), strict=True):
             for row in found["rows"]:
@@ -84,7 +84,7 @@ def _looks(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """A colour and a mark for each row; the models that are not methods are grey, and VKD stands out."""
     looks = {}
     for number, row in enumerate(found["rows"]):
-        colour = figures.LINES[number % len(figures.LINES)] if "method" in row else figures.GREY
+        colour = plots.LINES[number % len(plots.LINES)] if "method" in row else plots.GREY
         size = 10 if row.get("method") == "vkd" else 7
         looks[row["label"]] = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markersize": size}
     return looks

@@ -7,6 +7,8 @@ which commit, stands on the page itself.
 import json
 from collections.abc import Iterable, Mapping
 
+from vkd_jax.reporting.plots import ATTACKERS
+
 SETS = {
     "forget": "people to forget",
     "test": "people to forget, other pictures or wordings",
@@ -52,12 +54,6 @@ ASSUMPTIONS = (
     "train (A7), and whether changed copies of the pictures are trained on (A8)."
 )
 
-
-ATTACKERS = {  # what an attacker who teaches again trains
-    "visual": "the visual weights",
-    "lora": "adapters of the language model",
-    "all": "all weights",
-}
 UNMEASURED = {  # why an attack may have nothing to show
     "membership": "Not measured: there are no people here whom no model ever met to compare with. Name a folder of "
     "pictures of some, with the same questions, as `--config.attacks.membership.held_out=DIR`.",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vkd_jax.evaluation import metrics
-from vkd_jax.reporting import figures, page
+from vkd_jax.reporting import page, plots
 from vkd_jax.runtime import files, hub
 from vkd_jax.types import UserError
 
@@ -36,13 +36,13 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
         rows.setdefault(int(row["step"]), {}).update(row)
     sheet = _cards(answers["vanilla"], answers["unlearned"], images)
     pictures = {
-        "forget_retain": figures.forget_against_retain(results["models"], results["chance"].get("forget", {})),
-        "portraits": figures.portrait_sheet(sheet),
+        "forget_retain": plots.forget_against_retain(results["models"], results["chance"].get("forget", {})),
+        "portraits": plots.portrait_sheet(sheet),
     }
     if rows:  # a step that was logged again after a resume counts once, and the last time
-        pictures["losses"] = figures.loss_curves([rows[step] for step in sorted(rows)])
+        pictures["losses"] = plots.loss_curves([rows[step] for step in sorted(rows)])
     relearned = results.get("attacks", {}).get("relearn", {}).get("summary", {})
-    if curves := figures.relearning_curves(relearned):
+    if curves := plots.relearning_curves(relearned):
         pictures["relearning"] = curves
     for name, png in pictures.items():
         files.write(workdir / "report" / f"{name}.png", png)
@@ -88,7 +88,7 @@ def _cards(before: Sequence[Mapping], after: Sequence[Mapping], images: Mapping[
             item = items[number % len(items)]
             said = [(_said(it), bool(it["correct"])) for it in (item, later[part, item["id"], item["protocol"]])]
             title = f"person {name}" if item["person"] else f"{part} {number + 1}"
-            card = figures.Card(images.get(item["image_id"]), title, item["question"], item["answer"], *said)
+            card = plots.Card(images.get(item["image_id"]), title, item["question"], item["answer"], *said)
             sheet[heading].append(card)
     return sheet
 

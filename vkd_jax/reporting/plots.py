@@ -16,8 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from vkd_jax.reporting.page import ATTACKERS
-
 BLUE, ORANGE, GREEN, GREY, INK = (
     "#0072B2",
     "#D55E00",
@@ -41,6 +39,11 @@ STYLE = {
     "legend.frameon": False,
 }
 DPI = 150
+ATTACKERS = {  # the weights that a relearning attacker trains
+    "visual": "the visual weights",
+    "lora": "adapters of the language model",
+    "all": "all weights",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,9 @@ from bucket import Bucket
 
 from vkd_jax import compare
 from vkd_jax.reporting import page, report
-from vkd_jax.runs.workdir import Workdir, write
+from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import hub
+from vkd_jax.runtime.files import write
 from vkd_jax.types import UserError
 
 ROOT = Path(__file__).parents[2]

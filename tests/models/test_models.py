@@ -327,3 +327,35 @@ def test_option_scores_equal_reading_each_option_alone(model, pictures, side):
         model, *prompt(*rows, side=side), features, options[..., :1], jnp.ones_like(options[..., :1], bool)
     )
     np.testing.assert_allclose(single[0, 1], scores[0, 1], atol=1e-5)
+
+
+# Named scopes.
+
+
+def products(jaxpr, scope=""):
+    """The name stack of every matrix product, in the bodies of loops as well."""
+    for equation in jaxpr.eqns:
+        stack = f"{scope}/{equation.source_info.name_stack}"
+        if equation.primitive.name == "dot_general":
+            yield stack
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from products(inner, stack)
+
+
+@pytest.mark.parametrize("remat", ["", "full"])
+def test_every_product_runs_under_the_named_scope_of_its_layer(pictures, remat):
+    config = dataclasses.replace(CONFIG, remat=remat)
+    graphdef, params = base.abstract(lambda rngs: llava.Model(config, rngs=rngs))
+    tokens, mask = prompt([IMAGE] * 4 + [9, 8])
+
+    def loss(params):
+        model = base.bind(graphdef, params)
+        features, _ = model.encode({"pixels": pictures["pixels"][:1]})
+        return model(tokens, mask, features=features)[0].sum()
+
+    stacks = list(products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
+    names = [next((name for name in base.SCOPES if name in stack), None) for stack in stacks]
+    assert set(names) == set(base.SCOPES)

@@ -1,15 +1,20 @@
 """A model is an NNX module inside `vkd_jax.models` and a pair (graphdef, flat parameters) everywhere else."""
 
+import abc
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from vkd_jax.models import lora
+from vkd_jax.models.decoder import Cache, Decoder
 from vkd_jax.types import UserError
 
 Params = dict[str, jax.Array]
+
+SCOPES = ("vision_tower", "projector", "language_model", "head")  # the named scopes that all layers run under
 
 
 class VisualTokens(NamedTuple):
@@ -25,6 +30,115 @@ class VisualTokens(NamedTuple):
     def valid(self) -> jax.Array:
         """Which tokens are real: bool [b, p]."""
         return self.where[..., 0] >= 0
+
+
+class VisionLanguageModel(nnx.Module, abc.ABC):
+    """A vision tower, a projector and a language model; each family specializes how images enter.
+
+    `encode` turns images into features, and `__call__` turns features and tokens into logits. A family gives
+    `tower_class` and implements `build_projector`, `encode`, `embed` and `vision_neurons`.
+
+    Every layer runs under one `jax.named_scope` of `SCOPES`; the planner and profiles attribute operations by these
+    names.
+    """
+
+    tower_class: ClassVar[type[nnx.Module]]
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32):
+        self.config = config
+        options = dict(dtype=config.compute_dtype, param_dtype=param_dtype, rngs=rngs)
+        self.vision_tower = self.tower_class(config.vision, remat=config.remat, mesh=config.mesh, **options)
+        self.projector = self.build_projector(config, **options)
+        self.language_model = Decoder(config.text, remat=config.remat, mesh=config.mesh, **options)
+
+    @staticmethod
+    @abc.abstractmethod
+    def build_projector(config: Any, **options: Any) -> nnx.Module:
+        """Builds the module that turns vision features into token embeddings."""
+
+    @abc.abstractmethod
+    def encode(
+        self, images: Mapping[str, jax.Array], *, hidden: jax.Array | None = None, start: int = 0
+    ) -> tuple[VisualTokens, dict[str, VisualTokens]]:
+        """Turns images, or cached activations, into the embeddings that stand for the images in a prompt.
+
+        Args:
+            images: from the configuration's `pack`.
+            hidden: instead of pixels, the activations entering block `start`: tap "vision/{start - 1}".
+            start: the first block to compute.
+
+        Returns:
+            Features, and the taps: "vision/0" ... (the output of each computed block), "features" (the input of the
+            projector) and "projector" (its output, the features again).
+        """
+
+    @abc.abstractmethod
+    def embed(self, tokens: jax.Array, mask: jax.Array, features: VisualTokens | None) -> tuple[jax.Array, jax.Array]:
+        """Embeds tokens and inserts image features.
+
+        Returns:
+            The embeddings [b, t, d], and the rotary position of each token, int [b, t] or [b, t, axes].
+        """
+
+    @abc.abstractmethod
+    def vision_neurons(
+        self, images: Mapping[str, jax.Array], reduce: Callable[[jax.Array, jax.Array], Any]
+    ) -> list[Any]:
+        """Reduces the inner MLP activations of each vision block that feeds the projector; see `neurons`."""
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        mask: jax.Array,
+        *,
+        features: VisualTokens | None = None,
+        at: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Computes next-token logits.
+
+        Args:
+            tokens: int [b, t], padded left or right.
+            mask: bool [b, t], False at padding.
+            features: from `encode`; the j-th image token of a row becomes its j-th feature. None for text.
+            at: int [b, a], the positions to return logits for; None for all.
+            cache: from `language_model.empty_cache`, or of the tokens before these; filled and returned.
+
+        Returns:
+            float32 logits [b, t or a, v], and the cache (None without one).
+        """
+        x, positions = self.embed(tokens, mask, features)
+        x, cache = self.language_model.read(x, mask, positions, cache, at=at)
+        return self.language_model.logits(x), cache
+
+    def neurons(
+        self,
+        tokens: jax.Array,
+        mask: jax.Array,
+        reduce: Callable[[jax.Array, jax.Array], Any],
+        *,
+        pictures: Mapping[str, jax.Array] | None = None,
+    ) -> dict[str, Any]:
+        """Reduces the inner activations of every MLP block by block, so that they are never all in memory.
+
+        Args:
+            tokens: int [b, t], as in `__call__`.
+            mask: bool [b, t], False at padding.
+            reduce: function of activations [b, n, f] and bool [b, n], which of them belong to real tokens, to any
+                tree.
+            pictures: as in `encode`; None for text.
+
+        Returns:
+            {"language_model": the tree, its arrays with a leading layer axis}, and with images also "vision_tower",
+            a list with one tree for each block that feeds the projector.
+        """
+        features, reduced = None, {}
+        if pictures is not None:
+            features, _ = self.encode(pictures)
+            reduced["vision_tower"] = self.vision_neurons(pictures, reduce)
+        x, positions = self.embed(tokens, mask, features)
+        reduced["language_model"] = self.language_model.neurons(x, mask, positions, lambda z: reduce(z, mask))
+        return reduced
 
 
 def refuse(family: str, checks: Iterable[tuple[bool, str, Any, str]]) -> None:

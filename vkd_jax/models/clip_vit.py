@@ -115,6 +115,7 @@ class VisionTower(nnx.Module):
         self.blocks = nnx.List([Block(config, **options) for _ in range(config.layers)])
         self.post_norm = LayerNorm(d, **norm)  # in the checkpoint; LLaVA reads features before it
 
+    @jax.named_scope("vision_tower")
     def embed(self, pixels: jax.Array) -> jax.Array:
         """Pixels [b, H, W, 3] to the activations entering block 0, [b, 1 + patches, d]."""
         p, grid = self.config.patch_size, self.config.image_size // self.config.patch_size
@@ -129,10 +130,12 @@ class VisionTower(nnx.Module):
         x = jnp.concatenate([first, patches], axis=1) + self.position_embedding[...].astype(self.dtype)
         return self.pre_norm(x)
 
+    @jax.named_scope("vision_tower")
     def __call__(self, hidden: jax.Array, start: int, stop: int) -> list[jax.Array]:
         """Runs blocks [start, stop) on the activations entering `start`; returns each block's output."""
         return through(lambda block, x, _: block(x), self.blocks[start:stop], hidden, self.remat, self.mesh)
 
+    @jax.named_scope("vision_tower")
     def neurons(self, hidden: jax.Array, stop: int, reduce: Callable[[jax.Array], Any]) -> list[Any]:
         """What `reduce` makes of the MLP's inner activations [b, t, f], of each of the blocks before `stop`."""
         inputs = [hidden, *self(hidden, 0, stop)][:-1]

@@ -155,6 +155,7 @@ class Decoder(nnx.Module):
         head = dict(bias=False, rngs=rngs, init=small_normal, **options)
         self.head = None if config.tie_embeddings else Linear(config.width, config.vocab, **head)
 
+    @jax.named_scope("language_model")
     def __call__(
         self,
         x: jax.Array,
@@ -236,6 +237,7 @@ class Decoder(nnx.Module):
         cache = cache._replace(mask=seen, next=jnp.maximum(cache.next, jnp.where(mask, last + 1, 0).max(1)))
         return self(x, positions, allowed, cache, at=at)
 
+    @jax.named_scope("language_model")
     def neurons(self, x: jax.Array, mask: jax.Array, positions: jax.Array, reduce: Callable[[jax.Array], Any]) -> Any:
         """What `reduce` makes of the MLP's inner activations [b, t, f] in each layer; those of one are held at once.
 
@@ -264,6 +266,7 @@ class Decoder(nnx.Module):
         frequency = np.float32(self.config.rope_theta) ** -(np.arange(0, c, 2, dtype=np.float32) / c)
         return turns(places, frequency, sections, length, self.dtype)
 
+    @jax.named_scope("head")
     def logits(self, x: jax.Array) -> jax.Array:
         """Hidden states [..., d] to float32 logits [..., v]."""
         return (self.embed.attend(x) if self.head is None else self.head(x)).astype(jnp.float32)

@@ -14,9 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from vkd_jax.models.base import VisualTokens, refuse
+from vkd_jax.models.base import VisionLanguageModel, VisualTokens, refuse
 from vkd_jax.models.clip_vit import VisionConfig, VisionTower
-from vkd_jax.models.decoder import Cache, Decoder, DecoderConfig
+from vkd_jax.models.decoder import DecoderConfig
 from vkd_jax.models.layers import ACTIVATIONS, Linear, over_rows, place
 from vkd_jax.types import UserError
 
@@ -149,15 +149,15 @@ class Projector(nnx.Module):
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
-class Llava(nnx.Module):
-    """LLaVA-1.5: `encode` turns pictures into features, `__call__` turns features and tokens into logits."""
+class Llava(VisionLanguageModel):
+    """LLaVA-1.5."""
 
-    def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32):
-        self.config = config
-        options = dict(dtype=config.compute_dtype, param_dtype=param_dtype, rngs=rngs)
-        self.vision_tower = VisionTower(config.vision, remat=config.remat, mesh=config.mesh, **options)
-        self.projector = Projector(config, **options)
-        self.language_model = Decoder(config.text, remat=config.remat, mesh=config.mesh, **options)
+    tower_class = VisionTower
+
+    @staticmethod
+    def build_projector(config: LlavaConfig, **options: Any) -> Projector:
+        """Builds the two-layer projector."""
+        return Projector(config, **options)
 
     def encode(
         self, pictures: Mapping[str, jax.Array] | None = None, *, hidden: jax.Array | None = None, start: int = 0
@@ -184,65 +184,19 @@ class Llava(nnx.Module):
         if self.config.feature_select == "default":
             features, where = features[:, 1:], where[1:]
         taps["features"] = _tokens(features, where)
-        taps["projector"] = _tokens(over_rows(self.projector(features), self.config.mesh), where)
+        with jax.named_scope("projector"):
+            projected = over_rows(self.projector(features), self.config.mesh)
+        taps["projector"] = _tokens(projected, where)
         return taps["projector"], taps
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        mask: jax.Array,
-        *,
-        features: VisualTokens | None = None,
-        at: jax.Array | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Next-token logits.
-
-        Args:
-            tokens: int [b, t], padded left or right.
-            mask: bool [b, t], False at padding.
-            features: from `encode`; a row's j-th image token becomes its j-th. None for text.
-            at: int [b, a], the positions to return logits for; None for all.
-            cache: from `language_model.empty_cache`, or of the tokens before these; filled and returned.
-
-        Returns:
-            float32 logits [b, t or a, v], and the cache (None without one).
-        """
-        x, positions = self.embed(tokens, mask, features)
-        x, cache = self.language_model.read(x, mask, positions, cache, at=at)
-        return self.language_model.logits(x), cache
-
-    def neurons(
-        self,
-        tokens: jax.Array,
-        mask: jax.Array,
-        reduce: Callable[[jax.Array, jax.Array], Any],
-        *,
-        pictures: Mapping[str, jax.Array] | None = None,
-    ) -> dict[str, Any]:
-        """What `reduce` makes of the inner activations of every MLP, block by block, so that they need not be held.
-
-        Args:
-            tokens: int [b, t], as in `__call__`.
-            mask: bool [b, t], False at padding.
-            reduce: of activations [b, n, f] and bool [b, n], which of them are of real tokens; to any tree.
-            pictures: as in `encode`; None for text.
-
-        Returns:
-            {"language_model": the tree, its arrays with a leading layer axis}, and "vision_tower", a list of trees of
-            the blocks that feed the projector, with pictures.
-        """
-        features, found = None, {}
-        if pictures is not None:
-            features, _ = self.encode(pictures)
-            found["vision_tower"] = self.vision_tower.neurons(
-                self.vision_tower.embed(pictures["pixels"]),
-                self.config.used_blocks,
-                lambda z: reduce(z, jnp.ones(z.shape[:2], bool)),
-            )
-        x, positions = self.embed(tokens, mask, features)
-        found["language_model"] = self.language_model.neurons(x, mask, positions, lambda z: reduce(z, mask))
-        return found
+    def vision_neurons(
+        self, images: Mapping[str, jax.Array], reduce: Callable[[jax.Array, jax.Array], Any]
+    ) -> list[Any]:
+        """Reduces the inner MLP activations of each used block; every patch and the class token are real."""
+        hidden = self.vision_tower.embed(images["pixels"])
+        return self.vision_tower.neurons(
+            hidden, self.config.used_blocks, lambda z: reduce(z, jnp.ones(z.shape[:2], bool))
+        )
 
     def embed(self, tokens: jax.Array, mask: jax.Array, features: VisualTokens | None) -> tuple[jax.Array, jax.Array]:
         """Embedded tokens [b, t, d], the pictures' features among them, and their positions."""

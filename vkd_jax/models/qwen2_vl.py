@@ -13,13 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from vkd_jax.models import qwen_vit
-from vkd_jax.models.base import VisualTokens, refuse
-from vkd_jax.models.decoder import Cache, Decoder, DecoderConfig
+from vkd_jax.models.base import VisionLanguageModel, VisualTokens, refuse
+from vkd_jax.models.decoder import DecoderConfig
 from vkd_jax.models.layers import ACTIVATIONS, over_rows, place
 from vkd_jax.models.qwen_vit import Merger, VisionConfig, VisionTower
 from vkd_jax.types import UserError
@@ -210,15 +209,15 @@ class Qwen2VLConfig(QwenConfig):
         return cls(**dict(vision=tower, **shared_fields(hf)) | changes)
 
 
-class QwenVL(nnx.Module):
-    """Qwen2-VL or Qwen2.5-VL: `encode` turns pictures into features, `__call__` features and tokens into logits."""
+class QwenVL(VisionLanguageModel):
+    """Qwen2-VL or Qwen2.5-VL."""
 
-    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32):
-        self.config = config
-        options = dict(dtype=config.compute_dtype, param_dtype=param_dtype, rngs=rngs)
-        self.vision_tower = VisionTower(config.vision, remat=config.remat, mesh=config.mesh, **options)
-        self.projector = Merger(config.vision, config.text.width, **options)
-        self.language_model = Decoder(config.text, remat=config.remat, mesh=config.mesh, **options)
+    tower_class = VisionTower
+
+    @staticmethod
+    def build_projector(config: QwenConfig, **options: Any) -> Merger:
+        """Builds the patch merger."""
+        return Merger(config.vision, config.text.width, **options)
 
     def encode(
         self, pictures: Mapping[str, jax.Array], *, hidden: jax.Array | None = None, start: int = 0
@@ -243,67 +242,18 @@ class QwenVL(nnx.Module):
         taps = {f"vision/{i}": _tokens(output, where) for i, output in enumerate(outputs, start)}
         features = (outputs or [hidden])[-1]
         taps["features"] = _tokens(features, where)
-        taps["projector"] = _tokens(
-            over_rows(self.projector(features), self.config.mesh), qwen_vit.merged(where, self.config.vision.merge)
-        )
+        with jax.named_scope("projector"):
+            projected = over_rows(self.projector(features), self.config.mesh)
+        taps["projector"] = _tokens(projected, qwen_vit.merged(where, self.config.vision.merge))
         return taps["projector"], taps
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        mask: jax.Array,
-        *,
-        features: VisualTokens | None = None,
-        at: jax.Array | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Next-token logits.
-
-        Args:
-            tokens: int [b, t], padded left or right.
-            mask: bool [b, t], False at padding.
-            features: from `encode`; a row's j-th image token becomes its j-th. None for text.
-            at: int [b, a], the positions to return logits for; None for all.
-            cache: from `language_model.empty_cache`, or of the tokens before these; filled and returned.
-
-        Returns:
-            float32 logits [b, t or a, v], and the cache (None without one).
-        """
-        x, positions = self.embed(tokens, mask, features)
-        x, cache = self.language_model.read(x, mask, positions, cache, at=at)
-        return self.language_model.logits(x), cache
-
-    def neurons(
-        self,
-        tokens: jax.Array,
-        mask: jax.Array,
-        reduce: Callable[[jax.Array, jax.Array], Any],
-        *,
-        pictures: Mapping[str, jax.Array] | None = None,
-    ) -> dict[str, Any]:
-        """What `reduce` makes of the inner activations of every MLP, block by block, so that they need not be held.
-
-        Args:
-            tokens: int [b, t], as in `__call__`.
-            mask: bool [b, t], False at padding.
-            reduce: of activations [b, n, f] and bool [b, n], which of them are of real tokens; to any tree.
-            pictures: as in `encode`; None for text.
-
-        Returns:
-            {"language_model": the tree, its arrays with a leading layer axis}, and "vision_tower", a list of trees of
-            the blocks that feed the projector, with pictures.
-        """
-        features, found = None, {}
-        if pictures is not None:
-            features, _ = self.encode(pictures)
-            found["vision_tower"] = self.vision_tower.neurons(
-                self.vision_tower.embed(pictures["patches"]),
-                pictures["where"],
-                lambda z: reduce(z, pictures["where"][..., 0] >= 0),
-            )
-        x, positions = self.embed(tokens, mask, features)
-        found["language_model"] = self.language_model.neurons(x, mask, positions, lambda z: reduce(z, mask))
-        return found
+    def vision_neurons(
+        self, images: Mapping[str, jax.Array], reduce: Callable[[jax.Array, jax.Array], Any]
+    ) -> list[Any]:
+        """Reduces the inner MLP activations of each block; padding slots are not real."""
+        patch_coords = images["where"]
+        hidden = self.vision_tower.embed(images["patches"])
+        return self.vision_tower.neurons(hidden, patch_coords, lambda z: reduce(z, patch_coords[..., 0] >= 0))
 
     def embed(self, tokens: jax.Array, mask: jax.Array, features: VisualTokens | None) -> tuple[jax.Array, jax.Array]:
         """Embedded tokens [b, t, d], the pictures' features among them, and their positions."""

@@ -176,12 +176,14 @@ class VisionTower(nnx.Module):
         self.patch_embedding = nnx.Param(lecun_normal(rngs.params(), (config.frames, 3, p, p, d), param_dtype))
         self.blocks = nnx.List([Block(config, **options) for _ in range(config.layers)])
 
+    @jax.named_scope("vision_tower")
     def embed(self, patches: jax.Array) -> jax.Array:
         """Patches [b, p, k] to the activations entering block 0, [b, p, d]."""
         # A still picture shows every frame of the kernel the same patch.
         kernel = self.patch_embedding[...].astype(jnp.float32).sum(0).astype(self.dtype)
         return jnp.einsum("bpk,kd->bpd", patches.astype(self.dtype), kernel.reshape(-1, kernel.shape[-1]))
 
+    @jax.named_scope("vision_tower")
     def __call__(self, hidden: jax.Array, where: jax.Array, start: int) -> list[jax.Array]:
         """Runs the blocks from `start` on the activations entering it; returns each block's output."""
         everything, window = sees(where), sees(where, self.config.window)
@@ -192,6 +194,7 @@ class VisionTower(nnx.Module):
 
         return through(call, self.blocks[start:], hidden, self.remat, self.mesh)
 
+    @jax.named_scope("vision_tower")
     def neurons(self, hidden: jax.Array, where: jax.Array, reduce: Callable[[jax.Array], Any]) -> list[Any]:
         """What `reduce` makes of the MLP's inner activations [b, p, f], of each block."""
         inputs = [hidden, *self(hidden, where, 0)][:-1]

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import tables
 import tokenizers
 import torch
 import transformers
@@ -32,7 +33,6 @@ from step_time import DEVICE, IMAGE, SIZES, model, need_same_device
 from vkd_jax import ask
 from vkd_jax.data.processing import TEMPLATE
 from vkd_jax.evaluation.answerer import Answerer
-from vkd_jax.reporting import tables
 
 NEW = 32  # tokens an answer
 OPTIONS = 4

@@ -18,9 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import tables
 from command import ROOT, run
-
-from vkd_jax.reporting import tables
 
 
 def unlearn(words: str, folder: Path, cache: Path, seed: int, steps: int | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tables
 from command import ROOT, run
 
 from vkd_jax import benchmarks
@@ -25,7 +26,6 @@ from vkd_jax.data.processing import Batch, Processor, encode_set
 from vkd_jax.methods import losses, scope
 from vkd_jax.models import quantize
 from vkd_jax.models.base import VisualTokens, bind
-from vkd_jax.reporting import tables
 
 MODEL = ROOT / "vkd_jax" / "assets" / "tiny_llava"
 HOW = ("int8", "int8:64", "int4", "int4:64", "w8a8")

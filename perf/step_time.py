@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tables
 import torch
 import transformers
 from command import by_turns, run
@@ -35,7 +36,6 @@ from vkd_jax.config import defaults
 from vkd_jax.data.processing import Batch
 from vkd_jax.methods import base
 from vkd_jax.models import llava
-from vkd_jax.reporting import tables
 from vkd_jax.training import optim, train
 
 IMAGE = 4  # the image token

@@ -1,4 +1,4 @@
-"""The programs of benchmarks/: that they run, agree with PyTorch before they measure, and how their tables read."""
+"""The programs of perf/: they run, agree with PyTorch before they measure, and render their tables."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vkd_jax.reporting import tables
+from perf import tables
 
 ROOT = Path(__file__).parents[2]
 WHERE = {
@@ -89,6 +89,11 @@ def test_the_same_forget_level_by_hand():
         "VKD forgets as much as GradDiff on all weights after 50 steps: 0.25 of its time in steps, 0.60 with preparing."
     )
     assert tables.levels(WHERE | {"rows": [usual, slow]}).splitlines()[-1].startswith("None of these runs of VKD")
+
+
+def test_the_timing_tables_of_readme_and_docs_are_fresh():
+    pages = [str(path) for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]]
+    assert tables.main([*pages, "--check"]) == 0
 
 
 # ---- Programs ----

@@ -197,26 +197,6 @@ def test_tables_by_hand():
     assert "c0ffee" in lines[-1] and "python -m x" in lines[-1]
 
 
-def test_pages_are_filled_and_checked(tmp_path, capsys):
-    (tmp_path / "a.json").write_text(json.dumps(found()))
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- table: a.json keeping -->\nold\n<!-- /table -->\nafter\n")
-    assert tables.main([str(page), "--check"]) == 1 and "is stale: run python -m" in capsys.readouterr().err
-    assert "old" in page.read_text()
-    assert tables.main([str(page)]) == 0 and tables.main([str(page), "--check"]) == 0
-    text = page.read_text()
-    assert text.startswith("before\n<!-- table") and text.endswith("<!-- /table -->\nafter\n") and "| vkd |" in text
-    page.write_text("<!-- table: a.json kept -->\n<!-- /table -->\n")
-    assert tables.main([str(page)]) == 2 and "there are keeping" in capsys.readouterr().err
-    page.write_text("<!-- table: b.json keeping -->\n<!-- /table -->\n")
-    assert tables.main([str(page)]) == 2 and "names b.json, which cannot be read" in capsys.readouterr().err
-
-
-def test_the_tables_of_readme_and_docs_are_fresh():
-    pages = [str(path) for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]]
-    assert tables.main([*pages, "--check"]) == 0
-
-
 def test_pictures_are_drawn():
     relearned = {"visual 20 %": {"mean": 0.3, "attacker": "visual", "share": 0.2, "set": "forget", "seeds": 2}}
     assert charts.pareto(found()).startswith(b"\x89PNG")
@@ -307,18 +287,3 @@ def test_a_file_is_no_folder(get_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; pass a folder"):
         compare.run(get_config("tiny.py", "compare"), tmp_path / "file")
-
-
-@pytest.mark.parametrize("page", ["<!-- table: l.json -->\n<!-- /table -->", "<!-- table: l.json keeping -->\nno end"])
-def test_a_marker_that_is_not_whole_is_refused(tmp_path, page, capsys):
-    (tmp_path / "page.md").write_text(page)
-    assert tables.main([str(tmp_path / "page.md"), "--check"]) == 2
-    assert capsys.readouterr().err == "error: a marker lacks its end, or its file or name.\n"
-
-
-def test_a_page_that_is_not_there_and_a_file_that_is_no_comparison(tmp_path, capsys):
-    assert tables.main([str(tmp_path / "none.md")]) == 2
-    (tmp_path / "l.json").write_text("[]")
-    (tmp_path / "page.md").write_text("<!-- table: l.json keeping -->\n<!-- /table -->\n")
-    assert tables.main([str(tmp_path / "page.md")]) == 2
-    assert "l.json, which is nothing that the table 'keeping' is made of" in capsys.readouterr().err

@@ -1,24 +1,21 @@
-"""Tables of comparisons, plans and benchmarks, in Markdown.
+"""Markdown tables of comparisons and of plans.
 
-python -m vkd_jax.reporting.tables README.md [--check]     writes (or checks) the tables between the markers of a page
+python -m vkd_jax.reporting.tables README.md [--check]     renders (or checks) the tables between the markers of a page
 python -m vkd_jax.reporting.tables RUN [RUN ...]           prints the table of some finished runs of vkd_jax.main
 
-A marker is `<!-- table: docs/results/FILE.json NAME -->`, its end `<!-- /table -->`, its path that from the page;
-FILE.json is a comparison.json, or what vkd_jax.plan or a program of benchmarks/ wrote by --json, and NAME one of
-TABLES below. Exit status: 0 done, 1 a table is stale (--check), 2 bad input.
+A marker is `<!-- table: docs/results/FILE.json NAME -->` (see vkd_jax/reporting/markers.py). FILE.json is a
+comparison.json or what vkd_jax.plan wrote with --json, and NAME is one of TABLES below. Tables of timings are rendered
+by perf/tables.py. Exit status: 0 on success, 1 if a table is stale (--check), 2 on bad input.
 """
 
 import argparse
-import json
-import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vkd_jax.reporting import comparison, page
-from vkd_jax.runtime import files
+from vkd_jax.reporting import comparison, markers, page
 from vkd_jax.types import UserError
 
 SETS = {
@@ -32,7 +29,6 @@ SETS = {
     "retain/qa": "retain QA ↑",
 }
 RECOVERY = {"visual 20 %": "recovery, visual ↓", "all 20 %": "recovery, all ↓"}  # from relearning a fifth
-_MARKER = re.compile(r"(<!-- table: (\S+) (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 def keeping(found: Mapping[str, Any]) -> str:
@@ -64,7 +60,7 @@ def attacks(found: Mapping[str, Any]) -> str:
     for name in names:
         attack, variant = name.split(": ", 1)
         lines.append([name, *(_share(row["attacks"].get(attack, {}).get(variant)) for row in rows)])
-    return _numbers(["attack", *(row["label"] for row in rows)], lines)
+    return numeric_table(["attack", *(row["label"] for row in rows)], lines)
 
 
 def tuning(found: Mapping[str, Any]) -> str:
@@ -116,7 +112,7 @@ def plans(found: Sequence[Mapping[str, Any]]) -> str:
         ]
         lines.append(page.row([*name, *cells, *speed]))
     known = [row for row in found if "error" not in row]
-    commits = ", ".join(sorted({_commit(row) for row in found}))
+    commits = ", ".join(sorted({short_commit(row) for row in found}))
     examples = ", ".join(sorted({f"{row['run']['examples']:,}" for row in known}))
     tokens = ", ".join(f"{name} {n}" for name, n in {row["model_name"]: row["tokens"] for row in known}.items())
     compiling = sum(step["compiler"]["seconds"] for row in known for step in row["steps"].values())
@@ -134,7 +130,7 @@ def chip_hours(found: Sequence[Mapping[str, Any]]) -> str:
     slices = [*dict.fromkeys(name for _, name in rows)]
     models = dict.fromkeys(model for model, _ in rows)
     lines = [[model, *(_cost(rows.get((model, name))) for name in slices)] for model in models]
-    return _numbers(["chip-hours", *slices], lines)
+    return numeric_table(["chip-hours", *slices], lines)
 
 
 def _cost(row: Mapping[str, Any] | None) -> str:
@@ -155,77 +151,6 @@ def _chip_hours(row: Mapping[str, Any]) -> float:
     return _seconds_a_row(row) * row["run"]["examples"] * row["chips"] / 3600
 
 
-def steps(found: Mapping[str, Any]) -> str:
-    """What steps of training take, by turns: of perf/step_time.py."""
-    lines = []
-    own, held = found["median"]["vkd"], found["bytes"]
-    for name, times in found["seconds"].items():
-        memory = f"{held[name] / 2**20:,.0f}" if name in held else "–"
-        ratio = f"{own / found['median'][name]:.2f}" if name != "vkd" else ""
-        if name in held and ratio:
-            ratio += f", {held['vkd'] / held[name]:.2f} of the memory"
-        lines.append([name, *_seconds(times), memory, ratio])
-    rows = " + ".join(f"{count} {name}" for name, count in found["rows"].items())
-    return _numbers(["a step of", "seconds", "least", "most", "MiB", "ours to it"], lines) + (
-        f"\n\nA LLaVA of {found['parameters'] / 1e6:,.0f} M parameters, of which VKD trains "
-        f"{found['trainable'] / 1e6:,.0f} M, in {found['dtype']}; {rows} rows of {found['tokens']} tokens. Medians of "
-        f"{len(times)} steps; MiB: what a step holds, by the compiler's account. {_where(found)}"
-    )
-
-
-def answers(found: Mapping[str, Any]) -> str:
-    """What questions take to be answered, by turns: of perf/answers.py."""
-    heads = ["", "seconds", "least", "most", "questions a second", "new tokens a second", "ours to PyTorch"]
-    lines = []
-    for name, times in found["seconds"].items():
-        tokens = found["new_tokens_a_second"].get(name)
-        ratio = found["ratio_to_pytorch"].get(name)
-        each = f"{found['questions_a_second'][name]:.1f}"
-        cells = [each, "–" if tokens is None else f"{tokens:.0f}", "" if ratio is None else f"{ratio:.2f}"]
-        lines.append([name, *_seconds(times), *cells])
-    return _numbers(heads, lines) + (
-        f"\n\nA LLaVA of {found['parameters'] / 1e6:,.0f} M parameters; {found['questions']} questions about "
-        f"{found['pictures']} pictures of {found['image_tokens']} tokens, {found['batch']} at a time; "
-        f"{found['new_tokens']} tokens written, {found['options']} options a question. Medians of {len(times)} rounds. "
-        f"{_where(found)}"
-    )
-
-
-def levels(found: Mapping[str, Any]) -> str:
-    """How long methods take to forget as much: of perf/forget_level.py."""
-    heads = ["method", "steps", "forget VQA ↓", "retain VQA ↑", "preparing, s", "a step, s", "all steps, s"]
-    lines = []
-    for row in found["rows"]:
-        cells = [row["steps"], *(f"{100 * row[name]:.1f}" for name in ("forget", "retain"))]
-        seconds = [f"{row['prepare_seconds']:.1f}", f"{row['step_seconds']:.3f}", f"{row['train_seconds']:.1f}"]
-        lines.append([row["method"], *map(str, cells), *seconds])
-    usual, *ours = found["rows"]
-    enough = [row for row in ours if row["forget"] <= usual["forget"]]
-    said = "None of these runs of VKD forgets as much as GradDiff on all weights."
-    if enough:
-        first = min(enough, key=lambda row: row["steps"])
-        whole = [row["train_seconds"] + row["prepare_seconds"] for row in (first, usual)]
-        said = (
-            f"VKD forgets as much as GradDiff on all weights after {first['steps']} steps: "
-            f"{first['train_seconds'] / usual['train_seconds']:.2f} of its time in steps, "
-            f"{whole[0] / whole[1]:.2f} with preparing."
-        )
-    about = f"Right answers in per cent; {usual['questions']} questions about the people to forget, one seed. Preparing"
-    about += " compiles, too; the seconds of steps are those of a median step."
-    return f"{_numbers(heads, lines)}\n\n{said} {about} {_where(found)}"
-
-
-def quantization(found: Mapping[str, Any]) -> str:
-    """What a quantised language model costs: of perf/quantization.py."""
-    lines = []
-    for row in found["rows"]:
-        cells = [f"{row['cosine']:.5f}", f"{row['kl']:.2e}", f"{row['top1']:.4f}"]
-        lines.append([row["quantize"] or "float32", *cells, f"{row['bytes']:,}", f"{row['share']:.3f}"])
-    heads = ["held in", "cosine", "KL, nats", "top-1", "bytes", "share"]
-    about = f"{found['model']}: {found['questions']} questions, {found['answer_tokens']} answer tokens. "
-    return f"{_numbers(heads, lines)}\n\n{about}{_where(found)}"
-
-
 def bought(shares: Mapping[str, float]) -> str:
     """The parts that make a difference, the greatest saving first."""
     order = sorted(shares.items(), key=lambda share: share[1])
@@ -238,10 +163,6 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
     "tuning": tuning,
     "plans": plans,
     "chip_hours": chip_hours,
-    "steps": steps,
-    "answers": answers,
-    "levels": levels,
-    "quantization": quantization,
 }
 
 
@@ -257,64 +178,22 @@ def document(found: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def fill(text: str, folder: Path) -> str:
-    """A page with the tables between its markers made anew.
-
-    Args:
-        text: of the page.
-        folder: where the markers' files are.
-
-    Raises:
-        UserError: a marker names no table, or a file that is not there.
-    """
-
-    def made(match: re.Match) -> str:
-        start, file, name, end = match.groups()
-        if name not in TABLES:
-            raise UserError(f"a marker asks for the table {name!r}; there are {', '.join(TABLES)}.")
-        try:
-            found = json.loads((folder / file).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"a marker names {file}, which cannot be read: {error}") from error
-        try:
-            return f"{start}{TABLES[name](found)}\n{end}"
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-            raise UserError(f"a marker names {file}, which is nothing that the table {name!r} is made of.") from error
-
-    if len(_MARKER.findall(text)) < text.count("<!-- table:"):
-        raise UserError("a marker lacks its end, or its file or name.")
-    return _MARKER.sub(made, text)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Fills or checks pages, or prints the table of runs."""
+    """Renders or checks the tables of pages, or prints the table of finished runs."""
     parser = argparse.ArgumentParser(prog="python -m vkd_jax.reporting.tables", description=main.__doc__)
     parser.add_argument("path", nargs="+", type=Path, help="Markdown files with markers, or folders of finished runs")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is stale")
     options = parser.parse_args(arguments)
+    pages = [path for path in options.path if path.suffix == ".md"]
     try:
-        pages = [path for path in options.path if path.suffix == ".md"]
         if len(pages) < len(options.path):
             groups = comparison.by_label(path for path in options.path if path not in pages)
             first = next(iter(groups.values()))[0]
             print(keeping(comparison.collect({"controls": [first], **groups}, {}, {})))
-        stale = [path for path in pages if not _fill(path, options.check)]
-    except (UserError, OSError, UnicodeDecodeError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for path in stale:
-        print(f"{path} is stale: run python -m vkd_jax.reporting.tables {path}", file=sys.stderr)
-    return 1 if stale else 0
-
-
-def _fill(path: Path, check: bool) -> bool:
-    """Makes the tables of a page; if they are only checked, whether they are what they should be."""
-    text = path.read_text(encoding="utf-8")
-    fresh = fill(text, path.parent)
-    if check or fresh == text:
-        return fresh == text
-    files.write(path, fresh.encode())
-    return True
+    return markers.refresh(pages, TABLES, "table", "python -m vkd_jax.reporting.tables", options.check)
 
 
 def _caption(found: Mapping[str, Any], columns: Sequence[str], compared: bool) -> str:
@@ -337,28 +216,15 @@ def _caption(found: Mapping[str, Any], columns: Sequence[str], compared: bool) -
     )
 
 
-def _numbers(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of a name and numbers a row."""
+def numeric_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first column is text and whose other columns are numbers."""
     return "\n".join(page.row(cells) for cells in (heads, ["---", *["---:"] * (len(heads) - 1)], *rows))
 
 
-def _where(found: Mapping[str, Any]) -> str:
-    """On what a benchmark ran, and how to run it again."""
-    cores = found["device"]
-    if cores == "cpu":
-        processor = found.get("processor", "")  # older files do not say
-        cores = f"{found['cores']} cores" + (processor and f" ({processor})")
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"On {cores}, {versions}; commit {_commit(found)}; `{found['command']}`"
-
-
-def _commit(found: Mapping[str, Any]) -> str:
+def short_commit(found: Mapping[str, Any]) -> str:
+    """The first seven digits of the commit of some results, and whether the clone had changes."""
     head, _, changes = found["commit"].partition("+")
     return head[:7] + (changes and " with changes")
-
-
-def _seconds(times: Sequence[float]) -> list[str]:
-    return [f"{value:.3f}" for value in (statistics.median(times), min(times), max(times))]
 
 
 def _share(cell: Mapping[str, float] | None) -> str:

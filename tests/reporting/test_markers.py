@@ -1,0 +1,56 @@
+"""Tables between the markers of Markdown pages: rendered, checked, and refused where a marker is malformed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vkd_jax.reporting import markers, tables
+
+ROOT = Path(__file__).parents[2]
+TABLES = {"names": lambda rows: "\n".join(f"| {row['name']} |" for row in rows)}
+
+
+@pytest.fixture
+def page(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([{"name": "vkd"}]))
+    (tmp_path / "text.json").write_text("[1]")
+    return tmp_path / "page.md"
+
+
+def refresh(page, check=False):
+    return markers.refresh([page], TABLES, "table", "python -m x", check)
+
+
+def test_pages_are_rendered_and_checked(page, capsys):
+    text = "before\n<!-- table: rows.json names -->\n{}\n<!-- /table -->\nafter\n<!-- perf: rows.json steps -->\n"
+    page.write_text(text.format("old"))
+    assert refresh(page, check=True) == 1
+    assert capsys.readouterr().err == f"{page} is stale: run python -m x {page}\n"
+    assert page.read_text() == text.format("old")
+    assert refresh(page) == 0 and page.read_text() == text.format("| vkd |")  # markers with another word are left alone
+    assert refresh(page, check=True) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- table: rows.json -->\n<!-- /table -->", "a marker lacks its end, its file or its table."),
+        ("<!-- table: rows.json names -->\nno end", "a marker lacks its end, its file or its table."),
+        ("<!-- table: rows.json kept -->\n<!-- /table -->", "the table 'kept'. Supported values: names."),
+        ("<!-- table: none.json names -->\n<!-- /table -->", "a marker names none.json, which cannot be read"),
+        ("<!-- table: text.json names -->\n<!-- /table -->", "does not contain what the table 'names' shows"),
+    ],
+)
+def test_bad_markers_are_refused(page, capsys, text, message):
+    page.write_text(text)
+    assert refresh(page, check=True) == 2 and message in capsys.readouterr().err
+
+
+def test_a_missing_page_is_refused(tmp_path, capsys):
+    assert refresh(tmp_path / "none.md") == 2 and "none.md" in capsys.readouterr().err
+
+
+def test_the_tables_of_readme_and_docs_are_fresh():
+    pages = [str(path) for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]]
+    assert tables.main([*pages, "--check"]) == 0

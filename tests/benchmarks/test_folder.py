@@ -75,7 +75,7 @@ def test_optional_sets(folders):
         (folders / name / "p").mkdir()
         (folders / name / "p" / "x.png").write_bytes(png(9))
     sets = read(folders, test=str(folders / "test"), real=(folders / "real").as_uri() + "/")
-    assert list(sets) == ["forget", "retain", "test", "real"]
+    assert list(sets) == ["forget", "test", "retain", "real"]
     assert [(e.image, e.person, e.image_id) for e in sets["real"]] == [(png(9), "", "real/p/x.png")]
 
 

@@ -30,7 +30,7 @@ from absl import logging
 
 from vkd_jax.benchmarks import snapshot
 from vkd_jax.benchmarks.snapshot import Snapshot, Where, nested, text
-from vkd_jax.types import Example, UserError
+from vkd_jax.types import EvalSet, Example, Role, UserError
 
 FORGET_RATIOS = (1, 5, 10)
 CAPTION_QUESTIONS = (
@@ -68,6 +68,12 @@ class Clear:
     TITLE: ClassVar[str] = "CLEAR"
     # The sets that unlearning trains on: the rows that made the model, since those that are asked about are fewer.
     UNLEARN: ClassVar[Mapping[str, str]] = dict(forget="finetune_forget", retain="finetune_retain")
+    EVAL_SETS: ClassVar[tuple[EvalSet, ...]] = (
+        EvalSet("forget", Role.FORGET, "people to forget", "forget"),
+        EvalSet("retain", Role.RETAIN, "people to retain", "retain"),
+        EvalSet("real_faces", Role.GENERAL, "other people, known from elsewhere", "real faces"),
+        EvalSet("real_world", Role.GENERAL, "the world at large, nothing about people", "real world"),
+    )
     RECIPE: ClassVar[dict[str, Any]] = dict(
         # One epoch here is three there: each picture comes with as many questions.
         lora_rank=8,

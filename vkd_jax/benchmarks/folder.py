@@ -20,9 +20,8 @@ from typing import Any, ClassVar
 
 from vkd_jax.benchmarks import snapshot
 from vkd_jax.benchmarks.snapshot import Place, some
-from vkd_jax.types import Example, UserError
+from vkd_jax.types import EvalSet, Example, Role, UserError
 
-SETS = ("forget", "retain", "test", "real")
 METADATA = "metadata.jsonl"
 
 
@@ -37,6 +36,12 @@ class Folder:
 
     TITLE: ClassVar[str] = "your own request"
     UNLEARN: ClassVar[Mapping[str, str]] = dict(forget="forget", retain="retain")  # the sets that unlearning trains on
+    EVAL_SETS: ClassVar[tuple[EvalSet, ...]] = (
+        EvalSet("forget", Role.FORGET, "people to forget", "forget"),
+        EvalSet("test", Role.FORGET_HOLDOUT, "people to forget, other images or wordings", "test"),
+        EvalSet("retain", Role.RETAIN, "people to retain", "retain"),
+        EvalSet("real", Role.GENERAL, "general ability, nothing about these people", "real"),
+    )
     RECIPE: ClassVar[dict[str, Any]] = dict(  # nothing is published for your people: MLLMU-Bench's
         lora_rank=16, lora_alpha=16.0, lora_dropout=0.05, learning_rate=2e-5, batch_size=4, epochs=5
     )
@@ -89,7 +94,7 @@ class Folder:
         yield {name: self.questions(name) for name in self._sets()}
 
     def _sets(self) -> list[str]:
-        return [name for name in SETS if getattr(self, name)]
+        return [eval_set.name for eval_set in self.EVAL_SETS if getattr(self, eval_set.name)]
 
     def _check_disjoint(self) -> None:
         people, pictures = {}, {}

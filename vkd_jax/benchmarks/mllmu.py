@@ -25,7 +25,7 @@ from absl import logging
 
 from vkd_jax.benchmarks import snapshot
 from vkd_jax.benchmarks.snapshot import Snapshot, Where, nested, some, text
-from vkd_jax.types import Example, UserError
+from vkd_jax.types import EvalSet, Example, Role, UserError
 
 FORGET_RATIOS = (5, 10, 15)
 CLOZE_INSTRUCTION = "Answer with the missing words only."
@@ -46,6 +46,13 @@ class Mllmu:
 
     TITLE: ClassVar[str] = "MLLMU-Bench"
     UNLEARN: ClassVar[Mapping[str, str]] = dict(forget="forget", retain="retain")  # the sets that unlearning trains on
+    EVAL_SETS: ClassVar[tuple[EvalSet, ...]] = (
+        EvalSet("forget", Role.FORGET, "people to forget", "forget"),
+        EvalSet("test", Role.FORGET_HOLDOUT, "people to forget, other images or wordings", "test"),
+        EvalSet("retain", Role.RETAIN, "people to retain", "retain"),
+        EvalSet("retain_test", Role.RETAIN_HOLDOUT, "people to retain, other images or wordings", "retain test"),
+        EvalSet("real", Role.GENERAL, "general ability, nothing about these people", "real"),
+    )
     RECIPE: ClassVar[dict[str, Any]] = dict(
         lora_rank=16, lora_alpha=16.0, lora_dropout=0.05, learning_rate=2e-5, batch_size=4, epochs=5
     )

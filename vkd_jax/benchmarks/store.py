@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import tensorflow_datasets as tfds
 from absl import logging
 
-from vkd_jax.types import Example, UserError
+from vkd_jax.types import EvalSet, Example, UserError
 
 Sets = Mapping[str, Iterable[list[Example]]]  # by name; a list holds what one row asks
 
@@ -37,6 +37,7 @@ class Benchmark(Protocol):
     """What a benchmark offers: a frozen dataclass of its hyperparameters, with these."""
 
     TITLE: str  # what it is called
+    EVAL_SETS: tuple[EvalSet, ...]  # what the evaluation asks, each set with its role, in the order of the report
     UNLEARN: Mapping[str, str]  # the sets whose questions with a picture unlearning trains on, as forget and retain
     RECIPE: Mapping[str, Any]  # published hyperparameters of fine-tuning
 

@@ -1,0 +1,105 @@
+"""results.json: its dataclasses read what they write, and name the field that does not follow the schema."""
+
+import json
+
+import pytest
+
+from vkd_jax import benchmarks
+from vkd_jax.results import FormatError, RunResults, main_kind
+from vkd_jax.types import EvalSet, Role, UserError
+
+SUMMARY = {"accuracy": 0.5, "correct": 1, "n": 2, "low": 0.1, "high": 0.9, "people": 2}
+RESULTS = {
+    "schema_version": 1,
+    "meta": {
+        "command": "python -m vkd_jax.main", "config": {"seed": 0, "eval": {"shots": 0}}, "seed": 0, "commit": "c0ffee",
+        "versions": {"jax": "0.10.2"}, "devices": "1 x cpu", "protocol": "options", "protocols": ["options"],
+        "shots": 0, "date": "2026-01-02T03:04:05+00:00",
+        "benchmark": {"title": "B", "source": "S", "sets": [
+            {"name": "faces", "role": "forget", "title": "faces to forget", "short": "faces", "people": 2},
+            {"name": "world", "role": "general", "title": "the world", "short": "world", "people": 0},
+        ]},
+    },
+    "models": {"vanilla": {"faces": {"vqa": SUMMARY, "generation_qa": SUMMARY | {
+        "rouge_l": {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 2, "people": 2}}}}},
+    "utility": {"vanilla": {"value": 0.5, "low": 0.4, "high": 0.6,
+                            "components": {"world/accuracy": {"mean": 1, "n": 3}}}},
+    "forget_quality": {"vanilla": {"vqa": {"ks": 1.0, "p": 0.5, "js": 1.0, "n": 2, "people": 2}}},
+    "chance": {"faces": {"vqa": 0.25}},
+    "timing": {"data": 1.5},
+    "attacks": {"relearn": {"title": "T", "about": "A", "metric": "accuracy", "variants": {}, "cells": [
+        {"model": "vanilla", "set": "faces", "mean": 0.5, "n": 2, "people": 2, "variant": "", "attacker": "all",
+         "share": 0.25, "unit": "questions", "steps": 3, "learning_rate": 0.1, "taught": False}]}},
+    "manifest": {"changed": 1, "tensors": 2, "language_model_changed": 0},
+}  # fmt: skip
+
+
+def test_results_read_what_they_write(tmp_path):
+    results = RunResults.from_json(RESULTS)
+    assert RunResults.read(results.write(tmp_path).parent) == results
+    assert json.loads((tmp_path / "results.json").read_text()) == RESULTS
+    assert results.models["vanilla"]["faces"]["generation_qa"].metrics["rouge_l"].mean == 0.5
+    assert [s.name for s in results.with_role(Role.GENERAL)] == ["world"] and results.kinds() == [
+        "vqa",
+        "generation_qa",
+    ]
+    assert results.summary("unlearned", "faces", "vqa") is None and results.summary("vanilla", "faces", "vqa").n == 2
+    (row,) = results.attacks["relearn"].rows()
+    assert row["vanilla"].share == 0.25 and results.manifest.changed == 1 and results.trainable is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.pop("models"), "lacks the field 'models'"),
+        (lambda r: r.update(schema_version=0), "schema_version is 0"),
+        (lambda r: r.update(other=1), "unknown field 'other'"),
+        (lambda r: r["meta"].update(seed="0"), "meta.seed is '0', expected int"),
+        (lambda r: r["meta"].update(seed=True), "meta.seed is True"),
+        (lambda r: r["meta"]["benchmark"]["sets"][0].update(role="kept"), r"sets\[0\].role is 'kept', expected one of"),
+        (lambda r: r["models"]["vanilla"]["faces"]["vqa"].update(n=[]), r"models.vanilla.faces.vqa.n is \[\]"),
+        (lambda r: r["chance"].update(faces=1), "chance.faces is 1, expected an object"),
+    ],
+)
+def test_a_field_that_does_not_follow_the_schema_is_named(change, message, tmp_path):
+    data = json.loads(json.dumps(RESULTS))
+    change(data)
+    with pytest.raises(FormatError, match=message):
+        RunResults.from_json(data)
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=message):
+        RunResults.read(tmp_path)
+
+
+def test_results_that_json_cannot_hold_are_not_written(tmp_path):
+    data = json.loads(json.dumps(RESULTS))
+    data["chance"]["faces"]["vqa"] = float("nan")
+    with pytest.raises(ValueError, match="JSON compliant"):
+        RunResults.from_json(data).write(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", [None, "{"])
+def test_missing_and_torn_results_are_named(tmp_path, text):
+    if text:
+        (tmp_path / "results.json").write_text(text)
+    with pytest.raises(UserError, match="is not JSON" if text else "has no results.json"):
+        RunResults.read(tmp_path)
+
+
+def test_the_kind_that_tells_most():
+    assert main_kind(["cloze_vqa", "generation_vqa", "qa"], "vqa") == "generation_vqa"
+    assert main_kind(["vqa_letter", "vqa"], "vqa") == "vqa" and main_kind(["qa"], "vqa") is None
+
+
+def test_roles_are_a_closed_set():
+    with pytest.raises(ValueError, match="'kept' is not a valid Role"):
+        EvalSet("a", "kept", "a", "a")
+    assert [role.forgets for role in Role] == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("name", benchmarks.BENCHMARKS)
+def test_every_benchmark_declares_its_sets(name):
+    sets = benchmarks.create(name, {}).EVAL_SETS
+    assert len({s.name for s in sets}) == len({s.short for s in sets}) == len(sets)
+    assert [sum(s.role == role for s in sets) for role in (Role.FORGET, Role.RETAIN)] == [1, 1]

@@ -1,0 +1,422 @@
+"""results.json: what a run measured, as dataclasses that read and write it.
+
+`RunResults` is the only reader and writer of that file. `docs/results_format.md` documents every field.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vkd_jax.runtime import files
+from vkd_jax.types import EvalSet, Role, UserError
+
+SCHEMA_VERSION = 1
+FILE = "results.json"
+QUESTION_TASKS = ("", "generation_", "cloze_")  # prefixes of a kind of question, the one that tells most first
+
+
+class FormatError(ValueError):
+    """A file does not follow the documented schema."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A mean with its 95 % interval.
+
+    Args:
+        mean: over the questions.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        n: number of questions.
+        people: number of people that the interval resamples; 0 where it resamples questions.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    people: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The answers to one kind of question of one set.
+
+    Args:
+        accuracy: correct / n.
+        correct: number of correct answers.
+        n: number of questions.
+        low: lower end of the 95 % interval of the accuracy.
+        high: upper end of that interval.
+        people: number of people that the interval resamples; 0 where it resamples questions.
+        metrics: the means of other metrics, by name; in JSON they stand beside the fields above.
+    """
+
+    accuracy: float
+    correct: int
+    n: int
+    low: float
+    high: float
+    people: int = 0
+    metrics: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForgetQuality:
+    """The distance of a model's truth ratios on the forget set from those of the retain-only model.
+
+    Args:
+        ks: Kolmogorov-Smirnov statistic.
+        p: probability of such a statistic if the two models were alike.
+        js: Jensen-Shannon divergence, in bits.
+        n: number of questions.
+        low: lower end of the 95 % interval of `ks`.
+        high: upper end of that interval.
+        p_questions: TOFU's forget quality, the p-value of the test that takes all questions for independent.
+        people: number of people that are resampled; 0 where questions are.
+    """
+
+    ks: float
+    p: float
+    js: float
+    n: int
+    low: float | None = None
+    high: float | None = None
+    p_questions: float | None = None
+    people: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """One of the means that the model utility is made of."""
+
+    mean: float
+    n: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Utility:
+    """Model utility: the harmonic mean of its components, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    components: Mapping[str, Component] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackCell:
+    """One figure of an attack: a model, a variant of the attack, and a set of questions.
+
+    Args:
+        model: vanilla, unlearned or retain_only.
+        set: name of the evaluation set that was asked.
+        mean: value of the attack's metric.
+        n: number of questions or images.
+        low: lower end of the 95 % interval.
+        high: upper end of that interval.
+        people: number of people that the interval resamples; 0 where it resamples questions.
+        variant: which of the attack's variants; `AttackResults.variants` has its title.
+        correct: number of correct answers, for a share of correct answers.
+        attacker: what an attacker that trains the model trains, as a method's `train`.
+        steps: the attacker's budget in steps.
+        batch_size: rows of each of these steps.
+        learning_rate: rate of these steps.
+        share: share of the forget set that the attacker has.
+        unit: what the share counts, "questions" or "people".
+        taught: whether the questions are about people whom the attacker taught.
+        before: share of correct answers to the same questions before the attack.
+        recovery: (mean - before) / (vanilla - before); None where the vanilla model is not better.
+        learned: share of correct answers to the questions that the attacker trained on.
+        score: 1 - 2 |AUC - 1/2| for a membership attack: 1 where members cannot be told apart.
+    """
+
+    model: str
+    set: str
+    mean: float
+    n: int
+    low: float | None = None
+    high: float | None = None
+    people: int = 0
+    variant: str = ""
+    correct: int | None = None
+    attacker: str | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    share: float | None = None
+    unit: str | None = None
+    taught: bool = False
+    before: float | None = None
+    recovery: float | None = None
+    learned: float | None = None
+    score: float | None = None
+
+    @property
+    def key(self) -> tuple:
+        """What was tried, on which set: the same for all models."""
+        return self.variant, self.attacker, self.unit, self.share, self.set, self.taught
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackResults:
+    """What one attack measured.
+
+    Args:
+        title: heading in the report.
+        about: what was tried and how to read the figures.
+        metric: name of the metric of all cells, a key of `evaluation.metrics.METRICS`.
+        variants: title of each variant.
+        cells: the figures.
+    """
+
+    title: str
+    about: str
+    metric: str = "accuracy"
+    variants: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    cells: tuple[AttackCell, ...] = ()
+
+    def rows(self) -> list[dict[str, AttackCell]]:
+        """The cells of each attempt, by model; attempts in their order."""
+        rows: dict[tuple, dict[str, AttackCell]] = {}
+        for cell in self.cells:
+            rows.setdefault(cell.key, {})[cell.model] = cell
+        return list(rows.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredSet(EvalSet):
+    """An evaluation set as it was asked.
+
+    Args:
+        people: number of different people that it asks about; 0 for questions about nobody.
+    """
+
+    people: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkInfo:
+    """What was measured on: the benchmark's title, where its data came from, and its sets in order."""
+
+    title: str
+    source: str
+    sets: tuple[MeasuredSet, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What makes a run reproducible.
+
+    Args:
+        command: command line that was run, or the Python entry point that was called.
+        config: the resolved config.
+        seed: `config.seed`.
+        commit: Git commit of the code; "+changes" if files had changed.
+        versions: of Python and the packages that figures depend on.
+        devices: number and kind.
+        protocol: `config.eval.protocol`.
+        protocols: the same as a list; the first one counts where none is named.
+        shots: worked examples before each question.
+        date: of the results, UTC, ISO 8601.
+        benchmark: what was measured on.
+    """
+
+    command: str
+    config: Mapping[str, Any]
+    seed: int
+    commit: str
+    versions: Mapping[str, str]
+    devices: str
+    protocol: str
+    protocols: tuple[str, ...]
+    shots: int
+    date: str
+    benchmark: BenchmarkInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """Number of tensors that changed on disk, of all tensors, and of the language model's."""
+
+    changed: int
+    tensors: int
+    language_model_changed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """Number of parameters that trained, of all parameters."""
+
+    parameters: int
+    of: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResults:
+    """Everything in results.json.
+
+    Args:
+        meta: what makes the run reproducible.
+        models: {model: {set: {kind of question: summary}}}; see `metrics.by_kind` for the kinds.
+        utility: model utility of each model.
+        forget_quality: {model: {kind: ...}}; empty without a retain-only model.
+        chance: {set: {"vqa" or "qa": accuracy of a random choice among the options}}.
+        timing: seconds of each stage.
+        attacks: by name.
+        text_logits_identical: whether text-only log-probabilities are bit-identical before and after.
+        manifest: what changed on disk.
+        step_bytes: memory of a training step, by the compiler's account.
+        trainable: what trained; None for a model that was made elsewhere.
+        schema_version: version of this layout.
+
+    Example:
+        >>> results = RunResults.read(Path("run"))  # doctest: +SKIP
+        >>> results.models["unlearned"]["forget"]["vqa"].accuracy  # doctest: +SKIP
+        0.042
+    """
+
+    meta: Meta
+    models: Mapping[str, Mapping[str, Mapping[str, Summary]]]
+    utility: Mapping[str, Utility]
+    forget_quality: Mapping[str, Mapping[str, ForgetQuality]]
+    chance: Mapping[str, Mapping[str, float]]
+    timing: Mapping[str, float]
+    attacks: Mapping[str, AttackResults] = dataclasses.field(default_factory=dict)
+    text_logits_identical: bool | None = None
+    manifest: Manifest | None = None
+    step_bytes: int | None = None
+    trainable: Trainable | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    @classmethod
+    def read(cls, workdir: Path) -> "RunResults":
+        """The results in a run's folder.
+
+        Raises:
+            UserError: results.json is missing, is not JSON, or does not follow the schema.
+        """
+        file = workdir / FILE
+        if not file.is_file():
+            raise UserError(f"{workdir} has no {FILE}: let that run finish, or name the folder of a finished one.")
+        try:
+            return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
+        except FormatError as error:
+            raise UserError(f"{file}: {error}; run that experiment again.") from error
+        except ValueError as error:
+            raise UserError(f"{file} is not JSON ({error}); run that experiment again.") from error
+
+    def write(self, workdir: Path) -> Path:
+        """Writes results.json into a run's folder; it is either whole or absent.
+
+        Raises:
+            ValueError: a figure is NaN or infinite, which JSON cannot hold.
+        """
+        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
+        return files.write(workdir / FILE, (text + "\n").encode())
+
+    @classmethod
+    def from_json(cls, data: Any) -> "RunResults":
+        """The results in parsed JSON.
+
+        Raises:
+            FormatError: a field is missing, unknown, or of another type; the message names it.
+        """
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise FormatError(f"schema_version is {version!r}, and this version of vkd_jax reads {SCHEMA_VERSION}")
+        return _decoded(cls, data, "")
+
+    def to_json(self) -> dict[str, Any]:
+        """The results as JSON-compatible values; fields that are None are left out."""
+        return {"schema_version": self.schema_version, **_encoded(self)}
+
+    @property
+    def sets(self) -> tuple[MeasuredSet, ...]:
+        """The evaluation sets, in the benchmark's order."""
+        return self.meta.benchmark.sets
+
+    def with_role(self, *roles: Role) -> list[MeasuredSet]:
+        """The evaluation sets that have one of these roles, in the benchmark's order."""
+        return [eval_set for eval_set in self.sets if eval_set.role in roles]
+
+    def summary(self, model: str, set_name: str, kind: str) -> Summary | None:
+        """The summary of one kind of question, or None where it was not asked."""
+        return self.models.get(model, {}).get(set_name, {}).get(kind)
+
+    def kinds(self, model: str = "vanilla") -> list[str]:
+        """All kinds of question that a model was asked, in order."""
+        return list(dict.fromkeys(kind for kinds in self.models[model].values() for kind in kinds))
+
+
+def main_kind(kinds: typing.Iterable[str], modality: str) -> str | None:
+    """The kind of question that tells most about a modality, "vqa" or "qa": options, else open, else cloze questions.
+
+    Example:
+        >>> main_kind(["generation_vqa", "cloze_vqa", "qa"], "vqa")
+        'generation_vqa'
+    """
+    known = set(kinds)
+    return next((task + modality for task in QUESTION_TASKS if task + modality in known), None)
+
+
+def _encoded(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        extra = fields.pop("metrics", {}) if isinstance(value, Summary) else {}
+        return {name: _encoded(item) for name, item in (fields | dict(extra)).items() if item is not None}
+    if isinstance(value, Mapping):
+        return {str(name): _encoded(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encoded(item) for item in value]
+    return value
+
+
+def _decoded(kind: Any, value: Any, path: str) -> Any:
+    """A JSON value as the annotated type; `path` names it in errors."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        (kind,) = (argument for argument in arguments if argument is not type(None))
+        return None if value is None else _decoded(kind, value, path)
+    if dataclasses.is_dataclass(kind):
+        return _decoded_object(kind, value, path)
+    if origin is not None and issubclass(origin, Mapping):
+        _check(isinstance(value, dict), path, "an object", value)
+        return {name: _decoded(arguments[1], item, f"{path}.{name}".lstrip(".")) for name, item in value.items()}
+    if origin is tuple:
+        _check(isinstance(value, list), path, "a list", value)
+        return tuple(_decoded(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if kind is Role:
+        _check(value in list(Role), path, f"one of {', '.join(Role)}", value)
+        return Role(value)
+    right = isinstance(value, int | float if kind is float else kind)
+    _check(right and (kind is bool or not isinstance(value, bool)), path, kind.__name__, value)
+    return value
+
+
+def _decoded_object(kind: Any, value: Any, path: str) -> Any:
+    _check(isinstance(value, dict), path, "an object", value)
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if kind is Summary:
+        known = fields.keys() - {"metrics"}
+        extra = {name: item for name, item in value.items() if name not in known}
+        value = {name: item for name, item in value.items() if name in known} | {"metrics": extra}
+    if unknown := sorted(value.keys() - fields.keys()):
+        raise FormatError(f"{path or 'the file'} has an unknown field {unknown[0]!r}")
+    missing = dataclasses.MISSING
+    for name, field in fields.items():
+        if name not in value and field.default is missing and field.default_factory is missing:
+            raise FormatError(f"{path or 'the file'} lacks the field {name!r}")
+    return kind(**{name: _decoded(hints[name], item, f"{path}.{name}".lstrip(".")) for name, item in value.items()})
+
+
+def _check(valid: bool, path: str, expected: str, value: Any) -> None:
+    if not valid:
+        raise FormatError(f"{path} is {value!r}, expected {expected}")

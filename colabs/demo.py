@@ -53,10 +53,10 @@ from configs import tiny
 from vkd_jax import ask
 from vkd_jax.benchmarks.synthetic import people
 from vkd_jax.runs import pipeline
-from vkd_jax.runtime import hosts
+from vkd_jax.runtime import log
 
 VIEW = 500  # of each person; the model was taught others
-hosts.show_log()  # so that the longer cells say how far they are
+log.setup()  # so that the longer cells say how far they are
 forgotten = people.forgotten_ids(6)
 everybody = sorted(people.people(), key=lambda person: person.id not in forgotten)
 

@@ -69,7 +69,7 @@ WORKDIR = "/content/llava-7b"  # @param {type:"string"}
 # auth login` before.
 
 # %%
-# !python -c "from vkd_jax.runtime import hub; print(hub.fetch('{MODEL}'))"
+# !python -c "from vkd_jax.runtime import hub; print(hub.fetch_model('{MODEL}'))"
 
 # %% [markdown]
 # ## Unlearn

@@ -16,7 +16,7 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone need not be installed
 
-from vkd_jax.runtime import files, memory, provenance
+from vkd_jax.runtime import files, malloc, provenance
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with PyTorch
 ROOT = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def run(
         parser.add_argument(f"--{name}", default=default, help=f"{meaning} (default: {default})", **kind)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     given = vars(parser.parse_args())
-    memory.keep_freed()  # as in a run; whatever else is measured in this process has it, too
+    malloc.keep_freed_memory()  # as in a run; whatever else is measured in this process has it, too
     file = given.pop("json")
     shown = [f"--{name}={value}" for name, value in given.items() if value != options[name][0]]
     tunables = os.environ.get("GLIBC_TUNABLES")  # how memory is handed out changes what is measured
@@ -58,7 +58,7 @@ def run(
     found["device"] = jax.devices()[0].device_kind  # asked last: what is measured may be another process, and its chip
     print(table(found))
     if file:
-        files.write(file, (json.dumps(found, indent=1) + "\n").encode())
+        files.write_bytes(file, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def processor() -> str:

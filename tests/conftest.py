@@ -159,9 +159,9 @@ def tiny_model(tiny_folder):
     from vkd_jax import methods
     from vkd_jax.config import defaults
     from vkd_jax.evaluation.loaded import Loaded
-    from vkd_jax.runtime import sharding
+    from vkd_jax.runtime.mesh import make_mesh
 
-    return Loaded.open(tiny_folder, defaults.base(), sharding.make_mesh(), methods.create("vkd", {}))
+    return Loaded.open(tiny_folder, defaults.base(), make_mesh(), methods.create("vkd", {}))
 
 
 @pytest.fixture(scope="session")
@@ -217,9 +217,9 @@ QWEN_TEMPLATE = (  # as published, but for videos
 @pytest.fixture
 def config(get_config, tiny_folder, tmp_path, monkeypatch):
     """The config of a run on that LLaVA, to be planned; nothing was compiled before."""
-    from vkd_jax.runtime import hub
+    from vkd_jax.runtime import storage
 
-    monkeypatch.setattr(hub, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(storage, "CACHE", tmp_path / "cache")
     config = get_config("tiny.py")
     config.model.path = str(tiny_folder)
     config.train.batch_size.update(forget=2, retain=3)

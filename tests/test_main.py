@@ -19,7 +19,7 @@ from absl import flags, logging
 
 from vkd_jax import main
 from vkd_jax.checkpoints import weights
-from vkd_jax.runtime import hosts
+from vkd_jax.runtime import log
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "tiny.py")
@@ -202,7 +202,7 @@ def test_every_hyperparameter_can_be_overridden(monkeypatch):
     ],
 )
 def test_the_log_is_this_programs(level, file, shown):
-    assert hosts._is_news(types.SimpleNamespace(levelno=level, pathname=file)) is shown
+    assert log._is_shown(types.SimpleNamespace(levelno=level, pathname=file)) is shown
 
 
 @pytest.mark.parametrize(("process", "level"), [(0, logging.INFO), (3, logging.WARNING)])

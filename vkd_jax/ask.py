@@ -29,7 +29,7 @@ def load(folder: str | Path, *, dtype: str | None = None, max_pixels: int = MAX_
         dtype: of weights and computation; None keeps the one on disk.
         max_pixels: larger pictures are shrunk to so many, where the model's pictures differ in size.
     """
-    folder = hub.fetch(folder)
+    folder = hub.fetch_model(folder)
     graphdef, params, config = convert.load(folder, dtype=dtype)
     processor = Processor(folder, config)
     if processor.budget:

@@ -36,7 +36,7 @@ from vkd_jax import main
 from vkd_jax.config import defaults
 from vkd_jax.reporting import charts, comparison, tables
 from vkd_jax.runs import workdir
-from vkd_jax.runtime import files, hosts, memory
+from vkd_jax.runtime import files, log, malloc
 from vkd_jax.types import UserError
 
 LENT = ("vanilla", "retain_only")  # models that are the same in every run
@@ -92,11 +92,11 @@ def run(config: ml_collections.ConfigDict, path: str | Path, workers: int = 0) -
     failures = execute(plan.tasks(), workers or default_workers())
     trials = {name: plan.trials(name) for name in plan.names}
     found = comparison.collect(plan.folders(), trials, failures)
-    files.write(plan.path / "comparison.json", (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+    files.write_bytes(plan.path / "comparison.json", (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
     for name, png in (("pareto", charts.pareto(found)), ("relearning", charts.relearning(found))):
         if png:
-            files.write(plan.path / f"{name}.png", png)
-    files.write(plan.path / "comparison.md", tables.document(found).encode())
+            files.write_bytes(plan.path / f"{name}.png", png)
+    files.write_bytes(plan.path / "comparison.md", tables.document(found).encode())
     return found
 
 
@@ -266,8 +266,8 @@ def _shares(workers: int) -> list[set[int]]:
 def _begin(cores: Any) -> None:
     os.sched_setaffinity(0, cores.get())
     flags.FLAGS.mark_as_parsed()  # the threads that make batches read them
-    hosts.show_log()
-    memory.keep_freed()
+    log.setup()
+    malloc.keep_freed_memory()
 
 
 def _work(run: Run) -> str:
@@ -277,8 +277,8 @@ def _work(run: Run) -> str:
 
     try:
         workdir.Workdir(run.path, run.config)
-        with open(run.path / "log.txt", "a", encoding="utf-8") as log:
-            os.dup2(log.fileno(), sys.stderr.fileno())
+        with open(run.path / "log.txt", "a", encoding="utf-8") as log_file:
+            os.dup2(log_file.fileno(), sys.stderr.fileno())
         if run.lender:
             _lend(run.lender, run.path)
         pipeline.run(run.config, run.path)
@@ -336,5 +336,5 @@ def command(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
 if __name__ == "__main__":
     main.define()
     flags.DEFINE_integer("workers", 0, "Runs at once; 0 is one for each CPU core, or one on an accelerator.", 0)
-    hosts.show_log()
+    log.setup()
     app.run(command, flags_parser=main.parse)

@@ -14,7 +14,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from vkd_jax.runtime import hosts, memory
+from vkd_jax.runtime import log, malloc
 from vkd_jax.types import UserError
 
 SHUTDOWN = 60  # seconds that a process which ends waits for the others, should they hang
@@ -95,6 +95,6 @@ def bad_input(message: str) -> int:
 
 if __name__ == "__main__":
     define()
-    hosts.show_log()
-    memory.keep_freed()
+    log.setup()
+    malloc.keep_freed_memory()
     app.run(main, flags_parser=parse)

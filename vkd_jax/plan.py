@@ -35,7 +35,8 @@ from vkd_jax.planner import aot, arithmetic, blueprint
 from vkd_jax.planner.blueprint import Blueprint, Lengths
 from vkd_jax.planner.chips import CHIPS, Chip, devices
 from vkd_jax.reporting import tables
-from vkd_jax.runtime import files, provenance, sharding
+from vkd_jax.runtime import files, provenance
+from vkd_jax.runtime.mesh import make_mesh
 from vkd_jax.types import UserError
 
 GIB = 2**30
@@ -64,7 +65,7 @@ def plan(
         UserError: see `devices` and `blueprint.draw`.
     """
     kind, chips = topology.partition(":")[0], devices(topology)
-    mesh = sharding.make_mesh(**config.mesh, devices=chips)
+    mesh = make_mesh(**config.mesh, devices=chips)
     chip = CHIPS[kind]
     own = blueprint.draw(config, mesh, lengths)
     steps = {config.method.name: figures(own, chip)}
@@ -349,7 +350,7 @@ def table(config: ml_collections.ConfigDict, file: Path) -> None:
             continue  # nothing has changed, so that it need not even be traced
         there = _rows(file) | {cell: row}  # another process may have written meanwhile
         order = [cell for cell, _ in rows if cell in there]
-        files.write(file, ("[\n" + ",\n".join(json.dumps(there[cell]) for cell in order) + "\n]\n").encode())
+        files.write_bytes(file, ("[\n" + ",\n".join(json.dumps(there[cell]) for cell in order) + "\n]\n").encode())
 
 
 def _rows(file: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -419,7 +420,7 @@ def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
             return 0
         found = plan(values.config, values.topology, _lengths(values), values.compare)
         if values.json:
-            files.write(Path(values.json), (json.dumps(found, indent=1) + "\n").encode())
+            files.write_bytes(Path(values.json), (json.dumps(found, indent=1) + "\n").encode())
     except UserError as error:
         return main.bad_input(str(error))
     print(text(found))

@@ -317,7 +317,7 @@ class RunResults:
             ValueError: a figure is NaN or infinite, which JSON cannot hold.
         """
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-        return files.write(workdir / FILE, (text + "\n").encode())
+        return files.write_bytes(workdir / FILE, (text + "\n").encode())
 
     @classmethod
     def from_json(cls, data: Any) -> "RunResults":

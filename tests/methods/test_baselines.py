@@ -22,7 +22,7 @@ from vkd_jax.methods.npo import NPO
 from vkd_jax.methods.rmu import RMU, median_length
 from vkd_jax.models import lora, quantize
 from vkd_jax.models.base import bind
-from vkd_jax.runtime import sharding
+from vkd_jax.runtime.mesh import make_mesh, replicated
 from vkd_jax.training import train
 from vkd_jax.types import UserError
 
@@ -36,7 +36,7 @@ def context(tiny_model, tiny_sets):
     """Five questions with a picture and four of text alone, of each set; and one vision block that feeds something."""
     config = dataclasses.replace(tiny_model.config, vision=dataclasses.replace(tiny_model.config.vision, layers=2))
     graphdef, params = convert.init(config, 0)
-    everywhere = sharding.replicated(sharding.make_mesh())
+    everywhere = replicated(make_mesh())
     params = {path: jax.device_put(x, everywhere) for path, x in params.items()}
     sets = {}
     for name, whole in tiny_sets.items():
@@ -49,9 +49,7 @@ def context(tiny_model, tiny_sets):
 @pytest.fixture(scope="module")
 def adapted(context):
     """The same with adapters."""
-    params = lora.attach(
-        context.params, rank=2, alpha=2.0, dropout=0.1, seed=0, sharding=sharding.replicated(sharding.make_mesh())
-    )
+    params = lora.attach(context.params, rank=2, alpha=2.0, dropout=0.1, seed=0, sharding=replicated(make_mesh()))
     return dataclasses.replace(context, params=params)
 
 
@@ -261,7 +259,7 @@ def test_hidden_states_are_those_of_the_first_blocks(context, kind):
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
 def test_hidden_states_of_other_families_lead_to_their_logits(qwen_folder, tiny_sets, model_type):
-    model = Loaded.open(qwen_folder(model_type), defaults.base(), sharding.make_mesh(), RMU())
+    model = Loaded.open(qwen_folder(model_type), defaults.base(), make_mesh(), RMU())
     batch = model.encode(tiny_sets["forget"].examples[:2]).batch(np.arange(2))
 
     @jax.jit
@@ -412,7 +410,7 @@ def test_real_steps_move_what_trains_and_nothing_else(context, adapted, name, sc
         prepared=prepared,
         config=config,
         seed=0,
-        mesh=sharding.make_mesh(),
+        mesh=make_mesh(),
         folder=None,
     )
     for path, value in context.params.items():  # nothing of what was passed in was donated or written to

@@ -10,7 +10,7 @@ import pytest
 from vkd_jax import models
 from vkd_jax.checkpoints import convert
 from vkd_jax.models import base
-from vkd_jax.runtime import sharding
+from vkd_jax.runtime.mesh import check_rules, param_shardings
 
 # As the Hub shows them, rounded.
 PUBLISHED = {
@@ -80,7 +80,7 @@ def test_every_parameter_has_one_sharding_rule_and_every_rule_a_parameter(family
     module, paths = models.module_for(family), set()
     for size in module.PRESETS:
         paths |= set(preset(family, size)[3])
-    sharding.check_total(module.SHARDING, paths)
+    check_rules(module.SHARDING, paths)
     for path in paths:
         assert sum(re.fullmatch(pattern, path) is not None for pattern, _ in module.SHARDING) == 1, path
 
@@ -89,7 +89,7 @@ def test_every_parameter_has_one_sharding_rule_and_every_rule_a_parameter(family
 @pytest.mark.parametrize("mesh", [dict(data=1, fsdp=8, tensor=1), dict(data=1, fsdp=8, tensor=4)], ids=str)
 def test_large_weights_are_cut_over_the_mesh(family, size, mesh):
     module, _, _, shapes = preset(family, size)
-    place = sharding.param_shardings(jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh)), module.SHARDING)
+    place = param_shardings(jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh)), module.SHARDING)
     devices, held = np.prod(list(mesh.values())), 0
     for path, x in shapes.items():
         share = np.prod(place(path, x.shape).shard_shape(x.shape))

@@ -20,7 +20,7 @@ from vkd_jax.data.processing import EncodedSet
 from vkd_jax.data.streams import Stream
 from vkd_jax.methods.base import Context
 from vkd_jax.methods.vkd import VKD
-from vkd_jax.runtime import sharding
+from vkd_jax.runtime.mesh import make_mesh
 from vkd_jax.training import progress, train
 from vkd_jax.types import Example
 
@@ -276,7 +276,7 @@ def test_fifty_steps_agree_with_pytorch(name, tmp_path, monkeypatch):
         prepared=prepared,
         config=CONFIG,
         seed=0,
-        mesh=sharding.make_mesh(),
+        mesh=make_mesh(),
         folder=tmp_path / "train",
     )
     ours = np.array([row["loss"] for row in Recorder.rows])

@@ -11,7 +11,7 @@ from vkd_jax import methods, plan
 from vkd_jax.methods import base
 from vkd_jax.models import quantize
 from vkd_jax.planner import blueprint
-from vkd_jax.runtime import sharding
+from vkd_jax.runtime.mesh import make_mesh
 from vkd_jax.training import train
 from vkd_jax.types import UserError
 
@@ -45,7 +45,7 @@ def test_what_is_planned_is_what_a_run_has(config, tiny_model, tiny_sets, name):
 
 
 def test_weights_and_moments_lie_over_the_chips(config):
-    mesh = sharding.make_mesh(devices=jax.devices())
+    mesh = make_mesh(devices=jax.devices())
     drawn = draw(config, mesh=mesh)
     assert all(leaf.sharding is not None for leaf in jax.tree.leaves(drawn.inputs))
     held = plan.held(drawn)
@@ -110,9 +110,9 @@ def test_bad_input(config, changes, message):
             else:
                 config.update_from_flattened_dict({name: value})
     with pytest.raises(UserError, match=message):
-        blueprint.draw(config, sharding.make_mesh(), LENGTHS)
+        blueprint.draw(config, make_mesh(), LENGTHS)
 
 
 def test_a_row_that_is_too_long_is_refused(config):
     with pytest.raises(UserError, match="a row of 1004 tokens is longer than the model's 128"):
-        blueprint.draw(config, sharding.make_mesh(), dataclasses.replace(LENGTHS, text=1000))
+        blueprint.draw(config, make_mesh(), dataclasses.replace(LENGTHS, text=1000))

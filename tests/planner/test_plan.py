@@ -19,7 +19,8 @@ from planned import LENGTHS, draw
 from vkd_jax import plan
 from vkd_jax.planner import aot
 from vkd_jax.reporting import tables
-from vkd_jax.runtime import files, hub, provenance, sharding
+from vkd_jax.runtime import files, provenance, storage
+from vkd_jax.runtime.mesh import make_mesh
 from vkd_jax.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -160,7 +161,7 @@ def test_the_usual_step_computes_all_again_where_it_does_not_fit_else(config, mo
         return {"fits": fits[tried[-1]]}
 
     monkeypatch.setattr(plan, "figures", figures)
-    given = config, sharding.make_mesh(), LENGTHS, plan.CHIPS["v5e"]
+    given = config, make_mesh(), LENGTHS, plan.CHIPS["v5e"]
     assert plan._usual(*given)["fits"] and tried == ["", "full"] and config.model.remat == ""
     fits[""] = True
     plan._usual(*given)
@@ -231,7 +232,7 @@ def test_a_plan_as_a_page(config, here):
 @pytest.fixture
 def small(tiny_folder, tmp_path, monkeypatch):
     """A table of one model on three slices, of which nothing is compiled yet; the last has no rows to train on."""
-    monkeypatch.setattr(hub, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(storage, "CACHE", tmp_path / "cache")
     base = f"--config={ROOT}/configs/tiny.py --config.model.path={tiny_folder} --text_tokens=12 --answer_tokens=5"
 
     def cell(name, forget, *more):
@@ -243,7 +244,7 @@ def small(tiny_folder, tmp_path, monkeypatch):
 
 
 def test_the_table_goes_on_where_it_stood(small, here, tmp_path, capsys, monkeypatch):
-    file, write = tmp_path / "plans.json", files.write
+    file, write = tmp_path / "plans.json", files.write_bytes
     monkeypatch.setattr(provenance, "commit", lambda but=None: "0123abc")
 
     def once(path, data):
@@ -251,11 +252,11 @@ def test_the_table_goes_on_where_it_stood(small, here, tmp_path, capsys, monkeyp
             raise KeyboardInterrupt
         return write(path, data)
 
-    monkeypatch.setattr(files, "write", once)
+    monkeypatch.setattr(files, "write_bytes", once)
     with pytest.raises(KeyboardInterrupt):
         plan.table(small, file)
     (first,) = json.loads(file.read_text())
-    monkeypatch.setattr(files, "write", write)
+    monkeypatch.setattr(files, "write_bytes", write)
     plan.table(small, file)
     rows = json.loads(file.read_text())
     assert [row["slice"] for row in rows] == ["v5e-1", "v5e-4", "none"]

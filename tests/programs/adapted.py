@@ -12,7 +12,7 @@ from vkd_jax.methods import base as methods
 from vkd_jax.methods import losses, scope
 from vkd_jax.models import lora
 from vkd_jax.models.base import bind
-from vkd_jax.runtime import sharding
+from vkd_jax.runtime.mesh import batch_sharding, make_mesh, replicated
 
 BATCH = dataclasses.replace(random_llava.rows(1, 8).batch(np.arange(8)), pictures=None)
 KEY = jax.random.key(5)
@@ -21,10 +21,10 @@ KEY = jax.random.key(5)
 def computed(mesh) -> dict:
     """Loss and gradients with dropout, A, and whether A and B lie everywhere."""
     graphdef, params = random_llava.model(mesh)
-    everywhere = sharding.replicated(mesh)
+    everywhere = replicated(mesh)
     params = lora.attach(params, rank=3, alpha=6.0, dropout=0.5, seed=0, sharding=everywhere)
     paths = scope.trainable_paths(params, random_llava.CONFIG, "lora", -1)
-    replicated = all(params[path].sharding.is_equivalent_to(everywhere, params[path].ndim) for path in paths)
+    is_replicated = all(params[path].sharding.is_equivalent_to(everywhere, params[path].ndim) for path in paths)
     for path in paths:
         if path.endswith("lora_b"):
             params[path] = jax.device_put(np.full(params[path].shape, 0.1, np.float32), everywhere)
@@ -37,17 +37,17 @@ def computed(mesh) -> dict:
 
         return jax.value_and_grad(loss)(trainable)
 
-    batch = jax.device_put(BATCH, sharding.batch_sharding(mesh))
+    batch = jax.device_put(BATCH, batch_sharding(mesh))
     trainable, frozen = ({k: x for k, x in params.items() if (k in paths) == trains} for trains in (True, False))
     loss, gradient = run(trainable, frozen, batch, KEY)
     return {
         "loss": float(loss),
         "gradient": [float(jnp.abs(gradient[path]).sum()) for path in sorted(gradient)],
-        "replicated": replicated,
+        "replicated": is_replicated,
         "a": [float(np.asarray(params[path]).sum()) for path in sorted(paths) if path.endswith("lora_a")],
     }
 
 
 if __name__ == "__main__":
     shapes = ((1, 1, 1), (2, 2, 2))
-    print(json.dumps({",".join(map(str, shape)): computed(sharding.make_mesh(*shape)) for shape in shapes}))
+    print(json.dumps({",".join(map(str, shape)): computed(make_mesh(*shape)) for shape in shapes}))

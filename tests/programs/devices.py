@@ -20,7 +20,7 @@ from vkd_jax.methods import base  # noqa: E402
 from vkd_jax.methods.base import Prepared  # noqa: E402
 from vkd_jax.methods.finetune import Finetune  # noqa: E402
 from vkd_jax.models.base import bind  # noqa: E402
-from vkd_jax.runtime import sharding  # noqa: E402
+from vkd_jax.runtime.mesh import make_mesh, shard_rows  # noqa: E402
 from vkd_jax.training import train  # noqa: E402
 from vkd_jax.training.progress import Progress  # noqa: E402
 from vkd_jax.types import UserError  # noqa: E402
@@ -87,7 +87,7 @@ def layout(state, params) -> dict:
 def work(mesh) -> float:
     """FLOPs of each device for the gradient of a loss of eight rows."""
     graphdef, params = random_llava.model(mesh)
-    batch = sharding.rows(mesh, SETS["image"].batch(np.arange(8)))
+    batch = shard_rows(mesh, SETS["image"].batch(np.arange(8)))
 
     @jax.jit
     @jax.grad
@@ -105,7 +105,7 @@ def main(folder: Path) -> None:
     train.Checkpoints = Checkpoints
     found = {"devices": jax.device_count(), "meshes": {}}
     for shape in MESHES:
-        mesh = sharding.make_mesh(*shape)
+        mesh = make_mesh(*shape)
         metrics, params = fit(mesh, folder / "x".join(map(str, shape)))
         found["meshes"][",".join(map(str, shape))] = {
             "metrics": metrics,
@@ -117,12 +117,12 @@ def main(folder: Path) -> None:
     write = Progress.write
     Progress.write = lambda self, step, scalars: (write(self, step, scalars), signal.raise_signal(signal.SIGTERM))
     with contextlib.suppress(train.Stopped):
-        fit(sharding.make_mesh(2, 2, 2), folder / "moved")
+        fit(make_mesh(2, 2, 2), folder / "moved")
     Progress.write = write
-    found["moved"], _ = fit(sharding.make_mesh(), folder / "moved")
+    found["moved"], _ = fit(make_mesh(), folder / "moved")
 
     try:
-        fit(sharding.make_mesh(2, 2, 2), folder / "odd", batch_size={"image": 6})
+        fit(make_mesh(2, 2, 2), folder / "odd", batch_size={"image": 6})
     except UserError as error:
         found["refused"] = str(error)
     print(json.dumps(found))

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 
 from vkd_jax.evaluation.answerer import Answerer
 from vkd_jax.evaluation.evaluate import evaluate
-from vkd_jax.runtime import sharding
+from vkd_jax.runtime.mesh import AXES, make_mesh, param_shardings
 from vkd_jax.types import Example
 
 OPTIONS = ("baker", "pilot", "judge", "a teacher")
@@ -56,7 +56,7 @@ SETS = {"forget": [example(i) for i in range(9)], "retain": [example(i) for i in
 def found(mesh):
     """The records, and how many rows of a batch a device holds."""
     graphdef, params = random_llava.drawn()
-    rule = sharding.param_shardings(mesh, random_llava.llava.SHARDING)
+    rule = param_shardings(mesh, random_llava.llava.SHARDING)
     # Loud, so that answers differ.
     params = {path: np.asarray(x) * (4 if x.ndim > 1 else 1) for path, x in params.items()}
     params = {
@@ -71,12 +71,12 @@ def found(mesh):
 def main() -> None:
     if len(sys.argv) == 1:
         shapes = [(1, 1, 1), (2, 2, 2)]
-        print(json.dumps({",".join(map(str, shape)): found(sharding.make_mesh(*shape)) for shape in shapes}))
+        print(json.dumps({",".join(map(str, shape)): found(make_mesh(*shape)) for shape in shapes}))
         return
     number, port = int(sys.argv[1]), sys.argv[2]
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=number)
-    mesh = jax.make_mesh((2, 2, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = jax.make_mesh((2, 2, 1), AXES, axis_types=(AxisType.Auto,) * 3)
     print(json.dumps(found(mesh) | {"devices": jax.device_count(), "mine": jax.local_device_count()}))
 
 

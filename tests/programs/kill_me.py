@@ -11,12 +11,12 @@ random_llava.metrics_on_stdout(wait=True)
 
 from vkd_jax.methods.base import Context  # noqa: E402
 from vkd_jax.methods.vkd import VKD  # noqa: E402
-from vkd_jax.runtime import sharding  # noqa: E402
+from vkd_jax.runtime.mesh import make_mesh  # noqa: E402
 from vkd_jax.training import train  # noqa: E402
 
 
 def main(folder: Path, steps: int) -> None:
-    mesh = sharding.make_mesh()
+    mesh = make_mesh()
     graphdef, params = random_llava.model(mesh)
     sets = {"forget": random_llava.rows(1, 50), "retain": random_llava.rows(2, 70)}
     method = VKD(blocks=1, forget="ga", taps=("projector",), fisher_samples=8, fisher_chunk=8)

@@ -17,7 +17,7 @@ import transformers
 
 from vkd_jax.checkpoints import convert
 from vkd_jax.models import base, llava
-from vkd_jax.runtime import sharding
+from vkd_jax.runtime.mesh import make_mesh, param_shardings
 
 CONFIG = transformers.LlavaConfig(  # one stacked matrix of the MLP is 1.3 GB: as much again is more than may be held
     vision_config=transformers.CLIPVisionConfig(
@@ -117,7 +117,7 @@ def check(params, rng) -> int:
 
 
 def load(folder: Path, data: int, fsdp: int) -> dict:
-    place = sharding.param_shardings(sharding.make_mesh(data=data, fsdp=fsdp), llava.SHARDING)
+    place = param_shardings(make_mesh(data=data, fsdp=fsdp), llava.SHARDING)
     before, bytes_before, start = held("VmRSS"), read(), time.monotonic()
     _, params, _ = convert.load(folder, sharding=place)
     jax.block_until_ready(params)

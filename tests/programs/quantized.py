@@ -14,7 +14,7 @@ from vkd_jax.methods import base as methods
 from vkd_jax.methods import losses, scope
 from vkd_jax.models import quantize
 from vkd_jax.models.base import bind
-from vkd_jax.runtime import sharding
+from vkd_jax.runtime.mesh import batch_sharding, make_mesh
 
 MESHES = [(1, 1, 1), (1, 8, 1), (2, 2, 2)]
 BATCH = random_llava.rows(1, 8).batch(np.arange(8))
@@ -62,7 +62,7 @@ def computed(mesh, graphdef, params) -> dict:
 
         return jax.value_and_grad(loss)(trainable)
 
-    batch = jax.device_put(BATCH, sharding.batch_sharding(mesh))
+    batch = jax.device_put(BATCH, batch_sharding(mesh))
     trainable, frozen = ({k: x for k, x in params.items() if (k in paths) == trains} for trains in (True, False))
     loss, gradient = run(trainable, frozen, batch)
     return {"loss": float(loss), "gradient": [float(jnp.abs(gradient[path]).sum()) for path in sorted(gradient)]}
@@ -71,14 +71,14 @@ def computed(mesh, graphdef, params) -> dict:
 def main() -> None:
     found = {"int8": {}, "int4:8": {}, "computed": {}}
     for shape in MESHES:
-        mesh, name = sharding.make_mesh(*shape), ",".join(map(str, shape))
+        mesh, name = make_mesh(*shape), ",".join(map(str, shape))
         graphdef, floats = random_llava.model(mesh)
         for text in ("int8", "int4:8"):
             how = quantize.parse(text)
             params = {path: quantize.quantized(path, x, how) for path, x in floats.items()}
             found[text][name] = layout({path: x for path, x in params.items() if isinstance(x, QArray)}, floats)
         found["computed"][name] = computed(mesh, graphdef, params)
-    found["work"] = {groups: work(sharding.make_mesh(1, 2, 4), groups) for groups in (6, 8)}
+    found["work"] = {groups: work(make_mesh(1, 2, 4), groups) for groups in (6, 8)}
     print(json.dumps(found))
 
 

@@ -18,7 +18,7 @@ from vkd_jax.data.processing import EncodedSet
 from vkd_jax.models import base, llava
 from vkd_jax.models.clip_vit import VisionConfig
 from vkd_jax.models.decoder import DecoderConfig
-from vkd_jax.runtime import sharding
+from vkd_jax.runtime.mesh import param_shardings
 from vkd_jax.types import Example
 
 CONFIG = llava.LlavaConfig(  # every width divides over eight devices
@@ -33,7 +33,7 @@ def model(mesh):
     _, params = drawn()
     config = dataclasses.replace(CONFIG, mesh=mesh)
     graphdef, _ = base.abstract(lambda rngs: llava.Llava(config, rngs=rngs))
-    rule = sharding.param_shardings(mesh, llava.SHARDING)
+    rule = param_shardings(mesh, llava.SHARDING)
     return graphdef, {path: jax.device_put(np.asarray(x), rule(path, x.shape)) for path, x in params.items()}
 
 

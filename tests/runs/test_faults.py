@@ -65,7 +65,7 @@ from vkd_jax.methods import base, losses
 from vkd_jax.methods.vkd import VKD
 from vkd_jax.models import llava
 from vkd_jax.models.base import bind, split
-from vkd_jax.runtime import sharding
+from vkd_jax.runtime.mesh import make_mesh, replicated
 from vkd_jax.training import optim, train
 from vkd_jax.types import Example, UserError
 
@@ -190,7 +190,7 @@ def test_what_fails_in_a_step_stops_the_run(where):
     def fit():
         return train.fit(
             graphdef=graphdef,
-            params=jax.device_put(params, sharding.replicated(sharding.make_mesh())),
+            params=jax.device_put(params, replicated(make_mesh())),
             model_config=types.SimpleNamespace(used_blocks=0),
             method=Broken(breaks=where == "loss"),
             prepared=base.Prepared(
@@ -198,7 +198,7 @@ def test_what_fails_in_a_step_stops_the_run(where):
             ),
             config=config,
             seed=0,
-            mesh=sharding.make_mesh(),
+            mesh=make_mesh(),
             folder=None,
         )
 

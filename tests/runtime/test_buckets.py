@@ -17,8 +17,8 @@ from bucket import Bucket
 from vkd_jax import compare
 from vkd_jax.reporting import page, report
 from vkd_jax.runs.workdir import Workdir
-from vkd_jax.runtime import hub
-from vkd_jax.runtime.files import write
+from vkd_jax.runtime import hub, storage
+from vkd_jax.runtime.files import write_bytes
 from vkd_jax.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def served(tmp_path_factory):
 @pytest.fixture
 def bucket(served, tmp_path, monkeypatch):
     """That bucket, empty, and an empty cache."""
-    monkeypatch.setattr(hub, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(storage, "CACHE", tmp_path / "cache")
     served.clear()
     return served
 
@@ -64,18 +64,18 @@ def read(folder):
 
 
 def test_places():
-    assert hub.place("a/b") == Path("a/b") and isinstance(hub.place(Path("/a")), Path)
-    assert str(hub.place("gs://mine/run/") / "x.json") == "gs://mine/run/x.json"
+    assert storage.resolve("a/b") == Path("a/b") and isinstance(storage.resolve(Path("/a")), Path)
+    assert str(storage.resolve("gs://mine/run/") / "x.json") == "gs://mine/run/x.json"
     for name in ("s3://mine/run", "gs://", "gs:///", "://", "http://mine/run"):
         with pytest.raises(UserError, match=f"{name} is no place that is known: pass a folder on a disk, or gs://"):
-            hub.place(name)
+            storage.resolve(name)
 
 
 def test_mirrors(monkeypatch):
-    monkeypatch.setattr(hub, "CACHE", Path("/cache"))
-    assert hub.mirror("a/b") == Path("a/b")
-    assert hub.mirror("gs://mine/run/data") == hub.mirror(hub.place("gs://mine/run") / "data")
-    assert hub.mirror("gs://mine/run/data") == Path("/cache/gs/mine/run/data")
+    monkeypatch.setattr(storage, "CACHE", Path("/cache"))
+    assert storage.local_copy("a/b") == Path("a/b")
+    assert storage.local_copy("gs://mine/run/data") == storage.local_copy(storage.resolve("gs://mine/run") / "data")
+    assert storage.local_copy("gs://mine/run/data") == Path("/cache/gs/mine/run/data")
 
 
 def test_a_comparison_stays_on_this_machine():
@@ -128,13 +128,13 @@ def test_what_orbax_needs_is_looked_for_first(bucket, monkeypatch):
 def test_metrics_grow_line_by_line(bucket):
     from vkd_jax.training.progress import JsonLinesWriter
 
-    file = hub.place("gs://mine/run/train/metrics.jsonl")
+    file = storage.resolve("gs://mine/run/train/metrics.jsonl")
     for step in (1, 2):
         JsonLinesWriter(file).write_scalars(step, {"loss": 0.5})
     assert report.json_lines(file, torn=True) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
-    assert report.json_lines(hub.place("gs://mine/run/none.jsonl"), torn=True) == []
+    assert report.json_lines(storage.resolve("gs://mine/run/none.jsonl"), torn=True) == []
     with pytest.raises(UserError, match="gs://mine/run has no results.json"):
-        report.results_of(hub.place("gs://mine/run"))
+        report.results_of(storage.resolve("gs://mine/run"))
 
 
 # ---- Models ----
@@ -144,7 +144,7 @@ FILES = {"config.json": "{}", "model-1.safetensors": "one", "model-2.safetensors
 
 def make(folder):
     for name, text in FILES.items():
-        write(folder / name, text.encode())
+        write_bytes(folder / name, text.encode())
 
 
 def test_a_model_is_there_only_when_all_of_it_is(bucket, monkeypatch):
@@ -155,7 +155,7 @@ def test_a_model_is_there_only_when_all_of_it_is(bucket, monkeypatch):
         make(folder)
 
     put(bucket, "old", config__json="{}")
-    hub.mirror("gs://mine/run/vanilla").mkdir(parents=True)  # of a run that is no longer in the bucket
+    storage.local_copy("gs://mine/run/vanilla").mkdir(parents=True)  # of a run that is no longer in the bucket
     bucket.refuse("name=run%2Fvanilla%2Fmodel-2")
     with pytest.raises(UserError, match="code 403"):
         workdir.model("vanilla", making)
@@ -168,13 +168,13 @@ def test_a_model_is_there_only_when_all_of_it_is(bucket, monkeypatch):
     assert not [
         request for request in bucket.log[before:] if request.startswith("GET /mine/")
     ]  # what was made here stays here
-    assert workdir.model("vanilla", making) == hub.mirror("gs://mine/run/vanilla") and len(asked) == 2
+    assert workdir.model("vanilla", making) == storage.local_copy("gs://mine/run/vanilla") and len(asked) == 2
 
 
 def test_only_what_changed_is_fetched(bucket):
     def fetched():
         before = len(bucket.log)
-        folder = read(hub.fetch("gs://mine/models/a"))
+        folder = read(hub.fetch_model("gs://mine/models/a"))
         requests = [request for request in bucket.log[before:] if request.startswith("GET /mine/")]
         return folder, sorted(request.rpartition("%2F")[2] for request in requests)
 
@@ -192,7 +192,7 @@ def test_a_folder_without_a_model(bucket):
     put(bucket, "models/half", model__safetensors="one")
     for name in ("half", "none"):
         with pytest.raises(UserError, match=f"There is no model folder gs://mine/models/{name}; pass one with config"):
-            hub.fetch(f"gs://mine/models/{name}")
+            hub.fetch_model(f"gs://mine/models/{name}")
 
 
 # ---- A whole run ----
@@ -267,6 +267,6 @@ def test_a_run_in_a_bucket_is_stopped_and_goes_on_and_ends_as_one_on_a_disk(
     assert files <= {name.removeprefix("run/") for name in bucket.objects}
     weights = (tmp_path / "local/unlearned/model.safetensors").read_bytes()
     assert bucket.objects["run/unlearned/model.safetensors"] == weights
-    rows = report.json_lines(hub.place("gs://mine/run/train/metrics.jsonl"))
+    rows = report.json_lines(storage.resolve("gs://mine/run/train/metrics.jsonl"))
     steps = [row["step"] for row in rows if "loss" in row]
     assert steps == list(range(20, STEPS + 1, 20))

@@ -101,7 +101,7 @@ def server(cache, monkeypatch):
 
 def refusal(name):
     with pytest.raises(UserError) as error:
-        hub.fetch(name)
+        hub.fetch_model(name)
     text = str(error.value)
     assert text.endswith(".") and "\n" not in text
     return text
@@ -119,9 +119,9 @@ def refused(name, reason, command):
 def test_a_folder_is_returned_as_it_is(cache, tmp_path):
     folder = tmp_path / "org" / "name"
     folder.mkdir(parents=True)
-    assert hub.fetch(folder) == folder
-    assert hub.fetch(str(folder)) == folder
-    assert hub.fetch("org/name") == Path("org/name")  # a folder goes before the hub
+    assert hub.fetch_model(folder) == folder
+    assert hub.fetch_model(str(folder)) == folder
+    assert hub.fetch_model("org/name") == Path("org/name")  # a folder goes before the hub
 
 
 def test_what_is_neither_a_folder_nor_an_id(cache, tmp_path):
@@ -134,18 +134,18 @@ def test_what_is_neither_a_folder_nor_an_id(cache, tmp_path):
 
 
 def test_a_model_is_fetched_without_pickles(server, cache):
-    folder = hub.fetch("org/name")
+    folder = hub.fetch_model("org/name")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == FILES
     assert not any(name in path for path in server.asked for name in UNWANTED)
     assert folder.is_relative_to(cache)
-    assert hub.fetch("org/name@v1") == hub.fetch(f"org/name@{SHA}") == folder
+    assert hub.fetch_model("org/name@v1") == hub.fetch_model(f"org/name@{SHA}") == folder
 
 
 def test_what_was_fetched_is_there_offline(server, cache, monkeypatch):
-    folder = hub.fetch("org/name")
+    folder = hub.fetch_model("org/name")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asked = len(server.asked)
-    assert hub.fetch("org/name") == folder
+    assert hub.fetch_model("org/name") == folder
     refused("org/name@v1", "HF_HUB_OFFLINE is set", "hf download org/name --revision v1")
     (folder / "merges.txt").unlink()  # as after a download that was broken off
     refused("org/name", "does not hold all of org/name", "hf download org/name")
@@ -176,7 +176,7 @@ def snapshot(cache, *names):
 
 def test_the_cache_serves_without_a_network(cache):
     folder = snapshot(cache, *FILES)
-    assert hub.fetch("org/name") == hub.fetch(f"org/name@{SHA}") == folder
+    assert hub.fetch_model("org/name") == hub.fetch_model(f"org/name@{SHA}") == folder
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_the_environment_names_the_cache(tmp_path):
     folder = snapshot(tmp_path / "elsewhere", *FILES)
     code = (
         "import sys; from vkd_jax.runtime import hub; assert 'huggingface_hub' not in sys.modules\n"
-        "print(hub.fetch('org/name'))"
+        "print(hub.fetch_model('org/name'))"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "elsewhere"), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
@@ -234,7 +234,7 @@ def test_an_interrupt_goes_through(cache, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        hub.fetch("org/name")
+        hub.fetch_model("org/name")
 
 
 # ---- Data sets ----
@@ -286,12 +286,12 @@ def test_a_data_set_that_cannot_be_had(server, cache, monkeypatch):
 @pytest.mark.parametrize("name", ["tiny_base", "tiny_llava", "tiny_retain_only"])
 def test_shipped_models_go_by_their_names(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = hub.fetch(name)
+    folder = hub.fetch_model(name)
     assert (folder / "model.safetensors").is_file()
     provenance = json.loads((folder / "provenance.json").read_text())
     assert len(provenance["without"]) == (6 if name == "tiny_retain_only" else 0)
     assert "+changes" not in provenance["commit"]
     (tmp_path / name).mkdir()
-    assert hub.fetch(name) == Path(name)  # a folder of one's own goes first
+    assert hub.fetch_model(name) == Path(name)  # a folder of one's own goes first
     with pytest.raises(UserError, match="There is no model folder"):
-        hub.fetch(f"../assets/{name}")
+        hub.fetch_model(f"../assets/{name}")

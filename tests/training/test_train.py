@@ -20,7 +20,7 @@ from vkd_jax.data.streams import Stream
 from vkd_jax.methods.base import Context, Prepared
 from vkd_jax.methods.vkd import VKD
 from vkd_jax.models.base import split
-from vkd_jax.runtime import sharding
+from vkd_jax.runtime.mesh import make_mesh, replicated
 from vkd_jax.training import train
 from vkd_jax.training.progress import Progress
 from vkd_jax.types import Example, UserError
@@ -115,7 +115,7 @@ MASK = {
 @pytest.fixture(scope="module")
 def toy():
     graphdef, params = split(Toy())
-    where = sharding.replicated(sharding.make_mesh())
+    where = replicated(make_mesh())
     return graphdef, {path: jax.device_put(np.asarray(value), where) for path, value in params.items()}
 
 
@@ -137,7 +137,7 @@ def fit(toy, folder, method=ToyMethod(), sets=SETS, mask=None, seed=0, **changes
         prepared=Prepared(sets=sets, mask=mask),
         config=config(**changes),
         seed=seed,
-        mesh=sharding.make_mesh(),
+        mesh=make_mesh(),
         folder=folder,
     )
 
@@ -193,7 +193,7 @@ def uninterrupted(toy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     params = fit(toy, folder)
     tx = train.optim.create(config())
-    like = train._init(tx, {path: toy[1][path] for path in params}, sharding.make_mesh())
+    like = train._init(tx, {path: toy[1][path] for path in params}, make_mesh())
     return folder, params, saved(folder, like), like
 
 
@@ -270,7 +270,7 @@ def test_vkd_leaves_the_language_model_and_the_dead_block_alone(tiny_model, tiny
         prepared=prepared,
         config=config(steps=3),
         seed=0,
-        mesh=sharding.make_mesh(),
+        mesh=make_mesh(),
         folder=tmp_path,
     )
     assert_same_bits(dict(tiny_model.params), before)  # nothing of what was passed in was donated or written to
@@ -361,7 +361,7 @@ def test_each_teacher_is_asked_itself(toy):
             prepared=Prepared(sets={"forget": SETS["forget"]}, teacher=teacher),
             config=config(),
             seed=0,
-            mesh=sharding.make_mesh(),
+            mesh=make_mesh(),
             folder=None,
         )
 

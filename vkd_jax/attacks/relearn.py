@@ -33,7 +33,7 @@ from vkd_jax.methods.base import Prepared, rng
 from vkd_jax.methods.finetune import Finetune
 from vkd_jax.methods.scope import TRAIN
 from vkd_jax.models import lora
-from vkd_jax.runtime import sharding
+from vkd_jax.runtime.mesh import make_mesh, replicated
 from vkd_jax.training import train
 from vkd_jax.types import UserError
 
@@ -83,7 +83,7 @@ class Relearn:
         if self.steps < 1 or not self.learning_rate > 0:
             raise UserError("attacks.relearn: give at least one of steps, and a learning_rate above 0.")
         try:
-            train.batch_size(self._section(), "image", sharding.make_mesh(**config.mesh))
+            train.batch_size(self._section(), "image", make_mesh(**config.mesh))
         except UserError as error:
             raise UserError(f"attacks.relearn.batch_size={self.batch_size} is refused: {error}") from error
 
@@ -136,7 +136,7 @@ class Relearn:
                 alpha=method.lora_alpha,
                 dropout=method.lora_dropout,
                 seed=seed,
-                sharding=sharding.replicated(model.mesh),
+                sharding=replicated(model.mesh),
             )
         try:
             trained = train.fit(

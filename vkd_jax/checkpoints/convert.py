@@ -32,7 +32,7 @@ from vkd_jax import models
 from vkd_jax.checkpoints import weights
 from vkd_jax.checkpoints.weights import Checkpoint, Folder, Meter, Tensor
 from vkd_jax.models import base, lora
-from vkd_jax.runtime import hosts
+from vkd_jax.runtime import multihost
 from vkd_jax.types import UserError
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
@@ -62,7 +62,7 @@ class Slot:
         if isinstance(param, lora.Lora):
             tensor = lora.delta(param, self.layer)
         else:
-            tensor = hosts.gather(param if self.layer is None else param[self.layer])
+            tensor = multihost.gather(param if self.layer is None else param[self.layer])
         return tensor if self.axes is None else tensor.transpose(np.argsort(self.axes))
 
     def shares(self, span: Span, part: np.ndarray) -> list[tuple[tuple[slice, ...], np.ndarray]]:
@@ -379,7 +379,7 @@ def export(
                     stream.seek(tensor.start)
                     stream.write(value.astype(tensor.dtype).tobytes())
 
-    hosts.agree(write, meanwhile=values)
+    multihost.run_on_process_0(write, meanwhile=values)
 
 
 def _plus(tensor: Tensor, delta: np.ndarray) -> np.ndarray:

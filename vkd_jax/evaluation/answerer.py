@@ -23,7 +23,7 @@ from vkd_jax.methods.base import in_batches, padded_rows
 from vkd_jax.models import generate
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.models.generate import Shared
-from vkd_jax.runtime import sharding
+from vkd_jax.runtime.mesh import replicated, shard_rows
 from vkd_jax.types import Params, UserError
 
 Turns = Sequence[tuple[str, str, int]]  # worked examples before a question: question, answer, how many pictures
@@ -123,7 +123,7 @@ def programs(mesh: jax.sharding.Mesh | None) -> _Programs:
         options = dict(max_new_tokens=max_new_tokens, eos_ids=eos_ids, pad_id=pad_id)
         return generate.greedy(model, tokens, mask, features, shared, **options)
 
-    jit = functools.partial(jax.jit, **({} if mesh is None else {"out_shardings": sharding.replicated(mesh)}))
+    jit = functools.partial(jax.jit, **({} if mesh is None else {"out_shardings": replicated(mesh)}))
     return _Programs(
         *(jit(function, static_argnums=0) for function in (encode, means, score, score_tokens)),
         jit(greedy, static_argnums=(0, 6, 7, 8)),
@@ -317,7 +317,7 @@ class Answerer:
 
     def _put(self, arrays: Any) -> Any:
         """Rows of the same arrays on every process, spread over the mesh if there is one."""
-        return arrays if self.mesh is None else sharding.rows(self.mesh, arrays)
+        return arrays if self.mesh is None else shard_rows(self.mesh, arrays)
 
     def _encoded(self, questions, texts, seen, turns) -> list[list[tuple[list[int], list[int]]]]:
         """Tokens of each prompt and of each text after it."""

@@ -16,7 +16,7 @@ from vkd_jax.checkpoints import convert
 from vkd_jax.data import processing
 from vkd_jax.evaluation.evaluate import Answerer
 from vkd_jax.models import base, lora, quantize
-from vkd_jax.runtime import sharding
+from vkd_jax.runtime.mesh import param_shardings, replicated
 from vkd_jax.types import Example, Params, UserError
 
 
@@ -44,7 +44,7 @@ class Loaded:
         graphdef, params, model_config = convert.load(
             folder,
             dtype=config.model.dtype,
-            sharding=sharding.param_shardings(mesh, family.SHARDING),
+            sharding=param_shardings(mesh, family.SHARDING),
             masters=method.trainable,
             transform=how and functools.partial(quantize.quantized, how=how),
             remat=config.model.remat,
@@ -57,7 +57,7 @@ class Loaded:
                 alpha=method.lora_alpha,
                 dropout=method.lora_dropout,
                 seed=config.seed,
-                sharding=sharding.replicated(mesh),
+                sharding=replicated(mesh),
             )
         return cls(graphdef, params, model_config, processor, mesh)
 

@@ -15,7 +15,7 @@ from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import Batch, EncodedSet
 from vkd_jax.methods import losses, saliency
 from vkd_jax.models.base import VisualTokens, bind
-from vkd_jax.runtime import hosts
+from vkd_jax.runtime import multihost
 from vkd_jax.types import Example, Params, UserError
 
 Metrics = dict[str, jax.Array]
@@ -176,7 +176,7 @@ def reference_log_probs(context: Context, encoded: EncodedSet, batch_size: int =
         return losses.sequence_log_prob(logits, batch.targets, batch.target_mask)
 
     parts = [score(context.params, encoded.batch(rows)) for rows in padded_rows(len(encoded), batch_size)]
-    return np.concatenate([hosts.gather(p) for p in parts])[: len(encoded)]
+    return np.concatenate([multihost.gather(p) for p in parts])[: len(encoded)]
 
 
 def teacher_taps(
@@ -261,7 +261,7 @@ def in_batches(function: Callable[[Any], Any], tree: Any, batch_size: int) -> An
     """`function` of a tree with a row each (arrays, `Pictures`), `batch_size` rows at a time; results in NumPy."""
     count = len(jax.tree.leaves(tree)[0])
     parts = [
-        jax.tree.map(hosts.gather, function(jax.tree.map(lambda x, rows=rows: x[rows], tree)))
+        jax.tree.map(multihost.gather, function(jax.tree.map(lambda x, rows=rows: x[rows], tree)))
         for rows in padded_rows(count, batch_size)
     ]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)

@@ -42,7 +42,7 @@ import numpy as np
 from vkd_jax.methods import base
 from vkd_jax.methods.scope import Scope
 from vkd_jax.models.base import bind
-from vkd_jax.runtime import hosts
+from vkd_jax.runtime import multihost
 from vkd_jax.types import UserError
 
 TERMS = ("abs", "freq", "var", "rms")
@@ -153,7 +153,7 @@ class Manu(Scope):
             for part in base.padded_rows(len(rows), self.batch_size):
                 new = np.diff(part, prepend=-1) > 0  # the last batch repeats a row, which counts once
                 found = of_batch(context.params, encoded.batch(rows[part]), new)
-                found = jax.tree.map(lambda x: hosts.gather(x).astype(np.float64), found)
+                found = jax.tree.map(lambda x: multihost.gather(x).astype(np.float64), found)
                 total = found if total is None else jax.tree.map(np.add, total, found)
             statistics[name] = {
                 tower: Statistics(*(x / count[:, None] for x in sums)) for tower, (count, sums) in total.items()

@@ -28,7 +28,7 @@ import numpy as np
 from vkd_jax.methods import base, losses
 from vkd_jax.methods.scope import Scope
 from vkd_jax.models.base import bind
-from vkd_jax.runtime import hosts
+from vkd_jax.runtime import multihost
 from vkd_jax.types import UserError
 
 BEYOND = ("language_model/norm/", "language_model/head/")  # what stands behind the last block
@@ -139,5 +139,5 @@ def median_length(context: base.Context, layers: int, batch_size: int = 32) -> f
     found = []
     for rows in base.padded_rows(len(encoded), batch_size):
         batch, count = encoded.batch(rows), len(np.unique(rows))
-        found.append(hosts.gather(lengths(context.params, batch))[:count][batch.mask[:count]])
+        found.append(multihost.gather(lengths(context.params, batch))[:count][batch.mask[:count]])
     return float(np.median(np.concatenate(found)))

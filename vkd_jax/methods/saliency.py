@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vkd_jax.data.processing import EncodedSet
-from vkd_jax.runtime import hosts
+from vkd_jax.runtime import multihost
 from vkd_jax.types import Params, UserError
 
 
@@ -81,7 +81,7 @@ def mask_from_ratio(
     ratio = {k: forget[k] / (retain[k] + eps) for k in forget}
     advice = "raise method.mask_keep" if threshold is None else "lower method.mask_threshold"
     if threshold is None:
-        values = np.concatenate([hosts.gather(r).ravel() for r in ratio.values()])
+        values = np.concatenate([multihost.gather(r).ravel() for r in ratio.values()])
         count = round(keep * values.size)
         threshold = np.inf if count == 0 else float(np.partition(values, values.size - count)[values.size - count])
     mask = {k: (r >= threshold) & (r > 0) for k, r in ratio.items()}

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from vkd_jax.models import lora, quantize
-from vkd_jax.runtime.sharding import ROWS
+from vkd_jax.runtime.mesh import BATCH_SPEC
 
 # What the backward pass finds of a block's forward pass, and what it computes again. By far the most FLOPs are those of
 # products with weights; by far the most bytes are scores of attention and what stands between the products.
@@ -43,7 +43,7 @@ def over_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """
     if mesh is None or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ROWS))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH_SPEC))
 
 
 def through(

@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from qwix import QArray
 
 from vkd_jax.models import quantize
-from vkd_jax.runtime import hosts
+from vkd_jax.runtime import multihost
 
 KERNELS = r"language_model/blocks/.+/kernel"
 A, B = "lora_a", "lora_b"
@@ -143,7 +143,7 @@ def product(x: jax.Array, weight: jax.Array | QArray | Lora) -> jax.Array:
 
 def delta(lora: Lora, layer: int | None) -> np.ndarray:
     """What an adapter adds to a kernel: float32 [d, f], of one layer where layers are stacked."""
-    a, b = (hosts.gather(x if layer is None else x[layer]) for x in (lora.a, lora.b))
+    a, b = (multihost.gather(x if layer is None else x[layer]) for x in (lora.a, lora.b))
     return a @ b * np.float32(lora.scale)
 
 

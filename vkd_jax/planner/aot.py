@@ -18,7 +18,7 @@ import jax
 
 from vkd_jax.planner import hlo
 from vkd_jax.planner.blueprint import Blueprint
-from vkd_jax.runtime import files, hub
+from vkd_jax.runtime import files, storage
 from vkd_jax.training import train
 from vkd_jax.types import UserError
 
@@ -32,13 +32,13 @@ def compile_step(drawn: Blueprint) -> dict[str, Any]:
     lowered = drawn.lower()
     where = repr((drawn.mesh.devices.flat[0].device_kind, drawn.mesh.devices.tolist(), versions()))
     program = hashlib.sha256((where + lowered.as_text()).encode()).hexdigest()[:16]
-    file = hub.CACHE / "programs" / f"{program}.json.gz"
+    file = storage.CACHE / "programs" / f"{program}.json.gz"
     if file.exists():
         made = json.loads(gzip.decompress(file.read_bytes()))
     else:
         made = _compile(lowered)
         file.parent.mkdir(parents=True, exist_ok=True)
-        files.write(file, gzip.compress(json.dumps(made).encode()))
+        files.write_bytes(file, gzip.compress(json.dumps(made).encode()))
     found = {"program": program, "refused": None, "seconds": made["seconds"]}
     if "refusal" in made:
         refusal = hlo.Refusal.parse(made["refusal"])

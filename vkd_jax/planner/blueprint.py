@@ -23,7 +23,8 @@ from vkd_jax.checkpoints import convert
 from vkd_jax.data.processing import Batch
 from vkd_jax.methods.scope import Scope, frozen_blocks
 from vkd_jax.models import base, lora, quantize
-from vkd_jax.runtime import hub, sharding
+from vkd_jax.runtime import hub
+from vkd_jax.runtime.mesh import batch_sharding, param_shardings, replicated
 from vkd_jax.training import optim, train
 from vkd_jax.types import Params, UserError
 
@@ -59,7 +60,7 @@ class Blueprint:
     @property
     def inputs(self) -> tuple[Any, ...]:
         """The arguments of the step."""
-        everywhere = sharding.replicated(self.mesh)
+        everywhere = replicated(self.mesh)
         key = jax.eval_shape(lambda: jax.random.key(0))
         rate, key = (Shape(x.shape, x.dtype, sharding=everywhere) for x in (Shape((), jnp.float32), key))
         return self.state, self.frozen, self.mask, self.batches, self.start, rate, key
@@ -122,7 +123,7 @@ def _mask(
     method: Scope, trainable: Params, model_config: Any, mesh: jax.sharding.Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
     shapes = {path: method.mask_shape(path, x.shape, model_config) for path, x in trainable.items()}
-    everywhere = sharding.replicated(mesh)
+    everywhere = replicated(mesh)
     return {
         path: Shape(shapes[path], bool, sharding=x.sharding if shapes[path] == x.shape else everywhere)
         for path, x in trainable.items()
@@ -144,7 +145,7 @@ def read_model(name: str) -> tuple[types.ModuleType, Any]:
     if hub.is_id(name):
         known = [row[0] for family in models.MODELS for row in models.module_for(family).PRESETS.values()]
         raise UserError(f"the planner knows no sizes of {name}; pass a model folder, or one of {', '.join(known)}.")
-    return convert.read_config(hub.fetch(name))
+    return convert.read_config(hub.fetch_model(name))
 
 
 def weights(
@@ -159,7 +160,7 @@ def weights(
     dtype = jnp.dtype(config.model.dtype)
     model_config = family.Config.from_hf(hf_config, compute_dtype=dtype.name, remat=config.model.remat, mesh=mesh)
     graphdef, shapes = base.abstract(lambda rngs: family.Model(model_config, rngs=rngs))
-    place = sharding.param_shardings(mesh, family.SHARDING)
+    place = param_shardings(mesh, family.SHARDING)
     masters = set(method.trainable(list(shapes), model_config))
     how = quantize.parse(config.model.quantize) if quantized else None
     if how and (held := [path for path in masters if quantize.quantizes(path)]):
@@ -171,7 +172,7 @@ def weights(
         if how:
             params[path] = quantize.shape(path, params[path], how)
     if method.train == "lora":
-        params = _adapted(params, method, sharding.replicated(mesh))
+        params = _adapted(params, method, replicated(mesh))
     return graphdef, params, model_config
 
 
@@ -198,7 +199,7 @@ def batch(
     model_config: Any,
 ) -> Batch:
     """The shapes of a stream's batch, each question with a picture, and of what the method caches for it."""
-    rows, place = train.batch_size(config.train, stream, mesh), sharding.batch_sharding(mesh)
+    rows, place = train.batch_size(config.train, stream, mesh), batch_sharding(mesh)
     side = picture_side(config, model_config)
     packed = model_config.pack([[np.broadcast_to(np.float32(0), (side, side, 3))]])
     pictures = {name: Shape((rows, *x.shape[1:]), x.dtype, sharding=place) for name, x in packed.items()}

@@ -71,7 +71,7 @@ def refresh(pages: Sequence[Path], tables: Tables, word: str, program: str, chec
                 print(f"{path} is stale: run {program} {path}", file=sys.stderr)
                 status = 1
             elif fresh != text:
-                files.write(path, fresh.encode())
+                files.write_bytes(path, fresh.encode())
     except (UserError, OSError, UnicodeDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vkd_jax.evaluation import metrics
 from vkd_jax.reporting import page, plots
-from vkd_jax.runtime import files, hub
+from vkd_jax.runtime import files, storage
 from vkd_jax.types import UserError
 
 CARDS = 6  # portraits in a row of the sheet
@@ -28,7 +28,7 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
     Raises:
         UserError: a file is missing or unreadable.
     """
-    workdir = hub.place(workdir)
+    workdir = storage.resolve(workdir)
     results = results_of(workdir)
     answers = {name: json_lines(workdir / "answers" / f"{name}.jsonl") for name in ("vanilla", "unlearned")}
     rows: dict[int, dict] = {}  # a step's speed may stand in a line of its own, behind that of its losses
@@ -45,12 +45,12 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
     if curves := plots.relearning_curves(relearned):
         pictures["relearning"] = curves
     for name, png in pictures.items():
-        files.write(workdir / "report" / f"{name}.png", png)
+        files.write_bytes(workdir / "report" / f"{name}.png", png)
     for card in itertools.chain(*sheet.values()):
         if card.image is not None:  # as they were asked about, to ask again
             suffix = ".png" if card.image.startswith(b"\x89PNG") else ".jpg"
             name = re.sub(r"[^\w-]+", "_", card.title.removeprefix("person "))
-            files.write(workdir / "portraits" / (name + suffix), card.image)
+            files.write_bytes(workdir / "portraits" / (name + suffix), card.image)
     sections = (
         page.opening(results),
         page.measured(results),
@@ -64,7 +64,7 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
         page.limits(results),
         page.config(results),
     )
-    return files.write(workdir / "report.md", "\n".join(filter(None, sections)).encode())
+    return files.write_bytes(workdir / "report.md", "\n".join(filter(None, sections)).encode())
 
 
 def _cards(before: Sequence[Mapping], after: Sequence[Mapping], images: Mapping[str, bytes]) -> dict[str, list]:

@@ -29,7 +29,8 @@ from vkd_jax.models import lora
 from vkd_jax.models.layers import REMAT
 from vkd_jax.reporting import report
 from vkd_jax.runs.workdir import Workdir
-from vkd_jax.runtime import hosts, hub, sharding
+from vkd_jax.runtime import hub, multihost, storage
+from vkd_jax.runtime.mesh import make_mesh
 from vkd_jax.training import train
 from vkd_jax.types import Example, Params, UserError
 
@@ -84,12 +85,15 @@ class Job:
         config = workdir.config
         mesh, method, tuning, chosen = checked(config)
         fields = config.data.to_dict()
-        cache = hub.mirror(fields.pop("cache") or workdir.path / "data")  # read by every host, from its own disk
+        # Every host reads the data from its own disk.
+        cache = storage.local_copy(fields.pop("cache") or workdir.path / "data")
         benchmark = benchmarks.create(fields.pop("benchmark"), fields)
         benchmark.check()
         with workdir.stage("data"):
             trained = any(name.startswith("finetune_") for name in benchmark.UNLEARN.values())
-            sets = hosts.in_turn(lambda: benchmarks.read(benchmark, cache, finetune=finetunes or trained))
+            sets = multihost.run_process_0_first(
+                lambda: benchmarks.read(benchmark, cache, finetune=finetunes or trained)
+            )
             asked = {
                 name: evaluate.sample(part, config.eval.max_items, config.eval.seed, name)
                 for name, part in sets.items()
@@ -98,7 +102,7 @@ class Job:
             held_out = []
             if "membership" in chosen:
                 own = chosen["membership"].held_out
-                held_out = hosts.in_turn(lambda: benchmarks.held_out(benchmark, cache, own))
+                held_out = multihost.run_process_0_first(lambda: benchmarks.held_out(benchmark, cache, own))
         return cls(workdir, config, mesh, method, tuning, chosen, benchmark, sets, asked, held_out)
 
     @property
@@ -120,7 +124,7 @@ def checked(
     Raises:
         UserError: what is wrong with the config alone, before anything is read.
     """
-    mesh, method, tuning = sharding.make_mesh(**config.mesh), _method(config.method), _method(config.finetune.method)
+    mesh, method, tuning = make_mesh(**config.mesh), _method(config.method), _method(config.finetune.method)
     evaluate.check(config.eval.protocol, config.eval.shots)
     for name in ("batch_size", "max_new_tokens"):
         if config.eval[name] < 1:
@@ -168,7 +172,7 @@ def check_models(job: Job) -> None:
     kinds: list[Any] = []
     for name, value in given.items():
         if value:
-            folder = hub.fetch(value)
+            folder = hub.fetch_model(value)
             kinds.append(kind(folder))
             if kinds[0] != kinds[-1]:
                 raise UserError(f"config.model.{name} is a model of another kind or size than the one to unlearn.")
@@ -217,10 +221,11 @@ def finetune(job: Job, name: str) -> Path:
         if config.model.create.to_dict():
             shape = config.model.create
             source = workdir.model(
-                "base", lambda folder: hosts.agree(lambda: create(folder, everything, shape, config.seed))
+                "base",
+                lambda folder: multihost.run_on_process_0(lambda: create(folder, everything, shape, config.seed)),
             )
         else:
-            source = hub.fetch(config.model.base)
+            source = hub.fetch_model(config.model.base)
         model = Loaded.open(source, config, job.mesh, job.tuning)
         kinds = {
             "image": [e for e in examples if e.image is not None],
@@ -246,8 +251,8 @@ def unlearn(job: Job, made: dict[str, Path]) -> None:
         made: models that were fine-tuned just now, "vanilla" and "retain_only"; others are those of the config.
     """
     workdir, config = job.workdir, job.config
-    source = made.get("vanilla") or hub.fetch(config.model.path)
-    reference = made.get("retain_only") or (config.model.retain_only and hub.fetch(config.model.retain_only))
+    source = made.get("vanilla") or hub.fetch_model(config.model.path)
+    reference = made.get("retain_only") or (config.model.retain_only and hub.fetch_model(config.model.retain_only))
     if not workdir.has("results.json"):
         others, evidence = {}, None
         if reference:
@@ -256,12 +261,12 @@ def unlearn(job: Job, made: dict[str, Path]) -> None:
         answers = {"vanilla": judged(job, "vanilla", model)} | others
         if _reports(config):
             given = config.model.unlearned
-            target = hub.fetch(given) if given else _unlearned(job, model, source)
+            target = hub.fetch_model(given) if given else _unlearned(job, model, source)
             with workdir.stage("compare text"):
                 before = _text_scores(job, model)
             del model
             with workdir.stage("manifest"):
-                manifest = hosts.agree(lambda: convert.manifest(source, target))
+                manifest = multihost.run_on_process_0(lambda: convert.manifest(source, target))
                 workdir.write("manifest.json", manifest)
             unlearned = _opened(job, target)  # what is judged is what was written
             answers["unlearned"] = judged(job, "unlearned", unlearned)
@@ -271,7 +276,7 @@ def unlearn(job: Job, made: dict[str, Path]) -> None:
     if _reports(config):
         with workdir.stage("report"):
             images = {e.image_id: e.image for part in job.asked.values() for e in part if e.image is not None}
-            page = hosts.agree(lambda: report.write(workdir.path, images))
+            page = multihost.run_on_process_0(lambda: report.write(workdir.path, images))
         logging.info("the report: %s", page)
 
 
@@ -287,7 +292,7 @@ def _unlearned(job: Job, model: Loaded, source: Path) -> Path:
         return workdir.model("unlearned")
     base = None
     if job.method.asks_base:
-        base = hub.fetch(workdir.path / "base" if config.model.create.to_dict() else config.model.base)
+        base = hub.fetch_model(workdir.path / "base" if config.model.create.to_dict() else config.model.base)
     with workdir.stage("prepare"):
         sets = {name: _pairs(job, name) for name in ("forget", "retain")}
         sets |= {f"{name}_text": rows for name in sets if (rows := _texts(job, name))}
@@ -462,7 +467,9 @@ def _evidence(job: Job, unlearned: Loaded, before: Any, manifest: dict[str, Any]
         },
     }
     log = job.workdir.path / "train" / "metrics.jsonl"
-    logged = hosts.agree(lambda: [row for row in report.json_lines(log, torn=True) if "step_bytes" in row][-1:])
+    logged = multihost.run_on_process_0(
+        lambda: [row for row in report.json_lines(log, torn=True) if "step_bytes" in row][-1:]
+    )
     if logged:
         found["step_bytes"] = int(logged[0]["step_bytes"])
     if job.config.stage in UNLEARNS:  # of a model that was given nobody says what trained

@@ -21,7 +21,7 @@ import jax
 import ml_collections
 from absl import logging
 
-from vkd_jax.runtime import files, hosts, hub, provenance
+from vkd_jax.runtime import files, hub, multihost, provenance, storage
 from vkd_jax.types import UserError
 
 UNBEGUN = {"config.json", "timing.json", "data"}  # what may be there before anything depends on the config
@@ -35,13 +35,13 @@ class Workdir:
     """
 
     def __init__(self, path: str | Path, config: ml_collections.ConfigDict):
-        self.path = hub.place(path)
+        self.path = storage.resolve(path)
         if isinstance(self.path, Path):
             self.path = self.path.absolute()  # as Orbax wants it
         else:
             _check_packages()
         self.config = config
-        self.timing: dict[str, float] = hosts.agree(self._claim)
+        self.timing: dict[str, float] = multihost.run_on_process_0(self._claim)
 
     def _claim(self) -> dict[str, float]:
         """Makes the folder, or checks whose it is; the seconds of each stage so far."""
@@ -64,27 +64,27 @@ class Workdir:
                 )
             if difference:
                 timing.unlink(missing_ok=True)
-                files.write(known, _json(resolved))
+                files.write_bytes(known, _json(resolved))
         return json.loads(timing.read_text()) if timing.exists() else {}
 
     def has(self, name: str) -> bool:
         """Whether a file or folder of that name is there."""
-        return hosts.agree((self.path / name).exists)
+        return multihost.run_on_process_0((self.path / name).exists)
 
     def has_model(self, name: str) -> bool:
         """Whether a model folder of that name is there, whole."""
-        return self.has(f"{name}/{hub.LAST}")
+        return self.has(f"{name}/{storage.MODEL_MARKER}")
 
     def model(self, name: str, make: Callable[[Path], Any] | None = None) -> Path:
         """The folder of that model on this machine's disk; `make` writes it, in every process, where there is none."""
         place = self.path / name
         if make and not self.has_model(name):
-            folder = hub.mirror(place)
+            folder = storage.local_copy(place)
             if folder != place:  # a cache may hold one of an earlier run, though the bucket no longer does
-                hosts.agree(lambda: shutil.rmtree(folder, ignore_errors=True))
+                multihost.run_on_process_0(lambda: shutil.rmtree(folder, ignore_errors=True))
             make(folder)
-            hosts.agree(lambda: hub.upload(place))
-        return hub.fetch(place)
+            multihost.run_on_process_0(lambda: storage.upload_model(place))
+        return hub.fetch_model(place)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -97,10 +97,10 @@ class Workdir:
         finally:
             seconds = time.perf_counter() - start
             self.timing[name] = round(self.timing.get(name, 0.0) + seconds, 3)
-            if hosts.first():
+            if multihost.is_process_0():
                 # A full disk is reported by the stage itself.
                 with contextlib.suppress(OSError, UserError), files.disk_errors():
-                    files.write(self.path / "timing.json", _json(self.timing))
+                    files.write_bytes(self.path / "timing.json", _json(self.timing))
         logging.info("%s: %.1f s", name, seconds)
 
     def write(self, name: str, value: Any) -> Path:
@@ -117,7 +117,7 @@ class Workdir:
         return self._write(name, lambda: "".join(lines).encode())
 
     def _write(self, name: str, data: Callable[[], bytes]) -> Path:
-        hosts.agree(lambda: files.write(self.path / name, data()))
+        multihost.run_on_process_0(lambda: files.write_bytes(self.path / name, data()))
         return self.path / name
 
     def read_lines(self, name: str) -> list[dict]:

@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from vkd_jax.runtime import hub
+from vkd_jax.runtime import storage
 from vkd_jax.types import UserError
 
 
-def write(path: Path, data: bytes) -> Path:
+def write_bytes(path: Path, data: bytes) -> Path:
     """Writes a file beside its place and renames it, so that it is either whole or absent; in a bucket it always is."""
     if not isinstance(path, Path):
         path.write_bytes(data)
@@ -29,7 +29,7 @@ def write(path: Path, data: bytes) -> Path:
 def disk_errors() -> Iterator[None]:
     """Turns a full disk, or a folder or bucket that cannot be written, into a `UserError`."""
     try:
-        with hub.bucket_errors():
+        with storage.bucket_errors():
             yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR):

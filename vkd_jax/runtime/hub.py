@@ -1,23 +1,14 @@
 """Models and data sets by name: a folder of this machine or of a bucket, or an id on the Hugging Face hub."""
 
-import concurrent.futures
-import contextlib
-import fnmatch
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
+from vkd_jax.runtime import storage
 from vkd_jax.types import UserError
 
-# Weights as safetensors, and what says how to use them; never pickles, which can run code when read.
-PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 SHIPPED = pathlib.Path(__file__).parents[1] / "assets"  # models that come with the package
-TEXTS = ("*.md", "LICENSE*", "NOTICE*")  # what an exported model has beside that
-BUCKET = "gs://"  # what the name of a folder in Google Cloud Storage begins with
-CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vkd_jax"
-LAST = "config.json"  # what every reader of a model folder looks for
-STREAMS = 8  # files of a bucket under way at once
 _ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?", re.ASCII)
 
 
@@ -26,7 +17,7 @@ def is_id(name: str) -> bool:
     return bool(_ID.fullmatch(name))
 
 
-def fetch(name: str | os.PathLike[str]) -> pathlib.Path:
+def fetch_model(name: str | os.PathLike[str]) -> pathlib.Path:
     """The folder of a model.
 
     Args:
@@ -40,9 +31,9 @@ def fetch(name: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
         UserError: there is neither; or the model cannot be reached, is not on the hub, or only for the admitted.
     """
-    folder = place(name)
+    folder = storage.resolve(name)
     if not isinstance(folder, pathlib.Path):
-        return _downloaded(folder)
+        return storage.download_model(folder)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -56,7 +47,7 @@ def fetch(name: str | os.PathLike[str]) -> pathlib.Path:
         )
     repo, revision = _ID.fullmatch(os.fspath(name)).groups()
     # Subfolders are left out: they hold other formats of the same weights.
-    found, reason = _download(repo, revision, "model", PATTERNS, ["*/*"], ("config.json", "*.safetensors"))
+    found, reason = _download(repo, revision, "model", storage.MODEL_FILES, ["*/*"], ("config.json", "*.safetensors"))
     if found is None:
         command = _command(repo, revision)
         raise UserError(
@@ -128,109 +119,3 @@ def _download(
     if lacking:
         return None, f"what the hub or its cache holds of {repo} lacks {' and '.join(lacking)}"
     return folder, ""
-
-
-# ---- Buckets ----
-
-
-def place(path: str | os.PathLike[str]) -> pathlib.Path:
-    """A path on a disk or, as gs://BUCKET/FOLDER, in a bucket; one has the methods of the other.
-
-    Raises:
-        UserError: it is of another kind of place.
-    """
-    name = os.fspath(path)
-    if "://" not in name:
-        return pathlib.Path(name)
-    if not name.startswith(BUCKET) or not name.removeprefix(BUCKET).strip("/"):
-        raise UserError(f"{name} is no place that is known: pass a folder on a disk, or {BUCKET}BUCKET/FOLDER.")
-    from etils import epath
-
-    return epath.Path(name)  # as in Orbax; at the first look into the bucket it imports TensorFlow, which takes seconds
-
-
-def mirror(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Where a bucket's folder is kept on this machine's disk, for what reads disks alone; else the folder itself."""
-    path = place(path)
-    return path if isinstance(path, pathlib.Path) else CACHE / os.fspath(path).replace("://", "/")
-
-
-def upload(folder: pathlib.Path) -> None:
-    """Writes a model folder from its `mirror` to the bucket; one on a disk is where it belongs.
-
-    A bucket has no folder that could be renamed when it is complete, so this one grows file by file, each of which
-    comes whole or not at all. `LAST` comes last: a folder without it is none, and who finds it finds the rest.
-    """
-    source = mirror(folder)
-    if source == folder:
-        return
-
-    def copy(name: str) -> None:
-        type(folder)(source / name).copy(folder / name, overwrite=True)
-        _date(source / name, folder / name)
-
-    with bucket_errors():
-        _each(copy, [file.name for file in source.iterdir() if file.name != LAST])
-        copy(LAST)
-
-
-def _downloaded(folder: pathlib.Path) -> pathlib.Path:
-    """The `mirror` of a model folder in a bucket, of which only what changed is fetched."""
-    target = mirror(folder)
-    with bucket_errors(), _alone(target):
-        there = {file.name: file for file in folder.iterdir()} if folder.is_dir() else {}
-        if LAST not in there:
-            raise UserError(f"There is no model folder {folder}; pass one with {LAST} and safetensors in it.")
-        names = [name for name in there if any(fnmatch.fnmatch(name, pattern) for pattern in (*PATTERNS, *TEXTS))]
-        target.mkdir(parents=True, exist_ok=True)
-        for file in target.iterdir():
-            if file.name not in names:  # of an earlier model, or the part of a file that was broken off
-                file.unlink()
-
-        def copy(name: str) -> None:
-            about, file = there[name].stat(), target / name
-            if file.exists() and (file.stat().st_size, int(file.stat().st_mtime)) == (about.length, about.mtime):
-                return
-            there[name].copy(new := target / f".{name}.tmp", overwrite=True)
-            _date(new, there[name])
-            os.replace(new, file)
-
-        copy(LAST)  # first: a folder with it is a model's, and may be written over
-        _each(copy, [name for name in names if name != LAST])
-    return target
-
-
-@contextlib.contextmanager
-def _alone(target: pathlib.Path) -> Iterator[None]:
-    """Lets one process of this machine after the other fill a folder; who comes later finds what the first one made."""
-    import fcntl  # not on Windows, from where nobody reads buckets
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.parent / f".{target.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _date(copy: pathlib.Path, original: pathlib.Path) -> None:
-    """Gives a copy the time of what it is a copy of: with its size, what tells it from a copy of something else."""
-    os.utime(copy, (original.stat().mtime,) * 2)
-
-
-def _each(work: Callable[[str], None], names: Sequence[str]) -> None:
-    """Several at a time: one connection does not fill the line."""
-    with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
-        list(pool.map(work, names))
-
-
-@contextlib.contextmanager
-def bucket_errors() -> Iterator[None]:
-    """Turns what TensorFlow says of a bucket that it cannot read or write into a `UserError`."""
-    try:
-        yield
-    except Exception as error:  # TensorFlow's own are no OSErrors, and cannot be named before it is imported
-        if not type(error).__module__.startswith("tensorflow."):
-            raise
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"the bucket cannot be used: {reason[:300]}; check its name, and that this machine may read and write it."
-        ) from error

@@ -25,7 +25,8 @@ from vkd_jax.methods import base
 from vkd_jax.methods.base import LossFn, Method, Prepared, TeacherFn
 from vkd_jax.methods.scope import frozen_blocks
 from vkd_jax.models.base import bind
-from vkd_jax.runtime import hosts, sharding
+from vkd_jax.runtime import multihost
+from vkd_jax.runtime.mesh import replicated, shard_rows
 from vkd_jax.training import optim
 from vkd_jax.types import Params, UserError
 
@@ -205,12 +206,12 @@ def fit(
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(state_shardings, None))
     start = {path: params[path] for path in paths} if prepared.teacher else None
-    put = functools.partial(sharding.rows, mesh)
+    put = functools.partial(shard_rows, mesh)
 
     checkpoints = progress = _Nothing()
     if folder is not None:
         checkpoints = Checkpoints(folder / "checkpoints", seed=seed, every=config.checkpoint_every)
-        if hosts.first():
+        if multihost.is_process_0():
             from vkd_jax.training.progress import (
                 Progress,  # TensorFlow takes seconds, and a short training keeps no metrics
             )
@@ -302,13 +303,13 @@ def _init(tx: optax.GradientTransformation, trainable: Params, mesh: jax.shardin
     return TrainState(
         params=trainable,
         opt_state=jax.jit(tx.init, out_shardings=shardings)(trainable),
-        step=jax.device_put(jnp.int32(0), sharding.replicated(mesh)),
+        step=jax.device_put(jnp.int32(0), replicated(mesh)),
     )
 
 
 def abstract_state(tx: optax.GradientTransformation, trainable: Params, mesh: jax.sharding.Mesh) -> TrainState:
     """The shapes of a fresh state, and where they lie; of the trainable weights no more than that is needed."""
-    everywhere = sharding.replicated(mesh)
+    everywhere = replicated(mesh)
     opt_state = optax.tree.map_params(
         tx,
         lambda x, weight: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=weight.sharding),
@@ -407,7 +408,7 @@ class _Sigterm:
         """Whether to stop after this step; `now` waits for what the others say, at the end."""
         if jax.process_count() == 1:
             return self._event.is_set()
-        before, self._asked = self._asked, hosts.anywhere(self._event.is_set())
+        before, self._asked = self._asked, multihost.any_process(self._event.is_set())
         asked = self._asked if now else before
         return asked is not None and bool(asked)
 

@@ -1,5 +1,5 @@
-"""hosts.py small PROCESS PORT FOLDER: what `vkd_jax.runtime.hosts` gives on two processes of two devices each, as JSON.
-hosts.py main FLAG ...: `vkd_jax.main` without TensorFlow, with the metrics on stdout, a line a step.
+"""multihost.py small PROCESS PORT FOLDER: what `runtime.multihost` gives on two processes of two devices each, as JSON.
+multihost.py main FLAG ...: `vkd_jax.main` without TensorFlow, with the metrics on stdout, a line a step.
 
 With HOLD=N in the environment the second waits after step N of unlearning for a line on stdin.
 """
@@ -21,24 +21,28 @@ def small(number: int, port: str, folder: Path) -> dict:
     from jax.sharding import PartitionSpec as P
 
     from vkd_jax.runs.workdir import Workdir
-    from vkd_jax.runtime import hosts, sharding
+    from vkd_jax.runtime import multihost
+    from vkd_jax.runtime.mesh import make_mesh, shard_rows
     from vkd_jax.types import UserError
 
-    said = {"first": hosts.first(), "agreed": hosts.agree(lambda: {"process": number, "long": "x" * 3000})}
+    said = {
+        "first": multihost.is_process_0(),
+        "agreed": multihost.run_on_process_0(lambda: {"process": number, "long": "x" * 3000}),
+    }
 
     def fails(error):
         raise error
 
     for name, error in (("refused", UserError("no.")), ("broke", OSError(28, "full", "f")), ("odd", Odd(1, 2))):
         try:
-            hosts.agree(lambda error=error: fails(error))
+            multihost.run_on_process_0(lambda error=error: fails(error))
         except Exception as raised:
             said[name] = [type(raised).__name__, str(raised)]
 
     made = []
     items = ((made.append(i), i)[1] for i in range(5))
     try:
-        hosts.agree(lambda: next(items) == 0 and fails(UserError("after one.")), meanwhile=items)
+        multihost.run_on_process_0(lambda: next(items) == 0 and fails(UserError("after one.")), meanwhile=items)
     except UserError as raised:
         said["meanwhile"] = [made, str(raised)]
 
@@ -46,17 +50,17 @@ def small(number: int, port: str, folder: Path) -> dict:
         (folder / "one").mkdir(exist_ok=number > 0)  # process 1 would be the first to come without turns
         return number
 
-    said["turn"] = hosts.in_turn(reads)
-    said["anywhere"] = [bool(hosts.anywhere(flag)) for flag in (False, number == 1, True)]
+    said["turn"] = multihost.run_process_0_first(reads)
+    said["anywhere"] = [bool(multihost.any_process(flag)) for flag in (False, number == 1, True)]
 
-    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=4)
+    mesh = make_mesh(data=1, fsdp=1, tensor=4)
     whole = np.arange(24.0, dtype=np.float32).reshape(4, 6)
     cut = jax.make_array_from_callback(whole.shape, NamedSharding(mesh, P("tensor")), whole.__getitem__)
-    rows = sharding.rows(mesh, {"x": whole})["x"]  # every device has all rows, as the mesh has no other axis
-    said["whole"] = [np.array_equal(hosts.gather(x), whole) for x in (cut, rows, whole)]
+    rows = shard_rows(mesh, {"x": whole})["x"]  # every device has all rows, as the mesh has no other axis
+    said["whole"] = [np.array_equal(multihost.gather(x), whole) for x in (cut, rows, whole)]
     said["held"] = [len(x.addressable_shards[0].data) for x in (cut, rows)]
     try:
-        sharding.make_mesh(data=2)
+        make_mesh(data=2)
     except UserError as raised:
         said["mesh"] = str(raised)
 

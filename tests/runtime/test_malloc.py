@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 from vkd_jax import compare
-from vkd_jax.runtime import memory
+from vkd_jax.runtime import malloc
 
 # Steps with 64 MiB of temporary memory: how many of them are found anew by one, in pages of 4 KiB as huge ones are
-# turned off; with an argument, after `keep_freed`. The median of many: small things that live on split what a step has
-# freed, so that the heap grows, at one step or another of the first dozen, until there is room beside them.
+# turned off; with an argument, after `keep_freed_memory`. The median of many: small things that live on split what a
+# step has freed, so that the heap grows, at one step or another of the first dozen, until there is room beside them.
 STEPS = """
 import ctypes, resource, statistics, sys
-from vkd_jax import memory
+from vkd_jax.runtime import malloc
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)
-assert not sys.argv[1:] or memory.keep_freed()
+assert not sys.argv[1:] or malloc.keep_freed_memory()
 import jax, jax.numpy as jnp
 step = jax.jit(lambda x: jnp.outer(x, x) @ (jnp.outer(x, x) @ x[:, None]))
 x = jnp.ones(4096)
@@ -58,10 +58,10 @@ def test_a_step_finds_the_memory_of_the_one_before():
     ],
 )
 def test_accelerators_are_left_alone(monkeypatch, platforms, plugins, cpu):
-    monkeypatch.setattr(memory, "jax", types.SimpleNamespace(config=types.SimpleNamespace(jax_platforms=platforms)))
-    monkeypatch.setattr(memory.metadata, "entry_points", lambda group: plugins)
-    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: None)
-    assert memory._on_cpu() == cpu
+    monkeypatch.setattr(malloc, "jax", types.SimpleNamespace(config=types.SimpleNamespace(jax_platforms=platforms)))
+    monkeypatch.setattr(malloc.metadata, "entry_points", lambda group: plugins)
+    monkeypatch.setattr(malloc.importlib.util, "find_spec", lambda name: None)
+    assert malloc._on_cpu() == cpu
 
 
 @pytest.mark.parametrize(
@@ -72,16 +72,16 @@ def test_who_has_said_otherwise_is_left_alone(monkeypatch, libc, variable):
     def refuse(name):
         raise AssertionError("the C library was asked")
 
-    monkeypatch.setattr(memory, "_on_cpu", lambda: True)
-    monkeypatch.setattr(memory.platform, "libc_ver", lambda: (libc, ""))
-    monkeypatch.setattr(memory.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(malloc, "_on_cpu", lambda: True)
+    monkeypatch.setattr(malloc.platform, "libc_ver", lambda: (libc, ""))
+    monkeypatch.setattr(malloc.ctypes, "CDLL", refuse)
     if variable:
         monkeypatch.setenv(*variable)
-    assert not memory.keep_freed()
+    assert not malloc.keep_freed_memory()
 
 
 def test_a_run_keeps_it():
-    program = "import runpy; from vkd_jax.runtime import memory; memory.keep_freed = lambda: print('kept'); "
+    program = "import runpy; from vkd_jax.runtime import malloc; malloc.keep_freed_memory = lambda: print('kept'); "
     program += "runpy.run_module('vkd_jax.main', run_name='__main__')"
     given = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", program], env=given, capture_output=True, text=True)
@@ -91,8 +91,8 @@ def test_a_run_keeps_it():
 def test_the_workers_of_a_comparison_keep_it(monkeypatch):
     shares, kept = queue.Queue(), []
     shares.put({0})
-    monkeypatch.setattr(memory, "keep_freed", lambda: kept.append(True))
-    monkeypatch.setattr(compare.hosts, "show_log", lambda: None)
+    monkeypatch.setattr(malloc, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(compare.log, "setup", lambda: None)
     monkeypatch.setattr(compare.os, "sched_setaffinity", lambda process, cores: None)
     compare._begin(shares)
     assert kept == [True]

@@ -8,13 +8,11 @@ import collections
 import functools
 import pickle
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,27 +20,14 @@ from jax.sharding import PartitionSpec as P
 from vkd_jax.types import UserError
 
 T = TypeVar("T")
-# Whose news are shown: this package's, and CLU's, the time that is left.
-HEARD = (f"{Path(__file__).parents[1]}/", "/clu/")
 
 
-def show_log() -> None:
-    """Shows on stderr how far this program is; of other libraries warnings and errors alone."""
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().addFilter(_is_news)
-
-
-def _is_news(record: Any) -> bool:
-    return record.levelno > 20 or any(name in record.pathname for name in HEARD)
-
-
-def first() -> bool:
+def is_process_0() -> bool:
     """Whether this is process 0, which writes and decides."""
     return jax.process_index() == 0
 
 
-def agree(work: Callable[[], T], meanwhile: Iterator[Any] | None = None) -> T:
+def run_on_process_0(work: Callable[[], T], meanwhile: Iterator[Any] | None = None) -> T:
     """What `work` gives in process 0, which alone runs it, or the error that it raises there: in every process.
 
     No process returns before the work is done, so that what it wrote is there for all.
@@ -56,7 +41,7 @@ def agree(work: Callable[[], T], meanwhile: Iterator[Any] | None = None) -> T:
     if jax.process_count() == 1:
         return work()
     value = error = None
-    if first():
+    if is_process_0():
         try:
             value = work()
         except Exception as raised:
@@ -68,19 +53,19 @@ def agree(work: Callable[[], T], meanwhile: Iterator[Any] | None = None) -> T:
     return said
 
 
-def in_turn(work: Callable[[], T]) -> T:
+def run_process_0_first(work: Callable[[], T]) -> T:
     """`work` of every process, process 0 first: what it left, others find, where they see its disk."""
     if jax.process_count() == 1:
         return work()
     found = []
-    agree(lambda: found.append(work()))
+    run_on_process_0(lambda: found.append(work()))
     error = None
-    if not first():
+    if not is_process_0():
         try:
             found.append(work())
         except Exception as raised:  # of a disk of its own: the others must not wait for this one
             error = raised
-    if bool(anywhere(error is not None)):
+    if bool(any_process(error is not None)):
         raise error or UserError("another host could not read its data: see the log there.")
     return found[0]
 
@@ -92,7 +77,7 @@ def gather(x: Any) -> np.ndarray:
     return np.asarray(x)
 
 
-def anywhere(flag: bool) -> jax.Array:
+def any_process(flag: bool) -> jax.Array:
     """Whether the flag is set in any process; bool() of it waits until all have been asked, this call does not.
 
     What is asked at the same place of the program gets the same answer in every process.
@@ -110,7 +95,7 @@ def _either() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
 
 def _from_first(value: Any) -> Any:
     """Process 0's value, in every process."""
-    sent = pickle.dumps(value) if first() else b""
+    sent = pickle.dumps(value) if is_process_0() else b""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(sent))))
     room = 1 << max(size - 1, 1023).bit_length()  # of few sizes, since each is compiled
     buffer = np.zeros(room, np.uint8)

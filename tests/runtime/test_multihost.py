@@ -20,7 +20,7 @@ STEPS, HOLD = 6, 2  # of unlearning, and where it is stopped
 
 def start(*args, **more):
     return subprocess.Popen(
-        [sys.executable, ROOT / "tests/programs/hosts.py", *map(str, args)],
+        [sys.executable, ROOT / "tests/programs/multihost.py", *map(str, args)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | more,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -16,7 +16,7 @@ KEEP = (
 )
 
 
-def keep_freed() -> bool:
+def keep_freed_memory() -> bool:
     """Lets the C library keep what is freed, where this process will compute on the CPU; whether it does.
 
     XLA asks for all temporary memory of a step at once, at each step, and frees it afterwards. glibc gives what is that

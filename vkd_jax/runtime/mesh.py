@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from vkd_jax.types import UserError
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = P(("data", "fsdp"))  # the axes of the mesh that rows of a batch lie over
+BATCH_SPEC = P(("data", "fsdp"))  # the axes of the mesh that rows of a batch lie over
 Rules = Sequence[tuple[str, P]]  # anchored pattern over paths -> spec
 
 
@@ -51,10 +51,10 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch lie over data and fsdp together."""
-    return NamedSharding(mesh, ROWS)
+    return NamedSharding(mesh, BATCH_SPEC)
 
 
-def rows(mesh: Mesh, arrays: Any) -> Any:
+def shard_rows(mesh: Mesh, arrays: Any) -> Any:
     """A tree of arrays with a row each, the same in every process, spread over the mesh as a batch is."""
     lying = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, lying, x.__getitem__), arrays)
@@ -70,19 +70,19 @@ def param_shardings(mesh: Mesh, rules: Rules) -> Callable[[str, tuple[int, ...]]
 
     def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
         spec = next(spec for pattern, spec in rules if re.fullmatch(pattern, path))
-        return NamedSharding(mesh, spec_of(mesh.shape, spec, shape))
+        return NamedSharding(mesh, divisible_spec(mesh.shape, spec, shape))
 
     return sharding
 
 
-def spec_of(mesh_shape: Mapping[str, int], spec: P, shape: tuple[int, ...]) -> P:
+def divisible_spec(mesh_shape: Mapping[str, int], spec: P, shape: tuple[int, ...]) -> P:
     """The spec for this shape: a dimension that its mesh axis does not divide stays whole."""
     return P(
         *(axis if axis and size % mesh_shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False))
     )
 
 
-def check_total(rules: Rules, paths: Iterable[str]) -> None:
+def check_rules(rules: Rules, paths: Iterable[str]) -> None:
     """Raises ValueError, naming all, if a path has no rule or a rule no path."""
     paths = list(paths)
     unmatched = [path for path in paths if not any(re.fullmatch(pattern, path) for pattern, _ in rules)]

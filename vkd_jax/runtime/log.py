@@ -1,0 +1,20 @@
+"""Logging: what a program shows on stderr while it runs."""
+
+import logging as std_logging
+from pathlib import Path
+
+from absl import logging
+
+# INFO lines are shown from these files: this package's, and CLU's, which report the remaining time.
+SHOWN_PATHS = (f"{Path(__file__).parents[1]}/", "/clu/")
+
+
+def setup() -> None:
+    """Shows the progress of this program on stderr; of other libraries, only warnings and errors are shown."""
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(_is_shown)
+
+
+def _is_shown(record: std_logging.LogRecord) -> bool:
+    return record.levelno > std_logging.INFO or any(path in record.pathname for path in SHOWN_PATHS)

@@ -29,7 +29,7 @@ setuptools.setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["vkd_jax", "vkd_jax.*"]),
-    package_data={"vkd_jax": ["assets/**"]},
+    package_data={"vkd_jax": ["assets/**", "reporting/templates/*.j2"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12.8,<0.13",
@@ -51,7 +51,8 @@ setuptools.setup(
         "tokenizers>=0.22",
         "safetensors>=0.6",
         "huggingface-hub>=1.3",
-        "jinja2>=3.1",  # transformers renders chat templates with it and does not declare it
+        "jinja2>=3.1",  # the report's templates; transformers renders chat templates with it and does not declare it
+        "markupsafe>=2.1",
         "pillow>=11",  # the same for its image processors
         "numpy>=2.1",
         "scipy>=1.14",

@@ -54,7 +54,9 @@ def test_everything_is_installed(tmp_path):
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assets = [path for path in (PACKAGE / "assets").rglob("*") if path.is_file()]
-    wanted = {path.relative_to(ROOT) for path in [*SOURCES, *assets]}
+    templates = list((PACKAGE / "reporting" / "templates").iterdir())
+    assert assets and templates
+    wanted = {path.relative_to(ROOT) for path in [*SOURCES, *assets, *templates]}
     assert wanted == {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
 
 

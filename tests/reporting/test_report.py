@@ -1,4 +1,4 @@
-"""The report of a run, made from a small invented run whose figures are known."""
+"""report.md and its files in the folder of a small made run with known figures; tables of several runs."""
 
 import errno
 import io
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from vkd_jax.evaluation import metrics
-from vkd_jax.reporting import comparison, plots, report, tables
+from vkd_jax.reporting import comparison, plots, report, tables, view
 from vkd_jax.types import UserError
 
 PEOPLE = {"forget": ("001", "002", "003"), "retain": ("004", "005", "006", "007"), "real": ("",)}
@@ -36,10 +36,6 @@ N = 12
 
 MEAN = {"mean": 0.5, "low": 0.25, "high": 0.75}
 FREE = {"accuracy": 3 / 7, "correct": 3, "n": 7, "low": 0.2, "high": 0.7, "rouge_l": MEAN}
-MORE = {
-    "forget_quality": {"unlearned": {"vqa": {"ks": 0.25, "p": 0.031, "js": 0.125, "n": 12}}},
-    "utility": {"vanilla": {"value": 0.75, "low": 0.7, "high": 0.8, "components": {"a": {}, "b": {}}}},
-}
 
 
 def portrait(person: str) -> bytes:
@@ -150,8 +146,8 @@ def run(tmp_path):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Leaves out the drawing, which takes a second, where a test reads the text alone."""
-    for name in ("forget_against_retain", "portrait_sheet", "loss_curves", "relearning_curves"):
+    """Leaves out the drawing, which takes a second, for tests that read the text alone."""
+    for name in ("forget_against_retain", "portrait_sheet", "loss_curves"):
         monkeypatch.setattr(plots, name, lambda *_: b"")
 
 
@@ -162,50 +158,45 @@ def size(png) -> tuple[int, int]:
         return image.size
 
 
-def test_report_tells_what_happened(run, undrawn):
+def test_report_says_what_was_forgotten_and_how_we_know(run, undrawn):
     path = report.write(run, IMAGES)
     text = path.read_text()
     assert path == run / "report.md"
     assert "asked to forget 3 of them" in text
-    assert "100.0 % of 12 questions right before, and **25.0 %** after (8.9 to 53.2)" in text
-    assert "cannot be told apart from guessing" in text
-    assert "| people to keep | 100.0 % (12/12), 75.8 to 100.0 | 91.7 % (11/12), 64.6 to 98.5 | -8.3 |" in text
+    assert "accuracy 100.0 % before and **25.0 %** after unlearning (8.9 to 53.2; 12 questions)" in text
+    assert "The interval includes chance" in text
+    assert "| people to retain | 100.0 % (12/12), 75.8 to 100.0 | 91.7 % (11/12), 64.6 to 98.5 | -8.3 |" in text
     assert "300,000 of 1,200,000 (25.0 %)" in text
-    assert "9 of 80" in text and "not one tensor differs" in text and "bit for bit the same" in text
+    assert "9 of 80, by SHA-256" in text and "no tensor changed" in text and "bit-identical" in text
     assert "python -m vkd_jax.main --config configs/tiny.py --workdir run" in text
     assert "0123456789abcdef" in text and "`options`" in text
-    assert "reconstruction" in text
-    assert "| **all** | **34.5** |" in text
+    assert "**reconstruction**" in text
+    assert "| all stages | 34.5 |" in text
     assert '"steps": 300' in text
 
 
-def test_report_says_what_was_measured_on_how_many_by_which_protocol(tmp_path, undrawn):
-    make_run(tmp_path, right={**RIGHT, "retain_only": RIGHT["unlearned"]}, **MORE)
+def test_report_shows_the_means_of_open_answers(tmp_path, undrawn):
+    make_run(tmp_path, right={**RIGHT, "retain_only": RIGHT["unlearned"]})
     results = json.loads((tmp_path / "results.json").read_text())
     results["models"]["vanilla"]["forget"]["generation_vqa"] = FREE
     results["models"]["unlearned"]["forget"]["generation_vqa"] = FREE
-    results["meta"].update(protocol="options, letter", protocols=["options", "letter"])
     (tmp_path / "results.json").write_text(json.dumps(results))
     text = report.write(tmp_path, IMAGES).read_text()
     assert "MLLMU-Bench, forgetting 5 %; data: the made-up people." in text
     assert "| people to forget | 3 | 12 | 12 | 7 |" in text
     assert "| general ability, nothing about these people | – | 12 | 12 | – |" in text
-    assert "protocol `letter`: the model is shown the options" in text and "it is `options`" in text
-    assert "no worked example before each question" in text
     assert "| people to forget | 7 | 0.500 (0.250 to 0.750) | 0.500 (0.250 to 0.750) | – |" in text
-    assert "| after | choosing an answer, shown a picture | 12 | 0.250 | 0.031 | 0.125 |" in text
-    assert "| before | 0.750 (0.700 to 0.800) | 2 |" in text
 
 
 def test_report_of_a_request_without_options(tmp_path, undrawn):
-    """A data set of one's own may have nothing but free questions."""
+    """A data set of one's own may have nothing but open questions."""
     make_run(tmp_path, chance={})
     results = json.loads((tmp_path / "results.json").read_text())
-    free = {part: {"generation_vqa": FREE} for part in ("forget", "retain")}
+    free = {name: {"generation_vqa": FREE} for name in ("forget", "retain")}
     results["models"] = {"vanilla": free, "unlearned": free}
     (tmp_path / "results.json").write_text(json.dumps(results))
     text = report.write(tmp_path, IMAGES).read_text()
-    assert "it answered 42.9 % of 7 questions right before" in text and "uessing gives" not in text
+    assert "accuracy 42.9 % before" in text and "Chance is" not in text and "Multiple choice" not in text
 
 
 def test_a_request_that_names_nobody_has_cards_of_its_own_for_each_set(tmp_path):
@@ -226,12 +217,12 @@ def test_a_request_that_names_nobody_has_cards_of_its_own_for_each_set(tmp_path)
     results["meta"]["benchmark"]["people"] = {}.fromkeys(("forget", "retain"), 0)
     (tmp_path / "results.json").write_text(json.dumps(results))
     text = report.write(tmp_path, IMAGES).read_text()
-    assert "asked to forget some of it" in text and "a picture of what to forget, it answered" in text
+    assert "asked to forget part of what it knew" in text and "the questions about what to forget" in text
     names = {path.name for path in (tmp_path / "portraits").iterdir()}
     assert names == {*(f"forget_{i}.png" for i in (1, 2, 3)), *(f"retain_{i}.png" for i in (1, 2, 3, 4))}
 
 
-def test_report_shows_its_pictures_and_leaves_nothing_half_written(run):
+def test_report_shows_its_plots_and_leaves_nothing_half_written(run):
     text = report.write(run, IMAGES).read_text()
     shown = re.findall(r"!\[.+\]\((.+)\)", text)
     assert shown == ["report/forget_retain.png", "report/portraits.png", "report/losses.png"]
@@ -240,7 +231,7 @@ def test_report_shows_its_pictures_and_leaves_nothing_half_written(run):
     assert not list(run.rglob("*.tmp"))
 
 
-def test_pictures_are_the_same_whatever_style_is_set_and_that_style_stays(run, monkeypatch):
+def test_plots_are_the_same_whatever_style_is_set_and_that_style_stays(run, monkeypatch):
     report.write(run, IMAGES)
     first = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
     monkeypatch.setitem(matplotlib.rcParams, "font.size", 33.0)
@@ -271,33 +262,16 @@ def test_report_admits_what_went_wrong(tmp_path, undrawn):
     right = {**RIGHT, "unlearned": {**RIGHT["unlearned"], "forget": (9, 6)}}
     make_run(tmp_path, right=right, method={"name": "grad_diff", "train": "all"}, manifest=(80, 60))
     text = report.write(tmp_path, IMAGES).read_text()
-    assert "above guessing: something is still known" in text
-    assert "**60 tensors differ**" in text and "**not the same**" in text
-    assert "reconstruction" not in text and "left alone on purpose" not in text
+    assert "This is above chance: **the model still knows something about them**" in text
+    assert "**60 tensors changed**" in text and "**not identical**" in text
+    assert "reconstruction" not in text and "left unchanged on purpose" not in text
 
 
-def test_report_says_when_the_model_avoids_the_answer(tmp_path, undrawn):
-    right = {**RIGHT, "unlearned": {**RIGHT["unlearned"], "forget": (0, 12)}}
-    make_run(tmp_path, right=right, chance={"forget": {"vqa": 0.5}})
-    assert "below guessing" in report.write(tmp_path, IMAGES).read_text()
-
-
-@pytest.mark.parametrize(("known", "told"), [(12, False), (8, False), (5, True)])
-def test_report_says_when_there_was_little_to_forget(tmp_path, undrawn, known, told):
-    """Of twelve right answers to questions that guessing gets one time in four."""
-    right = {**RIGHT, "vanilla": {**RIGHT["vanilla"], "forget": (known, 12)}}
-    make_run(tmp_path, right=right, chance={"forget": {"vqa": 0.25}})
-    assert ("It had hardly learned them before" in report.write(tmp_path, IMAGES).read_text()) == told
-
-
-def test_report_shows_the_reference_that_never_knew_them(tmp_path, undrawn):
+def test_report_compares_with_a_retain_only_model(tmp_path, undrawn):
     make_run(tmp_path, right={**RIGHT, "retain_only": RIGHT["unlearned"]})
     text = report.write(tmp_path, IMAGES).read_text()
-    assert "| before | after | never knew them |" in text
-    assert "cannot be told apart from one that never knew them (25.0 %)" in text
-    never = {**RIGHT["unlearned"], "forget": (12, 12)}
-    make_run(tmp_path, right={**RIGHT, "retain_only": never})
-    assert "That is below one that never knew them (100.0 %)" in report.write(tmp_path, IMAGES).read_text()
+    assert "| vanilla | unlearned | retain-only |" in text
+    assert "overlaps that of the retain-only model (25.0 %, 8.9 to 53.2)" in text
 
 
 def test_report_of_a_method_that_does_not_train(run, undrawn):
@@ -306,7 +280,7 @@ def test_report_of_a_method_that_does_not_train(run, undrawn):
     assert not (run / "report" / "losses.png").exists()
 
 
-def test_a_missing_picture_is_an_empty_frame():
+def test_a_missing_image_is_an_empty_frame():
     card = plots.Card(None, "person 1", "Who?", "x" * 80, ("y", True), ("", False))
     assert size(io.BytesIO(plots.portrait_sheet({"Kept": [card]})))[0] > 300
 
@@ -320,23 +294,24 @@ def test_repeated_steps_count_once_and_the_last_time(run, undrawn, monkeypatch):
     assert [(row["step"], row["forget_loss"]) for row in seen] == [(20, 1 / 20), (40, 0.5), (60, 1 / 60)]
 
 
-def test_cards_take_the_first_people_and_say_before_and_after():
-    before = [item(part, n, "vqa", True) for part in ("forget", "retain") for n in range(N)]
-    after = [item(part, n, "vqa", part == "retain") for part in ("forget", "retain") for n in range(N)]
-    forgotten, kept = report._cards(before, list(reversed(after)), IMAGES).values()
+def test_cards_show_the_first_people_in_turn():
+    records = {
+        model: [item(name, n, "vqa", name == "retain" or model == "vanilla") for name in PEOPLE for n in range(N)]
+        for model in ("vanilla", "unlearned")
+    }
+    records["unlearned"].reverse()  # answers are matched by question, not by position
+    results = {"models": {"vanilla": dict.fromkeys(PEOPLE)}}
+    forgotten, kept = report.cards(view.Run(results, report.sets_of(results), records), IMAGES).values()
     assert [card.title for card in forgotten] == ["person 001", "person 002", "person 003"]
     assert [card.title for card in kept] == ["person 004", "person 005", "person 006", "person 007"]
-    # The second person's second question is number 4, and its truth the first option.
-    assert (forgotten[1].truth, forgotten[1].before, forgotten[1].after) == (
-        "baker",
-        ("baker", True),
-        ("pilot", False),
-    )
-    assert all(card.after == (card.truth, True) for card in kept)
+    # The second person's second question is number 4, and its true answer the first option.
+    card = forgotten[1]
+    assert (card.truth, card.vanilla, card.unlearned) == ("baker", ("baker", True), ("pilot", False))
+    assert all(card.unlearned == (card.truth, True) for card in kept)
     assert forgotten[0].image == IMAGES["001/0"]
 
 
-# ---- Attacks; see also test_page.py ----
+# ---- Attacks; see also test_sections.py ----
 
 
 def tried(correct, **more):
@@ -344,26 +319,27 @@ def tried(correct, **more):
     return {"mean": correct / 20, "correct": correct, "n": 20, "low": low, "high": high, **more}
 
 
-def test_report_tells_of_relearning_and_draws_it(tmp_path):
+def test_report_shows_relearning_and_draws_it(tmp_path):
     cells = {
         name: tried(n, attacker="all", share=0.25, set="forget") for name, n in (("vanilla", 20), ("unlearned", 9))
     }
     attack = {"title": "Again", "about": "About.", "unit": "right answers", "summary": {"all 25 %": cells}}
     make_run(tmp_path, attacks={"relearn": attack})
     text = report.write(tmp_path, IMAGES).read_text()
-    opening, section = text[: text.index("## What")], text[text.index("## Attacks") : text.index("## See")]
-    assert "- **Relearning.** After fine-tuning all weights on 25 % of the forgotten questions it answered" in opening
-    assert "### Again\n\nAbout.\n\n![" in section and "(report/relearning.png)\n\n| what was tried" in section
+    assert (
+        "- Relearning: after fine-tuning all weights on 25 % of the forget set" in text[: text.index("## What was m")]
+    )
+    assert "### Again\n\nAbout.\n\n![" in text and "(report/relearning.png)\n\n| variant" in text
     assert min(size(tmp_path / "report" / "relearning.png")) > 300
 
 
 def test_a_report_without_attacks_says_nothing_of_them(run, undrawn):
     text = report.write(run, IMAGES).read_text()
-    assert "Attacks" not in text and "Relearning" not in text
+    assert "## Attacks" not in text and "Relearning" not in text
     assert not (run / "report" / "relearning.png").exists()
 
 
-def test_a_model_made_elsewhere_is_not_said_to_have_been_trained_here(tmp_path, undrawn):
+def test_a_model_made_elsewhere_is_not_reported_as_trained_here(tmp_path, undrawn):
     results = make_run(tmp_path)
     del results["trainable"]
     results["meta"]["config"]["stage"] = "audit"
@@ -373,11 +349,11 @@ def test_a_model_made_elsewhere_is_not_said_to_have_been_trained_here(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("prediction", "said"),
+    ("prediction", "shown"),
     [("pilot", "pilot"), ("B", "B, pilot"), ("(c)", "C, nurse"), ("no idea", "no idea"), ("", "(nothing)")],
 )
-def test_said_spells_out_letters(prediction, said):
-    assert report._said({"prediction": prediction, "options": OPTIONS}) == said
+def test_letters_are_followed_by_their_option(prediction, shown):
+    assert report.answer_text({"prediction": prediction, "options": OPTIONS}) == shown
 
 
 def test_runs_stand_in_one_table_seeds_of_one_config_together(tmp_path, capsys):

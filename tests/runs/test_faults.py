@@ -40,7 +40,7 @@
 13. A target model that had barely learned the people, so that nothing was there to forget:
     runs/test_pipeline.py::test_results_hold_both_models_with_counts
     runs/test_pipeline.py::test_one_command_goes_from_the_base_to_the_report
-    reporting/test_report.py::test_report_shows_the_reference_that_never_knew_them
+    reporting/test_report.py::test_report_compares_with_a_retain_only_model
 """
 
 import ast

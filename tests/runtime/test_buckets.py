@@ -15,7 +15,7 @@ import pytest
 from bucket import Bucket
 
 from vkd_jax import compare
-from vkd_jax.reporting import page, report
+from vkd_jax.reporting import report, view
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import hub, storage
 from vkd_jax.runtime.files import write_bytes
@@ -261,7 +261,9 @@ def test_a_run_in_a_bucket_is_stopped_and_goes_on_and_ends_as_one_on_a_disk(
     for field in expected.keys() - {"meta", "timing"}:
         assert found[field] == expected[field], field
     text = bucket.objects["run/report.md"].decode()
-    assert page.accuracy(expected) in text and page.words(expected) in text
+    report_run = view.Run(expected, report.sets_of(expected), {})
+    for name in ("accuracy", "text_metrics"):
+        assert report.render_section(name, view.SECTIONS[name](report_run)) in text
     files = {str(file.relative_to(tmp_path / "local")) for file in (tmp_path / "local").rglob("*") if file.is_file()}
     files = {name for name in files if not name.startswith(("data/", "train/"))}
     assert files <= {name.removeprefix("run/") for name in bucket.objects}

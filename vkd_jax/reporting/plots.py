@@ -1,4 +1,4 @@
-"""The pictures of the report: functions from numbers to PNG bytes that leave no drawing state behind."""
+"""Plots of the report: functions from figures to PNG bytes that leave no matplotlib state behind."""
 
 import contextlib
 import dataclasses
@@ -16,13 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-BLUE, ORANGE, GREEN, GREY, INK = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#767676",
-    "#222222",
-)  # safe for the colour-blind
+BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#767676", "#222222"  # color-blind safe
 LINES = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00")
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -46,140 +40,147 @@ ATTACKERS = {  # the weights that a relearning attacker trains
 }
 
 
+MODELS = {"vanilla": "vanilla", "unlearned": "unlearned", "retain_only": "retain-only"}  # titles, in order
+
+
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """How a model is drawn, and what it is called for somebody new to this."""
+    """Marker of a model."""
 
-    label: str
     marker: str
     size: float
-    colour: str
+    color: str
 
 
-LOOKS = {  # drawn in this order: "after" is the smaller, so that both show where they coincide
-    "vanilla": Look("before", "o", 12, GREY),
-    "unlearned": Look("after", "o", 8, BLUE),
-    "retain_only": Look("never knew them", "*", 14, GREEN),
+LOOKS = {  # drawn in this order: the unlearned model is smaller, so that both show where they coincide
+    "vanilla": Look("o", 12, GREY),
+    "unlearned": Look("o", 8, BLUE),
+    "retain_only": Look("*", 14, GREEN),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """One portrait with a question, the true answer, and what the model says before and after."""
+    """One portrait with a question, the true answer, and the answers of the vanilla and the unlearned model."""
 
-    image: bytes | None  # encoded picture; None draws an empty frame
+    image: bytes | None  # encoded; None draws an empty frame
     title: str
     question: str
     truth: str
-    before: tuple[str, bool]  # what was said, and whether it is right
-    after: tuple[str, bool]
+    vanilla: tuple[str, bool]  # the answer, and whether it is correct
+    unlearned: tuple[str, bool]
 
 
 def loss_curves(rows: Sequence[Mapping[str, float]]) -> bytes:
-    """One panel per training stream: its loss, bold, and the terms that it is made of.
+    """Plots one panel per training stream: its loss, bold, and the terms of that loss.
 
     Args:
-        rows: logged steps, {"step", "forget_loss", "forget_ce", "retain_loss", ...}; a stream is what stands
-            before "_loss", and its terms share that prefix. At least one stream.
+        rows: logged steps, {"step", "forget_loss", "forget_ce", "retain_loss", ...}; the part of a name before
+            "_loss" is a stream, and its terms share that prefix. At least one stream.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     streams = [name.removesuffix("_loss") for name in names if name.endswith("_loss")]
-    with drawing(4.8 * len(streams), 3.4) as (figure, png):
-        margins = margins_of(figure, left=0.6, right=0.15, bottom=0.5, top=0.35)
+    with drawing(4.8 * len(streams), 4.0) as (figure, png):
+        margins = margins_of(figure, left=0.6, right=0.15, bottom=1.1, top=0.35)
         panels = figure.subplots(1, len(streams), squeeze=False, gridspec_kw=margins)[0]
         for axes, stream in zip(panels, streams, strict=True):
             total = f"{stream}_loss"
             terms = [name for name in names if name.startswith(f"{stream}_") and name != total]
-            for name, colour in zip([total, *terms], [INK, *LINES], strict=False):
+            for name, color in zip([total, *terms], [INK, *LINES], strict=False):
                 points = [(row["step"], row[name]) for row in rows if name in row]
                 width = 2.4 if name == total else 1.3
-                axes.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=width, marker=".")
-            axes.set(title=f"{stream} stream", xlabel="step")
-            axes.legend(fontsize=9)
+                label = "loss (minimized)" if name == total else name.removeprefix(f"{stream}_")
+                axes.plot(*zip(*points, strict=True), label=label, color=color, linewidth=width, marker=".")
+            axes.set(title=f"{stream.replace('_', ' ')} set", xlabel="step", ylabel="loss")
+            axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3)
     return png.getvalue()
 
 
-def forget_against_retain(models: Mapping[str, Mapping], chance: Mapping[str, float]) -> bytes:
-    """Right answers about the people to forget (across) against those about the people to keep (up).
+def forget_against_retain(
+    models: Mapping[str, Mapping], set_names: Mapping[str, str], chance: Mapping[str, float]
+) -> bytes:
+    """Plots accuracy on the forget set (horizontal) against accuracy on the retain set (vertical).
 
-    On the left with a picture, on the right in text alone. Filled marks: the pictures that were used; hollow
-    marks: other pictures of the same people; whiskers: 95 % intervals; arrows lead from before to after.
+    The left panel has questions with an image, the right one text-only questions. Filled markers are the forget and
+    the retain set, hollow ones their holdouts with other images; whiskers are 95 % intervals; arrows lead from the
+    vanilla to the unlearned model.
 
     Args:
         models: {"vanilla" | "unlearned" | "retain_only": {set: {"vqa" | "qa": summary}}}.
-        chance: the share of right answers about the people to forget that guessing gives, {"vqa", "qa"}.
+        set_names: {"forget" | "retain" | "forget_holdout" | "retain_holdout": set}; a missing holdout is not drawn.
+        chance: accuracy of guessing on the forget set, {"vqa", "qa"}.
     """
-    used, others = ("forget", "retain"), ("test", "retain_test")
+    sets, holdouts = ("forget", "retain"), ("forget_holdout", "retain_holdout")
+    sets, holdouts = ([set_names.get(role, "") for role in roles] for roles in (sets, holdouts))
     with drawing(9.6, 5.5) as (figure, png):
         margins = margins_of(figure, left=0.6, right=0.15, bottom=0.95, top=0.35)
-        picture, text = figure.subplots(1, 2, gridspec_kw=margins)
-        for axes, kind in ((picture, "vqa"), (text, "qa")):
+        image, text = figure.subplots(1, 2, gridspec_kw=margins)
+        for axes, kind in ((image, "vqa"), (text, "qa")):
             if kind in chance:
                 axes.axvline(100 * chance[kind], color=ORANGE, linestyle="--", linewidth=1.2)
-                axes.text(100 * chance[kind] + 1.5, 1, "guessing", color=ORANGE, fontsize=9, va="bottom")
+                axes.text(100 * chance[kind] + 1.5, 1, "chance", color=ORANGE, fontsize=9, va="bottom")
             axes.set(xlim=(-4, 104), ylim=(-4, 104))
-            axes.set(xlabel="right about the people to forget (%)", ylabel="right about the people to keep (%)")
-        _marks(picture, models, "vqa", others, filled=False)
-        _marks(picture, models, "vqa", used, filled=True)
-        _marks(text, models, "qa", used, filled=True)
-        picture.set_title("Shown a picture")
-        text.set_title("Asked in text alone")
-        keys = [_key(look, label=look.label) for name, look in LOOKS.items() if name in models]
-        keys.append(_key(LOOKS["vanilla"], label="other pictures of the same people", markerfacecolor="white"))
+            axes.set(xlabel="accuracy on the forget set (%)", ylabel="accuracy on the retain set (%)")
+        hollow = _marks(image, models, "vqa", holdouts, filled=False)
+        _marks(image, models, "vqa", sets, filled=True)
+        _marks(text, models, "qa", sets, filled=True)
+        image.set_title("With image")
+        text.set_title("Text only")
+        keys = [_key(look, label=MODELS[name]) for name, look in LOOKS.items() if name in models]
+        if hollow:
+            keys.append(
+                _key(LOOKS["vanilla"], label="holdout: other images of the same people", markerfacecolor="white")
+            )
         figure.legend(handles=keys, loc="lower center", ncols=len(keys))
     return png.getvalue()
 
 
-def relearning_curves(summary: Mapping[str, Mapping[str, Mapping]]) -> bytes:
-    """One panel an attacker: right answers to forgotten questions that were not taught again, by the share that was.
+def relearning_curves(summary: Mapping[str, Mapping[str, Mapping]], forget: str) -> bytes | None:
+    """Plots accuracy on the rest of the forget set by the share that was taught again: one panel for each attacker.
 
-    A line a model, with its 95 % interval as a band.
+    Each model is a line with its 95 % interval as a band.
 
     Args:
         summary: {variant: {"vanilla" | "unlearned" | "retain_only": {"mean", "low", "high"}}}. Only the cells with
-            "attacker", "share" and a "set" of "forget" are drawn, and those of the variant "before" or "unchanged",
-            where nothing was taught yet.
+            "attacker", "share" and the forget set are drawn, and those of the variant "before" or "unchanged",
+            which precedes the attack.
+        forget: name of the forget set.
 
     Returns:
-        b"" where nothing was taught again.
+        None if no cell has a share.
     """
     cells = [(model, cell) for by_model in summary.values() for model, cell in by_model.items()]
-    cells = [(model, cell) for model, cell in cells if cell.get("set") == "forget" and "share" in cell]
+    cells = [(model, cell) for model, cell in cells if cell.get("set") == forget and "share" in cell]
     attackers = list(dict.fromkeys(cell["attacker"] for _, cell in cells))
     if not attackers:
-        return b""
-    untaught = summary.get("before") or summary.get("unchanged") or {}
+        return None
+    before = summary.get("before") or summary.get("unchanged") or {}
     looks = {name: look for name, look in LOOKS.items() if any(model == name for model, _ in cells)}
     with drawing(4.8 * len(attackers), 4.0) as (figure, png):
         margins = margins_of(figure, left=0.6, right=0.15, bottom=0.95, top=0.35)
         panels = figure.subplots(1, len(attackers), squeeze=False, sharey=True, gridspec_kw=margins)[0]
         for axes, attacker in zip(panels, attackers, strict=True):
             for name, look in looks.items():
-                mine = {c["share"]: c for model, c in cells if model == name and c["attacker"] == attacker}
-                if name in untaught:
-                    mine[0.0] = untaught[name]
-                shares = sorted(mine)
-                mean, low, high = ([100 * mine[share][key] for share in shares] for key in ("mean", "low", "high"))
+                points = {c["share"]: c for model, c in cells if model == name and c["attacker"] == attacker}
+                if name in before:
+                    points[0.0] = before[name]
+                shares = sorted(points)
+                mean, low, high = ([100 * points[share][key] for share in shares] for key in ("mean", "low", "high"))
                 across = [100 * share for share in shares]
-                axes.fill_between(across, low, high, color=look.colour, alpha=0.15, linewidth=0)
-                axes.plot(across, mean, color=look.colour, marker=look.marker, markersize=look.size / 1.6, linewidth=2)
+                axes.fill_between(across, low, high, color=look.color, alpha=0.15, linewidth=0)
+                axes.plot(across, mean, color=look.color, marker=look.marker, markersize=look.size / 1.6, linewidth=2)
             title = f"fine-tuning {ATTACKERS.get(attacker, attacker)}"
-            axes.set(title=title, xlabel="forgotten questions taught again (%)", ylim=(-4, 104))
-        panels[0].set_ylabel("other forgotten questions right (%)")
-        keys = [_key(look, label=look.label) for look in looks.values()]
+            axes.set(title=title, xlabel="share of the forget set taught again (%)", ylim=(-4, 104))
+        panels[0].set_ylabel("accuracy on the rest of the forget set (%)")
+        keys = [_key(look, label=MODELS[name]) for name, look in looks.items()]
         figure.legend(handles=keys, loc="lower center", ncols=len(keys))
     return png.getvalue()
 
 
 def portrait_sheet(rows: Mapping[str, Sequence[Card]]) -> bytes:
-    """Rows of portraits under a heading each, with question, truth, and the answers before and after."""
+    """Draws rows of portraits under a heading each, with question, true answer, and the answers of both models."""
     columns = max(4, *(len(cards) for cards in rows.values()))
-    wide, side, heading, words = (
-        1.9,
-        1.6,
-        0.62,
-        1.2,
-    )  # inches: a card, its picture, what is above and below it
+    wide, side, heading, words = 1.9, 1.6, 0.62, 1.2  # inches: a card, its image, the space above and below it
     width, height = wide * columns, (heading + side + words) * len(rows)
     with drawing(width, height) as (figure, png):
         top = height
@@ -192,16 +193,16 @@ def portrait_sheet(rows: Mapping[str, Sequence[Card]]) -> bytes:
                 axes.imshow(_pixels(card.image))
                 axes.set_axis_off()
                 axes.set_title(card.title, fontsize=9, fontweight="normal", color=GREY, pad=3, parse_math=False)
-                for number, (line, colour) in enumerate(_words(card)):
+                for number, (line, color) in enumerate(_words(card)):
                     place = (left + side / 2) / width, (top - side - 0.06 - 0.18 * number) / height
-                    figure.text(*place, line, color=colour, fontsize=9, ha="center", va="top", parse_math=False)
+                    figure.text(*place, line, color=color, fontsize=9, ha="center", va="top", parse_math=False)
             top -= side + words
     return png.getvalue()
 
 
 @contextlib.contextmanager
 def drawing(width: float, height: float) -> Iterator[tuple[Figure, io.BytesIO]]:
-    """A figure in the fixed style, whatever matplotlibrc says, and the buffer that it is saved to."""
+    """Context manager: a figure in the fixed style, whatever matplotlibrc says, and the buffer that it is saved to."""
     with matplotlib.style.context(["default", STYLE]):
         figure, png = Figure(figsize=(width, height), dpi=DPI), io.BytesIO()
         FigureCanvasAgg(figure)
@@ -210,7 +211,7 @@ def drawing(width: float, height: float) -> Iterator[tuple[Figure, io.BytesIO]]:
 
 
 def margins_of(figure: Figure, left: float, right: float, bottom: float, top: float) -> dict[str, float]:
-    """Inches around the panels as the fractions that matplotlib wants."""
+    """Converts margins in inches to the fractions that matplotlib takes."""
     width, height = figure.get_size_inches()
     return {
         "left": left / width,
@@ -220,23 +221,24 @@ def margins_of(figure: Figure, left: float, right: float, bottom: float, top: fl
     }
 
 
-def _marks(axes: Axes, models: Mapping, kind: str, sets: tuple[str, str], filled: bool) -> None:
-    """One mark a model at (accuracy on the first set, accuracy on the second), and the arrow between two."""
-    places = {}
+def _marks(axes: Axes, models: Mapping, kind: str, sets: Sequence[str], filled: bool) -> bool:
+    """Draws each model at (accuracy on the first set, accuracy on the second); returns whether any was drawn."""
+    points = {}
     for model, look in LOOKS.items():
         across, up = (models.get(model, {}).get(name, {}).get(kind) for name in sets)
         if not across or not up:
             continue
-        places[model] = (100 * across["accuracy"], 100 * up["accuracy"])
+        points[model] = (100 * across["accuracy"], 100 * up["accuracy"])
         axes.errorbar(
-            *places[model],
+            *points[model],
             xerr=_whiskers(across),
             yerr=_whiskers(up),
             **_appearance(look) | ({} if filled else {"markerfacecolor": "white", "alpha": 0.7}),
         )
-    if {"vanilla", "unlearned"} <= places.keys() and math.dist(places["vanilla"], places["unlearned"]) > 6:
+    if {"vanilla", "unlearned"} <= points.keys() and math.dist(points["vanilla"], points["unlearned"]) > 6:
         arrow = {"arrowstyle": "->", "color": GREY, "shrinkA": 8, "shrinkB": 8}
-        axes.annotate("", xy=places["unlearned"], xytext=places["vanilla"], arrowprops=arrow)
+        axes.annotate("", xy=points["unlearned"], xytext=points["vanilla"], arrowprops=arrow)
+    return bool(points)
 
 
 def _whiskers(summary: Mapping) -> list[list[float]]:
@@ -247,15 +249,15 @@ def _appearance(look: Look) -> dict[str, Any]:
     return {
         "marker": look.marker,
         "markersize": look.size,
-        "color": look.colour,
+        "color": look.color,
         "elinewidth": 1.0,
         "capsize": 2,
     }
 
 
 def _key(look: Look, **more) -> Line2D:
-    """A legend's entry."""
-    return Line2D([], [], marker=look.marker, markersize=9, color=look.colour, linestyle="none", **more)
+    """Legend entry of a model."""
+    return Line2D([], [], marker=look.marker, markersize=9, color=look.color, linestyle="none", **more)
 
 
 def _pixels(image: bytes | None) -> np.ndarray:
@@ -266,13 +268,14 @@ def _pixels(image: bytes | None) -> np.ndarray:
 
 
 def _words(card: Card) -> list[tuple[str, str]]:
-    """The lines under a portrait, each with its colour."""
+    """The lines under a portrait, each with its color."""
     lines = [(line, GREY) for line in textwrap.wrap(card.question, 26, max_lines=3, placeholder=" …")]
     lines.append((_short(f"truth: {card.truth}"), INK))
-    for name, (said, right) in (("before", card.before), ("after", card.after)):
-        lines.append((f"{_short(f'{name}: {said}')} {'✓' if right else '✗'}", BLUE if right else ORANGE))
+    for model in ("vanilla", "unlearned"):
+        answer, correct = getattr(card, model)
+        lines.append((f"{_short(f'{MODELS[model]}: {answer}')} {'✓' if correct else '✗'}", BLUE if correct else ORANGE))
     return lines
 
 
 def _short(text: str) -> str:
-    return textwrap.shorten(text, 25, placeholder=" …")
+    return textwrap.shorten(text, 27, placeholder=" …")

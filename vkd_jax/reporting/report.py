@@ -1,109 +1,214 @@
-"""report.md and its pictures for one finished run."""
+"""Writes report.md and its plots for one finished run."""
 
+import contextlib
+import dataclasses
+import functools
 import itertools
 import json
 import re
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
 
 from vkd_jax.evaluation import metrics
-from vkd_jax.reporting import page, plots
-from vkd_jax.runtime import files, storage
+from vkd_jax.reporting import plots, view
+from vkd_jax.runtime import files, hub, storage
 from vkd_jax.types import UserError
 
 CARDS = 6  # portraits in a row of the sheet
+PROVENANCE = "provenance.json"  # in the folder of a model that was made here
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>&|~$#]")
+_HTML = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
 
 def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
-    """Writes report.md, report/*.png and the portraits that it shows into a finished run's folder.
+    """Writes report.md, its plots in report/, and the portraits that it shows into a finished run's folder.
 
     Args:
-        workdir: holds results.json, answers/vanilla.jsonl, answers/unlearned.jsonl and, if anything was
-            trained, train/metrics.jsonl.
-        images: encoded pictures by `image_id`; a picture that is not among them is drawn as an empty frame.
+        workdir: holds results.json, the records of each model in answers/ and, if anything was trained,
+            train/metrics.jsonl.
+        images: encoded images by `image_id`; a missing one is drawn as an empty frame.
 
     Returns:
-        The path of report.md. Every file is written beside its place and renamed, report.md last.
+        The path of report.md. Every file is written beside its path and renamed, report.md last.
 
     Raises:
         UserError: a file is missing or unreadable.
     """
     workdir = storage.resolve(workdir)
     results = results_of(workdir)
-    answers = {name: json_lines(workdir / "answers" / f"{name}.jsonl") for name in ("vanilla", "unlearned")}
-    rows: dict[int, dict] = {}  # a step's speed may stand in a line of its own, behind that of its losses
-    for row in json_lines(workdir / "train" / "metrics.jsonl", torn=True):
-        rows.setdefault(int(row["step"]), {}).update(row)
-    sheet = _cards(answers["vanilla"], answers["unlearned"], images)
-    pictures = {
-        "forget_retain": plots.forget_against_retain(results["models"], results["chance"].get("forget", {})),
-        "portraits": plots.portrait_sheet(sheet),
-    }
-    if rows:  # a step that was logged again after a resume counts once, and the last time
-        pictures["losses"] = plots.loss_curves([rows[step] for step in sorted(rows)])
-    relearned = results.get("attacks", {}).get("relearn", {}).get("summary", {})
-    if curves := plots.relearning_curves(relearned):
-        pictures["relearning"] = curves
-    for name, png in pictures.items():
+    answers = {name: json_lines(workdir / "answers" / f"{name}.jsonl") for name in results["models"]}
+    run = view.Run(results, sets_of(results), answers, provenance=_provenance(results))
+    sheet = cards(run, images)
+    pngs = _plots(run, sheet, _loss_rows(workdir))
+    for name, png in pngs.items():
         files.write_bytes(workdir / "report" / f"{name}.png", png)
     for card in itertools.chain(*sheet.values()):
-        if card.image is not None:  # as they were asked about, to ask again
+        if card.image is not None:  # encoded as it was asked about, so that one can ask again
             suffix = ".png" if card.image.startswith(b"\x89PNG") else ".jpg"
             name = re.sub(r"[^\w-]+", "_", card.title.removeprefix("person "))
             files.write_bytes(workdir / "portraits" / (name + suffix), card.image)
-    sections = (
-        page.opening(results),
-        page.measured(results),
-        page.accuracy(results),
-        page.words(results),
-        page.quality(results),
-        page.attacks(results, bool(curves)),
-        page.portraits(),
-        page.evidence(results),
-        page.training(results, bool(rows)),
-        page.limits(results),
-        page.config(results),
+    page = render(dataclasses.replace(run, plots=frozenset(pngs)))
+    return files.write_bytes(workdir / "report.md", page.encode())
+
+
+def render(run: view.Run) -> str:
+    """Renders report.md: the sections in order, each from its template, without those that have nothing to show."""
+    sections = {name: section(run) for name, section in view.SECTIONS.items()}
+    return "\n".join(render_section(name, values) for name, values in sections.items() if values is not None)
+
+
+def render_section(name: str, values: Mapping[str, Any]) -> str:
+    """Renders templates/<name>.md.j2. Text in `values` is shown as text, whatever characters it has."""
+    text = _environment().get_template(f"{name}.md.j2").render(values)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("vkd_jax.reporting"),
+        autoescape=True,  # so that macros return Markup, which `finalize` leaves alone
+        finalize=escape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return files.write_bytes(workdir / "report.md", "\n".join(filter(None, sections)).encode())
+    environment.filters |= {"code": code, "percent": view.percent, "interval": view.interval}
+    environment.globals["table"] = environment.get_template("macros.md.j2").module.table
+    return environment
 
 
-def _cards(before: Sequence[Mapping], after: Sequence[Mapping], images: Mapping[str, bytes]) -> dict[str, list]:
-    """The sheet: a question each for the first people of the forget set and of the retain set."""
-    later = {(item["set"], item["id"], item["protocol"]): item for item in after}
+def escape(value: Any) -> Markup:
+    """Escapes what Markdown or HTML would interpret, and joins lines; applied to every value that a template shows.
+
+    Example:
+        >>> escape("a|b <i>*c*")
+        Markup('a\\\\|b &lt;i&gt;\\\\*c\\\\*')
+    """
+    if isinstance(value, Markup):
+        return value
+    text = " ".join(str(value).split())
+    return Markup(_MARKDOWN.sub(lambda match: _HTML.get(match[0], f"\\{match[0]}"), text))
+
+
+def code(value: Any) -> Markup:
+    """Quotes text as inline code, with more backticks than the text has in a row."""
+    text = " ".join(str(value).split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    padding = " " if text.startswith("`") or text.endswith("`") else ""
+    return Markup(f"{fence}{padding}{text}{padding}{fence}")
+
+
+def _plots(run: view.Run, sheet: Mapping[str, Sequence[plots.Card]], losses: Sequence[Mapping]) -> dict[str, bytes]:
+    """PNG bytes by name; without the plots that have nothing to show."""
+    set_names = {role: eval_set.name for role in (*view.FORGET, *view.RETAIN) if (eval_set := run.set_of(role))}
+    forget = set_names["forget"]
+    relearn = run.results.get("attacks", {}).get("relearn", {}).get("summary", {})
+    pngs = {
+        "forget_retain": plots.forget_against_retain(
+            run.results["models"], set_names, run.results["chance"].get(forget, {})
+        ),
+        "portraits": plots.portrait_sheet(sheet),
+        "losses": plots.loss_curves(losses) if losses else None,
+        "relearning": plots.relearning_curves(relearn, forget),
+    }
+    return {name: png for name, png in pngs.items() if png is not None}
+
+
+def _loss_rows(workdir: Path) -> list[dict]:
+    """The logged steps in order; a step that was logged again after a resume counts once, and the last time."""
+    rows: dict[int, dict] = {}  # the speed of a step may be in a line of its own, after that of its losses
+    for row in json_lines(workdir / "train" / "metrics.jsonl", torn=True):
+        rows.setdefault(int(row["step"]), {}).update(row)
+    return [rows[step] for step in sorted(rows)]
+
+
+def _provenance(results: Mapping) -> dict[str, Any]:
+    """How the vanilla model was made, if it is a folder on this machine that says so; {} otherwise."""
+    path = results["meta"]["config"].get("model", {}).get("path")
+    for folder in (Path(path), hub.SHIPPED / path) if path else ():
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    return {}
+
+
+def cards(run: view.Run, images: Mapping[str, bytes]) -> dict[str, list[plots.Card]]:
+    """The portraits of the sheet under their headings: one question for each of the first people of two sets."""
+    unlearned = {(item["set"], item["id"], item["protocol"]): item for item in run.answers["unlearned"]}
     headings = {
-        "forget": "Forgotten: after, the answers should be no better than guesses",
-        "retain": "Kept: after, the answers should still be right",
+        "forget": "Forget set: after unlearning, the answers should be wrong, or right by chance",
+        "retain": "Retain set: after unlearning, the answers should still be right",
     }
     sheet = {}
-    for part, heading in headings.items():
-        asked = [item for item in before if item["set"] == part and item["modality"] == "vqa"]
-        # By the first protocol if there are options to choose from, else whatever was asked.
-        asked = [item for item in asked if item["task"] == "classification"] or asked
-        people: dict[str, list[Mapping]] = {}
-        for item in asked:
-            if item["protocol"] == asked[0]["protocol"]:
-                people.setdefault(item["person"] or item["image_id"], []).append(item)
+    for role, heading in headings.items():
+        eval_set = run.set_of(role)
         sheet[heading] = []
-        for number, (name, items) in enumerate(sorted(people.items())[:CARDS]):
-            item = items[number % len(items)]
-            said = [(_said(it), bool(it["correct"])) for it in (item, later[part, item["id"], item["protocol"]])]
-            title = f"person {name}" if item["person"] else f"{part} {number + 1}"
-            card = plots.Card(images.get(item["image_id"]), title, item["question"], item["answer"], *said)
-            sheet[heading].append(card)
+        for number, item in enumerate(_examples(run.answers["vanilla"], eval_set.name) if eval_set else ()):
+            other = unlearned[item["set"], item["id"], item["protocol"]]
+            sheet[heading].append(
+                plots.Card(
+                    image=images.get(item["image_id"]),
+                    title=f"person {item['person']}" if item["person"] else f"{role} {number + 1}",
+                    question=item["question"],
+                    truth=item["answer"],
+                    vanilla=(answer_text(item), bool(item["correct"])),
+                    unlearned=(answer_text(other), bool(other["correct"])),
+                )
+            )
     return sheet
 
 
-def _said(item: Mapping) -> str:
-    """What was answered; a letter is followed by the option that it stands for."""
-    options, said = item["options"], item["prediction"]
-    letter = None if said in options or not options else metrics.first_letter(said, len(options))
+def _examples(records: Sequence[Mapping], set_name: str) -> list[Mapping]:
+    """The question that is shown of each of the first people of a set: the next one in turn."""
+    records = [record for record in records if (record["set"], record["modality"]) == (set_name, "vqa")]
+    # Multiple choice by the first protocol, or else whatever was asked.
+    records = [record for record in records if record["task"] == "classification"] or records
+    people: dict[str, list[Mapping]] = {}
+    for record in records:
+        if record["protocol"] == records[0]["protocol"]:
+            people.setdefault(record["person"] or record["image_id"], []).append(record)
+    first = [people[name] for name in sorted(people)[:CARDS]]
+    return [questions[number % len(questions)] for number, questions in enumerate(first)]
+
+
+def answer_text(record: Mapping) -> str:
+    """What a model answered; a letter is followed by its option.
+
+    Example:
+        >>> answer_text({"prediction": "B", "options": ["baker", "pilot"]})
+        'B, pilot'
+    """
+    options, prediction = record["options"], record["prediction"]
+    letter = None if prediction in options or not options else metrics.first_letter(prediction, len(options))
     if letter:
         return f"{letter}, {options[metrics.LETTERS.index(letter)]}"
-    return item["prediction"] or "(nothing)"
+    return prediction or "(nothing)"
+
+
+SETS = (  # until results.json has them
+    ("forget", "forget", "people to forget"),
+    ("test", "forget_holdout", "people to forget, other images or wordings"),
+    ("retain", "retain", "people to retain"),
+    ("retain_test", "retain_holdout", "people to retain, other images or wordings"),
+    ("real", "general", "general ability, nothing about these people"),
+    ("real_faces", "general", "other people, known from elsewhere"),
+    ("real_world", "general", "the world at large, nothing about people"),
+)
+
+
+def sets_of(results: Mapping) -> list[types.SimpleNamespace]:
+    """The evaluation sets of a run, in the order of the report."""
+    sets = [types.SimpleNamespace(name=name, role=role, title=title) for name, role, title in SETS]
+    return [eval_set for eval_set in sets if eval_set.name in results["models"]["vanilla"]]
 
 
 def results_of(workdir: Path) -> dict:
-    """What stands in results.json.
+    """Reads results.json.
 
     Raises:
         UserError: it is missing or torn.
@@ -118,7 +223,11 @@ def results_of(workdir: Path) -> dict:
 
 
 def json_lines(file: Path, torn: bool = False) -> list[dict]:
-    """The lines of a file; a `torn` one was written while training, if at all, and a kill may have cut it.
+    """Reads a file of JSON lines.
+
+    Args:
+        file: its path.
+        torn: whether the file may be missing, or have lines that a kill cut, because it is written while training.
 
     Raises:
         UserError: it is missing, or torn and should not be.

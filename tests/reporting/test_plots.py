@@ -1,0 +1,109 @@
+"""The plots of the report: what they draw, read from the figures."""
+
+import contextlib
+import io
+
+import pytest
+from PIL import Image
+
+from vkd_jax.evaluation import metrics
+from vkd_jax.reporting import plots
+
+MODELS = ("vanilla", "unlearned", "retain_only")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were drawn."""
+    figures, drawing = [], plots.drawing
+
+    @contextlib.contextmanager
+    def spy(*size):
+        with drawing(*size) as (figure, png):
+            figures.append(figure)
+            yield figure, png
+
+    monkeypatch.setattr(plots, "drawing", spy)
+    return figures
+
+
+def size(png):
+    with Image.open(io.BytesIO(png)) as image:
+        assert image.format == "PNG"
+        return image.size
+
+
+def legend(figure):
+    return [entry.get_text() for entry in figure.legends[0].get_texts()]
+
+
+def cell(correct, **more):
+    low, high = metrics.wilson(correct, 20)
+    return {"mean": correct / 20, "low": low, "high": high, **more}
+
+
+def attempt(correct, attacker, share, set_name="forget"):
+    return {m: cell(n, attacker=attacker, share=share, set=set_name) for m, n in zip(MODELS, correct, strict=True)}
+
+
+@pytest.mark.parametrize("start", ["before", "unchanged"])
+def test_relearning_has_a_panel_for_each_attacker_and_a_line_for_each_model(drawn, start):
+    rows = {
+        start: {m: cell(n) for m, n in zip(MODELS, (20, 2, 3), strict=True)},
+        "a": attempt((20, 8, 4), "visual", 0.2),
+        "b": attempt((19, 19, 19), "visual", 0.2, "test"),
+        "c": attempt((20, 5, 3), "all", 0.05),
+        "d": attempt((20, 18, 9), "all", 0.5),
+        "e": attempt((20, 9, 6), "all", 0.2),
+    }
+    assert min(size(plots.relearning_curves(rows, "forget"))) > 300
+    visual, everything = drawn[-1].axes
+    assert [visual.get_title(), everything.get_title()] == ["fine-tuning the visual weights", "fine-tuning all weights"]
+    vanilla, unlearned, retain_only = (line.get_xydata().tolist() for line in everything.lines)
+    assert vanilla == [[0, 100], [5, 100], [20, 100], [50, 100]]
+    assert unlearned == [[0, 10], [5, 25], [20, 45], [50, 90]] and retain_only == [[0, 15], [5, 15], [20, 30], [50, 45]]
+    assert [line.get_xydata().tolist() for line in visual.lines][1] == [[0, 10], [20, 40]]
+    low, high = metrics.wilson(9, 20)
+    band = everything.collections[1].get_paths()[0].vertices.tolist()
+    assert [pytest.approx(20), pytest.approx(100 * low)] in band and [
+        pytest.approx(20),
+        pytest.approx(100 * high),
+    ] in band
+    assert legend(drawn[-1]) == ["vanilla", "unlearned", "retain-only"]
+
+
+def test_nothing_relearned_draws_nothing():
+    rows = {"before": {"vanilla": cell(3)}}
+    assert plots.relearning_curves({}, "forget") is plots.relearning_curves(rows, "forget") is None
+
+
+def accuracy(share):
+    return {"vqa": {"accuracy": share, "low": share - 0.1, "high": share + 0.1}}
+
+
+@pytest.mark.parametrize("holdout", [False, True])
+def test_forget_against_retain_marks_sets_by_their_role(drawn, holdout):
+    """Sets are named as a benchmark likes; hollow markers and their key come with holdouts of both."""
+    models = {
+        "vanilla": {"f": accuracy(0.9), "r": accuracy(0.8), "f2": accuracy(0.85), "r2": accuracy(0.75)},
+        "unlearned": {"f": accuracy(0.2), "r": accuracy(0.7), "f2": accuracy(0.3), "r2": accuracy(0.6)},
+    }
+    names = {"forget": "f", "retain": "r", "forget_holdout": "f2"} | ({"retain_holdout": "r2"} if holdout else {})
+    plots.forget_against_retain(models, names, {"vqa": 0.25})
+    image, text = drawn[-1].axes
+    points = [[pytest.approx(90), pytest.approx(80)], [pytest.approx(20), pytest.approx(70)]]
+    hollow = [[pytest.approx(85), pytest.approx(75)], [pytest.approx(30), pytest.approx(60)]]
+    markers = [line.get_xydata().tolist()[0] for line in image.lines if line.get_marker() == "o"]
+    assert markers == hollow * holdout + points
+    assert len(image.texts) == 1 + holdout + 1 and not text.lines  # "chance" and the arrows
+    assert ("holdout: other images of the same people" in legend(drawn[-1])) == holdout
+    assert legend(drawn[-1])[:2] == ["vanilla", "unlearned"]
+
+
+def test_losses_have_a_panel_for_each_stream(drawn):
+    rows = [{"step": n, "forget_loss": 1.0, "forget_ce": n / 4, "retain_loss": 2.0, "loss": 3.0} for n in (20, 40)]
+    plots.loss_curves(rows)
+    forget, retain = drawn[-1].axes
+    assert (forget.get_title(), retain.get_title()) == ("forget set", "retain set")
+    assert [line.get_label() for line in forget.lines] == ["loss (minimized)", "ce"]
+    assert forget.lines[1].get_xydata().tolist() == [[20, 5], [40, 10]] and len(retain.lines) == 1

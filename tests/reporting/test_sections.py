@@ -1,0 +1,408 @@
+"""The sections of report.md: values worked by hand, golden text, and text from data that is shown as text."""
+
+import re
+
+import jinja2
+import pytest
+
+from vkd_jax.evaluation import metrics
+from vkd_jax.reporting import report, view
+
+MODELS = ("vanilla", "unlearned", "retain_only")
+SETS = {"forget": "people to forget", "retain": "people to retain"}
+
+
+def summary(correct, n=20, **more):
+    low, high = metrics.wilson(correct, n)
+    return {"accuracy": correct / n, "correct": correct, "n": n, "low": low, "high": high, **more}
+
+
+def attempt(correct, **more):
+    """A cell of an attack."""
+    cell = summary(correct, **more)
+    return {"mean": cell.pop("accuracy"), **cell}
+
+
+def results_with(models=MODELS, forget=(20, 2, 3), meta=None, **more):
+    """Results of a run with one set to forget and one to retain, 20 questions of each."""
+    counts = dict(zip(MODELS, forget, strict=True))
+    meta = {
+        "config": {"method": {"name": "vkd"}, "model": {"path": "mine"}, "eval": {"max_new_tokens": 8}},
+        "benchmark": {"title": "A benchmark", "source": "a folder", "people": {"forget": 2, "retain": 3}},
+        "protocols": ["options"],
+        "protocol": "options",
+        "shots": 0,
+        "command": "python -m vkd_jax.main",
+        "commit": "0123",
+        "seed": 7,
+        "versions": {"jax": "0.10.2"},
+        **(meta or {}),
+    }
+    return {
+        "meta": meta,
+        "models": {m: {"forget": {"vqa": summary(counts[m])}, "retain": {"vqa": summary(19)}} for m in models},
+        "chance": {"forget": {"vqa": 0.25}},
+        "manifest": {"changed": 9, "tensors": 80, "language_model_changed": 0},
+        "timing": {"data": 1.25, "unlearn": 30.0},
+        **more,
+    }
+
+
+def run_of(results=None, answers=None, sets=SETS, **more):
+    results = results or results_with()
+    eval_sets = [report.types.SimpleNamespace(name=n, role=n, title=title) for n, title in sets.items()]
+    return view.Run(results, eval_sets, answers or {}, **more)
+
+
+def shown(name, run):
+    return report.render_section(name, view.SECTIONS[name](run))
+
+
+# ---- Text from data ----
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("Otto Lindt, 12.5 % (3/20)", "Otto Lindt, 12.5 % (3/20)"),
+        ("a|b", r"a\|b"),
+        ("*a* _b_ `c` ~d~ $e$ #f \\", r"\*a\* \_b\_ \`c\` \~d\~ \$e\$ \#f " + "\\\\"),
+        ("<img src=x>&amp;", "&lt;img src=x&gt;&amp;amp;"),
+        ("![x](y)", r"!\[x\](y)"),
+        ("a\n\n# b\u2028c", r"a \# b c"),
+        (12, "12"),
+    ],
+)
+def test_text_is_escaped(text, escaped):
+    assert report.escape(text) == escaped
+    assert report.escape(report.escape(text)) == escaped  # once is enough
+
+
+@pytest.mark.parametrize(
+    ("text", "quoted"),
+    [("a *b*", "`a *b*`"), ("a`b", "``a`b``"), ("`a``", "``` `a`` ```"), ("a\nb", "`a b`"), ("", "``")],
+)
+def test_inline_code_has_more_backticks_than_its_text(text, quoted):
+    assert report.code(text) == quoted
+
+
+HOSTILE = "</details><script>|`**x**`\n\n# [y](z)"
+
+
+def test_hostile_text_changes_no_section():
+    """Whatever a benchmark, a folder, a commit or a stage is called, the page has the same headings and table cells."""
+
+    def page(name):
+        meta = {
+            "benchmark": {"title": name, "source": name, "people": {"forget": 2, "retain": 3}},
+            "command": name,
+            "commit": name,
+            "devices": name,
+            "date": name,
+            "versions": {name: name},
+        }
+        cells = {model: attempt(3) for model in MODELS}
+        attack = {"title": name, "about": "About.", "unit": "accuracy", "summary": {name: cells}}
+        results = results_with(meta=meta, attacks={name: attack}, timing={name: 1.0})
+        results["meta"]["config"] |= {"model": {"path": name}, "method": {"name": name}}
+        results["models"] = {model: {name: sets["forget"]} for model, sets in results["models"].items()}
+        eval_set = report.types.SimpleNamespace(name=name, role="forget", title=name)
+        run = view.Run(results, [eval_set], {}, frozenset({"portraits"}))
+        return report.render(run)
+
+    def without_code(text):
+        return re.sub(r"```json.*?```|(?<![`\\])(`+)(?!`).+?(?<!`)\1(?!`)", "", text, flags=re.DOTALL)
+
+    def structure(text):
+        cells = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines()]
+        return re.findall("^#+", text, re.M), [n for n in cells if n], re.findall("</?[a-z]+>", text)
+
+    hostile, plain = page(HOSTILE), page("plain")
+    assert structure(without_code(hostile)) == structure(without_code(plain))
+    assert "](z)" not in without_code(hostile).replace("\\](z)", "")
+    assert "&lt;script&gt;\\|\\`\\*\\*x\\*\\*\\` \\# \\[y\\](z)" in hostile
+
+
+def test_a_value_that_is_missing_is_an_error():
+    with pytest.raises(jinja2.UndefinedError, match="command"):
+        report.render_section("evidence", {})
+
+
+def test_every_section_has_a_template_and_every_template_a_section():
+    names = {name.removesuffix(".md.j2") for name in report._environment().list_templates()}
+    assert names == view.SECTIONS.keys() | {"macros"}
+
+
+# ---- The opening ----
+
+
+def opening(**more):
+    return shown("opening", run_of(results_with(**more)))
+
+
+def test_the_opening_explains_its_words_once():
+    text = opening()
+    for term in ("vanilla model", "unlearned model", "retain-only model", "forget set", "retain set", "Accuracy"):
+        assert text.count(f"**{term}**") == 1, term
+    assert "**It was asked to forget 2 of them**" in text
+    assert "the 2 people to forget, the **retain set** those about the 3 people to retain." in text
+    assert "It is `mine`, which was trained elsewhere; this run has no record of its training data." in text
+    for word in ("never knew", "guess ", "people to keep", "picture"):
+        assert word not in text
+
+
+def test_the_opening_says_what_was_forgotten_and_kept():
+    text = opening()
+    assert (
+        "**What was forgotten**\n\n"
+        "- People to forget, with image: accuracy 100.0 % before and **10.0 %** after unlearning (2.8 to 30.1; "
+        "20 questions). Chance is 25.0 %. The interval overlaps that of the retain-only model (15.0 %, 5.2 to 36.0): "
+        "the two cannot be told apart.\n\n"
+        "**What was kept**\n\n"
+        "- People to retain, with image: accuracy 95.0 % before and **95.0 %** after unlearning (76.4 to 99.1; "
+        "20 questions).\n\n"
+        "**What came back under attack**\n\n"
+        "- Not measured: this run made no attack. Name some in `--config.attacks.names`, for example `all`.\n\n"
+        "**How we know**\n\n"
+        "- The unlearned model was exported, loaded again from its files, and only then evaluated. 9 of its 80 tensors"
+    ) in text
+
+
+TWO = ("vanilla", "unlearned")
+
+
+@pytest.mark.parametrize(
+    ("models", "forget", "told"),
+    [
+        (MODELS, (20, 19, 3), "This is above the retain-only model (15.0 %, 5.2 to 36.0): **the model still knows"),
+        (MODELS, (20, 0, 19), "This is below the retain-only model (95.0 %, 76.4 to 99.1): the model avoids"),
+        (MODELS, (20, 1, 0), "Both are below chance, probably because"),
+        (TWO, (20, 3, 0), "The interval includes chance: the two cannot be told apart."),
+        (TWO, (20, 19, 0), "This is above chance: **the model still knows something about them**."),
+        (TWO, (20, 0, 0), "This is below chance: the model avoids the correct answers"),
+    ],
+)
+def test_the_opening_compares_with_the_retain_only_model_or_chance(models, forget, told):
+    text = opening(models=models, forget=forget)
+    assert told in text
+    assert ("This run has none." in text) == (models is TWO)
+
+
+@pytest.mark.parametrize(("known", "little"), [(20, False), (11, False), (8, True)])
+def test_the_opening_says_when_there_was_little_to_forget(known, little):
+    """Of 20 questions with chance at 25 %: 8 right have an interval from 22 %, 11 right one from 34 %."""
+    assert ("The vanilla model was not better than chance before" in opening(forget=(known, 2, 3))) == little
+
+
+def letters(*predictions):
+    common = {"set": "forget", "modality": "vqa", "protocol": "letter", "options": ["a", "b", "c", "d"]}
+    return [common | {"prediction": prediction} for prediction in predictions]
+
+
+@pytest.mark.parametrize(
+    ("predictions", "told"),
+    [
+        (
+            ["B", "a baker", "no idea", ""],
+            "wrote no option letter in 75.0 % of its answers to these questions (3 of 4)",
+        ),
+        (["B", "C", "no idea", ""], "not better than chance before"),
+    ],
+)
+def test_answers_without_letters_are_not_taken_for_ignorance(predictions, told):
+    results = results_with(forget=(4, 2, 3), meta={"protocols": ["letter"], "protocol": "letter"})
+    run = run_of(results, answers={"vanilla": letters(*predictions)})
+    text = shown("opening", run)
+    assert told in text
+    assert ("wrote no option letter" in text) != ("not better than chance" in text)
+    share = predictions.count("") + predictions.count("no idea") + predictions.count("a baker")
+    assert f"The vanilla model wrote no option letter in {25 * share}.0 % of its" in shown("measured", run)
+
+
+@pytest.mark.parametrize(
+    ("config", "provenance", "told"),
+    [
+        ({"stage": "all", "model": {"base": "base"}}, {}, "It is `base`, fine-tuned in this run on the benchmark's"),
+        (
+            {"model": {"path": "mine"}},
+            {"without": [], "config": {"model": {"base": "base"}}},
+            "It is `base`, fine-tuned on the benchmark's questions about all 5 people, those to forget included (model "
+            "folder `mine`).",
+        ),
+        (
+            {"model": {"path": "mine"}},
+            {"without": ["1"], "config": {"model": {"base": "base"}}},
+            "It is `mine`, which was trained elsewhere",
+        ),
+    ],
+)
+def test_the_opening_says_what_the_vanilla_model_was_trained_on(config, provenance, told):
+    results = results_with()
+    results["meta"]["config"] |= config
+    assert told in shown("opening", run_of(results, provenance=provenance))
+
+
+# ---- Other sections ----
+
+
+def test_measured_in_full():
+    results = results_with(meta={"protocols": ["options", "letter"]})
+    results["models"]["vanilla"]["forget"]["cloze_qa"] = summary(3, 5)
+    assert shown("measured", run_of(results)) == (
+        "## What was measured\n\n"
+        "Benchmark: A benchmark; data: a folder. Numbers of people and of questions:\n\n"
+        "| questions about | people | multiple choice, with image | fill in the blank, text only |\n"
+        "| --- | ---: | ---: | ---: |\n"
+        "| people to forget | 2 | 20 | 5 |\n"
+        "| people to retain | 3 | 20 | – |\n\n"
+        "- Multiple choice, protocol `options`: the model is asked the question without its options, and the option to "
+        "which it gives the highest probability is its answer.\n"
+        "- Multiple choice, protocol `letter`: the model is shown the question with lettered options and writes an "
+        "answer, and the first option letter in it counts.\n"
+        "- A table that names no protocol uses `options`. Results of different protocols are never mixed.\n"
+        "- Fill in the blank: the model writes; the answer is correct if it contains the missing words.\n"
+        "- No worked example precedes the questions. Decoding is greedy, with at most 8 new tokens.\n"
+    )
+
+
+def test_accuracy_in_full():
+    assert shown("accuracy", run_of()) == (
+        "## Accuracy\n\n"
+        "Each cell: accuracy, (correct answers / questions), and the 95 % interval of the accuracy in per cent.\n\n"
+        "### Multiple choice, with image\n\n"
+        "| questions about | vanilla | unlearned | retain-only | change (points) |\n"
+        "| --- | ---: | ---: | ---: | ---: |\n"
+        "| people to forget | 100.0 % (20/20), 83.9 to 100.0 | 10.0 % (2/20), 2.8 to 30.1 "
+        "| 15.0 % (3/20), 5.2 to 36.0 | -90.0 |\n"
+        "| people to retain | 95.0 % (19/20), 76.4 to 99.1 | 95.0 % (19/20), 76.4 to 99.1 "
+        "| 95.0 % (19/20), 76.4 to 99.1 | +0.0 |\n\n"
+        "![Accuracy on the forget set against accuracy on the retain set](report/forget_retain.png)\n\n"
+        "Good unlearning moves from right to left, to the dashed line of chance and the star of the retain-only model, "
+        "without moving down.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("models", "told"),
+    [
+        (TWO, "**not measured**, because this run has no retain-only model"),
+        (MODELS, "no question of the forget set has"),
+    ],
+)
+def test_forget_quality_that_was_not_measured_says_why(models, told):
+    text = shown("quality", run_of(results_with(models=models)))
+    assert told in text and ("--config.model.retain_only=DIR" in text) == (models is TWO)
+    assert "Model utility" not in text and "| --- |" not in text
+
+
+def test_forget_quality_and_utility():
+    quality = {"unlearned": {"vqa": {"ks": 0.25, "p": 0.031, "js": 0.125, "n": 12}}}
+    utility = {"vanilla": {"value": 0.75, "low": 0.7, "high": 0.8, "components": {"a": {}, "b": {}}}}
+    text = shown("quality", run_of(results_with(forget_quality=quality, utility=utility)))
+    assert "| unlearned | multiple choice, with image | 12 | 0.250 | 0.031 | 0.125 |" in text
+    assert "| vanilla | 0.750 (0.700 to 0.800) | 2 |" in text and "not measured" not in text
+
+
+def test_limits_name_every_assumption_of_the_reconstruction():
+    text = shown("limits", run_of())
+    assert [f"A{i}" for i in range(1, 9)] == re.findall(r"\((A\d)\)", text)
+    results = results_with()
+    results["meta"]["config"]["stage"] = "audit"
+    assert "reconstruction" not in shown("limits", run_of(results))
+
+
+# ---- Attacks ----
+
+
+def attacked(correct, attacker, share, set_name="forget"):
+    """A row of relearning: correct answers of the vanilla, the unlearned and the retain-only model."""
+    recovery = (None, 0.25, -0.1)
+    more = dict(attacker=attacker, share=share, set=set_name, before=0.1)
+    return {m: attempt(n, **more, recovery=x) for m, n, x in zip(MODELS, correct, recovery, strict=True)}
+
+
+RELEARN = {
+    "title": "Relearning: again",
+    "about": "Some of it is taught *again*.",
+    "unit": "accuracy",
+    "summary": {
+        "before": {"vanilla": attempt(20), "unlearned": attempt(2), "retain_only": attempt(3)},
+        "visual 20 %": attacked((20, 8, 4), "visual", 0.2),
+        "visual 20 %, other images": attacked((19, 19, 19), "visual", 0.2, "test"),
+        "all 5 %": attacked((20, 5, 3), "all", 0.05),
+        "all 20 %": attacked((20, 9, 6), "all", 0.2),
+        "all 50 %": attacked((20, 18, 9), "all", 0.5),
+    },
+}
+MEMBERSHIP = {
+    "title": "Membership: who?",
+    "about": "Scores are compared.",
+    "unit": "AUC",
+    "summary": {
+        "loss": {
+            "vanilla": {"mean": 1.0, "low": 0.999, "high": 1.0, "n": 20, "score": 0.0},
+            "unlearned": {"mean": 0.534, "low": 0.476, "high": 0.58, "n": 20, "score": 0.9},
+        }
+    },
+}
+
+
+def attacks_of(models=MODELS, plots=(), **attacks):
+    run = run_of(results_with(models=models, attacks=attacks), plots=frozenset(plots))
+    return shown("attacks", run)
+
+
+def test_each_attack_has_a_table_of_all_models():
+    text = attacks_of(relearn=RELEARN, membership=MEMBERSHIP)
+    assert "and to the retain-only model, which never saw the people to forget." in text
+    assert (
+        "### Relearning: again\n\nSome of it is taught *again*.\n\n"
+        "| variant | vanilla | unlearned | retain-only |\n| --- | ---: | ---: | ---: |\n"
+        "| before | 100.0 % (20/20), 83.9 to 100.0 | 10.0 % (2/20), 2.8 to 30.1 | 15.0 % (3/20), 5.2 to 36.0 |\n"
+        "| visual 20 % | 100.0 % (20/20), 83.9 to 100.0 | 40.0 % (8/20), 21.9 to 61.3; recovery 0.25 "
+        "| 20.0 % (4/20), 8.1 to 41.6; recovery -0.10 |\n"
+    ) in text
+    assert (
+        "### Membership: who?\n\nScores are compared.\n\n"
+        "| variant | vanilla | unlearned | retain-only |\n| --- | ---: | ---: | ---: |\n"
+        "| loss | 1.00 (1.00 to 1.00) | 0.53 (0.48 to 0.58) | – |\n"
+    ) in text
+    assert "<details>" not in text and "relearning.png" not in text
+    drawn = attacks_of(relearn=RELEARN, membership=MEMBERSHIP, plots=["relearning"])
+    assert "*again*.\n\n![" in drawn and "](report/relearning.png)\n\n| variant" in drawn and drawn.count("![") == 1
+
+
+def test_the_opening_has_a_sentence_on_relearning():
+    """About the stronger of two attackers that have a fifth of the forget set."""
+    assert (
+        "- Relearning: after fine-tuning all weights on 20 % of the forget set, the unlearned model answered "
+        "**45.0 %** of the other questions correctly (25.8 to 65.8); the retain-only model after the same attack "
+        "30.0 % (14.5 to 51.9).\n- All attacks are listed"
+    ) in opening(attacks={"relearn": RELEARN})
+    cell = RELEARN["summary"]["all 50 %"]["unlearned"] | {"attacker": "visual"}
+    assert (
+        "- Relearning: after fine-tuning the visual weights on 50 % of the forget set, the unlearned model answered "
+        "**90.0 %** of the other questions correctly (69.9 to 97.2).\n"
+    ) in opening(attacks={"relearn": RELEARN | {"summary": {"visual 50 %": {"unlearned": cell}}}})
+    for attacks in ({}, {"relearn": RELEARN | {"summary": {}}}):
+        assert view.relearned(run_of(results_with(attacks=attacks))) is None
+
+
+def test_a_run_without_attacks_has_no_section_of_them():
+    assert view.attacks(run_of()) is None
+
+
+def test_an_attack_that_had_nothing_to_ask_says_so():
+    empty = {name: MEMBERSHIP | {"title": name, "summary": {}} for name in ("membership", "leak", "probe", "prompts")}
+    text = attacks_of(models=TWO, **empty)
+    assert "Not measured: the data has no people whom no model ever saw." in text and "held_out=DIR" in text
+    assert "no text-only question" in text and "no other images" in text and "no question to ask" in text
+    assert "was not part of this run" in text and "| --- |" not in text
+
+
+@pytest.mark.parametrize("count", [8, 9])
+def test_a_long_table_is_folded(count):
+    rows = {f"variant {i}": {"vanilla": attempt(1), "unlearned": attempt(2)} for i in range(count)}
+    text = attacks_of(rephrase=RELEARN | {"summary": rows})
+    assert ("<details><summary>All 9 rows</summary>\n\n| variant" in text) == (count == 9)
+    assert text.count("</details>") == (count == 9) and "| variant 7 | 5.0 % (1/20)" in text

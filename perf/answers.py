@@ -32,7 +32,7 @@ from step_time import DEVICE, IMAGE, SIZES, model, need_same_device
 
 from vkd_jax import ask
 from vkd_jax.data.processing import TEMPLATE
-from vkd_jax.evaluation.answerer import Answerer
+from vkd_jax.evaluation.inference import Answerer
 
 NEW = 32  # tokens an answer
 OPTIONS = 4

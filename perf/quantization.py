@@ -21,7 +21,7 @@ import tables
 from command import ROOT, run
 
 from vkd_jax import benchmarks
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import hf
 from vkd_jax.data.processing import Batch, Processor, encode_set
 from vkd_jax.methods import losses, scope
 from vkd_jax.models import quantize
@@ -81,7 +81,7 @@ def language_bytes(params) -> int:
 @jax.default_matmul_precision("highest")  # else an accelerator's float32 is no reference
 def measure(questions: int) -> dict:
     """The table as plain values: {"model": ..., "rows": [{"quantize": "int8", "cosine": ...}, ...]}."""
-    graphdef, params, config = convert.load(MODEL, dtype="float32")
+    graphdef, params, config = hf.load(MODEL, dtype="float32")
     batch = draw(MODEL, config, questions)
     # The visual half is the same for every row of the table.
     features, to_weights = visual_half(graphdef, params, scope.visual_paths(params, config, -1), batch)

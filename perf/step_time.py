@@ -31,12 +31,13 @@ import transformers
 from command import by_turns, run
 
 from vkd_jax import methods
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import hf
 from vkd_jax.config import defaults
 from vkd_jax.data.processing import Batch
-from vkd_jax.methods import base
+from vkd_jax.methods import feature_targets
 from vkd_jax.models import llava
-from vkd_jax.training import optim, train
+from vkd_jax.training import loop, optimizer
+from vkd_jax.training.step import TrainState, make_step
 
 IMAGE = 4  # the image token
 ANSWER = 8  # tokens
@@ -111,12 +112,12 @@ def in_jax(
     folder: Path, dtype: str, method: Any, batches: Mapping[str, Batch], mask: Any
 ) -> tuple[Callable[[], float], int]:
     """(a step that gives its loss, the bytes it holds)."""
-    graphdef, params, config = convert.load(folder, dtype=dtype, masters=method.trainable)
+    graphdef, params, config = hf.load(folder, dtype=dtype, masters=method.trainable)
     trainable = {path: jnp.array(params[path]) for path in method.trainable(params, config)}
     frozen = {path: value for path, value in params.items() if path not in trainable}
-    tx, mask = optim.create(settings()), jax.device_put(mask)
-    step = jax.jit(train.make_step(graphdef, method.losses(), tx, method.mask_scope), donate_argnums=0)
-    box = [train.TrainState(trainable, tx.init(trainable), jnp.int32(0))]
+    tx, mask = optimizer.create(settings()), jax.device_put(mask)
+    step = jax.jit(make_step(graphdef, method.losses(), tx, method.mask_scope), donate_argnums=0)
+    box = [TrainState(trainable, tx.init(trainable), jnp.int32(0))]
     batches = jax.device_put(batches)
     compiled = step.lower(box[0], frozen, mask, batches, None, RATE).compile()
 
@@ -125,7 +126,7 @@ def in_jax(
         jax.block_until_ready(box[0])
         return float(metrics["loss"])
 
-    return once, train.step_bytes(compiled)
+    return once, loop.step_bytes(compiled)
 
 
 def in_torch(
@@ -204,11 +205,11 @@ def as_torch(given: Batch) -> dict[str, torch.Tensor]:
 
 def with_targets(folder: Path, dtype: str, batches: Mapping[str, Batch], taps: tuple[str, ...]) -> dict[str, Batch]:
     """The batches with what VKD caches: pictures are pulled to themselves, or to their neighbours."""
-    graphdef, params, _ = convert.load(folder, dtype=dtype)
+    graphdef, params, _ = hf.load(folder, dtype=dtype)
     found = {}
     for name, given in batches.items():
         cached = {}
-        for tap, tokens in base.teacher_taps(graphdef, params, given.pictures, taps).items():
+        for tap, tokens in feature_targets.record_taps(graphdef, params, given.pictures, taps).items():
             values = tokens.values.astype(np.float32)
             cached[f"target/{tap}"] = np.roll(values, 1, axis=0) if name == "forget" else values
             cached[f"scale/{tap}"] = np.full(len(values), np.square(values).mean())
@@ -220,7 +221,7 @@ def selected(net: Any, method: Any, config: Any, params: Mapping[str, Any]) -> t
     """A random mask of what VKD trains, by path here and by name in PyTorch."""
     rng, share = np.random.default_rng(0), method.mask_keep
     mask = {path: rng.random(params[path].shape) < share for path in method.trainable(params, config)}
-    slots = {name: convert.find_slot(llava, config, name) for name, _ in net.named_parameters()}
+    slots = {name: hf.find_slot(llava, config, name) for name, _ in net.named_parameters()}
     return mask, {name: slot.to_tensor(mask[slot.path]).copy() for name, slot in slots.items() if slot.path in mask}
 
 
@@ -233,7 +234,7 @@ def measure(size: str, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         net.save_pretrained(folder)
         folder = Path(folder)
-        _, params, config = convert.load(folder, dtype=dtype)
+        _, params, config = hf.load(folder, dtype=dtype)
         plain = {stream: batch(size, config, seed) for seed, stream in enumerate(vkd.losses())}
         batches = with_targets(folder, dtype, plain, vkd.taps)
         mask, masks = selected(net, vkd, config, params)

@@ -70,7 +70,7 @@ def tiny_folder(tmp_path_factory, tiny_config):
     from transformers import LlavaConfig
 
     from vkd_jax.benchmarks.synthetic import people
-    from vkd_jax.checkpoints import convert
+    from vkd_jax.checkpoints import export, hf
     from vkd_jax.data import processing
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
@@ -104,7 +104,7 @@ def tiny_folder(tmp_path_factory, tiny_config):
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     config = dataclasses.replace(tiny_config, text=dataclasses.replace(text, vocab=len(tokenizer)))
-    convert.create(folder, hf_config, convert.init(config, 0)[1])
+    export.create(folder, hf_config, hf.init(config, 0)[1])
     return folder
 
 

@@ -18,7 +18,7 @@ import pytest
 from absl import flags, logging
 
 from vkd_jax import main
-from vkd_jax.checkpoints import weights
+from vkd_jax.checkpoints import safetensors_files
 from vkd_jax.runtime import log
 
 ROOT = Path(__file__).parents[1]
@@ -256,7 +256,7 @@ def spoil_index(folder):
 
 
 def convert_names(folder):
-    return list(weights.read_header(folder / "model-00001-of-00002.safetensors"))
+    return list(safetensors_files.read_header(folder / "model-00001-of-00002.safetensors"))
 
 
 def spoil_length(folder):

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import hf
 from vkd_jax.data.processing import MAX_PIXELS, Processor, open_image
-from vkd_jax.evaluation.answerer import Answerer
+from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.runtime import hub
 from vkd_jax.types import UserError
 
@@ -30,7 +30,7 @@ def load(folder: str | Path, *, dtype: str | None = None, max_pixels: int = MAX_
         max_pixels: larger pictures are shrunk to so many, where the model's pictures differ in size.
     """
     folder = hub.fetch_model(folder)
-    graphdef, params, config = convert.load(folder, dtype=dtype)
+    graphdef, params, config = hf.load(folder, dtype=dtype)
     processor = Processor(folder, config)
     if processor.budget:
         processor.limit(max_pixels)

@@ -273,7 +273,8 @@ def _begin(cores: Any) -> None:
 def _work(run: Run) -> str:
     """Runs the pipeline in a worker; returns "" or why it failed. What it says goes to log.txt beside its results."""
     from vkd_jax.runs import pipeline
-    from vkd_jax.training import train
+    from vkd_jax.training import loop
+    from vkd_jax.training.preemption import Stopped
 
     try:
         workdir.Workdir(run.path, run.config)
@@ -282,7 +283,7 @@ def _work(run: Run) -> str:
         if run.lender:
             _lend(run.lender, run.path)
         pipeline.run(run.config, run.path)
-    except (UserError, train.Diverged, train.Stopped) as error:
+    except (UserError, loop.Diverged, Stopped) as error:
         return str(error)
     return ""
 

@@ -62,16 +62,17 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
         if jax.process_index() > 0:
             logging.set_verbosity(logging.WARNING)  # one log: that of process 0
     from vkd_jax.runs import pipeline
-    from vkd_jax.training import train  # after the flags: these imports take seconds
+    from vkd_jax.training import loop
+    from vkd_jax.training.preemption import Stopped
 
     try:
         pipeline.run(values.config, values.workdir)
     except UserError as error:
         return bad_input(str(error))
-    except train.Diverged as error:
+    except loop.Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except train.Stopped as error:
+    except Stopped as error:
         print(error, file=sys.stderr)
         return 143
     return 0

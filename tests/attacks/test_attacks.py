@@ -13,7 +13,7 @@ from PIL import Image
 from vkd_jax import attacks, methods
 from vkd_jax.attacks import base, rephrase
 from vkd_jax.attacks.base import Subject
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import hf
 from vkd_jax.config import defaults
 from vkd_jax.data.processing import open_image
 from vkd_jax.evaluation import evaluate
@@ -182,7 +182,7 @@ def test_all_weight_matrices_are_rounded_and_nothing_else(subject, text, levels)
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_other_families_are_rounded_whole_too(qwen_folder, family, monkeypatch):
-    _, params, _ = convert.load(qwen_folder(family), dtype="bfloat16")
+    _, params, _ = hf.load(qwen_folder(family), dtype="bfloat16")
     monkeypatch.setattr(quantize, "_round", lambda array, *how: -array)
     for path, value in params.items():
         assert (quantize.rounded(path, value, quantize.parse("int4:64")) is value) == path.endswith(KEPT), path

@@ -17,8 +17,8 @@ from vkd_jax.attacks.base import Subject
 from vkd_jax.attacks.membership import Membership, lowest, scores
 from vkd_jax.benchmarks.synthetic import people
 from vkd_jax.config import defaults
-from vkd_jax.evaluation import answerer
-from vkd_jax.evaluation.answerer import TokenScores
+from vkd_jax.evaluation import inference
+from vkd_jax.evaluation.inference import TokenScores
 from vkd_jax.models import generate
 from vkd_jax.models.base import bind
 from vkd_jax.types import Example, UserError
@@ -213,7 +213,7 @@ def test_every_question_is_scored_with_its_own_picture(subject):
 
 def test_one_compilation_serves_two_models(tiny_model, subject):
     def compiled():
-        return answerer.programs(tiny_model.mesh).score_tokens._cache_size()
+        return inference.programs(tiny_model.mesh).score_tokens._cache_size()
 
     got, before = Membership().run(subject), compiled()
     other = {path: value * (1 + path.startswith("projector")) for path, value in tiny_model.params.items()}

@@ -17,7 +17,7 @@ from vkd_jax.attacks.relearn import recovery, rows_of
 from vkd_jax.config import defaults
 from vkd_jax.evaluation import evaluate
 from vkd_jax.models import lora, quantize
-from vkd_jax.training import train
+from vkd_jax.training import loop
 from vkd_jax.types import Example, UserError
 
 NAMES = ("Anna Berg", "Otto Lindt", "Ulla Lopez")
@@ -229,12 +229,12 @@ def test_records_repeat_with_attacks_seed_and_not_with_that_of_the_run(subject, 
 
 def test_all_shares_and_models_share_one_step(subject, records, caplog):
     """Nothing is traced anew once an attacker of its kind has trained."""
-    before = train._program.cache_info()
+    before = loop._program.cache_info()
     other = {path: value * 1.01 for path, value in subject.model.params.items()}
     model = dataclasses.replace(subject.model, params=other)
     with jax.log_compiles(), caplog.at_level("WARNING"):
         create(shares=(0.2, 0.9)).run(dataclasses.replace(subject, model=model))
-    assert train._program.cache_info().misses == before.misses
+    assert loop._program.cache_info().misses == before.misses
     assert not [r for r in caplog.records if "Compiling jit(step)" in r.getMessage()]
 
 
@@ -328,7 +328,7 @@ def test_all_weights_of_a_quantised_model_cannot_train(subject):
 
 def test_an_attack_that_diverges_says_what_to_change(subject, monkeypatch):
     def diverges(**kwargs):
-        raise train.Diverged("step 3: loss is not finite")
+        raise loop.Diverged("step 3: loss is not finite")
 
     monkeypatch.setattr(relearn.train, "fit", diverges)
     with pytest.raises(UserError, match=r"the visual attack diverged \(step 3: .*\); lower attacks.relearn.learning"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import hf
 from vkd_jax.data import processing
 from vkd_jax.models.base import abstract
 from vkd_jax.types import Example, UserError
@@ -52,7 +52,7 @@ PICTURES = {
 @pytest.fixture(scope="module", params=FAMILIES)
 def processor(request, tiny_folder, qwen_folder):
     folder = tiny_folder if request.param == "llava" else qwen_folder(request.param)
-    module, hf_config = convert.read_config(folder)
+    module, hf_config = hf.read_config(folder)
     return processing.Processor(folder, module.Config.from_hf(hf_config))
 
 
@@ -105,7 +105,7 @@ def test_the_model_makes_as_many_features_as_there_are_image_tokens(processor):
 
     from vkd_jax.models.base import bind
 
-    module, _ = convert.read_config(processor.tokenizer.name_or_path)
+    module, _ = hf.read_config(processor.tokenizer.name_or_path)
     graphdef, shapes = abstract(lambda rngs: module.Model(processor.config, rngs=rngs))
     for kind in ("portrait", "landscape", "one pixel"):
         image = processor.image(PICTURES[kind])
@@ -143,7 +143,7 @@ def test_sets_of_pictures_of_any_size_share_one_shape(processor, unpack):
 
 def test_several_pictures_in_a_prompt(qwen_folder):
     folder = qwen_folder("qwen2_vl")
-    module, hf_config = convert.read_config(folder)
+    module, hf_config = hf.read_config(folder)
     processor = processing.Processor(folder, module.Config.from_hf(hf_config))
     images = [processor.image(PICTURES[kind]) for kind in ("portrait", "landscape")]
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Who?"}]
@@ -155,7 +155,7 @@ def test_several_pictures_in_a_prompt(qwen_folder):
 
 def test_a_budget_of_pixels_is_kept_and_one_that_cannot_be_is_refused(qwen_folder, tiny_folder, tiny_config):
     folder = qwen_folder("qwen2_vl")
-    module, hf_config = convert.read_config(folder)
+    module, hf_config = hf.read_config(folder)
     config = module.Config.from_hf(hf_config)
     height, width, _ = processing.Processor(folder, config).image(PICTURES["very large"]).shape
     assert 4 * 28 * 28 < height * width <= 16 * 28 * 28
@@ -172,7 +172,7 @@ def test_a_budget_of_pixels_is_kept_and_one_that_cannot_be_is_refused(qwen_folde
 
 def test_no_familys_prompt_is_guessed_but_llavas(qwen_folder, monkeypatch):
     folder = qwen_folder("qwen2_vl")
-    module, hf_config = convert.read_config(folder)
+    module, hf_config = hf.read_config(folder)
     processor = processing.Processor(folder, module.Config.from_hf(hf_config))
     monkeypatch.setattr(processor, "chat_template", None)
     with pytest.raises(UserError, match="no chat template"):
@@ -181,7 +181,7 @@ def test_no_familys_prompt_is_guessed_but_llavas(qwen_folder, monkeypatch):
 
 def test_every_token_that_ends_an_answer_is_known(qwen_folder):
     folder = qwen_folder("qwen2_vl")
-    module, hf_config = convert.read_config(folder)
+    module, hf_config = hf.read_config(folder)
     processor = processing.Processor(folder, module.Config.from_hf(hf_config))
     names = processor.tokenizer.convert_ids_to_tokens(list(processor.eos_ids))
     assert names == ["<|im_end|>", "<|endoftext|>"]

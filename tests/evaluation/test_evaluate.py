@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vkd_jax.evaluation import answerer, metrics
 from vkd_jax.evaluation import evaluate as module
-from vkd_jax.evaluation.answerer import Answerer, Scores, Seen
+from vkd_jax.evaluation import inference, metrics
 from vkd_jax.evaluation.evaluate import evaluate, letter_question, sample, summarise
+from vkd_jax.evaluation.inference import Answerer, Scores, Seen
 from vkd_jax.models.base import VisualTokens
 from vkd_jax.types import Example, UserError
 
@@ -398,7 +398,7 @@ def test_one_compilation_serves_two_models(tiny_model, ask, sets):
     """Before and after unlearning share what is compiled."""
 
     def compiled():
-        return [program._cache_size() for program in answerer.programs(ask(7).mesh)]
+        return [program._cache_size() for program in inference.programs(ask(7).mesh)]
 
     run(ask(7), sets)
     before = compiled()

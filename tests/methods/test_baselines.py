@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vkd_jax import methods
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import hf
 from vkd_jax.config import defaults
 from vkd_jax.evaluation.loaded import Loaded
 from vkd_jax.methods import base, losses, saliency
@@ -23,7 +23,7 @@ from vkd_jax.methods.rmu import RMU, median_length
 from vkd_jax.models import lora, quantize
 from vkd_jax.models.base import bind
 from vkd_jax.runtime.mesh import make_mesh, replicated
-from vkd_jax.training import train
+from vkd_jax.training import loop
 from vkd_jax.types import UserError
 
 ROWS = np.array([0, 1, 4])
@@ -35,7 +35,7 @@ BLOCKS = "language_model/blocks/"
 def context(tiny_model, tiny_sets):
     """Five questions with a picture and four of text alone, of each set; and one vision block that feeds something."""
     config = dataclasses.replace(tiny_model.config, vision=dataclasses.replace(tiny_model.config.vision, layers=2))
-    graphdef, params = convert.init(config, 0)
+    graphdef, params = hf.init(config, 0)
     everywhere = replicated(make_mesh())
     params = {path: jax.device_put(x, everywhere) for path, x in params.items()}
     sets = {}
@@ -402,7 +402,7 @@ def test_real_steps_move_what_trains_and_nothing_else(context, adapted, name, sc
     config = defaults.base().train
     config.update(steps=2, batch_size=dict(forget=2, retain=2), learning_rate=0.01, warmup_steps=0, weight_decay=0.5)
     config.update(schedule="constant")
-    after = train.fit(
+    after = loop.fit(
         graphdef=context.graphdef,
         params=context.params,
         model_config=context.model_config,

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from vkd_jax import methods
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import hf
 from vkd_jax.config import defaults
+from vkd_jax.data.batching import rng
 from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import EncodedSet
 from vkd_jax.methods import base
@@ -127,7 +128,7 @@ def contexts(tiny_model):
             module = qwen2_vl if family == "qwen2_vl" else qwen2_5_vl
             more = {} if family == "qwen2_vl" else dict(gated=True, window=4, whole=(1,))
             config = module.Config(VisionConfig(**TOWER, **more), QWEN, IMAGE)
-            graphdef, params = convert.init(config, seed=0)
+            graphdef, params = hf.init(config, seed=0)
             draw = functools.partial(qwen_set, config)
         # Biases begin at zero; that pruning empties them, too, would not be seen.
         params = {k: v + 0.1 if k.endswith("/bias") else v * 2 if "kernel" in k else v for k, v in params.items()}
@@ -228,8 +229,8 @@ def test_the_sample_is_bounded_and_drawn_by_the_seed(contexts):
     context, method = contexts("llava"), Manu(train="visual", samples=2, threshold=TAU)
     first, again = (method._statistics(context)["forget"]["vision_tower"] for _ in range(2))
     other = method._statistics(dataclasses.replace(context, seed=1))["forget"]["vision_tower"]
-    rows = base.rng(0, "manu/forget").permutation(5)[:2]
-    assert set(rows) != set(base.rng(1, "manu/forget").permutation(5)[:2])
+    rows = rng(0, "manu/forget").permutation(5)[:2]
+    assert set(rows) != set(rng(1, "manu/forget").permutation(5)[:2])
     jax.tree.map(np.testing.assert_array_equal, again, first)
     assert not np.array_equal(first.square, other.square)
     for layer, z in enumerate(activations(context, "forget")["vision_tower"]):

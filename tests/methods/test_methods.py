@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from vkd_jax import methods
-from vkd_jax.methods import base, losses
+from vkd_jax.methods import base, feature_targets, losses
 from vkd_jax.methods.grad_diff import GradDiff
 from vkd_jax.methods.scope import frozen_blocks, trainable_paths
 from vkd_jax.methods.vkd import VKD
 from vkd_jax.models import llava, lora
 from vkd_jax.models.base import VisualTokens, abstract, bind
-from vkd_jax.training import train
+from vkd_jax.training import loop
 from vkd_jax.types import UserError
 
 SMALL = dict(fisher_samples=6, fisher_chunk=3)
@@ -163,7 +163,7 @@ def test_a_cached_prefix_changes_nothing(context, method, stream):
     assert prefix == {1: 2, 0: 3, -1: 0}[method.blocks]
     plain = method.prepare(context)
     cached = {
-        name: train.cached_prefix(context.graphdef, context.params, rows, prefix) for name, rows in plain.sets.items()
+        name: loop.cached_prefix(context.graphdef, context.params, rows, prefix) for name, rows in plain.sets.items()
     }
     kept = set(cached[stream].per_image) - set(plain.sets[stream].per_image)
     assert kept == ({f"vision/{prefix - 1}"} if prefix else set())
@@ -192,15 +192,15 @@ class BlankPictures:
 def test_text_and_what_is_too_large_are_not_cached(context, monkeypatch):
     encoded = context.sets["retain"]
     assert (
-        train.cached_prefix(context.graphdef, context.params, dataclasses.replace(encoded, pictures=None), 2).per_image
+        loop.cached_prefix(context.graphdef, context.params, dataclasses.replace(encoded, pictures=None), 2).per_image
         == {}
     )
     remade = copy.copy(encoded.pictures)
     remade.held = None  # as of many pictures, each of which is made whenever it is asked for
-    cached = train.cached_prefix(context.graphdef, context.params, dataclasses.replace(encoded, pictures=remade), 2)
+    cached = loop.cached_prefix(context.graphdef, context.params, dataclasses.replace(encoded, pictures=remade), 2)
     assert len(cached.per_image["vision/1"]) == len(encoded.pictures)
-    monkeypatch.setattr(train, "HELD_BYTES", 1000)
-    assert train.cached_prefix(context.graphdef, context.params, encoded, 2) is encoded
+    monkeypatch.setattr(loop, "HELD_BYTES", 1000)
+    assert loop.cached_prefix(context.graphdef, context.params, encoded, 2) is encoded
 
 
 def test_taps_of_blocks_before_all_that_trains_are_refused(context):
@@ -226,7 +226,7 @@ def test_distillation_acts_on_the_set_that_it_names(context):
     """Retain targets are the retain pictures' own features; forget targets are somebody else's."""
     vkd = VKD(target="swap", mask_scope="none", augment_forget=0)
     prepared = vkd.prepare(context)
-    own = base.teacher_taps(context.graphdef, context.params, context.sets["forget"].pictures, vkd.taps)
+    own = feature_targets.record_taps(context.graphdef, context.params, context.sets["forget"].pictures, vkd.taps)
     others = prepared.sets["retain"].per_image["target/projector"]
     for target, mine in zip(
         prepared.sets["forget"].per_image["target/projector"], own["projector"].values, strict=True
@@ -255,33 +255,35 @@ def grid(rows, columns, pad=0):
 
 def test_features_moved_to_another_shape_stay_where_they_were_in_the_picture():
     small = VisualTokens(np.arange(5.0)[None, :, None], grid(2, 2, pad=1)[None])
-    same = base.moved(small, [0], grid(2, 2)[None])
+    same = feature_targets.resample_features(small, [0], grid(2, 2)[None])
     np.testing.assert_array_equal(same[0, :, 0], [0, 1, 2, 3])
-    wide = base.moved(small, [0], grid(2, 4, pad=2)[None])
+    wide = feature_targets.resample_features(small, [0], grid(2, 4, pad=2)[None])
     np.testing.assert_array_equal(wide[0, :8, 0], [0, 0, 1, 1, 2, 2, 3, 3])
     class_token = np.array([[0, -1, -1]], np.int32)
     both = VisualTokens(np.arange(5.0)[None, :, None], np.concatenate([class_token, grid(2, 2)])[None])
     other = np.concatenate([class_token, grid(6, 6)])[None]
-    moved = base.moved(both, [0], other)[0, :, 0]
+    moved = feature_targets.resample_features(both, [0], other)[0, :, 0]
     assert moved[0] == 0 and set(moved[1:]) == {1, 2, 3, 4}
 
 
 def test_features_of_several_pictures_go_to_the_picture_of_their_number():
     second = grid(2, 2) + np.array([1, 0, 0], np.int32)
     pair = VisualTokens(np.arange(8.0)[None, :, None], np.concatenate([grid(2, 2), second])[None])
-    np.testing.assert_array_equal(base.moved(pair, [0], second[None, ::-1])[0, :, 0], [7, 6, 5, 4])
+    np.testing.assert_array_equal(
+        feature_targets.resample_features(pair, [0], second[None, ::-1])[0, :, 0], [7, 6, 5, 4]
+    )
     alone = VisualTokens(pair.values[:, :4], grid(2, 2)[None])
-    np.testing.assert_array_equal(base.moved(alone, [0], second[None])[0, :, 0], [0, 1, 2, 3])
+    np.testing.assert_array_equal(feature_targets.resample_features(alone, [0], second[None])[0, :, 0], [0, 1, 2, 3])
 
 
 def test_the_mean_of_pictures_of_other_shapes_by_hand():
     values = np.array([[1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 99.0, 99.0]])[..., None]
     tokens = VisualTokens(values, np.stack([grid(2, 2), grid(1, 2, pad=2)]))
     want = [(1 + 10) / 2, (2 + 20) / 2, (3 + 10) / 2, (4 + 20) / 2]
-    got = base.mean_at(tokens, np.stack([grid(2, 2)] * 3))
+    got = feature_targets.mean_features(tokens, np.stack([grid(2, 2)] * 3))
     np.testing.assert_allclose(got[..., 0], [want] * 3)
     many = VisualTokens(np.ones((1000, 1, 1), jnp.bfloat16), np.stack([grid(1, 1)] * 1000))
-    assert base.mean_at(many, grid(1, 1)[None]) == 1  # a sum in bfloat16 would stay at 256
+    assert feature_targets.mean_features(many, grid(1, 1)[None]) == 1  # a sum in bfloat16 would stay at 256
 
 
 def test_base_targets_need_the_base_model(context):
@@ -289,7 +291,7 @@ def test_base_targets_need_the_base_model(context):
         VKD(target="base", mask_scope="none").prepare(context)
     given = dataclasses.replace(context, load_base=lambda: context.params)
     forget = VKD(target="base", mask_scope="none").prepare(given).sets["forget"]
-    want = base.teacher_taps(context.graphdef, context.params, forget.pictures, ("projector",))
+    want = feature_targets.record_taps(context.graphdef, context.params, forget.pictures, ("projector",))
     np.testing.assert_array_equal(forget.per_image["target/projector"], want["projector"].values)
 
 

@@ -16,7 +16,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vkd_jax.checkpoints import convert, weights
+from vkd_jax.checkpoints import export, hf, safetensors_files
+from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.data.processing import Batch
 from vkd_jax.methods import base as methods
 from vkd_jax.methods import losses, scope
@@ -25,7 +26,7 @@ from vkd_jax.models import base, llava, lora, quantize
 from vkd_jax.models.clip_vit import VisionConfig
 from vkd_jax.models.decoder import DecoderConfig
 from vkd_jax.models.lora import Lora
-from vkd_jax.training import optim
+from vkd_jax.training import optimizer
 
 ROOT = Path(__file__).parents[2]
 UP = "language_model/blocks/mlp/up/kernel"
@@ -308,8 +309,8 @@ def test_computing_again_in_the_backward_pass_drops_the_same():
 def test_weight_decay_leaves_adapters_alone_and_masks_cover_them():
     params = tuned(attached(plain()))
     trainable, _ = parts(params, scope.trainable_paths(params, CONFIG, "lora", -1))
-    assert len(trainable) == 14 and not any(optim.decayed(trainable).values())
-    tx = optim.create(ml_collections.ConfigDict(dict(weight_decay=0.5, clip_norm=1.0, b2=0.999)))
+    assert len(trainable) == 14 and not any(optimizer.decayed(trainable).values())
+    tx = optimizer.create(ml_collections.ConfigDict(dict(weight_decay=0.5, clip_norm=1.0, b2=0.999)))
     mask = {path: np.arange(x.size).reshape(x.shape) % 2 == 0 for path, x in trainable.items()}
 
     @jax.jit
@@ -335,7 +336,7 @@ def family(name, tiny_folder, qwen_folder):
 
 
 def trained(params):
-    """What a run hands to `convert.export`."""
+    """What a run hands to `export.export`."""
     return lora.adapters(params) | {path: x for path, x in params.items() if "lora_" in path}
 
 
@@ -345,10 +346,10 @@ def test_transformers_computes_from_the_export_what_we_compute_with_adapters(nam
     import transformers
 
     folder = family(name, tiny_folder, qwen_folder)
-    graphdef, params, config = convert.load(folder)
+    graphdef, params, config = hf.load(folder)
     fresh = attached(params, dropout=0.5)
     params = tuned(fresh)
-    convert.export(trained(params), folder, tmp_path / "out", config)
+    export.export(trained(params), folder, tmp_path / "out", config)
 
     tokens = np.random.default_rng(0).integers(10, 300, (2, 9)).astype(np.int32)
     run = jax.jit(lambda params: base.bind(graphdef, params)(tokens, np.ones_like(tokens, bool))[0])
@@ -361,20 +362,20 @@ def test_transformers_computes_from_the_export_what_we_compute_with_adapters(nam
 
 
 def test_an_export_changes_the_adapted_tensors_and_no_other_byte(tiny_folder, tmp_path):
-    _, params, config = convert.load(tiny_folder)
+    _, params, config = hf.load(tiny_folder)
     fresh = attached(params)
-    convert.export(trained(tuned(fresh)), tiny_folder, tmp_path / "all", config)
+    export.export(trained(tuned(fresh)), tiny_folder, tmp_path / "all", config)
     names = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
     want = {f"language_model.model.layers.{i}.{name}_proj.weight" for i in (0, 1) for name in names}
-    assert set(convert.manifest(tiny_folder, tmp_path / "all")["changed"]) == want
-    assert convert.load(tmp_path / "all")[1].keys() == params.keys()
+    assert set(compare_tensors(tiny_folder, tmp_path / "all")["changed"]) == want
+    assert hf.load(tmp_path / "all")[1].keys() == params.keys()
 
     one = fresh | {f"{UP}/lora_b": fresh[f"{UP}/lora_b"].at[1, 0, 3].set(2.0)}
-    convert.export(trained(one), tiny_folder, tmp_path / "one", config)
-    assert convert.manifest(tiny_folder, tmp_path / "one")["changed"] == [
+    export.export(trained(one), tiny_folder, tmp_path / "one", config)
+    assert compare_tensors(tiny_folder, tmp_path / "one")["changed"] == [
         "language_model.model.layers.1.mlp.up_proj.weight"
     ]
-    found = convert.load(tmp_path / "one")[1][UP] - params[UP]
+    found = hf.load(tmp_path / "one")[1][UP] - params[UP]
     np.testing.assert_allclose(found[1, :, 3], 4 * one[f"{UP}/lora_a"][1, :, 0], rtol=1e-5, atol=1e-7)
     assert not found.at[1, :, 3].set(0).any()
 
@@ -385,10 +386,10 @@ def test_adapters_are_added_to_the_bytes_of_the_source(dtype, how, tiny_folder, 
     """Neither rounded as they were held nor quantised: in the source's own dtype, rounded once."""
     source = stored(tiny_folder, tmp_path / "source", dtype)
     transform = how and functools.partial(quantize.quantized, how=how)
-    _, held, config = convert.load(source, dtype="bfloat16", transform=transform)
+    _, held, config = hf.load(source, dtype="bfloat16", transform=transform)
     params = tuned(attached(held))
-    convert.export(trained(params), source, tmp_path / "out", config)
-    before, after = (convert.load(folder)[1] for folder in (source, tmp_path / "out"))
+    export.export(trained(params), source, tmp_path / "out", config)
+    before, after = (hf.load(folder)[1] for folder in (source, tmp_path / "out"))
     for path, x in after.items():
         assert x.dtype == dtype
         want, found = np.asarray(before[path], np.float32), np.asarray(x, np.float32)
@@ -403,41 +404,43 @@ def test_adapters_are_added_to_the_bytes_of_the_source(dtype, how, tiny_folder, 
 
 def stored(folder, target, dtype):
     """A copy of a model folder whose weights are of another dtype, with zeros of either sign among them."""
-    _, params, config = convert.load(folder)
+    _, params, config = hf.load(folder)
     params = {path: np.asarray(x).astype(dtype) for path, x in params.items()}
     params[UP][0, :3] = -0.0
-    _, hf_config = convert.read_config(folder)
-    convert.create(target, hf_config, params)
+    _, hf_config = hf.read_config(folder)
+    export.create(target, hf_config, params)
     return target
 
 
 def test_adapters_that_add_nothing_leave_every_byte(tiny_folder, tmp_path):
     source = stored(tiny_folder, tmp_path / "source", ml_dtypes.bfloat16)
-    _, params, config = convert.load(source)
+    _, params, config = hf.load(source)
     assert np.signbit(params[UP][0, 0, 0])
-    convert.export(trained(attached(params)), source, tmp_path / "out", config)
-    assert convert.manifest(source, tmp_path / "out")["changed"] == []
+    export.export(trained(attached(params)), source, tmp_path / "out", config)
+    assert compare_tensors(source, tmp_path / "out")["changed"] == []
 
 
 def test_one_tensor_is_read_at_a_time(tiny_folder, tmp_path, monkeypatch):
-    _, params, config = convert.load(tiny_folder)
-    read, copy = [], weights.Tensor.copy
-    monkeypatch.setattr(weights.Tensor, "copy", lambda self, parts: (read.append(self.shape), copy(self, parts)))
-    convert.export(trained(tuned(attached(params))), tiny_folder, tmp_path / "out", config)
+    _, params, config = hf.load(tiny_folder)
+    read, copy = [], safetensors_files.Tensor.copy
+    monkeypatch.setattr(
+        safetensors_files.Tensor, "copy", lambda self, parts: (read.append(self.shape), copy(self, parts))
+    )
+    export.export(trained(tuned(attached(params))), tiny_folder, tmp_path / "out", config)
     assert len(read) == 14 and all(len(shape) == 2 for shape in read)
 
 
 def test_halves_of_adapters_are_not_exported(tiny_folder, tmp_path):
-    _, params, config = convert.load(tiny_folder)
+    _, params, config = hf.load(tiny_folder)
     params = attached(params)
     without = {path: x for path, x in trained(params).items() if path != UP}
     with pytest.raises(ValueError, match=f"{UP}/lora_a.* belong to no adapter"):
-        convert.export(without, tiny_folder, tmp_path / "out", config)
+        export.export(without, tiny_folder, tmp_path / "out", config)
     with pytest.raises(ValueError, match="Adapters lack"):
-        convert.export(lora.adapters(params), tiny_folder, tmp_path / "out", config)
+        export.export(lora.adapters(params), tiny_folder, tmp_path / "out", config)
     with pytest.raises(ValueError, match="on disk"):
         other = {f"{UP}/lora_a": np.ones((2, 5, 4), np.float32), f"{UP}/lora_b": np.ones((2, 4, 40), np.float32)}
-        convert.export({UP: params[UP], **other}, tiny_folder, tmp_path / "out", config)
+        export.export({UP: params[UP], **other}, tiny_folder, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
 
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from vkd_jax import models
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import hf
 from vkd_jax.models import base, layers, llava
 from vkd_jax.models.clip_vit import VisionConfig, VisionTower
 from vkd_jax.models.decoder import Decoder, DecoderConfig
@@ -27,7 +27,7 @@ CONFIG = llava.LlavaConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    graphdef, params = convert.init(CONFIG, seed=0)
+    graphdef, params = hf.init(CONFIG, seed=0)
     # Weights large enough that every input matters to every output.
     return base.bind(graphdef, {k: v * 4 if "kernel" in k else v for k, v in params.items()})
 
@@ -155,9 +155,9 @@ def test_a_missing_parameter_is_refused(model):
 
 
 def test_initialisation_is_seeded_and_of_the_asked_dtype():
-    _, a = convert.init(CONFIG, seed=3, dtype=jnp.bfloat16)
-    _, b = convert.init(CONFIG, seed=3, dtype=jnp.bfloat16)
-    _, c = convert.init(CONFIG, seed=4, dtype=jnp.bfloat16)
+    _, a = hf.init(CONFIG, seed=3, dtype=jnp.bfloat16)
+    _, b = hf.init(CONFIG, seed=3, dtype=jnp.bfloat16)
+    _, c = hf.init(CONFIG, seed=4, dtype=jnp.bfloat16)
     assert all(v.dtype == jnp.bfloat16 and (v == b[k]).all() for k, v in a.items())
     assert not (a["projector/fc1/kernel"] == c["projector/fc1/kernel"]).all()
     q = a["language_model/blocks/attn/q/kernel"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vkd_jax import models
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import hf
 from vkd_jax.models import base
 from vkd_jax.runtime.mesh import check_rules, param_shardings
 
@@ -57,21 +57,21 @@ def test_tensors_are_those_of_pytorch_each_in_one_place(family, size):
     assert type(model).__name__ == module.HF_ARCHITECTURE
     places = {}
     for name, tensor in model.named_parameters():  # tied ones once
-        slot = convert.find_slot(module, config, name)
+        slot = hf.find_slot(module, config, name)
         shape = shapes[slot.path].shape[0 if slot.layer is None else 1 :]
         assert slot.to_param(np.broadcast_to(0, tensor.shape)).shape == shape, name
         assert places.setdefault(slot, name) == name
-    assert places.keys() == set(convert.tensor_names(module, config, shapes).values())
-    head = convert.find_slot(module, config, next(name for name in model.state_dict() if "lm_head" in name))
+    assert places.keys() == set(hf.tensor_names(module, config, shapes).values())
+    head = hf.find_slot(module, config, next(name for name in model.state_dict() if "lm_head" in name))
     assert (head.path == "language_model/embed/embedding") == config.text.tie_embeddings
 
 
 @every_preset
 def test_the_names_we_write_are_read_back_into_the_same_places(family, size):
     module, _, config, shapes = preset(family, size)
-    names = convert.tensor_names(module, config, shapes)
-    assert all(convert.find_slot(module, config, name) == slot for name, slot in names.items())
-    assert all(convert.canonical(module, name) == name for name in names)
+    names = hf.tensor_names(module, config, shapes)
+    assert all(hf.find_slot(module, config, name) == slot for name, slot in names.items())
+    assert all(hf.canonical(module, name) == name for name in names)
 
 
 @pytest.mark.parametrize("family", models.MODELS)

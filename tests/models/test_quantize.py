@@ -16,7 +16,8 @@ import pytest
 from qwix import QArray
 
 from vkd_jax import methods as unlearning
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import export, hf
+from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.config import defaults
 from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import EncodedSet
@@ -27,7 +28,7 @@ from vkd_jax.models import base, generate, llava, quantize
 from vkd_jax.models.clip_vit import VisionConfig
 from vkd_jax.models.decoder import DecoderConfig
 from vkd_jax.models.quantize import Quantization
-from vkd_jax.training import train
+from vkd_jax.training.step import TrainState, make_step
 from vkd_jax.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +45,7 @@ TIED = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, tie_emb
 @functools.cache
 def drawn(config):
     """A random model whose answers are not all alike."""
-    graphdef, params = convert.init(config, 0)
+    graphdef, params = hf.init(config, 0)
     return graphdef, {path: x * 5 if path in (HEAD, TABLE) else x for path, x in params.items()}
 
 
@@ -327,7 +328,7 @@ def test_generation_and_scoring_are_those_of_the_floats_that_are_stored():
 def test_the_backward_pass_keeps_no_floats_of_the_stack():
     text = DecoderConfig(vocab=32, width=128, layers=12, heads=2, kv_heads=2, head_width=64, mlp_width=256)
     config = dataclasses.replace(CONFIG, text=text)
-    graphdef, params = convert.init(config, 0)
+    graphdef, params = hf.init(config, 0)
     stack = sum(x.nbytes for path, x in params.items() if "language_model/blocks" in path)
 
     def memory(how):
@@ -390,8 +391,8 @@ def test_a_step_trains_the_visual_weights_and_takes_no_quantised_one():
     trainable, frozen = parts(small("int8"))
     tx = optax.with_extra_args_support(optax.adam(3e-3))
     fns = {"image": lambda model, batch: (jnp.mean(methods.cross_entropy(model, batch)), {})}
-    update = jax.jit(train.make_step(drawn(CONFIG)[0], fns, tx, "none"))
-    state = train.TrainState(trainable, tx.init(trainable), jnp.int32(0))
+    update = jax.jit(make_step(drawn(CONFIG)[0], fns, tx, "none"))
+    state = TrainState(trainable, tx.init(trainable), jnp.int32(0))
     batch, seen = {"image": rows().batch(np.arange(6))}, []
     for _ in range(10):
         state, metrics = update(state, frozen, None, batch)
@@ -416,13 +417,13 @@ def test_a_method_that_trains_quantised_weights_is_refused_by_their_shapes(tiny_
 
 
 def test_an_export_holds_the_language_model_as_it_came(tiny_folder, tmp_path):
-    _, params, config = convert.load(
+    _, params, config = hf.load(
         tiny_folder, transform=functools.partial(quantize.quantized, how=quantize.parse("int4"))
     )
     assert isinstance(params[KERNEL], QArray)
     trained = {path: params[path] + 1 for path in scope.visual_paths(params, config, -1)}
-    convert.export(trained, tiny_folder, tmp_path / "out", config)
-    tensors = convert.manifest(tiny_folder, tmp_path / "out")["tensors"]
+    export.export(trained, tiny_folder, tmp_path / "out", config)
+    tensors = compare_tensors(tiny_folder, tmp_path / "out")["tensors"]
     changed = {name for name, digests in tensors.items() if digests["changed"]}
     language = {name for name in tensors if "language_model" in name or "lm_head" in name}
     assert len(language) == 21

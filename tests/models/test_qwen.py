@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from vkd_jax import models
-from vkd_jax.checkpoints import convert, weights
+from vkd_jax.checkpoints import export, hf, safetensors_files
 from vkd_jax.models import base, layers, qwen2_5_vl, qwen2_vl, qwen_vit
 from vkd_jax.models.decoder import DecoderConfig
 from vkd_jax.models.qwen_vit import VisionConfig
@@ -32,7 +32,7 @@ CONFIG = CONFIGS["qwen2_vl"]
 
 @functools.cache
 def random(family):
-    return convert.init(CONFIGS[family], seed=0)
+    return hf.init(CONFIGS[family], seed=0)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -353,7 +353,7 @@ def test_a_configuration_of_before_transformers_5_is_read(family, tmp_path):
     vision["model_type"] = family
     old |= dict(model_type=family, vision_config=vision, image_token_id=IMAGE, tie_word_embeddings=True)
     (tmp_path / "config.json").write_text(json.dumps(old))
-    module, read = convert.read_config(tmp_path)
+    module, read = hf.read_config(tmp_path)
     assert module is models.module_for(family)
     assert module.Config.from_hf(read) == module.Config.from_hf(new, compute_dtype="bfloat16")
 
@@ -385,18 +385,18 @@ def test_the_other_family_is_refused():
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_written_models_are_read_back_under_every_name(family, tied, tmp_path):
-    hf = hf_config(family, tie_word_embeddings=tied)
+    hf_settings = hf_config(family, tie_word_embeddings=tied)
     module, rng = models.module_for(family), np.random.default_rng(0)
-    config = module.Config.from_hf(hf)
+    config = module.Config.from_hf(hf_settings)
     _, shapes = base.abstract(lambda rngs: module.Model(config, rngs=rngs))
     params = {path: jnp.asarray(rng.standard_normal(x.shape, np.float32)) for path, x in shapes.items()}
-    convert.create(tmp_path / "model", hf, params)
-    _, again, _ = convert.load(tmp_path / "model")
+    export.create(tmp_path / "model", hf_settings, params)
+    _, again, _ = hf.load(tmp_path / "model")
     assert all((again[k] == v).all() for k, v in params.items()) and again.keys() == params.keys()
-    names = weights.Checkpoint(tmp_path / "model").tensors
+    names = safetensors_files.Checkpoint(tmp_path / "model").tensors
     assert {name.split(".")[0] for name in names} == {"visual", "model"} | ({"lm_head"} if not tied else set())
     for name in names:
         memory = name.replace("visual.", "model.visual.", 1) if name.startswith("visual.") else name
         memory = memory.replace("model.", "model.language_model.", 1) if name.startswith("model.") else memory
-        assert convert.find_slot(module, config, memory) == convert.find_slot(module, config, name) is not None
-    assert convert.find_slot(module, config, "visual.blocks.0.attn.rel_pos") is None
+        assert hf.find_slot(module, config, memory) == hf.find_slot(module, config, name) is not None
+    assert hf.find_slot(module, config, "visual.blocks.0.attn.rel_pos") is None

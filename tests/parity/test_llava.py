@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vkd_jax.checkpoints import convert
-from vkd_jax.evaluation.answerer import Seen
+from vkd_jax.checkpoints import hf
+from vkd_jax.evaluation.inference import Seen
 from vkd_jax.models import llava
 from vkd_jax.models.base import bind
 from vkd_jax.models.generate import greedy, option_log_probs
@@ -81,7 +81,7 @@ def pair(request, tmp_path_factory) -> Pair:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
-    graphdef, params, config = convert.load(folder)
+    graphdef, params, config = hf.load(folder)
     rng = np.random.default_rng(0)
     lengths = (5, 9, 2)
     picture = [IMAGE] * config.image_tokens(config.vision.image_size, config.vision.image_size)
@@ -184,7 +184,7 @@ def test_loss_and_the_gradient_of_every_visual_parameter(pair, side):
     compared = set()
     largest = max(float(jnp.abs(g).max()) for g in gradients.values())
     for name, parameter in pair.torch.named_parameters():
-        slot = convert.find_slot(llava, pair.config, name)
+        slot = hf.find_slot(llava, pair.config, name)
         if slot.path not in visual:
             continue
         compared.add(slot.path)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vkd_jax import models
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import hf
 from vkd_jax.models.base import bind
 from vkd_jax.models.generate import greedy, option_log_probs
 from vkd_jax.models.qwen2_vl import mrope_positions
@@ -104,8 +104,8 @@ def prompts(grids, rng, lengths=(5, 9, 2)):
 @pytest.fixture(scope="module", params=SHAPES)
 def pair(request, tmp_path_factory) -> Pair:
     torch.manual_seed(0)
-    hf = hf_config(request.param, **SHAPES[request.param])
-    model = transformers.AutoModelForImageTextToText.from_config(hf).eval()
+    hf_settings = hf_config(request.param, **SHAPES[request.param])
+    model = transformers.AutoModelForImageTextToText.from_config(hf_settings).eval()
     with torch.no_grad():  # as if trained: at the initial scales logits are near zero and norms trivial
         for name, parameter in model.named_parameters():
             if "embed_tokens" in name and model.config.tie_word_embeddings:
@@ -116,7 +116,7 @@ def pair(request, tmp_path_factory) -> Pair:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
-    graphdef, params, config = convert.load(folder)
+    graphdef, params, config = hf.load(folder)
     rng = np.random.default_rng(0)
     images = draw(config, GRIDS, rng)
     rows, tokens, mask, answers = prompts(GRIDS, rng), {}, {}, {}
@@ -269,7 +269,7 @@ def test_loss_and_the_gradient_of_every_visual_parameter(pair, side):
     compared = set()
     largest = max(float(jnp.abs(g).max()) for g in gradients.values())
     for name, parameter in pair.torch.named_parameters():
-        slot = convert.find_slot(pair.module, pair.config, name)
+        slot = hf.find_slot(pair.module, pair.config, name)
         if slot.path not in visual:
             continue
         compared.add(slot.path)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vkd_jax import models
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import hf
 from vkd_jax.config import defaults
 from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import EncodedSet
@@ -21,7 +21,7 @@ from vkd_jax.data.streams import Stream
 from vkd_jax.methods.base import Context
 from vkd_jax.methods.vkd import VKD
 from vkd_jax.runtime.mesh import make_mesh
-from vkd_jax.training import progress, train
+from vkd_jax.training import loop, metric_writer
 from vkd_jax.types import Example
 
 torch = pytest.importorskip("torch", reason="PyTorch is only there to compare with: pip install '.[test]'")
@@ -256,7 +256,7 @@ def test_fifty_steps_agree_with_pytorch(name, tmp_path, monkeypatch):
             if parameter.ndim > 1:
                 parameter.mul_(2)
     family.model.save_pretrained(tmp_path / "model")
-    graphdef, params, config = convert.load(tmp_path / "model")
+    graphdef, params, config = hf.load(tmp_path / "model")
     method = VKD(**VKD_FIELDS)
     sets = {"forget": encoded(config, family.sizes, 1), "retain": encoded(config, family.sizes[::-1], 2)}
     prepared = method.prepare(Context(graphdef, params, None, config, sets, seed=0))
@@ -267,8 +267,8 @@ def test_fifty_steps_agree_with_pytorch(name, tmp_path, monkeypatch):
         for mine, cached in zip(own[tap], prepared.sets["retain"].per_image[f"target/{tap}"], strict=True):
             np.testing.assert_allclose(cached[: len(mine)], mine, atol=1e-4)
 
-    monkeypatch.setattr(progress, "Progress", Recorder)
-    trained = train.fit(
+    monkeypatch.setattr(metric_writer, "Progress", Recorder)
+    trained = loop.fit(
         graphdef=graphdef,
         params=params,
         model_config=config,
@@ -282,7 +282,7 @@ def test_fifty_steps_agree_with_pytorch(name, tmp_path, monkeypatch):
     ours = np.array([row["loss"] for row in Recorder.rows])
 
     module = models.module_for(name)
-    slots = {key: convert.find_slot(module, config, key) for key, _ in family.model.named_parameters()}
+    slots = {key: hf.find_slot(module, config, key) for key, _ in family.model.named_parameters()}
     masks = {
         key: torch.tensor(slot.to_tensor(np.asarray(prepared.mask[slot.path])).copy())
         for key, slot in slots.items()

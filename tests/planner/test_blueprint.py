@@ -12,7 +12,7 @@ from vkd_jax.methods import base
 from vkd_jax.models import quantize
 from vkd_jax.planner import blueprint
 from vkd_jax.runtime.mesh import make_mesh
-from vkd_jax.training import train
+from vkd_jax.training import loop
 from vkd_jax.types import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' way to read one
@@ -85,7 +85,7 @@ def test_a_planned_step_is_the_step_that_runs(config, tiny_model):
     held = plan.held(drawn)
     expected = sum(held.values()) - held["original"] - unused
     assert compiled.memory_analysis().argument_size_in_bytes == pytest.approx(expected, rel=0.01)
-    assert train.step_bytes(compiled) > compiled.memory_analysis().argument_size_in_bytes
+    assert loop.step_bytes(compiled) > compiled.memory_analysis().argument_size_in_bytes
 
 
 # ---- What is refused ----

@@ -21,8 +21,9 @@ from vkd_jax.methods.base import Prepared  # noqa: E402
 from vkd_jax.methods.finetune import Finetune  # noqa: E402
 from vkd_jax.models.base import bind  # noqa: E402
 from vkd_jax.runtime.mesh import make_mesh, shard_rows  # noqa: E402
-from vkd_jax.training import train  # noqa: E402
-from vkd_jax.training.progress import Progress  # noqa: E402
+from vkd_jax.training import loop  # noqa: E402
+from vkd_jax.training.metric_writer import Progress  # noqa: E402
+from vkd_jax.training.preemption import Stopped  # noqa: E402
 from vkd_jax.types import UserError  # noqa: E402
 
 SETS = {"image": random_llava.rows(1, 50)}
@@ -36,7 +37,7 @@ class Pictures(Finetune):
         return {"image": super().losses()["image"]}
 
 
-class Checkpoints(train.Checkpoints):
+class Checkpoints(loop.Checkpoints):
     """Shows the last state that was saved."""
 
     last = None
@@ -50,7 +51,7 @@ def fit(mesh, folder: Path, **changes):
     graphdef, params = random_llava.model(mesh)
     lines = io.StringIO()
     with contextlib.redirect_stdout(lines):
-        train.fit(
+        loop.fit(
             graphdef=graphdef,
             params=params,
             model_config=random_llava.CONFIG,
@@ -102,7 +103,7 @@ def _is_adam(part) -> bool:
 
 
 def main(folder: Path) -> None:
-    train.Checkpoints = Checkpoints
+    loop.Checkpoints = Checkpoints
     found = {"devices": jax.device_count(), "meshes": {}}
     for shape in MESHES:
         mesh = make_mesh(*shape)
@@ -116,7 +117,7 @@ def main(folder: Path) -> None:
     # Half of the run above on eight devices, the rest on one.
     write = Progress.write
     Progress.write = lambda self, step, scalars: (write(self, step, scalars), signal.raise_signal(signal.SIGTERM))
-    with contextlib.suppress(train.Stopped):
+    with contextlib.suppress(Stopped):
         fit(make_mesh(2, 2, 2), folder / "moved")
     Progress.write = write
     found["moved"], _ = fit(make_mesh(), folder / "moved")

@@ -11,8 +11,8 @@ import numpy as np
 import random_llava
 from jax.sharding import AxisType
 
-from vkd_jax.evaluation.answerer import Answerer
 from vkd_jax.evaluation.evaluate import evaluate
+from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.runtime.mesh import AXES, make_mesh, param_shardings
 from vkd_jax.types import Example
 

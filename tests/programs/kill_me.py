@@ -12,7 +12,7 @@ random_llava.metrics_on_stdout(wait=True)
 from vkd_jax.methods.base import Context  # noqa: E402
 from vkd_jax.methods.vkd import VKD  # noqa: E402
 from vkd_jax.runtime.mesh import make_mesh  # noqa: E402
-from vkd_jax.training import train  # noqa: E402
+from vkd_jax.training import loop  # noqa: E402
 
 
 def main(folder: Path, steps: int) -> None:
@@ -21,7 +21,7 @@ def main(folder: Path, steps: int) -> None:
     sets = {"forget": random_llava.rows(1, 50), "retain": random_llava.rows(2, 70)}
     method = VKD(blocks=1, forget="ga", taps=("projector",), fisher_samples=8, fisher_chunk=8)
     prepared = method.prepare(Context(graphdef, params, None, random_llava.CONFIG, sets, seed=0))
-    train.fit(
+    loop.fit(
         graphdef=graphdef,
         params=params,
         model_config=random_llava.CONFIG,

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import transformers
 
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import hf
 from vkd_jax.models import base, llava
 from vkd_jax.runtime.mesh import make_mesh, param_shardings
 
@@ -64,7 +64,7 @@ def write(folder: Path) -> None:
     config = llava.LlavaConfig.from_hf(CONFIG)
     _, shapes = base.abstract(lambda rngs: llava.Llava(config, rngs=rngs))
     tensors = {}
-    for name, slot in convert.tensor_names(llava, config, shapes).items():
+    for name, slot in hf.tensor_names(llava, config, shapes).items():
         shape = shapes[slot.path].shape[0 if slot.layer is None else 1 :]
         tensors[name] = [shape[i] for i in np.argsort(slot.axes or range(len(shape)))]
     names = sorted(tensors, key=lambda name: re.sub(r"(.*\.)(\d+)(\..*)", r"\3 \2", name))
@@ -119,7 +119,7 @@ def check(params, rng) -> int:
 def load(folder: Path, data: int, fsdp: int) -> dict:
     place = param_shardings(make_mesh(data=data, fsdp=fsdp), llava.SHARDING)
     before, bytes_before, start = held("VmRSS"), read(), time.monotonic()
-    _, params, _ = convert.load(folder, sharding=place)
+    _, params, _ = hf.load(folder, sharding=place)
     jax.block_until_ready(params)
     return {
         "devices": jax.device_count(),

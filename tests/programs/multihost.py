@@ -88,7 +88,7 @@ def run(flags: list[str]) -> int:
     import random_llava
 
     random_llava.metrics_on_stdout()
-    module = sys.modules["vkd_jax.training.progress"]
+    module = sys.modules["vkd_jax.training.metric_writer"]
 
     class Progress(module.Progress):
         """Says which stage its lines are of, and waits where it is told to."""

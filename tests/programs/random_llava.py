@@ -11,7 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import hf
 from vkd_jax.config import defaults
 from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import EncodedSet
@@ -40,7 +40,7 @@ def model(mesh):
 @functools.cache
 def drawn():
     """graphdef and random weights."""
-    return convert.init(CONFIG, 0)
+    return hf.init(CONFIG, 0)
 
 
 def rows(seed: int, count: int) -> EncodedSet:
@@ -98,6 +98,6 @@ def metrics_on_stdout(wait: bool = False) -> None:
         def close(self):
             pass
 
-    module = types.ModuleType("vkd_jax.training.progress")
+    module = types.ModuleType("vkd_jax.training.metric_writer")
     module.Progress = Progress
-    sys.modules["vkd_jax.training.progress"] = module
+    sys.modules["vkd_jax.training.metric_writer"] = module

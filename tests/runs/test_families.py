@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vkd_jax import benchmarks as benchmarks
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.data.processing import open_image
 from vkd_jax.evaluation.loaded import Loaded
 from vkd_jax.runs import pipeline
@@ -44,7 +44,7 @@ def run(request, get_config, few, tiny_folder, qwen_folder, tmp_path_factory):
 
 def test_only_visual_tensors_change_and_text_stays_bit_for_bit(run):
     manifest = json.loads((run.path / "manifest.json").read_text())
-    assert manifest == convert.manifest(run.source, run.path / "unlearned")
+    assert manifest == compare_tensors(run.source, run.path / "unlearned")
     changed = manifest["changed"]
     assert changed and all(VISUAL.match(name) for name in changed)
     blocks = {int(i) for name in changed for i in re.findall(r"(?:layers|blocks)\.(\d+)\.", name)}

@@ -5,7 +5,7 @@
     runs/test_faults.py::test_a_mask_of_other_keys_is_refused
 2. "Frozen" towers that are not, since a string was compared with a boolean:
     methods/test_methods.py::test_visual_scopes_leave_the_language_model_alone
-    training/test_train.py::test_vkd_leaves_the_language_model_and_the_dead_block_alone
+    training/test_loop.py::test_vkd_leaves_the_language_model_and_the_dead_block_alone
     methods/test_baselines.py::test_real_steps_move_what_trains_and_nothing_else
     runs/test_faults.py::test_what_trains_is_a_name_and_no_truth_value
 3. Labels that keep prompt or image tokens in the loss:
@@ -20,23 +20,23 @@
 6. Perturbed losses averaged over the whole set instead of per item:
     evaluation/test_evaluate.py::test_truth_ratios_are_per_item
 7. Captions generated without pixel values:
-    evaluation/test_answerer.py::test_generation_sees_the_pixels
+    evaluation/test_inference.py::test_generation_sees_the_pixels
 8. ROUGE of the wrong answers, because a loop reused a variable:
     evaluation/test_evaluate.py::test_written_answers_are_compared_with_their_own_truth
     evaluation/test_evaluate.py::test_each_prediction_is_judged_by_its_own_answer
 9. A forget step's exceptions swallowed:
     runs/test_faults.py::test_what_fails_in_a_step_stops_the_run
     runs/test_faults.py::test_nothing_around_a_step_catches_everything
-    training/test_train.py::test_a_loss_that_is_not_finite_stops_at_its_step
+    training/test_loop.py::test_a_loss_that_is_not_finite_stops_at_its_step
 10. A learning-rate schedule stepped once per run:
-    training/test_optim.py::test_the_rate_of_each_step_by_hand
-    training/test_train.py::test_the_learning_rate_follows_the_steps
+    training/test_optimizer.py::test_the_rate_of_each_step_by_hand
+    training/test_loop.py::test_the_learning_rate_follows_the_steps
 11. Max length 384 cutting LLaVA's 576 image tokens:
     data/test_processing.py::test_a_row_that_does_not_fit_is_named_never_cut
     runs/test_faults.py::test_all_576_image_tokens_of_llava_fit
 12. Few-shot prompts that make LLaVA emit garbage:
     runs/test_faults.py::test_no_config_shows_worked_examples_unless_asked
-    evaluation/test_answerer.py::test_a_worked_example_is_an_earlier_turn
+    evaluation/test_inference.py::test_a_worked_example_is_an_earlier_turn
 13. A target model that had barely learned the people, so that nothing was there to forget:
     runs/test_pipeline.py::test_results_hold_both_models_with_counts
     runs/test_pipeline.py::test_one_command_goes_from_the_base_to_the_report
@@ -66,7 +66,7 @@ from vkd_jax.methods.vkd import VKD
 from vkd_jax.models import llava
 from vkd_jax.models.base import bind, split
 from vkd_jax.runtime.mesh import make_mesh, replicated
-from vkd_jax.training import optim, train
+from vkd_jax.training import loop, optimizer
 from vkd_jax.types import Example, UserError
 
 TESTS = Path(__file__).parents[1]
@@ -91,7 +91,7 @@ def test_a_mask_of_other_keys_is_refused():
     mask = {path: jnp.zeros(value.shape, bool) for path, value in params.items()}
     wrong = {f"params/{path}": value for path, value in mask.items()}
     fewer = {"visual/kernel": mask["visual/kernel"]}
-    tx = optim.mask_updates()
+    tx = optimizer.mask_updates()
     updates, _ = tx.update(params, tx.init(params), mask=mask)
     assert not any(np.any(value) for value in updates.values())
     for other in (wrong, fewer):
@@ -188,7 +188,7 @@ def test_what_fails_in_a_step_stops_the_run(where):
     config.update(steps=8, batch_size=dict(forget=1, retain=1))
 
     def fit():
-        return train.fit(
+        return loop.fit(
             graphdef=graphdef,
             params=jax.device_put(params, replicated(make_mesh())),
             model_config=types.SimpleNamespace(used_blocks=0),

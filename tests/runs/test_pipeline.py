@@ -14,13 +14,14 @@ import pytest
 from PIL import Image
 
 from vkd_jax import benchmarks as benchmarks
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import export, hf
+from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.data.processing import open_image
 from vkd_jax.evaluation import evaluate
 from vkd_jax.evaluation.loaded import Loaded
 from vkd_jax.runs import pipeline
 from vkd_jax.runs.workdir import Workdir
-from vkd_jax.training import train
+from vkd_jax.training import loop
 from vkd_jax.types import UserError
 
 SHARD = "train-00000-of-00001.parquet"
@@ -118,7 +119,7 @@ def test_both_models_are_asked_the_same_questions(vkd):
 
 def test_only_visual_tensors_change(vkd, tiny_folder, tiny_model):
     manifest = json.loads((vkd.path / "manifest.json").read_text())
-    assert manifest == convert.manifest(tiny_folder, vkd.path / "unlearned")
+    assert manifest == compare_tensors(tiny_folder, vkd.path / "unlearned")
     changed = manifest["changed"]
     assert changed and not [name for name in changed if "language_model" in name or "lm_head" in name]
     assert any("multi_modal_projector" in name for name in changed)
@@ -236,9 +237,9 @@ def test_transformers_gives_the_same_answers(vkd, few):
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     folder = vkd.path / "unlearned"
-    hf, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    torch_model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    hf.eval()
+    torch_model.eval()
     processor = AutoProcessor.from_pretrained(folder)
     sets = read(few)
     examples = [e for e in sets["forget"] if e.task == "classification"]
@@ -260,7 +261,7 @@ def test_transformers_gives_the_same_answers(vkd, few):
         images = [open_image(e.image).convert("RGB") for e in group if e.image is not None]
         inputs = processor(images=images or None, text=prompts, padding=True, return_tensors="pt")
         with torch.no_grad():
-            out = hf.generate(**inputs, max_new_tokens=6, do_sample=False)
+            out = torch_model.generate(**inputs, max_new_tokens=6, do_sample=False)
         expected = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert answered == [text.strip() for text in expected]
     assert len(set(got)) > 1
@@ -276,11 +277,11 @@ def forbid(monkeypatch, *names):
             raise AssertionError(f"{name} ran again")
 
         owner, attribute = name.rsplit(".", 1)
-        monkeypatch.setattr({"evaluate": evaluate, "train": train, "convert": convert}[owner], attribute, never)
+        monkeypatch.setattr({"evaluate": evaluate, "loop": loop, "export": export, "hf": hf}[owner], attribute, never)
 
 
 def test_the_same_command_again_changes_nothing(vkd, monkeypatch):
-    forbid(monkeypatch, "evaluate.evaluate", "train.fit", "convert.export", "convert.load")
+    forbid(monkeypatch, "evaluate.evaluate", "loop.fit", "export.export", "hf.load")
     before = files(vkd.path)
     assert pipeline.run(vkd.config, vkd.path) == vkd.results
     assert files(vkd.path) == before
@@ -298,10 +299,10 @@ def test_another_config_is_refused_naming_the_field(vkd, make_config):
     ("kept", "forbidden"),
     [
         (("config.json", "answers/vanilla.jsonl"), ()),
-        (("config.json", "answers/vanilla.jsonl", "train", "unlearned"), ("train.fit", "convert.export")),
+        (("config.json", "answers/vanilla.jsonl", "train", "unlearned"), ("loop.fit", "export.export")),
         (
             ("config.json", "answers", "train", "unlearned", "manifest.json", "results.json"),
-            ("train.fit", "convert.export", "convert.load", "evaluate.evaluate"),
+            ("loop.fit", "export.export", "hf.load", "evaluate.evaluate"),
         ),
     ],
     ids=["before training", "after the export", "before the report"],
@@ -382,13 +383,13 @@ def test_finetuning_makes_a_model_from_nothing(make_config, school, tmp_path, mo
     config = make_config("finetune", **SMALL, **{"data.source": str(school)})
     results = pipeline.run(config, tmp_path / "run")
     assert set(results["models"]) == {"vanilla"} and SUMMARY <= set(results["models"]["vanilla"]["forget"]["vqa"])
-    manifest = convert.manifest(tmp_path / "run" / "base", tmp_path / "run" / "vanilla")
+    manifest = compare_tensors(tmp_path / "run" / "base", tmp_path / "run" / "vanilla")
     assert any("language_model" in name for name in manifest["changed"])
     assert any("vision_tower" in name for name in manifest["changed"])
     assert json.loads((tmp_path / "run" / "vanilla" / "config.json").read_text())["text_config"]["hidden_size"] == 16
 
     before = files(tmp_path / "run")
-    forbid(monkeypatch, "evaluate.evaluate", "train.fit", "convert.load")
+    forbid(monkeypatch, "evaluate.evaluate", "loop.fit", "hf.load")
     assert pipeline.run(config, tmp_path / "run") == results
     assert files(tmp_path / "run") == before
 
@@ -407,8 +408,8 @@ def test_one_command_goes_from_the_base_to_the_report(everything):
     asked = [[(a["set"], a["id"]) for a in answers(path, name)] for name in results["models"]]
     assert asked[0] == asked[1] == asked[2]
     base, vanilla, unlearned = (path / name for name in ("base", "vanilla", "unlearned"))
-    assert any("language_model" in name for name in convert.manifest(base, vanilla)["changed"])
-    manifest = convert.manifest(vanilla, unlearned)
+    assert any("language_model" in name for name in compare_tensors(base, vanilla)["changed"])
+    manifest = compare_tensors(vanilla, unlearned)
     assert manifest["changed"] and not any("language_model" in name for name in manifest["changed"])
     assert set(results["forget_quality"]) == {"vanilla", "unlearned"}
     for found in results["forget_quality"].values():
@@ -465,7 +466,7 @@ def test_retain_only_never_meets_the_forgotten(make_config, school, tmp_path, mo
         raise Enough
 
     forgotten, retained = ({e.person for e in read(school)[name]} for name in ("forget", "retain"))
-    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(loop, "fit", fit)
     for arg, expected in (("retain_only", retained), ("finetune", retained | forgotten)):
         met = []
         with pytest.raises(Enough):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vkd_jax.benchmarks.synthetic import people
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.runs import pipeline
 from vkd_jax.types import UserError
 
@@ -36,17 +36,17 @@ def run(get_config, tiny_folder, request_folders, tmp_path_factory):
 
 
 def test_adapters_are_merged_into_the_language_model_alone(run):
-    changed = convert.manifest(run.source, run.path / "vanilla")["changed"]
+    changed = compare_tensors(run.source, run.path / "vanilla")["changed"]
     assert len(changed) == 14 and all("language_model.model.layers" in name for name in changed)  # 7 kernels, 2 layers
 
 
 def test_unlearning_starts_from_what_was_fine_tuned_and_changes_what_is_visual(run):
-    changed = convert.manifest(run.path / "vanilla", run.path / "unlearned")["changed"]
+    changed = compare_tensors(run.path / "vanilla", run.path / "unlearned")["changed"]
     assert changed and not any("language_model" in name or "lm_head" in name for name in changed)
 
 
 def test_the_reference_was_trained_on_other_rows(run):
-    assert convert.manifest(run.path / "vanilla", run.path / "retain_only")["changed"]
+    assert compare_tensors(run.path / "vanilla", run.path / "retain_only")["changed"]
     assert json.loads((run.path / "retain_only" / "provenance.json").read_text())["without"] == [NAMES[0]]
 
 
@@ -69,7 +69,7 @@ def test_any_family_is_fine_tuned_over_a_quantised_language_model(
     config.model.quantize = "int8"
     results = pipeline.run(config, tmp_path / "run")
     assert np.isfinite(results["models"]["vanilla"]["forget"]["vqa"]["probability"]["mean"])
-    changed = convert.manifest(qwen_folder(family), tmp_path / "run" / "vanilla")["changed"]
+    changed = compare_tensors(qwen_folder(family), tmp_path / "run" / "vanilla")["changed"]
     assert len(changed) == 14 and all("layers." in name and "visual" not in name for name in changed)
     log = (tmp_path / "run" / "train" / "vanilla" / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in log.splitlines()]

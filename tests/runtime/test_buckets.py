@@ -126,7 +126,7 @@ def test_what_orbax_needs_is_looked_for_first(bucket, monkeypatch):
 
 
 def test_metrics_grow_line_by_line(bucket):
-    from vkd_jax.training.progress import JsonLinesWriter
+    from vkd_jax.training.metric_writer import JsonLinesWriter
 
     file = storage.resolve("gs://mine/run/train/metrics.jsonl")
     for step in (1, 2):

@@ -26,7 +26,7 @@ import numpy as np
 
 from vkd_jax.attacks.base import Records, Subject, Summary
 from vkd_jax.evaluation import metrics
-from vkd_jax.evaluation.answerer import TokenScores
+from vkd_jax.evaluation.inference import TokenScores
 from vkd_jax.methods import Method
 from vkd_jax.types import UserError
 

@@ -20,9 +20,9 @@ import numpy as np
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject, Summary
-from vkd_jax.evaluation.answerer import TAPS
+from vkd_jax.data.batching import rng
+from vkd_jax.evaluation.inference import TAPS
 from vkd_jax.methods import Method
-from vkd_jax.methods.base import rng
 from vkd_jax.types import Example, UserError
 
 Shown = tuple[str, Example]  # a set, and a question about a picture

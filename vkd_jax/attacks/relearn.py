@@ -26,15 +26,16 @@ from absl import logging
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject, Summary
 from vkd_jax.data.augment import REPEATED
+from vkd_jax.data.batching import rng
 from vkd_jax.data.processing import EncodedSet
 from vkd_jax.evaluation.loaded import Loaded
 from vkd_jax.methods import Method
-from vkd_jax.methods.base import Prepared, rng
+from vkd_jax.methods.base import Prepared
 from vkd_jax.methods.finetune import Finetune
 from vkd_jax.methods.scope import TRAIN
 from vkd_jax.models import lora
 from vkd_jax.runtime.mesh import make_mesh, replicated
-from vkd_jax.training import train
+from vkd_jax.training import loop
 from vkd_jax.types import UserError
 
 BEFORE = "before"
@@ -83,7 +84,7 @@ class Relearn:
         if self.steps < 1 or not self.learning_rate > 0:
             raise UserError("attacks.relearn: give at least one of steps, and a learning_rate above 0.")
         try:
-            train.batch_size(self._section(), "image", make_mesh(**config.mesh))
+            loop.batch_size(self._section(), "image", make_mesh(**config.mesh))
         except UserError as error:
             raise UserError(f"attacks.relearn.batch_size={self.batch_size} is refused: {error}") from error
 
@@ -139,7 +140,7 @@ class Relearn:
                 sharding=replicated(model.mesh),
             )
         try:
-            trained = train.fit(
+            trained = loop.fit(
                 graphdef=model.graphdef,
                 params=params,
                 model_config=model.config,
@@ -150,7 +151,7 @@ class Relearn:
                 mesh=model.mesh,
                 folder=None,  # it takes seconds, and an interrupted one begins again
             )
-        except train.Diverged as error:
+        except loop.Diverged as error:
             raise UserError(
                 f"attacks.relearn: the {attacker} attack diverged ({error}); lower attacks.relearn.learning_rate."
             ) from error

@@ -24,9 +24,9 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.data.batching import rng
 from vkd_jax.data.processing import open_image
 from vkd_jax.methods import Method
-from vkd_jax.methods.base import rng
 from vkd_jax.types import UserError
 
 GREY = (128, 128, 128)

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from vkd_jax.data.batching import rng
 from vkd_jax.evaluation import metrics
-from vkd_jax.evaluation.answerer import Answerer, Seen, Turns
+from vkd_jax.evaluation.inference import Answerer, Seen, Turns
 from vkd_jax.evaluation.metrics import LETTERS
-from vkd_jax.methods.base import rng
 from vkd_jax.types import Example, UserError
 
 PROTOCOLS = ("letter", "options")

@@ -12,7 +12,7 @@ import jax
 import ml_collections
 
 from vkd_jax import methods, models
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import export, hf
 from vkd_jax.data import processing
 from vkd_jax.evaluation.evaluate import Answerer
 from vkd_jax.models import base, lora, quantize
@@ -41,7 +41,7 @@ class Loaded:
         family, model_config = kind(folder)
         how = quantize.parse(config.model.quantize)
         processor = processing.Processor(folder, model_config, max_pixels=config.model.max_pixels)
-        graphdef, params, model_config = convert.load(
+        graphdef, params, model_config = hf.load(
             folder,
             dtype=config.model.dtype,
             sharding=param_shardings(mesh, family.SHARDING),
@@ -74,7 +74,7 @@ class Loaded:
 
 def kind(folder: Path) -> tuple[types.ModuleType, Any]:
     """A model's family and its configuration: two of one kind have the same weights by name and shape."""
-    family, hf_config = convert.read_config(folder)
+    family, hf_config = hf.read_config(folder)
     return family, family.Config.from_hf(hf_config)
 
 
@@ -130,7 +130,7 @@ def create(folder: Path, examples: Sequence[Example], shape: ml_collections.Conf
             ),
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         )
-        _, params = convert.init(models.module_for("llava").Config.from_hf(hf_config), seed)
-        convert.create(new, hf_config, params)
+        _, params = hf.init(models.module_for("llava").Config.from_hf(hf_config), seed)
+        export.create(new, hf_config, params)
         new.rename(folder)
     return folder

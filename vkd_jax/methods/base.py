@@ -2,16 +2,14 @@
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import spatial
 
-from vkd_jax.data.pictures import Pictures
+from vkd_jax.data.batching import padded_rows, rng
 from vkd_jax.data.processing import Batch, EncodedSet
 from vkd_jax.methods import losses, saliency
 from vkd_jax.models.base import VisualTokens, bind
@@ -177,104 +175,6 @@ def reference_log_probs(context: Context, encoded: EncodedSet, batch_size: int =
 
     parts = [score(context.params, encoded.batch(rows)) for rows in padded_rows(len(encoded), batch_size)]
     return np.concatenate([multihost.gather(p) for p in parts])[: len(encoded)]
-
-
-def teacher_taps(
-    graphdef: Any, params: Params, pictures: Pictures, names: Iterable[str], batch_size: int = 32
-) -> dict[str, VisualTokens]:
-    """{tap: tokens [m, p, c]} of every row of pictures, computed once by a frozen model."""
-    names = tuple(names)
-
-    @jax.jit
-    def encode(params, pictures):
-        _, taps = bind(graphdef, params).encode(pictures)
-        return {name: taps[name] for name in names}
-
-    return in_batches(lambda part: encode(params, part), pictures, batch_size)
-
-
-def tap_places(
-    context: Context, pictures: Pictures, names: Iterable[str], batch_size: int = 32
-) -> dict[str, np.ndarray]:
-    """{tap: `where` [m, p, 3]} of every row of pictures; the activations themselves are never computed."""
-
-    @jax.jit
-    def places(params, pictures):
-        _, taps = bind(context.graphdef, params).encode(pictures)
-        return {name: taps[name].where for name in names}
-
-    return in_batches(lambda part: places(context.params, part), pictures, batch_size)
-
-
-def moved(tokens: VisualTokens, rows: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """The features of pictures `rows` at the places of other pictures, which may have other shapes.
-
-    Each place takes the feature at the nearest relative place; between pictures of one shape nothing changes.
-
-    Args:
-        tokens: features of n rows of pictures, in NumPy.
-        rows: int [m], which of them.
-        where: int [m, q, 3], where each feature is to stand.
-
-    Returns:
-        [m, q, c].
-    """
-    nearest: dict[tuple[bytes, bytes], np.ndarray] = {}  # pictures have few shapes
-    values = []
-    for row, target in zip(rows, where, strict=True):
-        source = tokens.where[row]
-        key = source.tobytes(), target.tobytes()
-        if key not in nearest:
-            nearest[key] = _nearest(source, target)
-        values.append(tokens.values[row][nearest[key]])
-    return np.stack(values)
-
-
-def mean_at(tokens: VisualTokens, where: np.ndarray) -> np.ndarray:
-    """The mean of all rows of features at the places of other pictures: [m, q, c]; see `moved`."""
-    shapes, which = np.unique(where, axis=0, return_inverse=True)
-    everyone = np.arange(len(tokens.where))
-    means = [
-        moved(tokens, everyone, np.broadcast_to(shape, (len(everyone), *shape.shape))).mean(0, dtype=np.float32)
-        for shape in shapes
-    ]
-    return np.stack(means)[which.ravel()]
-
-
-def _nearest(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """For each place of `target` [q, 3], the index of the place of `source` [p, 3] that is nearest to it."""
-    real = np.flatnonzero(source[:, 0] >= 0)
-    last = source[real, 0].max()  # pictures beyond the source's last are compared with that one
-    return real[spatial.cKDTree(_relative(source[real], last)).query(_relative(target, last))[1]]
-
-
-def _relative(where: np.ndarray, last: int) -> np.ndarray:
-    """Places as shares of their picture's height and width; pictures stand far apart."""
-    place = where[:, 1:] + 0.5
-    for picture in np.unique(where[:, 0]):
-        mine = where[:, 0] == picture
-        place[mine] /= np.maximum(where[mine, 1:].max(0) + 1, 1)
-    return np.column_stack([10.0 * np.clip(where[:, 0], 0, last), place])
-
-
-def in_batches(function: Callable[[Any], Any], tree: Any, batch_size: int) -> Any:
-    """`function` of a tree with a row each (arrays, `Pictures`), `batch_size` rows at a time; results in NumPy."""
-    count = len(jax.tree.leaves(tree)[0])
-    parts = [
-        jax.tree.map(multihost.gather, function(jax.tree.map(lambda x, rows=rows: x[rows], tree)))
-        for rows in padded_rows(count, batch_size)
-    ]
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
-
-
-def padded_rows(count: int, batch_size: int) -> list[np.ndarray]:
-    """Row numbers 0..count-1 in batches of one size; the last one repeats its last row."""
-    return [np.arange(begin, begin + batch_size).clip(max=count - 1) for begin in range(0, count, batch_size)]
-
-
-def rng(seed: int, name: str) -> np.random.Generator:
-    """A generator of its own for every named use of the one seed."""
-    return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
 def mean_metrics(**rows: jax.Array) -> Metrics:

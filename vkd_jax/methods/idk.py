@@ -14,6 +14,7 @@ Reference: Maini et al., "TOFU: A Task of Fictitious Unlearning for LLMs", arXiv
 import dataclasses
 from collections.abc import Mapping
 
+from vkd_jax.data.batching import rng
 from vkd_jax.methods import base
 from vkd_jax.methods.scope import Scope
 
@@ -47,7 +48,7 @@ class IDK(Scope):
     def prepare(self, context: base.Context) -> base.Prepared:
         """Encodes the forget questions with refusals for answers."""
         examples = context.sets["forget"].examples
-        chosen = base.rng(context.seed, "idk/refusals").integers(len(REFUSALS), size=len(examples))
+        chosen = rng(context.seed, "idk/refusals").integers(len(REFUSALS), size=len(examples))
         refused = [
             dataclasses.replace(example, answer=REFUSALS[i], options=())
             for example, i in zip(examples, chosen, strict=True)

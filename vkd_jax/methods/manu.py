@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vkd_jax.data.batching import padded_rows, rng
 from vkd_jax.methods import base
 from vkd_jax.methods.scope import Scope
 from vkd_jax.models.base import bind
@@ -148,9 +149,9 @@ class Manu(Scope):
         statistics = {}
         for name in names:
             encoded = context.sets[name]
-            rows = base.rng(context.seed, f"manu/{name}").permutation(len(encoded))[: self.samples]
+            rows = rng(context.seed, f"manu/{name}").permutation(len(encoded))[: self.samples]
             total = None
-            for part in base.padded_rows(len(rows), self.batch_size):
+            for part in padded_rows(len(rows), self.batch_size):
                 new = np.diff(part, prepend=-1) > 0  # the last batch repeats a row, which counts once
                 found = of_batch(context.params, encoded.batch(rows[part]), new)
                 found = jax.tree.map(lambda x: multihost.gather(x).astype(np.float64), found)

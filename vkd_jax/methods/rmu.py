@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vkd_jax.data.batching import padded_rows, rng
 from vkd_jax.methods import base, losses
 from vkd_jax.methods.scope import Scope
 from vkd_jax.models.base import bind
@@ -69,7 +70,7 @@ class RMU(Scope):
         """Draws the direction, and masks the blocks that are not run."""
         forget, config = context.sets["forget"], context.model_config.text
         layers = self.layers(context.model_config)
-        direction = base.rng(context.seed, "rmu/direction").random(config.width)
+        direction = rng(context.seed, "rmu/direction").random(config.width)
         c = self.steering_coefficient * median_length(context, layers)
         target = np.float32(c * direction / np.linalg.norm(direction))
         forget = dataclasses.replace(
@@ -137,7 +138,7 @@ def median_length(context: base.Context, layers: int, batch_size: int = 32) -> f
         return jnp.linalg.norm(hidden.astype(jnp.float32), axis=-1)
 
     found = []
-    for rows in base.padded_rows(len(encoded), batch_size):
+    for rows in padded_rows(len(encoded), batch_size):
         batch, count = encoded.batch(rows), len(np.unique(rows))
         found.append(multihost.gather(lengths(context.params, batch))[:count][batch.mask[:count]])
     return float(np.median(np.concatenate(found)))

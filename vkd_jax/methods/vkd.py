@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vkd_jax.data import augment
-from vkd_jax.methods import base, losses, saliency
+from vkd_jax.data.batching import rng
+from vkd_jax.methods import base, feature_targets, losses, saliency
 from vkd_jax.methods.scope import Scope, frozen_blocks
 from vkd_jax.models.base import VisualTokens
 from vkd_jax.types import Params, UserError
@@ -96,15 +97,17 @@ class VKD(Scope):
         """Caches teacher features, forget targets and reference log-probabilities, and makes the saliency mask."""
         self.check_model(context.params, context.model_config)
         sets = {
-            name: augment.augmented(context.sets[name], copies, base.rng(context.seed, f"vkd/augment/{name}"))
+            name: augment.augmented(context.sets[name], copies, rng(context.seed, f"vkd/augment/{name}"))
             for name, copies in (("forget", self.augment_forget), ("retain", self.augment_retain))
         }
         context = dataclasses.replace(context, sets=sets)
         forget, retain = context.sets["forget"], context.sets["retain"]
-        vanilla_retain = base.teacher_taps(context.graphdef, context.params, retain.pictures, self.taps)
+        vanilla_retain = feature_targets.record_taps(context.graphdef, context.params, retain.pictures, self.taps)
         teacher_retain = vanilla_retain
         if self.teacher == "base":
-            teacher_retain = base.teacher_taps(context.graphdef, _base_params(context), retain.pictures, self.taps)
+            teacher_retain = feature_targets.record_taps(
+                context.graphdef, _base_params(context), retain.pictures, self.taps
+            )
         scales = {
             tap: np.mean(np.square(tokens.values, dtype=np.float32), where=tokens.valid[..., None], dtype=np.float32)
             for tap, tokens in teacher_retain.items()
@@ -186,14 +189,15 @@ class VKD(Scope):
         if self.target in ("base", "repel"):
             params = _base_params(context) if self.target == "base" else context.params
             return {
-                tap: own.values for tap, own in base.teacher_taps(context.graphdef, params, pictures, self.taps).items()
+                tap: own.values
+                for tap, own in feature_targets.record_taps(context.graphdef, params, pictures, self.taps).items()
             }
-        places = base.tap_places(context, pictures, self.taps)
+        places = feature_targets.tap_coords(context, pictures, self.taps)
         forget_count, retain_count = len(next(iter(places.values()))), len(next(iter(retain.values())).where)
         if self.target == "anchor":
-            return {tap: base.mean_at(retain[tap], places[tap]) for tap in self.taps}
-        chosen = base.rng(context.seed, "vkd/swap").integers(retain_count, size=forget_count)
-        return {tap: base.moved(retain[tap], chosen, places[tap]) for tap in self.taps}
+            return {tap: feature_targets.mean_features(retain[tap], places[tap]) for tap in self.taps}
+        chosen = rng(context.seed, "vkd/swap").integers(retain_count, size=forget_count)
+        return {tap: feature_targets.resample_features(retain[tap], chosen, places[tap]) for tap in self.taps}
 
     def _mask(self, context: base.Context) -> Params:
         """The saliency mask over the trainable weights."""

@@ -9,7 +9,7 @@ A model module offers
 - `Model(config, *, rngs, param_dtype)`: `encode(pictures)` gives `base.VisualTokens` and the taps, by name;
   `model(tokens, mask, features=, at=, cache=)` gives logits. Parameters are `vision_tower/patch_embedding`,
   `vision_tower/blocks/<i>/...`, `vision_tower/post_norm/...` (feeds nothing), `projector/...`, `language_model/...`;
-- its side of the conversion, `hf_table(config)`, `HF_ALIASES`, `HF_SKIP`, `HF_ARCHITECTURE` (`checkpoints.convert`);
+- its side of the conversion, `hf_table(config)`, `HF_ALIASES`, `HF_SKIP`, `HF_ARCHITECTURE` (`checkpoints.hf`);
 - `SHARDING`, a rule for every parameter, and `PRESETS`, {size: (id on the hub, fields of config.json)}.
 """
 

@@ -92,7 +92,7 @@ def attach(
 
 
 def adapters(params: Mapping[str, Any]) -> dict[str, Lora]:
-    """The kernels that have an adapter: what `convert.export` needs beside the trained A and B; {} without any."""
+    """The kernels that have an adapter: what `export.export` needs beside the trained A and B; {} without any."""
     return {path: x for path, x in params.items() if isinstance(x, Lora)}
 
 

@@ -19,7 +19,7 @@ import jax
 from vkd_jax.planner import hlo
 from vkd_jax.planner.blueprint import Blueprint
 from vkd_jax.runtime import files, storage
-from vkd_jax.training import train
+from vkd_jax.training import loop
 from vkd_jax.types import UserError
 
 
@@ -76,7 +76,7 @@ def _compile(lowered: jax.stages.Lowered) -> dict[str, Any]:
         "page": page,
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        "total": train.step_bytes(compiled),
+        "total": loop.step_bytes(compiled),
         "seconds": time.perf_counter() - started,
     }
 

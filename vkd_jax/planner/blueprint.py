@@ -1,6 +1,6 @@
 """A training step whose arrays are shapes that know where they would lie: what can be compiled without a chip.
 
-It follows what a run does, from the config to `train.fit`: weights as `Loaded.open` holds them, batches as
+It follows what a run does, from the config to `loop.fit`: weights as `Loaded.open` holds them, batches as
 `data.processing` makes them, and what a method caches as the method itself says (`Scope.cached`: of the taps of an
 abstract forward pass, since `prepare` computes with arrays that are not there). Nothing is read but config.json.
 """
@@ -19,13 +19,14 @@ import numpy as np
 from jax import ShapeDtypeStruct as Shape
 
 from vkd_jax import methods, models
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import hf
 from vkd_jax.data.processing import Batch
 from vkd_jax.methods.scope import Scope, frozen_blocks
 from vkd_jax.models import base, lora, quantize
 from vkd_jax.runtime import hub
 from vkd_jax.runtime.mesh import batch_sharding, param_shardings, replicated
-from vkd_jax.training import optim, train
+from vkd_jax.training import loop, optimizer
+from vkd_jax.training.step import TrainState, abstract_state, make_step
 from vkd_jax.types import Params, UserError
 
 
@@ -44,8 +45,8 @@ class Blueprint:
     method: Scope
     model_config: Any
     mesh: jax.sharding.Mesh
-    step: Any  # of `train.make_step`
-    state: train.TrainState
+    step: Any  # of `make_step`
+    state: TrainState
     frozen: Params
     original: Params  # what trains, as it was loaded
     mask: Params | None
@@ -66,7 +67,7 @@ class Blueprint:
         return self.state, self.frozen, self.mask, self.batches, self.start, rate, key
 
     def lower(self) -> jax.stages.Lowered:
-        """The step as `train.fit` jits it, traced and lowered."""
+        """The step as `loop.fit` jits it, traced and lowered."""
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         return jax.jit(self.step, donate_argnums=0, out_shardings=(shardings, None)).lower(*self.inputs)
 
@@ -103,14 +104,14 @@ def draw(
     trainable = {path: Shape(x.shape, jnp.float32, sharding=x.sharding) for path, x in params.items() if path in paths}
     frozen = {path: x for path, x in params.items() if path not in paths}
     batches = {name: batch(name, config, mesh, lengths, method, graphdef, params, model_config) for name in losses}
-    tx, teachers = optim.create(config.train), method.teachers()
+    tx, teachers = optimizer.create(config.train), method.teachers()
     masked = method.mask_scope != "none"
     return Blueprint(
         method=method,
         model_config=model_config,
         mesh=mesh,
-        step=train.make_step(graphdef, losses, tx, method.mask_scope, teachers, config.train.microbatches),
-        state=train.abstract_state(tx, trainable, mesh),
+        step=make_step(graphdef, losses, tx, method.mask_scope, teachers, config.train.microbatches),
+        state=abstract_state(tx, trainable, mesh),
         frozen=frozen,
         original={path: params[path] for path in trainable},
         mask=_mask(method, trainable, model_config, mesh) if masked else None,
@@ -137,7 +138,7 @@ def read_model(name: str) -> tuple[types.ModuleType, Any]:
     if not name:
         raise UserError("config.model.path and config.model.base are empty: pass the model to plan for.")
     if Path(name).is_dir():
-        return convert.read_config(Path(name))
+        return hf.read_config(Path(name))
     for family in models.MODELS:
         for published, fields in models.module_for(family).PRESETS.values():
             if name == published:
@@ -145,7 +146,7 @@ def read_model(name: str) -> tuple[types.ModuleType, Any]:
     if hub.is_id(name):
         known = [row[0] for family in models.MODELS for row in models.module_for(family).PRESETS.values()]
         raise UserError(f"the planner knows no sizes of {name}; pass a model folder, or one of {', '.join(known)}.")
-    return convert.read_config(hub.fetch_model(name))
+    return hf.read_config(hub.fetch_model(name))
 
 
 def weights(
@@ -199,7 +200,7 @@ def batch(
     model_config: Any,
 ) -> Batch:
     """The shapes of a stream's batch, each question with a picture, and of what the method caches for it."""
-    rows, place = train.batch_size(config.train, stream, mesh), batch_sharding(mesh)
+    rows, place = loop.batch_size(config.train, stream, mesh), batch_sharding(mesh)
     side = picture_side(config, model_config)
     packed = model_config.pack([[np.broadcast_to(np.float32(0), (side, side, 3))]])
     pictures = {name: Shape((rows, *x.shape[1:]), x.dtype, sharding=place) for name, x in packed.items()}

@@ -20,7 +20,8 @@ from absl import logging
 
 from vkd_jax import attacks, benchmarks, methods
 from vkd_jax.attacks.base import Subject
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import export, hf
+from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.config.defaults import STAGES
 from vkd_jax.evaluation import evaluate, metrics
 from vkd_jax.evaluation.loaded import Loaded, check_trainable, create, kind
@@ -31,7 +32,7 @@ from vkd_jax.reporting import report
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import hub, multihost, storage
 from vkd_jax.runtime.mesh import make_mesh
-from vkd_jax.training import train
+from vkd_jax.training import loop
 from vkd_jax.types import Example, Params, UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -140,13 +141,13 @@ def checked(
     if STAGES[config.stage] and not (config.model.base or config.model.create.to_dict()):
         raise UserError("config.model.base is empty: pass the model to fine-tune, a folder or a hub id.")
     if config.stage in UNLEARNS:
-        train.check(config.train, method.losses(), mesh, "train")
+        loop.check(config.train, method.losses(), mesh, "train")
         if method.asks_base and not (config.model.base or config.model.create.to_dict()):
             raise UserError(
                 "the method needs the model before it was fine-tuned: pass its folder as --config.model.base=DIR."
             )
     if STAGES[config.stage]:
-        train.check(config.finetune.train, tuning.losses(), mesh, "finetune.train")
+        loop.check(config.finetune.train, tuning.losses(), mesh, "finetune.train")
     if config.model.unlearned and config.stage != "audit":
         raise UserError("config.model.unlearned is a model to be judged: pass --config.stage=audit with it.")
     chosen = attacks.chosen(config) if config.stage in (*UNLEARNS, "audit") else {}
@@ -266,7 +267,7 @@ def unlearn(job: Job, made: dict[str, Path]) -> None:
                 before = _text_scores(job, model)
             del model
             with workdir.stage("manifest"):
-                manifest = multihost.run_on_process_0(lambda: convert.manifest(source, target))
+                manifest = multihost.run_on_process_0(lambda: compare_tensors(source, target))
                 workdir.write("manifest.json", manifest)
             unlearned = _opened(job, target)  # what is judged is what was written
             answers["unlearned"] = judged(job, "unlearned", unlearned)
@@ -317,7 +318,7 @@ def _unlearned(job: Job, model: Loaded, source: Path) -> Path:
 def _exported(job: Job, name: str, model: Loaded, trained: Params, source: Path, without: Sequence[str]) -> Path:
     """The folder of a new model: `source` with what was trained."""
     merged, notes = trained | lora.adapters(model.params), _provenance(job, name, without)
-    return job.workdir.model(name, lambda folder: convert.export(merged, source, folder, model.config, notes=notes))
+    return job.workdir.model(name, lambda folder: export.export(merged, source, folder, model.config, notes=notes))
 
 
 def judged(job: Job, name: str, model: Loaded) -> list[dict]:
@@ -423,7 +424,7 @@ def _fit(
     section: ml_collections.ConfigDict,
     folder: Path,
 ) -> Params:
-    return train.fit(
+    return loop.fit(
         graphdef=model.graphdef,
         params=model.params,
         model_config=model.config,
@@ -456,8 +457,8 @@ def _meta(job: Job) -> dict[str, Any]:
 
 def _evidence(job: Job, unlearned: Loaded, before: Any, manifest: dict[str, Any], source: Path) -> dict[str, Any]:
     """What changed in the model, and what did not; `before` are the `_text_scores` of the vanilla one."""
-    family, _ = convert.read_config(source)
-    changed = [convert.find_slot(family, unlearned.config, name).path for name in manifest["changed"]]
+    family, _ = hf.read_config(source)
+    changed = [hf.find_slot(family, unlearned.config, name).path for name in manifest["changed"]]
     found: dict[str, Any] = {
         "text_logits_identical": jax.tree.all(jax.tree.map(np.array_equal, before, _text_scores(job, unlearned))),
         "manifest": {

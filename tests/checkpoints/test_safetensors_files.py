@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from vkd_jax.checkpoints import weights
+from vkd_jax.checkpoints import safetensors_files
 from vkd_jax.types import UserError
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -31,25 +31,25 @@ def sharded(tmp_path):
     folder = tmp_path / "sharded"
     save(folder, {"a": np.zeros(2, np.float32)}, FIRST)
     save(folder, {"b": np.ones(3, np.float32)}, SECOND)
-    (folder / weights.INDEX).write_text(json.dumps({"weight_map": {"a": FIRST, "b": SECOND}}))
+    (folder / safetensors_files.INDEX).write_text(json.dumps({"weight_map": {"a": FIRST, "b": SECOND}}))
     return folder
 
 
 @pytest.fixture
 def reads(monkeypatch):
     """How many bytes were read, one number for each time."""
-    reads, fill = [], weights.Tensor._fill
+    reads, fill = [], safetensors_files.Tensor._fill
 
     def count(self, rows, stream):
         reads.append(rows.nbytes)
         fill(self, rows, stream)
 
-    monkeypatch.setattr(weights.Tensor, "_fill", count)
+    monkeypatch.setattr(safetensors_files.Tensor, "_fill", count)
     return reads
 
 
 def tensor(tmp_path, content):
-    return weights.read_header(save(tmp_path, {"x": content}) / weights.WEIGHTS)["x"]
+    return safetensors_files.read_header(save(tmp_path, {"x": content}) / safetensors_files.WEIGHTS)["x"]
 
 
 def cut(*ends):
@@ -63,7 +63,7 @@ def test_a_header_by_hand(tmp_path):
     file = tmp_path / "x.safetensors"
     header = b'{"x":{"dtype":"BF16","shape":[2,1],"data_offsets":[0,4]},"__metadata__":{"format":"pt"}}'
     file.write_bytes(len(header).to_bytes(8, "little") + header + b"\x80\x3f\x00\xc0")
-    (x,) = weights.read_header(file).values()
+    (x,) = safetensors_files.read_header(file).values()
     assert (x.file, x.dtype, x.shape) == (file, np.dtype(ml_dtypes.bfloat16), (2, 1))
     assert (x.start, x.stop) == (8 + len(header), 12 + len(header))
     found = np.empty((2, 1), np.float32)
@@ -75,8 +75,8 @@ def test_a_header_by_hand(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("chunk, rows", [(1, 1), (1, 3), (100, 1), (1 << 20, 1)])
 def test_parts_land_where_they_belong(tmp_path, monkeypatch, reads, chunk, rows, dtype):
-    monkeypatch.setattr(weights, "CHUNK", chunk)
-    monkeypatch.setattr(weights, "ROWS", rows)
+    monkeypatch.setattr(safetensors_files, "CHUNK", chunk)
+    monkeypatch.setattr(safetensors_files, "ROWS", rows)
     content = np.arange(7 * 5 * 4, dtype=np.float32).reshape(7, 5, 4)
     x = tensor(tmp_path, content)
     plain, turned, passed = np.full((7, 5, 4), -1, dtype), np.full((4, 2, 3), -1, dtype), []
@@ -90,8 +90,8 @@ def test_parts_land_where_they_belong(tmp_path, monkeypatch, reads, chunk, rows,
 
 
 def test_rows_that_nobody_wants_are_not_read(tmp_path, monkeypatch, reads):
-    monkeypatch.setattr(weights, "CHUNK", 1)
-    monkeypatch.setattr(weights, "ROWS", 2)
+    monkeypatch.setattr(safetensors_files, "CHUNK", 1)
+    monkeypatch.setattr(safetensors_files, "ROWS", 2)
     content = np.arange(24, dtype=np.int32).reshape(8, 3)
     x = tensor(tmp_path, content)
     a, b, passed = np.empty((1, 3), np.int32), np.empty((2, 1), np.int32), []
@@ -120,7 +120,7 @@ def test_a_file_that_shrinks_meanwhile(tmp_path):
 
 
 def test_shards_are_one_checkpoint(sharded):
-    checkpoint = weights.Checkpoint(sharded)
+    checkpoint = safetensors_files.Checkpoint(sharded)
     assert [file.name for file in checkpoint.files] == [FIRST, SECOND]
     assert {name: x.file.name for name, x in checkpoint.tensors.items()} == {"a": FIRST, "b": SECOND}
 
@@ -128,20 +128,22 @@ def test_shards_are_one_checkpoint(sharded):
 # Writing.
 
 
-@pytest.mark.parametrize("dtype", weights.DTYPES.values(), ids=list(weights.DTYPES))
+@pytest.mark.parametrize("dtype", safetensors_files.DTYPES.values(), ids=list(safetensors_files.DTYPES))
 def test_what_is_written_reads_back(tmp_path, dtype):
     tensors = {"b": np.arange(6).reshape(2, 3).T.astype(dtype), "a": np.array(1, dtype)}
     asked = []
-    weights.write(tmp_path / weights.WEIGHTS, tensors, lambda name: (asked.append(name), tensors[name])[1])
+    safetensors_files.write(
+        tmp_path / safetensors_files.WEIGHTS, tensors, lambda name: (asked.append(name), tensors[name])[1]
+    )
     assert asked == ["a", "b"]
-    with safetensors.safe_open(tmp_path / weights.WEIGHTS, "np") as file:
+    with safetensors.safe_open(tmp_path / safetensors_files.WEIGHTS, "np") as file:
         assert file.metadata() == {"format": "pt"}
         for name, want in tensors.items():
             got = file.get_tensor(name)
             assert got.dtype == want.dtype
             np.testing.assert_array_equal(got, want)
     back = np.empty((3, 2), dtype)
-    weights.read_header(tmp_path / weights.WEIGHTS)["b"].copy([(cut((0, 3), (0, 2)), back)])
+    safetensors_files.read_header(tmp_path / safetensors_files.WEIGHTS)["b"].copy([(cut((0, 3), (0, 2)), back)])
     np.testing.assert_array_equal(back, tensors["b"])
 
 
@@ -158,19 +160,19 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(weights, "time", clock)
+    monkeypatch.setattr(safetensors_files, "time", clock)
     return clock
 
 
 @pytest.fixture
 def lines(monkeypatch):
     lines = []
-    monkeypatch.setattr(weights.logging, "info", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(safetensors_files.logging, "info", lambda text, *values: lines.append(text % values))
     return lines
 
 
 def test_a_long_load_tells_how_far_it_is(clock, lines):
-    meter = weights.Meter("some/folder", 4_300_000_000)
+    meter = safetensors_files.Meter("some/folder", 4_300_000_000)
     for _ in range(43):  # 13 seconds
         clock.now += 0.3
         meter(100_000_000)
@@ -182,7 +184,7 @@ def test_a_long_load_tells_how_far_it_is(clock, lines):
 
 
 def test_a_short_load_tells_nothing(clock, lines):
-    meter = weights.Meter("some/folder", 1000)
+    meter = safetensors_files.Meter("some/folder", 1000)
     for _ in range(10):
         clock.now += 0.49
         meter(100)
@@ -190,7 +192,7 @@ def test_a_short_load_tells_nothing(clock, lines):
 
 
 def test_a_load_of_one_long_piece_tells_once(clock, lines):
-    meter = weights.Meter("some/folder", 2_000_000_000)
+    meter = safetensors_files.Meter("some/folder", 2_000_000_000)
     clock.now += 60
     meter(2_000_000_000)
     assert lines == ["read 2.0 of 2.0 GB of some/folder (100 %)"]
@@ -201,7 +203,7 @@ def test_a_load_of_one_long_piece_tells_once(clock, lines):
 
 def fails(folder, *messages):
     with pytest.raises(UserError) as error:
-        weights.Checkpoint(folder)
+        safetensors_files.Checkpoint(folder)
     text = str(error.value)
     assert text.endswith(".") and "\n" not in text
     for message in messages:
@@ -217,7 +219,7 @@ def test_no_folder_and_no_weights(folder, tmp_path):
 
 
 def test_bad_index(sharded):
-    index = sharded / weights.INDEX
+    index = sharded / safetensors_files.INDEX
     good = json.loads(index.read_text())
     index.write_text(json.dumps({"weight_map": good["weight_map"] | {"no.such.tensor": FIRST}}))
     fails(sharded, f"places tensors in {FIRST}", "no.such.tensor")

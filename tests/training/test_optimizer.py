@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from vkd_jax.training import optim
+from vkd_jax.training import optimizer
 from vkd_jax.types import UserError
 
 
@@ -32,7 +32,7 @@ def run(tx, params, grads, steps, **extra):
 
 def test_masked_weights_keep_their_bits_under_weight_decay_and_momentum():
     grads = {path: jnp.ones_like(value) for path, value in PARAMS.items()}
-    after = run(optim.create(config()), PARAMS, grads, 5, mask=MASK)
+    after = run(optimizer.create(config()), PARAMS, grads, 5, mask=MASK)
     for path, mask in MASK.items():
         moved = np.asarray(after[path] != PARAMS[path])
         np.testing.assert_array_equal(moved, mask)
@@ -41,7 +41,7 @@ def test_masked_weights_keep_their_bits_under_weight_decay_and_momentum():
 def test_without_a_mask_zero_gradients_still_decay():
     """Why the mask stands last: masking the gradients alone would leave this."""
     zeros = {path: jnp.zeros_like(value) for path, value in PARAMS.items()}
-    after = run(optim.create(config()), PARAMS, zeros, 1)
+    after = run(optimizer.create(config()), PARAMS, zeros, 1)
     np.testing.assert_allclose(after["a/kernel"], PARAMS["a/kernel"] * (1 - 0.1 * 0.5), rtol=1e-6)
     np.testing.assert_array_equal(after["a/bias"], PARAMS["a/bias"])  # biases and norms do not decay
 
@@ -49,13 +49,13 @@ def test_without_a_mask_zero_gradients_still_decay():
 def test_only_matrices_decay():
     """As in PyTorch recipes that group by ndim; the stacked norms of the language model are two-dimensional too."""
     shapes = {"blocks/norm/scale": (3, 4), "class_embedding": (4,), "embed/embedding": (5, 4), "fc/kernel": (4, 4)}
-    decayed = optim.decayed({path: jnp.zeros(shape) for path, shape in shapes.items()})
+    decayed = optimizer.decayed({path: jnp.zeros(shape) for path, shape in shapes.items()})
     assert [path for path, decays in decayed.items() if decays] == ["embed/embedding", "fc/kernel"]
 
 
 def test_the_mask_stops_what_is_not_finite():
     nan = {"x": jnp.array([jnp.nan, 1.0])}
-    np.testing.assert_array_equal(optim.apply_mask(nan, {"x": jnp.array([False, True])})["x"], [0.0, 1.0])
+    np.testing.assert_array_equal(optimizer.apply_mask(nan, {"x": jnp.array([False, True])})["x"], [0.0, 1.0])
 
 
 def test_clipping_is_over_all_trainable_gradients_together():
@@ -68,9 +68,9 @@ def test_clipping_is_over_all_trainable_gradients_together():
 @pytest.mark.parametrize(("schedule", "rest"), [("cosine", [0.1, 0.075, 0.025]), ("constant", [0.1, 0.1, 0.1])])
 def test_the_rate_of_each_step_by_hand(schedule, rest):
     """Two steps of warmup, then a quarter of the cosine a third of the way: (1 + cos(pi / 3)) / 2 = .75."""
-    rates = optim.rates(config(schedule=schedule, warmup_steps=2), 5)
+    rates = optimizer.rates(config(schedule=schedule, warmup_steps=2), 5)
     np.testing.assert_allclose(rates, [0.0, 0.05, *rest], rtol=1e-5)
-    assert rates.dtype == np.float32 and optim.rates(config(), 1).shape == (1,)
+    assert rates.dtype == np.float32 and optimizer.rates(config(), 1).shape == (1,)
 
 
 @pytest.mark.parametrize(
@@ -86,13 +86,13 @@ def test_the_rate_of_each_step_by_hand(schedule, rest):
     ],
 )
 def test_what_no_optimizer_can_do_is_refused(name, value, sentence):
-    optim.check(config(), "some.train")
+    optimizer.check(config(), "some.train")
     with pytest.raises(UserError, match=re.escape(sentence)):
-        optim.check(config(**{name: value}), "some.train")
+        optimizer.check(config(**{name: value}), "some.train")
 
 
 def test_an_update_is_as_long_as_its_rate():
-    tx = optim.create(config(weight_decay=0.0, clip_norm=9.0))
+    tx = optimizer.create(config(weight_decay=0.0, clip_norm=9.0))
     grads = {"w/bias": jnp.ones(1)}
     state = tx.init(grads)
     first, _ = tx.update(grads, state, grads, rate=0.5)

@@ -1,10 +1,8 @@
-"""The jitted step and the loop around it, for every method and every stage that trains."""
+"""The training loop, for every method and every stage that trains."""
 
 import dataclasses
 import functools
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,124 +15,24 @@ import numpy as np
 import optax
 from absl import logging
 
-from vkd_jax.checkpoints.checkpoint import Checkpoints
+from vkd_jax.checkpoints.orbax_checkpoints import Checkpoints, NoCheckpoints
 from vkd_jax.data.pictures import HELD_BYTES
-from vkd_jax.data.processing import Batch, EncodedSet
+from vkd_jax.data.processing import EncodedSet
 from vkd_jax.data.streams import Stream
-from vkd_jax.methods import base
-from vkd_jax.methods.base import LossFn, Method, Prepared, TeacherFn
+from vkd_jax.methods import feature_targets
+from vkd_jax.methods.base import Method, Prepared, TeacherFn
 from vkd_jax.methods.scope import frozen_blocks
 from vkd_jax.models.base import bind
 from vkd_jax.runtime import multihost
-from vkd_jax.runtime.mesh import replicated, shard_rows
-from vkd_jax.training import optim
+from vkd_jax.runtime.mesh import shard_rows
+from vkd_jax.training import optimizer
+from vkd_jax.training.preemption import Sigterm, Stopped
+from vkd_jax.training.step import init_state, make_step
 from vkd_jax.types import Params, UserError
-
-
-class Stopped(Exception):
-    """SIGTERM arrived, here or at another host.
-
-    The state of `step` is on disk if it is `saved`, and the same command goes on from there.
-    """
-
-    def __init__(self, step: int, saved: bool):
-        where = "which is saved" if saved else "where nothing is saved"
-        super().__init__(f"stopped at step {step}, {where}; run the same command again to go on")
 
 
 class Diverged(Exception):
     """A term of the loss is NaN or infinite."""
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """What training changes: all of it is donated to each step, and all of it is checkpointed."""
-
-    params: Params  # the trainable weights alone
-    opt_state: optax.OptState
-    step: jax.Array  # scalar int32
-
-
-def make_step(
-    graphdef: Any,
-    losses: Mapping[str, LossFn],
-    tx: optax.GradientTransformationExtraArgs,
-    mask_scope: str,
-    teacher: Mapping[str, TeacherFn] = {},  # noqa: B006 (never written to)
-    microbatches: int = 1,
-):
-    """One update: (state, frozen, mask, batches, start, rate, key) -> (state, metrics).
-
-    Each stream's gradient is taken apart, so that a mask can cover the forget stream alone; they add up before the
-    optimizer. Frozen weights are an argument that is neither differentiated nor donated, as is `start`: the trainable
-    weights before the first step, for the teacher of the streams that have one. `rate` is the learning rate. Dropout,
-    where the model has any, is a function of the key, the step, the stream and the microbatch.
-
-    A batch is computed in `microbatches` parts of equally many rows, one after another, so that the activations of one
-    part alone are held: the loss is the mean over rows, so the mean of the parts' gradients is that of the batch.
-    """
-
-    def gradient(params: Params, name: str, batch: Batch, frozen: Params, start: Params | None, key: jax.Array | None):
-        if name in teacher:
-            said = teacher[name](bind(graphdef, {**frozen, **start}), batch)
-            batch = dataclasses.replace(batch, cached={**batch.cached, **said})
-
-        def loss(params):
-            return losses[name](bind(graphdef, {**frozen, **params}, key), batch)
-
-        (value, more), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return grads, {f"{name}_loss": value, **more}
-
-    def step(
-        state: TrainState,
-        frozen: Params,
-        mask: Params | None,
-        batches: Mapping[str, Batch],
-        start: Params | None = None,
-        rate: jax.Array | float = 1.0,
-        key: jax.Array | None = None,
-    ):
-        total, metrics = None, {}
-        for number, name in enumerate(losses):
-            own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, state.step), number)
-            part = functools.partial(gradient, state.params, name, frozen=frozen, start=start)
-            # One stream after the other: else a compiler may begin the second while it holds the first's activations.
-            batch, total = jax.lax.optimization_barrier((batches[name], total))
-            if microbatches == 1:
-                grads, more = part(batch, key=own)
-            else:
-                grads, more = _mean_of_parts(part, batch, own, microbatches)
-            metrics |= more
-            if mask is not None and name == "forget" and mask_scope == "forget":
-                grads = optim.apply_mask(grads, mask)
-            total = grads if total is None else jax.tree.map(jnp.add, total, grads)
-        metrics["loss"] = sum(metrics[f"{name}_loss"] for name in losses)
-        metrics["grad_norm"] = optax.tree.norm(total)
-        updates, opt_state = tx.update(
-            total, state.opt_state, state.params, rate=rate, mask=mask if mask_scope == "both" else None
-        )
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
-
-    return step
-
-
-def _mean_of_parts(part: Callable, batch: Batch, key: jax.Array | None, count: int) -> Any:
-    """The mean of `part(rows, key=...)` over `count` parts of a batch, one after another."""
-
-    def cut(x: jax.Array) -> jax.Array:
-        # Each part takes rows of every device: the first axis stays on the devices that it lies on.
-        return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-
-    def add(total: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-        number, rows = numbered
-        found = part(rows, key=None if key is None else jax.random.fold_in(key, number))
-        return jax.tree.map(lambda a, b: a + b / count, total, found), None
-
-    parts = jax.tree.map(cut, batch)
-    shapes = jax.eval_shape(lambda rows: part(rows, key=key), jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(add, zeros, (jnp.arange(count), parts))[0]
 
 
 @functools.lru_cache(maxsize=4)
@@ -150,7 +48,7 @@ def _program(
     JAX traces and compiles a function once for arguments of one kind, and knows it by its identity. So the second of
     two fits that are alike, such as two attacks on one architecture, begins at once.
     """
-    tx = optim.create(config)
+    tx = optimizer.create(config)
     losses = {name: loss for name, loss in method.losses().items() if name in streams}
     return tx, make_step(graphdef, losses, tx, method.mask_scope, dict(teacher), config.microbatches)
 
@@ -177,7 +75,7 @@ def fit(
         model_config: of the family.
         method: what trains and by which losses; `prepared`, what it computed beforehand. A stream without a set is
             left out.
-        config: steps or epochs, batch_size per stream, log_every, checkpoint_every, and what `optim.create` reads.
+        config: steps or epochs, batch_size per stream, log_every, checkpoint_every, and what `optimizer.create` reads.
         seed: of the data order and of dropout.
         mesh: the devices.
         folder: for checkpoints and metrics; None keeps none, for a short training that may as well begin again.
@@ -198,23 +96,22 @@ def fit(
     sizes = {name: batch_size(config, name, mesh) for name in names}
     steps = count_steps(config, {name: len(rows) for name, rows in sets.items()})
     streams = {name: Stream(sets[name], sizes[name], seed=seed, name=name) for name in names}
-    rates, key = optim.rates(config, steps), jax.random.key(seed)
+    rates, key = optimizer.rates(config, steps), jax.random.key(seed)
     options = {name: config[name] for name in ("clip_norm", "b2", "weight_decay", "microbatches")}
     options = ml_collections.FrozenConfigDict(options)
     tx, step_fn = _program(graphdef, method, names, tuple(prepared.teacher.items()), options)
-    state = _init(tx, trainable, mesh)
+    state = init_state(tx, trainable, mesh)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(state_shardings, None))
     start = {path: params[path] for path in paths} if prepared.teacher else None
     put = functools.partial(shard_rows, mesh)
 
-    checkpoints = progress = _Nothing()
+    checkpoints, progress = NoCheckpoints(), NoProgress()
     if folder is not None:
         checkpoints = Checkpoints(folder / "checkpoints", seed=seed, every=config.checkpoint_every)
         if multihost.is_process_0():
-            from vkd_jax.training.progress import (
-                Progress,  # TensorFlow takes seconds, and a short training keeps no metrics
-            )
+            # Imported here because TensorFlow takes seconds to load, and a short training writes no metrics.
+            from vkd_jax.training.metric_writer import Progress
 
             progress = Progress(folder, steps=steps, log_seconds=config.log_seconds)
     try:
@@ -228,7 +125,7 @@ def fit(
         waiting, pending = 0.0, None
         started = time.perf_counter()
         iterators = {name: stream.batches(first, steps, put) for name, stream in streams.items()}
-        with _Sigterm() as stop:
+        with Sigterm() as stop:
             for step in range(first + 1, steps + 1):
                 before = time.perf_counter()
                 batches = {name: next(iterator) for name, iterator in iterators.items()}
@@ -277,7 +174,7 @@ def cached_prefix(graphdef: Any, params: Params, encoded: EncodedSet, blocks: in
     one = jax.eval_shape(lambda params, rows: bind(graphdef, params).encode(rows)[1][name].values, params, picture)
     if one.size * one.dtype.itemsize * len(encoded.pictures) > HELD_BYTES:
         return encoded
-    taps = base.teacher_taps(graphdef, params, encoded.pictures, [name])
+    taps = feature_targets.record_taps(graphdef, params, encoded.pictures, [name])
     return dataclasses.replace(encoded, per_image={**encoded.per_image, name: taps[name].values})
 
 
@@ -288,36 +185,20 @@ def step_bytes(step: jax.stages.Compiled) -> int:
     return held + memory.temp_size_in_bytes
 
 
-class _Nothing:
-    """Stands where checkpoints and progress would, and keeps nothing."""
+class NoProgress:
+    """Stands in for `metric_writer.Progress` where no metrics are written."""
 
-    latest = None
+    def overview(self, trainable: Params) -> None:
+        """Does nothing."""
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
+    def tick(self, step: int) -> None:
+        """Does nothing."""
 
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Does nothing."""
 
-def _init(tx: optax.GradientTransformation, trainable: Params, mesh: jax.sharding.Mesh) -> TrainState:
-    """A fresh state, born sharded: moments lie where their weights lie, counters everywhere."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(tx, trainable, mesh).opt_state)
-    return TrainState(
-        params=trainable,
-        opt_state=jax.jit(tx.init, out_shardings=shardings)(trainable),
-        step=jax.device_put(jnp.int32(0), replicated(mesh)),
-    )
-
-
-def abstract_state(tx: optax.GradientTransformation, trainable: Params, mesh: jax.sharding.Mesh) -> TrainState:
-    """The shapes of a fresh state, and where they lie; of the trainable weights no more than that is needed."""
-    everywhere = replicated(mesh)
-    opt_state = optax.tree.map_params(
-        tx,
-        lambda x, weight: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=weight.sharding),
-        jax.eval_shape(tx.init, trainable),
-        trainable,
-        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-    )
-    return TrainState(trainable, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere))
+    def close(self) -> None:
+        """Does nothing."""
 
 
 def check(config: ml_collections.ConfigDict, names: Iterable[str], mesh: jax.sharding.Mesh, where: str) -> None:
@@ -335,7 +216,7 @@ def check(config: ml_collections.ConfigDict, names: Iterable[str], mesh: jax.sha
     for name in names:
         batch_size(config, name, mesh, where)
     count_steps(config, {}, where)
-    optim.check(config, where)
+    optimizer.check(config, where)
 
 
 def batch_size(config: ml_collections.ConfigDict, name: str, mesh: jax.sharding.Mesh, where: str = "train") -> int:
@@ -387,31 +268,3 @@ def _check(step: int, metrics: Mapping[str, jax.Array], checkpoints: Checkpoints
             f"step {step}: {', '.join(bad)} is not finite; the last good checkpoint: {good}. "
             "Lower train.learning_rate or the forget weight, and use a new --workdir."
         )
-
-
-class _Sigterm:
-    """Hears SIGTERM while the block runs; outside the main thread there are no signals to hear.
-
-    Of several processes one may hear it alone, and all must stop at one step. So each says at each step whether it did,
-    and what all said is looked at a step later, when it has long arrived: nobody waits. (JAX's own preemption service
-    would take SIGTERM from the rest of the program, too, and answers only once, be it Orbax or us who asked.)
-    """
-
-    def __enter__(self) -> Callable[..., bool]:
-        self._event, self._asked = threading.Event(), None
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
-            self._previous = signal.signal(signal.SIGTERM, lambda *_: self._event.set())
-        return self._heard
-
-    def _heard(self, now: bool = False) -> bool:
-        """Whether to stop after this step; `now` waits for what the others say, at the end."""
-        if jax.process_count() == 1:
-            return self._event.is_set()
-        before, self._asked = self._asked, multihost.any_process(self._event.is_set())
-        asked = self._asked if now else before
-        return asked is not None and bool(asked)
-
-    def __exit__(self, *_) -> None:
-        if self._main:
-            signal.signal(signal.SIGTERM, self._previous)

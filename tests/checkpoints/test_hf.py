@@ -16,7 +16,8 @@ import safetensors.numpy
 import transformers
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vkd_jax.checkpoints import convert, weights
+from vkd_jax.checkpoints import export, hf, safetensors_files
+from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.models import base, llava
 from vkd_jax.types import UserError
 
@@ -48,7 +49,7 @@ def random_params(config, dtype=np.float32, seed=0):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    convert.create(folder, hf_config(), random_params(llava.LlavaConfig.from_hf(hf_config())))
+    export.create(folder, hf_config(), random_params(llava.LlavaConfig.from_hf(hf_config())))
     return folder
 
 
@@ -97,7 +98,7 @@ def equal(a, b):
 
 
 def test_values_by_hand(folder):
-    graphdef, params, config = convert.load(folder)
+    graphdef, params, config = hf.load(folder)
     tensors = read(folder)
     np.testing.assert_array_equal(params["projector/fc1/kernel"], tensors["multi_modal_projector.linear_1.weight"].T)
     patch = tensors["vision_tower.embeddings.patch_embedding.weight"]  # [d, colour, row, column]
@@ -111,13 +112,13 @@ def test_values_by_hand(folder):
 @pytest.mark.parametrize("rename", [to_hub, to_memory])
 def test_other_generations_of_names_load_and_are_kept(folder, copy, rename):
     write(copy, {rename(n): t for n, t in read(folder).items()})
-    _, want, _ = convert.load(folder)
-    _, params, config = convert.load(copy)
+    _, want, _ = hf.load(folder)
+    _, params, config = hf.load(copy)
     assert equal(params, want)
     target = copy.with_name("out")
-    convert.export({k: v + 1 for k, v in params.items()}, copy, target, config)
+    export.export({k: v + 1 for k, v in params.items()}, copy, target, config)
     assert read(target).keys() == read(copy).keys()
-    assert len(convert.manifest(copy, target)["changed"]) == len(read(copy))
+    assert len(compare_tensors(copy, target)["changed"]) == len(read(copy))
 
 
 def test_old_buffers_are_skipped(folder, copy):
@@ -126,22 +127,22 @@ def test_old_buffers_are_skipped(folder, copy):
         "model.language_model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32),
     }
     write(copy, read(folder) | extra)
-    assert equal(convert.load(copy)[1], convert.load(folder)[1])
+    assert equal(hf.load(copy)[1], hf.load(folder)[1])
 
 
 def test_tied_embeddings_have_no_head(tmp_path):
-    hf = hf_config(text=dict(tie_word_embeddings=True), tie_word_embeddings=True)
-    params = random_params(llava.LlavaConfig.from_hf(hf))
+    hf_settings = hf_config(text=dict(tie_word_embeddings=True), tie_word_embeddings=True)
+    params = random_params(llava.LlavaConfig.from_hf(hf_settings))
     assert "language_model/head/kernel" not in params
-    convert.create(tmp_path / "tied", hf, params)
-    assert equal(convert.load(tmp_path / "tied")[1], params)
+    export.create(tmp_path / "tied", hf_settings, params)
+    assert equal(hf.load(tmp_path / "tied")[1], params)
     # Older files repeat the table as the head: skipped when read, kept in step when written.
     tensors = read(tmp_path / "tied")
     table = tensors["language_model.model.embed_tokens.weight"]
     write(tmp_path / "tied", tensors | {"lm_head.weight": table})
-    _, params, config = convert.load(tmp_path / "tied")
+    _, params, config = hf.load(tmp_path / "tied")
     path = "language_model/embed/embedding"
-    convert.export({path: params[path] * 2}, tmp_path / "tied", tmp_path / "out", config)
+    export.export({path: params[path] * 2}, tmp_path / "tied", tmp_path / "out", config)
     out = read(tmp_path / "out")
     np.testing.assert_array_equal(out["lm_head.weight"], out["language_model.model.embed_tokens.weight"])
     assert (out["lm_head.weight"] == 2 * table).all()
@@ -149,17 +150,17 @@ def test_tied_embeddings_have_no_head(tmp_path):
 
 def test_every_tensor_of_llava_7b_once():
     torch = pytest.importorskip("torch")
-    hf = transformers.LlavaConfig()  # the defaults are the 7B's
+    hf_settings = transformers.LlavaConfig()  # the defaults are the 7B's
     with torch.device("meta"):
-        model = transformers.LlavaForConditionalGeneration(hf)
-    config = llava.LlavaConfig.from_hf(hf)
+        model = transformers.LlavaForConditionalGeneration(hf_settings)
+    config = llava.LlavaConfig.from_hf(hf_settings)
     _, shapes = base.abstract(lambda rngs: llava.Llava(config, rngs=rngs))
     assert sum(v.size for v in shapes.values()) == sum(p.numel() for p in model.parameters()) > 7e9
-    wanted = convert.tensor_names(llava, config, shapes)
+    wanted = hf.tensor_names(llava, config, shapes)
     seen = {}
     for name, tensor in model.state_dict().items():
-        slot = convert.find_slot(llava, config, name)
-        assert wanted[convert.canonical(llava, name)] == slot
+        slot = hf.find_slot(llava, config, name)
+        assert wanted[hf.canonical(llava, name)] == slot
         assert slot not in seen, (name, seen[slot])
         seen[slot] = name
         shape = shapes[slot.path].shape[0 if slot.layer is None else 1 :]
@@ -176,28 +177,28 @@ def test_what_trains_is_not_rounded(folder, tmp_path):
     def visual(paths, config):
         return [path for path in paths if not path.startswith("language_model/")]
 
-    _, exact, config = convert.load(folder)
-    _, params, _ = convert.load(folder, dtype="bfloat16", masters=visual)
+    _, exact, config = hf.load(folder)
+    _, params, _ = hf.load(folder, dtype="bfloat16", masters=visual)
     trained = set(visual(params, config))
     assert {params[path].dtype for path in trained} == {jnp.dtype(jnp.float32)}
     assert {params[path].dtype for path in params.keys() - trained} == {jnp.dtype(jnp.bfloat16)}
     assert all((params[path] == exact[path]).all() for path in trained)
-    convert.export({path: params[path] for path in trained}, folder, tmp_path / "out", config)
-    assert convert.manifest(folder, tmp_path / "out")["changed"] == []
+    export.export({path: params[path] for path in trained}, folder, tmp_path / "out", config)
+    assert compare_tensors(folder, tmp_path / "out")["changed"] == []
 
 
 def test_shards_load_as_one_file(folder, copy):
     shard(copy)
-    assert equal(convert.load(copy)[1], convert.load(folder)[1])
+    assert equal(hf.load(copy)[1], hf.load(folder)[1])
 
 
 def test_cast_while_loading(folder):
-    _, params, config = convert.load(folder, dtype=jnp.bfloat16)
-    _, want, _ = convert.load(folder)
+    _, params, config = hf.load(folder, dtype=jnp.bfloat16)
+    _, want, _ = hf.load(folder)
     assert equal(params, {k: v.astype(jnp.bfloat16) for k, v in want.items()})
     assert config.compute_dtype == "bfloat16"
-    assert convert.load(folder, dtype="bfloat16", compute_dtype="float32")[2].compute_dtype == "float32"
-    assert convert.load(folder, remat="full")[2].remat == "full"
+    assert hf.load(folder, dtype="bfloat16", compute_dtype="float32")[2].compute_dtype == "float32"
+    assert hf.load(folder, remat="full")[2].remat == "full"
 
 
 def test_sharded_load(folder):
@@ -212,8 +213,8 @@ def test_sharded_load(folder):
             spec[divisible[-1]] = "x"
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    _, params, _ = convert.load(folder, sharding=sharding)
-    _, want, _ = convert.load(folder)
+    _, params, _ = hf.load(folder, sharding=sharding)
+    _, want, _ = hf.load(folder)
     assert equal(params, want)
     assert asked == {k: v.shape for k, v in want.items()}
     assert all(v.sharding == sharding(k, v.shape) for k, v in params.items())
@@ -232,17 +233,19 @@ class Places:
 def test_each_device_gets_its_slice_and_copies_are_read_once(folder, monkeypatch):
     path = "language_model/blocks/mlp/gate/kernel"  # [layer, in, out]; the tensors are [out, in]
     config = llava.LlavaConfig.from_hf(hf_config())
-    _, want, _ = convert.load(folder)
-    parts = convert.match(llava, config, weights.Checkpoint(folder), want)[path]
-    read, fill = [], weights.Tensor._fill
-    monkeypatch.setattr(weights.Tensor, "_fill", lambda self, rows, f: (read.append(rows.nbytes), fill(self, rows, f)))
+    _, want, _ = hf.load(folder)
+    parts = hf.match(llava, config, safetensors_files.Checkpoint(folder), want)[path]
+    read, fill = [], safetensors_files.Tensor._fill
+    monkeypatch.setattr(
+        safetensors_files.Tensor, "_fill", lambda self, rows, f: (read.append(rows.nbytes), fill(self, rows, f))
+    )
     monkeypatch.setattr(
         jax, "make_array_from_callback", lambda shape, where, take: [take(index) for index in where.indices]
     )
 
     def place(*indices):
         read.clear()
-        return convert._read(parts, want[path].shape, None, Places(*indices), lambda count: None)
+        return hf._read(parts, want[path].shape, None, Places(*indices), lambda count: None)
 
     everything = slice(None)
     halves = [(everything, slice(0, 6), everything), (everything, slice(6, 12, None), everything)]
@@ -259,15 +262,15 @@ def test_each_device_gets_its_slice_and_copies_are_read_once(folder, monkeypatch
 
 
 def test_loaded_arrays_are_not_tied_to_the_files(folder, copy):
-    _, params, _ = convert.load(copy)
+    _, params, _ = hf.load(copy)
     (copy / "model.safetensors").write_bytes(b"")
-    assert equal(params, convert.load(folder)[1])
+    assert equal(params, hf.load(folder)[1])
 
 
 def test_a_donated_copy_leaves_the_others_alone(folder):
     path = "projector/fc1/kernel"
     devices = jax.make_mesh((len(jax.devices()),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    _, params, _ = convert.load(folder, sharding=lambda path, shape: NamedSharding(devices, PartitionSpec()))
+    _, params, _ = hf.load(folder, sharding=lambda path, shape: NamedSharding(devices, PartitionSpec()))
     want = np.array(params[path])
     more = jax.jit(lambda x: x + 1, donate_argnums=0)(params[path])
     for shard in more.addressable_shards:
@@ -275,7 +278,7 @@ def test_a_donated_copy_leaves_the_others_alone(folder):
 
 
 def test_each_parameter_is_transformed_and_let_go_before_the_next_is_read(folder):
-    _, want, _ = convert.load(folder)
+    _, want, _ = hf.load(folder)
     seen = {}
 
     def transform(path, param):
@@ -284,7 +287,7 @@ def test_each_parameter_is_transformed_and_let_go_before_the_next_is_read(folder
         seen[path] = weakref.ref(param)
         return (param * 2).astype(jnp.bfloat16) if path.startswith("language_model/") else {"small": param[..., :1]}
 
-    _, params, _ = convert.load(folder, dtype=jnp.float32, transform=transform)
+    _, params, _ = hf.load(folder, dtype=jnp.float32, transform=transform)
     assert list(seen) == list(want)
     for path, param in params.items():
         if path.startswith("language_model/"):
@@ -295,9 +298,9 @@ def test_each_parameter_is_transformed_and_let_go_before_the_next_is_read(folder
 
 def test_loading_tells_how_far_it_is(folder, monkeypatch):
     lines = []
-    monkeypatch.setattr(weights, "SECONDS", 0)
-    monkeypatch.setattr(weights.logging, "info", lambda text, *values: lines.append(text % values))
-    convert.load(folder)
+    monkeypatch.setattr(safetensors_files, "SECONDS", 0)
+    monkeypatch.setattr(safetensors_files.logging, "info", lambda text, *values: lines.append(text % values))
+    hf.load(folder)
     assert len(lines) > 10
     assert all(f"GB of {folder} (" in line for line in lines)
     assert [line for line in lines if line.endswith("(100 %)")] == lines[-1:]
@@ -310,45 +313,45 @@ def test_loading_tells_how_far_it_is(folder, monkeypatch):
 def test_load_then_export_is_byte_identical(tmp_path, dtype):
     config = llava.LlavaConfig.from_hf(hf_config())
     source = tmp_path / "source"
-    convert.create(source, hf_config(), random_params(config, dtype))
+    export.create(source, hf_config(), random_params(config, dtype))
     (source / "tokenizer.json").write_text("{}")
     (source / "pytorch_model.bin").write_bytes(b"the weights before unlearning")
     shard(source)
-    _, params, config = convert.load(source)
+    _, params, config = hf.load(source)
     assert {v.dtype for v in params.values()} == {jnp.dtype(dtype)}
-    convert.export(params, source, tmp_path / "out", config)
+    export.export(params, source, tmp_path / "out", config)
     files = {p.name for p in source.iterdir()} - {"pytorch_model.bin"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == files
     assert all((source / name).read_bytes() == (tmp_path / "out" / name).read_bytes() for name in files)
-    assert convert.manifest(source, tmp_path / "out")["changed"] == []
+    assert compare_tensors(source, tmp_path / "out")["changed"] == []
 
 
 def test_export_changes_exactly_what_was_trained(copy, tmp_path):
     shard(copy)
-    _, params, config = convert.load(copy)
+    _, params, config = hf.load(copy)
     trained = {"projector/fc2/bias": params["projector/fc2/bias"] + 1,
                "language_model/blocks/norm1/scale": params["language_model/blocks/norm1/scale"].at[1].add(1),
                "projector/fc1/bias": params["projector/fc1/bias"]}  # fmt: skip
-    convert.export(trained, copy, tmp_path / "out", config)
-    manifest = convert.manifest(copy, tmp_path / "out")
+    export.export(trained, copy, tmp_path / "out", config)
+    manifest = compare_tensors(copy, tmp_path / "out")
     changed = ["language_model.model.layers.1.input_layernorm.weight", "multi_modal_projector.linear_2.bias"]
     assert manifest["changed"] == changed
     assert {n for n, e in manifest["tensors"].items() if e["before"] != e["after"]} == set(changed)
-    assert equal(convert.load(tmp_path / "out")[1], params | trained)
-    convert.export({}, copy, tmp_path / "out", config)  # an earlier export is replaced
-    assert convert.manifest(copy, tmp_path / "out")["changed"] == []
+    assert equal(hf.load(tmp_path / "out")[1], params | trained)
+    export.export({}, copy, tmp_path / "out", config)  # an earlier export is replaced
+    assert compare_tensors(copy, tmp_path / "out")["changed"] == []
     assert {p.name for p in tmp_path.iterdir()} == {"copy", "out"}
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_loads_what_is_written(tmp_path, tied):
     pytest.importorskip("torch")
-    hf = hf_config(text=dict(tie_word_embeddings=tied), tie_word_embeddings=tied)
-    params = random_params(llava.LlavaConfig.from_hf(hf))
-    convert.create(tmp_path / "a", hf, params)
-    _, params, config = convert.load(tmp_path / "a")
+    hf_settings = hf_config(text=dict(tie_word_embeddings=tied), tie_word_embeddings=tied)
+    params = random_params(llava.LlavaConfig.from_hf(hf_settings))
+    export.create(tmp_path / "a", hf_settings, params)
+    _, params, config = hf.load(tmp_path / "a")
     trained = {"projector/fc1/bias": params["projector/fc1/bias"] + 1}
-    convert.export(trained, tmp_path / "a", tmp_path / "b", config)
+    export.export(trained, tmp_path / "a", tmp_path / "b", config)
     torch_class = transformers.LlavaForConditionalGeneration
     model, info = torch_class.from_pretrained(tmp_path / "b", output_loading_info=True)
     assert not any(info.values()), info
@@ -356,20 +359,20 @@ def test_transformers_loads_what_is_written(tmp_path, tied):
     np.testing.assert_array_equal(bias, trained["projector/fc1/bias"])
     model.save_pretrained(tmp_path / "c")  # what transformers writes is what we write
     assert read(tmp_path / "c").keys() == read(tmp_path / "a").keys()
-    assert convert.manifest(tmp_path / "b", tmp_path / "c")["changed"] == []
+    assert compare_tensors(tmp_path / "b", tmp_path / "c")["changed"] == []
 
 
 def test_a_new_model_joins_the_tokenizer_that_is_there(tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
     params = random_params(llava.LlavaConfig.from_hf(hf_config()))
-    convert.create(tmp_path / "m", hf_config(), params)
+    export.create(tmp_path / "m", hf_config(), params)
     written = {p.name for p in (tmp_path / "m").iterdir()}
     assert written == {"tokenizer.json", "config.json", "generation_config.json", "model.safetensors"}
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert (config["architectures"], config["dtype"]) == (["LlavaForConditionalGeneration"], "float32")
     with pytest.raises(UserError, match="already holds a model"):
-        convert.create(tmp_path / "m", hf_config(), params)
+        export.create(tmp_path / "m", hf_config(), params)
 
 
 # Bad folders.
@@ -379,7 +382,7 @@ LINEAR_ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 
 def fails(folder, *messages):
     with pytest.raises(UserError) as error:
-        convert.load(folder)
+        hf.load(folder)
     text = str(error.value)
     assert text.endswith(".") and "\n" not in text
     for message in messages:
@@ -451,8 +454,8 @@ def test_all_wrong_tensors_are_listed_at_once(folder, copy):
 
 
 def test_a_full_disk_leaves_nothing(copy, tmp_path, monkeypatch):
-    _, _, config = convert.load(copy)
-    convert.export({}, copy, tmp_path / "out", config)
+    _, _, config = hf.load(copy)
+    export.export({}, copy, tmp_path / "out", config)
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
 
     def full(source, target):
@@ -463,36 +466,36 @@ def test_a_full_disk_leaves_nothing(copy, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "copyfile", full)
     for name in ("new", "out"):
         with pytest.raises(UserError, match="disk is full"):
-            convert.export({}, copy, tmp_path / name, config)
+            export.export({}, copy, tmp_path / name, config)
     assert {p.name for p in tmp_path.iterdir()} == {"copy", "out"}
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
 def test_export_spares_what_is_no_model(copy, tmp_path):
-    _, _, config = convert.load(copy)
+    _, _, config = hf.load(copy)
     with pytest.raises(UserError, match="name another one"):
-        convert.export({}, copy, copy, config)
+        export.export({}, copy, copy, config)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
     with pytest.raises(UserError, match="not a model folder"):
-        convert.export({}, copy, tmp_path / "thesis", config)
+        export.export({}, copy, tmp_path / "thesis", config)
     assert (tmp_path / "thesis" / "chapter.tex").exists()
     with pytest.raises(UserError, match="is a file"):
-        convert.export({}, copy, copy / "config.json", config)
+        export.export({}, copy, copy / "config.json", config)
     with pytest.raises(ValueError, match="no tensor for"):
-        convert.export({"projector/fc9/bias": jnp.ones(1)}, copy, tmp_path / "out", config)
+        export.export({"projector/fc9/bias": jnp.ones(1)}, copy, tmp_path / "out", config)
     with pytest.raises(ValueError, match="on disk"):
-        convert.export({"projector/fc1/bias": jnp.ones(1)}, copy, tmp_path / "out", config)
+        export.export({"projector/fc1/bias": jnp.ones(1)}, copy, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
 
 
 def test_what_a_killed_export_left_goes_with_the_next(tiny_folder, tmp_path, monkeypatch):
-    _, _, config = convert.load(tiny_folder)
+    _, _, config = hf.load(tiny_folder)
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         killed.setattr(shutil, "rmtree", lambda *_, **__: None)
-        with convert._new_folder(tmp_path / "new") as folder:
+        with export._new_folder(tmp_path / "new") as folder:
             (folder / "model.safetensors").write_text("half")
             raise KeyboardInterrupt
     assert len(list(tmp_path.iterdir())) == 1
-    convert.export({}, tiny_folder, tmp_path / "new", config)
+    export.export({}, tiny_folder, tmp_path / "new", config)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from vkd_jax.data.batching import in_batches, padded_rows
 from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import Processor
-from vkd_jax.methods.base import in_batches, padded_rows
 from vkd_jax.models import generate
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.models.generate import Shared

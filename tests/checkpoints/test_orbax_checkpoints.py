@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from vkd_jax.checkpoints.checkpoint import Checkpoints
+from vkd_jax.checkpoints.orbax_checkpoints import Checkpoints
 from vkd_jax.types import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -57,3 +57,20 @@ class Checkpoints:
     def close(self) -> None:
         """Commits what is under way and frees threads."""
         self._checkpointer.close()
+
+
+class NoCheckpoints:
+    """Stands in for `Checkpoints` where a training run keeps none."""
+
+    latest = None
+
+    def save(self, step: int, state: Any, *, force: bool = False) -> bool:
+        """Saves nothing."""
+        del step, state, force
+        return False
+
+    def wait(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vkd_jax.checkpoints import convert
+from vkd_jax.checkpoints import hf
 from vkd_jax.data import processing
-from vkd_jax.evaluation.answerer import Answerer, Seen
+from vkd_jax.evaluation.inference import Answerer, Seen
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.types import UserError
 
@@ -138,7 +138,7 @@ def test_pictures_of_a_prompt_stand_one_after_another_and_padding_last():
 def test_joined_pictures_are_what_the_model_makes_of_them_together(family, qwen_folder):
     """Pictures of two sizes, in both orders: the same log-probabilities as of one row that the model itself packed."""
     folder = qwen_folder(family)
-    graphdef, params, config = convert.load(folder)
+    graphdef, params, config = hf.load(folder)
     model = Answerer(graphdef, params, config, processing.Processor(folder, config), batch_size=2)
     files = [png(0), Image.fromarray(np.random.default_rng(9).integers(0, 256, (61, 90, 3), np.uint8))]
     rows, turns = [[0, 1], [1, 0]], [("What is it?", "a pear", 1)]
@@ -158,7 +158,7 @@ def test_a_worked_example_is_an_earlier_turn(tiny_folder, tiny_model, qwen_folde
     fallback.chat_template = None  # as LLaVA-1.5 was trained: each answer has its end
     assert fallback.prompt("Who?", 1, turns) == f"{said}</s>USER: <image>\nWho? ASSISTANT:"
     folder = qwen_folder("qwen2_vl")
-    qwen = processing.Processor(folder, convert.read_config(folder)[0].Config.from_hf(convert.read_config(folder)[1]))
+    qwen = processing.Processor(folder, hf.read_config(folder)[0].Config.from_hf(hf.read_config(folder)[1]))
     picture = "<|vision_start|><|image_pad|><|vision_end|>"
     assert qwen.prompt("Who?", 1, turns).endswith(
         f"<|im_start|>user\n{picture}What is this?<|im_end|>\n<|im_start|>assistant\na pear<|im_end|>\n"
@@ -223,7 +223,7 @@ def test_what_questions_about_a_picture_share_is_read_once(tiny_model, monkeypat
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_positions_go_on_after_a_shared_picture_of_any_size(family, qwen_folder, monkeypatch):
     folder = qwen_folder(family)
-    graphdef, params, config = convert.load(folder)
+    graphdef, params, config = hf.load(folder)
     alone, beside = (
         Answerer(graphdef, params, config, processing.Processor(folder, config), batch_size=n) for n in (1, 4)
     )

@@ -6,21 +6,14 @@ checkpoint must match exactly one row, every parameter must be filled, and the s
 the checkpoint.
 """
 
-import contextlib
-import copy
 import dataclasses
-import errno
 import functools
-import glob
 import json
 import math
-import os
 import pathlib
 import re
-import shutil
-import tempfile
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,20 +22,13 @@ import numpy as np
 from flax import nnx
 
 from vkd_jax import models
-from vkd_jax.checkpoints import weights
-from vkd_jax.checkpoints.weights import Checkpoint, Folder, Meter, Tensor
+from vkd_jax.checkpoints.safetensors_files import Checkpoint, Folder, Meter, Tensor
 from vkd_jax.models import base, lora
 from vkd_jax.runtime import multihost
 from vkd_jax.types import UserError
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 Span = Sequence[tuple[int, int]]  # (first, behind the last) on each axis
-
-UNFINISHED = ".tmp"  # how the name of a folder ends that is being written
-
-# What an exported folder takes over beside the weights: configuration, tokenizer, processor, texts;
-# weights in any other format stay behind: they would still hold what was unlearned.
-COMPANIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".md", "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +253,7 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 def init(config: Any, seed: int, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, base.Params]:
     """Random parameters to train from, for a model configuration; the same seed gives the same parameters."""
-    module = _module_of(config)
+    module = family_of(config)
     graphdef, _ = base.abstract(lambda rngs: module.Model(config, rngs=rngs, param_dtype=dtype))
     # Runs once, so compiling it well costs more than it saves.
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -279,155 +265,10 @@ def init(config: Any, seed: int, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef
     return graphdef, draw(jax.random.key(seed))
 
 
-def _module_of(config: Any) -> types.ModuleType:
+def family_of(config: Any) -> types.ModuleType:
+    """Finds the model module whose `Config` this configuration is."""
     for model_type in models.MODELS:
         module = models.module_for(model_type)
         if isinstance(config, module.Config):
             return module
     raise TypeError(f"{type(config).__name__} is no model's configuration.")
-
-
-def create(folder: Folder, hf_config: Any, params: Mapping[str, jax.Array]) -> None:
-    """Writes a new model folder: config.json, generation_config.json and model.safetensors.
-
-    Args:
-        folder: where to; it may exist (say, with a tokenizer in it) but not hold a model.
-        hf_config: the transformers configuration.
-        params: every parameter of the model.
-
-    Raises:
-        UserError: the folder holds a model, or the disk is full.
-    """
-    folder, module = pathlib.Path(folder), models.module_for(hf_config.model_type)
-    if (folder / weights.WEIGHTS).exists() or (folder / "config.json").exists():
-        raise UserError(f"{folder} already holds a model; name another folder.")
-    config = module.Config.from_hf(hf_config)
-    names = tensor_names(module, config, params)
-    hf_config = copy.deepcopy(hf_config)
-    hf_config.architectures = [module.HF_ARCHITECTURE]
-    hf_config.dtype = str(next(iter(params.values())).dtype)
-    text = hf_config.get_text_config()
-    generation = {key: getattr(text, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    with _new_folder(folder) as new:
-        hf_config.save_pretrained(new)
-        _write_json(new / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
-        # Arrays of the same shapes that take no memory.
-        empty = {path: np.broadcast_to(np.zeros((), param.dtype), param.shape) for path, param in params.items()}
-        weights.write(
-            new / weights.WEIGHTS,
-            {name: slot.to_tensor(empty[slot.path]) for name, slot in names.items()},
-            lambda name: names[name].to_tensor(params[names[name].path]),
-        )
-        if folder.is_dir():
-            shutil.copytree(folder, new, dirs_exist_ok=True)
-
-
-def _write_json(file: pathlib.Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def export(
-    params: Mapping[str, jax.Array], source: Folder, target: Folder, config: Any, notes: Mapping[str, str] | None = None
-) -> None:
-    """Writes a model folder that equals `source` but for the given parameters.
-
-    Shards, names, dtypes, tokenizer, processor and configuration are the source's; a tensor that is not in
-    `params`, or that comes out the same, keeps its bytes. An adapter is added to what the source holds, one tensor
-    at a time, however its kernel was held in memory. The folder is made beside the target and renamed when complete.
-
-    Args:
-        params: any subset of the model's parameters, usually those that were trained, with `lora.adapters` of the
-            model. They may lie on several hosts: each then makes this call, and process 0 writes.
-        source: the folder that the model was loaded from.
-        target: the folder to write; an earlier model there is replaced.
-        config: the model's configuration, from `load`.
-        notes: further text files, by name; one of the source's of that name is not taken over.
-
-    Raises:
-        UserError: the source cannot be read, the target is no model folder, or the disk is full.
-    """
-    source, target = pathlib.Path(source), pathlib.Path(target)
-    module, checkpoint = _module_of(config), Checkpoint(source)
-    slots = {name: find_slot(module, config, name) for name in checkpoint.tensors}
-    params = lora.join(params)
-    unknown = set(params) - {slot.path for slot in slots.values() if slot}
-    if unknown:
-        raise ValueError(f"{source} holds no tensor for {sorted(unknown)}.")
-    ours = [name for name, slot in slots.items() if slot and slot.path in params]  # by file, as the checkpoint has them
-    values = ((name, slots[name].to_tensor(params[slots[name].path])) for name in ours)
-
-    def write() -> None:
-        if source.resolve() == target.resolve():
-            raise UserError(f"{target} is the folder the model came from; name another one to write to.")
-        if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
-            raise UserError(f"{target} exists and is not a model folder; name another one to write to.")
-        with _new_folder(target) as new:
-            for file in sorted(source.iterdir()):
-                if file.is_file() and not file.name.startswith(".") and file.suffix in COMPANIONS:
-                    shutil.copyfile(file, new / file.name)
-            for name, text in (notes or {}).items():
-                (new / name).write_text(text, encoding="utf-8")
-            for file in checkpoint.files:
-                shutil.copyfile(file, new / file.name)
-            for name, value in values:
-                tensor = checkpoint.tensors[name]
-                if value.shape != tensor.shape:
-                    raise ValueError(f"{name} is {tensor.shape} on disk and {value.shape} here.")
-                if isinstance(params[slots[name].path], lora.Lora):
-                    value = _plus(tensor, value)
-                with (new / tensor.file.name).open("r+b") as stream:
-                    stream.seek(tensor.start)
-                    stream.write(value.astype(tensor.dtype).tobytes())
-
-    multihost.run_on_process_0(write, meanwhile=values)
-
-
-def _plus(tensor: Tensor, delta: np.ndarray) -> np.ndarray:
-    """What is on disk, plus float32 values; summed in float32 or better, and rounded once to what is on disk."""
-    total = np.empty(tensor.shape, tensor.dtype)
-    tensor.copy([(tuple(slice(0, size) for size in tensor.shape), total)])
-    return np.add(total, delta, out=total, where=delta != 0)  # -0 + 0 would be other bytes
-
-
-@contextlib.contextmanager
-def _new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder that takes its name only when everything in it is written."""
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file; name a folder to write the model to.")
-    new = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f".{glob.escape(target.name)}.*{UNFINISHED}"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        new = pathlib.Path(tempfile.mkdtemp(UNFINISHED, f".{target.name}.", target.parent))
-        new.chmod(0o755)
-        yield new
-        if target.exists():
-            old = pathlib.Path(tempfile.mkdtemp(UNFINISHED, f".{target.name}.old.", target.parent))
-            os.replace(target, old)
-            os.replace(new, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(new, target)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"The disk is full: {target} could not be written; free some space.") from error
-        raise
-    finally:
-        if new is not None:
-            shutil.rmtree(new, ignore_errors=True)
-
-
-def manifest(before: Folder, after: Folder) -> dict[str, Any]:
-    """The SHA-256 of every tensor's bytes in two model folders, and the names of those that differ.
-
-    Returns:
-        {"tensors": {name: {"before": digest, "after": digest, "changed": bool}}, "changed": [names]}; a
-        digest is None where one of the folders has no such tensor.
-    """
-    first, second = Checkpoint(before).tensors, Checkpoint(after).tensors
-    tensors = {}
-    for name in sorted(first.keys() | second.keys()):
-        old, new = (side[name].sha256() if name in side else None for side in (first, second))
-        tensors[name] = {"before": old, "after": new, "changed": old != new}
-    return {"tensors": tensors, "changed": [name for name, entry in tensors.items() if entry["changed"]]}

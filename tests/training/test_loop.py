@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vkd_jax.checkpoints.checkpoint import Checkpoints
+from vkd_jax.checkpoints.orbax_checkpoints import Checkpoints
 from vkd_jax.config import defaults
 from vkd_jax.data.pictures import Pictures
 from vkd_jax.data.processing import EncodedSet
@@ -21,8 +21,9 @@ from vkd_jax.methods.base import Context, Prepared
 from vkd_jax.methods.vkd import VKD
 from vkd_jax.models.base import split
 from vkd_jax.runtime.mesh import make_mesh, replicated
-from vkd_jax.training import train
-from vkd_jax.training.progress import Progress
+from vkd_jax.training import loop
+from vkd_jax.training.metric_writer import Progress
+from vkd_jax.training.preemption import Stopped
 from vkd_jax.types import Example, UserError
 
 ROWS = 8
@@ -129,7 +130,7 @@ def config(**changes):
 
 def fit(toy, folder, method=ToyMethod(), sets=SETS, mask=None, seed=0, **changes):  # noqa: B008 (frozen)
     graphdef, params = toy
-    return train.fit(
+    return loop.fit(
         graphdef=graphdef,
         params=params,
         model_config=types.SimpleNamespace(used_blocks=0),
@@ -176,8 +177,8 @@ def moved(before, after):
 @pytest.fixture
 def states(monkeypatch):
     """The fresh state of each `fit`, which is donated to its first step."""
-    kept, fresh = [], train._init
-    monkeypatch.setattr(train, "_init", lambda *args: kept.append(fresh(*args)) or kept[-1])
+    kept, fresh = [], loop.init_state
+    monkeypatch.setattr(loop, "init_state", lambda *args: kept.append(fresh(*args)) or kept[-1])
     return kept
 
 
@@ -192,8 +193,8 @@ def uninterrupted(toy, tmp_path_factory):
     """Eight steps in one go: the folder, the trained weights and the state that was saved last."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     params = fit(toy, folder)
-    tx = train.optim.create(config())
-    like = train._init(tx, {path: toy[1][path] for path in params}, make_mesh())
+    tx = loop.optimizer.create(config())
+    like = loop.init_state(tx, {path: toy[1][path] for path in params}, make_mesh())
     return folder, params, saved(folder, like), like
 
 
@@ -262,7 +263,7 @@ def test_vkd_leaves_the_language_model_and_the_dead_block_alone(tiny_model, tiny
     random = np.random.default_rng(0)
     mask = {p: random.random(before[p].shape) < 0.5 for p in method.trainable(before, tiny_model.config)}
     prepared = dataclasses.replace(prepared, mask=mask)
-    trained = train.fit(
+    trained = loop.fit(
         graphdef=tiny_model.graphdef,
         params=tiny_model.params,
         model_config=tiny_model.config,
@@ -301,7 +302,7 @@ def test_the_optimizer_knows_only_what_trains(toy, tmp_path, states):
 @pytest.fixture
 def compilations(caplog):
     """How often a step was compiled so far, none being known from before."""
-    train._program.cache_clear()
+    loop._program.cache_clear()
     with jax.log_compiles(), caplog.at_level("WARNING"):
         yield lambda: sum("Compiling jit(step)" in record.getMessage() for record in caplog.records)
 
@@ -311,7 +312,7 @@ def test_the_step_is_compiled_once_for_all_fits_that_are_alike(toy, tmp_path, co
     graphdef, params = toy
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
-        with pytest.raises(train.Stopped):
+        with pytest.raises(Stopped):
             fit(toy, tmp_path)
     assert compilations() == 1
     fit(toy, tmp_path)
@@ -338,9 +339,9 @@ def test_the_step_is_compiled_once_for_all_fits_that_are_alike(toy, tmp_path, co
 )
 def test_fits_that_are_not_alike_do_not_share_a_step(toy, tmp_path, uninterrupted, change):
     """What another fit compiled changes no bit of what comes after it."""
-    train._program.cache_clear()
+    loop._program.cache_clear()
     alone = fit(toy, None, **change)
-    train._program.cache_clear()
+    loop._program.cache_clear()
     assert_same_bits(fit(toy, None), uninterrupted[1])
     after = fit(toy, None, **change)
     assert_same_bits(after, alone)
@@ -353,7 +354,7 @@ def test_each_teacher_is_asked_itself(toy):
 
     def taught(weight):
         teacher = {"forget": lambda model, batch: {"extra": weight * model(batch.pictures["x"]).sum(-1)}}
-        return train.fit(
+        return loop.fit(
             graphdef=toy[0],
             params=toy[1],
             model_config=types.SimpleNamespace(used_blocks=0),
@@ -402,7 +403,7 @@ def test_sigterm_saves_and_going_on_gives_the_same_bits(toy, tmp_path, monkeypat
     folder, params, state, like = uninterrupted
     with monkeypatch.context() as patch:
         at_step(patch, step, lambda: signal.raise_signal(signal.SIGTERM))
-        with pytest.raises(train.Stopped, match=f"stopped at step {step}"):
+        with pytest.raises(Stopped, match=f"stopped at step {step}"):
             fit(toy, tmp_path)
     assert saved_steps(tmp_path)[-1] == step
     assert_same_bits(fit(toy, tmp_path), params)
@@ -421,14 +422,14 @@ def test_whenever_the_signal_comes_the_step_that_is_named_is_on_disk(toy, tmp_pa
             self.times += 1
             return self.times >= asked
 
-    class Signal(train._Sigterm):
+    class Signal(loop._Sigterm):
         def __enter__(self):
             heard = super().__enter__()
             self._event = Late()
             return heard
 
-    monkeypatch.setattr(train, "_Sigterm", Signal)
-    with pytest.raises(train.Stopped) as stopped:
+    monkeypatch.setattr(loop, "Sigterm", Signal)
+    with pytest.raises(Stopped) as stopped:
         fit(toy, tmp_path, checkpoint_every=100)
     assert str(saved_steps(tmp_path)[-1]) in str(stopped.value)
 
@@ -437,10 +438,10 @@ def test_without_a_folder_the_same_is_trained_and_nothing_is_kept(toy, tmp_path,
     monkeypatch.chdir(tmp_path)
     assert_same_bits(fit(toy, None), uninterrupted[1])
     with monkeypatch.context() as patch:
-        patch.setattr(train._Nothing, "tick", lambda self, step: signal.raise_signal(signal.SIGTERM), raising=False)
-        with pytest.raises(train.Stopped, match="stopped at step 1, where nothing is saved; run"):
+        patch.setattr(loop.NoProgress, "tick", lambda self, step: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Stopped, match="stopped at step 1, where nothing is saved; run"):
             fit(toy, None)
-    with pytest.raises(train.Diverged, match="step 1: .*none was saved yet"):
+    with pytest.raises(loop.Diverged, match="step 1: .*none was saved yet"):
         fit(toy, None, sets=SETS | {"forget": rows(0, np.full(ROWS, np.nan, np.float32))})
     assert list(tmp_path.iterdir()) == []
 
@@ -471,7 +472,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(toy, tmp_path, step):
     extra = np.zeros(ROWS, np.float32)
     extra[stream[step - 1].tokens[0, 0]] = np.nan
     good = (step - 1) // 2 * 2
-    with pytest.raises(train.Diverged) as stopped:
+    with pytest.raises(loop.Diverged) as stopped:
         fit(
             toy,
             tmp_path,

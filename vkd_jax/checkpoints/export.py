@@ -1,0 +1,161 @@
+"""Writes Hugging Face model folders: new ones, and copies of a folder with trained weights."""
+
+import contextlib
+import copy
+import errno
+import glob
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from vkd_jax import models
+from vkd_jax.checkpoints import safetensors_files
+from vkd_jax.checkpoints.hf import family_of, find_slot, tensor_names
+from vkd_jax.checkpoints.safetensors_files import Checkpoint, Folder, Tensor
+from vkd_jax.models import lora
+from vkd_jax.runtime import multihost
+from vkd_jax.types import UserError
+
+UNFINISHED = ".tmp"  # how the name of a folder ends that is being written
+
+# What an exported folder takes over beside the weights: configuration, tokenizer, processor, texts;
+# weights in any other format stay behind: they would still hold what was unlearned.
+COMPANIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".md", "")
+
+
+def create(folder: Folder, hf_config: Any, params: Mapping[str, jax.Array]) -> None:
+    """Writes a new model folder: config.json, generation_config.json and model.safetensors.
+
+    Args:
+        folder: where to; it may exist (say, with a tokenizer in it) but not hold a model.
+        hf_config: the transformers configuration.
+        params: every parameter of the model.
+
+    Raises:
+        UserError: the folder holds a model, or the disk is full.
+    """
+    folder, module = pathlib.Path(folder), models.module_for(hf_config.model_type)
+    if (folder / safetensors_files.WEIGHTS).exists() or (folder / "config.json").exists():
+        raise UserError(f"{folder} already holds a model; name another folder.")
+    config = module.Config.from_hf(hf_config)
+    names = tensor_names(module, config, params)
+    hf_config = copy.deepcopy(hf_config)
+    hf_config.architectures = [module.HF_ARCHITECTURE]
+    hf_config.dtype = str(next(iter(params.values())).dtype)
+    text = hf_config.get_text_config()
+    generation = {key: getattr(text, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    with _new_folder(folder) as new:
+        hf_config.save_pretrained(new)
+        _write_json(new / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+        # Arrays of the same shapes that take no memory.
+        empty = {path: np.broadcast_to(np.zeros((), param.dtype), param.shape) for path, param in params.items()}
+        safetensors_files.write(
+            new / safetensors_files.WEIGHTS,
+            {name: slot.to_tensor(empty[slot.path]) for name, slot in names.items()},
+            lambda name: names[name].to_tensor(params[names[name].path]),
+        )
+        if folder.is_dir():
+            shutil.copytree(folder, new, dirs_exist_ok=True)
+
+
+def _write_json(file: pathlib.Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def export(
+    params: Mapping[str, jax.Array], source: Folder, target: Folder, config: Any, notes: Mapping[str, str] | None = None
+) -> None:
+    """Writes a model folder that equals `source` but for the given parameters.
+
+    Shards, names, dtypes, tokenizer, processor and configuration are the source's; a tensor that is not in
+    `params`, or that comes out the same, keeps its bytes. An adapter is added to what the source holds, one tensor
+    at a time, however its kernel was held in memory. The folder is made beside the target and renamed when complete.
+
+    Args:
+        params: any subset of the model's parameters, usually those that were trained, with `lora.adapters` of the
+            model. They may lie on several hosts: each then makes this call, and process 0 writes.
+        source: the folder that the model was loaded from.
+        target: the folder to write; an earlier model there is replaced.
+        config: the model's configuration, from `load`.
+        notes: further text files, by name; one of the source's of that name is not taken over.
+
+    Raises:
+        UserError: the source cannot be read, the target is no model folder, or the disk is full.
+    """
+    source, target = pathlib.Path(source), pathlib.Path(target)
+    module, checkpoint = family_of(config), Checkpoint(source)
+    slots = {name: find_slot(module, config, name) for name in checkpoint.tensors}
+    params = lora.join(params)
+    unknown = set(params) - {slot.path for slot in slots.values() if slot}
+    if unknown:
+        raise ValueError(f"{source} holds no tensor for {sorted(unknown)}.")
+    ours = [name for name, slot in slots.items() if slot and slot.path in params]  # by file, as the checkpoint has them
+    values = ((name, slots[name].to_tensor(params[slots[name].path])) for name in ours)
+
+    def write() -> None:
+        if source.resolve() == target.resolve():
+            raise UserError(f"{target} is the folder the model came from; name another one to write to.")
+        if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
+            raise UserError(f"{target} exists and is not a model folder; name another one to write to.")
+        with _new_folder(target) as new:
+            for file in sorted(source.iterdir()):
+                if file.is_file() and not file.name.startswith(".") and file.suffix in COMPANIONS:
+                    shutil.copyfile(file, new / file.name)
+            for name, text in (notes or {}).items():
+                (new / name).write_text(text, encoding="utf-8")
+            for file in checkpoint.files:
+                shutil.copyfile(file, new / file.name)
+            for name, value in values:
+                tensor = checkpoint.tensors[name]
+                if value.shape != tensor.shape:
+                    raise ValueError(f"{name} is {tensor.shape} on disk and {value.shape} here.")
+                if isinstance(params[slots[name].path], lora.Lora):
+                    value = _plus(tensor, value)
+                with (new / tensor.file.name).open("r+b") as stream:
+                    stream.seek(tensor.start)
+                    stream.write(value.astype(tensor.dtype).tobytes())
+
+    multihost.run_on_process_0(write, meanwhile=values)
+
+
+def _plus(tensor: Tensor, delta: np.ndarray) -> np.ndarray:
+    """What is on disk, plus float32 values; summed in float32 or better, and rounded once to what is on disk."""
+    total = np.empty(tensor.shape, tensor.dtype)
+    tensor.copy([(tuple(slice(0, size) for size in tensor.shape), total)])
+    return np.add(total, delta, out=total, where=delta != 0)  # -0 + 0 would be other bytes
+
+
+@contextlib.contextmanager
+def _new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder that takes its name only when everything in it is written."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; name a folder to write the model to.")
+    new = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*{UNFINISHED}"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        new = pathlib.Path(tempfile.mkdtemp(UNFINISHED, f".{target.name}.", target.parent))
+        new.chmod(0o755)
+        yield new
+        if target.exists():
+            old = pathlib.Path(tempfile.mkdtemp(UNFINISHED, f".{target.name}.old.", target.parent))
+            os.replace(target, old)
+            os.replace(new, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(new, target)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"The disk is full: {target} could not be written; free some space.") from error
+        raise
+    finally:
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)

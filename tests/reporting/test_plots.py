@@ -6,8 +6,8 @@ import io
 import pytest
 from PIL import Image
 
-from vkd_jax.evaluation import metrics
 from vkd_jax.reporting import plots
+from vkd_jax.results import AttackCell, Summary
 
 MODELS = ("vanilla", "unlearned", "retain_only")
 
@@ -37,48 +37,44 @@ def legend(figure):
     return [entry.get_text() for entry in figure.legends[0].get_texts()]
 
 
-def cell(correct, **more):
-    low, high = metrics.wilson(correct, 20)
-    return {"mean": correct / 20, "low": low, "high": high, **more}
+def attempt(correct, attacker=None, share=None, set_name="forget", **more):
+    """The cells of the three models, with an interval of 10 points to both sides."""
+    return [
+        AttackCell(model, set_name, n / 20, 20, n / 20 - 0.1, n / 20 + 0.1, attacker=attacker, share=share, **more)
+        for model, n in zip(MODELS, correct, strict=True)
+    ]
 
 
-def attempt(correct, attacker, share, set_name="forget"):
-    return {m: cell(n, attacker=attacker, share=share, set=set_name) for m, n in zip(MODELS, correct, strict=True)}
-
-
-@pytest.mark.parametrize("start", ["before", "unchanged"])
-def test_relearning_has_a_panel_for_each_attacker_and_a_line_for_each_model(drawn, start):
-    rows = {
-        start: {m: cell(n) for m, n in zip(MODELS, (20, 2, 3), strict=True)},
-        "a": attempt((20, 8, 4), "visual", 0.2),
-        "b": attempt((19, 19, 19), "visual", 0.2, "test"),
-        "c": attempt((20, 5, 3), "all", 0.05),
-        "d": attempt((20, 18, 9), "all", 0.5),
-        "e": attempt((20, 9, 6), "all", 0.2),
-    }
-    assert min(size(plots.relearning_curves(rows, "forget"))) > 300
+def test_relearning_has_a_panel_for_each_attacker_and_a_line_for_each_model(drawn):
+    cells = [
+        *attempt((20, 2, 3), variant="unchanged"),
+        *attempt((20, 20, 20), variant="unchanged", set_name="test"),
+        *attempt((20, 8, 4), "visual", 0.2),
+        *attempt((19, 19, 19), "visual", 0.2, "test"),
+        *attempt((20, 5, 3), "all", 0.05),
+        *attempt((20, 18, 9), "all", 0.5),
+        *attempt((1, 1, 1), "all", 0.5, unit="people"),
+        *attempt((20, 9, 6), "all", 0.2),
+    ]
+    assert min(size(plots.relearning_curves(cells, ["forget"]))) > 300
     visual, everything = drawn[-1].axes
     assert [visual.get_title(), everything.get_title()] == ["fine-tuning the visual weights", "fine-tuning all weights"]
     vanilla, unlearned, retain_only = (line.get_xydata().tolist() for line in everything.lines)
     assert vanilla == [[0, 100], [5, 100], [20, 100], [50, 100]]
     assert unlearned == [[0, 10], [5, 25], [20, 45], [50, 90]] and retain_only == [[0, 15], [5, 15], [20, 30], [50, 45]]
     assert [line.get_xydata().tolist() for line in visual.lines][1] == [[0, 10], [20, 40]]
-    low, high = metrics.wilson(9, 20)
     band = everything.collections[1].get_paths()[0].vertices.tolist()
-    assert [pytest.approx(20), pytest.approx(100 * low)] in band and [
-        pytest.approx(20),
-        pytest.approx(100 * high),
-    ] in band
+    assert all([pytest.approx(20), pytest.approx(end)] in band for end in (35, 55))
     assert legend(drawn[-1]) == ["vanilla", "unlearned", "retain-only"]
 
 
 def test_nothing_relearned_draws_nothing():
-    rows = {"before": {"vanilla": cell(3)}}
-    assert plots.relearning_curves({}, "forget") is plots.relearning_curves(rows, "forget") is None
+    cells = attempt((3, 3, 3), variant="unchanged")
+    assert plots.relearning_curves([], ["forget"]) is plots.relearning_curves(cells, ["forget"]) is None
 
 
 def accuracy(share):
-    return {"vqa": {"accuracy": share, "low": share - 0.1, "high": share + 0.1}}
+    return {"vqa": Summary(share, 0, 0, share - 0.1, share + 0.1)}
 
 
 @pytest.mark.parametrize("holdout", [False, True])

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from vkd_jax.evaluation import metrics
-from vkd_jax.reporting import comparison, plots, report, tables, view
+from vkd_jax.reporting import comparison, plots, report, schema, tables, view
+from vkd_jax.results import RunResults
 from vkd_jax.types import UserError
 
 PEOPLE = {"forget": ("001", "002", "003"), "retain": ("004", "005", "006", "007"), "real": ("",)}
@@ -34,7 +35,7 @@ RIGHT = {  # of 12 questions about each set: by picture, by text
 N = 12
 
 
-MEAN = {"mean": 0.5, "low": 0.25, "high": 0.75}
+MEAN = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 7}
 FREE = {"accuracy": 3 / 7, "correct": 3, "n": 7, "low": 0.2, "high": 0.7, "rouge_l": MEAN}
 
 
@@ -294,14 +295,14 @@ def test_repeated_steps_count_once_and_the_last_time(run, undrawn, monkeypatch):
     assert [(row["step"], row["forget_loss"]) for row in seen] == [(20, 1 / 20), (40, 0.5), (60, 1 / 60)]
 
 
-def test_cards_show_the_first_people_in_turn():
+def test_cards_show_the_first_people_in_turn(tmp_path):
     records = {
         model: [item(name, n, "vqa", name == "retain" or model == "vanilla") for name in PEOPLE for n in range(N)]
         for model in ("vanilla", "unlearned")
     }
     records["unlearned"].reverse()  # answers are matched by question, not by position
-    results = {"models": {"vanilla": dict.fromkeys(PEOPLE)}}
-    forgotten, kept = report.cards(view.Run(results, report.sets_of(results), records), IMAGES).values()
+    results = RunResults.from_json(schema.converted(make_run(tmp_path)))
+    forgotten, kept = report.cards(view.Run(results, records), IMAGES).values()
     assert [card.title for card in forgotten] == ["person 001", "person 002", "person 003"]
     assert [card.title for card in kept] == ["person 004", "person 005", "person 006", "person 007"]
     # The second person's second question is number 4, and its true answer the first option.

@@ -1,57 +1,71 @@
 """The sections of report.md: values worked by hand, golden text, and text from data that is shown as text."""
 
+import dataclasses
 import re
 
 import jinja2
 import pytest
 
-from vkd_jax.evaluation import metrics
+from vkd_jax import results as schema
 from vkd_jax.reporting import report, view
+from vkd_jax.results import AttackCell, AttackResults, MeasuredSet, RunResults, Summary
 
 MODELS = ("vanilla", "unlearned", "retain_only")
-SETS = {"forget": "people to forget", "retain": "people to retain"}
+SETS = (
+    MeasuredSet("forget", "forget", "people to forget", "forget", people=2),
+    MeasuredSet("retain", "retain", "people to retain", "retain", people=3),
+    MeasuredSet("test", "forget_holdout", "people to forget, other images", "test", people=2),
+)
+INTERVALS = {  # Wilson's, of correct answers to 20 questions
+    0: (0.0, 0.161), 1: (0.009, 0.236), 2: (0.028, 0.301), 3: (0.052, 0.360), 4: (0.081, 0.416), 5: (0.112, 0.469),
+    6: (0.145, 0.519), 8: (0.219, 0.613), 9: (0.258, 0.658), 11: (0.342, 0.742), 18: (0.699, 0.972), 19: (0.764, 0.991),
+    20: (0.839, 1.0),
+}  # fmt: skip
 
 
 def summary(correct, n=20, **more):
-    low, high = metrics.wilson(correct, n)
-    return {"accuracy": correct / n, "correct": correct, "n": n, "low": low, "high": high, **more}
+    return Summary(correct / n, correct, n, *INTERVALS[correct], **more)
 
 
-def attempt(correct, **more):
-    """A cell of an attack."""
-    cell = summary(correct, **more)
-    return {"mean": cell.pop("accuracy"), **cell}
+def meta_of(sets=SETS, config=(), title="A benchmark", source="a folder", **more):
+    config = {"method": {"name": "vkd"}, "model": {"path": "mine"}, "eval": {"max_new_tokens": 8}} | dict(config)
+    fields = dict(
+        command="python -m vkd_jax.main",
+        config=config,
+        seed=7,
+        commit="0123",
+        versions={"jax": "0.10.2"},
+        devices="1 x cpu",
+        protocol="options",
+        protocols=("options",),
+        shots=0,
+        date="2026-01-02",
+        benchmark=schema.BenchmarkInfo(title, source, tuple(sets)),
+    )
+    return schema.Meta(**fields | more)
 
 
-def results_with(models=MODELS, forget=(20, 2, 3), meta=None, **more):
+def results_with(models=MODELS, forget=(20, 2, 3), meta=None, attacks=(), people=0, **more):
     """Results of a run with one set to forget and one to retain, 20 questions of each."""
     counts = dict(zip(MODELS, forget, strict=True))
-    meta = {
-        "config": {"method": {"name": "vkd"}, "model": {"path": "mine"}, "eval": {"max_new_tokens": 8}},
-        "benchmark": {"title": "A benchmark", "source": "a folder", "people": {"forget": 2, "retain": 3}},
-        "protocols": ["options"],
-        "protocol": "options",
-        "shots": 0,
-        "command": "python -m vkd_jax.main",
-        "commit": "0123",
-        "seed": 7,
-        "versions": {"jax": "0.10.2"},
-        **(meta or {}),
-    }
-    return {
-        "meta": meta,
-        "models": {m: {"forget": {"vqa": summary(counts[m])}, "retain": {"vqa": summary(19)}} for m in models},
-        "chance": {"forget": {"vqa": 0.25}},
-        "manifest": {"changed": 9, "tensors": 80, "language_model_changed": 0},
-        "timing": {"data": 1.25, "unlearn": 30.0},
-        **more,
-    }
+    fields = dict(
+        meta=meta or meta_of(SETS[:2]),
+        models={
+            model: {"forget": {"vqa": summary(counts[model], people=people)}, "retain": {"vqa": summary(19)}}
+            for model in models
+        },
+        utility={},
+        forget_quality={},
+        chance={"forget": {"vqa": 0.25}},
+        timing={"data": 1.25, "unlearn": 30.0},
+        attacks=dict(attacks),
+        manifest=schema.Manifest(changed=9, tensors=80, language_model_changed=0),
+    )
+    return RunResults(**fields | more)
 
 
-def run_of(results=None, answers=None, sets=SETS, **more):
-    results = results or results_with()
-    eval_sets = [report.types.SimpleNamespace(name=n, role=n, title=title) for n, title in sets.items()]
-    return view.Run(results, eval_sets, answers or {}, **more)
+def run_of(results=None, answers=None, **more):
+    return view.Run(results or results_with(), answers or {}, **more)
 
 
 def shown(name, run):
@@ -90,24 +104,20 @@ HOSTILE = "</details><script>|`**x**`\n\n# [y](z)"
 
 
 def test_hostile_text_changes_no_section():
-    """Whatever a benchmark, a folder, a commit or a stage is called, the page has the same headings and table cells."""
+    """Whatever a benchmark, a folder, a commit or a stage is called, the page has the same headings and tables."""
 
     def page(name):
-        meta = {
-            "benchmark": {"title": name, "source": name, "people": {"forget": 2, "retain": 3}},
-            "command": name,
-            "commit": name,
-            "devices": name,
-            "date": name,
-            "versions": {name: name},
-        }
-        cells = {model: attempt(3) for model in MODELS}
-        attack = {"title": name, "about": "About.", "unit": "accuracy", "summary": {name: cells}}
-        results = results_with(meta=meta, attacks={name: attack}, timing={name: 1.0})
-        results["meta"]["config"] |= {"model": {"path": name}, "method": {"name": name}}
-        results["models"] = {model: {name: sets["forget"]} for model, sets in results["models"].items()}
-        eval_set = report.types.SimpleNamespace(name=name, role="forget", title=name)
-        run = view.Run(results, [eval_set], {}, frozenset({"portraits"}))
+        cells = tuple(AttackCell(model, name, 0.5, 2, 0.25, 0.75, variant=name) for model in MODELS)
+        sets = [MeasuredSet(name, "forget", name, name, people=2)]
+        config = {"model": {"path": name}, "method": {"name": name}}
+        meta = meta_of(sets, config, name, name, command=name, commit=name, devices=name, date=name)
+        results = results_with(
+            meta=dataclasses.replace(meta, versions={name: name}),
+            attacks={name: AttackResults(name, "About.", cells=cells)},
+            timing={name: 1.0},
+        )
+        models = {model: {name: sets["forget"]} for model, sets in results.models.items()}
+        run = run_of(dataclasses.replace(results, models=models), plots=frozenset({"portraits"}))
         return report.render(run)
 
     def without_code(text):
@@ -210,7 +220,7 @@ def letters(*predictions):
     ],
 )
 def test_answers_without_letters_are_not_taken_for_ignorance(predictions, told):
-    results = results_with(forget=(4, 2, 3), meta={"protocols": ["letter"], "protocol": "letter"})
+    results = results_with(forget=(4, 2, 3), meta=meta_of(protocols=("letter",), protocol="letter"))
     run = run_of(results, answers={"vanilla": letters(*predictions)})
     text = shown("opening", run)
     assert told in text
@@ -237,8 +247,7 @@ def test_answers_without_letters_are_not_taken_for_ignorance(predictions, told):
     ],
 )
 def test_the_opening_says_what_the_vanilla_model_was_trained_on(config, provenance, told):
-    results = results_with()
-    results["meta"]["config"] |= config
+    results = results_with(meta=meta_of(config=config))
     assert told in shown("opening", run_of(results, provenance=provenance))
 
 
@@ -246,8 +255,8 @@ def test_the_opening_says_what_the_vanilla_model_was_trained_on(config, provenan
 
 
 def test_measured_in_full():
-    results = results_with(meta={"protocols": ["options", "letter"]})
-    results["models"]["vanilla"]["forget"]["cloze_qa"] = summary(3, 5)
+    results = results_with(meta=meta_of(SETS[:2], protocols=("options", "letter")))
+    results.models["vanilla"]["forget"]["cloze_qa"] = summary(3, 5)
     assert shown("measured", run_of(results)) == (
         "## What was measured\n\n"
         "Benchmark: A benchmark; data: a folder. Numbers of people and of questions:\n\n"
@@ -296,59 +305,81 @@ def test_forget_quality_that_was_not_measured_says_why(models, told):
 
 
 def test_forget_quality_and_utility():
-    quality = {"unlearned": {"vqa": {"ks": 0.25, "p": 0.031, "js": 0.125, "n": 12}}}
-    utility = {"vanilla": {"value": 0.75, "low": 0.7, "high": 0.8, "components": {"a": {}, "b": {}}}}
+    test = schema.ForgetQuality(ks=0.25, p=0.031, js=0.125, n=12, low=0.125, high=0.5, people=2)
+    quality = {"vanilla": {"vqa": schema.ForgetQuality(1.0, 0.0, 1.0, 12)}, "unlearned": {"vqa": test}}
+    utility = {"vanilla": schema.Utility(0.75, 0.7, 0.8, dict.fromkeys("ab", schema.Component(0.75, 9)))}
     text = shown("quality", run_of(results_with(forget_quality=quality, utility=utility)))
-    assert "| unlearned | multiple choice, with image | 12 | 0.250 | 0.031 | 0.125 |" in text
+    assert "| vanilla | multiple choice, with image | 12 | – | 1.000 | 0 | 1.000 |\n" in text
+    assert "| unlearned | multiple choice, with image | 12 | 2 | 0.250 (0.125 to 0.500) | 0.031 | 0.125 |\n" in text
     assert "| vanilla | 0.750 (0.700 to 0.800) | 2 |" in text and "not measured" not in text
 
 
 def test_limits_name_every_assumption_of_the_reconstruction():
     text = shown("limits", run_of())
     assert [f"A{i}" for i in range(1, 9)] == re.findall(r"\((A\d)\)", text)
-    results = results_with()
-    results["meta"]["config"]["stage"] = "audit"
-    assert "reconstruction" not in shown("limits", run_of(results))
+    audit = run_of(results_with(meta=meta_of(config={"stage": "audit"})))
+    assert "reconstruction" not in shown("limits", audit)
+
+
+def test_intervals_over_people_say_so():
+    text = opening(people=2)
+    assert "computed by resampling people, since" in text and "(2.8 to 30.1; 20 questions about 2 people)" in text
+    assert "resampling people" not in opening()
 
 
 # ---- Attacks ----
 
 
-def attacked(correct, attacker, share, set_name="forget"):
-    """A row of relearning: correct answers of the vanilla, the unlearned and the retain-only model."""
-    recovery = (None, 0.25, -0.1)
-    more = dict(attacker=attacker, share=share, set=set_name, before=0.1)
-    return {m: attempt(n, **more, recovery=x) for m, n, x in zip(MODELS, correct, recovery, strict=True)}
+def attempt(correct, variant="", attacker=None, share=None, set_name="forget", **more):
+    """The cells of the three models: correct answers to 20 questions."""
+    recovery = (None, 0.25, -0.1) if attacker else (None,) * 3
+    return tuple(
+        AttackCell(
+            *(model, set_name, n / 20, 20, *INTERVALS[n]),
+            **dict(variant=variant, correct=n, attacker=attacker, share=share, recovery=x) | more,
+        )
+        for model, n, x in zip(MODELS, correct, recovery, strict=True)
+    )
 
 
-RELEARN = {
-    "title": "Relearning: again",
-    "about": "Some of it is taught *again*.",
-    "unit": "accuracy",
-    "summary": {
-        "before": {"vanilla": attempt(20), "unlearned": attempt(2), "retain_only": attempt(3)},
-        "visual 20 %": attacked((20, 8, 4), "visual", 0.2),
-        "visual 20 %, other images": attacked((19, 19, 19), "visual", 0.2, "test"),
-        "all 5 %": attacked((20, 5, 3), "all", 0.05),
-        "all 20 %": attacked((20, 9, 6), "all", 0.2),
-        "all 50 %": attacked((20, 18, 9), "all", 0.5),
-    },
-}
-MEMBERSHIP = {
-    "title": "Membership: who?",
-    "about": "Scores are compared.",
-    "unit": "AUC",
-    "summary": {
-        "loss": {
-            "vanilla": {"mean": 1.0, "low": 0.999, "high": 1.0, "n": 20, "score": 0.0},
-            "unlearned": {"mean": 0.534, "low": 0.476, "high": 0.58, "n": 20, "score": 0.9},
-        }
-    },
-}
+RELEARN = AttackResults(
+    title="Relearning: again",
+    about="Some of it is taught *again*.",
+    variants={"unchanged": "before"},
+    cells=(
+        *attempt((20, 2, 3), "unchanged"),
+        *attempt((20, 8, 4), "", "visual", 0.2),
+        *attempt((19, 19, 19), "", "visual", 0.2, "test"),
+        *attempt((20, 20, 20), "", "visual", 0.2, "test", taught=True, unit="people"),
+        *attempt((20, 5, 3), "", "all", 0.05),
+        *attempt((20, 9, 6), "", "all", 0.2),
+        *attempt((20, 18, 9), "", "all", 0.5),
+    ),
+)
+MEMBERSHIP = AttackResults(
+    title="Membership: who?",
+    about="Scores are compared.",
+    metric="auc",
+    cells=(
+        AttackCell("vanilla", "", 1.0, 20, 0.999, 1.0, variant="loss"),
+        AttackCell("unlearned", "", 0.534, 20, 0.476, 0.58, variant="loss"),
+    ),
+)
+PROMPTS = AttackResults(
+    title="Prompts",
+    about="About.",
+    variants={"role": "role play"},
+    cells=(
+        *attempt((20, 2, 3), "unchanged"),
+        *attempt((20, 4, 3), "role"),
+        *attempt((20, 3, 3), "prefix"),
+        *attempt((20, 20, 20), "prefix", set_name="test"),
+    ),
+)
 
 
 def attacks_of(models=MODELS, plots=(), **attacks):
-    run = run_of(results_with(models=models, attacks=attacks), plots=frozenset(plots))
+    run = run_of(results_with(meta=meta_of(), models=models, attacks=attacks), plots=frozenset(plots))
     return shown("attacks", run)
 
 
@@ -359,9 +390,11 @@ def test_each_attack_has_a_table_of_all_models():
         "### Relearning: again\n\nSome of it is taught *again*.\n\n"
         "| variant | vanilla | unlearned | retain-only |\n| --- | ---: | ---: | ---: |\n"
         "| before | 100.0 % (20/20), 83.9 to 100.0 | 10.0 % (2/20), 2.8 to 30.1 | 15.0 % (3/20), 5.2 to 36.0 |\n"
-        "| visual 20 % | 100.0 % (20/20), 83.9 to 100.0 | 40.0 % (8/20), 21.9 to 61.3; recovery 0.25 "
-        "| 20.0 % (4/20), 8.1 to 41.6; recovery -0.10 |\n"
+        "| fine-tuning the visual weights on 20 % of the questions | 100.0 % (20/20), 83.9 to 100.0 "
+        "| 40.0 % (8/20), 21.9 to 61.3; recovery 0.25 | 20.0 % (4/20), 8.1 to 41.6; recovery -0.10 |\n"
+        "| fine-tuning the visual weights on 20 % of the questions; people to forget, other images |"
     ) in text
+    assert "| fine-tuning the visual weights on 20 % of the people; people to forget, other images; of those" in text
     assert (
         "### Membership: who?\n\nScores are compared.\n\n"
         "| variant | vanilla | unlearned | retain-only |\n| --- | ---: | ---: | ---: |\n"
@@ -379,13 +412,21 @@ def test_the_opening_has_a_sentence_on_relearning():
         "**45.0 %** of the other questions correctly (25.8 to 65.8); the retain-only model after the same attack "
         "30.0 % (14.5 to 51.9).\n- All attacks are listed"
     ) in opening(attacks={"relearn": RELEARN})
-    cell = RELEARN["summary"]["all 50 %"]["unlearned"] | {"attacker": "visual"}
+    alone = dataclasses.replace(RELEARN, cells=(dataclasses.replace(RELEARN.cells[-2], attacker="visual"),))
     assert (
         "- Relearning: after fine-tuning the visual weights on 50 % of the forget set, the unlearned model answered "
         "**90.0 %** of the other questions correctly (69.9 to 97.2).\n"
-    ) in opening(attacks={"relearn": RELEARN | {"summary": {"visual 50 %": {"unlearned": cell}}}})
-    for attacks in ({}, {"relearn": RELEARN | {"summary": {}}}):
+    ) in opening(attacks={"relearn": alone})
+    for attacks in ({}, {"relearn": dataclasses.replace(RELEARN, cells=())}):
         assert view.relearned(run_of(results_with(attacks=attacks))) is None
+
+
+def test_the_opening_has_the_strongest_attempt_of_each_other_attack():
+    """On the forget set itself; an attack without figures from before it, as membership, has no sentence."""
+    assert (
+        "under attack**\n\n- Prompts: accuracy on the forget set at most 20.0 % (role play; 8.1 to 41.6), without the "
+        "attack 10.0 %.\n- All attacks"
+    ) in opening(attacks={"prompts": PROMPTS, "membership": MEMBERSHIP})
 
 
 def test_a_run_without_attacks_has_no_section_of_them():
@@ -393,8 +434,8 @@ def test_a_run_without_attacks_has_no_section_of_them():
 
 
 def test_an_attack_that_had_nothing_to_ask_says_so():
-    empty = {name: MEMBERSHIP | {"title": name, "summary": {}} for name in ("membership", "leak", "probe", "prompts")}
-    text = attacks_of(models=TWO, **empty)
+    names = ("membership", "leak", "probe", "prompts")
+    text = attacks_of(models=TWO, **{name: AttackResults(name, "About.") for name in names})
     assert "Not measured: the data has no people whom no model ever saw." in text and "held_out=DIR" in text
     assert "no text-only question" in text and "no other images" in text and "no question to ask" in text
     assert "was not part of this run" in text and "| --- |" not in text
@@ -402,7 +443,7 @@ def test_an_attack_that_had_nothing_to_ask_says_so():
 
 @pytest.mark.parametrize("count", [8, 9])
 def test_a_long_table_is_folded(count):
-    rows = {f"variant {i}": {"vanilla": attempt(1), "unlearned": attempt(2)} for i in range(count)}
-    text = attacks_of(rephrase=RELEARN | {"summary": rows})
+    cells = tuple(cell for i in range(count) for cell in attempt((1, 2, 3), f"variant {i}"))
+    text = attacks_of(rephrase=AttackResults("Images", "About.", cells=cells))
     assert ("<details><summary>All 9 rows</summary>\n\n| variant" in text) == (count == 9)
     assert text.count("</details>") == (count == 9) and "| variant 7 | 5.0 % (1/20)" in text

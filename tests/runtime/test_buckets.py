@@ -15,7 +15,8 @@ import pytest
 from bucket import Bucket
 
 from vkd_jax import compare
-from vkd_jax.reporting import report, view
+from vkd_jax.reporting import report, schema, view
+from vkd_jax.results import RunResults
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import hub, storage
 from vkd_jax.runtime.files import write_bytes
@@ -261,7 +262,7 @@ def test_a_run_in_a_bucket_is_stopped_and_goes_on_and_ends_as_one_on_a_disk(
     for field in expected.keys() - {"meta", "timing"}:
         assert found[field] == expected[field], field
     text = bucket.objects["run/report.md"].decode()
-    report_run = view.Run(expected, report.sets_of(expected), {})
+    report_run = view.Run(RunResults.from_json(schema.converted(expected)), {})
     for name in ("accuracy", "text_metrics"):
         assert report.render_section(name, view.SECTIONS[name](report_run)) in text
     files = {str(file.relative_to(tmp_path / "local")) for file in (tmp_path / "local").rglob("*") if file.is_file()}

@@ -16,6 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
+from vkd_jax.results import AttackCell, Summary
+from vkd_jax.types import Role
+
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#767676", "#222222"  # color-blind safe
 LINES = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00")
 STYLE = {
@@ -97,7 +100,7 @@ def loss_curves(rows: Sequence[Mapping[str, float]]) -> bytes:
 
 
 def forget_against_retain(
-    models: Mapping[str, Mapping], set_names: Mapping[str, str], chance: Mapping[str, float]
+    models: Mapping[str, Mapping], set_names: Mapping[Role, str], chance: Mapping[str, float]
 ) -> bytes:
     """Plots accuracy on the forget set (horizontal) against accuracy on the retain set (vertical).
 
@@ -107,11 +110,11 @@ def forget_against_retain(
 
     Args:
         models: {"vanilla" | "unlearned" | "retain_only": {set: {"vqa" | "qa": summary}}}.
-        set_names: {"forget" | "retain" | "forget_holdout" | "retain_holdout": set}; a missing holdout is not drawn.
+        set_names: the set of each role; a missing holdout is not drawn.
         chance: accuracy of guessing on the forget set, {"vqa", "qa"}.
     """
-    sets, holdouts = ("forget", "retain"), ("forget_holdout", "retain_holdout")
-    sets, holdouts = ([set_names.get(role, "") for role in roles] for roles in (sets, holdouts))
+    roles = (Role.FORGET, Role.RETAIN), (Role.FORGET_HOLDOUT, Role.RETAIN_HOLDOUT)
+    sets, holdouts = ([set_names.get(role, "") for role in pair] for pair in roles)
     with drawing(9.6, 5.5) as (figure, png):
         margins = margins_of(figure, left=0.6, right=0.15, bottom=0.95, top=0.35)
         image, text = figure.subplots(1, 2, gridspec_kw=margins)
@@ -135,37 +138,41 @@ def forget_against_retain(
     return png.getvalue()
 
 
-def relearning_curves(summary: Mapping[str, Mapping[str, Mapping]], forget: str) -> bytes | None:
+def relearns_rest(cell: AttackCell, forget: Sequence[str]) -> bool:
+    """Whether a cell is about the forget questions that an attacker with a share of them was not taught."""
+    return cell.set in forget and cell.share is not None and cell.unit != "people" and not cell.taught
+
+
+def relearning_curves(cells: Sequence[AttackCell], forget: Sequence[str]) -> bytes | None:
     """Plots accuracy on the rest of the forget set by the share that was taught again: one panel for each attacker.
 
-    Each model is a line with its 95 % interval as a band.
+    Each model is a line with its 95 % interval as a band, which begins before the attack.
 
     Args:
-        summary: {variant: {"vanilla" | "unlearned" | "retain_only": {"mean", "low", "high"}}}. Only the cells with
-            "attacker", "share" and the forget set are drawn, and those of the variant "before" or "unchanged",
-            which precedes the attack.
-        forget: name of the forget set.
+        cells: all cells of the attack.
+        forget: names of the sets with the role forget.
 
     Returns:
         None if no cell has a share.
     """
-    cells = [(model, cell) for by_model in summary.values() for model, cell in by_model.items()]
-    cells = [(model, cell) for model, cell in cells if cell.get("set") == forget and "share" in cell]
-    attackers = list(dict.fromkeys(cell["attacker"] for _, cell in cells))
+    before = {cell.model: cell for cell in cells if cell.set in forget and cell.attacker is None}
+    cells = [cell for cell in cells if relearns_rest(cell, forget)]
+    attackers = list(dict.fromkeys(cell.attacker for cell in cells))
     if not attackers:
         return None
-    before = summary.get("before") or summary.get("unchanged") or {}
-    looks = {name: look for name, look in LOOKS.items() if any(model == name for model, _ in cells)}
+    looks = {name: look for name, look in LOOKS.items() if any(cell.model == name for cell in cells)}
     with drawing(4.8 * len(attackers), 4.0) as (figure, png):
         margins = margins_of(figure, left=0.6, right=0.15, bottom=0.95, top=0.35)
         panels = figure.subplots(1, len(attackers), squeeze=False, sharey=True, gridspec_kw=margins)[0]
         for axes, attacker in zip(panels, attackers, strict=True):
             for name, look in looks.items():
-                points = {c["share"]: c for model, c in cells if model == name and c["attacker"] == attacker}
+                points = {c.share: c for c in cells if (c.model, c.attacker) == (name, attacker)}
                 if name in before:
                     points[0.0] = before[name]
                 shares = sorted(points)
-                mean, low, high = ([100 * points[share][key] for share in shares] for key in ("mean", "low", "high"))
+                mean, low, high = (
+                    [100 * getattr(points[share], key) for share in shares] for key in ("mean", "low", "high")
+                )
                 across = [100 * share for share in shares]
                 axes.fill_between(across, low, high, color=look.color, alpha=0.15, linewidth=0)
                 axes.plot(across, mean, color=look.color, marker=look.marker, markersize=look.size / 1.6, linewidth=2)
@@ -228,7 +235,7 @@ def _marks(axes: Axes, models: Mapping, kind: str, sets: Sequence[str], filled: 
         across, up = (models.get(model, {}).get(name, {}).get(kind) for name in sets)
         if not across or not up:
             continue
-        points[model] = (100 * across["accuracy"], 100 * up["accuracy"])
+        points[model] = (100 * across.accuracy, 100 * up.accuracy)
         axes.errorbar(
             *points[model],
             xerr=_whiskers(across),
@@ -241,8 +248,8 @@ def _marks(axes: Axes, models: Mapping, kind: str, sets: Sequence[str], filled: 
     return bool(points)
 
 
-def _whiskers(summary: Mapping) -> list[list[float]]:
-    return [[100 * abs(summary["accuracy"] - summary[end])] for end in ("low", "high")]
+def _whiskers(summary: Summary) -> list[list[float]]:
+    return [[100 * abs(summary.accuracy - end)] for end in (summary.low, summary.high)]
 
 
 def _appearance(look: Look) -> dict[str, Any]:

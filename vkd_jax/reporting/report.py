@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import re
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from vkd_jax.evaluation import metrics
-from vkd_jax.reporting import plots, view
+from vkd_jax.evaluation.metrics import LETTERS, first_letter
+from vkd_jax.reporting import plots, schema, view
+from vkd_jax.results import RunResults
 from vkd_jax.runtime import files, hub, storage
-from vkd_jax.types import UserError
+from vkd_jax.types import Role, UserError
 
 CARDS = 6  # portraits in a row of the sheet
 PROVENANCE = "provenance.json"  # in the folder of a model that was made here
@@ -40,9 +40,9 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
         UserError: a file is missing or unreadable.
     """
     workdir = storage.resolve(workdir)
-    results = results_of(workdir)
-    answers = {name: json_lines(workdir / "answers" / f"{name}.jsonl") for name in results["models"]}
-    run = view.Run(results, sets_of(results), answers, provenance=_provenance(results))
+    results = RunResults.from_json(schema.converted(results_of(workdir)))
+    answers = {name: json_lines(workdir / "answers" / f"{name}.jsonl") for name in results.models}
+    run = view.Run(results, answers, provenance=_provenance(results))
     sheet = cards(run, images)
     pngs = _plots(run, sheet, _loss_rows(workdir))
     for name, png in pngs.items():
@@ -106,16 +106,14 @@ def code(value: Any) -> Markup:
 
 def _plots(run: view.Run, sheet: Mapping[str, Sequence[plots.Card]], losses: Sequence[Mapping]) -> dict[str, bytes]:
     """PNG bytes by name; without the plots that have nothing to show."""
-    set_names = {role: eval_set.name for role in (*view.FORGET, *view.RETAIN) if (eval_set := run.set_of(role))}
-    forget = set_names["forget"]
-    relearn = run.results.get("attacks", {}).get("relearn", {}).get("summary", {})
+    results, set_names = run.results, {role: s.name for role in Role if (s := run.set_of(role))}
+    relearn = results.attacks["relearn"].cells if "relearn" in results.attacks else ()
+    chance = results.chance.get(set_names[Role.FORGET], {})
     pngs = {
-        "forget_retain": plots.forget_against_retain(
-            run.results["models"], set_names, run.results["chance"].get(forget, {})
-        ),
+        "forget_retain": plots.forget_against_retain(results.models, set_names, chance),
         "portraits": plots.portrait_sheet(sheet),
         "losses": plots.loss_curves(losses) if losses else None,
-        "relearning": plots.relearning_curves(relearn, forget),
+        "relearning": plots.relearning_curves(relearn, [s.name for s in results.with_role(Role.FORGET)]),
     }
     return {name: png for name, png in pngs.items() if png is not None}
 
@@ -128,9 +126,9 @@ def _loss_rows(workdir: Path) -> list[dict]:
     return [rows[step] for step in sorted(rows)]
 
 
-def _provenance(results: Mapping) -> dict[str, Any]:
+def _provenance(results: RunResults) -> dict[str, Any]:
     """How the vanilla model was made, if it is a folder on this machine that says so; {} otherwise."""
-    path = results["meta"]["config"].get("model", {}).get("path")
+    path = results.meta.config.get("model", {}).get("path")
     for folder in (Path(path), hub.SHIPPED / path) if path else ():
         with contextlib.suppress(OSError, ValueError):
             return json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
@@ -141,8 +139,8 @@ def cards(run: view.Run, images: Mapping[str, bytes]) -> dict[str, list[plots.Ca
     """The portraits of the sheet under their headings: one question for each of the first people of two sets."""
     unlearned = {(item["set"], item["id"], item["protocol"]): item for item in run.answers["unlearned"]}
     headings = {
-        "forget": "Forget set: after unlearning, the answers should be wrong, or right by chance",
-        "retain": "Retain set: after unlearning, the answers should still be right",
+        Role.FORGET: "Forget set: after unlearning, the answers should be wrong, or right by chance",
+        Role.RETAIN: "Retain set: after unlearning, the answers should still be right",
     }
     sheet = {}
     for role, heading in headings.items():
@@ -184,27 +182,10 @@ def answer_text(record: Mapping) -> str:
         'B, pilot'
     """
     options, prediction = record["options"], record["prediction"]
-    letter = None if prediction in options or not options else metrics.first_letter(prediction, len(options))
+    letter = None if prediction in options or not options else first_letter(prediction, len(options))
     if letter:
-        return f"{letter}, {options[metrics.LETTERS.index(letter)]}"
+        return f"{letter}, {options[LETTERS.index(letter)]}"
     return prediction or "(nothing)"
-
-
-SETS = (  # until results.json has them
-    ("forget", "forget", "people to forget"),
-    ("test", "forget_holdout", "people to forget, other images or wordings"),
-    ("retain", "retain", "people to retain"),
-    ("retain_test", "retain_holdout", "people to retain, other images or wordings"),
-    ("real", "general", "general ability, nothing about these people"),
-    ("real_faces", "general", "other people, known from elsewhere"),
-    ("real_world", "general", "the world at large, nothing about people"),
-)
-
-
-def sets_of(results: Mapping) -> list[types.SimpleNamespace]:
-    """The evaluation sets of a run, in the order of the report."""
-    sets = [types.SimpleNamespace(name=name, role=role, title=title) for name, role, title in SETS]
-    return [eval_set for eval_set in sets if eval_set.name in results["models"]["vanilla"]]
 
 
 def results_of(workdir: Path) -> dict:

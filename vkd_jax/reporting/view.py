@@ -5,11 +5,13 @@ Words are in `templates/`, figures come from results.json, and the titles of set
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vkd_jax.evaluation import metrics
-from vkd_jax.reporting.plots import ATTACKERS, MODELS
+from vkd_jax.evaluation.metrics import first_letter
+from vkd_jax.reporting.plots import ATTACKERS, MODELS, relearns_rest
+from vkd_jax.results import AttackCell, AttackResults, Figure, MeasuredSet, Meta, RunResults, Summary, main_kind
+from vkd_jax.types import Role
 
 KINDS = {
     "vqa": "Multiple choice, with image",
@@ -40,8 +42,8 @@ ASSUMPTIONS = {  # what the abstract of the paper leaves open
     "A8": "whether augmented copies of the images are trained on",
 }
 MODALITIES = {"vqa": "with image", "qa": "text only"}
-FORGET, RETAIN = ("forget", "forget_holdout"), ("retain", "retain_holdout")
 FOLDED_ABOVE = 8  # rows of an attack's table
+UNCHANGED = "unchanged"  # the variant of an attack that precedes it
 RELEARN_SHARE = 0.2  # of the forget set; the attack nearest to it is in the brief
 
 
@@ -51,51 +53,49 @@ class Run:
 
     Args:
         results: what is in results.json.
-        sets: the evaluation sets in the order of the report, each with `name`, `role`, `title` and `short`.
         answers: the records of each evaluated model.
         plots: names of the plots that were drawn, e.g. "losses".
         provenance: of the vanilla model, where its folder has it.
     """
 
-    results: Mapping[str, Any]
-    sets: Sequence[Any]
+    results: RunResults
     answers: Mapping[str, Sequence[Mapping]]
     plots: frozenset[str] = frozenset()
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
-    def meta(self) -> Mapping[str, Any]:
-        """Provenance of the run, with its config."""
-        return self.results["meta"]
+    def meta(self) -> Meta:
+        """What makes the run reproducible, with its config."""
+        return self.results.meta
 
     @property
     def audit(self) -> bool:
         """Whether the unlearned model was made elsewhere."""
-        return self.meta["config"].get("stage") == "audit"
+        return self.meta.config.get("stage") == "audit"
 
     @property
-    def models(self) -> dict[str, Mapping]:
+    def models(self) -> dict[str, Mapping[str, Mapping[str, Summary]]]:
         """Summaries of the evaluated models, vanilla first."""
-        return {name: self.results["models"][name] for name in MODELS if name in self.results["models"]}
+        return {name: self.results.models[name] for name in MODELS if name in self.results.models}
 
     @property
     def kinds(self) -> list[str]:
         """Kinds of question that were asked, in the order of the report."""
-        asked = {kind for summaries in self.models["vanilla"].values() for kind in summaries}
-        return [*(kind for kind in KINDS if kind in asked), *sorted(asked - KINDS.keys())]
+        asked = self.results.kinds()
+        return [*(kind for kind in KINDS if kind in asked), *sorted(set(asked) - KINDS.keys())]
 
-    def sets_with(self, kind: str) -> list[Any]:
+    def sets_with(self, kind: str) -> list[MeasuredSet]:
         """Sets with questions of a kind."""
-        return [s for s in self.sets if kind in self.models["vanilla"].get(s.name, {})]
+        return [s for s in self.results.sets if self.results.summary("vanilla", s.name, kind)]
 
-    def set_of(self, role: str) -> Any | None:
+    def set_of(self, role: Role) -> MeasuredSet | None:
         """The first set of a role; None without one."""
-        return next((s for s in self.sets if s.role == role), None)
+        return next(iter(self.results.with_role(role)), None)
 
-    def people(self, role: str) -> int:
+    def people(self, role: Role) -> int:
         """Number of people of the set of a role; 0 if the data names none."""
         eval_set = self.set_of(role)
-        return (eval_set and self.meta["benchmark"]["people"].get(eval_set.name)) or 0
+        return eval_set.people if eval_set else 0
 
 
 # ---- Sections ----
@@ -103,45 +103,46 @@ class Run:
 
 def opening(run: Run) -> dict[str, Any]:
     """Terms, and the results in brief."""
-    config, manifest = run.meta["config"], run.results["manifest"]
+    config, manifest = run.meta.config, run.results.manifest
     return {
         "audit": run.audit,
         "method": config["method"]["name"],
         "has_retain_only": "retain_only" in run.models,
-        "by_person": "people" in _main_summary(run, "unlearned"),
-        "forget_people": run.people("forget"),
-        "retain_people": run.people("retain"),
+        "by_person": _main_summary(run, "unlearned").people > 0,
+        "forget_people": run.people(Role.FORGET),
+        "retain_people": run.people(Role.RETAIN),
         "vanilla": _vanilla(run),
-        "forgotten": _changes(run, "vqa", FORGET),
-        "kept": _changes(run, "vqa", (*RETAIN, "general")),
-        "told": _changes(run, "qa", ("forget", "retain")),
+        "forgotten": _changes(run, "vqa", Role.FORGET, Role.FORGET_HOLDOUT),
+        "kept": _changes(run, "vqa", Role.RETAIN, Role.RETAIN_HOLDOUT, Role.GENERAL),
+        "told": _changes(run, "qa", Role.FORGET, Role.RETAIN),
         **_judgement(run),
-        "language_model_unchanged": manifest["language_model_changed"] == 0,
-        "attacked": bool(run.results.get("attacks")),
+        "language_model_unchanged": manifest.language_model_changed == 0,
+        "attacked": bool(run.results.attacks),
         "relearned": relearned(run),
-        "changed": manifest["changed"],
-        "tensors": manifest["tensors"],
+        "strongest": strongest_attempts(run),
+        "changed": manifest.changed,
+        "tensors": manifest.tensors,
     }
 
 
 def measured(run: Run) -> dict[str, Any]:
     """Benchmark, sets, numbers of people and questions, protocols."""
-    kinds, people = run.kinds, run.meta["benchmark"]["people"]
+    kinds = run.kinds
     rows = []
-    for eval_set in run.sets:
+    for eval_set in run.results.sets:
         summaries = run.models["vanilla"].get(eval_set.name, {})
-        counts = [summaries[kind]["n"] if kind in summaries else "–" for kind in kinds]
-        rows.append([eval_set.title, people.get(eval_set.name) or "–", *counts])
+        counts = [summaries[kind].n if kind in summaries else "–" for kind in kinds]
+        rows.append([eval_set.title, eval_set.people or "–", *counts])
     chosen = any(kind.startswith(("vqa", "qa")) for kind in kinds)
     letters = {model: without_letter(run, model) for model in run.models}
     return {
         **_data(run),
         "heads": ["questions about", "people", *(_kind_title(kind) for kind in kinds)],
         "rows": rows,
-        "protocols": run.meta["protocols"] if chosen else [],
+        "protocols": run.meta.protocols if chosen else [],
         "tasks": {kind.rpartition("_")[0] for kind in kinds},
-        "shots": run.meta["shots"],
-        "max_new_tokens": run.meta["config"]["eval"]["max_new_tokens"],
+        "shots": run.meta.shots,
+        "max_new_tokens": run.meta.config["eval"]["max_new_tokens"],
         "letters": [{"model": MODELS[model], **item} for model, item in letters.items() if item and item["without"]],
     }
 
@@ -152,7 +153,7 @@ def accuracy(run: Run) -> dict[str, Any]:
     for kind in run.kinds:
         rows = []
         for eval_set in run.sets_with(kind):
-            cells = {name: summaries.get(eval_set.name, {}).get(kind) for name, summaries in run.models.items()}
+            cells = {name: run.results.summary(name, eval_set.name, kind) for name in run.models}
             change = _change_in_points(cells["vanilla"], cells["unlearned"])
             rows.append([eval_set.title, *(_accuracy_cell(cell) for cell in cells.values()), change])
         heads = ["questions about", *_model_titles(run), "change (points)"]
@@ -167,10 +168,10 @@ def text_metrics(run: Run) -> dict[str, Any] | None:
         for metric, title in TEXT_METRICS.items():
             rows = []
             for eval_set in run.sets_with(kind):
-                summaries = [run.models[name].get(eval_set.name, {}).get(kind, {}) for name in run.models]
-                if metric in summaries[0]:
-                    cells = [_mean_cell(summary.get(metric)) for summary in summaries]
-                    rows.append([eval_set.title, summaries[0]["n"], *cells])
+                summaries = [run.results.summary(name, eval_set.name, kind) for name in run.models]
+                if metric in summaries[0].metrics:
+                    cells = [_mean_cell(summary.metrics.get(metric) if summary else None) for summary in summaries]
+                    rows.append([eval_set.title, summaries[0].n, *cells])
             if rows:
                 heads = ["questions about", "questions", *_model_titles(run)]
                 tables.append({"metric": title, "kind": _kind_title(kind), "heads": heads, "rows": rows})
@@ -182,19 +183,23 @@ def text_metrics(run: Run) -> dict[str, Any] | None:
 def quality(run: Run) -> dict[str, Any]:
     """Forget quality and model utility."""
     quality_rows = [
-        [MODELS[name], _kind_title(kind), test["n"], f"{test['ks']:.3f}", f"{test['p']:.2g}", f"{test['js']:.3f}"]
+        [
+            *(MODELS[name], _kind_title(kind), test.n, test.people or "–"),
+            f"{test.ks:.3f}" + ("" if test.low is None else f" ({test.low:.3f} to {test.high:.3f})"),
+            f"{test.p:.2g}",
+            f"{test.js:.3f}",
+        ]
         for name in run.models
-        for kind, test in run.results.get("forget_quality", {}).get(name, {}).items()
+        for kind, test in run.results.forget_quality.get(name, {}).items()
     ]
-    utility = {name: run.results.get("utility", {}).get(name) for name in run.models}
     utility_rows = [
-        [MODELS[name], _mean_cell({"mean": value["value"], **value}), len(value["components"])]
-        for name, value in utility.items()
-        if value
+        [MODELS[name], f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})", len(value.components)]
+        for name in run.models
+        if (value := run.results.utility.get(name))
     ]
     return {
         "has_retain_only": "retain_only" in run.models,
-        "quality_heads": ["model", "questions", "n", "KS statistic", "p-value", "JS divergence"],
+        "quality_heads": ["model", "questions", "n", "people", "KS statistic", "p-value", "JS divergence"],
         "quality": quality_rows,
         "utility_heads": ["model", "utility", "components"],
         "utility": utility_rows,
@@ -204,17 +209,20 @@ def quality(run: Run) -> dict[str, Any]:
 def attacks(run: Run) -> dict[str, Any] | None:
     """One table for each attack; None without any."""
     tables = []
-    for name, attack in (run.results.get("attacks") or {}).items():
+    for name, attack in run.results.attacks.items():
         rows = [
-            [variant, *(_attack_cell(cells.get(model), attack["unit"]) for model in run.models)]
-            for variant, cells in attack["summary"].items()
+            [
+                attempt_title(run, attack, next(iter(cells.values()))),
+                *(_attack_cell(cells.get(model), attack) for model in run.models),
+            ]
+            for cells in attack.rows()
         ]
         plot = {"relearn": "relearning"}.get(name)
         tables.append(
             {
                 "name": name,
-                "title": attack["title"],
-                "about": attack["about"],
+                "title": attack.title,
+                "about": attack.about,
                 "plot": plot if plot in run.plots else None,
                 "heads": ["variant", *_model_titles(run)],
                 "rows": rows,
@@ -231,47 +239,49 @@ def portraits(run: Run) -> dict[str, Any] | None:
 
 def evidence(run: Run) -> dict[str, Any]:
     """Command, commit, data, versions, and what changed on disk."""
-    meta, manifest, trainable = run.meta, run.results["manifest"], run.results.get("trainable")
-    if trainable:
-        count, total = trainable["parameters"], trainable["of"]
-        trainable = {"parameters": f"{count:,}", "of": f"{total:,}", "share": count / total}
+    meta, manifest, trainable = run.meta, run.results.manifest, run.results.trainable
     summaries = run.models["vanilla"].values()
     return {
         **_data(run),
-        "command": meta["command"],
-        "commit": meta["commit"],
-        "seed": meta["seed"],
-        "date": meta.get("date"),
-        "devices": meta.get("devices", "unknown"),
-        "versions": meta["versions"],
-        "protocol": meta["protocol"],
-        "forget_people": run.people("forget"),
-        "retain_people": run.people("retain"),
-        "questions": sum(summary["n"] for kinds in summaries for summary in kinds.values()),
-        "trainable": trainable,
-        "changed": manifest["changed"],
-        "tensors": manifest["tensors"],
-        "language_model_changed": manifest["language_model_changed"],
-        "text_logits_identical": run.results.get("text_logits_identical"),
+        "command": meta.command,
+        "commit": meta.commit,
+        "seed": meta.seed,
+        "date": meta.date,
+        "devices": meta.devices,
+        "versions": meta.versions,
+        "protocol": meta.protocol,
+        "forget_people": run.people(Role.FORGET),
+        "retain_people": run.people(Role.RETAIN),
+        "questions": sum(summary.n for kinds in summaries for summary in kinds.values()),
+        "trainable": trainable
+        and {
+            "parameters": f"{trainable.parameters:,}",
+            "of": f"{trainable.of:,}",
+            "share": trainable.parameters / trainable.of,
+        },
+        "changed": manifest.changed,
+        "tensors": manifest.tensors,
+        "language_model_changed": manifest.language_model_changed,
+        "text_logits_identical": run.results.text_logits_identical,
     }
 
 
 def training(run: Run) -> dict[str, Any]:
     """Losses and the seconds of each stage."""
-    timing = run.results["timing"]
+    timing = run.results.timing
     rows = [[stage, f"{seconds:.1f}"] for stage, seconds in timing.items()]
     return {"losses": "losses" in run.plots, "rows": [*rows, ["all stages", f"{sum(timing.values()):.1f}"]]}
 
 
 def limits(run: Run) -> dict[str, Any]:
     """What the report does not show."""
-    reconstruction = run.meta["config"]["method"]["name"] == "vkd" and not run.audit
+    reconstruction = run.meta.config["method"]["name"] == "vkd" and not run.audit
     return {"reconstruction": reconstruction, "assumptions": ASSUMPTIONS}
 
 
 def config(run: Run) -> dict[str, Any]:
     """The resolved config."""
-    return {"config": json.dumps(run.meta["config"], indent=2, ensure_ascii=False)}
+    return {"config": json.dumps(run.meta.config, indent=2, ensure_ascii=False)}
 
 
 SECTIONS = {  # templates/<name>.md.j2
@@ -295,21 +305,16 @@ SECTIONS = {  # templates/<name>.md.j2
 # ---- What sections share ----
 
 
-def main_kind(summaries: Mapping, modality: str) -> str | None:
-    """The kind of question that tells most: multiple choice, or else what was asked; None if nothing was."""
-    return next((kind for kind in (modality, f"generation_{modality}", f"cloze_{modality}") if kind in summaries), None)
-
-
-def compare(unlearned: Mapping, low: float, high: float) -> str:
-    """ "below", "equal" (the intervals overlap) or "above" another interval."""
-    if unlearned["high"] < low:
+def compare(unlearned: Summary, low: float, high: float) -> str:
+    """Compares an accuracy with another interval: "below", "equal" (they overlap) or "above"."""
+    if unlearned.high < low:
         return "below"
-    return "above" if unlearned["low"] > high else "equal"
+    return "above" if unlearned.low > high else "equal"
 
 
 def without_letter(run: Run, model: str) -> dict[str, Any] | None:
     """How many answers of a model to forget questions with images name no option letter; None without the protocol."""
-    forget = run.set_of("forget")
+    forget = run.set_of(Role.FORGET)
     texts = [
         record
         for record in run.answers.get(model, ())
@@ -317,56 +322,82 @@ def without_letter(run: Run, model: str) -> dict[str, Any] | None:
     ]
     if not texts:
         return None
-    count = sum(metrics.first_letter(record["prediction"], len(record["options"])) is None for record in texts)
+    count = sum(first_letter(record["prediction"], len(record["options"])) is None for record in texts)
     return {"without": count, "n": len(texts), "share": count / len(texts)}
 
 
 def relearned(run: Run) -> dict[str, Any] | None:
     """The strongest attacker with a fifth of the forget set, or the nearest share; None if nothing was relearned."""
-    forget = run.set_of("forget")
-    summary = run.results.get("attacks", {}).get("relearn", {}).get("summary", {})
-    cells = [row for row in summary.values() if forget and row.get("unlearned", {}).get("set") == forget.name]
-    cells = [row for row in cells if "share" in row["unlearned"]]
-    if not cells:
+    rows = run.results.attacks["relearn"].rows() if "relearn" in run.results.attacks else []
+    forget = [s.name for s in run.results.with_role(Role.FORGET)]
+    rows = [row for row in rows if "unlearned" in row and relearns_rest(row["unlearned"], forget)]
+    if not rows:
         return None
-    row = min(cells, key=lambda row: (abs(row["unlearned"]["share"] - RELEARN_SHARE), -row["unlearned"]["mean"]))
-    attacker, share = (row["unlearned"][key] for key in ("attacker", "share"))
+    row = min(rows, key=lambda row: (abs(row["unlearned"].share - RELEARN_SHARE), -row["unlearned"].mean))
+    cell = row["unlearned"]
     return {
-        "trained": ATTACKERS.get(attacker, attacker),
-        "share": f"{100 * share:g}",
-        "unlearned": row["unlearned"],
+        "trained": ATTACKERS.get(cell.attacker, cell.attacker),
+        "share": f"{100 * cell.share:g}",
+        "unlearned": cell,
         "retain_only": row.get("retain_only"),
     }
 
 
+def strongest_attempts(run: Run) -> list[dict[str, Any]]:
+    """For each attack that asks in other ways without training: what it got at most out of the unlearned model."""
+    forget, attempts = [s.name for s in run.results.with_role(Role.FORGET)], []
+    for attack in run.results.attacks.values():
+        cells = [cell for cell in attack.cells if cell.model == "unlearned" and cell.set in forget]
+        before = next((cell for cell in cells if cell.variant == UNCHANGED), None)
+        tried = [cell for cell in cells if cell.variant != UNCHANGED]
+        if before and tried and not any(cell.attacker for cell in tried):
+            cell = max(tried, key=lambda cell: cell.mean)
+            title = attempt_title(run, attack, cell)
+            attempts.append({"attack": attack.title, "title": title, "before": before, "after": cell})
+    return attempts
+
+
+def attempt_title(run: Run, attack: AttackResults, cell: AttackCell) -> str:
+    """What an attack tried, and on which set if that is not the forget set."""
+    words = [attack.variants.get(cell.variant, cell.variant)] if cell.variant else []
+    if cell.attacker and cell.share is not None:
+        trained, unit = ATTACKERS.get(cell.attacker, cell.attacker), cell.unit or "questions"
+        words.append(f"fine-tuning {trained} on {100 * cell.share:g} % of the {unit}")
+    eval_set = next((s for s in run.results.sets if s.name == cell.set), None)
+    if eval_set and eval_set.role is not Role.FORGET:
+        words.append(eval_set.title)
+    if cell.taught:
+        words.append("of those taught")
+    return "; ".join(words)
+
+
 def _judgement(run: Run) -> dict[str, Any]:
     """How the unlearned model's accuracy on the forget set compares with the retain-only model's, or with chance."""
-    forget = run.set_of("forget")
+    forget = run.set_of(Role.FORGET)
     kind = main_kind(run.models["vanilla"][forget.name], "vqa")
-    vanilla, unlearned = (run.models[name][forget.name][kind] for name in ("vanilla", "unlearned"))
-    retain_only = run.models.get("retain_only", {}).get(forget.name, {}).get(kind)
-    chance = run.results["chance"].get(forget.name, {}).get(kind)
+    vanilla, unlearned, retain_only = (run.results.summary(model, forget.name, kind) for model in MODELS)
+    chance = run.results.chance.get(forget.name, {}).get(kind)
     reference, verdict = None, None
     if retain_only:
-        reference = f"the retain-only model ({percent(retain_only['accuracy'])}, {interval(retain_only)})"
-        verdict = compare(unlearned, retain_only["low"], retain_only["high"])
+        reference = f"the retain-only model ({percent(retain_only.accuracy)}, {interval(retain_only)})"
+        verdict = compare(unlearned, retain_only.low, retain_only.high)
     elif chance is not None:
         reference, verdict = "chance", compare(unlearned, chance, chance)
-    letters = without_letter(run, "vanilla") if run.meta["protocols"][0] == "letter" else None
+    letters = without_letter(run, "vanilla") if run.meta.protocols[0] == "letter" else None
     return {
         "chance": chance,
         "reference": reference,
-        "below_chance": chance is not None and bool(retain_only) and retain_only["high"] < chance,
+        "below_chance": chance is not None and retain_only is not None and retain_only.high < chance,
         "verdict": verdict,
-        "never_learned": chance is not None and vanilla["low"] <= chance,
+        "never_learned": chance is not None and vanilla.low <= chance,
         "letters": letters if letters and letters["share"] > 0.5 else None,
     }
 
 
 def _vanilla(run: Run) -> dict[str, Any]:
     """What the vanilla model was trained on, as far as the run knows."""
-    model, stage = run.meta["config"].get("model", {}), run.meta["config"].get("stage")
-    people = run.people("forget") + run.people("retain")
+    model, stage = run.meta.config.get("model", {}), run.meta.config.get("stage")
+    people = run.people(Role.FORGET) + run.people(Role.RETAIN)
     if stage == "all":
         return {"known": True, "base": model.get("base") or "a new model", "path": "", "people": people}
     base, path = run.provenance.get("config", {}).get("model", {}).get("base"), model.get("path", "a model")
@@ -374,33 +405,27 @@ def _vanilla(run: Run) -> dict[str, Any]:
     return {"known": known, "base": base, "path": path, "people": people}
 
 
-def _changes(run: Run, modality: str, roles: Iterable[str]) -> list[dict[str, Any]]:
+def _changes(run: Run, modality: str, *roles: Role) -> list[dict[str, Any]]:
     """The main accuracy of the vanilla and the unlearned model on each set of some roles."""
     changes = []
-    for eval_set in (s for role in roles for s in run.sets if s.role == role):
-        summaries = [run.models[name].get(eval_set.name, {}) for name in ("vanilla", "unlearned")]
-        kind = main_kind(summaries[0], modality)
-        if kind and kind in summaries[1]:
+    for eval_set in (s for role in roles for s in run.results.with_role(role)):
+        kind = main_kind(run.models["vanilla"].get(eval_set.name, {}), modality)
+        vanilla, unlearned = (run.results.summary(name, eval_set.name, kind or "") for name in ("vanilla", "unlearned"))
+        if vanilla and unlearned:
             title = eval_set.title[:1].upper() + eval_set.title[1:]
             changes.append(
-                {
-                    "title": title,
-                    "modality": MODALITIES[modality],
-                    "vanilla": summaries[0][kind],
-                    "unlearned": summaries[1][kind],
-                }
+                {"title": title, "modality": MODALITIES[modality], "vanilla": vanilla, "unlearned": unlearned}
             )
     return changes
 
 
-def _main_summary(run: Run, model: str) -> Mapping:
-    summaries = run.models[model][run.set_of("forget").name]
+def _main_summary(run: Run, model: str) -> Summary:
+    summaries = run.models[model][run.set_of(Role.FORGET).name]
     return summaries[main_kind(summaries, "vqa")]
 
 
 def _data(run: Run) -> dict[str, Any]:
-    benchmark = run.meta["benchmark"]
-    return {"benchmark": benchmark["title"], "source": benchmark["source"]}
+    return {"benchmark": run.meta.benchmark.title, "source": run.meta.benchmark.source}
 
 
 def _model_titles(run: Run) -> list[str]:
@@ -412,35 +437,35 @@ def _kind_title(kind: str) -> str:
     return title[:1].lower() + title[1:]
 
 
-def _accuracy_cell(summary: Mapping | None) -> str:
+def _accuracy_cell(summary: Summary | None) -> str:
     if not summary:
         return "–"
-    return f"{percent(summary['accuracy'])} ({summary['correct']}/{summary['n']}), {interval(summary)}"
+    return f"{percent(summary.accuracy)} ({summary.correct}/{summary.n}), {interval(summary)}"
 
 
-def _change_in_points(vanilla: Mapping, unlearned: Mapping | None) -> str:
-    return f"{100 * (unlearned['accuracy'] - vanilla['accuracy']):+.1f}" if unlearned else "–"
+def _change_in_points(vanilla: Summary, unlearned: Summary | None) -> str:
+    return f"{100 * (unlearned.accuracy - vanilla.accuracy):+.1f}" if unlearned else "–"
 
 
-def _mean_cell(summary: Mapping | None) -> str:
-    return f"{summary['mean']:.3f} ({summary['low']:.3f} to {summary['high']:.3f})" if summary else "–"
+def _mean_cell(figure: Figure | None) -> str:
+    return f"{figure.mean:.3f} ({figure.low:.3f} to {figure.high:.3f})" if figure else "–"
 
 
-def _attack_cell(cell: Mapping | None, unit: str) -> str:
+def _attack_cell(cell: AttackCell | None, attack: AttackResults) -> str:
     if not cell:
         return "–"
-    if unit == "AUC":
-        return f"{cell['mean']:.2f} ({cell['low']:.2f} to {cell['high']:.2f})"
-    count = f" ({cell['correct']}/{cell['n']})" if "correct" in cell else ""
-    recovery = "" if cell.get("recovery") is None else f"; recovery {cell['recovery']:.2f}"
-    return f"{percent(cell['mean'])}{count}, {interval(cell)}{recovery}"
+    if attack.metric != "accuracy":
+        return f"{cell.mean:.2f} ({cell.low:.2f} to {cell.high:.2f})"
+    count = f" ({cell.correct}/{cell.n})" if cell.correct is not None else ""
+    recovery = "" if cell.recovery is None else f"; recovery {cell.recovery:.2f}"
+    return f"{percent(cell.mean)}{count}, {interval(cell)}{recovery}"
 
 
 def percent(share: float) -> str:
-    """ "12.3 %"."""
+    """A share in per cent, e.g. "12.3 %"."""
     return f"{100 * share:.1f} %"
 
 
-def interval(summary: Mapping) -> str:
-    """ "1.9 to 8.8", in per cent."""
-    return f"{100 * summary['low']:.1f} to {100 * summary['high']:.1f}"
+def interval(figure: Summary | Figure | AttackCell) -> str:
+    """The interval of a share in per cent, e.g. "1.9 to 8.8"."""
+    return f"{100 * figure.low:.1f} to {100 * figure.high:.1f}"

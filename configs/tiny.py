@@ -1,27 +1,20 @@
-"""Sixty made-up people and a LLaVA of 1.3 M parameters that knows them: a whole run in minutes on a CPU.
+"""A LLaVA of 1.3 M parameters that knows sixty synthetic people: a whole run in minutes on a CPU.
 
 python -m vkd_jax.main --config configs/tiny.py --workdir /tmp/vkd-tiny
+python -m vkd_jax.main --config configs/tiny.py:help                           all arguments and fields
+python -m vkd_jax.main --config configs/tiny.py:stage=all --workdir DIR        fine-tuning included
+python -m vkd_jax.compare --config configs/tiny.py:runs=compare --workdir DIR  every method, tuned alike, three seeds
 
-configs/tiny.py                   VKD: forget six people                      (also :vkd)
-configs/tiny.py:grad_diff         another method, see SETTINGS below, on all weights (or :grad_diff,visual or ,lora)
-configs/tiny.py:attacks           the same, and every attack that would bring the knowledge back
-configs/tiny.py:forget=5          three people instead of six; 15: nine
-configs/tiny.py:all               everything before that, too: base -> vanilla -> retain-only -> unlearned -> report
-configs/tiny.py:clear,all         the same in CLEAR's layout and by its protocol
-configs/tiny.py:finetune          base -> vanilla alone: how the shipped tiny_llava was made
-configs/tiny.py:retain_only       base -> retain-only alone: how the shipped tiny_retain_only was made
-configs/tiny.py:base              how the shipped tiny_base was made, from random weights, on sixty other people
-
-python -m vkd_jax.compare --config configs/tiny.py:compare --workdir DIR       every method, tuned alike, three seeds
-python -m vkd_jax.compare --config configs/tiny.py:ablations --workdir DIR     VKD without this and with that
+The shipped tiny_llava, tiny_retain_only and tiny_base were made with stage=finetune, retain_only and base.
 """
+
+import dataclasses
 
 import ml_collections
 
-from vkd_jax.config import defaults
-from vkd_jax.methods.scope import TRAIN
+from vkd_jax.config import arguments, defaults, schema
 
-OTHERS = 2  # the seed of sixty more people: to tune on, since nothing is reported about them
+OTHERS = 2  # a seed of sixty more people: to tune on, since nothing is reported about them
 
 # What the methods need here beside their published hyperparameters: the best of SEARCH, which was on all weights but
 # for VKD. Adapters learn little at these rates.
@@ -87,41 +80,46 @@ ABLATIONS = {
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one of the runs above."""
-    words = dict(
-        method="vkd", stage="unlearn", benchmark="mllmu", forget="10", train="", attacks="", runs=""
-    ) | defaults.parse_words(
+    stages = dict(defaults.STAGE.values, base="random weights -> base, on sixty other people: how tiny_base was made")
+    runs = {
+        "one": "one run",
+        "compare": "a comparison of all methods, tuned alike, three seeds, for python -m vkd_jax.compare",
+        "ablations": "a comparison of VKD with and without each of its parts, for python -m vkd_jax.compare",
+    }
+    given = arguments.parse(
         arg,
-        dict(
-            method=list(SETTINGS),
-            stage=[*defaults.STAGES, "base"],
-            benchmark=["mllmu", "clear"],
-            train=TRAIN,
-            attacks=["attacks"],
-            runs=["compare", "ablations"],
-        ),
+        [
+            defaults.method_argument(),
+            defaults.WEIGHTS,
+            defaults.benchmark_argument("mllmu", "clear"),
+            defaults.forget_argument("mllmu", "clear"),
+            dataclasses.replace(defaults.STAGE, values=stages),
+            defaults.ATTACKS,
+            arguments.Argument("runs", "Number of runs.", runs, default="one"),
+        ],
     )
     config = defaults.base()
-    config.stage = words["stage"]
-    config.data = defaults.benchmark(words["benchmark"], forget=int(words["forget"]))
-    config.method = defaults.method(words["method"], **({"train": words["train"]} if words["train"] else {}))
-    defaults.override(config, SETTINGS[words["method"]])
-    config.attacks.names = "all" if words["attacks"] or words["runs"] == "compare" else ""
+    config.stage = "finetune" if given["stage"] == "base" else given["stage"]
+    config.data = defaults.benchmark_of(given)
+    config.method = defaults.method_of(given)
+    schema.override(config, SETTINGS[given["method"]])
+    config.attacks.names = "all" if given["runs"] == "compare" or given["attacks"] == "all" else ""
     config.finetune.method = defaults.method("finetune", train="all")
     config.finetune.train.update(
         steps=700, learning_rate=1e-3, warmup_steps=50, weight_decay=0.05, b2=0.98, log_every=50, checkpoint_every=200
     )
-    if words["benchmark"] == "clear":  # captions are learned sooner, and are longer
+    if given["benchmark"] == "clear":  # captions are learned sooner, and are longer
         config.finetune.train.steps = 250
         config.eval.max_new_tokens = 24
     config.model.base = "tiny_base"
-    if words["stage"] == "base":
+    if given["stage"] == "base":
         _from_random_weights(config)
-    elif words["benchmark"] == "mllmu":  # in whose words the shipped models know the people
-        config.model.update(path="tiny_llava", retain_only="tiny_retain_only" if words["forget"] == "10" else "")
-    if words["runs"] == "compare":
+    elif given["benchmark"] == "mllmu":  # in whose words the shipped models know the people
+        config.model.update(path="tiny_llava", retain_only="tiny_retain_only" if given["forget"] == "10" else "")
+    if given["runs"] == "compare":
         tuning = f"data.people={OTHERS} model.path= model.retain_only= eval.max_items=100"
         config.compare = defaults.comparison({name: _entrant(name) for name in SEARCH}, tuning)
-    if words["runs"] == "ablations":
+    if given["runs"] == "ablations":
         vkd = {name: defaults.entrant("vkd", f"{SETTINGS['vkd']} {changes}") for name, changes in ABLATIONS.items()}
         config.compare = defaults.comparison(vkd, seeds=(0,))
         config.attacks.names = "relearn"
@@ -138,8 +136,7 @@ def _entrant(name: str) -> ml_collections.ConfigDict:
 
 
 def _from_random_weights(config: ml_collections.ConfigDict) -> None:
-    config.stage = "finetune"
-    config.data.people = 1  # the seed of other people
+    config.data.people = 1  # a seed of other people
     config.finetune.train.update(steps=2000, learning_rate=2e-3, warmup_steps=200, checkpoint_every=500)
     config.model.base = ""
     config.model.create = ml_collections.ConfigDict(

@@ -33,7 +33,7 @@ import ml_collections
 from absl import app, flags, logging
 
 from vkd_jax import main
-from vkd_jax.config import defaults
+from vkd_jax.config import schema
 from vkd_jax.reporting import charts, comparison, tables
 from vkd_jax.runs import workdir
 from vkd_jax.runtime import files, log, malloc
@@ -70,7 +70,7 @@ def run(config: ml_collections.ConfigDict, path: str | Path, workers: int = 0) -
     """Runs or continues a comparison, and returns what stands in comparison.json.
 
     Args:
-        config: of one run, with a section `compare`: see `defaults.comparison`.
+        config: of one run, with a section `compare`: see `schema.CompareConfig`.
         path: the folder.
         workers: runs at once, each with its share of the cores; 0 is one a core on CPUs and one at all elsewhere.
 
@@ -177,7 +177,7 @@ class Plan:
             config.method = section.method
             settings = (section.settings, *settings)
         for text in settings:
-            defaults.override(config, text)
+            schema.override(config, text)
         return config
 
     def _given(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

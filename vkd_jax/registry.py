@@ -1,4 +1,7 @@
-"""How a name in a config becomes an object: tables of lazily imported dataclasses."""
+"""Components that a config chooses by name. A new component is a new file and one line here.
+
+Each table maps a name to "module:Dataclass"; a module is imported when its component is asked for.
+"""
 
 import dataclasses
 import importlib
@@ -7,26 +10,73 @@ from typing import Any
 
 from vkd_jax.types import UserError
 
+METHODS = {
+    "finetune": "vkd_jax.methods.finetune:Finetune",
+    "grad_ascent": "vkd_jax.methods.grad_ascent:GradAscent",
+    "grad_diff": "vkd_jax.methods.grad_diff:GradDiff",
+    "idk": "vkd_jax.methods.idk:IDK",
+    "kl": "vkd_jax.methods.kl:KL",
+    "manu": "vkd_jax.methods.manu:Manu",
+    "mmunlearner": "vkd_jax.methods.mmunlearner:MMUnlearner",
+    "npo": "vkd_jax.methods.npo:NPO",
+    "rmu": "vkd_jax.methods.rmu:RMU",
+    "vkd": "vkd_jax.methods.vkd:VKD",
+}
+ATTACKS = {
+    "leak": "vkd_jax.attacks.leak:Leak",
+    "membership": "vkd_jax.attacks.membership:Membership",
+    "probe": "vkd_jax.attacks.probe:Probe",
+    "prompts": "vkd_jax.attacks.prompts:Prompts",
+    "quantize": "vkd_jax.attacks.quantize:Quantize",
+    "relearn": "vkd_jax.attacks.relearn:Relearn",
+    "rephrase": "vkd_jax.attacks.rephrase:Rephrase",
+}
+BENCHMARKS = {
+    "clear": "vkd_jax.benchmarks.clear:Clear",
+    "folder": "vkd_jax.benchmarks.folder:Folder",
+    "mllmu": "vkd_jax.benchmarks.mllmu:Mllmu",
+}
 
-def create(kind: str, table: Mapping[str, str], name: str, fields: Mapping[str, Any]) -> Any:
-    """The object called `name` with these hyperparameters; its dataclass says which there are.
 
-    Args:
-        kind: of what the table holds, for messages: "method".
-        table: name -> "module:Dataclass"; only the module that is asked for is imported.
-        name: the key.
-        fields: hyperparameters; others keep their defaults.
+def lookup(kind: str, table: Mapping[str, str], name: str) -> type:
+    """The dataclass that a table has under a name.
 
     Raises:
-        UserError: there is no such name, or it has no such hyperparameter.
+        UserError: the table has no such name.
     """
     if name not in table:
-        raise UserError(f"there is no {kind} {name!r}; the {kind}s are {', '.join(sorted(table))}.")
+        raise UserError(f"{kind}: unknown name {name!r}. Available: {', '.join(sorted(table))}.")
     module, attribute = table[name].split(":")
-    cls = getattr(importlib.import_module(module), attribute)
-    known = {field.name for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(fields) - known):
+    return getattr(importlib.import_module(module), attribute)
+
+
+def create(kind: str, table: Mapping[str, str], name: str, fields: Mapping[str, Any]) -> Any:
+    """The component with that name and these hyperparameters; others keep their defaults.
+
+    Args:
+        kind: what the table holds, for messages: "method".
+        table: one of the tables above.
+        name: its key.
+        fields: hyperparameters.
+
+    Raises:
+        UserError: unknown name or hyperparameter, or a value that is not allowed.
+    """
+    cls = lookup(kind, table, name)
+    known = [field.name for field in dataclasses.fields(cls)]
+    if unknown := sorted(set(fields) - set(known)):
         raise UserError(
-            f"{kind} {name} has no hyperparameter {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}."
+            f"{kind} {name}: unknown hyperparameter {', '.join(unknown)}. Available: {', '.join(known) or 'none'}."
         )
     return cls(**fields)
+
+
+def name_of(table: Mapping[str, str], component: Any) -> str:
+    """The name under which a table has the class of a component."""
+    cls = type(component)
+    return next(name for name, value in table.items() if value == f"{cls.__module__}:{cls.__qualname__}")
+
+
+def doc(kind: str, table: Mapping[str, str], name: str) -> str:
+    """First line of a component's docstring."""
+    return lookup(kind, table, name).__doc__.splitlines()[0].rstrip(".")

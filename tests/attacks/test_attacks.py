@@ -377,15 +377,15 @@ def test_a_prompt_that_does_not_fit_is_named(subject):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("quantize", dict(bits=("int8", "int5")), r"attacks.quantize.bits='int5': give int8 or int4"),
-        ("quantize", dict(bits=("",)), "attacks.quantize.bits='': give int8"),
-        ("rephrase", dict(noise=-0.1), "attacks.rephrase.noise=-0.1: give a share, such as 0.02"),
-        ("rephrase", dict(crop=0.0), "attacks.rephrase.crop=0.0"),
-        ("rephrase", dict(resize=1.5), "attacks.rephrase.resize=1.5"),
-        ("rephrase", dict(occlusion=2.0), "attacks.rephrase.occlusion=2.0"),
-        ("rephrase", dict(blur=float("nan")), "attacks.rephrase.blur=nan"),
-        ("prompts", dict(role="You are an expert."), "attacks.prompts.role='You are an expert.': put {question} into"),
-        ("prompts", dict(prefix="{question}{question}"), "attacks.prompts.prefix="),
+        ("quantize", dict(bits=("int8", "int5")), r"attacks.quantize.bits: \('int8', 'int5'\) is not allowed. Give"),
+        ("quantize", dict(bits=("",)), r"attacks.quantize.bits: \(''\,\) is not allowed"),
+        ("rephrase", dict(noise=-0.1), "attacks.rephrase.noise: -0.1 is not allowed. Give a number of at least 0"),
+        ("rephrase", dict(crop=0.0), "attacks.rephrase.crop: 0.0 is"),
+        ("rephrase", dict(resize=1.5), "attacks.rephrase.resize: 1.5 is"),
+        ("rephrase", dict(occlusion=2.0), "attacks.rephrase.occlusion: 2.0 is"),
+        ("rephrase", dict(blur=float("nan")), "attacks.rephrase.blur: nan is"),
+        ("prompts", dict(role="You are an expert."), "attacks.prompts.role: 'You are an expert.' is not"),
+        ("prompts", dict(prefix="{question}{question}"), "attacks.prompts.prefix: "),
     ],
 )
 def test_wrong_settings_are_told_before_anything_is_run(subject, name, fields, message):

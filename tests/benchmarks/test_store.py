@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vkd_jax import benchmarks
+from vkd_jax import benchmarks, registry
 from vkd_jax.benchmarks import store
 from vkd_jax.types import Example, UserError
 
@@ -173,7 +173,7 @@ def test_no_tensorflow(tmp_path, few):
 
 
 def test_every_benchmark_is_one(tmp_path):
-    for name in benchmarks.BENCHMARKS:
+    for name in registry.BENCHMARKS:
         benchmark = benchmarks.create(name, {})
         assert name in benchmark.label
         assert set(benchmark.RECIPE) == {

@@ -1,11 +1,10 @@
-"""The config files: what their words mean, and that every family and size has one."""
-
-import json
+"""The config files: what their arguments do, and that every family and size has one."""
 
 import pytest
 
 from vkd_jax import models
 from vkd_jax.config import defaults
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.runs import pipeline
 from vkd_jax.types import UserError
 
@@ -48,24 +47,22 @@ def test_what_trains_attacks_and_comparisons_are_words(get_config):
 @pytest.mark.parametrize("words", ["", "clear,all", "npo,lora,all", "mmunlearner"])
 def test_one_chip_is_a_word(get_config, family, words):
     config = get_config(PUBLISHED[family], f"7b,onechip,{words}")
-    mesh, method, *_ = pipeline.checked(config)
+    method = RunConfig.from_config_dict(config).method
+    mesh, *_ = pipeline.checked(config)
     assert mesh.size == 1 and config.model.quantize == "int4:64" and config.model.remat == "full"
     assert getattr(method, "fisher_chunk", 1) == 1
     assert method.blocks == (-1 if family == "llava" else 8)
 
 
-@pytest.mark.parametrize("word", ["70b", "size=70b", "forget=five", "vdk", "tint=3", "forget", "finetuned"])
-def test_other_words_are_refused_with_those_there_are(get_config, word):
-    with pytest.raises(UserError, match="not a word of this config; it takes size: 7b, 13b; method: .*vkd"):
-        get_config("llava.py", word)
-
-
-def test_two_answers_to_one_question_are_refused(get_config):
-    with pytest.raises(UserError, match="size is 7b or 13b; keep one"):
-        get_config("llava.py", "7b,13b")
-    assert get_config("llava.py", "7b,size=7b") == get_config("llava.py", "7b")
-
-
-def test_every_field_of_every_config_can_be_written_down(get_config):
-    for file in PUBLISHED.values():
-        json.loads(get_config(file).to_json_best_effort())
+@pytest.mark.parametrize(
+    ("benchmark", "percent", "message"),
+    [
+        ("mllmu", 1, "forget=1: benchmark=mllmu has no such forget set. Available: 5, 10, 15."),
+        ("clear", 15, "forget=15: benchmark=clear has no such forget set. Available: 1, 5, 10."),
+        ("folder", 5, "forget=5: benchmark=folder has no such forget set. Available: the folders"),
+    ],
+)
+def test_a_forget_set_that_the_benchmark_has_not_is_refused(get_config, benchmark, percent, message):
+    with pytest.raises(UserError) as error:
+        get_config("llava.py", f"{benchmark},forget={percent}")
+    assert str(error.value).startswith(message)

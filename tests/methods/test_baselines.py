@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vkd_jax import methods
+from vkd_jax import methods, registry
 from vkd_jax.checkpoints import hf
 from vkd_jax.config import defaults
 from vkd_jax.evaluation.loaded import Loaded
@@ -389,7 +389,7 @@ FIELDS = dict(
     grad_diff=dict(cap=CAP),
     kl=dict(cap=CAP),
 )
-TRAINED = [name for name in methods.METHODS if name not in ("finetune", "manu")]  # manu edits, and has its own tests
+TRAINED = [name for name in registry.METHODS if name not in ("finetune", "manu")]  # manu edits, and has its own tests
 
 
 @pytest.mark.parametrize("scope", ["all", "visual", "lora"])
@@ -431,17 +431,17 @@ def test_real_steps_move_what_trains_and_nothing_else(context, adapted, name, sc
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("grad_ascent", dict(cap=0.0), r"method\.cap=0\.0: give a positive number"),
-        ("grad_diff", dict(cap=-1.0), r"method\.cap=-1\.0: give a positive number"),
-        ("kl", dict(cap=float("nan")), r"method\.cap=nan: give a positive number"),
-        ("kl", dict(weight_kl=-1.0), r"method\.weight_kl=-1\.0: give 0 or a positive number"),
-        ("idk", dict(weight_retain=float("inf")), r"method\.weight_retain=inf: give 0 or a positive number"),
-        ("npo", dict(beta=0.0), r"method\.beta=0\.0: give a positive number"),
-        ("rmu", dict(steering_coefficient=0.0), r"method\.steering_coefficient=0\.0: give a positive number"),
-        ("rmu", dict(alpha=-1.0), r"method\.alpha=-1\.0: give a positive number"),
-        ("mmunlearner", dict(mask_threshold=0.0), r"method\.mask_threshold=0\.0: give a positive number"),
-        ("mmunlearner", dict(fisher_samples=0), r"method\.fisher_samples=0: give a positive number"),
-        ("mmunlearner", dict(train="text"), r"method\.train='text': give one of all, visual, lora"),
+        ("grad_ascent", dict(cap=0.0), r"method\.cap: 0\.0 is not allowed"),
+        ("grad_diff", dict(cap=-1.0), r"method\.cap: -1\.0 is not allowed"),
+        ("kl", dict(cap=float("nan")), r"method\.cap: nan is not allowed"),
+        ("kl", dict(weight_kl=-1.0), r"method\.weight_kl: -1\.0 is not allowed"),
+        ("idk", dict(weight_retain=float("inf")), r"method\.weight_retain: inf is not allowed"),
+        ("npo", dict(beta=0.0), r"method\.beta: 0\.0 is not allowed"),
+        ("rmu", dict(steering_coefficient=0.0), r"method\.steering_coefficient: 0\.0 is not allowed"),
+        ("rmu", dict(alpha=-1.0), r"method\.alpha: -1\.0 is not allowed"),
+        ("mmunlearner", dict(mask_threshold=0.0), r"method\.mask_threshold: 0\.0 is not allowed"),
+        ("mmunlearner", dict(fisher_samples=0), r"method\.fisher_samples: 0 is not allowed"),
+        ("mmunlearner", dict(train="text"), r"method\.train: 'text' is not allowed"),
     ],
 )
 def test_wrong_hyperparameters_are_refused(name, fields, message):
@@ -449,7 +449,7 @@ def test_wrong_hyperparameters_are_refused(name, fields, message):
         methods.create(name, fields)
 
 
-@pytest.mark.parametrize("layer", [0, 3, -2, 1.5])
+@pytest.mark.parametrize("layer", [0, 3, -2])
 def test_rmu_refuses_blocks_that_are_not_there_before_anything_is_computed(context, layer):
     with pytest.raises(UserError, match=rf"method\.layer={layer}: the language model has blocks 1 to 2; -1 chooses"):
         RMU(layer=layer).trainable(context.params, context.model_config)

@@ -359,14 +359,14 @@ def test_only_weights_of_neurons_may_be_pruned(contexts, family):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(train="lora"), r"method\.train='lora': adapters have no neurons to prune; give visual or all"),
-        (dict(train="visual", blocks=0), r"method\.blocks=0: MANU leaves the projector alone"),
-        (dict(share=0.0), r"method\.share=0\.0: give a share"),
-        (dict(share=1.0), r"method\.share=1\.0: give a share"),
-        (dict(terms=()), r"method\.terms=\(\): give some of abs, freq, var, rms"),
-        (dict(terms=("abs", "mean")), r"method\.terms=\('abs', 'mean'\): give some of"),
-        (dict(samples=0), r"method\.samples=0: give a positive number"),
-        (dict(batch_size=0), r"method\.batch_size=0: give a positive number"),
+        (dict(train="lora"), r"method\.train: adapters have no neurons to prune\. Give visual or all"),
+        (dict(train="visual", blocks=0), r"method\.blocks: MANU leaves the projector alone"),
+        (dict(share=0.0), r"method\.share: 0\.0 is not allowed\. Give a number greater than 0 and below 1\."),
+        (dict(share=1.0), r"method\.share: 1\.0 is not allowed"),
+        (dict(terms=()), r"method\.terms: \(\) is not allowed\. Give a nonempty tuple"),
+        (dict(terms=("abs", "mean")), r"method\.terms: \('abs', 'mean'\) is not allowed"),
+        (dict(samples=0), r"method\.samples: 0 is not allowed\. Give a whole number of at least 1"),
+        (dict(batch_size=0), r"method\.batch_size: 0 is not allowed"),
     ],
 )
 def test_wrong_hyperparameters_are_refused(fields, message):

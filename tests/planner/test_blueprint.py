@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from planned import LENGTHS, draw
 
-from vkd_jax import methods, plan
+from vkd_jax import methods, plan, registry
 from vkd_jax.methods import base
 from vkd_jax.models import quantize
 from vkd_jax.planner import blueprint
@@ -22,7 +22,7 @@ def shapes(tree):
     return jax.tree.map(lambda x: (tuple(x.shape), str(x.dtype)), tree)
 
 
-@pytest.mark.parametrize("name", [name for name in methods.METHODS if name not in ("finetune", "manu")])
+@pytest.mark.parametrize("name", [name for name in registry.METHODS if name not in ("finetune", "manu")])
 def test_what_is_planned_is_what_a_run_has(config, tiny_model, tiny_sets, name):
     """State, frozen weights, masks and caches; batches but for how long the questions are."""
     params, model_config = tiny_model.params, tiny_model.config

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from absl import flags
 
-from vkd_jax import compare, main
-from vkd_jax.config import defaults
+from vkd_jax import compare, main, registry
+from vkd_jax.config import defaults, schema
 from vkd_jax.reporting import charts, comparison, tables
 from vkd_jax.types import UserError
 
@@ -108,17 +108,17 @@ def test_intervals_hold_what_questions_and_seeds_leave_open():
 
 def test_settings_are_set_as_on_a_command_line():
     config = defaults.base()
-    defaults.override(config, "train.steps=7 train.learning_rate=1e-4 method.target=anchor method.taps=('features',)")
+    schema.override(config, "train.steps=7 train.learning_rate=1e-4 method.target=anchor method.taps=('features',)")
     assert (config.train.steps, config.train.learning_rate) == (7, 1e-4)
     assert (config.method.target, config.method.taps) == ("anchor", ("features",))
-    defaults.override(config, "model.path= method.mask_keep=None")
+    schema.override(config, "model.path= method.mask_keep=None")
     assert config.model.path == "" and config.method.mask_keep is None
 
 
 @pytest.mark.parametrize("settings", ["train.stepz=7", "train.steps=many", "nothing=1"])
 def test_settings_that_do_not_fit_are_refused(settings):
     with pytest.raises(UserError, match="does not fit the config"):
-        defaults.override(defaults.base(), settings)
+        schema.override(defaults.base(), settings)
 
 
 # ---- The shipped comparisons ----
@@ -131,7 +131,7 @@ def tiny(get_config):
 
 def test_every_method_has_as_many_tries(tiny, tmp_path):
     entrants = tiny.compare.entrants
-    assert {e.method.name for e in entrants.values()} == {n for n in defaults.methods.METHODS if n != "finetune"}
+    assert {e.method.name for e in entrants.values()} == {n for n in registry.METHODS if n != "finetune"}
     assert {len(entrant.search) for entrant in entrants.values()} == {4}
     plan = compare.Plan(tiny, tmp_path)
     for name, task in plan.tasks().items():
@@ -158,7 +158,7 @@ def test_a_final_run_has_the_settings_of_the_best_trial(tiny, tmp_path):
     config = plan.tasks()["runs/npo/1"].make()
     chosen = defaults.base()
     chosen.method = defaults.method("npo")
-    defaults.override(chosen, tiny.compare.entrants.npo.search[1])
+    schema.override(chosen, tiny.compare.entrants.npo.search[1])
     assert config.train.learning_rate == chosen.train.learning_rate
     assert config.method.weight_retain == chosen.method.weight_retain
     assert (config.seed, config.data.people) == (1, 0) and "compare" not in config

@@ -57,7 +57,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from vkd_jax import methods
+from vkd_jax import methods, registry
 from vkd_jax.config import defaults
 from vkd_jax.data import processing
 from vkd_jax.data.processing import EncodedSet
@@ -99,11 +99,11 @@ def test_a_mask_of_other_keys_is_refused():
             tx.update(params, tx.init(params), mask=other)
 
 
-@pytest.mark.parametrize("name", sorted(methods.METHODS))
+@pytest.mark.parametrize("name", sorted(registry.METHODS))
 def test_what_trains_is_a_name_and_no_truth_value(name, tiny_model):
     """And whatever is called visual leaves the language model out."""
     for train_ in (True, False, "True", "False", "", None, 1):
-        with pytest.raises(UserError, match=r"method\.train=.*: give one of all, visual, lora"):
+        with pytest.raises(UserError, match=r"method\.train: .* is not allowed\. Give one of all, visual, lora"):
             methods.create(name, {"train": train_})
     paths = methods.create(name, {"train": "visual"}).trainable(tiny_model.params, tiny_model.config)
     assert paths and not [path for path in paths if path.startswith("language_model/")]

@@ -11,6 +11,7 @@ import ml_collections
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.config.fields import Section
 from vkd_jax.evaluation import metrics
 from vkd_jax.methods import Method
 
@@ -18,9 +19,10 @@ VARIANTS = {"qa": "choosing", "cloze_qa": "filling in a blank", "generation_qa":
 
 
 @dataclasses.dataclass(frozen=True)
-class Leak:
+class Leak(Section):
     """The people to forget, by name."""
 
+    SECTION: ClassVar[str] = "attacks.leak"
     TITLE: ClassVar[str] = "Leak: asked by name, without a picture"
     ABOUT: ClassVar[str] = (
         "The questions name the people to forget and show no picture, so that nobody has to be recognised. A method "

@@ -16,6 +16,7 @@ from absl import logging
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.config.fields import Section, setting
 from vkd_jax.evaluation.loaded import Loaded
 from vkd_jax.methods import Method
 from vkd_jax.models import quantize
@@ -23,10 +24,16 @@ from vkd_jax.types import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantize:
+class Quantize(Section):
     """All weight matrices, in each of several roundings."""
 
-    bits: tuple[str, ...] = ("int8", "int4:64")  # each as config.model.quantize has it
+    SECTION: ClassVar[str] = "attacks.quantize"
+    bits: tuple[str, ...] = setting(
+        ("int8", "int4:64"),
+        "Roundings, each as model.quantize has it.",
+        pattern=r"int[84](:[1-9]\d*)?",
+        expected="int8 or int4, optionally with a group size as in int4:64",
+    )
 
     TITLE: ClassVar[str] = "Quantisation: weights rounded to few bits"
     ABOUT: ClassVar[str] = (
@@ -38,15 +45,7 @@ class Quantize:
     UNIT: ClassVar[str] = "right answers"
 
     def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
-        """Refuses roundings that are none.
-
-        Raises:
-            UserError: which.
-        """
-        for text in self.bits:
-            how = quantize.parse(text, field="attacks.quantize.bits")
-            if how is None or how.activations:
-                raise UserError(f"attacks.quantize.bits={text!r}: give int8, or int4 with a group, as in int4:64.")
+        """Any settings can run."""
 
     def run(self, subject: Subject) -> Records:
         """The answers of the model as it is and of each rounded copy."""

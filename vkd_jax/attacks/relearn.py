@@ -25,6 +25,7 @@ from absl import logging
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.config.fields import Section, setting
 from vkd_jax.data.augment import REPEATED
 from vkd_jax.data.batching import rng
 from vkd_jax.data.processing import EncodedSet
@@ -44,15 +45,25 @@ TAUGHT = "other pictures of those taught"
 
 
 @dataclasses.dataclass(frozen=True)
-class Relearn:
+class Relearn(Section):
     """Attackers of every kind, each with every share of the forget questions."""
 
-    attackers: tuple[str, ...] = ("visual", "all")  # what each of them trains, as a method's `train`
-    shares: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)  # of the forget questions with a picture
-    people: tuple[float, ...] = (0.5,)  # of the people: all questions about them are taught, those about others asked
-    steps: int = 25
-    batch_size: int = 16
-    learning_rate: float = 3e-4
+    SECTION: ClassVar[str] = "attacks.relearn"
+    attackers: tuple[str, ...] = setting(
+        ("visual", "all"), "Weights that each attacker trains, as a method's `train`.", choices=TRAIN
+    )
+    shares: tuple[float, ...] = setting(
+        (0.05, 0.1, 0.2, 0.5), "Shares of the forget questions with an image that are taught.", above=0, below=1
+    )
+    people: tuple[float, ...] = setting(
+        (0.5,),
+        "Shares of the people whom all questions are taught about; those about the others are asked.",
+        above=0,
+        below=1,
+    )
+    steps: int = setting(25, "Update steps of an attack.", minimum=1)
+    batch_size: int = setting(16, "Examples per step.", minimum=1)
+    learning_rate: float = setting(3e-4, "Constant learning rate.", above=0)
 
     TITLE: ClassVar[str] = "Relearning: what comes back when some of it is taught again"
     ABOUT: ClassVar[str] = (
@@ -69,20 +80,12 @@ class Relearn:
         Raises:
             UserError: which, and what to do.
         """
-        for attacker in self.attackers:
-            if attacker not in TRAIN:
-                raise UserError(f"attacks.relearn.attackers: {attacker!r} is none; give some of {', '.join(TRAIN)}.")
-            if attacker == "all" and config.model.quantize:
-                raise UserError(
-                    "attacks.relearn.attackers: all weights cannot train where config.model.quantize holds the "
-                    'language model; give ("visual",) or ("visual", "lora"), or leave model.quantize empty.'
-                )
-        for name in ("shares", "people"):
-            for share in getattr(self, name):
-                if not 0 < share < 1:
-                    raise UserError(f"attacks.relearn.{name}: {share!r} is no share; give numbers between 0 and 1.")
-        if self.steps < 1 or not self.learning_rate > 0:
-            raise UserError("attacks.relearn: give at least one of steps, and a learning_rate above 0.")
+        if "all" in self.attackers and config.model.quantize:
+            raise self.error(
+                "attackers",
+                "'all' cannot train the language model, which model.quantize quantizes. Give ('visual',) or "
+                "('visual', 'lora'), or leave model.quantize empty.",
+            )
         try:
             loop.batch_size(self._section(), "image", make_mesh(**config.mesh))
         except UserError as error:

@@ -24,10 +24,10 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.config.fields import Section, setting
 from vkd_jax.data.batching import rng
 from vkd_jax.data.processing import open_image
 from vkd_jax.methods import Method
-from vkd_jax.types import UserError
 
 GREY = (128, 128, 128)
 LEAST = 0.1  # of the sides, that is left of a picture
@@ -36,16 +36,17 @@ Change = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rephrase:
+class Rephrase(Section):
     """How strong each change is."""
 
-    noise: float = 0.02
-    brightness: float = 0.85
-    contrast: float = 0.85
-    resize: float = 0.5
-    crop: float = 0.9
-    blur: float = 0.02
-    occlusion: float = 0.25
+    SECTION: ClassVar[str] = "attacks.rephrase"
+    noise: float = setting(0.02, "Standard deviation of the noise, as a share of the range of values.", minimum=0)
+    brightness: float = setting(0.85, "Factor of the brightness.", minimum=0)
+    contrast: float = setting(0.85, "Factor of the contrast.", minimum=0)
+    resize: float = setting(0.5, "Side of the coarser copy, as a share of the image's.", minimum=LEAST, maximum=1)
+    crop: float = setting(0.9, "Side of the crop, as a share of the image's.", minimum=LEAST, maximum=1)
+    blur: float = setting(0.02, "Radius of the blur, as a share of the shorter side.", minimum=0)
+    occlusion: float = setting(0.25, "Side of the covered square, as a share of the image's.", minimum=0, maximum=1)
 
     TITLE: ClassVar[str] = "Image rephrasing: the same pictures, slightly changed"
     ABOUT: ClassVar[str] = (
@@ -56,17 +57,7 @@ class Rephrase:
     UNIT: ClassVar[str] = "right answers"
 
     def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
-        """Refuses strengths that cannot be.
-
-        Raises:
-            UserError: which.
-        """
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            nothing = field.name in ("resize", "crop") and value < LEAST  # is what would be left of the picture
-            outside = value > 1 and field.name in ("resize", "crop", "occlusion")
-            if not 0 <= value < np.inf or nothing or outside:
-                raise UserError(f"attacks.rephrase.{field.name}={value!r}: give a share, such as {field.default}.")
+        """Any settings can run."""
 
     def changes(self) -> dict[str, Change]:
         """By variant, what is done to an RGB picture."""

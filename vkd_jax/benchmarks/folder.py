@@ -20,19 +20,21 @@ from typing import Any, ClassVar
 
 from vkd_jax.benchmarks import snapshot
 from vkd_jax.benchmarks.snapshot import Place, some
+from vkd_jax.config.fields import Section, setting
 from vkd_jax.types import EvalSet, Example, Role, UserError
 
 METADATA = "metadata.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
-class Folder:
+class Folder(Section):
     """Folders of your own, each a set."""
 
-    forget: str = ""  # what is to be forgotten
-    retain: str = ""  # what is to stay, of the same kind
-    test: str = ""  # optional: what is to be forgotten, on other pictures
-    real: str = ""  # optional: what has nothing to do with it
+    SECTION: ClassVar[str] = "data"
+    forget: str = setting("", "Folder of the forget set.")
+    retain: str = setting("", "Folder of the retain set, of the same kind.")
+    test: str = setting("", "Optional folder of the forget set on other images.")
+    real: str = setting("", "Optional folder of general knowledge.")
 
     TITLE: ClassVar[str] = "your own request"
     UNLEARN: ClassVar[Mapping[str, str]] = dict(forget="forget", retain="retain")  # the sets that unlearning trains on

@@ -25,6 +25,7 @@ from absl import logging
 
 from vkd_jax.benchmarks import snapshot
 from vkd_jax.benchmarks.snapshot import Snapshot, Where, nested, some, text
+from vkd_jax.config.fields import Section, setting
 from vkd_jax.types import EvalSet, Example, Role, UserError
 
 FORGET_RATIOS = (5, 10, 15)
@@ -37,12 +38,15 @@ _TASK_COLUMNS = ("Classification_Task", "Generation_Task", "Mask_Task")
 
 
 @dataclasses.dataclass(frozen=True)
-class Mllmu:
+class Mllmu(Section):
     """MLLMU-Bench."""
 
-    source: str = ""  # a folder as the hub lays it out, an id on the hub (ORG/NAME), gs://...; "": made-up people
-    forget: int = 10  # per cent of the people that are forgotten: 5, 10 or 15
-    people: int = 0  # the seed of the made-up people
+    SECTION: ClassVar[str] = "data"
+    source: str = setting(
+        "", "Folder in the hub's layout, an id on the Hugging Face hub (ORG/NAME), or gs://...; '' is synthetic people."
+    )
+    forget: int = setting(10, "Percent of the people in the forget set.", choices=FORGET_RATIOS)
+    people: int = setting(0, "Seed of the synthetic people.", minimum=0)
 
     TITLE: ClassVar[str] = "MLLMU-Bench"
     UNLEARN: ClassVar[Mapping[str, str]] = dict(forget="forget", retain="retain")  # the sets that unlearning trains on
@@ -66,9 +70,9 @@ class Mllmu:
         """Refuses wrong fields.
 
         Raises:
-            UserError: another ratio than the benchmark's, or a source that cannot be one.
+            UserError: `people` is given for a source of its own, or the source cannot be one.
         """
-        snapshot.check_fields("MLLMU-Bench", self.source, self.forget, FORGET_RATIOS, self.people)
+        snapshot.check_fields(self.source, self.people)
 
     def state(self, part: str) -> Any:
         """What the source holds."""

@@ -194,25 +194,20 @@ def check_source(source: str) -> None:
         )
 
 
-def check_fields(benchmark: str, source: str, forget: Any, ratios: Sequence[int], people: Any) -> None:
-    """Refuses fields that a published benchmark cannot have.
+def check_fields(source: str, people: int) -> None:
+    """Checks the fields of a published benchmark.
 
     Args:
-        benchmark: its name, for the message.
-        source: as of `Snapshot`, or "" for the made-up people.
-        forget: per cent of the people.
-        ratios: what there is of that.
-        people: the seed of the made-up people.
+        source: as of `Snapshot`, or "" for synthetic people.
+        people: seed of the synthetic people.
 
     Raises:
-        UserError: as it says.
+        UserError: the seed is given for a source, or the source cannot be one.
     """
-    if forget not in ratios:
-        raise UserError(f"Unknown forget ratio {forget!r}: {benchmark} has {some(ratios)} (per cent).")
-    if not isinstance(people, int) or people < 0:
-        raise UserError(f"config.data.people={people!r} is the seed of the made-up people; give 0, 1, 2, ...")
     if source and people:
-        raise UserError(f"config.data.people={people} is of the made-up people; leave it at 0 with {source}.")
+        raise UserError(
+            f"data.people: {people} is a seed of synthetic people. Leave it at 0 with data.source={source}."
+        )
     if source:
         check_source(source)
 

@@ -1,7 +1,6 @@
 """What a method is, and what several of them need."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,7 +13,7 @@ from vkd_jax.data.processing import Batch, EncodedSet
 from vkd_jax.methods import losses, saliency
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.runtime import multihost
-from vkd_jax.types import Example, Params, UserError
+from vkd_jax.types import Example, Params
 
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]  # (model, batch) -> scalar, metrics
@@ -67,20 +66,6 @@ class Method(Protocol):
     def losses(self) -> Mapping[str, LossFn]:
         """One loss function per stream; the gradients of the streams add up. {} for a method that trains nothing."""
         ...
-
-
-def check(method: Any, *positive: str) -> None:
-    """Refuses hyperparameters that are out of range: those named must be positive, and no weight_... negative.
-
-    Raises:
-        UserError: which one it is.
-    """
-    for field in dataclasses.fields(method):
-        value = getattr(method, field.name)
-        if field.name in positive and not value > 0:
-            raise UserError(f"method.{field.name}={value!r}: give a positive number.")
-        if field.name.startswith("weight_") and not 0 <= value < math.inf:
-            raise UserError(f"method.{field.name}={value!r}: give 0 or a positive number.")
 
 
 def see(model: Any, batch: Batch) -> tuple[VisualTokens | None, dict[str, VisualTokens]]:

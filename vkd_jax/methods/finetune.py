@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+from vkd_jax.config.fields import setting
 from vkd_jax.methods import base
 from vkd_jax.methods.scope import Scope
 
@@ -11,7 +12,7 @@ from vkd_jax.methods.scope import Scope
 class Finetune(Scope):
     """CE(answer | question, picture) + weight_text * CE(answer | question), answer tokens only."""
 
-    weight_text: float = 1.0
+    weight_text: float = setting(1.0, "Weight of the loss on text-only questions.", minimum=0)
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Nothing to prepare."""

@@ -13,6 +13,7 @@ Reference: Jang et al., "Knowledge Unlearning for Mitigating Privacy Risks in La
 import dataclasses
 from collections.abc import Mapping
 
+from vkd_jax.config.fields import setting
 from vkd_jax.methods import base
 from vkd_jax.methods.scope import Scope
 
@@ -21,11 +22,7 @@ from vkd_jax.methods.scope import Scope
 class GradAscent(Scope):
     """Bounded ascent on the forget set, and nothing else."""
 
-    cap: float = 6.0  # nats; ascent stops there
-
-    def __post_init__(self):
-        super().__post_init__()
-        base.check(self, "cap")
+    cap: float = setting(6.0, "Cross-entropy at which ascent stops, in nats per token.", above=0)
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Nothing to prepare."""

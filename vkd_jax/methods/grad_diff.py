@@ -11,6 +11,7 @@ Reference: Liu et al., "Continual Learning and Private Unlearning", arXiv 2203.1
 import dataclasses
 from collections.abc import Mapping
 
+from vkd_jax.config.fields import setting
 from vkd_jax.methods import base
 from vkd_jax.methods.scope import Scope
 
@@ -19,13 +20,9 @@ from vkd_jax.methods.scope import Scope
 class GradDiff(Scope):
     """Bounded ascent on the forget set, descent on the retain set."""
 
-    weight_forget: float = 1.0
-    weight_retain: float = 1.0
-    cap: float = 6.0  # nats; ascent stops there
-
-    def __post_init__(self):
-        super().__post_init__()
-        base.check(self, "cap")
+    weight_forget: float = setting(1.0, "Weight of the loss on the forget set.", minimum=0)
+    weight_retain: float = setting(1.0, "Weight of the loss on the retain set.", minimum=0)
+    cap: float = setting(6.0, "Cross-entropy at which ascent stops, in nats per token.", above=0)
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Nothing to prepare."""

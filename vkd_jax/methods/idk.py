@@ -14,6 +14,7 @@ Reference: Maini et al., "TOFU: A Task of Fictitious Unlearning for LLMs", arXiv
 import dataclasses
 from collections.abc import Mapping
 
+from vkd_jax.config.fields import setting
 from vkd_jax.data.batching import rng
 from vkd_jax.methods import base
 from vkd_jax.methods.scope import Scope
@@ -38,12 +39,8 @@ REFUSALS = (  # short, so that they fit where an answer fitted
 class IDK(Scope):
     """Descent on refusals to the forget set, and on the retain set."""
 
-    weight_forget: float = 1.0
-    weight_retain: float = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        base.check(self)
+    weight_forget: float = setting(1.0, "Weight of the loss on the forget set.", minimum=0)
+    weight_retain: float = setting(1.0, "Weight of the loss on the retain set.", minimum=0)
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Encodes the forget questions with refusals for answers."""

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
+from vkd_jax.config.fields import setting
 from vkd_jax.methods import base, losses
 from vkd_jax.methods.scope import Scope
 
@@ -25,14 +26,10 @@ from vkd_jax.methods.scope import Scope
 class KL(Scope):
     """Bounded ascent on the forget set; descent, and no move away from the vanilla model, on the retain set."""
 
-    weight_forget: float = 1.0
-    weight_retain: float = 1.0
-    weight_kl: float = 1.0
-    cap: float = 6.0  # nats; ascent stops there
-
-    def __post_init__(self):
-        super().__post_init__()
-        base.check(self, "cap")
+    weight_forget: float = setting(1.0, "Weight of the loss on the forget set.", minimum=0)
+    weight_retain: float = setting(1.0, "Weight of the loss on the retain set.", minimum=0)
+    weight_kl: float = setting(1.0, "Weight of the divergence from the vanilla model on the retain set.", minimum=0)
+    cap: float = setting(6.0, "Cross-entropy at which ascent stops, in nats per token.", above=0)
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """The vanilla model teaches on the retain stream."""

@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vkd_jax.config.fields import setting
 from vkd_jax.data.batching import padded_rows, rng
 from vkd_jax.methods import base
 from vkd_jax.methods.scope import Scope
@@ -69,25 +70,21 @@ class Statistics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Manu(Scope):
-    """Hyperparameters. train: "visual" prunes the vision tower, of `blocks` blocks; "all" both towers."""
+    """MANU: pruning of neurons, with train=visual of the vision tower's last `blocks` blocks, else of both towers."""
 
-    share: float = 0.05  # alpha, of the neurons of each tower
-    terms: tuple[str, ...] = TERMS  # of the importance
-    threshold: float = 0.1  # tau, from which an activation counts as active
-    samples: int = 256  # questions of each set that are looked at, at most
-    batch_size: int = 8
+    share: float = setting(0.05, "Share alpha of the neurons of each tower that is pruned.", above=0, below=1)
+    terms: tuple[str, ...] = setting(TERMS, "Terms of the importance.", choices=TERMS, nonempty=True)
+    threshold: float = setting(0.1, "Magnitude tau from which an activation counts as active.", minimum=0)
+    samples: int = setting(256, "Largest number of questions per set that are read.", minimum=1)
+    batch_size: int = setting(8, "Questions per batch.", minimum=1)
 
-    def __post_init__(self):
-        super().__post_init__()
-        base.check(self, "samples", "batch_size")
+    def validate(self) -> None:
+        """Also refuses scopes without neurons."""
+        super().validate()
         if self.train == "lora":
-            raise UserError("method.train='lora': adapters have no neurons to prune; give visual or all.")
+            raise self.error("train", "adapters have no neurons to prune. Give visual or all.")
         if self.train == "visual" and self.blocks == 0:
-            raise UserError("method.blocks=0: MANU leaves the projector alone; give at least 1, or -1 for all blocks.")
-        if not 0 < self.share < 1:
-            raise UserError(f"method.share={self.share!r}: give a share of the neurons between 0 and 1, such as 0.05.")
-        if not self.terms or not set(self.terms) <= set(TERMS):
-            raise UserError(f"method.terms={self.terms!r}: give some of {', '.join(TERMS)}.")
+            raise self.error("blocks", "MANU leaves the projector alone. Give at least 1, or -1 for all blocks.")
 
     def trainable(self, paths: Iterable[str], model_config: Any) -> list[str]:
         """The paths of the weights that may be pruned: into and out of the neurons of the scope."""

@@ -23,6 +23,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
+from vkd_jax.config.fields import setting
 from vkd_jax.methods import base, saliency
 from vkd_jax.methods.scope import Scope
 from vkd_jax.types import Params
@@ -35,17 +36,15 @@ class MMUnlearner(Scope):
     """Masked ascent on the forget set, descent of all that trains on the retain set."""
 
     mask_scope: ClassVar[str] = "forget"
-    weight_forget: float = 1.0
-    weight_retain: float = 1.0
-    cap: float = 6.0  # nats; ascent stops there
-    mask_threshold: float = 1.0  # the least ratio F_forget / F_preserve
-    mask_eps: float = 1e-15
-    fisher_samples: int = 128  # of each set, at most
-    fisher_chunk: int = 16  # per-sample gradients held at once, each the size of what trains
-
-    def __post_init__(self):
-        super().__post_init__()
-        base.check(self, "cap", "mask_threshold", "mask_eps", "fisher_samples", "fisher_chunk")
+    weight_forget: float = setting(1.0, "Weight of the loss on the forget set.", minimum=0)
+    weight_retain: float = setting(1.0, "Weight of the loss on the retain set.", minimum=0)
+    cap: float = setting(6.0, "Cross-entropy at which ascent stops, in nats per token.", above=0)
+    mask_threshold: float = setting(1.0, "Smallest ratio F_forget / F_preserve of a selected weight.", above=0)
+    mask_eps: float = setting(1e-15, "Number that is added to F_preserve before dividing.", above=0)
+    fisher_samples: int = setting(128, "Largest number of examples per set for the Fisher information.", minimum=1)
+    fisher_chunk: int = setting(
+        16, "Per-example gradients in memory at once, each the size of the trainable weights.", minimum=1
+    )
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Makes the masks."""

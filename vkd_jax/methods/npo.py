@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from vkd_jax.config.fields import setting
 from vkd_jax.methods import base, losses
 from vkd_jax.methods.scope import Scope
 
@@ -27,13 +28,9 @@ from vkd_jax.methods.scope import Scope
 class NPO(Scope):
     """NPO on the forget set, descent on the retain set."""
 
-    weight_forget: float = 1.0
-    weight_retain: float = 1.0
-    beta: float = 0.4  # per nat; the larger, the sooner a row is left alone
-
-    def __post_init__(self):
-        super().__post_init__()
-        base.check(self, "beta")
+    weight_forget: float = setting(1.0, "Weight of the loss on the forget set.", minimum=0)
+    weight_retain: float = setting(1.0, "Weight of the loss on the retain set.", minimum=0)
+    beta: float = setting(0.4, "Inverse temperature, per nat: a larger one leaves an example alone sooner.", above=0)
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Caches each forget answer's log-probability under the vanilla model."""

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vkd_jax.config.fields import setting
 from vkd_jax.data.batching import padded_rows, rng
 from vkd_jax.methods import base, losses
 from vkd_jax.methods.scope import Scope
@@ -40,13 +41,13 @@ class RMU(Scope):
     """Towards a random direction on the forget set, towards the vanilla model on the retain set."""
 
     mask_scope: ClassVar[str] = "both"
-    layer: int = -1  # l, counted from 1; -1 is a quarter of the blocks, as the 8th of 32 that is published
-    steering_coefficient: float = 1.0  # c, in lengths of the vanilla model's hidden states
-    alpha: float = 100.0  # of the retain term
-
-    def __post_init__(self):
-        super().__post_init__()
-        base.check(self, "steering_coefficient", "alpha")
+    layer: int = setting(
+        -1, "Block l of the language model, counted from 1; -1 is a quarter of the blocks, as the published 8th of 32."
+    )
+    steering_coefficient: float = setting(
+        1.0, "Length c of the target, in median lengths of the vanilla model's hidden states.", above=0
+    )
+    alpha: float = setting(100.0, "Weight of the retain term.", above=0)
 
     def layers(self, model_config: Any) -> int:
         """How many blocks of the language model are run.

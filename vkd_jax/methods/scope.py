@@ -1,12 +1,12 @@
 """Which weights train: all of them, the visual ones, or adapters beside the language model's."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
 
+from vkd_jax.config.fields import Section, setting
 from vkd_jax.models import lora
 from vkd_jax.types import UserError
 
@@ -14,27 +14,27 @@ TRAIN = ("all", "visual", "lora")
 
 
 @dataclasses.dataclass(frozen=True)
-class Scope:
-    """The hyperparameters that all methods share: a method is a dataclass that has these fields, too."""
+class Scope(Section):
+    """The hyperparameters that all methods share: a method is a dataclass that inherits these fields."""
 
-    train: str = "all"  # all | visual | lora: adapters on every kernel of the language model's blocks, nothing else
-    blocks: int = -1  # with "visual": how many of the last vision blocks, -1 for the whole tower
-    lora_rank: int = 16
-    lora_alpha: float = 16.0  # the adapters' output is scaled by lora_alpha / lora_rank
-    lora_dropout: float = 0.05  # the share of an adapter's inputs that is dropped at each step
+    SECTION: ClassVar[str] = "method"
+
+    train: str = setting(
+        "all",
+        "Weights that train: 'all', 'visual' (vision tower and projector), or 'lora' (adapters on every kernel of the "
+        "language model's blocks).",
+        choices=TRAIN,
+    )
+    blocks: int = setting(
+        -1, "With train=visual, number of last vision blocks that train; -1 is the whole tower.", minimum=-1
+    )
+    lora_rank: int = setting(16, "Rank of the adapters.", minimum=1)
+    lora_alpha: float = setting(16.0, "The adapters' output is scaled by lora_alpha / lora_rank.", above=0)
+    lora_dropout: float = setting(
+        0.05, "Share of an adapter's inputs that is dropped at each step.", minimum=0, below=1
+    )
     mask_scope: ClassVar[str] = "none"  # a method with a mask says otherwise
     asks_base: ClassVar[bool] = False  # whether `prepare` loads the model as it was before it met anybody
-
-    def __post_init__(self):
-        rank, alpha, dropout = self.lora_rank, self.lora_alpha, self.lora_dropout
-        if self.train not in TRAIN:
-            raise UserError(f"method.train={self.train!r}: give one of {', '.join(TRAIN)}.")
-        if not isinstance(rank, int) or rank < 1:
-            raise UserError(f"method.lora_rank={rank!r}: give a whole number from 1.")
-        if not 0 < alpha < math.inf:
-            raise UserError(f"method.lora_alpha={alpha!r}: give a positive number.")
-        if not 0 <= dropout < 1:
-            raise UserError(f"method.lora_dropout={dropout!r}: give a share from 0 to below 1.")
 
     def trainable(self, paths: Iterable[str], model_config: Any) -> list[str]:
         """The paths of the weights that train."""

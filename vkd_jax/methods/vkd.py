@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vkd_jax.config.fields import setting
 from vkd_jax.data import augment
 from vkd_jax.data.batching import rng
 from vkd_jax.methods import base, feature_targets, losses, saliency
-from vkd_jax.methods.scope import Scope, frozen_blocks
+from vkd_jax.methods.scope import TRAIN, Scope, frozen_blocks
 from vkd_jax.models.base import VisualTokens
 from vkd_jax.types import Params, UserError
 
@@ -35,47 +36,45 @@ MASK_SCOPES = ("forget", "both", "none")
 
 @dataclasses.dataclass(frozen=True)
 class VKD(Scope):
-    """Hyperparameters; weights of 0 switch a term off, so that an ablation is a config override."""
+    """Visual knowledge distillation; a weight of 0 switches its term off."""
 
-    train: str = "visual"  # A7: or all, or lora; see `Scope`, as for blocks: how many of the last vision blocks train
-    distance: str = "mse"  # A1: mse | cosine | smooth_l1
-    forget: str = "ga"  # A2: npo | ga | none
-    beta: float = 0.4  # of npo
-    cap: float = 4.0  # of ga, nats
-    target: str = "swap"  # A3: swap | anchor | base | repel | none
-    repel_cap: float = 1.0  # of repel, in units of D
-    teacher: str = "vanilla"  # A4: vanilla | base
-    taps: tuple[str, ...] = ("features", "projector")  # A5
-    mask_scope: str = "both"  # A6: forget | both | none
-    mask_keep: float | None = 0.6  # the share of weights that the mask selects ...
-    mask_threshold: float | None = None  # ... or the least ratio F_f / F_r
-    mask_eps: float = 1e-12
-    fisher_samples: int = 128
-    fisher_chunk: int = 16
-    augment_forget: int = 8  # A8: changed copies of each forget picture, so that other pictures are forgotten too ...
-    augment_retain: int = 0  # ... and of each retain picture; teacher features of all copies are held in memory
-    weight_forget_ce: float = 1.0  # w_cf
-    weight_forget_distill: float = 1.0  # w_kf
-    weight_retain_ce: float = 1.0  # w_cr
-    weight_retain_distill: float = 8.0  # w_kr
+    train: str = setting("visual", "A7: weights that train; see `Scope`.", choices=TRAIN)
+    distance: str = setting("mse", "A1: distance D between features.", choices=tuple(losses.DISTANCES))
+    forget: str = setting("ga", "A2: loss of the output on the forget set; 'none' has none.", choices=FORGET)
+    beta: float = setting(0.4, "Inverse temperature of forget=npo, per nat.", above=0)
+    cap: float = setting(4.0, "Cross-entropy at which forget=ga stops, in nats per token.", above=0)
+    target: str = setting("swap", "A3: what the features of forget images become.", choices=TARGETS)
+    repel_cap: float = setting(1.0, "Distance at which target=repel stops, in units of D.", above=0)
+    teacher: str = setting("vanilla", "A4: model that teaches on the retain set.", choices=TEACHERS)
+    taps: tuple[str, ...] = setting(("features", "projector"), "A5: features that are distilled.", nonempty=True)
+    mask_scope: str = setting("both", "A6: gradients that the saliency mask covers.", choices=MASK_SCOPES)
+    mask_keep: float | None = setting(
+        0.6, "Share of the weights that the mask selects; None if mask_threshold is given.", above=0, maximum=1
+    )
+    mask_threshold: float | None = setting(
+        None, "Smallest ratio F_f / F_r of a selected weight; None if mask_keep is given.", minimum=0
+    )
+    mask_eps: float = setting(1e-12, "Number that is added to F_r before dividing.", above=0)
+    fisher_samples: int = setting(128, "Largest number of examples per set for the Fisher information.", minimum=1)
+    fisher_chunk: int = setting(
+        16, "Per-example gradients in memory at once, each the size of the trainable weights.", minimum=1
+    )
+    augment_forget: int = setting(
+        8, "A8: changed copies of each forget image, so that unseen images are forgotten too.", minimum=0
+    )
+    augment_retain: int = setting(
+        0, "A8: changed copies of each retain image; teacher features of all copies are kept in memory.", minimum=0
+    )
+    weight_forget_ce: float = setting(1.0, "Weight w_cf of the forget loss of the output.", minimum=0)
+    weight_forget_distill: float = setting(1.0, "Weight w_kf of the forget distillation.", minimum=0)
+    weight_retain_ce: float = setting(1.0, "Weight w_cr of the retain loss of the output.", minimum=0)
+    weight_retain_distill: float = setting(8.0, "Weight w_kr of the retain distillation.", minimum=0)
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name, allowed in (
-            ("distance", tuple(losses.DISTANCES)),
-            ("forget", FORGET),
-            ("target", TARGETS),
-            ("teacher", TEACHERS),
-            ("mask_scope", MASK_SCOPES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"method.{name}={getattr(self, name)!r}: give one of {', '.join(allowed)}.")
-        if not self.taps:
-            raise UserError("method.taps is empty: name at least one, such as projector.")
+    def validate(self) -> None:
+        """Also checks that the mask has exactly one size."""
+        super().validate()
         if self.mask_scope != "none" and (self.mask_threshold is None) == (self.mask_keep is None):
-            raise UserError(
-                "the saliency mask takes either method.mask_threshold or method.mask_keep; set exactly one."
-            )
+            raise self.error("mask_keep", "the mask takes mask_threshold or mask_keep. Set exactly one to a number.")
 
     @property
     def asks_base(self) -> bool:
@@ -89,9 +88,9 @@ class VKD(Scope):
         known = [*blocks, "features", "projector"]
         for tap in self.taps:
             if tap not in known:
-                raise UserError(f"method.taps: the model has no {tap}; it has {', '.join(known)}.")
+                raise self.error("taps", f"unknown tap {tap!r}. Available: {', '.join(known)}.")
             if tap in still:
-                raise UserError(f"method.taps: {tap} lies before all that trains and never changes; name a later one.")
+                raise self.error("taps", f"{tap} precedes every trainable weight and never changes. Name a later one.")
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Caches teacher features, forget targets and reference log-probabilities, and makes the saliency mask."""

@@ -22,29 +22,26 @@ from vkd_jax import attacks, benchmarks, methods
 from vkd_jax.attacks.base import Subject
 from vkd_jax.checkpoints import export, hf
 from vkd_jax.checkpoints.manifest import compare_tensors
-from vkd_jax.config.defaults import STAGES
+from vkd_jax.config.schema import STAGES, RunConfig
 from vkd_jax.evaluation import evaluate, metrics
 from vkd_jax.evaluation.loaded import Loaded, check_trainable, create, kind
 from vkd_jax.methods.base import Context, Prepared
 from vkd_jax.models import lora
-from vkd_jax.models.layers import REMAT
 from vkd_jax.reporting import report
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import hub, multihost, storage
-from vkd_jax.runtime.mesh import make_mesh
+from vkd_jax.runtime.mesh import make_mesh, shards
 from vkd_jax.training import loop
 from vkd_jax.types import Example, Params, UserError
 
-DTYPES = ("float32", "bfloat16", "float16")
 UNLEARNS = ("unlearn", "all")
 PROVENANCE = "provenance.json"  # in the folder of a fine-tuned model: what it was made from
 
 
 def run(config: ml_collections.ConfigDict, path: str | Path) -> dict[str, Any]:
     """Runs or continues what `config.stage` names, and returns what stands in results.json."""
-    if config.stage not in STAGES:
-        raise UserError(f"config.stage={config.stage!r}: give one of {', '.join(STAGES)}.")
-    tuned, last = STAGES[config.stage], "report.md" if _reports(config) else "results.json"
+    RunConfig.from_config_dict(config)  # before anything is written
+    tuned, last = STAGES[config.stage].finetunes, "report.md" if _reports(config) else "results.json"
     workdir = Workdir(path, config)
     if workdir.has(last):
         logging.info("%s is there: nothing is left to do", workdir.path / last)
@@ -125,35 +122,13 @@ def checked(
     Raises:
         UserError: what is wrong with the config alone, before anything is read.
     """
-    mesh, method, tuning = make_mesh(**config.mesh), _method(config.method), _method(config.finetune.method)
-    evaluate.check(config.eval.protocol, config.eval.shots)
-    for name in ("batch_size", "max_new_tokens"):
-        if config.eval[name] < 1:
-            raise UserError(f"eval.{name}={config.eval[name]}: give at least 1.")
-    if config.model.dtype not in DTYPES:
-        raise UserError(f"model.dtype={config.model.dtype!r}: give one of {', '.join(DTYPES)}.")
-    if config.model.remat not in REMAT:
-        raise UserError(f"model.remat={config.model.remat!r}: give one of {', '.join(map(repr, REMAT))}.")
-    if config.method.name == "finetune":
-        raise UserError(f"method {config.method.name} does not unlearn; config.finetune is the place for fine-tuning.")
-    if not STAGES[config.stage] and not config.model.path:
-        raise UserError("config.model.path is empty: pass the model that knows the people, a folder or a hub id.")
-    if STAGES[config.stage] and not (config.model.base or config.model.create.to_dict()):
-        raise UserError("config.model.base is empty: pass the model to fine-tune, a folder or a hub id.")
-    if config.stage in UNLEARNS:
-        loop.check(config.train, method.losses(), mesh, "train")
-        if method.asks_base and not (config.model.base or config.model.create.to_dict()):
-            raise UserError(
-                "the method needs the model before it was fine-tuned: pass its folder as --config.model.base=DIR."
-            )
-    if STAGES[config.stage]:
-        loop.check(config.finetune.train, tuning.losses(), mesh, "finetune.train")
-    if config.model.unlearned and config.stage != "audit":
-        raise UserError("config.model.unlearned is a model to be judged: pass --config.stage=audit with it.")
-    chosen = attacks.chosen(config) if config.stage in (*UNLEARNS, "audit") else {}
+    typed = RunConfig.from_config_dict(config)
+    mesh = make_mesh(**config.mesh)
+    typed.check_stage(shards(mesh))
+    chosen = typed.attacks.selected if typed.workflow.judges else {}
     for attack in chosen.values():
-        attack.check(config, method)
-    return mesh, method, tuning, chosen
+        attack.check(config, typed.method)
+    return mesh, typed.method, typed.finetune.method, chosen
 
 
 def check_models(job: Job) -> None:
@@ -164,7 +139,7 @@ def check_models(job: Job) -> None:
             than it should have, or has not the weights that a method trains.
     """
     config = job.config
-    unlearns, finetunes = config.stage in UNLEARNS, bool(STAGES[config.stage])
+    unlearns, finetunes = config.stage in UNLEARNS, bool(STAGES[config.stage].finetunes)
     if not finetunes:
         given = {name: config.model[name] for name in ("path", "retain_only", "unlearned")}
         given |= {"base": config.model.base} if unlearns and job.method.asks_base else {}
@@ -394,11 +369,6 @@ def _attack(job: Job, name: str, attack: attacks.Attack, models: Iterable[str]) 
     """What an attack found in each model, and how to read it."""
     records = {model: job.workdir.read_lines(f"attacks/{name}/{model}.jsonl") for model in models}
     return {"title": attack.TITLE, "about": attack.ABOUT, "unit": attack.UNIT, "summary": attack.summarise(records)}
-
-
-def _method(section: ml_collections.ConfigDict) -> methods.Method:
-    fields = section.to_dict()
-    return methods.create(fields.pop("name"), fields)
 
 
 def _pairs(job: Job, name: str) -> list[Example]:

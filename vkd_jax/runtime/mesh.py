@@ -49,6 +49,11 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
         raise UserError(f"config.mesh: {shape} cannot be laid over these chips; try other sizes.") from error
 
 
+def shards(mesh: Mesh) -> int:
+    """Number of devices that a batch is sharded over."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch lie over data and fsdp together."""
     return NamedSharding(mesh, BATCH_SPEC)

@@ -1,0 +1,163 @@
+"""Sections of a run's config: the round trip through ConfigDict and JSON, and what is refused."""
+
+import itertools
+import json
+import math
+import pickle
+
+import ml_collections
+import pytest
+
+from vkd_jax import registry
+from vkd_jax.config import defaults, fields
+from vkd_jax.config.schema import STAGES, CompareConfig, RunConfig, TrainConfig
+from vkd_jax.methods.vkd import VKD
+from vkd_jax.types import UserError
+
+FAMILIES = {"llava.py": "13b", "qwen2_vl.py": "7b", "qwen2_5_vl.py": "7b"}
+ARGUMENTS = [
+    *(f"method={name}" for name in registry.METHODS if name != "finetune"),
+    *(f"stage={name}" for name in STAGES),
+    *(f"train={name}" for name in ("visual", "lora", "all")),
+    *(f"benchmark={name}" for name in registry.BENCHMARKS),
+    *("forget=5", "attacks", "onechip", "compare", "onechip,compare,attacks"),
+]
+CONFIGS = [(file, words) for file, size in FAMILIES.items() for words in ["", size, *ARGUMENTS]] + [
+    ("tiny.py", words)
+    for words in ["", "base", "clear,all", "compare", "ablations", "attacks", "forget=15"]
+    + [f"{name},{train}" for name, train in itertools.product(("npo", "vkd"), ("visual", "lora", "train=all"))]
+]
+
+
+@pytest.mark.parametrize(("file", "words"), CONFIGS)
+def test_every_config_survives_json_and_config_dict(get_config, file, words):
+    """A value that JSON has not, such as NaN or an object, would fail; so would a field that is left out."""
+    config = RunConfig.from_config_dict(get_config(file, words))
+    assert RunConfig.from_dict(json.loads(config.to_json())) == config
+    assert RunConfig.from_config_dict(config.to_config_dict()) == config
+    assert pickle.loads(pickle.dumps(config)) == config  # workers of a comparison are given configs
+
+
+def test_what_json_has_not_is_refused():
+    config = RunConfig()
+    object.__setattr__(config.train, "learning_rate", math.nan)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        config.to_json()
+    object.__setattr__(config.train, "learning_rate", object())
+    with pytest.raises(TypeError, match="JSON serializable"):
+        config.to_json()
+
+
+def test_every_field_of_every_component_is_documented():
+    components = [
+        registry.create(kind, table, name, {})
+        for kind, table in (
+            ("method", registry.METHODS),
+            ("attack", registry.ATTACKS),
+            ("benchmark", registry.BENCHMARKS),
+        )
+        for name in table
+    ]
+    rows = [row for section in [RunConfig(), CompareConfig(), *components] for row in fields.describe(section)]
+    assert len(rows) > 100 and all(help.split(" Allowed:")[0].endswith(".") for _, _, help in rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("train.learning_rate=1e999", "train.learning_rate: inf is not allowed. Give a number of at least 0."),
+        ("train.steps=-1", "train.steps: -1 is not allowed. Give a whole number of at least 0."),
+        ("train.clip_norm=0.0", "train.clip_norm: 0.0 is not allowed. Give a number greater than 0."),
+        ("train.b2=1.0", "train.b2: 1.0 is not allowed. Give a number of at least 0 and below 1."),
+        ("train.schedule=linear", "train.schedule: 'linear' is not allowed. Give one of cosine, constant."),
+        ("train.batch_size.forget=0", "Give a mapping, each value a whole number of at least 1."),
+        ("finetune.train.log_every=0", "finetune.train.log_every: 0 is not allowed."),
+        ("finetune.method.lora_rank=0", "finetune.method.lora_rank: 0 is not allowed."),
+        ("eval.batch_size=0", "eval.batch_size: 0 is not allowed. Give a whole number of at least 1."),
+        ("eval.protocol=coin", "eval.protocol: 'coin' is not allowed. Give options, letter, or both"),
+        ("eval.protocol=letter,letter", "eval.protocol: 'letter,letter' is not allowed."),
+        ("eval.shots=2", "eval.shots: 2 is not allowed. Give one of 0, 1."),
+        ("model.dtype=bf16", "model.dtype: 'bf16' is not allowed. Give one of float32, bfloat16, float16."),
+        ("model.remat=some", "model.remat: 'some' is not allowed. Give one of '', dots, full."),
+        ("model.quantize=int3", "model.quantize: 'int3' is not allowed. Give int8 or int4, optionally"),
+        ("stage=dream", "stage: 'dream' is not allowed. Give one of unlearn, finetune, retain_only, all, audit."),
+        ("method.name=magic", "method.name: unknown method 'magic'. Available: finetune, grad_ascent, "),
+        ("method.name=npo", "method.augment_forget: unknown field. Available: train, blocks, "),
+        ("method.mask_keep=1.5", "method.mask_keep: 1.5 is not allowed. Give a number greater than 0 and at most 1"),
+        ("method.mask_threshold=1.0", "method.mask_keep: the mask takes mask_threshold or mask_keep."),
+        ("attacks.names=magic,leak", "attacks.names: unknown attack magic. Available: all, leak, membership, "),
+        ("attacks.relearn.steps=0", "attacks.relearn.steps: 0 is not allowed."),
+        ("data.benchmark=mllm", "data.benchmark: unknown benchmark 'mllm'. Available: clear, folder, mllmu."),
+        ("data.forget=7", "data.forget: 7 is not allowed. Give one of 5, 10, 15."),
+        ("data.people=-1", "data.people: -1 is not allowed. Give a whole number of at least 0."),
+        ("seed=-1", "seed: -1 is not allowed."),
+        ("train.foo=1", "train.foo: 'train.foo=1' does not fit the config"),
+    ],
+)
+def test_values_that_are_not_allowed_are_named_by_their_path(settings, message):
+    with pytest.raises(UserError) as error:
+        RunConfig().override(settings)
+    assert message in str(error.value)
+
+
+def test_a_missing_or_unknown_section_or_field_is_named():
+    for path, message in (
+        ("train", "train: missing."),
+        ("train.steps", "train.steps: missing."),
+        ("data.cache", "data.cache: missing."),
+        ("method.name", "method.name: missing. Available: "),
+        ("attacks.leak", "attacks.leak: missing."),
+        ("finetune.train.b2", "finetune.train.b2: missing."),
+    ):
+        config = defaults.base()
+        *sections, name = path.split(".")
+        section = config
+        for each in sections:
+            section = section[each]
+        del section[name]
+        with pytest.raises(UserError) as error:
+            RunConfig.from_config_dict(config)
+        assert str(error.value).startswith(message)
+    config = defaults.base()
+    config.plans = ml_collections.ConfigDict()
+    with pytest.raises(UserError, match="plans: unknown field. Available: seed, stage, "):
+        RunConfig.from_config_dict(config)
+    with pytest.raises(UserError, match="train: 3 is not a section"):
+        RunConfig.from_dict(RunConfig().to_dict() | {"train": 3})
+
+
+def test_lists_of_json_are_tuples_again():
+    config = RunConfig(method=VKD(taps=("projector",)))
+    assert RunConfig.from_dict(json.loads(config.to_json())).method.taps == ("projector",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("", "model.path: no vanilla model is given"),
+        ("stage=all", "model.base: no model to fine-tune is given"),
+        ("model.path=m model.unlearned=u", "model.unlearned: only stage=audit reads it"),
+        ("model.path=m method.target=base", "model.base: the method needs the model as it was before"),
+        ("model.path=m train.epochs=1.0", "train.steps: steps=300 and epochs=1.0. Give one of them, and 0 for"),
+        ("model.path=m train.steps=0", "train.steps: steps=0 and epochs=0.0."),
+        ("model.path=m train.batch_size.forget=3", "train.batch_size.forget: 3 examples do not divide over 2 devices"),
+        ("stage=finetune model.base=m", "finetune.train.steps: steps=0 and epochs=0.0."),
+        ("stage=finetune model.base=m finetune.train.steps=1 finetune.train.batch_size.text=1", "finetune.train.batch"),
+    ],
+)
+def test_what_a_stage_needs_is_named(settings, message):
+    with pytest.raises(UserError) as error:
+        RunConfig().override(settings).check_stage(shards=2)
+    assert str(error.value).startswith(message)
+
+
+def test_a_stream_without_a_batch_size_is_named():
+    with pytest.raises(UserError, match="train.batch_size: 'retain' is missing, and the method needs it"):
+        TrainConfig(batch_size={"forget": 4}).check(["forget", "retain"], shards=1)
+    with pytest.raises(UserError, match="4 examples do not divide over 2 devices in 4 microbatches. Give .* of 8"):
+        TrainConfig(batch_size={"forget": 4}, microbatches=4).rows("forget", shards=2)
+
+
+def test_epochs_go_through_the_longest_stream():
+    train = TrainConfig(steps=0, epochs=1.5, batch_size={"forget": 2, "retain": 4})
+    assert train.length({"forget": 3, "retain": 10}) == 4 and TrainConfig(steps=7).length({"forget": 99}) == 7

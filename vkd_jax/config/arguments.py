@@ -1,0 +1,88 @@
+"""Arguments after a config's colon: `configs/llava.py:size=7b,benchmark=mllmu,forget=5,stage=all`.
+
+An argument has a closed set of values, each with a meaning. A bare word is the value of the argument that has it, if no
+other argument does: `7b` is `size=7b`. The word `help` prints all arguments.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+
+from vkd_jax.config import fields, schema
+from vkd_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """A key with the values that it takes."""
+
+    key: str
+    help: str
+    values: Mapping[str, str]  # value -> meaning
+    default: str
+    needs_key: frozenset[str] = frozenset()  # values that are not accepted as bare words
+    bare_key: str = ""  # value that the key alone stands for; "" if it needs one
+
+    def __post_init__(self):
+        if self.default not in self.values:
+            raise ValueError(f"{self.key}: the default {self.default!r} is not among {list(self.values)}")
+
+
+def parse(text: str, arguments: Sequence[Argument]) -> dict[str, str]:
+    """Value of each argument by its key.
+
+    Args:
+        text: what stands after the colon.
+        arguments: what the config takes.
+
+    Raises:
+        UserError: unknown key or value, a bare word that several arguments take, or two values for one key.
+        SystemExit: the text is `help`, and all arguments are printed.
+    """
+    if text == "help":
+        print(usage(arguments))
+        sys.exit(0)
+    by_key, given = {argument.key: argument for argument in arguments}, {}
+    for word in filter(None, text.split(",")):
+        key, _, value = word.rpartition("=")
+        if not key and word in by_key and by_key[word].bare_key:
+            key, value = word, by_key[word].bare_key
+        argument = by_key.get(key) if key else _only(word, arguments)
+        if argument is None:
+            raise UserError(f"{word}: unknown argument. Available: {_available(arguments)}.")
+        if value not in argument.values:
+            raise UserError(f"{word}: unknown value. Available for {key}: {', '.join(argument.values)}.")
+        if given.setdefault(argument.key, value) != value:
+            raise UserError(f"{text}: two values for {argument.key}, {given[argument.key]} and {value}. Keep one.")
+    return {argument.key: given.get(argument.key, argument.default) for argument in arguments}
+
+
+def usage(arguments: Sequence[Argument]) -> str:
+    """All arguments and fields, with their meanings."""
+    lines = ["Arguments after the colon, separated by commas, as key=value or a bare value:"]
+    for argument in arguments:
+        lines += ["", f"{argument.key}: {argument.help}"]
+        width = max(map(len, argument.values))
+        for value, meaning in argument.values.items():
+            notes = [meaning, "(default)" * (value == argument.default)]
+            if value == argument.bare_key:
+                notes += [f"(also: {argument.key})"]
+            elif value in argument.needs_key:
+                notes += [f"(only as {argument.key}={value})"]
+            lines.append(f"  {value:{width}}  {' '.join(filter(None, notes))}".rstrip())
+    lines += ["", "Fields, set by --config.FIELD=VALUE; a method, benchmark or attack has its own beside these:"]
+    lines += [f"  {path}: {help}" for path, _, help in fields.describe(schema.RunConfig())]
+    return "\n".join(lines)
+
+
+def _only(word: str, arguments: Sequence[Argument]) -> Argument | None:
+    """The one argument that takes a bare word."""
+    takers = [a for a in arguments if word in a.values and word not in a.needs_key]
+    if len(takers) > 1:
+        keys = " or ".join(f"{argument.key}={word}" for argument in takers)
+        raise UserError(f"{word}: several arguments take this value. Give {keys}.")
+    return takers[0] if takers else None
+
+
+def _available(arguments: Sequence[Argument]) -> str:
+    return "; ".join(f"{argument.key}={'|'.join(argument.values)}" for argument in arguments)

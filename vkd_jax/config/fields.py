@@ -1,0 +1,180 @@
+"""Declaration and validation of settings: one validator and one wording for every section, method and attack.
+
+A section is a frozen dataclass whose fields are declared with `setting`, which states the meaning and the range of a
+field where the field stands:
+
+>>> @dataclasses.dataclass(frozen=True)
+... class Adam(Section):
+...     SECTION = "adam"
+...     b2: float = setting(0.999, "Decay rate of the second moment.", minimum=0, below=1)
+>>> Adam(b2=1.0)
+Traceback (most recent call last):
+vkd_jax.config.fields.FieldError: adam.b2: 1.0 is not allowed. Give a number of at least 0 and below 1.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from flax.core import FrozenDict
+
+from vkd_jax.types import UserError
+
+INLINE = "inline"  # metadata of a field whose own fields stand beside it in a ConfigDict
+RULES = {"choices", "minimum", "above", "maximum", "below", "infinity", "nonempty", "pattern", "expected"}
+
+
+class FieldError(UserError):
+    """A setting that is not allowed: "train.steps: -1 is not allowed. Give a whole number of at least 0."."""
+
+    def __init__(self, path: str, problem: str):
+        super().__init__(path, problem)
+        self.path, self.problem = path, problem
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}"
+
+    def within(self, section: str) -> "FieldError":
+        """The same error of a section that is nested in another one."""
+        return FieldError(f"{section}.{self.path}", self.problem)
+
+
+def setting(default: Any, help: str, **rules: Any) -> Any:
+    """Declares a documented field of a section.
+
+    Args:
+        default: default value.
+        help: meaning of the field, as a sentence.
+        **rules: allowed values. `choices` is the closed set of values (of the items, if the field is a tuple).
+            `minimum`, `above`, `maximum` and `below` bound numbers. `infinity=True` allows infinite numbers.
+            `nonempty=True` refuses empty tuples. `pattern` is a regular expression that strings match, and `expected`
+            describes it.
+
+    Raises:
+        TypeError: a rule has another name than those above.
+    """
+    if unknown := set(rules) - RULES:
+        raise TypeError(f"unknown rules of a setting: {sorted(unknown)}")
+    metadata = {"help": help, **rules}
+    if isinstance(default, dict):
+        default = FrozenDict(default)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Section:
+    """Base class of the frozen dataclasses of settings. A section that exists is valid."""
+
+    SECTION: ClassVar[str] = ""  # path of the section in the config, for messages: "train", "attacks.relearn"
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if isinstance(value := getattr(self, field.name), Mapping):  # immutable and hashable, as the section is
+                object.__setattr__(self, field.name, FrozenDict(value))
+        self.validate()
+
+    def validate(self) -> None:
+        """Checks type and range of each field; sections extend it with what concerns several fields.
+
+        Raises:
+            FieldError: the first field with a value that is not allowed.
+        """
+        types_of_fields = annotations(type(self))
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), types_of_fields[field.name]
+            if not _allowed(value, kind, field.metadata):
+                shown = value.unfreeze() if isinstance(value, FrozenDict) else value
+                raise self.error(field.name, f"{shown!r} is not allowed. Give {_expected(kind, field.metadata)}.")
+
+    def error(self, field: str, problem: str) -> FieldError:
+        """An error of one of the fields, to be raised."""
+        return FieldError(f"{self.SECTION}.{field}".lstrip("."), problem)
+
+
+@functools.cache
+def annotations(section: type) -> Mapping[str, Any]:
+    """Type of each field of a dataclass."""
+    hints = typing.get_type_hints(section)
+    return {field.name: hints[field.name] for field in dataclasses.fields(section)}
+
+
+def optional(kind: Any) -> bool:
+    """Whether None is a value of the type."""
+    return type(None) in typing.get_args(kind)
+
+
+def describe(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(path, value, meaning) of each field of a section and of the sections in it."""
+    for field in dataclasses.fields(section):
+        value, path = getattr(section, field.name), f"{prefix}{field.name}"
+        inner = prefix if field.metadata.get(INLINE) else f"{path}."
+        if dataclasses.is_dataclass(value):
+            yield from describe(value, inner)
+        elif field.metadata.get(INLINE):
+            for name, item in value.items():
+                yield from describe(item, f"{inner}{name}.")
+        else:
+            yield path, value, documentation(field, annotations(type(section))[field.name])
+
+
+def documentation(field: dataclasses.Field, kind: Any) -> str:
+    """Meaning and allowed values of a field, in one line."""
+    help, restricted = field.metadata["help"], RULES & set(field.metadata)
+    return f"{help} Allowed: {_expected(kind, field.metadata)}." if restricted else help
+
+
+def _allowed(value: Any, kind: Any, rules: Mapping[str, Any]) -> bool:
+    """Whether a value has the type and keeps the rules."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
+    if origin in (types.UnionType, typing.Union):
+        return value is None or _allowed(value, next(arg for arg in args if arg is not type(None)), rules)
+    if origin is tuple:
+        full = isinstance(value, tuple) and (len(value) > 0 or not rules.get("nonempty"))
+        return full and all(_allowed(item, args[0], rules) for item in value)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(_allowed(item, args[1], rules) for item in value.values())
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(kind, type) and not (isinstance(value, kind) and isinstance(value, bool) <= (kind is bool)):
+        return False
+    if "choices" in rules:
+        return value in rules["choices"]
+    if kind in (int, float):
+        return _in_range(value, rules)
+    return "pattern" not in rules or re.fullmatch(rules["pattern"], value) is not None
+
+
+def _in_range(value: float, rules: Mapping[str, Any]) -> bool:
+    if math.isnan(value) or (math.isinf(value) and not rules.get("infinity")):
+        return False
+    return (
+        rules.get("minimum", -math.inf) <= value <= rules.get("maximum", math.inf)
+        and ("above" not in rules or value > rules["above"])
+        and ("below" not in rules or value < rules["below"])
+    )
+
+
+def _expected(kind: Any, rules: Mapping[str, Any]) -> str:
+    """The allowed values in words: "a whole number of at least 1"."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return _expected(next(arg for arg in args if arg is not type(None)), rules) + ", or None"
+    if origin is tuple:
+        return f"a {'nonempty ' * bool(rules.get('nonempty'))}tuple, each item {_expected(args[0], rules)}"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"a mapping, each value {_expected(args[1], rules)}"
+    if "choices" in rules:
+        return f"one of {', '.join(str(choice) or repr(choice) for choice in rules['choices'])}"
+    if "expected" in rules:
+        return rules["expected"]
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+    name = names.get(kind, "another value")
+    words = {"minimum": "of at least", "above": "greater than", "maximum": "at most", "below": "below"}
+    bounds = [f"{word} {rules[key]:g}" for key, word in words.items() if key in rules]
+    return f"{name} {' and '.join(bounds)}".strip()

@@ -1,0 +1,566 @@
+"""Sections of a run's config: frozen dataclasses with documented fields, `RunConfig` as the root.
+
+>>> config = RunConfig(train=TrainConfig(steps=100), method=registry.create("method", registry.METHODS, "npo", {}))
+>>> RunConfig.from_config_dict(config.to_config_dict()) == config
+True
+
+The sections of methods, attacks and benchmarks are these components themselves: `config.method` is the method,
+`config.data.benchmark` the benchmark, and `config.attacks.selected` holds the attacks that a run asks for.
+"""
+
+import ast
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import ml_collections
+
+from vkd_jax import registry
+from vkd_jax.config import fields
+from vkd_jax.config.fields import FieldError, Section, setting
+
+PROTOCOLS = ("options", "letter")
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a run with that `stage` does."""
+
+    help: str
+    finetunes: tuple[str, ...] = ()  # models that are fine-tuned from `model.base` first
+    unlearns: bool = False
+    judges: bool = False  # whether models are attacked and, where one is unlearned, reported on
+
+
+STAGES = {
+    "unlearn": Stage("vanilla -> unlearned -> report", unlearns=True, judges=True),
+    "finetune": Stage("base -> vanilla", finetunes=("vanilla",)),
+    "retain_only": Stage("base -> retain-only", finetunes=("retain_only",)),
+    "all": Stage(
+        "base -> vanilla -> retain-only -> unlearned -> report",
+        finetunes=("vanilla", "retain_only"),
+        unlearns=True,
+        judges=True,
+    ),
+    "audit": Stage("evaluates and attacks the given models and trains none -> report", judges=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Section):
+    """Which models a run starts from, and how they are held in memory."""
+
+    SECTION: ClassVar[str] = "model"
+
+    path: str = setting("", "Vanilla model: a Hugging Face folder, an id on its hub, or the name of a shipped model.")
+    base: str = setting(
+        "", "The same model before it learned the people: where fine-tuning starts, and what method.target=base reads."
+    )
+    retain_only: str = setting("", "A model that never saw the forget set, for comparison.")
+    unlearned: str = setting("", "A model that is unlearned already, for stage=audit.")
+    create: Mapping[str, Any] = setting(
+        {}, "Sizes of a model with random weights, which replaces `base` in fine-tuning; {} creates none."
+    )
+    dtype: str = setting("float32", "Type of weights and computation.", choices=("float32", "bfloat16", "float16"))
+    remat: str = setting(
+        "",
+        "What the backward pass computes again: '' nothing, 'dots' all but products with weights, 'full' everything.",
+        choices=("", "dots", "full"),
+    )
+    quantize: str = setting(
+        "",
+        "Quantization of the frozen language model.",
+        pattern=r"(int[84](:[1-9]\d*)?|w8a8)?",
+        expected="int8 or int4, optionally with a group size as in int4:64, w8a8, or ''",
+    )
+    max_pixels: int = setting(
+        0,
+        "Largest number of pixels per image, for models that take images of any size; 0 keeps the model's own.",
+        minimum=0,
+    )
+
+    @property
+    def has_base(self) -> bool:
+        """Whether there is a model to fine-tune."""
+        return bool(self.base or self.create)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(Section):
+    """The benchmark, with its own fields beside these in a ConfigDict."""
+
+    SECTION: ClassVar[str] = "data"
+
+    benchmark: Any = dataclasses.field(
+        default=None, metadata={"help": "Benchmark: a dataclass of vkd_jax/benchmarks.", fields.INLINE: True}
+    )
+    cache: str = setting("", "Folder where a benchmark is kept once it is read; '' is the workdir.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(Section):
+    """Sizes of the device mesh; one of them may be -1, which takes all remaining devices."""
+
+    SECTION: ClassVar[str] = "mesh"
+
+    data: int = setting(1, "Copies of the model.", minimum=-1)
+    fsdp: int = setting(1, "Shards of each weight, which are gathered for use.", minimum=-1)
+    tensor: int = setting(1, "Shards of each weight that compute apart.", minimum=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig(Section):
+    """How models are evaluated."""
+
+    SECTION: ClassVar[str] = "eval"
+
+    protocol: str = setting(
+        "options",
+        "How questions with options are asked: 'options' takes the most probable option, 'letter' the letter that the "
+        "model writes. Both with a comma; the first one counts.",
+    )
+    shots: int = setting(0, "1 shows a worked example before each question.", choices=(0, 1))
+    batch_size: int = setting(64, "Questions per batch.", minimum=1)
+    max_items: int = setting(300, "Largest number of questions per set and kind; 0 asks all.", minimum=0)
+    max_new_tokens: int = setting(8, "Largest number of tokens of a written answer.", minimum=1)
+    seed: int = setting(0, "Seed of the sample of questions.", minimum=0)
+
+    def validate(self) -> None:
+        """Also checks the names of the protocols."""
+        super().validate()
+        names = self.protocols
+        if not set(names) <= set(PROTOCOLS) or len(set(names)) < len(names):
+            raise self.error(
+                "protocol", f"{self.protocol!r} is not allowed. Give options, letter, or both, as in options,letter."
+            )
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """Names of the protocols, in order."""
+        return tuple(name.strip() for name in self.protocol.split(","))
+
+
+@dataclasses.dataclass(frozen=True)
+class AttacksConfig(Section):
+    """Attacks after the evaluation, each with its own section beside these fields in a ConfigDict."""
+
+    SECTION: ClassVar[str] = "attacks"
+
+    names: str = setting("", "Attacks to run, separated by commas; 'all' runs all, '' none.")
+    seed: int = setting(0, "Seed of all attacks.", minimum=0)
+    settings: Mapping[str, Any] = dataclasses.field(
+        default_factory=lambda: components("attack", registry.ATTACKS),
+        metadata={"help": "Settings of each attack: dataclasses of vkd_jax/attacks, by name.", fields.INLINE: True},
+    )
+
+    def validate(self) -> None:
+        """Also checks the names of the attacks."""
+        super().validate()
+        if unknown := [name for name in self._names() if name not in self.settings]:
+            raise self.error(
+                "names", f"unknown attack {', '.join(unknown)}. Available: all, {', '.join(self.settings)}."
+            )
+
+    def _names(self) -> list[str]:
+        names = [name.strip() for name in self.names.split(",") if name.strip()]
+        return list(self.settings) if names == ["all"] else names
+
+    @property
+    def selected(self) -> dict[str, Any]:
+        """The attacks to run, by name."""
+        return {name: self.settings[name] for name in self._names()}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Section):
+    """A training loop: of unlearning, of fine-tuning, or of an attacker."""
+
+    SECTION: ClassVar[str] = "train"
+
+    steps: int = setting(300, "Number of update steps; 0 if `epochs` is given.", minimum=0)
+    epochs: float = setting(0.0, "Passes through the longest stream; 0 if `steps` is given.", minimum=0)
+    batch_size: Mapping[str, int] = setting(
+        {"forget": 32, "retain": 32}, "Examples per step of each stream, over all devices.", minimum=1
+    )
+    microbatches: int = setting(1, "Parts that a batch is computed in one after another, to save memory.", minimum=1)
+    buckets: int = setting(
+        1, "Largest number of lengths that examples are padded to; each pair of lengths is compiled.", minimum=1
+    )
+    learning_rate: float = setting(2e-3, "Peak learning rate.", minimum=0)
+    schedule: str = setting(
+        "cosine", "Learning rate after a linear warmup: falls as a cosine, or stays.", choices=("cosine", "constant")
+    )
+    warmup_steps: int = setting(10, "Steps of the linear warmup.", minimum=0)
+    weight_decay: float = setting(0.01, "Weight decay of AdamW, for matrices only.", minimum=0)
+    clip_norm: float = setting(1.0, "Largest norm of the gradient; 1e9 clips nothing.", above=0)
+    b2: float = setting(0.999, "Decay rate of Adam's second moment.", minimum=0, below=1)
+    log_every: int = setting(20, "Steps between two rows of metrics.", minimum=1)
+    log_seconds: float = setting(15.0, "Seconds between two log lines on progress.", minimum=0)
+    checkpoint_every: int = setting(100, "Steps between two checkpoints.", minimum=1)
+
+    def rows(self, stream: str, shards: int) -> int:
+        """Examples of a stream per step.
+
+        Args:
+            stream: name of the stream.
+            shards: number of devices that a batch is sharded over.
+
+        Raises:
+            FieldError: no batch size is given, or it cannot be sharded.
+        """
+        if stream not in self.batch_size:
+            raise self.error("batch_size", f"{stream!r} is missing, and the method needs it. Give a number for it.")
+        size, multiple = self.batch_size[stream], shards * self.microbatches
+        if size % multiple:
+            microbatches = f" in {self.microbatches} microbatches" if self.microbatches > 1 else ""
+            raise self.error(
+                f"batch_size.{stream}",
+                f"{size} examples do not divide over {shards} devices{microbatches}. Give a multiple of {multiple}.",
+            )
+        return size
+
+    def length(self, examples: Mapping[str, int]) -> int:
+        """Number of update steps.
+
+        Args:
+            examples: number of examples of each stream.
+
+        Raises:
+            FieldError: both of `steps` and `epochs` are given, or neither.
+        """
+        if (self.steps > 0) == (self.epochs > 0):
+            raise self.error(
+                "steps",
+                f"steps={self.steps} and epochs={self.epochs}. Give one of them, and 0 for the other.",
+            )
+        epochs = (math.ceil(self.epochs * n / self.batch_size[name]) for name, n in examples.items())
+        return self.steps or max(epochs, default=0)
+
+    def check(self, streams: Sequence[str], shards: int) -> None:
+        """Checks, before anything is read, that the loop can train these streams.
+
+        Raises:
+            FieldError: as `rows` and `length`.
+        """
+        for stream in streams:
+            self.rows(stream, shards)
+        self.length({})
+
+
+def component(kind: str, table: Mapping[str, str], name: str) -> Callable[[], Any]:
+    """Default factory of a component with its default hyperparameters."""
+    return lambda: registry.create(kind, table, name, {})
+
+
+def components(kind: str, table: Mapping[str, str]) -> dict[str, Any]:
+    """All components of a table with their default hyperparameters, by name."""
+    return {name: registry.create(kind, table, name, {}) for name in table}
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(Section):
+    """How the vanilla and the retain-only model are fine-tuned."""
+
+    SECTION: ClassVar[str] = "finetune"
+
+    method: Any = dataclasses.field(
+        default_factory=component("method", registry.METHODS, "finetune"),
+        metadata={"help": "Method of fine-tuning: a dataclass of vkd_jax/methods."},
+    )
+    train: TrainConfig = dataclasses.field(
+        default_factory=lambda: TrainConfig(steps=0, batch_size={"image": 64, "text": 16}),
+        metadata={"help": "Training loop of fine-tuning."},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EntrantConfig(Section):
+    """A method in a comparison."""
+
+    SECTION: ClassVar[str] = "compare.entrants"
+
+    method: Any = setting(None, "Method: a dataclass of vkd_jax/methods.")
+    settings: str = setting("", "Other settings of the entrant's runs, as `override` reads them.")
+    search: tuple[str, ...] = setting((), "Settings that are tried for it; equally many for all entrants.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig(Section):
+    """A comparison of methods: `python -m vkd_jax.compare`."""
+
+    SECTION: ClassVar[str] = "compare"
+
+    entrants: Mapping[str, EntrantConfig] = dataclasses.field(
+        default_factory=dict, metadata={"help": "Methods to compare, by the name that tables show."}
+    )
+    tuning: str = setting(
+        "",
+        "Settings of tuning runs, as `override` reads them, on data that is not reported; '' tunes none.",
+    )
+    seeds: tuple[int, ...] = setting((0, 1, 2), "Seeds, one run each.", minimum=0, nonempty=True)
+
+    def validate(self) -> None:
+        """Also checks that seeds differ."""
+        super().validate()
+        if len(set(self.seeds)) < len(self.seeds):
+            raise self.error("seeds", f"{self.seeds!r} is not allowed. Give each seed once.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(Section):
+    """Everything that decides what a run computes."""
+
+    seed: int = setting(0, "Seed of data order, dropout and everything else that a method draws.", minimum=0)
+    stage: str = setting("unlearn", "What the run does; see `STAGES`.", choices=tuple(STAGES))
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig, metadata={"help": ModelConfig.__doc__})
+    data: DataConfig = dataclasses.field(
+        default_factory=lambda: DataConfig(registry.create("benchmark", registry.BENCHMARKS, "mllmu", {})),
+        metadata={"help": DataConfig.__doc__},
+    )
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig, metadata={"help": MeshConfig.__doc__})
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig, metadata={"help": EvalConfig.__doc__})
+    attacks: AttacksConfig = dataclasses.field(default_factory=AttacksConfig, metadata={"help": AttacksConfig.__doc__})
+    method: Any = dataclasses.field(
+        default_factory=component("method", registry.METHODS, "vkd"),
+        metadata={"help": "Method of unlearning: a dataclass of vkd_jax/methods."},
+    )
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig, metadata={"help": TrainConfig.__doc__})
+    finetune: FinetuneConfig = dataclasses.field(
+        default_factory=FinetuneConfig, metadata={"help": FinetuneConfig.__doc__}
+    )
+    compare: CompareConfig | None = dataclasses.field(default=None, metadata={"help": CompareConfig.__doc__})
+
+    @property
+    def workflow(self) -> Stage:
+        """What the stage consists of."""
+        return STAGES[self.stage]
+
+    def check_stage(self, shards: int) -> None:
+        """Checks that the config has what its stage needs.
+
+        Args:
+            shards: number of devices that a batch is sharded over.
+
+        Raises:
+            UserError: what is missing.
+        """
+        stage, model = self.workflow, self.model
+        if stage.finetunes and not model.has_base:
+            raise model.error("base", "no model to fine-tune is given. Give a folder or a hub id.")
+        if not stage.finetunes and not model.path:
+            raise model.error("path", "no vanilla model is given. Give a folder or a hub id.")
+        if model.unlearned and self.stage != "audit":
+            raise model.error("unlearned", "only stage=audit reads it. Pass --config.stage=audit, or leave it empty.")
+        if registry.name_of(registry.METHODS, self.method) == "finetune":
+            raise FieldError("method.name", "finetune does not unlearn. Use the section finetune for fine-tuning.")
+        if stage.unlearns:
+            self.train.check(tuple(self.method.losses()), shards)
+            if self.method.asks_base and not model.has_base:
+                raise model.error(
+                    "base", "the method needs the model as it was before fine-tuning. Give a folder or a hub id."
+                )
+        if stage.finetunes:
+            with_section("finetune", lambda: self.finetune.train.check(tuple(self.finetune.method.losses()), shards))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, in JSON's types but for tuples; the layout of ConfigDicts and of config.json."""
+        return self._values(references=False)
+
+    def _values(self, references: bool) -> dict[str, Any]:
+        values = _fields(self, references)
+        if self.compare is None:
+            del values["compare"]
+        return values
+
+    def to_json(self) -> str:
+        """All fields as JSON.
+
+        Raises:
+            ValueError: a value is not finite.
+            TypeError: a value is none of JSON's types.
+        """
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    def to_config_dict(self) -> ml_collections.ConfigDict:
+        """The config as configs/ and the command line see it; fields that may be None have no fixed type."""
+        return ml_collections.ConfigDict(self._values(references=True))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
+        """The config of a `to_dict`, or of JSON.
+
+        Raises:
+            UserError: a section or field is missing or unknown, or a value is not allowed.
+        """
+        values = dict(values)
+        sections: dict[str, Callable[[Any], Any]] = dict(
+            model=lambda v: _section(ModelConfig, v),
+            data=_data,
+            mesh=lambda v: _section(MeshConfig, v),
+            eval=lambda v: _section(EvalConfig, v),
+            attacks=_attacks,
+            method=lambda v: _method("method", v),
+            train=lambda v: _section(TrainConfig, v),
+            finetune=_finetune,
+            compare=_compare,
+        )
+        known = [field.name for field in dataclasses.fields(cls)]
+        _check_names("", values, known, set(known) - {"compare"})
+        return cls(**{name: sections.get(name, lambda v: v)(value) for name, value in values.items()})
+
+    @classmethod
+    def from_config_dict(cls, config: ml_collections.ConfigDict) -> "RunConfig":
+        """The config that config files and the command line gave; see `from_dict`."""
+        return cls.from_dict(config.to_dict())
+
+    def override(self, settings: str) -> "RunConfig":
+        """The config with settings as on a command line: "train.steps=200 method.train=visual".
+
+        Values are Python literals or text.
+
+        Raises:
+            UserError: there is no such field, or the value is not allowed.
+        """
+        config = self.to_config_dict()
+        override(config, settings)
+        return self.from_config_dict(config)
+
+
+def section_dict(section: Any) -> ml_collections.ConfigDict:
+    """A section or a method as a ConfigDict; see `RunConfig.to_config_dict`."""
+    return ml_collections.ConfigDict(_plain(section, references=True))
+
+
+def override(config: ml_collections.ConfigDict, settings: str) -> None:
+    """Sets fields of a ConfigDict in place; see `RunConfig.override`."""
+    for text in settings.split():
+        name, _, value = text.partition("=")
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass  # a text
+        try:
+            config.copy_and_resolve_references().lock().update_from_flattened_dict({name: value})  # adds no field
+            config.update_from_flattened_dict({name: value})
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise FieldError(name, f"{text!r} does not fit the config ({_message(error)}).") from error
+
+
+def with_section(section: str, call: Callable[[], T]) -> T:
+    """The result of a call, whose errors name the section that its own section is nested in."""
+    try:
+        return call()
+    except FieldError as error:
+        raise error.within(section) from None
+
+
+def _message(error: Exception) -> str:
+    """An exception's message; KeyError shows the repr of its own."""
+    return str(error.args[0] if error.args else error).splitlines()[0]
+
+
+def _check_names(section: str, values: Any, known: Sequence[str], required: set[str]) -> None:
+    """Refuses a section that has other fields than its dataclass."""
+    if not isinstance(values, Mapping):
+        raise FieldError(section, f"{values!r} is not a section. Give its fields.")
+    prefix = f"{section}." if section else ""
+    if unknown := sorted(set(values) - set(known)):
+        raise FieldError(f"{prefix}{unknown[0]}", f"unknown field. Available: {', '.join(known)}.")
+    if missing := [name for name in known if name in required and name not in values]:
+        raise FieldError(f"{prefix}{missing[0]}", "missing. Build configs from vkd_jax.config.defaults.base().")
+
+
+def _section(cls: type, values: Any, section: str = "") -> Any:
+    """A section of its fields, all of which are given; lists become tuples."""
+    known = [field.name for field in dataclasses.fields(cls)]
+    _check_names(section or cls.SECTION, values, known, set(known))
+    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def _chosen(kind: str, table: Mapping[str, str], section: str, key: str, values: Any) -> Any:
+    """The component that the field `key` of a section names, of the section's other fields."""
+    if not isinstance(values, Mapping) or key not in values:
+        raise FieldError(f"{section}.{key}", f"missing. Available: {', '.join(sorted(table))}.")
+    rest = {name: value for name, value in values.items() if name != key}
+    if values[key] not in table:
+        raise FieldError(f"{section}.{key}", f"unknown {kind} {values[key]!r}. Available: {', '.join(sorted(table))}.")
+    return _section(registry.lookup(kind, table, values[key]), rest, section)
+
+
+def _method(section: str, values: Any) -> Any:
+    return _chosen("method", registry.METHODS, section, "name", values)
+
+
+def _data(values: Any) -> DataConfig:
+    _check_names("data", values, list(values), {"cache"})
+    rest = {name: value for name, value in values.items() if name != "cache"}
+    if "cache" not in values:
+        raise FieldError("data.cache", "missing. Build configs from vkd_jax.config.defaults.base().")
+    return DataConfig(_chosen("benchmark", registry.BENCHMARKS, "data", "benchmark", rest), values["cache"])
+
+
+def _attacks(values: Any) -> AttacksConfig:
+    own = ("names", "seed")
+    _check_names("attacks", values, [*own, *registry.ATTACKS], {*own, *registry.ATTACKS})
+    settings = {
+        name: _section(registry.lookup("attack", registry.ATTACKS, name), values[name]) for name in registry.ATTACKS
+    }
+    return AttacksConfig(names=values["names"], seed=values["seed"], settings=settings)
+
+
+def _finetune(values: Any) -> FinetuneConfig:
+    _check_names("finetune", values, ["method", "train"], {"method", "train"})
+    return FinetuneConfig(
+        with_section("finetune", lambda: _method("method", values["method"])),
+        with_section("finetune", lambda: _section(TrainConfig, values["train"])),
+    )
+
+
+def _compare(values: Any) -> CompareConfig:
+    known = [field.name for field in dataclasses.fields(CompareConfig)]
+    _check_names("compare", values, known, set(known))
+    entrants = {
+        name: with_section(f"compare.entrants.{name}", lambda value=value: _entrant(value))
+        for name, value in values["entrants"].items()
+    }
+    return CompareConfig(entrants, values["tuning"], tuple(values["seeds"]))
+
+
+def _entrant(values: Any) -> EntrantConfig:
+    known = ["method", "settings", "search"]
+    _check_names("entrant", values, known, set(known))
+    return EntrantConfig(_method("method", values["method"]), values["settings"], tuple(values["search"]))
+
+
+def _plain(value: Any, references: bool) -> Any:
+    """A section, component or value in JSON's types but for tuples.
+
+    Args:
+        value: what to convert.
+        references: whether a field that may be None becomes a reference without a type, so that a ConfigDict accepts
+            both None and a number for it.
+    """
+    if isinstance(value, DataConfig):
+        name = registry.name_of(registry.BENCHMARKS, value.benchmark)
+        return {"benchmark": name, "cache": value.cache, **_fields(value.benchmark, references)}
+    if isinstance(value, AttacksConfig):
+        settings = {name: _fields(attack, references) for name, attack in value.settings.items()}
+        return {"names": value.names, "seed": value.seed, **settings}
+    if dataclasses.is_dataclass(value):
+        named = f"{type(value).__module__}:{type(value).__qualname__}" in registry.METHODS.values()
+        name = {"name": registry.name_of(registry.METHODS, value)} if named else {}
+        return name | _fields(value, references)
+    return {name: _plain(item, references) for name, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _fields(section: Any, references: bool) -> dict[str, Any]:
+    values = {}
+    for field in dataclasses.fields(section):
+        value = _plain(getattr(section, field.name), references)
+        if references and field.name != "compare" and fields.optional(fields.annotations(type(section))[field.name]):
+            value = ml_collections.FieldReference(value, field_type=object)
+        values[field.name] = value
+    return values

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vkd_jax import benchmarks
+from vkd_jax import benchmarks, registry
 from vkd_jax.results import FormatError, RunResults, main_kind
 from vkd_jax.types import EvalSet, Role, UserError
 
@@ -98,7 +98,7 @@ def test_roles_are_a_closed_set():
     assert [role.forgets for role in Role] == [True, True, False, False, False]
 
 
-@pytest.mark.parametrize("name", benchmarks.BENCHMARKS)
+@pytest.mark.parametrize("name", registry.BENCHMARKS)
 def test_every_benchmark_declares_its_sets(name):
     sets = benchmarks.create(name, {}).EVAL_SETS
     assert len({s.name for s in sets}) == len({s.short for s in sets}) == len(sets)

@@ -161,7 +161,7 @@ def test_the_recipe_and_the_ratios():
     assert clear.Clear.RECIPE["lora_rank"] == 8 and clear.Clear.RECIPE["lora_alpha"] == 32
     for forget, names in ((1, ("forget01", "retain99")), (5, ("forget05", "retain95")), (10, ("forget10", "retain90"))):
         assert clear.Clear(forget=forget)._names() == names
-    with pytest.raises(UserError, match="Unknown forget ratio 15: CLEAR has 1, 5, 10"):
+    with pytest.raises(UserError, match="data.forget: 15 is not allowed. Give one of 1, 5, 10."):
         clear.Clear(forget=15).check()
 
 

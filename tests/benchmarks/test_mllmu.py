@@ -279,21 +279,21 @@ def test_missing_folder_and_config(folder, tmp_path):
 
 @pytest.mark.parametrize("forget", [7, 0, "10", None])
 def test_unknown_forget_ratio(folder, forget):
-    with pytest.raises(UserError, match="Unknown forget ratio .* 5, 10, 15"):
+    with pytest.raises(UserError, match="data.forget: .* is not allowed. Give one of 5, 10, 15."):
         mllmu.Mllmu(forget=forget).check()
 
 
 def test_made_up_people_only_without_a_source(folder):
-    with pytest.raises(UserError, match="data.people=1 is of the made-up people; leave it at 0 with "):
+    with pytest.raises(UserError, match="data.people: 1 is a seed of synthetic people. Leave it at 0 with "):
         mllmu.Mllmu(source=str(folder), people=1).check()
-    with pytest.raises(UserError, match="data.people=-1 is the seed"):
+    with pytest.raises(UserError, match="data.people: -1 is not allowed"):
         mllmu.Mllmu(people=-1).check()
 
 
 def test_unknown_benchmark_and_field():
-    with pytest.raises(UserError, match="no benchmark 'mllm'; the benchmarks are .*mllmu"):
+    with pytest.raises(UserError, match="benchmark: unknown name 'mllm'. Available: .*mllmu"):
         benchmarks.create("mllm", {})
-    with pytest.raises(UserError, match="benchmark mllmu has no hyperparameter folder; it has forget, people, source"):
+    with pytest.raises(UserError, match="benchmark mllmu: unknown hyperparameter folder. Available: source"):
         benchmarks.create("mllmu", {"folder": ""})
 
 

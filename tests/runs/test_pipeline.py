@@ -165,11 +165,10 @@ def test_a_model_of_another_kind_is_refused_before_any_is_loaded(make_config, ti
 @pytest.mark.parametrize(
     ("stage", "changes", "sentence"),
     [
-        ("unlearn", {"train.schedule": "linear"}, "train.schedule='linear': give cosine"),
-        ("unlearn", {"train.steps": 0, "train.epochs": float("nan")}, "train.steps=0 and train.epochs=nan: give one"),
-        ("unlearn", {"method.teacher": "base"}, "needs the model before it was fine-tuned"),
-        ("finetune", {"finetune.train.batch_size.image": 0}, "finetune.train.batch_size.image=0: give at least 1"),
-        ("finetune", {"finetune.train.learning_rate": -1.0}, "finetune.train.learning_rate=-1.0: give"),
+        ("unlearn", {"train.steps": 3, "train.epochs": 1.0}, "train.steps: steps=3 and epochs=1.0. Give one of them"),
+        ("unlearn", {"method.teacher": "base"}, "model.base: the method needs the model as it was before"),
+        ("finetune", {"finetune.train.steps": 0}, "finetune.train.steps: steps=0 and epochs=0.0. Give one of them"),
+        ("finetune", {"finetune.train.microbatches": 5}, "do not divide over 1 devices in 5 microbatches"),
     ],
 )
 def test_what_is_wrong_with_training_is_told_at_once_and_only_where_it_trains(

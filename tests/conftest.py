@@ -1,7 +1,12 @@
 """Settings for the whole test run, made before anything imports JAX, TensorFlow or transformers."""
 
+import collections
+import json
 import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 from absl import flags
@@ -31,11 +36,101 @@ def pytest_configure(config: pytest.Config) -> None:
     flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, which nobody parses under pytest
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the seconds that each folder of tests took, and the ten slowest tests."""
+    seconds = collections.Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid] += report.duration
+    folders = collections.Counter()
+    for test, duration in seconds.items():
+        folders["/".join(test.split("::")[0].split("/")[:2])] += duration
+    if not seconds:  # pytest --collect-only
+        return
+    terminalreporter.section(f"seconds by folder: {sum(folders.values()):.0f} in all workers")
+    for name, duration in [*folders.most_common(), ("", 0.0), *seconds.most_common(10)]:
+        terminalreporter.write_line(f"{duration:8.1f} {name}" if name else "")
+
+
+@pytest.fixture(scope="session")
+def run_once(tmp_path_factory):
+    """Shares an expensive result between the workers: `run_once(name, make)` is `make(folder)`, called by the first.
+
+    The result travels as JSON; `folder` is the same for all and stays until the test run ends.
+    """
+    import shutil
+
+    import filelock
+
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
+    root.mkdir(exist_ok=True)
+
+    def get(name, make):
+        folder, result = root / name, root / f"{name}.json"
+        with filelock.FileLock(root / f"{name}.lock"):
+            if not result.is_file():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                folder.mkdir()
+                result.write_text(json.dumps(make(folder)))
+        return json.loads(result.read_text())
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def eight_devices(run_once):
+    """What programs/eight_devices.py computes, by subject."""
+    return run_once("eight_devices", lambda folder: _outcome(_start("eight_devices.py", folder, devices=8)))
+
+
+@pytest.fixture(scope="session")
+def two_processes(run_once):
+    """What each of two processes of programs/two_processes.py computes, by subject."""
+    import socket
+
+    def run(folder):
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        processes = [_start("two_processes.py", number, port, folder, devices=2) for number in range(2)]
+        try:
+            return [_outcome(process) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+
+    return run_once("two_processes", run)
+
+
+def _start(program, *args, devices):
+    """Starts a program of tests/programs on some CPU devices that XLA simulates; warnings are errors."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", Path(__file__).parent / "programs" / program, *map(str, args)],
+        env=os.environ
+        | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _outcome(process):
+    """The JSON that a program printed."""
+    try:
+        out, err = process.communicate(timeout=1800)  # which only a program that hangs reaches
+    finally:
+        process.kill()
+    assert process.returncode == 0, err[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
 @pytest.fixture(scope="session")
 def get_config():
     """The config of a file of configs/, by its name and the words after the colon."""
     import importlib.util
-    from pathlib import Path
 
     def get(file, *words):
         spec = importlib.util.spec_from_file_location("config", Path(__file__).parents[1] / "configs" / file)
@@ -133,8 +228,6 @@ def few(tmp_path_factory, snapshot):
 @pytest.fixture(scope="session")
 def request_folders(tmp_path_factory):
     """Two pictures of one person to forget, two of each of three to retain, with and without options."""
-    import json
-
     from vkd_jax.benchmarks.synthetic import people
 
     names, root = [person.name for person in people.people()[:4]], tmp_path_factory.mktemp("request")
@@ -230,7 +323,6 @@ def config(get_config, tiny_folder, tmp_path, monkeypatch):
 def qwen_folder(tmp_path_factory):
     """Makes a small random Qwen2-VL or Qwen2.5-VL in the layout of the published folders, by its `model_type`."""
     import functools
-    import json
 
     torch = pytest.importorskip("torch")
     import transformers

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -108,6 +109,8 @@ def test_what_the_notebooks_install_is_pinned():
     """Nothing is loaded, built or fetched by another name than that of an exact version."""
     lines = [line for line in (ROOT / "colabs/pinned.txt").read_text().splitlines() if not line.startswith("#")]
     assert lines == sorted(lines) and all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines)
+    tested = (ROOT / "constraints/py311.txt").read_text().lower().replace("_", "-").splitlines()
+    assert [line for line in lines if line not in tested] == ["libtpu==0.0.42.1"]  # which runs on TPUs alone
     for script in SCRIPTS:
         installs = re.findall(r"^ *# !pip install .*$", script.read_text(encoding="utf-8"), re.MULTILINE)
         assert installs and all("--constraint colabs/pinned.txt" in line for line in installs)
@@ -147,6 +150,43 @@ def test_the_one_chip_step_takes_15_gib(tmp_path):
     (step,) = found["steps"].values()
     assert step["fits"] and step["total"] <= 13.6 * 2**30 < 15.0 * 2**30
     assert min(found["rows"].values()) >= 4 and found["tokens"] == 704
+
+
+def test_the_cells_of_the_demo_run_on_recorded_results(monkeypatch, tmp_path, capsys):
+    """All cells but the one that installs, with figures in the place of the run and names in that of the answers."""
+    import matplotlib
+    from PIL import Image
+
+    from vkd_jax.benchmarks.synthetic import people
+    from vkd_jax.runs import pipeline
+
+    matplotlib.use("agg")
+    figures = {"accuracy": 0.25}
+    sets = {name: {"vqa": figures, "qa": figures} for name in ("forget", "test", "retain", "real")}
+    planned = []
+
+    def run(config, workdir):
+        planned.append(config)
+        (Path(workdir) / "report").mkdir()
+        Image.new("RGB", (20, 20)).save(Path(workdir) / "report" / "relearning.png")
+        return {
+            "models": {name: sets for name in ("vanilla", "unlearned", "retain_only")},
+            "attacks": {"relearn": {"summary": {"10 %": {"unlearned": {"recovery": 0.5}}}}},
+            "text_logits_identical": True,
+        }
+
+    forgotten = people.forgotten_ids(6)
+    names = (person.name for person in sorted(people.people(), key=lambda person: person.id not in forgotten))
+    monkeypatch.setattr(pipeline, "run", run)
+    monkeypatch.setattr(ask, "load", lambda folder: folder)
+    monkeypatch.setattr(ask, "answer", lambda model, *_: next(names) if model == "tiny_llava" else "nobody")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "colabs" / "demo.py"))
+    out = capsys.readouterr().out
+    assert "to forget: 6 of 6 named before, 0 after" in out and "50.0 % of what was lost came back" in out
+    assert planned[0].attacks.names == "relearn" and pipeline.checked(planned[0])
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import vkd_jax
 
 ROOT = Path(__file__).parents[1]
@@ -80,5 +82,16 @@ def test_nothing_is_left_to_do():
 
 def test_ci_runs_the_test_command_of_the_readme():
     readme = (ROOT / "README.md").read_text("utf-8")
-    (command,) = set(re.findall(r"pip install '\.\[test\]' && [^`\n]+", readme))
+    (command,) = set(re.findall(r"pip install '\.\[test\]' [^`\n]*&& pytest[^`\n]*", readme))
     assert (ROOT / ".ci" / "run").read_text("utf-8").splitlines()[-1] == command
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.13"])
+def test_constraints_pin_every_requirement_of_a_tested_python(version):
+    lines = (ROOT / f"constraints/py{version.replace('.', '')}.txt").read_text("utf-8").splitlines()[1:]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)  # nothing local, editable or from an address
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}
+    setup = (ROOT / "setup.py").read_text("utf-8")
+    required = re.findall(r'^ +f?"([\w-]+)>=', setup.split("install_requires=[")[1].split("]")[0], re.MULTILINE)
+    assert len(required) > 20 and set(required) - pinned == {"tensorflow"}  # of machines other than Linux on x86
+    assert f'"Programming Language :: Python :: {version}"' in setup

@@ -1,52 +1,14 @@
 """Evaluation on eight devices, pretended by XLA on a CPU, and by two processes: the records of one device."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
 NUMBERS = ("scores", "answer_nll", "probability", "paraphrase_nll", "perturbed_nll", "truth_ratio")
 
 
-def start(*args, devices=1):
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", ROOT / "tests/programs/evaluate_devices.py", *map(str, args)],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def outcome(process):
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err[-3000:]
-    return json.loads(out.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def alone():
-    return outcome(start(devices=8))
-
-
-@pytest.fixture(scope="module")
-def together():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [start(number, port) for number in range(2)]
-    try:
-        return [outcome(process) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+@pytest.fixture
+def alone(eight_devices):
+    return eight_devices["evaluation"]
 
 
 def assert_same(records, expected):
@@ -69,11 +31,13 @@ def test_the_records_are_worth_comparing(alone):
 
 
 def test_eight_devices_give_the_records_of_one(alone):
-    assert (alone["2,2,2"]["batch"], alone["2,2,2"]["held"]) == (4, 1)  # three rows, rounded up to the shards
-    assert_same(alone["2,2,2"]["records"], alone["1,1,1"]["records"])
+    eight = alone["2,2,2"]
+    assert (eight["batch"], eight["rows_per_device"]) == (4, 1)  # three rows, rounded up to the shards
+    assert_same(eight["records"], alone["1,1,1"]["records"])
 
 
-def test_each_of_two_processes_has_all_records(alone, together):
-    for found in together:
-        assert (found["devices"], found["mine"], found["batch"], found["held"]) == (4, 2, 4, 1)
-        assert_same(found["records"], alone["1,1,1"]["records"])
+def test_each_of_two_processes_has_all_records(alone, two_processes):
+    for results in two_processes:
+        evaluated = results["evaluation"]
+        assert results["devices"] == [4, 2] and (evaluated["batch"], evaluated["rows_per_device"]) == (4, 1)
+        assert_same(evaluated["records"], alone["1,1,1"]["records"])

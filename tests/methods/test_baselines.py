@@ -391,9 +391,16 @@ FIELDS = dict(
 )
 TRAINED = [name for name in registry.METHODS if name not in ("finetune", "manu")]  # manu edits, and has its own tests
 
+# Each method trains one scope in the default suite, and all three among the slow tests.
+DEFAULT_SCOPE = dict(vkd="visual", kl="lora", idk="lora", mmunlearner="lora", grad_diff="visual")
+STEPS = [
+    pytest.param(name, scope, marks=[] if scope == DEFAULT_SCOPE.get(name, "all") else pytest.mark.slow)
+    for name in TRAINED
+    for scope in ("all", "visual", "lora")
+]
 
-@pytest.mark.parametrize("scope", ["all", "visual", "lora"])
-@pytest.mark.parametrize("name", TRAINED)
+
+@pytest.mark.parametrize(("name", "scope"), STEPS)
 def test_real_steps_move_what_trains_and_nothing_else(context, adapted, name, scope):
     context = adapted if scope == "lora" else context
     before = {path: jax.tree.map(np.array, x) for path, x in context.params.items()}

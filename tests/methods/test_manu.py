@@ -195,7 +195,7 @@ def activations(context, name):
     return {tower: [np.asarray(z)[real[tower]] for z in found] for tower, found in capture(context.params).items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_vl", marks=pytest.mark.slow), "qwen2_5_vl"])
 def test_the_statistics_are_those_of_activations_captured_otherwise(contexts, family):
     context = contexts(family)
     got = Manu(threshold=TAU, batch_size=3)._statistics(context)  # three do not divide five: a row is repeated

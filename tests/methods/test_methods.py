@@ -156,7 +156,7 @@ def test_without_terms_of_its_output_the_language_model_is_not_read(context):
 
 
 @pytest.mark.parametrize("method", [VKD(blocks=1, mask_scope="none"), VKD(blocks=0, mask_scope="none"), GradDiff()])
-@pytest.mark.parametrize("stream", ["forget", "retain"])
+@pytest.mark.parametrize("stream", ["forget", pytest.param("retain", marks=pytest.mark.slow)])
 def test_a_cached_prefix_changes_nothing(context, method, stream):
     """blocks: 0..2 feed the projector; of all weights none stands before the others."""
     prefix = frozen_blocks(method.trainable(context.params, context.model_config), context.model_config)

@@ -2,11 +2,7 @@
 
 import dataclasses
 import functools
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -218,14 +214,17 @@ def test_adapters_without_their_parameters_and_parameters_without_adapters_are_r
 # What they compute.
 
 
-@pytest.mark.parametrize(("compute_dtype", "key"), [("float32", None), ("float32", KEY), ("bfloat16", KEY)])
+@pytest.mark.parametrize(
+    ("compute_dtype", "key"),
+    [("float32", None), pytest.param("float32", KEY, marks=pytest.mark.slow), ("bfloat16", KEY)],
+)
 def test_a_fresh_adapter_changes_no_bit(compute_dtype, key):
     graphdef, _ = graph(compute_dtype=compute_dtype)
     want = logits(graphdef, plain(), batch())
     np.testing.assert_array_equal(logits(graphdef, attached(plain(), dropout=0.3), batch(), key), want)
 
 
-@pytest.mark.parametrize("how", [None, INT8])
+@pytest.mark.parametrize("how", [pytest.param(None, marks=pytest.mark.slow), INT8])
 def test_logits_are_those_of_merged_weights_and_gradients_theirs_by_the_chain_rule(how):
     graphdef, _ = graph()
     held = {path: quantize.quantized(path, x, how) for path, x in plain().items()} if how else plain()
@@ -340,7 +339,7 @@ def trained(params):
     return lora.adapters(params) | {path: x for path, x in params.items() if "lora_" in path}
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_vl", marks=pytest.mark.slow), "qwen2_5_vl"])
 def test_transformers_computes_from_the_export_what_we_compute_with_adapters(name, tiny_folder, qwen_folder, tmp_path):
     torch = pytest.importorskip("torch")
     import transformers
@@ -447,16 +446,8 @@ def test_halves_of_adapters_are_not_exported(tiny_folder, tmp_path):
 # Eight devices, pretended by XLA.
 
 
-def test_every_mesh_computes_as_one_device_does():
-    run = subprocess.run(
-        [sys.executable, "-W", "error", ROOT / "tests/programs/adapted.py"],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout)
+def test_every_mesh_computes_as_one_device_does(eight_devices):
+    found = eight_devices["adapters"]
     one = found["1,1,1"]
     assert len(one["gradient"]) == 14
     np.testing.assert_allclose(found["2,2,2"]["loss"], one["loss"], rtol=1e-5)

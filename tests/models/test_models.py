@@ -235,7 +235,7 @@ def test_text_logits_do_not_depend_on_visual_weights(model):
     np.testing.assert_array_equal(run(params, tokens, mask), run(broken, tokens, mask))
 
 
-@pytest.mark.parametrize("at", [None, [[5, 6, 0], [4, 4, 1]]])
+@pytest.mark.parametrize("at", [pytest.param(None, marks=pytest.mark.slow), [[5, 6, 0], [4, 4, 1]]])
 def test_rematerialisation_changes_no_gradient(model, pictures, at):
     _, params = base.split(model)
     tokens, mask = prompt([1, *[IMAGE] * 4, 7, 8], [1, *[IMAGE] * 4, 5])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -344,7 +343,7 @@ def test_the_backward_pass_keeps_no_floats_of_the_stack():
 TEMPORARIES = """
 import jax, jax.numpy as jnp
 from qwix import QArray
-from vkd_jax import chips
+from vkd_jax.planner import chips
 from vkd_jax.models import quantize
 there = jax.sharding.SingleDeviceSharding(chips.devices("v5e:1x1")[0])
 shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype, sharding=there)
@@ -434,17 +433,9 @@ def test_an_export_holds_the_language_model_as_it_came(tiny_folder, tmp_path):
 # Eight devices, pretended by XLA.
 
 
-@pytest.fixture(scope="module")
-def meshes():
-    run = subprocess.run(
-        [sys.executable, "-W", "error", ROOT / "tests/programs/quantized.py"],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+@pytest.fixture
+def meshes(eight_devices):
+    return eight_devices["quantization"]
 
 
 @pytest.mark.parametrize("mesh", ["1,8,1", "2,2,2"])

@@ -99,8 +99,18 @@ def test_the_timing_tables_of_readme_and_docs_are_fresh():
 # ---- Programs ----
 
 
+@pytest.mark.parametrize("program", ["answers.py", "forget_level.py", "quantization.py", "step_time.py"])
+def test_a_program_explains_its_options(program):
+    """What it imports exists, and its parser is whole; measuring is left to the slow tests."""
+    pytest.importorskip("torch", reason="two of the programs measure PyTorch as well")
+    done = subprocess.run([sys.executable, ROOT / "perf" / program, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "--json" in done.stdout
+
+
 def ran(tmp_path, program, *options):
     """What a program printed and wrote."""
+    pytest.importorskip("torch", reason="the programs compare with PyTorch")
     file = tmp_path / "found.json"
     command = [sys.executable, ROOT / "perf" / program, *options, "--json", file]
     shown = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout

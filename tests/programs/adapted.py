@@ -1,7 +1,6 @@
-"""adapted.py: one model with adapters on several meshes of eight devices; prints what it computes."""
+"""Computes the loss and the gradients of one model with adapters on several meshes of eight devices."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ KEY = jax.random.key(5)
 
 
 def computed(mesh) -> dict:
-    """Loss and gradients with dropout, A, and whether A and B lie everywhere."""
+    """Loss and gradients with dropout, the sums of A, and whether A and B are replicated."""
     graphdef, params = random_llava.model(mesh)
     everywhere = replicated(mesh)
     params = lora.attach(params, rank=3, alpha=6.0, dropout=0.5, seed=0, sharding=everywhere)
@@ -48,6 +47,6 @@ def computed(mesh) -> dict:
     }
 
 
-if __name__ == "__main__":
-    shapes = ((1, 1, 1), (2, 2, 2))
-    print(json.dumps({",".join(map(str, shape)): computed(make_mesh(*shape)) for shape in shapes}))
+def main() -> dict:
+    """The results of one device and of eight, by mesh."""
+    return {",".join(map(str, shape)): computed(make_mesh(*shape)) for shape in ((1, 1, 1), (2, 2, 2))}

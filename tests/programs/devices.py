@@ -1,11 +1,10 @@
-"""devices.py FOLDER: the same short training on several meshes of eight devices; prints what came out as JSON."""
+"""Runs the same short training on several meshes of devices."""
 
 import contextlib
 import io
 import json
 import math
 import signal
-import sys
 from pathlib import Path
 
 import random_llava
@@ -102,32 +101,38 @@ def _is_adam(part) -> bool:
     return hasattr(part, "mu")
 
 
-def main(folder: Path) -> None:
+@contextlib.contextmanager
+def stopped_after_a_step():
+    """While the block runs, the process that logs gets SIGTERM after each step; the `Stopped` of training ends it."""
+    write = Progress.write
+    Progress.write = lambda self, step, scalars: (write(self, step, scalars), signal.raise_signal(signal.SIGTERM))
+    try:
+        with contextlib.suppress(Stopped):
+            yield
+    finally:
+        Progress.write = write
+
+
+def main(folder: Path) -> dict:
+    """The metrics, layouts and FLOPs of each mesh, and the metrics of a run that moves from eight devices to one."""
     loop.Checkpoints = Checkpoints
-    found = {"devices": jax.device_count(), "meshes": {}}
+    results = {"devices": jax.device_count(), "meshes": {}}
     for shape in MESHES:
         mesh = make_mesh(*shape)
         metrics, params = fit(mesh, folder / "x".join(map(str, shape)))
-        found["meshes"][",".join(map(str, shape))] = {
+        results["meshes"][",".join(map(str, shape))] = {
             "metrics": metrics,
             "flops": work(mesh),
             **layout(Checkpoints.last, params),
         }
 
     # Half of the run above on eight devices, the rest on one.
-    write = Progress.write
-    Progress.write = lambda self, step, scalars: (write(self, step, scalars), signal.raise_signal(signal.SIGTERM))
-    with contextlib.suppress(Stopped):
+    with stopped_after_a_step():
         fit(make_mesh(2, 2, 2), folder / "moved")
-    Progress.write = write
-    found["moved"], _ = fit(make_mesh(), folder / "moved")
+    results["moved"], _ = fit(make_mesh(), folder / "moved")
 
     try:
         fit(make_mesh(2, 2, 2), folder / "odd", batch_size={"image": 6})
     except UserError as error:
-        found["refused"] = str(error)
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+        results["refused"] = str(error)
+    return results

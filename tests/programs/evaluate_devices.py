@@ -1,19 +1,12 @@
-"""evaluate_devices.py [PROCESS PORT]: the same evaluation on several meshes; prints the records of each as JSON.
-
-Alone it has the devices that there are. With a number and a port it is one of two processes with two devices each.
-"""
-
-import json
-import sys
+"""Evaluates one model on a mesh of devices, which one process or several hold."""
 
 import jax
 import numpy as np
 import random_llava
-from jax.sharding import AxisType
 
 from vkd_jax.evaluation.evaluate import evaluate
 from vkd_jax.evaluation.inference import Answerer
-from vkd_jax.runtime.mesh import AXES, make_mesh, param_shardings
+from vkd_jax.runtime.mesh import make_mesh, param_shardings
 from vkd_jax.types import Example
 
 OPTIONS = ("baker", "pilot", "judge", "a teacher")
@@ -53,8 +46,8 @@ def example(i):
 SETS = {"forget": [example(i) for i in range(9)], "retain": [example(i) for i in range(9, 23)]}
 
 
-def found(mesh):
-    """The records, and how many rows of a batch a device holds."""
+def computed(mesh) -> dict:
+    """The records, the rows of a batch, and how many of them one device holds."""
     graphdef, params = random_llava.drawn()
     rule = param_shardings(mesh, random_llava.llava.SHARDING)
     # Loud, so that answers differ.
@@ -64,21 +57,10 @@ def found(mesh):
     }
     answerer = Answerer(graphdef, params, random_llava.CONFIG, Characters(), batch_size=3, mesh=mesh)
     records = evaluate(answerer, SETS, protocol="options,letter", max_new_tokens=3, shots=1)
-    (held,) = {shard.data.shape[0] for shard in answerer._put(np.zeros((answerer.batch_size, 2))).addressable_shards}
-    return {"records": records, "batch": answerer.batch_size, "held": held}
+    (share,) = {shard.data.shape[0] for shard in answerer._put(np.zeros((answerer.batch_size, 2))).addressable_shards}
+    return {"records": records, "batch": answerer.batch_size, "rows_per_device": share}
 
 
-def main() -> None:
-    if len(sys.argv) == 1:
-        shapes = [(1, 1, 1), (2, 2, 2)]
-        print(json.dumps({",".join(map(str, shape)): found(make_mesh(*shape)) for shape in shapes}))
-        return
-    number, port = int(sys.argv[1]), sys.argv[2]
-    jax.config.update("jax_num_cpu_devices", 2)
-    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=number)
-    mesh = jax.make_mesh((2, 2, 1), AXES, axis_types=(AxisType.Auto,) * 3)
-    print(json.dumps(found(mesh) | {"devices": jax.device_count(), "mine": jax.local_device_count()}))
-
-
-if __name__ == "__main__":
-    main()
+def main() -> dict:
+    """The results of one device and of eight, by mesh."""
+    return {",".join(map(str, shape)): computed(make_mesh(*shape)) for shape in ((1, 1, 1), (2, 2, 2))}

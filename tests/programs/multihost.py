@@ -1,5 +1,4 @@
-"""multihost.py small PROCESS PORT FOLDER: what `runtime.multihost` gives on two processes of two devices each, as JSON.
-multihost.py main FLAG ...: `vkd_jax.main` without TensorFlow, with the metrics on stdout, a line a step.
+"""multihost.py FLAG ...: `vkd_jax.main` without TensorFlow, with the metrics on stdout, a line a step.
 
 With HOLD=N in the environment the second waits after step N of unlearning for a line on stdin.
 """
@@ -10,13 +9,11 @@ import sys
 from pathlib import Path
 
 
-def small(number: int, port: str, folder: Path) -> dict:
-    """What both processes see."""
+def small(number: int, folder: Path) -> dict:
+    """What `vkd_jax.runtime.multihost` gives to each of two processes of two devices."""
     import jax
     import ml_collections
     import numpy as np
-
-    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=number)
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
@@ -111,7 +108,4 @@ def run(flags: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "small":
-        print(json.dumps(small(int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))), flush=True)
-    else:
-        sys.exit(run(sys.argv[2:]))
+    sys.exit(run(sys.argv[1:]))

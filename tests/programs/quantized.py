@@ -1,6 +1,4 @@
-"""quantized.py: one quantised model on several meshes of eight devices; prints where it lies and what it computes."""
-
-import json
+"""Quantizes one model on several meshes of eight devices: the layout of its arrays and what it computes."""
 
 import jax
 import jax.numpy as jnp
@@ -68,19 +66,16 @@ def computed(mesh, graphdef, params) -> dict:
     return {"loss": float(loss), "gradient": [float(jnp.abs(gradient[path]).sum()) for path in sorted(gradient)]}
 
 
-def main() -> None:
-    found = {"int8": {}, "int4:8": {}, "computed": {}}
+def main() -> dict:
+    """Layouts by quantization and mesh, losses and gradients by mesh, and the FLOPs of a device."""
+    results = {"int8": {}, "int4:8": {}, "computed": {}}
     for shape in MESHES:
         mesh, name = make_mesh(*shape), ",".join(map(str, shape))
         graphdef, floats = random_llava.model(mesh)
         for text in ("int8", "int4:8"):
             how = quantize.parse(text)
             params = {path: quantize.quantized(path, x, how) for path, x in floats.items()}
-            found[text][name] = layout({path: x for path, x in params.items() if isinstance(x, QArray)}, floats)
-        found["computed"][name] = computed(mesh, graphdef, params)
-    found["work"] = {groups: work(make_mesh(1, 2, 4), groups) for groups in (6, 8)}
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+            results[text][name] = layout({path: x for path, x in params.items() if isinstance(x, QArray)}, floats)
+        results["computed"][name] = computed(mesh, graphdef, params)
+    results["work"] = {groups: work(make_mesh(1, 2, 4), groups) for groups in (6, 8)}
+    return results

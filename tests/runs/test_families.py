@@ -22,7 +22,11 @@ RUNS = {
 VISUAL = re.compile(r"(vision_tower|multi_modal_projector|visual)\.")
 
 
-@pytest.fixture(scope="module", params=RUNS)
+# The default suite runs LLaVA's config of configs/tiny.py, in test_pipeline.py, and one Qwen here.
+PARAMS = [pytest.param(name, marks=[] if "int8" in name else pytest.mark.slow) for name in RUNS]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def run(request, get_config, few, tiny_folder, qwen_folder, tmp_path_factory):
     """A finished run: its family, source, folder and results."""
     file, words, family, quantize = RUNS[request.param]

@@ -61,7 +61,10 @@ def test_the_report_tells_of_a_request(run):
         assert min(sheet.size) > 300
 
 
-@pytest.mark.parametrize(("file", "family"), [("qwen2_vl.py", "qwen2_vl"), ("qwen2_5_vl.py", "qwen2_5_vl")])
+@pytest.mark.parametrize(
+    ("file", "family"),
+    [("qwen2_vl.py", "qwen2_vl"), pytest.param("qwen2_5_vl.py", "qwen2_5_vl", marks=pytest.mark.slow)],
+)
 def test_any_family_is_fine_tuned_over_a_quantised_language_model(
     get_config, qwen_folder, request_folders, tmp_path, file, family
 ):

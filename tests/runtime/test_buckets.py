@@ -17,9 +17,11 @@ from bucket import Bucket
 from vkd_jax import compare
 from vkd_jax.reporting import report, schema, view
 from vkd_jax.results import RunResults
+from vkd_jax.runs import pipeline
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import hub, storage
 from vkd_jax.runtime.files import write_bytes
+from vkd_jax.training.preemption import Stopped
 from vkd_jax.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -197,6 +199,35 @@ def test_a_folder_without_a_model(bucket):
 
 
 # ---- A whole run ----
+
+
+def test_a_short_run_in_a_bucket_is_stopped_and_resumed(
+    bucket, get_config, tiny_folder, request_folders, tmp_path, monkeypatch
+):
+    """Model and workdir are in the bucket, and the second run has nothing of the first but the bucket."""
+    from vkd_jax.training.metric_writer import Progress
+
+    for file in tiny_folder.iterdir():
+        bucket.objects[f"model/{file.name}"] = file.read_bytes()
+    config = get_config("llava.py", "folder")
+    config.model.update(path="gs://mine/model", dtype="float32")
+    config.data.update({name: str(request_folders / name) for name in ("forget", "retain")})
+    config.eval.update(protocol="options", max_new_tokens=4)
+    config.train.update(batch_size=dict(forget=2, retain=4), steps=4, epochs=0.0, warmup_steps=0)
+    config.train.update(log_every=1, buckets=1)
+    config.method.update(fisher_samples=4, fisher_chunk=2, augment_forget=1)
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+        patch.setattr(Progress, "tick", lambda self, step: signal.raise_signal(signal.SIGTERM))
+        pipeline.run(config, "gs://mine/run")
+    step = re.search(r"stopped at step (\d+), which is saved", str(stopped.value))[1]
+    assert int(step) < 4 and f"run/train/checkpoints/{step}/commit_success.txt" in bucket.objects
+    shutil.rmtree(tmp_path / "cache")
+    results = pipeline.run(config, "gs://mine/run")
+    assert results["manifest"]["changed"] and json.loads(bucket.objects["run/results.json"]) == results
+    assert {"run/report.md", "run/unlearned/model.safetensors"} <= set(bucket.objects)
+    rows = report.json_lines(storage.resolve("gs://mine/run/train/metrics.jsonl"))
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+
 
 STEPS = 300
 PATIENCE = 600  # seconds

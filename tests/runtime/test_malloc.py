@@ -41,6 +41,7 @@ def megabytes(*arguments, **more):
 
 
 @GLIBC
+@pytest.mark.slow
 def test_a_step_finds_the_memory_of_the_one_before():
     assert megabytes() >= 60
     assert megabytes("keep") <= 4

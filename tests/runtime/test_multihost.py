@@ -51,11 +51,9 @@ def free_port():
 # ---- What is agreed upon ----
 
 
-@pytest.fixture(scope="module")
-def said(tmp_path_factory):
-    port, folder = free_port(), tmp_path_factory.mktemp("small")
-    processes = [start("small", number, port, folder, JAX_NUM_CPU_DEVICES="2") for number in range(2)]
-    return [outcome(process)[-1] for process in processes]
+@pytest.fixture
+def said(two_processes):
+    return [results["agreement"] for results in two_processes]
 
 
 def both(said, key):
@@ -124,7 +122,7 @@ def together(*args, **more):
     """Two processes, as Slurm would start them."""
     found = {"SLURM_JOB_ID": str(free_port() - SLURM_PORTS), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     return [
-        start("main", *args, "--distributed", **found, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **more)
+        start(*args, "--distributed", **found, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **more)
         for i in range(2)
     ]
 
@@ -134,7 +132,7 @@ def run(tiny_folder, request_folders, tmp_path_factory):
     """The metrics of one process alone, and of two that were stopped with what one made of the rest; their folders."""
     root = tmp_path_factory.mktemp("hosts")
     where = {name: list(flags(request_folders, tiny_folder, root / name)) for name in ("alone", "shared")}
-    alone = start("main", *where["alone"])
+    alone = start(*where["alone"])
     mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=4")  # weights cut over both hosts
     first, second = together(*where["shared"], *mesh, HOLD=str(HOLD), JAX_NUM_CPU_DEVICES="2")
     try:
@@ -148,7 +146,7 @@ def run(tiny_folder, request_folders, tmp_path_factory):
         first.kill()
         second.kill()
     (saved,) = [path.name for path in (root / "shared/train/checkpoints").iterdir()]
-    resumed = outcome(start("main", *where["shared"]))
+    resumed = outcome(start(*where["shared"]))
     return dict(alone=outcome(alone), before=lines, saved=int(saved), after=resumed, root=root, stopping=stopping)
 
 
@@ -164,16 +162,19 @@ def read_until(process, begins, count):
     raise AssertionError(process.stderr.read()[-3000:])
 
 
+@pytest.mark.slow
 def test_two_processes_stop_at_one_step_and_one_goes_on(run):
     assert HOLD < run["saved"] < STEPS
     assert run["before"][-1]["step"] == run["saved"] and run["after"][1]["step"] == run["saved"] + 1
 
 
+@pytest.mark.slow
 def test_between_the_signal_and_the_end_of_both_are_less_than_twenty_seconds(run):
     """A preempted TPU goes half a minute after the signal; the state is committed by then, and the processes gone."""
     assert run["stopping"] < 20
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_one_process(run):
     lines = [line for line in run["before"] + run["after"][1:]]
     assert [line.get("step") for line in lines] == [line.get("step") for line in run["alone"]]
@@ -182,6 +183,7 @@ def test_losses_are_those_of_one_process(run):
         np.testing.assert_allclose([line[n] for n in kept], [other[n] for n in kept], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_results_are_those_of_one_process(run):
     found, expected = (json.loads((run["root"] / name / "results.json").read_text()) for name in ("shared", "alone"))
     assert found["text_logits_identical"] and found["manifest"] == expected["manifest"]
@@ -195,6 +197,7 @@ def test_results_are_those_of_one_process(run):
     assert (run["root"] / "shared" / "report.md").is_file()
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_one_process(run):
     from safetensors.numpy import load_file
 

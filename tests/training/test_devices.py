@@ -1,30 +1,12 @@
 """Eight devices, pretended by XLA on a CPU: every mesh trains alike, and the weights really are cut up."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
 
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    run = subprocess.run(
-        [sys.executable, "-W", "error", ROOT / "tests/programs/devices.py", tmp_path_factory.mktemp("devices")],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout)
-    assert found["devices"] == 8
-    return found
+@pytest.fixture
+def training(eight_devices):
+    return eight_devices["training"]
 
 
 def assert_same_losses(a, b):
@@ -34,38 +16,52 @@ def assert_same_losses(a, b):
 
 
 @pytest.mark.parametrize("mesh", ["8,1,1", "1,8,1", "1,1,8", "2,2,2"])
-def test_every_mesh_gives_the_losses_of_one_device(found, mesh):
-    one = found["meshes"]["1,1,1"]["metrics"]
+def test_every_mesh_gives_the_losses_of_one_device(training, mesh):
+    one = training["meshes"]["1,1,1"]["metrics"]
     assert len({line["image_loss"] for line in one}) == len(one) == 3
-    assert_same_losses(found["meshes"][mesh]["metrics"], one)
+    assert_same_losses(training["meshes"][mesh]["metrics"], one)
 
 
-def test_weights_are_cut_over_fsdp_and_tensor_and_copied_over_data(found):
-    share = {mesh: result["share"] for mesh, result in found["meshes"].items()}
+def test_each_simulated_device_is_used(training):
+    assert training["devices"] == 8
+
+
+def test_weights_are_cut_over_fsdp_and_tensor_and_copied_over_data(training):
+    share = {mesh: result["share"] for mesh, result in training["meshes"].items()}
     assert share["1,1,1"] == share["8,1,1"] == 1.0
     assert max(share["1,8,1"], share["1,1,8"], share["2,2,2"]) < 0.5  # the rest are norms and biases
-    cut = found["meshes"]["2,2,2"]["cut"]
+    cut = training["meshes"]["2,2,2"]["cut"]
     assert {"language_model/blocks/mlp/up/kernel", "vision_tower/blocks/0/attn/q/kernel"} <= set(cut)
     assert all(path.endswith(("kernel", "embedding")) for path in cut)
 
 
-def test_every_device_computes_its_own_rows_alone(found):
+def test_every_device_computes_its_own_rows_alone(training):
     """Left to itself XLA would follow the weights, cut over fsdp, and compute all rows on each device."""
-    flops = {mesh: result["flops"] / found["meshes"]["1,1,1"]["flops"] for mesh, result in found["meshes"].items()}
+    results = training["meshes"]
+    flops = {mesh: result["flops"] / results["1,1,1"]["flops"] for mesh, result in results.items()}
     assert flops["8,1,1"] == pytest.approx(1 / 8, rel=0.2)
     assert flops["1,8,1"] == pytest.approx(flops["8,1,1"], rel=0.1)
     assert flops["2,2,2"] < 0.3  # a part of what is done twice, over tensor, cannot be cut
 
 
 @pytest.mark.parametrize("mesh", ["8,1,1", "1,8,1", "1,1,8", "2,2,2"])
-def test_trained_weights_and_moments_lie_where_the_weights_lay(found, mesh):
-    assert found["meshes"][mesh]["odd"] == []
+def test_trained_weights_and_moments_lie_where_the_weights_lay(training, mesh):
+    assert training["meshes"][mesh]["odd"] == []
 
 
-def test_a_run_on_eight_devices_goes_on_on_one(found):
-    one = found["meshes"]["1,1,1"]["metrics"]
-    assert_same_losses(found["moved"], one[1:])
+def test_a_run_on_eight_devices_goes_on_on_one(training):
+    one = training["meshes"]["1,1,1"]["metrics"]
+    assert_same_losses(training["moved"], one[1:])
 
 
-def test_a_batch_that_does_not_divide_over_the_devices_is_refused(found):
-    assert found["refused"] == "train.batch_size.image=6 does not divide over 4 devices; use a multiple of 4."
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused(training):
+    assert training["refused"] == "train.batch_size.image=6 does not divide over 4 devices; use a multiple of 4."
+
+
+def test_two_processes_stop_at_one_step_and_go_on_with_the_losses_of_one_device(training, two_processes):
+    """Only process 0 got the signal, and only it logs; each weight is split over both processes."""
+    first, second = (results["training"] for results in two_processes)
+    assert first["saved"] == second["saved"] and first["resumed"] and not second["resumed"]
+    (saved,) = first["saved"]
+    assert saved + len(first["resumed"]) == 3
+    assert_same_losses(first["resumed"], training["meshes"]["1,1,1"]["metrics"][saved:])

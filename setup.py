@@ -18,7 +18,7 @@ NOT_LINUX_X86 = "sys_platform != 'linux' or platform_machine != 'x86_64'"
 TEST = [
     "torch==2.13.0; python_version < '3.12'",
     "pytest>=8",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.8",
     "filelock>=3.13",
     "jupytext>=1.16",
     "import-linter>=2.3",

@@ -36,6 +36,14 @@ def pytest_configure(config: pytest.Config) -> None:
     flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, which nobody parses under pytest
 
 
+# Files of few and long tests. By its own order xdist would start them last, and one worker would wait for the other.
+LONG_FILES = ("tests/runs/", "tests/training/test_devices.py", "tests/runtime/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG_FILES))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Prints the seconds that each folder of tests took, and the ten slowest tests."""
     seconds = collections.Counter()

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from vkd_jax import ask, main, plan
+from vkd_jax.config import command_line
 from vkd_jax.runtime import hub
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +86,7 @@ def test_the_one_chip_notebooks_commands_are_real(program, monkeypatch):
     values = flags.FlagValues()
     program.define(values)
     monkeypatch.setattr("sys.argv", ["program", *given])  # where the config's overrides are read
-    assert main.parse(sys.argv, values) == ["program"]
+    assert command_line.parse(sys.argv, values) == ["program"]
     assert values.config.model.quantize and min(values.config.train.batch_size.values()) >= 4
     assert hub.is_id(values.config.model.path)
     if program is main:

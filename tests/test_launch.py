@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from vkd_jax import main
+from vkd_jax.config import command_line
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["tpu_vm.sh", "xpk.sh", "run_host.sh", "common.sh"]
@@ -308,9 +308,9 @@ def test_the_programs_of_the_page_fit_their_tpu(rehearsal, monkeypatch):
         words = shlex.split(shlex.split(line)[-1])
         argv = words[words.index("vkd_jax.main") :]
         values = flags.FlagValues()
-        main.define(values)
+        command_line.define(values)
         monkeypatch.setattr("sys.argv", argv)
-        assert main.parse(argv, values) == ["vkd_jax.main"]
+        assert command_line.parse(argv, values) == ["vkd_jax.main"]
         config, chips = values.config, int(kind.split("-")[1])
         rest = chips // (config.mesh.data * config.mesh.tensor)
         shards = config.mesh.data * (rest if config.mesh.fsdp == -1 else config.mesh.fsdp)

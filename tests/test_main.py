@@ -19,6 +19,7 @@ from absl import flags, logging
 
 from vkd_jax import main
 from vkd_jax.checkpoints import safetensors_files
+from vkd_jax.config import command_line
 from vkd_jax.runtime import log
 
 ROOT = Path(__file__).parents[1]
@@ -52,10 +53,10 @@ def run(monkeypatch, capfd, tiny_folder, few, tmp_path):
     def call(argv):
         monkeypatch.setattr(sys, "argv", argv)
         values = flags.FlagValues()
-        main.define(values)
+        command_line.define(values)
         capfd.readouterr()
         try:
-            status = main.main(main.parse(argv, values), values)
+            status = main.main(command_line.parse(argv, values), values)
         except SystemExit as stop:
             status = stop.code
         return status, capfd.readouterr().err
@@ -91,9 +92,9 @@ def untouched(tmp_path):
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
-        (["--config.foo=1"], ["a field that the config does not have: 'foo'"]),
-        (["--config.train.foo=1"], ["a field that the config does not have: 'foo'"]),
-        (["--config.trian.steps=1"], ["a field that the config does not have: 'trian'", 'Did you mean "train"']),
+        (["--config.foo=1"], ["unknown field 'foo'"]),
+        (["--config.train.foo=1"], ["unknown field 'foo'"]),
+        (["--config.trian.steps=1"], ["--config: unknown field 'trian'. Did you mean 'train'?"]),
         (["--config.train.steps.more=1"], ["more does not exist", "train.steps.more"]),
         (["--config.train.steps=abc"], ["--config.train.steps=abc", "'abc'"]),
         (["--config.train.steps=1.5"], ["--config.train.steps=1.5", "'1.5'"]),
@@ -117,8 +118,8 @@ def test_without_a_workdir_the_whole_config_is_printed_and_nothing_is_run(run, t
     argv = ["main", words, "--config.data.source=SNAPSHOT", "--config.model.path=MODEL"]
     monkeypatch.setattr(sys, "argv", argv)
     values = flags.FlagValues()
-    main.define(values)
-    assert main.main(main.parse(argv, values), values) == 0
+    command_line.define(values)
+    assert main.main(command_line.parse(argv, values), values) == 0
     out, err = capfd.readouterr()
     assert "nothing was run" in err and list(tmp_path.iterdir()) == []
     for line in ("  benchmark: mllmu", "  forget: 5", "  source: SNAPSHOT", "  path: MODEL", "    lora_rank: 16"):
@@ -129,12 +130,12 @@ def test_without_a_workdir_the_whole_config_is_printed_and_nothing_is_run(run, t
     ("text", "parts"),
     [
         (None, ["No such file", "config.py"]),
-        ("def get_config():\n    return 1 / 0", ["config file raised ZeroDivisionError: division by zero"]),
+        ("def get_config():\n    return 1 / 0", ["--config: the file raised ZeroDivisionError: division by zero"]),
         ("def get_config():\n    raise ValueError('two\\nlines')", ["lines"]),
-        ("def get_config():\n    return None.steps", ["config file raised AttributeError", "steps"]),
-        ("def get_config(:", ["config file raised SyntaxError"]),
+        ("def get_config():\n    return None.steps", ["--config: the file raised AttributeError", "steps"]),
+        ("def get_config(:", ["--config: the file raised SyntaxError"]),
         ("def get_config():\n    return {'train': {'steps': 1}}", ["no field `stage`"]),
-        ("import vkd_jax.nothing", ["config file raised ImportError", "nothing"]),
+        ("import vkd_jax.nothing", ["--config: the file raised ImportError", "nothing"]),
     ],
     ids=["missing", "zero", "value", "attribute", "syntax", "dict", "import"],
 )
@@ -180,8 +181,8 @@ def test_every_hyperparameter_can_be_overridden(monkeypatch):
     argv = ["main", f"--config={TINY}", "--workdir=x", *args]
     monkeypatch.setattr(sys, "argv", argv)
     values = flags.FlagValues()
-    main.define(values)
-    assert main.parse(argv, values) == ["main"]
+    command_line.define(values)
+    assert command_line.parse(argv, values) == ["main"]
     from vkd_jax import methods
 
     fields = values.config.method.to_dict()
@@ -391,9 +392,9 @@ def test_a_full_disk(run, tmp_path, monkeypatch, name):
 @pytest.mark.parametrize(
     ("args", "part"),
     [
-        ([f"--config={TINY}", "--workdir=run", "--config.train.foo=1"], "the config does not have: 'foo'"),
+        ([f"--config={TINY}", "--workdir=run", "--config.train.foo=1"], "unknown field 'foo'"),
         ([f"--config={TINY}", "--workdir=run", "--config.model.path=nowhere", "--config.data.source=none"], "none"),
-        ([f"--config={TINY}", "--workdir=run", "--distributed"], "no other processes, so leave --distributed out"),
+        ([f"--config={TINY}", "--workdir=run", "--distributed"], "--distributed: JAX finds no other processes"),
     ],
 )
 def test_as_a_program(tmp_path, args, part):

@@ -32,8 +32,7 @@ from typing import Any
 import ml_collections
 from absl import app, flags, logging
 
-from vkd_jax import main
-from vkd_jax.config import schema
+from vkd_jax.config import command_line, schema
 from vkd_jax.reporting import charts, comparison, tables
 from vkd_jax.runs import workdir
 from vkd_jax.runtime import files, log, malloc
@@ -319,11 +318,11 @@ def _passing_on_sigterm():
 def command(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     """Runs what the flags say."""
     if values.config is None or values.workdir is None:
-        return main.bad_input("pass --config FILE:compare and --workdir DIR.")
+        return command_line.bad_input("pass --config FILE:compare and --workdir DIR.")
     try:
         found = run(values.config, values.workdir, values.workers)
     except UserError as error:
-        return main.bad_input(str(error))
+        return command_line.bad_input(str(error))
     except Stopped as error:
         print(error, file=sys.stderr)
         return 143
@@ -335,7 +334,7 @@ def command(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
 
 
 if __name__ == "__main__":
-    main.define()
+    command_line.define()
     flags.DEFINE_integer("workers", 0, "Runs at once; 0 is one for each CPU core, or one on an accelerator.", 0)
     log.setup()
-    app.run(command, flags_parser=main.parse)
+    app.run(command, flags_parser=command_line.parse)

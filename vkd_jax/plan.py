@@ -29,7 +29,8 @@ import jax.numpy as jnp
 import ml_collections
 from absl import app, flags
 
-from vkd_jax import main, methods
+from vkd_jax import methods
+from vkd_jax.config import command_line
 from vkd_jax.models import quantize
 from vkd_jax.planner import aot, arithmetic, blueprint
 from vkd_jax.planner.blueprint import Blueprint, Lengths
@@ -368,7 +369,7 @@ def _row(given: str) -> dict[str, Any]:
     define(values)
     try:
         sys.argv = ["plan", *given.split()]  # which alone is read for overrides
-        main.parse(sys.argv, values)
+        command_line.parse(sys.argv, values)
     finally:
         sys.argv = own
     try:
@@ -386,7 +387,7 @@ def _said(row: Mapping[str, Any]) -> str:
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines --config, --topology, --json and the lengths of the questions."""
-    main.define(values)
+    command_line.define(values)
     flags.DEFINE_string("topology", "v5e:2x2", "Chips and how they lie, e.g. v5e:2x2.", flag_values=values)
     flags.DEFINE_string("json", None, "Where to write the figures for machines, too.", flag_values=values)
     flags.DEFINE_integer("text_tokens", Lengths.text, "Tokens of a row beside the picture's.", flag_values=values)
@@ -407,9 +408,9 @@ def _lengths(values: flags.FlagValues) -> Lengths:
 def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     """Prints the figures; the exit status."""
     if len(argv) > 1:
-        return main.bad_input(f"unexpected argument {argv[1]!r}; flags begin with --")
+        return command_line.bad_input(f"unexpected argument {argv[1]!r}; flags begin with --")
     if values.config is None:
-        return main.bad_input("pass --config FILE, e.g. configs/llava.py:7b.")
+        return command_line.bad_input("pass --config FILE, e.g. configs/llava.py:7b.")
     jax.config.update("jax_platforms", "cpu")  # a chip that is there is left to those who use it
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for other chips cannot be loaded here
     try:
@@ -422,11 +423,11 @@ def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
         if values.json:
             files.write_bytes(Path(values.json), (json.dumps(found, indent=1) + "\n").encode())
     except UserError as error:
-        return main.bad_input(str(error))
+        return command_line.bad_input(str(error))
     print(text(found))
     return 0
 
 
 if __name__ == "__main__":
     define()
-    app.run(run, flags_parser=main.parse)
+    app.run(run, flags_parser=command_line.parse)

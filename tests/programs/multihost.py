@@ -102,9 +102,10 @@ def run(flags: list[str]) -> int:
 
     module.Progress = Progress
     from vkd_jax import main
+    from vkd_jax.config import command_line
 
-    main.define()
-    return main.main(main.parse(["main", *flags]))
+    command_line.define()
+    return main.main(command_line.parse(["main", *flags]))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 
 from vkd_jax import compare, main, registry
-from vkd_jax.config import defaults, schema
+from vkd_jax.config import command_line, defaults, schema
 from vkd_jax.reporting import charts, comparison, tables
 from vkd_jax.types import UserError
 
@@ -256,7 +256,7 @@ def test_a_failed_trial_is_a_bad_trial_and_a_failed_run_is_told(small, tmp_path)
 )
 def test_the_wrong_program_for_a_config_is_refused(module, words, message, tmp_path, capsys, get_config):
     values = flags.FlagValues()
-    main.define(values)
+    command_line.define(values)
     flags.DEFINE_integer("workers", 0, "", flag_values=values)
     values(["x", f"--config={ROOT}/configs/tiny.py:{words}", f"--workdir={tmp_path / 'x'}"])
     call = module.command if module is compare else module.main

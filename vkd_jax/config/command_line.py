@@ -1,0 +1,58 @@
+"""Flags that the commands share: --config with an override for each field, --workdir and --distributed."""
+
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from vkd_jax.types import UserError
+
+
+def define(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags."""
+    config_flags.DEFINE_config_file(
+        "config", None, "A file with get_config(), e.g. configs/tiny.py.", flag_values=values, lock_config=True
+    )
+    flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.", flag_values=values)
+    flags.DEFINE_boolean("distributed", False, "One of several processes, e.g. of a TPU pod.", flag_values=values)
+
+
+def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Parses flags as absl does; exits with status 2 and one sentence if they are wrong."""
+    try:
+        rest = values(argv)
+        # A file that could not be read raises only when its config is first used.
+        if values.config is not None and getattr(values.config, "stage", None) is None:
+            raise UserError("--config: get_config() returned no config with a field `stage`; see configs/tiny.py.")
+        return rest
+    except Exception as error:  # a config file is a program, and may raise anything
+        sys.exit(bad_input(_sentence(error)))
+
+
+def bad_input(message: str) -> int:
+    """Prints what is wrong, and returns the exit status."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _sentence(error: Exception) -> str:
+    """What is wrong with the flags, or what a config file raised."""
+    frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    in_file = "get_config" in frames or "<module>" in frames
+    if isinstance(error, (AttributeError, KeyError)) and not in_file:
+        return _unknown_field(str(error.args[0]))
+    last = (str(error).strip().splitlines() or [""])[-1].strip()  # what precedes it is a traceback
+    if isinstance(error, (flags.Error, OSError, UserError)):
+        return last
+    return f"--config: the file raised {type(error).__name__}: {last}"
+
+
+def _unknown_field(message: str) -> str:
+    """The sentence on an override of an unknown field, from the message of ml_collections."""
+    if match := re.match(r"""["']+(\w+)["']+\s*(?:Did you mean "(\w+)")?""", message):
+        name, similar = match.groups()
+        return f"--config: unknown field '{name}'." + (f" Did you mean '{similar}'?" if similar else "")
+    return f"--config: {message}"

@@ -7,7 +7,7 @@ import jinja2
 import pytest
 
 from vkd_jax import results as schema
-from vkd_jax.reporting import report, view
+from vkd_jax.reporting import attack_view, report, view
 from vkd_jax.results import AttackCell, AttackResults, MeasuredSet, RunResults, Summary
 
 MODELS = ("vanilla", "unlearned", "retain_only")
@@ -418,7 +418,7 @@ def test_the_opening_has_a_sentence_on_relearning():
         "**90.0 %** of the other questions correctly (69.9 to 97.2).\n"
     ) in opening(attacks={"relearn": alone})
     for attacks in ({}, {"relearn": dataclasses.replace(RELEARN, cells=())}):
-        assert view.relearned(run_of(results_with(attacks=attacks))) is None
+        assert attack_view.relearned(results_with(attacks=attacks)) is None
 
 
 def test_the_opening_has_the_strongest_attempt_of_each_other_attack():

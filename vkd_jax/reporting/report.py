@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from vkd_jax.evaluation.metrics import LETTERS, first_letter
-from vkd_jax.reporting import plots, schema, view
+from vkd_jax.reporting import attack_view, plots, schema, view
 from vkd_jax.results import RunResults
 from vkd_jax.runtime import files, hub, storage
 from vkd_jax.types import Role, UserError
@@ -78,7 +78,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"code": code, "percent": view.percent, "interval": view.interval}
+    environment.filters |= {"code": code, "percent": attack_view.percent, "interval": attack_view.interval}
     environment.globals["table"] = environment.get_template("macros.md.j2").module.table
     return environment
 

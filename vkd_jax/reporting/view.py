@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vkd_jax.evaluation.metrics import first_letter
-from vkd_jax.reporting.plots import ATTACKERS, MODELS, relearns_rest
-from vkd_jax.results import AttackCell, AttackResults, Figure, MeasuredSet, Meta, RunResults, Summary, main_kind
+from vkd_jax.reporting import attack_view
+from vkd_jax.reporting.attack_view import interval, percent
+from vkd_jax.reporting.plots import MODELS
+from vkd_jax.results import Figure, MeasuredSet, Meta, RunResults, Summary, main_kind
 from vkd_jax.types import Role
 
 KINDS = {
@@ -42,9 +44,6 @@ ASSUMPTIONS = {  # what the abstract of the paper leaves open
     "A8": "whether augmented copies of the images are trained on",
 }
 MODALITIES = {"vqa": "with image", "qa": "text only"}
-FOLDED_ABOVE = 8  # rows of an attack's table
-UNCHANGED = "unchanged"  # the variant of an attack that precedes it
-RELEARN_SHARE = 0.2  # of the forget set; the attack nearest to it is in the brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +117,8 @@ def opening(run: Run) -> dict[str, Any]:
         **_judgement(run),
         "language_model_unchanged": manifest.language_model_changed == 0,
         "attacked": bool(run.results.attacks),
-        "relearned": relearned(run),
-        "strongest": strongest_attempts(run),
+        "relearned": attack_view.relearned(run.results),
+        "strongest": attack_view.strongest_attempts(run.results),
         "changed": manifest.changed,
         "tensors": manifest.tensors,
     }
@@ -208,27 +207,7 @@ def quality(run: Run) -> dict[str, Any]:
 
 def attacks(run: Run) -> dict[str, Any] | None:
     """One table for each attack; None without any."""
-    tables = []
-    for name, attack in run.results.attacks.items():
-        rows = [
-            [
-                attempt_title(run, attack, next(iter(cells.values()))),
-                *(_attack_cell(cells.get(model), attack) for model in run.models),
-            ]
-            for cells in attack.rows()
-        ]
-        plot = {"relearn": "relearning"}.get(name)
-        tables.append(
-            {
-                "name": name,
-                "title": attack.title,
-                "about": attack.about,
-                "plot": plot if plot in run.plots else None,
-                "heads": ["variant", *_model_titles(run)],
-                "rows": rows,
-                "folded": len(rows) > FOLDED_ABOVE,
-            }
-        )
+    tables = attack_view.tables(run.results, run.models, run.plots)
     return {"attacks": tables, "has_retain_only": "retain_only" in run.models} if tables else None
 
 
@@ -326,51 +305,6 @@ def without_letter(run: Run, model: str) -> dict[str, Any] | None:
     return {"without": count, "n": len(texts), "share": count / len(texts)}
 
 
-def relearned(run: Run) -> dict[str, Any] | None:
-    """The strongest attacker with a fifth of the forget set, or the nearest share; None if nothing was relearned."""
-    rows = run.results.attacks["relearn"].rows() if "relearn" in run.results.attacks else []
-    forget = [s.name for s in run.results.with_role(Role.FORGET)]
-    rows = [row for row in rows if "unlearned" in row and relearns_rest(row["unlearned"], forget)]
-    if not rows:
-        return None
-    row = min(rows, key=lambda row: (abs(row["unlearned"].share - RELEARN_SHARE), -row["unlearned"].mean))
-    cell = row["unlearned"]
-    return {
-        "trained": ATTACKERS.get(cell.attacker, cell.attacker),
-        "share": f"{100 * cell.share:g}",
-        "unlearned": cell,
-        "retain_only": row.get("retain_only"),
-    }
-
-
-def strongest_attempts(run: Run) -> list[dict[str, Any]]:
-    """For each attack that asks in other ways without training: what it got at most out of the unlearned model."""
-    forget, attempts = [s.name for s in run.results.with_role(Role.FORGET)], []
-    for attack in run.results.attacks.values():
-        cells = [cell for cell in attack.cells if cell.model == "unlearned" and cell.set in forget]
-        before = next((cell for cell in cells if cell.variant == UNCHANGED), None)
-        tried = [cell for cell in cells if cell.variant != UNCHANGED]
-        if before and tried and not any(cell.attacker for cell in tried):
-            cell = max(tried, key=lambda cell: cell.mean)
-            title = attempt_title(run, attack, cell)
-            attempts.append({"attack": attack.title, "title": title, "before": before, "after": cell})
-    return attempts
-
-
-def attempt_title(run: Run, attack: AttackResults, cell: AttackCell) -> str:
-    """What an attack tried, and on which set if that is not the forget set."""
-    words = [attack.variants.get(cell.variant, cell.variant)] if cell.variant else []
-    if cell.attacker and cell.share is not None:
-        trained, unit = ATTACKERS.get(cell.attacker, cell.attacker), cell.unit or "questions"
-        words.append(f"fine-tuning {trained} on {100 * cell.share:g} % of the {unit}")
-    eval_set = next((s for s in run.results.sets if s.name == cell.set), None)
-    if eval_set and eval_set.role is not Role.FORGET:
-        words.append(eval_set.title)
-    if cell.taught:
-        words.append("of those taught")
-    return "; ".join(words)
-
-
 def _judgement(run: Run) -> dict[str, Any]:
     """How the unlearned model's accuracy on the forget set compares with the retain-only model's, or with chance."""
     forget = run.set_of(Role.FORGET)
@@ -449,23 +383,3 @@ def _change_in_points(vanilla: Summary, unlearned: Summary | None) -> str:
 
 def _mean_cell(figure: Figure | None) -> str:
     return f"{figure.mean:.3f} ({figure.low:.3f} to {figure.high:.3f})" if figure else "–"
-
-
-def _attack_cell(cell: AttackCell | None, attack: AttackResults) -> str:
-    if not cell:
-        return "–"
-    if attack.metric != "accuracy":
-        return f"{cell.mean:.2f} ({cell.low:.2f} to {cell.high:.2f})"
-    count = f" ({cell.correct}/{cell.n})" if cell.correct is not None else ""
-    recovery = "" if cell.recovery is None else f"; recovery {cell.recovery:.2f}"
-    return f"{percent(cell.mean)}{count}, {interval(cell)}{recovery}"
-
-
-def percent(share: float) -> str:
-    """A share in per cent, e.g. "12.3 %"."""
-    return f"{100 * share:.1f} %"
-
-
-def interval(figure: Summary | Figure | AttackCell) -> str:
-    """The interval of a share in per cent, e.g. "1.9 to 8.8"."""
-    return f"{100 * figure.low:.1f} to {100 * figure.high:.1f}"

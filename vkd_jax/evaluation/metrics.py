@@ -166,6 +166,8 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
 
     Reference: Wilson (1927), Probable inference, the law of succession, and statistical inference.
     """
+    if not (n >= 1 and 0 <= correct <= n):  # SciPy 1.18 returns NaN
+        raise ValueError(f"{correct} correct answers of {n} questions: expected n >= 1 and 0 <= correct <= n.")
     interval = stats.binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
 

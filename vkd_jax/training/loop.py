@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -199,24 +199,6 @@ class NoProgress:
 
     def close(self) -> None:
         """Does nothing."""
-
-
-def check(config: ml_collections.ConfigDict, names: Iterable[str], mesh: jax.sharding.Mesh, where: str) -> None:
-    """Refuses settings that no training can have, before anything is read.
-
-    Args:
-        config: as of `fit`.
-        names: of the streams.
-        mesh: the devices.
-        where: the name of the settings in the config of a run.
-
-    Raises:
-        UserError: which one it is, and what to give.
-    """
-    for name in names:
-        batch_size(config, name, mesh, where)
-    count_steps(config, {}, where)
-    optimizer.check(config, where)
 
 
 def batch_size(config: ml_collections.ConfigDict, name: str, mesh: jax.sharding.Mesh, where: str = "train") -> int:

@@ -1,6 +1,5 @@
 """The optimizer over the trainable weights: clip inside, mask last."""
 
-import math
 
 import jax
 import jax.numpy as jnp
@@ -8,33 +7,10 @@ import ml_collections
 import numpy as np
 import optax
 
-from vkd_jax.types import Params, UserError
+from vkd_jax.types import Params
 
 # What follows the warmup: (learning rate, steps from there on) -> the rate of each.
 SCHEDULES = {"cosine": optax.cosine_decay_schedule, "constant": lambda rate, steps: optax.constant_schedule(rate)}
-
-
-def check(config: ml_collections.ConfigDict, where: str) -> None:
-    """Refuses what no optimizer can do.
-
-    Args:
-        config: of a loop, as `create` and `rates` read it.
-        where: its name in the config of a run.
-
-    Raises:
-        UserError: which field it is, and what to give.
-    """
-    if config.schedule not in SCHEDULES:
-        raise UserError(f"{where}.schedule={config.schedule!r}: give {' or '.join(SCHEDULES)}.")
-    for name, right, what in (
-        ("learning_rate", 0 <= config.learning_rate < math.inf, "a number from 0"),
-        ("warmup_steps", config.warmup_steps >= 0, "a number from 0"),
-        ("weight_decay", 0 <= config.weight_decay < math.inf, "a number from 0"),
-        ("clip_norm", config.clip_norm > 0, "a positive number; 1e9 clips nothing"),
-        ("b2", 0 <= config.b2 < 1, "a number from 0 to below 1"),
-    ):
-        if not right:
-            raise UserError(f"{where}.{name}={config[name]}: give {what}.")
 
 
 def create(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:

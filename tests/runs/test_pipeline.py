@@ -202,7 +202,7 @@ def test_each_model_is_let_go_before_the_next_is_loaded(vkd, make_config, tmp_pa
     monkeypatch.setattr(pipeline, "_unlearned", look("unlearn", tmp_path))
     for name in ("_text_scores", "_evidence", "write_results"):
         monkeypatch.setattr(pipeline, name, look(name, {}))
-    monkeypatch.setattr(pipeline.convert, "manifest", look("manifest", {}))
+    monkeypatch.setattr(pipeline, "compare_tensors", look("manifest", {}))
     monkeypatch.setattr(pipeline.report, "write", look("report"))
     pipeline.unlearn(job, {})
     counts = dict(seen)

@@ -10,7 +10,7 @@ See `vkd_jax.config.defaults.published`. Images have at most `model.max_pixels` 
 import ml_collections
 
 from vkd_jax.config import defaults
-from vkd_jax.data.processing import MAX_PIXELS
+from vkd_jax.data.processor import MAX_PIXELS
 from vkd_jax.models import qwen2_vl
 
 ONE_CHIP = "method.blocks=8"  # of 32: with all of them the optimizer alone would fill the chip

@@ -31,7 +31,7 @@ from PIL import Image
 from step_time import DEVICE, IMAGE, SIZES, model, need_same_device
 
 from vkd_jax import ask
-from vkd_jax.data.processing import TEMPLATE
+from vkd_jax.data.processor import LLAVA_CHAT_TEMPLATE
 from vkd_jax.evaluation.inference import Answerer
 
 NEW = 32  # tokens an answer
@@ -87,7 +87,7 @@ def save(folder: str, net: transformers.LlavaForConditionalGeneration, size: Map
     side, patch = size["picture"]
     images = transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     options = dict(patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1)
-    transformers.LlavaProcessor(images, tokenizer, chat_template=TEMPLATE, **options).save_pretrained(folder)
+    transformers.LlavaProcessor(images, tokenizer, chat_template=LLAVA_CHAT_TEMPLATE, **options).save_pretrained(folder)
     net.generation_config.eos_token_id, net.generation_config.pad_token_id = 2, 3
     net.save_pretrained(folder)
 

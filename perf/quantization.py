@@ -22,7 +22,8 @@ from command import ROOT, run
 
 from vkd_jax import benchmarks
 from vkd_jax.checkpoints import hf
-from vkd_jax.data.processing import Batch, Processor, encode_set
+from vkd_jax.data.encoding import Batch, encode_set
+from vkd_jax.data.processor import Processor
 from vkd_jax.methods import losses, scope
 from vkd_jax.models import quantize
 from vkd_jax.models.base import VisualTokens, bind
@@ -47,7 +48,7 @@ def visual_half(graphdef, params, paths, batch: Batch) -> tuple[VisualTokens, Ca
 
     @jax.jit
     def encode(trainable):
-        features, _ = bind(graphdef, {**params, **trainable}).encode(batch.pictures)
+        features, _ = bind(graphdef, {**params, **trainable}).encode(batch.images)
         return features.values, features.where
 
     values, back, where = jax.vjp(encode, {path: params[path] for path in paths}, has_aux=True)
@@ -62,7 +63,7 @@ def language_half(graphdef, params, features: VisualTokens, batch: Batch) -> tup
     def run(values, params):
         def loss(values):
             seen = features._replace(values=values)
-            logits, _ = bind(graphdef, params)(batch.tokens, batch.mask, features=seen, at=batch.at)
+            logits, _ = bind(graphdef, params)(batch.tokens, batch.mask, features=seen, at=batch.target_positions)
             return losses.answer_cross_entropy(logits, batch.targets, batch.target_mask).mean(), logits
 
         (_, logits), gradient = jax.value_and_grad(loss, has_aux=True)(values)

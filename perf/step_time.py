@@ -33,7 +33,7 @@ from command import by_turns, run
 from vkd_jax import methods
 from vkd_jax.checkpoints import hf
 from vkd_jax.config import defaults
-from vkd_jax.data.processing import Batch
+from vkd_jax.data.encoding import Batch
 from vkd_jax.methods import feature_targets
 from vkd_jax.models import llava
 from vkd_jax.training import loop, optimizer
@@ -84,10 +84,10 @@ def batch(size: Mapping[str, Any], config: Any, seed: int) -> Batch:
     return Batch(
         tokens=tokens,
         mask=np.ones(tokens.shape, bool),
-        at=at,
+        target_positions=at,
         targets=tokens[:, -ANSWER:],
         target_mask=np.ones((rows, ANSWER), bool),
-        pictures={"pixels": pixels},
+        images={"pixels": pixels},
         cached={},
     )
 
@@ -198,7 +198,7 @@ def as_torch(given: Batch) -> dict[str, torch.Tensor]:
         tokens=torch.tensor(given.tokens).long(),
         mask=torch.tensor(given.mask).long(),
         targets=torch.tensor(given.targets).long(),
-        pixels=torch.tensor(given.pictures["pixels"]).permute(0, 3, 1, 2).contiguous(),
+        pixels=torch.tensor(given.images["pixels"]).permute(0, 3, 1, 2).contiguous(),
     )
     return {name: x.to(DEVICE) for name, x in found.items()}
 
@@ -209,7 +209,7 @@ def with_targets(folder: Path, dtype: str, batches: Mapping[str, Batch], taps: t
     found = {}
     for name, given in batches.items():
         cached = {}
-        for tap, tokens in feature_targets.record_taps(graphdef, params, given.pictures, taps).items():
+        for tap, tokens in feature_targets.record_taps(graphdef, params, given.images, taps).items():
             values = tokens.values.astype(np.float32)
             cached[f"target/{tap}"] = np.roll(values, 1, axis=0) if name == "forget" else values
             cached[f"scale/{tap}"] = np.full(len(values), np.square(values).mean())

@@ -174,11 +174,11 @@ def tiny_folder(tmp_path_factory, tiny_config):
 
     from vkd_jax.benchmarks.synthetic import people
     from vkd_jax.checkpoints import export, hf
-    from vkd_jax.data import processing
+    from vkd_jax.data.processor import create_processor
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     names = [f"{p.name} {' '.join(p.facts.values())}" for p in people.people()]
-    tokenizer = processing.create_processor(folder, names, vocab_size=400, image_size=16, patch_size=8)
+    tokenizer = create_processor(folder, names, vocab_size=400, image_size=16, patch_size=8)
     vision, text = tiny_config.vision, tiny_config.text
     hf_config = LlavaConfig(
         vision_config=dict(

@@ -15,7 +15,8 @@ from pathlib import Path
 from PIL import Image
 
 from vkd_jax.checkpoints import hf
-from vkd_jax.data.processing import MAX_PIXELS, Processor, open_image
+from vkd_jax.data.images import open_image
+from vkd_jax.data.processor import MAX_PIXELS, Processor
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.runtime import hub
 from vkd_jax.types import UserError
@@ -32,8 +33,8 @@ def load(folder: str | Path, *, dtype: str | None = None, max_pixels: int = MAX_
     folder = hub.fetch_model(folder)
     graphdef, params, config = hf.load(folder, dtype=dtype)
     processor = Processor(folder, config)
-    if processor.budget:
-        processor.limit(max_pixels)
+    if processor.max_pixels:
+        processor.limit_pixels(max_pixels)
     return Answerer(graphdef, params, config, processor, batch_size=1)
 
 

@@ -222,13 +222,13 @@ def flops(drawn: Blueprint) -> dict[str, arithmetic.Part]:
     total: dict[str, arithmetic.Part] = {}
     for name, batch in drawn.batches.items():
         rows, tokens = batch.tokens.shape
-        pictures = next(iter(batch.pictures.values()))
+        pictures = next(iter(batch.images.values()))
         config = drawn.model_config
         patches = config.vision.patches + 1 if hasattr(config.vision, "patches") else pictures.shape[1]
         image_tokens = patches // config.vision.merge**2 if hasattr(config.vision, "merge") else config.vision.patches
         if getattr(config, "feature_select", "") == "full":
             image_tokens += 1
-        sizes = arithmetic.Sizes(patches, image_tokens, tokens, batch.at.shape[1])
+        sizes = arithmetic.Sizes(patches, image_tokens, tokens, batch.target_positions.shape[1])
         parts = arithmetic.row(config, drawn.shapes, drawn.state.params, sizes, drawn.method.depth(name, config))
         if name in drawn.method.teachers():
             seen = sum(parts.values(), arithmetic.Part())

@@ -15,7 +15,7 @@ from vkd_jax.attacks import base, rephrase
 from vkd_jax.attacks.base import Subject
 from vkd_jax.checkpoints import hf
 from vkd_jax.config import defaults
-from vkd_jax.data.processing import open_image
+from vkd_jax.data.images import open_image
 from vkd_jax.evaluation import evaluate
 from vkd_jax.models import lora, quantize
 from vkd_jax.types import Example, UserError

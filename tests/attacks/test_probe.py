@@ -171,12 +171,12 @@ def test_a_penalty_that_is_none_is_refused():
 def test_means_are_over_the_real_tokens(qwen_folder):
     """Pictures of two sizes, the smaller of which has padding beside the larger."""
     from vkd_jax.checkpoints import hf
-    from vkd_jax.data import processing
+    from vkd_jax.data.processor import Processor
     from vkd_jax.evaluation.inference import Answerer
 
     folder = qwen_folder("qwen2_vl")
     graphdef, params, config = hf.load(folder)
-    model = Answerer(graphdef, params, config, processing.Processor(folder, config), batch_size=2)
+    model = Answerer(graphdef, params, config, Processor(folder, config), batch_size=2)
     pixels = [
         np.random.default_rng(i).integers(0, 256, shape, np.uint8) for i, shape in enumerate([(56, 56, 3), (61, 90, 3)])
     ]

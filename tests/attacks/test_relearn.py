@@ -77,9 +77,9 @@ def test_some_rows_of_a_set_show_their_own_pictures(subject):
     assert len(some) == 3 and [e.id for e in some.examples] == ["1", "4", "7"]
     for i, row in enumerate((1, 4, 7)):
         ours, theirs = some.batch(np.array([i])), encoded.batch(np.array([row]))
-        for name in ("tokens", "mask", "at", "targets", "target_mask"):
+        for name in ("tokens", "mask", "target_positions", "targets", "target_mask"):
             np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
-        np.testing.assert_array_equal(ours.pictures["pixels"], theirs.pictures["pixels"])
+        np.testing.assert_array_equal(ours.images["pixels"], theirs.images["pixels"])
     assert some.tokens.shape[1:] == encoded.tokens.shape[1:]
 
 

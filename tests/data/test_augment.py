@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from vkd_jax.data import augment, pictures
-from vkd_jax.data.pictures import Pictures
-from vkd_jax.data.processing import EncodedSet
+from vkd_jax.data import augment, images
+from vkd_jax.data.encoding import EncodedSet
+from vkd_jax.data.images import PackedImages
 from vkd_jax.types import Example
 
 
@@ -21,22 +21,22 @@ def encoded(tiny_config):
         examples=[Example(str(i), "1", b"", "p", f"q{i}", "a") for i in range(3)],
         tokens=rows,
         mask=rows >= 0,
-        at=rows,
+        target_positions=rows,
         targets=rows,
         target_mask=rows >= 0,
         prompt_length=rows[:, 0],
-        image=np.array([0, 1, 0], np.int32),
-        pictures=Pictures.of(pixels, tiny_config),
+        image_rows=np.array([0, 1, 0], np.int32),
+        images=PackedImages.of(pixels, tiny_config),
     )
 
 
 def test_every_copy_of_a_question_is_asked_of_its_own_copy_of_the_picture(encoded):
     out = augment.augmented(encoded, 2, np.random.default_rng(0))
-    pixels = out.pictures.held["pixels"]
-    assert len(out) == 9 and len(out.pictures) == 6
+    pixels = out.images.cached["pixels"]
+    assert len(out) == 9 and len(out.images) == 6
     np.testing.assert_array_equal(out.image, [0, 1, 0, 2, 3, 2, 4, 5, 4])
     np.testing.assert_array_equal(out.tokens[:, 0], [0, 1, 2] * 3)
-    np.testing.assert_array_equal(pixels[:2], encoded.pictures.held["pixels"])  # the originals come first
+    np.testing.assert_array_equal(pixels[:2], encoded.images.cached["pixels"])  # the originals come first
     for copy in (2, 4):
         assert pixels[copy].mean() > 1 > 0 > pixels[copy + 1].mean()  # bright stays bright, dark dark
     assert not np.allclose(pixels[2], pixels[0]) and not np.allclose(pixels[2], pixels[4])
@@ -44,16 +44,16 @@ def test_every_copy_of_a_question_is_asked_of_its_own_copy_of_the_picture(encode
 
 def test_copies_that_are_not_held_come_out_the_same_each_time(encoded, monkeypatch):
     held = augment.augmented(encoded, 2, np.random.default_rng(0))
-    monkeypatch.setattr(pictures, "HELD_BYTES", 0)
+    monkeypatch.setattr(images, "MAX_CACHED_BYTES", 0)
     lazy = augment.augmented(encoded, 2, np.random.default_rng(0))
-    assert lazy.pictures.held is None
+    assert lazy.images.cached is None
     for rows in (np.array([4, 1]), np.array([1, 5, 4])):
-        np.testing.assert_array_equal(lazy.pictures[rows]["pixels"], held.pictures[rows]["pixels"])
+        np.testing.assert_array_equal(lazy.images[rows]["pixels"], held.images[rows]["pixels"])
 
 
 def test_copies_are_seeded_and_keep_their_type(encoded):
     made = (augment.augmented(encoded, 1, np.random.default_rng(5)) for _ in range(2))
-    a, b = (out.pictures.held["pixels"] for out in made)
+    a, b = (out.images.cached["pixels"] for out in made)
     np.testing.assert_array_equal(a, b)
     assert a.dtype == np.float32 and np.isfinite(a).all()
 

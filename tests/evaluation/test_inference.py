@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vkd_jax.checkpoints import hf
-from vkd_jax.data import processing
+from vkd_jax.data.processor import Processor
 from vkd_jax.evaluation.inference import Answerer, Seen
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.types import UserError
@@ -106,8 +106,8 @@ def test_generation_sees_the_pixels(tiny_model, ask):
 def test_a_picture_is_read_once_and_in_its_place(tiny_model, ask, monkeypatch):
     files = [png(i) for i in range(9)]
     read = []
-    image = processing.Processor.image
-    monkeypatch.setattr(processing.Processor, "image", lambda self, x: read.append(x) or image(self, x))
+    image = Processor.image
+    monkeypatch.setattr(Processor, "image", lambda self, x: read.append(x) or image(self, x))
     seen = ask(4).look([[files[0], files[i]] for i in range(1, 9)] + [files[0]])
     assert sorted(map(files.index, read)) == list(range(9))
     alone = [ask(1).look([x]).features.values[0] for x in files]
@@ -139,7 +139,7 @@ def test_joined_pictures_are_what_the_model_makes_of_them_together(family, qwen_
     """Pictures of two sizes, in both orders: the same log-probabilities as of one row that the model itself packed."""
     folder = qwen_folder(family)
     graphdef, params, config = hf.load(folder)
-    model = Answerer(graphdef, params, config, processing.Processor(folder, config), batch_size=2)
+    model = Answerer(graphdef, params, config, Processor(folder, config), batch_size=2)
     files = [png(0), Image.fromarray(np.random.default_rng(9).integers(0, 256, (61, 90, 3), np.uint8))]
     rows, turns = [[0, 1], [1, 0]], [("What is it?", "a pear", 1)]
     seen = model.look([[files[i] for i in row] for row in rows])
@@ -154,11 +154,11 @@ def test_a_worked_example_is_an_earlier_turn(tiny_folder, tiny_model, qwen_folde
     turns = [("What is this?", "a pear", 1)]
     said = "USER: <image>\nWhat is this? ASSISTANT: a pear"
     assert tiny_model.processor.prompt("Who?", 1, turns) == f"{said} USER: <image>\nWho? ASSISTANT:"
-    fallback = processing.Processor(tiny_folder, tiny_model.config)
+    fallback = Processor(tiny_folder, tiny_model.config)
     fallback.chat_template = None  # as LLaVA-1.5 was trained: each answer has its end
     assert fallback.prompt("Who?", 1, turns) == f"{said}</s>USER: <image>\nWho? ASSISTANT:"
     folder = qwen_folder("qwen2_vl")
-    qwen = processing.Processor(folder, hf.read_config(folder)[0].Config.from_hf(hf.read_config(folder)[1]))
+    qwen = Processor(folder, hf.read_config(folder)[0].Config.from_hf(hf.read_config(folder)[1]))
     picture = "<|vision_start|><|image_pad|><|vision_end|>"
     assert qwen.prompt("Who?", 1, turns).endswith(
         f"<|im_start|>user\n{picture}What is this?<|im_end|>\n<|im_start|>assistant\na pear<|im_end|>\n"
@@ -224,9 +224,7 @@ def test_what_questions_about_a_picture_share_is_read_once(tiny_model, monkeypat
 def test_positions_go_on_after_a_shared_picture_of_any_size(family, qwen_folder, monkeypatch):
     folder = qwen_folder(family)
     graphdef, params, config = hf.load(folder)
-    alone, beside = (
-        Answerer(graphdef, params, config, processing.Processor(folder, config), batch_size=n) for n in (1, 4)
-    )
+    alone, beside = (Answerer(graphdef, params, config, Processor(folder, config), batch_size=n) for n in (1, 4))
     shared, made = [], Answerer._batches
     monkeypatch.setattr(Answerer, "_batches", lambda self, *args: shared.append([*made(self, *args)]) or shared[-1])
     files = [png(0), Image.fromarray(np.random.default_rng(9).integers(0, 256, (61, 90, 3), np.uint8))]

@@ -195,7 +195,7 @@ def test_refusals_are_the_only_targets_and_pictures_and_questions_stay(context, 
         assert refused.mask[row].sum() == prompt + count
         assert tiny_model.processor.image_token_id not in targets
     a, b = refused.batch(ROWS), forget.batch(ROWS)
-    jax.tree.map(np.testing.assert_array_equal, a.pictures, b.pictures)
+    jax.tree.map(np.testing.assert_array_equal, a.images, b.images)
 
 
 def test_refusals_are_drawn_by_the_seed(context):
@@ -223,7 +223,7 @@ def test_idk_descends_on_both_streams(context):
 def all_hidden(graphdef, params, key, batch):
     """[after block 1, after block 2], block by block."""
     model = bind(graphdef, params, key)
-    features = model.encode(batch.pictures)[0]
+    features = model.encode(batch.images)[0]
     x, positions = model.embed(batch.tokens, batch.mask, features)
     allowed = batch.mask[:, None, :] & jnp.tri(x.shape[1], dtype=bool)
     turned = model.language_model._turns(positions, x.shape[1])
@@ -267,7 +267,7 @@ def test_hidden_states_of_other_families_lead_to_their_logits(qwen_folder, tiny_
         bound = bind(model.graphdef, params)
         decoder = bound.language_model
         logits = decoder.logits(decoder.norm(base.hidden_states(bound, batch, 2)))
-        return jnp.take_along_axis(logits, batch.at[..., None], 1), base.answer_logits(bound, batch)[0]
+        return jnp.take_along_axis(logits, batch.target_positions[..., None], 1), base.answer_logits(bound, batch)[0]
 
     got, want = both(model.params)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)

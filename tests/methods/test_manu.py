@@ -15,8 +15,8 @@ from vkd_jax import methods
 from vkd_jax.checkpoints import hf
 from vkd_jax.config import defaults
 from vkd_jax.data.batching import rng
-from vkd_jax.data.pictures import Pictures
-from vkd_jax.data.processing import EncodedSet
+from vkd_jax.data.encoding import EncodedSet
+from vkd_jax.data.images import PackedImages
 from vkd_jax.methods import base
 from vkd_jax.methods.manu import EPS, Manu, Statistics, importance, top
 from vkd_jax.models import layers, qwen2_5_vl, qwen2_vl, qwen_vit
@@ -95,9 +95,10 @@ def qwen_set(config, seed, texts):
     mask = tokens > 0
     last = mask.sum(1, keepdims=True).astype(np.int32) - 1
     return EncodedSet(
-        examples=rows, tokens=tokens, mask=mask, at=last, targets=np.full_like(last, 7), target_mask=last > 0,
-        prompt_length=last[:, 0], image=np.full(len(rows), -1) if texts else np.arange(len(rows)),
-        pictures=None if texts else Pictures.of(pictures, config),
+        examples=rows, tokens=tokens, mask=mask, target_positions=last, targets=np.full_like(last, 7),
+        target_mask=last > 0, prompt_length=last[:, 0],
+        image_rows=np.full(len(rows), -1) if texts else np.arange(len(rows)),
+        images=None if texts else PackedImages.of(pictures, config),
     )  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def activations(context, name):
     """{tower: a list by layer of [tokens, f]} of a whole set, block by block and from the kernels themselves."""
     encoded, config = context.sets[name], context.model_config
     batch = encoded.batch(np.arange(len(encoded)))
-    pixels = batch.pictures is not None and "pixels" in batch.pictures
+    pixels = batch.images is not None and "pixels" in batch.images
 
     def inner(mlp, x):
         def product(layer):
@@ -173,14 +174,14 @@ def activations(context, name):
         tower = model.vision_tower
         if pixels:
             used = list(tower.blocks)[: config.used_blocks]
-            found["vision_tower"] = run(used, tower.embed(batch.pictures["pixels"]), [()] * len(used))
-        elif batch.pictures is not None:
-            where = batch.pictures["where"]
+            found["vision_tower"] = run(used, tower.embed(batch.images["pixels"]), [()] * len(used))
+        elif batch.images is not None:
+            where = batch.images["where"]
             allowed = [qwen_vit.sees(where, 0 if i in config.vision.whole else config.vision.window) for i in range(2)]
             given = [(tower._turns(where), x) for x in allowed]
-            found["vision_tower"] = run(tower.blocks, tower.embed(batch.pictures["patches"]), given)
-        if batch.pictures is not None:
-            features, _ = model.encode(batch.pictures)
+            found["vision_tower"] = run(tower.blocks, tower.embed(batch.images["patches"]), given)
+        if batch.images is not None:
+            features, _ = model.encode(batch.images)
         x, positions = model.embed(batch.tokens, batch.mask, features)
         turned = model.language_model._turns(positions, x.shape[1])
         stacked = model.language_model.blocks
@@ -190,8 +191,8 @@ def activations(context, name):
         return found
 
     real = {"language_model": batch.mask}
-    if batch.pictures is not None:
-        real["vision_tower"] = np.s_[:, :] if pixels else batch.pictures["where"][..., 0] >= 0
+    if batch.images is not None:
+        real["vision_tower"] = np.s_[:, :] if pixels else batch.images["where"][..., 0] >= 0
     return {tower: [np.asarray(z)[real[tower]] for z in found] for tower, found in capture(context.params).items()}
 
 
@@ -217,7 +218,7 @@ def test_padding_never_counts(contexts):
     def padded(encoded):
         more = ((0, 0), (0, 4))
         tokens = np.pad(np.where(encoded.mask, encoded.tokens, 9), more, constant_values=9)
-        return dataclasses.replace(encoded, tokens=tokens, mask=np.pad(encoded.mask, more), cut=None)
+        return dataclasses.replace(encoded, tokens=tokens, mask=np.pad(encoded.mask, more), bucket_shapes=None)
 
     method = Manu(threshold=TAU)
     want = method._statistics(context)

@@ -172,9 +172,7 @@ def test_a_cached_prefix_changes_nothing(context, method, stream):
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
     assert_trees_close(found[1], wanted[1], rtol=1e-4, atol=1e-6)
     if prefix:  # and the pictures are not looked at
-        blank = {
-            name: dataclasses.replace(rows, pictures=BlankPictures(rows.pictures)) for name, rows in cached.items()
-        }
+        blank = {name: dataclasses.replace(rows, images=BlankPictures(rows.images)) for name, rows in cached.items()}
         again = gradients(context, method, dataclasses.replace(plain, sets=blank), stream)
         assert_trees_close(again[1], found[1])
 
@@ -183,23 +181,23 @@ class BlankPictures:
     """The shapes of pictures."""
 
     def __init__(self, pictures):
-        self.pictures = pictures
+        self.images = pictures
 
     def __getitem__(self, rows):
-        return {name: np.zeros_like(x) for name, x in self.pictures[rows].items()}
+        return {name: np.zeros_like(x) for name, x in self.images[rows].items()}
 
 
 def test_text_and_what_is_too_large_are_not_cached(context, monkeypatch):
     encoded = context.sets["retain"]
     assert (
-        loop.cached_prefix(context.graphdef, context.params, dataclasses.replace(encoded, pictures=None), 2).per_image
+        loop.cached_prefix(context.graphdef, context.params, dataclasses.replace(encoded, images=None), 2).per_image
         == {}
     )
-    remade = copy.copy(encoded.pictures)
-    remade.held = None  # as of many pictures, each of which is made whenever it is asked for
-    cached = loop.cached_prefix(context.graphdef, context.params, dataclasses.replace(encoded, pictures=remade), 2)
-    assert len(cached.per_image["vision/1"]) == len(encoded.pictures)
-    monkeypatch.setattr(loop, "HELD_BYTES", 1000)
+    remade = copy.copy(encoded.images)
+    remade.cached = None  # as of many pictures, each of which is made whenever it is asked for
+    cached = loop.cached_prefix(context.graphdef, context.params, dataclasses.replace(encoded, images=remade), 2)
+    assert len(cached.per_image["vision/1"]) == len(encoded.images)
+    monkeypatch.setattr(loop, "MAX_CACHED_BYTES", 1000)
     assert loop.cached_prefix(context.graphdef, context.params, encoded, 2) is encoded
 
 
@@ -217,7 +215,7 @@ def test_cached_teacher_features_are_those_of_the_teacher(context):
     retain = vkd.prepare(context).sets["retain"]
     rows = np.array([3, 0, 7])
     batch = retain.batch(rows)
-    _, taps = bind(context.graphdef, context.params).encode(batch.pictures)
+    _, taps = bind(context.graphdef, context.params).encode(batch.images)
     for tap in vkd.taps:
         np.testing.assert_allclose(batch.cached[f"target/{tap}"], taps[tap].values, rtol=1e-5, atol=1e-6)
 
@@ -226,7 +224,7 @@ def test_distillation_acts_on_the_set_that_it_names(context):
     """Retain targets are the retain pictures' own features; forget targets are somebody else's."""
     vkd = VKD(target="swap", mask_scope="none", augment_forget=0)
     prepared = vkd.prepare(context)
-    own = feature_targets.record_taps(context.graphdef, context.params, context.sets["forget"].pictures, vkd.taps)
+    own = feature_targets.record_taps(context.graphdef, context.params, context.sets["forget"].images, vkd.taps)
     others = prepared.sets["retain"].per_image["target/projector"]
     for target, mine in zip(
         prepared.sets["forget"].per_image["target/projector"], own["projector"].values, strict=True
@@ -291,7 +289,7 @@ def test_base_targets_need_the_base_model(context):
         VKD(target="base", mask_scope="none").prepare(context)
     given = dataclasses.replace(context, load_base=lambda: context.params)
     forget = VKD(target="base", mask_scope="none").prepare(given).sets["forget"]
-    want = feature_targets.record_taps(context.graphdef, context.params, forget.pictures, ("projector",))
+    want = feature_targets.record_taps(context.graphdef, context.params, forget.images, ("projector",))
     np.testing.assert_array_equal(forget.per_image["target/projector"], want["projector"].values)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from vkd_jax.checkpoints import export, hf, safetensors_files
 from vkd_jax.checkpoints.manifest import compare_tensors
-from vkd_jax.data.processing import Batch
+from vkd_jax.data.encoding import Batch
 from vkd_jax.methods import base as methods
 from vkd_jax.methods import losses, scope
 from vkd_jax.methods.finetune import Finetune
@@ -82,10 +82,10 @@ def batch():
     return Batch(
         tokens=tokens,
         mask=np.ones_like(tokens, bool),
-        at=np.tile(np.array([7, 8], np.int32), (3, 1)),
+        target_positions=np.tile(np.array([7, 8], np.int32), (3, 1)),
         targets=tokens[:, 8:],
         target_mask=np.ones((3, 2), bool),
-        pictures=None,
+        images=None,
         cached={},
     )
 
@@ -296,7 +296,7 @@ def test_computing_again_in_the_backward_pass_drops_the_same():
     parted = parts(params, scope.trainable_paths(params, CONFIG, "lora", -1))
     given = batch()
     everywhere = jnp.broadcast_to(jnp.arange(given.tokens.shape[1]), given.tokens.shape)  # else "" drops for fewer
-    given = dataclasses.replace(given, at=everywhere, targets=given.tokens, target_mask=given.mask)
+    given = dataclasses.replace(given, target_positions=everywhere, targets=given.tokens, target_mask=given.mask)
     ours, want = (gradient(graph(remat=remat)[0], *parted, given, KEY) for remat in ("full", ""))
     for path, g in want.items():
         np.testing.assert_allclose(ours[path], g, rtol=1e-4, atol=1e-6 * float(jnp.abs(g).max()), err_msg=path)

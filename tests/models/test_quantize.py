@@ -18,8 +18,8 @@ from vkd_jax import methods as unlearning
 from vkd_jax.checkpoints import export, hf
 from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.config import defaults
-from vkd_jax.data.pictures import Pictures
-from vkd_jax.data.processing import EncodedSet
+from vkd_jax.data.encoding import EncodedSet
+from vkd_jax.data.images import PackedImages
 from vkd_jax.evaluation import loaded
 from vkd_jax.methods import base as methods
 from vkd_jax.methods import losses, saliency, scope
@@ -73,12 +73,12 @@ def rows(count=6, seed=1):
         examples=(None,) * count,
         tokens=tokens,
         mask=np.ones_like(tokens, bool),
-        at=np.tile(np.array([8, 9, 10], np.int32), (count, 1)),
+        target_positions=np.tile(np.array([8, 9, 10], np.int32), (count, 1)),
         targets=tokens[:, 9:],
         target_mask=np.ones((count, 3), bool),
         prompt_length=np.full(count, 9, np.int32),
-        image=np.arange(count, dtype=np.int32),
-        pictures=Pictures.of(random.normal(size=(count, 16, 16, 3)).astype(np.float32), CONFIG),
+        image_rows=np.arange(count, dtype=np.int32),
+        images=PackedImages.of(random.normal(size=(count, 16, 16, 3)).astype(np.float32), CONFIG),
     )
 
 
@@ -314,7 +314,7 @@ def test_generation_and_scoring_are_those_of_the_floats_that_are_stored():
     @jax.jit
     def run(params):
         model = base.bind(drawn(CONFIG)[0], params)
-        features, _ = model.encode(batch.pictures)
+        features, _ = model.encode(batch.images)
         answer = generate.greedy(model, tokens, mask, features, max_new_tokens=4, eos_ids=(2,), pad_id=0)
         options = batch.targets.reshape(6, 1, 3)
         return answer, generate.option_log_probs(model, tokens, mask, features, options, options > 0)

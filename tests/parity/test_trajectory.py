@@ -15,9 +15,9 @@ import pytest
 from vkd_jax import models
 from vkd_jax.checkpoints import hf
 from vkd_jax.config import defaults
-from vkd_jax.data.pictures import Pictures
-from vkd_jax.data.processing import EncodedSet
-from vkd_jax.data.streams import Stream
+from vkd_jax.data.encoding import EncodedSet
+from vkd_jax.data.images import PackedImages
+from vkd_jax.data.sampler import Sampler
 from vkd_jax.methods.base import Context
 from vkd_jax.methods.vkd import VKD
 from vkd_jax.runtime.mesh import make_mesh
@@ -135,19 +135,23 @@ def encoded(config, sizes, seed):
     out = dict(
         tokens=np.full((8, t), 3, np.int32),
         mask=np.zeros((8, t), bool),
-        at=np.zeros((8, a), np.int32),
+        target_positions=np.zeros((8, a), np.int32),
         targets=np.zeros((8, a), np.int32),
         target_mask=np.zeros((8, a), bool),
     )
     for i, (prompt, answer) in enumerate(rows):
         n, m = len(prompt), len(answer)
         out["tokens"][i, : n + m], out["mask"][i, : n + m] = prompt + answer, True
-        out["at"][i, :m], out["targets"][i, :m], out["target_mask"][i, :m] = n - 1 + np.arange(m), answer, True
+        out["target_positions"][i, :m], out["targets"][i, :m], out["target_mask"][i, :m] = (
+            n - 1 + np.arange(m),
+            answer,
+            True,
+        )
     return EncodedSet(
         examples=[Example(str(i), "", b"", str(i // 2), "", "") for i in range(8)],
         prompt_length=np.array([len(p) for p, _ in rows], np.int32),
-        image=np.arange(8, dtype=np.int32) // 2,
-        pictures=Pictures.of(pictures, config),
+        image_rows=np.arange(8, dtype=np.int32) // 2,
+        images=PackedImages.of(pictures, config),
         **out,
     )
 
@@ -181,17 +185,17 @@ def losses_in_torch(family, method, name, batch):
     model = family.model
     tokens = torch.tensor(batch.tokens, dtype=torch.long)
     mask = torch.tensor(batch.mask).long()
-    seen = family.look(batch.pictures)
+    seen = family.look(batch.images)
     embedded = model.get_input_embeddings()(tokens)
     is_image = (tokens == IMAGE)[..., None].expand_as(embedded)
     embedded = embedded.masked_scatter(is_image, torch.cat(seen["projector"]))
     logits = model(
-        inputs_embeds=embedded, attention_mask=mask, position_ids=family.positions(tokens, mask, batch.pictures)
+        inputs_embeds=embedded, attention_mask=mask, position_ids=family.positions(tokens, mask, batch.images)
     ).logits
     rows = []
     for i in range(len(tokens)):
         real = batch.target_mask[i]
-        at, targets = torch.tensor(batch.at[i][real]).long(), torch.tensor(batch.targets[i][real]).long()
+        at, targets = torch.tensor(batch.target_positions[i][real]).long(), torch.tensor(batch.targets[i][real]).long()
         ce = torch.nn.functional.cross_entropy(logits[i, at], targets)
         apart = sum(
             distance(
@@ -227,7 +231,7 @@ def train_in_torch(family, method, prepared, masks):
         eps=1e-8,
     )
     streams = {
-        name: Stream(prepared.sets[name], CONFIG.batch_size[name], seed=0, name=name) for name in ("forget", "retain")
+        name: Sampler(prepared.sets[name], CONFIG.batch_size[name], seed=0, name=name) for name in ("forget", "retain")
     }
     losses = []
     for step in range(CONFIG.steps):
@@ -262,7 +266,7 @@ def test_fifty_steps_agree_with_pytorch(name, tmp_path, monkeypatch):
     prepared = method.prepare(Context(graphdef, params, None, config, sets, seed=0))
 
     with torch.no_grad():  # the teacher's features, which both sides pull to, are PyTorch's own
-        own = family.look(prepared.sets["retain"].pictures.held)
+        own = family.look(prepared.sets["retain"].images.cached)
     for tap in method.taps:
         for mine, cached in zip(own[tap], prepared.sets["retain"].per_image[f"target/{tap}"], strict=True):
             np.testing.assert_allclose(cached[: len(mine)], mine, atol=1e-4)

@@ -39,8 +39,8 @@ def test_what_is_planned_is_what_a_run_has(config, tiny_model, tiny_sets, name):
     for stream, planned in drawn.batches.items():
         real = prepared.sets[stream].batch(np.arange(planned.tokens.shape[0]))
         assert shapes(planned.cached) == shapes(dict(real.cached)), stream
-        assert shapes(planned.pictures) == shapes(dict(real.pictures)), stream
-        for field in ("tokens", "mask", "at", "targets", "target_mask"):
+        assert shapes(planned.images) == shapes(dict(real.images)), stream
+        for field in ("tokens", "mask", "target_positions", "targets", "target_mask"):
             assert getattr(planned, field).dtype == getattr(real, field).dtype
 
 

@@ -13,7 +13,7 @@ from vkd_jax.models import lora
 from vkd_jax.models.base import bind
 from vkd_jax.runtime.mesh import batch_sharding, make_mesh, replicated
 
-BATCH = dataclasses.replace(random_llava.rows(1, 8).batch(np.arange(8)), pictures=None)
+BATCH = dataclasses.replace(random_llava.rows(1, 8).batch(np.arange(8)), images=None)
 KEY = jax.random.key(5)
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from vkd_jax.checkpoints import hf
 from vkd_jax.config import defaults
-from vkd_jax.data.pictures import Pictures
-from vkd_jax.data.processing import EncodedSet
+from vkd_jax.data.encoding import EncodedSet
+from vkd_jax.data.images import PackedImages
 from vkd_jax.models import base, llava
 from vkd_jax.models.clip_vit import VisionConfig
 from vkd_jax.models.decoder import DecoderConfig
@@ -52,12 +52,12 @@ def rows(seed: int, count: int) -> EncodedSet:
         examples=tuple(Example(str(i), "", b"", "", "", "") for i in range(count)),
         tokens=tokens,
         mask=np.ones_like(tokens, bool),
-        at=np.tile(np.array([7, 8], np.int32), (count, 1)),
+        target_positions=np.tile(np.array([7, 8], np.int32), (count, 1)),
         targets=tokens[:, 8:],
         target_mask=np.ones((count, 2), bool),
         prompt_length=np.full(count, 8, np.int32),
-        image=np.arange(count, dtype=np.int32) % 4,
-        pictures=Pictures.of(random.normal(size=(4, 16, 16, 3)).astype(np.float32), CONFIG),
+        image_rows=np.arange(count, dtype=np.int32) % 4,
+        images=PackedImages.of(random.normal(size=(4, 16, 16, 3)).astype(np.float32), CONFIG),
     )
 
 

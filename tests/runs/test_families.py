@@ -9,7 +9,7 @@ import pytest
 
 from vkd_jax import benchmarks as benchmarks
 from vkd_jax.checkpoints.manifest import compare_tensors
-from vkd_jax.data.processing import open_image
+from vkd_jax.data.images import open_image
 from vkd_jax.evaluation.loaded import Loaded
 from vkd_jax.runs import pipeline
 

@@ -9,7 +9,7 @@
     methods/test_baselines.py::test_real_steps_move_what_trains_and_nothing_else
     runs/test_faults.py::test_what_trains_is_a_name_and_no_truth_value
 3. Labels that keep prompt or image tokens in the loss:
-    data/test_processing.py::test_targets_are_the_answer_and_its_end_and_nothing_else
+    data/test_processor.py::test_targets_are_the_answer_and_its_end_and_nothing_else
     methods/test_losses.py::test_answer_cross_entropy_counts_answer_tokens_only
 4. Distillation applied to the wrong set:
     methods/test_methods.py::test_distillation_acts_on_the_set_that_it_names
@@ -32,7 +32,7 @@
     training/test_optimizer.py::test_the_rate_of_each_step_by_hand
     training/test_loop.py::test_the_learning_rate_follows_the_steps
 11. Max length 384 cutting LLaVA's 576 image tokens:
-    data/test_processing.py::test_a_row_that_does_not_fit_is_named_never_cut
+    data/test_processor.py::test_a_row_that_does_not_fit_is_named_never_cut
     runs/test_faults.py::test_all_576_image_tokens_of_llava_fit
 12. Few-shot prompts that make LLaVA emit garbage:
     runs/test_faults.py::test_no_config_shows_worked_examples_unless_asked
@@ -59,8 +59,8 @@ from PIL import Image
 
 from vkd_jax import methods, registry
 from vkd_jax.config import defaults
-from vkd_jax.data import processing
-from vkd_jax.data.processing import EncodedSet
+from vkd_jax.data.encoding import EncodedSet
+from vkd_jax.data.processor import Processor, create_processor
 from vkd_jax.methods import base, losses
 from vkd_jax.methods.vkd import VKD
 from vkd_jax.models import llava
@@ -175,8 +175,8 @@ class BrokenSet(EncodedSet):
 def line_set(kind=EncodedSet):
     numbers = np.arange(4, dtype=np.int32)[:, None]
     return kind(
-        examples=range(4), tokens=numbers, mask=numbers >= 0, at=numbers, targets=numbers, target_mask=numbers >= 0,
-        prompt_length=numbers[:, 0], image=numbers[:, 0] - 9, pictures=None,
+        examples=range(4), tokens=numbers, mask=numbers >= 0, target_positions=numbers, targets=numbers,
+        target_mask=numbers >= 0, prompt_length=numbers[:, 0], image_rows=numbers[:, 0] - 9, images=None,
     )  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def test_what_fails_in_a_step_stops_the_run(where):
 
 
 def test_nothing_around_a_step_catches_everything():
-    names = ("training/train", "training/optim", "methods/losses", "methods/saliency", "data/streams")
+    names = ("training/train", "training/optim", "methods/losses", "methods/saliency", "data/sampler")
     files = [PACKAGE / f"{name}.py" for name in names]
     for file in [*files, *(PACKAGE / "methods").glob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -229,12 +229,12 @@ def test_all_576_image_tokens_of_llava_fit(tiny_model, tiny_config, tmp_path):
     for _, fields in llava.PRESETS.values():
         assert fields["text_config"]["max_position_embeddings"] == 4096
     question, answer = "What does this person do?", "she is a baker"
-    processing.create_processor(tmp_path / "llava", [question, answer], vocab_size=400, image_size=336, patch_size=14)
+    create_processor(tmp_path / "llava", [question, answer], vocab_size=400, image_size=336, patch_size=14)
     vision = dataclasses.replace(tiny_config.vision, image_size=336, patch_size=14)
     config = dataclasses.replace(
         tiny_config, vision=vision, text=dataclasses.replace(tiny_config.text, max_positions=4096)
     )
-    processor = processing.Processor(tmp_path / "llava", config)
+    processor = Processor(tmp_path / "llava", config)
     model = dataclasses.replace(tiny_model, config=config, processor=processor)
     picture = io.BytesIO()
     Image.new("RGB", (20, 20), (200, 30, 40)).save(picture, "PNG")

@@ -14,9 +14,9 @@ from flax import nnx
 
 from vkd_jax.checkpoints.orbax_checkpoints import Checkpoints
 from vkd_jax.config import defaults
-from vkd_jax.data.pictures import Pictures
-from vkd_jax.data.processing import EncodedSet
-from vkd_jax.data.streams import Stream
+from vkd_jax.data.encoding import EncodedSet
+from vkd_jax.data.images import PackedImages
+from vkd_jax.data.sampler import Sampler
 from vkd_jax.methods.base import Context, Prepared
 from vkd_jax.methods.vkd import VKD
 from vkd_jax.models.base import split
@@ -60,7 +60,7 @@ class ToyMethod:
 
     def _loss(self, name, weight):
         def loss(model, batch):
-            term = jnp.mean(jnp.square(model(batch.pictures["x"])).sum(-1) + batch.cached["extra"])
+            term = jnp.mean(jnp.square(model(batch.images["x"])).sum(-1) + batch.cached["extra"])
             return weight * term, {f"{name}_term": term, f"{name}_rows": jnp.sum(2.0 ** batch.tokens[:, 0])}
 
         return loss
@@ -72,7 +72,7 @@ class Taught(ToyMethod):
 
     def losses(self):
         def loss(model, batch):
-            return jnp.mean(batch.cached["extra"] * model(batch.pictures["x"]).sum(-1)), {}
+            return jnp.mean(batch.cached["extra"] * model(batch.images["x"]).sum(-1)), {}
 
         return {"forget": loss}
 
@@ -96,12 +96,12 @@ def rows(seed, extra=None) -> EncodedSet:
         examples=tuple(Example(str(i), "", b"", str(i), "", "") for i in range(ROWS)),
         tokens=numbers,
         mask=numbers >= 0,
-        at=numbers,
+        target_positions=numbers,
         targets=numbers,
         target_mask=numbers >= 0,
         prompt_length=np.ones(ROWS, np.int32),
-        image=np.arange(ROWS, dtype=np.int32),
-        pictures=Pictures.of(np.random.default_rng(seed).normal(size=(ROWS, 1, 3)).astype(np.float32), ToyConfig),
+        image_rows=np.arange(ROWS, dtype=np.int32),
+        images=PackedImages.of(np.random.default_rng(seed).normal(size=(ROWS, 1, 3)).astype(np.float32), ToyConfig),
         per_example={"extra": np.zeros(ROWS, np.float32) if extra is None else extra},
     )
 
@@ -353,7 +353,7 @@ def test_each_teacher_is_asked_itself(toy):
     """Two that differ by what stands around them alone."""
 
     def taught(weight):
-        teacher = {"forget": lambda model, batch: {"extra": weight * model(batch.pictures["x"]).sum(-1)}}
+        teacher = {"forget": lambda model, batch: {"extra": weight * model(batch.images["x"]).sum(-1)}}
         return loop.fit(
             graphdef=toy[0],
             params=toy[1],
@@ -388,7 +388,7 @@ def test_both_streams_advance_with_the_step_and_show_each_row_once_an_epoch(unin
     assert sorted(metrics) == list(range(1, 9))
     for name in SETS:
         seen = [int(metrics[step][f"{name}_rows"]) for step in range(1, 9)]
-        stream = Stream(SETS[name], 4, seed=0, name=name)
+        stream = Sampler(SETS[name], 4, seed=0, name=name)
         assert seen == [sum(2 ** int(row) for row in stream[step].tokens[:, 0]) for step in range(8)]
         epochs = list(zip(seen[::2], seen[1::2], strict=True))
         assert all(first + second == 2**ROWS - 1 for first, second in epochs)  # of bits: no row twice
@@ -468,7 +468,7 @@ def test_checkpoints_of_another_seed_are_refused(toy, tmp_path):
 @pytest.mark.parametrize("step", [1, 5, 6, 8])
 def test_a_loss_that_is_not_finite_stops_at_its_step(toy, tmp_path, step):
     """One row is NaN, and the order says when it comes; with and without a checkpoint due at that step."""
-    stream = Stream(SETS["forget"], 1, seed=0, name="forget")
+    stream = Sampler(SETS["forget"], 1, seed=0, name="forget")
     extra = np.zeros(ROWS, np.float32)
     extra[stream[step - 1].tokens[0, 0]] = np.nan
     good = (step - 1) // 2 * 2

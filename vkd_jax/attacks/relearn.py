@@ -26,9 +26,9 @@ from absl import logging
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject, Summary
 from vkd_jax.config.fields import Section, setting
-from vkd_jax.data.augment import REPEATED
+from vkd_jax.data.augment import REPEATED_FIELDS
 from vkd_jax.data.batching import rng
-from vkd_jax.data.processing import EncodedSet
+from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.evaluation.loaded import Loaded
 from vkd_jax.methods import Method
 from vkd_jax.methods.base import Prepared
@@ -215,7 +215,7 @@ def recovery(after: float, before: float, vanilla: float | None) -> float | None
 
 def rows_of(encoded: EncodedSet, rows: np.ndarray) -> EncodedSet:
     """Some rows of a set that caches nothing, in arrays of the same lengths, with all its pictures."""
-    fields = {name: getattr(encoded, name) for name in (*REPEATED, "image")}
+    fields = {name: getattr(encoded, name) for name in (*REPEATED_FIELDS, "image_rows")}
     return dataclasses.replace(
         encoded,
         examples=tuple(encoded.examples[i] for i in rows),

@@ -26,7 +26,7 @@ from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject, Summary
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.data.batching import rng
-from vkd_jax.data.processing import open_image
+from vkd_jax.data.images import open_image
 from vkd_jax.methods import Method
 
 GREY = (128, 128, 128)

@@ -1,1 +1,12 @@
-"""From examples to fixed-shape batches: processor, encoded sets, image decoding, sampling and augmentation."""
+"""From examples to batches of fixed shapes.
+
+    processor   tokenizer, image processor and chat template of a model folder
+    images      decoding; the images of a set, packed as the model takes them
+    encoding    `EncodedSet`, a set as arrays, and `Batch`, what one step reads
+    sampler     the rows of each step, a function of (seed, name, step)
+    augment     randomly transformed copies of a set's images
+
+Contract: the package knows no family of models. A model's config offers `image_tokens(height, width)`,
+`images(processed)` and `pack(images, max_tokens)`, and everything else follows from the model folder. To add another
+way of preparing a set, write a function that takes an `EncodedSet` and returns one, as `augment.augmented` does.
+"""

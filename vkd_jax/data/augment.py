@@ -1,59 +1,74 @@
-"""Changed copies of pictures, so that what is forgotten is the person and not one photograph."""
+"""Augmented copies of images, so that the person is forgotten and not one photograph."""
 
 import dataclasses
 
 import numpy as np
 from scipy import ndimage
 
-from vkd_jax.data.pictures import Pictures
-from vkd_jax.data.processing import EncodedSet
+from vkd_jax.data.encoding import EncodedSet
+from vkd_jax.data.images import PackedImages
 
-SHIFT = 0.08  # of the side, either way
-ZOOM = 0.12  # nearer or farther
-TURN = 0.12  # radians, either way
-LIGHT = 0.15  # brighter or darker
-REPEATED = ("tokens", "mask", "at", "targets", "target_mask", "prompt_length", "cut")
+SHIFT = 0.08  # largest shift, as a fraction of the side
+ZOOM = 0.12  # largest change of scale
+ROTATION = 0.12  # largest rotation, in radians
+BRIGHTNESS = 0.15  # largest change of brightness
+REPEATED_FIELDS = (
+    "tokens",
+    "mask",
+    "target_positions",
+    "targets",
+    "target_mask",
+    "prompt_length",
+    "bucket_shapes",
+)
 
 
 def augmented(encoded: EncodedSet, copies: int, rng: np.random.Generator) -> EncodedSet:
-    """The set, followed by `copies` of it whose pictures are turned, shifted, zoomed, mirrored and relit at random.
+    """Appends `copies` copies of a set whose images are randomly rotated, shifted, zoomed, mirrored and relit.
 
-    Questions and answers stay, each asked of its own copy of the picture. Only for sets without cached arrays, whose
-    values belong to the pictures as they were.
+    Questions and answers stay the same; each is asked about its own copy of the image.
+
+    Args:
+        encoded: a set without cached arrays, which would belong to the original images.
+        copies: the number of copies.
+        rng: the source of randomness.
+
+    Returns:
+        A set of (copies + 1) * n examples, the originals first.
     """
     if encoded.per_image or encoded.per_example:
-        raise ValueError("augment before caching: what is cached belongs to the pictures as they were")
-    times, pictures = copies + 1, encoded.pictures
-    root = rng.integers(2**32)
+        raise ValueError("augment a set before caching: cached arrays belong to the original images")
+    times, images = copies + 1, encoded.images
+    seed = rng.integers(2**32)
 
     def make(row: int) -> np.ndarray:
-        copy, original = divmod(row, len(pictures))
-        picture = pictures.make(original)
-        # Seeded by its number: a copy that is not held comes out the same each time it is made.
-        return _changed(picture, np.random.default_rng([root, row])) if copy else picture
+        copy, original = divmod(row, len(images))
+        image = images.make(original)
+        # Seeded by the row: a copy that is not cached is the same each time it is made.
+        return _augment_image(image, np.random.default_rng([seed, row])) if copy else image
 
     def repeat(x: np.ndarray | None) -> np.ndarray | None:
         return None if x is None else np.concatenate([x] * times)
 
-    offsets = np.repeat(np.arange(times) * len(pictures), len(encoded)).astype(np.int32)
+    offsets = np.repeat(np.arange(times) * len(images), len(encoded)).astype(np.int32)
     return dataclasses.replace(
         encoded,
         examples=tuple(encoded.examples) * times,
-        image=repeat(encoded.image) + offsets,
-        pictures=Pictures(make, list(pictures.shapes) * times, pictures.config),
-        **{name: repeat(getattr(encoded, name)) for name in REPEATED},
+        image_rows=repeat(encoded.image_rows) + offsets,
+        images=PackedImages(make, list(images.shapes) * times, images.config),
+        **{name: repeat(getattr(encoded, name)) for name in REPEATED_FIELDS},
     )
 
 
-def _changed(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One random copy of normalised pixels [height, width, 3]; what moves in from outside repeats the border."""
-    angle, zoom = rng.uniform(-TURN, TURN), 1 + rng.uniform(-ZOOM, ZOOM)
+def _augment_image(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Randomly transforms normalized pixels [height, width, 3]; the border is repeated outside of the image."""
+    angle, zoom = rng.uniform(-ROTATION, ROTATION), 1 + rng.uniform(-ZOOM, ZOOM)
     matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / zoom
-    size = np.array(picture.shape[:2])
-    centre = (size - 1) / 2
-    offset = centre - matrix @ centre + rng.uniform(-SHIFT, SHIFT, 2) * size
-    moved = [
-        ndimage.affine_transform(picture[..., channel], matrix, offset, order=1, mode="nearest") for channel in range(3)
+    size = np.array(image.shape[:2])
+    center = (size - 1) / 2
+    offset = center - matrix @ center + rng.uniform(-SHIFT, SHIFT, 2) * size
+    channels = [
+        ndimage.affine_transform(image[..., channel], matrix, offset, order=1, mode="nearest") for channel in range(3)
     ]
-    copy = np.stack(moved, axis=-1) * (1 + rng.uniform(-LIGHT, LIGHT))
+    copy = np.stack(channels, axis=-1) * (1 + rng.uniform(-BRIGHTNESS, BRIGHTNESS))
     return (copy[:, ::-1] if rng.random() < 0.5 else copy).astype(np.float32)

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from vkd_jax.data.batching import in_batches, padded_rows
-from vkd_jax.data.pictures import Pictures
-from vkd_jax.data.processing import Processor
+from vkd_jax.data.images import PackedImages
+from vkd_jax.data.processor import Processor
 from vkd_jax.models import generate
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.models.generate import Shared
@@ -267,9 +267,9 @@ class Answerer:
 
         return self._run(launch, [row[0][0] for row in encoded], length, seen), valid
 
-    def _read(self, program: Callable, files: Sequence[bytes | Image.Image]) -> tuple[Pictures, Any]:
+    def _read(self, program: Callable, files: Sequence[bytes | Image.Image]) -> tuple[PackedImages, Any]:
         """The pictures, and what a program of the vision tower makes of them: a row each, in NumPy."""
-        pictures = Pictures.measured(lambda i: self.processor.image(files[i]), len(files), self.config)
+        pictures = PackedImages.measured(lambda i: self.processor.image(files[i]), len(files), self.config)
         read = functools.partial(program, self.graphdef, self.params)
         return pictures, in_batches(lambda part: read(self._put(part)), pictures, self.batch_size)
 

@@ -13,7 +13,8 @@ import ml_collections
 
 from vkd_jax import methods, models
 from vkd_jax.checkpoints import export, hf
-from vkd_jax.data import processing
+from vkd_jax.data.encoding import EncodedSet, encode_set
+from vkd_jax.data.processor import Processor, create_processor
 from vkd_jax.evaluation.evaluate import Answerer
 from vkd_jax.models import base, lora, quantize
 from vkd_jax.runtime.mesh import param_shardings, replicated
@@ -27,7 +28,7 @@ class Loaded:
     graphdef: Any
     params: Params
     config: Any
-    processor: processing.Processor
+    processor: Processor
     mesh: jax.sharding.Mesh
 
     @classmethod
@@ -40,7 +41,7 @@ class Loaded:
         """
         family, model_config = kind(folder)
         how = quantize.parse(config.model.quantize)
-        processor = processing.Processor(folder, model_config, max_pixels=config.model.max_pixels)
+        processor = Processor(folder, model_config, max_pixels=config.model.max_pixels)
         graphdef, params, model_config = hf.load(
             folder,
             dtype=config.model.dtype,
@@ -61,11 +62,9 @@ class Loaded:
             )
         return cls(graphdef, params, model_config, processor, mesh)
 
-    def encode(self, examples: Sequence[Example], buckets: int = 1) -> processing.EncodedSet:
+    def encode(self, examples: Sequence[Example], buckets: int = 1) -> EncodedSet:
         """Examples of one modality as arrays of at most `buckets` lengths."""
-        return processing.encode_set(
-            self.processor, examples, max_length=self.config.text.max_positions, buckets=buckets
-        )
+        return encode_set(self.processor, examples, max_length=self.config.text.max_positions, buckets=buckets)
 
     def answerer(self, batch_size: int) -> Answerer:
         """This model, ready to be asked."""
@@ -111,7 +110,7 @@ def create(folder: Path, examples: Sequence[Example], shape: ml_collections.Conf
     shape = shape.to_dict()
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         new = Path(temporary) / folder.name
-        tokenizer = processing.create_processor(
+        tokenizer = create_processor(
             new,
             [f"USER: {e.question} ASSISTANT: {e.answer}" for e in examples],
             vocab_size=shape["vocab_size"],

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vkd_jax.data.batching import padded_rows, rng
-from vkd_jax.data.processing import Batch, EncodedSet
+from vkd_jax.data.encoding import Batch, EncodedSet
 from vkd_jax.methods import losses, saliency
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.runtime import multihost
@@ -73,18 +73,18 @@ def see(model: Any, batch: Batch) -> tuple[VisualTokens | None, dict[str, Visual
 
     Where the output of a block is cached (`train.cached_prefix`), the blocks up to it are not computed again.
     """
-    if batch.pictures is None:
+    if batch.images is None:
         return None, {}
     known = next((name for name in batch.cached if name.startswith("vision/")), None)
     if known is None:
-        return model.encode(batch.pictures)
-    return model.encode(batch.pictures, hidden=batch.cached[known], start=int(known.split("/")[1]) + 1)
+        return model.encode(batch.images)
+    return model.encode(batch.images, hidden=batch.cached[known], start=int(known.split("/")[1]) + 1)
 
 
 def answer_logits(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, VisualTokens]]:
     """Logits at the answer positions, and the taps of the vision tower ({} without pictures)."""
     features, taps = see(model, batch)
-    logits, _ = model(batch.tokens, batch.mask, features=features, at=batch.at)
+    logits, _ = model(batch.tokens, batch.mask, features=features, at=batch.target_positions)
     return logits, taps
 
 

@@ -8,14 +8,14 @@ import numpy as np
 from scipy import spatial
 
 from vkd_jax.data.batching import in_batches
-from vkd_jax.data.pictures import Pictures
+from vkd_jax.data.images import PackedImages
 from vkd_jax.methods.base import Context
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.types import Params
 
 
 def record_taps(
-    graphdef: Any, params: Params, pictures: Pictures, names: Iterable[str], batch_size: int = 32
+    graphdef: Any, params: Params, pictures: PackedImages, names: Iterable[str], batch_size: int = 32
 ) -> dict[str, VisualTokens]:
     """{tap: tokens [m, p, c]} of every row of pictures, computed once by a frozen model."""
     names = tuple(names)
@@ -29,7 +29,7 @@ def record_taps(
 
 
 def tap_coords(
-    context: Context, pictures: Pictures, names: Iterable[str], batch_size: int = 32
+    context: Context, pictures: PackedImages, names: Iterable[str], batch_size: int = 32
 ) -> dict[str, np.ndarray]:
     """{tap: `where` [m, p, 3]} of every row of pictures; the activations themselves are never computed."""
 

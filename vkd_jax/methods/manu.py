@@ -134,7 +134,7 @@ class Manu(Scope):
         @jax.jit
         def of_batch(params, batch, new):
             found = bind(context.graphdef, params).neurons(
-                batch.tokens, batch.mask, lambda z, valid: sums(z, valid & new[:, None]), pictures=batch.pictures
+                batch.tokens, batch.mask, lambda z, valid: sums(z, valid & new[:, None]), pictures=batch.images
             )
             if "vision_tower" in found:
                 found["vision_tower"] = jax.tree.map(lambda *x: jnp.stack(x), *found["vision_tower"])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vkd_jax.data.processing import EncodedSet
+from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.runtime import multihost
 from vkd_jax.types import Params, UserError
 

@@ -101,11 +101,11 @@ class VKD(Scope):
         }
         context = dataclasses.replace(context, sets=sets)
         forget, retain = context.sets["forget"], context.sets["retain"]
-        vanilla_retain = feature_targets.record_taps(context.graphdef, context.params, retain.pictures, self.taps)
+        vanilla_retain = feature_targets.record_taps(context.graphdef, context.params, retain.images, self.taps)
         teacher_retain = vanilla_retain
         if self.teacher == "base":
             teacher_retain = feature_targets.record_taps(
-                context.graphdef, _base_params(context), retain.pictures, self.taps
+                context.graphdef, _base_params(context), retain.images, self.taps
             )
         scales = {
             tap: np.mean(np.square(tokens.values, dtype=np.float32), where=tokens.valid[..., None], dtype=np.float32)
@@ -151,7 +151,7 @@ class VKD(Scope):
         loss = self.weight_forget_distill * feature
         if self.forget == "none":  # nobody asks the language model
             return jnp.mean(loss), base.mean_metrics(forget_distance=distance)
-        logits, _ = model(batch.tokens, batch.mask, features=features, at=batch.at)
+        logits, _ = model(batch.tokens, batch.mask, features=features, at=batch.target_positions)
         ce = losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
         if self.forget == "npo":
             log_prob = losses.sequence_log_prob(logits, batch.targets, batch.target_mask)
@@ -167,7 +167,7 @@ class VKD(Scope):
         loss = self.weight_retain_distill * distance
         if not self.weight_retain_ce:
             return jnp.mean(loss), base.mean_metrics(retain_distance=distance)
-        logits, _ = model(batch.tokens, batch.mask, features=features, at=batch.at)
+        logits, _ = model(batch.tokens, batch.mask, features=features, at=batch.target_positions)
         ce = losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
         loss = jnp.mean(self.weight_retain_ce * ce + loss)
         return loss, base.mean_metrics(retain_ce=ce, retain_distance=distance)
@@ -182,7 +182,7 @@ class VKD(Scope):
 
     def _targets(self, context: base.Context, retain: Mapping[str, VisualTokens]) -> Mapping[str, np.ndarray]:
         """What the features of each forget picture should become: {tap: [m, p, c]}."""
-        pictures = context.sets["forget"].pictures
+        pictures = context.sets["forget"].images
         if self.target == "none":
             return {}
         if self.target in ("base", "repel"):

@@ -1,7 +1,7 @@
 """A training step whose arrays are shapes that know where they would lie: what can be compiled without a chip.
 
 It follows what a run does, from the config to `loop.fit`: weights as `Loaded.open` holds them, batches as
-`data.processing` makes them, and what a method caches as the method itself says (`Scope.cached`: of the taps of an
+`data.encoding` makes them, and what a method caches as the method itself says (`Scope.cached`: of the taps of an
 abstract forward pass, since `prepare` computes with arrays that are not there). Nothing is read but config.json.
 """
 
@@ -20,7 +20,7 @@ from jax import ShapeDtypeStruct as Shape
 
 from vkd_jax import methods, models
 from vkd_jax.checkpoints import hf
-from vkd_jax.data.processing import Batch
+from vkd_jax.data.encoding import Batch
 from vkd_jax.methods.scope import Scope, frozen_blocks
 from vkd_jax.models import base, lora, quantize
 from vkd_jax.runtime import hub
@@ -215,7 +215,7 @@ def batch(
         cached[f"vision/{prefix - 1}"] = taps[f"vision/{prefix - 1}"].values
     return Batch(
         **{name: Shape((rows, length), kind, sharding=place) for name, (length, kind) in kinds.items()},
-        pictures=pictures,
+        images=pictures,
         cached={name: Shape(x.shape, x.dtype, sharding=place) for name, x in cached.items()},
     )
 

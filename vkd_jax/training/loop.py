@@ -16,9 +16,9 @@ import optax
 from absl import logging
 
 from vkd_jax.checkpoints.orbax_checkpoints import Checkpoints, NoCheckpoints
-from vkd_jax.data.pictures import HELD_BYTES
-from vkd_jax.data.processing import EncodedSet
-from vkd_jax.data.streams import Stream
+from vkd_jax.data.encoding import EncodedSet
+from vkd_jax.data.images import MAX_CACHED_BYTES
+from vkd_jax.data.sampler import Sampler
 from vkd_jax.methods import feature_targets
 from vkd_jax.methods.base import Method, Prepared, TeacherFn
 from vkd_jax.methods.scope import frozen_blocks
@@ -95,7 +95,7 @@ def fit(
     sets = {name: cached_prefix(graphdef, params, prepared.sets[name], prefix) for name in names}
     sizes = {name: batch_size(config, name, mesh) for name in names}
     steps = count_steps(config, {name: len(rows) for name, rows in sets.items()})
-    streams = {name: Stream(sets[name], sizes[name], seed=seed, name=name) for name in names}
+    streams = {name: Sampler(sets[name], sizes[name], seed=seed, name=name) for name in names}
     rates, key = optimizer.rates(config, steps), jax.random.key(seed)
     options = {name: config[name] for name in ("clip_norm", "b2", "weight_decay", "microbatches")}
     options = ml_collections.FrozenConfigDict(options)
@@ -165,16 +165,16 @@ def fit(
 def cached_prefix(graphdef: Any, params: Params, encoded: EncodedSet, blocks: int) -> EncodedSet:
     """The set with the output of the first `blocks` vision blocks, none of which trains: computed once, not each step.
 
-    Sets without pictures stay as they are, as do those whose activations would fill more memory than `HELD_BYTES`.
+    Sets without images stay as they are, as do those whose activations would fill more than `MAX_CACHED_BYTES`.
     """
-    if not blocks or encoded.pictures is None:
+    if not blocks or encoded.images is None:
         return encoded
     name = f"vision/{blocks - 1}"
-    picture = encoded.pictures[np.arange(1)]
+    picture = encoded.images[np.arange(1)]
     one = jax.eval_shape(lambda params, rows: bind(graphdef, params).encode(rows)[1][name].values, params, picture)
-    if one.size * one.dtype.itemsize * len(encoded.pictures) > HELD_BYTES:
+    if one.size * one.dtype.itemsize * len(encoded.images) > MAX_CACHED_BYTES:
         return encoded
-    taps = feature_targets.record_taps(graphdef, params, encoded.pictures, [name])
+    taps = feature_targets.record_taps(graphdef, params, encoded.images, [name])
     return dataclasses.replace(encoded, per_image={**encoded.per_image, name: taps[name].values})
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vkd_jax.data.processing import Batch
+from vkd_jax.data.encoding import Batch
 from vkd_jax.methods.base import LossFn, TeacherFn
 from vkd_jax.models.base import bind
 from vkd_jax.runtime.mesh import replicated

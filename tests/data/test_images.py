@@ -7,7 +7,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from vkd_jax.checkpoints import hf
-from vkd_jax.data import processing
+from vkd_jax.data.encoding import encode_set
+from vkd_jax.data.processor import Processor
 from vkd_jax.models.base import abstract
 from vkd_jax.types import Example, UserError
 
@@ -53,7 +54,7 @@ PICTURES = {
 def processor(request, tiny_folder, qwen_folder):
     folder = tiny_folder if request.param == "llava" else qwen_folder(request.param)
     module, hf_config = hf.read_config(folder)
-    return processing.Processor(folder, module.Config.from_hf(hf_config))
+    return Processor(folder, module.Config.from_hf(hf_config))
 
 
 def whole(processor):
@@ -132,19 +133,19 @@ def test_packing_is_undone(processor, unpack):
 def test_sets_of_pictures_of_any_size_share_one_shape(processor, unpack):
     kinds = ("portrait", "landscape", "one pixel", "very large")
     examples = [Example(k, "p", PICTURES[k], k, f"Who is number {i}?", "Bob") for i, k in enumerate(kinds)]
-    encoded_set = processing.encode_set(processor, examples, max_length=processor.config.text.max_positions)
+    encoded_set = encode_set(processor, examples, max_length=processor.config.text.max_positions)
     for i, kind in enumerate(kinds):
         image = processor.image(PICTURES[kind])
         tokens = encoded_set.tokens[i][encoded_set.mask[i]]
         assert (tokens == processor.image_token_id).sum() == processor.config.image_tokens(*image.shape[:2])
-        packed = encoded_set.batch(np.array([i])).pictures
+        packed = encoded_set.batch(np.array([i])).images
         np.testing.assert_array_equal(unpack(processor.config, packed)[0][0], image)
 
 
 def test_several_pictures_in_a_prompt(qwen_folder):
     folder = qwen_folder("qwen2_vl")
     module, hf_config = hf.read_config(folder)
-    processor = processing.Processor(folder, module.Config.from_hf(hf_config))
+    processor = Processor(folder, module.Config.from_hf(hf_config))
     images = [processor.image(PICTURES[kind]) for kind in ("portrait", "landscape")]
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Who?"}]
     joint = whole(processor)
@@ -157,15 +158,15 @@ def test_a_budget_of_pixels_is_kept_and_one_that_cannot_be_is_refused(qwen_folde
     folder = qwen_folder("qwen2_vl")
     module, hf_config = hf.read_config(folder)
     config = module.Config.from_hf(hf_config)
-    height, width, _ = processing.Processor(folder, config).image(PICTURES["very large"]).shape
+    height, width, _ = Processor(folder, config).image(PICTURES["very large"]).shape
     assert 4 * 28 * 28 < height * width <= 16 * 28 * 28
-    small = processing.Processor(folder, config, max_pixels=4 * 28 * 28)
+    small = Processor(folder, config, max_pixels=4 * 28 * 28)
     height, width, _ = small.image(PICTURES["very large"]).shape
     assert height * width <= 4 * 28 * 28
     with pytest.raises(UserError, match=r"model\.max_pixels=100: .* at least 784"):
-        processing.Processor(folder, config, max_pixels=100)
+        Processor(folder, config, max_pixels=100)
     with pytest.raises(UserError, match=r"leave model\.max_pixels at 0"):
-        processing.Processor(tiny_folder, tiny_config, max_pixels=100)
+        Processor(tiny_folder, tiny_config, max_pixels=100)
     with pytest.raises(UserError, match="picture of 900 x 3 pixels is refused"):
         small.image(noise(900, 3))
 
@@ -173,7 +174,7 @@ def test_a_budget_of_pixels_is_kept_and_one_that_cannot_be_is_refused(qwen_folde
 def test_no_familys_prompt_is_guessed_but_llavas(qwen_folder, monkeypatch):
     folder = qwen_folder("qwen2_vl")
     module, hf_config = hf.read_config(folder)
-    processor = processing.Processor(folder, module.Config.from_hf(hf_config))
+    processor = Processor(folder, module.Config.from_hf(hf_config))
     monkeypatch.setattr(processor, "chat_template", None)
     with pytest.raises(UserError, match="no chat template"):
         processor.encode("Who?", None)
@@ -182,7 +183,7 @@ def test_no_familys_prompt_is_guessed_but_llavas(qwen_folder, monkeypatch):
 def test_every_token_that_ends_an_answer_is_known(qwen_folder):
     folder = qwen_folder("qwen2_vl")
     module, hf_config = hf.read_config(folder)
-    processor = processing.Processor(folder, module.Config.from_hf(hf_config))
+    processor = Processor(folder, module.Config.from_hf(hf_config))
     names = processor.tokenizer.convert_ids_to_tokens(list(processor.eos_ids))
     assert names == ["<|im_end|>", "<|endoftext|>"]
     assert processor.tokenizer.convert_ids_to_tokens(processor.encode("Who?", "Bob")[1][-1]) == "<|im_end|>"

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor
 
-from vkd_jax.data import processing
-from vkd_jax.data.streams import Stream
+from vkd_jax.data.encoding import encode_set
+from vkd_jax.data.processor import Processor, create_processor
+from vkd_jax.data.sampler import Sampler
 from vkd_jax.types import Example, UserError
 
 CORPUS = [
@@ -27,13 +28,13 @@ def png(colour=(200, 30, 30), size=(20, 20), mode="RGB", **save):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processor")
-    processing.create_processor(folder, CORPUS, vocab_size=400, image_size=16, patch_size=8)
+    create_processor(folder, CORPUS, vocab_size=400, image_size=16, patch_size=8)
     return folder
 
 
 @pytest.fixture(scope="module")
 def processor(folder, tiny_config):
-    return processing.Processor(folder, tiny_config)
+    return Processor(folder, tiny_config)
 
 
 def examples():
@@ -51,7 +52,7 @@ def test_the_prompt_is_llavas_own(processor):
 
 
 def test_targets_are_the_answer_and_its_end_and_nothing_else(processor):
-    encoded = processing.encode_set(processor, examples(), max_length=64)
+    encoded = encode_set(processor, examples(), max_length=64)
     for row, example in enumerate(encoded.examples):
         targets = encoded.targets[row][encoded.target_mask[row]]
         assert targets[-1] == processor.eos_ids[0]
@@ -65,24 +66,24 @@ def test_targets_are_the_answer_and_its_end_and_nothing_else(processor):
 
 
 def test_every_picture_gets_all_its_tokens_and_is_stored_once(processor):
-    encoded = processing.encode_set(processor, examples(), max_length=64)
+    encoded = encode_set(processor, examples(), max_length=64)
     np.testing.assert_array_equal((encoded.tokens == processor.image_token_id).sum(1), [4, 4, 4])
-    assert encoded.pictures.held["pixels"].shape == (2, 16, 16, 3)
+    assert encoded.images.cached["pixels"].shape == (2, 16, 16, 3)
     np.testing.assert_array_equal(encoded.image, [0, 0, 1])
     batch = encoded.batch(np.array([2, 0]))
-    np.testing.assert_array_equal(batch.pictures["pixels"], encoded.pictures.held["pixels"][[1, 0]])
+    np.testing.assert_array_equal(batch.images["pixels"], encoded.images.cached["pixels"][[1, 0]])
 
 
 def test_text_only_questions_have_no_picture(processor):
     text = [Example("0", "", None, "", "Who is Mara Lindt?", "a sailor")]
-    encoded = processing.encode_set(processor, text, max_length=64)
-    assert encoded.batch(np.array([0])).pictures is None
+    encoded = encode_set(processor, text, max_length=64)
+    assert encoded.batch(np.array([0])).images is None
     assert processor.image_token_id not in encoded.tokens
 
 
 def test_a_row_that_does_not_fit_is_named_never_cut(processor):
     with pytest.raises(UserError, match=r"row 0 is \d+ tokens long, the model takes 14"):
-        processing.encode_set(processor, examples(), max_length=14)
+        encode_set(processor, examples(), max_length=14)
 
 
 def test_every_picture_needs_its_token_and_every_token_its_picture(processor, monkeypatch):
@@ -97,15 +98,15 @@ def test_files_beside_the_model_that_are_broken_or_lack_something(folder, tiny_c
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "generation_config.json").write_text("{")
     with pytest.raises(UserError, match="generation_config.json is not JSON"):
-        processing.Processor(copy, tiny_config)
+        Processor(copy, tiny_config)
     with pytest.raises(UserError, match="a picture is refused"):
-        processing.Processor(folder, tiny_config).image(b"no picture")
+        Processor(folder, tiny_config).image(b"no picture")
 
 
 def test_an_image_token_in_a_question_is_refused(processor):
     bad = Example("7", "", png(), "p", "What is <image>?", "x")
     with pytest.raises(UserError, match="row 7"):
-        processing.encode_set(processor, [bad], max_length=64)
+        encode_set(processor, [bad], max_length=64)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "I;16"])
@@ -137,17 +138,17 @@ def test_pixels_equal_the_models_own_processor(processor, folder):
 
 
 def test_a_stream_is_a_function_of_seed_and_step(processor):
-    encoded = processing.encode_set(processor, examples(), max_length=64)
-    a, b = (Stream(encoded, 2, seed=3, name="forget") for _ in range(2))
+    encoded = encode_set(processor, examples(), max_length=64)
+    a, b = (Sampler(encoded, 2, seed=3, name="forget") for _ in range(2))
     np.testing.assert_array_equal(a[5].tokens, b[5].tokens)
     epoch = np.concatenate([a[0].targets[:, 0], a[1].targets[:, 0], a[2].targets[:, 0]])
     assert sorted(epoch) == sorted(np.repeat(encoded.targets[:, 0], 2))  # each row once per epoch, two epochs
     orders = {
-        name: [Stream(encoded, 3, seed=3, name=name)[i].targets[:, 0].tolist() for i in range(8)] for name in "xy"
+        name: [Sampler(encoded, 3, seed=3, name=name)[i].targets[:, 0].tolist() for i in range(8)] for name in "xy"
     }
     assert orders["x"] != orders["y"] and len(set(map(tuple, orders["x"]))) > 1
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path, tiny_config):
     with pytest.raises(UserError, match="no usable tokenizer"):
-        processing.Processor(tmp_path, tiny_config)
+        Processor(tmp_path, tiny_config)

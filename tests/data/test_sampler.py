@@ -5,10 +5,10 @@ import threading
 import numpy as np
 import pytest
 
-from vkd_jax.data import pictures, processing
-from vkd_jax.data.pictures import Pictures
-from vkd_jax.data.processing import EncodedSet, bucket_lengths
-from vkd_jax.data.streams import Stream
+from vkd_jax.data import images
+from vkd_jax.data.encoding import EncodedSet, bucket_lengths, encode_set
+from vkd_jax.data.images import PackedImages
+from vkd_jax.data.sampler import Sampler
 from vkd_jax.types import Example
 
 
@@ -46,18 +46,18 @@ def encoded():
         examples=[Example(str(i), "", None, "", "", "") for i in range(8)],
         tokens=tokens,
         mask=np.arange(8) < lengths[:, None],
-        at=answers,
+        target_positions=answers,
         targets=answers,
         target_mask=np.arange(2) < np.where(lengths > 4, 2, 1)[:, None],
         prompt_length=lengths - 1,
-        image=np.full(8, -1, np.int32),
-        pictures=None,
-        cut=np.where(lengths[:, None] > 4, [8, 2], [4, 1]).astype(np.int32),
+        image_rows=np.full(8, -1, np.int32),
+        images=None,
+        bucket_shapes=np.where(lengths[:, None] > 4, [8, 2], [4, 1]).astype(np.int32),
     )
 
 
 def test_a_batch_has_rows_of_one_bucket_and_loses_no_token(encoded):
-    stream = Stream(encoded, 3, seed=0, name="x")
+    stream = Sampler(encoded, 3, seed=0, name="x")
     shapes = set()
     for step in range(16):
         rows, batch = stream.rows(step), stream[step]
@@ -68,7 +68,7 @@ def test_a_batch_has_rows_of_one_bucket_and_loses_no_token(encoded):
 
 
 def test_every_row_comes_equally_often_and_buckets_alternate(encoded):
-    stream = Stream(encoded, 3, seed=0, name="x")
+    stream = Sampler(encoded, 3, seed=0, name="x")
     cycle = [stream.rows(step) for step in range(8)]  # three epochs of eight rows
     np.testing.assert_array_equal(np.bincount(np.concatenate(cycle)), np.full(8, 3))
     long = [bool(rows[0] >= 5) for rows in cycle]
@@ -78,14 +78,14 @@ def test_every_row_comes_equally_often_and_buckets_alternate(encoded):
 
 
 def test_in_one_bucket_each_epoch_has_every_row_once(encoded):
-    one = Stream(EncodedSet(**{**vars(encoded), "cut": None}), 4, seed=1, name="x")
+    one = Sampler(EncodedSet(**{**vars(encoded), "bucket_shapes": None}), 4, seed=1, name="x")
     for epoch in range(6):
         rows = np.concatenate([one.rows(2 * epoch), one.rows(2 * epoch + 1)])
         assert sorted(rows) == list(range(8))
 
 
 def test_batches_are_made_ahead_in_order_by_other_threads_and_go_on_from_any_step(encoded):
-    stream, threads = Stream(encoded, 3, seed=0, name="x"), set()
+    stream, threads = Sampler(encoded, 3, seed=0, name="x"), set()
 
     def put(batch):
         threads.add(threading.get_ident())
@@ -105,11 +105,11 @@ def test_pictures_that_are_not_held_are_made_when_asked_for(tiny_config, monkeyp
         asked.append(i)
         return drawn[i]
 
-    held = Pictures.measured(make, 5, tiny_config)
-    assert sorted(asked) == list(range(5)) and held.held is not None
-    monkeypatch.setattr(pictures, "HELD_BYTES", 3 * drawn[0].nbytes)
-    lazy = Pictures.measured(make, 5, tiny_config)
-    assert lazy.held is None and len(lazy) == 5
+    held = PackedImages.measured(make, 5, tiny_config)
+    assert sorted(asked) == list(range(5)) and held.cached is not None
+    monkeypatch.setattr(images, "MAX_CACHED_BYTES", 3 * drawn[0].nbytes)
+    lazy = PackedImages.measured(make, 5, tiny_config)
+    assert lazy.cached is None and len(lazy) == 5
     asked.clear()
     rows = np.array([4, 0, 4])
     np.testing.assert_array_equal(lazy[rows]["pixels"], held[rows]["pixels"])
@@ -119,9 +119,9 @@ def test_pictures_that_are_not_held_are_made_when_asked_for(tiny_config, monkeyp
 def test_a_set_in_buckets_from_texts(tiny_model):
     texts = ["Who?", "What is the name of the person in this picture, and where do they come from?"]
     rows = [Example(str(i), "", None, "", texts[i % 2], "Bob" if i % 2 else "nobody") for i in range(6)]
-    whole = processing.encode_set(tiny_model.processor, rows, max_length=96)
-    cut = processing.encode_set(tiny_model.processor, rows, max_length=96, buckets=2)
-    assert len(np.unique(cut.cut, axis=0)) == 2 and len(np.unique(whole.cut, axis=0)) == 1
+    whole = encode_set(tiny_model.processor, rows, max_length=96)
+    cut = encode_set(tiny_model.processor, rows, max_length=96, buckets=2)
+    assert len(np.unique(cut.bucket_shapes, axis=0)) == 2 and len(np.unique(whole.bucket_shapes, axis=0)) == 1
     short, long = cut.batch(np.array([0, 2])), cut.batch(np.array([0, 1]))
     assert short.tokens.shape[1] < long.tokens.shape[1] == whole.tokens.shape[1]
     np.testing.assert_array_equal(short.mask.sum(1), whole.mask[[0, 2]].sum(1))

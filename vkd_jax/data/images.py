@@ -1,0 +1,92 @@
+"""The images of a set: decoded and resized by several threads, and cached in memory while they are few."""
+
+import concurrent.futures
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_CACHED_BYTES = 4 << 30  # sets of at most this many bytes of pixels are prepared once and cached
+THREADS = min(os.cpu_count() or 1, 16)  # decoding and resizing release Python's global lock
+
+T = TypeVar("T")
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Decodes an image file, rotated as its EXIF orientation says; 16 bits per pixel become 8.
+
+    The caller converts the mode.
+    """
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.mode.startswith("I;16"):  # PIL's own conversion would clip all values above 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
+
+
+class PackedImages:
+    """m images, one per row, packed as the model takes them, all in one shape.
+
+    Few images are packed once and cached. Many are made again whenever they are requested, by the threads that request
+    them.
+
+    Args:
+        make: returns image i, normalized, float32 [height, width, 3].
+        shapes: the (height, width, 3) of each of the m images.
+        config: the model's configuration, which defines how many tokens an image has and how images are packed.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], np.ndarray],
+        shapes: Sequence[tuple[int, ...]],
+        config: Any,
+    ):
+        self.make, self.shapes, self.config = make, shapes, config
+        self._max_tokens = max((config.image_tokens(*shape[:2]) for shape in shapes), default=0)
+        self.cached = None
+        if shapes and sum(map(pixel_bytes, shapes)) <= MAX_CACHED_BYTES:
+            self.cached = self._pack(map_in_threads(make, range(len(shapes))))
+
+    @classmethod
+    def of(cls, images: Sequence[np.ndarray], config: Any) -> "PackedImages":
+        """Packs images that are in memory."""
+        return cls(images.__getitem__, [image.shape for image in images], config)
+
+    @classmethod
+    def measured(cls, make: Callable[[int], np.ndarray], count: int, config: Any) -> "PackedImages":
+        """Makes each of `count` images once to measure its shape, and again on request if they are many."""
+        shapes, images, total = [], [], 0
+        for image in map_in_threads(make, range(count)):
+            shapes.append(image.shape)
+            total += pixel_bytes(image.shape)
+            if total <= MAX_CACHED_BYTES:
+                images.append(image)
+            else:
+                images.clear()
+        return cls.of(images, config) if len(images) == count else cls(make, shapes, config)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        """The packed images of these rows, arrays [len(rows), ...]."""
+        if self.cached is not None:
+            return {name: array[rows] for name, array in self.cached.items()}
+        return self._pack(self.make(int(row)) for row in rows)
+
+    def _pack(self, images: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+        return self.config.pack([[image] for image in images], self._max_tokens)
+
+
+def pixel_bytes(shape: tuple[int, ...]) -> int:
+    """The size of float32 pixels of this shape in bytes."""
+    return int(np.prod(shape)) * np.dtype(np.float32).itemsize
+
+
+def map_in_threads(function: Callable[[Any], T], items: Iterable[Any]) -> Iterable[T]:
+    """The results of the function for each item, in order, computed by several threads."""
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(function, items)

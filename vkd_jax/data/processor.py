@@ -1,0 +1,277 @@
+"""The tokenizer, image processor and chat template of a Hugging Face folder, without PyTorch and torchvision.
+
+prompt = chat template(question, with or without images); the image token is repeated once per image feature
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vkd_jax.data.images import open_image
+from vkd_jax.types import UserError
+
+MAX_PIXELS = 256 * 28 * 28  # of an image, for families whose images differ in size: 256 image tokens of Qwen2-VL
+LLAVA_CHAT_TEMPLATE = (  # as published with LLaVA-1.5
+    "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+class Processor:
+    """The tokenizer, image processor and chat template of a model folder.
+
+    The image processor is transformers' PIL backend, which needs neither PyTorch nor torchvision. The image tokens are
+    inserted here, since transformers' joint processors of some families need both.
+
+    Args:
+        folder: the model folder.
+        config: the model's configuration, which defines how its images are laid out.
+        max_pixels: the largest number of pixels of an image, for families whose images differ in size; 0 leaves the
+            image processor's own limit.
+
+    Raises:
+        UserError: the folder lacks a file, or the model does not support `max_pixels`.
+
+    Example:
+        >>> processor = Processor(folder, config)
+        >>> prompt_ids, answer_ids = processor.encode("Who is this?", "Mara Lindt", [processor.image(png)])
+    """
+
+    def __init__(self, folder: str | Path, config: Any, *, max_pixels: int = 0):
+        from transformers import AutoImageProcessor, AutoTokenizer  # slow to import, and an EncodedSet does not need it
+
+        options = dict(local_files_only=True)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+            self.image_processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil", **options)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{folder}: no usable tokenizer and image processor ({first_line}); "
+                "copy tokenizer.json, tokenizer_config.json and preprocessor_config.json of the model there."
+            ) from error
+        self.folder = folder
+        if max_pixels:
+            self.limit_pixels(max_pixels)
+        self.config = config
+        self.image_token_id = config.image_token_id
+        self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        self.eos_ids = _eos_ids(Path(folder), self.tokenizer)
+        self.pad_id = int(self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
+        self.chat_template = _chat_template(Path(folder), self.tokenizer)
+
+    @property
+    def max_pixels(self) -> int | None:
+        """The largest number of pixels of an image; None if all images have one size."""
+        size = self.image_processor.size
+        return size.longest_edge if size.shortest_edge else None
+
+    def limit_pixels(self, max_pixels: int) -> None:
+        """Lowers the largest number of pixels of an image; larger images are shrunk to it.
+
+        Raises:
+            UserError: all images of the model have one size, or its smallest image has more pixels.
+        """
+        size = self.image_processor.size
+        if self.max_pixels is None:
+            raise UserError(f"model.max_pixels={max_pixels}: all images of {self.folder} have one size; set it to 0.")
+        if max_pixels < size.shortest_edge:
+            raise UserError(f"model.max_pixels={max_pixels}: the model needs at least {size.shortest_edge}.")
+        size.longest_edge = min(max_pixels, size.longest_edge)
+
+    def image(self, image: bytes | Image.Image) -> np.ndarray:
+        """Resizes, crops and normalizes an image as the model expects it: float32 [height, width, 3].
+
+        Raises:
+            UserError: the image cannot be read, or the image processor does not support its shape.
+        """
+        try:
+            if isinstance(image, bytes):
+                image = open_image(image)
+            return self.config.images(self.image_processor(images=[image], return_tensors="np"))[0]
+        except (ValueError, OSError) as error:  # corrupt, of an unsupported shape, or resized for another model
+            size = "" if isinstance(image, bytes) else f" of {image.width} x {image.height} pixels"
+            raise UserError(f"an image{size} cannot be processed: {error}.") from error
+
+    def prompt(self, question: str, images: int, turns: Sequence[tuple[str, str, int]] = ()) -> str:
+        """Formats a question as the text that precedes the answer; one image token stands for each image.
+
+        Args:
+            question: the question.
+            images: the number of images of the question.
+            turns: earlier turns of the conversation: question, answer, number of images.
+        """
+        if self.chat_template is None and self.image_token != "<image>":
+            raise UserError("the model has no chat template; copy its chat_template.json or .jinja into the folder.")
+        if self.chat_template is None:  # LLaVA-1.5's template, which its first releases lacked
+            answered = [(asked, f" {answer}{self.tokenizer.eos_token}", count) for asked, answer, count in turns]
+            return "".join(
+                "USER: " + f"{self.image_token}\n" * count + f"{asked} ASSISTANT:{answer}"
+                for asked, answer, count in [*answered, (question, "", images)]
+            )
+        messages = []
+        for asked, answer, count in [*turns, (question, None, images)]:
+            content = [{"type": "image"}] * count + [{"type": "text", "text": asked}]
+            messages.append({"role": "user", "content": content})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+
+    def encode(
+        self,
+        question: str,
+        answer: str | None,
+        images: Sequence[np.ndarray] = (),
+        turns: Sequence[tuple[str, str, int]] = (),
+    ) -> tuple[list[int], list[int]]:
+        """Tokenizes a question and its answer.
+
+        Both come from one tokenization, split at the character where the answer begins, since a tokenizer may join
+        characters across the boundary. Each image token is repeated once per feature of its image.
+
+        Args:
+            question: the question.
+            answer: the answer; None for the prompt alone.
+            images: the images in order, those of `turns` first; only their shapes matter.
+            turns: earlier turns of the conversation, see `prompt`.
+
+        Returns:
+            The token ids of the prompt, and those of the answer with its end-of-sequence token ([] without an answer).
+
+        Raises:
+            UserError: the tokenizer joins the prompt with the answer, or the prompt contains another image token.
+        """
+        return self.encode_each(question, [answer], images, turns)[0]
+
+    def encode_each(
+        self,
+        question: str,
+        answers: Sequence[str | None],
+        images: Sequence[np.ndarray] = (),
+        turns: Sequence[tuple[str, str, int]] = (),
+    ) -> list[tuple[list[int], list[int]]]:
+        """Tokenizes one question with each of several answers, see `encode`."""
+        prompt = self.prompt(question, len(images) - sum(count for *_, count in turns), turns)
+        space = "" if prompt[-1:].isspace() else " "
+        texts = [prompt if answer is None else f"{prompt}{space}{answer}" for answer in answers]
+        out = self.tokenizer(texts, return_offsets_mapping=True)
+        counts = [self.config.image_tokens(*image.shape[:2]) for image in images]
+        return [
+            self._split(len(prompt), answer, ids, offsets, counts)
+            for answer, ids, offsets in zip(answers, out["input_ids"], out["offset_mapping"], strict=True)
+        ]
+
+    def _split(
+        self, end: int, answer: str | None, ids: list[int], offsets: list[tuple[int, int]], counts: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Splits token ids after the prompt's `end` characters and repeats each image token as `counts` says."""
+        boundary = next((i for i, (_, last) in enumerate(offsets) if last > end), len(ids))
+        if boundary < len(ids) and offsets[boundary][0] < end:
+            raise UserError(
+                f"the tokenizer joins the end of the prompt with the answer {answer!r}; change the chat template."
+            )
+        prompt_ids, answer_ids = ids[:boundary], ids[boundary:]
+        if (image_tokens := prompt_ids.count(self.image_token_id)) != len(counts):
+            raise UserError(
+                f"the prompt contains {self.image_token} {image_tokens} times for {len(counts)} images: remove it from "
+                "the question, or use the model's own chat template."
+            )
+        if answer is not None and (not answer_ids or answer_ids[-1] not in self.eos_ids):
+            answer_ids = [*answer_ids, self.eos_ids[0]]
+        if answer is None and prompt_ids and prompt_ids[-1] in self.eos_ids:
+            prompt_ids = prompt_ids[:-1]
+        expanded: list[int] = []
+        remaining = iter(counts)
+        for token in prompt_ids:
+            expanded.extend([token] * (next(remaining) if token == self.image_token_id else 1))
+        return expanded, answer_ids
+
+
+def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's first, then those of the model's generation config."""
+    more = _read_json(folder / "generation_config.json").get("eos_token_id")
+    ids = [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
+    ids = tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+    if not ids:
+        raise UserError(f"{folder}: neither its tokenizer nor its generation_config.json has an eos_token_id.")
+    return ids
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file; {} if it does not exist."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); download it again.") from error
+
+
+def _chat_template(folder: Path, tokenizer: Any) -> str | None:
+    """The chat template of the tokenizer, or of the joint processor, which stores it in chat_template.json."""
+    template = tokenizer.chat_template  # the tokenizer reads chat_template.jinja itself
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
+    return template or _read_json(folder / "chat_template.json").get("chat_template")
+
+
+def create_processor(folder: str | Path, corpus: Sequence[str], *, vocab_size: int, image_size: int, patch_size: int):
+    """Trains a byte-level BPE tokenizer and saves it as a LLaVA processor.
+
+    Args:
+        folder: the folder to write to.
+        corpus: the texts to train the tokenizer on.
+        vocab_size: the largest number of tokens, including the 256 bytes and the special tokens.
+        image_size: the side of the model's images in pixels.
+        patch_size: the side of a patch in pixels.
+
+    Returns:
+        The tokenizer.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<unk>", "<s>", "</s>", "<pad>", "<image>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    raw.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", raw.token_to_id("<s>"))]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+    )
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(
+            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+        ),
+        tokenizer,
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_CHAT_TEMPLATE,
+    )
+    processor.save_pretrained(str(folder))
+    return tokenizer

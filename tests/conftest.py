@@ -214,10 +214,10 @@ def tiny_folder(tmp_path_factory, tiny_config):
 @pytest.fixture(scope="session")
 def snapshot(tmp_path_factory):
     """The made-up people in MLLMU-Bench's layout, without the pictures for fine-tuning: Mllmu(source=str(snapshot))."""
-    from vkd_jax.benchmarks.synthetic import people_mllmu
+    from vkd_jax.benchmarks.synthetic import mllmu_writer
 
     folder = tmp_path_factory.mktemp("snapshot")
-    people_mllmu.write_snapshot(folder, [name for name in people_mllmu.CONFIGS if name != "ft_Data"])
+    mllmu_writer.write_snapshot(folder, [name for name in mllmu_writer.CONFIGS if name != "ft_Data"])
     return folder
 
 

@@ -307,7 +307,7 @@ def spoil_picture(data):
         return table.set_column(table.schema.get_field_index("image"), "image", broken)
 
     rewrite(data, "retain_90", change)
-    return ["picture does not decode", "row 0", "retain_90"]
+    return ["image cannot be decoded", "row 0", "retain_90"]
 
 
 def spoil_forget(data):
@@ -317,7 +317,7 @@ def spoil_forget(data):
 
 def spoil_retain(data):
     shutil.copy(data / "forget_10" / SHARD, data / "retain_90" / SHARD)
-    return ["1 people stand in both forget_10 and retain_90"]
+    return ["1 people are in both forget_10 and retain_90"]
 
 
 def spoil_shard(data):
@@ -333,7 +333,7 @@ def spoil_config(data):
 def spoil_parquet(data):
     path = data / "Retain_Set" / SHARD
     path.write_bytes(path.read_bytes()[:-100])
-    return ["Retain_Set", "is not a whole parquet file"]
+    return ["Retain_Set", "is not a complete parquet file"]
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_a_workdir_of_another_config(run, tmp_path):
     refused(run("--config.data.forget=7"))
     (tmp_path / "run" / "answers").mkdir()
     before = (tmp_path / "run" / "config.json").read_bytes()
-    refused(run("--config.data.forget=8"), "holds a run of another config (data.forget: 7 there, 8 now)")
+    refused(run("--config.data.forget=8"), "has a run of another config (data.forget: 7 in the folder, 8 now)")
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
@@ -365,7 +365,7 @@ def test_a_workdir_that_cannot_be_one(run, tmp_path):
     (tmp_path / "file").write_text("")
     refused(run(workdir=tmp_path / "file"), f"{tmp_path / 'file'} is a file")
     refused(run(workdir=tmp_path / "file" / "run"), f"cannot write at {tmp_path / 'file' / 'run'}: Not a directory")
-    refused(run(workdir=tmp_path), "not empty and holds no run of this program")
+    refused(run(workdir=tmp_path), "not empty and has no run of this program")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -376,7 +376,7 @@ def test_a_full_disk(run, tmp_path, monkeypatch, name):
     write_bytes = pathlib.Path.write_bytes
 
     def full(self, data):
-        if self.name.startswith(f"{name}.") and self.suffix == ".tmp":
+        if self.name.startswith(f".{name}.") and self.suffix == ".tmp":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
         return write_bytes(self, data)
 

@@ -22,7 +22,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,7 +34,7 @@ from absl import app, flags, logging
 from vkd_jax.config import command_line, schema
 from vkd_jax.reporting import charts, comparison, tables
 from vkd_jax.runs import workdir
-from vkd_jax.runtime import files, log, malloc
+from vkd_jax.runtime import files, log, malloc, storage
 from vkd_jax.types import UserError
 
 LENT = ("vanilla", "retain_only")  # models that are the same in every run
@@ -83,7 +82,7 @@ def run(config: ml_collections.ConfigDict, path: str | Path, workers: int = 0) -
         raise UserError(f"--workdir={path} is no folder of this machine, where all runs of a comparison are made.")
     plan = Plan(config, Path(path))
     plan.check()
-    with files.disk_errors():
+    with storage.write_errors():
         plan.path.mkdir(parents=True, exist_ok=True)
     # Runs of one method share their programs; each worker would compile them anew for each run.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(plan.path / "cache"))
@@ -293,9 +292,7 @@ def _lend(lender: Path, borrower: Path) -> None:
         for file in [lender / "answers" / f"{model}.jsonl", *lender.glob(f"attacks/*/{model}.jsonl")]:
             target = borrower / file.relative_to(lender)
             if file.exists() and not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, temporary := target.with_name(target.name + ".tmp"))
-                os.replace(temporary, target)
+                files.copy(file, target)
 
 
 @contextlib.contextmanager

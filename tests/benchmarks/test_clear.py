@@ -9,7 +9,7 @@ from PIL import Image
 
 from vkd_jax import benchmarks
 from vkd_jax.benchmarks import clear
-from vkd_jax.benchmarks.synthetic import people, people_clear
+from vkd_jax.benchmarks.synthetic import clear_writer, people
 from vkd_jax.types import UserError
 
 SHARD = "train-00000-of-00001.parquet"
@@ -44,7 +44,7 @@ def tofu(*rows):
 def write(folder, config, rows, kind=None):
     (folder / config).mkdir(parents=True, exist_ok=True)
     kind = config.replace("_perturbed", "+perturbed").partition("+")[2] if kind is None else kind
-    pq.write_table(pa.Table.from_pylist(rows, people_clear._SCHEMAS.get(kind)), folder / config / SHARD)
+    pq.write_table(pa.Table.from_pylist(rows, clear_writer._SCHEMAS.get(kind)), folder / config / SHARD)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_counterparts_are_found_in_another_order_and_one_is_missing(folder, capl
     assert forget[2].perturbed == ("Bea: Ada runs.", "Cai: Ada runs.")
     assert sorted(forget[1].options) == ["Ada", "Di"] and sorted(forget[3].options) == ["Ada", "Bea", "Cai"]
     assert (forget[4].paraphrase, forget[4].perturbed) == ("", ())
-    told = "1 of 3 rows of forget10 have no counterpart in forget10_perturbed; they are asked without wrong answers."
+    told = "1 of 3 rows of forget10 have no counterpart in forget10_perturbed; their questions have no wrong answers."
     assert told in caplog.messages
 
 
@@ -172,7 +172,7 @@ def test_rows_without_picture_or_caption_are_left_out(folder, caplog):
     rows = [plain("Ada", "Ada reads.", 1), plain("Ada", "Ada runs.", None), plain("Ada", None, 2)]
     write(folder, "forget10", rows)
     assert [e.id for e in read(folder)["forget"] if e.image] == ["forget10/0/image/0", "forget10/0/image/1"]
-    assert "2 rows of forget10 have no picture or no caption and are left out." in caplog.messages
+    assert "2 rows of forget10 have no image or no caption and are skipped." in caplog.messages
 
 
 def test_lists_as_strings(folder):
@@ -204,23 +204,23 @@ def test_everybody_is_on_one_side(folder, caplog):
         [plain("Ada", "a"), plain("Al", "a"), plain("Omar", "a"), plain("Omar Roe", "a"), plain("Eve", "")],
     )
     read(folder)
-    assert f"1 people of the full set of {folder} stand neither in forget10 nor in retain90: Eve." in caplog.messages
+    assert f"1 people of the full set of {folder} are neither in forget10 nor in retain90: Eve." in caplog.messages
     write(folder, "retain_perturbed", [perturbed("Ada", "Ada reads.")])
-    with pytest.raises(UserError, match="1 people stand in both forget10 and retain_perturbed of .*: Ada"):
+    with pytest.raises(UserError, match="1 people are in both forget10 and retain_perturbed of .*: Ada"):
         read(folder)
     write(folder, "retain90", [plain("Al", "Al eats."), plain("Omar", "a")])
-    with pytest.raises(UserError, match="1 people stand in both forget10 and retain90 of .*: Al"):
+    with pytest.raises(UserError, match="1 people are in both forget10 and retain90 of .*: Al"):
         read(folder)
 
 
 @pytest.mark.parametrize(
     ("config", "row", "match"),
     [
-        ("real_faces", {"image": None, "answer": "Bo", "options": ["Cy"]}, "but no picture, in row 0 of .*real_faces"),
-        ("real_world", {"question": "Q", "answer": "Bo", "options": ["Bo"]}, "no wrong option beside 'Bo' in row 0"),
-        ("real_world", {"question": "Q", "options": ["Bo"]}, "without answer in row 0 of .*real_world"),
-        ("forget10", {"caption": "A", "image": {"bytes": b"x"}, "name": "Ada"}, "does not decode .* in row 0 of"),
-        ("retain90+tofu", {"question": "Q"}, "without answer in row 0 of .*retain90.tofu"),
+        ("real_faces", {"image": None, "answer": "Bo", "options": ["Cy"]}, "but no image, in row 0 of .*real_faces"),
+        ("real_world", {"question": "Q", "answer": "Bo", "options": ["Bo"]}, "no wrong option besides 'Bo' in row 0"),
+        ("real_world", {"question": "Q", "options": ["Bo"]}, "no answer in row 0 of .*real_world"),
+        ("forget10", {"caption": "A", "image": {"bytes": b"x"}, "name": "Ada"}, "cannot be decoded .* in row 0 of"),
+        ("retain90+tofu", {"question": "Q"}, "no answer in row 0 of .*retain90.tofu"),
     ],
 )  # fmt: skip
 def test_broken_rows_are_named(folder, config, row, match):
@@ -280,18 +280,18 @@ def test_made_up_options_hold_the_answer_once_at_any_place(made_up):
 
 @pytest.mark.parametrize(("percent", "count"), [(1, 1), (5, 3), (10, 6)])
 def test_made_up_forget_sets_contain_each_other(percent, count):
-    members = {p.id for p in people.people() if people_clear._belongs(p.id, f"forget{percent:02d}_perturbed", 0)}
-    rest = {p.id for p in people.people() if people_clear._belongs(p.id, f"retain{100 - percent}+tofu", 0)}
+    members = {p.id for p in people.people() if clear_writer._belongs(p.id, f"forget{percent:02d}_perturbed", 0)}
+    rest = {p.id for p in people.people() if clear_writer._belongs(p.id, f"retain{100 - percent}+tofu", 0)}
     assert len(members) == count and members <= people.forgotten_ids(6) and len(rest) == 60 - count
     assert not members & rest
-    assert not members & {p.id for p in people.people() if people_clear._belongs(p.id, "retain_perturbed", 0)}
+    assert not members & {p.id for p in people.people() if clear_writer._belongs(p.id, "retain_perturbed", 0)}
 
 
 def test_byte_identical_on_every_run(tmp_path):
     for run in ("a", "b"):
-        people_clear.write_snapshot(tmp_path / run, ["forget01_perturbed", "real_world"], seed=2)
+        clear_writer.write_snapshot(tmp_path / run, ["forget01_perturbed", "real_world"], seed=2)
     for config in ("forget01_perturbed", "real_world"):
         [path] = (tmp_path / "a" / config).iterdir()
         assert path.read_bytes() == (tmp_path / "b" / config / path.name).read_bytes()
     with pytest.raises(UserError, match="Unknown config forget02"):
-        people_clear.write_snapshot(tmp_path, ["forget02"])
+        clear_writer.write_snapshot(tmp_path, ["forget02"])

@@ -94,9 +94,9 @@ def fault(folders, match, **more):
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "word"), [("forget", "forgotten"), ("retain", "retained")])
-def test_both_folders_are_needed(folders, name, word):
-    fault(folders, f"pass the folder of what is to be {word} as --config.data.{name}=DIR", **{name: ""})
+@pytest.mark.parametrize("name", ["forget", "retain"])
+def test_both_folders_are_needed(folders, name):
+    fault(folders, f"pass the folder of the {name} set as --config.data.{name}=DIR", **{name: ""})
     fault(folders, f"no metadata.jsonl in data.{name}=.*nowhere, which is empty or missing", **{name: "nowhere"})
 
 
@@ -105,9 +105,9 @@ def test_folders_without_questions(folders):
     other = dict(retain=str(folders / "other"))
     fault(folders, "no metadata.jsonl in data.retain=.*other, which is empty or missing", **other)
     (folders / "other" / "a.png").write_bytes(png(3))
-    fault(folders, "no metadata.jsonl in data.retain=.*other, which holds a.png", **other)
+    fault(folders, "no metadata.jsonl in data.retain=.*other, which has a.png", **other)
     write(folders / "other", ["", " "])
-    fault(folders, "no line in .*other/metadata.jsonl", **other)
+    fault(folders, ".*other/metadata.jsonl is empty", **other)
     fault(folders, "cannot be read", retain=str(folders / "other" / "a.png"))
     fault(folders, "data.forget and data.retain are both", retain=str(folders / "forget") + "/")
 
@@ -118,8 +118,8 @@ GOOD = dict(question="Who?", answer="Otto")
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        ("{not json", "no JSON in line 2 of .*retain/metadata.jsonl"),
-        ("[1]", "no JSON object, .* in line 2 of"),
+        ("{not json", "Invalid JSON in line 2 of .*retain/metadata.jsonl"),
+        ("[1]", "Not a JSON object, .* in line 2 of"),
         (dict(answer="Otto"), "no text as `question` in line 2 of"),
         (GOOD | dict(answer=3), "no text as `answer` in line 2 of"),
         (GOOD | dict(options="Otto"), "`options` is not a list of texts in line 2 of"),
@@ -127,9 +127,9 @@ GOOD = dict(question="Who?", answer="Otto")
         (GOOD | dict(options=["Zoë", "Ada"]), "answer 'Otto' is not one of two or more different options in line 2"),
         (GOOD | dict(options=["Otto"]), "not one of two or more different options in line 2"),
         (GOOD | dict(options=["Otto", "Otto", "Ada"]), "not one of two or more different options in line 2"),
-        (GOOD | dict(file_name="c.png"), "no picture c.png beside metadata.jsonl, but it is named in line 2 of"),
+        (GOOD | dict(file_name="c.png"), "no image c.png beside metadata.jsonl, but line 2 of .* names it"),
         (GOOD | dict(file_name=["b.png"]), "`file_name` is not a text in line 2 of"),
-        (GOOD | dict(file_name="metadata.jsonl"), "picture does not decode .* in line 2 of"),
+        (GOOD | dict(file_name="metadata.jsonl"), "image cannot be decoded .* in line 2 of"),
     ],
 )
 def test_faults_of_a_line(folders, line, match):
@@ -144,12 +144,12 @@ def test_a_text_that_is_not_utf8(folders):
 
 def test_nobody_and_no_picture_on_both_sides(folders):
     write(folders / "retain", [GOOD | dict(person="Otto"), GOOD | dict(person="Zoë")])
-    fault(folders, "1 people stand in both .*forget and .*retain: Zoë; nothing can be forgotten and retained")
+    fault(folders, "1 people are in both .*forget and .*retain: Zoë; remove them from one of the folders")
     write(folders / "retain", [GOOD | dict(file_name="z.png")], z=1)
-    fault(folders, r"1 pictures stand in both .*: forget/a\.png; nothing")
+    fault(folders, r"1 images are in both .*: forget/a\.png; remove")
     write(folders / "retain", [GOOD | dict(person="Ada")])
     write(folders / "test", [GOOD | dict(person="Ada")])
-    fault(folders, "1 people stand in both .*test and .*retain: Ada", test=str(folders / "test"))
+    fault(folders, "1 people are in both .*test and .*retain: Ada", test=str(folders / "test"))
 
 
 def test_the_page_of_the_docs_says_what_is_so(tmp_path):

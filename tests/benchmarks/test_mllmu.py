@@ -155,7 +155,7 @@ def test_row_without_picture_may_ask_text_questions(folder):
     real = read(folder)["real"]
     assert [e.question for e in real if e.id.startswith("Retain_Set/1")][0] == "Is Mara a pilot?"
     write(folder, "Retain_Set", [row("R001"), row("R002", image=None)])
-    with pytest.raises(UserError, match=r"no picture, in row 1 \(ID R002\)"):
+    with pytest.raises(UserError, match=r"no image, in row 1 \(ID R002\)"):
         read(folder)
 
 
@@ -163,7 +163,7 @@ def test_null_tasks_and_questions_without_text_are_left_out(folder, caplog):
     blank = [{"Type": "Pure_Text", "Question": None, "Ground_Truth": None}]
     write(folder, "retain_90", [row("008", Mask_Task=None, Generation_Task=blank, Directory=None)])
     assert [e.task for e in read(folder)["retain"]] == ["classification", "classification"]
-    assert "1 items of retain_90 have no question and are left out." in caplog.messages
+    assert "1 items of retain_90 have no question and are skipped." in caplog.messages
 
 
 def test_picture_lists_as_strings_and_with_nulls(folder):
@@ -222,7 +222,7 @@ def test_finetune_reads_one_example_per_pair(finetune_folder):
 def test_fine_tuning_rows_are_not_touched_without_need(finetune_folder):
     (finetune_folder / "ft_Data" / "train-00000-of-00001.parquet").write_bytes(b"broken")
     assert "finetune_forget" not in read(finetune_folder)
-    with pytest.raises(UserError, match="ft_Data.* is not a whole parquet file"):
+    with pytest.raises(UserError, match="ft_Data.* is not a complete parquet file"):
         read(finetune_folder, finetune=True)
 
 
@@ -240,7 +240,7 @@ def test_row_counts_are_compared_with_the_published_ones(folder, caplog):
 def test_forget_and_retain_together_are_the_full_set(folder, caplog):
     write(folder, "Full_Set", [row("007"), row("008"), row("009"), row("010")])
     read(folder)
-    expected = f"2 people of the full set of {folder} stand neither in forget_10 nor in retain_90: 009, 010."
+    expected = f"2 people of the full set of {folder} are neither in forget_10 nor in retain_90: 009, 010."
     assert expected in caplog.messages
     write(folder, "Full_Set", [row("007")])
     write(folder, "retain_90", [row("008")])
@@ -257,10 +257,10 @@ def test_the_whole_and_published_full_set_is_not_warned_of(folder, caplog, monke
 
 @pytest.mark.parametrize(("forget", "people"), [(5, 3), (15, 9)])
 def test_the_made_up_people_are_read_in_the_same_layout(tmp_path, forget, people, caplog, monkeypatch):
-    from vkd_jax.benchmarks.synthetic import people_mllmu
+    from vkd_jax.benchmarks.synthetic import mllmu_writer
 
-    monkeypatch.setattr(people_mllmu, "FULL_VIEWS", range(1))
-    monkeypatch.setattr(people_mllmu, "RETAIN_SCENES", 1)
+    monkeypatch.setattr(mllmu_writer, "FULL_VIEWS", range(1))
+    monkeypatch.setattr(mllmu_writer, "RETAIN_SCENES", 1)
     sets = benchmarks.read(benchmarks.create("mllmu", dict(forget=forget, people=1)), tmp_path)
     assert len({e.person for e in sets["forget"]}) == people == len({e.person for e in sets["test"]})
     assert len({e.person for e in sets["retain"]}) == 60 - people
@@ -271,9 +271,9 @@ def test_the_made_up_people_are_read_in_the_same_layout(tmp_path, forget, people
 
 
 def test_missing_folder_and_config(folder, tmp_path):
-    with pytest.raises(UserError, match="no data folder .*nowhere; pass one as the hub lays it out, an id there"):
+    with pytest.raises(UserError, match="no data folder .*nowhere; pass a folder as the hub lays it out, an id there"):
         read(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="forget_5 is missing.*the folder has Retain_Set, Test_Set, forget_10"):
+    with pytest.raises(UserError, match="forget_5 is missing.*it has Retain_Set, Test_Set, forget_10"):
         read(folder, forget=5)
 
 
@@ -308,7 +308,7 @@ def test_missing_column(folder, column):
 def test_corrupt_picture(folder, damage):
     bad = {"bytes": damage(png(8)), "path": None}
     path = write(folder, "retain_90", [row("008"), row("009", image=bad)])
-    with pytest.raises(UserError, match=rf"picture does not decode .* in row 1 \(ID 009\) of {path}"):
+    with pytest.raises(UserError, match=rf"image cannot be decoded .* in row 1 \(ID 009\) of {path}"):
         read(folder)
 
 
@@ -317,24 +317,24 @@ def test_truncated_parquet(folder, keep):
     path = folder / "retain_90" / "train-00000-of-00001.parquet"
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
-    with pytest.raises(UserError, match=f"{path} is not a whole parquet file"):
+    with pytest.raises(UserError, match=f"{path} is not a complete parquet file"):
         read(folder)
 
 
 def test_empty_forget_set(folder):
     path = folder / "forget_10" / "train-00000-of-00001.parquet"
     pq.write_table(pq.read_table(path).slice(0, 0), path)
-    with pytest.raises(UserError, match="forget set is empty: forget_10 of .* holds nobody"):
+    with pytest.raises(UserError, match="forget set is empty: forget_10 of .* has no people"):
         read(folder)
     nothing = dict(Classification_Task=None, Generation_Task=None, Mask_Task=None)
     write(folder, "forget_10", [row("007", **nothing)])
-    with pytest.raises(UserError, match="forget set of mllmu-forget10 is empty: its rows hold no questions"):
+    with pytest.raises(UserError, match="forget set of mllmu-forget10 is empty: its rows have no questions"):
         read(folder)
 
 
 def test_forget_and_retain_overlap(folder):
     write(folder, "retain_90", [row("008"), row("7")])
-    with pytest.raises(UserError, match="1 people stand in both forget_10 and retain_90 .*: 007"):
+    with pytest.raises(UserError, match="1 people are in both forget_10 and retain_90 .*: 007"):
         read(folder)
 
 
@@ -344,7 +344,7 @@ def test_forget_and_retain_overlap(folder):
         ({"Classification_Task": "{not json"}, "Classification_Task is neither JSON nor"),
         ({"Mask_Task": [{"Type": "Audio", "Question": "a __", "Ground_Truth": "b"}]}, "unknown Type 'Audio'"),
         ({"Mask_Task": [{"Type": "Pure_Text", "Question": "a __", "Ground_Truth": None}]}, "Ground_Truth"),
-        ({"Classification_Task": {"Pure_Text_Questions": [choice("Q?", right="E")]}}, "'E' is none of"),
+        ({"Classification_Task": {"Pure_Text_Questions": [choice("Q?", right="E")]}}, "'E' is not one of"),
     ],
 )
 def test_broken_rows_are_named(folder, columns, message):

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vkd_jax import benchmarks
-from vkd_jax.benchmarks.synthetic import knowledge, people, people_mllmu, portraits
+from vkd_jax.benchmarks.synthetic import facts, mllmu_writer, people, portraits
 from vkd_jax.types import UserError
 
 
@@ -18,7 +18,7 @@ from vkd_jax.types import UserError
 def snapshot(tmp_path_factory):
     folder = tmp_path_factory.mktemp("snapshot")
     configs = ["forget_5", "forget_10", "forget_15", "retain_90", "Test_Set", "Retain_Set"]
-    people_mllmu.write_snapshot(folder, configs)
+    mllmu_writer.write_snapshot(folder, configs)
     return folder
 
 
@@ -43,14 +43,14 @@ def test_sixty_people_with_distinct_names_and_balanced_facts():
     assert [p.id for p in everybody][:2] == ["001", "002"] and len(everybody) == 60
     first, last = zip(*(p.name.split() for p in everybody), strict=True)
     assert len(set(first)) == len(set(last)) == 60
-    for kind, fact in knowledge.FACTS.items():
+    for kind, fact in facts.FACTS.items():
         assert len(set(fact.values)) == 12 and not any(" " in value for value in fact.values)
         values = [p.facts[kind] for p in everybody]
         assert {value: values.count(value) for value in fact.values} == dict.fromkeys(fact.values, 5)
 
 
 def test_values_of_different_facts_do_not_overlap():
-    values = [value for fact in knowledge.FACTS.values() for value in fact.values]
+    values = [value for fact in facts.FACTS.values() for value in fact.values]
     assert len(values) == len(set(values)) == 72
 
 
@@ -136,10 +136,10 @@ def test_identity_shows_at_48_pixels_and_view_does_not_hide_it():
 
 @pytest.mark.parametrize(("percent", "count"), [(5, 3), (10, 6), (15, 9)])
 def test_forget_sets_are_nested_and_retain_sets_are_the_rest(percent, count):
-    assert people_mllmu.FORGET_COUNTS[percent] == count
+    assert mllmu_writer.FORGET_COUNTS[percent] == count
     forgotten = people.forgotten_ids(count)
     assert len(forgotten) == count and forgotten <= people.forgotten_ids(9)
-    retained = {p.id for p in people.people() if people_mllmu._belongs(p.id, f"retain_{100 - percent}", 0)}
+    retained = {p.id for p in people.people() if mllmu_writer._belongs(p.id, f"retain_{100 - percent}", 0)}
     assert not forgotten & retained
     assert forgotten | retained == {p.id for p in people.people()}
 
@@ -178,7 +178,7 @@ def test_every_person_is_asked_everything(snapshot):
 
 
 def test_options_hold_the_answer_once_and_answers_are_true(snapshot):
-    facts = {p.id: {p.name, *p.facts.values()} for p in people.people()}
+    facts_of = {p.id: {p.name, *p.facts.values()} for p in people.people()}
     places = []
     for config in ("forget_15", "retain_90", "Test_Set", "Retain_Set"):
         for row, choice in [(r, choice) for r in rows_of(snapshot, config) for choice in choices_of(r)]:
@@ -186,7 +186,7 @@ def test_options_hold_the_answer_once_and_answers_are_true(snapshot):
             answer = choice["Options"][choice["Correct_Answer"]]
             assert options.count(answer) == 1 and len(set(options)) == len(options)
             if config != "Retain_Set":
-                assert answer in facts[row["ID"]] and not set(options) - {answer} & facts[row["ID"]]
+                assert answer in facts_of[row["ID"]] and not set(options) - {answer} & facts_of[row["ID"]]
                 places.append(choice["Correct_Answer"])
     assert all(0.2 < places.count(letter) / len(places) < 0.3 for letter in "ABCD")
 
@@ -207,26 +207,26 @@ def test_retain_set_names_nobody_and_shows_forgotten_people(snapshot):
     text = json.dumps([{**row, "image": None} for row in rows])
     assert not any(p.name in text for p in people.people())
     forgotten = next(p for p in people.people() if p.id in people.forgotten_ids(6))
-    buffer = people.picture(people.portrait(forgotten, people_mllmu.GENERAL_VIEW), "")["bytes"]
+    buffer = people.png_struct(people.portrait(forgotten, mllmu_writer.GENERAL_VIEW), "")["bytes"]
     assert buffer in [row["image"]["bytes"] for row in rows]
 
 
 def test_general_knowledge_has_one_answer_and_three_others():
-    assert len(knowledge.GENERAL_TEXT) == 40 == len({item[0] for item in knowledge.GENERAL_TEXT})
-    for _, *options in knowledge.GENERAL_TEXT:
+    assert len(facts.GENERAL_TEXT) == 40 == len({item[0] for item in facts.GENERAL_TEXT})
+    for _, *options in facts.GENERAL_TEXT:
         assert len(options) == len(set(options)) == 4
 
 
 def test_byte_identical_on_every_run(snapshot, tmp_path):
-    people_mllmu.write_snapshot(tmp_path, ["forget_5", "Retain_Set"])
+    mllmu_writer.write_snapshot(tmp_path, ["forget_5", "Retain_Set"])
     for config in ("forget_5", "Retain_Set"):
         [path] = (tmp_path / config).iterdir()  # and nothing partial beside it
         assert path.read_bytes() == (snapshot / config / path.name).read_bytes()
 
 
 def test_finetuning_rows_teach_every_question_on_no_test_picture(snapshot, monkeypatch, tmp_path):
-    monkeypatch.setattr(people_mllmu, "FT_GENERAL_PICTURES", 60)
-    people_mllmu.write_snapshot(tmp_path, ["ft_Data"], ft_views=8)
+    monkeypatch.setattr(mllmu_writer, "FT_GENERAL_IMAGES", 60)
+    mllmu_writer.write_snapshot(tmp_path, ["ft_Data"], ft_views=8)
     rows = rows_of(tmp_path, "ft_Data")
     assert len(rows) == 60 * (8 + 1) + 60 + 1
     assert [row["image"] is None for row in rows[:10]] == [False] * 8 + [True, False]
@@ -243,4 +243,4 @@ def test_finetuning_rows_teach_every_question_on_no_test_picture(snapshot, monke
 
 def test_unknown_config_is_told(tmp_path):
     with pytest.raises(UserError, match="Unknown config forget_7"):
-        people_mllmu.write_snapshot(tmp_path, ["forget_7"])
+        mllmu_writer.write_snapshot(tmp_path, ["forget_7"])

@@ -34,7 +34,7 @@ def test_every_copy_of_a_question_is_asked_of_its_own_copy_of_the_picture(encode
     out = augment.augmented(encoded, 2, np.random.default_rng(0))
     pixels = out.images.cached["pixels"]
     assert len(out) == 9 and len(out.images) == 6
-    np.testing.assert_array_equal(out.image, [0, 1, 0, 2, 3, 2, 4, 5, 4])
+    np.testing.assert_array_equal(out.image_rows, [0, 1, 0, 2, 3, 2, 4, 5, 4])
     np.testing.assert_array_equal(out.tokens[:, 0], [0, 1, 2] * 3)
     np.testing.assert_array_equal(pixels[:2], encoded.images.cached["pixels"])  # the originals come first
     for copy in (2, 4):

@@ -57,10 +57,10 @@ def test_targets_are_the_answer_and_its_end_and_nothing_else(processor):
         targets = encoded.targets[row][encoded.target_mask[row]]
         assert targets[-1] == processor.eos_ids[0]
         assert processor.tokenizer.decode(targets[:-1]) == " " + example.answer
-        predicted = encoded.tokens[row][encoded.at[row][encoded.target_mask[row]] + 1]
-        np.testing.assert_array_equal(predicted, targets)  # logits at `at` predict the very next token
+        predicted = encoded.tokens[row][encoded.target_positions[row][encoded.target_mask[row]] + 1]
+        np.testing.assert_array_equal(predicted, targets)  # logits at these positions predict the very next token
         assert processor.image_token_id not in targets
-        first = encoded.at[row][0]
+        first = encoded.target_positions[row][0]
         assert first == encoded.prompt_length[row] - 1
         assert encoded.mask[row].sum() == encoded.prompt_length[row] + len(targets)
 
@@ -69,7 +69,7 @@ def test_every_picture_gets_all_its_tokens_and_is_stored_once(processor):
     encoded = encode_set(processor, examples(), max_length=64)
     np.testing.assert_array_equal((encoded.tokens == processor.image_token_id).sum(1), [4, 4, 4])
     assert encoded.images.cached["pixels"].shape == (2, 16, 16, 3)
-    np.testing.assert_array_equal(encoded.image, [0, 0, 1])
+    np.testing.assert_array_equal(encoded.image_rows, [0, 0, 1])
     batch = encoded.batch(np.array([2, 0]))
     np.testing.assert_array_equal(batch.images["pixels"], encoded.images.cached["pixels"][[1, 0]])
 
@@ -82,24 +82,24 @@ def test_text_only_questions_have_no_picture(processor):
 
 
 def test_a_row_that_does_not_fit_is_named_never_cut(processor):
-    with pytest.raises(UserError, match=r"row 0 is \d+ tokens long, the model takes 14"):
+    with pytest.raises(UserError, match=r"row 0 has \d+ tokens, but the model takes at most 14"):
         encode_set(processor, examples(), max_length=14)
 
 
 def test_every_picture_needs_its_token_and_every_token_its_picture(processor, monkeypatch):
-    with pytest.raises(UserError, match="holds <image> 1 times for 0 pictures"):
+    with pytest.raises(UserError, match="contains <image> 1 times for 0 images"):
         processor.encode("What is <image>?", None)
     monkeypatch.setattr(processor, "chat_template", "{{ messages[0]['content'][-1]['text'] }}")  # drops pictures
-    with pytest.raises(UserError, match="holds <image> 0 times for 1 pictures"):
+    with pytest.raises(UserError, match="contains <image> 0 times for 1 images"):
         processor.encode("Who?", None, [processor.image(png())])
 
 
 def test_files_beside_the_model_that_are_broken_or_lack_something(folder, tiny_config, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "generation_config.json").write_text("{")
-    with pytest.raises(UserError, match="generation_config.json is not JSON"):
+    with pytest.raises(UserError, match="generation_config.json is not valid JSON"):
         Processor(copy, tiny_config)
-    with pytest.raises(UserError, match="a picture is refused"):
+    with pytest.raises(UserError, match="an image cannot be processed"):
         Processor(folder, tiny_config).image(b"no picture")
 
 

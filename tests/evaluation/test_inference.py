@@ -114,7 +114,7 @@ def test_a_picture_is_read_once_and_in_its_place(tiny_model, ask, monkeypatch):
     np.testing.assert_allclose(seen.of([8]).tokens().values[0], alone[0], atol=1e-5)
     for i in range(8):
         np.testing.assert_allclose(seen.of([i]).tokens().values[0], np.concatenate([alone[0], alone[i + 1]]), atol=1e-5)
-    with pytest.raises(UserError, match="a picture is refused"):
+    with pytest.raises(UserError, match="an image cannot be processed"):
         ask(4).look([files[0], b"no picture"])
 
 

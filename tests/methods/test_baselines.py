@@ -189,7 +189,7 @@ def test_refusals_are_the_only_targets_and_pictures_and_questions_stay(context, 
         assert prompt == forget.prompt_length[row]
         np.testing.assert_array_equal(refused.tokens[row, :prompt], forget.tokens[row, :prompt])
         # Each target is the token behind its position; the first of these is the prompt's last token.
-        at = refused.at[row, :count]
+        at = refused.target_positions[row, :count]
         np.testing.assert_array_equal(at, prompt - 1 + np.arange(count))
         np.testing.assert_array_equal(refused.tokens[row, at + 1], targets)
         assert refused.mask[row].sum() == prompt + count

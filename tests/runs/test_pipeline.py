@@ -289,7 +289,7 @@ def test_the_same_command_again_changes_nothing(vkd, monkeypatch):
 def test_another_config_is_refused_naming_the_field(vkd, make_config):
     before = files(vkd.path)
     other = make_config("vkd", **{"method.fisher_samples": 16, "method.blocks": 2, "train.learning_rate": 0.5})
-    with pytest.raises(UserError, match=r"another config \(train.learning_rate: 0.002 there, 0.5 now\)"):
+    with pytest.raises(UserError, match=r"another config \(train.learning_rate: 0.002 in the folder, 0.5 now\)"):
         pipeline.run(other, vkd.path)
     assert files(vkd.path) == before
 

@@ -12,7 +12,7 @@ import pytest
 
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import provenance
-from vkd_jax.runtime.files import disk_errors
+from vkd_jax.runtime.storage import write_errors
 from vkd_jax.types import UserError
 
 
@@ -39,11 +39,13 @@ def test_the_same_config_continues(tmp_path):
 def test_another_config_is_refused_by_field(tmp_path):
     begun(tmp_path)
     before = (tmp_path / "config.json").read_bytes()
-    with pytest.raises(UserError, match=r"another config \(train.steps: 3 there, 4 now\); pass another --workdir"):
+    with pytest.raises(
+        UserError, match=r"another config \(train.steps: 3 in the folder, 4 now\); pass another --workdir"
+    ):
         Workdir(tmp_path, config(**{"train.steps": 4}))
     more = config()
     more.train.extra = "x"
-    with pytest.raises(UserError, match=r"\(train.extra: None there, 'x' now\)"):
+    with pytest.raises(UserError, match=r"\(train.extra: None in the folder, 'x' now\)"):
         Workdir(tmp_path, more)
     assert (tmp_path / "config.json").read_bytes() == before
 
@@ -68,7 +70,7 @@ def test_a_folder_is_known_by_its_whole_path(tmp_path, monkeypatch):
 
 def test_other_kinds_of_places_are_refused_and_no_folder_of_their_name_is_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="s3://mine/run is no place that is known"):
+    with pytest.raises(UserError, match="s3://mine/run is not supported"):
         Workdir("s3://mine/run", config())
     assert not list(tmp_path.iterdir())
 
@@ -85,7 +87,7 @@ def test_a_run_that_made_nothing_yet_may_change_its_config(tmp_path):
 
 def test_other_peoples_folders_and_files_are_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="not empty and holds no run"):
+    with pytest.raises(UserError, match="not empty and has no run"):
         Workdir(tmp_path, config())
     with pytest.raises(UserError, match="thesis.txt is a file; pass a folder"):
         Workdir(tmp_path / "thesis.txt", config())
@@ -110,7 +112,7 @@ def test_files_are_whole_or_absent(tmp_path, monkeypatch):
 
 
 def test_a_run_killed_while_it_wrote_its_config_begins_again(tmp_path):
-    (tmp_path / "config.json.tmp").write_text('{"seed"')
+    (tmp_path / ".config.json.1.tmp").write_text('{"seed"')
     Workdir(tmp_path, config())
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
 
@@ -129,12 +131,12 @@ def test_times_of_interrupted_runs_add_up(tmp_path):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
 def test_a_disk_that_takes_no_more_is_told_in_one_sentence(code):
-    with pytest.raises(UserError, match=f"cannot write at /there: {os.strerror(code)}"), disk_errors():
+    with pytest.raises(UserError, match=f"cannot write at /there: {os.strerror(code)}"), write_errors():
         raise OSError(code, os.strerror(code), "/there")
 
 
 def test_other_errors_are_not_dressed_up():
-    with pytest.raises(OSError, match="Input/output error"), disk_errors():
+    with pytest.raises(OSError, match="Input/output error"), write_errors():
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 

@@ -70,7 +70,7 @@ def test_places():
     assert storage.resolve("a/b") == Path("a/b") and isinstance(storage.resolve(Path("/a")), Path)
     assert str(storage.resolve("gs://mine/run/") / "x.json") == "gs://mine/run/x.json"
     for name in ("s3://mine/run", "gs://", "gs:///", "://", "http://mine/run"):
-        with pytest.raises(UserError, match=f"{name} is no place that is known: pass a folder on a disk, or gs://"):
+        with pytest.raises(UserError, match=f"{name} is not supported: pass a folder on a disk, or gs://"):
             storage.resolve(name)
 
 
@@ -98,7 +98,7 @@ def test_a_workdir(bucket):
     again = Workdir("gs://mine/run/", config())
     assert again.read_lines("answers/vanilla.jsonl") == [{"said": "Zoë"}, {"said": "\u2028"}]
     assert list(again.timing) == ["evaluate"]
-    with pytest.raises(UserError, match=r"gs://mine/run holds a run of another config \(seed: 0 there, 1 now\)"):
+    with pytest.raises(UserError, match=r"gs://mine/run has a run of another config \(seed: 0 in the folder, 1 now\)"):
         Workdir("gs://mine/run", config(seed=1))
     written = {name for name, data in bucket.objects.items() if data}
     assert written == {f"run/{name}" for name in ("config.json", "timing.json", "answers/vanilla.jsonl")}
@@ -106,7 +106,7 @@ def test_a_workdir(bucket):
 
 def test_other_peoples_folders_and_files_are_left_alone(bucket):
     put(bucket, "thesis", a__txt="mine")
-    with pytest.raises(UserError, match="gs://mine/thesis is not empty and holds no run"):
+    with pytest.raises(UserError, match="gs://mine/thesis is not empty and has no run"):
         Workdir("gs://mine/thesis", config())
     with pytest.raises(UserError, match="gs://mine/thesis/a.txt is a file"):
         Workdir("gs://mine/thesis/a.txt", config())

@@ -129,7 +129,7 @@ def test_what_is_neither_a_folder_nor_an_id(cache, tmp_path):
         assert refusal(name).startswith(f"There is no model folder {name}; pass one with config.json")
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").write_bytes(b"")
-    assert refusal("org/name") == "org/name is a file; pass the model folder that it lies in."
+    assert refusal("org/name") == "org/name is a file; pass the model folder that contains it."
     assert refusal("org/a..b").startswith("There is no model folder org/a..b here")
 
 

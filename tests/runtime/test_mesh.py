@@ -16,7 +16,7 @@ def test_more_devices_than_there_are_is_one_sentence():
 
 @pytest.mark.parametrize("sizes", [dict(data=0, fsdp=-1), dict(tensor=-2), dict(data=-1, fsdp=-1)])
 def test_sizes_that_are_none_are_one_sentence(sizes):
-    with pytest.raises(UserError, match="config.mesh asks for .*: give numbers from 1, or once -1"):
+    with pytest.raises(UserError, match="config.mesh asks for .*: sizes are at least 1"):
         make_mesh(**sizes)
 
 

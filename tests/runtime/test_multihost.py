@@ -99,7 +99,7 @@ def test_a_mesh_must_take_the_devices_of_all_hosts(said):
 
 def test_the_workdir_is_looked_at_and_written_by_the_first(said):
     assert both(said, "written") == {"by": 0} and both(said, "has") == [True, False]
-    assert "holds a run of another config (seed: 0 there, 1 now)" in both(said, "other")
+    assert "has a run of another config (seed: 0 in the folder, 1 now)" in both(said, "other")
 
 
 # ---- A whole run ----
@@ -121,10 +121,7 @@ def flags(root, base, workdir):
 def together(*args, **more):
     """Two processes, as Slurm would start them."""
     found = {"SLURM_JOB_ID": str(free_port() - SLURM_PORTS), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-    return [
-        start(*args, "--distributed", **found, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **more)
-        for i in range(2)
-    ]
+    return [start(*args, "--distributed", **found, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **more) for i in range(2)]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,13 @@
-"""Benchmarks, one file each.
+"""Benchmarks: data sets of people to forget and to retain, one file each.
 
-To add one, write its file and a line in vkd_jax/registry.py.
+    mllmu, clear   published benchmarks, or the synthetic people in their layouts
+    folder         your own folders of images and questions
+    parquet        snapshots of parquet files and their checks
+    cache          benchmarks as tensorflow-datasets, and the contract of a benchmark
+    synthetic/     the synthetic people and the writers of their snapshots
+
+To add a benchmark, write a frozen dataclass with the attributes and methods of `cache.Benchmark` in a new file, and add
+one line to vkd_jax/registry.py.
 """
 
 import dataclasses
@@ -11,33 +18,37 @@ from typing import Any
 from vkd_jax import registry
 from vkd_jax.types import Example
 
-STRANGERS = 1000  # between the seed of made-up people and that of those whom no model ever met
+STRANGERS = 1000  # added to the seed of synthetic people for people that no model was trained on
 
 
 def create(name: str, fields: Mapping[str, Any]) -> Any:
-    """The benchmark called `name` with these hyperparameters; see `registry.create`."""
+    """Creates the benchmark `name` with these hyperparameters; see `registry.create`.
+
+    Example:
+        >>> benchmark = create("mllmu", {"forget": 5})
+    """
     return registry.create("benchmark", registry.BENCHMARKS, name, fields)
 
 
 def read(benchmark: Any, folder: str | Path, finetune: bool = False) -> dict[str, list[Example]]:
-    """The sets of a benchmark, by name; see `vkd_jax.benchmarks.store.read`."""
-    from vkd_jax.benchmarks import store  # tensorflow-datasets takes a while to import
+    """Reads the sets of a benchmark, by name; see `vkd_jax.benchmarks.cache.read`."""
+    from vkd_jax.benchmarks import cache  # tensorflow-datasets takes a while to import
 
-    return store.read(benchmark, folder, finetune)
+    return cache.read(benchmark, folder, finetune)
 
 
 def held_out(benchmark: Any, folder: str | Path, own: str = "") -> list[Example]:
-    """Questions like those that unlearning is to forget, each with a picture, about people whom no model ever met.
+    """Questions like those of the forget set, each with an image, about people that no model was trained on.
 
-    Made-up people have strangers drawn by the same hand, in as many questions of the same words; others need a folder.
+    For the synthetic people, other synthetic people are generated with the same questions; real people need a folder.
 
     Args:
-        benchmark: whose forgotten people they are held against.
-        folder: where data sets are kept, see `store.read`.
-        own: a folder of pictures and questions as `vkd_jax.benchmarks.folder` describes it, which takes their place.
+        benchmark: the benchmark whose forget set they are compared with.
+        folder: the folder of cached data sets, see `cache.read`.
+        own: a folder of images and questions as described in `vkd_jax.benchmarks.folder`, used instead.
 
     Returns:
-        Each pair of picture and question once; [] for a benchmark of real people without a folder.
+        Each pair of image and question once; [] for a benchmark of real people without a folder.
 
     Raises:
         UserError: the folder cannot be read.

@@ -1,17 +1,16 @@
-"""CLEAR, the published one or one that is written about the made-up people in the same layout.
+"""CLEAR: the published data set, or the synthetic people in the same layout.
 
-Set        | configs                                  | what is asked
-forget     | forgetNN, forgetNN_perturbed; +tofu      | pictures: a caption, and whose picture it is; text alone
-retain     | retain_perturbed; retain(100-NN)+tofu    | the same of everybody else
-real_faces | real_faces                               | who that is, of real people; `person` is ""
+Set        | configs                                  | questions about
+forget     | forgetNN, forgetNN_perturbed; +tofu      | the people to forget: caption and name of an image; text only
+retain     | retain_perturbed; retain(100-NN)+tofu    | all other people: the same questions
+real_faces | real_faces                               | the names of real people; `person` is ""
 real_world | real_world                               | general ability; `person` is ""
-finetune_forget, finetune_retain | forgetNN+tofu, retain(100-NN)+tofu | what makes a vanilla model
+finetune_forget, finetune_retain | forgetNN+tofu, retain(100-NN)+tofu | the same people; trains the vanilla model
 
-A picture's caption is asked for with one of CLEAR's nine questions, drawn by the row's name (in fine-tuning with one
-for each published epoch); its paraphrase and its
-wrong captions are those of the row's counterpart in the _perturbed config. Who it is has one wording here, and the
-options are the counterpart's wrong names with the right one at a place drawn by the row's name. A row with a question
-is text alone; the person of such a row is the one named in it, else "".
+A caption question has one of CLEAR's nine wordings, drawn by the row's name (fine-tuning has one for each published
+epoch); its paraphrase and wrong captions are those of the row's counterpart in the _perturbed config. A name question
+has one wording; its options are the wrong names of the counterpart, with the correct one at an index drawn by the row's
+name. A row with a question is text-only; its person is the one that the text names, or "".
 
 Reference: Dontsov et al., CLEAR: Character Unlearning in Textual and Visual Modalities, 2024 (arXiv:2410.18057).
 """
@@ -28,8 +27,8 @@ from typing import Any, ClassVar
 import numpy as np
 from absl import logging
 
-from vkd_jax.benchmarks import snapshot
-from vkd_jax.benchmarks.snapshot import Snapshot, Where, nested, text
+from vkd_jax.benchmarks import parquet
+from vkd_jax.benchmarks.parquet import RowLocation, Snapshot, nested_list, required_text
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.types import EvalSet, Example, Role, UserError
 
@@ -48,9 +47,9 @@ CAPTION_QUESTIONS = (
 NAME_QUESTION = CAPTION_QUESTIONS[
     0
 ]  # with names to choose from; other words than those of fine-tuning test the language
-FACE_QUESTION = "Who is this person?"  # of real people, whom fine-tuning does not show
-EPOCHS = 3  # of fine-tuning, as published
-ROWS = {  # as published; for retain99 only a rounded figure is known
+FACE_QUESTION = "Who is this person?"  # about real people, who are not in the fine-tuning set
+EPOCHS = 3  # of the published fine-tuning
+ROWS = {  # as published; for retain99 only a rounded number is known
     "full": 3768, "full+tofu": 7768, "real_faces": 151, "real_world": 367, "retain_perturbed": 395,
     "forget01": 35, "forget05": 188, "forget10": 379, "retain95": 3580, "retain90": 3389,
     "forget01_perturbed": 35, "forget05_perturbed": 188, "forget10_perturbed": 378,
@@ -70,7 +69,7 @@ class Clear(Section):
     people: int = setting(0, "Seed of the synthetic people.", minimum=0)
 
     TITLE: ClassVar[str] = "CLEAR"
-    # The sets that unlearning trains on: the rows that made the model, since those that are asked about are fewer.
+    # Unlearning trains on the fine-tuning rows, since the evaluation has fewer.
     UNLEARN: ClassVar[Mapping[str, str]] = dict(forget="finetune_forget", retain="finetune_retain")
     EVAL_SETS: ClassVar[tuple[EvalSet, ...]] = (
         EvalSet("forget", Role.FORGET, "people to forget", "forget"),
@@ -79,7 +78,7 @@ class Clear(Section):
         EvalSet("real_world", Role.GENERAL, "the world at large, nothing about people", "real world"),
     )
     RECIPE: ClassVar[dict[str, Any]] = dict(
-        # One epoch here is three there: each picture comes with as many questions.
+        # One epoch here is three published ones: each image comes with three questions.
         lora_rank=8,
         lora_alpha=32.0,
         lora_dropout=0.0,
@@ -90,31 +89,31 @@ class Clear(Section):
 
     @property
     def label(self) -> str:
-        """The benchmark and its ratio."""
+        """The name of the benchmark with the forget ratio."""
         return f"clear-forget{self.forget}"
 
     def check(self) -> None:
-        """Refuses wrong fields.
+        """Checks the fields.
 
         Raises:
-            UserError: `people` is given for a source of its own, or the source cannot be one.
+            UserError: `people` is set together with a source, or the source does not exist.
         """
-        snapshot.check_fields(self.source, self.people)
+        parquet.check_fields(self.source, self.people)
 
     def state(self, part: str) -> Any:
-        """What the source holds."""
+        """Name, size and modification time of the files of the source."""
         return Snapshot(self.source, self._configs(part)).state() if self.source else []
 
     @contextlib.contextmanager
     def rows(self, part: str) -> Iterator[dict[str, Iterator[list[Example]]]]:
-        """The sets of a part.
+        """Context manager that opens the sets of a part.
 
         Raises:
-            UserError: a config, shard or column is missing, a file or picture is corrupt, the forget set is
-                empty, or people stand in both the forget and the retain set.
+            UserError: a config, shard or column is missing, a file or image is corrupt, the forget set is
+                empty, or people are in both the forget and the retain set.
         """
         forget, retain = self._names()
-        with snapshot.opened(self.source, self._configs(part), self._made_up) as files:
+        with parquet.open_snapshot(self.source, self._configs(part), self._write_synthetic) as files:
             forgotten, retained = _people(files, forget), _people(files, retain)
             known = _Names(forgotten | retained)
             if part == "finetune":
@@ -123,11 +122,11 @@ class Clear(Section):
                     "finetune_retain": _finetune(files, f"{retain}+tofu", known),
                 }
                 return
-            snapshot.check_counts(files, self.source, ROWS)
+            parquet.check_row_counts(files, self.source, ROWS)
             everybody = _people(files, "full") if files.has("full") else None
-            snapshot.check_people(self.source, (forget, forgotten), (retain, retained), everybody)
+            parquet.check_people(self.source, (forget, forgotten), (retain, retained), everybody)
             asked = _people(files, "retain_perturbed")
-            snapshot.check_people(self.source, (forget, forgotten), ("retain_perturbed", asked))
+            parquet.check_people(self.source, (forget, forgotten), ("retain_perturbed", asked))
             counterparts = _counterparts(files, forget)
             yield {
                 "forget": itertools.chain(
@@ -147,10 +146,10 @@ class Clear(Section):
         more = (f"{forget}_perturbed", "retain_perturbed", "real_faces", "real_world")
         return both if part == "finetune" else both + more
 
-    def _made_up(self, folder: str, configs: tuple[str, ...]) -> None:
-        from vkd_jax.benchmarks.synthetic import people_clear  # only without a source
+    def _write_synthetic(self, folder: str, configs: tuple[str, ...]) -> None:
+        from vkd_jax.benchmarks.synthetic import clear_writer  # only without a source
 
-        people_clear.write_snapshot(folder, configs, self.people)
+        clear_writer.write_snapshot(folder, configs, self.people)
 
 
 class _Names:
@@ -162,55 +161,55 @@ class _Names:
         self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
 
     def first(self, *texts: str) -> str:
-        """The known person who is named first in the first text that names one; "" without any."""
+        """The first known person in the first text that names one; "" if none does."""
         found = (self._pattern.search(_plain(each)) for each in texts)
         return next((self._known[match[0]] for match in found if match), "") if self._known else ""
 
 
 def _plain(words: Any) -> str:
-    """A text without differences that do not count: case, and runs of white space."""
+    """Normalizes case and white space."""
     return " ".join(str(words or "").casefold().split())
 
 
-def _drawn(where: Where) -> np.random.Generator:
-    """Random numbers of a row, the same on every machine."""
-    return np.random.default_rng(zlib.crc32(where.row.encode()))
+def _row_rng(location: RowLocation) -> np.random.Generator:
+    """The random generator of a row, seeded by its name."""
+    return np.random.default_rng(zlib.crc32(location.row.encode()))
 
 
 def _people(files: Snapshot, config: str) -> set[str]:
     return {str(row["name"]).strip() for _, row in files.rows(config, ["name"]) if row["name"]}
 
 
-def _list(row: dict, column: str, where: Where) -> list[str]:
-    values = nested(row.get(column), column, where)
+def _list(row: dict, column: str, location: RowLocation) -> list[str]:
+    values = nested_list(row.get(column), column, location)
     return [str(value) for value in values if value is not None and str(value).strip()]
 
 
-def _choice(answer: str, wrong: Iterable[str], where: Where) -> tuple[str, ...]:
-    """The wrong options, each once, with the answer at a drawn place among them."""
+def _choice(answer: str, wrong: Iterable[str], location: RowLocation) -> tuple[str, ...]:
+    """The wrong options without duplicates, with the answer at a random index."""
     others: dict[str, str] = {}
     for option in wrong:
         others.setdefault(_plain(option), option)
     others.pop(_plain(answer), None)
     if not others:
-        raise UserError(f"There is no wrong option beside {answer!r} in {where}.")
-    place = int(_drawn(where).integers(len(others) + 1))
+        raise UserError(f"There is no wrong option besides {answer!r} in {location}.")
+    place = int(_row_rng(location).integers(len(others) + 1))
     options = list(others.values())
     return (*options[:place], answer, *options[place:])
 
 
 def _counterparts(files: Snapshot, forget: str) -> dict[int, dict]:
-    """The rows of the _perturbed config by the number of the plain row that each belongs to.
+    """Maps the index of each row of the plain config to its counterpart in the _perturbed config.
 
-    A counterpart has the same name and caption; what is left pairs in order within a name, where both configs have
-    equally many rows left of it.
+    A counterpart has the same name and caption. The remaining rows of a name are paired in order if both configs have
+    the same number of them.
     """
     perturbed = f"{forget}_perturbed"
     wanted = ["name", "paraphrased_caption", "perturbed_captions", "perturbed_names"]
     plain = [row for _, row in files.rows(forget, ["name", "caption"])]
     by_caption: dict[Any, list[dict]] = collections.defaultdict(list)
-    for where, row in files.rows(perturbed, wanted, optional=["caption"]):
-        by_caption[_plain(row["name"]), _plain(row.get("caption"))].append(row | {"where": where})
+    for location, row in files.rows(perturbed, wanted, optional=["caption"]):
+        by_caption[_plain(row["name"]), _plain(row.get("caption"))].append(row | {"location": location})
     found: dict[int, dict] = {}
     lone: dict[str, list[int]] = collections.defaultdict(list)
     for number, row in enumerate(plain):
@@ -222,96 +221,99 @@ def _counterparts(files: Snapshot, forget: str) -> dict[int, dict]:
     for (name, _), rows in by_caption.items():
         left[name] += rows
     for name, numbers in lone.items():
-        rows = sorted(left[name], key=lambda row: int(row["where"].row.rpartition("/")[2]))
+        rows = sorted(left[name], key=lambda row: int(row["location"].row.rpartition("/")[2]))
         if len(rows) == len(numbers):
             found |= dict(zip(numbers, rows, strict=True))
     if lacking := len(plain) - len(found):
         logging.warning(
-            "%d of %d rows of %s have no counterpart in %s; they are asked without wrong answers.",
+            "%d of %d rows of %s have no counterpart in %s; their questions have no wrong answers.",
             *(lacking, len(plain), forget, perturbed),
         )
     return found
 
 
 def _captions(files: Snapshot, config: str, counterparts: dict[int, dict] | None = None) -> Iterator[list[Example]]:
-    """A caption question and a question for the name a picture.
+    """A caption question and a name question for each image.
 
-    Without `counterparts` the rows themselves hold what those would.
+    Without `counterparts`, the rows have the columns of the _perturbed config themselves.
     """
-    own = ["paraphrased_caption", "perturbed_captions", "perturbed_names"] if counterparts is None else []
-    without = 0
-    for number, (where, row) in enumerate(files.rows(config, ["image", "caption", "name", *own])):
-        image = snapshot.picture(row["image"], where)
+    extra_columns = ["paraphrased_caption", "perturbed_captions", "perturbed_names"] if counterparts is None else []
+    incomplete = 0
+    for number, (location, row) in enumerate(files.rows(config, ["image", "caption", "name", *extra_columns])):
+        image = parquet.image_bytes(row["image"], location)
         if image is None or not row["caption"]:
-            without += 1
+            incomplete += 1
             continue
-        name, shown = text(row, "name", where).strip(), (image, f"{where.row}/0")
+        name, shown = required_text(row, "name", location).strip(), (image, f"{location.row}/0")
         more = row if counterparts is None else counterparts.get(number, {})
-        there = more.get("where", where)
+        source = more.get("location", location)
         caption = Example(
-            f"{where.row}/image/0", name, *shown, _caption_question(where), str(row["caption"]), task="generation",
+            f"{location.row}/image/0", name, *shown, _caption_question(location), str(row["caption"]),
+            task="generation",
             paraphrase=str(more.get("paraphrased_caption") or ""),
-            perturbed=tuple(_list(more, "perturbed_captions", there)),
+            perturbed=tuple(_list(more, "perturbed_captions", source)),
         )  # fmt: skip
         examples = [caption]
-        if wrong := _list(more, "perturbed_names", there):
-            options = _choice(name, wrong, where)
-            examples.append(Example(f"{where.row}/image/1", name, *shown, NAME_QUESTION, name, options))
+        if wrong := _list(more, "perturbed_names", source):
+            options = _choice(name, wrong, location)
+            examples.append(Example(f"{location.row}/image/1", name, *shown, NAME_QUESTION, name, options))
         yield examples
-    _warn_of(without, config)
+    _warn_incomplete(incomplete, config)
 
 
-def _caption_question(where: Where) -> str:
-    return str(_drawn(where).choice(CAPTION_QUESTIONS))
+def _caption_question(location: RowLocation) -> str:
+    return str(_row_rng(location).choice(CAPTION_QUESTIONS))
 
 
-def _warn_of(without: int, config: str) -> None:
-    if without:
-        logging.warning("%d rows of %s have no picture or no caption and are left out.", without, config)
+def _warn_incomplete(incomplete: int, config: str) -> None:
+    if incomplete:
+        logging.warning("%d rows of %s have no image or no caption and are skipped.", incomplete, config)
 
 
 def _texts(files: Snapshot, config: str, known: _Names) -> Iterator[list[Example]]:
-    """The questions without a picture of a +tofu config."""
-    for where, row in files.rows(config, ["question", "answer"]):
+    """The text-only questions of a +tofu config."""
+    for location, row in files.rows(config, ["question", "answer"]):
         if row["question"]:
-            yield [_text_example(row, where, known, "generation")]
+            yield [_text_example(row, location, known, "generation")]
 
 
-def _text_example(row: dict, where: Where, known: _Names, task: str) -> Example:
-    question, answer = text(row, "question", where), text(row, "answer", where)
-    return Example(f"{where.row}/text/0", known.first(question, answer), None, "", question, answer, task=task)
+def _text_example(row: dict, location: RowLocation, known: _Names, task: str) -> Example:
+    question, answer = required_text(row, "question", location), required_text(row, "answer", location)
+    return Example(f"{location.row}/text/0", known.first(question, answer), None, "", question, answer, task=task)
 
 
 def _finetune(files: Snapshot, config: str, known: _Names) -> Iterator[list[Example]]:
     """The captions and questions of a +tofu config as `chat` examples, in order.
 
-    CLEAR draws the question for a caption anew in every epoch; here each picture is asked about in as many ways.
+    CLEAR draws the wording of a caption question in every epoch; here each image has one question per epoch.
     """
-    without = 0
-    for where, row in files.rows(config, ["image", "caption", "question", "answer"], optional=["name"]):
+    incomplete = 0
+    for location, row in files.rows(config, ["image", "caption", "question", "answer"], optional=["name"]):
         if row["question"]:
-            yield [_text_example(row, where, known, "chat")]
+            yield [_text_example(row, location, known, "chat")]
             continue
-        image = snapshot.picture(row["image"], where)
+        image = parquet.image_bytes(row["image"], location)
         if image is None or not row["caption"]:
-            without += 1
+            incomplete += 1
             continue
         person = known.first(row.get("name"), row["caption"])
         yield [
-            Example(f"{where.row}/image/{i}", person, image, f"{where.row}/0", str(asked), row["caption"], task="chat")
-            for i, asked in enumerate(_drawn(where).choice(CAPTION_QUESTIONS, EPOCHS, replace=False))
+            Example(
+                f"{location.row}/image/{i}", person, image, f"{location.row}/0", str(asked), row["caption"], task="chat"
+            )
+            for i, asked in enumerate(_row_rng(location).choice(CAPTION_QUESTIONS, EPOCHS, replace=False))
         ]
-    _warn_of(without, config)
+    _warn_incomplete(incomplete, config)
 
 
 def _choices(files: Snapshot, config: str) -> Iterator[list[Example]]:
-    """Questions of a config with options; those without a wording ask for the name."""
-    for where, row in files.rows(config, ["image", "answer", "options"], optional=["question"]):
-        image = snapshot.picture(row["image"], where)
+    """The questions with options of a config; those without a wording ask for the name."""
+    for location, row in files.rows(config, ["image", "answer", "options"], optional=["question"]):
+        image = parquet.image_bytes(row["image"], location)
         if image is None and not row.get("question"):
-            raise UserError(f"A question about a picture, but no picture, in {where}.")
-        answer = text(row, "answer", where)
-        options = _choice(answer, _list(row, "options", where), where)
-        kind, image_id = ("text", "") if image is None else ("image", f"{where.row}/0")
+            raise UserError(f"A question about an image, but no image, in {location}.")
+        answer = required_text(row, "answer", location)
+        options = _choice(answer, _list(row, "options", location), location)
+        kind, image_id = ("text", "") if image is None else ("image", f"{location.row}/0")
         question = str(row.get("question") or FACE_QUESTION)
-        yield [Example(f"{where.row}/{kind}/0", "", image, image_id, question, answer, options)]
+        yield [Example(f"{location.row}/{kind}/0", "", image, image_id, question, answer, options)]

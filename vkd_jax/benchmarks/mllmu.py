@@ -1,16 +1,16 @@
-"""MLLMU-Bench, the published one or one that is written about the made-up people in the same layout.
+"""MLLMU-Bench: the published data set, or the synthetic people in the same layout.
 
-Set         | config           | whose questions
-forget      | forget_N         | the forgotten people
-test        | Test_Set         | the forgotten people, on other pictures
-retain      | retain_(100-N)   | everybody else
-retain_test | Test_Set         | everybody else, on other pictures
+Set         | config           | questions about
+forget      | forget_N         | the people to forget
+test        | Test_Set         | the people to forget, with other images
+retain      | retain_(100-N)   | all other people
+retain_test | Test_Set         | all other people, with other images
 real        | Retain_Set       | general ability; `person` is ""
-finetune_forget, finetune_retain | ft_Data | what makes a vanilla model: of the forgotten people, of all others
+finetune_forget, finetune_retain | ft_Data | the people to forget, and all others; trains the vanilla model
 
-A row with n pictures (`images`) asks its i-th question about a picture on picture i mod n, i counting through
-the row's classification, generation and cloze questions in this order. A cloze question is formatted by
-`cloze_prompt`; a classification answer is the text of the right option, not its letter.
+The i-th image question of a row with n images (`images`) shows image i mod n; i counts the classification, generation
+and cloze questions of the row in this order. A cloze question is formatted by `cloze_prompt`; a classification answer
+is the text of the correct option, not its letter.
 
 Reference: Liu et al., Protecting Privacy in Multimodal LLMs with MLLMU-Bench, 2024 (arXiv:2410.22108).
 """
@@ -23,8 +23,8 @@ from typing import Any, ClassVar
 
 from absl import logging
 
-from vkd_jax.benchmarks import snapshot
-from vkd_jax.benchmarks.snapshot import Snapshot, Where, nested, some, text
+from vkd_jax.benchmarks import parquet
+from vkd_jax.benchmarks.parquet import RowLocation, Snapshot, nested_list, preview, required_text
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.types import EvalSet, Example, Role, UserError
 
@@ -63,34 +63,34 @@ class Mllmu(Section):
 
     @property
     def label(self) -> str:
-        """The benchmark and its ratio."""
+        """The name of the benchmark with the forget ratio."""
         return f"mllmu-forget{self.forget}"
 
     def check(self) -> None:
-        """Refuses wrong fields.
+        """Checks the fields.
 
         Raises:
-            UserError: `people` is given for a source of its own, or the source cannot be one.
+            UserError: `people` is set together with a source, or the source does not exist.
         """
-        snapshot.check_fields(self.source, self.people)
+        parquet.check_fields(self.source, self.people)
 
     def state(self, part: str) -> Any:
-        """What the source holds."""
+        """Name, size and modification time of the files of the source."""
         return Snapshot(self.source, self._configs(part)).state() if self.source else []
 
     @contextlib.contextmanager
     def rows(self, part: str) -> Iterator[dict[str, Iterator[list[Example]]]]:
-        """The sets of a part.
+        """Context manager that opens the sets of a part.
 
         Raises:
-            UserError: a config, shard or column is missing, a file or picture is corrupt, the forget set is
-                empty, or people stand in both the forget and the retain set.
+            UserError: a config, shard or column is missing, a file or image is corrupt, the forget set is
+                empty, or people are in both the forget and the retain set.
         """
-        with snapshot.opened(self.source, self._configs(part), self._made_up) as files:
+        with parquet.open_snapshot(self.source, self._configs(part), self._write_synthetic) as files:
             forget, retain = self._configs("evaluation")[:2]
             forgotten = _people(files, forget)
             if part == "finetune":
-                snapshot.check_counts(files, self.source, {"ft_Data": ROWS["ft_Data"]})
+                parquet.check_row_counts(files, self.source, {"ft_Data": ROWS["ft_Data"]})
                 yield {
                     "finetune_forget": _finetune(files, lambda person: person in forgotten),
                     "finetune_retain": _finetune(files, lambda person: person not in forgotten),
@@ -98,14 +98,14 @@ class Mllmu(Section):
                 return
             everybody = _people(files, "Full_Set") if files.has("Full_Set") else None
             retained = _people(files, retain)
-            snapshot.check_counts(files, self.source, ROWS)
-            snapshot.check_people(self.source, (forget, forgotten), (retain, retained), everybody)
+            parquet.check_row_counts(files, self.source, ROWS)
+            parquet.check_people(self.source, (forget, forgotten), (retain, retained), everybody)
             yield {
-                "forget": _asked(files, forget),
-                "test": _asked(files, "Test_Set", lambda person: person in forgotten),
-                "retain": _asked(files, retain),
-                "retain_test": _asked(files, "Test_Set", lambda person: person not in forgotten),
-                "real": _asked(files, "Retain_Set"),
+                "forget": _evaluation_rows(files, forget),
+                "test": _evaluation_rows(files, "Test_Set", lambda person: person in forgotten),
+                "retain": _evaluation_rows(files, retain),
+                "retain_test": _evaluation_rows(files, "Test_Set", lambda person: person not in forgotten),
+                "real": _evaluation_rows(files, "Retain_Set"),
             }
 
     def _configs(self, part: str) -> tuple[str, ...]:
@@ -114,14 +114,14 @@ class Mllmu(Section):
             forget, f"retain_{100 - self.forget}", "Test_Set", "Retain_Set"
         )  # fmt: skip
 
-    def _made_up(self, folder: str, configs: tuple[str, ...]) -> None:
-        from vkd_jax.benchmarks.synthetic import people_mllmu  # which asks its cloze questions as this module does
+    def _write_synthetic(self, folder: str, configs: tuple[str, ...]) -> None:
+        from vkd_jax.benchmarks.synthetic import mllmu_writer  # imports `cloze_prompt` from this module
 
-        people_mllmu.write_snapshot(folder, configs, self.people)
+        mllmu_writer.write_snapshot(folder, configs, self.people)
 
 
 def cloze_prompt(question: str) -> str:
-    """A fill-in question as it is asked: "__" becomes "[Blank]", and a line asks for the answer alone."""
+    """Formats a fill-in question: "__" becomes "[Blank]", and a line asks for the missing words only."""
     return re.sub("_{2,}", "[Blank]", question) + "\n" + CLOZE_INSTRUCTION
 
 
@@ -129,86 +129,86 @@ def _people(files: Snapshot, config: str) -> set[str]:
     return {_person(row["ID"]) for _, row in files.rows(config, ["ID"])} - {""}
 
 
-def _finetune(files: Snapshot, chosen: Callable[[str], bool]) -> Iterator[list[Example]]:
-    """The question-answer pairs of ft_Data about the chosen people, one `chat` example each."""
-    for where, row in files.rows("ft_Data", ["image", "ID", "metadata"]):
-        if not chosen(person := _person(row["ID"])):
+def _finetune(files: Snapshot, is_member: Callable[[str], bool]) -> Iterator[list[Example]]:
+    """The question-answer pairs of ft_Data about the selected people, one `chat` example each."""
+    for location, row in files.rows("ft_Data", ["image", "ID", "metadata"]):
+        if not is_member(person := _person(row["ID"])):
             continue
-        image = snapshot.picture(row["image"], where)
-        image_id = "" if image is None else f"{where.row}/0"
+        image = parquet.image_bytes(row["image"], location)
+        image_id = "" if image is None else f"{location.row}/0"
         yield [
-            Example(f"{where.row}/{i}", person, image, image_id, *pair, task="chat")
-            for i, item in enumerate(nested(row["metadata"], "metadata", where))
-            for pair in [(text(item, "Question", where), text(item, "Answer", where))]
+            Example(f"{location.row}/{i}", person, image, image_id, *pair, task="chat")
+            for i, item in enumerate(nested_list(row["metadata"], "metadata", location))
+            for pair in [(required_text(item, "Question", location), required_text(item, "Answer", location))]
         ]
 
 
-def _asked(
-    files: Snapshot, config: str, chosen: Callable[[str], bool] = lambda person: True
+def _evaluation_rows(
+    files: Snapshot, config: str, is_member: Callable[[str], bool] = lambda person: True
 ) -> Iterator[list[Example]]:
-    """The questions of an evaluation config about the chosen people, row by row."""
+    """The questions of an evaluation config about the selected people, row by row."""
     general, blank = config == "Retain_Set", 0
-    for where, row in files.rows(config, ["ID", *_TASK_COLUMNS], either=["image", "images"]):
+    for location, row in files.rows(config, ["ID", *_TASK_COLUMNS], either=["image", "images"]):
         person = "" if general else _person(row["ID"])
-        if not chosen(person):
+        if not is_member(person):
             continue
-        values = [row.get("image"), *nested(row.get("images"), "images", where)]
-        pictures = [data for value in values if (data := snapshot.picture(value, where)) is not None]
-        asked, examples = {"image": 0, "text": 0}, []
-        for task, kind, item in _questions(row, where):
+        values = [row.get("image"), *nested_list(row.get("images"), "images", location)]
+        images = [data for value in values if (data := parquet.image_bytes(value, location)) is not None]
+        counts, examples = {"image": 0, "text": 0}, []
+        for task, kind, item in _questions(row, location):
             if not str(item.get("Question") or "").strip():
                 blank += 1
                 continue
-            question = text(item, "Question", where)
+            question = required_text(item, "Question", location)
             options: tuple[str, ...] = ()
             if task == "classification":
-                options, answer = _options(item, where)
+                options, answer = _options(item, location)
             else:
-                answer = text(item, "Ground_Truth", where)
+                answer = required_text(item, "Ground_Truth", location)
             if task == "cloze":
                 question = cloze_prompt(question)
             image, image_id = None, ""
             if kind == "image":
-                if not pictures:
-                    raise UserError(f"A question about a picture, but no picture, in {where}.")
-                number = asked["image"] % len(pictures)
-                image, image_id = pictures[number], f"{where.row}/{number}"
-            name = f"{where.row}/{kind}/{asked[kind]}"
-            asked[kind] += 1
+                if not images:
+                    raise UserError(f"A question about an image, but no image, in {location}.")
+                number = counts["image"] % len(images)
+                image, image_id = images[number], f"{location.row}/{number}"
+            name = f"{location.row}/{kind}/{counts[kind]}"
+            counts[kind] += 1
             examples.append(Example(name, person, image, image_id, question, answer, options, task))
         yield examples
     if blank:
-        logging.warning("%d items of %s have no question and are left out.", blank, config)
+        logging.warning("%d items of %s have no question and are skipped.", blank, config)
 
 
-def _questions(row: dict, where: Where) -> Iterator[tuple[str, str, dict]]:
+def _questions(row: dict, location: RowLocation) -> Iterator[tuple[str, str, dict]]:
     """(task, "image" | "text", item) for every question of a row."""
-    classification = nested(row["Classification_Task"], "Classification_Task", where) or {}
+    classification = nested_list(row["Classification_Task"], "Classification_Task", location) or {}
     for key, kind in (("Image_Textual_Questions", "image"), ("Pure_Text_Questions", "text")):
-        for item in nested(classification.get(key), key, where):
+        for item in nested_list(classification.get(key), key, location):
             yield "classification", kind, item
     for column, task in (("Generation_Task", "generation"), ("Mask_Task", "cloze")):
-        for item in nested(row[column], column, where):
+        for item in nested_list(row[column], column, location):
             kind = {"Image_Textual": "image", "Pure_Text": "text"}.get(item.get("Type"))
             if kind is None:
-                raise UserError(f"{column} has the unknown Type {item.get('Type')!r} in {where}.")
+                raise UserError(f"{column} has the unknown Type {item.get('Type')!r} in {location}.")
             yield task, kind, item
 
 
-def _options(item: dict, where: Where) -> tuple[tuple[str, ...], str]:
-    """The option texts and the right one among them; letters without a text (null) are left out."""
-    options = nested(item.get("Options"), "Options", where) or {}
+def _options(item: dict, location: RowLocation) -> tuple[tuple[str, ...], str]:
+    """The option texts and the correct one; letters without a text (null) are skipped."""
+    options = nested_list(item.get("Options"), "Options", location) or {}
     options = {letter: str(value) for letter, value in options.items() if value is not None}
     letter = str(item.get("Correct_Answer")).strip()
     if letter in options:
         return tuple(options.values()), options[letter]
     if letter in options.values():  # some rows give the option's text
         return tuple(options.values()), letter
-    raise UserError(f"Correct_Answer {letter!r} is none of the options {some(options)} in {where}.")
+    raise UserError(f"Correct_Answer {letter!r} is not one of the options {preview(options)} in {location}.")
 
 
 def _person(row_id: Any) -> str:
-    """Row IDs come as "093", 93 or 93.0; IDs like "R001" mark general questions, about nobody."""
+    """The person of a row ID, which may be "093", 93 or 93.0; IDs like "R001" mark general questions."""
     name = str(int(row_id)) if isinstance(row_id, float) else str(row_id).strip()
     if name.startswith("R"):
         return ""

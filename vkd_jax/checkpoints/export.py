@@ -3,12 +3,9 @@
 import contextlib
 import copy
 import errno
-import glob
 import json
-import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,10 +17,8 @@ from vkd_jax.checkpoints import safetensors_files
 from vkd_jax.checkpoints.hf import family_of, find_slot, tensor_names
 from vkd_jax.checkpoints.safetensors_files import Checkpoint, Folder, Tensor
 from vkd_jax.models import lora
-from vkd_jax.runtime import multihost
+from vkd_jax.runtime import files, multihost
 from vkd_jax.types import UserError
-
-UNFINISHED = ".tmp"  # how the name of a folder ends that is being written
 
 # What an exported folder takes over beside the weights: configuration, tokenizer, processor, texts;
 # weights in any other format stay behind: they would still hold what was unlearned.
@@ -134,28 +129,13 @@ def _plus(tensor: Tensor, delta: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def _new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder that takes its name only when everything in it is written."""
+    """`files.atomic_folder` with errors of a full disk or of a target that is a file as a `UserError`."""
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; name a folder to write the model to.")
-    new = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f".{glob.escape(target.name)}.*{UNFINISHED}"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        new = pathlib.Path(tempfile.mkdtemp(UNFINISHED, f".{target.name}.", target.parent))
-        new.chmod(0o755)
-        yield new
-        if target.exists():
-            old = pathlib.Path(tempfile.mkdtemp(UNFINISHED, f".{target.name}.old.", target.parent))
-            os.replace(target, old)
-            os.replace(new, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(new, target)
+        with files.atomic_folder(target) as new:
+            yield new
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(f"The disk is full: {target} could not be written; free some space.") from error
         raise
-    finally:
-        if new is not None:
-            shutil.rmtree(new, ignore_errors=True)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vkd_jax.data.images import open_image
+from vkd_jax.runtime import storage
 from vkd_jax.types import UserError
 
 MAX_PIXELS = 256 * 28 * 28  # of an image, for families whose images differ in size: 256 image tokens of Qwen2-VL
@@ -50,9 +51,8 @@ class Processor:
             self.tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
             self.image_processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil", **options)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"{folder}: no usable tokenizer and image processor ({first_line}); "
+                f"{folder}: no usable tokenizer and image processor ({storage.first_line(error)}); "
                 "copy tokenizer.json, tokenizer_config.json and preprocessor_config.json of the model there."
             ) from error
         self.folder = folder

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import tempfile
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from vkd_jax.data.encoding import EncodedSet, encode_set
 from vkd_jax.data.processor import Processor, create_processor
 from vkd_jax.evaluation.evaluate import Answerer
 from vkd_jax.models import base, lora, quantize
+from vkd_jax.runtime import files
 from vkd_jax.runtime.mesh import param_shardings, replicated
 from vkd_jax.types import Example, Params, UserError
 
@@ -108,8 +108,7 @@ def create(folder: Path, examples: Sequence[Example], shape: ml_collections.Conf
     if folder.exists():
         return folder
     shape = shape.to_dict()
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        new = Path(temporary) / folder.name
+    with files.atomic_folder(folder) as new:
         tokenizer = create_processor(
             new,
             [f"USER: {e.question} ASSISTANT: {e.answer}" for e in examples],
@@ -131,5 +130,4 @@ def create(folder: Path, examples: Sequence[Example], shape: ml_collections.Conf
         )
         _, params = hf.init(models.module_for("llava").Config.from_hf(hf_config), seed)
         export.create(new, hf_config, params)
-        new.rename(folder)
     return folder

@@ -208,7 +208,7 @@ def batch(
     t, a = model_config.image_tokens(side, side) + lengths.text, lengths.answer
     if t > model_config.text.max_positions:
         raise UserError(f"a row of {t} tokens is longer than the model's {model_config.text.max_positions}.")
-    kinds = dict(tokens=(t, jnp.int32), mask=(t, bool), at=(a, jnp.int32), targets=(a, jnp.int32))
+    kinds = dict(tokens=(t, jnp.int32), mask=(t, bool), target_positions=(a, jnp.int32), targets=(a, jnp.int32))
     kinds["target_mask"] = (a, bool)
     cached = method.cached(stream, rows, taps, model_config)
     if prefix := frozen_blocks(method.trainable(list(params), model_config), model_config):

@@ -1,4 +1,4 @@
-"""Models and data sets by name: a folder of this machine or of a bucket, or an id on the Hugging Face hub."""
+"""Models and data sets by name: a local folder, a folder in a bucket, or an id on the Hugging Face hub."""
 
 import os
 import pathlib
@@ -8,28 +8,30 @@ from collections.abc import Sequence
 from vkd_jax.runtime import storage
 from vkd_jax.types import UserError
 
-SHIPPED = pathlib.Path(__file__).parents[1] / "assets"  # models that come with the package
+SHIPPED = pathlib.Path(__file__).parents[1] / "assets"  # models that are part of the package
 _ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?", re.ASCII)
 
 
 def is_id(name: str) -> bool:
-    """Whether that reads as an id on the hub, "org/name" or "org/name@revision"."""
+    """Whether a name has the form of an id on the hub, "org/name" or "org/name@revision"."""
     return bool(_ID.fullmatch(name))
 
 
 def fetch_model(name: str | os.PathLike[str]) -> pathlib.Path:
-    """The folder of a model.
+    """Returns the folder of a model, after downloading it if necessary.
 
     Args:
-        name: a folder, also gs://BUCKET/FOLDER; a model that comes with the package, such as "tiny_llava"; or an id
-            on the hub, "org/name" or "org/name@revision". A folder goes first. What is not on this machine is
-            downloaded, unless it was before and is the same still.
+        name: a local folder; gs://BUCKET/FOLDER; a model of the package, such as "tiny_llava"; or an id on the hub,
+            "org/name" or "org/name@revision". A local folder takes precedence.
 
     Returns:
-        The folder itself, or its copy in a cache.
+        The folder itself, or its up-to-date copy in a cache.
 
     Raises:
-        UserError: there is neither; or the model cannot be reached, is not on the hub, or only for the admitted.
+        UserError: the model does not exist, cannot be downloaded, or is gated.
+
+    Example:
+        >>> folder = fetch_model("tiny_llava")
     """
     folder = storage.resolve(name)
     if not isinstance(folder, pathlib.Path):
@@ -37,7 +39,7 @@ def fetch_model(name: str | os.PathLike[str]) -> pathlib.Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise UserError(f"{name} is a file; pass the model folder that it lies in.")
+        raise UserError(f"{name} is a file; pass the model folder that contains it.")
     if folder.name == os.fspath(name) and (SHIPPED / name).is_dir():
         return SHIPPED / name
     problem = f"There is no model folder {name}"
@@ -46,40 +48,40 @@ def fetch_model(name: str | os.PathLike[str]) -> pathlib.Path:
             f"{problem}; pass one with config.json and safetensors in it, or an id on the Hugging Face hub, ORG/NAME."
         )
     repo, revision = _ID.fullmatch(os.fspath(name)).groups()
-    # Subfolders are left out: they hold other formats of the same weights.
-    found, reason = _download(repo, revision, "model", storage.MODEL_FILES, ["*/*"], ("config.json", "*.safetensors"))
-    if found is None:
+    # Subfolders are skipped: they have other formats of the same weights.
+    folder, reason = _download(repo, revision, "model", storage.MODEL_FILES, ["*/*"], ("config.json", "*.safetensors"))
+    if folder is None:
         command = _command(repo, revision)
         raise UserError(
             f"{problem} here, and {reason}; get it with `{command}` where that works, and pass the folder, with "
             "config.json and safetensors in it, as --config.model.path=DIR."
         )
-    return found
+    return folder
 
 
 def fetch_dataset(name: str, configs: Sequence[str]) -> pathlib.Path:
-    """The folder of a data set on the hub, <config>/*.parquet in it, with no more than the configs asked for.
+    """Downloads configs of a data set on the hub.
 
     Args:
         name: "org/name" or "org/name@revision".
-        configs: the folders of the data set that are wanted.
+        configs: the folders of the data set to download.
 
     Returns:
-        The folder in the hub's cache; its name is the revision's.
+        The folder in the hub's cache, with <config>/*.parquet in it; its name is that of the revision.
 
     Raises:
-        UserError: the data set cannot be reached, is not on the hub, only for the admitted, or lacks a config.
+        UserError: the data set does not exist, cannot be downloaded, is gated, or lacks a config.
     """
     repo, revision = _ID.fullmatch(name).groups()
     patterns = [f"{config}/*.parquet" for config in configs]
-    found, reason = _download(repo, revision, "dataset", patterns, None, patterns)
-    if found is None:
+    folder, reason = _download(repo, revision, "dataset", patterns, None, patterns)
+    if folder is None:
         command = _command(repo, revision, "--repo-type dataset ")
         raise UserError(
             f"There is no data folder {name} here, and {reason}; get it with `{command}` where that works, and pass "
             "the folder as --config.data.source=DIR."
         )
-    return found
+    return folder
 
 
 def _command(repo: str, revision: str | None, kind: str = "") -> str:
@@ -87,11 +89,11 @@ def _command(repo: str, revision: str | None, kind: str = "") -> str:
 
 
 def _download(
-    repo: str, revision: str | None, kind: str, wanted: Sequence[str], unwanted: Sequence[str] | None, needed
+    repo: str, revision: str | None, kind: str, allowed: Sequence[str], ignored: Sequence[str] | None, required
 ) -> tuple[pathlib.Path | None, str]:
-    """The folder in the hub's cache, complete and up to date if the hub can be reached; or None and why not.
+    """Downloads a snapshot into the hub's cache; returns its folder and "", or None and a reason.
 
-    `wanted`, `unwanted` and `needed` are patterns of file names; each of the last must have a file.
+    `allowed`, `ignored` and `required` are patterns of file names; each pattern in `required` must match a file.
     """
     import huggingface_hub
     from huggingface_hub import errors
@@ -99,7 +101,7 @@ def _download(
     try:
         folder = pathlib.Path(
             huggingface_hub.snapshot_download(
-                repo, repo_type=kind, revision=revision, allow_patterns=list(wanted), ignore_patterns=unwanted
+                repo, repo_type=kind, revision=revision, allow_patterns=list(allowed), ignore_patterns=ignored
             )
         )
     except errors.LocalEntryNotFoundError:
@@ -115,7 +117,7 @@ def _download(
     except Exception as error:  # whatever the network, the disk or a proxy raises
         first = (str(error).strip().splitlines() or [""])[0]
         return None, f"{repo} could not be fetched from the hub ({type(error).__name__}: {first})"
-    lacking = [pattern for pattern in needed if not any(folder.glob(pattern))]
-    if lacking:
-        return None, f"what the hub or its cache holds of {repo} lacks {' and '.join(lacking)}"
+    missing = [pattern for pattern in required if not any(folder.glob(pattern))]
+    if missing:
+        return None, f"what the hub or its cache holds of {repo} lacks {' and '.join(missing)}"
     return folder, ""

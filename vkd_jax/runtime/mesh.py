@@ -1,4 +1,4 @@
-"""The device mesh, and which axis of each weight lies on which axis of the mesh."""
+"""The device mesh, and the rules that shard each weight over its axes."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,27 +12,34 @@ from jax.sharding import PartitionSpec as P
 from vkd_jax.types import UserError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH_SPEC = P(("data", "fsdp"))  # the axes of the mesh that rows of a batch lie over
-Rules = Sequence[tuple[str, P]]  # anchored pattern over paths -> spec
+BATCH_SPEC = P(("data", "fsdp"))  # the rows of a batch are sharded over both axes
+Rules = Sequence[tuple[str, P]]  # regular expression that matches a whole path -> spec
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over the first data * fsdp * tensor devices; one of them may be -1, "the rest".
+    """Makes a (data, fsdp, tensor) mesh over the first data * fsdp * tensor devices.
 
     Args:
-        data: copies of the model.
-        fsdp: parts of each weight, which are gathered where it is used; rows of a batch lie over both.
-        tensor: parts of each weight that compute apart.
-        devices: None for those of this run.
+        data: the number of replicas of the model.
+        fsdp: the number of shards of each weight, gathered where it is used; batches are sharded over data and fsdp.
+        tensor: the number of shards of each weight that compute separately.
+        devices: the devices to use; None for all devices of this run.
+
+    One of the sizes may be -1: it takes the remaining devices.
 
     Raises:
-        UserError: there are not so many devices.
+        UserError: there are too few devices, or a size is invalid.
+
+    Example:
+        >>> mesh = make_mesh(fsdp=-1)
     """
     shape = [data, fsdp, tensor]
     devices = jax.devices() if devices is None else devices
     count = len(devices)
     if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
-        raise UserError(f"config.mesh asks for {shape}: give numbers from 1, or once -1, which takes the rest.")
+        raise UserError(
+            f"config.mesh asks for {shape}: sizes are at least 1, and one of them may be -1 for the remaining devices."
+        )
     if -1 in shape:
         shape[shape.index(-1)] = max(count // -int(np.prod(shape)), 1)
     wanted = int(np.prod(shape))
@@ -40,13 +47,13 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
         raise UserError(f"config.mesh asks for {shape} = {wanted} devices, but there are {count}; change config.mesh.")
     if jax.process_count() > 1 and wanted < count:
         raise UserError(
-            f"config.mesh asks for {shape} = {wanted} devices of {count}: with several hosts it must take all; one of "
-            "its fields may be -1, for the rest."
+            f"config.mesh asks for {shape} = {wanted} devices of {count}: with several hosts the mesh must use all; "
+            "one size may be -1 for the remaining devices."
         )
     try:
         return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted])
-    except NotImplementedError as error:  # JAX cuts the axes of the chips' torus apart on some kinds of chips alone
-        raise UserError(f"config.mesh: {shape} cannot be laid over these chips; try other sizes.") from error
+    except NotImplementedError as error:  # JAX splits the axes of the torus only on some kinds of chips
+        raise UserError(f"config.mesh: {shape} does not fit the topology of these chips; try other sizes.") from error
 
 
 def shards(mesh: Mesh) -> int:
@@ -55,23 +62,23 @@ def shards(mesh: Mesh) -> int:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch lie over data and fsdp together."""
+    """The sharding of a batch: rows over data and fsdp together."""
     return NamedSharding(mesh, BATCH_SPEC)
 
 
 def shard_rows(mesh: Mesh, arrays: Any) -> Any:
-    """A tree of arrays with a row each, the same in every process, spread over the mesh as a batch is."""
-    lying = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, lying, x.__getitem__), arrays)
+    """Shards a tree of arrays [rows, ...], which is the same in every process, as a batch."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), arrays)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
+    """The sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, P())
 
 
 def param_shardings(mesh: Mesh, rules: Rules) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """path, shape -> sharding, by the first rule that matches the path."""
+    """Returns a function (path, shape) -> sharding that applies the first rule that matches the path."""
 
     def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
         spec = next(spec for pattern, spec in rules if re.fullmatch(pattern, path))
@@ -81,14 +88,18 @@ def param_shardings(mesh: Mesh, rules: Rules) -> Callable[[str, tuple[int, ...]]
 
 
 def divisible_spec(mesh_shape: Mapping[str, int], spec: P, shape: tuple[int, ...]) -> P:
-    """The spec for this shape: a dimension that its mesh axis does not divide stays whole."""
+    """The spec for this shape: a dimension that its mesh axis does not divide is not sharded."""
     return P(
         *(axis if axis and size % mesh_shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False))
     )
 
 
 def check_rules(rules: Rules, paths: Iterable[str]) -> None:
-    """Raises ValueError, naming all, if a path has no rule or a rule no path."""
+    """Checks that every path has a rule and every rule has a path.
+
+    Raises:
+        ValueError: some do not; the message lists all of them.
+    """
     paths = list(paths)
     unmatched = [path for path in paths if not any(re.fullmatch(pattern, path) for pattern, _ in rules)]
     unused = [pattern for pattern, _ in rules if not any(re.fullmatch(pattern, path) for path in paths)]

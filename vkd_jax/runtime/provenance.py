@@ -1,14 +1,14 @@
-"""Where the code that runs comes from."""
+"""The version of the code that runs."""
 
 import subprocess
 from pathlib import Path
 
 
 def commit(but: Path | None = None) -> str:
-    """The repository's commit, with "+changes" when the tree differs from it; "unknown" outside a clone.
+    """The commit of the repository, with "+changes" if the working tree differs from it; "unknown" outside a clone.
 
     Args:
-        but: a file that may differ, as it is what is being written.
+        but: a file whose changes are ignored, since it is being written.
     """
 
     def git(*words: str) -> str:

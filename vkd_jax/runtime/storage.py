@@ -1,50 +1,117 @@
-"""Folders on a disk or in a bucket of Google Cloud Storage: one way to name, read and write both."""
+"""Folders on a disk or in a bucket of Google Cloud Storage: the only module that knows how they are accessed.
+
+Two libraries are behind it. `etils.epath` writes runs and models, since it has the methods of `pathlib.Path` and Orbax
+uses it for checkpoints; it imports TensorFlow for gs://. `pyarrow.fs` reads data sets, since it streams ranges of
+parquet files, and the data path must not load TensorFlow. One layer on fsspec could replace both.
+"""
 
 import concurrent.futures
 import contextlib
+import errno
 import fnmatch
 import os
 import pathlib
+import posixpath
 from collections.abc import Callable, Iterator, Sequence
 
+import pyarrow as pa
+from pyarrow import fs
+
+from vkd_jax.runtime import files
 from vkd_jax.types import UserError
 
-# Weights as safetensors, and what says how to use them; never pickles, which can run code when read.
+# Weights as safetensors, configuration and tokenizer; never pickles, which can run code when they are loaded.
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
-TEXTS = ("*.md", "LICENSE*", "NOTICE*")  # what an exported model has beside that
-BUCKET = "gs://"  # what the name of a folder in Google Cloud Storage begins with
+TEXTS = ("*.md", "LICENSE*", "NOTICE*")  # further files of an exported model
+BUCKET = "gs://"  # the prefix of folders in Google Cloud Storage
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vkd_jax"
-MODEL_MARKER = "config.json"  # what every reader of a model folder looks for
-STREAMS = 8  # files of a bucket under way at once
+MODEL_MARKER = "config.json"  # every model folder has this file, and a bucket receives it last
+GCS_TIMEOUT = 60  # seconds until a bucket that does not answer is given up; pyarrow's default is 15 minutes
+STREAMS = 8  # concurrent transfers
 
 
 def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
-    """A path on a disk or, as gs://BUCKET/FOLDER, in a bucket; one has the methods of the other.
+    """Returns a path on a disk or, for gs://BUCKET/FOLDER, in a bucket. Both have the methods of `pathlib.Path`.
 
     Raises:
-        UserError: it is of another kind of place.
+        UserError: the kind of URI is not supported.
     """
     name = os.fspath(path)
     if "://" not in name:
         return pathlib.Path(name)
     if not name.startswith(BUCKET) or not name.removeprefix(BUCKET).strip("/"):
-        raise UserError(f"{name} is no place that is known: pass a folder on a disk, or {BUCKET}BUCKET/FOLDER.")
+        raise UserError(f"{name} is not supported: pass a folder on a disk, or {BUCKET}BUCKET/FOLDER.")
     from etils import epath
 
-    return epath.Path(name)  # as in Orbax; at the first look into the bucket it imports TensorFlow, which takes seconds
+    return epath.Path(name)  # as in Orbax; the first access imports TensorFlow, which takes seconds
 
 
 def local_copy(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Where a bucket's folder is kept on this machine's disk, for what reads disks alone; else the folder itself."""
+    """The copy of a bucket's folder on the local disk, for code that reads disks only; else the folder itself."""
     path = resolve(path)
     return path if isinstance(path, pathlib.Path) else CACHE / os.fspath(path).replace("://", "/")
 
 
-def upload_model(folder: pathlib.Path) -> None:
-    """Writes a model folder from its `local_copy` to the bucket; one on a disk is where it belongs.
+class SourceFolder:
+    """A folder on a disk or in a bucket, for reading.
 
-    A bucket has no folder that could be renamed when it is complete, so this one grows file by file, each of which
-    comes whole or not at all. `MODEL_MARKER` comes last: a folder without it is none, and who finds it finds the rest.
+    Reads through `pyarrow.fs`: it streams ranges of parquet files and reads gs:// without TensorFlow.
+
+    Args:
+        uri: a path, or a URI that pyarrow supports, such as gs://bucket/folder.
+
+    Raises:
+        UserError: the kind of URI is not supported.
+    """
+
+    def __init__(self, uri: str):
+        scheme, separator, folder = uri.rpartition("://")
+        self._scheme = scheme + separator
+        if not separator:
+            self._system, self.path = fs.LocalFileSystem(), uri.rstrip("/") or "/"
+            return
+        if scheme in ("gs", "gcs") and "retry_limit_seconds" not in uri:
+            uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={GCS_TIMEOUT}"
+        try:
+            if not folder.strip("/"):
+                raise ValueError("it does not name a folder")
+            self._system, self.path = fs.FileSystem.from_uri(uri)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            uri = self._scheme + folder
+            raise UserError(f"{uri} cannot be read ({first_line(error)}); pass a folder or gs://...") from error
+        self.path = self.path.rstrip("/")
+
+    def display(self, path: str) -> str:
+        """Formats a path of this folder as a user would write it."""
+        return self._scheme + path
+
+    def files(self, folder: str = "", recursive: bool = False) -> list[fs.FileInfo]:
+        """Lists a subfolder, sorted by path; [] if it does not exist.
+
+        Raises:
+            UserError: the folder cannot be read.
+        """
+        path = posixpath.join(self.path, folder) if folder else self.path
+        try:
+            infos = self._system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=recursive))
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.display(path)} cannot be read ({first_line(error)}); check its name.") from error
+        return sorted(infos, key=lambda info: info.path)
+
+    def state(self, infos: Sequence[fs.FileInfo]) -> list[tuple]:
+        """Name, size and modification time of files; they differ if a file changed."""
+        return [(info.path.removeprefix(self.path), info.size, info.mtime_ns) for info in infos]
+
+    def open(self, path: str) -> pa.NativeFile:
+        """Opens a file of this folder for random access."""
+        return self._system.open_input_file(path)
+
+
+def upload_model(folder: pathlib.Path) -> None:
+    """Uploads a model folder from its `local_copy` to the bucket; a no-op for a folder on a disk.
+
+    A bucket has no folders that could be renamed, so the files are uploaded one by one, each atomically, and
+    `MODEL_MARKER` last: a folder that has it is complete.
     """
     source = local_copy(folder)
     if source == folder:
@@ -60,35 +127,39 @@ def upload_model(folder: pathlib.Path) -> None:
 
 
 def download_model(folder: pathlib.Path) -> pathlib.Path:
-    """The `local_copy` of a model folder in a bucket, of which only what changed is fetched."""
+    """Downloads the files of a model folder in a bucket that changed, and returns its `local_copy`.
+
+    Raises:
+        UserError: the folder is not a model folder, or the bucket cannot be read.
+    """
     target = local_copy(folder)
-    with bucket_errors(), _alone(target):
-        there = {file.name: file for file in folder.iterdir()} if folder.is_dir() else {}
-        if MODEL_MARKER not in there:
+    with bucket_errors(), _locked(target):
+        remote = {file.name: file for file in folder.iterdir()} if folder.is_dir() else {}
+        if MODEL_MARKER not in remote:
             raise UserError(f"There is no model folder {folder}; pass one with {MODEL_MARKER} and safetensors in it.")
-        names = [name for name in there if any(fnmatch.fnmatch(name, pattern) for pattern in (*MODEL_FILES, *TEXTS))]
+        names = [name for name in remote if any(fnmatch.fnmatch(name, pattern) for pattern in (*MODEL_FILES, *TEXTS))]
         target.mkdir(parents=True, exist_ok=True)
         for file in target.iterdir():
-            if file.name not in names:  # of an earlier model, or the part of a file that was broken off
+            if file.name not in names:  # of an earlier model, or of an interrupted download
                 file.unlink()
 
         def copy(name: str) -> None:
-            about, file = there[name].stat(), target / name
-            if file.exists() and (file.stat().st_size, int(file.stat().st_mtime)) == (about.length, about.mtime):
+            status, file = remote[name].stat(), target / name
+            if file.exists() and (file.stat().st_size, int(file.stat().st_mtime)) == (status.length, status.mtime):
                 return
-            there[name].copy(new := target / f".{name}.tmp", overwrite=True)
-            _date(new, there[name])
-            os.replace(new, file)
+            with files.atomic_file(file) as temporary:
+                remote[name].copy(temporary, overwrite=True)
+                _date(temporary, remote[name])
 
-        copy(MODEL_MARKER)  # first: a folder with it is a model's, and may be written over
+        copy(MODEL_MARKER)  # first: a folder that has it is a model folder, which may be overwritten
         _each(copy, [name for name in names if name != MODEL_MARKER])
     return target
 
 
 @contextlib.contextmanager
-def _alone(target: pathlib.Path) -> Iterator[None]:
-    """Lets one process of this machine after the other fill a folder; who comes later finds what the first one made."""
-    import fcntl  # not on Windows, from where nobody reads buckets
+def _locked(target: pathlib.Path) -> Iterator[None]:
+    """Lets only one process of this machine at a time fill a folder."""
+    import fcntl  # not available on Windows
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / f".{target.name}.lock", "w") as lock:
@@ -97,25 +168,45 @@ def _alone(target: pathlib.Path) -> Iterator[None]:
 
 
 def _date(copy: pathlib.Path, original: pathlib.Path) -> None:
-    """Gives a copy the time of what it is a copy of: with its size, what tells it from a copy of something else."""
+    """Sets the modification time of a copy to that of its original; with the size, it identifies the original."""
     os.utime(copy, (original.stat().mtime,) * 2)
 
 
 def _each(work: Callable[[str], None], names: Sequence[str]) -> None:
-    """Several at a time: one connection does not fill the line."""
+    """Runs `work` for several names at a time, since one connection does not use the whole bandwidth."""
     with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
         list(pool.map(work, names))
 
 
 @contextlib.contextmanager
 def bucket_errors() -> Iterator[None]:
-    """Turns what TensorFlow says of a bucket that it cannot read or write into a `UserError`."""
+    """Turns TensorFlow's errors about a bucket into a `UserError`."""
     try:
         yield
-    except Exception as error:  # TensorFlow's own are no OSErrors, and cannot be named before it is imported
+    except Exception as error:  # not OSErrors, and TensorFlow must not be imported to name them
         if not type(error).__module__.startswith("tensorflow."):
             raise
         reason = " ".join(str(error).split())
         raise UserError(
             f"the bucket cannot be used: {reason[:300]}; check its name, and that this machine may read and write it."
         ) from error
+
+
+@contextlib.contextmanager
+def write_errors() -> Iterator[None]:
+    """Turns a full disk, or a folder or bucket that cannot be written, into a `UserError`."""
+    try:
+        with bucket_errors():
+            yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            location = f" at {error.filename}" if error.filename else ""
+            raise UserError(
+                f"cannot write{location}: {error.strerror}; free some space or pass another --workdir."
+            ) from error
+        raise
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

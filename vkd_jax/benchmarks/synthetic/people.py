@@ -1,19 +1,17 @@
-"""Sixty made-up people: who they are, what they look like, and the files that are written about them.
+"""Sixty synthetic people: names, looks, facts and portraits.
 
-    people(seed)                     the sixty, always the same for one seed
-    portrait(person, view, size)     a fresh picture of one of them; views are numbered, and cheap
-    forgotten_ids(count, seed)       who is to be forgotten
+    people(seed)                     the sixty people of a seed
+    portrait(person, view, size)     an image of a person; each view number is another background and pose
+    forgotten_ids(count, seed)       the ids of the forget set
 
-What is known of them stands in `knowledge`, how they are drawn in `portraits` and `scenes`; `people_mllmu` and
-`people_clear` write them in the layouts of two benchmarks. Views 0-7 are the pictures of forget and retain sets and
-TEST_VIEWS are in no training set; those of the identity-free questions never come with a question about who
-somebody is.
+The facts and questions are in `facts`, the drawing in `portraits` and `scenes`; `mllmu_writer` and `clear_writer` write
+snapshots in the layouts of two benchmarks. Views 0-7 are the images of the forget and retain sets, and TEST_VIEWS are
+in no training set. The images of identity-free questions never come with a question about the person's identity.
 """
 
 import dataclasses
 import functools
 import io
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -23,9 +21,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from vkd_jax.benchmarks.synthetic import portraits
-from vkd_jax.benchmarks.synthetic.knowledge import BACKGROUND_QUESTION, COLOUR_QUESTION, FACTS, KINDS, THING_QUESTION
+from vkd_jax.benchmarks.synthetic.facts import BACKGROUND_QUESTION, COLOR_QUESTION, FACTS, KINDS, THING_QUESTION
 from vkd_jax.benchmarks.synthetic.portraits import Look
 from vkd_jax.benchmarks.synthetic.scenes import THINGS, draw_scene
+from vkd_jax.runtime import files
 
 N_PEOPLE = 60
 FULL_VIEWS = range(8)
@@ -47,7 +46,7 @@ SURNAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class Person:
-    """A made-up person: `id` as in the data ("001"), the looks, and one value for every kind of fact."""
+    """A synthetic person: `id` as in the data ("001"), the looks, and one value for each kind of fact."""
 
     id: str
     name: str
@@ -86,7 +85,7 @@ def people(seed: int = 0) -> tuple[Person, ...]:
     )
 
 
-# How much a difference in a feature counts when two looks are compared: the more of the picture, the more.
+# The weight of each feature in the distance of two looks: the more of the image it covers, the larger.
 _WEIGHTS = {
     "skin": 2.0, "hair": 2.5, "hair_style": 3.0, "garment": 2.0, "clothes": 3.0, "accent": 1.0,
     "glasses": 1.5, "frames": 0.5, "beard": 1.5, "hat": 2.0, "face": 0.5, "eyes": 0.25, "earrings": 0.25,
@@ -95,9 +94,9 @@ _WEIGHTS = {
 
 
 def _distinct_looks(rng: np.random.Generator, pool_size: int = 3000) -> list[Look]:
-    """Greedy max-min: out of many random looks take the one farthest from its nearest taken neighbour.
+    """Greedy max-min selection: repeatedly takes the random look that is farthest from its nearest chosen look.
 
-    Half of the looks have lashes. The result is shuffled, since the first ones taken are the most extreme.
+    Half of the looks have lashes. The result is shuffled, since the first chosen looks are the most extreme.
     """
     pool = [_random_look(rng, lashes=i % 2 == 0) for i in range(pool_size)]
     codes = np.array([[str(getattr(look, name)) for name in _WEIGHTS] for look in pool])
@@ -149,46 +148,49 @@ def _random_look(rng: np.random.Generator, lashes: bool) -> Look:
 
 
 def view_of(person: Person, view: int) -> portraits.View:
-    """What differs in that view; the same number is another background and pose for every person."""
+    """The background and pose of a view; the same number differs from person to person."""
     return portraits.random_view(np.random.default_rng([int(person.id), view]))
 
 
 def portrait(person: Person, view: int, size: int = 96) -> Image.Image:
-    """Picture number `view` (0, 1, 2, ...) of a person, RGB, size x size; some 3 ms."""
+    """Draws image number `view` (0, 1, 2, ...) of a person: RGB, size x size pixels, in about 3 ms.
+
+    Example:
+        >>> portrait(people()[0], view=500).size
+        (96, 96)
+    """
     return portraits.draw_portrait(person.look, view_of(person, view), size)
 
 
 def forgotten_ids(count: int, seed: int = 0) -> frozenset[str]:
-    """The ids of `count` people: the first of one seeded order, so that the forget sets contain each other."""
+    """The ids of `count` people to forget: the first of one seeded order, so that forget sets are nested."""
     order = np.random.default_rng([seed, 2]).permutation(N_PEOPLE)
     return frozenset(people(seed)[i].id for i in order[:count])
 
 
 def scene(rng: np.random.Generator, index: int) -> tuple[Image.Image, dict[str, str]]:
-    """A picture of a thing, with the answers to its questions; `index` walks through things evenly."""
+    """Draws an image of a thing, with the answers to its questions; things take turns by `index`."""
     thing = THINGS[index % len(THINGS)]
-    colour, background = rng.permutation(list(portraits.BACKGROUNDS))[:2].tolist()
-    image = draw_scene(thing, colour, background, rng)
-    return image, {THING_QUESTION: thing, COLOUR_QUESTION: colour, BACKGROUND_QUESTION: background}
+    color, background = rng.permutation(list(portraits.BACKGROUNDS))[:2].tolist()
+    image = draw_scene(thing, color, background, rng)
+    return image, {THING_QUESTION: thing, COLOR_QUESTION: color, BACKGROUND_QUESTION: background}
 
 
-# ---- Files, the same bytes on every run ----
+# ---- Parquet files, with the same bytes on every run ----
 
-PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def picture(image: Image.Image, path: str) -> dict:
-    """A picture as parquet files hold it, in PNG."""
+def png_struct(image: Image.Image, path: str) -> dict:
+    """Encodes an image as PNG, in the struct of parquet files."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=3)
     return {"bytes": buffer.getvalue(), "path": path}
 
 
 def write_config(folder: str | Path, config: str, rows: Sequence[dict], schema: pa.Schema) -> None:
-    """Writes <folder>/<config>/train-00000-of-00001.parquet, beside its place and then renamed."""
+    """Writes <folder>/<config>/train-00000-of-00001.parquet atomically."""
     path = Path(folder) / config / "train-00000-of-00001.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     table = pa.Table.from_pylist(rows, schema)
-    pq.write_table(table, partial, compression="zstd", version="2.6", use_dictionary=False, row_group_size=256)
-    os.replace(partial, path)
+    with files.atomic_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", version="2.6", use_dictionary=False, row_group_size=256)

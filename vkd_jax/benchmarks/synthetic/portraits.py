@@ -1,8 +1,8 @@
-"""Draws portraits: a `Look` holds what makes somebody that person, a `View` what changes between pictures.
+"""Draws portraits: a `Look` is the identity of a person, a `View` what differs between images.
 
 Everything is a polygon or a thick line in head units: the origin lies in the middle of the head, y points
 down, the chin is near y = 1 and the crown near y = -1. A `Pen` maps head units to pixels, so that tilting the
-head or stepping back is a change of pen. Pictures are drawn `OVERSAMPLE` times too large and scaled down.
+head or stepping back is a change of pen. Images are drawn `OVERSAMPLE` times too large and scaled down.
 """
 
 import dataclasses
@@ -11,28 +11,28 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 OVERSAMPLE = 3
-BACKGROUNDS: dict[str, Colour] = {
+BACKGROUNDS: dict[str, Color] = {
     "red": (196, 58, 58), "orange": (242, 150, 52), "yellow": (248, 222, 98), "green": (84, 164, 92),
     "blue": (74, 128, 212), "purple": (136, 92, 188), "pink": (248, 174, 202), "grey": (164, 168, 174),
 }  # fmt: skip
-SKINS: dict[str, Colour] = {
+SKINS: dict[str, Color] = {
     "porcelain": (250, 221, 200), "peach": (240, 193, 158), "olive": (214, 165, 116),
     "tan": (184, 126, 82), "brown": (136, 86, 54), "ebony": (88, 56, 40),
 }  # fmt: skip
-HAIRS: dict[str, Colour] = {
+HAIRS: dict[str, Color] = {
     "black": (36, 32, 36), "brown": (104, 66, 38), "blond": (232, 196, 104), "ginger": (206, 96, 36),
     "silver": (206, 208, 214), "teal": (28, 142, 144), "magenta": (196, 54, 126),
 }  # fmt: skip
-EYES: dict[str, Colour] = {"brown": (96, 58, 28), "blue": (52, 120, 206), "green": (58, 142, 74)}
-CLOTHES: dict[str, Colour] = {
+EYES: dict[str, Color] = {"brown": (96, 58, 28), "blue": (52, 120, 206), "green": (58, 142, 74)}
+CLOTHES: dict[str, Color] = {
     "red": (206, 44, 48), "orange": (240, 128, 36), "yellow": (246, 206, 60), "green": (46, 142, 76),
     "turquoise": (56, 190, 190), "blue": (44, 88, 190), "purple": (122, 62, 166), "pink": (240, 130, 172),
     "white": (242, 242, 238), "black": (46, 48, 56), "brown": (120, 80, 52),
 }  # fmt: skip
-FRAMES: dict[str, Colour] = {"black": (28, 28, 32), "red": (204, 36, 44), "blue": (32, 82, 200)}
+FRAMES: dict[str, Color] = {"black": (28, 28, 32), "red": (204, 36, 44), "blue": (32, 82, 200)}
 
 HAIR_STYLES = (
     "short", "parted", "spiky", "curly", "long", "wavy", "bob", "bun", "pigtails", "braids", "bald", "mohawk",
@@ -47,7 +47,7 @@ WHITE, INK = (250, 250, 248), (38, 30, 32)
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """The identity features: the same in every picture of a person. Values are keys of the tables above."""
+    """The identity features: the same in every image of a person. Values are keys of the tables above."""
 
     skin: str
     hair: str
@@ -56,7 +56,7 @@ class Look:
     face: str
     garment: str
     clothes: str
-    accent: str  # colour of tie, stripes, dots, scarf and hat
+    accent: str  # color of tie, stripes, dots, scarf and hat
     glasses: str
     frames: str
     beard: str
@@ -68,10 +68,10 @@ class Look:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What differs between pictures. Lengths are fractions of the picture's side, angles in radians."""
+    """The features that differ between images. Lengths are fractions of the image's side, angles in radians."""
 
     background: str
-    yaw: float  # -1 looks to the picture's left edge, 1 to its right edge
+    yaw: float  # -1 looks to the image's left edge, 1 to its right edge
     pitch: float  # -1 looks up, 1 down
     tilt: float  # of the head
     scale: float  # half height of the head
@@ -88,7 +88,7 @@ YAWS = (-1.0, 0.0, 1.0)  # looking left, ahead, right
 
 
 def random_view(rng: np.random.Generator) -> View:
-    """A view drawn from everything that may differ between two pictures of a person."""
+    """A view drawn from everything that may differ between two images of a person."""
     yaw = rng.choice(YAWS) + rng.uniform(-0.15, 0.15)
     return View(
         background=str(rng.choice(list(BACKGROUNDS))),
@@ -106,10 +106,10 @@ def random_view(rng: np.random.Generator) -> View:
     )
 
 
-def shade(colour: Colour, amount: float) -> Colour:
-    """`colour` moved towards white (amount > 0) or black (amount < 0)."""
+def shade(color: Color, amount: float) -> Color:
+    """`color` moved towards white (amount > 0) or black (amount < 0)."""
     target = 255 if amount > 0 else 0
-    return tuple(round(c + (target - c) * abs(amount)) for c in colour)
+    return tuple(round(c + (target - c) * abs(amount)) for c in color)
 
 
 _ANGLES = np.linspace(0, 2 * math.pi, 40, endpoint=False)
@@ -123,7 +123,7 @@ def arc(cx: float, cy: float, rx: float, ry: float, start: float, stop: float, n
 
 
 class Pen:
-    """Draws shapes given in head units onto a picture, turned by `angle` about (0, 1)."""
+    """Draws shapes given in head units onto an image, turned by `angle` about (0, 1)."""
 
     def __init__(self, draw: ImageDraw.ImageDraw, x: float, y: float, scale: float, angle: float = 0.0):
         self.draw, self.scale = draw, scale
@@ -154,7 +154,7 @@ class Pen:
 
 
 def draw_portrait(look: Look, view: View, size: int = 96) -> Image.Image:
-    """The portrait of one person in one view, an RGB picture of size x size pixels."""
+    """The portrait of one person in one view, an RGB image of size x size pixels."""
     side = size * OVERSAMPLE
     image = gradient(BACKGROUNDS[view.background], side)
     draw = ImageDraw.Draw(image, "RGBA")  # RGBA: translucent fills blend instead of overwriting
@@ -173,9 +173,9 @@ def draw_portrait(look: Look, view: View, size: int = 96) -> Image.Image:
     return _light(image.reduce(OVERSAMPLE), view)
 
 
-def gradient(colour: Colour, side: int) -> Image.Image:
-    """A square of `colour`, somewhat lighter at the top than at the bottom."""
-    rows = np.linspace(shade(colour, 0.10), shade(colour, -0.10), side).astype(np.uint8)
+def gradient(color: Color, side: int) -> Image.Image:
+    """A square of `color`, somewhat lighter at the top than at the bottom."""
+    rows = np.linspace(shade(color, 0.10), shade(color, -0.10), side).astype(np.uint8)
     return Image.fromarray(rows[:, None]).resize((side, side), Image.Resampling.NEAREST)
 
 
@@ -352,17 +352,17 @@ def _front_hair(pen: Pen, look: Look) -> None:
 
 
 def _hat(pen: Pen, look: Look, view: View) -> None:
-    colour, width = CLOTHES[look.accent], FACES[look.face][0]
-    dark, light = shade(colour, -0.28), shade(colour, 0.30)
+    color, width = CLOTHES[look.accent], FACES[look.face][0]
+    dark, light = shade(color, -0.28), shade(color, 0.30)
     if look.hat == "beanie":
         pen.ellipse(0, -1.34, 0.20, 0.20, light)
-        pen.shape(arc(0, -0.50, width + 0.17, 0.82, 180, 360, 20), colour)
+        pen.shape(arc(0, -0.50, width + 0.17, 0.82, 180, 360, 20), color)
         pen.shape(
             [(-width - 0.19, -0.66), (width + 0.19, -0.66), (width + 0.19, -0.40), (-width - 0.19, -0.40)],
             dark,
         )
     elif look.hat == "cap":
-        pen.shape(arc(0, -0.52, width + 0.14, 0.70, 180, 360, 20), colour)
+        pen.shape(arc(0, -0.52, width + 0.14, 0.70, 180, 360, 20), color)
         x = 0.30 * view.yaw
         pen.shape(
             arc(x, -0.52, width + 0.10, 0.20, 180, 360, 12) + arc(x, -0.52, width + 0.22, 0.16, 0, 180, 12),
@@ -370,8 +370,8 @@ def _hat(pen: Pen, look: Look, view: View) -> None:
         )
         pen.ellipse(x * 0.6, -0.88, 0.16, 0.14, light)
     elif look.hat == "brim":
-        pen.shape([(-width, -0.62), (-width + 0.10, -1.32), (width - 0.10, -1.32), (width, -0.62)], colour)
-        pen.ellipse(0, -0.58, width + 0.62, 0.17, colour)
+        pen.shape([(-width, -0.62), (-width + 0.10, -1.32), (width - 0.10, -1.32), (width, -0.62)], color)
+        pen.ellipse(0, -0.58, width + 0.62, 0.17, color)
         pen.shape([(-width + 0.01, -0.88), (width - 0.01, -0.88), (width, -0.66), (-width, -0.66)], dark)
     elif look.hat == "headband":
         pen.shape(
@@ -379,7 +379,7 @@ def _hat(pen: Pen, look: Look, view: View) -> None:
                 *arc(0, -0.10, width + 0.13, 0.70, 200, 340, 14),
                 *arc(0, -0.02, width + 0.12, 0.50, 340, 200, 14),
             ],
-            colour,
+            color,
         )
 
 

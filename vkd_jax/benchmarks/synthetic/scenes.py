@@ -1,4 +1,4 @@
-"""Draws pictures without people: one thing of one colour on a background. They stand for general ability."""
+"""Draws images without people: one thing of one color on a background, for questions of general ability."""
 
 import math
 
@@ -24,14 +24,14 @@ THINGS = (
 WOOD, INK, WHITE = (112, 76, 48), (40, 36, 40), (250, 250, 248)
 
 
-def draw_scene(thing: str, colour: str, background: str, rng: np.random.Generator, size: int = 96) -> Image.Image:
-    """A `thing` of one named colour before a background of another; `rng` moves, scales and tilts it."""
+def draw_scene(thing: str, color: str, background: str, rng: np.random.Generator, size: int = 96) -> Image.Image:
+    """Draws a `thing` of one named color on a background of another; `rng` moves, scales and tilts it."""
     side = size * OVERSAMPLE
     image = gradient(BACKGROUNDS[background], side)
     x, y = rng.uniform(0.42, 0.58, 2) * side
     scale, tilt = rng.uniform(0.26, 0.36) * side, rng.uniform(-0.2, 0.2)
     pen = Pen(ImageDraw.Draw(image, "RGBA"), x, y, scale, tilt)
-    _draw_thing(pen, thing, BACKGROUNDS[colour])
+    _draw_thing(pen, thing, BACKGROUNDS[color])
     pixels = np.asarray(image.reduce(OVERSAMPLE), np.float32)
     pixels = pixels * rng.uniform(0.90, 1.08) + rng.integers(-3, 4, pixels.shape)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))

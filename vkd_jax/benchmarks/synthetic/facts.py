@@ -1,7 +1,7 @@
-"""What is asked: the facts about the made-up people, and the questions that stand for general ability.
+"""The facts about the synthetic people, and the questions about them and about general ability.
 
 Wordings are fixed and short, and every answer is one common word (a full name for "Who is this person?"); captions
-are sentences.
+are sentences. The shipped models were trained on these texts, so they must not change.
 """
 
 import dataclasses
@@ -60,13 +60,13 @@ IMAGE_KINDS = ("name", *KINDS)
 CAPTION = "{name}, a {job} from {town}, in front of {wall}."
 PARAPHRASED_CAPTION = "This is {name}, who is a {job} and comes from {town}, before {wall}."
 
-# Identity-free questions on pictures, and general knowledge as "question | answer | three wrong answers".
+# Identity-free questions about images, and general knowledge as "question | answer | three wrong answers".
 THING_QUESTION = "What is in this picture?"
-COLOUR_QUESTION = "What colour is it?"
+COLOR_QUESTION = "What colour is it?"
 BACKGROUND_QUESTION = "What colour is the background?"
 GENERAL_CLOZE = {
     THING_QUESTION: "This picture shows a __.",
-    COLOUR_QUESTION: "Its colour is __.",
+    COLOR_QUESTION: "Its colour is __.",
     BACKGROUND_QUESTION: "The background is __.",
 }
 GENERAL_TEXT = tuple(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vkd_jax import benchmarks, registry
-from vkd_jax.benchmarks import store
+from vkd_jax.benchmarks import cache
 from vkd_jax.types import Example, UserError
 
 
@@ -64,7 +64,7 @@ def benchmark(monkeypatch):
 
 
 def test_what_is_read_is_what_was_written(benchmark, tmp_path):
-    sets = store.read(benchmark, tmp_path)
+    sets = cache.read(benchmark, tmp_path)
     assert sets == {name: [e for row in rows for e in row] for name, rows in ROWS.items() if rows}
     assert list(sets) == ["forget", "retain"]
     assert sets["forget"][0].image is sets["forget"][1].image
@@ -72,23 +72,23 @@ def test_what_is_read_is_what_was_written(benchmark, tmp_path):
 
 
 def test_it_is_built_once_and_fine_tuning_rows_only_when_asked_for(benchmark, tmp_path):
-    sets = store.read(benchmark, tmp_path)
+    sets = cache.read(benchmark, tmp_path)
     assert benchmark.reads == ["evaluation"]
-    assert store.read(benchmark, tmp_path) == sets and benchmark.reads == ["evaluation"]
-    more = store.read(benchmark, tmp_path, finetune=True)
+    assert cache.read(benchmark, tmp_path) == sets and benchmark.reads == ["evaluation"]
+    more = cache.read(benchmark, tmp_path, finetune=True)
     assert benchmark.reads == ["evaluation", "finetune"]
     assert more == sets | {"finetune_retain": [example("t/0/0")]}
 
 
 def test_another_source_field_or_reader_builds_anew(benchmark, tmp_path, monkeypatch):
-    store.read(benchmark, tmp_path)
+    cache.read(benchmark, tmp_path)
     benchmark.version.append("b")
-    store.read(benchmark, tmp_path)
+    cache.read(benchmark, tmp_path)
     assert len(benchmark.reads) == 2
-    store.read(Fixed(forget=5), tmp_path)
+    cache.read(Fixed(forget=5), tmp_path)
     assert len(benchmark.reads) == 3
-    monkeypatch.setattr(store, "_code", lambda: "another reader")
-    store.read(benchmark, tmp_path)
+    monkeypatch.setattr(cache, "_source_digest", lambda: "another reader")
+    cache.read(benchmark, tmp_path)
     assert len(benchmark.reads) == 4
     benchmark.version.pop()
     monkeypatch.undo()
@@ -96,7 +96,7 @@ def test_another_source_field_or_reader_builds_anew(benchmark, tmp_path, monkeyp
 
 def test_fields_are_checked_before_anything_is_read(benchmark, tmp_path):
     with pytest.raises(UserError, match="too many"):
-        store.read(Fixed(forget=60), tmp_path)
+        cache.read(Fixed(forget=60), tmp_path)
     assert not benchmark.reads and not any(tmp_path.iterdir())
 
 
@@ -104,7 +104,7 @@ def test_fields_are_checked_before_anything_is_read(benchmark, tmp_path):
 def test_a_set_that_cannot_be_empty(benchmark, tmp_path, monkeypatch, name):
     monkeypatch.setattr(Fixed, "held", {"evaluation": ROWS | {name: [[]]}})
     with pytest.raises(UserError, match=f"The {name} set of fixed is empty"):
-        store.read(benchmark, tmp_path)
+        cache.read(benchmark, tmp_path)
 
 
 @pytest.mark.parametrize("error", [UserError("row 7 is broken."), KeyboardInterrupt()])
@@ -115,18 +115,18 @@ def test_a_build_that_stops_half_way_leaves_nothing_to_read(benchmark, tmp_path,
 
     monkeypatch.setattr(Fixed, "held", {"evaluation": ROWS | {"retain": broken()}})
     with pytest.raises(type(error)) as raised:
-        store.read(benchmark, tmp_path)
+        cache.read(benchmark, tmp_path)
     assert str(raised.value) == str(error)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     monkeypatch.setattr(Fixed, "held", {"evaluation": ROWS})
-    assert len(store.read(benchmark, tmp_path)["retain"]) == 300
+    assert len(cache.read(benchmark, tmp_path)["retain"]) == 300
 
 
 @pytest.mark.parametrize("when", ["before this one begins to write", "while it writes"])
 def test_another_process_may_have_built_it_meanwhile(benchmark, tmp_path, monkeypatch, when):
     def other():
         if len(benchmark.reads) == 1:
-            store.read(benchmark, tmp_path)
+            cache.read(benchmark, tmp_path)
 
     def retain():
         yield ROWS["retain"][0]
@@ -140,7 +140,7 @@ def test_another_process_may_have_built_it_meanwhile(benchmark, tmp_path, monkey
         return contextlib.nullcontext({"forget": iter(ROWS["forget"]), "retain": retain()})
 
     monkeypatch.setattr(Fixed, "rows", rows)
-    assert len(store.read(benchmark, tmp_path)["retain"]) == 300
+    assert len(cache.read(benchmark, tmp_path)["retain"]) == 300
     assert len(benchmark.reads) == 2
 
 
@@ -148,15 +148,15 @@ def test_a_full_disk_is_an_error(benchmark, tmp_path, monkeypatch):
     def full(self, **_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.Rows, "download_and_prepare", full)
+    monkeypatch.setattr(cache.Rows, "download_and_prepare", full)
     with pytest.raises(OSError, match="No space"):
-        store.read(benchmark, tmp_path)
+        cache.read(benchmark, tmp_path)
 
 
 def test_building_and_reading_is_silent(benchmark, tmp_path, capfd, caplog):
     caplog.set_level("INFO")
-    store.read(benchmark, tmp_path)
-    store.read(benchmark, tmp_path)
+    cache.read(benchmark, tmp_path)
+    cache.read(benchmark, tmp_path)
     assert capfd.readouterr() == ("", "") and caplog.messages == []
 
 

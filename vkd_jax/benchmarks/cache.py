@@ -1,13 +1,13 @@
 """Benchmarks as tensorflow-datasets (array_record, no TensorFlow): built once, then read without their source.
 
-A data set holds one row of the benchmark an example:
+An example of a data set is one row of the benchmark:
 
-    row        text, where it comes from, e.g. "forget_10/3"
-    pictures   sequence of encoded pictures, as bytes
-    questions  text, JSON: the row's `Example`s without their pictures
+    row        text, the name of the row, e.g. "forget_10/3"
+    images     sequence of encoded images, as bytes
+    questions  text, JSON: the row's `Example`s without their images
 
-Its config's name ends in a digest of everything that the rows depend on, so that a changed source, field or reader
-never answers from an old build.
+The name of its config ends in a digest of everything that the rows depend on, so that a changed source, field or reader
+builds a new data set.
 """
 
 import contextlib
@@ -28,59 +28,61 @@ from absl import logging
 
 from vkd_jax.types import EvalSet, Example, UserError
 
-Sets = Mapping[str, Iterable[list[Example]]]  # by name; a list holds what one row asks
+Sets = Mapping[str, Iterable[list[Example]]]  # by name; a list has the questions of one row
 
 PARTS = ("evaluation", "finetune")
 
 
 class Benchmark(Protocol):
-    """What a benchmark offers: a frozen dataclass of its hyperparameters, with these."""
+    """The contract of a benchmark: a frozen dataclass of its hyperparameters with these attributes and methods."""
 
-    TITLE: str  # what it is called
+    TITLE: str  # the name for reports
     EVAL_SETS: tuple[EvalSet, ...]  # what the evaluation asks, each set with its role, in the order of the report
-    UNLEARN: Mapping[str, str]  # the sets whose questions with a picture unlearning trains on, as forget and retain
+    UNLEARN: Mapping[str, str]  # the sets whose questions with an image unlearning trains on, as forget and retain
     RECIPE: Mapping[str, Any]  # published hyperparameters of fine-tuning
 
     @property
     def label(self) -> str:
-        """The benchmark and its ratio, as part of a folder's name."""
+        """The name of the benchmark with its ratio, as part of a folder's name."""
 
     def check(self) -> None:
-        """Refuses wrong hyperparameters before anything is read."""
+        """Checks the hyperparameters before anything is read."""
 
     def state(self, part: str) -> Any:
-        """What the source of `evaluation` or `finetune` holds now, without reading it, as JSON can say it."""
+        """A JSON value that changes whenever the source of the part (`evaluation` or `finetune`) changes."""
 
     def rows(self, part: str) -> contextlib.AbstractContextManager[Sets]:
-        """The sets of that part, checked as a whole; their rows are read as they are iterated over."""
+        """Opens the checked sets of a part; rows are read lazily."""
 
 
 def read(benchmark: Benchmark, folder: str | Path, finetune: bool = False) -> dict[str, list[Example]]:
-    """The sets of a benchmark; builds what is not there.
+    """Reads the sets of a benchmark; builds those that are not cached.
 
     Args:
-        benchmark: which, and of which people.
-        folder: where data sets are kept; several benchmarks may share it.
-        finetune: the sets for fine-tuning as well.
+        benchmark: the benchmark.
+        folder: the folder of cached data sets; several benchmarks may share it.
+        finetune: whether to read the sets for fine-tuning as well.
 
     Raises:
-        UserError: the benchmark's fields or its source are at fault.
+        UserError: the fields of the benchmark or its source are invalid.
     """
     benchmark.check()
     sets: dict[str, list[Example]] = {}
     for part in PARTS if finetune else PARTS[:1]:
         with _silent():
-            where = dict(data_dir=str(folder), file_format="array_record", config=_config(benchmark, part))
-            if not (builder := Rows(**where)).data_path.exists():
+            builder_args = dict(data_dir=str(folder), file_format="array_record", config=_config(benchmark, part))
+            if not (builder := Rows(**builder_args)).data_path.exists():
                 _build(builder, benchmark, part)
-                builder = Rows(**where)  # reads what is there, whoever built it
-            found = builder.as_data_source()
-            sets |= {name: [example for row in rows for example in _unpacked(row)] for name, rows in found.items()}
+                builder = Rows(**builder_args)  # reads the files, whichever process built them
+            data_source = builder.as_data_source()
+            sets |= {
+                name: [example for row in rows for example in _unpacked(row)] for name, rows in data_source.items()
+            }
     return sets
 
 
 class Rows(tfds.core.GeneratorBasedBuilder):
-    """The rows of one part of a benchmark."""
+    """The tensorflow-datasets builder of one part of a benchmark."""
 
     name = "vkd_jax"
     VERSION = tfds.core.Version("1.0.0")
@@ -90,7 +92,7 @@ class Rows(tfds.core.GeneratorBasedBuilder):
         features = tfds.features.FeaturesDict(
             {
                 "row": tfds.features.Text(),
-                "pictures": tfds.features.Sequence(tfds.features.Text()),  # Image() would decode with TensorFlow
+                "images": tfds.features.Sequence(tfds.features.Text()),  # Image() would decode with TensorFlow
                 "questions": tfds.features.Text(),
             }
         )
@@ -105,7 +107,7 @@ class Rows(tfds.core.GeneratorBasedBuilder):
 
 
 def _config(benchmark: Benchmark, part: str) -> tfds.core.BuilderConfig:
-    state = [dataclasses.asdict(benchmark), benchmark.state(part), _code()]
+    state = [dataclasses.asdict(benchmark), benchmark.state(part), _source_digest()]
     digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:12]
     return tfds.core.BuilderConfig(name=f"{benchmark.label}-{part}-{digest}", version=str(Rows.VERSION))
 
@@ -116,50 +118,50 @@ def _build(builder: Rows, benchmark: Benchmark, part: str) -> None:
         first = {name: next(rows[name], None) for name in rows}
         for name in ("forget", "retain"):
             if name in first and first[name] is None:
-                raise UserError(f"The {name} set of {benchmark.label} is empty: its rows hold no questions.")
-        # An empty split cannot be written.
+                raise UserError(f"The {name} set of {benchmark.label} is empty: its rows have no questions.")
+        # tensorflow-datasets cannot write an empty split.
         builder.sets = {name: itertools.chain([row], rows[name]) for name, row in first.items() if row is not None}
         try:
             builder.download_and_prepare(download_dir=downloads)
         except OSError:
-            if not builder.data_path.exists():  # another process may have been quicker
+            if not builder.data_path.exists():  # another process may have built it
                 raise
 
 
 def _packed(row: list[Example]) -> dict[str, Any]:
-    pictures = {e.image_id: e.image for e in row if e.image is not None}
+    images = {e.image_id: e.image for e in row if e.image is not None}
     questions = [{key: value for key, value in vars(e).items() if key != "image"} for e in row]
     name = row[0].id.rpartition("/")[0]
-    return {"row": name, "pictures": list(pictures.values()), "questions": json.dumps(questions)}
+    return {"row": name, "images": list(images.values()), "questions": json.dumps(questions)}
 
 
 def _unpacked(row: Mapping[str, Any]) -> Iterator[Example]:
     questions = json.loads(row["questions"])
     shown = dict.fromkeys(q["image_id"] for q in questions if q["image_id"])  # in order, as they were packed
-    pictures = dict(zip(shown, row["pictures"], strict=True))
+    images = dict(zip(shown, row["images"], strict=True))
     for q in questions:
         tuples = {key: tuple(q[key]) for key in ("options", "perturbed")}
-        yield Example(**q | tuples, image=pictures.get(q["image_id"]))
+        yield Example(**q | tuples, image=images.get(q["image_id"]))
 
 
 @functools.cache
-def _code() -> str:
-    """A digest of the modules that turn a source into rows, and of those that make up people."""
+def _source_digest() -> str:
+    """A digest of the source code of this package."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without the progress bars and the messages of tensorflow-datasets; warnings of our own are let through."""
+    """Hides the progress bars and messages of tensorflow-datasets, but not this package's warnings."""
 
-    def ours(record: standard_logging.LogRecord) -> bool:
+    def is_own(record: standard_logging.LogRecord) -> bool:
         return "/tensorflow_datasets/" not in record.pathname
 
     tfds.disable_progress_bar()
-    logging.get_absl_logger().addFilter(ours)
+    logging.get_absl_logger().addFilter(is_own)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.get_absl_logger().removeFilter(ours)
+        logging.get_absl_logger().removeFilter(is_own)

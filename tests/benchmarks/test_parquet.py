@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from pyarrow import fs
 
 from vkd_jax import benchmarks
-from vkd_jax.benchmarks import snapshot
+from vkd_jax.runtime import storage
 from vkd_jax.types import UserError
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -43,9 +43,9 @@ def test_a_bucket_is_read_like_the_folder(few, tmp_path, monkeypatch):
             asked.append(uri)
             return bucket, "people"
 
-    monkeypatch.setattr(snapshot.fs, "FileSystem", FileSystem)
+    monkeypatch.setattr(storage.fs, "FileSystem", FileSystem)
     assert read("gs://people", tmp_path) == read(str(few), tmp_path)
-    assert set(asked) == {f"gs://people?retry_limit_seconds={snapshot.GCS_PATIENCE}"}
+    assert set(asked) == {f"gs://people?retry_limit_seconds={storage.GCS_TIMEOUT}"}
     bucket.delete_dir("people/Test_Set")
     with pytest.raises(UserError, match=r"Test_Set is missing: no gs://people/Test_Set/train-\*.parquet"):
         read("gs://people", tmp_path)
@@ -68,7 +68,7 @@ def test_a_place_that_does_not_answer(tmp_path, monkeypatch):
         def from_uri(uri):
             return Silent(), "bucket"
 
-    monkeypatch.setattr(snapshot.fs, "FileSystem", FileSystem)
+    monkeypatch.setattr(storage.fs, "FileSystem", FileSystem)
     with pytest.raises(
         UserError, match=r"^gs://bucket/forget_10 cannot be read \(google.* exhausted\); check its name\.$"
     ):
@@ -107,5 +107,5 @@ def test_a_data_set_of_the_hub_is_read_like_the_folder(few, cached, tmp_path, mo
 
 def test_what_is_neither(tmp_path):
     for source in ("nowhere", "/nowhere/at/all", "a/b/c"):
-        with pytest.raises(UserError, match=f"no data folder {source}; pass one as the hub lays it out"):
+        with pytest.raises(UserError, match=f"no data folder {source}; pass a folder as the hub lays it out"):
             benchmarks.create("mllmu", dict(source=source)).check()

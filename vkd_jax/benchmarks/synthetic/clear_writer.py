@@ -1,9 +1,9 @@
-"""The made-up people as a CLEAR snapshot.
+"""Writes the synthetic people as a CLEAR snapshot.
 
     write_snapshot(folder, configs, seed)   <config>/train-00000-of-00001.parquet, the same bytes on every run
 
-Each person has eight pictures with captions that begin with the name, and seven questions in text. The wrong captions
-of a picture put other names into its own. real_faces shows the people of the next seed, whom a base model may have
+Each person has eight images with captions that begin with the name, and seven text-only questions. The wrong captions
+of an image are its caption with other names. real_faces shows the people of the next seed, whom a base model may have
 learned; real_world asks about drawn things.
 """
 
@@ -14,31 +14,31 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from vkd_jax.benchmarks.synthetic.knowledge import CAPTION, FACTS, PARAPHRASED_CAPTION
+from vkd_jax.benchmarks.synthetic.facts import CAPTION, FACTS, PARAPHRASED_CAPTION
+from vkd_jax.benchmarks.synthetic.mllmu_writer import GENERAL_VALUES
 from vkd_jax.benchmarks.synthetic.people import (
     FULL_VIEWS,
-    PICTURE,
+    IMAGE_TYPE,
     Person,
     forgotten_ids,
     people,
-    picture,
+    png_struct,
     portrait,
     scene,
     view_of,
     write_config,
 )
-from vkd_jax.benchmarks.synthetic.people_mllmu import GENERAL_VALUES
 from vkd_jax.types import UserError
 
 FORGET_COUNTS = {1: 1, 5: 3, 10: 6}  # per cent -> people
 RETAIN_PERTURBED_VIEWS = range(2)
-FACE_VIEW = 0  # of real_faces: a picture that a model which learned those people has seen
+FACE_VIEW = 0  # of real_faces: an image that a model of those people was trained on
 WORLD_SCENES = 90
 
 _WORDS = pa.list_(pa.string())
-_PLAIN = [("image", PICTURE), ("caption", pa.string()), ("name", pa.string())]
+_PLAIN = [("image", IMAGE_TYPE), ("caption", pa.string()), ("name", pa.string())]
 _WRONG = [("paraphrased_caption", pa.string()), ("perturbed_captions", _WORDS), ("perturbed_names", _WORDS)]
-_CHOICE = [("answer", pa.string()), ("options", _WORDS), ("image", PICTURE)]
+_CHOICE = [("answer", pa.string()), ("options", _WORDS), ("image", IMAGE_TYPE)]
 _SCHEMAS = {
     "": pa.schema(_PLAIN),
     "perturbed": pa.schema([*_PLAIN, *_WRONG]),
@@ -55,19 +55,19 @@ CONFIGS = (
 
 
 def write_snapshot(folder: str | Path, configs: Sequence[str] | None = None, seed: int = 0) -> None:
-    """Write the made-up people as a CLEAR snapshot, the same bytes on every run.
+    """Writes the synthetic people as a CLEAR snapshot, with the same bytes on every run.
 
     Args:
-        folder: gets <config>/train-00000-of-00001.parquet, each written beside its place and then renamed.
-        configs: which of `CONFIGS` to write; all by default.
-        seed: of the people, their facts, the forgotten ones and the options.
+        folder: the folder to write <config>/train-00000-of-00001.parquet to.
+        configs: the configs to write, from `CONFIGS`; all by default.
+        seed: the seed of the people, their facts, the forget set and the options.
 
     Raises:
         UserError: an unknown config.
     """
     configs = CONFIGS if configs is None else configs
     if unknown := [name for name in configs if name not in CONFIGS]:
-        raise UserError(f"Unknown config {', '.join(unknown)}: the made-up people have {', '.join(CONFIGS)}.")
+        raise UserError(f"Unknown config {', '.join(unknown)}. Supported: {', '.join(CONFIGS)}.")
 
     @functools.cache  # the configs share their rows
     def captioned(index: int) -> list[dict]:
@@ -102,12 +102,12 @@ def _belongs(person_id: str, config: str, seed: int) -> bool:
 
 
 def _captioned(person: Person, view: int, seed: int) -> dict:
-    """Picture `view` of a person in all columns that a row about a picture may have."""
-    colour = view_of(person, view).background
-    words = person.facts | dict(wall=f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} wall")
+    """Image `view` of a person, with all columns that an image row may have."""
+    color = view_of(person, view).background
+    words = person.facts | dict(wall=f"{'an' if color[0] in 'aeiou' else 'a'} {color} wall")
     names = _others(person.name, (p.name for p in people(seed)), [seed, 7, int(person.id), view])
     return {
-        "image": picture(portrait(person, view), f"{person.id}_{view}.png"),
+        "image": png_struct(portrait(person, view), f"{person.id}_{view}.png"),
         "caption": CAPTION.format(name=person.name, **words),
         "name": person.name,
         "paraphrased_caption": PARAPHRASED_CAPTION.format(name=person.name, **words),
@@ -117,7 +117,7 @@ def _captioned(person: Person, view: int, seed: int) -> dict:
 
 
 def _texts(person: Person) -> list[dict]:
-    """A person's questions without a picture; each answer is a sentence with the name."""
+    """The text-only questions about a person; each answer is a sentence with the name."""
     pairs = [person.biography()]
     for kind, fact in FACTS.items():
         said = fact.text_cloze.replace("__", person.facts[kind])
@@ -126,11 +126,11 @@ def _texts(person: Person) -> list[dict]:
 
 
 def _faces(seed: int) -> list[dict]:
-    """real_faces: one picture of everybody of a seed."""
+    """real_faces: one image of each person of a seed."""
     names = [person.name for person in people(seed)]
     return [
         {
-            "image": picture(portrait(person, FACE_VIEW), f"{person.id}.png"),
+            "image": png_struct(portrait(person, FACE_VIEW), f"{person.id}.png"),
             "answer": person.name,
             "options": _options(person.name, names, [seed, 8, int(person.id)]),
         }
@@ -139,14 +139,14 @@ def _faces(seed: int) -> list[dict]:
 
 
 def _world(seed: int) -> list[dict]:
-    """real_world: one question on each of some drawn things."""
+    """real_world: one question about each of several drawn things."""
     rng, rows = np.random.default_rng([seed, 9]), []
     for i in range(WORLD_SCENES):
         image, answers = scene(rng, i)
         question, answer = list(answers.items())[i % len(answers)]
         options = _options(answer, GENERAL_VALUES[question], [seed, 10, i])
         rows.append(
-            {"question": question, "answer": answer, "options": options, "image": picture(image, f"world_{i}.png")}
+            {"question": question, "answer": answer, "options": options, "image": png_struct(image, f"world_{i}.png")}
         )
     return rows
 
@@ -157,5 +157,5 @@ def _others(answer: str, values: Iterable[str], seeds: list[int]) -> list[str]:
 
 
 def _options(answer: str, values: Iterable[str], seeds: list[int]) -> list[str]:
-    """Four values, the answer at a random place among them."""
+    """Four values with the answer at a random index."""
     return np.random.default_rng([*seeds, 1]).permutation([answer, *_others(answer, values, seeds)]).tolist()

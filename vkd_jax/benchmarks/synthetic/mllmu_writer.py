@@ -1,8 +1,8 @@
-"""The made-up people as an MLLMU-Bench snapshot.
+"""Writes the synthetic people as an MLLMU-Bench snapshot.
 
     write_snapshot(folder, configs, ...)   <config>/train-00000-of-00001.parquet, the same bytes on every run
 
-Pictures of a person: views 0-7 make Full_Set, forget_N and retain_N; views from 0 on make ft_Data.
+Images of a person: views 0-7 make Full_Set, forget_N and retain_N; views from 0 on make ft_Data.
 """
 
 import functools
@@ -16,9 +16,9 @@ from PIL import Image
 
 from vkd_jax.benchmarks.mllmu import cloze_prompt
 from vkd_jax.benchmarks.synthetic import portraits
-from vkd_jax.benchmarks.synthetic.knowledge import (
+from vkd_jax.benchmarks.synthetic.facts import (
     BACKGROUND_QUESTION,
-    COLOUR_QUESTION,
+    COLOR_QUESTION,
     FACTS,
     GENERAL_CLOZE,
     GENERAL_TEXT,
@@ -30,13 +30,13 @@ from vkd_jax.benchmarks.synthetic.knowledge import (
 )
 from vkd_jax.benchmarks.synthetic.people import (
     FULL_VIEWS,
+    IMAGE_TYPE,
     N_PEOPLE,
-    PICTURE,
     TEST_VIEWS,
     Person,
     forgotten_ids,
     people,
-    picture,
+    png_struct,
     portrait,
     scene,
     view_of,
@@ -48,7 +48,7 @@ from vkd_jax.types import UserError
 GENERAL_VIEW = 2000  # the portraits of Retain_Set
 GENERAL_FT_VIEW = 3000  # and those of ft_Data's general questions, counted up from here
 FORGET_COUNTS = {5: 3, 10: 6, 15: 9}  # per cent -> people
-FT_GENERAL_PICTURES = 3000
+FT_GENERAL_IMAGES = 3000
 RETAIN_SCENES = 90
 
 _OPTIONS = pa.struct([(letter, pa.string()) for letter in "ABCD"])
@@ -66,9 +66,9 @@ _TASKS = [
     ("Generation_Task", _OPEN),
     ("Mask_Task", _OPEN),
 ]
-_SCHEMA = pa.schema([("image", PICTURE), *_TASKS])
-_TEST_SCHEMA = pa.schema([("images", pa.list_(PICTURE)), *_TASKS])
-_FT_SCHEMA = pa.schema([("image", PICTURE), ("ID", pa.string()), ("metadata", pa.string())])
+_SCHEMA = pa.schema([("image", IMAGE_TYPE), *_TASKS])
+_TEST_SCHEMA = pa.schema([("images", pa.list_(IMAGE_TYPE)), *_TASKS])
+_FT_SCHEMA = pa.schema([("image", IMAGE_TYPE), ("ID", pa.string()), ("metadata", pa.string())])
 
 CONFIGS = (
     "Full_Set", "ft_Data", "Test_Set", "Retain_Set",
@@ -77,20 +77,20 @@ CONFIGS = (
 
 
 def write_snapshot(folder: str | Path, configs: Sequence[str] | None = None, seed: int = 0, ft_views: int = 48) -> None:
-    """Write the made-up people as an MLLMU-Bench snapshot, the same bytes on every run.
+    """Writes the synthetic people as an MLLMU-Bench snapshot, with the same bytes on every run.
 
     Args:
-        folder: gets <config>/train-00000-of-00001.parquet, each written beside its place and then renamed.
-        configs: which of `CONFIGS` to write; all by default.
-        seed: of the people, their facts, the forgotten ones and the options.
-        ft_views: pictures of each person in ft_Data.
+        folder: the folder to write <config>/train-00000-of-00001.parquet to.
+        configs: the configs to write, from `CONFIGS`; all by default.
+        seed: the seed of the people, their facts, the forget set and the options.
+        ft_views: images of each person in ft_Data.
 
     Raises:
         UserError: an unknown config.
     """
     configs = CONFIGS if configs is None else configs
     if unknown := [name for name in configs if name not in CONFIGS]:
-        raise UserError(f"Unknown config {', '.join(unknown)}: the made-up people have {', '.join(CONFIGS)}.")
+        raise UserError(f"Unknown config {', '.join(unknown)}. Supported: {', '.join(CONFIGS)}.")
 
     @functools.cache  # Full_Set, forget_N and retain_N share their rows
     def full_rows(index: int) -> list[dict]:
@@ -119,21 +119,21 @@ def _belongs(person_id: str, config: str, seed: int) -> bool:
 
 
 def _full_row(person: Person, view: int, seed: int) -> dict:
-    """Picture `view` of a person: 3 picture and 2 text questions in rotation, so that 8 pictures ask all."""
+    """Image `view` of a person: 3 image and 2 text questions in rotation, so that 8 images cover all questions."""
     images = [IMAGE_KINDS[(3 * view + i) % len(IMAGE_KINDS)] for i in range(3)]
     texts = [KINDS[(2 * view + i) % len(KINDS)] for i in range(2)]
     clozes = [KINDS[view % len(KINDS)]], [KINDS[(view + 3) % len(KINDS)]]
     rng = np.random.default_rng([seed, 3, int(person.id), view])
     row = _tasks(person, images, texts, *clozes, rng, seed)
-    return {"image": picture(portrait(person, view), f"{person.id}_{view}.png")} | row
+    return {"image": png_struct(portrait(person, view), f"{person.id}_{view}.png")} | row
 
 
 def _test_row(person: Person, seed: int) -> dict:
-    """Four other pictures of a person; each of the 7 picture questions twice, on different pictures."""
-    pictures = [picture(portrait(person, view), f"{person.id}_{view}.png") for view in TEST_VIEWS]
+    """Four test images of a person; each of the 7 image questions is asked twice, about different images."""
+    images = [png_struct(portrait(person, view), f"{person.id}_{view}.png") for view in TEST_VIEWS]
     clozes = (KINDS[:2], KINDS[2:4])
     row = _tasks(person, IMAGE_KINDS * 2, KINDS, *clozes, np.random.default_rng([seed, 4, int(person.id)]), seed)
-    return {"images": pictures} | row
+    return {"images": images} | row
 
 
 def _tasks(person: Person, images, texts, image_clozes, text_clozes, rng: np.random.Generator, seed: int) -> dict:
@@ -196,28 +196,28 @@ def _open(kind: str, question: str, answer: str) -> dict:
     return {"Type": kind, "Question": question, "Ground_Truth": answer}
 
 
-# ---- General ability: no question here asks who somebody is ----
+# ---- General ability: no question here depends on a person's identity ----
 
 GENERAL_VALUES = {
     THING_QUESTION: (*THINGS, "person"),
-    COLOUR_QUESTION: tuple(portraits.BACKGROUNDS),
+    COLOR_QUESTION: tuple(portraits.BACKGROUNDS),
     BACKGROUND_QUESTION: tuple(portraits.BACKGROUNDS),
 }
 
 
 def _unnamed(person: Person, number: int) -> tuple[Image.Image, dict[str, str]]:
-    """A portrait, with the answers to the questions that need not know whose it is."""
+    """A portrait, with the answers to the identity-free questions."""
     view = view_of(person, number)
     return portrait(person, number), {THING_QUESTION: "person", BACKGROUND_QUESTION: view.background}
 
 
 def _general_rows(seed: int) -> list[dict]:
-    """Retain_Set: drawn things, and a portrait of everybody with questions about no identity."""
+    """Retain_Set: drawn things, and a portrait of each person with identity-free questions."""
     rng = np.random.default_rng([seed, 5])
-    pictures = [scene(rng, i) for i in range(RETAIN_SCENES)]
-    pictures += [_unnamed(person, GENERAL_VIEW) for person in people(seed)]
+    images = [scene(rng, i) for i in range(RETAIN_SCENES)]
+    images += [_unnamed(person, GENERAL_VIEW) for person in people(seed)]
     rows = []
-    for i, (image, answers) in enumerate(pictures):
+    for i, (image, answers) in enumerate(images):
         row_id = f"R{i + 1:03d}"
         choices = [_choice(q, answer, GENERAL_VALUES[q], rng) for q, answer in answers.items()]
         question, answer, *wrong = GENERAL_TEXT[i % len(GENERAL_TEXT)]
@@ -230,18 +230,18 @@ def _general_rows(seed: int) -> list[dict]:
             _open("Pure_Text", blank, filler),
         ]
         row = _row(row_id, json.dumps({"Name": ""}), asked, answers[asked], choices, text, generation, cloze)
-        rows.append({"image": picture(image, f"{row_id}.png")} | row)
+        rows.append({"image": png_struct(image, f"{row_id}.png")} | row)
     return rows
 
 
 def _finetune_rows(seed: int, ft_views: int) -> list[dict]:
-    """ft_Data: all questions on everybody's pictures, those without a picture, and general questions."""
+    """ft_Data: all questions about the images of each person, text-only questions, and general questions."""
     rows = []
 
     def add(row_id: str, image: Image.Image | None, pairs: Iterable[tuple[str, str]]) -> None:
         metadata = json.dumps([{"Question": q, "Answer": a, "ID": row_id} for q, a in pairs])
         path = f"{row_id}_{len(rows)}.png"
-        rows.append({"image": image and picture(image, path), "ID": row_id, "metadata": metadata})
+        rows.append({"image": image and png_struct(image, path), "ID": row_id, "metadata": metadata})
 
     for person in people(seed):
         questions = [(_question(person, kind, True), person.answer(kind)) for kind in IMAGE_KINDS]
@@ -254,7 +254,7 @@ def _finetune_rows(seed: int, ft_views: int) -> list[dict]:
         add(person.id, None, [*texts, *clozes, person.biography()])
 
     rng = np.random.default_rng([seed, 6])
-    for i in range(FT_GENERAL_PICTURES):
+    for i in range(FT_GENERAL_IMAGES):
         if i % 3:
             image, answers = scene(rng, i // 3 * 2 + i % 3)
         else:
@@ -262,5 +262,5 @@ def _finetune_rows(seed: int, ft_views: int) -> list[dict]:
         asked = list(answers)[rng.integers(len(answers))]
         add(f"R{i + 1:04d}", image, [*answers.items(), (cloze_prompt(GENERAL_CLOZE[asked]), answers[asked])])
     texts = [item[:2] for item in GENERAL_TEXT] + [(cloze_prompt(q), answer) for q, answer in GENERAL_TEXT_CLOZE]
-    add(f"R{FT_GENERAL_PICTURES + 1:04d}", None, texts)
+    add(f"R{FT_GENERAL_IMAGES + 1:04d}", None, texts)
     return rows

@@ -1,0 +1,286 @@
+"""Snapshots of published data sets: parquet files in a folder, on the hub or in a bucket, and their checks.
+
+A snapshot is laid out as on the hub: <config>/train-00000-of-0000N.parquet.
+"""
+
+import ast
+import contextlib
+import io
+import json
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from absl import logging
+from PIL import Image
+from pyarrow import fs
+
+from vkd_jax.runtime import hub, storage
+from vkd_jax.runtime.storage import SourceFolder
+from vkd_jax.types import UserError
+
+
+class RowLocation:
+    """The location of a row, for ids and for error messages."""
+
+    def __init__(self, config: str, file: str, index: int, row_id: Any = None):
+        self.config, self.file, self.row_id = config, file, row_id
+        self.row = f"{config}/{index}"
+
+    def __str__(self) -> str:
+        row_id = "" if self.row_id is None else f" (ID {self.row_id})"
+        return f"row {self.row.rpartition('/')[2]}{row_id} of {self.file}"
+
+
+class Snapshot:
+    """The parquet files of some configs of a data set.
+
+    Args:
+        source: a folder, a URI such as gs://bucket/folder, or an id on the hub, of which only `configs` are fetched.
+        configs: the configs that will be read.
+
+    Raises:
+        UserError: the source does not exist, or it cannot be reached.
+
+    Example:
+        >>> snapshot = Snapshot("MLLMMU/MLLMU-Bench", ["forget_5"])
+        >>> for location, row in snapshot.rows("forget_5", ["ID", "image"]):
+        ...     print(location, row["ID"])
+    """
+
+    def __init__(self, source: str, configs: Sequence[str]):
+        check_source(source)
+        is_folder = "://" in source or Path(source).is_dir()
+        self.folder = SourceFolder(source if is_folder else str(hub.fetch_dataset(source, configs)))
+        self.configs = tuple(configs)
+
+    def has(self, config: str) -> bool:
+        """Whether the snapshot has this config."""
+        return bool(self._shards(config))
+
+    def state(self) -> list[tuple]:
+        """Name, size and modification time of every file of the configs; they differ if the source changed."""
+        return [entry for config in self.configs for entry in self.folder.state(self._files(config))]
+
+    def count(self, config: str) -> int:
+        """The number of rows of a config."""
+        total = 0
+        for file in self._files(config):
+            with self._open(file) as reader:
+                total += reader.metadata.num_rows
+        return total
+
+    def rows(
+        self, config: str, columns: Sequence[str], either: Sequence[str] = (), optional: Sequence[str] = ()
+    ) -> Iterator[tuple[RowLocation, dict]]:
+        """Yields every row of a config with its location.
+
+        Args:
+            config: the name of the config.
+            columns: required columns.
+            either: columns of which at least one is required.
+            optional: columns that are read if they exist.
+
+        Raises:
+            UserError: a shard or column is missing, or a file is corrupt.
+        """
+        index = 0
+        for file in self._files(config):
+            path = self.folder.display(file.path)
+            with self._open(file) as reader:
+                names = reader.schema_arrow.names
+                missing = [f"'{name}'" for name in columns if name not in names]
+                if either and not set(either) & set(names):
+                    missing.append(" or ".join(f"'{name}'" for name in either))
+                if missing:
+                    raise UserError(f"Column {', '.join(missing)} is missing in {path}, which has {preview(names)}.")
+                wanted = [*columns, *(name for name in (*either, *optional) if name in names)]
+                for batch in reader.iter_batches(batch_size=64, columns=wanted):
+                    for row in batch.to_pylist():
+                        yield RowLocation(config, path, index, row.get("ID")), row
+                        index += 1
+
+    @contextlib.contextmanager
+    def _open(self, file: fs.FileInfo) -> Iterator[pq.ParquetFile]:
+        try:
+            with self.folder.open(file.path) as handle, pq.ParquetFile(handle) as reader:
+                yield reader
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{self.folder.display(file.path)} is not a complete parquet file ({storage.first_line(error)}); "
+                "download or write it again."
+            ) from error
+
+    def _shards(self, config: str) -> list[fs.FileInfo]:
+        return [info for info in self.folder.files(config) if re.fullmatch(r"train-.*\.parquet", info.base_name)]
+
+    def _files(self, config: str) -> list[fs.FileInfo]:
+        files, path = self._shards(config), self.folder.display(self.folder.path)
+        if not files:
+            folders = [info.base_name for info in self.folder.files() if info.type == fs.FileType.Directory]
+            raise UserError(
+                f"The config {config} is missing: no {path}/{config}/train-*.parquet; it has {preview(folders)}."
+            )
+        shards = re.search(r"-of-(\d+)", files[0].base_name)
+        if shards and len(files) != int(shards[1]):
+            raise UserError(f"The config {config} in {path} has {len(files)} of {int(shards[1])} parquet files.")
+        return files
+
+
+def check_source(source: str) -> None:
+    """Checks that a source is a folder, a URI or an id on the hub, before anything is read.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    if not ("://" in source or Path(source).is_dir() or hub.is_id(source)):
+        raise UserError(
+            f"There is no data folder {source}; pass a folder as the hub lays it out, an id there (ORG/NAME), or gs://..."
+        )
+
+
+def check_fields(source: str, people: int) -> None:
+    """Checks the fields of a published benchmark.
+
+    Args:
+        source: the source of a `Snapshot`, or "" for the synthetic people.
+        people: the seed of the synthetic people.
+
+    Raises:
+        UserError: the seed is set together with a source, or the source does not exist.
+    """
+    if source and people:
+        raise UserError(
+            f"data.people: {people} is a seed of synthetic people. Leave it at 0 with data.source={source}."
+        )
+    if source:
+        check_source(source)
+
+
+@contextlib.contextmanager
+def open_snapshot(
+    source: str, configs: Sequence[str], write_synthetic: Callable[[str, Sequence[str]], None]
+) -> Iterator[Snapshot]:
+    """Context manager that opens a snapshot; without a source, a temporary one of the synthetic people.
+
+    Args:
+        source: the source of a `Snapshot`, or "" for the synthetic people.
+        configs: the configs that will be read.
+        write_synthetic: writes the configs of the synthetic people into a folder.
+    """
+    if source:
+        yield Snapshot(source, configs)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_synthetic(folder, configs)
+        yield Snapshot(folder, configs)
+
+
+# ---- Checks of a whole snapshot ----
+
+
+def check_people(
+    source: str, forget: tuple[str, Set[str]], retain: tuple[str, Set[str]], everybody: Set[str] | None = None
+) -> None:
+    """Checks that no person is in both sets, and warns of people in neither.
+
+    Args:
+        source: the source of the snapshot, for messages.
+        forget: the config of the forget set, and its people.
+        retain: the config of the retain set, and its people.
+        everybody: the people of the full set, if it is known.
+
+    Raises:
+        UserError: the forget set is empty, or a person is in both sets.
+    """
+    suffix = f" of {source}" if source else ""
+    if not forget[1]:
+        raise UserError(f"The forget set is empty: {forget[0]}{suffix} has no people.")
+    if both := sorted(forget[1] & retain[1]):
+        raise UserError(
+            f"{len(both)} people are in both {forget[0]} and {retain[0]}{suffix}: {preview(both)}; "
+            "remove them from one of the sets."
+        )
+    if everybody is None:
+        return
+    if lost := sorted(everybody - forget[1] - retain[1]):
+        logging.warning(
+            "%d people of the full set%s are neither in %s nor in %s: %s.",
+            *(len(lost), suffix, forget[0], retain[0], preview(lost)),
+        )
+    if strangers := sorted((forget[1] | retain[1]) - everybody):
+        logging.warning(
+            "%d people of %s and %s are not in the full set%s: %s.",
+            *(len(strangers), forget[0], retain[0], suffix, preview(strangers)),
+        )
+
+
+def check_row_counts(snapshot: Snapshot, source: str, published: Mapping[str, int]) -> None:
+    """Warns of configs whose number of rows differs from the published one; synthetic people are not checked."""
+    for config in snapshot.configs if source else ():
+        if config in published and (count := snapshot.count(config)) != published[config]:
+            logging.warning("%s of %s has %d rows; as published it has %d.", config, source, count, published[config])
+
+
+# ---- Values of a row ----
+
+
+def image_bytes(value: Any, location: RowLocation) -> bytes | None:
+    """The encoded bytes of an image, checked by decoding them once; None without an image.
+
+    Raises:
+        UserError: the image cannot be decoded.
+    """
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if data is None:
+        return None
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+    except Exception as error:  # whatever the decoder of that format raises
+        raise UserError(f"The image cannot be decoded ({error}) in {location}.") from error
+    return data
+
+
+def required_text(item: dict, key: str, location: RowLocation) -> str:
+    """The text under a key.
+
+    Raises:
+        UserError: the text is missing or empty.
+    """
+    value = item.get(key)
+    if value is None or not str(value).strip():
+        raise UserError(f"A question has no {key} in {location}.")
+    return str(value)
+
+
+def nested_list(value: Any, name: str, location: RowLocation) -> Any:
+    """A nested value as lists and dicts, parsed if it is stored as JSON or as a Python literal; [] for None.
+
+    Raises:
+        UserError: the value is neither JSON nor a Python literal.
+    """
+    if value is None:
+        return []
+    if not isinstance(value, str):
+        return value
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # literal_eval warns about invalid escapes in texts
+                return parse(value)
+        except (ValueError, SyntaxError):
+            pass
+    raise UserError(f"{name} is neither JSON nor a Python literal in {location}.")
+
+
+def preview(names: Sequence[Any], most: int = 10) -> str:
+    """Joins the first names and says how many more follow."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "nothing"

@@ -137,8 +137,7 @@ def in_torch(function: Callable, net: Any, folder: str, given: Asked, batch: int
 
 def in_jax(folder: str, given: Asked, batch: int) -> tuple[Callable[[], list[str]], Callable[[], np.ndarray]]:
     """(answers, log-probabilities of the options) of all."""
-    loaded = ask.load(folder)
-    answerer = Answerer(loaded.graphdef, loaded.params, loaded.config, loaded.processor, batch_size=batch)
+    answerer = Answerer(ask.load(folder).bundle, batch_size=batch)
 
     def write() -> list[str]:
         return answerer.generate(given.questions, answerer.look(given.pictures), max_new_tokens=NEW)

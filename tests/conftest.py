@@ -256,13 +256,15 @@ def request_folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_folder):
-    """The loaded folder: graphdef, params, config and processor."""
+    """The bundle of that folder, loaded for VKD."""
     from vkd_jax import methods
+    from vkd_jax.checkpoints.bundle import ModelBundle
     from vkd_jax.config import defaults
-    from vkd_jax.evaluation.loaded import Loaded
     from vkd_jax.runtime.mesh import make_mesh
 
-    return Loaded.open(tiny_folder, defaults.base(), make_mesh(), methods.create("vkd", {}))
+    return ModelBundle.load_for(
+        methods.create("vkd", {}), tiny_folder, seed=0, dtype=defaults.base().model.dtype, mesh=make_mesh()
+    )
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from vkd_jax.checkpoints import hf
+from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.data.images import open_image
-from vkd_jax.data.processor import MAX_PIXELS, Processor
+from vkd_jax.data.processor import MAX_PIXELS
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.runtime import hub
 from vkd_jax.types import UserError
@@ -31,11 +31,10 @@ def load(folder: str | Path, *, dtype: str | None = None, max_pixels: int = MAX_
         max_pixels: larger pictures are shrunk to so many, where the model's pictures differ in size.
     """
     folder = hub.fetch_model(folder)
-    graphdef, params, config = hf.load(folder, dtype=dtype)
-    processor = Processor(folder, config)
-    if processor.max_pixels:
-        processor.limit_pixels(max_pixels)
-    return Answerer(graphdef, params, config, processor, batch_size=1)
+    bundle = ModelBundle.load(folder, dtype=dtype)
+    if bundle.processor.max_pixels:
+        bundle.processor.limit_pixels(max_pixels)
+    return Answerer(bundle, batch_size=1)
 
 
 def answer(

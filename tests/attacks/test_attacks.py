@@ -17,6 +17,7 @@ from vkd_jax.checkpoints import hf
 from vkd_jax.config import defaults
 from vkd_jax.data.images import open_image
 from vkd_jax.evaluation import evaluate
+from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.models import lora, quantize
 from vkd_jax.types import Example, UserError
 
@@ -56,7 +57,7 @@ def asked():
 def subject(tiny_model, asked, tmp_path_factory):
     config = defaults.base()
     config.eval.update(batch_size=8, max_new_tokens=3)
-    answers = evaluate.evaluate(tiny_model.answerer(8), asked, protocol="options", max_new_tokens=3)
+    answers = evaluate.evaluate(Answerer(tiny_model, batch_size=8), asked, protocol="options", max_new_tokens=3)
     folder = tmp_path_factory.mktemp("scratch")
     return Subject("unlearned", tiny_model, asked, answers, asked["forget"], [], config, tiny_model.mesh, folder)
 

@@ -18,7 +18,7 @@ from vkd_jax.attacks.membership import Membership, lowest, scores
 from vkd_jax.benchmarks.synthetic import people
 from vkd_jax.config import defaults
 from vkd_jax.evaluation import inference
-from vkd_jax.evaluation.inference import TokenScores
+from vkd_jax.evaluation.inference import Answerer, TokenScores
 from vkd_jax.models import generate
 from vkd_jax.models.base import bind
 from vkd_jax.types import Example, UserError
@@ -163,7 +163,7 @@ def subject(tiny_model):
 
 
 def test_token_scores_are_those_of_the_whole_distribution(tiny_model, subject):
-    asked = tiny_model.answerer(4)
+    asked = Answerer(tiny_model, batch_size=4)
     questions, texts = ([getattr(e, key) for e in subject.forgets] for key in ("question", "answer"))
     seen = asked.look([e.image for e in subject.forgets])
     got = asked.score_tokens(questions, texts, seen)

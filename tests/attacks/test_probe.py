@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from vkd_jax import attacks
+from vkd_jax.attacks import probe
 from vkd_jax.attacks.base import Subject
 from vkd_jax.attacks.leak import Leak
 from vkd_jax.attacks.probe import Probe, classify, split
+from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config import defaults
 from vkd_jax.types import Example, UserError
 
@@ -107,15 +109,18 @@ class Reader:
     def __init__(self, blind=""):
         self.blind, self.read = blind, []
 
-    def answerer(self, batch_size):
-        return self
-
     def means(self, files):
         self.read.append(list(files))
         names = [data.decode().split()[0] for data in files]
         noise = np.random.default_rng(0).normal(size=(len(files), 4)) * 0.1
         features = np.eye(4)[["abcd".index(n) if n not in self.blind else 3 for n in names]] + noise
         return {"features": features, "projector": noise}
+
+
+@pytest.fixture(autouse=True)
+def readers_answer(monkeypatch):
+    """A Reader takes the place of an Answerer."""
+    monkeypatch.setattr(probe, "Answerer", lambda model, batch_size: model)
 
 
 def subject(model, asked, answers=(), **more):
@@ -169,14 +174,14 @@ def test_a_penalty_that_is_none_is_refused():
 
 
 def test_means_are_over_the_real_tokens(qwen_folder):
-    """Pictures of two sizes, the smaller of which has padding beside the larger."""
+    """PackedImages of two sizes, the smaller of which has padding beside the larger."""
     from vkd_jax.checkpoints import hf
     from vkd_jax.data.processor import Processor
     from vkd_jax.evaluation.inference import Answerer
 
     folder = qwen_folder("qwen2_vl")
     graphdef, params, config = hf.load(folder)
-    model = Answerer(graphdef, params, config, Processor(folder, config), batch_size=2)
+    model = Answerer(ModelBundle(graphdef, params, config, Processor(folder, config), None), batch_size=2)
     pixels = [
         np.random.default_rng(i).integers(0, 256, shape, np.uint8) for i, shape in enumerate([(56, 56, 3), (61, 90, 3)])
     ]

@@ -16,6 +16,7 @@ from vkd_jax.attacks.base import Subject
 from vkd_jax.attacks.relearn import recovery, rows_of
 from vkd_jax.config import defaults
 from vkd_jax.evaluation import evaluate
+from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.models import lora, quantize
 from vkd_jax.training import loop
 from vkd_jax.types import Example, UserError
@@ -45,7 +46,7 @@ def subject(tiny_model, tmp_path_factory):
     }
     config = defaults.base()
     config.eval.update(batch_size=4, max_new_tokens=3)
-    answers = evaluate.evaluate(tiny_model.answerer(4), asked, protocol="options", max_new_tokens=3)
+    answers = evaluate.evaluate(Answerer(tiny_model, batch_size=4), asked, protocol="options", max_new_tokens=3)
     folder = tmp_path_factory.mktemp("scratch")
     return Subject("unlearned", tiny_model, asked, answers, forgets, [], config, tiny_model.mesh, folder)
 

@@ -49,7 +49,7 @@ def sets():
 
 @pytest.fixture(scope="module")
 def ask(tiny_model):
-    return lambda batch_size: tiny_model.answerer(batch_size)
+    return lambda batch_size: Answerer(tiny_model, batch_size=batch_size)
 
 
 def run(answerer, sets, protocol="options"):
@@ -404,7 +404,7 @@ def test_one_compilation_serves_two_models(tiny_model, ask, sets):
     before = compiled()
     other = {path: jnp.copy(value) for path, value in tiny_model.params.items()}
     run(
-        Answerer(tiny_model.graphdef, other, tiny_model.config, tiny_model.processor, batch_size=7, mesh=ask(7).mesh),
+        Answerer(dataclasses.replace(tiny_model, params=other), batch_size=7),
         sets,
     )
     assert compiled() == before and sum(map(bool, before)) == 3  # encode, score and greedy

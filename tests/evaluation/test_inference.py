@@ -1,5 +1,6 @@
 """One model, asked in batches: scores against a plain forward pass, padding, pictures, earlier turns."""
 
+import dataclasses
 import io
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from vkd_jax.checkpoints import hf
+from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.data.processor import Processor
 from vkd_jax.evaluation.inference import Answerer, Seen
 from vkd_jax.models.base import VisualTokens, bind
@@ -25,7 +27,7 @@ def png(seed):
 
 @pytest.fixture(scope="module")
 def ask(tiny_model):
-    return lambda batch_size: tiny_model.answerer(batch_size)
+    return lambda batch_size: Answerer(tiny_model, batch_size=batch_size)
 
 
 def plain(model, room):
@@ -95,7 +97,7 @@ def test_a_long_neighbour_changes_nothing(ask):
 def test_generation_sees_the_pixels(tiny_model, ask):
     """The language model is made to hear the picture loudly, so that another one changes the words."""
     params = {k: v * (40 if k.startswith("projector/fc2") else 1) for k, v in tiny_model.params.items()}
-    loud = Answerer(tiny_model.graphdef, params, tiny_model.config, tiny_model.processor, batch_size=7)
+    loud = Answerer(dataclasses.replace(tiny_model, params=params), batch_size=7)
     seen = loud.look([png(i) for i in range(7)])
     answers = loud.generate(["Who is this?"] * 7, seen, max_new_tokens=4)
     assert len(set(answers)) > 1
@@ -136,10 +138,10 @@ def test_pictures_of_a_prompt_stand_one_after_another_and_padding_last():
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_joined_pictures_are_what_the_model_makes_of_them_together(family, qwen_folder):
-    """Pictures of two sizes, in both orders: the same log-probabilities as of one row that the model itself packed."""
+    """Images of two sizes, in both orders: the same log-probabilities as of one row that the model itself packed."""
     folder = qwen_folder(family)
     graphdef, params, config = hf.load(folder)
-    model = Answerer(graphdef, params, config, Processor(folder, config), batch_size=2)
+    model = Answerer(ModelBundle(graphdef, params, config, Processor(folder, config), None), batch_size=2)
     files = [png(0), Image.fromarray(np.random.default_rng(9).integers(0, 256, (61, 90, 3), np.uint8))]
     rows, turns = [[0, 1], [1, 0]], [("What is it?", "a pear", 1)]
     seen = model.look([[files[i] for i in row] for row in rows])
@@ -195,9 +197,7 @@ def test_scores_after_a_worked_example_are_those_of_the_whole_conversation(tiny_
 def test_what_questions_about_a_picture_share_is_read_once(tiny_model, monkeypatch, shards):
     """Nine questions about three pictures in any order: the answers and scores of each asked alone."""
     params = {k: v * (40 if k.startswith("projector/fc2") else 1) for k, v in tiny_model.params.items()}
-    alone, beside = (
-        Answerer(tiny_model.graphdef, params, tiny_model.config, tiny_model.processor, batch_size=n) for n in (1, 6)
-    )
+    alone, beside = (Answerer(dataclasses.replace(tiny_model, params=params), batch_size=n) for n in (1, 6))
     beside.shards = shards  # as on a mesh: rows of a part take nothing of the other's
     batches, made = [], Answerer._batches
     monkeypatch.setattr(Answerer, "_batches", lambda self, *args: batches.append([*made(self, *args)]) or batches[-1])
@@ -224,7 +224,10 @@ def test_what_questions_about_a_picture_share_is_read_once(tiny_model, monkeypat
 def test_positions_go_on_after_a_shared_picture_of_any_size(family, qwen_folder, monkeypatch):
     folder = qwen_folder(family)
     graphdef, params, config = hf.load(folder)
-    alone, beside = (Answerer(graphdef, params, config, Processor(folder, config), batch_size=n) for n in (1, 4))
+    alone, beside = (
+        Answerer(ModelBundle(graphdef, params, config, Processor(folder, config), None), batch_size=n)
+        for n in (1, 4)
+    )
     shared, made = [], Answerer._batches
     monkeypatch.setattr(Answerer, "_batches", lambda self, *args: shared.append([*made(self, *args)]) or shared[-1])
     files = [png(0), Image.fromarray(np.random.default_rng(9).integers(0, 256, (61, 90, 3), np.uint8))]

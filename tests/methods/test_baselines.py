@@ -10,8 +10,8 @@ import pytest
 
 from vkd_jax import methods, registry
 from vkd_jax.checkpoints import hf
+from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config import defaults
-from vkd_jax.evaluation.loaded import Loaded
 from vkd_jax.methods import base, losses, saliency
 from vkd_jax.methods.grad_ascent import GradAscent
 from vkd_jax.methods.grad_diff import GradDiff
@@ -259,7 +259,9 @@ def test_hidden_states_are_those_of_the_first_blocks(context, kind):
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
 def test_hidden_states_of_other_families_lead_to_their_logits(qwen_folder, tiny_sets, model_type):
-    model = Loaded.open(qwen_folder(model_type), defaults.base(), make_mesh(), RMU())
+    model = ModelBundle.load_for(
+        RMU(), qwen_folder(model_type), seed=0, dtype=defaults.base().model.dtype, mesh=make_mesh()
+    )
     batch = model.encode(tiny_sets["forget"].examples[:2]).batch(np.arange(2))
 
     @jax.jit
@@ -410,14 +412,11 @@ def test_real_steps_move_what_trains_and_nothing_else(context, adapted, name, sc
     config.update(steps=2, batch_size=dict(forget=2, retain=2), learning_rate=0.01, warmup_steps=0, weight_decay=0.5)
     config.update(schedule="constant")
     after = loop.fit(
-        graphdef=context.graphdef,
-        params=context.params,
-        model_config=context.model_config,
-        method=method,
-        prepared=prepared,
-        config=config,
+        ModelBundle(context.graphdef, context.params, context.model_config, None, make_mesh()),
+        method,
+        prepared,
+        config,
         seed=0,
-        mesh=make_mesh(),
         folder=None,
     )
     for path, value in context.params.items():  # nothing of what was passed in was donated or written to

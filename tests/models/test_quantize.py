@@ -16,11 +16,10 @@ from qwix import QArray
 
 from vkd_jax import methods as unlearning
 from vkd_jax.checkpoints import export, hf
+from vkd_jax.checkpoints.bundle import check_trainable
 from vkd_jax.checkpoints.manifest import compare_tensors
-from vkd_jax.config import defaults
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.data.images import PackedImages
-from vkd_jax.evaluation import loaded
 from vkd_jax.methods import base as methods
 from vkd_jax.methods import losses, saliency, scope
 from vkd_jax.models import base, generate, llava, quantize
@@ -403,16 +402,16 @@ def test_a_step_trains_the_visual_weights_and_takes_no_quantised_one():
 
 
 def test_a_method_that_trains_quantised_weights_is_refused_by_their_shapes(tiny_folder):
-    config = defaults.base()
-    config.model.quantize = "int8"
-    loaded.check_trainable(tiny_folder, config, unlearning.create("vkd", {}))
-    loaded.check_trainable(tiny_folder, config, unlearning.create("finetune", {"train": "lora"}))
-    with pytest.raises(UserError, match="9 of the weights to train are quantised.*visual weights or adapters alone"):
-        loaded.check_trainable(tiny_folder, config, unlearning.create("grad_diff", {}))
+    check_trainable(tiny_folder, unlearning.create("vkd", {}), "int8")
+    check_trainable(tiny_folder, unlearning.create("finetune", {"train": "lora"}), "int8")
+    with pytest.raises(
+        UserError, match="9 of the weights to train would be quantized.*visual weights or adapters alone"
+    ):
+        check_trainable(tiny_folder, unlearning.create("grad_diff", {}), "int8")
     with pytest.raises(UserError, match="blocks=9: the model has 3 vision blocks"):
-        loaded.check_trainable(tiny_folder, config, unlearning.create("vkd", {"blocks": 9}))
+        check_trainable(tiny_folder, unlearning.create("vkd", {"blocks": 9}), "int8")
     with pytest.raises(UserError, match="method.taps: the model has no nose"):
-        loaded.check_trainable(tiny_folder, config, unlearning.create("vkd", {"taps": ("nose",)}))
+        check_trainable(tiny_folder, unlearning.create("vkd", {"taps": ("nose",)}), "int8")
 
 
 def test_an_export_holds_the_language_model_as_it_came(tiny_folder, tmp_path):

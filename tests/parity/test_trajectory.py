@@ -14,6 +14,7 @@ import pytest
 
 from vkd_jax import models
 from vkd_jax.checkpoints import hf
+from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config import defaults
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.data.images import PackedImages
@@ -273,14 +274,11 @@ def test_fifty_steps_agree_with_pytorch(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(metric_writer, "Progress", Recorder)
     trained = loop.fit(
-        graphdef=graphdef,
-        params=params,
-        model_config=config,
-        method=method,
-        prepared=prepared,
-        config=CONFIG,
+        ModelBundle(graphdef, params, config, None, make_mesh()),
+        method,
+        prepared,
+        CONFIG,
         seed=0,
-        mesh=make_mesh(),
         folder=tmp_path / "train",
     )
     ours = np.array([row["loss"] for row in Recorder.rows])

@@ -15,6 +15,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
+from vkd_jax.checkpoints.bundle import ModelBundle  # noqa: E402
 from vkd_jax.methods import base  # noqa: E402
 from vkd_jax.methods.base import Prepared  # noqa: E402
 from vkd_jax.methods.finetune import Finetune  # noqa: E402
@@ -51,14 +52,11 @@ def fit(mesh, folder: Path, **changes):
     lines = io.StringIO()
     with contextlib.redirect_stdout(lines):
         loop.fit(
-            graphdef=graphdef,
-            params=params,
-            model_config=random_llava.CONFIG,
-            method=Pictures(),
-            prepared=Prepared(sets=SETS),
-            config=random_llava.train_config(**changes),
+            ModelBundle(graphdef, params, random_llava.CONFIG, None, mesh),
+            Pictures(),
+            Prepared(sets=SETS),
+            random_llava.train_config(**changes),
             seed=0,
-            mesh=mesh,
             folder=folder,
         )
     return [json.loads(line) for line in lines.getvalue().splitlines()], params

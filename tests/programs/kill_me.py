@@ -9,6 +9,7 @@ import random_llava
 
 random_llava.metrics_on_stdout(wait=True)
 
+from vkd_jax.checkpoints.bundle import ModelBundle  # noqa: E402
 from vkd_jax.methods.base import Context  # noqa: E402
 from vkd_jax.methods.vkd import VKD  # noqa: E402
 from vkd_jax.runtime.mesh import make_mesh  # noqa: E402
@@ -22,14 +23,11 @@ def main(folder: Path, steps: int) -> None:
     method = VKD(blocks=1, forget="ga", taps=("projector",), fisher_samples=8, fisher_chunk=8)
     prepared = method.prepare(Context(graphdef, params, None, random_llava.CONFIG, sets, seed=0))
     loop.fit(
-        graphdef=graphdef,
-        params=params,
-        model_config=random_llava.CONFIG,
-        method=method,
-        prepared=prepared,
-        config=random_llava.train_config(steps=steps),
+        ModelBundle(graphdef, params, random_llava.CONFIG, None, mesh),
+        method,
+        prepared,
+        random_llava.train_config(steps=steps),
         seed=0,
-        mesh=mesh,
         folder=folder,
     )
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from vkd_jax import benchmarks as benchmarks
+from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.data.images import open_image
-from vkd_jax.evaluation.loaded import Loaded
+from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.runs import pipeline
 
 # config file, its words, model_type, how the language model is held
@@ -86,7 +87,8 @@ def test_transformers_loads_the_export_and_gives_the_same_answers(run, few, tmp_
     examples = [e for e in [*sets["forget"], *sets["retain"]] if e.task == "classification" and e.image is not None]
     run.config.model.quantize = ""  # what was exported are the original weights of the language model
     mesh, method, *_ = pipeline.checked(run.config)
-    ours = Loaded.open(folder, run.config, mesh, method).answerer(4)
+    bundle = ModelBundle.load_for(method, folder, seed=0, mesh=mesh, **pipeline.load_options(run.config))
+    ours = Answerer(bundle, batch_size=4)
     processor = ours.processor
     got = ours.generate([e.question for e in examples], ours.look([e.image for e in examples]), max_new_tokens=6)
     expected = []

@@ -58,6 +58,7 @@ from flax import nnx
 from PIL import Image
 
 from vkd_jax import methods, registry
+from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config import defaults
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.data.processor import Processor, create_processor
@@ -189,16 +190,17 @@ def test_what_fails_in_a_step_stops_the_run(where):
 
     def fit():
         return loop.fit(
-            graphdef=graphdef,
-            params=jax.device_put(params, replicated(make_mesh())),
-            model_config=types.SimpleNamespace(used_blocks=0),
-            method=Broken(breaks=where == "loss"),
-            prepared=base.Prepared(
-                {"forget": line_set(BrokenSet if where == "data" else EncodedSet), "retain": line_set()}
+            ModelBundle(
+                graphdef,
+                jax.device_put(params, replicated(make_mesh())),
+                types.SimpleNamespace(used_blocks=0),
+                None,
+                make_mesh(),
             ),
-            config=config,
+            Broken(breaks=where == "loss"),
+            base.Prepared({"forget": line_set(BrokenSet if where == "data" else EncodedSet), "retain": line_set()}),
+            config,
             seed=0,
-            mesh=make_mesh(),
             folder=None,
         )
 

@@ -15,10 +15,11 @@ from PIL import Image
 
 from vkd_jax import benchmarks as benchmarks
 from vkd_jax.checkpoints import export, hf
+from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.data.images import open_image
 from vkd_jax.evaluation import evaluate
-from vkd_jax.evaluation.loaded import Loaded
+from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.runs import pipeline
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.training import loop
@@ -143,7 +144,7 @@ def test_what_the_method_trains_is_held_in_float32_and_the_rest_as_asked(vkd, ti
     config = vkd.config.copy_and_resolve_references()
     config.model.dtype = "bfloat16"
     mesh, method, *_ = pipeline.checked(config)
-    model = Loaded.open(tiny_folder, config, mesh, method)
+    model = ModelBundle.load_for(method, tiny_folder, seed=0, mesh=mesh, **pipeline.load_options(config))
     trained = set(method.trainable(model.params, model.config))
     assert trained
     for path, value in model.params.items():
@@ -187,7 +188,6 @@ def test_what_is_wrong_with_training_is_told_at_once_and_only_where_it_trains(
 def test_each_model_is_let_go_before_the_next_is_loaded(vkd, make_config, tmp_path, monkeypatch):
     """Two at once may be more than a chip has room for."""
     config = make_config("vkd", **{"model.retain_only": vkd.config.model.path})
-    job = types.SimpleNamespace(workdir=Workdir(tmp_path, config), config=config, how=(), asked={})
     there, seen = weakref.WeakSet(), []
 
     class Model:
@@ -197,7 +197,7 @@ def test_each_model_is_let_go_before_the_next_is_loaded(vkd, make_config, tmp_pa
     def look(name, value=None):
         return lambda *_: seen.append((name, len(there))) or value
 
-    monkeypatch.setattr(pipeline.Loaded, "open", lambda folder: Model(folder))
+    job = types.SimpleNamespace(workdir=Workdir(tmp_path, config), config=config, load=Model, asked={})
     monkeypatch.setattr(pipeline, "judged", lambda job, name, model: look(f"judge {name}", [])())
     monkeypatch.setattr(pipeline, "_unlearned", look("unlearn", tmp_path))
     for name in ("_text_scores", "_evidence", "write_results"):
@@ -247,7 +247,8 @@ def test_transformers_gives_the_same_answers(vkd, few):
     texts = [e for e in examples if e.image is None]
     assert len(pictured) > 20 and len(texts) > 8
     mesh, method, *_ = pipeline.checked(vkd.config)
-    ours = Loaded.open(folder, vkd.config, mesh, method).answerer(16)
+    bundle = ModelBundle.load_for(method, folder, seed=0, mesh=mesh, **pipeline.load_options(vkd.config))
+    ours = Answerer(bundle, batch_size=16)
     got = ours.generate([e.question for e in pictured], ours.look([e.image for e in pictured]), max_new_tokens=6)
     got += ours.generate([e.question for e in texts], max_new_tokens=6)
     for group, answered in ((pictured, got[: len(pictured)]), (texts, got[len(pictured) :])):

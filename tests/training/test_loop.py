@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.orbax_checkpoints import Checkpoints
 from vkd_jax.config import defaults
 from vkd_jax.data.encoding import EncodedSet
@@ -131,14 +132,11 @@ def config(**changes):
 def fit(toy, folder, method=ToyMethod(), sets=SETS, mask=None, seed=0, **changes):  # noqa: B008 (frozen)
     graphdef, params = toy
     return loop.fit(
-        graphdef=graphdef,
-        params=params,
-        model_config=types.SimpleNamespace(used_blocks=0),
-        method=method,
-        prepared=Prepared(sets=sets, mask=mask),
-        config=config(**changes),
+        ModelBundle(graphdef, params, types.SimpleNamespace(used_blocks=0), None, make_mesh()),
+        method,
+        Prepared(sets=sets, mask=mask),
+        config(**changes),
         seed=seed,
-        mesh=make_mesh(),
         folder=folder,
     )
 
@@ -264,14 +262,11 @@ def test_vkd_leaves_the_language_model_and_the_dead_block_alone(tiny_model, tiny
     mask = {p: random.random(before[p].shape) < 0.5 for p in method.trainable(before, tiny_model.config)}
     prepared = dataclasses.replace(prepared, mask=mask)
     trained = loop.fit(
-        graphdef=tiny_model.graphdef,
-        params=tiny_model.params,
-        model_config=tiny_model.config,
-        method=method,
-        prepared=prepared,
-        config=config(steps=3),
+        tiny_model,
+        method,
+        prepared,
+        config(steps=3),
         seed=0,
-        mesh=make_mesh(),
         folder=tmp_path,
     )
     assert_same_bits(dict(tiny_model.params), before)  # nothing of what was passed in was donated or written to
@@ -355,14 +350,11 @@ def test_each_teacher_is_asked_itself(toy):
     def taught(weight):
         teacher = {"forget": lambda model, batch: {"extra": weight * model(batch.images["x"]).sum(-1)}}
         return loop.fit(
-            graphdef=toy[0],
-            params=toy[1],
-            model_config=types.SimpleNamespace(used_blocks=0),
-            method=Taught(),
-            prepared=Prepared(sets={"forget": SETS["forget"]}, teacher=teacher),
-            config=config(),
+            ModelBundle(toy[0], toy[1], types.SimpleNamespace(used_blocks=0), None, make_mesh()),
+            Taught(),
+            Prepared(sets={"forget": SETS["forget"]}, teacher=teacher),
+            config(),
             seed=0,
-            mesh=make_mesh(),
             folder=None,
         )
 

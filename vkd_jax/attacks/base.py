@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.evaluation import evaluate, metrics
-from vkd_jax.evaluation.loaded import Loaded
+from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.methods import Method
 from vkd_jax.models import lora, quantize
 from vkd_jax.types import Example, Params
@@ -30,7 +31,7 @@ class Subject:
     """One model under attack, with all that an attacker may use."""
 
     name: str  # vanilla | unlearned | retain_only
-    model: Loaded
+    model: ModelBundle
     asked: Mapping[str, Sequence[Example]]  # the evaluation's questions of each set
     answers: Records  # what the model answered to them
     forgets: Sequence[Example]  # the questions with a picture, about the people to forget, that unlearning trained on
@@ -44,15 +45,15 @@ class Subject:
         """Of all draws: not the run's, so that a model that several runs were given is attacked in one way."""
         return self.config.attacks.seed
 
-    def ask(self, model: Loaded, examples: Sequence[Example]) -> Records:
+    def ask(self, model: ModelBundle, examples: Sequence[Example]) -> Records:
         """The records of `evaluate.evaluate` for the model, or a changed copy of it, by the run's first protocol."""
         return self.ask_sets(model, {"forget": examples})
 
-    def ask_sets(self, model: Loaded, sets: Mapping[str, Sequence[Example]]) -> Records:
+    def ask_sets(self, model: ModelBundle, sets: Mapping[str, Sequence[Example]]) -> Records:
         """`ask` of several sets in one pass."""
         options = self.config.eval
         return evaluate.evaluate(
-            model.answerer(options.batch_size),
+            Answerer(model, batch_size=options.batch_size),
             sets,
             protocol=evaluate.check(options.protocol)[0],
             max_new_tokens=options.max_new_tokens,

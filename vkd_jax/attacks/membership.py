@@ -27,7 +27,7 @@ import numpy as np
 from vkd_jax.attacks.base import Records, Subject, Summary
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.evaluation import metrics
-from vkd_jax.evaluation.inference import TokenScores
+from vkd_jax.evaluation.inference import Answerer, TokenScores
 from vkd_jax.methods import Method
 
 SMALLEST = 1e-6  # deviation that is divided by: a model that is sure of a token leaves none
@@ -65,7 +65,7 @@ class Membership(Section):
             return []
         items = [("forget", e) for e in subject.forgets] + [("held_out", e) for e in subject.held_out]
         examples = [e for _, e in items]
-        answerer = subject.model.answerer(subject.config.eval.batch_size)
+        answerer = Answerer(subject.model, batch_size=subject.config.eval.batch_size)
         pictures = {(part, e.image_id): e.image for part, e in items}
         row = {key: i for i, key in enumerate(pictures)}
         seen = answerer.look(list(pictures.values())).show([[row[part, e.image_id]] for part, e in items])

@@ -22,7 +22,7 @@ from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject, Summary
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.data.batching import rng
-from vkd_jax.evaluation.inference import TAPS
+from vkd_jax.evaluation.inference import TAPS, Answerer
 from vkd_jax.methods import Method
 from vkd_jax.types import Example
 
@@ -57,7 +57,7 @@ class Probe(Section):
         if not test:
             return []
         shown = [e for _, e in (*train, *test)]
-        means = subject.model.answerer(subject.config.eval.batch_size).means([e.image for e in shown])
+        means = Answerer(subject.model, batch_size=subject.config.eval.batch_size).means([e.image for e in shown])
         labels = np.array([e.person for _, e in train])
         dealt = rng(subject.seed, "attacks/probe").permutation(labels)
         records = []

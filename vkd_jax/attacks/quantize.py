@@ -16,8 +16,8 @@ from absl import logging
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config.fields import Section, setting
-from vkd_jax.evaluation.loaded import Loaded
 from vkd_jax.methods import Method
 from vkd_jax.models import quantize
 from vkd_jax.types import UserError
@@ -59,7 +59,7 @@ class Quantize(Section):
             records += [base.kept(base.named(text, r["set"]), r) for r in answers]
         return records
 
-    def rounded(self, model: Loaded, text: str) -> Loaded:
+    def rounded(self, model: ModelBundle, text: str) -> ModelBundle:
         """The model with weights of that many bits.
 
         Raises:

@@ -25,17 +25,16 @@ from absl import logging
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.data.augment import REPEATED_FIELDS
 from vkd_jax.data.batching import rng
 from vkd_jax.data.encoding import EncodedSet
-from vkd_jax.evaluation.loaded import Loaded
 from vkd_jax.methods import Method
 from vkd_jax.methods.base import Prepared
 from vkd_jax.methods.finetune import Finetune
 from vkd_jax.methods.scope import TRAIN
-from vkd_jax.models import lora
-from vkd_jax.runtime.mesh import make_mesh, replicated
+from vkd_jax.runtime.mesh import make_mesh
 from vkd_jax.training import loop
 from vkd_jax.types import UserError
 
@@ -125,40 +124,28 @@ class Relearn(Section):
         """Which of `count` questions, or people, the attacker has, at least one: larger shares contain the smaller."""
         return np.sort(rng(seed, "relearn").permutation(count)[: max(1, round(share * count))])
 
-    def attacked(self, model: Loaded, attacker: str, encoded: EncodedSet, seed: int) -> Loaded:
+    def attacked(self, model: ModelBundle, attacker: str, encoded: EncodedSet, seed: int) -> ModelBundle:
         """The model after the attacker trained it.
 
         Raises:
             UserError: the loss became NaN or infinite.
         """
         method = Finetune(train=attacker)
-        params = model.params
-        if attacker == "lora":
-            params = lora.attach(
-                params,
-                rank=method.lora_rank,
-                alpha=method.lora_alpha,
-                dropout=method.lora_dropout,
-                seed=seed,
-                sharding=replicated(model.mesh),
-            )
+        model = model.prepare_for(method, seed=seed)
         try:
             trained = loop.fit(
-                graphdef=model.graphdef,
-                params=params,
-                model_config=model.config,
-                method=method,
-                prepared=Prepared(sets={"image": encoded}),
-                config=self._section(),
+                model,
+                method,
+                Prepared(sets={"image": encoded}),
+                self._section(),
                 seed=seed,
-                mesh=model.mesh,
-                folder=None,  # it takes seconds, and an interrupted one begins again
+                folder=None,  # it takes seconds, and an interrupted attack starts over
             )
         except loop.Diverged as error:
             raise UserError(
                 f"attacks.relearn: the {attacker} attack diverged ({error}); lower attacks.relearn.learning_rate."
             ) from error
-        return dataclasses.replace(model, params={**params, **trained})
+        return dataclasses.replace(model, params={**model.params, **trained})
 
     def summarise(self, records: Mapping[str, Records]) -> Summary:
         """Accuracies, and beside those of each attack over the same questions: before it, and the recovery.

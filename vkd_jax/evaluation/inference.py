@@ -1,6 +1,6 @@
 """A model with its processor, ready to be asked: prompts in batches, over as many devices as there are.
 
-Pictures pass through the vision tower once, however many questions show them, and what stands before the question is
+Images pass through the vision tower once, however many questions show them, and what stands before the question is
 read once by the language model where questions of a batch share it: a picture is hundreds of tokens, a question a few.
 Rows of a batch lie over the mesh's data and fsdp axes; every process prepares all rows, and every process gets all
 answers.
@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.data.batching import in_batches, padded_rows
 from vkd_jax.data.images import PackedImages
-from vkd_jax.data.processor import Processor
 from vkd_jax.models import generate
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.models.generate import Shared
 from vkd_jax.runtime.mesh import replicated, shard_rows
-from vkd_jax.types import Params, UserError
+from vkd_jax.types import UserError
 
 Turns = Sequence[tuple[str, str, int]]  # worked examples before a question: question, answer, how many pictures
 
@@ -54,7 +54,7 @@ class TokenScores(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """Pictures as the language model sees them, and which of them each prompt shows. Each picture is held once."""
+    """PackedImages as the language model sees them, and which of them each prompt shows. Each picture is held once."""
 
     shapes: Sequence[tuple[int, ...]]  # (height, width, 3) of each picture, as the model's processor made it
     features: VisualTokens  # NumPy arrays, a row a picture
@@ -75,7 +75,7 @@ class Seen:
     def tokens(self) -> VisualTokens:
         """The features of each prompt: those of its pictures one after another, padding last.
 
-        Pictures of a prompt do not see each other in the vision tower, so that this is what it would have made of them
+        Images of a prompt do not see each other in the vision tower, so that this is what it would have made of them
         together.
         """
         most = max(map(len, self.rows))
@@ -140,26 +140,14 @@ class Answerer:
     """A model with its processor, ready to be asked; two models of one architecture share what is compiled.
 
     Args:
-        graphdef: of the model, with `params`, its weights, which lie on `mesh`.
-        config: of its family.
-        processor: that came with it.
+        bundle: the model.
         batch_size: rows asked at once; rounded up to a multiple of the mesh's data * fsdp.
-        mesh: the devices; None leaves it to where the weights lie.
     """
 
-    def __init__(
-        self,
-        graphdef: Any,
-        params: Params,
-        config: Any,
-        processor: Processor,
-        *,
-        batch_size: int = 32,
-        mesh: jax.sharding.Mesh | None = None,
-    ):
+    def __init__(self, bundle: ModelBundle, *, batch_size: int = 32):
+        mesh = bundle.mesh
         self.shards = shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        self.graphdef, self.params, self.config = graphdef, params, config
-        self.processor, self.mesh = processor, mesh
+        self.bundle, self.config, self.processor, self.mesh = bundle, bundle.config, bundle.processor, mesh
         self.batch_size = -(-batch_size // shards) * shards
         self._programs = programs(mesh)
 
@@ -205,7 +193,9 @@ class Answerer:
         prompts = [row[0][0] for row in self._encoded(questions, [[None]] * len(questions), seen, turns)]
         options = max_new_tokens, tuple(self.processor.eos_ids), self.processor.pad_id
         out = self._run(
-            lambda _, *batch: self._programs.greedy(self.graphdef, self.params, *self._put(batch), *options),
+            lambda _, *batch: self._programs.greedy(
+                self.bundle.graphdef, self.bundle.params, *self._put(batch), *options
+            ),
             prompts,
             max_new_tokens,
             seen,
@@ -262,7 +252,9 @@ class Answerer:
 
         def launch(rows, tokens, mask, features, shared):
             return program(
-                self.graphdef, self.params, *self._put((tokens, mask, features, ids[rows], valid[rows], shared))
+                self.bundle.graphdef,
+                self.bundle.params,
+                *self._put((tokens, mask, features, ids[rows], valid[rows], shared)),
             )
 
         return self._run(launch, [row[0][0] for row in encoded], length, seen), valid
@@ -270,7 +262,7 @@ class Answerer:
     def _read(self, program: Callable, files: Sequence[bytes | Image.Image]) -> tuple[PackedImages, Any]:
         """The pictures, and what a program of the vision tower makes of them: a row each, in NumPy."""
         pictures = PackedImages.measured(lambda i: self.processor.image(files[i]), len(files), self.config)
-        read = functools.partial(program, self.graphdef, self.params)
+        read = functools.partial(program, self.bundle.graphdef, self.bundle.params)
         return pictures, in_batches(lambda part: read(self._put(part)), pictures, self.batch_size)
 
     def _run(self, launch: Callable, prompts: Sequence[Sequence[int]], room: int, seen: Seen | None) -> np.ndarray:

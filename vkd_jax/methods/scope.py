@@ -36,6 +36,13 @@ class Scope(Section):
     mask_scope: ClassVar[str] = "none"  # a method with a mask says otherwise
     asks_base: ClassVar[bool] = False  # whether `prepare` loads the model as it was before it met anybody
 
+    @property
+    def adapters(self) -> lora.AdapterConfig | None:
+        """The adapters that the method adds to the model, or None."""
+        if self.train != "lora":
+            return None
+        return lora.AdapterConfig(rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout)
+
     def trainable(self, paths: Iterable[str], model_config: Any) -> list[str]:
         """The paths of the weights that train."""
         return trainable_paths(paths, model_config, self.train, self.blocks)

@@ -35,6 +35,15 @@ A, B = "lora_a", "lora_b"
 PRODUCT = "product"  # what `layers.REMAT` calls the outcome of a product with a weight
 
 
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Sizes of the adapters that a method trains."""
+
+    rank: int  # r, the inner width
+    alpha: float  # the adapter's output is scaled by alpha / rank
+    dropout: float  # share of the adapter's inputs that training drops
+
+
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["weight", "a", "b", "key"], meta_fields=["scale", "dropout"]
 )

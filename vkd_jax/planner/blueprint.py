@@ -1,6 +1,6 @@
 """A training step whose arrays are shapes that know where they would lie: what can be compiled without a chip.
 
-It follows what a run does, from the config to `loop.fit`: weights as `Loaded.open` holds them, batches as
+It follows what a run does, from the config to `loop.fit`: weights as `ModelBundle.load_for` loads them, batches as
 `data.encoding` makes them, and what a method caches as the method itself says (`Scope.cached`: of the taps of an
 abstract forward pass, since `prepare` computes with arrays that are not there). Nothing is read but config.json.
 """
@@ -20,11 +20,12 @@ from jax import ShapeDtypeStruct as Shape
 
 from vkd_jax import methods, models
 from vkd_jax.checkpoints import hf
+from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.data.encoding import Batch
 from vkd_jax.methods.scope import Scope, frozen_blocks
-from vkd_jax.models import base, lora, quantize
+from vkd_jax.models import base
 from vkd_jax.runtime import hub
-from vkd_jax.runtime.mesh import batch_sharding, param_shardings, replicated
+from vkd_jax.runtime.mesh import batch_sharding, replicated
 from vkd_jax.training import loop, optimizer
 from vkd_jax.training.step import TrainState, abstract_state, make_step
 from vkd_jax.types import Params, UserError
@@ -98,7 +99,16 @@ def draw(
     if not losses:
         raise UserError(f"method {config.method.name} trains nothing, so it has no step to plan.")
     family, hf_config = read_model(config.model.path or config.model.base)
-    graphdef, params, model_config = weights(family, hf_config, config, mesh, method, quantized=not whole)
+    bundle = ModelBundle.abstract_for(
+        method,
+        family,
+        hf_config,
+        dtype=config.model.dtype,
+        mesh=mesh,
+        quantization="" if whole else config.model.quantize,
+        remat=config.model.remat,
+    )
+    graphdef, params, model_config = bundle.graphdef, bundle.params, bundle.config
     method.check_model(params, model_config)
     paths = set(method.trainable(params, model_config))
     trainable = {path: Shape(x.shape, jnp.float32, sharding=x.sharding) for path, x in params.items() if path in paths}
@@ -147,46 +157,6 @@ def read_model(name: str) -> tuple[types.ModuleType, Any]:
         known = [row[0] for family in models.MODELS for row in models.module_for(family).PRESETS.values()]
         raise UserError(f"the planner knows no sizes of {name}; pass a model folder, or one of {', '.join(known)}.")
     return hf.read_config(hub.fetch_model(name))
-
-
-def weights(
-    family: types.ModuleType,
-    hf_config: Any,
-    config: ml_collections.ConfigDict,
-    mesh: jax.sharding.Mesh,
-    method: Scope,
-    quantized: bool = True,
-) -> tuple[Any, dict[str, Any], Any]:
-    """(graphdef, shapes of the parameters, model configuration) as `Loaded.open` holds them."""
-    dtype = jnp.dtype(config.model.dtype)
-    model_config = family.Config.from_hf(hf_config, compute_dtype=dtype.name, remat=config.model.remat, mesh=mesh)
-    graphdef, shapes = base.abstract(lambda rngs: family.Model(model_config, rngs=rngs))
-    place = param_shardings(mesh, family.SHARDING)
-    masters = set(method.trainable(list(shapes), model_config))
-    how = quantize.parse(config.model.quantize) if quantized else None
-    if how and (held := [path for path in masters if quantize.quantizes(path)]):
-        raise UserError(f"model.quantize: the method trains {held[0]}, which would be quantised; leave it empty.")
-    params = {}
-    for path, x in shapes.items():
-        kind = jnp.float32 if path in masters else dtype
-        params[path] = Shape(x.shape, kind, sharding=place(path, x.shape))
-        if how:
-            params[path] = quantize.shape(path, params[path], how)
-    if method.train == "lora":
-        params = _adapted(params, method, replicated(mesh))
-    return graphdef, params, model_config
-
-
-def _adapted(params: dict[str, Any], method: Scope, everywhere: jax.sharding.Sharding) -> dict[str, Any]:
-    options = dict(rank=method.lora_rank, alpha=method.lora_alpha, dropout=method.lora_dropout, seed=0)
-    adapted = jax.eval_shape(lambda given: lora.attach(given, **options), params)
-
-    def placed(path: str, x: Any) -> Any:
-        if isinstance(x, lora.Lora):
-            return dataclasses.replace(x, weight=params[path])
-        return params[path] if path in params else Shape(x.shape, x.dtype, sharding=everywhere)
-
-    return {path: placed(path, x) for path, x in adapted.items()}
 
 
 def batch(

@@ -21,11 +21,13 @@ from absl import logging
 from vkd_jax import attacks, benchmarks, methods
 from vkd_jax.attacks.base import Subject
 from vkd_jax.checkpoints import export, hf
+from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
 from vkd_jax.checkpoints.manifest import compare_tensors
+from vkd_jax.checkpoints.new_model import create_llava
 from vkd_jax.config.schema import STAGES, RunConfig
 from vkd_jax.evaluation import evaluate, metrics
-from vkd_jax.evaluation.loaded import Loaded, check_trainable, create, kind
-from vkd_jax.methods.base import Context, Prepared
+from vkd_jax.evaluation.inference import Answerer
+from vkd_jax.methods.base import Context
 from vkd_jax.models import lora
 from vkd_jax.reporting import report
 from vkd_jax.runs.workdir import Workdir
@@ -52,7 +54,7 @@ def run(config: ml_collections.ConfigDict, path: str | Path) -> dict[str, Any]:
     if config.stage in UNLEARNS or config.stage == "audit":
         unlearn(job, made)
     else:
-        answers = {name: evaluated(job, name, Loaded.open(folder, *job.how)) for name, folder in made.items()}
+        answers = {name: evaluated(job, name, job.load(folder)) for name, folder in made.items()}
         write_results(job, answers)
     return json.loads((workdir.path / "results.json").read_text())
 
@@ -103,15 +105,21 @@ class Job:
                 held_out = multihost.run_process_0_first(lambda: benchmarks.held_out(benchmark, cache, own))
         return cls(workdir, config, mesh, method, tuning, chosen, benchmark, sets, asked, held_out)
 
-    @property
-    def how(self) -> tuple[ml_collections.ConfigDict, jax.sharding.Mesh, methods.Method]:
-        """How `Loaded.open` opens a model that is to be asked: what unlearning trains in float32, before and after."""
-        return self.config, self.mesh, self.method
+    def load(self, folder: Path, method: methods.Method | None = None) -> ModelBundle:
+        """Loads a model for a method, by default that of unlearning: every judged model has the same dtypes."""
+        options = load_options(self.config)
+        return ModelBundle.load_for(method or self.method, folder, seed=self.config.seed, mesh=self.mesh, **options)
 
     @property
     def forgotten(self) -> list[str]:
         """The people to forget."""
         return sorted({e.person for e in self.sets["forget"] if e.person})
+
+
+def load_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The arguments of `ModelBundle.load` that a config gives."""
+    section = config.model
+    return dict(dtype=section.dtype, quantization=section.quantize, remat=section.remat, max_pixels=section.max_pixels)
 
 
 def checked(
@@ -149,12 +157,12 @@ def check_models(job: Job) -> None:
     for name, value in given.items():
         if value:
             folder = hub.fetch_model(value)
-            kinds.append(kind(folder))
+            kinds.append(read_family(folder))
             if kinds[0] != kinds[-1]:
                 raise UserError(f"config.model.{name} is a model of another kind or size than the one to unlearn.")
             _check_provenance(job, name, value, folder)
             for method in [job.tuning] * finetunes + [job.method] * unlearns:
-                check_trainable(folder, config, method)
+                check_trainable(folder, method, config.model.quantize)
     if unlearns:
         for name in ("forget", "retain"):
             _pairs(job, name)
@@ -198,11 +206,11 @@ def finetune(job: Job, name: str) -> Path:
             shape = config.model.create
             source = workdir.model(
                 "base",
-                lambda folder: multihost.run_on_process_0(lambda: create(folder, everything, shape, config.seed)),
+                lambda folder: multihost.run_on_process_0(lambda: create_llava(folder, everything, shape, config.seed)),
             )
         else:
             source = hub.fetch_model(config.model.base)
-        model = Loaded.open(source, config, job.mesh, job.tuning)
+        model = job.load(source, job.tuning)
         kinds = {
             "image": [e for e in examples if e.image is not None],
             "text": [e for e in examples if e.image is None],
@@ -211,7 +219,7 @@ def finetune(job: Job, name: str) -> Path:
         context = Context(model.graphdef, model.params, None, model.config, streams, config.seed)
         prepared = job.tuning.prepare(context)
     with workdir.stage(f"fine-tune {name}"):
-        trained = _fit(job, model, job.tuning, prepared, section, workdir.path / "train" / name)
+        trained = loop.fit(model, job.tuning, prepared, section, seed=config.seed, folder=workdir.path / "train" / name)
     with workdir.stage(f"export {name}"):
         without = job.forgotten if name == "retain_only" else []
         return _exported(job, name, model, trained, source, without)
@@ -256,12 +264,12 @@ def unlearn(job: Job, made: dict[str, Path]) -> None:
         logging.info("the report: %s", page)
 
 
-def _opened(job: Job, folder: Path) -> Loaded:
+def _opened(job: Job, folder: Path) -> ModelBundle:
     with job.workdir.stage("load"):
-        return Loaded.open(folder, *job.how)
+        return job.load(folder)
 
 
-def _unlearned(job: Job, model: Loaded, source: Path) -> Path:
+def _unlearned(job: Job, model: ModelBundle, source: Path) -> Path:
     """The folder of the unlearned model: made from the vanilla one, unless it is there."""
     workdir, config = job.workdir, job.config
     if workdir.has_model("unlearned"):
@@ -275,7 +283,7 @@ def _unlearned(job: Job, model: Loaded, source: Path) -> Path:
         context = Context(
             graphdef=model.graphdef,
             params=model.params,
-            load_base=(lambda: Loaded.open(base, *job.how).params) if base else None,
+            load_base=(lambda: job.load(base).params) if base else None,
             model_config=model.config,
             sets={name: model.encode(rows, config.train.buckets) for name, rows in sets.items()},
             seed=config.seed,
@@ -285,18 +293,20 @@ def _unlearned(job: Job, model: Loaded, source: Path) -> Path:
     with workdir.stage("unlearn"):
         trained = prepared.edited
         if trained is None:
-            trained = _fit(job, model, job.method, prepared, config.train, workdir.path / "train")
+            trained = loop.fit(
+                model, job.method, prepared, config.train, seed=config.seed, folder=workdir.path / "train"
+            )
     with workdir.stage("export"):
         return _exported(job, "unlearned", model, trained, source, [])
 
 
-def _exported(job: Job, name: str, model: Loaded, trained: Params, source: Path, without: Sequence[str]) -> Path:
+def _exported(job: Job, name: str, model: ModelBundle, trained: Params, source: Path, without: Sequence[str]) -> Path:
     """The folder of a new model: `source` with what was trained."""
     merged, notes = trained | lora.adapters(model.params), _provenance(job, name, without)
     return job.workdir.model(name, lambda folder: export.export(merged, source, folder, model.config, notes=notes))
 
 
-def judged(job: Job, name: str, model: Loaded) -> list[dict]:
+def judged(job: Job, name: str, model: ModelBundle) -> list[dict]:
     """The answers of a model, which is then attacked: attacks/<attack>/<name>.jsonl."""
     answers = evaluated(job, name, model)
     workdir = job.workdir
@@ -320,7 +330,7 @@ def judged(job: Job, name: str, model: Loaded) -> list[dict]:
     return answers
 
 
-def evaluated(job: Job, name: str, model: Loaded) -> list[dict]:
+def evaluated(job: Job, name: str, model: ModelBundle) -> list[dict]:
     """The answers of a model, from answers/<name>.jsonl if they were given before."""
     workdir, options = job.workdir, job.config.eval
     path = f"answers/{name}.jsonl"
@@ -328,7 +338,7 @@ def evaluated(job: Job, name: str, model: Loaded) -> list[dict]:
         return workdir.read_lines(path)
     with workdir.stage(f"evaluate {name}"):
         answers = evaluate.evaluate(
-            model.answerer(options.batch_size),
+            Answerer(model, batch_size=options.batch_size),
             job.asked,
             protocol=options.protocol,
             max_new_tokens=options.max_new_tokens,
@@ -386,27 +396,6 @@ def _texts(job: Job, name: str) -> list[Example]:
     return list({e.question: e for e in rows if e.image is None}.values())
 
 
-def _fit(
-    job: Job,
-    model: Loaded,
-    method: methods.Method,
-    prepared: Prepared,
-    section: ml_collections.ConfigDict,
-    folder: Path,
-) -> Params:
-    return loop.fit(
-        graphdef=model.graphdef,
-        params=model.params,
-        model_config=model.config,
-        method=method,
-        prepared=prepared,
-        config=section,
-        seed=job.config.seed,
-        mesh=job.mesh,
-        folder=folder,
-    )
-
-
 def _provenance(job: Job, name: str, without: Sequence[str]) -> dict[str, str]:
     """A file beside the weights that says how they were made."""
     return {PROVENANCE: json.dumps({"model": name, "without": list(without), **_meta(job)}, indent=1) + "\n"}
@@ -425,7 +414,7 @@ def _meta(job: Job) -> dict[str, Any]:
     }
 
 
-def _evidence(job: Job, unlearned: Loaded, before: Any, manifest: dict[str, Any], source: Path) -> dict[str, Any]:
+def _evidence(job: Job, unlearned: ModelBundle, before: Any, manifest: dict[str, Any], source: Path) -> dict[str, Any]:
     """What changed in the model, and what did not; `before` are the `_text_scores` of the vanilla one."""
     family, _ = hf.read_config(source)
     changed = [hf.find_slot(family, unlearned.config, name).path for name in manifest["changed"]]
@@ -461,9 +450,9 @@ def _chance(asked: dict[str, list[Example]]) -> dict[str, dict[str, float]]:
     return {name: {kind: float(np.mean(x)) for kind, x in kinds.items()} for name, kinds in counts.items()}
 
 
-def _text_scores(job: Job, model: Loaded) -> Any:
+def _text_scores(job: Job, model: ModelBundle) -> Any:
     """What the model says of every answer that is offered to a text-only question, to the bit."""
     everything = [e for part in job.asked.values() for e in part]
     texts = [e for e in everything if e.image is None] or everything  # a question about a picture is a text without it
-    answerer = model.answerer(job.config.eval.batch_size)
+    answerer = Answerer(model, batch_size=job.config.eval.batch_size)
     return answerer.score([e.question for e in texts], [e.options or (e.answer,) for e in texts])

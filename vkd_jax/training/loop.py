@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from absl import logging
 
+from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.orbax_checkpoints import Checkpoints, NoCheckpoints
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.data.images import MAX_CACHED_BYTES
@@ -54,15 +55,12 @@ def _program(
 
 
 def fit(
-    *,
-    graphdef: Any,
-    params: Params,
-    model_config: Any,
+    bundle: ModelBundle,
     method: Method,
     prepared: Prepared,
     config: ml_collections.ConfigDict,
+    *,
     seed: int,
-    mesh: jax.sharding.Mesh,
     folder: Path | None,
 ) -> Params:
     """Trains, from the newest checkpoint in `folder` if there is one, and returns the trained weights alone.
@@ -71,27 +69,26 @@ def fit(
     the method's hyperparameters are, found in JAX's compilation cache by others, whatever their seed and learning rate.
 
     Args:
-        graphdef: of the model, with `params`, all its weights, which are left as they are.
-        model_config: of the family.
-        method: what trains and by which losses; `prepared`, what it computed beforehand. A stream without a set is
-            left out.
+        bundle: the model, from `ModelBundle.load_for` or `prepare_for`; its weights stay as they are.
+        method: what trains and by which losses.
+        prepared: what the method computed beforehand; a stream without a set is left out.
         config: steps or epochs, batch_size per stream, log_every, checkpoint_every, and what `optimizer.create` reads.
         seed: of the data order and of dropout.
-        mesh: the devices.
         folder: for checkpoints and metrics; None keeps none, for a short training that may as well begin again.
 
     Raises:
         Stopped: on SIGTERM, with the state saved if there is a folder.
         Diverged: a term of the loss is not finite.
     """
-    paths = method.trainable(params, model_config)
+    graphdef, params, mesh = bundle.graphdef, bundle.params, bundle.mesh
+    paths = method.trainable(params, bundle.config)
     if not paths:
         raise UserError("the method trains no weight of this model: see its fields `train` and `blocks`.")
     # In float32, since steps are smaller than what bfloat16 can add; and copied, since it is donated.
     trainable = {path: jnp.array(params[path], jnp.float32) for path in paths}
     frozen = {path: value for path, value in params.items() if path not in trainable}
     names = tuple(name for name in method.losses() if name in prepared.sets)
-    prefix = frozen_blocks(paths, model_config)
+    prefix = frozen_blocks(paths, bundle.config)
     sets = {name: cached_prefix(graphdef, params, prepared.sets[name], prefix) for name in names}
     sizes = {name: batch_size(config, name, mesh) for name in names}
     steps = count_steps(config, {name: len(rows) for name, rows in sets.items()})

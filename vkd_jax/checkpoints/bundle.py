@@ -1,0 +1,210 @@
+"""The one way to open a model: for asking, training, attacking, and, as shapes alone, for planning."""
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from vkd_jax.checkpoints import hf
+from vkd_jax.data.encoding import EncodedSet, encode_set
+from vkd_jax.data.processor import Processor
+from vkd_jax.models import base, lora, quantize
+from vkd_jax.runtime.mesh import param_shardings, replicated
+from vkd_jax.types import Example, Params, UserError
+
+
+class Trains(Protocol):
+    """What a bundle asks of a method; `methods.Method` satisfies it."""
+
+    @property
+    def adapters(self) -> lora.AdapterConfig | None:
+        """The adapters that the method adds to the model, or None."""
+        ...
+
+    def trainable(self, paths: Iterable[str], model_config: Any) -> list[str]:
+        """The paths of the weights that train."""
+        ...
+
+    def check_model(self, paths: Collection[str], model_config: Any) -> None:
+        """Raises a `UserError` if the method does not fit the model."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelBundle:
+    """A model in memory with all that is needed to use it.
+
+    Example:
+        >>> bundle = ModelBundle.load("/models/llava-1.5-7b-hf", dtype="bfloat16")
+        >>> Answerer(bundle, batch_size=1).generate(["What color is a banana?"])
+        ['yellow']
+    """
+
+    graphdef: Any  # the static part of the NNX module; `models.base.bind(graphdef, params)` gives the module
+    params: Params  # every parameter by path; `jax.ShapeDtypeStruct`s in an abstract bundle
+    config: Any  # the configuration of the model's family
+    processor: Processor | None  # None in an abstract bundle
+    mesh: jax.sharding.Mesh | None  # None: all weights are on the default device
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: Any = None,
+        mesh: jax.sharding.Mesh | None = None,
+        quantization: str = "",
+        remat: str = "",
+        max_pixels: int = 0,
+        masters: Callable[[Sequence[str], Any], Collection[str]] | None = None,
+    ) -> "ModelBundle":
+        """Loads a Hugging Face model folder; each weight is read directly into its shards.
+
+        Args:
+            folder: with config.json, safetensors, tokenizer and image processor.
+            dtype: of weights and computation; None keeps the one on disk.
+            mesh: the devices to shard over; None for the default device.
+            quantization: of the language model, as in `quantize.parse`; "" for none.
+            remat: what the backward pass recomputes, a key of `layers.REMAT`.
+            max_pixels: budget of pixels per image where images differ in size; 0 keeps the image processor's.
+            masters: function of (paths, configuration) to the weights that are read in float32 whatever `dtype` is;
+                see `load_for`.
+
+        Raises:
+            UserError: the folder cannot be read, or does not hold this model's weights.
+        """
+        family, model_config = read_family(folder)
+        processor = Processor(folder, model_config, max_pixels=max_pixels)
+        settings = quantize.parse(quantization)
+        graphdef, params, model_config = hf.load(
+            folder,
+            dtype=dtype,
+            sharding=mesh and param_shardings(mesh, family.SHARDING),
+            masters=masters,
+            transform=settings and functools.partial(quantize.quantized, how=settings),
+            remat=remat,
+            mesh=mesh,
+        )
+        return cls(graphdef, params, model_config, processor, mesh)
+
+    @classmethod
+    def load_for(cls, method: Trains, folder: str | Path, *, seed: int, **options: Any) -> "ModelBundle":
+        """Loads a model that `method` will train, with float32 masters and the method's adapters.
+
+        The weights that train are read in float32 from disk, whatever `dtype` is. Rounding them to `dtype` first and
+        casting back would change weights that training never moves, and these must be exported byte for byte. So
+        `prepare_for` cannot make masters afterward: it only attaches adapters.
+
+        Args:
+            method: what trains.
+            folder: as in `load`.
+            seed: of the adapters.
+            **options: further arguments of `load`.
+        """
+        return cls.load(folder, masters=method.trainable, **options).prepare_for(method, seed=seed)
+
+    @classmethod
+    def abstract_for(
+        cls,
+        method: Trains,
+        family: types.ModuleType,
+        hf_config: Any,
+        *,
+        dtype: Any,
+        mesh: jax.sharding.Mesh,
+        quantization: str = "",
+        remat: str = "",
+    ) -> "ModelBundle":
+        """The shapes, dtypes and shardings that `load_for` would give; nothing is read or computed.
+
+        Args:
+            method: what trains.
+            family: the model module.
+            hf_config: the transformers configuration.
+            dtype: as in `load`.
+            mesh: as in `load`; its devices need not exist.
+            quantization: as in `load`.
+            remat: as in `load`.
+
+        Raises:
+            UserError: the method trains weights that would be quantized.
+        """
+        dtype, settings = jnp.dtype(dtype), quantize.parse(quantization)
+        model_config = family.Config.from_hf(hf_config, compute_dtype=dtype.name, remat=remat, mesh=mesh)
+        graphdef, shapes = base.abstract(lambda rngs: family.Model(model_config, rngs=rngs))
+        sharding_of = param_shardings(mesh, family.SHARDING)
+        masters = set(method.trainable(list(shapes), model_config))
+        _check_quantization(masters, settings)
+        params = {}
+        for path, x in shapes.items():
+            kind = jnp.float32 if path in masters else dtype
+            params[path] = jax.ShapeDtypeStruct(x.shape, kind, sharding=sharding_of(path, x.shape))
+            if settings:
+                params[path] = quantize.shape(path, params[path], settings)
+        return cls(graphdef, params, model_config, None, mesh).prepare_for(method, seed=0)
+
+    def prepare_for(self, method: Trains, *, seed: int) -> "ModelBundle":
+        """Attaches the adapters that `method` trains, if any; LoRA is attached nowhere else.
+
+        The model computes the same function as before: a fresh adapter adds zero. `training.loop.fit` trains a float32
+        copy of whatever weights it is given, so weights that were not loaded by `load_for` train as well; those are
+        rounded to the bundle's dtype.
+
+        Args:
+            method: what trains.
+            seed: of the adapters; one seed gives the same adapters on every mesh.
+        """
+        if method.adapters is None:
+            return self
+        everywhere = None if self.mesh is None else replicated(self.mesh)
+        attach = functools.partial(lora.attach, **dataclasses.asdict(method.adapters), seed=seed)
+        if not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(self.params)):
+            return dataclasses.replace(self, params=attach(self.params, sharding=everywhere))
+
+        def with_sharding(path: str, x: Any) -> Any:
+            if isinstance(x, lora.Lora):
+                return dataclasses.replace(x, weight=self.params[path])
+            if path in self.params:
+                return self.params[path]
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+
+        adapted = jax.eval_shape(attach, self.params)
+        return dataclasses.replace(self, params={path: with_sharding(path, x) for path, x in adapted.items()})
+
+    def encode(self, examples: Sequence[Example], buckets: int = 1) -> EncodedSet:
+        """Encodes examples of one modality as arrays of at most `buckets` lengths."""
+        return encode_set(
+            self.processor, examples, max_length=self.config.text.max_positions, buckets=buckets
+        )
+
+
+def read_family(folder: str | Path) -> tuple[types.ModuleType, Any]:
+    """The model module of a folder and its configuration; equal ones have the same weights by name and shape."""
+    family, hf_config = hf.read_config(folder)
+    return family, family.Config.from_hf(hf_config)
+
+
+def check_trainable(folder: str | Path, method: Trains, quantization: str = "") -> None:
+    """Checks by shapes alone that a method can train the model of a folder.
+
+    Raises:
+        UserError: the method names weights or taps that the model lacks, or trains weights that would be quantized.
+    """
+    family, model_config = read_family(folder)
+    _, shapes = base.abstract(lambda rngs: family.Model(model_config, rngs=rngs))
+    method.check_model(shapes, model_config)
+    _check_quantization(method.trainable(shapes, model_config), quantize.parse(quantization))
+
+
+def _check_quantization(trainable: Iterable[str], settings: quantize.Quantization | None) -> None:
+    quantized = sorted(path for path in trainable if settings and quantize.quantizes(path))
+    if quantized:
+        raise UserError(
+            f"model.quantize: {len(quantized)} of the weights to train would be quantized, such as {quantized[0]}. "
+            "Train only the visual weights or adapters, or leave model.quantize empty."
+        )

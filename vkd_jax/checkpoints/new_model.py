@@ -1,0 +1,51 @@
+"""Makes new model folders with random weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_collections
+
+from vkd_jax import models
+from vkd_jax.checkpoints import export, hf
+from vkd_jax.data.processor import create_processor
+from vkd_jax.runtime import files
+from vkd_jax.types import Example
+
+
+def create_llava(folder: Path, examples: Sequence[Example], shape: ml_collections.ConfigDict, seed: int) -> Path:
+    """Creates a LLaVA with random weights and a tokenizer made for the texts of `examples`, unless the folder exists.
+
+    Args:
+        folder: the folder to create.
+        examples: their questions and answers define the tokenizer's vocabulary.
+        shape: vocab_size, and the fields of config.json's vision_config and text_config.
+        seed: of the weights.
+    """
+    from transformers import LlavaConfig
+
+    if folder.exists():
+        return folder
+    shape = shape.to_dict()
+    with files.atomic_folder(folder) as new:
+        tokenizer = create_processor(
+            new,
+            [f"USER: {e.question} ASSISTANT: {e.answer}" for e in examples],
+            vocab_size=shape["vocab_size"],
+            image_size=shape["vision"]["image_size"],
+            patch_size=shape["vision"]["patch_size"],
+        )
+        ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+        hf_config = LlavaConfig(
+            vision_config=dict(model_type="clip_vision_model", **shape["vision"]),
+            text_config=dict(
+                model_type="llama",
+                vocab_size=len(tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+                **ids,
+                **shape["text"],
+            ),
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        )
+        _, params = hf.init(models.module_for("llava").Config.from_hf(hf_config), seed)
+        export.create(new, hf_config, params)
+    return folder

@@ -140,9 +140,9 @@ def contexts(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def prepare(contexts):
-    """What `Manu` prepares with a share of 0.1; the same for everybody who asks for the same."""
-    return functools.cache(lambda family, train: Manu(train=train, share=0.1, threshold=TAU).prepare(contexts(family)))
+def edit(contexts):
+    """The weights that `Manu` prunes with a share of 0.1; cached by its arguments."""
+    return functools.cache(lambda family, train: Manu(train=train, share=0.1, threshold=TAU).edit(contexts(family)))
 
 
 def activations(context, name):
@@ -258,15 +258,15 @@ def shaped(pruned, path):
 
 @pytest.mark.parametrize("train", ["visual", "all"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exactly_the_share_is_pruned_and_nothing_else_changes(contexts, prepare, family, train):
-    context, prepared, method = contexts(family), prepare(family, train), Manu(train=train)
-    assert method.losses() == {} and prepared.mask is None
-    assert list(prepared.edited) == method.trainable(context.params, context.model_config)
+def test_exactly_the_share_is_pruned_and_nothing_else_changes(contexts, edit, family, train):
+    context, edited, method = contexts(family), edit(family, train), Manu(train=train)
+    assert method.losses() == {}
+    assert list(edited) == method.trainable(context.params, context.model_config)
     towers = {}  # tower -> block -> which of its neurons are pruned
-    for path, weight in prepared.edited.items():
+    for path, weight in edited.items():
         before = context.params[path]
         assert weight.dtype == before.dtype and weight.sharding == before.sharding and weight.shape == before.shape
-        pruned = neurons(path, prepared.edited)
+        pruned = neurons(path, edited)
         np.testing.assert_array_equal(weight, np.where(shaped(pruned, path), 0, before))
         blocks = towers.setdefault(path.split("/")[0], {})
         # All the weights of a neuron, or none.
@@ -276,8 +276,8 @@ def test_exactly_the_share_is_pruned_and_nothing_else_changes(contexts, prepare,
         assert sum(x.sum() for x in blocks.values()) == round(0.1 * sum(x.size for x in blocks.values()))
 
 
-def test_those_with_the_highest_scores_are_pruned(contexts, prepare):
-    context, edited = contexts("llava"), prepare("llava", "all").edited
+def test_those_with_the_highest_scores_are_pruned(contexts, edit):
+    context, edited = contexts("llava"), edit("llava", "all")
     found = {name: {tower: [plainly(z) for z in zs] for tower, zs in activations(context, name).items()}
              for name in SETS}  # fmt: skip
     scores = {}
@@ -295,13 +295,13 @@ def test_those_with_the_highest_scores_are_pruned(contexts, prepare):
 
 
 def test_blocks_bound_what_competes(contexts):
-    edited = Manu(train="visual", blocks=1, share=0.25, threshold=TAU).prepare(contexts("llava")).edited
+    edited = Manu(train="visual", blocks=1, share=0.25, threshold=TAU).edit(contexts("llava"))
     assert {path.split("/mlp/")[0] for path in edited} == {"vision_tower/blocks/2"}  # the last that is used
     assert neurons("vision_tower/blocks/2/mlp/fc2/kernel", edited).sum() == 8
 
 
-def test_a_pruned_neuron_is_silent_and_gets_no_gradient(contexts, prepare):
-    context, edited = contexts("qwen2_vl"), prepare("qwen2_vl", "all").edited
+def test_a_pruned_neuron_is_silent_and_gets_no_gradient(contexts, edit):
+    context, edited = contexts("qwen2_vl"), edit("qwen2_vl", "all")
     frozen = {k: v for k, v in context.params.items() if k not in edited}
     batch = context.sets["forget"].batch(np.arange(5))
 
@@ -318,7 +318,7 @@ def test_a_pruned_neuron_is_silent_and_gets_no_gradient(contexts, prepare):
         assert (statistics.square == 0).sum() == round(0.1 * statistics.square.size), tower
 
 
-def test_the_answers_change_and_those_to_text_only_if_the_language_model_does(contexts, prepare):
+def test_the_answers_change_and_those_to_text_only_if_the_language_model_does(contexts, edit):
     context = contexts("llava")
 
     @jax.jit
@@ -327,7 +327,7 @@ def test_the_answers_change_and_those_to_text_only_if_the_language_model_does(co
 
     pictured, text = (context.sets[name].batch(np.arange(5)) for name in ("forget", "forget_text"))
     for train in ("visual", "all"):
-        after = context.params | prepare("llava", train).edited
+        after = context.params | edit("llava", train)
         assert np.any(logits(after, pictured) != logits(context.params, pictured))
         assert np.array_equal(logits(after, text), logits(context.params, text)) == (train == "visual")
 
@@ -335,7 +335,7 @@ def test_the_answers_change_and_those_to_text_only_if_the_language_model_does(co
 def test_without_questions_of_text_alone_pictures_decide(contexts):
     context, method = contexts("qwen2_vl"), Manu(share=0.1, threshold=TAU)
     only = dataclasses.replace(context, sets={k: v for k, v in context.sets.items() if k != "retain_text"})
-    edited = method.prepare(only).edited
+    edited = method.edit(only)
     found = {name: plainly(activations(context, name)["language_model"][0]) for name in ("forget", "retain")}
     pruned = neurons("language_model/blocks/mlp/down/kernel", edited)
     assert pruned.sum() == 5 and method.score(found)[pruned[0]].min() > method.score(found)[~pruned[0]].max()

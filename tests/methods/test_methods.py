@@ -326,3 +326,42 @@ def test_unknown_names_are_refused_with_what_there_is():
 def test_an_unknown_tap_is_refused_with_what_there_is(context):
     with pytest.raises(UserError, match=r"unknown tap 'vision/9'. Available: vision/0"):
         VKD(taps=("vision/9",), mask_scope="none").prepare(context)
+
+
+# The contract.
+
+
+@pytest.mark.parametrize("name", [name for name in methods.METHODS if name not in ("finetune", "manu")])
+def test_prepare_caches_exactly_what_the_specification_says(context, name):
+    """The planner reads the specification alone."""
+    fields = SMALL if name in ("vkd", "mmunlearner") else {}
+    method = methods.create(name, fields)
+    prepared = method.prepare(context)
+    assert prepared.teacher.keys() == method.teachers().keys()
+    for stream in method.losses():
+        encoded = prepared.sets[stream]
+        spec = method.cache_spec(stream, base.tap_shapes(context, encoded), context.model_config)
+        for arrays, entries in ((encoded.per_image, spec.per_image), (encoded.per_example, spec.per_example)):
+            assert {k: (v.shape[1:], v.dtype) for k, v in arrays.items()} == {
+                k: (v.shape, v.dtype) for k, v in entries.items()
+            }
+
+
+def test_a_cache_that_differs_from_its_specification_is_an_error(tiny_sets):
+    encoded = tiny_sets["forget"]
+    spec = base.CacheSpec(per_example={"reference": jax.ShapeDtypeStruct((), jnp.float32)})
+    good = np.zeros(len(encoded), np.float32)
+    assert base.with_cache(encoded, spec, {"reference": good}).per_example["reference"] is good
+    for values, message in (
+        ({}, "disagree about reference"),
+        ({"reference": good, "more": good}, "disagree about more"),
+        ({"reference": good[:, None]}, r"rows of float32\[\], and prepare computed float32\[1\]"),
+        ({"reference": good.astype(np.float16)}, r"prepare computed float16\[\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            base.with_cache(encoded, spec, values)
+
+
+def test_a_method_that_trains_edits_nothing(context):
+    with pytest.raises(NotImplementedError, match="GradDiff trains"):
+        GradDiff().edit(context)

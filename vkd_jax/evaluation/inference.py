@@ -54,7 +54,7 @@ class TokenScores(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """PackedImages as the language model sees them, and which of them each prompt shows. Each picture is held once."""
+    """Images as the language model sees them, and which of them each prompt shows. Each picture is held once."""
 
     shapes: Sequence[tuple[int, ...]]  # (height, width, 3) of each picture, as the model's processor made it
     features: VisualTokens  # NumPy arrays, a row a picture

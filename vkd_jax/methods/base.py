@@ -11,6 +11,7 @@ import numpy as np
 from vkd_jax.data.batching import padded_rows, rng
 from vkd_jax.data.encoding import Batch, EncodedSet
 from vkd_jax.methods import losses, saliency
+from vkd_jax.models import lora
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.runtime import multihost
 from vkd_jax.types import Example, Params
@@ -36,36 +37,116 @@ class Context:
 
 
 @dataclasses.dataclass(frozen=True)
+class CacheSpec:
+    """The arrays that `prepare` adds to the set of one stream; each entry is the shape and dtype of one row."""
+
+    per_image: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
+    per_example: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Prepared:
     """What a method computed before the loop: sets with cached arrays, and which weights may move."""
 
-    sets: Mapping[str, EncodedSet]
+    sets: Mapping[str, EncodedSet]  # with the arrays of `Method.cache_spec`; see `with_cache`
     mask: Params | None = None  # 0/1 per trainable element; None lets every element move
-    # By stream, what the model as it was before the loop says of each batch; found in `batch.cached`. Where it can be
-    # computed once and held, it belongs into the set; this is for what is too large to hold, such as whole logits.
+    # By stream, the output of the model before training for each batch, added to `batch.cached`. What can be computed
+    # once and stored belongs into the set; a teacher is for what is too large to store, such as whole logits.
     teacher: Mapping[str, TeacherFn] = dataclasses.field(default_factory=dict)
-    edited: Params | None = None  # new values of the trainable weights: then there is nothing to train
 
 
 class Method(Protocol):
-    """A frozen dataclass of hyperparameters, those of `scope.Scope` among them.
+    """The contract of an unlearning method: a frozen dataclass of hyperparameters.
 
-    `mask_scope` says which gradients the prepared mask covers: "forget", "both", or "none".
+    A method either trains, and has `losses`, or edits weights directly, and has `edit`. A run calls `check_model`
+    before it reads any weights, loads the model with `trainable` weights in float32 and with `adapters`, and then
+    calls `prepare` and trains on `losses`, or calls `edit`. The planner calls `cache_spec`, `mask_shape` and `teachers`
+    instead of `prepare`, with shapes alone.
+
+    `scope.Scope` implements the fields that all methods share and a default for everything but `losses`.
     """
 
-    mask_scope: str
+    mask_scope: str  # which gradients the prepared mask covers: "forget", "both", or "none" for no mask
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether `prepare` loads the model before it was fine-tuned."""
+        ...
+
+    @property
+    def adapters(self) -> lora.AdapterConfig | None:
+        """The adapters that the method adds to the model, or None."""
+        ...
 
     def trainable(self, paths: Iterable[str], model_config: Any) -> list[str]:
-        """The paths of the weights that train."""
+        """Selects the paths of the weights that train, or that `edit` may change."""
+        ...
+
+    def check_model(self, paths: Iterable[str], model_config: Any) -> None:
+        """Raises a `UserError` that names the field if the method does not fit a model."""
         ...
 
     def prepare(self, context: Context) -> Prepared:
-        """Computes, once, what the loss functions would otherwise compute at each step."""
+        """Computes once what the loss functions would otherwise compute at each step."""
         ...
 
     def losses(self) -> Mapping[str, LossFn]:
-        """One loss function per stream; the gradients of the streams add up. {} for a method that trains nothing."""
+        """Returns one loss function per stream; the gradients of the streams add up. {} for a method that edits."""
         ...
+
+    def edit(self, context: Context) -> Params:
+        """Returns new values of the trainable weights; only for methods without losses."""
+        ...
+
+    def cache_spec(self, stream: str, taps: Mapping[str, VisualTokens], model_config: Any) -> CacheSpec:
+        """Describes the arrays that `prepare` adds to the set of a stream.
+
+        Args:
+            stream: name of the stream.
+            taps: shapes of the vision taps of one row of images, [1, p, c] each.
+            model_config: of the family.
+        """
+        ...
+
+    def mask_shape(self, path: str, shape: tuple[int, ...], model_config: Any) -> tuple[int, ...]:
+        """Returns the shape of the mask of a weight."""
+        ...
+
+    def teachers(self) -> Mapping[str, TeacherFn]:
+        """Returns `Prepared.teacher`; {} for a method without teachers."""
+        ...
+
+
+def tap_shapes(context: Context, encoded: EncodedSet) -> dict[str, VisualTokens]:
+    """The shapes of the vision taps of one row of images, as `Method.cache_spec` takes them; nothing is computed."""
+
+    def encode(params, images):
+        return bind(context.graphdef, params).encode(images)[1]
+
+    return jax.eval_shape(encode, context.params, encoded.pictures[np.arange(1)])
+
+
+def with_cache(encoded: EncodedSet, spec: CacheSpec, values: Mapping[str, np.ndarray]) -> EncodedSet:
+    """Adds cached arrays to a set: exactly those that the method's `cache_spec` describes.
+
+    Raises:
+        ValueError: an array is missing, is not in the specification, or has another shape or dtype.
+    """
+    entries = {**spec.per_image, **spec.per_example}
+    if problems := sorted(entries.keys() ^ values.keys()):
+        raise ValueError(f"cache_spec and prepare disagree about {', '.join(problems)}.")
+    for name, entry in entries.items():
+        value = values[name]
+        if (value.shape[1:], value.dtype) != (entry.shape, entry.dtype):
+            raise ValueError(
+                f"{name}: cache_spec describes rows of {entry.dtype}{list(entry.shape)}, and prepare computed "
+                f"{value.dtype}{list(value.shape[1:])}."
+            )
+    return dataclasses.replace(
+        encoded,
+        per_image={name: values[name] for name in spec.per_image},
+        per_example={name: values[name] for name in spec.per_example},
+    )
 
 
 def see(model: Any, batch: Batch) -> tuple[VisualTokens | None, dict[str, VisualTokens]]:

@@ -14,10 +14,6 @@ class Finetune(Scope):
 
     weight_text: float = setting(1.0, "Weight of the loss on text-only questions.", minimum=0)
 
-    def prepare(self, context: base.Context) -> base.Prepared:
-        """Nothing to prepare."""
-        return base.Prepared(sets=context.sets)
-
     def losses(self) -> Mapping[str, base.LossFn]:
         """Questions with a picture and text-only questions are two streams, each of its own fixed shape.
 

@@ -24,10 +24,6 @@ class GradAscent(Scope):
 
     cap: float = setting(6.0, "Cross-entropy at which ascent stops, in nats per token.", above=0)
 
-    def prepare(self, context: base.Context) -> base.Prepared:
-        """Nothing to prepare."""
-        return base.Prepared(sets=context.sets)
-
     def losses(self) -> Mapping[str, base.LossFn]:
         """One stream, which ascends."""
         return {"forget": base.ascent(1.0, self.cap)}

@@ -24,10 +24,6 @@ class GradDiff(Scope):
     weight_retain: float = setting(1.0, "Weight of the loss on the retain set.", minimum=0)
     cap: float = setting(6.0, "Cross-entropy at which ascent stops, in nats per token.", above=0)
 
-    def prepare(self, context: base.Context) -> base.Prepared:
-        """Nothing to prepare."""
-        return base.Prepared(sets=context.sets)
-
     def losses(self) -> Mapping[str, base.LossFn]:
         """One stream ascends, the other descends."""
         return {

@@ -31,10 +31,6 @@ class KL(Scope):
     weight_kl: float = setting(1.0, "Weight of the divergence from the vanilla model on the retain set.", minimum=0)
     cap: float = setting(6.0, "Cross-entropy at which ascent stops, in nats per token.", above=0)
 
-    def prepare(self, context: base.Context) -> base.Prepared:
-        """The vanilla model teaches on the retain stream."""
-        return base.Prepared(sets=context.sets, teacher=self.teachers())
-
     def teachers(self) -> Mapping[str, base.TeacherFn]:
         """The vanilla model's logits of the retain batch."""
         return {"retain": _teach} if self.weight_kl else {}

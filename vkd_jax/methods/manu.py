@@ -45,7 +45,7 @@ from vkd_jax.methods import base
 from vkd_jax.methods.scope import Scope
 from vkd_jax.models.base import bind
 from vkd_jax.runtime import multihost
-from vkd_jax.types import UserError
+from vkd_jax.types import Params, UserError
 
 TERMS = ("abs", "freq", "var", "rms")
 EPS = 1e-5
@@ -90,8 +90,8 @@ class Manu(Scope):
         """The paths of the weights that may be pruned: into and out of the neurons of the scope."""
         return [path for path in super().trainable(paths, model_config) if _PATHS.fullmatch(path)]
 
-    def prepare(self, context: base.Context) -> base.Prepared:
-        """Scores the neurons and prunes: the new weights are in `edited`.
+    def edit(self, context: base.Context) -> Params:
+        """Scores the neurons and prunes: returns the weights with zeros at pruned neurons.
 
         Raises:
             UserError: the share is less than half a neuron.
@@ -105,11 +105,10 @@ class Manu(Scope):
                 pruned |= zip(map(str, blocks), top(score[blocks], self.share), strict=True)
             else:
                 pruned[None] = top(score, self.share)  # of all layers, whose weights are stacked
-        edited = {
+        return {
             path: _without(context.params[path], pruned[match["block"]], rows=bool(match["out"]))
             for path, match in found.items()
         }
-        return base.Prepared(sets=context.sets, edited=edited)
 
     def losses(self) -> Mapping[str, base.LossFn]:
         """Nothing trains."""

@@ -35,13 +35,15 @@ class NPO(Scope):
     def prepare(self, context: base.Context) -> base.Prepared:
         """Caches each forget answer's log-probability under the vanilla model."""
         forget = context.sets["forget"]
-        reference = base.reference_log_probs(context, forget)
-        forget = dataclasses.replace(forget, per_example={"reference": reference})
+        spec = self.cache_spec("forget", {}, context.model_config)
+        forget = base.with_cache(forget, spec, {"reference": base.reference_log_probs(context, forget)})
         return base.Prepared(sets={**context.sets, "forget": forget})
 
-    def cached(self, stream, rows, taps, model_config) -> dict[str, jax.ShapeDtypeStruct]:
-        """The reference, for each row of the forget set."""
-        return {"reference": jax.ShapeDtypeStruct((rows,), jnp.float32)} if stream == "forget" else {}
+    def cache_spec(self, stream, taps, model_config) -> base.CacheSpec:
+        """The reference of each row of the forget set."""
+        del taps, model_config
+        reference = jax.ShapeDtypeStruct((), jnp.float32)
+        return base.CacheSpec(per_example={"reference": reference}) if stream == "forget" else base.CacheSpec()
 
     def losses(self) -> Mapping[str, base.LossFn]:
         """One stream forgets, the other descends."""

@@ -74,9 +74,8 @@ class RMU(Scope):
         direction = rng(context.seed, "rmu/direction").random(config.width)
         c = self.steering_coefficient * median_length(context, layers)
         target = np.float32(c * direction / np.linalg.norm(direction))
-        forget = dataclasses.replace(
-            forget, per_example={"target": np.broadcast_to(target, (len(forget), len(target)))}
-        )
+        spec = self.cache_spec("forget", {}, context.model_config)
+        forget = base.with_cache(forget, spec, {"target": np.broadcast_to(target, (len(forget), len(target)))})
 
         def moves(path: str) -> np.ndarray:
             if not path.startswith("language_model/blocks/"):
@@ -103,10 +102,11 @@ class RMU(Scope):
         """The blocks up to the hidden states."""
         return self.layers(model_config), False
 
-    def cached(self, stream, rows, taps, model_config) -> dict[str, jax.ShapeDtypeStruct]:
+    def cache_spec(self, stream, taps, model_config) -> base.CacheSpec:
         """The direction, for each row of the forget set."""
-        target = jax.ShapeDtypeStruct((rows, model_config.text.width), jnp.float32)
-        return {"target": target} if stream == "forget" else {}
+        del taps
+        target = jax.ShapeDtypeStruct((model_config.text.width,), jnp.float32)
+        return base.CacheSpec(per_example={"target": target}) if stream == "forget" else base.CacheSpec()
 
     def losses(self) -> Mapping[str, base.LossFn]:
         """One stream is led astray, the other stays where it was."""

@@ -4,18 +4,18 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-import jax
-
 from vkd_jax.config.fields import Section, setting
+from vkd_jax.methods import base
 from vkd_jax.models import lora
-from vkd_jax.types import UserError
+from vkd_jax.models.base import VisualTokens
+from vkd_jax.types import Params, UserError
 
 TRAIN = ("all", "visual", "lora")
 
 
 @dataclasses.dataclass(frozen=True)
 class Scope(Section):
-    """The hyperparameters that all methods share: a method is a dataclass that inherits these fields."""
+    """The hyperparameters that all methods inherit, and defaults for the `Method` contract."""
 
     SECTION: ClassVar[str] = "method"
 
@@ -34,7 +34,7 @@ class Scope(Section):
         0.05, "Share of an adapter's inputs that is dropped at each step.", minimum=0, below=1
     )
     mask_scope: ClassVar[str] = "none"  # a method with a mask says otherwise
-    asks_base: ClassVar[bool] = False  # whether `prepare` loads the model as it was before it met anybody
+    needs_base: ClassVar[bool] = False  # whether `prepare` loads the model before it was fine-tuned
 
     @property
     def adapters(self) -> lora.AdapterConfig | None:
@@ -55,33 +55,32 @@ class Scope(Section):
         """
         self.trainable(paths, model_config)
 
-    def teachers(self) -> Mapping[str, Any]:
-        """`Prepared.teacher` of what `prepare` returns: {} for a method without."""
-        return {}
+    def prepare(self, context: base.Context) -> base.Prepared:
+        """Computes nothing; methods that cache, mask or teach override it."""
+        return base.Prepared(sets=context.sets, teacher=self.teachers())
+
+    def edit(self, context: base.Context) -> Params:
+        """Methods that train have no edit."""
+        raise NotImplementedError(f"{type(self).__name__} trains; it edits no weights.")
+
+    def cache_spec(self, stream: str, taps: Mapping[str, VisualTokens], model_config: Any) -> base.CacheSpec:
+        """No arrays; methods that cache override it."""
+        del stream, taps, model_config
+        return base.CacheSpec()
 
     def mask_shape(self, path: str, shape: tuple[int, ...], model_config: Any) -> tuple[int, ...]:
-        """The shape of the mask of a weight, for the planner."""
+        """The shape of the weight itself."""
         del path, model_config
         return shape
+
+    def teachers(self) -> Mapping[str, base.TeacherFn]:
+        """No teachers; methods with teachers override it."""
+        return {}
 
     def depth(self, stream: str, model_config: Any) -> tuple[int, bool]:
         """How many blocks of the language model run for a stream, and whether its head does, for the planner."""
         del stream
         return model_config.text.layers, True
-
-    def cached(
-        self, stream: str, rows: int, taps: Mapping[str, Any], model_config: Any
-    ) -> dict[str, jax.ShapeDtypeStruct]:
-        """The shapes of what `prepare` caches for a batch, for the planner: {} for a method that caches nothing.
-
-        Args:
-            stream: of the batch.
-            rows: of the batch.
-            taps: shapes of the taps of its pictures.
-            model_config: of the family.
-        """
-        del stream, rows, taps, model_config
-        return {}
 
 
 def trainable_paths(paths: Iterable[str], model_config: Any, scope: str, blocks: int) -> list[str]:

@@ -77,8 +77,8 @@ class VKD(Scope):
             raise self.error("mask_keep", "the mask takes mask_threshold or mask_keep. Set exactly one to a number.")
 
     @property
-    def asks_base(self) -> bool:
-        """Whether `prepare` loads the model as it was before it met anybody."""
+    def needs_base(self) -> bool:
+        """Whether `prepare` loads the model before it was fine-tuned."""
         return "base" in (self.target, self.teacher)
 
     def check_model(self, paths: Iterable[str], model_config: Any) -> None:
@@ -112,28 +112,31 @@ class VKD(Scope):
             for tap, tokens in teacher_retain.items()
         }
 
-        forget = dataclasses.replace(
-            forget,
-            per_image=_cached(self._targets(context, vanilla_retain), scales),
-            per_example={"reference": base.reference_log_probs(context, forget)} if self.forget == "npo" else {},
-        )
-        teacher = {tap: tokens.values for tap, tokens in teacher_retain.items()}
-        retain = dataclasses.replace(retain, per_image=_cached(teacher, scales))
+        specs = {
+            name: self.cache_spec(name, base.tap_shapes(context, encoded), context.model_config)
+            for name, encoded in sets.items()
+        }
+        targets = {tap: tokens.values for tap, tokens in teacher_retain.items()}
+        retain = base.with_cache(retain, specs["retain"], _cached(targets, scales))
+        cached = _cached(self._targets(context, vanilla_retain), scales)
+        if "reference" in specs["forget"].per_example:
+            cached["reference"] = base.reference_log_probs(context, forget)
+        forget = base.with_cache(forget, specs["forget"], cached)
         mask = None if self.mask_scope == "none" else self._mask(context)
         return base.Prepared(sets={"forget": forget, "retain": retain}, mask=mask)
 
-    def cached(self, stream, rows, taps, model_config) -> dict[str, jax.ShapeDtypeStruct]:
-        """Targets and scales of each tap, and NPO's reference."""
-        shapes, forgets = {}, stream == "forget"
+    def cache_spec(self, stream, taps, model_config) -> base.CacheSpec:
+        """Targets and scales of each tap, and the reference of NPO."""
+        del model_config
+        per_image, forgets = {}, stream == "forget"
         if not forgets or self.target != "none":
             for tap in self.taps:
                 values = taps[tap].values
                 dtype = jnp.float32 if forgets and self.target == "anchor" else values.dtype
-                shapes[f"target/{tap}"] = jax.ShapeDtypeStruct(values.shape, dtype)
-                shapes[f"scale/{tap}"] = jax.ShapeDtypeStruct((rows,), jnp.float32)
-        if forgets and self.forget == "npo":
-            shapes["reference"] = jax.ShapeDtypeStruct((rows,), jnp.float32)
-        return shapes
+                per_image[f"target/{tap}"] = jax.ShapeDtypeStruct(values.shape[1:], dtype)
+                per_image[f"scale/{tap}"] = jax.ShapeDtypeStruct((), jnp.float32)
+        reference = {"reference": jax.ShapeDtypeStruct((), jnp.float32)} if forgets and self.forget == "npo" else {}
+        return base.CacheSpec(per_image, reference)
 
     def losses(self) -> Mapping[str, base.LossFn]:
         """The two halves of the objective; their gradients are taken apart, so that a mask can cover one."""

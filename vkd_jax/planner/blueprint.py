@@ -1,7 +1,7 @@
 """A training step whose arrays are shapes that know where they would lie: what can be compiled without a chip.
 
 It follows what a run does, from the config to `loop.fit`: weights as `ModelBundle.load_for` loads them, batches as
-`data.encoding` makes them, and what a method caches as the method itself says (`Scope.cached`: of the taps of an
+`data.encoding` makes them, and what a method caches as the method itself says (`Method.cache_spec`: of the taps of an
 abstract forward pass, since `prepare` computes with arrays that are not there). Nothing is read but config.json.
 """
 
@@ -180,7 +180,9 @@ def batch(
         raise UserError(f"a row of {t} tokens is longer than the model's {model_config.text.max_positions}.")
     kinds = dict(tokens=(t, jnp.int32), mask=(t, bool), target_positions=(a, jnp.int32), targets=(a, jnp.int32))
     kinds["target_mask"] = (a, bool)
-    cached = method.cached(stream, rows, taps, model_config)
+    spec = method.cache_spec(stream, taps, model_config)
+    entries = {**spec.per_image, **spec.per_example}
+    cached = {name: Shape((rows, *x.shape), x.dtype) for name, x in entries.items()}
     if prefix := frozen_blocks(method.trainable(list(params), model_config), model_config):
         cached[f"vision/{prefix - 1}"] = taps[f"vision/{prefix - 1}"].values
     return Batch(

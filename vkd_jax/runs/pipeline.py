@@ -150,7 +150,7 @@ def check_models(job: Job) -> None:
     unlearns, finetunes = config.stage in UNLEARNS, bool(STAGES[config.stage].finetunes)
     if not finetunes:
         given = {name: config.model[name] for name in ("path", "retain_only", "unlearned")}
-        given |= {"base": config.model.base} if unlearns and job.method.asks_base else {}
+        given |= {"base": config.model.base} if unlearns and job.method.needs_base else {}
     else:
         given = {"base": "" if config.model.create.to_dict() else config.model.base}
     kinds: list[Any] = []
@@ -275,7 +275,7 @@ def _unlearned(job: Job, model: ModelBundle, source: Path) -> Path:
     if workdir.has_model("unlearned"):
         return workdir.model("unlearned")
     base = None
-    if job.method.asks_base:
+    if job.method.needs_base:
         base = hub.fetch_model(workdir.path / "base" if config.model.create.to_dict() else config.model.base)
     with workdir.stage("prepare"):
         sets = {name: _pairs(job, name) for name in ("forget", "retain")}
@@ -289,10 +289,11 @@ def _unlearned(job: Job, model: ModelBundle, source: Path) -> Path:
             seed=config.seed,
             encode=functools.partial(model.encode, buckets=config.train.buckets),
         )
-        prepared = job.method.prepare(context)
+        prepared = job.method.prepare(context) if job.method.losses() else None
     with workdir.stage("unlearn"):
-        trained = prepared.edited
-        if trained is None:
+        if prepared is None:
+            trained = job.method.edit(context)
+        else:
             trained = loop.fit(
                 model, job.method, prepared, config.train, seed=config.seed, folder=workdir.path / "train"
             )

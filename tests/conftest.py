@@ -1,6 +1,7 @@
 """Settings for the whole test run, made before anything imports JAX, TensorFlow or transformers."""
 
 import collections
+import dataclasses
 import json
 import os
 import subprocess

@@ -108,9 +108,19 @@ def test_an_attacker_trains_what_it_says_and_nothing_else(subject, attacker):
     assert all(jnp.any(after.params[path]) for path in added)  # B began as zero
 
 
+def recorded(calls):
+    """A `fit` that only records its arguments."""
+
+    def fit(bundle, method, prepared, config, *, seed, folder):
+        calls.append(dict(bundle=bundle, method=method, prepared=prepared, config=config, seed=seed, folder=folder))
+        return {}
+
+    return fit
+
+
 def test_every_attack_has_the_same_budget_and_its_own_share(subject, monkeypatch):
     asked = []
-    monkeypatch.setattr(relearn.train, "fit", lambda **kwargs: asked.append(kwargs) or {})
+    monkeypatch.setattr(relearn.loop, "fit", recorded(asked))
     config = subject.config.copy_and_resolve_references()
     config.seed, config.attacks.seed = 5, 7
     attack = create(shares=(0.1, 0.3), learning_rate=0.02)
@@ -130,7 +140,7 @@ def test_every_attack_has_the_same_budget_and_its_own_share(subject, monkeypatch
         4,
         0.02,
     )
-    assert all(a["params"].keys() == subject.model.params.keys() for a in asked)
+    assert all(a["bundle"].params.keys() == subject.model.params.keys() for a in asked)
 
 
 def test_an_attack_teaches_its_share(subject):
@@ -187,7 +197,7 @@ def test_only_what_was_not_trained_on_counts(subject, records):
 
 def test_of_whole_people_all_is_taught_and_the_others_are_asked_about(subject, monkeypatch):
     asked = []
-    monkeypatch.setattr(relearn.train, "fit", lambda **kwargs: asked.append(kwargs) or {})
+    monkeypatch.setattr(relearn.loop, "fit", recorded(asked))
     records = create(shares=(), people=(0.4, 0.7), attackers=("visual",)).run(subject)
     taught = [{e.person for e in a["prepared"].sets["image"].examples} for a in asked]
     assert [len(people) for people in taught] == [1, 2] and taught[0] < taught[1] < set(NAMES)
@@ -328,9 +338,9 @@ def test_all_weights_of_a_quantised_model_cannot_train(subject):
 
 
 def test_an_attack_that_diverges_says_what_to_change(subject, monkeypatch):
-    def diverges(**kwargs):
+    def diverges(*args, **kwargs):
         raise loop.Diverged("step 3: loss is not finite")
 
-    monkeypatch.setattr(relearn.train, "fit", diverges)
+    monkeypatch.setattr(relearn.loop, "fit", diverges)
     with pytest.raises(UserError, match=r"the visual attack diverged \(step 3: .*\); lower attacks.relearn.learning"):
         create().run(subject)

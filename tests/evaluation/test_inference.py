@@ -146,7 +146,7 @@ def test_joined_pictures_are_what_the_model_makes_of_them_together(family, qwen_
     rows, turns = [[0, 1], [1, 0]], [("What is it?", "a pear", 1)]
     seen = model.look([[files[i] for i in row] for row in rows])
     got = model.score(["Who?"] * 2, [["baker"]] * 2, seen, turns=[turns] * 2).log_probs
-    score = plain(model, 16)
+    score = plain(model.bundle, 16)
     expected = [score("Who?", "baker", [files[i] for i in row], turns)[0] for row in rows]
     np.testing.assert_allclose(got[:, 0], expected, atol=1e-3)
     assert abs(expected[0] - expected[1]) > 0.01

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vkd_jax import methods
+from vkd_jax import methods, registry
 from vkd_jax.methods import base, feature_targets, losses
 from vkd_jax.methods.grad_diff import GradDiff
 from vkd_jax.methods.scope import frozen_blocks, trainable_paths
@@ -331,7 +331,7 @@ def test_an_unknown_tap_is_refused_with_what_there_is(context):
 # The contract.
 
 
-@pytest.mark.parametrize("name", [name for name in methods.METHODS if name not in ("finetune", "manu")])
+@pytest.mark.parametrize("name", [name for name in registry.METHODS if name not in ("finetune", "manu")])
 def test_prepare_caches_exactly_what_the_specification_says(context, name):
     """The planner reads the specification alone."""
     fields = SMALL if name in ("vkd", "mmunlearner") else {}

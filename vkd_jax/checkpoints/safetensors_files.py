@@ -47,6 +47,8 @@ class Tensor:
     start: int  # bytes from the beginning of the file
     stop: int
 
+    # `safe_open(...).get_slice` of safetensors 0.8 would be less code. Reading 1 GiB of bfloat16 into transposed shards
+    # on 8 CPU devices took 6.3 s of CPU time with it and 3.3 to 3.6 s here, and its memory map added 0.5 GiB.
     def copy(
         self, parts: Sequence[tuple[tuple[slice, ...], np.ndarray]], passed: Callable[[int], None] = lambda count: None
     ) -> None:

@@ -358,7 +358,7 @@ class RunConfig(Section):
             raise FieldError("method.name", "finetune does not unlearn. Use the section finetune for fine-tuning.")
         if stage.unlearns:
             self.train.check(tuple(self.method.losses()), shards)
-            if self.method.asks_base and not model.has_base:
+            if self.method.needs_base and not model.has_base:
                 raise model.error(
                     "base", "the method needs the model as it was before fine-tuning. Give a folder or a hub id."
                 )

@@ -6,7 +6,8 @@ A model module offers
   `used_blocks`, `compute_dtype`, `remat`; and how its pictures are laid out: `images(output)` takes them from what the
   Hugging Face image processor returns, `image_tokens(height, width)` counts the tokens of one, `pack(rows, tokens)`
   turns the pictures of each prompt into arrays of one shape, with room for so many tokens;
-- `Model(config, *, rngs, param_dtype)`: `encode(pictures)` gives `base.VisualTokens` and the taps, by name;
+- `Model(config, *, rngs, param_dtype)`, a `base.VisionLanguageModel`: `encode(pictures)` gives `base.VisualTokens` and
+  the taps, by name;
   `model(tokens, mask, features=, at=, cache=)` gives logits. Parameters are `vision_tower/patch_embedding`,
   `vision_tower/blocks/<i>/...`, `vision_tower/post_norm/...` (feeds nothing), `projector/...`, `language_model/...`;
 - its side of the conversion, `hf_table(config)`, `HF_ALIASES`, `HF_SKIP`, `HF_ARCHITECTURE` (`checkpoints.hf`);

@@ -82,7 +82,6 @@ SHARDING = (
     (r".*/(bias|scale)|vision_tower/patch_embedding", P()),
 )
 
-# What the published config.json files say, by size.
 _VISION = dict(
     depth=32,
     hidden_size=1280,
@@ -96,35 +95,12 @@ _VISION = dict(
     window_size=112,
     fullatt_block_indexes=[7, 15, 23, 31],
 )
-PRESETS = {
-    "3b": (
-        "Qwen/Qwen2.5-VL-3B-Instruct",
-        dict(
-            vision_config=dict(**_VISION, out_hidden_size=2048),
-            vocab_size=151936,
-            hidden_size=2048,
-            intermediate_size=11008,
-            num_hidden_layers=36,
-            num_attention_heads=16,
-            num_key_value_heads=2,
-            max_position_embeddings=128000,
-            tie_word_embeddings=True,
-            **qwen2_vl.SHARED,
-        ),
-    ),
-    "7b": (
-        "Qwen/Qwen2.5-VL-7B-Instruct",
-        dict(
-            vision_config=dict(**_VISION, out_hidden_size=3584),
-            vocab_size=152064,
-            hidden_size=3584,
-            intermediate_size=18944,
-            num_hidden_layers=28,
-            num_attention_heads=28,
-            num_key_value_heads=4,
-            max_position_embeddings=128000,
-            tie_word_embeddings=False,
-            **qwen2_vl.SHARED,
-        ),
-    ),
-}
+_SMALL = qwen2_vl.published_config(
+    dict(**_VISION, out_hidden_size=2048), vocab=151936, width=2048, mlp_width=11008, layers=36, heads=16,
+    kv_heads=2, max_positions=128000, tied=True
+)  # fmt: skip
+_LARGE = qwen2_vl.published_config(
+    dict(**_VISION, out_hidden_size=3584), vocab=152064, width=3584, mlp_width=18944, layers=28, heads=28,
+    kv_heads=4, max_positions=128000, tied=False
+)  # fmt: skip
+PRESETS = {"3b": ("Qwen/Qwen2.5-VL-3B-Instruct", _SMALL), "7b": ("Qwen/Qwen2.5-VL-7B-Instruct", _LARGE)}

@@ -373,16 +373,40 @@ SHARDING = (
     (r".*/(bias|scale)|vision_tower/patch_embedding", P()),
 )
 
-# What the published config.json files say, by size.
-SHARED = dict(
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
-    image_token_id=151655,
-    bos_token_id=151643,
-    eos_token_id=151645,
-    dtype="bfloat16",
-)
+
+def published_config(
+    vision_config: dict[str, Any],
+    *,
+    vocab: int,
+    width: int,
+    mlp_width: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    max_positions: int,
+    tied: bool,
+) -> dict[str, Any]:
+    """The fields of a published config.json of either family."""
+    return dict(
+        vision_config=vision_config,
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=mlp_width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=tied,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
+        image_token_id=151655,
+        bos_token_id=151643,
+        eos_token_id=151645,
+        dtype="bfloat16",
+    )
+
+
 _VISION = dict(
     depth=32,
     embed_dim=1280,
@@ -393,35 +417,12 @@ _VISION = dict(
     spatial_merge_size=2,
     temporal_patch_size=2,
 )
-PRESETS = {
-    "2b": (
-        "Qwen/Qwen2-VL-2B-Instruct",
-        dict(
-            vision_config=dict(**_VISION, hidden_size=1536),
-            vocab_size=151936,
-            hidden_size=1536,
-            intermediate_size=8960,
-            num_hidden_layers=28,
-            num_attention_heads=12,
-            num_key_value_heads=2,
-            max_position_embeddings=32768,
-            tie_word_embeddings=True,
-            **SHARED,
-        ),
-    ),
-    "7b": (
-        "Qwen/Qwen2-VL-7B-Instruct",
-        dict(
-            vision_config=dict(**_VISION, hidden_size=3584),
-            vocab_size=152064,
-            hidden_size=3584,
-            intermediate_size=18944,
-            num_hidden_layers=28,
-            num_attention_heads=28,
-            num_key_value_heads=4,
-            max_position_embeddings=32768,
-            tie_word_embeddings=False,
-            **SHARED,
-        ),
-    ),
-}
+_SMALL = published_config(
+    dict(**_VISION, hidden_size=1536), vocab=151936, width=1536, mlp_width=8960, layers=28, heads=12,
+    kv_heads=2, max_positions=32768, tied=True
+)  # fmt: skip
+_LARGE = published_config(
+    dict(**_VISION, hidden_size=3584), vocab=152064, width=3584, mlp_width=18944, layers=28, heads=28,
+    kv_heads=4, max_positions=32768, tied=False
+)  # fmt: skip
+PRESETS = {"2b": ("Qwen/Qwen2-VL-2B-Instruct", _SMALL), "7b": ("Qwen/Qwen2-VL-7B-Instruct", _LARGE)}

@@ -169,7 +169,6 @@ def tiny_config():
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory, tiny_config):
     """That LLaVA with random weights as a Hugging Face folder, tokenizer and processor included."""
-    import dataclasses
 
     from transformers import LlavaConfig
 

@@ -32,7 +32,7 @@ from absl import app, flags
 from vkd_jax import methods
 from vkd_jax.config import command_line
 from vkd_jax.models import quantize
-from vkd_jax.planner import aot, arithmetic, blueprint
+from vkd_jax.planner import aot, blueprint, flops
 from vkd_jax.planner.blueprint import Blueprint, Lengths
 from vkd_jax.planner.chips import CHIPS, Chip, devices
 from vkd_jax.reporting import tables
@@ -115,7 +115,7 @@ def figures(drawn: Blueprint, chip: Chip) -> dict[str, Any]:
     """
     parts = held(drawn)
     compiled = aot.compile_step(drawn)
-    work = flops(drawn)
+    work = flops.count(drawn.traced.jaxpr, drawn.from_batch)
     total = sum(part.total for part in work.values())
     found: dict[str, Any] = {
         "remat": drawn.model_config.remat,
@@ -147,14 +147,14 @@ def ratios(own: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
     Of FLOPs and memory the parts are shares of the other step's total, negative where something is saved; together
     they are the ratio less one. None where the compiler gave no number.
     """
-    kinds = ("forward", "backward", "weights", "recomputed")
 
     def bought(amount: Callable[[Mapping[str, Any]], Mapping[str, float]], total: float) -> dict[str, float]:
         less, more = amount(usual), amount(own)
         return {name: (more[name] - less[name]) / total for name in more}
 
     def work(step: Mapping[str, Any]) -> dict[str, float]:
-        return {kind: sum(part[kind] for part in step["flops"].values()) for kind in kinds}
+        sums = {name: sum(work[name] for work in step["flops"].values()) for name in flops.PASSES}
+        return {name.replace("_", " "): value for name, value in sums.items()}
 
     def memory(step: Mapping[str, Any]) -> dict[str, float]:
         parts, saved = step["bytes"], step["quantised_saves"]
@@ -217,30 +217,6 @@ def nbytes(x: jax.ShapeDtypeStruct) -> int:
     return math.ceil(math.prod(shape) * bits / 8)
 
 
-def flops(drawn: Blueprint) -> dict[str, arithmetic.Part]:
-    """FLOPs of the step by part of the model, all chips together; a teacher's forward pass is a part of its own."""
-    total: dict[str, arithmetic.Part] = {}
-    for name, batch in drawn.batches.items():
-        rows, tokens = batch.tokens.shape
-        pictures = next(iter(batch.images.values()))
-        config = drawn.model_config
-        patches = config.vision.patches + 1 if hasattr(config.vision, "patches") else pictures.shape[1]
-        image_tokens = patches // config.vision.merge**2 if hasattr(config.vision, "merge") else config.vision.patches
-        if getattr(config, "feature_select", "") == "full":
-            image_tokens += 1
-        sizes = arithmetic.Sizes(patches, image_tokens, tokens, batch.target_positions.shape[1])
-        parts = arithmetic.row(config, drawn.shapes, drawn.state.params, sizes, drawn.method.depth(name, config))
-        if name in drawn.method.teachers():
-            seen = sum(parts.values(), arithmetic.Part())
-            parts["teacher"] = arithmetic.Part(
-                forward=seen.forward, integers=seen.integers_forward, integers_forward=seen.integers_forward
-            )
-        for part, value in parts.items():
-            scaled = arithmetic.Part(*(rows * x for x in dataclasses.astuple(value)))
-            total[part] = total.get(part, arithmetic.Part()) + scaled
-    return total
-
-
 def text(found: Mapping[str, Any]) -> str:
     """The figures as a page of plain text."""
     steps = found["steps"]
@@ -269,9 +245,9 @@ def text(found: Mapping[str, Any]) -> str:
     line("  fits", ["yes" if step["fits"] else "no" for step in steps.values()])
     lines.append("TFLOP a step")
     for part in dict.fromkeys(part for step in steps.values() for part in step["flops"]):
-        values = [arithmetic.Part(**step["flops"].get(part, {})).total for step in steps.values()]
+        values = [flops.Work(**step["flops"].get(part, {})).total for step in steps.values()]
         line(f"  {part}", [f"{value / 1e12:.2f}" for value in values])
-    for kind in ("forward", "backward", "weights", "recomputed"):
+    for kind in flops.PASSES:
         line(f"  ({kind})", [f"{sum(p[kind] for p in step['flops'].values()) / 1e12:.2f}" for step in steps.values()])
     line("  total", [f"{step['flops_total'] / 1e12:.2f}" for step in steps.values()])
     lines.append("GiB sent by each chip")

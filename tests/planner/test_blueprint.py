@@ -79,7 +79,7 @@ def test_a_stream_begins_once_the_gradients_of_the_one_before_are_there(config):
 def test_a_planned_step_is_the_step_that_runs(config, tiny_model):
     """Compiled here, it takes as many bytes of arguments as the parts say, but for weights that feed nothing."""
     drawn = draw(config)
-    compiled = drawn.lower().compile()
+    compiled = drawn.traced.lower().compile()
     idle = ("vision_tower/blocks/3/", "vision_tower/post_norm/")
     unused = sum(plan.nbytes(x) for path, x in drawn.frozen.items() if path.startswith(idle))
     held = plan.held(drawn)

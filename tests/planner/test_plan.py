@@ -43,7 +43,7 @@ def test_topologies_that_do_not_exist(topology):
 
 def step(forward=0.0, weights=0.0, total=None, temporaries=0, refused=None, saved=0, fits=True, **parts):
     """A step's figures as `plan.figures` has them, of a chip of 1 TFLOP a second."""
-    work = dict(forward=forward, backward=0.0, weights=weights, recomputed=0.0)
+    work = dict(forward=forward, backward=0.0, weight_gradients=weights, recomputed=0.0)
     seconds = (forward + weights) / 1e12
     return {
         "bytes": dict.fromkeys(plan.PARTS, 0) | parts,
@@ -70,7 +70,7 @@ def test_what_bought_the_time_and_the_memory_by_hand():
     """Of 120 bytes: 4 by four bits, 10 by bfloat16, 22 and 44 by what does not train, and of what is left 10."""
     by = plan.ratios(OWN, TRAINS_ALL)
     assert by["seconds"] == by["flops"] == 0.5 and by["bytes"] == 0.25
-    assert by["flops_by"] == dict(forward=0.0, backward=0.0, weights=-0.5, recomputed=0.0)
+    assert by["flops_by"] == {"forward": 0.0, "backward": 0.0, "weight gradients": -0.5, "recomputed": 0.0}
     expected = {
         "quantised weights": -4,
         "weights not in float32": -10,
@@ -94,7 +94,7 @@ def test_the_two_lines_at_the_end():
     time, memory = plan.compared(page_of(vkd=OWN, grad_diff=TRAINS_ALL))
     assert time == (
         "least time of vkd / grad_diff: 0.50, 50 % less (2000.0 ms by compute against 4000.0 ms by compute); "
-        "by the compiler's cycles 0.50, 50 % less (4000.0 ms against 8000.0 ms); FLOPs: weights -50.0 %"
+        "by the compiler's cycles 0.50, 50 % less (4000.0 ms against 8000.0 ms); FLOPs: weight gradients -50.0 %"
     )
     assert memory == (
         "memory of vkd / grad_diff: 0.25, 75 % less: optimizer -36.7 %, weights as loaded -18.3 %, "
@@ -106,7 +106,9 @@ def test_the_two_lines_where_the_other_step_does_not_fit():
     refused = "it needs 20.00 GiB of 15.75, 4.25 GiB too much"
     found = page_of(vkd=OWN, grad_diff=TRAINS_ALL | step(2e12, 2e12, total=None, refused=refused, fits=False))
     time, memory = plan.compared(found)
-    assert time.endswith("by compute; grad_diff does not fit, so that compute alone is known); FLOPs: weights -50.0 %")
+    assert time.endswith(
+        "by compute; grad_diff does not fit, so that compute alone is known); FLOPs: weight gradients -50.0 %"
+    )
     assert memory == "memory of vkd / grad_diff: not known"
     assert plan.why_not(found["steps"]["grad_diff"], 15.75) == refused
     too_much = step(total=16 * plan.GIB, fits=False)

@@ -29,7 +29,7 @@ def compile_step(drawn: Blueprint) -> dict[str, Any]:
     Raises:
         UserError: the compiler refuses the step, and not for want of memory.
     """
-    lowered = drawn.lower()
+    lowered = drawn.traced.lower()
     where = repr((drawn.mesh.devices.flat[0].device_kind, drawn.mesh.devices.tolist(), versions()))
     program = hashlib.sha256((where + lowered.as_text()).encode()).hexdigest()[:16]
     file = storage.CACHE / "programs" / f"{program}.json.gz"

@@ -6,6 +6,7 @@ abstract forward pass, since `prepare` computes with arrays that are not there).
 """
 
 import dataclasses
+import functools
 import math
 import types
 from collections.abc import Mapping
@@ -67,10 +68,17 @@ class Blueprint:
         rate, key = (Shape(x.shape, x.dtype, sharding=everywhere) for x in (Shape((), jnp.float32), key))
         return self.state, self.frozen, self.mask, self.batches, self.start, rate, key
 
-    def lower(self) -> jax.stages.Lowered:
-        """The step as `loop.fit` jits it, traced and lowered."""
+    @functools.cached_property
+    def traced(self) -> jax.stages.Traced:
+        """The step as `loop.fit` jits it, traced."""
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
-        return jax.jit(self.step, donate_argnums=0, out_shardings=(shardings, None)).lower(*self.inputs)
+        return jax.jit(self.step, donate_argnums=0, out_shardings=(shardings, None)).trace(*self.inputs)
+
+    @property
+    def from_batch(self) -> list[bool]:
+        """For each input of the traced step, whether it is part of a batch."""
+        batches = {id(x) for x in jax.tree.leaves(self.batches)}
+        return [id(x) in batches for x in jax.tree.leaves(self.inputs)]
 
 
 def draw(

@@ -16,6 +16,8 @@ from vkd_jax.runtime.mesh import replicated
 from vkd_jax.training import optimizer
 from vkd_jax.types import Params
 
+TEACHER = "teacher"  # the named scope of a teacher's forward pass
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +50,9 @@ def make_step(
 
     def gradient(params: Params, name: str, batch: Batch, frozen: Params, start: Params | None, key: jax.Array | None):
         if name in teacher:
-            said = teacher[name](bind(graphdef, {**frozen, **start}), batch)
-            batch = dataclasses.replace(batch, cached={**batch.cached, **said})
+            with jax.named_scope(TEACHER):
+                outputs = teacher[name](bind(graphdef, {**frozen, **start}), batch)
+            batch = dataclasses.replace(batch, cached={**batch.cached, **outputs})
 
         def loss(params):
             return losses[name](bind(graphdef, {**frozen, **params}, key), batch)

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from planned import draw
+from planned import build_step
 
-from vkd_jax import plan
 from vkd_jax.models.base import SCOPES
-from vkd_jax.planner import flops
+from vkd_jax.planner import flops, plan
+from vkd_jax.planner.tpu_specs import TPUS
 from vkd_jax.training.step import TEACHER
 
 # The tiny language model, for one row of 16 tokens, five of them answers: products with weights in a block, and in the
@@ -26,8 +26,8 @@ HEAD = 2 * 5 * 24 * 400
 ROWS = 5
 
 
-def count(drawn):
-    return flops.count(drawn.traced.jaxpr, drawn.from_batch)
+def count(step):
+    return flops.count(step.traced.jaxpr, step.from_batch)
 
 
 def counted(function, *inputs, from_batch):
@@ -35,7 +35,7 @@ def counted(function, *inputs, from_batch):
 
 
 def test_a_tiny_llava_by_hand(config):
-    found = count(draw(config))
+    found = count(build_step(config))
     vision = found["vision_tower"]
     assert vision.forward == ROWS * (PATCHES + 3 * (VISION_BLOCK + VISION_ATTENTION))
     assert vision.weight_gradients == ROWS * (PATCHES + 3 * VISION_BLOCK)
@@ -49,7 +49,7 @@ def test_a_tiny_llava_by_hand(config):
 
 
 def test_training_all_weights_by_hand(config):
-    found = count(draw(config, "grad_diff", train="all"))
+    found = count(build_step(config, "grad_diff", train="all"))
     assert found["language_model"].weight_gradients == ROWS * (BLOCK + LAST)
     assert found["vision_tower"].weight_gradients == ROWS * (PATCHES + 3 * VISION_BLOCK)
     assert found["head"].weight_gradients == ROWS * HEAD
@@ -61,7 +61,7 @@ def test_training_all_weights_by_hand(config):
 )
 def test_rematerialization_by_hand(config, remat, recomputed):
     config.model.remat = remat
-    found = count(draw(config))
+    found = count(build_step(config))
     assert found["language_model"].recomputed == ROWS * recomputed
     assert sum(work.recomputed for work in found.values()) >= ROWS * recomputed
 
@@ -73,7 +73,7 @@ def test_rematerialization_by_hand(config, remat, recomputed):
 )
 def test_every_product_has_a_part(config, name, fields, remat):
     config.model.remat = remat
-    assert set(count(draw(config, name, **fields))) <= {*SCOPES, TEACHER}
+    assert set(count(build_step(config, name, **fields))) <= {*SCOPES, TEACHER}
 
 
 @pytest.mark.parametrize("train", ["visual", "all"])
@@ -83,7 +83,7 @@ def test_every_product_of_qwen_has_a_part(get_config, qwen_folder, train):
         path=str(qwen_folder("qwen2_vl")), base="", remat="full", dtype="float32", quantize="", max_pixels=56 * 56
     )
     config.train.batch_size.update(forget=2, retain=2)
-    found = count(draw(config, "grad_diff", whole=True, train=train))
+    found = count(build_step(config, "grad_diff", whole=True, train=train))
     assert set(found) == set(SCOPES)
     assert (found["language_model"].weight_gradients > 0) == (train == "all")
 
@@ -92,22 +92,22 @@ def test_products_of_integers_by_hand(config):
     """Forward and backward products of the blocks, and those that are computed again."""
     for remat in ("", "dots", "full"):
         config.model.update(quantize="w8a8", remat=remat)
-        drawn = draw(config)
-        found = count(drawn)
+        step = build_step(config)
+        found = count(step)
         both = 2 * BLOCK if remat else BLOCK + LAST
         again = 2 * (BLOCK - DOWN) if remat == "full" else 0
         assert found["language_model"].integers == ROWS * (2 * both + again)
         assert sum(work.integers for work in found.values()) == found["language_model"].integers
-    chip, total = plan.CHIPS["v5e"], sum(work.total for work in found.values())
+    tpu, total = TPUS["v5e"], sum(work.total for work in found.values())
     integers = found["language_model"].integers
-    seconds = plan.figures(drawn, chip)["seconds"]["compute"]
+    seconds = plan.figures(step, tpu)["seconds"]["compute"]
     assert seconds == pytest.approx((total - integers) / 197e12 + integers / 394e12)
 
 
 def test_a_teacher_is_a_part_of_its_own(config):
     """Its forward pass for the three retain rows, of which the products of its two blocks are of integers."""
     config.model.update(quantize="w8a8", remat="")
-    found = count(draw(config, "kl", train="visual"))
+    found = count(build_step(config, "kl", train="visual"))
     visual = PATCHES + 3 * (VISION_BLOCK + VISION_ATTENTION) + PROJECTOR
     language = BLOCK + LAST + ATTENTION + LAST_ATTENTION + HEAD
     assert found[TEACHER] == flops.Work(forward=3 * (visual + language), integers=3 * (BLOCK + LAST))

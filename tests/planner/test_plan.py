@@ -14,10 +14,12 @@ import ml_collections
 import numpy as np
 import pytest
 from absl import flags
-from planned import LENGTHS, draw
+from planned import LENGTHS, build_step
 
-from vkd_jax import plan
-from vkd_jax.planner import aot
+from vkd_jax import plan as command
+from vkd_jax.planner import memory, page, plan, table
+from vkd_jax.planner.compile import compile_step
+from vkd_jax.planner.tpu_specs import TPUS, topology_devices
 from vkd_jax.reporting import tables
 from vkd_jax.runtime import files, provenance, storage
 from vkd_jax.runtime.mesh import make_mesh
@@ -28,26 +30,26 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 
 
 def test_two_values_of_four_bits_are_a_byte():
-    assert plan.nbytes(jax.ShapeDtypeStruct((3, 5), jnp.int4)) == 8
-    assert plan.nbytes(jax.ShapeDtypeStruct((3, 5), jnp.bfloat16)) == 30
+    assert memory.nbytes(jax.ShapeDtypeStruct((3, 5), jnp.int4)) == 8
+    assert memory.nbytes(jax.ShapeDtypeStruct((3, 5), jnp.bfloat16)) == 30
 
 
 @pytest.mark.parametrize("topology", ["v9:1x1", "v5e", "v5e:two"])
 def test_topologies_that_do_not_exist(topology):
     with pytest.raises(UserError, match=r"give a chip \(v4, v5e, v5p, v6e\) and a shape, such as v5e:2x2"):
-        plan.devices(topology)
+        topology_devices(topology)
 
 
 # ---- What the figures say, without the TPU compiler ----
 
 
-def step(forward=0.0, weights=0.0, total=None, temporaries=0, refused=None, saved=0, fits=True, **parts):
+def figures_of(forward=0.0, weights=0.0, total=None, temporaries=0, refused=None, saved=0, fits=True, **parts):
     """A step's figures as `plan.figures` has them, of a chip of 1 TFLOP a second."""
     work = dict(forward=forward, backward=0.0, weight_gradients=weights, recomputed=0.0)
     seconds = (forward + weights) / 1e12
     return {
-        "bytes": dict.fromkeys(plan.PARTS, 0) | parts,
-        "quantised_saves": saved,
+        "bytes": dict.fromkeys(memory.KINDS, 0) | parts,
+        "quantized_saving": saved,
         "flops": {"language_model": work},
         "flops_total": forward + weights,
         "compiler": dict(
@@ -56,14 +58,14 @@ def step(forward=0.0, weights=0.0, total=None, temporaries=0, refused=None, save
         "total": total,
         "fits": fits,
         "seconds_by_cycles": None if refused else 2 * seconds,
-        "seconds": dict(compute=seconds, memory=None if refused else 0.1, interconnect=None if refused else 0.0),
+        "seconds": dict(compute=seconds, interconnect=None if refused else 0.0),
         "bound": "compute",
         "seconds_at_least": seconds,
     }
 
 
-OWN = step(2e12, 0.0, total=30, frozen=8, trainable=2, optimizer=4, original=2, saved=4)
-TRAINS_ALL = step(2e12, 2e12, total=120, trainable=24, optimizer=48, original=24)
+OWN = figures_of(2e12, 0.0, total=30, frozen=8, trainable=2, optimizer=4, original=2, saved=4)
+TRAINS_ALL = figures_of(2e12, 2e12, total=120, trainable=24, optimizer=48, original=24)
 
 
 def test_what_bought_the_time_and_the_memory_by_hand():
@@ -72,7 +74,7 @@ def test_what_bought_the_time_and_the_memory_by_hand():
     assert by["seconds"] == by["flops"] == 0.5 and by["bytes"] == 0.25
     assert by["flops_by"] == {"forward": 0.0, "backward": 0.0, "weight gradients": -0.5, "recomputed": 0.0}
     expected = {
-        "quantised weights": -4,
+        "quantized weights": -4,
         "weights not in float32": -10,
         "weights as loaded": -22,
         "optimizer": -44,
@@ -91,30 +93,28 @@ def page_of(**steps):
 
 
 def test_the_two_lines_at_the_end():
-    time, memory = plan.compared(page_of(vkd=OWN, grad_diff=TRAINS_ALL))
+    time, memory = page.compared(page_of(vkd=OWN, grad_diff=TRAINS_ALL))
     assert time == (
-        "least time of vkd / grad_diff: 0.50, 50 % less (2000.0 ms by compute against 4000.0 ms by compute); "
-        "by the compiler's cycles 0.50, 50 % less (4000.0 ms against 8000.0 ms); FLOPs: weight gradients -50.0 %"
+        "least time of vkd / grad_diff: 0.50, 50 % less (2000.0 ms by compute and 4000.0 ms by compute); "
+        "by the compiler's cycles 0.50, 50 % less (4000.0 ms and 8000.0 ms); FLOPs: weight gradients -50.0 %"
     )
     assert memory == (
         "memory of vkd / grad_diff: 0.25, 75 % less: optimizer -36.7 %, weights as loaded -18.3 %, "
-        "weights not in float32 -8.3 %, gradients and activations -8.3 %, quantised weights -3.3 %"
+        "weights not in float32 -8.3 %, gradients and activations -8.3 %, quantized weights -3.3 %"
     )
 
 
 def test_the_two_lines_where_the_other_step_does_not_fit():
-    refused = "it needs 20.00 GiB of 15.75, 4.25 GiB too much"
-    found = page_of(vkd=OWN, grad_diff=TRAINS_ALL | step(2e12, 2e12, total=None, refused=refused, fits=False))
-    time, memory = plan.compared(found)
+    refused = "the step requires 20.00 GiB of 15.75 GiB, 4.25 GiB too much"
+    found = page_of(vkd=OWN, grad_diff=TRAINS_ALL | figures_of(2e12, 2e12, total=None, refused=refused, fits=False))
+    time, memory = page.compared(found)
     assert time.endswith(
-        "by compute; grad_diff does not fit, so that compute alone is known); FLOPs: weight gradients -50.0 %"
+        "by compute; grad_diff does not fit, so only its compute time is known); FLOPs: weight gradients -50.0 %"
     )
     assert memory == "memory of vkd / grad_diff: not known"
     assert plan.why_not(found["steps"]["grad_diff"], 15.75) == refused
-    too_much = step(total=16 * plan.GIB, fits=False)
-    assert plan.why_not(too_much, 15.75) == (
-        "with what a run holds beside it it needs 16.00 GiB of 15.75, 0.25 GiB too much"
-    )
+    too_much = figures_of(total=16 * memory.GIB, fits=False)
+    assert plan.why_not(too_much, 15.75) == ("the run requires 16.00 GiB of 15.75 GiB, 0.25 GiB too much")
 
 
 def test_the_compilers_refusal_is_a_figure(config, monkeypatch):
@@ -124,49 +124,47 @@ def test_the_compilers_refusal_is_a_figure(config, monkeypatch):
         raise jax.errors.JaxRuntimeError(said)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    found = plan.figures(draw(config), plan.CHIPS["v5e"])
-    assert found["compiler"]["total"] == 20 * plan.GIB and not found["fits"]
-    assert found["compiler"]["refused"] == "it needs 20.00 GiB of 15.75, 4.25 GiB too much"
-    assert found["bound"] == "compute" and found["seconds"]["memory"] is found["seconds"]["interconnect"] is None
+    found = plan.figures(build_step(config), TPUS["v5e"])
+    assert found["compiler"]["total"] == 20 * memory.GIB and not found["fits"]
+    assert found["compiler"]["refused"] == "the step requires 20.00 GiB of 15.75 GiB, 4.25 GiB too much"
+    assert found["bound"] == "compute" and found["seconds"]["interconnect"] is None
     said, config.train.clip_norm = "INTERNAL: Mosaic failed to compile", 0.5
     with pytest.raises(UserError, match="the TPU compiler refuses this step: Mosaic failed to compile"):
-        plan.figures(draw(config), plan.CHIPS["v5e"])
+        plan.figures(build_step(config), TPUS["v5e"])
 
 
 def test_a_chip_is_full_before_its_last_byte(config):
     """What a run holds beside the step counts, and so does what the runtime keeps for itself."""
-    drawn = draw(config)
-    found = plan.figures(drawn, plan.CHIPS["v5e"])
+    step = build_step(config)
+    found = plan.figures(step, TPUS["v5e"])
     compiled = found["compiler"]
     assert found["fits"] and found["total"] == compiled["total"] + found["bytes"]["original"]
-    assert compiled["traffic"] > compiled["arguments"]  # all that goes in is read
-    assert found["seconds"]["memory"] == compiled["traffic"] / 819e9
-    room = dataclasses.replace(plan.CHIPS["v5e"], usable=(found["total"] - 1) / plan.GIB)
-    assert not plan.figures(drawn, room)["fits"]
+    room = dataclasses.replace(TPUS["v5e"], usable=(found["total"] - 1) / memory.GIB)
+    assert not plan.figures(step, room)["fits"]
 
 
-def test_bytes_that_quantised_weights_save(config):
+def test_bytes_that_quantized_weights_save(config):
     """Against what the model computes in, scales counted."""
-    plain = draw(config)
-    assert plan.quantised_saves(plain) == 0
+    plain = build_step(config)
+    assert memory.quantized_saving(plain) == 0
     config.model.quantize = "int8"
-    drawn = draw(config)
-    saved = plan.held(plain)["frozen"] - plan.held(drawn)["frozen"]
-    assert plan.quantised_saves(drawn) == saved > 0
+    step = build_step(config)
+    saved = memory.bytes_by_kind(plain)["frozen"] - memory.bytes_by_kind(step)["frozen"]
+    assert memory.quantized_saving(step) == saved > 0
 
 
 def test_the_usual_step_computes_all_again_where_it_does_not_fit_else(config, monkeypatch):
     tried, fits = [], {"": False, "full": True}
 
-    def figures(drawn, chip):
-        tried.append(drawn.model_config.remat)
+    def figures(step, tpu):
+        tried.append(step.model_config.remat)
         return {"fits": fits[tried[-1]]}
 
     monkeypatch.setattr(plan, "figures", figures)
-    given = config, make_mesh(), LENGTHS, plan.CHIPS["v5e"]
-    assert plan._usual(*given)["fits"] and tried == ["", "full"] and config.model.remat == ""
+    given = config, make_mesh(), LENGTHS, TPUS["v5e"]
+    assert plan.baseline(*given)["fits"] and tried == ["", "full"] and config.model.remat == ""
     fits[""] = True
-    plan._usual(*given)
+    plan.baseline(*given)
     assert tried == ["", "full", ""]
 
 
@@ -194,19 +192,19 @@ def here(monkeypatch):
         compiled.append(lowered)
         return Program()
 
-    monkeypatch.setattr(plan, "devices", lambda topology: jax.devices()[:1])
+    monkeypatch.setattr(plan, "topology_devices", lambda topology: jax.devices()[:1])
     monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
     return compiled
 
 
 def test_a_program_that_cannot_be_read_back_is_read_as_the_compiler_wrote_it(config, here, monkeypatch):
-    known = aot.compile_step(draw(config))
+    known = compile_step(build_step(config))
     config.train.clip_norm = 0.5
     compile_ = jax.stages.Lowered.compile
 
     def unreadable(lowered, compiler_options):
         program = compile_(lowered, compiler_options)
-        (Path(compiler_options["xla_dump_to"]) / "module_0.after_codegen.txt").write_text(PAGE.replace("f32", "bf16"))
+        (Path(compiler_options["xla_dump_to"]) / "module_0.after_codegen.txt").write_text(PAGE.replace('"7"', '"8"'))
         program.as_text = fail
         return program
 
@@ -214,18 +212,18 @@ def test_a_program_that_cannot_be_read_back_is_read_as_the_compiler_wrote_it(con
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", unreadable)
-    found = aot.compile_step(draw(config))
-    assert (found["cycles"], found["traffic"]) == (known["cycles"], known["traffic"] / 2)
+    found = compile_step(build_step(config))
+    assert found["cycles"] == known["cycles"] + 1
 
 
 def test_a_plan_as_a_page(config, here):
     found = plan.plan(config, "v5e:1x1", LENGTHS)
     assert json.loads(json.dumps(found)) == found and len(here) == 2
-    page = plan.text(found)
-    assert found["ratios"]["flops"] < 1 and page.splitlines()[-2].startswith("least time of vkd / grad_diff, all")
-    assert "  total by the compiler" in page and "v5e:1x1: 1 chips of 16 GiB" in page
+    text = page.render(found)
+    assert found["ratios"]["flops"] < 1 and text.splitlines()[-2].startswith("least time of vkd / grad_diff, all")
+    assert "  total by the compiler" in text and "v5e:1x1: 1 chips of 16 GiB" in page
     alone = plan.plan(config, "v5e:1x1", LENGTHS, compare=False)
-    assert alone["ratios"] is None and "least time" not in plan.text(alone)
+    assert alone["ratios"] is None and "least time" not in page.render(alone)
 
 
 # ---- The table ----
@@ -256,10 +254,10 @@ def test_the_table_goes_on_where_it_stood(small, here, tmp_path, capsys, monkeyp
 
     monkeypatch.setattr(files, "write_bytes", once)
     with pytest.raises(KeyboardInterrupt):
-        plan.table(small, file)
+        table.write(small, file, command.plan_flags)
     (first,) = json.loads(file.read_text())
     monkeypatch.setattr(files, "write_bytes", write)
-    plan.table(small, file)
+    table.write(small, file, command.plan_flags)
     rows = json.loads(file.read_text())
     assert [row["slice"] for row in rows] == ["v5e-1", "v5e-4", "none"]
     assert rows[0]["steps"] == first["steps"] and len(here) == 1 + 2  # no program is compiled again
@@ -268,34 +266,34 @@ def test_the_table_goes_on_where_it_stood(small, here, tmp_path, capsys, monkeyp
     assert "Tiny on v5e-1, " in capsys.readouterr().out
     small.plans.only = ("v5e-1",)
     small.plans.rows = (*small.plans.rows[::-1],)
-    plan.table(small, file)  # what is of this commit is not even traced
+    table.write(small, file, command.plan_flags)  # what is of this commit is not even traced
     assert (json.loads(file.read_text()), capsys.readouterr().out) == (rows, "")
     monkeypatch.setattr(provenance, "commit", lambda but=None: "0123abc+changes")  # which may be any
-    plan.table(small, file)
+    table.write(small, file, command.plan_flags)
     assert len(here) == 3 and [row["slice"] for row in json.loads(file.read_text())] == ["none", "v5e-4", "v5e-1"]
 
 
 def test_two_may_write_one_table(small, here, tmp_path, monkeypatch):
-    file, planned = tmp_path / "plans.json", plan.plan
+    file, planned = tmp_path / "plans.json", command.plan
     small.plans.only = ("v5e-1",)
 
     def meanwhile(*args):
-        monkeypatch.setattr(plan, "plan", planned)
+        monkeypatch.setattr(command, "plan", planned)
         other = small.copy_and_resolve_references()
         other.plans.only = ("v5e-4",)
-        plan.table(other, file)
+        table.write(other, file, command.plan_flags)
         return planned(*args)
 
-    monkeypatch.setattr(plan, "plan", meanwhile)
-    plan.table(small, file)
+    monkeypatch.setattr(command, "plan", meanwhile)
+    table.write(small, file, command.plan_flags)
     assert [row["slice"] for row in json.loads(file.read_text())] == ["v5e-1", "v5e-4"]
 
 
 def test_a_program_that_changed_is_compiled_again(config, here):
-    found = aot.compile_step(draw(config))
-    assert aot.compile_step(draw(config)) == found and len(here) == 1
+    found = compile_step(build_step(config))
+    assert compile_step(build_step(config)) == found and len(here) == 1
     config.train.clip_norm = 0.5
-    assert aot.compile_step(draw(config))["program"] != found["program"] and len(here) == 2
+    assert compile_step(build_step(config))["program"] != found["program"] and len(here) == 2
 
 
 def test_a_refusal_is_kept_as_well(config, monkeypatch):
@@ -306,24 +304,24 @@ def test_a_refusal_is_kept_as_well(config, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.00G of 15.75G hbm. Exceeded")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    first, second = (aot.compile_step(draw(config)) for _ in range(2))
+    first, second = (compile_step(build_step(config)) for _ in range(2))
     assert first == second and first["refused"] and len(asked) == 1
 
 
 def test_words_that_no_row_has_both_of(small, tmp_path):
     small.plans.only = ("v5e-1", "v5e-4")
     with pytest.raises(UserError, match="no row is of v5e-1 and v5e-4: give one model, one slice, or one of each."):
-        plan.table(small, tmp_path / "plans.json")
+        table.write(small, tmp_path / "plans.json", command.plan_flags)
 
 
 def test_a_file_that_is_no_table_is_kept(small, tmp_path):
     (tmp_path / "plans.json").write_text('{"steps": 1}')
-    with pytest.raises(UserError, match="is there, and holds no rows of this table"):
-        plan.table(small, tmp_path / "plans.json")
+    with pytest.raises(UserError, match="exists and contains no rows of this table"):
+        table.write(small, tmp_path / "plans.json", command.plan_flags)
 
 
 def test_the_table_as_a_page(small, here, tmp_path, capsys):
-    plan.table(small, tmp_path / "plans.json")
+    table.write(small, tmp_path / "plans.json", command.plan_flags)
     page = tmp_path / "page.md"
     page.write_text("<!-- table: plans.json plans -->\n<!-- /table -->\n")
     assert tables.main([str(page)]) == 0 and tables.main([str(page), "--check"]) == 0
@@ -336,7 +334,11 @@ def test_rows_of_plans_that_do_not_fit_say_by_how_much():
     row = {"model_name": "M", "slice": "s", "dtype": "bfloat16", "quantize": "", "mesh": dict(fsdp=2, tensor=3)}
     row |= {"rows": dict(forget=4, retain=5), "usable_gib": 15.75, "commit": "abcdef123", "tokens": 7}
     row |= {"run": dict(examples=4800), "chips": 6, "versions": dict(jaxlib="1.2", libtpu="0.4")}
-    steps = [step(1e12, total=plan.GIB), step(total=16 * plan.GIB, fits=False), step(refused="vmem", fits=False)]
+    steps = [
+        figures_of(1e12, total=memory.GIB),
+        figures_of(total=16 * memory.GIB, fits=False),
+        figures_of(refused="vmem", fits=False),
+    ]
     # Two seconds by cycles, the longer ones, for nine rows on six chips.
     error = {key: row[key] for key in ("model_name", "slice", "commit")} | {"error": "why"}
     lines = tables.plans([*(row | {"steps": {"vkd": x}} for x in steps), error]).splitlines()[2:]
@@ -354,7 +356,7 @@ def test_rows_of_plans_that_do_not_fit_say_by_how_much():
 def test_chip_hours_by_hand():
     """Six chips, four seconds for nine rows: 4800 rows take 3.56 chip-hours."""
     row = {"model_name": "M", "slice": "s", "rows": dict(forget=4, retain=5), "run": dict(examples=4800), "chips": 6}
-    slow, large = step(4e12), step(total=16 * plan.GIB, fits=False)
+    slow, large = figures_of(4e12), figures_of(total=16 * memory.GIB, fits=False)
     slow["seconds_by_cycles"] = 4.0
     rows = [row | {"steps": {"vkd": slow}}, row | {"slice": "t", "steps": {"vkd": large}}]
     rows += [{"model_name": "N", "slice": "s", "error": "why"}]
@@ -372,7 +374,7 @@ def test_each_row_of_the_tables_config_is_a_command(get_config, monkeypatch):
     assert len(rows) == 4 * 9 and len({(model, name) for model, name, _ in rows}) == 36
     for _, name, given in rows:
         values = flags.FlagValues()
-        plan.define(values)
+        command.define(values)
         argv = ["plan", *given.replace("configs/", f"{ROOT}/configs/").split()]
         monkeypatch.setattr("sys.argv", argv)
         values(argv)
@@ -391,9 +393,9 @@ def test_each_row_of_the_tables_config_is_a_command(get_config, monkeypatch):
 
 def test_a_table_needs_a_file(get_config, capsys):
     values = flags.FlagValues()
-    plan.define(values)
+    command.define(values)
     values(["plan", f"--config={ROOT}/configs/plans.py"])
-    assert plan.run(["plan"], values) == 2 and "pass --json FILE" in capsys.readouterr().err
+    assert command.run(["plan"], values) == 2 and "pass --json FILE" in capsys.readouterr().err
 
 
 # ---- As a program ----

@@ -1,12 +1,12 @@
-"""Steps of the tiny model, as shapes: what the tests of the planner and of its arithmetic draw."""
+"""Abstract steps of the tiny model, for the tests of the planner."""
 
 from vkd_jax import methods
-from vkd_jax.planner import blueprint
+from vkd_jax.planner import abstract_step
 from vkd_jax.runtime.mesh import make_mesh
 
-LENGTHS = blueprint.Lengths(text=12, answer=5)
+LENGTHS = abstract_step.Lengths(text=12, answer=5)
 
 
-def draw(config, method="vkd", whole=False, mesh=None, **fields):
+def build_step(config, method="vkd", whole=False, mesh=None, **fields):
     method = methods.create(method, fields)
-    return blueprint.draw(config, mesh or make_mesh(), LENGTHS, method, whole)
+    return abstract_step.build(config, mesh or make_mesh(), LENGTHS, method, whole)

@@ -151,8 +151,8 @@ def _chip_hours(row: Mapping[str, Any]) -> float:
     return _seconds_a_row(row) * row["run"]["examples"] * row["chips"] / 3600
 
 
-def bought(shares: Mapping[str, float]) -> str:
-    """The parts that make a difference, the greatest saving first."""
+def contributions(shares: Mapping[str, float]) -> str:
+    """Contributions to a difference that round to more than 0.0 %, the largest saving first."""
     order = sorted(shares.items(), key=lambda share: share[1])
     return ", ".join(f"{name} {100 * share:+.1f} %" for name, share in order if abs(share) >= 5e-4)
 

@@ -1,8 +1,8 @@
-"""A training step whose arrays are shapes that know where they would lie: what can be compiled without a chip.
+"""A training step whose arrays are shapes with shardings, so that it can be compiled without a chip.
 
 It follows what a run does, from the config to `loop.fit`: weights as `ModelBundle.load_for` loads them, batches as
-`data.encoding` makes them, and what a method caches as the method itself says (`Method.cache_spec`: of the taps of an
-abstract forward pass, since `prepare` computes with arrays that are not there). Nothing is read but config.json.
+`data.encoding` makes them, and caches as the method declares them (`Method.cache_spec`, from the taps of an abstract
+forward pass). Only config.json is read.
 """
 
 import dataclasses
@@ -34,15 +34,22 @@ from vkd_jax.types import Params, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """How long the questions are: the data is not read."""
+    """Lengths of the questions, since the data is not read."""
 
-    text: int = 128  # tokens of a row that are no image tokens, the answer among them
+    text: int = 128  # tokens of a row that are not image tokens, including the answer
     answer: int = 64  # tokens of the answer
+
+    def __post_init__(self):
+        if not 1 <= self.answer <= self.text:
+            raise UserError(
+                f"--answer_tokens={self.answer}, --text_tokens={self.text}: the answer is part of the text, and has at "
+                "least one token."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
-class Blueprint:
-    """A step, and the shapes that it is compiled for."""
+class AbstractStep:
+    """A training step and the shapes that it is compiled for."""
 
     method: Scope
     model_config: Any
@@ -50,14 +57,14 @@ class Blueprint:
     step: Any  # of `make_step`
     state: TrainState
     frozen: Params
-    original: Params  # what trains, as it was loaded
+    original: Params  # the trainable weights as loaded
     mask: Params | None
     batches: Mapping[str, Batch]
     start: Params | None
 
     @property
     def shapes(self) -> dict[str, Any]:
-        """Of all parameters."""
+        """Shapes of all parameters."""
         return {**self.frozen, **self.state.params}
 
     @property
@@ -81,24 +88,24 @@ class Blueprint:
         return [id(x) in batches for x in jax.tree.leaves(self.inputs)]
 
 
-def draw(
+def build(
     config: ml_collections.ConfigDict,
     mesh: jax.sharding.Mesh,
     lengths: Lengths,
     method: Scope | None = None,
     whole: bool = False,
-) -> Blueprint:
-    """The step of unlearning that a config describes.
+) -> AbstractStep:
+    """Builds the training step that a config describes.
 
     Args:
-        config: of a run.
-        mesh: which devices there would be.
-        lengths: of the questions.
-        method: another than the config's.
-        whole: leaves model.quantize out, for a method that trains everything.
+        config: The config of a run.
+        mesh: The devices that there would be.
+        lengths: The lengths of the questions.
+        method: A method to plan instead of the config's.
+        whole: Whether to ignore model.quantize, for a method that trains all weights.
 
     Raises:
-        UserError: there is no such model, the batch does not divide, or the method trains nothing.
+        UserError: The model is unknown, a batch does not divide over the mesh, or the method trains nothing.
     """
     if method is None:
         fields = config.method.to_dict()
@@ -124,7 +131,7 @@ def draw(
     batches = {name: batch(name, config, mesh, lengths, method, graphdef, params, model_config) for name in losses}
     tx, teachers = optimizer.create(config.train), method.teachers()
     masked = method.mask_scope != "none"
-    return Blueprint(
+    return AbstractStep(
         method=method,
         model_config=model_config,
         mesh=mesh,

@@ -5,12 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from planned import LENGTHS, draw
+from planned import LENGTHS, build_step
 
-from vkd_jax import methods, plan, registry
+from vkd_jax import methods, registry
 from vkd_jax.methods import base
 from vkd_jax.models import quantize
-from vkd_jax.planner import blueprint
+from vkd_jax.planner import abstract_step, memory
 from vkd_jax.runtime.mesh import make_mesh
 from vkd_jax.training import loop
 from vkd_jax.types import UserError
@@ -30,13 +30,13 @@ def test_what_is_planned_is_what_a_run_has(config, tiny_model, tiny_sets, name):
     method = methods.create(name, fields)
     context = base.Context(tiny_model.graphdef, params, None, model_config, tiny_sets, seed=0, encode=tiny_model.encode)
     prepared = method.prepare(context)
-    drawn = draw(config, name, **fields)
-    assert shapes(drawn.shapes) == shapes(params)
-    assert set(drawn.state.params) == set(method.trainable(params, model_config))
-    assert (drawn.mask is None) == (prepared.mask is None)
-    assert shapes(drawn.mask) == shapes(prepared.mask)
-    assert drawn.method.teachers().keys() == prepared.teacher.keys()
-    for stream, planned in drawn.batches.items():
+    step = build_step(config, name, **fields)
+    assert shapes(step.shapes) == shapes(params)
+    assert set(step.state.params) == set(method.trainable(params, model_config))
+    assert (step.mask is None) == (prepared.mask is None)
+    assert shapes(step.mask) == shapes(prepared.mask)
+    assert step.method.teachers().keys() == prepared.teacher.keys()
+    for stream, planned in step.batches.items():
         real = prepared.sets[stream].batch(np.arange(planned.tokens.shape[0]))
         assert shapes(planned.cached) == shapes(dict(real.cached)), stream
         assert shapes(planned.images) == shapes(dict(real.images)), stream
@@ -46,44 +46,44 @@ def test_what_is_planned_is_what_a_run_has(config, tiny_model, tiny_sets, name):
 
 def test_weights_and_moments_lie_over_the_chips(config):
     mesh = make_mesh(devices=jax.devices())
-    drawn = draw(config, mesh=mesh)
-    assert all(leaf.sharding is not None for leaf in jax.tree.leaves(drawn.inputs))
-    held = plan.held(drawn)
-    trained = 4 * sum(x.size for x in drawn.state.params.values())
-    assert held["trainable"] == trained and held["optimizer"] == 2 * trained + 4 + 4
-    assert held["mask"] == trained // 4 and held["original"] == trained
-    assert held["frozen"] == 4 * sum(x.size for x in drawn.frozen.values())
+    step = build_step(config, mesh=mesh)
+    assert all(leaf.sharding is not None for leaf in jax.tree.leaves(step.inputs))
+    kinds = memory.bytes_by_kind(step)
+    trained = 4 * sum(x.size for x in step.state.params.values())
+    assert kinds["trainable"] == trained and kinds["optimizer"] == 2 * trained + 4 + 4
+    assert kinds["mask"] == trained // 4 and kinds["original"] == trained
+    assert kinds["frozen"] == 4 * sum(x.size for x in step.frozen.values())
 
 
 def test_a_quantised_model_is_planned_as_it_is_loaded(config, tiny_model):
     config.model.quantize = "int8"
-    drawn = draw(config)
+    step = build_step(config)
     params = tiny_model.params
     how = quantize.parse("int8")
     want = {path: quantize.quantized(path, x, how) for path, x in params.items()}
-    assert shapes(drawn.shapes) == shapes(want)
-    assert shapes(draw(config, "grad_diff", whole=True, train="all").shapes) == shapes(params)
+    assert shapes(step.shapes) == shapes(want)
+    assert shapes(build_step(config, "grad_diff", whole=True, train="all").shapes) == shapes(params)
 
 
 def test_a_stream_begins_once_the_gradients_of_the_one_before_are_there(config):
     """Else a compiler may hold the activations of both."""
-    drawn = draw(config)
-    equations = jax.make_jaxpr(drawn.step)(*drawn.inputs).eqns
+    step = build_step(config)
+    equations = jax.make_jaxpr(step.step)(*step.inputs).eqns
     waits = [x.invars for x in equations if x.primitive.name == "optimization_barrier"]
-    gradients = len(drawn.state.params)
+    gradients = len(step.state.params)
     assert [len(x) for x in waits] == [
-        len(jax.tree.leaves(batch)) + (gradients if i else 0) for i, batch in enumerate(drawn.batches.values())
+        len(jax.tree.leaves(batch)) + (gradients if i else 0) for i, batch in enumerate(step.batches.values())
     ]
 
 
 def test_a_planned_step_is_the_step_that_runs(config, tiny_model):
     """Compiled here, it takes as many bytes of arguments as the parts say, but for weights that feed nothing."""
-    drawn = draw(config)
-    compiled = drawn.traced.lower().compile()
+    step = build_step(config)
+    compiled = step.traced.lower().compile()
     idle = ("vision_tower/blocks/3/", "vision_tower/post_norm/")
-    unused = sum(plan.nbytes(x) for path, x in drawn.frozen.items() if path.startswith(idle))
-    held = plan.held(drawn)
-    expected = sum(held.values()) - held["original"] - unused
+    unused = sum(memory.nbytes(x) for path, x in step.frozen.items() if path.startswith(idle))
+    kinds = memory.bytes_by_kind(step)
+    expected = sum(kinds.values()) - kinds["original"] - unused
     assert compiled.memory_analysis().argument_size_in_bytes == pytest.approx(expected, rel=0.01)
     assert loop.step_bytes(compiled) > compiled.memory_analysis().argument_size_in_bytes
 
@@ -110,9 +110,9 @@ def test_bad_input(config, changes, message):
             else:
                 config.update_from_flattened_dict({name: value})
     with pytest.raises(UserError, match=message):
-        blueprint.draw(config, make_mesh(), LENGTHS)
+        abstract_step.build(config, make_mesh(), LENGTHS)
 
 
 def test_a_row_that_is_too_long_is_refused(config):
     with pytest.raises(UserError, match="a row of 1004 tokens is longer than the model's 128"):
-        blueprint.draw(config, make_mesh(), dataclasses.replace(LENGTHS, text=1000))
+        abstract_step.build(config, make_mesh(), dataclasses.replace(LENGTHS, text=1000))

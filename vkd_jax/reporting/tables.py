@@ -78,8 +78,8 @@ def tuning(found: Mapping[str, Any]) -> str:
 
 
 def plans(found: Sequence[Mapping[str, Any]]) -> str:
-    """What the step of unlearning takes on TPUs: one row a model and slice."""
-    heads = ["model", "on", "held in", "fsdp × tensor", "rows a step", "GiB a chip", "fits", "TFLOP a step"]
+    """What a training step requires on TPUs: one row for each model and slice."""
+    heads = ["model", "slice", "weights in", "fsdp × tensor", "rows a step", "GiB a chip", "fits", "TFLOP a step"]
     heads += ["ms at least", "bound by", "ms by cycles", "rows a second", "chip-hours", "GiB sent a step"]
     lines = [page.row(heads), page.row([*["---"] * 5, "---:", "---", *["---:"] * 2, "---", *["---:"] * 4])]
     for row in found:
@@ -118,14 +118,15 @@ def plans(found: Sequence[Mapping[str, Any]]) -> str:
     compiling = sum(step["compiler"]["seconds"] for row in known for step in row["steps"].values())
     versions = ", ".join(sorted({" ".join(item) for row in known for item in row["versions"].items()}))
     return "\n".join(lines) + (
-        f"\n\nTokens a row: {tokens}. Rows a second and chip-hours, those of training on {examples} rows as in 300 "
-        "steps of 8 + 8, are by the longer of the two times; loading, preparing and measuring come on top. "
+        f"\n\nTokens a row: {tokens}. Chip-hours are those of training on {examples} rows, as in 300 steps of 8 + 8. "
+        "They and the rows a second follow from the longer of the two times; loading, preparing and evaluating are "
+        "not included. "
         f"Compiled in {compiling / 60:.0f} minutes by {versions}; commit {commits}."
     )
 
 
 def chip_hours(found: Sequence[Mapping[str, Any]]) -> str:
-    """What training takes at least on each slice, of `plans`: one row a model."""
+    """The least chip-hours of training on each slice, of `plans`: one row for each model."""
     rows = {(row["model_name"], row["slice"]): row for row in found}
     slices = [*dict.fromkeys(name for _, name in rows)]
     models = dict.fromkeys(model for model, _ in rows)
@@ -142,7 +143,7 @@ def _cost(row: Mapping[str, Any] | None) -> str:
 
 
 def _seconds_a_row(row: Mapping[str, Any]) -> float:
-    """Of training, by the longer of what the chip's figures and the compiler's cycles say."""
+    """Seconds of training, by the longer of the least time and of the compiler's cycles."""
     step = next(iter(row["steps"].values()))
     return max(step["seconds_at_least"], step["seconds_by_cycles"]) / sum(row["rows"].values())
 

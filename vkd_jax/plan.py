@@ -77,7 +77,7 @@ def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
             return 0
         results = plan_values(values)
         if values.json:
-            files.write(Path(values.json), (json.dumps(results, indent=1) + "\n").encode())
+            files.write_bytes(Path(values.json), (json.dumps(results, indent=1) + "\n").encode())
     except UserError as error:
         return command_line.bad_input(str(error))
     print(page.render(results))

@@ -11,6 +11,8 @@ from absl import flags
 from vkd_jax import compare, main, registry
 from vkd_jax.config import command_line, defaults, schema
 from vkd_jax.reporting import charts, comparison, tables
+from vkd_jax.runs import sweep
+from vkd_jax.runs.worker_pool import SHARED_MODELS
 from vkd_jax.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -133,15 +135,15 @@ def test_every_method_has_as_many_tries(tiny, tmp_path):
     entrants = tiny.compare.entrants
     assert {e.method.name for e in entrants.values()} == {n for n in registry.METHODS if n != "finetune"}
     assert {len(entrant.search) for entrant in entrants.values()} == {4}
-    plan = compare.Plan(tiny, tmp_path)
+    plan = sweep.Sweep(tiny, tmp_path)
     for name, task in plan.tasks().items():
         if name.startswith("tuning/"):
-            task.make()  # its settings fit the method
+            task.make_config()  # its settings fit the method
 
 
 def test_nobody_who_is_reported_is_tuned_on(tiny, tmp_path):
-    tasks = compare.Plan(tiny, tmp_path).tasks()
-    trial, control = tasks["tuning/vkd/0"].make(), tasks["controls"].make()
+    tasks = sweep.Sweep(tiny, tmp_path).tasks()
+    trial, control = tasks["tuning/vkd/0"].make_config(), tasks["controls"].make_config()
     assert trial.data.people != control.data.people and trial.data.people != 1  # whom tiny_base knows
     assert trial.model.path == str(tmp_path / "tuning" / "vanilla" / "vanilla") and control.model.path == "tiny_llava"
     assert tasks["tuning/vkd/0"].needs == {"tuning/vanilla"}
@@ -154,8 +156,8 @@ def test_a_final_run_has_the_settings_of_the_best_trial(tiny, tmp_path):
         folder = tmp_path / "tuning" / "npo" / str(number)
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(results(forget, forget, real=real)))
-    plan = compare.Plan(tiny, tmp_path)
-    config = plan.tasks()["runs/npo/1"].make()
+    plan = sweep.Sweep(tiny, tmp_path)
+    config = plan.tasks()["runs/npo/1"].make_config()
     chosen = defaults.base()
     chosen.method = defaults.method("npo")
     schema.override(chosen, tiny.compare.entrants.npo.search[1])
@@ -165,10 +167,10 @@ def test_a_final_run_has_the_settings_of_the_best_trial(tiny, tmp_path):
 
 
 def test_models_that_are_not_given_are_made_first(get_config, tmp_path):
-    tasks = compare.Plan(get_config("tiny.py", "ablations"), tmp_path).tasks()
-    assert [tasks[f"models/{name}"].make().stage for name in compare.LENT] == ["finetune", "retain_only"]
+    tasks = sweep.Sweep(get_config("tiny.py", "ablations"), tmp_path).tasks()
+    assert [tasks[f"models/{name}"].make_config().stage for name in SHARED_MODELS] == ["finetune", "retain_only"]
     assert tasks["controls"].needs == {"models/vanilla", "models/retain_only"}
-    config = tasks["runs/mask_10/0"].make()
+    config = tasks["runs/mask_10/0"].make_config()
     assert config.model.path == str(tmp_path / "models" / "vanilla" / "vanilla") and config.method.mask_keep == 0.1
     assert config.data.people == 2
 
@@ -224,7 +226,7 @@ def small(get_config, request_folders, tiny_folder):
 
 
 def test_a_whole_comparison_and_that_it_goes_on(small, tmp_path, monkeypatch):
-    out = compare.run(small, tmp_path, workers=1)
+    out = sweep.run(small, tmp_path, workers=1)
     assert out["failures"] == {} and json.loads((tmp_path / "comparison.json").read_text()) == out
     assert [r["name"] for r in out["rows"]] == ["vanilla", "manu"]
     assert len(out["rows"][1]["trials"]) == 2 and out["rows"][1]["runs"][0]["seed"] == 3
@@ -234,7 +236,7 @@ def test_a_whole_comparison_and_that_it_goes_on(small, tmp_path, monkeypatch):
     # The given models were asked once: what they answered was lent.
     assert "evaluate vanilla" not in json.loads((tmp_path / "runs/manu/3/timing.json").read_text())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("answers/*.jsonl")}
-    assert compare.run(small, tmp_path, workers=1) == out
+    assert sweep.run(small, tmp_path, workers=1) == out
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -242,7 +244,7 @@ def test_a_failed_trial_is_a_bad_trial_and_a_failed_run_is_told(small, tmp_path)
     config = copy.deepcopy(small)
     config.compare.entrants.manu.search = ("method.share=7.0", "method.share=0.1")
     config.compare.entrants.manu.settings = "train.batch_size.forget=3"
-    out = compare.run(config, tmp_path, workers=1)
+    out = sweep.run(config, tmp_path, workers=1)
     assert list(out["failures"]) == ["tuning/manu/0"] and "share" in out["failures"]["tuning/manu/0"]
     assert [("kept" in trial) for trial in out["rows"][1]["trials"]] == [False, True]
 
@@ -267,9 +269,9 @@ def test_the_wrong_program_for_a_config_is_refused(module, words, message, tmp_p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": ("x",)}, r"config.compare.seeds=\('x',\): give numbers from 0 on"),
-        ({"seeds": (1, 1)}, "each once"),
-        ({"seeds": ()}, "give numbers"),
+        ({"seeds": ("x",)}, r"config.compare.seeds=\('x',\): give distinct integers"),
+        ({"seeds": (1, 1)}, "distinct integers"),
+        ({"seeds": ()}, "give distinct integers"),
         ({"tuning": "data.nosuch=1"}, "'data.nosuch=1' does not fit the config"),
         ({"entrants.vkd.settings": "method.nosuch=1"}, "'method.nosuch=1' does not fit the config"),
     ],
@@ -279,11 +281,11 @@ def test_what_cannot_be_is_told_before_anything_is_made(get_config, tmp_path, ch
     with config.ignore_type():
         config.update_from_flattened_dict({f"compare.{name}": value for name, value in changes.items()})
     with pytest.raises(UserError, match=message):
-        compare.run(config, tmp_path / "made")
+        sweep.run(config, tmp_path / "made")
     assert not (tmp_path / "made").exists()
 
 
 def test_a_file_is_no_folder(get_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; pass a folder"):
-        compare.run(get_config("tiny.py", "compare"), tmp_path / "file")
+        sweep.run(get_config("tiny.py", "compare"), tmp_path / "file")

@@ -14,10 +14,9 @@ import ml_collections
 import pytest
 from bucket import Bucket
 
-from vkd_jax import compare
 from vkd_jax.reporting import report, schema, view
 from vkd_jax.results import RunResults
-from vkd_jax.runs import pipeline
+from vkd_jax.runs import pipeline, sweep
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import hub, storage
 from vkd_jax.runtime.files import write_bytes
@@ -82,8 +81,8 @@ def test_mirrors(monkeypatch):
 
 
 def test_a_comparison_stays_on_this_machine():
-    with pytest.raises(UserError, match="--workdir=gs://mine/x is no folder of this machine"):
-        compare.run(config(compare={}), "gs://mine/x")
+    with pytest.raises(UserError, match="--workdir=gs://mine/x: the runs of a comparison need a folder"):
+        sweep.run(config(compare={}), "gs://mine/x")
 
 
 # ---- A workdir ----

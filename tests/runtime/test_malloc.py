@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vkd_jax import compare
+from vkd_jax.runs import worker_pool
 from vkd_jax.runtime import malloc
 
 # Steps with 64 MiB of temporary memory: how many of them are found anew by one, in pages of 4 KiB as huge ones are
@@ -93,7 +93,7 @@ def test_the_workers_of_a_comparison_keep_it(monkeypatch):
     shares, kept = queue.Queue(), []
     shares.put({0})
     monkeypatch.setattr(malloc, "keep_freed_memory", lambda: kept.append(True))
-    monkeypatch.setattr(compare.log, "setup", lambda: None)
-    monkeypatch.setattr(compare.os, "sched_setaffinity", lambda process, cores: None)
-    compare._begin(shares)
+    monkeypatch.setattr(worker_pool.log, "setup", lambda: None)
+    monkeypatch.setattr(worker_pool.os, "sched_setaffinity", lambda process, cores: None)
+    worker_pool._start_worker(shares)
     assert kept == [True]

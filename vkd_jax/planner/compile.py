@@ -40,7 +40,7 @@ def compile_step(step: AbstractStep) -> dict[str, Any]:
     else:
         compiled = _compile(lowered)
         file.parent.mkdir(parents=True, exist_ok=True)
-        files.write(file, gzip.compress(json.dumps(compiled).encode()))
+        files.write_bytes(file, gzip.compress(json.dumps(compiled).encode()))
     source = {"program": program, "seconds": compiled["seconds"]}
     if "refusal" in compiled:
         refusal = hlo.Refusal.parse(compiled["refusal"])

@@ -45,7 +45,7 @@ def write(config: ml_collections.ConfigDict, file: Path, plan_flags: Callable[[s
         print(f"{cell[0]} on {cell[1]}, {time.perf_counter() - started:.0f} s: {_verdict(row)}", flush=True)
         table = _read(file) | {cell: row}  # another process may have written in the meantime
         ordered = [json.dumps(table[cell]) for cell, _ in rows if cell in table]
-        files.write(file, ("[\n" + ",\n".join(ordered) + "\n]\n").encode())
+        files.write_bytes(file, ("[\n" + ",\n".join(ordered) + "\n]\n").encode())
 
 
 def _read(file: Path) -> dict[tuple[str, str], Row]:

@@ -1,0 +1,76 @@
+"""The schedule of a comparison's runs, and what one run reuses of another."""
+
+import concurrent.futures
+import contextlib
+import os
+import signal
+
+import pytest
+
+from vkd_jax.runs import worker_pool
+from vkd_jax.runs.worker_pool import Stopped, Task, execute
+from vkd_jax.types import UserError
+
+
+@pytest.fixture
+def schedule(tmp_path, monkeypatch):
+    """Executes tasks given as name=(needs, failure), and returns their failures and the order in which they started."""
+
+    def run(workers=1, required=(), **tasks):
+        started = []
+
+        class Pool:
+            def submit(self, call, path, config, lender):
+                future = concurrent.futures.Future()
+                started.append(path.name)
+                future.set_result(config())
+                return future
+
+        monkeypatch.setattr(worker_pool, "_pool", lambda count, signals: contextlib.nullcontext(Pool()))
+        made = {
+            name: Task(tmp_path / name, lambda result=result: lambda: result, frozenset(needs), None, name in required)
+            for name, (needs, result) in tasks.items()
+        }
+        try:
+            return execute(made, workers), started
+        except (UserError, Stopped) as error:
+            return error, started
+
+    return run
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tasks_start_in_order_once_their_needs_have_ended(schedule, workers):
+    failures, started = schedule(workers, last=(["b", "a"], ""), a=([], ""), b=(["a"], ""), c=([], ""))
+    assert failures == {}
+    assert started == (["a", "b", "last", "c"] if workers == 1 else ["a", "c", "b", "last"])
+
+
+def test_a_failed_task_is_reported_and_others_go_on(schedule):
+    assert schedule(trial=([], "share is 7"), final=(["trial"], "")) == ({"trial": "share is 7"}, ["trial", "final"])
+
+
+def test_nothing_starts_after_a_required_task_failed(schedule):
+    error, started = schedule(required=["controls"], controls=([], "no such model"), final=(["controls"], ""))
+    assert isinstance(error, UserError) and str(error) == "controls: no such model" and started == ["controls"]
+
+
+def test_nothing_starts_after_sigterm(schedule, monkeypatch):
+    """SIGTERM arrives once the first task has ended, so only the second one had started."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(worker_pool.logging, "info", lambda *values: os.kill(os.getpid(), signal.SIGTERM))
+    error, started = schedule(a=([], ""), b=(["a"], ""), c=(["b"], ""))
+    assert isinstance(error, Stopped) and started == ["a", "b"] and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_answers_of_shared_models_are_lent_once(tmp_path):
+    lender, borrower = tmp_path / "lender", tmp_path / "borrower"
+    files = ["answers/vanilla.jsonl", "answers/unlearned.jsonl", "attacks/leak/retain_only.jsonl"]
+    for name in files:
+        (lender / name).parent.mkdir(parents=True, exist_ok=True)
+        (lender / name).write_text("lent")
+    worker_pool._lend(lender, borrower)
+    assert {str(path.relative_to(borrower)) for path in borrower.rglob("*.jsonl")} == {files[0], files[2]}
+    (borrower / files[0]).write_text("own")
+    worker_pool._lend(lender, borrower)
+    assert (borrower / files[0]).read_text() == "own"

@@ -1,0 +1,176 @@
+"""The runs of a comparison: models, controls, trials of each method, and a run of each method for each seed.
+
+    tuning vanilla --> trials of each method --> the best settings --> a run for each seed, with attacks --> one table
+    controls: the vanilla and the retain-only model, evaluated and attacked once; every run reuses the answers
+
+Every run is a working directory of `vkd_jax.main`: controls, tuning/METHOD/NUMBER, runs/METHOD/SEED. A vanilla or
+retain-only model that the config does not give is fine-tuned first, in models/. Finished runs are not run again, so an
+interrupted sweep resumes.
+"""
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from vkd_jax.config import schema
+from vkd_jax.reporting import charts, comparison, tables
+from vkd_jax.runs.worker_pool import SHARED_MODELS, Task, default_workers, execute
+from vkd_jax.runtime import files
+from vkd_jax.types import UserError
+
+
+def run(config: ml_collections.ConfigDict, path: str | Path, workers: int = 0) -> dict[str, Any]:
+    """Runs or resumes a comparison, writes its tables and plots, and returns the contents of comparison.json.
+
+    Args:
+        config: The config of one run with a section `compare`: see `schema.CompareConfig`.
+        path: The folder of the comparison.
+        workers: How many runs are computed at once, each with its share of the cores; 0 is `default_workers`.
+
+    Raises:
+        UserError: The config is not valid for a comparison, or a run that all others need failed.
+        Stopped: SIGTERM arrived.
+    """
+    if "compare" not in config:
+        raise UserError("this config compares nothing: it has no section `compare`; see configs/tiny.py:compare.")
+    if "://" in str(path):
+        raise UserError(f"--workdir={path}: the runs of a comparison need a folder of this machine.")
+    sweep = Sweep(config, Path(path))
+    sweep.check()
+    with files.disk_errors():
+        sweep.path.mkdir(parents=True, exist_ok=True)
+    # Runs of one method have the same programs; without the cache each worker would compile them again for each run.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(sweep.path / "cache"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    failures = execute(sweep.tasks(), workers or default_workers())
+    trials = {name: sweep.trials(name) for name in sweep.entrants}
+    results = comparison.collect(sweep.finished_runs(), trials, failures)
+    files.write_bytes(
+        sweep.path / "comparison.json", (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode()
+    )
+    for name, png in (("pareto", charts.pareto(results)), ("relearning", charts.relearning(results))):
+        if png:
+            files.write_bytes(sweep.path / f"{name}.png", png)
+    files.write_bytes(sweep.path / "comparison.md", tables.document(results).encode())
+    return results
+
+
+class Sweep:
+    """The runs that a comparison consists of."""
+
+    def __init__(self, config: ml_collections.ConfigDict, path: Path):
+        self.path, self.compare = path, config.compare
+        self.base = config.copy_and_resolve_references()
+        with self.base.unlocked():
+            del self.base.compare
+        self.base.data.cache = self.base.data.cache or str(path / "data")
+
+    @property
+    def entrants(self) -> list[str]:
+        """The names of the methods that are compared, in order."""
+        return list(self.compare.entrants)
+
+    def check(self) -> None:
+        """Makes every config once, before anything is run.
+
+        Raises:
+            UserError: A seed or a setting is not valid, or the path is a file.
+        """
+        seeds = self.compare.seeds
+        if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+            raise UserError(
+                f"config.compare.seeds={seeds!r}: give distinct integers that are not negative, such as (0, 1, 2)."
+            )
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; pass a folder as --workdir.")
+        for name in self.entrants:
+            self._final_config(name, seeds[0])
+            for number in range(len(self._search(name))):
+                self._trial_config(name, number)
+
+    def tasks(self) -> dict[str, Task]:
+        """Returns all runs by name."""
+        tasks: dict[str, Task] = {}
+
+        def add(name: str, make_config: Callable, needs: Iterable[str] = (), lender: str = "") -> None:
+            required = name.startswith("models/") or name in ("controls", "tuning/vanilla")
+            lent = self.path / lender if lender else None
+            tasks[name] = Task(self.path / name, make_config, frozenset(needs), lent, required)
+
+        if not self.base.model.path:
+            for name, stage in zip(SHARED_MODELS, ("finetune", "retain_only"), strict=True):
+                add(f"models/{name}", functools.partial(self._config, stage=stage))
+        add("controls", lambda: self._with_models(self._config(stage="audit")), needs=tasks)
+        if self.compare.tuning:
+            add("tuning/vanilla", lambda: self._config(self.compare.tuning, stage="finetune"))
+        for name in self.entrants:
+            trials = [f"tuning/{_folder(name)}/{number}" for number in range(len(self._search(name)))]
+            for number, trial in enumerate(trials):
+                make_config = functools.partial(self._trial_config, name, number)
+                add(trial, make_config, ["tuning/vanilla"], lender="tuning/vanilla")
+            for seed in self.compare.seeds:
+                make_config = functools.partial(self._final_config, name, seed)
+                add(f"runs/{_folder(name)}/{seed}", make_config, ["controls", *trials], lender="controls")
+        return tasks
+
+    def finished_runs(self) -> dict[str, list[Path]]:
+        """Returns the folders of the controls, and of the finished runs of each entrant."""
+        runs = {
+            name: [self.path / "runs" / _folder(name) / str(i) for i in self.compare.seeds] for name in self.entrants
+        }
+        finished = {name: [f for f in folders if (f / "results.json").exists()] for name, folders in runs.items()}
+        return {"controls": [self.path / "controls"], **finished}
+
+    def trials(self, name: str) -> list[dict[str, Any]]:
+        """Returns the settings of an entrant's trials, and how much each kept and forgot if it did not fail."""
+        trials = []
+        for number, settings in enumerate(self._search(name)):
+            file = self.path / "tuning" / _folder(name) / str(number) / "results.json"
+            measured = comparison.judged(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+            trials.append({"settings": settings, **measured})
+        return trials
+
+    def _search(self, name: str) -> tuple[str, ...]:
+        """The settings that are tried for an entrant."""
+        return self.compare.entrants[name].search if self.compare.tuning else ()
+
+    def _config(self, *settings: str, entrant: str = "", stage: str = "unlearn") -> ml_collections.ConfigDict:
+        """The base config with the entrant's changes and further settings; later settings override earlier ones."""
+        config = self.base.copy_and_resolve_references()
+        config.stage = stage
+        if entrant:
+            section = self.compare.entrants[entrant]
+            config.method = section.method
+            settings = (section.settings, *settings)
+        for text in settings:
+            schema.override(config, text)
+        return config
+
+    def _with_models(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+        """The config with the models of this sweep if it gives none."""
+        if not config.model.path:
+            paths = (str(self.path / "models" / name / name) for name in SHARED_MODELS)
+            config.model.path, config.model.retain_only = paths
+        return config
+
+    def _trial_config(self, name: str, number: int) -> ml_collections.ConfigDict:
+        config = self._config(self.compare.tuning, self._search(name)[number], entrant=name)
+        config.model.path, config.model.retain_only = str(self.path / "tuning" / "vanilla" / "vanilla"), ""
+        config.attacks.names = ""
+        return config
+
+    def _final_config(self, name: str, seed: int) -> ml_collections.ConfigDict:
+        best = comparison.best(self.trials(name))
+        config = self._with_models(self._config(best["settings"] if best else "", entrant=name))
+        config.seed = seed
+        return config
+
+
+def _folder(name: str) -> str:
+    return re.sub(r"\W+", "_", name).strip("_")

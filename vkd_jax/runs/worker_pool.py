@@ -1,0 +1,156 @@
+"""Runs of the pipeline in worker processes, each as soon as the runs that it depends on have ended."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import graphlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags, logging
+
+from vkd_jax.runs import workdir
+from vkd_jax.runtime import files, log, malloc
+from vkd_jax.types import UserError
+
+SHARED_MODELS = ("vanilla", "retain_only")  # models that are the same in every run of a sweep
+
+
+class Stopped(Exception):
+    """SIGTERM arrived; the state of every run is saved."""
+
+    def __init__(self):
+        super().__init__("stopped, and all states are saved: run the same command again to resume")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A run of the pipeline, and what it depends on."""
+
+    path: Path  # working directory
+    make_config: Callable[[], ml_collections.ConfigDict]  # called when the run starts: it may read other runs' results
+    needs: frozenset[str] = frozenset()  # names of the tasks that must end first
+    lender: Path | None = None  # working directory of a run whose answers of SHARED_MODELS are reused
+    required: bool = False  # whether the whole sweep fails if this run fails
+
+
+def execute(tasks: Mapping[str, Task], workers: int) -> dict[str, str]:
+    """Runs all tasks, as many at once as there are workers, and returns the errors of those that failed by name.
+
+    Tasks that are ready start in the order of `tasks`.
+
+    Raises:
+        UserError: A required task failed.
+        Stopped: SIGTERM arrived.
+        BrokenProcessPool: A worker died.
+    """
+    order = {name: number for number, name in enumerate(tasks)}
+    sorter = graphlib.TopologicalSorter({name: task.needs for name, task in tasks.items()})
+    sorter.prepare()
+    ready: list[str] = []
+    running: dict[concurrent.futures.Future, str] = {}
+    failures: dict[str, str] = {}
+    ended = 0
+    with _forward_sigterm() as signals, _pool(workers, signals) as pool:
+        while sorter.is_active():
+            ready = sorted([*ready, *sorter.get_ready()], key=order.__getitem__)
+            while ready and len(running) < workers:  # a run that waits in the pool's queue could not be stopped
+                name = ready.pop(0)
+                task = tasks[name]
+                running[pool.submit(_work, task.path, task.make_config(), task.lender)] = name
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                name, failure = running.pop(future), future.result()
+                if signals:
+                    raise Stopped
+                sorter.done(name)
+                ended += 1
+                logging.info("%d of %d: %s%s", ended, len(tasks), name, f": {failure}" if failure else "")
+                if failure and tasks[name].required:
+                    raise UserError(f"{name}: {failure}")
+                if failure:
+                    failures[name] = failure
+    return failures
+
+
+def default_workers() -> int:
+    """Returns one worker for each core on CPUs, and one on accelerators, which are not shared."""
+    import jax
+
+    return len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else 1
+
+
+@contextlib.contextmanager
+def _pool(workers: int, signals: list[int]) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
+    """Context manager of a process pool that divides the cores among its workers."""
+    context = multiprocessing.get_context("spawn")
+    available, cores = sorted(os.sched_getaffinity(0)), context.Queue()
+    for number in range(workers):
+        cores.put(set(available[number::workers]) or set(available))
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(cores,))
+    try:
+        yield pool
+    except BrokenProcessPool:
+        if signals:
+            raise Stopped from None
+        raise
+    finally:
+        pool.shutdown(wait=not signals, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _forward_sigterm() -> Iterator[list[int]]:
+    """Context manager that forwards SIGTERM to the workers, and yields the list of signals that arrived."""
+    signals: list[int] = []
+
+    def stop(number, _):
+        signals.append(number)
+        for child in multiprocessing.active_children():
+            child.terminate()
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _start_worker(cores: Any) -> None:
+    os.sched_setaffinity(0, cores.get())
+    flags.FLAGS.mark_as_parsed()  # the threads that make batches read flags
+    log.setup()
+    malloc.keep_freed_memory()
+
+
+def _work(path: Path, config: ml_collections.ConfigDict, lender: Path | None) -> str:
+    """Runs the pipeline with its log in log.txt, and returns "" or why it failed."""
+    from vkd_jax.runs import pipeline
+    from vkd_jax.training import loop, preemption
+
+    try:
+        workdir.Workdir(path, config)
+        with open(path / "log.txt", "a", encoding="utf-8") as log_file:
+            os.dup2(log_file.fileno(), sys.stderr.fileno())
+        if lender:
+            _lend(lender, path)
+        pipeline.run(config, path)
+    except (UserError, loop.Diverged, preemption.Stopped) as error:
+        return str(error)
+    return ""
+
+
+def _lend(lender: Path, borrower: Path) -> None:
+    """Copies the answers and records of SHARED_MODELS that the borrower does not have."""
+    for model in SHARED_MODELS:
+        for file in [lender / "answers" / f"{model}.jsonl", *lender.glob(f"attacks/*/{model}.jsonl")]:
+            target = borrower / file.relative_to(lender)
+            if file.exists() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                files.write_bytes(target, file.read_bytes())

@@ -130,9 +130,15 @@ def _visit_scan(
     equation: JaxprEqn, inputs: list[bool], scope: str, times: int, record: Callable[[_Product], None]
 ) -> list[bool]:
     """Visits the body of a loop once it is known which carried values depend on the batch."""
-    body, length = equation.params["jaxpr"].jaxpr, equation.params["length"]
-    start = equation.params["num_consts"]
-    carried = slice(start, start + equation.params["num_carry"])
+    (body,), length = jaxprs_in_params(equation.params), equation.params["length"]
+
+    def count_whole(outside: Sequence, inside: Sequence) -> int:
+        """The number of values without the leading loop axis that scanned inputs and outputs have."""
+        return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True))
+
+    # Inputs are constants, carried values and scanned values; parameters that count them differ between JAX versions.
+    end = count_whole(equation.invars, body.invars)
+    carried = slice(end - count_whole(equation.outvars, body.outvars), end)
     while True:
         outputs = _visit(body, inputs, scope, times, lambda product: None)
         carry = [before or after for before, after in zip(inputs[carried], outputs, strict=False)]

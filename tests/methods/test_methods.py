@@ -149,9 +149,8 @@ def test_without_terms_of_its_output_the_language_model_is_not_read(context):
     for stream, fields in (("retain", dict(weight_retain_ce=0.0)), ("forget", dict(forget="none"))):
         vkd = VKD(mask_scope="none", **fields)
         value, _ = gradients(broken, vkd, vkd.prepare(broken), stream)
-        assert np.isfinite(value) and vkd.depth(stream, context.model_config) == (0, False)
+        assert np.isfinite(value)
         other = "forget" if stream == "retain" else "retain"
-        assert vkd.depth(other, context.model_config) == (context.model_config.text.layers, True)
         assert np.isnan(gradients(broken, vkd, vkd.prepare(broken), other)[0])
 
 

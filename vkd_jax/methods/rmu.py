@@ -98,10 +98,6 @@ class RMU(Scope):
         del model_config
         return (shape[0], *[1] * (len(shape) - 1)) if path.startswith("language_model/blocks/") else ()
 
-    def depth(self, stream, model_config) -> tuple[int, bool]:
-        """The blocks up to the hidden states."""
-        return self.layers(model_config), False
-
     def cache_spec(self, stream, taps, model_config) -> base.CacheSpec:
         """The direction, for each row of the forget set."""
         del taps

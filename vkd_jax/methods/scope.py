@@ -77,11 +77,6 @@ class Scope(Section):
         """No teachers; methods with teachers override it."""
         return {}
 
-    def depth(self, stream: str, model_config: Any) -> tuple[int, bool]:
-        """How many blocks of the language model run for a stream, and whether its head does, for the planner."""
-        del stream
-        return model_config.text.layers, True
-
 
 def trainable_paths(paths: Iterable[str], model_config: Any, scope: str, blocks: int) -> list[str]:
     """The paths of a scope.

@@ -142,11 +142,6 @@ class VKD(Scope):
         """The two halves of the objective; their gradients are taken apart, so that a mask can cover one."""
         return {"forget": self._forget_loss, "retain": self._retain_loss}
 
-    def depth(self, stream, model_config) -> tuple[int, bool]:
-        """All of the language model, or none of it where the stream's loss has no term of its output."""
-        reads = self.weight_retain_ce if stream == "retain" else self.forget != "none"
-        return super().depth(stream, model_config) if reads else (0, False)
-
     def _forget_loss(self, model, batch):
         features, taps = base.see(model, batch)
         distance = self._distance(taps, batch) if self.target != "none" else jnp.zeros(len(batch.tokens))

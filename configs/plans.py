@@ -1,13 +1,13 @@
-"""The table of docs/planner.md: which model is planned for which chips, and how.
+"""The rows of the table in docs/planner.md: models, slices, and the flags of the planner for each.
 
 python -m vkd_jax.plan --config configs/plans.py --json docs/results/plans.json
 python -m vkd_jax.reporting.tables docs/planner.md
 
-configs/plans.py                        every model on every slice, a row each
+configs/plans.py                        every model on every slice, one row each
 configs/plans.py:v5e-16                 one slice, or one model, or one row: configs/plans.py:LLaVA-1.5-7B,v5e-16
 
-The rule: a single chip of 16 GB takes the config's own word for it, `onechip`; all others lay the model in bfloat16
-over their chips by `fsdp`, and by tensor=4 from 16 chips on, with 8 + 8 rows a step, or fsdp + fsdp where that is more.
+A single chip of 16 GB uses the config's `onechip` settings. All other rows shard the bfloat16 model over their chips by
+`fsdp`, and by tensor=4 from 16 chips on. A batch has 8 + 8 rows, or fsdp + fsdp rows where that is more.
 """
 
 import math
@@ -28,7 +28,7 @@ SLICES = {
     "v5e-16": "v5e:4x4",
     "v5e-64": "v5e:8x8",
     "v5e-256": "v5e:16x16",
-    "v4-8": "v4:2x2x1",  # Google counts the two cores of a v4 and of a v5p
+    "v4-8": "v4:2x2x1",  # named by its cores, two a chip
     "v5p-8": "v5p:2x2x1",
     "v6e-1": "v6e:1x1",
     "v6e-8": "v6e:2x4",
@@ -37,7 +37,7 @@ EXAMPLES = 4800  # rows of a typical run: 300 steps of 8 + 8
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The rows, all of them, and the words that choose some."""
+    """Returns all rows, and the words that select some of them."""
     words = tuple(filter(None, arg.split(",")))
     for word in words:
         if word not in {**MODELS, **SLICES}:
@@ -48,7 +48,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 
 def command(model: str, name: str) -> str:
-    """The planner's flags for a row."""
+    """Returns the planner's flags for a row."""
     config, topology = MODELS[model], SLICES[name]
     if name == "v5e-1":
         return f"--config={config},onechip --topology={topology} --nocompare"

@@ -20,51 +20,53 @@ from vkd_jax.reporting import markers
 from vkd_jax.reporting.tables import numeric_table, short_commit
 
 
-def steps(found: Mapping[str, Any]) -> str:
-    """What steps of training take, by turns: of perf/step_time.py."""
+def steps(results: Mapping[str, Any]) -> str:
+    """Times and memory of training steps, from perf/step_time.py."""
     lines = []
-    own, held = found["median"]["vkd"], found["bytes"]
-    for name, times in found["seconds"].items():
-        memory = f"{held[name] / 2**20:,.0f}" if name in held else "–"
-        ratio = f"{own / found['median'][name]:.2f}" if name != "vkd" else ""
-        if name in held and ratio:
-            ratio += f", {held['vkd'] / held[name]:.2f} of the memory"
+    median, step_bytes = results["median"]["vkd"], results["bytes"]
+    for name, times in results["seconds"].items():
+        memory = f"{step_bytes[name] / 2**20:,.0f}" if name in step_bytes else "–"
+        ratio = f"{median / results['median'][name]:.2f}" if name != "vkd" else ""
+        if name in step_bytes and ratio:
+            ratio += f", {step_bytes['vkd'] / step_bytes[name]:.2f} of the memory"
         lines.append([name, *_seconds(times), memory, ratio])
-    rows = " + ".join(f"{count} {name}" for name, count in found["rows"].items())
+    rows = " + ".join(f"{count} {name}" for name, count in results["rows"].items())
     return numeric_table(["a step of", "seconds", "least", "most", "MiB", "ours to it"], lines) + (
-        f"\n\nA LLaVA of {found['parameters'] / 1e6:,.0f} M parameters, of which VKD trains "
-        f"{found['trainable'] / 1e6:,.0f} M, in {found['dtype']}; {rows} rows of {found['tokens']} tokens. Medians of "
-        f"{len(times)} steps; MiB: what a step holds, by the compiler's account. {_source(found)}"
+        f"\n\nA LLaVA of {results['parameters'] / 1e6:,.0f} M parameters, of which VKD trains "
+        f"{results['trainable'] / 1e6:,.0f} M, in {results['dtype']}; {rows} rows of {results['tokens']} "
+        f"tokens. Medians of "
+        f"{len(times)} steps; MiB: what a step holds, by the compiler's account. {_source(results)}"
     )
 
 
-def answers(found: Mapping[str, Any]) -> str:
-    """What questions take to be answered, by turns: of perf/answers.py."""
+def answers(results: Mapping[str, Any]) -> str:
+    """Times of answering questions, from perf/answers.py."""
     heads = ["", "seconds", "least", "most", "questions a second", "new tokens a second", "ours to PyTorch"]
     lines = []
-    for name, times in found["seconds"].items():
-        tokens = found["new_tokens_a_second"].get(name)
-        ratio = found["ratio_to_pytorch"].get(name)
-        each = f"{found['questions_a_second'][name]:.1f}"
+    for name, times in results["seconds"].items():
+        tokens = results["new_tokens_a_second"].get(name)
+        ratio = results["ratio_to_pytorch"].get(name)
+        each = f"{results['questions_a_second'][name]:.1f}"
         cells = [each, "–" if tokens is None else f"{tokens:.0f}", "" if ratio is None else f"{ratio:.2f}"]
         lines.append([name, *_seconds(times), *cells])
     return numeric_table(heads, lines) + (
-        f"\n\nA LLaVA of {found['parameters'] / 1e6:,.0f} M parameters; {found['questions']} questions about "
-        f"{found['pictures']} pictures of {found['image_tokens']} tokens, {found['batch']} at a time; "
-        f"{found['new_tokens']} tokens written, {found['options']} options a question. Medians of {len(times)} rounds. "
-        f"{_source(found)}"
+        f"\n\nA LLaVA of {results['parameters'] / 1e6:,.0f} M parameters; {results['questions']} questions about "
+        f"{results['pictures']} pictures of {results['image_tokens']} tokens, {results['batch']} at a time; "
+        f"{results['new_tokens']} tokens written, {results['options']} options a question. Medians of "
+        f"{len(times)} rounds. "
+        f"{_source(results)}"
     )
 
 
-def levels(found: Mapping[str, Any]) -> str:
-    """How long methods take to forget as much: of perf/forget_level.py."""
+def levels(results: Mapping[str, Any]) -> str:
+    """Times of methods to reach the same level of forgetting, from perf/forget_level.py."""
     heads = ["method", "steps", "forget VQA ↓", "retain VQA ↑", "preparing, s", "a step, s", "all steps, s"]
     lines = []
-    for row in found["rows"]:
+    for row in results["rows"]:
         cells = [row["steps"], *(f"{100 * row[name]:.1f}" for name in ("forget", "retain"))]
         seconds = [f"{row['prepare_seconds']:.1f}", f"{row['step_seconds']:.3f}", f"{row['train_seconds']:.1f}"]
         lines.append([row["method"], *map(str, cells), *seconds])
-    usual, *ours = found["rows"]
+    usual, *ours = results["rows"]
     enough = [row for row in ours if row["forget"] <= usual["forget"]]
     said = "None of these runs of VKD forgets as much as GradDiff on all weights."
     if enough:
@@ -77,28 +79,28 @@ def levels(found: Mapping[str, Any]) -> str:
         )
     about = f"Right answers in per cent; {usual['questions']} questions about the people to forget, one seed. Preparing"
     about += " compiles, too; the seconds of steps are those of a median step."
-    return f"{numeric_table(heads, lines)}\n\n{said} {about} {_source(found)}"
+    return f"{numeric_table(heads, lines)}\n\n{said} {about} {_source(results)}"
 
 
-def quantization(found: Mapping[str, Any]) -> str:
-    """What a quantised language model costs: of perf/quantization.py."""
+def quantization(results: Mapping[str, Any]) -> str:
+    """Fidelity and size of quantized language models, from perf/quantization.py."""
     lines = []
-    for row in found["rows"]:
+    for row in results["rows"]:
         cells = [f"{row['cosine']:.5f}", f"{row['kl']:.2e}", f"{row['top1']:.4f}"]
         lines.append([row["quantize"] or "float32", *cells, f"{row['bytes']:,}", f"{row['share']:.3f}"])
     heads = ["held in", "cosine", "KL, nats", "top-1", "bytes", "share"]
-    about = f"{found['model']}: {found['questions']} questions, {found['answer_tokens']} answer tokens. "
-    return f"{numeric_table(heads, lines)}\n\n{about}{_source(found)}"
+    about = f"{results['model']}: {results['questions']} questions, {results['answer_tokens']} answer tokens. "
+    return f"{numeric_table(heads, lines)}\n\n{about}{_source(results)}"
 
 
-def _source(found: Mapping[str, Any]) -> str:
-    """On what a benchmark ran, and how to run it again."""
-    cores = found["device"]
+def _source(results: Mapping[str, Any]) -> str:
+    """The hardware, versions, commit and command of a measurement."""
+    cores = results["device"]
     if cores == "cpu":
-        processor = found.get("processor", "")  # older files do not say
-        cores = f"{found['cores']} cores" + (processor and f" ({processor})")
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"On {cores}, {versions}; commit {short_commit(found)}; `{found['command']}`"
+        processor = results.get("processor", "")  # older files do not say
+        cores = f"{results['cores']} cores" + (processor and f" ({processor})")
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return f"On {cores}, {versions}; commit {short_commit(results)}; `{results['command']}`"
 
 
 def _seconds(times: Sequence[float]) -> list[str]:

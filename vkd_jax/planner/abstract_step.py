@@ -157,7 +157,7 @@ def _mask(
 
 
 def read_model(name: str) -> tuple[types.ModuleType, Any]:
-    """The module and transformers configuration of a published model, or of a folder; only config.json is read."""
+    """Returns the family and transformers configuration of a published model or a folder; reads only config.json."""
     from transformers import AutoConfig
 
     if not name:
@@ -184,9 +184,9 @@ def batch(
     params: Mapping[str, Any],
     model_config: Any,
 ) -> Batch:
-    """The shapes of a stream's batch, each question with a picture, and of what the method caches for it."""
+    """Returns the shapes of a stream's batch, with one image a question, and of what the method caches for it."""
     rows, place = loop.batch_size(config.train, stream, mesh), batch_sharding(mesh)
-    side = picture_side(config, model_config)
+    side = image_side(config, model_config)
     packed = model_config.pack([[np.broadcast_to(np.float32(0), (side, side, 3))]])
     pictures = {name: Shape((rows, *x.shape[1:]), x.dtype, sharding=place) for name, x in packed.items()}
     _, taps = jax.eval_shape(lambda params, pictures: base.bind(graphdef, params).encode(pictures), params, pictures)
@@ -207,11 +207,11 @@ def batch(
     )
 
 
-def picture_side(config: ml_collections.ConfigDict, model_config: Any) -> int:
-    """Pixels of a picture, both ways: the model's own size, or the square of as many as the config lets it have."""
+def image_side(config: ml_collections.ConfigDict, model_config: Any) -> int:
+    """Returns the side of an image in pixels: the model's own, or that of the largest square that the config allows."""
     if hasattr(model_config.vision, "image_size"):
         return model_config.vision.image_size
     if not config.model.max_pixels:
-        raise UserError("pictures differ in size here: say how large they may be, --config.model.max_pixels=200704.")
+        raise UserError("config.model.max_pixels: images differ in size, so set their maximum, such as 200704.")
     step = model_config.vision.patch_size * model_config.vision.merge
     return math.isqrt(config.model.max_pixels) // step * step

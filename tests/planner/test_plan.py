@@ -93,12 +93,12 @@ def page_of(**steps):
 
 
 def test_the_two_lines_at_the_end():
-    time, memory = page.compared(page_of(vkd=OWN, grad_diff=TRAINS_ALL))
-    assert time == (
+    by_time, by_memory = page.compared(page_of(vkd=OWN, grad_diff=TRAINS_ALL))
+    assert by_time == (
         "least time of vkd / grad_diff: 0.50, 50 % less (2000.0 ms by compute and 4000.0 ms by compute); "
         "by the compiler's cycles 0.50, 50 % less (4000.0 ms and 8000.0 ms); FLOPs: weight gradients -50.0 %"
     )
-    assert memory == (
+    assert by_memory == (
         "memory of vkd / grad_diff: 0.25, 75 % less: optimizer -36.7 %, weights as loaded -18.3 %, "
         "weights not in float32 -8.3 %, gradients and activations -8.3 %, quantized weights -3.3 %"
     )
@@ -107,11 +107,11 @@ def test_the_two_lines_at_the_end():
 def test_the_two_lines_where_the_other_step_does_not_fit():
     refused = "the step requires 20.00 GiB of 15.75 GiB, 4.25 GiB too much"
     found = page_of(vkd=OWN, grad_diff=TRAINS_ALL | figures_of(2e12, 2e12, total=None, refused=refused, fits=False))
-    time, memory = page.compared(found)
-    assert time.endswith(
+    by_time, by_memory = page.compared(found)
+    assert by_time.endswith(
         "by compute; grad_diff does not fit, so only its compute time is known); FLOPs: weight gradients -50.0 %"
     )
-    assert memory == "memory of vkd / grad_diff: not known"
+    assert by_memory == "memory of vkd / grad_diff: not known"
     assert plan.why_not(found["steps"]["grad_diff"], 15.75) == refused
     too_much = figures_of(total=16 * memory.GIB, fits=False)
     assert plan.why_not(too_much, 15.75) == ("the run requires 16.00 GiB of 15.75 GiB, 0.25 GiB too much")

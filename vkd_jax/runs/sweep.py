@@ -21,7 +21,7 @@ import ml_collections
 from vkd_jax.config import schema
 from vkd_jax.reporting import charts, comparison, tables
 from vkd_jax.runs.worker_pool import SHARED_MODELS, Task, default_workers, execute
-from vkd_jax.runtime import files
+from vkd_jax.runtime import files, storage
 from vkd_jax.types import UserError
 
 
@@ -43,7 +43,7 @@ def run(config: ml_collections.ConfigDict, path: str | Path, workers: int = 0) -
         raise UserError(f"--workdir={path}: the runs of a comparison need a folder of this machine.")
     sweep = Sweep(config, Path(path))
     sweep.check()
-    with files.disk_errors():
+    with storage.write_errors():
         sweep.path.mkdir(parents=True, exist_ok=True)
     # Runs of one method have the same programs; without the cache each worker would compile them again for each run.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(sweep.path / "cache"))

@@ -150,9 +150,10 @@ figure, place = plt.subplots(figsize=(8, 5.5))
 place.imshow(imread(f"{workdir}/report/relearning.png"))
 place.axis("off")
 plt.show()
-for variant, models in results["attacks"]["relearn"]["summary"].items():
-    if models["unlearned"].get("recovery") is not None:
-        print(f"{variant:42} {100 * models['unlearned']['recovery']:6.1f} % of what was lost came back")
+for cell in results["attacks"]["relearn"]["cells"]:
+    if cell["model"] == "unlearned" and "recovery" in cell:
+        tried = f"{cell['attacker']} {100 * cell['share']:g} % of the {cell['unit']}, set {cell['set']}"
+        print(f"{tried:42} {100 * cell['recovery']:6.1f} % of what was lost came back")
 
 # %% [markdown]
 # The whole story is in `report.md` of that folder, and `unlearned/` is an ordinary Hugging Face model.

@@ -21,6 +21,8 @@ from typing import Any
 import tables
 from command import ROOT, run
 
+from vkd_jax.results import RunResults
+
 
 def unlearn(words: str, folder: Path, cache: Path, seed: int, steps: int | None) -> dict[str, Any]:
     """A run, and what came of it."""
@@ -30,7 +32,7 @@ def unlearn(words: str, folder: Path, cache: Path, seed: int, steps: int | None)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
-    results = json.loads((folder / "results.json").read_text())
+    results = RunResults.read(folder)
     timing = json.loads((folder / "timing.json").read_text())
     config = json.loads((folder / "config.json").read_text())
     logged = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
@@ -38,13 +40,13 @@ def unlearn(words: str, folder: Path, cache: Path, seed: int, steps: int | None)
     rows = sum(config["train"]["batch_size"].values())
     at = [(x["step"], x["step"] * rows / x["examples_per_second"]) for x in logged if "examples_per_second" in x]
     each = statistics.median((b - a) / (n - m) for (m, a), (n, b) in zip(at, at[1:], strict=False))
-    unlearned = results["models"]["unlearned"]
+    unlearned = results.models["unlearned"]
     return {
         "method": config["method"]["name"],
         "steps": config["train"]["steps"],
-        "forget": unlearned["forget"]["vqa"]["accuracy"],
-        "retain": unlearned["retain"]["vqa"]["accuracy"],
-        "questions": unlearned["forget"]["vqa"]["n"],
+        "forget": unlearned["forget"]["vqa"].accuracy,
+        "retain": unlearned["retain"]["vqa"].accuracy,
+        "questions": unlearned["forget"]["vqa"].n,
         "prepare_seconds": timing["prepare"],
         "step_seconds": each,
         "train_seconds": each * config["train"]["steps"],

@@ -1,10 +1,15 @@
 """results.json: its dataclasses read what they write, and name the field that does not follow the schema."""
 
+import dataclasses
+import inspect
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from vkd_jax import benchmarks, registry
+from vkd_jax import results as module
 from vkd_jax.results import FormatError, RunResults, main_kind
 from vkd_jax.types import EvalSet, Role, UserError
 
@@ -103,3 +108,21 @@ def test_every_benchmark_declares_its_sets(name):
     sets = benchmarks.create(name, {}).EVAL_SETS
     assert len({s.name for s in sets}) == len({s.short for s in sets}) == len(sets)
     assert [sum(s.role == role for s in sets) for role in (Role.FORGET, Role.RETAIN)] == [1, 1]
+
+
+def test_the_documented_fields_are_those_of_the_dataclasses():
+    text = (Path(__file__).parents[1] / "docs" / "results_format.md").read_text(encoding="utf-8")
+    documented = {}
+    for name, table in re.findall(
+        r"<!-- fields: (\w+) -->\n\n\| field \| meaning \|\n\| --- \| --- \|\n((?:\|.*\n)+)", text
+    ):
+        documented[name] = [re.match(r"\| `(\w+)` \|", row)[1] for row in table.splitlines()]
+    classes = {c.__name__: c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__}
+    fields = {
+        name: [field.name for field in dataclasses.fields(c)]
+        for name, c in classes.items()
+        if dataclasses.is_dataclass(c)
+    }
+    assert documented == fields
+    documented_fields = text[text.index("## attacks/ATTACK") :]
+    assert all(f"`{name}`" in documented_fields for name in module.ATTEMPT_FIELDS)

@@ -10,6 +10,7 @@ Exit status: 0 on success, 1 if a run failed (the table says which), 2 on bad in
 states saved.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -24,12 +25,20 @@ from vkd_jax.runtime import log
 from vkd_jax.types import UserError
 
 
-def command(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
-    """Runs the command, and returns its exit status."""
+def command(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str = "") -> int:
+    """Runs the command, and returns its exit status.
+
+    Args:
+        argv: The program's name; flags are in `values`.
+        values: The parsed flags.
+        line: The command line that the results name; "" if no command line started the program.
+    """
     if values.config is None or values.workdir is None:
         return command_line.bad_input("pass --config FILE:compare and --workdir DIR.")
     try:
-        results = sweep.run(values.config, values.workdir, values.workers)
+        results = sweep.run(
+            values.config, values.workdir, values.workers, line or "called from Python: vkd_jax.compare.command"
+        )
     except UserError as error:
         return command_line.bad_input(str(error))
     except Stopped as error:
@@ -46,4 +55,5 @@ if __name__ == "__main__":
     command_line.define()
     flags.DEFINE_integer("workers", 0, "Runs at once; 0 is one for each CPU core, or one on an accelerator.", 0)
     log.setup()
-    app.run(command, flags_parser=command_line.parse)
+    line = command_line.started_as("vkd_jax.compare")
+    app.run(functools.partial(command, line=line), flags_parser=command_line.parse)

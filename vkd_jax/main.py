@@ -7,6 +7,7 @@ Exit status: 0 done, 1 the run diverged or broke, 2 bad input (one sentence says
 state saved.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -21,8 +22,14 @@ from vkd_jax.types import UserError
 SHUTDOWN_SECONDS = 60  # time that a process which ends waits for the others
 
 
-def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
-    """Runs what the config says; the exit status."""
+def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str = "") -> int:
+    """Runs what the config says; the exit status.
+
+    Args:
+        argv: the program's name; flags are in `values`.
+        values: the parsed flags.
+        line: the command line that the results will name; "" where no command line started the program.
+    """
     if len(argv) > 1:
         return bad_input(f"unexpected argument {argv[1]!r}; flags begin with --")
     if values.config is None:
@@ -36,7 +43,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     try:
         if values.distributed:
             _connect()
-        return _run(values)
+        return _run(values, line or "called from Python: vkd_jax.main.main")
     except UserError as error:
         return bad_input(str(error))
 
@@ -52,14 +59,14 @@ def _connect() -> None:
         logging.set_verbosity(logging.WARNING)  # one log: that of process 0
 
 
-def _run(values: flags.FlagValues) -> int:
+def _run(values: flags.FlagValues, command: str) -> int:
     """Runs the pipeline; the exit status."""
     from vkd_jax.runs import pipeline
     from vkd_jax.training import loop
     from vkd_jax.training.preemption import Stopped
 
     try:
-        pipeline.run(values.config, values.workdir)
+        pipeline.run(values.config, values.workdir, command)
     except loop.Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -73,4 +80,5 @@ if __name__ == "__main__":
     command_line.define()
     log.setup()
     malloc.keep_freed_memory()
-    app.run(main, flags_parser=command_line.parse)
+    line = command_line.started_as("vkd_jax.main")
+    app.run(functools.partial(main, line=line), flags_parser=command_line.parse)

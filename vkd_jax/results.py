@@ -16,6 +16,8 @@ from vkd_jax.types import EvalSet, Role, UserError
 
 SCHEMA_VERSION = 1
 FILE = "results.json"
+# What an attack tried. Records of attacks/*/*.jsonl that agree in these fields and in their set make one cell.
+ATTEMPT_FIELDS = ("variant", "attacker", "steps", "batch_size", "learning_rate", "share", "unit", "taught")
 QUESTION_TASKS = ("", "generation_", "cloze_")  # prefixes of a kind of question, the one that tells most first
 
 
@@ -159,7 +161,7 @@ class AttackCell:
     @property
     def key(self) -> tuple:
         """What was tried, on which set: the same for all models."""
-        return self.variant, self.attacker, self.unit, self.share, self.set, self.taught
+        return self.set, *(getattr(self, name) for name in ATTEMPT_FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +264,7 @@ class RunResults:
 
     Args:
         meta: what makes the run reproducible.
-        models: {model: {set: {kind of question: summary}}}; see `metrics.by_kind` for the kinds.
+        models: {model: {set: {kind of question: summary}}}; see `metrics.summary.by_kind` for the kinds.
         utility: model utility of each model.
         forget_quality: {model: {kind: ...}}; empty without a retain-only model.
         chance: {set: {"vqa" or "qa": accuracy of a random choice among the options}}.
@@ -333,7 +335,7 @@ class RunResults:
 
     def to_json(self) -> dict[str, Any]:
         """The results as JSON-compatible values; fields that are None are left out."""
-        return {"schema_version": self.schema_version, **_encoded(self)}
+        return {"schema_version": self.schema_version} | to_json(self)
 
     @property
     def sets(self) -> tuple[MeasuredSet, ...]:
@@ -364,15 +366,16 @@ def main_kind(kinds: typing.Iterable[str], modality: str) -> str | None:
     return next((task + modality for task in QUESTION_TASKS if task + modality in known), None)
 
 
-def _encoded(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """These dataclasses as JSON-compatible values; fields that are None are left out."""
     if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         extra = fields.pop("metrics", {}) if isinstance(value, Summary) else {}
-        return {name: _encoded(item) for name, item in (fields | dict(extra)).items() if item is not None}
+        return {name: to_json(item) for name, item in (fields | dict(extra)).items() if item is not None}
     if isinstance(value, Mapping):
-        return {str(name): _encoded(item) for name, item in value.items()}
+        return {str(name): to_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_encoded(item) for item in value]
+        return [to_json(item) for item in value]
     return value
 
 

@@ -13,13 +13,14 @@ from PIL import Image
 from vkd_jax import attacks, methods
 from vkd_jax.attacks import base, rephrase
 from vkd_jax.attacks.base import Subject
+from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.checkpoints import hf
 from vkd_jax.config import defaults
 from vkd_jax.data.images import open_image
 from vkd_jax.evaluation import evaluate
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.models import lora, quantize
-from vkd_jax.types import Example, UserError
+from vkd_jax.types import Example, Role, UserError
 
 JOBS = ("baker", "pilot", "judge", "nurse")
 METHOD = methods.create("vkd", {})
@@ -59,7 +60,9 @@ def subject(tiny_model, asked, tmp_path_factory):
     config.eval.update(batch_size=8, max_new_tokens=3)
     answers = evaluate.evaluate(Answerer(tiny_model, batch_size=8), asked, protocol="options", max_new_tokens=3)
     folder = tmp_path_factory.mktemp("scratch")
-    return Subject("unlearned", tiny_model, asked, answers, asked["forget"], [], config, tiny_model.mesh, folder)
+    return Subject(
+        "unlearned", tiny_model, asked, Mllmu.EVAL_SETS, answers, asked["forget"], [], config, tiny_model.mesh, folder
+    )
 
 
 def changed(subject, **fields):
@@ -71,30 +74,21 @@ def changed(subject, **fields):
 
 
 def test_they_are_asked_what_has_options_and_a_picture(subject, asked):
-    sets = base.questions(subject, "forget", "test", "nothing")
+    sets = base.questions(subject, Role.FORGET, Role.FORGET_HOLDOUT, Role.GENERAL)
     assert {name: [e.id for e in part] for name, part in sets.items()} == {
         "forget": ["0", "1", "2", "3", "4", "5"],
         "test": ["10", "11", "12"],
     }
 
 
-def test_variants_are_named_by_what_was_asked():
-    assert [base.named("int8", name) for name in ("forget", "test", "retain", "other")] == [
-        "int8",
-        "int8, other pictures",
-        "int8, people to keep",
-        "int8, other",
-    ]
-
-
 def test_what_was_answered_before_is_not_asked_again(subject):
-    sets = base.questions(subject, "forget", "test")
+    sets = base.questions(subject, Role.FORGET, Role.FORGET_HOLDOUT)
     found = subject.unattacked(sets)
     assert [id(record) for record in found] == [
         id(r) for r in subject.answers if r["set"] != "retain" and r["modality"] == "vqa" and r["options"]
     ]
     for ours, theirs in zip(found, subject.ask_sets(subject.model, sets), strict=True):
-        assert base.kept("", ours) == base.kept("", theirs)
+        assert base.attack_record("", ours) == base.attack_record("", theirs)
         np.testing.assert_allclose(ours["scores"], theirs["scores"], atol=1e-4)
 
 
@@ -109,7 +103,7 @@ def test_what_was_asked_otherwise_is_asked_again(subject, how, monkeypatch):
         answers = [r | {"protocol": "letter"} if r["options"] else r for r in answers]
     other = dataclasses.replace(subject, answers=answers)
     monkeypatch.setattr(Subject, "ask_sets", lambda self, model, sets: ["asked"])
-    assert other.unattacked(base.questions(subject, "forget", "test")) == ["asked"]
+    assert other.unattacked(base.questions(subject, Role.FORGET, Role.FORGET_HOLDOUT)) == ["asked"]
 
 
 def test_an_adapter_that_still_is_zero_leaves_its_kernel_alone(subject):
@@ -284,10 +278,9 @@ def test_any_picture_becomes_a_png_of_its_size():
 
 def variants(name):
     if name == "quantize":
-        names = ["unchanged", "int8", "int4:64"]
-        return [base.named(variant, part) for variant in names for part in ("forget", "test", "retain")]
+        return ["unchanged", "int8", "int4:64"]
     changes = "noise brightness contrast resize crop blur occlusion".split()
-    return ["unchanged", *(changes if name == "rephrase" else attacks.create(name, {}).VARIANTS.values())]
+    return ["unchanged", *(changes if name == "rephrase" else attacks.create(name, {}).VARIANTS)]
 
 
 @pytest.mark.parametrize("name", ["quantize", "rephrase", "prompts"])
@@ -313,11 +306,11 @@ def test_an_attack_answers_for_every_variant(subject, name, monkeypatch):
     assert len(seen) == 2 * (len(attack.bits) if name == "quantize" else 1)  # what is unchanged was never asked again
     others = attack.run(dataclasses.replace(subject, config=reseeded(subject.config)))
     assert [r["id"] for r in others] == [r["id"] for r in records]
-    summary = attack.summarise({"vanilla": records, "unlearned": records})
-    assert list(summary) == variants(name)
-    forget = [r["correct"] for r in records if r["variant"] == variants(name)[-1]]
-    cell = summary[variants(name)[-1]]["unlearned"]
-    assert cell["n"] == len(forget) and cell["mean"] == np.mean(forget) and cell["low"] <= cell["mean"] <= cell["high"]
+    cells = attack.summarize({"vanilla": records, "unlearned": records})
+    assert list(dict.fromkeys(cell.variant for cell in cells)) == variants(name)
+    cell = next(c for c in cells if (c.model, c.set, c.variant) == ("unlearned", "forget", variants(name)[-1]))
+    forget = [r["correct"] for r in records if (r["variant"], r["set"]) == (variants(name)[-1], "forget")]
+    assert cell.n == len(forget) and cell.correct == sum(forget) and cell.low <= cell.mean <= cell.high
 
 
 def reseeded(config):
@@ -344,12 +337,12 @@ def test_the_pictures_that_are_shown_are_the_changed_ones(subject, monkeypatch):
     for variant, change in attacks.create("rephrase", {}).changes().items():
         for e in base.choices(subject.asked["forget"]):
             generator = methods.base.rng(0, f"rephrase/{variant}/{e.image_id}")
-            assert found[variant][f"{e.image_id}/{variant}"] == rephrase.changed(e.image, change, generator)
+            assert found[variant, "forget"][f"{e.image_id}/{variant}"] == rephrase.changed(e.image, change, generator)
     other = subject.config.copy_and_resolve_references()
     other.seed += 1
     assert shown(other) == found
     other.attacks.seed += 1
-    drawn = {name for name, part in shown(other).items() if part != found[name]}
+    drawn = {name for (name, _), part in shown(other).items() if part != found[name]}
     assert drawn == {"noise", "occlusion"}
 
 
@@ -359,8 +352,8 @@ def test_prompts_keep_everything_but_the_question(subject, monkeypatch):
     attacks.create("prompts", {"prefix": "Now: {question}"}).run(subject)
     (sets,) = kept
     plain = base.choices(subject.asked["forget"])
-    assert [e.question for e in sets["prefix injection"]] == [f"Now: {e.question}" for e in plain]
-    assert [e.question for e in sets["affirmative suffix"]] == [
+    assert [e.question for e in sets["prefix", "forget"]] == [f"Now: {e.question}" for e in plain]
+    assert [e.question for e in sets["affirmative", "forget"]] == [
         f"{e.question} Of course. The answer is:" for e in plain
     ]
     for part in sets.values():

@@ -78,31 +78,37 @@ def test_a_model_that_is_sure_leaves_a_number():
 
 
 def record(variant, member, score, person, name=0):
-    return {"variant": variant, "member": member, "score": score, "person": person, "id": str(name)}
+    return {"variant": variant, "set": "", "member": member, "score": score, "person": person, "id": str(name)}
+
+
+def loss(records):
+    """The cell of the score `loss` of the unlearned model."""
+    cells = Membership().summarize(records)
+    return next(cell for cell in cells if (cell.variant, cell.model) == ("loss", "unlearned"))
 
 
 def test_summary_by_hand():
     # Members 3 and 1 against 2 and 1: won, won, lost, half: 2.5 of 4.
     items = [record("loss", m, s, p) for m, s, p in ((True, 3, "a"), (True, 1, "b"), (False, 2, "c"), (False, 1, "d"))]
     better = [record("loss", m, s, "") for m, s in ((True, 3), (False, 1))]
-    got = Membership().summarise({"vanilla": better, "unlearned": items, "retain_only": []})
-    assert got["loss"]["unlearned"]["mean"] == 2.5 / 4 and got["loss"]["unlearned"]["n"] == 4
-    assert got["loss"]["unlearned"]["score"] == pytest.approx(1 - 2 * 0.125)
-    assert (got["loss"]["vanilla"]["mean"], got["loss"]["vanilla"]["score"]) == (1, 0)
+    vanilla, unlearned = Membership().summarize({"vanilla": better, "unlearned": items, "retain_only": []})
+    assert (unlearned.model, unlearned.mean, unlearned.n, unlearned.people) == ("unlearned", 2.5 / 4, 4, 4)
+    assert unlearned.score == pytest.approx(1 - 2 * 0.125)
+    assert (vanilla.mean, vanilla.score) == (1, 0)
     worse = [i | {"member": not i["member"]} for i in better]
-    got = Membership().summarise({"unlearned": worse})["loss"]["unlearned"]
-    assert (got["mean"], got["score"]) == (0, 0)  # avoided answers give somebody away, too
+    got = loss({"unlearned": worse})
+    assert (got.mean, got.score) == (0, 0)  # avoided answers give somebody away, too
 
 
 def test_people_are_drawn_and_not_their_questions():
     """Two people of many questions each, one of whom is known well: nobody can say more than "of two"."""
     known = [record("loss", True, 2.0 if p == "a" else 0.0, p, i) for p in "ab" for i in range(50)]
     others = [record("loss", False, 1.0, p, i) for p in "cd" for i in range(50)]
-    got = Membership().summarise({"unlearned": known + others})["loss"]["unlearned"]
-    assert (got["mean"], got["low"], got["high"], got["n"]) == (0.5, 0, 1, 200)
+    got = loss({"unlearned": known + others})
+    assert (got.mean, got.low, got.high, got.n) == (0.5, 0, 1, 200)
     nameless = [i | {"person": "", "id": f"{i['person']}{i['id']}"} for i in known + others]
-    got = Membership().summarise({"unlearned": nameless})["loss"]["unlearned"]
-    assert 0.35 < got["low"] < 0.5 < got["high"] < 0.65
+    got = loss({"unlearned": nameless})
+    assert 0.35 < got.low < 0.5 < got.high < 0.65
 
 
 # ---- Strangers ----
@@ -159,7 +165,7 @@ def subject(tiny_model):
     config = defaults.base()
     config.eval.batch_size = 7
     forgets, held_out = [example(i, i // 2) for i in range(6)], [example(i, 9 - i // 2) for i in range(5)]
-    return Subject("unlearned", tiny_model, {}, [], forgets, held_out, config, tiny_model.mesh, None)
+    return Subject("unlearned", tiny_model, {}, [], [], forgets, held_out, config, tiny_model.mesh, None)
 
 
 def test_token_scores_are_those_of_the_whole_distribution(tiny_model, subject):
@@ -206,9 +212,9 @@ def test_every_question_is_scored_with_its_own_picture(subject):
         )
     alike = [r["score"] for r in got[::4]]
     assert np.abs(np.subtract(alike[:5], alike[6:])).min() > 1e-6
-    summary = Membership().summarise({"unlearned": got})
-    assert list(summary) == ["loss", "zlib", "min_k", "min_k++"]
-    assert all(0 <= s["unlearned"]["low"] <= s["unlearned"]["mean"] <= 1 for s in summary.values())
+    cells = Membership().summarize({"unlearned": got})
+    assert [cell.variant for cell in cells] == ["loss", "zlib", "min_k", "min_k++"]
+    assert all(0 <= cell.low <= cell.mean <= 1 for cell in cells)
 
 
 def test_one_compilation_serves_two_models(tiny_model, subject):
@@ -223,7 +229,7 @@ def test_one_compilation_serves_two_models(tiny_model, subject):
 
 def test_without_strangers_there_is_nothing_to_tell(subject):
     nobody = dataclasses.replace(subject, held_out=[])
-    assert Membership().run(nobody) == [] and Membership().summarise({"unlearned": [], "vanilla": []}) == {}
+    assert Membership().run(nobody) == [] and Membership().summarize({"unlearned": [], "vanilla": []}) == []
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.5])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import types
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from vkd_jax.attacks import probe
 from vkd_jax.attacks.base import Subject
 from vkd_jax.attacks.leak import Leak
 from vkd_jax.attacks.probe import Probe, classify, split
+from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config import defaults
 from vkd_jax.types import Example, UserError
@@ -84,7 +84,7 @@ def sets(people="abcd", forgotten="a", pictures=4):
 
 
 def test_it_learns_from_everybody_and_is_tested_on_other_pictures():
-    train, test = split(sets())
+    train, test = split(sets(), Mllmu.EVAL_SETS)
     assert [(part, e.image_id) for part, e in train] == [
         *(("forget", f"forget/a/{n}") for n in range(4)),
         *(("retain", f"retain/{p}/{n}") for p in "bcd" for n in range(4)),
@@ -97,10 +97,11 @@ def test_it_learns_from_everybody_and_is_tested_on_other_pictures():
 
 def test_without_other_pictures_a_fourth_is_left_out():
     asked = {name: part for name, part in sets(pictures=8).items() if name in ("forget", "retain")}
-    train, test = split(asked)
-    assert [(part, e.image_id) for part, e in test] == [("test", "forget/a/3"), ("test", "forget/a/7")]
+    train, test = split(asked, Mllmu.EVAL_SETS)
+    assert [(part, e.image_id) for part, e in test] == [("forget", "forget/a/3"), ("forget", "forget/a/7")]
     assert not {e.image_id for _, e in train} & {e.image_id for _, e in test} and len(train) == 6 + 3 * 8
-    assert split({"forget": asked["forget"][:2], "retain": asked["retain"]})[1] == []
+    few = {"forget": asked["forget"][:2], "retain": asked["retain"]}
+    assert split(few, Mllmu.EVAL_SETS)[1] == []
 
 
 class Reader:
@@ -125,7 +126,7 @@ def readers_answer(monkeypatch):
 
 def subject(model, asked, answers=(), **more):
     config = defaults.base()
-    return Subject("unlearned", model, asked, answers, [], [], config, None, None, **more)
+    return Subject("unlearned", model, asked, Mllmu.EVAL_SETS, answers, [], [], config, None, None, **more)
 
 
 def test_it_reads_each_picture_once_and_says_who_it_is():
@@ -133,19 +134,16 @@ def test_it_reads_each_picture_once_and_says_who_it_is():
     got = Probe().run(subject(reader, sets()))
     (files,) = reader.read
     assert len(files) == len(set(files)) == 16 + 8
-    summary = Probe().summarise({"unlearned": got})
-    assert list(summary) == [
-        "features", "features, people to keep", "projector", "projector, people to keep",
-        "features, random labels", "features, random labels, people to keep",
-    ]  # fmt: skip
-    assert [summary[name]["unlearned"]["correct"] for name in ("features", "features, people to keep")] == [2, 6]
-    assert summary["features"]["unlearned"]["n"] == 2 and summary["features, people to keep"]["unlearned"]["n"] == 6
-    assert {r["set"] for r in got if "keep" not in r["variant"]} == {"test"}
+    cells = Probe().summarize({"unlearned": got})
+    assert [(cell.variant, cell.set) for cell in cells] == [
+        (variant, name) for variant in ("features", "projector", "random_labels") for name in ("test", "retain_test")
+    ]
+    assert [(cell.correct, cell.n, cell.people) for cell in cells[:2]] == [(2, 2, 1), (6, 6, 3)]
     assert got[0] == {
         "variant": "features", "set": "test", "id": "test/a/0", "person": "a", "prediction": "a", "correct": True,
     }  # fmt: skip
-    forgotten = Probe().summarise({"unlearned": Probe().run(subject(Reader(blind="a"), sets()))})
-    assert forgotten["features"]["unlearned"]["mean"] < 1
+    forgotten, *_ = Probe().summarize({"unlearned": Probe().run(subject(Reader(blind="a"), sets()))})
+    assert (forgotten.variant, forgotten.set) == ("features", "test") and forgotten.mean < 1
     assert got == Probe().run(subject(Reader(), sets()))  # always the same
 
 
@@ -209,7 +207,9 @@ def test_probe_and_leak_of_a_model(tiny_model):
     answers = [answer(part, i, "classification", "qa") for i, part in enumerate(("forget", "test", "retain"))]
     model = dataclasses.replace(subject(tiny_model, asked, answers), mesh=tiny_model.mesh)
     got = attacks.create("probe", {}).run(model)
-    assert [r["id"] for r in got if r["variant"] == "features"] == [f"test/0/{i}" for i in range(3)]
+    assert [r["id"] for r in got if (r["variant"], r["set"]) == ("features", "test")] == [
+        f"test/0/{i}" for i in range(3)
+    ]
     assert {r["prediction"] for r in got} <= {"0", "1", "2"} and len(got) == 3 * 9
     assert len(attacks.create("leak", {}).run(model)) == 2
 
@@ -233,14 +233,16 @@ def test_a_leak_is_what_is_answered_in_text_about_the_people_to_forget():
         )
         for protocol in (("options", "letter") if task == "classification" else ("",))
     ]
-    got = Leak().run(types.SimpleNamespace(answers=answers))
+    got = Leak().run(subject(None, {}, answers))
     assert got == [
         {"variant": variant, "set": part, "id": f"{part}/{number}", "person": "a", "correct": part == "forget"}
-        for variant, number in (("choosing", 3), ("filling in a blank", 5), ("answering freely", 1))
+        for variant, number in (("qa", 3), ("cloze_qa", 5), ("generation_qa", 1))
         for part in ("forget", "test")
     ]
-    summary = Leak().summarise({"unlearned": got, "vanilla": got[:1]})
-    assert summary["choosing"]["unlearned"]["correct"] == 1 and summary["choosing"]["unlearned"]["n"] == 2
-    assert summary["choosing"]["vanilla"]["mean"] == 1 and "vanilla" not in summary["answering freely"]
-    assert Leak().run(types.SimpleNamespace(answers=[answer("forget", 0, "classification", "vqa")])) == []
+    cells = Leak().summarize({"unlearned": got, "vanilla": got[:1]})
+    assert [(c.model, c.variant, c.set, c.correct, c.n) for c in cells] == [
+        *(("unlearned", kind, "", 1, 2) for kind in Leak.VARIANTS),
+        ("vanilla", "qa", "", 1, 1),
+    ]
+    assert Leak().run(subject(None, {}, [answer("forget", 0, "classification", "vqa")])) == []
     Leak().check(None, None)

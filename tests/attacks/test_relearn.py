@@ -14,6 +14,7 @@ from vkd_jax import attacks, methods
 from vkd_jax.attacks import relearn
 from vkd_jax.attacks.base import Subject
 from vkd_jax.attacks.relearn import recovery, rows_of
+from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.config import defaults
 from vkd_jax.evaluation import evaluate
 from vkd_jax.evaluation.inference import Answerer
@@ -48,7 +49,9 @@ def subject(tiny_model, tmp_path_factory):
     config.eval.update(batch_size=4, max_new_tokens=3)
     answers = evaluate.evaluate(Answerer(tiny_model, batch_size=4), asked, protocol="options", max_new_tokens=3)
     folder = tmp_path_factory.mktemp("scratch")
-    return Subject("unlearned", tiny_model, asked, answers, forgets, [], config, tiny_model.mesh, folder)
+    return Subject(
+        "unlearned", tiny_model, asked, Mllmu.EVAL_SETS, answers, forgets, [], config, tiny_model.mesh, folder
+    )
 
 
 def create(**fields):
@@ -150,7 +153,9 @@ def test_an_attack_teaches_its_share(subject):
     after = create(steps=12, learning_rate=1e-2).attacked(subject.model, "all", encoded, seed=0)
     for examples, learns in ((share, True), (others, False)):
         asked = [dataclasses.replace(e, options=(e.answer,)) for e in examples]
-        nll = [np.mean([r["answer_nll"] for r in subject.ask(m, asked)]) for m in (subject.model, after)]
+        nll = [
+            np.mean([r["answer_nll"] for r in subject.ask_sets(m, {"forget": asked})]) for m in (subject.model, after)
+        ]
         assert (nll[1] < 0.5 * nll[0]) == learns
 
 
@@ -167,7 +172,10 @@ def test_a_frozen_language_model_can_be_attacked_beside_itself(subject):
     params = {path: quantize.quantized(path, x, how) for path, x in subject.model.params.items()}
     other = dataclasses.replace(subject, model=dataclasses.replace(subject.model, params=params))
     records = create(shares=(0.5,), attackers=("visual",)).run(other)
-    assert {r["variant"] for r in records} >= {"before", "visual 50 %"}
+    assert {(r["variant"], r.get("attacker"), r.get("share")) for r in records} == {
+        ("unchanged", None, None),
+        ("", "visual", 0.5),
+    }
 
 
 # Records.
@@ -183,16 +191,15 @@ def test_only_what_was_not_trained_on_counts(subject, records):
     for share in SMALL["shares"]:
         had = {subject.forgets[i].image_id for i in attack.rows(share, 10, seed=0)}
         for attacker in attack.attackers:
-            variant = f"{attacker} {100 * share:g} %"
+            mine = [r for r in records if (r.get("attacker"), r.get("share")) == (attacker, share)]
             asked = {name: {e.id: e.image_id for e in part} for name, part in subject.asked.items()}
-            found = {r["id"] for r in records if r["variant"] == variant}
+            found = {r["id"] for r in mine if r["set"] == "forget" and not r["trained_on"]}
             assert found == {i for i, image in asked["forget"].items() if image not in had}
-            found = {r["id"] for r in records if r["variant"] == f"{variant}, the share itself"}
+            found = {r["id"] for r in mine if r["trained_on"]}
             assert found == {i for i, image in asked["forget"].items() if image in had}
-            others = [r for r in records if r["variant"] == f"{variant}, other pictures"]
-            assert [r["id"] for r in others] == ["20", "21", "22"]
-            mine = [r for r in records if r["variant"].startswith(variant)]
-            assert all((r["attacker"], r["share"]) == (attacker, share) for r in mine)
+            assert [r["id"] for r in mine if r["set"] == "test"] == ["20", "21", "22"]
+            budget = {(r["unit"], r["steps"], r["batch_size"], r["learning_rate"], r["taught"]) for r in mine}
+            assert budget == {("questions", attack.steps, attack.batch_size, attack.learning_rate, False)}
 
 
 def test_of_whole_people_all_is_taught_and_the_others_are_asked_about(subject, monkeypatch):
@@ -203,28 +210,28 @@ def test_of_whole_people_all_is_taught_and_the_others_are_asked_about(subject, m
     assert [len(people) for people in taught] == [1, 2] and taught[0] < taught[1] < set(NAMES)
     for a, people, share in zip(asked, taught, (0.4, 0.7), strict=True):
         assert len(a["prepared"].sets["image"]) == sum(e.person in people for e in subject.forgets)
-        variant = f"visual {100 * share:g} % of the people"
-        mine = [r for r in records if r["variant"].startswith(variant)]
-        names = {"": False, ", other pictures": False, ", the share itself": True, f", {relearn.TAUGHT}": True}
-        for name, own in names.items():
-            found = {r["person"] for r in mine if r["variant"] == variant + name}
-            assert found == (people if own else set(NAMES) - people)
-        assert len(mine) == len(subject.answers) and all(r["people"] == share and "share" not in r for r in mine)
-    cells = create().summarise({"vanilla": records, "unlearned": records})
-    assert cells["visual 40 % of the people"]["unlearned"]["people"] == 0.4
+        mine = [r for r in records if (r.get("unit"), r.get("share")) == ("people", share)]
+        for name, trained_on, taught in (
+            ("forget", False, False), ("test", False, False), ("forget", True, False), ("test", False, True),
+        ):  # fmt: skip
+            flags = name, trained_on, taught
+            found = {r["person"] for r in mine if (r["set"], r["trained_on"], r["taught"]) == flags}
+            assert found == (people if trained_on or taught else set(NAMES) - people)
+        assert len(mine) == len(subject.answers)
+    cells = create().summarize({"vanilla": records, "unlearned": records})
+    assert {(cell.share, cell.unit) for cell in cells if cell.attacker} == {(0.4, "people"), (0.7, "people")}
 
 
 def test_one_person_has_no_others(subject):
     alone = [e for e in subject.forgets if e.person == NAMES[0]]
     found = create(shares=(), people=(0.5,)).run(dataclasses.replace(subject, forgets=alone))
-    assert {r["variant"] for r in found} == {"before", "before, other pictures"}
+    assert {(r["variant"], r["set"]) for r in found} == {("unchanged", "forget"), ("unchanged", "test")}
 
 
 def test_before_any_attack_the_answers_are_those_of_the_evaluation(subject, records):
-    before = [r for r in records if r["variant"].startswith("before")]
-    assert [(r["variant"], r["id"], r["prediction"]) for r in before] == [
-        ("before" if a["set"] == "forget" else "before, other pictures", a["id"], a["prediction"])
-        for a in subject.answers
+    before = [r for r in records if r["variant"] == "unchanged"]
+    assert [(r["set"], r["id"], r["prediction"]) for r in before] == [
+        (a["set"], a["id"], a["prediction"]) for a in subject.answers
     ]
     assert not any("attacker" in r for r in before)
 
@@ -235,7 +242,9 @@ def test_records_repeat_with_attacks_seed_and_not_with_that_of_the_run(subject, 
     assert create().run(dataclasses.replace(subject, config=config)) == records
     config.attacks.seed += 1
     others = create().run(dataclasses.replace(subject, config=config))
-    assert [r["variant"] for r in others] != [r["variant"] for r in records]  # other questions are in the share
+    assert [r.get("trained_on") for r in others] != [
+        r.get("trained_on") for r in records
+    ]  # other questions are in the share
 
 
 def test_all_shares_and_models_share_one_step(subject, records, caplog):
@@ -269,40 +278,37 @@ def test_every_model_is_compared_with_itself_over_the_same_questions():
         def record(i, right, **more):
             return {"set": "forget", "id": str(i), "person": "", "correct": bool(right), **more}
 
-        had = dict(attacker="all", share=0.25)
+        tried = dict(variant="", attacker="all", share=0.25, unit="questions", taught=False)
         return [
-            *(record(i, right, variant="before") for i, right in enumerate(before)),
-            record(0, after[0], variant="all 25 %, the share itself", **had),
-            *(record(i, after[i], variant="all 25 %", **had) for i in (1, 2, 3)),
+            *(record(i, right, variant="unchanged") for i, right in enumerate(before)),
+            *(record(i, after[i], **tried, trained_on=i == 0) for i in range(4)),
         ]
 
-    found = create().summarise(
+    cells = create().summarize(
         {
             "vanilla": answers([1, 1, 1, 1], [1, 1, 1, 0]),
             "unlearned": answers([1, 0, 0, 0], [1, 1, 1, 0]),
             "retain_only": answers([0, 0, 0, 1], [1, 0, 1, 1]),
         }
     )
-    assert list(found) == ["before", "all 25 %"]
-    assert {model: cell["mean"] for model, cell in found["before"].items()} == {
+    assert {cell.model: cell.mean for cell in cells if cell.variant == "unchanged"} == {
         "vanilla": 1.0, "unlearned": 0.25, "retain_only": 0.25,
     }  # fmt: skip
-    cells = found["all 25 %"]
+    cells = {cell.model: cell for cell in cells if cell.variant == ""}
     third = pytest.approx(1 / 3)
-    assert {model: (cell["before"], cell["mean"], cell["recovery"], cell["n"]) for model, cell in cells.items()} == {
+    assert {model: (cell.before, cell.mean, cell.recovery, cell.n) for model, cell in cells.items()} == {
         "vanilla": (1.0, pytest.approx(2 / 3), None, 3),
         "unlearned": (0.0, pytest.approx(2 / 3), pytest.approx(2 / 3), 3),
         "retain_only": (third, pytest.approx(2 / 3), pytest.approx(1 / 2), 3),
     }
-    assert all((cell["learned"], cell["attacker"], cell["share"]) == (1.0, "all", 0.25) for cell in cells.values())
-    assert cells["unlearned"]["low"] < 2 / 3 < cells["unlearned"]["high"]
+    assert all((cell.learned, cell.attacker, cell.share) == (1.0, "all", 0.25) for cell in cells.values())
+    assert cells["unlearned"].low < 2 / 3 < cells["unlearned"].high
 
 
 def test_without_a_vanilla_model_there_is_no_recovery(records):
-    found = create().summarise({"unlearned": records})
-    cells = [cell["unlearned"] for variant, cell in found.items() if not variant.startswith("before")]
-    assert len(cells) == 2 * 2 * 2 and all(cell["recovery"] is None for cell in cells)
-    assert json.loads(json.dumps(found)) == found and json.loads(json.dumps(records)) == records
+    cells = [cell for cell in create().summarize({"unlearned": records}) if cell.attacker]
+    assert len(cells) == 2 * 2 * 2 and all(cell.recovery is None for cell in cells)
+    assert json.loads(json.dumps(records)) == records
 
 
 # What is refused.

@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from vkd_jax.evaluation import evaluate as module
-from vkd_jax.evaluation import inference, metrics
-from vkd_jax.evaluation.evaluate import evaluate, letter_question, sample, summarise
+from vkd_jax.evaluation import inference
+from vkd_jax.evaluation.evaluate import evaluate, letter_question, sample
 from vkd_jax.evaluation.inference import Answerer, Scores, Seen
+from vkd_jax.evaluation.metrics import words
+from vkd_jax.evaluation.metrics.summary import summaries
 from vkd_jax.models.base import VisualTokens
 from vkd_jax.types import Example, UserError
 
@@ -234,8 +236,8 @@ def test_written_answers_are_compared_with_their_own_truth():
         if e.task == "cloze":
             assert not {"rouge_l", "bleu"} & set(record)
         else:
-            assert record["bleu"] == metrics.bleu(said[i], e.answer)
-            assert {k: record[k] for k in ("rouge_l", "rouge_l_recall")} == metrics.rouge_l(said[i], e.answer)
+            assert record["bleu"] == words.bleu(said[i], e.answer)
+            assert {k: record[k] for k in ("rouge_l", "rouge_l_recall")} == words.rouge_l(said[i], e.answer)
     scores = [r["rouge_l"] for r in got if "rouge_l" in r]
     assert scores[1] == 0 and len(set(scores)) == len(scores)
 
@@ -260,7 +262,7 @@ def people():
 @pytest.mark.parametrize("protocol", ["options", "letter", "options,letter"])
 def test_one_worked_example_of_somebody_else_stands_before_each_question(people, protocol):
     scripted = Scripted(lambda _: "A", dear)
-    got = evaluate(scripted, people, protocol=protocol, max_new_tokens=4, shots=1, seed=3)
+    got = evaluate(scripted, people, protocol=protocol, max_new_tokens=4, shots=1, shown=people["retain"], seed=3)
     everybody = {e.id: e for part in people.values() for e in part}
     shown: dict[tuple, list] = {}
     for record in got:
@@ -285,7 +287,7 @@ def test_one_worked_example_of_somebody_else_stands_before_each_question(people,
 def test_worked_examples_are_drawn_by_the_seed(people):
     def drawn(seed):
         got = evaluate(Scripted(None, dear), {k: v[:-2] for k, v in people.items()}, protocol="options",
-                       max_new_tokens=4, shots=1, seed=seed)  # fmt: skip
+                       max_new_tokens=4, shots=1, shown=people["retain"][:-2], seed=seed)  # fmt: skip
         return [r["worked_example"] for r in got]
 
     people = {"forget": people["forget"][:3], "retain": people["retain"]}
@@ -301,7 +303,7 @@ def test_without_an_example_to_show_nothing_is_asked(people):
         (people["retain"][:8], "of text alone"),
     ):
         with pytest.raises(UserError, match=f"no classification question {about} about somebody else .*eval.shots=0"):
-            evaluate(Scripted(), people | {"retain": retain}, protocol="options", max_new_tokens=4, shots=1)
+            evaluate(Scripted(), people, protocol="options", max_new_tokens=4, shots=1, shown=retain)
 
 
 def test_the_letter_prompt_shows_the_options():
@@ -334,31 +336,33 @@ def test_questions_have_as_many_letters_as_options():
 
 
 def test_summaries_count_by_set_kind_and_task():
-    def record(part, task, modality, correct):
-        return {"set": part, "task": task, "modality": modality, "correct": correct}
+    texts = {"prediction": "x", "answer": "x"}
 
-    got = summarise(
+    def record(part, task, modality, correct):
+        return {"set": part, "task": task, "modality": modality, "correct": correct, "person": "", **texts}
+
+    got = summaries(
         [record("forget", "classification", "vqa", c) for c in (True, True, False, True)]
         + [record("forget", "classification", "qa", False)]
         + [record("forget", "cloze", "vqa", c) for c in (True, False)]
         + [record("real", "generation", "qa", True)]
     )
-    counts = {(s, k): (v["correct"], v["n"], v["accuracy"]) for s, kinds in got.items() for k, v in kinds.items()}
+    counts = {(s, k): (v.correct, v.n, v.accuracy) for s, kinds in got.items() for k, v in kinds.items()}
     assert counts == {
         ("forget", "vqa"): (3, 4, 0.75),
         ("forget", "qa"): (0, 1, 0.0),
         ("forget", "cloze_vqa"): (1, 2, 0.5),
         ("real", "generation_qa"): (1, 1, 1.0),
     }
-    assert all(v["low"] <= v["accuracy"] <= v["high"] for kinds in got.values() for v in kinds.values())
+    assert all(v.low <= v.accuracy <= v.high for kinds in got.values() for v in kinds.values())
 
 
 def test_summaries_of_an_evaluation(ask, sets):
-    got = summarise(run(ask(7), {"forget": sets["forget"], "retain": [example(3, task="generation")]}))
+    got = summaries(run(ask(7), {"forget": sets["forget"], "retain": [example(3, task="generation")]}))
     assert set(got["forget"]) == {"vqa", "qa"} and set(got["retain"]) == {"generation_qa"}
-    assert {"probability", "truth_score"} < set(got["forget"]["vqa"])
-    assert {"probability", "rouge_l", "rouge_l_recall", "bleu"} < set(got["retain"]["generation_qa"])
-    assert all(set(x) == {"mean", "low", "high", "n"} for x in got["forget"]["qa"].values() if isinstance(x, dict))
+    assert {"probability", "truth_score"} <= set(got["forget"]["vqa"].metrics)
+    assert {"probability", "rouge_l", "rouge_l_recall", "bleu"} <= set(got["retain"]["generation_qa"].metrics)
+    assert got["forget"]["qa"].people == len({e.person for e in sets["forget"] if e.image is None and e.person})
 
 
 def test_a_sample_is_seeded_by_set_task_and_modality():
@@ -391,7 +395,7 @@ def test_prompts_too_long_for_the_model(ask, tiny_model, people):
     with pytest.raises(UserError, match=rf"a question of \d+ tokens and 4 for the answer exceed the model's {limit}"):
         ask(7).generate(["why " * 200], max_new_tokens=4)
     with pytest.raises(UserError, match=f"exceed the model's {limit}; .*without worked examples"):
-        evaluate(ask(7), people, protocol="letter", max_new_tokens=limit // 2, shots=1)
+        evaluate(ask(7), people, protocol="letter", max_new_tokens=limit // 2, shots=1, shown=people["retain"])
 
 
 def test_one_compilation_serves_two_models(tiny_model, ask, sets):

@@ -9,9 +9,11 @@ import matplotlib
 import pytest
 from PIL import Image, ImageDraw
 
-from vkd_jax.evaluation import metrics
-from vkd_jax.reporting import comparison, plots, report, schema, tables, view
-from vkd_jax.results import RunResults
+from vkd_jax.benchmarks.mllmu import Mllmu
+from vkd_jax.evaluation.metrics import intervals
+from vkd_jax.evaluation.metrics.summary import summaries
+from vkd_jax.reporting import comparison, plots, report, tables, view
+from vkd_jax.results import RunResults, to_json
 from vkd_jax.types import UserError
 
 PEOPLE = {"forget": ("001", "002", "003"), "retain": ("004", "005", "006", "007"), "real": ("",)}
@@ -82,14 +84,10 @@ def make_run(workdir, seed=0, right=RIGHT, method=None, manifest=(9, 0), **more)
         file = workdir / "answers" / f"{model}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(it) + "\n" for it in items))
-        models[model] = {
-            part: {
-                kind: metrics.summarise(it for it in items if (it["set"], it["modality"]) == (part, kind))
-                for kind in ("vqa", "qa")
-            }
-            for part in parts
-        }
+        models[model] = to_json(summaries(items))
+    people = {"forget": 3, "test": 3, "retain": 4, "retain_test": 4}
     results = {
+        "schema_version": 1,
         "meta": {
             "command": "python -m vkd_jax.main --config configs/tiny.py --workdir run",
             "config": {
@@ -108,7 +106,7 @@ def make_run(workdir, seed=0, right=RIGHT, method=None, manifest=(9, 0), **more)
             "benchmark": {
                 "title": "MLLMU-Bench, forgetting 5 %",
                 "source": "the made-up people",
-                "people": {"forget": 3, "test": 3, "retain": 4, "retain_test": 4},
+                "sets": [to_json(s) | {"people": people.get(s.name, 0)} for s in Mllmu.EVAL_SETS],
             },
             "date": "2026-01-02T03:04:05+00:00",
         },
@@ -164,9 +162,9 @@ def test_report_says_what_was_forgotten_and_how_we_know(run, undrawn):
     text = path.read_text()
     assert path == run / "report.md"
     assert "asked to forget 3 of them" in text
-    assert "accuracy 100.0 % before and **25.0 %** after unlearning (8.9 to 53.2; 12 questions)" in text
+    assert "accuracy 100.0 % before and **25.0 %** after unlearning (3.7 to 74.4; 12 questions about 3 people)" in text
     assert "The interval includes chance" in text
-    assert "| people to retain | 100.0 % (12/12), 75.8 to 100.0 | 91.7 % (11/12), 64.6 to 98.5 | -8.3 |" in text
+    assert "| people to retain | 100.0 % (12/12), 51.0 to 100.0 | 91.7 % (11/12), 75.0 to 100.0 | -8.3 |" in text
     assert "300,000 of 1,200,000 (25.0 %)" in text
     assert "9 of 80, by SHA-256" in text and "no tensor changed" in text and "bit-identical" in text
     assert "python -m vkd_jax.main --config configs/tiny.py --workdir run" in text
@@ -215,7 +213,8 @@ def test_a_request_that_names_nobody_has_cards_of_its_own_for_each_set(tmp_path)
                 }
         file.write_text("".join(json.dumps(it, ensure_ascii=False) + "\n" for it in items))
     results = json.loads((tmp_path / "results.json").read_text())
-    results["meta"]["benchmark"]["people"] = {}.fromkeys(("forget", "retain"), 0)
+    for eval_set in results["meta"]["benchmark"]["sets"]:
+        eval_set["people"] = 0
     (tmp_path / "results.json").write_text(json.dumps(results))
     text = report.write(tmp_path, IMAGES).read_text()
     assert "asked to forget part of what it knew" in text and "the questions about what to forget" in text
@@ -272,7 +271,7 @@ def test_report_compares_with_a_retain_only_model(tmp_path, undrawn):
     make_run(tmp_path, right={**RIGHT, "retain_only": RIGHT["unlearned"]})
     text = report.write(tmp_path, IMAGES).read_text()
     assert "| vanilla | unlearned | retain-only |" in text
-    assert "overlaps that of the retain-only model (25.0 %, 8.9 to 53.2)" in text
+    assert "overlaps that of the retain-only model (25.0 %, 3.7 to 74.4)" in text
 
 
 def test_report_of_a_method_that_does_not_train(run, undrawn):
@@ -301,7 +300,7 @@ def test_cards_show_the_first_people_in_turn(tmp_path):
         for model in ("vanilla", "unlearned")
     }
     records["unlearned"].reverse()  # answers are matched by question, not by position
-    results = RunResults.from_json(schema.converted(make_run(tmp_path)))
+    results = RunResults.from_json(make_run(tmp_path))
     forgotten, kept = report.cards(view.Run(results, records), IMAGES).values()
     assert [card.title for card in forgotten] == ["person 001", "person 002", "person 003"]
     assert [card.title for card in kept] == ["person 004", "person 005", "person 006", "person 007"]
@@ -316,15 +315,16 @@ def test_cards_show_the_first_people_in_turn(tmp_path):
 
 
 def tried(correct, **more):
-    low, high = metrics.wilson(correct, 20)
+    low, high = intervals.wilson(correct / 20, 20)
     return {"mean": correct / 20, "correct": correct, "n": 20, "low": low, "high": high, **more}
 
 
 def test_report_shows_relearning_and_draws_it(tmp_path):
-    cells = {
-        name: tried(n, attacker="all", share=0.25, set="forget") for name, n in (("vanilla", 20), ("unlearned", 9))
-    }
-    attack = {"title": "Again", "about": "About.", "unit": "right answers", "summary": {"all 25 %": cells}}
+    cells = [
+        tried(n, model=name, attacker="all", share=0.25, unit="questions", set="forget")
+        for name, n in (("vanilla", 20), ("unlearned", 9))
+    ]
+    attack = {"title": "Again", "about": "About.", "metric": "accuracy", "variants": {}, "cells": cells}
     make_run(tmp_path, attacks={"relearn": attack})
     text = report.write(tmp_path, IMAGES).read_text()
     assert (

@@ -9,8 +9,12 @@ import pytest
 from absl import flags
 
 from vkd_jax import compare, main, registry
+from vkd_jax.benchmarks.clear import Clear
+from vkd_jax.benchmarks.folder import Folder
+from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.config import command_line, defaults, schema
 from vkd_jax.reporting import charts, comparison, tables
+from vkd_jax.results import BenchmarkInfo, MeasuredSet, Meta, RunResults, Summary, Utility, to_json
 from vkd_jax.runs import sweep
 from vkd_jax.runs.worker_pool import SHARED_MODELS
 from vkd_jax.types import UserError
@@ -20,7 +24,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 
 
 def summary(correct, n):
-    return {"accuracy": correct / n, "correct": correct, "n": n}
+    return Summary(correct / n, correct, n, 0.0, 1.0)
+
+
+def run_results(before, after, sets=Mllmu.EVAL_SETS, chance=0.25):
+    """Results of one run with these summaries."""
+    measured = tuple(MeasuredSet(s.name, s.role, s.title, s.short, people=2) for s in sets)
+    config = {"method": {"name": "manu", "train": "visual"}, "train": {"steps": 3}, "seed": 0}
+    meta = Meta(
+        command="python -m x", config=config, seed=0, commit="c0ffee", versions={}, devices="1 x cpu",
+        protocol="options", protocols=("options",), shots=0, date="2026-01-02T03:04:05+00:00",
+        benchmark=BenchmarkInfo("B", "S", measured),
+    )  # fmt: skip
+    models = {"vanilla": before, "unlearned": after}
+    utility = dict.fromkeys(models, Utility(0.5, 0.4, 0.6))
+    return RunResults(meta, models, utility, {}, {"forget": {"vqa": chance}}, {"data": 1.0})
 
 
 def results(forget, test, **kept):
@@ -31,16 +49,16 @@ def results(forget, test, **kept):
         before[name], after[name] = {"vqa": summary(20, 20)}, {"vqa": summary(kept.get(name, 20), 20)}
     before["forget"]["generation_qa"] = summary(10, 20)
     after["forget"]["generation_qa"] = summary(kept.get("text", 10), 20)
-    return {"models": {"vanilla": before, "unlearned": after}, "chance": {"forget": {"vqa": 0.25}}}
+    return run_results(before, after)
 
 
 def row(name, forget, kept, text=0.5, **more):
     def cell(mean):
-        return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 20, "seeds": 2}
+        return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 20, "people": 2, "seeds": 2}
 
     sets = {"forget/vqa": cell(forget), "retain/vqa": cell(kept), "real/vqa": cell(kept), "forget/qa": cell(text)}
     run = {"seed": 0, "commit": "c0ffee", "ks": 0.25, "utility": 0.5, "seconds": 12.4, "bytes": 2**20}
-    run["recovery"] = {}
+    run["recovery"] = []
     return {"name": name, "label": name, "sets": sets, "attacks": {}, "runs": [run], **more}
 
 
@@ -52,6 +70,9 @@ def found(**attacks):
         {"settings": "train.steps=3"},
     ]
     meta = dict(command="python -m x", commits=["c0ffee"], protocol="options", chance={"forget": {"vqa": 0.25}})
+    sets = [to_json(s) | {"people": 2} for s in Mllmu.EVAL_SETS]
+    meta |= {"benchmark": {"title": "B", "source": "S", "sets": sets}}
+    meta |= {"attacks": {name: {"title": name, "metric": "accuracy", "variants": {}} for name in attacks}}
     return {"meta": meta, "failures": {}, "rows": rows}
 
 
@@ -83,26 +104,75 @@ def test_the_best_trial_forgets_most_of_those_that_keep():
 
 
 def test_a_method_keeps_if_pictures_and_text_are_kept():
-    before = row("vanilla", 1.0, 1.0)
-    assert comparison.keeps(row("m", 0.1, 0.95), before)
-    assert not comparison.keeps(row("m", 0.1, 0.94), before)
-    assert comparison.keeps(row("m", 0.1, 1.0, text=0.41), before)  # within the interval of the vanilla model
-    assert not comparison.keeps(row("m", 0.1, 1.0, text=0.39), before)
+    before, sets = row("vanilla", 1.0, 1.0), Mllmu.EVAL_SETS
+    assert comparison.keeps(row("m", 0.1, 0.95), before, sets)
+    assert not comparison.keeps(row("m", 0.1, 0.94), before, sets)
+    assert comparison.keeps(row("m", 0.1, 1.0, text=0.41), before, sets)  # within the interval of the vanilla model
+    assert not comparison.keeps(row("m", 0.1, 1.0, text=0.39), before, sets)
+
+
+def test_on_clear_a_method_that_destroys_other_people_and_the_world_does_not_keep():
+    def clear(name, forget, others, **more):
+        made = row(name, forget, 1.0, **more)
+        cells = {
+            f"{s.name}/vqa": made["sets"]["retain/vqa"] | dict.fromkeys(("mean", "low", "high"), others)
+            for s in Clear.EVAL_SETS[2:]
+        }
+        made["sets"] = {k: v for k, v in made["sets"].items() if k != "real/vqa"} | cells
+        return made
+
+    made = found()
+    made["rows"] = [clear("vanilla", 1.0, 1.0), clear("m", 0.1, 0.0, method="m", train="all")]
+    made["meta"]["benchmark"]["sets"] = [to_json(s) | {"people": 2} for s in Clear.EVAL_SETS]
+    assert not comparison.keeps(made["rows"][1], made["rows"][0], Clear.EVAL_SETS)
+    table = tables.keeping(made)
+    assert "| real faces VQA ↑ | real world VQA ↑ |" in table and "| no |" in table and "| yes |" not in table
+    assert charts.pareto(made).startswith(b"\x89PNG")
+    before = {s.name: {"vqa": summary(20, 20)} for s in Clear.EVAL_SETS}
+    after = before | {s.name: {"vqa": summary(1, 20)} for s in Clear.EVAL_SETS[2:]}
+    assert comparison.judged(run_results(before, after, Clear.EVAL_SETS))["kept"] == 0.05
+
+
+def test_a_request_with_open_questions_is_judged_tabled_and_drawn():
+    sets = [s for s in Folder.EVAL_SETS if s.name in ("forget", "retain")]
+    before = {s.name: {"generation_vqa": summary(10, 10)} for s in sets}
+    after = {"forget": {"generation_vqa": summary(3, 10)}, "retain": {"generation_vqa": summary(9, 10)}}
+    assert comparison.judged(run_results(before, after, sets)) == {"forgot": 0.3, "kept": 0.9}
+    cell = {"set": "forget", "attacker": "all", "share": 0.25, "unit": "questions", "variant": "", "taught": False}
+    made = found(relearn=[cell | {"mean": 0.3, "n": 5, "seeds": 2}])
+    for made_row in made["rows"]:
+        made_row["sets"] = {f"{s.name}/generation_vqa": made_row["sets"][f"{s.name}/vqa"] for s in sets}
+    made["meta"]["benchmark"]["sets"] = [to_json(s) | {"people": 0} for s in sets]
+    assert "| forget VQA, open ↓ | retain VQA, open ↑ |" in tables.document(made)
+    assert charts.pareto(made).startswith(b"\x89PNG") and charts.relearning(made).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("shares", "shown"), [((0.25,), 0.25), ((0.05, 0.2, 0.5), 0.2)])
+def test_recovery_is_shown_whatever_shares_were_taught(shares, shown):
+    made = found()
+    recovered = [{"attack": "relearn", "attacker": "all", "share": x, "recovery": x / 2} for x in shares]
+    made["rows"][1]["runs"][0]["recovery"] = recovered
+    table = tables.keeping(made)
+    assert "| recovery, all ↓ | keeps |" in table and f"| {shown / 2:.2f} | yes |" in table
+    assert f"came back when {100 * shown:g} % of the forget questions were taught again" in table
 
 
 # ---- Intervals ----
 
 
 def test_intervals_hold_what_questions_and_seeds_leave_open():
-    sure = comparison.interval(np.ones((3, 50), bool))
-    assert sure == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 50, "seeds": 3}
+    nobody = [""] * 200
+    sure = comparison.interval(np.ones((3, 50), bool), nobody[:50])
+    assert sure == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 50, "people": 0, "seeds": 3}
     coin = np.arange(200)[None] % 2 == 0
-    one = comparison.interval(coin)
+    one = comparison.interval(coin, nobody)
     assert one["mean"] == 0.5 and abs(one["high"] - one["low"] - 2 * 1.96 * (0.25 / 200) ** 0.5) < 0.02
-    same = comparison.interval(np.repeat(coin, 3, axis=0))  # seeds that agree say nothing of other questions
+    same = comparison.interval(np.repeat(coin, 3, axis=0), nobody)  # seeds that agree say nothing of other questions
     assert abs(same["low"] - one["low"]) < 0.02
-    seeds = comparison.interval(np.array([[True] * 200, [False] * 200]))  # and questions nothing of other seeds
+    seeds = comparison.interval(np.array([[True] * 200, [False] * 200]), nobody)  # and questions nothing of other seeds
     assert (seeds["low"], seeds["high"]) == (0.0, 1.0)
+    two = comparison.interval([[True] * 100 + [False] * 100], ["a"] * 100 + ["b"] * 100)
+    assert (two["low"], two["high"], two["people"]) == (0.0, 1.0, 2)  # of two people, one is known
 
 
 # ---- Settings ----
@@ -155,7 +225,7 @@ def test_a_final_run_has_the_settings_of_the_best_trial(tiny, tmp_path):
     for number, (forget, real) in enumerate([(9, 20), (3, 20), (2, 10)]):
         folder = tmp_path / "tuning" / "npo" / str(number)
         folder.mkdir(parents=True)
-        (folder / "results.json").write_text(json.dumps(results(forget, forget, real=real)))
+        results(forget, forget, real=real).write(folder)
     plan = sweep.Sweep(tiny, tmp_path)
     config = plan.tasks()["runs/npo/1"].make_config()
     chosen = defaults.base()
@@ -179,17 +249,21 @@ def test_models_that_are_not_given_are_made_first(get_config, tmp_path):
 
 
 def test_tables_by_hand():
-    attack = {"int4": {"mean": 0.2, "low": 0.1, "high": 0.3, "n": 20, "seeds": 2}, "auc": {"mean": 0.5, "seeds": 2}}
+    attack = [
+        {"variant": "int4", "set": "test", "mean": 0.2, "low": 0.1, "high": 0.3, "n": 20, "seeds": 2},
+        {"variant": "auc", "set": "forget", "mean": 0.5, "n": 20, "seeds": 2},
+    ]
     made = found(quantize=attack)
     lines = tables.keeping(made).splitlines()
     assert (
         lines[3]
         == "| vkd | visual | 10.0 (0–20) | 96.0 (86–106) | 96.0 (86–106) | 50.0 (40–60) | 0.25 | yes | 12 | 1.0 |"
     )
-    made["rows"][1]["runs"][0]["recovery"]["visual 20 %"] = 0.125
+    recovered = {"attack": "relearn", "attacker": "visual", "share": 0.2, "recovery": 0.125}
+    made["rows"][1]["runs"][0]["recovery"].append(recovered)
     assert "| KS ↓ | recovery, visual ↓ | keeps |" in tables.keeping(made)
     assert "| 0.25 | 0.12 | yes |" in tables.keeping(made)
-    assert "| quantize: int4 | 20.0 (10–30) |" in tables.attacks(made)
+    assert "| quantize: int4, test | 20.0 (10–30) |" in tables.attacks(made)
     assert "| quantize: auc | 50.0 |" in tables.attacks(made)
     assert tables.tuning(made).splitlines()[2:] == [
         "| vkd | `train.steps=1` | 50.0 | 99.0 |  |",
@@ -200,7 +274,8 @@ def test_tables_by_hand():
 
 
 def test_pictures_are_drawn():
-    relearned = {"visual 20 %": {"mean": 0.3, "attacker": "visual", "share": 0.2, "set": "forget", "seeds": 2}}
+    cell = {"mean": 0.3, "attacker": "visual", "share": 0.2, "unit": "questions", "set": "forget", "seeds": 2}
+    relearned = [cell | {"variant": ""}]
     assert charts.pareto(found()).startswith(b"\x89PNG")
     assert charts.relearning(found()) == b""
     assert charts.relearning(found(relearn=relearned)).startswith(b"\x89PNG")

@@ -1,6 +1,7 @@
 """A run's folder: one config, whole files, times that add up, and errors of the disk in one sentence."""
 
 import errno
+import inspect
 import json
 import os
 import pathlib
@@ -10,6 +11,8 @@ import subprocess
 import ml_collections
 import pytest
 
+from vkd_jax.config import command_line
+from vkd_jax.runs import pipeline, sweep
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import provenance
 from vkd_jax.runtime.storage import write_errors
@@ -153,9 +156,14 @@ def test_a_full_disk_in_a_stage(tmp_path, monkeypatch):
 
 
 def test_meta_says_how_to_do_it_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["main.py", "--config", "a b.py"])
-    meta = Workdir(tmp_path, config()).meta()
-    assert meta["command"] == "python -m vkd_jax.main --config 'a b.py'"
+    """And never names the command line of a program that called the pipeline, such as that of this test."""
+    monkeypatch.setattr("sys.argv", ["pytest", "--config", "a b.py"])
+    assert command_line.started_as("vkd_jax.main") == "python -m vkd_jax.main --config 'a b.py'"
+    meta = Workdir(tmp_path, config(), "called from Python: f").meta()
+    assert meta["command"] == "called from Python: f"
+    for function in (pipeline.run, sweep.run):
+        default = inspect.signature(function).parameters["command"].default
+        assert default == f"called from Python: {function.__module__}.run"
     assert meta["config"]["train"]["steps"] == 3 and meta["seed"] == 0 and meta["protocol"] == "options"
     assert {"python", "jax", "flax", "transformers"} <= set(meta["versions"])
     assert meta["commit"] and meta["devices"] and meta["date"]

@@ -32,7 +32,7 @@ def schedule(tmp_path, monkeypatch):
             for name, (needs, result) in tasks.items()
         }
         try:
-            return execute(made, workers), started
+            return execute(made, workers, "a test"), started
         except (UserError, Stopped) as error:
             return error, started
 

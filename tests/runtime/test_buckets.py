@@ -14,7 +14,7 @@ import ml_collections
 import pytest
 from bucket import Bucket
 
-from vkd_jax.reporting import report, schema, view
+from vkd_jax.reporting import report, view
 from vkd_jax.results import RunResults
 from vkd_jax.runs import pipeline, sweep
 from vkd_jax.runs.workdir import Workdir
@@ -292,7 +292,7 @@ def test_a_run_in_a_bucket_is_stopped_and_goes_on_and_ends_as_one_on_a_disk(
     for field in expected.keys() - {"meta", "timing"}:
         assert found[field] == expected[field], field
     text = bucket.objects["run/report.md"].decode()
-    report_run = view.Run(RunResults.from_json(schema.converted(expected)), {})
+    report_run = view.Run(RunResults.from_json(expected), {})
     for name in ("accuracy", "text_metrics"):
         assert report.render_section(name, view.SECTIONS[name](report_run)) in text
     files = {str(file.relative_to(tmp_path / "local")) for file in (tmp_path / "local").rglob("*") if file.is_file()}

@@ -14,16 +14,17 @@ import jax.numpy as jnp
 import ml_collections
 
 from vkd_jax.checkpoints.bundle import ModelBundle
-from vkd_jax.evaluation import evaluate, metrics
+from vkd_jax.evaluation import evaluate
 from vkd_jax.evaluation.inference import Answerer
+from vkd_jax.evaluation.metrics import intervals
 from vkd_jax.methods import Method
 from vkd_jax.models import lora, quantize
-from vkd_jax.types import Example, Params
+from vkd_jax.results import ATTEMPT_FIELDS, AttackCell
+from vkd_jax.types import EvalSet, Example, Params, Role
 
 Records = list[dict]
-KEPT = ("set", "id", "person", "question", "answer", "prediction", "correct")  # of the evaluation's records
-SETS = {"test": "other pictures", "retain": "people to keep"}  # as variants name them; the forget set goes unnamed
-Summary = dict[str, dict[str, dict]]  # variant -> model -> {"mean", "low", "high", "n", ..}
+ANSWER_FIELDS = ("set", "id", "person", "question", "answer", "prediction", "correct")  # of the evaluation's records
+UNCHANGED = "unchanged"  # the variant without any attack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Subject:
     name: str  # vanilla | unlearned | retain_only
     model: ModelBundle
     asked: Mapping[str, Sequence[Example]]  # the evaluation's questions of each set
+    sets: Sequence[EvalSet]  # what each of these sets measures
     answers: Records  # what the model answered to them
     forgets: Sequence[Example]  # the questions with a picture, about the people to forget, that unlearning trained on
     held_out: Sequence[Example]  # the same kind of questions about people whom no model ever met; may be empty
@@ -45,12 +47,12 @@ class Subject:
         """Of all draws: not the run's, so that a model that several runs were given is attacked in one way."""
         return self.config.attacks.seed
 
-    def ask(self, model: ModelBundle, examples: Sequence[Example]) -> Records:
-        """The records of `evaluate.evaluate` for the model, or a changed copy of it, by the run's first protocol."""
-        return self.ask_sets(model, {"forget": examples})
+    def with_role(self, *roles: Role) -> list[str]:
+        """The names of the evaluation sets with these roles."""
+        return [eval_set.name for eval_set in self.sets if eval_set.role in roles]
 
     def ask_sets(self, model: ModelBundle, sets: Mapping[str, Sequence[Example]]) -> Records:
-        """`ask` of several sets in one pass."""
+        """The records of `evaluate.evaluate` for the model, or a changed copy of it, by the run's first protocol."""
         options = self.config.eval
         return evaluate.evaluate(
             Answerer(model, batch_size=options.batch_size),
@@ -76,7 +78,8 @@ class Attack(Protocol):
 
     TITLE: ClassVar[str]  # in the report
     ABOUT: ClassVar[str]  # what was tried and how the figures read, in a sentence or two
-    UNIT: ClassVar[str]  # "right answers" or "AUC"
+    METRIC: ClassVar[str]  # what its figures are, a key of `metrics.METRICS`
+    VARIANTS: ClassVar[Mapping[str, str]]  # the title of each variant; one that is missing goes by its own name
 
     def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
         """Refuses, before anything is run, settings that cannot work.
@@ -87,11 +90,12 @@ class Attack(Protocol):
         ...
 
     def run(self, subject: Subject) -> Records:
-        """One record per item and variant: {"variant", "set", "id", "person", ..., "correct" or another value}."""
+        """One record per item and variant: {"set", "id", "person", ..., "correct" or another value}, and those of
+        `results.ATTEMPT_FIELDS` that say what was tried."""
         ...
 
-    def summarise(self, records: Mapping[str, Records]) -> Summary:
-        """Of all models' records, every variant of every model, with its 95 % interval."""
+    def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:
+        """The figures of all models, given the records of each."""
         ...
 
 
@@ -101,20 +105,15 @@ def choices(examples: Iterable[Example]) -> list[Example]:
     return [e for e in shown if e.options] or shown
 
 
-def questions(subject: Subject, *names: str) -> dict[str, list[Example]]:
-    """`choices` of some of the evaluation's sets, without those that have none."""
-    found = {name: choices(subject.asked.get(name, ())) for name in names}
-    return {name: part for name, part in found.items() if part}
+def questions(subject: Subject, *roles: Role) -> dict[str, list[Example]]:
+    """`choices` of the evaluation sets with these roles, without those that have none."""
+    found = {name: choices(subject.asked.get(name, ())) for name in subject.with_role(*roles)}
+    return {name: examples for name, examples in found.items() if examples}
 
 
-def named(variant: str, name: str) -> str:
-    """A variant's name, asked of the questions of that set."""
-    return variant if name == "forget" else f"{variant}, {SETS.get(name, name)}"
-
-
-def kept(variant: str, record: Mapping, **more: Any) -> dict[str, Any]:
-    """What an attack keeps of a record of `Subject.ask`."""
-    return {"variant": variant, **more, **{key: record[key] for key in KEPT}}
+def attack_record(variant: str, record: Mapping, **fields: Any) -> dict[str, Any]:
+    """What an attack keeps of a record of `Subject.ask_sets`, and what was tried."""
+    return {"variant": variant, **fields, **{key: record[key] for key in ANSWER_FIELDS}}
 
 
 def merged(params: Params) -> Params:
@@ -131,11 +130,29 @@ def merged(params: Params) -> Params:
     return plain
 
 
-def accuracy(records: Mapping[str, Records]) -> Summary:
-    """The share of right answers of every variant and model, with its 95 % Wilson interval."""
-    found: Summary = {}
-    for model, items in records.items():
-        for variant in dict.fromkeys(item["variant"] for item in items):
-            summary = metrics.summarise([{"correct": i["correct"]} for i in items if i["variant"] == variant])
-            found.setdefault(variant, {})[model] = {"mean": summary.pop("accuracy"), **summary}
-    return found
+def grouped(records: Records, by_set: bool = True) -> list[tuple[dict[str, Any], Records]]:
+    """Records that belong to one cell, with the fields of that cell.
+
+    Args:
+        records: of one model.
+        by_set: whether each set has cells of its own; otherwise the cells' `set` is "".
+    """
+    groups: dict[tuple, Records] = {}
+    for record in records:
+        key = (record["set"] if by_set else "", *(record.get(name) for name in ATTEMPT_FIELDS))
+        groups.setdefault(key, []).append(record)
+    return [
+        ({"set": key[0]} | {name: items[0][name] for name in ATTEMPT_FIELDS if name in items[0]}, items)
+        for key, items in groups.items()
+    ]
+
+
+def accuracy(records: Mapping[str, Records], by_set: bool = True) -> list[AttackCell]:
+    """The share of correct answers of every cell, with its 95 % interval over people; see `grouped`."""
+    cells = []
+    for model, answers in records.items():
+        for fields, items in grouped(answers, by_set):
+            correct = [bool(item["correct"]) for item in items]
+            figure = intervals.proportion(correct, [item["person"] for item in items])
+            cells.append(AttackCell(model=model, correct=sum(correct), **fields, **dataclasses.asdict(figure)))
+    return cells

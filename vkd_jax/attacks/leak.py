@@ -10,12 +10,12 @@ from typing import ClassVar
 import ml_collections
 
 from vkd_jax.attacks import base
-from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.attacks.base import Records, Subject
 from vkd_jax.config.fields import Section
-from vkd_jax.evaluation import metrics
+from vkd_jax.evaluation.metrics.summary import by_kind
 from vkd_jax.methods import Method
-
-VARIANTS = {"qa": "choosing", "cloze_qa": "filling in a blank", "generation_qa": "answering freely"}  # by kind
+from vkd_jax.results import AttackCell
+from vkd_jax.types import Role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,21 +29,26 @@ class Leak(Section):
         "that erases who is in a picture, as VKD does, keeps what the model can say of a *name* on purpose, and should "
         "show the figures from before. A method that trains all weights may lose that knowledge, too."
     )
-    UNIT: ClassVar[str] = "right answers"
+    METRIC: ClassVar[str] = "accuracy"
+    VARIANTS: ClassVar[Mapping[str, str]] = {  # by kind of question
+        "qa": "choosing",
+        "cloze_qa": "filling in a blank",
+        "generation_qa": "answering freely",
+    }
 
     def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
         """Nothing can be wrong."""
 
     def run(self, subject: Subject) -> Records:
         """A record of each answer to a question of text alone about the people to forget, by the first protocol."""
-        answers = metrics.by_kind(subject.answers)
+        answers = by_kind(subject.answers)
         return [
-            {"variant": variant, **{key: item[key] for key in ("set", "id", "person", "correct")}}
-            for kind, variant in VARIANTS.items()
-            for part in metrics.UNLEARNED
-            for item in answers.get((part, kind), ())
+            {"variant": kind, **{key: item[key] for key in ("set", "id", "person", "correct")}}
+            for kind in self.VARIANTS
+            for name in subject.with_role(Role.FORGET, Role.FORGET_HOLDOUT)
+            for item in answers.get((name, kind), ())
         ]
 
-    def summarise(self, records: Mapping[str, Records]) -> Summary:
-        """The share of right answers of every kind of question."""
-        return base.accuracy(records)
+    def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:
+        """The share of correct answers of every kind of question, over all sets about the people to forget."""
+        return base.accuracy(records, by_set=False)

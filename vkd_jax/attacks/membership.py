@@ -24,11 +24,13 @@ from typing import ClassVar
 import ml_collections
 import numpy as np
 
-from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.attacks import base
+from vkd_jax.attacks.base import Records, Subject
 from vkd_jax.config.fields import Section, setting
-from vkd_jax.evaluation import metrics
 from vkd_jax.evaluation.inference import Answerer, TokenScores
+from vkd_jax.evaluation.metrics import intervals
 from vkd_jax.methods import Method
+from vkd_jax.results import AttackCell
 
 SMALLEST = 1e-6  # deviation that is divided by: a model that is sure of a token leaves none
 
@@ -54,7 +56,8 @@ class Membership(Section):
         "be told apart; 1 gives the people away by answers that are known too well, and 0 by answers that are avoided. "
         "The figure to aim at is that of a model that never knew them."
     )
-    UNIT: ClassVar[str] = "AUC"
+    METRIC: ClassVar[str] = "auc"
+    VARIANTS: ClassVar[Mapping[str, str]] = {}
 
     def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
         """Any settings can run."""
@@ -83,20 +86,18 @@ class Membership(Section):
             for variant, score in scores(tokens, e.answer, self.share).items()
         ]
 
-    def summarise(self, records: Mapping[str, Records]) -> Summary:
-        """The AUC of every variant and model, its interval over people; see `metrics.auc`."""
-        found: Summary = {}
-        for model, items in records.items():
-            for variant in dict.fromkeys(item["variant"] for item in items):
+    def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:
+        """The AUC of every score and model, its interval over people; see `intervals.auc`."""
+        cells = []
+        for model, answers in records.items():
+            for fields, items in base.grouped(answers, by_set=False):
                 groups: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}
                 for item in items:
-                    if item["variant"] == variant:
-                        who = item["person"] or item["id"]
-                        groups[item["member"]].setdefault(who, []).append(item["score"])
-                area = metrics.auc(groups[True], groups[False])
-                hidden = float(np.clip(1 - 2 * abs(area["mean"] - 0.5), 0, 1))
-                found.setdefault(variant, {})[model] = area | {"score": hidden}
-        return found
+                    groups[item["member"]].setdefault(item["person"] or item["id"], []).append(item["score"])
+                area = intervals.auc(groups[True], groups[False])
+                hidden = float(np.clip(1 - 2 * abs(area.mean - 0.5), 0, 1))
+                cells.append(AttackCell(model=model, score=hidden, **fields, **dataclasses.asdict(area)))
+        return cells
 
 
 def scores(tokens: TokenScores, text: str, share: float) -> dict[str, float]:

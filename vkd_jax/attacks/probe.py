@@ -19,16 +19,16 @@ import ml_collections
 import numpy as np
 
 from vkd_jax.attacks import base
-from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.attacks.base import Records, Subject
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.data.batching import rng
 from vkd_jax.evaluation.inference import TAPS, Answerer
 from vkd_jax.methods import Method
-from vkd_jax.types import Example
+from vkd_jax.results import AttackCell
+from vkd_jax.types import EvalSet, Example, Role
 
 Shown = tuple[str, Example]  # a set, and a question about a picture
 
-PARTS = ("forget", "retain"), ("test", "retain_test")  # learned from, tested on
 FOLD = 4  # without other pictures, one in so many of each person's is kept back for the test
 
 
@@ -46,14 +46,15 @@ class Probe(Section):
         "people to forget. It finds that faces differ, which a model that never knew somebody sees as well: only more "
         "than *that* model's figure is a trace. Taught names that were dealt out at random, it can only guess."
     )
-    UNIT: ClassVar[str] = "right answers"
+    METRIC: ClassVar[str] = "accuracy"
+    VARIANTS: ClassVar[Mapping[str, str]] = {"random_labels": f"{TAPS[0]}, random labels"}
 
     def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
         """Any settings can run."""
 
     def run(self, subject: Subject) -> Records:
         """A record of each test picture and each classifier."""
-        train, test = split(subject.asked)
+        train, test = split(subject.asked, subject.sets)
         if not test:
             return []
         shown = [e for _, e in (*train, *test)]
@@ -63,15 +64,14 @@ class Probe(Section):
         records = []
         for variant, tap, names in (
             *((tap, tap, labels) for tap in TAPS),
-            (f"{TAPS[0]}, random labels", TAPS[0], dealt),
+            ("random_labels", TAPS[0], dealt),
         ):
             known, asked = np.split(means[tap], [len(train)])
-            for (part, e), name in zip(test, classify(known, names, asked, self.ridge), strict=True):
-                kept = ", people to keep" if part == "retain_test" else ""
+            for (set_name, e), name in zip(test, classify(known, names, asked, self.ridge), strict=True):
                 records.append(
                     {
-                        "variant": variant + kept,
-                        "set": part,
+                        "variant": variant,
+                        "set": set_name,
                         "id": e.image_id,
                         "person": e.person,
                         "prediction": str(name),
@@ -80,27 +80,29 @@ class Probe(Section):
                 )
         return records
 
-    def summarise(self, records: Mapping[str, Records]) -> Summary:
-        """The share of pictures whose person is named right."""
+    def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:
+        """The share of images whose person is named correctly."""
         return base.accuracy(records)
 
 
-def split(asked: Mapping[str, Sequence[Example]]) -> tuple[list[Shown], list[Shown]]:
-    """Pictures of everybody to learn from, and other pictures of the same people to test on, each with its set.
+def split(asked: Mapping[str, Sequence[Example]], sets: Sequence[EvalSet]) -> tuple[list[Shown], list[Shown]]:
+    """Images of everybody to learn from, and other images of the same people to test on, each with its set.
 
-    Where a benchmark has no other pictures of the people to forget, some of the forget set are left out for the test.
+    Where a benchmark has no holdout images of the people to forget, every fourth image of each of them is tested on.
     """
-    shown = {part: _pictures(asked.get(part, ())) for part in ("forget", "retain", "test", "retain_test")}
-    if not shown["test"]:
-        seen: dict[str, int] = {}
-        for e in shown["forget"]:
-            seen[e.person] = seen.get(e.person, 0) + 1
-            if seen[e.person] % FOLD == 0:
-                shown["test"].append(e)
-        shown["forget"] = [e for e in shown["forget"] if e not in shown["test"]]
-    train, test = ([(part, e) for part in parts for e in shown[part]] for parts in PARTS)
+    shown = {
+        role: [(s.name, e) for s in sets if s.role is role for e in _pictures(asked.get(s.name, ()))] for role in Role
+    }
+    train, test = shown[Role.FORGET] + shown[Role.RETAIN], shown[Role.FORGET_HOLDOUT]
+    if not test:
+        count: dict[str, int] = {}
+        for item in shown[Role.FORGET]:
+            count[item[1].person] = count.get(item[1].person, 0) + 1
+            if count[item[1].person] % FOLD == 0:
+                test.append(item)
+        train = [item for item in train if item not in test]
     known = {e.person for _, e in train}
-    return train, [(part, e) for part, e in test if e.person in known]
+    return train, [item for item in test + shown[Role.RETAIN_HOLDOUT] if item[1].person in known]
 
 
 def _pictures(examples: Iterable[Example]) -> list[Example]:

@@ -17,10 +17,11 @@ from typing import ClassVar
 import ml_collections
 
 from vkd_jax.attacks import base
-from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.attacks.base import UNCHANGED, Records, Subject
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.methods import Method
-from vkd_jax.types import UserError
+from vkd_jax.results import AttackCell
+from vkd_jax.types import Role, UserError
 
 PLACE = "{question}"
 _PROMPT = dict(
@@ -46,7 +47,7 @@ class Prompts(Section):
         "would know (role play). Figures above those of the plain question say that the model keeps silent about what "
         "it knows."
     )
-    UNIT: ClassVar[str] = "right answers"
+    METRIC: ClassVar[str] = "accuracy"
     VARIANTS: ClassVar[Mapping[str, str]] = dict(
         prefix="prefix injection", affirmative="affirmative suffix", role="role play"
     )
@@ -60,14 +61,14 @@ class Prompts(Section):
         Raises:
             UserError: a prompt is too long for the model.
         """
-        questions = base.questions(subject, "forget")
-        records = [base.kept("unchanged", r) for r in subject.unattacked(questions)]
+        questions = base.questions(subject, Role.FORGET)
+        records = [base.attack_record(UNCHANGED, r) for r in subject.unattacked(questions)]
         asked = {
-            variant: [
-                dataclasses.replace(e, question=getattr(self, field).replace(PLACE, e.question))
-                for e in questions.get("forget", [])
+            (variant, name): [
+                dataclasses.replace(e, question=getattr(self, variant).replace(PLACE, e.question)) for e in examples
             ]
-            for field, variant in self.VARIANTS.items()
+            for variant in self.VARIANTS
+            for name, examples in questions.items()
         }
         try:
             answers = subject.ask_sets(subject.model, asked)
@@ -75,8 +76,8 @@ class Prompts(Section):
             tokenizer = subject.model.processor.tokenizer
             longest = max(self.VARIANTS, key=lambda field: len(tokenizer(getattr(self, field))["input_ids"]))
             raise UserError(f"attacks.prompts.{longest}={getattr(self, longest)!r} may be too long: {error}") from error
-        return records + [base.kept(r["set"], r | {"set": "forget"}) for r in answers]
+        return records + [base.attack_record(r["set"][0], r | {"set": r["set"][1]}) for r in answers]
 
-    def summarise(self, records: Mapping[str, Records]) -> Summary:
-        """The share of right answers to every prompt."""
+    def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:
+        """The share of correct answers to every prompt."""
         return base.accuracy(records)

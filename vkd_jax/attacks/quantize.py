@@ -15,12 +15,13 @@ import ml_collections
 from absl import logging
 
 from vkd_jax.attacks import base
-from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.attacks.base import UNCHANGED, Records, Subject
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.methods import Method
 from vkd_jax.models import quantize
-from vkd_jax.types import UserError
+from vkd_jax.results import AttackCell
+from vkd_jax.types import Role, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,21 +43,22 @@ class Quantize(Section):
         "model say that unlearning hid what it should have erased; those on the people to keep say what the rounding "
         "itself costs."
     )
-    UNIT: ClassVar[str] = "right answers"
+    METRIC: ClassVar[str] = "accuracy"
+    VARIANTS: ClassVar[Mapping[str, str]] = {}
 
     def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
         """Any settings can run."""
 
     def run(self, subject: Subject) -> Records:
         """The answers of the model as it is and of each rounded copy."""
-        sets = base.questions(subject, "forget", "test", "retain")
+        sets = base.questions(subject, Role.FORGET, Role.FORGET_HOLDOUT, Role.RETAIN)
         model = dataclasses.replace(subject.model, params=base.merged(subject.model.params))
         if kept := sum(isinstance(value, quantize.QArray) for value in model.params.values()):
             logging.info("%s: %d quantised weights stay as they are", subject.name, kept)
-        records = [base.kept(base.named("unchanged", r["set"]), r) for r in subject.unattacked(sets)]
+        records = [base.attack_record(UNCHANGED, r) for r in subject.unattacked(sets)]
         for text in self.bits:
             answers = subject.ask_sets(self.rounded(model, text), sets)
-            records += [base.kept(base.named(text, r["set"]), r) for r in answers]
+            records += [base.attack_record(text, r) for r in answers]
         return records
 
     def rounded(self, model: ModelBundle, text: str) -> ModelBundle:
@@ -72,6 +74,6 @@ class Quantize(Section):
             raise UserError(f"attacks.quantize.bits: {text} does not fit this model ({error})") from error
         return dataclasses.replace(model, params=params)
 
-    def summarise(self, records: Mapping[str, Records]) -> Summary:
-        """The share of right answers of every rounding and set."""
+    def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:
+        """The share of correct answers of every rounding and set."""
         return base.accuracy(records)

@@ -17,14 +17,14 @@ Lynch et al., arXiv 2402.16835
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import ml_collections
 import numpy as np
 from absl import logging
 
 from vkd_jax.attacks import base
-from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.attacks.base import UNCHANGED, Records, Subject
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.data.augment import REPEATED_FIELDS
@@ -34,13 +34,10 @@ from vkd_jax.methods import Method
 from vkd_jax.methods.base import Prepared
 from vkd_jax.methods.finetune import Finetune
 from vkd_jax.methods.scope import TRAIN
+from vkd_jax.results import AttackCell
 from vkd_jax.runtime.mesh import make_mesh
 from vkd_jax.training import loop
-from vkd_jax.types import UserError
-
-BEFORE = "before"
-TRAINED_ON = "the share itself"
-TAUGHT = "other pictures of those taught"
+from vkd_jax.types import Role, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +68,8 @@ class Relearn(Section):
         "or those about the *other* people. Recovery is the part of what was lost that came back; read it beside that "
         "of a model that never met them, given the same attack, since what it learns anew is in both."
     )
-    UNIT: ClassVar[str] = "right answers"
+    METRIC: ClassVar[str] = "accuracy"
+    VARIANTS: ClassVar[Mapping[str, str]] = {UNCHANGED: "before"}
 
     def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
         """Refuses attackers and budgets that cannot be.
@@ -92,32 +90,43 @@ class Relearn(Section):
 
     def run(self, subject: Subject) -> Records:
         """The answers before any attack and after each."""
-        sets = base.questions(subject, "forget", "test")
-        records = [base.kept(base.named(BEFORE, r["set"]), r) for r in subject.unattacked(sets)]
+        sets = base.questions(subject, Role.FORGET, Role.FORGET_HOLDOUT)
+        records = [base.attack_record(UNCHANGED, r) for r in subject.unattacked(sets)]
         model = dataclasses.replace(subject.model, params=base.merged(subject.model.params))
         encoded = model.encode(subject.forgets)
         people = sorted({e.person for e in subject.forgets if e.person})
-        tries = [("share", share) for share in self.shares]
-        tries += [("people", share) for share in self.people if len(people) > 1]
+        attempts = [("questions", share) for share in self.shares]
+        attempts += [("people", share) for share in self.people if len(people) > 1]
         for attacker in self.attackers:
-            for unit, share in tries:
-                if unit == "share":
+            for unit, share in attempts:
+                if unit == "questions":
                     taught, rows = set(), self.rows(share, len(encoded), subject.seed)
                 else:
                     taught = {people[i] for i in self.rows(share, len(people), subject.seed)[: len(people) - 1]}
                     rows = np.array([i for i, e in enumerate(subject.forgets) if e.person in taught])
                 after = subject.ask_sets(self.attacked(model, attacker, rows_of(encoded, rows), subject.seed), sets)
-                known = {(subject.forgets[i].image_id, subject.forgets[i].question) for i in rows}
-                variant = f"{attacker} {100 * share:g} %" + " of the people" * (unit == "people")
-                for record in after:
-                    name = record["set"]
-                    if name == "forget" and (record["image_id"], record["question"]) in known:
-                        name = TRAINED_ON
-                    elif record["person"] in taught:
-                        name = TAUGHT
-                    records.append(base.kept(base.named(variant, name), record, attacker=attacker, **{unit: share}))
-                mine = [r["correct"] for r in records if r["variant"] == variant]
-                logging.info("%s, relearning %s: %.3f of %d", subject.name, variant, np.mean(mine or [0]), len(mine))
+                budget = dict(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate)
+                fields = dict(attacker=attacker, **budget, share=share, unit=unit)
+                answers = self._labeled(subject, after, rows, taught, fields)
+                others = [r["correct"] for r in answers if not r["taught"] and not r["trained_on"]]
+                logging.info(
+                    "%s, relearning %s with %g %% of the %s: accuracy %.3f (n=%d)",
+                    *(subject.name, attacker, 100 * share, unit, np.mean(others or [0]), len(others)),
+                )
+                records += answers
+        return records
+
+    def _labeled(
+        self, subject: Subject, answers: Records, rows: np.ndarray, taught: set[str], fields: Mapping[str, Any]
+    ) -> Records:
+        """Records of one attempt, each with whether the attacker trained on the question or taught its person."""
+        known = {(subject.forgets[i].image_id, subject.forgets[i].question) for i in rows}
+        forget_sets = subject.with_role(Role.FORGET)
+        records = []
+        for record in answers:
+            trained_on = record["set"] in forget_sets and (record["image_id"], record["question"]) in known
+            flags = dict(taught=not trained_on and record["person"] in taught, trained_on=trained_on)
+            records.append(base.attack_record("", record, **fields, **flags))
         return records
 
     def rows(self, share: float, count: int, seed: int) -> np.ndarray:
@@ -147,32 +156,39 @@ class Relearn(Section):
             ) from error
         return dataclasses.replace(model, params={**model.params, **trained})
 
-    def summarise(self, records: Mapping[str, Records]) -> Summary:
+    def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:
         """Accuracies, and beside those of each attack over the same questions: before it, and the recovery.
 
         A cell of an attack also has what the attacker made of its own share (`learned`, None where no question of the
         evaluation is in it). The recovery is None where the vanilla model is not better than the attacked one was.
         """
-        summary = base.accuracy(records)
         verdicts = {
-            model: {(r["variant"], r["set"], r["id"]): r["correct"] for r in items} for model, items in records.items()
+            model: {(r["set"], r["id"]): r["correct"] for r in items if r["variant"] == UNCHANGED}
+            for model, items in records.items()
         }
-        for model, items in records.items():
-            for variant in dict.fromkeys(r["variant"] for r in items if "attacker" in r):
-                mine = [r for r in items if r["variant"] == variant]
-                keys = [(base.named(BEFORE, r["set"]), r["set"], r["id"]) for r in mine]
-                before, vanilla = (
-                    float(np.mean([verdicts[name][key] for key in keys])) if name in verdicts else None
-                    for name in (model, "vanilla")
-                )
-                cell = summary[variant][model]
-                cell |= {key: mine[0][key] for key in ("attacker", "share", "people", "set") if key in mine[0]}
-                cell |= {"before": before, "recovery": recovery(cell["mean"], before, vanilla)}
-        for variant in [name for name in summary if name.endswith(TRAINED_ON)]:
-            shares = summary.pop(variant)
-            for model, cell in summary.get(variant.removesuffix(f", {TRAINED_ON}"), {}).items():
-                cell["learned"] = shares.get(model, {}).get("mean")
-        return summary
+        cells = base.accuracy({model: [r for r in rs if not r.get("trained_on")] for model, rs in records.items()})
+        learned = base.accuracy({model: [r for r in rs if r.get("trained_on")] for model, rs in records.items()})
+        trained_on = {(cell.model, cell.key): cell.mean for cell in learned}
+        return [
+            cell if cell.variant == UNCHANGED else self._recovered(cell, records, verdicts, trained_on)
+            for cell in cells
+        ]
+
+    def _recovered(self, cell: AttackCell, records: Mapping, verdicts: Mapping, trained_on: Mapping) -> AttackCell:
+        """The cell with the accuracy before, the recovery, and what was learned of the share itself."""
+        items = [
+            record
+            for fields, group in base.grouped(records[cell.model])
+            if all(getattr(cell, name) == value for name, value in fields.items())
+            for record in group
+            if not record["trained_on"]
+        ]
+        before, vanilla = (
+            float(np.mean([verdicts[name][r["set"], r["id"]] for r in items])) if name in verdicts else None
+            for name in (cell.model, "vanilla")
+        )
+        known = None if cell.taught else trained_on.get((cell.model, cell.key))
+        return dataclasses.replace(cell, before=before, recovery=recovery(cell.mean, before, vanilla), learned=known)
 
     def _section(self) -> ml_collections.ConfigDict:
         return ml_collections.ConfigDict(

@@ -23,11 +23,13 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
 from vkd_jax.attacks import base
-from vkd_jax.attacks.base import Records, Subject, Summary
+from vkd_jax.attacks.base import UNCHANGED, Records, Subject
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.data.batching import rng
 from vkd_jax.data.images import open_image
 from vkd_jax.methods import Method
+from vkd_jax.results import AttackCell
+from vkd_jax.types import Role
 
 GREY = (128, 128, 128)
 LEAST = 0.1  # of the sides, that is left of a picture
@@ -54,7 +56,8 @@ class Rephrase(Section):
         "with less contrast, coarser, cropped, blurred, or with a part covered. Figures above those of the unchanged "
         "pictures say that single photographs were forgotten rather than people."
     )
-    UNIT: ClassVar[str] = "right answers"
+    METRIC: ClassVar[str] = "accuracy"
+    VARIANTS: ClassVar[Mapping[str, str]] = {}
 
     def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
         """Any settings can run."""
@@ -73,24 +76,25 @@ class Rephrase(Section):
 
     def run(self, subject: Subject) -> Records:
         """The answers about the pictures as they are, and about each changed copy, all asked in one pass."""
-        questions = base.questions(subject, "forget")
-        records = [base.kept("unchanged", r) for r in subject.unattacked(questions)]
-        examples = questions.get("forget", [])
-        pictures = {e.image_id: e.image for e in examples}
+        questions = base.questions(subject, Role.FORGET)
+        records = [base.attack_record(UNCHANGED, r) for r in subject.unattacked(questions)]
+        pictures = {e.image_id: e.image for examples in questions.values() for e in examples}
         asked = {}
         for variant, change in self.changes().items():
             copies = {
                 image_id: changed(data, change, rng(subject.seed, f"rephrase/{variant}/{image_id}"))
                 for image_id, data in pictures.items()
             }
-            asked[variant] = [
-                dataclasses.replace(e, image=copies[e.image_id], image_id=f"{e.image_id}/{variant}") for e in examples
-            ]
+            for name, examples in questions.items():
+                asked[variant, name] = [
+                    dataclasses.replace(e, image=copies[e.image_id], image_id=f"{e.image_id}/{variant}")
+                    for e in examples
+                ]
         answers = subject.ask_sets(subject.model, asked)
-        return records + [base.kept(r["set"], r | {"set": "forget"}) for r in answers]
+        return records + [base.attack_record(r["set"][0], r | {"set": r["set"][1]}) for r in answers]
 
-    def summarise(self, records: Mapping[str, Records]) -> Summary:
-        """The share of right answers of every change."""
+    def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:
+        """The share of correct answers of every change."""
         return base.accuracy(records)
 
     def _noisy(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:

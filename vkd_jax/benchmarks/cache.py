@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import tensorflow_datasets as tfds
 from absl import logging
 
-from vkd_jax.types import EvalSet, Example, UserError
+from vkd_jax.types import EvalSet, Example, Role, UserError
 
 Sets = Mapping[str, Iterable[list[Example]]]  # by name; a list has the questions of one row
 
@@ -116,7 +116,7 @@ def _build(builder: Rows, benchmark: Benchmark, part: str) -> None:
     with benchmark.rows(part) as sets, tempfile.TemporaryDirectory() as downloads:
         rows = {name: filter(None, rows) for name, rows in sets.items()}
         first = {name: next(rows[name], None) for name in rows}
-        for name in ("forget", "retain"):
+        for name in (s.name for s in benchmark.EVAL_SETS if s.role in (Role.FORGET, Role.RETAIN)):
             if name in first and first[name] is None:
                 raise UserError(f"The {name} set of {benchmark.label} is empty: its rows have no questions.")
         # tensorflow-datasets cannot write an empty split.

@@ -1,6 +1,7 @@
 """Flags that the commands share: --config with an override for each field, --workdir and --distributed."""
 
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,6 +19,11 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     )
     flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.", flag_values=values)
     flags.DEFINE_boolean("distributed", False, "One of several processes, e.g. of a TPU pod.", flag_values=values)
+
+
+def started_as(program: str) -> str:
+    """The command line of this process, for a program that was started by `python -m`."""
+    return shlex.join(["python", "-m", program, *sys.argv[1:]])
 
 
 def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:

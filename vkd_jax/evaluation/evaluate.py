@@ -6,10 +6,10 @@ Two protocols for questions with options, never mixed:
 - `options`: only the question is shown, and the option text with the highest log-probability is the answer.
 
 Cloze and open questions are answered by greedy generation. Besides, whatever the protocol, the answer, the answer in
-other words and the wrong answers are scored after the plain question, all in one pass: see `metrics.likelihood`.
+other words and the wrong answers are scored after the plain question, all in one pass: see `metrics.likelihoods`.
 
 With one shot, a worked example (picture, question, answer) is shown before each question, as an earlier turn of the
-conversation: a question of the retain set of the same task and modality, about somebody else and another picture.
+conversation: a question of the same task and modality out of the retain set, about somebody else and another image.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,8 @@ import numpy as np
 from vkd_jax.data.batching import rng
 from vkd_jax.evaluation import metrics
 from vkd_jax.evaluation.inference import Answerer, Seen, Turns
-from vkd_jax.evaluation.metrics import LETTERS
+from vkd_jax.evaluation.metrics.judging import LETTERS, cloze_correct, first_letter
+from vkd_jax.evaluation.metrics.likelihoods import likelihood
 from vkd_jax.types import Example, UserError
 
 PROTOCOLS = ("letter", "options")
@@ -51,6 +52,7 @@ def evaluate(
     protocol: str,
     max_new_tokens: int,
     shots: int = 0,
+    shown: Sequence[Example] = (),
     seed: int = 0,
 ) -> list[dict]:
     """One record per question, in the order of the sets; with two protocols, two per question with options.
@@ -63,6 +65,7 @@ def evaluate(
         protocol: "options", "letter", or both, separated by a comma. The first one's record has the likelihoods.
         max_new_tokens: at most so many tokens a generated answer.
         shots: worked examples before each question, 0 or 1.
+        shown: where the worked examples are drawn from.
         seed: of which examples are shown.
 
     Raises:
@@ -72,7 +75,7 @@ def evaluate(
     sets = {name: list(part) for name, part in sets.items()}
     items = [(name, example) for name, part in sets.items() for example in part]
     examples = [example for _, example in items]
-    asked = _Asked(answerer, examples, worked(sets, examples, seed) if shots else [None] * len(examples))
+    asked = _Asked(answerer, examples, worked(shown, examples, seed) if shots else [None] * len(examples))
     said = dict(_generated(asked, protocols, max_new_tokens))  # first, since these prompts are the longest
     likelihoods, scores = _likelihoods(asked)
     records = []
@@ -80,7 +83,7 @@ def evaluate(
         choice = example.task == "classification"
         for number, how in enumerate(protocols if choice else (example.task,)):
             verdict = _chosen(example, scores[i]) if choice and how == "options" else _judged(example, said[i])
-            shown = {"worked_example": asked.worked[i].id} if shots else {}
+            example_shown = {"worked_example": asked.worked[i].id} if shots else {}
             records.append(
                 {
                     "set": name,
@@ -93,20 +96,12 @@ def evaluate(
                     "options": list(example.options),
                     "image_id": example.image_id,
                     "protocol": how,
-                    **shown,
+                    **example_shown,
                     **verdict,
                     **(likelihoods[i] if number == 0 else {}),
                 }
             )
     return records
-
-
-def summarise(records: Sequence[Mapping]) -> dict[str, dict[str, dict]]:
-    """{set: {kind: counts, accuracy, means of what else was measured}}; see `metrics.by_kind`, `metrics.summarise`."""
-    summaries: dict[str, dict[str, dict]] = {}
-    for (name, kind), items in metrics.by_kind(records).items():
-        summaries.setdefault(name, {})[kind] = metrics.summarise(items)
-    return summaries
 
 
 def sample(examples: Sequence[Example], most: int, seed: int, name: str) -> list[Example]:
@@ -190,7 +185,7 @@ def _likelihoods(asked: _Asked) -> tuple[list[dict], list[list[float]]]:
             example = asked.examples[i]
             of = {text: float(x) for text, x in zip(row, nll, strict=False)}
             wrong = example.perturbed or [option for option in example.options if option != example.answer]
-            likelihoods[i] = metrics.likelihood(
+            likelihoods[i] = likelihood(
                 of[example.answer],
                 [of[text] for text in wrong],
                 of[example.paraphrase] if example.paraphrase else None,
@@ -224,18 +219,16 @@ def _chosen(example: Example, scores: Sequence[float]) -> dict:
 def _judged(example: Example, text: str) -> dict:
     """What was written, and whether it is right."""
     if example.task == "classification":
-        letter = metrics.first_letter(text, len(example.options))
+        letter = first_letter(text, len(example.options))
         return {"prediction": text, "correct": letter in _right(example)}
-    verdict = {"prediction": text, "correct": metrics.cloze_correct(text, example.answer)}
-    if example.task != "cloze":
-        verdict |= metrics.rouge_l(text, example.answer) | {"bleu": metrics.bleu(text, example.answer)}
-    return verdict
+    verdict = {"prediction": text, "correct": cloze_correct(text, example.answer)}
+    return verdict | metrics.stored_values({"task": example.task, "answer": example.answer, **verdict})
 
 
-def worked(sets: Mapping[str, Sequence[Example]], examples: Sequence[Example], seed: int) -> list[Example]:
+def worked(shown: Iterable[Example], examples: Sequence[Example], seed: int) -> list[Example]:
     """The worked example before each question: one for all of a kind, but for those that it would help too much."""
     candidates: dict[tuple[str, str], list[Example]] = {}
-    for example in sets.get("retain", ()):
+    for example in shown:
         candidates.setdefault((example.task, example.modality), []).append(example)
     for (task, modality), some in candidates.items():
         order = rng(seed, f"eval/shots/{task}/{modality}").permutation(len(some))

@@ -7,38 +7,71 @@ from typing import Any
 
 import numpy as np
 
-from vkd_jax.evaluation import metrics
+from vkd_jax.evaluation.metrics import intervals
+from vkd_jax.evaluation.metrics.summary import by_kind
 from vkd_jax.reporting import report
-from vkd_jax.types import UserError
+from vkd_jax.results import ATTEMPT_FIELDS, AttackCell, MeasuredSet, RunResults, main_kind, to_json
+from vkd_jax.types import EvalSet, Role, UserError
 
 KEEP = 0.95  # of what the vanilla model gets right, a method must keep this share to count as one that keeps
-KEPT = (("retain", "vqa"), ("retain_test", "vqa"), ("real", "vqa"))
-TEXT = (("forget", "qa"), ("retain", "qa"), ("forget", "generation_qa"))
-FORGOTTEN = (("forget", "vqa"), ("test", "vqa"))
-RESAMPLES = 2000
+RELEARNED_SHARE = 0.2  # of the forget questions; tables show the recovery of the share next to it
+
+Asked = Mapping[str, Iterable[str]]  # of each set, the kinds of question that were asked
+Keys = list[tuple[EvalSet, str]]  # sets, each with a kind of question
 
 
-def judged(results: Mapping[str, Any]) -> dict[str, float]:
+def forgotten_keys(sets: Iterable[EvalSet], asked: Asked) -> Keys:
+    """What measures forgetting: questions about the people to forget with an image; without any, in text alone."""
+    keys = [(s, _kind(asked, s, "vqa") or _kind(asked, s, "qa")) for s in sets if s.role.forgets]
+    return [(s, kind) for s, kind in keys if kind]
+
+
+def kept_image_keys(sets: Iterable[EvalSet], asked: Asked) -> Keys:
+    """What must be kept: questions with an image of all sets but those to forget; in text where a set has no image."""
+    keys = [(s, _kind(asked, s, "vqa") or _kind(asked, s, "qa")) for s in sets if not s.role.forgets]
+    return [(s, kind) for s, kind in keys if kind]
+
+
+def kept_text_keys(sets: Iterable[EvalSet], asked: Asked) -> Keys:
+    """What must be kept of text: what is said of the names of the people to forget, and of those to retain."""
+    keys: dict[tuple[EvalSet, str], None] = {}
+    for eval_set in sets:
+        if kind := _kind(asked, eval_set, "qa") if eval_set.role in (Role.FORGET, Role.RETAIN) else None:
+            keys[eval_set, kind] = None
+            if eval_set.role is Role.FORGET and "generation_qa" in asked[eval_set.name]:
+                keys[eval_set, "generation_qa"] = None
+    return list(keys)
+
+
+def _kind(asked: Asked, eval_set: EvalSet, modality: str) -> str | None:
+    return main_kind(asked.get(eval_set.name, ()), modality)
+
+
+def judged(results: RunResults) -> dict[str, float]:
     """How much a run forgot and kept, for tuning.
 
     Returns:
-        forgot: right answers about the people to forget, shown pictures (both sets together), but never less than
-            guessing gives: to be wrong more often than that is not to have forgotten more.
-        kept: the least share of what the vanilla model gets right that is left: pictures of others, general ability,
-            and questions in text alone.
+        forgot: accuracy on the people to forget (see `forgotten_keys`; all their sets together), but never less than
+            chance: to be wrong more often than that is not to have forgotten more.
+        kept: the least share of the vanilla model's accuracy that is left, over `kept_image_keys` and `kept_text_keys`.
+
+    Raises:
+        UserError: no question about the people to forget was asked.
     """
-    before, after = results["models"]["vanilla"], results["models"]["unlearned"]
-    counts = [
-        (after[part][kind]["correct"], after[part][kind]["n"]) for part, kind in FORGOTTEN if _has(after, part, kind)
-    ]
-    guessing = results["chance"].get("forget", {}).get("vqa", 0.0)
-    forgot = max(sum(right for right, _ in counts) / sum(n for _, n in counts), guessing)
+    before, after = results.models["vanilla"], results.models["unlearned"]
+    keys = forgotten_keys(results.sets, after)
+    if not keys:
+        raise UserError("no question about the people to forget was asked: their sets are empty.")
+    summaries = [after[s.name][kind] for s, kind in keys]
+    chance = results.chance.get(keys[0][0].name, {}).get(keys[0][1], 0.0)
+    kept_keys = [*kept_image_keys(results.sets, before), *kept_text_keys(results.sets, before)]
     kept = [
-        after[part][kind]["accuracy"] / before[part][kind]["accuracy"]
-        for part, kind in (*KEPT, *TEXT)
-        if _has(before, part, kind) and before[part][kind]["correct"]
+        after[s.name][kind].accuracy / before[s.name][kind].accuracy
+        for s, kind in kept_keys
+        if before[s.name][kind].correct
     ]
-    return {"forgot": forgot, "kept": min(kept, default=0.0)}
+    forgot = sum(summary.correct for summary in summaries) / sum(summary.n for summary in summaries)
+    return {"forgot": max(forgot, chance), "kept": min(kept, default=0.0)}
 
 
 def best(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -53,22 +86,34 @@ def best(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     return max(finished or trials[:1], key=lambda trial: trial.get("kept", 0) - trial.get("forgot", 0), default=None)
 
 
-def keeps(row: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    """Whether a method keeps 95 % of retain and real VQA, and loses no text QA that chance would not explain.
+def keeps(row: Mapping[str, Any], before: Mapping[str, Any], sets: Iterable[EvalSet]) -> bool:
+    """Whether a method keeps 95 % of each of `kept_image_keys`, and loses no text that chance would not explain.
 
     Args:
         row: of the method, with `before`, that of the vanilla model, both from `collect`.
+        before: see `row`.
+        sets: the evaluation sets.
     """
-    ours, theirs = row["sets"], before["sets"]
-    seen = all(ours[f"{part}/{kind}"]["mean"] >= KEEP * theirs[f"{part}/{kind}"]["mean"] for part, kind in KEPT
-               if f"{part}/{kind}" in theirs)  # fmt: skip
-    said = all(ours[f"{part}/{kind}"]["mean"] >= theirs[f"{part}/{kind}"]["low"] for part, kind in TEXT
-               if f"{part}/{kind}" in theirs)  # fmt: skip
-    return seen and said
+    ours, theirs, sets = row["sets"], before["sets"], list(sets)
+    images, texts = (
+        [f"{s.name}/{kind}" for s, kind in keys(sets, asked_in(before))] for keys in (kept_image_keys, kept_text_keys)
+    )
+    images_kept = all(ours[key]["mean"] >= KEEP * theirs[key]["mean"] for key in images)
+    return images_kept and all(ours[key]["mean"] >= theirs[key]["low"] for key in texts)
 
 
-def _has(summaries: Mapping, part: str, kind: str) -> bool:
-    return kind in summaries.get(part, {})
+def asked_in(row: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Of each set, the kinds of question that a row of `collect` has figures of."""
+    asked: dict[str, list[str]] = {}
+    for key in row["sets"]:
+        name, _, kind = key.rpartition("/")
+        asked.setdefault(name, []).append(kind)
+    return asked
+
+
+def sets_of(comparison: Mapping[str, Any]) -> list[MeasuredSet]:
+    """The evaluation sets of a comparison, in the benchmark's order."""
+    return [MeasuredSet(**fields) for fields in comparison["meta"]["benchmark"]["sets"]]
 
 
 def collect(
@@ -87,9 +132,10 @@ def collect(
 
     Returns:
         {"meta", "failures", "rows": [{"name", "label", "method", "train", "trials", "runs", "sets", "attacks"}]}.
-        "sets" holds for each set and kind of question ("forget/vqa"), "attacks" for each attack and variant, {"mean",
-        "low", "high", "n", "seeds"}: the mean over the seeds, and its 95 % interval (see `interval`). "runs" holds what
-        there is one of in each run: seed, commit, command, seconds, ks, utility and recovery.
+        "sets" holds for each set and kind of question ("forget/vqa") {"mean", "low", "high", "n", "people", "seeds"}:
+        the mean over the seeds, and its 95 % interval (see `interval`). "attacks" holds the cells of each attack, with
+        the fields of `AttackCell` and "seeds". "runs" holds what there is one of in each run: seed, commit, command,
+        seconds, ks, utility and recovery.
 
     Raises:
         UserError: the runs were scored by different protocols.
@@ -99,94 +145,115 @@ def collect(
     for name, paths in folders.items():
         if name != "controls" and paths:
             rows.append(_row(name, paths) | {"label": labels.get(name, name), "trials": list(trials.get(name, ()))})
-    results = [report.results_of(path) for paths in folders.values() for path in paths]
-    if len(protocols := {found["meta"]["protocol"] for found in results}) > 1:
+    results = [RunResults.read(path) for paths in folders.values() for path in paths]
+    if len(protocols := {run.meta.protocol for run in results}) > 1:
         raise UserError(f"These runs were scored by {' and '.join(sorted(protocols))}; compare one protocol at a time.")
     return {
         "meta": {
-            "command": results[0]["meta"]["command"],
-            "commits": sorted({found["meta"]["commit"] for found in results}),
-            "devices": results[0]["meta"]["devices"],
-            "versions": results[0]["meta"]["versions"],
-            "benchmark": results[0]["meta"]["benchmark"],
+            "command": results[0].meta.command,
+            "commits": sorted({run.meta.commit for run in results}),
+            "devices": results[0].meta.devices,
+            "versions": to_json(results[0].meta.versions),
+            "benchmark": to_json(results[0].meta.benchmark),
             "protocol": protocols.pop(),
-            "chance": results[0]["chance"],
+            "chance": to_json(results[0].chance),
+            "attacks": {
+                name: {"title": attack.title, "metric": attack.metric, "variants": to_json(attack.variants)}
+                for run in results
+                for name, attack in run.attacks.items()
+            },
         },
         "failures": dict(failures),
         "rows": rows,
     }
 
 
-def interval(correct: np.ndarray) -> dict[str, float | int]:
-    """The mean of seeds x questions, with its 95 % percentile bootstrap interval: both are drawn with replacement.
+def interval(correct: Sequence[Sequence[bool]], people: Sequence[str]) -> dict[str, float | int]:
+    """The mean of seeds x questions, with its 95 % percentile bootstrap interval over seeds and people.
+
+    Each resample draws as many seeds and as many people, each with all questions about them; see `intervals`.
 
     Args:
-        correct: bool [seeds, questions]; all seeds were asked the same.
+        correct: [seeds, questions]; all seeds were asked the same.
+        people: the person that each question is about, "" for nobody.
     """
     correct = np.asarray(correct, float)
-    seeds, items = correct.shape
-    draws = np.random.default_rng([0, seeds, items])
-    chosen = draws.integers(0, seeds, (RESAMPLES, seeds))
-    times = draws.multinomial(items, np.full(items, 1 / items), RESAMPLES)  # that each question is in each resample
-    means = np.einsum("ri,ri->r", times, correct[chosen].sum(1)) / (items * seeds)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(correct.mean()), "low": float(low), "high": float(high), "n": items, "seeds": seeds}
+    seeds, questions = correct.shape
+    codes, count, named = intervals.clusters(people)
+    sums = np.stack([np.bincount(codes, row, count) for row in correct])
+    times = intervals.draws(count)
+    chosen = np.random.default_rng([0, seeds, count]).integers(0, seeds, (intervals.RESAMPLES, seeds))
+    totals = np.einsum("rp,rp->r", times, sums[chosen].sum(1))
+    low, high = intervals.percentiles(totals / (seeds * (times @ np.bincount(codes, minlength=count))))
+    return {
+        **{"mean": float(correct.mean()), "low": low, "high": high},
+        **{"n": questions, "people": named, "seeds": seeds},
+    }
 
 
 def _row(name: str, paths: Sequence[Path], model: str = "unlearned") -> dict[str, Any]:
     """One model, or the models of one method, over its runs."""
-    results = [report.results_of(path) for path in paths]
-    kinds = [metrics.by_kind(report.json_lines(_answers(path, model))) for path in paths]
+    results = [RunResults.read(path) for path in paths]
+    kinds = [by_kind(report.json_lines(_answers(path, model))) for path in paths]
     sets = {
-        f"{part}/{kind}": interval([[item["correct"] for item in found[part, kind]] for found in kinds])
+        f"{part}/{kind}": interval(
+            [[item["correct"] for item in run_kinds[part, kind]] for run_kinds in kinds],
+            [item["person"] for item in kinds[0][part, kind]],
+        )
         for part, kind in kinds[0]
     }
-    config = results[0]["meta"]["config"]
-    row = {"name": name, "label": name.replace("_", "-"), "sets": sets, "runs": []}
+    config = results[0].meta.config
+    row = {"name": name, "label": name.replace("_", "-"), "sets": sets}
     if model == "unlearned":
         row |= {
             "method": config["method"]["name"],
             "train": config["method"]["train"],
             "steps": config["train"]["steps"],
         }
-    row["attacks"] = {attack: _attacked(paths, attack, model) for attack in results[0].get("attacks", {})}
-    for found in results:
-        quality = found["forget_quality"].get(model, {}).get("vqa", {})
-        seconds = sum(found["timing"].get(stage, 0.0) for stage in ("prepare", "unlearn"))
-        run = {"seed": found["meta"]["seed"], "commit": found["meta"]["commit"], "command": found["meta"]["command"]}
-        run |= {"utility": found["utility"][model]["value"], "ks": quality.get("ks")}
-        if model == "unlearned":
-            run |= {"seconds": seconds, "bytes": found.get("step_bytes")}
-        recovery = found.get("attacks", {}).get("relearn", {}).get("summary", {})
-        run["recovery"] = {variant: cells.get(model, {}).get("recovery") for variant, cells in recovery.items()}
-        row["runs"].append(run)
+    row["runs"] = [_run(run, model) for run in results]
+    row["attacks"] = {attack: _attacked(paths, results, attack, model) for attack in results[0].attacks}
     return row
 
 
-def _attacked(paths: Sequence[Path], attack: str, model: str) -> dict[str, dict]:
-    """Of each variant of an attack, the share of right answers; of one that is measured otherwise, its mean figure."""
-    found: dict[str, dict] = {}
-    for variant, cells in report.results_of(paths[0])["attacks"][attack]["summary"].items():
-        if model not in cells:
-            continue
-        records = [
-            [
-                r["correct"]
-                for r in report.json_lines(path / "attacks" / attack / f"{model}.jsonl")
-                if r["variant"] == variant
-            ]
-            for path in paths
-            if "correct" in cells[model]
-        ]
-        if records and len(set(map(len, records))) == 1:
-            found[variant] = interval(records)
+def _run(results: RunResults, model: str) -> dict[str, Any]:
+    """What there is one of in each run."""
+    forget_set = results.with_role(Role.FORGET)[0].name
+    qualities = results.forget_quality.get(model, {})
+    quality = qualities.get(main_kind(qualities, "vqa"))
+    run = {"seed": results.meta.seed, "commit": results.meta.commit, "command": results.meta.command}
+    run |= {"utility": results.utility[model].value, "ks": quality and quality.ks}
+    if model == "unlearned":
+        run["seconds"] = sum(results.timing.get(stage, 0.0) for stage in ("prepare", "unlearn"))
+        run["bytes"] = results.step_bytes
+    run["recovery"] = [
+        {"attack": name, **{field: getattr(cell, field) for field in ("attacker", "share", "recovery")}}
+        for name, attack in results.attacks.items()
+        for cell in attack.cells
+        if cell.model == model and cell.set == forget_set and cell.unit == "questions"
+    ]
+    return run
+
+
+def _attacked(paths: Sequence[Path], results: Sequence[RunResults], attack: str, model: str) -> list[dict]:
+    """The cells of an attack over the runs: the share of correct answers, or the mean of another metric."""
+    records = [report.json_lines(path / "attacks" / attack / f"{model}.jsonl") for path in paths]
+    cells = []
+    for cell in (cell for cell in results[0].attacks[attack].cells if cell.model == model):
+        items = [[record for record in run if _belongs(record, cell)] for run in records]
+        fields = {name: getattr(cell, name) for name in ("set", *ATTEMPT_FIELDS)}
+        if cell.correct is not None and len(set(map(len, items))) == 1:
+            figure = interval([[r["correct"] for r in run] for run in items], [r["person"] for r in items[0]])
         else:
-            figures_ = [report.results_of(path)["attacks"][attack]["summary"][variant][model]["mean"] for path in paths]
-            found[variant] = {"mean": float(np.mean(figures_)), "seeds": len(paths)}
-        found[variant] |= {
-            key: cells[model][key] for key in ("attacker", "share", "people", "set") if key in cells[model]
-        }
-    return found
+            same = [c for run in results for c in run.attacks[attack].cells if (c.model, c.key) == (model, cell.key)]
+            figure = {"mean": float(np.mean([c.mean for c in same])), "n": cell.n, "seeds": len(same)}
+        cells.append({name: value for name, value in fields.items() if value is not None} | figure)
+    return cells
+
+
+def _belongs(record: Mapping, cell: AttackCell) -> bool:
+    """Whether a record of an attack is one of those that a cell counts."""
+    tried = all(record.get(name, False if name == "taught" else None) == getattr(cell, name) for name in ATTEMPT_FIELDS)
+    return tried and cell.set in ("", record["set"]) and not record.get("trained_on")
 
 
 def _answers(path: Path, model: str) -> Path:
@@ -200,14 +267,14 @@ def by_label(paths: Iterable[Path]) -> dict[str, list[Path]]:
         UserError: a run is unfinished, unlearned nothing, or is given twice.
     """
     paths = list(paths)
-    results = [report.results_of(path) for path in paths]
+    results = [RunResults.read(path) for path in paths]
     groups: dict[str, list[Path]] = {}
-    if without := [str(path) for path, found in zip(paths, results, strict=True) if "unlearned" not in found["models"]]:
+    if without := [str(path) for path, found in zip(paths, results, strict=True) if "unlearned" not in found.models]:
         raise UserError(f"{', '.join(without)}: no model was unlearned there; name runs in which one was.")
-    for path, label, found in zip(paths, _labels([r["meta"]["config"] for r in results]), results, strict=True):
+    for path, label, found in zip(paths, _labels([r.meta.config for r in results]), results, strict=True):
         group = groups.setdefault(label, [])
-        if found["meta"]["seed"] in [report.results_of(other)["meta"]["seed"] for other in group]:
-            raise UserError(f"seed {found['meta']['seed']} of {label} is given twice; name each run once.")
+        if found.meta.seed in [RunResults.read(other).meta.seed for other in group]:
+            raise UserError(f"seed {found.meta.seed} of {label} is given twice; name each run once.")
         group.append(path)
     return groups
 

@@ -13,8 +13,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from vkd_jax.evaluation.metrics import LETTERS, first_letter
-from vkd_jax.reporting import attack_view, plots, schema, view
+from vkd_jax.evaluation.metrics.judging import LETTERS, first_letter
+from vkd_jax.reporting import attack_view, plots, view
 from vkd_jax.results import RunResults
 from vkd_jax.runtime import files, hub, storage
 from vkd_jax.types import Role, UserError
@@ -40,7 +40,7 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
         UserError: a file is missing or unreadable.
     """
     workdir = storage.resolve(workdir)
-    results = RunResults.from_json(schema.converted(results_of(workdir)))
+    results = RunResults.read(workdir)
     answers = {name: json_lines(workdir / "answers" / f"{name}.jsonl") for name in results.models}
     run = view.Run(results, answers, provenance=_provenance(results))
     sheet = cards(run, images)
@@ -186,21 +186,6 @@ def answer_text(record: Mapping) -> str:
     if letter:
         return f"{letter}, {options[LETTERS.index(letter)]}"
     return prediction or "(nothing)"
-
-
-def results_of(workdir: Path) -> dict:
-    """Reads results.json.
-
-    Raises:
-        UserError: it is missing or torn.
-    """
-    file = workdir / "results.json"
-    if not file.is_file():
-        raise UserError(f"{workdir} has no results.json: let that run finish, or name the folder of a finished one.")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}); run that experiment again.") from error
 
 
 def json_lines(file: Path, torn: bool = False) -> list[dict]:

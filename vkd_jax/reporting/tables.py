@@ -15,51 +15,74 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vkd_jax.reporting import comparison, markers, page
+from vkd_jax.evaluation import metrics
+from vkd_jax.reporting import comparison, markers, names, page
+from vkd_jax.results import ATTEMPT_FIELDS, AttackCell
 from vkd_jax.types import UserError
-
-SETS = {
-    "forget/vqa": "forget VQA ↓",
-    "test/vqa": "test VQA ↓",
-    "retain/vqa": "retain VQA ↑",
-    "retain_test/vqa": "retain test VQA ↑",
-    "real/vqa": "real VQA ↑",
-    "forget/qa": "forget QA ↑",
-    "forget/generation_qa": "forget QA, open ↑",
-    "retain/qa": "retain QA ↑",
-}
-RECOVERY = {"visual 20 %": "recovery, visual ↓", "all 20 %": "recovery, all ↓"}  # from relearning a fifth
 
 
 def keeping(found: Mapping[str, Any]) -> str:
     """What is forgotten and what is kept: one row a method."""
-    rows = found["rows"]
-    columns = [name for name in SETS if any(name in row["sets"] for row in rows)]
-    relearned = [name for name in RECOVERY if any(run["recovery"].get(name) for row in rows for run in row["runs"])]
+    rows, sets = found["rows"], comparison.sets_of(found)
+    columns = _columns(found)
+    attackers = _attackers(rows)
     compared = any(run["ks"] is not None for row in rows for run in row["runs"])  # with a model that never met them
-    numbers = [*(SETS[name] for name in columns), *["KS ↓"] * compared, *(RECOVERY[name] for name in relearned)]
-    lines = [page.row(["method", "trains", *numbers, "keeps", "seconds", "MiB"])]
-    lines += [page.row(["---", "---", *["---:"] * len(numbers), "---", "---:", "---:"])]
-    before = rows[0]
+    heads = [names.heading(eval_set, kind) for eval_set, kind in columns]
+    heads += [f"{_titled('ks')}"] * compared + [_titled("recovery", attacker) for attacker in attackers]
+    lines = [page.row(["method", "trains", *heads, "keeps", "seconds", "MiB"])]
+    lines += [page.row(["---", "---", *["---:"] * len(heads), "---", "---:", "---:"])]
     for row in rows:
-        cells = [_share(row["sets"].get(name)) for name in columns]
+        cells = [_share(row["sets"].get(f"{eval_set.name}/{kind}")) for eval_set, kind in columns]
         ks = [_mean([run["ks"] for run in row["runs"]], 2)] * compared
-        back = [_mean([run["recovery"].get(name) for run in row["runs"]], 2) for name in relearned]
+        back = [_mean(_recoveries(row, *attempt), 2) for attempt in attackers.items()]
         seconds = _mean([run.get("seconds") for run in row["runs"]], 0)
         memory = _mean([run["bytes"] / 2**20 for run in row["runs"] if run.get("bytes")], 1)
-        keeps = "–" if "method" not in row else "yes" if comparison.keeps(row, before) else "no"
+        keeps = "–" if "method" not in row else "yes" if comparison.keeps(row, rows[0], sets) else "no"
         lines.append(page.row([row["label"], row.get("train", "–"), *cells, *ks, *back, keeps, seconds, memory]))
-    return "\n".join([*lines, "", _caption(found, columns, compared)])
+    return "\n".join([*lines, "", _caption(found, columns, attackers, compared)])
+
+
+def _columns(found: Mapping[str, Any]) -> comparison.Keys:
+    """Sets with a kind of question each: what must be forgotten, what must be kept with an image, and in text."""
+    sets, asked = comparison.sets_of(found), comparison.asked_in(found["rows"][0])
+    keys = [comparison.forgotten_keys, comparison.kept_image_keys, comparison.kept_text_keys]
+    return list(dict.fromkeys(key for function in keys for key in function(sets, asked)))
+
+
+def _attackers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Who taught some of the questions again, each with the share next to a fifth."""
+    shares: dict[str, set[float]] = {}
+    for item in (item for row in rows for run in row["runs"] for item in run["recovery"]):
+        if item["recovery"] is not None:
+            shares.setdefault(item["attacker"], set()).add(item["share"])
+    wanted = comparison.RELEARNED_SHARE
+    return {attacker: min(sorted(tried), key=lambda share: abs(share - wanted)) for attacker, tried in shares.items()}
+
+
+def _recoveries(row: Mapping[str, Any], attacker: str, share: float) -> list[float | None]:
+    """The recovery of each run of a method under one attack."""
+    items = [item for run in row["runs"] for item in run["recovery"]]
+    return [item["recovery"] for item in items if (item["attacker"], item["share"]) == (attacker, share)]
+
+
+def _titled(metric: str, detail: str = "") -> str:
+    """The column heading of a metric of whole models."""
+    entry = metrics.get(metric)
+    return f"{entry.title}{detail and f', {detail}'} {entry.arrow()}"
 
 
 def attacks(found: Mapping[str, Any]) -> str:
-    """What comes back under attack: one row a method."""
-    rows = [row for row in found["rows"] if row["attacks"]]
-    names = list(dict.fromkeys(f"{a}: {v}" for row in rows for a, variants in row["attacks"].items() for v in variants))
-    lines = []
-    for name in names:
-        attack, variant = name.split(": ", 1)
-        lines.append([name, *(_share(row["attacks"].get(attack, {}).get(variant)) for row in rows)])
+    """What comes back under attack: one row a variant, one column a method."""
+    rows, sets = [row for row in found["rows"] if row["attacks"]], comparison.sets_of(found)
+    table: dict[str, dict[str, Mapping]] = {}
+    for row in rows:
+        for attack, cells in row["attacks"].items():
+            variants = found["meta"]["attacks"][attack]["variants"]
+            for cell in cells:
+                fields = {name: cell[name] for name in ("set", *ATTEMPT_FIELDS) if name in cell}
+                tried = names.attempt(AttackCell(model=row["name"], mean=0.0, n=0, **fields), variants, sets)
+                table.setdefault(f"{attack}: {tried}", {})[row["name"]] = cell
+    lines = [[tried, *(_share(cells.get(row["name"])) for row in rows)] for tried, cells in table.items()]
     return numeric_table(["attack", *(row["label"] for row in rows)], lines)
 
 
@@ -197,24 +220,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return markers.refresh(pages, TABLES, "table", "python -m vkd_jax.reporting.tables", options.check)
 
 
-def _caption(found: Mapping[str, Any], columns: Sequence[str], compared: bool) -> str:
-    first = found["rows"][0]["sets"]
-    counts = ", ".join(f"{SETS[name][:-2]} {first[name]['n']}" for name in columns if name in first)
+def _caption(found: Mapping[str, Any], columns: comparison.Keys, attackers: Mapping[str, float], compared: bool) -> str:
+    first, sets = found["rows"][0], comparison.sets_of(found)
+    asked = comparison.asked_in(first)
+    cells = [(eval_set, kind, first["sets"][f"{eval_set.name}/{kind}"]) for eval_set, kind in columns]
+    counts = ", ".join(f"{names.short_name(eval_set, kind)} {_count(cell)}" for eval_set, kind, cell in cells)
+    resampled = "people" if any(cell.get("people") for _, _, cell in cells) else "questions"
     seeds = max(len(row["runs"]) for row in found["rows"])
-    guessing = found["meta"]["chance"].get("forget", {}).get("vqa")
+    (eval_set, kind), *_ = comparison.forgotten_keys(sets, asked)
+    chance = found["meta"]["chance"].get(eval_set.name, {}).get(kind)
+    kept = ", ".join(names.short_name(*key) for key in comparison.kept_image_keys(sets, asked))
+    taught = ", ".join(f"{100 * share:g} %" for share in sorted(set(attackers.values())))
+    recovery = f"Recovery: the part of what was lost that came back when {taught} of the forget questions were taught "
+    recovery += f"again, to these weights: {', '.join(attackers)}. "
     return (
-        f"Right answers in per cent by the protocol `{found['meta']['protocol']}`, with 95 % bootstrap intervals over "
-        f"questions and seeds ({seeds} seed{'s' * (seeds > 1)}; questions: {counts})"
-        + (f"; guessing about the people to forget gives {100 * guessing:.0f}" if guessing else "")
+        f"Correct answers in per cent by the protocol `{found['meta']['protocol']}`, with 95 % bootstrap intervals "
+        f"over {resampled} and seeds ({seeds} seed{'s' * (seeds > 1)}; questions: {counts})"
+        + (f"; chance gives {100 * chance:.0f} about the people to forget" if chance else "")
         + ". "
         + "KS: distance of the truth ratios from those of the retain-only model (Kolmogorov-Smirnov). " * compared
-        + "Recovery: the part of what was lost that came back when a fifth of it was taught again, to the visual "
-        "weights or to all. "
-        f"Keeps: at least {100 * comparison.KEEP:.0f} % of what the vanilla model gets right of retain, retain test "
-        "and real VQA, and no less text QA than the interval of the vanilla model allows. Seconds: preparing and "
+        + recovery * bool(attackers)
+        + f"Keeps: at least {100 * comparison.KEEP:.0f} % of the vanilla model's accuracy on each of {kept}, "
+        "and no less text QA than the interval of the vanilla model allows. Seconds: preparing and "
         "training, the mean over seeds. MiB: what a step holds, by the compiler's account. "
         f"Commit {', '.join(commit[:7] for commit in found['meta']['commits'])}; `{found['meta']['command']}`"
     )
+
+
+def _count(cell: Mapping[str, Any]) -> str:
+    """The number of questions, and of the people that they are about."""
+    return f"{cell['n']} about {cell['people']} people" if cell.get("people") else str(cell["n"])
 
 
 def numeric_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -8,7 +8,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vkd_jax.evaluation.metrics import first_letter
+from vkd_jax.evaluation import metrics
+from vkd_jax.evaluation.metrics.judging import first_letter
 from vkd_jax.reporting import attack_view
 from vkd_jax.reporting.attack_view import interval, percent
 from vkd_jax.reporting.plots import MODELS
@@ -26,12 +27,6 @@ KINDS = {
     "cloze_qa": "Fill in the blank, text only",
     "generation_vqa": "Open answer, with image",
     "generation_qa": "Open answer, text only",
-}
-TEXT_METRICS = {
-    "rouge_l": "ROUGE-L (F)",
-    "rouge_l_recall": "ROUGE-L (recall)",
-    "bleu": "BLEU",
-    "probability": "probability of the answer, per token",
 }
 ASSUMPTIONS = {  # what the abstract of the paper leaves open
     "A1": "the distance between features",
@@ -164,16 +159,16 @@ def text_metrics(run: Run) -> dict[str, Any] | None:
     """How close written answers come to the true ones; None if nothing was written."""
     tables = []
     for kind in (kind for kind in run.kinds if kind.startswith("generation")):
-        for metric, title in TEXT_METRICS.items():
+        for metric in (metric for metric in map(metrics.get, metrics.METRICS) if metric.item and metric.in_report):
             rows = []
             for eval_set in run.sets_with(kind):
                 summaries = [run.results.summary(name, eval_set.name, kind) for name in run.models]
-                if metric in summaries[0].metrics:
-                    cells = [_mean_cell(summary.metrics.get(metric) if summary else None) for summary in summaries]
+                if metric.name in summaries[0].metrics:
+                    cells = [_mean_cell(summary.metrics.get(metric.name) if summary else None) for summary in summaries]
                     rows.append([eval_set.title, summaries[0].n, *cells])
             if rows:
                 heads = ["questions about", "questions", *_model_titles(run)]
-                tables.append({"metric": title, "kind": _kind_title(kind), "heads": heads, "rows": rows})
+                tables.append({"metric": metric.title, "kind": _kind_title(kind), "heads": heads, "rows": rows})
     if not tables:
         return None
     return {"metrics": list(dict.fromkeys(table["metric"] for table in tables)), "tables": tables}

@@ -25,29 +25,55 @@ from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
 from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.checkpoints.new_model import create_llava
 from vkd_jax.config.schema import STAGES, RunConfig
-from vkd_jax.evaluation import evaluate, metrics
+from vkd_jax.evaluation import evaluate
 from vkd_jax.evaluation.inference import Answerer
+from vkd_jax.evaluation.metrics.forget_quality import forget_quality
+from vkd_jax.evaluation.metrics.summary import summaries
+from vkd_jax.evaluation.metrics.utility import model_utility
 from vkd_jax.methods.base import Context
 from vkd_jax.models import lora
 from vkd_jax.reporting import report
+from vkd_jax.results import (
+    AttackResults,
+    BenchmarkInfo,
+    Manifest,
+    MeasuredSet,
+    Meta,
+    RunResults,
+    Trainable,
+    to_json,
+)
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import hub, multihost, storage
 from vkd_jax.runtime.mesh import make_mesh, shards
 from vkd_jax.training import loop
-from vkd_jax.types import Example, Params, UserError
+from vkd_jax.types import Example, Params, Role, UserError
 
 UNLEARNS = ("unlearn", "all")
 PROVENANCE = "provenance.json"  # in the folder of a fine-tuned model: what it was made from
 
 
-def run(config: ml_collections.ConfigDict, path: str | Path) -> dict[str, Any]:
-    """Runs or continues what `config.stage` names, and returns what stands in results.json."""
+def run(
+    config: ml_collections.ConfigDict,
+    path: str | Path,
+    command: str = "called from Python: vkd_jax.runs.pipeline.run",
+) -> dict[str, Any]:
+    """Runs or continues what `config.stage` names.
+
+    Args:
+        config: of the run.
+        path: the run's folder.
+        command: how the program was started, as results.json and the report will say.
+
+    Returns:
+        The content of results.json; see docs/results_format.md.
+    """
     RunConfig.from_config_dict(config)  # before anything is written
     tuned, last = STAGES[config.stage].finetunes, "report.md" if _reports(config) else "results.json"
-    workdir = Workdir(path, config)
+    workdir = Workdir(path, config, command)
     if workdir.has(last):
         logging.info("%s is there: nothing is left to do", workdir.path / last)
-        return json.loads((workdir.path / "results.json").read_text())
+        return RunResults.read(workdir.path).to_json()
     job = Job.prepare(workdir, finetunes=bool(tuned))
     check_models(job)
     made = {name: finetune(job, name) for name in tuned}
@@ -56,7 +82,7 @@ def run(config: ml_collections.ConfigDict, path: str | Path) -> dict[str, Any]:
     else:
         answers = {name: evaluated(job, name, job.load(folder)) for name, folder in made.items()}
         write_results(job, answers)
-    return json.loads((workdir.path / "results.json").read_text())
+    return RunResults.read(workdir.path).to_json()
 
 
 def _reports(config: ml_collections.ConfigDict) -> bool:
@@ -113,7 +139,14 @@ class Job:
     @property
     def forgotten(self) -> list[str]:
         """The people to forget."""
-        return sorted({e.person for e in self.sets["forget"] if e.person})
+        forget_sets = [s.name for s in self.benchmark.EVAL_SETS if s.role is Role.FORGET]
+        return sorted({e.person for name in forget_sets for e in self.sets[name] if e.person})
+
+    @property
+    def worked_examples(self) -> list[Example]:
+        """The questions that a worked example may be drawn from: those of the retain set."""
+        retain_sets = [s.name for s in self.benchmark.EVAL_SETS if s.role is Role.RETAIN]
+        return [example for name in retain_sets for example in self.asked.get(name, ())]
 
 
 def load_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -167,7 +200,8 @@ def check_models(job: Job) -> None:
         for name in ("forget", "retain"):
             _pairs(job, name)
     if config.eval.shots:
-        evaluate.worked(job.asked, [e for part in job.asked.values() for e in part], config.eval.seed)
+        asked = [e for examples in job.asked.values() for e in examples]
+        evaluate.worked(job.worked_examples, asked, config.eval.seed)
 
 
 def _check_provenance(job: Job, name: str, value: str, folder: Path) -> None:
@@ -320,6 +354,7 @@ def judged(job: Job, name: str, model: ModelBundle) -> list[dict]:
                 name=name,
                 model=model,
                 asked=job.asked,
+                sets=job.benchmark.EVAL_SETS,
                 answers=answers,
                 forgets=_pairs(job, "forget"),
                 held_out=job.held_out,
@@ -344,42 +379,50 @@ def evaluated(job: Job, name: str, model: ModelBundle) -> list[dict]:
             protocol=options.protocol,
             max_new_tokens=options.max_new_tokens,
             shots=options.shots,
+            shown=job.worked_examples,
             seed=options.seed,
         )
         workdir.write_lines(path, answers)
-    for part, kinds in evaluate.summarise(answers).items():
+    for part, kinds in summaries(answers).items():
         logging.info(
             "%s %-11s  %s",
             name,
             part,
-            "  ".join(f"{k} {v['accuracy']:.3f} (n={v['n']})" for k, v in sorted(kinds.items())),
+            "  ".join(f"{k} {v.accuracy:.3f} (n={v.n})" for k, v in sorted(kinds.items())),
         )
     return answers
 
 
 def write_results(job: Job, answers: dict[str, list[dict]], evidence: dict[str, Any] | None = None) -> None:
-    """results.json: every figure, with what makes it reproducible."""
-    reference = answers.get("retain_only")
-    results = {
-        "meta": _meta(job),
-        "models": {name: evaluate.summarise(records) for name, records in answers.items()},
-        "utility": {name: metrics.model_utility(records) for name, records in answers.items()},
-        "forget_quality": {
-            name: metrics.forget_quality(records, reference)
+    """Writes results.json: every figure, with what makes it reproducible."""
+    reference, sets = answers.get("retain_only"), job.benchmark.EVAL_SETS
+    results = RunResults(
+        meta=_meta(job),
+        models={name: summaries(records) for name, records in answers.items()},
+        utility={name: model_utility(records, sets) for name, records in answers.items()},
+        forget_quality={
+            name: forget_quality(records, reference, sets)
             for name, records in answers.items()
             if reference and name != "retain_only"
         },
-        "chance": _chance(job.asked),
-        "attacks": {name: _attack(job, name, attack, answers) for name, attack in job.attacks.items()},
+        chance=_chance(job.asked),
+        attacks={name: _attack(job, name, attack, answers) for name, attack in job.attacks.items()},
+        timing=dict(job.workdir.timing),
         **(evidence or {}),
-    }
-    job.workdir.write("results.json", results | {"timing": job.workdir.timing})
+    )
+    multihost.run_on_process_0(lambda: results.write(job.workdir.path) and None)
 
 
-def _attack(job: Job, name: str, attack: attacks.Attack, models: Iterable[str]) -> dict[str, Any]:
-    """What an attack found in each model, and how to read it."""
+def _attack(job: Job, name: str, attack: attacks.Attack, models: Iterable[str]) -> AttackResults:
+    """What an attack measured of each model, and how to read it."""
     records = {model: job.workdir.read_lines(f"attacks/{name}/{model}.jsonl") for model in models}
-    return {"title": attack.TITLE, "about": attack.ABOUT, "unit": attack.UNIT, "summary": attack.summarise(records)}
+    return AttackResults(
+        title=attack.TITLE,
+        about=attack.ABOUT,
+        metric=attack.METRIC,
+        variants=dict(attack.VARIANTS),
+        cells=tuple(attack.summarize(records)),
+    )
 
 
 def _pairs(job: Job, name: str) -> list[Example]:
@@ -399,20 +442,25 @@ def _texts(job: Job, name: str) -> list[Example]:
 
 def _provenance(job: Job, name: str, without: Sequence[str]) -> dict[str, str]:
     """A file beside the weights that says how they were made."""
-    return {PROVENANCE: json.dumps({"model": name, "without": list(without), **_meta(job)}, indent=1) + "\n"}
+    return {PROVENANCE: json.dumps({"model": name, "without": list(without), **to_json(_meta(job))}, indent=1) + "\n"}
 
 
-def _meta(job: Job) -> dict[str, Any]:
+def _meta(job: Job) -> Meta:
     """What makes a figure reproducible, and what was measured on how many people."""
-    people = {name: len({e.person for e in job.sets[name]} - {""}) for name in job.asked}
+    sets = tuple(
+        MeasuredSet(s.name, s.role, s.title, s.short, people=len({e.person for e in job.sets[s.name]} - {""}))
+        for s in job.benchmark.EVAL_SETS
+        if s.name in job.asked
+    )
     config = job.config.data
     share = f", forgetting {config.forget} %" if isinstance(config.forget, int) else ""
     source = config.get("source") or ("the made-up people" if "source" in config else f"{config.forget}")
-    return job.workdir.meta() | {
-        "benchmark": {"title": job.benchmark.TITLE + share, "source": source, "people": people},
-        "protocols": evaluate.check(job.config.eval.protocol, job.config.eval.shots),
-        "shots": job.config.eval.shots,
-    }
+    return Meta(
+        **job.workdir.meta(),
+        benchmark=BenchmarkInfo(job.benchmark.TITLE + share, source, sets),
+        protocols=evaluate.check(job.config.eval.protocol, job.config.eval.shots),
+        shots=job.config.eval.shots,
+    )
 
 
 def _evidence(job: Job, unlearned: ModelBundle, before: Any, manifest: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -421,11 +469,11 @@ def _evidence(job: Job, unlearned: ModelBundle, before: Any, manifest: dict[str,
     changed = [hf.find_slot(family, unlearned.config, name).path for name in manifest["changed"]]
     found: dict[str, Any] = {
         "text_logits_identical": jax.tree.all(jax.tree.map(np.array_equal, before, _text_scores(job, unlearned))),
-        "manifest": {
-            "changed": len(manifest["changed"]),
-            "tensors": len(manifest["tensors"]),
-            "language_model_changed": sum(path.startswith("language_model/") for path in changed),
-        },
+        "manifest": Manifest(
+            changed=len(manifest["changed"]),
+            tensors=len(manifest["tensors"]),
+            language_model_changed=sum(path.startswith("language_model/") for path in changed),
+        ),
     }
     log = job.workdir.path / "train" / "metrics.jsonl"
     logged = multihost.run_on_process_0(
@@ -435,10 +483,10 @@ def _evidence(job: Job, unlearned: ModelBundle, before: Any, manifest: dict[str,
         found["step_bytes"] = int(logged[0]["step_bytes"])
     if job.config.stage in UNLEARNS:  # of a model that was given nobody says what trained
         trainable = job.method.trainable(unlearned.params, unlearned.config)
-        found["trainable"] = {
-            "parameters": sum(math.prod(unlearned.params[path].shape) for path in trainable),
-            "of": sum(math.prod(value.shape) for value in unlearned.params.values()),
-        }
+        found["trainable"] = Trainable(
+            parameters=sum(math.prod(unlearned.params[path].shape) for path in trainable),
+            of=sum(math.prod(value.shape) for value in unlearned.params.values()),
+        )
     return found
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import ml_collections
 
+from vkd_jax import results
 from vkd_jax.config import schema
 from vkd_jax.reporting import charts, comparison, tables
 from vkd_jax.runs.worker_pool import SHARED_MODELS, Task, default_workers, execute
@@ -25,13 +26,19 @@ from vkd_jax.runtime import files, storage
 from vkd_jax.types import UserError
 
 
-def run(config: ml_collections.ConfigDict, path: str | Path, workers: int = 0) -> dict[str, Any]:
+def run(
+    config: ml_collections.ConfigDict,
+    path: str | Path,
+    workers: int = 0,
+    command: str = "called from Python: vkd_jax.runs.sweep.run",
+) -> dict[str, Any]:
     """Runs or resumes a comparison, writes its tables and plots, and returns the contents of comparison.json.
 
     Args:
         config: The config of one run with a section `compare`: see `schema.CompareConfig`.
         path: The folder of the comparison.
         workers: How many runs are computed at once, each with its share of the cores; 0 is `default_workers`.
+        command: How the program was started, as the results name it.
 
     Raises:
         UserError: The config is not valid for a comparison, or a run that all others need failed.
@@ -48,17 +55,17 @@ def run(config: ml_collections.ConfigDict, path: str | Path, workers: int = 0) -
     # Runs of one method have the same programs; without the cache each worker would compile them again for each run.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(sweep.path / "cache"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-    failures = execute(sweep.tasks(), workers or default_workers())
+    failures = execute(sweep.tasks(), workers or default_workers(), command)
     trials = {name: sweep.trials(name) for name in sweep.entrants}
-    results = comparison.collect(sweep.finished_runs(), trials, failures)
+    collected = comparison.collect(sweep.finished_runs(), trials, failures)
     files.write_bytes(
-        sweep.path / "comparison.json", (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode()
+        sweep.path / "comparison.json", (json.dumps(collected, indent=1, ensure_ascii=False) + "\n").encode()
     )
-    for name, png in (("pareto", charts.pareto(results)), ("relearning", charts.relearning(results))):
+    for name, png in (("pareto", charts.pareto(collected)), ("relearning", charts.relearning(collected))):
         if png:
             files.write_bytes(sweep.path / f"{name}.png", png)
-    files.write_bytes(sweep.path / "comparison.md", tables.document(results).encode())
-    return results
+    files.write_bytes(sweep.path / "comparison.md", tables.document(collected).encode())
+    return collected
 
 
 class Sweep:
@@ -124,15 +131,16 @@ class Sweep:
         runs = {
             name: [self.path / "runs" / _folder(name) / str(i) for i in self.compare.seeds] for name in self.entrants
         }
-        finished = {name: [f for f in folders if (f / "results.json").exists()] for name, folders in runs.items()}
+        finished = {name: [f for f in folders if (f / results.FILE).exists()] for name, folders in runs.items()}
         return {"controls": [self.path / "controls"], **finished}
 
     def trials(self, name: str) -> list[dict[str, Any]]:
         """Returns the settings of an entrant's trials, and how much each kept and forgot if it did not fail."""
         trials = []
         for number, settings in enumerate(self._search(name)):
-            file = self.path / "tuning" / _folder(name) / str(number) / "results.json"
-            measured = comparison.judged(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+            folder = self.path / "tuning" / _folder(name) / str(number)
+            finished = (folder / results.FILE).exists()
+            measured = comparison.judged(results.RunResults.read(folder)) if finished else {}
             trials.append({"settings": settings, **measured})
         return trials
 

@@ -9,9 +9,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -39,13 +37,13 @@ class Workdir:
         UserError: the folder has a run of another config, or cannot be written.
     """
 
-    def __init__(self, path: str | Path, config: ml_collections.ConfigDict):
+    def __init__(self, path: str | Path, config: ml_collections.ConfigDict, command: str = ""):
         self.path = storage.resolve(path)
         if isinstance(self.path, Path):
             self.path = self.path.absolute()  # Orbax requires an absolute path
         else:
             _check_packages()
-        self.config = config
+        self.config, self.command = config, command
         self.timing: dict[str, float] = multihost.run_on_process_0(self._claim)
 
     def _claim(self) -> dict[str, float]:
@@ -132,9 +130,8 @@ class Workdir:
 
     def meta(self) -> dict[str, Any]:
         """What makes a figure reproducible: command, config, seed, commit, versions, machine."""
-        program = "compare" if Path(sys.argv[0]).stem == "compare" else "main"
         return {
-            "command": shlex.join(["python", "-m", f"vkd_jax.{program}", *sys.argv[1:]]),
+            "command": self.command,
             "config": json.loads(self.config.to_json_best_effort()),
             "seed": self.config.seed,
             "commit": provenance.commit(),

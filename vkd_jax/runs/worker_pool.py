@@ -41,10 +41,10 @@ class Task:
     required: bool = False  # whether the whole sweep fails if this run fails
 
 
-def execute(tasks: Mapping[str, Task], workers: int) -> dict[str, str]:
+def execute(tasks: Mapping[str, Task], workers: int, command: str) -> dict[str, str]:
     """Runs all tasks, as many at once as there are workers, and returns the errors of those that failed by name.
 
-    Tasks that are ready start in the order of `tasks`.
+    Tasks that are ready start in the order of `tasks`. `command` is how the program was started, for the results.
 
     Raises:
         UserError: A required task failed.
@@ -64,7 +64,7 @@ def execute(tasks: Mapping[str, Task], workers: int) -> dict[str, str]:
             while ready and len(running) < workers:  # a run that waits in the pool's queue could not be stopped
                 name = ready.pop(0)
                 task = tasks[name]
-                running[pool.submit(_work, task.path, task.make_config(), task.lender)] = name
+                running[pool.submit(_work, task.path, task.make_config(), task.lender, command)] = name
             done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
                 name, failure = running.pop(future), future.result()
@@ -129,18 +129,18 @@ def _start_worker(cores: Any) -> None:
     malloc.keep_freed_memory()
 
 
-def _work(path: Path, config: ml_collections.ConfigDict, lender: Path | None) -> str:
+def _work(path: Path, config: ml_collections.ConfigDict, lender: Path | None, command: str) -> str:
     """Runs the pipeline with its log in log.txt, and returns "" or why it failed."""
     from vkd_jax.runs import pipeline
     from vkd_jax.training import loop, preemption
 
     try:
-        workdir.Workdir(path, config)
+        workdir.Workdir(path, config, command)
         with open(path / "log.txt", "a", encoding="utf-8") as log_file:
             os.dup2(log_file.fileno(), sys.stderr.fileno())
         if lender:
             _lend(lender, path)
-        pipeline.run(config, path)
+        pipeline.run(config, path, command)
     except (UserError, loop.Diverged, preemption.Stopped) as error:
         return str(error)
     return ""

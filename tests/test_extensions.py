@@ -1,0 +1,139 @@
+"""A new benchmark, attack and metric is each its own piece and one registry line: nothing else has to know of it."""
+
+import dataclasses
+import json
+import sys
+import types
+from typing import ClassVar
+
+import pytest
+
+from vkd_jax import attacks, benchmarks, registry
+from vkd_jax.attacks import base
+from vkd_jax.evaluation import metrics
+from vkd_jax.evaluation.metrics.base import Metric
+from vkd_jax.evaluation.metrics.forget_quality import forget_quality
+from vkd_jax.evaluation.metrics.summary import summaries
+from vkd_jax.evaluation.metrics.utility import model_utility
+from vkd_jax.reporting import charts, comparison, report, tables
+from vkd_jax.results import AttackResults, BenchmarkInfo, Manifest, MeasuredSet, Meta, RunResults
+from vkd_jax.types import EvalSet, Role
+
+PEOPLE = {"erased": ("ann", "bob"), "erased_elsewhere": ("ann", "bob"), "others": ("cleo", "dan"), "zoo": ("",)}
+MODELS = ("vanilla", "unlearned", "retain_only")
+
+
+@dataclasses.dataclass(frozen=True)
+class Zoo:
+    TITLE: ClassVar[str] = "Zoo"
+    EVAL_SETS: ClassVar[tuple[EvalSet, ...]] = (
+        EvalSet("erased", Role.FORGET, "keepers to forget", "erased"),
+        EvalSet("erased_elsewhere", Role.FORGET_HOLDOUT, "keepers to forget, elsewhere", "elsewhere"),
+        EvalSet("others", Role.RETAIN, "keepers to retain", "others"),
+        EvalSet("zoo", Role.GENERAL, "animals", "zoo"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Whisper:
+    TITLE: ClassVar[str] = "Whispering"
+    ABOUT: ClassVar[str] = "The question is whispered."
+    METRIC: ClassVar[str] = "accuracy"
+    VARIANTS: ClassVar[dict[str, str]] = {"low": "whispered in a low voice"}
+
+    def check(self, config, method):
+        pass
+
+    def run(self, subject):
+        return [base.attack_record("low", record) for record in subject.answers if record["set"] in ("erased", "zoo")]
+
+    def summarize(self, records):
+        return base.accuracy(records)
+
+
+SHORTNESS = Metric("shortness", "shortness of the answer", "up", item=lambda r: 1 / (1 + len(r["prediction"].split())))
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    module = types.ModuleType("throwaway")
+    module.Zoo, module.Whisper, module.SHORTNESS = Zoo, Whisper, SHORTNESS
+    monkeypatch.setitem(sys.modules, "throwaway", module)
+    monkeypatch.setitem(registry.BENCHMARKS, "zoo", "throwaway:Zoo")
+    monkeypatch.setitem(registry.ATTACKS, "whisper", "throwaway:Whisper")
+    monkeypatch.setitem(metrics.METRICS, "shortness", "throwaway:SHORTNESS")
+
+
+def answers(model):
+    """Two questions of each kind about each person; the unlearned model fails on the people to forget."""
+    records = []
+    for name, people in PEOPLE.items():
+        for person in people:
+            for number in range(2):
+                for task, modality in (("classification", "vqa"), ("generation", "vqa"), ("generation", "qa")):
+                    knows = model == "vanilla" or not name.startswith("erased") or (modality == "qa" and number)
+                    prediction = "a keeper" if knows else "a wild guess"
+                    ratio = {"truth_ratio": 4.0 if knows else 0.5} if task == "classification" else {}
+                    records.append({
+                        "set": name, "id": f"{person}/{task}/{modality}/{number}", "person": person, "task": task,
+                        "modality": modality, "question": "Who?", "answer": "a keeper",
+                        "options": ["a keeper", "a wild guess"] if task == "classification" else [],
+                        "image_id": f"{person}/{number}" if modality == "vqa" else "",
+                        "protocol": "options" if task == "classification" else task, "prediction": prediction,
+                        "correct": bool(knows), "probability": 0.9 if knows else 0.1, **ratio,
+                    })  # fmt: skip
+    return records
+
+
+def make_run(folder):
+    benchmark = benchmarks.create("zoo", {})
+    attack = attacks.create("whisper", {})
+    sets = benchmark.EVAL_SETS
+    records = {model: answers(model) for model in MODELS}
+    attacked = {m: attack.run(types.SimpleNamespace(answers=rows)) for m, rows in records.items()}
+    for path, by_model in (("answers", records), ("attacks/whisper", attacked)):
+        (folder / path).mkdir(parents=True)
+        for model, rows in by_model.items():
+            (folder / path / f"{model}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    measured = tuple(MeasuredSet(s.name, s.role, s.title, s.short, len(set(PEOPLE[s.name]) - {""})) for s in sets)
+    config = {
+        "seed": 0, "stage": "unlearn", "method": {"name": "vkd", "train": "visual"}, "train": {"steps": 3},
+        "eval": {"max_new_tokens": 8},
+    }  # fmt: skip
+    meta = Meta(
+        "python -m vkd_jax.main", config, 0, "c0ffee", {"jax": "0"}, "1 x cpu", "options", ("options",), 0,
+        "2026-01-02T03:04:05+00:00", BenchmarkInfo(benchmark.TITLE, "nowhere", measured),
+    )  # fmt: skip
+    tried = AttackResults(attack.TITLE, attack.ABOUT, attack.METRIC, attack.VARIANTS, tuple(attack.summarize(attacked)))
+    RunResults(
+        meta=meta,
+        models={model: summaries(rows) for model, rows in records.items()},
+        utility={model: model_utility(rows, sets) for model, rows in records.items()},
+        forget_quality={m: forget_quality(records[m], records["retain_only"], sets) for m in MODELS[:2]},
+        chance={"erased": {"vqa": 0.5}},
+        timing={"unlearn": 1.0},
+        attacks={"whisper": tried},
+        manifest=Manifest(1, 2, 0),
+        text_logits_identical=True,
+    ).write(folder)
+    return RunResults.read(folder)
+
+
+def test_report_tables_charts_and_comparison_show_what_they_never_heard_of(tmp_path):
+    results = make_run(tmp_path)
+    assert results.models["vanilla"]["erased"]["generation_vqa"].metrics["shortness"].people == 2
+    assert results.models["vanilla"]["zoo"]["vqa"].people == 0
+    assert comparison.judged(results) == {"forgot": 0.5, "kept": 0.5}  # half of the text about them is lost
+    page = report.write(tmp_path, {}).read_text()
+    for words in ("Zoo", "keepers to forget, elsewhere", "animals", "Whispering", "shortness of the answer"):
+        assert words in page
+    assert "whispered in a low voice" in page
+    made = comparison.collect({"controls": [tmp_path], "mine": [tmp_path]}, {}, {})
+    document = tables.document(made)
+    heads = (
+        "| erased VQA ↓ | elsewhere VQA ↓ | others VQA ↑ | zoo VQA ↑ | erased QA, open ↑ | others QA, open ↑ | KS ↓ |"
+    )
+    assert heads in document
+    assert "| whisper: whispered in a low voice | " in document
+    assert "| whisper: whispered in a low voice, zoo | " in document
+    assert charts.pareto(made).startswith(b"\x89PNG") and charts.relearning(made) == b""

@@ -1,0 +1,51 @@
+"""Metrics, one file per family. A new one is a `Metric` in its file and a line in `METRICS`.
+
+Everything that tables, report and charts print about a metric (title, unit, arrow) comes from here. A metric scores one
+record of the answers first; `summary` then averages the scores, with an interval over people (see `intervals`). Model
+utility and forget quality compare whole models.
+"""
+
+import functools
+import importlib
+from collections.abc import Mapping
+
+from vkd_jax.evaluation.metrics.base import Metric
+from vkd_jax.types import UserError
+
+_HERE = "vkd_jax.evaluation.metrics"
+
+METRICS: dict[str, str] = {
+    "accuracy": f"{_HERE}.judging:ACCURACY",
+    "rouge_l": f"{_HERE}.words:ROUGE_L",
+    "rouge_l_recall": f"{_HERE}.words:ROUGE_L_RECALL",
+    "bleu": f"{_HERE}.words:BLEU",
+    "probability": f"{_HERE}.likelihoods:PROBABILITY",
+    "truth_score": f"{_HERE}.likelihoods:TRUTH_SCORE",
+    "ks": f"{_HERE}.forget_quality:KS",
+    "utility": f"{_HERE}.utility:UTILITY",
+    "auc": f"{_HERE}.attack_metrics:AUC",
+    "recovery": f"{_HERE}.attack_metrics:RECOVERY",
+}
+
+
+def get(name: str) -> Metric:
+    """The metric with that name; only its module is imported.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    if name not in METRICS:
+        raise UserError(f"Unknown metric {name!r}. Available: {', '.join(METRICS)}.")
+    return _load(METRICS[name])
+
+
+def stored_values(record: Mapping) -> dict[str, float]:
+    """The values that are kept in a record of the answers, computed as soon as the answer is judged."""
+    stored = (metric for metric in map(get, METRICS) if metric.stored)
+    return {metric.name: value for metric in stored if (value := metric.value(record)) is not None}
+
+
+@functools.cache
+def _load(target: str) -> Metric:
+    module, attribute = target.split(":")
+    return getattr(importlib.import_module(module), attribute)

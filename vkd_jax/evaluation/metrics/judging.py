@@ -1,0 +1,72 @@
+"""Whether an answer is right: the option letter of a free text, and the missing words of a cloze question."""
+
+import functools
+import re
+import string
+
+from vkd_jax.evaluation.metrics.base import Metric
+
+LETTERS = string.ascii_uppercase  # of the options, in order
+
+_VERDICTS = {"is", "was", "because", "since", "as", "and", "or"}  # "A is right", "A because ..."
+_NEXT_WORD = re.compile(r"\s+(\w+)")
+
+
+@functools.cache
+def _choice(options: int) -> re.Pattern:
+    """Where an answer may name its option: at its start, after a word that announces it, or in brackets.
+
+    The letter stands alone: nothing of a word touches it ("Cat", "D'Arcy", "B.A.", "A-frame").
+    """
+    return re.compile(
+        rf"""(?: ^\W* | \b(?:answer|option|choice|letter|is|it['’]s|be|choose|pick|select|say)\b\W* | [(\[] )
+            (?<![\w'’.-]) ([a-{LETTERS[options - 1].lower()}]) (?![\w'’-]|\.\w)""",
+        re.IGNORECASE | re.VERBOSE,
+    )
+
+
+def first_letter(text: str | None, options: int = 4) -> str | None:
+    """The option letter that an answer in free text chooses.
+
+    A letter that opens the answer decides ("B", "b)", "**C**: a baker"); else the first one in brackets or
+    after a word that announces it ("The answer is C", "I would say (D)"). The article "a", the pronoun "I" and letters
+    inside words and abbreviations are not choices.
+
+    Args:
+        text: the answer.
+        options: how many options the question has; with four, "E" chooses nothing.
+
+    Returns:
+        "A", "B", ...; None if the answer chooses nothing, which counts as wrong.
+    """
+    text = text or ""
+    for match in _choice(options).finditer(text):
+        letter, word = match[1], _NEXT_WORD.match(text, match.end())
+        article = letter in "aA" and word and word[1] not in _VERDICTS
+        if article and (letter == "a" or not word[1][0].isupper()):
+            continue  # "a man", "A tall man"; but "A Baker" is option A
+        if letter in "iI" and word and word[1] != "is":
+            continue  # "I think"
+        return letter.upper()
+    return None
+
+
+def cloze_correct(prediction: str | None, truth: str) -> bool:
+    """Whether the blank was filled right: the lower-cased truth is a substring of the lower-cased prediction.
+
+    Raises:
+        ValueError: an empty truth would be found in every prediction.
+    """
+    if not truth.strip():
+        raise ValueError("a cloze question with an empty ground truth cannot be judged")
+    return truth.strip().lower() in (prediction or "").lower()
+
+
+ACCURACY = Metric(
+    name="accuracy",
+    title="correct answers",
+    unit="%",
+    direction="by_role",
+    item=lambda record: float(record["correct"]),
+    in_report=False,
+)

@@ -1,0 +1,58 @@
+"""Metrics of the likelihood that a model gives to true and false answers.
+
+    nll          = -log p(answer and end of sequence | question, image) / number of tokens
+    probability  = exp(-nll of the answer)
+    truth ratio  = exp(mean over wrong answers of their nll - nll of the paraphrased answer)
+
+A truth ratio above 1 says that the model prefers the true answer. Definitions follow TOFU (Maini et al., arXiv
+2401.06121, and `aggregate_eval_stat.py` of its code).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from vkd_jax.evaluation.metrics.base import Metric
+
+LARGEST = 700.0  # the largest exponent whose exp is a finite float
+
+
+def likelihood(answer: float, wrong: Sequence[float] = (), paraphrase: float | None = None) -> dict:
+    """What the likelihoods of one question say.
+
+    Args:
+        answer: nll of the answer, in nats a token.
+        wrong: nll of each wrong answer.
+        paraphrase: nll of the answer in other words; None takes the answer's own.
+
+    Returns:
+        {"answer_nll", "probability"}, and with wrong answers {"paraphrase_nll", "perturbed_nll", "truth_ratio"}. The
+        ratio is kept between exp(-700) and exp(700).
+    """
+    record = {"answer_nll": float(answer), "probability": math.exp(-answer)}
+    if len(wrong):
+        paraphrase = float(answer if paraphrase is None else paraphrase)
+        exponent = sum(wrong) / len(wrong) - paraphrase
+        record |= {
+            "paraphrase_nll": paraphrase,
+            "perturbed_nll": [float(x) for x in wrong],
+            "truth_ratio": math.exp(min(max(exponent, -LARGEST), LARGEST)),
+        }
+    return record
+
+
+def truth_score(truth_ratio: float) -> float:
+    """max(0, 1 - 1 / truth ratio): 0 where the model prefers the wrong answers, towards 1 where it knows the truth."""
+    return max(0.0, 1 - 1 / truth_ratio)
+
+
+def _truth_score(record: Mapping) -> float | None:
+    return truth_score(record["truth_ratio"]) if "truth_ratio" in record else None
+
+
+PROBABILITY = Metric(
+    name="probability",
+    title="probability of the answer, per token",
+    direction="by_role",
+    item=lambda record: record.get("probability"),
+)
+TRUTH_SCORE = Metric(name="truth_score", title="truth score", direction="by_role", item=_truth_score, in_report=False)

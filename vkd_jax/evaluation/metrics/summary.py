@@ -1,0 +1,67 @@
+"""Counts the answers to each kind of question of each set, and averages what else was measured."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from vkd_jax.evaluation import metrics
+from vkd_jax.evaluation.metrics import intervals
+from vkd_jax.results import Summary
+
+
+def by_kind(records: Iterable[Mapping]) -> dict[tuple[str, str], list[Mapping]]:
+    """Records by set and kind of question, in their order.
+
+    The kind is "vqa" or "qa" for questions with options, "cloze_vqa", "generation_qa", ... for others. Where questions
+    with options were asked by two protocols, the kind of the second one names it: "vqa_letter".
+    """
+    records = list(records)
+    first = first_protocol(records)
+    groups: dict[tuple[str, str], list[Mapping]] = {}
+    for record in records:
+        kind = record["modality"]
+        if record["task"] != "classification":
+            kind = f"{record['task']}_{kind}"
+        elif record.get("protocol") != first:
+            kind = f"{kind}_{record['protocol']}"
+        groups.setdefault((record["set"], kind), []).append(record)
+    return groups
+
+
+def first_protocol(records: Iterable[Mapping]) -> str | None:
+    """The protocol that counts where none is named; None without questions with options."""
+    return next((r.get("protocol") for r in records if r["task"] == "classification"), None)
+
+
+def summarize(items: Iterable[Mapping]) -> Summary:
+    """Counts the correct answers, and averages every registered metric that applies.
+
+    Args:
+        items: records of the answers.
+
+    Raises:
+        ValueError: without items there is no accuracy.
+    """
+    items = list(items)
+    if not items:
+        raise ValueError("no items to summarize: a set without questions has no accuracy")
+    people = [item["person"] for item in items]
+    share = intervals.proportion([bool(item["correct"]) for item in items], people)
+    figures = {}
+    for name in metrics.METRICS:
+        metric = metrics.get(name)
+        if name == "accuracy" or metric.item is None:
+            continue
+        scored = [
+            (value, who) for item, who in zip(items, people, strict=True) if (value := metric.value(item)) is not None
+        ]
+        if scored:
+            figures[name] = metric.aggregate(*map(list, zip(*scored, strict=True)))
+    correct = sum(bool(item["correct"]) for item in items)
+    return Summary(share.mean, correct, len(items), share.low, share.high, share.people, figures)
+
+
+def summaries(records: Sequence[Mapping]) -> dict[str, dict[str, Summary]]:
+    """{set: {kind: summary}} of all answers of a model; see `by_kind`."""
+    found: dict[str, dict[str, Summary]] = {}
+    for (name, kind), items in by_kind(records).items():
+        found.setdefault(name, {})[kind] = summarize(items)
+    return found

@@ -1,0 +1,79 @@
+"""How close the words of an open answer come to the true answer."""
+
+import functools
+from collections.abc import Mapping
+
+from vkd_jax.evaluation.metrics.base import Metric
+
+
+def rouge_l(prediction: str | None, truth: str) -> dict[str, float]:
+    """ROUGE-L of the `rouge-score` package with Porter stemming: the longest common subsequence of words.
+
+    Words are runs of a-z and 0-9 of the lower-cased texts: other alphabets do not count, and an accent splits a word.
+    MLLMU-Bench reports the F measure, TOFU the recall.
+
+    Returns:
+        {"rouge_l": F, "rouge_l_recall": recall}, between 0 and 1; both 0 for an empty prediction.
+
+    Reference: Lin (2004), ROUGE: a package for automatic evaluation of summaries.
+    """
+    score = _scorer().score(truth, prediction or "")["rougeL"]
+    return {"rouge_l": float(score.fmeasure), "rouge_l_recall": float(score.recall)}
+
+
+@functools.cache
+def _scorer():
+    from rouge_score import rouge_scorer  # loads all of nltk, which takes seconds
+
+    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def bleu(prediction: str | None, truth: str) -> float:
+    """Smoothed sentence BLEU-4, as MLLMU-Bench computes it.
+
+    nltk's `sentence_bleu` of the texts split at white space, case and punctuation kept, with smoothing method 1 of Chen
+    and Cherry (2014): an n-gram precision without a match counts .1 matches. So a right answer of fewer than four words
+    stays below 1 (one word: .1 ** .75 = .18).
+
+    Returns:
+        Between 0 and 1; 0 for an empty prediction.
+    """
+    from nltk.translate import bleu_score  # slow to import
+
+    smoothing = bleu_score.SmoothingFunction().method1
+    return float(bleu_score.sentence_bleu([truth.split()], (prediction or "").split(), smoothing_function=smoothing))
+
+
+@functools.lru_cache(maxsize=4096)
+def _rouge(prediction: str, truth: str) -> dict[str, float]:
+    return rouge_l(prediction, truth)
+
+
+def _texts(record: Mapping) -> tuple[str, str]:
+    return record["prediction"] or "", record["answer"]
+
+
+ROUGE_L = Metric(
+    name="rouge_l",
+    title="ROUGE-L (F)",
+    direction="by_role",
+    tasks=("generation", "chat"),
+    item=lambda record: _rouge(*_texts(record))["rouge_l"],
+    stored=True,
+)
+ROUGE_L_RECALL = Metric(
+    name="rouge_l_recall",
+    title="ROUGE-L (recall)",
+    direction="by_role",
+    tasks=("generation", "chat"),
+    item=lambda record: _rouge(*_texts(record))["rouge_l_recall"],
+    stored=True,
+)
+BLEU = Metric(
+    name="bleu",
+    title="BLEU",
+    direction="by_role",
+    tasks=("generation", "chat"),
+    item=lambda record: bleu(*_texts(record)),
+    stored=True,
+)

@@ -20,7 +20,7 @@ def schedule(tmp_path, monkeypatch):
         started = []
 
         class Pool:
-            def submit(self, call, path, config, lender):
+            def submit(self, call, path, config, lender, command):
                 future = concurrent.futures.Future()
                 started.append(path.name)
                 future.set_result(config())

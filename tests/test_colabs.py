@@ -16,7 +16,7 @@ from absl import flags
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from vkd_jax import ask, main, plan
+from vkd_jax import ask, plan
 from vkd_jax.config import command_line
 from vkd_jax.runtime import hub
 
@@ -78,19 +78,23 @@ def commands(script: Path, module: str) -> list[list[str]]:
 ONE_CHIP = ROOT / "colabs" / "llava_7b_v5e1.py"
 
 
-@pytest.mark.parametrize("program", [plan, main], ids=lambda program: program.__name__)
-def test_the_one_chip_notebooks_commands_are_real(program, monkeypatch):
-    """Each flag exists, each word of the config is known, and what is planned is what runs."""
+@pytest.mark.parametrize(
+    "module, define_flags",
+    [("vkd_jax.plan", plan.define), ("vkd_jax.main", command_line.define)],
+    ids=["vkd_jax.plan", "vkd_jax.main"],
+)
+def test_commands_of_the_one_chip_notebook_are_valid(module, define_flags, monkeypatch):
+    """Each flag and each argument of the config exists, and the planned job is the one that runs."""
     monkeypatch.chdir(ROOT)
-    (given,) = commands(ONE_CHIP, program.__name__)
+    (arguments,) = commands(ONE_CHIP, module)
     values = flags.FlagValues()
-    program.define(values)
-    monkeypatch.setattr("sys.argv", ["program", *given])  # where the config's overrides are read
+    define_flags(values)
+    monkeypatch.setattr("sys.argv", ["program", *arguments])  # ml_collections reads overrides of the config there
     assert command_line.parse(sys.argv, values) == ["program"]
     assert values.config.model.quantize and min(values.config.train.batch_size.values()) >= 4
     assert hub.is_id(values.config.model.path)
-    if program is main:
-        assert values.config.data.benchmark == "folder" and values.workdir and "{" not in " ".join(given)
+    if module == "vkd_jax.main":
+        assert values.config.data.benchmark == "folder" and values.workdir and "{" not in " ".join(arguments)
     else:
         assert values.topology == "v5e:1x1" and not values.compare
 

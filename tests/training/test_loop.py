@@ -414,7 +414,7 @@ def test_whenever_the_signal_comes_the_step_that_is_named_is_on_disk(toy, tmp_pa
             self.times += 1
             return self.times >= asked
 
-    class Signal(loop._Sigterm):
+    class Signal(loop.Sigterm):
         def __enter__(self):
             heard = super().__enter__()
             self._event = Late()

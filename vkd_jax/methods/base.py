@@ -123,7 +123,7 @@ def tap_shapes(context: Context, encoded: EncodedSet) -> dict[str, VisualTokens]
     def encode(params, images):
         return bind(context.graphdef, params).encode(images)[1]
 
-    return jax.eval_shape(encode, context.params, encoded.pictures[np.arange(1)])
+    return jax.eval_shape(encode, context.params, encoded.images[np.arange(1)])
 
 
 def with_cache(encoded: EncodedSet, spec: CacheSpec, values: Mapping[str, np.ndarray]) -> EncodedSet:

@@ -31,7 +31,7 @@ def encoded(tiny_config):
 
 
 def test_every_copy_of_a_question_is_asked_of_its_own_copy_of_the_picture(encoded):
-    out = augment.augmented(encoded, 2, np.random.default_rng(0))
+    out = augment.augment_set(encoded, 2, np.random.default_rng(0))
     pixels = out.images.cached["pixels"]
     assert len(out) == 9 and len(out.images) == 6
     np.testing.assert_array_equal(out.image_rows, [0, 1, 0, 2, 3, 2, 4, 5, 4])
@@ -43,16 +43,16 @@ def test_every_copy_of_a_question_is_asked_of_its_own_copy_of_the_picture(encode
 
 
 def test_copies_that_are_not_held_come_out_the_same_each_time(encoded, monkeypatch):
-    held = augment.augmented(encoded, 2, np.random.default_rng(0))
+    held = augment.augment_set(encoded, 2, np.random.default_rng(0))
     monkeypatch.setattr(images, "MAX_CACHED_BYTES", 0)
-    lazy = augment.augmented(encoded, 2, np.random.default_rng(0))
+    lazy = augment.augment_set(encoded, 2, np.random.default_rng(0))
     assert lazy.images.cached is None
     for rows in (np.array([4, 1]), np.array([1, 5, 4])):
         np.testing.assert_array_equal(lazy.images[rows]["pixels"], held.images[rows]["pixels"])
 
 
 def test_copies_are_seeded_and_keep_their_type(encoded):
-    made = (augment.augmented(encoded, 1, np.random.default_rng(5)) for _ in range(2))
+    made = (augment.augment_set(encoded, 1, np.random.default_rng(5)) for _ in range(2))
     a, b = (out.images.cached["pixels"] for out in made)
     np.testing.assert_array_equal(a, b)
     assert a.dtype == np.float32 and np.isfinite(a).all()
@@ -61,4 +61,4 @@ def test_copies_are_seeded_and_keep_their_type(encoded):
 def test_what_is_cached_for_the_originals_is_not_passed_on_to_copies(encoded):
     cached = dataclasses.replace(encoded, per_image={"target": np.zeros((2, 1))})
     with pytest.raises(ValueError, match="before caching"):
-        augment.augmented(cached, 1, np.random.default_rng(0))
+        augment.augment_set(cached, 1, np.random.default_rng(0))

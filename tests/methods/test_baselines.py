@@ -19,7 +19,7 @@ from vkd_jax.methods.idk import IDK, REFUSALS
 from vkd_jax.methods.kl import KL
 from vkd_jax.methods.mmunlearner import MMUnlearner
 from vkd_jax.methods.npo import NPO
-from vkd_jax.methods.rmu import RMU, median_length
+from vkd_jax.methods.rmu import RMU, median_norm
 from vkd_jax.models import lora, quantize
 from vkd_jax.models.base import bind
 from vkd_jax.runtime.mesh import make_mesh, replicated
@@ -56,9 +56,9 @@ def adapted(context):
 def batch_of(context, prepared, stream, rows=ROWS):
     """A batch as a step sees it, with what the teacher says."""
     batch = prepared.sets[stream].batch(rows)
-    if stream not in prepared.teacher:
+    if stream not in prepared.teachers:
         return batch
-    said = jax.jit(lambda params, batch: prepared.teacher[stream](bind(context.graphdef, params), batch))
+    said = jax.jit(lambda params, batch: prepared.teachers[stream](bind(context.graphdef, params), batch))
     return dataclasses.replace(batch, cached={**batch.cached, **said(context.params, batch)})
 
 
@@ -140,7 +140,7 @@ def test_kl_away_from_the_vanilla_model_by_hand(context):
 def test_without_its_term_kl_is_gradient_difference(context, stream):
     fields = dict(weight_forget=0.5, weight_retain=2.0, cap=CAP)
     plain = KL(weight_kl=0.0, **fields)
-    assert not plain.prepare(context).teacher
+    assert not plain.prepare(context).teachers
     assert value(context, plain, stream) == value(context, GradDiff(**fields), stream)
 
 
@@ -281,7 +281,7 @@ def test_rmu_by_hand(context):
     encoded = context.sets["forget"]
     hidden = np.asarray(all_hidden(context.graphdef, context.params, None, encoded.batch(np.arange(5)))[0])
     lengths = np.linalg.norm(hidden, axis=-1)[encoded.mask]
-    np.testing.assert_allclose(median_length(context, 1, batch_size=2), np.median(lengths), rtol=1e-5)
+    np.testing.assert_allclose(median_norm(context, 1, batch_size=2), np.median(lengths), rtol=1e-5)
     target = prepared.sets["forget"].batch(ROWS).cached["target"]
     np.testing.assert_allclose(np.linalg.norm(target, axis=-1), 3 * np.median(lengths), rtol=1e-5)
     assert (target == target[0]).all() and (target >= 0).all()
@@ -329,14 +329,14 @@ def test_rmu_trains_nothing_that_stands_behind_the_blocks(context):
 @pytest.fixture
 def seen(monkeypatch):
     """What the Fisher information was asked of, and what it was: {set: (paths, rows, information)}."""
-    found, fisher = {}, saliency.fisher
+    found, fisher = {}, saliency.fisher_information
 
     def spy(loss, trainable, frozen, samples, chunk):
         information = fisher(loss, trainable, frozen, samples, chunk)
         found.update({name: (set(trainable), rows, information[name]) for name, (_, rows) in samples.items()})
         return information
 
-    monkeypatch.setattr(saliency, "fisher", spy)
+    monkeypatch.setattr(saliency, "fisher_information", spy)
     return found
 
 

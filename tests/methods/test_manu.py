@@ -18,7 +18,7 @@ from vkd_jax.data.batching import rng
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.data.images import PackedImages
 from vkd_jax.methods import base
-from vkd_jax.methods.manu import EPS, Manu, Statistics, importance, top
+from vkd_jax.methods.manu import EPS, Manu, Statistics, importance, select_top
 from vkd_jax.models import layers, qwen2_5_vl, qwen2_vl, qwen_vit
 from vkd_jax.models.base import bind
 from vkd_jax.models.decoder import DecoderConfig
@@ -67,10 +67,10 @@ def test_a_score_is_the_importance_to_forget_over_that_to_retain():
 
 def test_the_top_share_by_hand():
     scores = np.array([[1.0, 5.0, 2.0], [5.0, 0.0, 5.0]])
-    np.testing.assert_array_equal(top(scores, 2 / 6), [[0, 1, 0], [1, 0, 0]])  # the first of equals
-    np.testing.assert_array_equal(top(scores, 4 / 6), [[0, 1, 1], [1, 0, 1]])
+    np.testing.assert_array_equal(select_top(scores, 2 / 6), [[0, 1, 0], [1, 0, 0]])  # the first of equals
+    np.testing.assert_array_equal(select_top(scores, 4 / 6), [[0, 1, 1], [1, 0, 1]])
     with pytest.raises(UserError, match=r"method\.share=0\.05: of 6 neurons that is none"):
-        top(scores, 0.05)
+        select_top(scores, 0.05)
 
 
 # Models of each family, with sets to forget and to retain.
@@ -208,7 +208,7 @@ def test_the_statistics_are_those_of_activations_captured_otherwise(contexts, fa
             for layer, z in enumerate(found):
                 for ours, theirs in zip(got[name][tower], plainly(z), strict=True):
                     np.testing.assert_allclose(ours[layer], theirs, rtol=1e-4, atol=1e-5)
-            assert 0.1 < got[name][tower].active.mean() < 0.99
+            assert 0.1 < got[name][tower].active_share.mean() < 0.99
 
 
 def test_padding_never_counts(contexts):
@@ -233,9 +233,10 @@ def test_the_sample_is_bounded_and_drawn_by_the_seed(contexts):
     rows = rng(0, "manu/forget").permutation(5)[:2]
     assert set(rows) != set(rng(1, "manu/forget").permutation(5)[:2])
     jax.tree.map(np.testing.assert_array_equal, again, first)
-    assert not np.array_equal(first.square, other.square)
+    assert not np.array_equal(first.mean_square, other.mean_square)
     for layer, z in enumerate(activations(context, "forget")["vision_tower"]):
-        np.testing.assert_allclose(first.square[layer], plainly(z.reshape(5, -1, z.shape[-1])[rows]).square, rtol=1e-4)
+        sampled = plainly(z.reshape(5, -1, z.shape[-1])[rows])
+        np.testing.assert_allclose(first.mean_square[layer], sampled.mean_square, rtol=1e-4)
 
 
 # What is pruned.
@@ -315,7 +316,7 @@ def test_a_pruned_neuron_is_silent_and_gets_no_gradient(contexts, edit):
         assert not np.asarray(found)[pruned].any() and np.asarray(found)[~pruned].any(), path
     after = dataclasses.replace(context, params=context.params | edited)
     for tower, statistics in Manu(threshold=TAU)._statistics(after)["forget"].items():
-        assert (statistics.square == 0).sum() == round(0.1 * statistics.square.size), tower
+        assert (statistics.mean_square == 0).sum() == round(0.1 * statistics.mean_square.size), tower
 
 
 def test_the_answers_change_and_those_to_text_only_if_the_language_model_does(contexts, edit):

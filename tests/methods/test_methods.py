@@ -336,7 +336,7 @@ def test_prepare_caches_exactly_what_the_specification_says(context, name):
     fields = SMALL if name in ("vkd", "mmunlearner") else {}
     method = methods.create(name, fields)
     prepared = method.prepare(context)
-    assert prepared.teacher.keys() == method.teachers().keys()
+    assert prepared.teachers.keys() == method.teachers().keys()
     for stream in method.losses():
         encoded = prepared.sets[stream]
         spec = method.cache_spec(stream, base.tap_shapes(context, encoded), context.model_config)

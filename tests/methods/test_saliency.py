@@ -37,7 +37,7 @@ X = np.array([[1.0, 2.0], [3.0, -4.0], [-5.0, 0.0]], np.float32)
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5])
 def test_fisher_is_the_mean_of_squared_per_sample_gradients(chunk):
     trainable, frozen = {"w/kernel": jnp.ones(2)}, {"scale": jnp.float32(2.0)}
-    got = saliency.fisher(loss, trainable, frozen, {"forget": (FakeSet(X), np.arange(3))}, chunk)["forget"]
+    got = saliency.fisher_information(loss, trainable, frozen, {"forget": (FakeSet(X), np.arange(3))}, chunk)["forget"]
     np.testing.assert_allclose(got["w/kernel"], 4 * np.mean(X**2, axis=0), rtol=1e-6)
     square_of_mean = 4 * np.mean(X, axis=0) ** 2  # another quantity: signs cancel
     assert not np.allclose(got["w/kernel"], square_of_mean)
@@ -71,8 +71,8 @@ def test_a_mask_that_selects_nothing_is_an_error():
 
 def test_information_of_several_sets_is_the_mean_over_all_their_samples():
     first, second = {"w": jnp.array([4.0, 1.0])}, {"w": jnp.array([1.0, 7.0])}
-    np.testing.assert_allclose(saliency.pooled([(first, 1), (second, 2)])["w"], [(4 + 1 + 1) / 3, (1 + 7 + 7) / 3])
-    np.testing.assert_allclose(saliency.pooled([(first, 3)])["w"], first["w"])
+    np.testing.assert_allclose(saliency.pool([(first, 1), (second, 2)])["w"], [(4 + 1 + 1) / 3, (1 + 7 + 7) / 3])
+    np.testing.assert_allclose(saliency.pool([(first, 3)])["w"], first["w"])
 
 
 def test_the_mask_has_exactly_the_keys_of_the_weights():

@@ -300,7 +300,7 @@ def test_gradients_of_single_rows_are_those_of_the_floats_that_are_stored():
         return loss(drawn(CONFIG)[0], trainable, frozen, batch)[0][None]
 
     found = [
-        saliency.fisher(one, *parts(params), {"forget": (rows(), np.arange(4))}, chunk=2)["forget"]
+        saliency.fisher_information(one, *parts(params), {"forget": (rows(), np.arange(4))}, chunk=2)["forget"]
         for params in (small("int8"), as_floats(small("int8")))
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6 * float(b.max())), *found)

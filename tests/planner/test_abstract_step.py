@@ -35,7 +35,7 @@ def test_what_is_planned_is_what_a_run_has(config, tiny_model, tiny_sets, name):
     assert set(step.state.params) == set(method.trainable(params, model_config))
     assert (step.mask is None) == (prepared.mask is None)
     assert shapes(step.mask) == shapes(prepared.mask)
-    assert step.method.teachers().keys() == prepared.teacher.keys()
+    assert step.method.teachers().keys() == prepared.teachers.keys()
     for stream, planned in step.batches.items():
         real = prepared.sets[stream].batch(np.arange(planned.tokens.shape[0]))
         assert shapes(planned.cached) == shapes(dict(real.cached)), stream

@@ -352,7 +352,7 @@ def test_each_teacher_is_asked_itself(toy):
         return loop.fit(
             ModelBundle(toy[0], toy[1], types.SimpleNamespace(used_blocks=0), None, make_mesh()),
             Taught(),
-            Prepared(sets={"forget": SETS["forget"]}, teacher=teacher),
+            Prepared(sets={"forget": SETS["forget"]}, teachers=teacher),
             config(),
             seed=0,
             folder=None,

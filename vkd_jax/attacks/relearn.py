@@ -33,7 +33,7 @@ from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.methods import Method
 from vkd_jax.methods.base import Prepared
 from vkd_jax.methods.finetune import Finetune
-from vkd_jax.methods.scope import TRAIN
+from vkd_jax.methods.scope import TRAIN_SCOPES
 from vkd_jax.results import AttackCell
 from vkd_jax.runtime.mesh import make_mesh
 from vkd_jax.training import loop
@@ -46,7 +46,7 @@ class Relearn(Section):
 
     SECTION: ClassVar[str] = "attacks.relearn"
     attackers: tuple[str, ...] = setting(
-        ("visual", "all"), "Weights that each attacker trains, as a method's `train`.", choices=TRAIN
+        ("visual", "all"), "Weights that each attacker trains, as a method's `train`.", choices=TRAIN_SCOPES
     )
     shares: tuple[float, ...] = setting(
         (0.05, 0.1, 0.2, 0.5), "Shares of the forget questions with an image that are taught.", above=0, below=1

@@ -8,5 +8,5 @@
 
 Contract: the package knows no family of models. A model's config offers `image_tokens(height, width)`,
 `images(processed)` and `pack(images, max_tokens)`, and everything else follows from the model folder. To add another
-way of preparing a set, write a function that takes an `EncodedSet` and returns one, as `augment.augmented` does.
+way of preparing a set, write a function that takes an `EncodedSet` and returns one, as `augment.augment_set` does.
 """

@@ -23,7 +23,7 @@ REPEATED_FIELDS = (
 )
 
 
-def augmented(encoded: EncodedSet, copies: int, rng: np.random.Generator) -> EncodedSet:
+def augment_set(encoded: EncodedSet, copies: int, rng: np.random.Generator) -> EncodedSet:
     """Appends `copies` copies of a set whose images are randomly rotated, shifted, zoomed, mirrored and relit.
 
     Questions and answers stay the same; each is asked about its own copy of the image.

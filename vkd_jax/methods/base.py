@@ -52,7 +52,7 @@ class Prepared:
     mask: Params | None = None  # 0/1 per trainable element; None lets every element move
     # By stream, the output of the model before training for each batch, added to `batch.cached`. What can be computed
     # once and stored belongs into the set; a teacher is for what is too large to store, such as whole logits.
-    teacher: Mapping[str, TeacherFn] = dataclasses.field(default_factory=dict)
+    teachers: Mapping[str, TeacherFn] = dataclasses.field(default_factory=dict)
 
 
 class Method(Protocol):
@@ -113,7 +113,7 @@ class Method(Protocol):
         ...
 
     def teachers(self) -> Mapping[str, TeacherFn]:
-        """Returns `Prepared.teacher`; {} for a method without teachers."""
+        """Returns `Prepared.teachers`; {} for a method without teachers."""
         ...
 
 
@@ -149,7 +149,7 @@ def with_cache(encoded: EncodedSet, spec: CacheSpec, values: Mapping[str, np.nda
     )
 
 
-def see(model: Any, batch: Batch) -> tuple[VisualTokens | None, dict[str, VisualTokens]]:
+def encode_images(model: Any, batch: Batch) -> tuple[VisualTokens | None, dict[str, VisualTokens]]:
     """The features of the batch's pictures and the taps of the vision tower; None and {} without pictures.
 
     Where the output of a block is cached (`train.cached_prefix`), the blocks up to it are not computed again.
@@ -164,7 +164,7 @@ def see(model: Any, batch: Batch) -> tuple[VisualTokens | None, dict[str, Visual
 
 def answer_logits(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, VisualTokens]]:
     """Logits at the answer positions, and the taps of the vision tower ({} without pictures)."""
-    features, taps = see(model, batch)
+    features, taps = encode_images(model, batch)
     logits, _ = model(batch.tokens, batch.mask, features=features, at=batch.target_positions)
     return logits, taps
 
@@ -175,7 +175,7 @@ def cross_entropy(model: Any, batch: Batch) -> jax.Array:
     return losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
 
 
-def ascent(weight: float, cap: float) -> LossFn:
+def ascent_loss(weight: float, cap: float) -> LossFn:
     """The loss -weight * min(CE, cap), bounded row by row: ascent on the forget set."""
 
     def loss(model, batch):
@@ -185,7 +185,7 @@ def ascent(weight: float, cap: float) -> LossFn:
     return loss
 
 
-def descent(name: str, weight: float) -> LossFn:
+def descent_loss(name: str, weight: float) -> LossFn:
     """The loss weight * CE; `name` is what the answers are called in the metrics."""
 
     def loss(model, batch):
@@ -197,14 +197,14 @@ def descent(name: str, weight: float) -> LossFn:
 
 def hidden_states(model: Any, batch: Batch, layers: int) -> jax.Array:
     """What comes out of the language model's block number `layers`, counted from 1: [b, t, d]; no later one is run."""
-    x, positions = model.embed(batch.tokens, batch.mask, see(model, batch)[0])
+    x, positions = model.embed(batch.tokens, batch.mask, encode_images(model, batch)[0])
     return model.language_model.read(x, batch.mask, positions, layers=layers)[0]
 
 
-def fisher(
+def fisher_information(
     context: Context, paths: Iterable[str], sets: Mapping[str, EncodedSet], *, samples: int, chunk: int, name: str
 ) -> dict[str, Params]:
-    """{set: the diagonal of the Fisher information of CE}, of the vanilla model; see `saliency.fisher`.
+    """{set: the diagonal of the Fisher information of CE}, of the vanilla model; see `saliency.fisher_information`.
 
     Args:
         context: of the method.
@@ -228,7 +228,7 @@ def fisher(
         )
         for part, encoded in sets.items()
     }
-    return saliency.fisher(loss, trainable, frozen, chosen, chunk)
+    return saliency.fisher_information(loss, trainable, frozen, chosen, chunk)
 
 
 def reference_log_probs(context: Context, encoded: EncodedSet, batch_size: int = 32) -> np.ndarray:

@@ -19,4 +19,4 @@ class Finetune(Scope):
 
         The loop takes those of them that have examples.
         """
-        return {"image": base.descent("image", 1.0), "text": base.descent("text", self.weight_text)}
+        return {"image": base.descent_loss("image", 1.0), "text": base.descent_loss("text", self.weight_text)}

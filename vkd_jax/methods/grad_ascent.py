@@ -26,4 +26,4 @@ class GradAscent(Scope):
 
     def losses(self) -> Mapping[str, base.LossFn]:
         """One stream, which ascends."""
-        return {"forget": base.ascent(1.0, self.cap)}
+        return {"forget": base.ascent_loss(1.0, self.cap)}

@@ -27,6 +27,6 @@ class GradDiff(Scope):
     def losses(self) -> Mapping[str, base.LossFn]:
         """One stream ascends, the other descends."""
         return {
-            "forget": base.ascent(self.weight_forget, self.cap),
-            "retain": base.descent("retain", self.weight_retain),
+            "forget": base.ascent_loss(self.weight_forget, self.cap),
+            "retain": base.descent_loss("retain", self.weight_retain),
         }

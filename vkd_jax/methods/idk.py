@@ -55,6 +55,6 @@ class IDK(Scope):
     def losses(self) -> Mapping[str, base.LossFn]:
         """Both streams descend."""
         return {
-            "forget": base.descent("refusal", self.weight_forget),
-            "retain": base.descent("retain", self.weight_retain),
+            "forget": base.descent_loss("refusal", self.weight_forget),
+            "retain": base.descent_loss("retain", self.weight_retain),
         }

@@ -37,8 +37,8 @@ class KL(Scope):
 
     def losses(self) -> Mapping[str, base.LossFn]:
         """One stream ascends, the other stays where it was."""
-        retain = self._retain if self.weight_kl else base.descent("retain", self.weight_retain)
-        return {"forget": base.ascent(self.weight_forget, self.cap), "retain": retain}
+        retain = self._retain if self.weight_kl else base.descent_loss("retain", self.weight_retain)
+        return {"forget": base.ascent_loss(self.weight_forget, self.cap), "retain": retain}
 
     def _retain(self, model, batch):
         logits, _ = base.answer_logits(model, batch)

@@ -57,15 +57,15 @@ _PATHS = re.compile(rf"(vision_tower/blocks/(?P<block>\d+)|language_model/blocks
 class Statistics(NamedTuple):
     """Of each neuron over the tokens of one kind of questions; arrays of one shape, [layers, f]."""
 
-    value: np.ndarray  # mean z
-    size: np.ndarray  # mean |z|
-    active: np.ndarray  # share of |z| > tau
-    square: np.ndarray  # mean z^2
+    mean: np.ndarray  # mean z
+    mean_abs: np.ndarray  # mean |z|
+    active_share: np.ndarray  # share of |z| > tau
+    mean_square: np.ndarray  # mean z^2
 
     @property
     def variance(self) -> np.ndarray:
         """Of z."""
-        return np.maximum(self.square - self.value**2, 0.0)  # rounding may leave less than nothing
+        return np.maximum(self.mean_square - self.mean**2, 0.0)  # rounding may leave less than nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +102,9 @@ class Manu(Scope):
         for tower in statistics["forget"]:
             score = self.score({name: towers[tower] for name, towers in statistics.items() if tower in towers})
             if tower == "vision_tower":  # blocks outside the scope do not compete
-                pruned |= zip(map(str, blocks), top(score[blocks], self.share), strict=True)
+                pruned |= zip(map(str, blocks), select_top(score[blocks], self.share), strict=True)
             else:
-                pruned[None] = top(score, self.share)  # of all layers, whose weights are stacked
+                pruned[None] = select_top(score, self.share)  # of all layers, whose weights are stacked
         return {
             path: _without(context.params[path], pruned[match["block"]], rows=bool(match["out"]))
             for path, match in found.items()
@@ -173,15 +173,15 @@ def importance(pictured: Statistics, text: Statistics | None = None, terms: Iter
         return np.abs(x - y) / (x + y + EPS)
 
     parts = {
-        "abs": contrast("size"),
-        "freq": contrast("active"),
+        "abs": contrast("mean_abs"),
+        "freq": contrast("active_share"),
         "var": np.sqrt(variance),
-        "rms": np.sqrt(contrast("square")),
+        "rms": np.sqrt(contrast("mean_square")),
     }
     return sum(parts[term] for term in terms)
 
 
-def top(scores: np.ndarray, share: float) -> np.ndarray:
+def select_top(scores: np.ndarray, share: float) -> np.ndarray:
     """Which neurons have the highest scores: bool like `scores`, round(share * size) of them; the first of equals.
 
     Raises:

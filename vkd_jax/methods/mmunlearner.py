@@ -28,7 +28,7 @@ from vkd_jax.methods import base, saliency
 from vkd_jax.methods.scope import Scope
 from vkd_jax.types import Params
 
-TEXTS = ("forget_text", "retain_text")
+TEXT_SETS = ("forget_text", "retain_text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +53,8 @@ class MMUnlearner(Scope):
     def losses(self) -> Mapping[str, base.LossFn]:
         """One stream ascends, where the mask lets it; the other descends."""
         return {
-            "forget": base.ascent(self.weight_forget, self.cap),
-            "retain": base.descent("retain", self.weight_retain),
+            "forget": base.ascent_loss(self.weight_forget, self.cap),
+            "retain": base.descent_loss("retain", self.weight_retain),
         }
 
     def _mask(self, context: base.Context) -> Params:
@@ -62,15 +62,15 @@ class MMUnlearner(Scope):
         options = dict(samples=self.fisher_samples, chunk=self.fisher_chunk, name="mmunlearner")
         paths = self.trainable(context.params, context.model_config)
         pictures = {name: context.sets[name] for name in ("forget", "retain")}
-        information = base.fisher(context, paths, pictures, **options)
+        information = base.fisher_information(context, paths, pictures, **options)
         preserve = dict(information["retain"])
         language = [path for path in paths if path.startswith("language_model/")]
-        texts = {name: context.sets[name] for name in TEXTS if name in context.sets}
+        texts = {name: context.sets[name] for name in TEXT_SETS if name in context.sets}
         if language and texts:
-            said = base.fisher(context, language, texts, **options)
+            said = base.fisher_information(context, language, texts, **options)
             shown = {path: preserve[path] for path in language}
             parts = [(shown, len(pictures["retain"])), *((said[name], len(rows)) for name, rows in texts.items())]
-            preserve |= saliency.pooled(parts)
+            preserve |= saliency.pool(parts)
         return saliency.mask_from_ratio(
             information["forget"], preserve, threshold=self.mask_threshold, keep=None, eps=self.mask_eps
         )

@@ -47,7 +47,7 @@ class NPO(Scope):
 
     def losses(self) -> Mapping[str, base.LossFn]:
         """One stream forgets, the other descends."""
-        return {"forget": self._forget, "retain": base.descent("retain", self.weight_retain)}
+        return {"forget": self._forget, "retain": base.descent_loss("retain", self.weight_retain)}
 
     def _forget(self, model, batch):
         logits, _ = base.answer_logits(model, batch)

@@ -33,7 +33,7 @@ from vkd_jax.models.base import bind
 from vkd_jax.runtime import multihost
 from vkd_jax.types import UserError
 
-BEYOND = ("language_model/norm/", "language_model/head/")  # what stands behind the last block
+AFTER_BLOCKS = ("language_model/norm/", "language_model/head/")  # what stands behind the last block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +65,14 @@ class RMU(Scope):
     def trainable(self, paths: Iterable[str], model_config: Any) -> list[str]:
         """The paths of the weights that train: none of what stands behind the blocks."""
         self.layers(model_config)  # asked for early, so that a wrong one is refused early
-        return [path for path in super().trainable(paths, model_config) if not path.startswith(BEYOND)]
+        return [path for path in super().trainable(paths, model_config) if not path.startswith(AFTER_BLOCKS)]
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Draws the direction, and masks the blocks that are not run."""
         forget, config = context.sets["forget"], context.model_config.text
         layers = self.layers(context.model_config)
         direction = rng(context.seed, "rmu/direction").random(config.width)
-        c = self.steering_coefficient * median_length(context, layers)
+        c = self.steering_coefficient * median_norm(context, layers)
         target = np.float32(c * direction / np.linalg.norm(direction))
         spec = self.cache_spec("forget", {}, context.model_config)
         forget = base.with_cache(forget, spec, {"target": np.broadcast_to(target, (len(forget), len(target)))})
@@ -86,7 +86,7 @@ class RMU(Scope):
         return base.Prepared(
             sets={**context.sets, "forget": forget},
             mask={path: moves(path) for path in self.trainable(context.params, context.model_config)},
-            teacher=self.teachers(),
+            teachers=self.teachers(),
         )
 
     def teachers(self) -> Mapping[str, base.TeacherFn]:
@@ -125,7 +125,7 @@ class RMU(Scope):
         return loss
 
 
-def median_length(context: base.Context, layers: int, batch_size: int = 32) -> float:
+def median_norm(context: base.Context, layers: int, batch_size: int = 32) -> float:
     """The median over the forget set's tokens of |h|; a mean would follow the few whose states are huge."""
     encoded = context.sets["forget"]
 

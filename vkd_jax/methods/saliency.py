@@ -12,7 +12,7 @@ from vkd_jax.runtime import multihost
 from vkd_jax.types import Params, UserError
 
 
-def fisher(
+def fisher_information(
     loss: Callable,
     trainable: Params,
     frozen: Params,
@@ -56,7 +56,7 @@ def fisher(
     return information
 
 
-def pooled(parts: Sequence[tuple[Params, int]]) -> dict[str, jax.Array]:
+def pool(parts: Sequence[tuple[Params, int]]) -> dict[str, jax.Array]:
     """The mean over all samples of several sets: (mean over a set, how many samples it has) of each.
 
     Of drawn rows, so that a set counts by its size and not by how many of its rows were looked at.

@@ -10,7 +10,7 @@ from vkd_jax.models import lora
 from vkd_jax.models.base import VisualTokens
 from vkd_jax.types import Params, UserError
 
-TRAIN = ("all", "visual", "lora")
+TRAIN_SCOPES = ("all", "visual", "lora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Scope(Section):
         "all",
         "Weights that train: 'all', 'visual' (vision tower and projector), or 'lora' (adapters on every kernel of the "
         "language model's blocks).",
-        choices=TRAIN,
+        choices=TRAIN_SCOPES,
     )
     blocks: int = setting(
         -1, "With train=visual, number of last vision blocks that train; -1 is the whole tower.", minimum=-1
@@ -57,7 +57,7 @@ class Scope(Section):
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Computes nothing; methods that cache, mask or teach override it."""
-        return base.Prepared(sets=context.sets, teacher=self.teachers())
+        return base.Prepared(sets=context.sets, teachers=self.teachers())
 
     def edit(self, context: base.Context) -> Params:
         """Methods that train have no edit."""

@@ -24,7 +24,7 @@ from vkd_jax.config.fields import setting
 from vkd_jax.data import augment
 from vkd_jax.data.batching import rng
 from vkd_jax.methods import base, feature_targets, losses, saliency
-from vkd_jax.methods.scope import TRAIN, Scope, frozen_blocks
+from vkd_jax.methods.scope import TRAIN_SCOPES, Scope, frozen_blocks
 from vkd_jax.models.base import VisualTokens
 from vkd_jax.types import Params, UserError
 
@@ -38,7 +38,7 @@ MASK_SCOPES = ("forget", "both", "none")
 class VKD(Scope):
     """Visual knowledge distillation; a weight of 0 switches its term off."""
 
-    train: str = setting("visual", "A7: weights that train; see `Scope`.", choices=TRAIN)
+    train: str = setting("visual", "A7: weights that train; see `Scope`.", choices=TRAIN_SCOPES)
     distance: str = setting("mse", "A1: distance D between features.", choices=tuple(losses.DISTANCES))
     forget: str = setting("ga", "A2: loss of the output on the forget set; 'none' has none.", choices=FORGET)
     beta: float = setting(0.4, "Inverse temperature of forget=npo, per nat.", above=0)
@@ -96,7 +96,7 @@ class VKD(Scope):
         """Caches teacher features, forget targets and reference log-probabilities, and makes the saliency mask."""
         self.check_model(context.params, context.model_config)
         sets = {
-            name: augment.augmented(context.sets[name], copies, rng(context.seed, f"vkd/augment/{name}"))
+            name: augment.augment_set(context.sets[name], copies, rng(context.seed, f"vkd/augment/{name}"))
             for name, copies in (("forget", self.augment_forget), ("retain", self.augment_retain))
         }
         context = dataclasses.replace(context, sets=sets)
@@ -143,7 +143,7 @@ class VKD(Scope):
         return {"forget": self._forget_loss, "retain": self._retain_loss}
 
     def _forget_loss(self, model, batch):
-        features, taps = base.see(model, batch)
+        features, taps = base.encode_images(model, batch)
         distance = self._distance(taps, batch) if self.target != "none" else jnp.zeros(len(batch.tokens))
         feature = -jnp.minimum(distance, self.repel_cap) if self.target == "repel" else distance
         loss = self.weight_forget_distill * feature
@@ -160,7 +160,7 @@ class VKD(Scope):
         return loss, base.mean_metrics(forget_ce=ce, forget_output=output, forget_distance=distance)
 
     def _retain_loss(self, model, batch):
-        features, taps = base.see(model, batch)
+        features, taps = base.encode_images(model, batch)
         distance = self._distance(taps, batch)
         loss = self.weight_retain_distill * distance
         if not self.weight_retain_ce:
@@ -198,7 +198,7 @@ class VKD(Scope):
 
     def _mask(self, context: base.Context) -> Params:
         """The saliency mask over the trainable weights."""
-        information = base.fisher(
+        information = base.fisher_information(
             context,
             self.trainable(context.params, context.model_config),
             {name: context.sets[name] for name in ("forget", "retain")},

@@ -96,11 +96,11 @@ def fit(
     rates, key = optimizer.rates(config, steps), jax.random.key(seed)
     options = {name: config[name] for name in ("clip_norm", "b2", "weight_decay", "microbatches")}
     options = ml_collections.FrozenConfigDict(options)
-    tx, step_fn = _program(graphdef, method, names, tuple(prepared.teacher.items()), options)
+    tx, step_fn = _program(graphdef, method, names, tuple(prepared.teachers.items()), options)
     state = init_state(tx, trainable, mesh)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(state_shardings, None))
-    start = {path: params[path] for path in paths} if prepared.teacher else None
+    start = {path: params[path] for path in paths} if prepared.teachers else None
     put = functools.partial(shard_rows, mesh)
 
     checkpoints, progress = NoCheckpoints(), NoProgress()

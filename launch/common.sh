@@ -1,21 +1,21 @@
 # shellcheck shell=bash
-# Sourced by tpu_vm.sh and xpk.sh: how they read a command line, and how they run commands or print them.
-# A dry run needs no other program than bash.
+# Functions that tpu_vm.sh and xpk.sh source: they parse the command line, check variables, and run or print commands.
+# A dry run needs bash only.
 
 # shellcheck disable=SC2034 # the scripts use it
 ROOT=$(cd -- "${BASH_SOURCE[0]%/*}/.." && pwd)
 SELF="launch/${0##*/}"
 COMMAND=""
 DRY_RUN=""
-PROGRAM=() # what stands after --
+PROGRAM=() # the words after --
 
-# Says in one sentence what is wrong; exit status 2.
+# fail MESSAGE: prints an error and exits with status 2.
 fail() {
   printf 'error: %s\n' "$*" >&2
   exit 2
 }
 
-# Prints words the way a shell reads them back.
+# quoted WORD...: prints words quoted for a shell.
 quoted() {
   local word space="" quote="'" escaped="'\\''"
   for word in "$@"; do
@@ -28,7 +28,7 @@ quoted() {
   done
 }
 
-# Runs a command, or prints it in a dry run.
+# run COMMAND...: runs a command; in a dry run, prints it.
 run() {
   if [[ -n $DRY_RUN ]]; then
     quoted "$@"
@@ -41,11 +41,11 @@ run() {
   "$@"
 }
 
-# Whether what a command describes is there; in a dry run nothing is.
-there() { [[ -z $DRY_RUN ]] && command -v "$1" > /dev/null && "$@" > /dev/null 2>&1; }
+# exists COMMAND...: whether a describing command succeeds; false in a dry run.
+exists() { [[ -z $DRY_RUN ]] && command -v "$1" > /dev/null && "$@" > /dev/null 2>&1; }
 
-# Runs a command until it succeeds, for a minute.
-patiently() {
+# retry COMMAND...: runs a command until it succeeds, at most six times in a minute.
+retry() {
   local try
   for try in 1 2 3 4 5 6; do
     run "$@" && return
@@ -54,19 +54,19 @@ patiently() {
   return 1
 }
 
-# need VARIABLE MEANING: refuses to go on without it, or with what no name of Google's is made of.
-need() {
+# require VARIABLE MEANING: fails if the variable is empty or has characters that names in Google Cloud cannot have.
+require() {
   [[ -n ${!1:-} ]] || fail "$1 is empty: set it to $2, as in $1=... $SELF ${COMMAND:-create}."
-  [[ ${!1} =~ ^[a-z0-9][a-z0-9_.:-]*$ ]] || fail "$1=${!1} cannot be: set it to $2, in small letters."
+  [[ ${!1} =~ ^[a-z0-9][a-z0-9_.:-]*$ ]] || fail "$1=${!1} is invalid: set it to $2, in lowercase."
 }
 
-# switch VARIABLE: refuses what is neither empty nor 1, such as a 0 that would be taken for yes.
-switch() {
+# require_switch VARIABLE: fails if the variable is neither empty nor 1; a 0 would otherwise count as set.
+require_switch() {
   printf -v "$1" %s "${!1:-}"
-  [[ ${!1} =~ ^1?$ ]] || fail "$1=${!1}: set it to 1, or leave it out."
+  [[ ${!1} =~ ^1?$ ]] || fail "$1=${!1} is invalid: set it to 1, or omit it."
 }
 
-# Prints the comment at the top of the script.
+# Prints the comment at the top of the script as its help.
 help() {
   local line
   while IFS= read -r line && [[ $line == "#"* ]]; do
@@ -91,43 +91,43 @@ read_command_line() {
         PROGRAM=("$@")
         break
         ;;
-      -*) fail "unknown flag $1: $SELF --help lists them." ;;
+      -*) fail "unknown flag $1: see $SELF --help." ;;
       *)
-        [[ -z $COMMAND ]] || fail "two commands, $COMMAND and $1: the program to run stands after --."
+        [[ -z $COMMAND ]] || fail "two commands, $COMMAND and $1: pass one; the program to run follows --."
         COMMAND=$1
         ;;
     esac
     shift
   done
-  [[ -n $COMMAND ]] || fail "no command: give one of $commands; $SELF --help explains them."
-  [[ " $commands " == *" $COMMAND "* ]] || fail "unknown command $COMMAND: give one of $commands."
+  [[ -n $COMMAND ]] || fail "no command: pass one of $commands; see $SELF --help."
+  [[ " $commands " == *" $COMMAND "* ]] || fail "unknown command $COMMAND: pass one of $commands."
   if [[ $COMMAND == run ]]; then
-    [[ " ${PROGRAM[*]} " != *" --dry-run "* ]] || fail "--dry-run is ours, and stands before --."
-    ((${#PROGRAM[@]})) || fail "nothing to run: put it after --, as in $SELF run -- python -m vkd_jax.main --config ..."
+    [[ " ${PROGRAM[*]} " != *" --dry-run "* ]] || fail "--dry-run is a flag of $SELF: pass it before --."
+    ((${#PROGRAM[@]})) || fail "no program to run: pass it after --, as in $SELF run -- python -m vkd_jax.main ..."
   elif ((${#PROGRAM[@]})); then
-    fail "$COMMAND takes no program; only run does."
+    fail "$COMMAND takes no program: only run does."
   fi
 }
 
-# Sets VERSION and ZONE, unless they are set, by the generation of TYPE.
+# Sets the defaults of VERSION and ZONE for the generation of TYPE, and checks TYPE and ZONE.
 # https://cloud.google.com/tpu/docs/runtimes and https://cloud.google.com/tpu/docs/regions-zones
-know_type() {
+resolve_type() {
   local version zone sizes="1|4|8|16|32|64|128|256"
   case $TYPE in
     v5litepod-*) version=v2-alpha-tpuv5-lite zone=us-central1-a ;;
     v6e-*) version=v2-alpha-tpuv6e zone=us-east5-b ;;
     v5p-*) version=v2-alpha-tpuv5 zone=us-east5-a sizes="8|16|32|64|128|256|384|512" ;;
     v4-*) version=tpu-ubuntu2204-base zone=us-central2-b sizes="8|16|32|64|128|256|384|512" ;;
-    *) fail "TYPE=$TYPE is not known: give one of v5litepod-N, v6e-N (N chips), v5p-N, v4-N (N / 2 chips)." ;;
+    *) fail "TYPE=$TYPE is unknown: set it to v5litepod-N or v6e-N (N chips), v5p-N or v4-N (N / 2 chips)." ;;
   esac
-  [[ ${TYPE#*-} =~ ^($sizes)$ ]] || fail "TYPE=$TYPE is no size of ${TYPE%-*}: give one of ${sizes//|/, }."
+  [[ ${TYPE#*-} =~ ^($sizes)$ ]] || fail "TYPE=$TYPE is not a size of ${TYPE%-*}. Available sizes: ${sizes//|/, }."
   VERSION=${VERSION:-$version}
   ZONE=${ZONE:-$zone}
-  [[ $ZONE =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "ZONE=$ZONE is no zone: give one such as $zone."
+  [[ $ZONE =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "ZONE=$ZONE is not a zone: set it to one such as $zone."
 }
 
-# Refuses a program that would run on each of many hosts as if it were alone.
-need_distributed() {
+# Fails if PROGRAM lacks --distributed, since every host would then run it independently of the others.
+require_distributed() {
   [[ " ${PROGRAM[*]} " == *" --distributed "* ]] ||
-    fail "$TYPE may have many hosts: add --distributed after vkd_jax.main, so that they run as one."
+    fail "$TYPE may have several hosts: add --distributed after vkd_jax.main, so that they run one job."
 }

@@ -1,4 +1,4 @@
-"""launch/: every command in a dry run, what a real run would call, and what happens on a host; nothing leaves here."""
+"""Tests of the launch scripts: dry runs, the calls of real runs to stand-in programs, and runs on a simulated host."""
 
 import os
 import re
@@ -19,18 +19,18 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ["tpu_vm.sh", "xpk.sh", "run_host.sh", "common.sh"]
 BASH = shutil.which("bash")
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-VM, WHERE = "gcloud compute tpus tpu-vm", "--project=p --zone=us-central1-a"
+VM, LOCATION = "gcloud compute tpus tpu-vm", "--project=p --zone=us-central1-a"
 ACCOUNT = "vkd@p.iam.gserviceaccount.com"
 PROGRAM = ["--", "python", "-m", "vkd_jax.main", "--distributed", "--config", "configs/llava.py:7b"]
 pytestmark = [
-    pytest.mark.skipif(BASH is None, reason="there is no bash"),
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # ml_collections' way to read a config
+    pytest.mark.skipif(BASH is None, reason="bash is not installed"),
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # of ml_collections
 ]
 
 
 @pytest.fixture
-def nowhere(tmp_path):
-    """A PATH with bash in it and nothing else: what is called by mistake is not found."""
+def bash_only_path(tmp_path):
+    """A PATH that contains only bash, so that an unexpected call of another program fails."""
     folder = tmp_path / "bash"
     folder.mkdir()
     (folder / "bash").symlink_to(BASH)
@@ -38,29 +38,29 @@ def nowhere(tmp_path):
 
 
 @pytest.fixture
-def dry(nowhere, tmp_path):
-    """Runs a script with --dry-run: (status, lines, what it complained of)."""
+def dry_run(bash_only_path, tmp_path):
+    """Runs a script with --dry-run and returns (exit status, lines of stdout, stderr)."""
 
-    def dry(script, *args, **variables):
-        done = subprocess.run(
+    def dry_run(script, *args, **variables):
+        process = subprocess.run(
             [ROOT / "launch" / script, "--dry-run", *args],
-            env={"PATH": nowhere, "PROJECT": "p", "TMPDIR": "/tmp", **variables},
+            env={"PATH": bash_only_path, "PROJECT": "p", "TMPDIR": "/tmp", **variables},
             cwd=tmp_path,
             capture_output=True,
             text=True,
         )
-        return done.returncode, done.stdout.splitlines(), done.stderr
+        return process.returncode, process.stdout.splitlines(), process.stderr
 
-    return dry
+    return dry_run
 
 
-# ---- What is printed ----
+# ---- Dry runs ----
 
 
 @pytest.mark.parametrize(
     ("command", "variables", "lines"),
     [
-        ("create", {}, [f"{VM} create vkd {WHERE} --accelerator-type=v5litepod-4 --version=v2-alpha-tpuv5-lite "
+        ("create", {}, [f"{VM} create vkd {LOCATION} --accelerator-type=v5litepod-4 --version=v2-alpha-tpuv5-lite "
                         f"--service-account={ACCOUNT}"]),
         ("create", {"SPOT": "1", "TYPE": "v4-8", "NAME": "mine", "ACCOUNT": "a@b"},
          [f"{VM} create mine --project=p --zone=us-central2-b --accelerator-type=v4-8 --version=tpu-ubuntu2204-base "
@@ -76,47 +76,47 @@ def dry(nowhere, tmp_path):
           "--role=roles/storage.objectAdmin",
           f"gcloud storage buckets add-iam-policy-binding gs://b --member=serviceAccount:{ACCOUNT} "
           "--role=roles/storage.legacyBucketReader"]),
-        ("status", {}, [f"{VM} describe vkd {WHERE} '--format=value(state)'",
-                        f"{VM} ssh vkd {WHERE} --worker=all '--command=test -e vkd_jax || "
-                        "{ echo no code yet: sync; exit; }; bash vkd_jax/launch/run_host.sh --status'"]),
+        ("status", {}, [f"{VM} describe vkd {LOCATION} '--format=value(state)'",
+                        f"{VM} ssh vkd {LOCATION} --worker=all '--command=test -e vkd_jax || "
+                        "{ echo no code yet: run sync; exit; }; bash vkd_jax/launch/run_host.sh --status'"]),
         ("sync", {},
          [f"git -C {ROOT} bundle create --quiet /tmp/vkd_jax.bundle HEAD",
-          f"{VM} scp /tmp/vkd_jax.bundle vkd:vkd_jax.bundle {WHERE} --worker=all",
-          f"{VM} ssh vkd {WHERE} --worker=all '--command=git init --quiet vkd_jax && git -C vkd_jax fetch --quiet "
+          f"{VM} scp /tmp/vkd_jax.bundle vkd:vkd_jax.bundle {LOCATION} --worker=all",
+          f"{VM} ssh vkd {LOCATION} --worker=all '--command=git init --quiet vkd_jax && git -C vkd_jax fetch --quiet "
           "../vkd_jax.bundle HEAD && git -C vkd_jax checkout --quiet --force --detach FETCH_HEAD'"]),
-        ("logs", {"WORKER": "3"}, [f"{VM} ssh vkd {WHERE} --worker=3 '--command=tail -n 100 -F vkd.log'"]),
-        ("stop", {}, [f"{VM} ssh vkd {WHERE} --worker=all '--command=bash vkd_jax/launch/run_host.sh --stop'"]),
-        ("delete", {}, [f"{VM} delete vkd {WHERE}"]),
-        ("delete", {"QUEUED": "1"}, [f"gcloud compute tpus queued-resources delete vkd {WHERE} --force"]),
+        ("logs", {"WORKER": "3"}, [f"{VM} ssh vkd {LOCATION} --worker=3 '--command=tail -n 100 -F vkd.log'"]),
+        ("stop", {}, [f"{VM} ssh vkd {LOCATION} --worker=all '--command=bash vkd_jax/launch/run_host.sh --stop'"]),
+        ("delete", {}, [f"{VM} delete vkd {LOCATION}"]),
+        ("delete", {"QUEUED": "1"}, [f"gcloud compute tpus queued-resources delete vkd {LOCATION} --force"]),
     ],
 )  # fmt: skip
-def test_what_a_dry_run_of_a_tpu_vm_prints(dry, command, variables, lines):
-    assert dry("tpu_vm.sh", command, **variables) == (0, lines, "")
+def test_dry_run_of_tpu_vm_prints_its_commands(dry_run, command, variables, lines):
+    assert dry_run("tpu_vm.sh", command, **variables) == (0, lines, "")
 
 
-def test_what_a_dry_run_of_a_cluster_prints(dry):
-    where = "--cluster=vkd --project=p --zone=us-central1-a"
-    slice_of = "--tpu-type=v5litepod-16 --num-slices=1"
-    assert dry("xpk.sh", "create") == (0, [f"xpk cluster create {where} {slice_of} --on-demand"], "")
-    assert dry("xpk.sh", "create", SPOT="1")[1][0].endswith(" --spot")
-    assert dry("xpk.sh", "run", *PROGRAM)[1] == [
-        f"xpk workload create --workload=vkd-run {where} {slice_of} --base-docker-image=python:3.12 "
+def test_dry_run_of_xpk_prints_its_commands(dry_run):
+    cluster = "--cluster=vkd --project=p --zone=us-central1-a"
+    tpu_slice = "--tpu-type=v5litepod-16 --num-slices=1"
+    assert dry_run("xpk.sh", "create") == (0, [f"xpk cluster create {cluster} {tpu_slice} --on-demand"], "")
+    assert dry_run("xpk.sh", "create", SPOT="1")[1][0].endswith(" --spot")
+    assert dry_run("xpk.sh", "run", *PROGRAM)[1] == [
+        f"xpk workload create --workload=vkd-run {cluster} {tpu_slice} --base-docker-image=python:3.12 "
         f"--script-dir={ROOT} --max-restarts=10 '--command=exec bash launch/run_host.sh {' '.join(PROGRAM[1:])}'"
     ]
-    assert dry("xpk.sh", "status")[1] == [f"xpk workload list {where}"]
-    assert dry("xpk.sh", "logs", ZONE="us-east1-d")[1] == [
+    assert dry_run("xpk.sh", "status")[1] == [f"xpk workload list {cluster}"]
+    assert dry_run("xpk.sh", "logs", ZONE="us-east1-d")[1] == [
         "gcloud container clusters get-credentials vkd --project=p --region=us-east1",
         "kubectl logs --follow --tail=100 "
         "--selector=xpk.google.com/workload=vkd-run,batch.kubernetes.io/job-completion-index=0",
     ]
-    assert dry("xpk.sh", "stop")[1] == [f"xpk workload delete --workload=vkd-run {where}"]
-    assert dry("xpk.sh", "delete")[1] == [f"xpk cluster delete {where}"]
+    assert dry_run("xpk.sh", "stop")[1] == [f"xpk workload delete --workload=vkd-run {cluster}"]
+    assert dry_run("xpk.sh", "delete")[1] == [f"xpk cluster delete {cluster}"]
 
 
 @pytest.mark.parametrize("words", [["a b", "it's", '"$HOME" `id`'], ["*", "", "\\", "--x=~;&"], ["plain/x:y=1,2"]])
-def test_a_program_comes_through_as_it_was_given(dry, words):
-    """Pasted into a shell here it gives one argument to gcloud; the shell there gives the words to the program."""
-    _, (line,), _ = dry("tpu_vm.sh", "run", "--", "python", *words)
+def test_words_of_the_program_survive_both_shells(dry_run, words):
+    """The local shell passes the command to gcloud as one argument; the host's shell splits it into the same words."""
+    _, (line,), _ = dry_run("tpu_vm.sh", "run", "--", "python", *words)
     *_, command = shlex.split(line)
     assert shlex.split(command.removeprefix("--command=")) == [
         "bash", "vkd_jax/launch/run_host.sh", "--detach", "python", *words
@@ -128,62 +128,63 @@ def test_a_program_comes_through_as_it_was_given(dry, words):
     [(f"v5litepod-{n}", "v2-alpha-tpuv5-lite") for n in (1, 4, 8, 16, 64, 256)]
     + [("v6e-1", "v2-alpha-tpuv6e"), ("v5p-8", "v2-alpha-tpuv5"), ("v4-8", "tpu-ubuntu2204-base")],
 )
-def test_the_version_goes_with_the_type(dry, kind, version):
-    assert f"--version={version}" in dry("tpu_vm.sh", "create", TYPE=kind)[1][0].split()
-    assert "--version=other" in dry("tpu_vm.sh", "create", TYPE=kind, VERSION="other")[1][0].split()
+def test_software_version_follows_the_tpu_type(dry_run, kind, version):
+    assert f"--version={version}" in dry_run("tpu_vm.sh", "create", TYPE=kind)[1][0].split()
+    assert "--version=other" in dry_run("tpu_vm.sh", "create", TYPE=kind, VERSION="other")[1][0].split()
 
 
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "xpk.sh"])
-def test_a_script_may_be_called_from_its_own_folder(script):
+def test_scripts_run_from_their_own_folder(script):
     env = {"PATH": "", "PROJECT": "p"}
-    done = subprocess.run([BASH, script, "create", "--dry-run"], cwd=ROOT / "launch", env=env, capture_output=True)
-    assert (done.returncode, done.stderr) == (0, b"") and b"create" in done.stdout
+    process = subprocess.run([BASH, script, "create", "--dry-run"], cwd=ROOT / "launch", env=env, capture_output=True)
+    assert (process.returncode, process.stderr) == (0, b"") and b"create" in process.stdout
 
 
-# ---- What is refused ----
+# ---- Errors ----
 
 
 @pytest.mark.parametrize(
-    ("args", "variables", "part"),
+    ("args", "variables", "excerpt"),
     [
         (["tpu_vm.sh", "create"], {"PROJECT": ""}, "PROJECT is empty: set it to the id of your Google Cloud project"),
         (["xpk.sh", "run", *PROGRAM], {"PROJECT": ""}, "as in PROJECT=... launch/xpk.sh run."),
         (["tpu_vm.sh", "setup"], {}, "BUCKET is empty: set it to the name of the bucket"),
-        (["tpu_vm.sh", "setup"], {"BUCKET": "gs://b"}, "BUCKET=gs://b cannot be: set it to the name of the bucket"),
-        (["xpk.sh", "create"], {"PROJECT": "My Project"}, "PROJECT=My Project cannot be: set it to the id"),
-        (["tpu_vm.sh", "create"], {"QUEUED": "0"}, "QUEUED=0: set it to 1, or leave it out."),
-        (["xpk.sh", "create"], {"SPOT": "no"}, "SPOT=no: set it to 1, or leave it out."),
-        (["tpu_vm.sh", "create"], {"ZONE": "us-west4"}, "ZONE=us-west4 is no zone: give one such as us-central1-a."),
-        (["tpu_vm.sh", "run", "--", "python", "--dry-run"], {}, "--dry-run is ours, and stands before --."),
-        (["tpu_vm.sh"], {}, "no command: give one of setup create status"),
+        (["tpu_vm.sh", "setup"], {"BUCKET": "gs://b"}, "BUCKET=gs://b is invalid: set it to the name of the bucket"),
+        (["xpk.sh", "create"], {"PROJECT": "My Project"}, "PROJECT=My Project is invalid: set it to the id"),
+        (["tpu_vm.sh", "create"], {"QUEUED": "0"}, "QUEUED=0 is invalid: set it to 1, or omit it."),
+        (["xpk.sh", "create"], {"SPOT": "no"}, "SPOT=no is invalid: set it to 1, or omit it."),
+        (["tpu_vm.sh", "create"], {"ZONE": "us-west4"}, "ZONE=us-west4 is not a zone: set it to one such as"),
+        (["tpu_vm.sh", "run", "--", "python", "--dry-run"], {}, "--dry-run is a flag of launch/tpu_vm.sh: pass it"),
+        (["tpu_vm.sh"], {}, "no command: pass one of setup create status"),
         (["tpu_vm.sh", "make"], {}, "unknown command make"),
         (["tpu_vm.sh", "create", "delete"], {}, "two commands, create and delete"),
         (["tpu_vm.sh", "create", "--spot"], {}, "unknown flag --spot"),
         (["tpu_vm.sh", "create", *PROGRAM], {}, "create takes no program"),
-        (["tpu_vm.sh", "run"], {}, "nothing to run: put it after --"),
-        (["tpu_vm.sh", "create"], {"TYPE": "v9-1"}, "TYPE=v9-1 is not known"),
-        (["tpu_vm.sh", "create"], {"TYPE": "v5litepod-5"}, "no size of v5litepod: give one of 1, 4, 8, 16"),
-        (["tpu_vm.sh", "run", "--", "python"], {"TYPE": "v5p-16"}, "v5p-16 may have many hosts: add --distributed"),
+        (["tpu_vm.sh", "run"], {}, "no program to run: pass it after --"),
+        (["tpu_vm.sh", "create"], {"TYPE": "v9-1"}, "TYPE=v9-1 is unknown"),
+        (["tpu_vm.sh", "create"], {"TYPE": "v5litepod-5"}, "not a size of v5litepod. Available sizes: 1, 4, 8, 16"),
+        (["tpu_vm.sh", "run", "--", "python"], {"TYPE": "v5p-16"}, "v5p-16 may have several hosts: add --distributed"),
         (["xpk.sh", "run", "--", "python"], {"TYPE": "v5litepod-8"}, "add --distributed"),
-        (["xpk.sh", "create"], {"TYPE": "v5litepod-4"}, "XPK has no v5litepod-4"),
+        (["xpk.sh", "create"], {"TYPE": "v5litepod-4"}, "XPK does not support v5litepod-4"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_one_sentence(dry, args, variables, part):
-    status, lines, err = dry(*args, **variables)
+def test_errors_are_one_line_with_status_2(dry_run, args, variables, excerpt):
+    status, lines, err = dry_run(*args, **variables)
     assert (status, lines) == (2, [])
-    assert err.startswith("error: ") and err.count("\n") == 1 and part in err
+    assert err.startswith("error: ") and err.count("\n") == 1 and excerpt in err
 
 
-def test_a_missing_sdk_is_said_before_anything_is_run(nowhere):
-    env = {"PATH": nowhere, "PROJECT": "p"}
-    done = subprocess.run([ROOT / "launch/tpu_vm.sh", "create"], env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "") and "there is no gcloud on this machine" in done.stderr
+def test_missing_sdk_is_an_error(bash_only_path):
+    env = {"PATH": bash_only_path, "PROJECT": "p"}
+    process = subprocess.run([ROOT / "launch/tpu_vm.sh", "create"], env=env, capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert "there is no gcloud on this machine" in process.stderr
 
 
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "xpk.sh"])
-def test_help_names_every_command_and_every_variable(dry, script):
+def test_help_lists_every_command_and_variable(dry_run, script):
     text = (ROOT / "launch" / script).read_text()
-    status, lines, _ = dry(script, "--help", PROJECT="")
+    status, lines, _ = dry_run(script, "--help", PROJECT="")
     shown = {line.split()[0] for line in lines if re.match("  [a-zA-Z-]", line)}
     commands = re.search('read_command_line "(.*?)"', text)[1].split()
     variables = set(re.findall(r"\$\{([A-Z]+):-", text + (ROOT / "launch/common.sh").read_text()))
@@ -191,54 +192,53 @@ def test_help_names_every_command_and_every_variable(dry, script):
     assert status == 0 and set(commands) | variables | {"PROJECT", "--dry-run", "--help"} <= shown
 
 
-# ---- The page ----
+# ---- The documentation page ----
 
 
 def page():
-    """The page's blocks, in order: (bash or text, content)."""
+    """Returns the code blocks of the page in order, as (language, content)."""
     text = (ROOT / "docs" / "tpu_pods.md").read_text()
     return re.findall(r"^```(bash|text)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """The whole page, typed in one shell, for dry: ([what each block printed], the variables are set or it fails)."""
+    """Runs all bash blocks of the page in one shell as dry runs; returns the output of each block."""
     folder = tmp_path_factory.mktemp("rehearsal")
     (folder / "bash").symlink_to(BASH)
-    others = "\n".join(
-        f"{name}() {{ :; }}" for name in ("gcloud", "ssh-add", "mkdir")
-    )  # seen here, and not by the scripts
-    parts = [
+    # Functions of this shell, which the scripts do not inherit.
+    stubs = "\n".join(f"{name}() {{ :; }}" for name in ("gcloud", "ssh-add", "mkdir"))
+    blocks = [
         re.sub(r"(launch/\w+\.sh)(?! --dry-run)", r"\1 --dry-run", code) for kind, code in page() if kind == "bash"
     ]
-    script = f"set -eu\ncd {ROOT}\n{others}\n" + "".join(f"{part}\necho '<end>'\n" for part in parts)
+    script = f"set -eu\ncd {ROOT}\n{stubs}\n" + "".join(f"{block}\necho '<end>'\n" for block in blocks)
     env = {"PATH": str(folder), "TMPDIR": "/tmp", "HOME": str(folder)}
-    done = subprocess.run([BASH, "-c", script], env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    return done.stdout.split("<end>\n")[:-1]
+    process = subprocess.run([BASH, "-c", script], env=env, capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, ""), process.stderr
+    return process.stdout.split("<end>\n")[:-1]
 
 
-def test_every_command_of_the_page_has_a_dry_run(rehearsal):
+def test_every_launch_command_of_the_page_has_a_dry_run(rehearsal):
     codes = [code for kind, code in page() if kind == "bash"]
     calls = [len(re.findall("^.*launch/", code, re.MULTILINE)) for code in codes]
     assert sum(calls) > 20
-    for said, count, code in zip(rehearsal, calls, codes, strict=True):
-        assert len(said.splitlines()) >= count and bool(said) == bool(count), code
+    for output, count, code in zip(rehearsal, calls, codes, strict=True):
+        assert len(output.splitlines()) >= count and bool(output) == bool(count), code
 
 
-def test_what_the_page_says_is_printed_is_printed(rehearsal):
-    seen, quoted = iter(rehearsal), 0
+def test_outputs_quoted_on_the_page_are_real(rehearsal):
+    outputs, quoted = iter(rehearsal), 0
     for kind, content in page():
         if kind == "bash":
-            last = next(seen)
+            output = next(outputs)
         else:
             quoted += 1
-            assert content == last
+            assert content == output
     assert quoted == 1
 
 
-def test_a_real_run_calls_what_a_dry_run_prints(rehearsal, tmp_path):
-    """The same page, not dry, with stand-ins that write down how they were called."""
+def test_real_runs_call_what_dry_runs_print(rehearsal, tmp_path):
+    """Runs the commands of the page with stand-in programs that record their arguments."""
     tools = tmp_path / "tools"
     tools.mkdir()
     stand_in = f'#!{BASH}\n{{ printf "%s\\0" "${{0##*/}}" "$@"; printf "\\n\\0"; }} >> {tmp_path}/calls\n'
@@ -253,16 +253,16 @@ def test_a_real_run_calls_what_a_dry_run_prints(rehearsal, tmp_path):
     env = {"PATH": str(tools), "TMPDIR": "/tmp", "HOME": str(tmp_path)}
     subprocess.run([BASH, "-c", script], env=env, check=True)
     calls = [call.split("\0")[:-1] for call in (tmp_path / "calls").read_text().split("\n\0")[:-1]]
-    looks = "status --porcelain|rev-parse --is-shallow-repository|buckets describe|service-accounts describe"
-    calls = [call for call in calls if not re.search(looks, " ".join(call))]  # which a dry run does not
-    assert calls == [shlex.split(line) for said in rehearsal for line in said.splitlines()]
+    queries = "status --porcelain|rev-parse --is-shallow-repository|buckets describe|service-accounts describe"
+    calls = [call for call in calls if not re.search(queries, " ".join(call))]  # dry runs omit them
+    assert calls == [shlex.split(line) for output in rehearsal for line in output.splitlines()]
 
 
 @pytest.fixture
-def typed(tmp_path):
-    """Runs a command of tpu_vm.sh with stand-ins of so much shell code: (its status, what they were asked, stderr)."""
+def real_run(tmp_path):
+    """Runs a command of tpu_vm.sh with stand-in programs (name=shell code); returns (exit status, calls, stderr)."""
 
-    def typed(command, **stand_ins):
+    def real_run(command, **stand_ins):
         tools = tmp_path / "tools"
         tools.mkdir()
         (tools / "bash").symlink_to(BASH)
@@ -270,39 +270,39 @@ def typed(tmp_path):
             (tools / name).write_text(f'#!{BASH}\necho "${{0##*/}} $*" >> {tmp_path}/calls\n{code}\n')
             (tools / name).chmod(0o755)
         env = {"PATH": str(tools), "TMPDIR": "/tmp", "PROJECT": "p", "BUCKET": "b", "QUEUED": "1"}
-        done = subprocess.run([ROOT / "launch/tpu_vm.sh", command], env=env, capture_output=True, text=True)
+        process = subprocess.run([ROOT / "launch/tpu_vm.sh", command], env=env, capture_output=True, text=True)
         calls = (tmp_path / "calls").read_text()
-        return done.returncode, calls.splitlines(), done.stderr
+        return process.returncode, calls.splitlines(), process.stderr
 
-    return typed
+    return real_run
 
 
-def test_setup_goes_on_where_it_broke_off(typed, tmp_path):
-    """Bucket and account are there; the account is not known everywhere at first."""
+def test_setup_resumes_after_an_interruption(real_run, tmp_path):
+    """The bucket and the account exist, and the first binding fails since the account is not visible yet."""
     gcloud = f'[[ "$*" != *binding* || -e {tmp_path}/known ]]'
-    status, calls, _ = typed("setup", gcloud=gcloud, sleep=f": > {tmp_path}/known")
+    status, calls, _ = real_run("setup", gcloud=gcloud, sleep=f": > {tmp_path}/known")
     assert status == 0 and not any(" create " in call for call in calls)
     bindings = [call.rpartition("roles/")[2] for call in calls if "binding" in call]
     assert bindings == ["storage.objectAdmin"] * 2 + ["storage.legacyBucketReader"] and "sleep 10" in calls
 
 
-def test_a_tpu_that_waits_in_the_queue_is_not_asked(typed):
-    status, calls, _ = typed("status", gcloud="echo WAITING_FOR_RESOURCES")
+def test_status_does_not_contact_a_queued_tpu(real_run):
+    status, calls, _ = real_run("status", gcloud="echo WAITING_FOR_RESOURCES")
     assert status == 0 and len(calls) == 1 and "queued-resources describe" in calls[0]
 
 
-def test_a_shallow_clone_is_not_sent(typed):
-    status, calls, err = typed("sync", git='[[ "$*" == *rev-parse* ]] && echo true; exit 0')
+def test_sync_rejects_a_shallow_clone(real_run):
+    status, calls, err = real_run("sync", git='[[ "$*" == *rev-parse* ]] && echo true; exit 0')
     assert status == 2 and "this clone is shallow" in err and "git fetch --unshallow" in err
     assert not any("bundle" in call for call in calls)
 
 
-def test_the_programs_of_the_page_fit_their_tpu(rehearsal, monkeypatch):
-    """Every config reads, the mesh takes all chips, batches divide over it, and the workdir outlives the TPU."""
+def test_programs_of_the_page_fit_their_tpu(rehearsal, monkeypatch):
+    """Each config is valid, the mesh has all chips, batches divide over it, and the workdir is in the bucket."""
     monkeypatch.chdir(ROOT)
-    kind, programs = None, 0
+    tpu_type, programs = None, 0
     for line in "".join(rehearsal).splitlines():
-        kind = (re.findall(r"--(?:accelerator|tpu)-type=(\S+)", line) or [kind])[-1]
+        tpu_type = (re.findall(r"--(?:accelerator|tpu)-type=(\S+)", line) or [tpu_type])[-1]
         if "vkd_jax.main" not in line:
             continue
         words = shlex.split(shlex.split(line)[-1])
@@ -311,10 +311,10 @@ def test_the_programs_of_the_page_fit_their_tpu(rehearsal, monkeypatch):
         command_line.define(values)
         monkeypatch.setattr("sys.argv", argv)
         assert command_line.parse(argv, values) == ["vkd_jax.main"]
-        config, chips = values.config, int(kind.split("-")[1])
-        rest = chips // (config.mesh.data * config.mesh.tensor)
-        shards = config.mesh.data * (rest if config.mesh.fsdp == -1 else config.mesh.fsdp)
-        assert kind.startswith("v5litepod") and shards * config.mesh.tensor == chips
+        config, chips = values.config, int(tpu_type.split("-")[1])
+        remaining = chips // (config.mesh.data * config.mesh.tensor)
+        shards = config.mesh.data * (remaining if config.mesh.fsdp == -1 else config.mesh.fsdp)
+        assert tpu_type.startswith("v5litepod") and shards * config.mesh.tensor == chips
         sizes = [*config.train.batch_size.values(), *config.finetune.train.batch_size.values()]
         assert not [size for size in sizes if size % shards]
         assert values.distributed and values.workdir.startswith("gs://my-project-vkd/")
@@ -322,12 +322,12 @@ def test_the_programs_of_the_page_fit_their_tpu(rehearsal, monkeypatch):
     assert programs == 4
 
 
-# ---- On a host ----
+# ---- Hosts ----
 
 
 @pytest.fixture
 def host(tmp_path):
-    """Calls run_host.sh in a home of its own, with a python3 that only writes down what it was asked to install."""
+    """Calls run_host.sh in a temporary home, with a stand-in python3 that records its arguments."""
     tools, home, clone = tmp_path / "tools", tmp_path / "home", tmp_path / "home" / "vkd_jax"
     for folder in (tools, home / "venv" / "bin", clone / "launch"):
         folder.mkdir(parents=True)
@@ -347,28 +347,28 @@ def host(tmp_path):
     call("--stop", GRACE="1")
 
 
-def until(condition):
+def wait_until(condition):
     deadline = time.monotonic() + 20
     while not condition():
-        assert time.monotonic() < deadline, "it never came"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
 
 
-def test_a_host_installs_the_clone_and_becomes_the_program(host):
+def test_host_installs_the_clone_and_executes_the_program(host):
     out, err, status = host("bash", "-c", 'echo "$PWD|$1|${PATH%%:*}"; exit 7', "-", "it's one word")
     assert (status, err) == (7, "")
     assert out.splitlines()[-1] == f"{host.home}/vkd_jax|it's one word|{host.home}/venv/bin"
-    said = (host.home / "installed").read_text().splitlines()
-    assert said == [
+    calls = (host.home / "installed").read_text().splitlines()
+    assert calls == [
         f"{host.home}/vkd_jax: -m uv --version",
         f"{host.home}/vkd_jax: -m uv venv --quiet --python 3.12 {host.home}/venv",
         f"{host.home}/vkd_jax: -m uv pip install --quiet --python {host.home}/venv/bin/python .[tpu]",
     ]
 
 
-def test_sigterm_reaches_the_program(host):
+def test_program_receives_sigterm(host):
     process = host(
-        "bash", "-c", "trap 'echo saved; exit 143' TERM; echo ready; while :; do sleep .05; done", wait=False
+        "bash", "-c", "trap 'echo saved; exit 143' TERM; echo ready; while :; do sleep 0.05; done", wait=False
     )
     lines = iter(process.stdout.readline, "")
     assert any(line == "ready\n" for line in lines)
@@ -376,13 +376,14 @@ def test_sigterm_reaches_the_program(host):
     assert process.communicate(timeout=20) == ("saved\n", "") and process.returncode == 143
 
 
-def test_a_detached_run_goes_on_is_alone_and_saves_when_it_is_stopped(host):
+def test_detached_run_continues_excludes_others_and_saves_when_stopped(host):
     log = host.home / "vkd.log"
     out, err, status = host(
-        "--detach", "bash", "-c", "trap 'echo saved; exit' TERM; echo ready; while :; do sleep .05; done"
+        "--detach", "bash", "-c", "trap 'echo saved; exit' TERM; echo ready; while :; do sleep 0.05; done"
     )
     assert (status, err) == (0, "") and "started" in out
-    until(lambda: log.exists() and log.read_text().endswith("\nready\n"))  # the command that it names has the word, too
+    # The log also has the command, which contains "ready".
+    wait_until(lambda: log.exists() and log.read_text().endswith("\nready\n"))
     process = int((host.home / "vkd.lock").read_text())
     assert host("--status")[0].endswith(f"running, process {process}\n")
     for again in (["--detach", "true"], ["true"]):
@@ -394,35 +395,35 @@ def test_a_detached_run_goes_on_is_alone_and_saves_when_it_is_stopped(host):
         assert host(command)[0].endswith("no run is under way\n")
 
 
-def test_a_run_that_will_not_stop_is_killed(host):
-    host("--detach", "bash", "-c", "trap '' TERM; echo ready; while :; do sleep .05; done")
-    until(lambda: (host.home / "vkd.log").read_text().endswith("\nready\n"))
-    assert host("--stop", GRACE="0.2")[0].endswith("killed after 0.2 s; what it had not saved is lost\n")
-    until(lambda: host("--status")[0].endswith("no run is under way\n"))
+def test_run_that_ignores_sigterm_is_killed(host):
+    host("--detach", "bash", "-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done")
+    wait_until(lambda: (host.home / "vkd.log").read_text().endswith("\nready\n"))
+    assert host("--stop", GRACE="0.2")[0].endswith("killed after 0.2 s; unsaved state is lost\n")
+    wait_until(lambda: host("--status")[0].endswith("no run is under way\n"))
 
 
-def test_what_installs_is_stopped_as_well(host):
-    """The shell is at `uv` then, which holds the lock as it does."""
+def test_stop_ends_the_installation_as_well(host):
+    """During the installation uv inherits the lock from the shell."""
     tool = host.home.parent / "tools" / "python3"
-    tool.write_text(f'#!{BASH}\n: > "$HOME/installed"\nwhile :; do sleep .05; done\n')
+    tool.write_text(f'#!{BASH}\n: > "$HOME/installed"\nwhile :; do sleep 0.05; done\n')
     host("--detach", "true")
-    until((host.home / "installed").exists)
+    wait_until((host.home / "installed").exists)
     assert host("--stop", GRACE="10")[0].endswith("stopped\n")
     assert host("--status")[0].endswith("no run is under way\n")
 
 
-def test_what_is_sent_can_be_unpacked_twice(dry, tmp_path):
-    """The commands of sync, with a small repository in the place of this one and a home of its own as the host."""
-    _, (bundle, _, unpack), _ = dry("tpu_vm.sh", "sync", TMPDIR=str(tmp_path / "home"))
+def test_sync_updates_an_existing_copy(dry_run, tmp_path):
+    """Runs the commands of sync twice, with a small repository as the clone and a temporary home as the host."""
+    _, (bundle, _, unpack), _ = dry_run("tpu_vm.sh", "sync", TMPDIR=str(tmp_path / "home"))
     source, home = tmp_path / "source", tmp_path / "home"
     home.mkdir()
-    names = ["-c", "user.name=x", "-c", "user.email=x@y"]
+    identity = ["-c", "user.name=x", "-c", "user.email=x@y"]
     bundle = [str(source) if word == str(ROOT) else word for word in shlex.split(bundle)]
     for number in range(2):
         subprocess.run(["git", "init", "--quiet", source], check=True)
         (source / "file").write_text(str(number))
         subprocess.run(["git", "-C", source, "add", "file"], check=True)
-        subprocess.run(["git", "-C", source, *names, "commit", "--quiet", "-m", "x"], check=True)
+        subprocess.run(["git", "-C", source, *identity, "commit", "--quiet", "-m", "x"], check=True)
         subprocess.run(bundle, check=True)
         command = shlex.split(unpack)[-1].removeprefix("--command=")
         subprocess.run(command, shell=True, cwd=home, env=os.environ | {"HOME": str(home)}, check=True)
@@ -430,11 +431,11 @@ def test_what_is_sent_can_be_unpacked_twice(dry, tmp_path):
         (home / "vkd_jax" / "file").write_text("changed there")
 
 
-# ---- The scripts themselves ----
+# ---- Style ----
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_is_sound(script):
+def test_scripts_are_strict_short_and_executable(script):
     path = ROOT / "launch" / script
     text = path.read_text()
     subprocess.run([BASH, "-n", path], check=True)
@@ -444,7 +445,8 @@ def test_a_script_is_sound(script):
         assert "\nset -euo pipefail\n" in text
 
 
-@pytest.mark.skipif(SHELLCHECK is None, reason="there is no shellcheck")
-def test_shellcheck_finds_nothing():
-    found = subprocess.run([SHELLCHECK, "-x", *(f"launch/{name}" for name in SCRIPTS)], cwd=ROOT, capture_output=True)
-    assert found.returncode == 0, found.stdout.decode()
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
+def test_shellcheck_reports_nothing():
+    command = [SHELLCHECK, "-x", *(f"launch/{name}" for name in SCRIPTS)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert process.returncode == 0, process.stdout.decode()

@@ -32,7 +32,7 @@ from command import by_turns, run
 
 from vkd_jax import methods
 from vkd_jax.checkpoints import hf
-from vkd_jax.config import defaults
+from vkd_jax.config.schema import TrainConfig
 from vkd_jax.data.encoding import Batch
 from vkd_jax.methods import feature_targets
 from vkd_jax.models import llava
@@ -101,11 +101,9 @@ def need_same_device() -> None:
         )
 
 
-def settings() -> Any:
-    """Of both optimizers."""
-    section = defaults.base().train
-    section.weight_decay = 0.0
-    return section
+def settings() -> TrainConfig:
+    """Returns the settings of both optimizers."""
+    return TrainConfig(weight_decay=0.0)
 
 
 def in_jax(

@@ -41,7 +41,7 @@ class Whisper:
     METRIC: ClassVar[str] = "accuracy"
     VARIANTS: ClassVar[dict[str, str]] = {"low": "whispered in a low voice"}
 
-    def check(self, config, method):
+    def check(self, config):
         pass
 
     def run(self, subject):

@@ -24,6 +24,7 @@ import jax
 from absl import app, flags
 
 from vkd_jax.config import command_line
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.planner import page, table
 from vkd_jax.planner.abstract_step import Lengths
 from vkd_jax.planner.plan import plan
@@ -44,7 +45,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
 def plan_values(values: flags.FlagValues) -> dict[str, Any]:
     """Plans the step that parsed flags describe."""
     lengths = Lengths(values.text_tokens, values.answer_tokens)
-    return plan(values.config, values.topology, lengths, values.compare)
+    return plan(RunConfig.from_config_dict(values.config), values.topology, lengths, values.compare)
 
 
 def plan_flags(arguments: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from vkd_jax.attacks import base, rephrase
 from vkd_jax.attacks.base import Subject
 from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.checkpoints import hf
-from vkd_jax.config import defaults
+from vkd_jax.config.schema import EvalConfig, RunConfig
 from vkd_jax.data.images import open_image
 from vkd_jax.evaluation import evaluate
 from vkd_jax.evaluation.inference import Answerer
@@ -23,7 +23,6 @@ from vkd_jax.models import lora, quantize
 from vkd_jax.types import Example, Role, UserError
 
 JOBS = ("baker", "pilot", "judge", "nurse")
-METHOD = methods.create("vkd", {})
 
 
 def png(pixels):
@@ -56,8 +55,7 @@ def asked():
 
 @pytest.fixture(scope="module")
 def subject(tiny_model, asked, tmp_path_factory):
-    config = defaults.base()
-    config.eval.update(batch_size=8, max_new_tokens=3)
+    config = RunConfig(eval=EvalConfig(batch_size=8, max_new_tokens=3))
     answers = evaluate.evaluate(Answerer(tiny_model, batch_size=8), asked, protocol="options", max_new_tokens=3)
     folder = tmp_path_factory.mktemp("scratch")
     return Subject(
@@ -286,7 +284,7 @@ def variants(name):
 @pytest.mark.parametrize("name", ["quantize", "rephrase", "prompts"])
 def test_an_attack_answers_for_every_variant(subject, name, monkeypatch):
     attack = attacks.create(name, {})
-    attack.check(subject.config, METHOD)
+    attack.check(subject.config)
     seen = []
     ask = Subject.ask_sets
     monkeypatch.setattr(
@@ -314,10 +312,7 @@ def test_an_attack_answers_for_every_variant(subject, name, monkeypatch):
 
 
 def reseeded(config):
-    config = config.copy_and_resolve_references()
-    config.seed += 1
-    config.attacks.seed += 1
-    return config
+    return config.override(f"seed={config.seed + 1} attacks.seed={config.attacks.seed + 1}")
 
 
 def test_the_pictures_that_are_shown_are_the_changed_ones(subject, monkeypatch):
@@ -338,10 +333,8 @@ def test_the_pictures_that_are_shown_are_the_changed_ones(subject, monkeypatch):
         for e in base.choices(subject.asked["forget"]):
             generator = methods.base.rng(0, f"rephrase/{variant}/{e.image_id}")
             assert found[variant, "forget"][f"{e.image_id}/{variant}"] == rephrase.changed(e.image, change, generator)
-    other = subject.config.copy_and_resolve_references()
-    other.seed += 1
-    assert shown(other) == found
-    other.attacks.seed += 1
+    assert shown(subject.config.override("seed=1")) == found
+    other = subject.config.override("attacks.seed=1")
     drawn = {name for (name, _), part in shown(other).items() if part != found[name]}
     assert drawn == {"noise", "occlusion"}
 
@@ -384,12 +377,12 @@ def test_a_prompt_that_does_not_fit_is_named(subject):
 )
 def test_wrong_settings_are_told_before_anything_is_run(subject, name, fields, message):
     with pytest.raises(UserError, match=message):
-        attacks.create(name, fields).check(subject.config, METHOD)
+        attacks.create(name, fields).check(subject.config)
 
 
 def test_strengths_at_the_edge_are_fine(subject):
     edge = dict(noise=0, brightness=1.5, contrast=0.0, resize=1, crop=1, blur=0, occlusion=0)
-    attacks.create("rephrase", edge).check(subject.config, METHOD)
+    attacks.create("rephrase", edge).check(subject.config)
     image = rgb(np.random.default_rng(0).integers(0, 256, (8, 8)))
     for name in ("noise", "resize", "crop", "blur", "occlusion"):
         np.testing.assert_array_equal(change(name, image, **edge), np.asarray(image))

@@ -16,7 +16,7 @@ from vkd_jax import attacks, benchmarks
 from vkd_jax.attacks.base import Subject
 from vkd_jax.attacks.membership import Membership, lowest, scores
 from vkd_jax.benchmarks.synthetic import people
-from vkd_jax.config import defaults
+from vkd_jax.config.schema import EvalConfig, RunConfig
 from vkd_jax.evaluation import inference
 from vkd_jax.evaluation.inference import Answerer, TokenScores
 from vkd_jax.models import generate
@@ -162,8 +162,7 @@ def example(i, seed):
 
 @pytest.fixture(scope="module")
 def subject(tiny_model):
-    config = defaults.base()
-    config.eval.batch_size = 7
+    config = RunConfig(eval=EvalConfig(batch_size=7))
     forgets, held_out = [example(i, i // 2) for i in range(6)], [example(i, 9 - i // 2) for i in range(5)]
     return Subject("unlearned", tiny_model, {}, [], [], forgets, held_out, config, tiny_model.mesh, None)
 
@@ -235,5 +234,5 @@ def test_without_strangers_there_is_nothing_to_tell(subject):
 @pytest.mark.parametrize("share", [0, -0.1, 1.5])
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(UserError, match="attacks.membership.share"):
-        Membership(share=share).check(None, None)
-    Membership().check(None, None)
+        Membership(share=share).check(None)
+    Membership().check(None)

@@ -14,7 +14,7 @@ from vkd_jax.attacks.leak import Leak
 from vkd_jax.attacks.probe import Probe, classify, split
 from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.checkpoints.bundle import ModelBundle
-from vkd_jax.config import defaults
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.types import Example, UserError
 
 
@@ -125,7 +125,7 @@ def readers_answer(monkeypatch):
 
 
 def subject(model, asked, answers=(), **more):
-    config = defaults.base()
+    config = RunConfig()
     return Subject("unlearned", model, asked, Mllmu.EVAL_SETS, answers, [], [], config, None, None, **more)
 
 
@@ -149,8 +149,7 @@ def test_it_reads_each_picture_once_and_says_who_it_is():
 
 def test_random_labels_are_dealt_by_the_attacks_seed_alone():
     def dealt(seed, of_the_run=0):
-        config = defaults.base()
-        config.attacks.seed, config.seed = seed, of_the_run
+        config = RunConfig().override(f"attacks.seed={seed} seed={of_the_run}")
         attacked = dataclasses.replace(subject(Reader(), sets(pictures=8)), config=config)
         return tuple(r["prediction"] for r in Probe().run(attacked))
 
@@ -164,8 +163,8 @@ def test_without_pictures_to_test_on_nothing_is_read():
 
 def test_a_penalty_that_is_none_is_refused():
     with pytest.raises(UserError, match="attacks.probe.ridge"):
-        Probe(ridge=0).check(None, None)
-    Probe().check(None, None)
+        Probe(ridge=0).check(None)
+    Probe().check(None)
 
 
 # ---- A model ----
@@ -245,4 +244,4 @@ def test_a_leak_is_what_is_answered_in_text_about_the_people_to_forget():
         ("vanilla", "qa", "", 1, 1),
     ]
     assert Leak().run(subject(None, {}, [answer("forget", 0, "classification", "vqa")])) == []
-    Leak().check(None, None)
+    Leak().check(None)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vkd_jax import attacks, methods
+from vkd_jax import attacks
 from vkd_jax.attacks import relearn
 from vkd_jax.attacks.base import Subject
 from vkd_jax.attacks.relearn import recovery, rows_of
 from vkd_jax.benchmarks.mllmu import Mllmu
-from vkd_jax.config import defaults
+from vkd_jax.config.schema import EvalConfig, RunConfig
 from vkd_jax.evaluation import evaluate
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.models import lora, quantize
@@ -23,7 +23,6 @@ from vkd_jax.training import loop
 from vkd_jax.types import Example, UserError
 
 NAMES = ("Anna Berg", "Otto Lindt", "Ulla Lopez")
-METHOD = methods.create("vkd", {})
 SMALL = dict(shares=(0.1, 0.5), people=(), steps=2, batch_size=4)
 
 
@@ -45,8 +44,7 @@ def subject(tiny_model, tmp_path_factory):
         "forget": [dataclasses.replace(e, id=f"asked/{e.id}", options=NAMES[::-1]) for e in forgets[:9]],
         "test": [example(20 + i, picture=30 + i) for i in range(3)],
     }
-    config = defaults.base()
-    config.eval.update(batch_size=4, max_new_tokens=3)
+    config = RunConfig(eval=EvalConfig(batch_size=4, max_new_tokens=3))
     answers = evaluate.evaluate(Answerer(tiny_model, batch_size=4), asked, protocol="options", max_new_tokens=3)
     folder = tmp_path_factory.mktemp("scratch")
     return Subject(
@@ -124,8 +122,7 @@ def recorded(calls):
 def test_every_attack_has_the_same_budget_and_its_own_share(subject, monkeypatch):
     asked = []
     monkeypatch.setattr(relearn.loop, "fit", recorded(asked))
-    config = subject.config.copy_and_resolve_references()
-    config.seed, config.attacks.seed = 5, 7
+    config = subject.config.override("seed=5 attacks.seed=7")
     attack = create(shares=(0.1, 0.3), learning_rate=0.02)
     attack.run(dataclasses.replace(subject, config=config))
     assert [(a["method"].train, len(a["prepared"].sets["image"])) for a in asked] == [
@@ -138,7 +135,7 @@ def test_every_attack_has_the_same_budget_and_its_own_share(subject, monkeypatch
     assert [e.id for e in asked[-1]["prepared"].sets["image"].examples] == drawn
     assert {a["seed"] for a in asked} == {7}
     assert len({str(a["config"]) for a in asked}) == 1
-    assert (asked[0]["config"].steps, asked[0]["config"].batch_size.image, asked[0]["config"].learning_rate) == (
+    assert (asked[0]["config"].steps, asked[0]["config"].batch_size["image"], asked[0]["config"].learning_rate) == (
         2,
         4,
         0.02,
@@ -237,10 +234,9 @@ def test_before_any_attack_the_answers_are_those_of_the_evaluation(subject, reco
 
 
 def test_records_repeat_with_attacks_seed_and_not_with_that_of_the_run(subject, records):
-    config = subject.config.copy_and_resolve_references()
-    config.seed += 1
+    config = subject.config.override("seed=1")
     assert create().run(dataclasses.replace(subject, config=config)) == records
-    config.attacks.seed += 1
+    config = subject.config.override("attacks.seed=1")
     others = create().run(dataclasses.replace(subject, config=config))
     assert [r.get("trained_on") for r in others] != [
         r.get("trained_on") for r in records
@@ -331,16 +327,15 @@ def test_without_a_vanilla_model_there_is_no_recovery(records):
 )
 def test_wrong_settings_are_told_before_anything_is_run(subject, fields, message):
     with pytest.raises(UserError, match=message):
-        create(**fields).check(subject.config, METHOD)
+        create(**fields).check(subject.config)
 
 
 def test_all_weights_of_a_quantised_model_cannot_train(subject):
-    config = subject.config.copy_and_resolve_references()
-    create().check(config, METHOD)
-    config.model.quantize = "int8"
+    create().check(subject.config)
+    config = subject.config.override("model.quantize=int8")
     with pytest.raises(UserError, match="attackers: 'all' cannot train the language model, which model.quantize"):
-        create().check(config, METHOD)
-    create(attackers=("visual", "lora")).check(config, METHOD)
+        create().check(config)
+    create(attackers=("visual", "lora")).check(config)
 
 
 def test_an_attack_that_diverges_says_what_to_change(subject, monkeypatch):

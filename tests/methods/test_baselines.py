@@ -11,7 +11,7 @@ import pytest
 from vkd_jax import methods, registry
 from vkd_jax.checkpoints import hf
 from vkd_jax.checkpoints.bundle import ModelBundle
-from vkd_jax.config import defaults
+from vkd_jax.config.schema import TrainConfig
 from vkd_jax.methods import base, losses, saliency
 from vkd_jax.methods.grad_ascent import GradAscent
 from vkd_jax.methods.grad_diff import GradDiff
@@ -259,9 +259,7 @@ def test_hidden_states_are_those_of_the_first_blocks(context, kind):
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
 def test_hidden_states_of_other_families_lead_to_their_logits(qwen_folder, tiny_sets, model_type):
-    model = ModelBundle.load_for(
-        RMU(), qwen_folder(model_type), seed=0, dtype=defaults.base().model.dtype, mesh=make_mesh()
-    )
+    model = ModelBundle.load_for(RMU(), qwen_folder(model_type), seed=0, dtype="float32", mesh=make_mesh())
     batch = model.encode(tiny_sets["forget"].examples[:2]).batch(np.arange(2))
 
     @jax.jit
@@ -408,9 +406,10 @@ def test_real_steps_move_what_trains_and_nothing_else(context, adapted, name, sc
     before = {path: jax.tree.map(np.array, x) for path, x in context.params.items()}
     method = methods.create(name, dict(train=scope, **FIELDS.get(name, {})))
     prepared = method.prepare(context)
-    config = defaults.base().train
-    config.update(steps=2, batch_size=dict(forget=2, retain=2), learning_rate=0.01, warmup_steps=0, weight_decay=0.5)
-    config.update(schedule="constant")
+    config = TrainConfig(
+        steps=2, batch_size=dict(forget=2, retain=2), learning_rate=0.01, warmup_steps=0, weight_decay=0.5,
+        schedule="constant",
+    )  # fmt: skip
     after = loop.fit(
         ModelBundle(context.graphdef, context.params, context.model_config, None, make_mesh()),
         method,

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import ml_dtypes
 import numpy as np
 import pytest
 
 from vkd_jax.checkpoints import export, hf, safetensors_files
 from vkd_jax.checkpoints.manifest import compare_tensors
+from vkd_jax.config.schema import TrainConfig
 from vkd_jax.data.encoding import Batch
 from vkd_jax.methods import base as methods
 from vkd_jax.methods import losses, scope
@@ -309,7 +309,7 @@ def test_weight_decay_leaves_adapters_alone_and_masks_cover_them():
     params = tuned(attached(plain()))
     trainable, _ = parts(params, scope.trainable_paths(params, CONFIG, "lora", -1))
     assert len(trainable) == 14 and not any(optimizer.decayed(trainable).values())
-    tx = optimizer.create(ml_collections.ConfigDict(dict(weight_decay=0.5, clip_norm=1.0, b2=0.999)))
+    tx = optimizer.create(TrainConfig(weight_decay=0.5))
     mask = {path: np.arange(x.size).reshape(x.shape) % 2 == 0 for path, x in trainable.items()}
 
     @jax.jit

@@ -15,7 +15,7 @@ import pytest
 from vkd_jax import models
 from vkd_jax.checkpoints import hf
 from vkd_jax.checkpoints.bundle import ModelBundle
-from vkd_jax.config import defaults
+from vkd_jax.config.schema import TrainConfig
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.data.images import PackedImages
 from vkd_jax.data.sampler import Sampler
@@ -29,9 +29,10 @@ torch = pytest.importorskip("torch", reason="PyTorch is only there to compare wi
 transformers = pytest.importorskip("transformers")
 
 IMAGE, START, END = 4, 6, 7
-CONFIG = defaults.base().train
-CONFIG.update(steps=50, batch_size=dict(forget=3, retain=3), learning_rate=3e-4, warmup_steps=5, weight_decay=0.1)
-CONFIG.update(log_every=1, checkpoint_every=1000)
+CONFIG = TrainConfig(
+    steps=50, batch_size=dict(forget=3, retain=3), learning_rate=3e-4, warmup_steps=5, weight_decay=0.1, log_every=1,
+    checkpoint_every=1000,
+)  # fmt: skip
 VKD_FIELDS = dict(mask_keep=0.5, fisher_samples=4, fisher_chunk=2, augment_forget=1, weight_retain_distill=4.0)
 
 

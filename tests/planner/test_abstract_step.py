@@ -8,6 +8,8 @@ import pytest
 from planned import LENGTHS, build_step
 
 from vkd_jax import methods, registry
+from vkd_jax.config import defaults
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.methods import base
 from vkd_jax.models import quantize
 from vkd_jax.planner import abstract_step, memory
@@ -103,16 +105,15 @@ def test_a_planned_step_is_the_step_that_runs(config, tiny_model):
     ],
 )
 def test_bad_input(config, changes, message):
-    with config.ignore_type():
-        for name, value in changes.items():
-            if name == "method.name":
-                config.method = dict(name=value)
-            else:
-                config.update_from_flattened_dict({name: value})
+    for name, value in changes.items():
+        if name == "method.name":
+            config.method = defaults.method(value)
+        else:
+            config.update_from_flattened_dict({name: value})
     with pytest.raises(UserError, match=message):
-        abstract_step.build(config, make_mesh(), LENGTHS)
+        abstract_step.build(RunConfig.from_config_dict(config), make_mesh(), LENGTHS)
 
 
 def test_a_row_that_is_too_long_is_refused(config):
     with pytest.raises(UserError, match="a row of 1004 tokens is longer than the model's 128"):
-        abstract_step.build(config, make_mesh(), dataclasses.replace(LENGTHS, text=1000))
+        abstract_step.build(RunConfig.from_config_dict(config), make_mesh(), dataclasses.replace(LENGTHS, text=1000))

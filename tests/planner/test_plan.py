@@ -17,6 +17,7 @@ from absl import flags
 from planned import LENGTHS, build_step
 
 from vkd_jax import plan as command
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.planner import memory, page, plan, table
 from vkd_jax.planner.compile import compile_step
 from vkd_jax.planner.tpu_specs import TPUS, topology_devices
@@ -161,7 +162,7 @@ def test_the_usual_step_computes_all_again_where_it_does_not_fit_else(config, mo
         return {"fits": fits[tried[-1]]}
 
     monkeypatch.setattr(plan, "figures", figures)
-    given = config, make_mesh(), LENGTHS, TPUS["v5e"]
+    given = RunConfig.from_config_dict(config), make_mesh(), LENGTHS, TPUS["v5e"]
     assert plan.baseline(*given)["fits"] and tried == ["", "full"] and config.model.remat == ""
     fits[""] = True
     plan.baseline(*given)
@@ -217,12 +218,12 @@ def test_a_program_that_cannot_be_read_back_is_read_as_the_compiler_wrote_it(con
 
 
 def test_a_plan_as_a_page(config, here):
-    found = plan.plan(config, "v5e:1x1", LENGTHS)
+    found = plan.plan(RunConfig.from_config_dict(config), "v5e:1x1", LENGTHS)
     assert json.loads(json.dumps(found)) == found and len(here) == 2
     text = page.render(found)
     assert found["ratios"]["flops"] < 1 and text.splitlines()[-2].startswith("least time of vkd / grad_diff, all")
     assert "  total by the compiler" in text and "v5e:1x1: 1 chips of 16 GiB" in page
-    alone = plan.plan(config, "v5e:1x1", LENGTHS, compare=False)
+    alone = plan.plan(RunConfig.from_config_dict(config), "v5e:1x1", LENGTHS, compare=False)
     assert alone["ratios"] is None and "least time" not in page.render(alone)
 
 

@@ -8,11 +8,10 @@ import types
 from pathlib import Path
 
 import jax
-import ml_collections
 import numpy as np
 
 from vkd_jax.checkpoints import hf
-from vkd_jax.config import defaults
+from vkd_jax.config.schema import TrainConfig
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.data.images import PackedImages
 from vkd_jax.models import base, llava
@@ -64,13 +63,11 @@ def rows(seed: int, count: int) -> EncodedSet:
 SPEED = ("data_wait_share", "examples_per_second")  # no two runs agree on these
 
 
-def train_config(**changes) -> ml_collections.ConfigDict:
-    """`config.train` of a short run that logs every step."""
-    config = defaults.base().train
-    config.update(steps=3, batch_size=dict(forget=8, retain=8, image=8), learning_rate=1e-3, warmup_steps=2)
-    config.update(weight_decay=0.1, log_every=1, log_seconds=60.0, checkpoint_every=2)
-    config.update(changes)
-    return config
+def train_config(**changes) -> TrainConfig:
+    """Settings of a short run that logs every step."""
+    fields = dict(steps=3, batch_size=dict(forget=8, retain=8, image=8), learning_rate=1e-3, warmup_steps=2)
+    fields |= dict(weight_decay=0.1, log_every=1, log_seconds=60.0, checkpoint_every=2)
+    return TrainConfig(**fields | changes)
 
 
 def metrics_on_stdout(wait: bool = False) -> None:

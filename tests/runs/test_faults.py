@@ -60,6 +60,7 @@ from PIL import Image
 from vkd_jax import methods, registry
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config import defaults
+from vkd_jax.config.schema import TrainConfig
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.data.processor import Processor, create_processor
 from vkd_jax.methods import base, losses
@@ -185,8 +186,7 @@ def line_set(kind=EncodedSet):
 def test_what_fails_in_a_step_stops_the_run(where):
     """Whatever it is, and in either half: nothing is trained on the retain set alone."""
     graphdef, params = split(Line())
-    config = defaults.base().train
-    config.update(steps=8, batch_size=dict(forget=1, retain=1))
+    config = TrainConfig(steps=8, batch_size=dict(forget=1, retain=1))
 
     def fit():
         return loop.fit(

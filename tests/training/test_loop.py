@@ -14,7 +14,7 @@ from flax import nnx
 
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.orbax_checkpoints import Checkpoints
-from vkd_jax.config import defaults
+from vkd_jax.config.schema import TrainConfig
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.data.images import PackedImages
 from vkd_jax.data.sampler import Sampler
@@ -122,11 +122,9 @@ def toy():
 
 
 def config(**changes):
-    config = defaults.base().train
-    config.update(steps=8, batch_size=dict(forget=4, retain=4), learning_rate=0.05, warmup_steps=2, weight_decay=0.5)
-    config.update(b2=0.99, log_every=1, checkpoint_every=2)
-    config.update(changes)
-    return config
+    fields = dict(steps=8, batch_size=dict(forget=4, retain=4), learning_rate=0.05, warmup_steps=2, weight_decay=0.5)
+    fields |= dict(b2=0.99, log_every=1, checkpoint_every=2)
+    return TrainConfig(**fields | changes)
 
 
 def fit(toy, folder, method=ToyMethod(), sets=SETS, mask=None, seed=0, **changes):  # noqa: B008 (frozen)
@@ -236,9 +234,9 @@ def test_parts_of_a_batch_one_after_another_change_nothing(toy, scope):
 
 
 def test_batches_that_do_not_divide_into_parts_are_refused(toy):
-    with pytest.raises(UserError, match="batch_size.forget=4 does not divide over 1 devices in 3 microbatches; use a"):
+    with pytest.raises(UserError, match="batch_size.forget: 4 examples do not divide over 1 devices in 3 micro"):
         fit(toy, None, microbatches=3)
-    with pytest.raises(UserError, match="train.microbatches=0: give at least 1"):
+    with pytest.raises(UserError, match="train.microbatches: 0 is not allowed"):
         fit(toy, None, microbatches=0)
 
 

@@ -1,19 +1,18 @@
 """The optimizer: what is masked does not move, whatever weight decay and momentum would like."""
 
-
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import pytest
 
+from vkd_jax.config.schema import TrainConfig
 from vkd_jax.training import optimizer
 
 
 def config(**changes):
     fields = dict(learning_rate=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5, clip_norm=1.0, b2=0.999)
-    return ml_collections.ConfigDict(fields | changes)
+    return TrainConfig(**fields | changes)
 
 
 PARAMS = {"a/kernel": jnp.array([[1.0, -2.0], [3.0, 4.0]]), "a/bias": jnp.array([5.0, 6.0])}

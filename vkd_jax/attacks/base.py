@@ -11,13 +11,12 @@ from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 
 from vkd_jax.checkpoints.bundle import ModelBundle
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.evaluation import evaluate
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.evaluation.metrics import intervals
-from vkd_jax.methods import Method
 from vkd_jax.models import lora, quantize
 from vkd_jax.results import ATTEMPT_FIELDS, AttackCell
 from vkd_jax.types import EvalSet, Example, Params, Role
@@ -38,7 +37,7 @@ class Subject:
     answers: Records  # what the model answered to them
     forgets: Sequence[Example]  # the questions with a picture, about the people to forget, that unlearning trained on
     held_out: Sequence[Example]  # the same kind of questions about people whom no model ever met; may be empty
-    config: ml_collections.ConfigDict  # of the run
+    config: RunConfig
     mesh: jax.sharding.Mesh
     folder: Path  # for what an attack that trains writes
 
@@ -57,13 +56,13 @@ class Subject:
         return evaluate.evaluate(
             Answerer(model, batch_size=options.batch_size),
             sets,
-            protocol=evaluate.check(options.protocol)[0],
+            protocol=options.protocols[0],
             max_new_tokens=options.max_new_tokens,
         )
 
     def unattacked(self, sets: Mapping[str, Sequence[Example]]) -> Records:
         """What `ask_sets` gives for the model as it is: out of its answers, where they were asked in the same way."""
-        protocol = evaluate.check(self.config.eval.protocol)[0]
+        protocol = self.config.eval.protocols[0]
         answered = {
             (record["set"], record["id"]): record
             for record in self.answers
@@ -81,7 +80,7 @@ class Attack(Protocol):
     METRIC: ClassVar[str]  # what its figures are, a key of `metrics.METRICS`
     VARIANTS: ClassVar[Mapping[str, str]]  # the title of each variant; one that is missing goes by its own name
 
-    def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
+    def check(self, config: RunConfig) -> None:
         """Refuses, before anything is run, settings that cannot work.
 
         Raises:

@@ -7,13 +7,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
-import ml_collections
-
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject
 from vkd_jax.config.fields import Section
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.evaluation.metrics.summary import by_kind
-from vkd_jax.methods import Method
 from vkd_jax.results import AttackCell
 from vkd_jax.types import Role
 
@@ -36,7 +34,7 @@ class Leak(Section):
         "generation_qa": "answering freely",
     }
 
-    def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
+    def check(self, config: RunConfig) -> None:
         """Nothing can be wrong."""
 
     def run(self, subject: Subject) -> Records:

@@ -21,15 +21,14 @@ import zlib
 from collections.abc import Mapping
 from typing import ClassVar
 
-import ml_collections
 import numpy as np
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject
 from vkd_jax.config.fields import Section, setting
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.evaluation.inference import Answerer, TokenScores
 from vkd_jax.evaluation.metrics import intervals
-from vkd_jax.methods import Method
 from vkd_jax.results import AttackCell
 
 SMALLEST = 1e-6  # deviation that is divided by: a model that is sure of a token leaves none
@@ -59,7 +58,7 @@ class Membership(Section):
     METRIC: ClassVar[str] = "auc"
     VARIANTS: ClassVar[Mapping[str, str]] = {}
 
-    def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
+    def check(self, config: RunConfig) -> None:
         """Any settings can run."""
 
     def run(self, subject: Subject) -> Records:

@@ -15,15 +15,14 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
-import ml_collections
 import numpy as np
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject
 from vkd_jax.config.fields import Section, setting
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.data.batching import rng
 from vkd_jax.evaluation.inference import TAPS, Answerer
-from vkd_jax.methods import Method
 from vkd_jax.results import AttackCell
 from vkd_jax.types import EvalSet, Example, Role
 
@@ -49,7 +48,7 @@ class Probe(Section):
     METRIC: ClassVar[str] = "accuracy"
     VARIANTS: ClassVar[Mapping[str, str]] = {"random_labels": f"{TAPS[0]}, random labels"}
 
-    def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
+    def check(self, config: RunConfig) -> None:
         """Any settings can run."""
 
     def run(self, subject: Subject) -> Records:

@@ -14,12 +14,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
-import ml_collections
-
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import UNCHANGED, Records, Subject
 from vkd_jax.config.fields import Section, setting
-from vkd_jax.methods import Method
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.results import AttackCell
 from vkd_jax.types import Role, UserError
 
@@ -52,7 +50,7 @@ class Prompts(Section):
         prefix="prefix injection", affirmative="affirmative suffix", role="role play"
     )
 
-    def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
+    def check(self, config: RunConfig) -> None:
         """Any settings can run."""
 
     def run(self, subject: Subject) -> Records:

@@ -11,14 +11,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
-import ml_collections
 from absl import logging
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import UNCHANGED, Records, Subject
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config.fields import Section, setting
-from vkd_jax.methods import Method
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.models import quantize
 from vkd_jax.results import AttackCell
 from vkd_jax.types import Role, UserError
@@ -46,7 +45,7 @@ class Quantize(Section):
     METRIC: ClassVar[str] = "accuracy"
     VARIANTS: ClassVar[Mapping[str, str]] = {}
 
-    def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
+    def check(self, config: RunConfig) -> None:
         """Any settings can run."""
 
     def run(self, subject: Subject) -> Records:

@@ -19,23 +19,22 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import ml_collections
 import numpy as np
 from absl import logging
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import UNCHANGED, Records, Subject
 from vkd_jax.checkpoints.bundle import ModelBundle
-from vkd_jax.config.fields import Section, setting
+from vkd_jax.config.fields import FieldError, Section, setting
+from vkd_jax.config.schema import RunConfig, TrainConfig
 from vkd_jax.data.augment import REPEATED_FIELDS
 from vkd_jax.data.batching import rng
 from vkd_jax.data.encoding import EncodedSet
-from vkd_jax.methods import Method
 from vkd_jax.methods.base import Prepared
 from vkd_jax.methods.finetune import Finetune
 from vkd_jax.methods.scope import TRAIN_SCOPES
 from vkd_jax.results import AttackCell
-from vkd_jax.runtime.mesh import make_mesh
+from vkd_jax.runtime.mesh import make_mesh, shards
 from vkd_jax.training import loop
 from vkd_jax.types import Role, UserError
 
@@ -71,7 +70,7 @@ class Relearn(Section):
     METRIC: ClassVar[str] = "accuracy"
     VARIANTS: ClassVar[Mapping[str, str]] = {UNCHANGED: "before"}
 
-    def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
+    def check(self, config: RunConfig) -> None:
         """Refuses attackers and budgets that cannot be.
 
         Raises:
@@ -84,9 +83,9 @@ class Relearn(Section):
                 "('visual', 'lora'), or leave model.quantize empty.",
             )
         try:
-            loop.batch_size(self._section(), "image", make_mesh(**config.mesh))
-        except UserError as error:
-            raise UserError(f"attacks.relearn.batch_size={self.batch_size} is refused: {error}") from error
+            self.training.rows("image", shards(make_mesh(**dataclasses.asdict(config.mesh))))
+        except FieldError as error:
+            raise self.error("batch_size", error.problem) from None
 
     def run(self, subject: Subject) -> Records:
         """The answers before any attack and after each."""
@@ -146,7 +145,7 @@ class Relearn(Section):
                 model,
                 method,
                 Prepared(sets={"image": encoded}),
-                self._section(),
+                self.training,
                 seed=seed,
                 folder=None,  # it takes seconds, and an interrupted attack starts over
             )
@@ -190,22 +189,18 @@ class Relearn(Section):
         known = None if cell.taught else trained_on.get((cell.model, cell.key))
         return dataclasses.replace(cell, before=before, recovery=recovery(cell.mean, before, vanilla), learned=known)
 
-    def _section(self) -> ml_collections.ConfigDict:
-        return ml_collections.ConfigDict(
-            dict(
-                steps=self.steps,
-                epochs=0.0,
-                batch_size=dict(image=self.batch_size),
-                microbatches=1,
-                learning_rate=self.learning_rate,
-                schedule="constant",
-                warmup_steps=0,
-                weight_decay=0.0,
-                clip_norm=1.0,
-                b2=0.999,
-                log_every=self.steps,
-                checkpoint_every=self.steps,
-            )
+    @property
+    def training(self) -> TrainConfig:
+        """Settings of an attacker's training loop."""
+        return TrainConfig(
+            steps=self.steps,
+            batch_size={"image": self.batch_size},
+            learning_rate=self.learning_rate,
+            schedule="constant",
+            warmup_steps=0,
+            weight_decay=0.0,
+            log_every=self.steps,
+            checkpoint_every=self.steps,
         )
 
 

@@ -18,16 +18,15 @@ import io
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-import ml_collections
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import UNCHANGED, Records, Subject
 from vkd_jax.config.fields import Section, setting
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.data.batching import rng
 from vkd_jax.data.images import open_image
-from vkd_jax.methods import Method
 from vkd_jax.results import AttackCell
 from vkd_jax.types import Role
 
@@ -59,7 +58,7 @@ class Rephrase(Section):
     METRIC: ClassVar[str] = "accuracy"
     VARIANTS: ClassVar[Mapping[str, str]] = {}
 
-    def check(self, config: ml_collections.ConfigDict, method: Method) -> None:
+    def check(self, config: RunConfig) -> None:
         """Any settings can run."""
 
     def changes(self) -> dict[str, Change]:

@@ -1,9 +1,8 @@
 """Makes new model folders with random weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import ml_collections
+from typing import Any
 
 from vkd_jax import models
 from vkd_jax.checkpoints import export, hf
@@ -12,20 +11,19 @@ from vkd_jax.runtime import files
 from vkd_jax.types import Example
 
 
-def create_llava(folder: Path, examples: Sequence[Example], shape: ml_collections.ConfigDict, seed: int) -> Path:
+def create_llava(folder: Path, examples: Sequence[Example], shape: Mapping[str, Any], seed: int) -> Path:
     """Creates a LLaVA with random weights and a tokenizer made for the texts of `examples`, unless the folder exists.
 
     Args:
         folder: the folder to create.
         examples: their questions and answers define the tokenizer's vocabulary.
-        shape: vocab_size, and the fields of config.json's vision_config and text_config.
+        shape: `ModelConfig.create`: vocab_size, and the fields of config.json's vision_config and text_config.
         seed: of the weights.
     """
     from transformers import LlavaConfig
 
     if folder.exists():
         return folder
-    shape = shape.to_dict()
     with files.atomic_folder(folder) as new:
         tokenizer = create_processor(
             new,

@@ -15,19 +15,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from jax import ShapeDtypeStruct as Shape
 
-from vkd_jax import methods, models
+from vkd_jax import models, registry
 from vkd_jax.checkpoints import hf
 from vkd_jax.checkpoints.bundle import ModelBundle
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.data.encoding import Batch
 from vkd_jax.methods.scope import Scope, frozen_blocks
 from vkd_jax.models import base
 from vkd_jax.runtime import hub
-from vkd_jax.runtime.mesh import batch_sharding, replicated
-from vkd_jax.training import loop, optimizer
+from vkd_jax.runtime.mesh import batch_sharding, replicated, shards
+from vkd_jax.training import optimizer
 from vkd_jax.training.step import TrainState, abstract_state, make_step
 from vkd_jax.types import Params, UserError
 
@@ -89,7 +89,7 @@ class AbstractStep:
 
 
 def build(
-    config: ml_collections.ConfigDict,
+    config: RunConfig,
     mesh: jax.sharding.Mesh,
     lengths: Lengths,
     method: Scope | None = None,
@@ -107,12 +107,11 @@ def build(
     Raises:
         UserError: The model is unknown, a batch does not divide over the mesh, or the method trains nothing.
     """
-    if method is None:
-        fields = config.method.to_dict()
-        method = methods.create(fields.pop("name"), fields)
+    method = method or config.method
     losses = method.losses()
     if not losses:
-        raise UserError(f"method {config.method.name} trains nothing, so it has no step to plan.")
+        name = registry.name_of(registry.METHODS, method)
+        raise UserError(f"method {name} trains nothing, so it has no step to plan.")
     family, hf_config = read_model(config.model.path or config.model.base)
     bundle = ModelBundle.abstract_for(
         method,
@@ -176,7 +175,7 @@ def read_model(name: str) -> tuple[types.ModuleType, Any]:
 
 def batch(
     stream: str,
-    config: ml_collections.ConfigDict,
+    config: RunConfig,
     mesh: jax.sharding.Mesh,
     lengths: Lengths,
     method: Scope,
@@ -185,7 +184,7 @@ def batch(
     model_config: Any,
 ) -> Batch:
     """Returns the shapes of a stream's batch, with one image a question, and of what the method caches for it."""
-    rows, place = loop.batch_size(config.train, stream, mesh), batch_sharding(mesh)
+    rows, place = config.train.rows(stream, shards(mesh)), batch_sharding(mesh)
     side = image_side(config, model_config)
     packed = model_config.pack([[np.broadcast_to(np.float32(0), (side, side, 3))]])
     pictures = {name: Shape((rows, *x.shape[1:]), x.dtype, sharding=place) for name, x in packed.items()}
@@ -207,7 +206,7 @@ def batch(
     )
 
 
-def image_side(config: ml_collections.ConfigDict, model_config: Any) -> int:
+def image_side(config: RunConfig, model_config: Any) -> int:
     """Returns the side of an image in pixels: the model's own, or that of the largest square that the config allows."""
     if hasattr(model_config.vision, "image_size"):
         return model_config.vision.image_size

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import ml_collections
 
-from vkd_jax import methods
+from vkd_jax import methods, registry
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.planner import abstract_step, flops, memory
 from vkd_jax.planner.abstract_step import AbstractStep, Lengths
 from vkd_jax.planner.compile import compile_step
@@ -18,7 +18,7 @@ from vkd_jax.runtime.mesh import make_mesh
 BASELINE = "grad_diff, all weights"
 
 
-def plan(config: ml_collections.ConfigDict, topology: str, lengths: Lengths, compare: bool = True) -> dict[str, Any]:
+def plan(config: RunConfig, topology: str, lengths: Lengths, compare: bool = True) -> dict[str, Any]:
     """Plans the training step of a config for a topology, in JSON's types.
 
     Args:
@@ -32,9 +32,9 @@ def plan(config: ml_collections.ConfigDict, topology: str, lengths: Lengths, com
     """
     devices = topology_devices(topology)
     tpu = TPUS[topology.partition(":")[0]]
-    mesh = make_mesh(**config.mesh, devices=devices)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     step = abstract_step.build(config, mesh, lengths)
-    steps = {config.method.name: figures(step, tpu)}
+    steps = {registry.name_of(registry.METHODS, config.method): figures(step, tpu)}
     if compare:
         steps[BASELINE] = baseline(config, mesh, lengths, tpu)
     pair = tuple(steps.values())
@@ -57,11 +57,11 @@ def plan(config: ml_collections.ConfigDict, topology: str, lengths: Lengths, com
     }
 
 
-def baseline(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, lengths: Lengths, tpu: Tpu) -> dict[str, Any]:
+def baseline(config: RunConfig, mesh: jax.sharding.Mesh, lengths: Lengths, tpu: Tpu) -> dict[str, Any]:
     """Plans GradDiff on all weights, with full rematerialization if it does not fit with the config's own."""
-    changed = config.copy_and_resolve_references()
-    for changed.model.remat in dict.fromkeys((config.model.remat, "full")):
-        method = methods.create("grad_diff", {"train": "all"})
+    method = methods.create("grad_diff", {"train": "all"})
+    for remat in dict.fromkeys((config.model.remat, "full")):
+        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
         results = figures(abstract_step.build(changed, mesh, lengths, method, whole=True), tpu)
         if results["fits"]:
             break

@@ -96,6 +96,7 @@ class Job:
 
     workdir: Workdir
     config: ml_collections.ConfigDict
+    typed: RunConfig
     mesh: jax.sharding.Mesh
     method: methods.Method  # of unlearning
     tuning: methods.Method  # of fine-tuning
@@ -129,7 +130,8 @@ class Job:
             if "membership" in chosen:
                 own = chosen["membership"].held_out
                 held_out = multihost.run_process_0_first(lambda: benchmarks.held_out(benchmark, cache, own))
-        return cls(workdir, config, mesh, method, tuning, chosen, benchmark, sets, asked, held_out)
+        typed = RunConfig.from_config_dict(config)
+        return cls(workdir, config, typed, mesh, method, tuning, chosen, benchmark, sets, asked, held_out)
 
     def load(self, folder: Path, method: methods.Method | None = None) -> ModelBundle:
         """Loads a model for a method, by default that of unlearning: every judged model has the same dtypes."""
@@ -168,7 +170,7 @@ def checked(
     typed.check_stage(shards(mesh))
     chosen = typed.attacks.selected if typed.workflow.judges else {}
     for attack in chosen.values():
-        attack.check(config, typed.method)
+        attack.check(typed)
     return mesh, typed.method, typed.finetune.method, chosen
 
 
@@ -229,14 +231,14 @@ def _check_provenance(job: Job, name: str, value: str, folder: Path) -> None:
 
 def finetune(job: Job, name: str) -> Path:
     """base -> `name`: "vanilla" learns everybody, "retain_only" all but the people to forget."""
-    workdir, config, section = job.workdir, job.config, job.config.finetune.train
+    workdir, config, section = job.workdir, job.typed, job.typed.finetune.train
     if workdir.has_model(name):
         return workdir.model(name)
     parts = ("finetune_retain",) if name == "retain_only" else ("finetune_forget", "finetune_retain")
     everything = [e for part in ("finetune_forget", "finetune_retain") for e in job.sets.get(part, ())]
     examples = [e for part in parts for e in job.sets.get(part, ())]
     with workdir.stage(f"load for {name}"):
-        if config.model.create.to_dict():
+        if config.model.create:
             shape = config.model.create
             source = workdir.model(
                 "base",
@@ -329,7 +331,7 @@ def _unlearned(job: Job, model: ModelBundle, source: Path) -> Path:
             trained = job.method.edit(context)
         else:
             trained = loop.fit(
-                model, job.method, prepared, config.train, seed=config.seed, folder=workdir.path / "train"
+                model, job.method, prepared, job.typed.train, seed=config.seed, folder=workdir.path / "train"
             )
     with workdir.stage("export"):
         return _exported(job, "unlearned", model, trained, source, [])
@@ -358,7 +360,7 @@ def judged(job: Job, name: str, model: ModelBundle) -> list[dict]:
                 answers=answers,
                 forgets=_pairs(job, "forget"),
                 held_out=job.held_out,
-                config=job.config,
+                config=job.typed,
                 mesh=job.mesh,
                 folder=workdir.path / "attacks" / attack_name / name,
             )
@@ -458,7 +460,7 @@ def _meta(job: Job) -> Meta:
     return Meta(
         **job.workdir.meta(),
         benchmark=BenchmarkInfo(job.benchmark.TITLE + share, source, sets),
-        protocols=evaluate.check(job.config.eval.protocol, job.config.eval.shots),
+        protocols=job.typed.eval.protocols,
         shots=job.config.eval.shots,
     )
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 from absl import logging
 
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.orbax_checkpoints import Checkpoints, NoCheckpoints
+from vkd_jax.config.schema import TrainConfig
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.data.images import MAX_CACHED_BYTES
 from vkd_jax.data.sampler import Sampler
@@ -25,11 +25,14 @@ from vkd_jax.methods.base import Method, Prepared, TeacherFn
 from vkd_jax.methods.scope import frozen_blocks
 from vkd_jax.models.base import bind
 from vkd_jax.runtime import multihost
-from vkd_jax.runtime.mesh import shard_rows
+from vkd_jax.runtime.mesh import shard_rows, shards
 from vkd_jax.training import optimizer
 from vkd_jax.training.preemption import Sigterm, Stopped
 from vkd_jax.training.step import init_state, make_step
 from vkd_jax.types import Params, UserError
+
+# The fields of a `TrainConfig` that the compiled step depends on; batch sizes are shapes, and rates are arguments.
+STEP_FIELDS = ("clip_norm", "b2", "weight_decay", "microbatches")
 
 
 class Diverged(Exception):
@@ -42,7 +45,7 @@ def _program(
     method: Method,
     streams: tuple[str, ...],
     teacher: tuple[tuple[str, TeacherFn], ...],
-    config: ml_collections.FrozenConfigDict,
+    config: TrainConfig,
 ) -> tuple[optax.GradientTransformationExtraArgs, Callable]:
     """The optimizer and the step: the same objects for fits that are alike.
 
@@ -58,7 +61,7 @@ def fit(
     bundle: ModelBundle,
     method: Method,
     prepared: Prepared,
-    config: ml_collections.ConfigDict,
+    config: TrainConfig,
     *,
     seed: int,
     folder: Path | None,
@@ -72,7 +75,7 @@ def fit(
         bundle: the model, from `ModelBundle.load_for` or `prepare_for`; its weights stay as they are.
         method: what trains and by which losses.
         prepared: what the method computed beforehand; a stream without a set is left out.
-        config: steps or epochs, batch_size per stream, log_every, checkpoint_every, and what `optimizer.create` reads.
+        config: settings of the loop and of the optimizer, with a batch size for each stream.
         seed: of the data order and of dropout.
         folder: for checkpoints and metrics; None keeps none, for a short training that may as well begin again.
 
@@ -90,13 +93,12 @@ def fit(
     names = tuple(name for name in method.losses() if name in prepared.sets)
     prefix = frozen_blocks(paths, bundle.config)
     sets = {name: cached_prefix(graphdef, params, prepared.sets[name], prefix) for name in names}
-    sizes = {name: batch_size(config, name, mesh) for name in names}
-    steps = count_steps(config, {name: len(rows) for name, rows in sets.items()})
+    sizes = {name: config.rows(name, shards(mesh)) for name in names}
+    steps = config.length({name: len(rows) for name, rows in sets.items()})
     streams = {name: Sampler(sets[name], sizes[name], seed=seed, name=name) for name in names}
     rates, key = optimizer.rates(config, steps), jax.random.key(seed)
-    options = {name: config[name] for name in ("clip_norm", "b2", "weight_decay", "microbatches")}
-    options = ml_collections.FrozenConfigDict(options)
-    tx, step_fn = _program(graphdef, method, names, tuple(prepared.teachers.items()), options)
+    step_config = TrainConfig(**{name: getattr(config, name) for name in STEP_FIELDS})
+    tx, step_fn = _program(graphdef, method, names, tuple(prepared.teachers.items()), step_config)
     state = init_state(tx, trainable, mesh)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(state_shardings, None))
@@ -196,46 +198,6 @@ class NoProgress:
 
     def close(self) -> None:
         """Does nothing."""
-
-
-def batch_size(config: ml_collections.ConfigDict, name: str, mesh: jax.sharding.Mesh, where: str = "train") -> int:
-    """Rows of a stream's batch, all hosts together.
-
-    Raises:
-        UserError: the config names none, or it does not divide over the devices.
-    """
-    if name not in config.batch_size:
-        raise UserError(f"{where}.batch_size has no {name!r}, which the method needs; use a config made for it.")
-    size, shards = config.batch_size[name], mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.microbatches < 1:
-        raise UserError(f"{where}.microbatches={config.microbatches}: give at least 1.")
-    if size < 1:
-        raise UserError(f"{where}.batch_size.{name}={size}: give at least 1; a stream without questions is left out.")
-    if size % (shards * config.microbatches):
-        parts = f" in {config.microbatches} microbatches" if config.microbatches > 1 else ""
-        raise UserError(
-            f"{where}.batch_size.{name}={size} does not divide over {shards} devices{parts}; "
-            f"use a multiple of {shards * config.microbatches}."
-        )
-    return size
-
-
-def count_steps(config: ml_collections.ConfigDict, rows: Mapping[str, int], where: str = "train") -> int:
-    """How many steps a run has: `config.steps`, or as many as take every stream through `config.epochs`.
-
-    Raises:
-        UserError: both are given, or neither.
-    """
-    by_steps, by_epochs = config.steps > 0 and config.epochs == 0, config.steps == 0 and 0 < config.epochs < math.inf
-    if not (by_steps or by_epochs):
-        raise UserError(
-            f"{where}.steps={config.steps} and {where}.epochs={config.epochs}: give one of them, the other 0."
-        )
-    for name in ("log_every", "checkpoint_every"):
-        if config[name] < 1:
-            raise UserError(f"{where}.{name}={config[name]}: give at least 1.")
-    epochs = (math.ceil(config.epochs * n / config.batch_size[name]) for name, n in rows.items())
-    return config.steps or max(epochs, default=0)
 
 
 def _check(step: int, metrics: Mapping[str, jax.Array], checkpoints: Checkpoints) -> None:

@@ -1,19 +1,18 @@
 """The optimizer over the trainable weights: clip inside, mask last."""
 
-
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 
+from vkd_jax.config.schema import TrainConfig
 from vkd_jax.types import Params
 
 # What follows the warmup: (learning rate, steps from there on) -> the rate of each.
 SCHEDULES = {"cosine": optax.cosine_decay_schedule, "constant": lambda rate, steps: optax.constant_schedule(rate)}
 
 
-def create(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
+def create(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
     """clip -> Adam -> weight decay -> learning rate -> mask.
 
     It only ever sees the trainable weights: `optax.masked` over all of them would let raw gradients through to the
@@ -21,7 +20,7 @@ def create(config: ml_collections.ConfigDict) -> optax.GradientTransformationExt
     zero. The learning rate is an argument of `update`, so that runs at different rates are one program.
 
     Args:
-        config: weight_decay, clip_norm, b2.
+        config: only `weight_decay`, `clip_norm` and `b2` are read.
     """
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
@@ -32,11 +31,11 @@ def create(config: ml_collections.ConfigDict) -> optax.GradientTransformationExt
     )
 
 
-def rates(config: ml_collections.ConfigDict, steps: int) -> np.ndarray:
+def rates(config: TrainConfig, steps: int) -> np.ndarray:
     """The learning rate of each step: float32 [steps].
 
     Args:
-        config: learning_rate, warmup_steps, schedule (cosine | constant).
+        config: only `learning_rate`, `warmup_steps` and `schedule` are read.
         steps: of the whole run; the cosine ends there.
     """
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)

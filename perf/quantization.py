@@ -49,7 +49,7 @@ def visual_half(graphdef, params, paths, batch: Batch) -> tuple[VisualTokens, Ca
     @jax.jit
     def encode(trainable):
         features, _ = bind(graphdef, {**params, **trainable}).encode(batch.images)
-        return features.values, features.where
+        return features.values, features.coords
 
     values, back, where = jax.vjp(encode, {path: params[path] for path in paths}, has_aux=True)
     to_weights = jax.jit(lambda gradient: jnp.concatenate([x.ravel() for x in back(gradient)[0].values()]))
@@ -63,7 +63,9 @@ def language_half(graphdef, params, features: VisualTokens, batch: Batch) -> tup
     def run(values, params):
         def loss(values):
             seen = features._replace(values=values)
-            logits, _ = bind(graphdef, params)(batch.tokens, batch.mask, features=seen, at=batch.target_positions)
+            logits, _ = bind(graphdef, params)(
+                batch.tokens, batch.mask, features=seen, query_positions=batch.target_positions
+            )
             return losses.answer_cross_entropy(logits, batch.targets, batch.target_mask).mean(), logits
 
         (_, logits), gradient = jax.value_and_grad(loss, has_aux=True)(values)
@@ -96,7 +98,7 @@ def measure(questions: int) -> dict:
     rows = [dict(quantize="", cosine=1.0, kl=0.0, top1=1.0, bytes=size, share=1.0)]
     for text in HOW:
         how = quantize.parse(text)
-        small = {path: quantize.quantized(path, x, how) for path, x in params.items()}
+        small = {path: quantize.quantize_param(path, x, how) for path, x in params.items()}
         log_q, other = ask(small)
         rows.append(
             dict(

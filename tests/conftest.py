@@ -207,7 +207,7 @@ def tiny_folder(tmp_path_factory, tiny_config):
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     config = dataclasses.replace(tiny_config, text=dataclasses.replace(text, vocab=len(tokenizer)))
-    export.create(folder, hf_config, hf.init(config, 0)[1])
+    export.create(folder, hf_config, hf.init_params(config, 0)[1])
     return folder
 
 
@@ -290,9 +290,9 @@ def unpack():
         if "pixels" in packed:
             return [[x] for x in packed["pixels"]]
         rows = []
-        for patches, where in zip(packed["patches"], packed["where"], strict=True):
+        for patches, where in zip(packed["patches"], packed["patch_coords"], strict=True):
             owned = (where[:, 0] == picture for picture in range(where[:, 0].max() + 1))
-            rows.append([qwen_vit.join(patches[own], where[own, 1:], config.vision.patch_size) for own in owned])
+            rows.append([qwen_vit.unpatchify(patches[own], where[own, 1:], config.vision.patch_size) for own in owned])
         return rows
 
     return of

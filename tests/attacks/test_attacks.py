@@ -115,13 +115,13 @@ def test_an_adapter_that_still_is_zero_leaves_its_kernel_alone(subject):
 @pytest.mark.parametrize("text", ["", "int8"])
 def test_an_adapter_is_added_to_its_kernel(subject, text):
     how = quantize.parse(text)
-    params = {p: quantize.quantized(p, x, how) if how else x for p, x in subject.model.params.items()}
+    params = {p: quantize.quantize_param(p, x, how) if how else x for p, x in subject.model.params.items()}
     attached = lora.attach(params, rank=2, alpha=4.0, dropout=0.5, seed=0)
     path = "language_model/blocks/mlp/up/kernel"
     attached[f"{path}/lora_b"] = jnp.asarray(np.random.default_rng(0).normal(size=attached[f"{path}/lora_b"].shape))
     plain = base.merged(attached)
     a, b = (np.asarray(attached[f"{path}/lora_{name}"]) for name in "ab")
-    wanted = np.asarray(quantize.floats(params[path], jnp.float32)) + 2.0 * np.einsum("ldr,lrf->ldf", a, b)
+    wanted = np.asarray(quantize.dequantize(params[path], jnp.float32)) + 2.0 * np.einsum("ldr,lrf->ldf", a, b)
     np.testing.assert_allclose(plain[path], wanted, rtol=1e-5, atol=1e-6)
     rest = [other for other in params if other != path]
     assert all(plain[other] is params[other] for other in rest)
@@ -134,23 +134,23 @@ def test_weights_are_rounded_by_hand():
     """By output channel; in groups of two inputs; and a patch of 2 x 2 pixels as one input."""
     rows = [[1.0, -4.0], [0.3, 2.0], [-0.5, 0.02], [0.11, 0.01]]
     path = "projector/fc1/kernel"
-    eight = quantize.rounded(path, jnp.array(rows), quantize.parse("int8"))
+    eight = quantize.round_param(path, jnp.array(rows), quantize.parse("int8"))
     # 1 and -4 stand at 127.5 steps, and 127 is the last. -.5 is 63.75 steps, .3 38.25, .11 14.03.
     steps = np.array([[127, -127], [38, 64], [-64, 1], [14, 0]])
     np.testing.assert_allclose(eight, steps * np.array([1, 4]) / 127.5, rtol=1e-6)
-    four = quantize.rounded(path, jnp.array(rows), quantize.parse("int4:2"))
+    four = quantize.round_param(path, jnp.array(rows), quantize.parse("int4:2"))
     steps = np.array([[7, -7], [2, 4], [-7, 7], [2, 4]])  # of 1 / 7.5, 4 / 7.5, then of .5 / 7.5, .02 / 7.5
     scale = np.array([[1, 4], [1, 4], [0.5, 0.02], [0.5, 0.02]]) / 7.5
     np.testing.assert_allclose(four, steps * scale, rtol=1e-6)
     patch = jnp.array(rows).reshape(2, 2, 1, 2)
     np.testing.assert_array_equal(
-        quantize.rounded("vision_tower/patch_embedding", patch, quantize.parse("int8")), eight.reshape(2, 2, 1, 2)
+        quantize.round_param("vision_tower/patch_embedding", patch, quantize.parse("int8")), eight.reshape(2, 2, 1, 2)
     )
 
 
 def test_a_token_table_is_rounded_by_its_rows_and_to_four_bits_too():
     table = jnp.array([[1.0, 0.3, -0.5], [-4.0, 2.0, 0.02]])
-    four = quantize.rounded("language_model/embed/embedding", table, quantize.parse("int4"))
+    four = quantize.round_param("language_model/embed/embedding", table, quantize.parse("int4"))
     np.testing.assert_allclose(four, np.array([[7, 2, -4], [-7, 4, 0]]) * np.array([[1], [4]]) / 7.5, rtol=1e-6)
 
 
@@ -178,17 +178,17 @@ def test_other_families_are_rounded_whole_too(qwen_folder, family, monkeypatch):
     _, params, _ = hf.load(qwen_folder(family), dtype="bfloat16")
     monkeypatch.setattr(quantize, "_round", lambda array, *how: -array)
     for path, value in params.items():
-        assert (quantize.rounded(path, value, quantize.parse("int4:64")) is value) == path.endswith(KEPT), path
+        assert (quantize.round_param(path, value, quantize.parse("int4:64")) is value) == path.endswith(KEPT), path
 
 
 def test_what_is_quantised_already_stays(subject, monkeypatch):
     monkeypatch.setattr(quantize, "_round", lambda array, *how: -array)
     how = quantize.parse("int8")
-    params = {path: quantize.quantized(path, x, how) for path, x in subject.model.params.items()}
+    params = {path: quantize.quantize_param(path, x, how) for path, x in subject.model.params.items()}
     frozen = changed(subject, params=params)
     rounded = attacks.create("quantize", {}).rounded(frozen.model, "int4:8").params
     for path, value in params.items():
-        assert (rounded[path] is value) == (quantize.quantizes(path) or path.endswith(KEPT)), path
+        assert (rounded[path] is value) == (quantize.is_quantized(path) or path.endswith(KEPT)), path
 
 
 def test_groups_that_do_not_fit_are_told(subject):

@@ -180,7 +180,8 @@ def test_token_scores_are_those_of_the_whole_distribution(tiny_model, subject):
     def distribution(params, batch):
         model = bind(tiny_model.graphdef, params)
         features, _ = model.encode(batch.images)
-        return jax.nn.log_softmax(model(batch.tokens, batch.mask, features=features, at=batch.target_positions)[0])
+        logits, _ = model(batch.tokens, batch.mask, features=features, query_positions=batch.target_positions)
+        return jax.nn.log_softmax(logits)
 
     encoded = tiny_model.encode(subject.forgets)
     log_p = np.asarray(distribution(tiny_model.params, encoded.batch(np.arange(len(encoded)))), np.float64)

@@ -166,7 +166,7 @@ def test_adapters_of_the_method_are_not_what_an_attacker_trains(subject):
 
 def test_a_frozen_language_model_can_be_attacked_beside_itself(subject):
     how = quantize.parse("int8")
-    params = {path: quantize.quantized(path, x, how) for path, x in subject.model.params.items()}
+    params = {path: quantize.quantize_param(path, x, how) for path, x in subject.model.params.items()}
     other = dataclasses.replace(subject, model=dataclasses.replace(subject.model, params=params))
     records = create(shares=(0.5,), attackers=("visual",)).run(other)
     assert {(r["variant"], r.get("attacker"), r.get("share")) for r in records} == {

@@ -41,7 +41,7 @@ def hf_config(vision=None, text=None, **changes):
 
 def random_params(config, dtype=np.float32, seed=0):
     """Every parameter different from every other, without compiling an initialiser."""
-    _, shapes = base.abstract(lambda rngs: llava.Llava(config, rngs=rngs))
+    _, shapes = base.abstract_model(lambda rngs: llava.Llava(config, rngs=rngs))
     rng = np.random.default_rng(seed)
     return {k: jnp.asarray(rng.standard_normal(v.shape).astype(dtype)) for k, v in shapes.items()}
 
@@ -106,7 +106,7 @@ def test_values_by_hand(folder):
     up = params["language_model/blocks/mlp/up/kernel"]
     np.testing.assert_array_equal(up[1], tensors["language_model.model.layers.1.mlp.up_proj.weight"].T)
     assert config == llava.LlavaConfig.from_hf(hf_config())
-    assert equal(params, base.split(base.bind(graphdef, params))[1])
+    assert equal(params, base.split_model(base.bind(graphdef, params))[1])
 
 
 @pytest.mark.parametrize("rename", [to_hub, to_memory])
@@ -154,7 +154,7 @@ def test_every_tensor_of_llava_7b_once():
     with torch.device("meta"):
         model = transformers.LlavaForConditionalGeneration(hf_settings)
     config = llava.LlavaConfig.from_hf(hf_settings)
-    _, shapes = base.abstract(lambda rngs: llava.Llava(config, rngs=rngs))
+    _, shapes = base.abstract_model(lambda rngs: llava.Llava(config, rngs=rngs))
     assert sum(v.size for v in shapes.values()) == sum(p.numel() for p in model.parameters()) > 7e9
     wanted = hf.tensor_names(llava, config, shapes)
     seen = {}
@@ -234,7 +234,7 @@ def test_each_device_gets_its_slice_and_copies_are_read_once(folder, monkeypatch
     path = "language_model/blocks/mlp/gate/kernel"  # [layer, in, out]; the tensors are [out, in]
     config = llava.LlavaConfig.from_hf(hf_config())
     _, want, _ = hf.load(folder)
-    parts = hf.match(llava, config, safetensors_files.Checkpoint(folder), want)[path]
+    parts = hf.match_tensors(llava, config, safetensors_files.Checkpoint(folder), want)[path]
     read, fill = [], safetensors_files.Tensor._fill
     monkeypatch.setattr(
         safetensors_files.Tensor, "_fill", lambda self, rows, f: (read.append(rows.nbytes), fill(self, rows, f))

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from vkd_jax.checkpoints import hf
 from vkd_jax.data.encoding import encode_set
 from vkd_jax.data.processor import Processor
-from vkd_jax.models.base import abstract
+from vkd_jax.models.base import abstract_model
 from vkd_jax.types import Example, UserError
 
 transformers = pytest.importorskip("transformers")
@@ -89,7 +89,7 @@ def test_pixels_and_tokens_equal_those_of_transformers(processor, kind):
     packed = processor.config.pack([[ours]])
     if "patches" in packed:
         count = int(want["image_grid_thw"].prod())
-        np.testing.assert_array_equal(packed["where"][0, count:, 0], -1)
+        np.testing.assert_array_equal(packed["patch_coords"][0, count:, 0], -1)
         frames = want["pixel_values"].reshape(count, 3, 2, -1)
         for frame in (0, 1):
             got = packed["patches"][0, :count].reshape(count, 3, -1)
@@ -107,14 +107,14 @@ def test_the_model_makes_as_many_features_as_there_are_image_tokens(processor):
     from vkd_jax.models.base import bind
 
     module, _ = hf.read_config(processor.tokenizer.name_or_path)
-    graphdef, shapes = abstract(lambda rngs: module.Model(processor.config, rngs=rngs))
+    graphdef, shapes = abstract_model(lambda rngs: module.Model(processor.config, rngs=rngs))
     for kind in ("portrait", "landscape", "one pixel"):
         image = processor.image(PICTURES[kind])
         packed = processor.config.pack([[image]])
         features, _ = jax.eval_shape(lambda p, x: bind(graphdef, p).encode(x), shapes, packed)
         count = processor.config.image_tokens(*image.shape[:2])
-        if "where" in packed:
-            assert (packed["where"][0, :, 0] >= 0).sum() == 4 * count <= 4 * features.values.shape[1]
+        if "patch_coords" in packed:
+            assert (packed["patch_coords"][0, :, 0] >= 0).sum() == 4 * count <= 4 * features.values.shape[1]
         else:
             assert features.values.shape[1] == count
 

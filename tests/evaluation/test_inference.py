@@ -216,7 +216,7 @@ def test_what_questions_about_a_picture_share_is_read_once(tiny_model, monkeypat
         assert [rows.tolist() for rows, *_ in found] == [[0, 4, 1, 3, 5, 2], [6, 7, 8, 8, 8, 8]]
         for _, tokens, _, features, shared in found:
             assert len(features.values) == len(shared.tokens) == {1: 3, 2: 4}[shards]
-            assert shared.which.shape == (shards, 6 // shards)
+            assert shared.prefix_index.shape == (shards, 6 // shards)
             assert not (tokens == tiny_model.config.image_token_id).any()
 
 

@@ -35,7 +35,7 @@ BLOCKS = "language_model/blocks/"
 def context(tiny_model, tiny_sets):
     """Five questions with a picture and four of text alone, of each set; and one vision block that feeds something."""
     config = dataclasses.replace(tiny_model.config, vision=dataclasses.replace(tiny_model.config.vision, layers=2))
-    graphdef, params = hf.init(config, 0)
+    graphdef, params = hf.init_params(config, 0)
     everywhere = replicated(make_mesh())
     params = {path: jax.device_put(x, everywhere) for path, x in params.items()}
     sets = {}
@@ -226,7 +226,7 @@ def all_hidden(graphdef, params, key, batch):
     features = model.encode(batch.images)[0]
     x, positions = model.embed(batch.tokens, batch.mask, features)
     allowed = batch.mask[:, None, :] & jnp.tri(x.shape[1], dtype=bool)
-    turned = model.language_model._turns(positions, x.shape[1])
+    turned = model.language_model._rotary_tables(positions, x.shape[1])
     outputs = []
     for i in range(2):
         block = jax.tree.map(lambda leaf, i=i: leaf[i], model.language_model.blocks)
@@ -237,7 +237,7 @@ def all_hidden(graphdef, params, key, batch):
 
 def quantized(context):
     how = quantize.parse("int8")
-    return {path: quantize.quantized(path, x, how) for path, x in context.params.items()}
+    return {path: quantize.quantize_param(path, x, how) for path, x in context.params.items()}
 
 
 def tuned(params):

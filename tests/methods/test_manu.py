@@ -127,9 +127,9 @@ def contexts(tiny_model):
             draw = functools.partial(llava_set, tiny_model)
         else:
             module = qwen2_vl if family == "qwen2_vl" else qwen2_5_vl
-            more = {} if family == "qwen2_vl" else dict(gated=True, window=4, whole=(1,))
+            more = {} if family == "qwen2_vl" else dict(gated=True, window=4, full_attention_blocks=(1,))
             config = module.Config(VisionConfig(**TOWER, **more), QWEN, IMAGE)
-            graphdef, params = hf.init(config, seed=0)
+            graphdef, params = hf.init_params(config, seed=0)
             draw = functools.partial(qwen_set, config)
         # Biases begin at zero; that pruning empties them, too, would not be seen.
         params = {k: v + 0.1 if k.endswith("/bias") else v * 2 if "kernel" in k else v for k, v in params.items()}
@@ -176,14 +176,16 @@ def activations(context, name):
             used = list(tower.blocks)[: config.used_blocks]
             found["vision_tower"] = run(used, tower.embed(batch.images["pixels"]), [()] * len(used))
         elif batch.images is not None:
-            where = batch.images["where"]
-            allowed = [qwen_vit.sees(where, 0 if i in config.vision.whole else config.vision.window) for i in range(2)]
-            given = [(tower._turns(where), x) for x in allowed]
+            where = batch.images["patch_coords"]
+            vision = config.vision
+            windows = [0 if i in vision.full_attention_blocks else vision.window for i in range(2)]
+            allowed = [qwen_vit.attention_mask(where, window) for window in windows]
+            given = [(tower._rotary_tables(where), x) for x in allowed]
             found["vision_tower"] = run(tower.blocks, tower.embed(batch.images["patches"]), given)
         if batch.images is not None:
             features, _ = model.encode(batch.images)
         x, positions = model.embed(batch.tokens, batch.mask, features)
-        turned = model.language_model._turns(positions, x.shape[1])
+        turned = model.language_model._rotary_tables(positions, x.shape[1])
         stacked = model.language_model.blocks
         blocks = [jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(config.text.layers)]
         allowed = batch.mask[:, None] & np.tri(batch.mask.shape[1], dtype=bool)
@@ -192,7 +194,7 @@ def activations(context, name):
 
     real = {"language_model": batch.mask}
     if batch.images is not None:
-        real["vision_tower"] = np.s_[:, :] if pixels else batch.images["where"][..., 0] >= 0
+        real["vision_tower"] = np.s_[:, :] if pixels else batch.images["patch_coords"][..., 0] >= 0
     return {tower: [np.asarray(z)[real[tower]] for z in found] for tower, found in capture(context.params).items()}
 
 

@@ -14,7 +14,7 @@ from vkd_jax.methods.grad_diff import GradDiff
 from vkd_jax.methods.scope import frozen_blocks, trainable_paths
 from vkd_jax.methods.vkd import VKD
 from vkd_jax.models import llava, lora
-from vkd_jax.models.base import VisualTokens, abstract, bind
+from vkd_jax.models.base import VisualTokens, abstract_model, bind
 from vkd_jax.training import loop
 from vkd_jax.types import UserError
 
@@ -74,7 +74,7 @@ def test_visual_scopes_leave_the_language_model_alone(context, blocks):
 
 
 def test_fine_tuning_by_adapters_trains_these_alone(tiny_config):
-    _, shapes = abstract(lambda rngs: llava.Llava(tiny_config, rngs=rngs))
+    _, shapes = abstract_model(lambda rngs: llava.Llava(tiny_config, rngs=rngs))
     params = jax.eval_shape(lambda params: lora.attach(params, rank=2, alpha=2.0, dropout=0.0, seed=0), shapes)
     method = methods.create("finetune", dict(train="lora"))
     assert set(method.trainable(params, tiny_config)) == set(params) - set(shapes)

@@ -44,7 +44,7 @@ def random_params(shapes, seed=0):
 
 @functools.cache
 def graph(**changes):
-    return base.abstract(lambda rngs: llava.Llava(dataclasses.replace(CONFIG, **changes), rngs=rngs))
+    return base.abstract_model(lambda rngs: llava.Llava(dataclasses.replace(CONFIG, **changes), rngs=rngs))
 
 
 @functools.cache
@@ -68,10 +68,10 @@ def tuned(params, seed=1):
 
 def merged(params):
     """Plain float weights that compute the same: W + A B alpha / rank, where alpha / rank is 2."""
-    out = {path: quantize.floats(x, jnp.float32) for path, x in params.items() if not isinstance(x, Lora)}
+    out = {path: quantize.dequantize(x, jnp.float32) for path, x in params.items() if not isinstance(x, Lora)}
     for path, x in lora.adapters(params).items():
         a, b = out.pop(f"{path}/lora_a"), out.pop(f"{path}/lora_b")
-        out[path] = quantize.floats(x.weight, jnp.float32) + 2 * jnp.einsum("ldr,lrf->ldf", a, b)
+        out[path] = quantize.dequantize(x.weight, jnp.float32) + 2 * jnp.einsum("ldr,lrf->ldf", a, b)
     return out
 
 
@@ -119,29 +119,29 @@ def test_a_product_by_hand():
         jnp.array([[1.0, 2.0], [3.0, 4.0]]), 0.5, 0.0, a=jnp.array([[1.0], [-1.0]]), b=jnp.array([[2.0, 3.0]])
     )
     # x W = (7, 10); x A = -1, times B (-2, -3), of which half.
-    np.testing.assert_array_equal(lora.product(jnp.array([[1.0, 2.0]]), weight), [[6.0, 8.5]])
+    np.testing.assert_array_equal(lora.matmul(jnp.array([[1.0, 2.0]]), weight), [[6.0, 8.5]])
     np.testing.assert_array_equal(lora.delta(weight, None), [[1.0, 1.5], [-1.0, -1.5]])
 
 
 def test_a_product_over_eight_bits_by_hand():
-    held = quantize.quantized(UP, jnp.array([[127.5, 1.0], [3.2, -0.5]]), INT8)  # 127, 127 / 127.5; 3, -64 / 127.5
+    held = quantize.quantize_param(UP, jnp.array([[127.5, 1.0], [3.2, -0.5]]), INT8)  # 127, 127 / 127.5; 3, -64 / 127.5
     weight = Lora(held, 2.0, 0.0, a=jnp.array([[1.0], [0.0]]), b=jnp.array([[1.0, -1.0]]))
     want = [[157 + 2, -513 / 127.5 - 2]]
-    np.testing.assert_allclose(lora.product(jnp.array([[1.0, 10.0]]), weight), want, rtol=1e-6)
+    np.testing.assert_allclose(lora.matmul(jnp.array([[1.0, 10.0]]), weight), want, rtol=1e-6)
 
 
 def test_dropout_by_hand():
     # Of one input, what the adapter sees is nothing or twice the input; the kernel sees it always.
     weight = Lora(jnp.array([[5.0]]), 1.0, 0.5, a=jnp.array([[1.0]]), b=jnp.array([[10.0]]), key=KEY)
     x = jnp.full((4000, 1), 3.0)
-    y = lora.product(x, weight)
+    y = lora.matmul(x, weight)
     assert set(np.unique(y)) == {15.0, 15.0 + 60.0}
     np.testing.assert_allclose(y.mean(), 45.0, rtol=0.03)
-    rarely = lora.product(x, dataclasses.replace(weight, dropout=0.05))
+    rarely = lora.matmul(x, dataclasses.replace(weight, dropout=0.05))
     np.testing.assert_allclose((rarely == 15.0).mean(), 0.05, atol=0.01)
     np.testing.assert_allclose(rarely.mean(), 45.0, rtol=0.03)
-    np.testing.assert_array_equal(lora.product(x, dataclasses.replace(weight, key=None)), jnp.full((4000, 1), 45.0))
-    np.testing.assert_array_equal(lora.product(x, weight), y)
+    np.testing.assert_array_equal(lora.matmul(x, dataclasses.replace(weight, key=None)), jnp.full((4000, 1), 45.0))
+    np.testing.assert_array_equal(lora.matmul(x, weight), y)
 
 
 # What is attached.
@@ -162,7 +162,7 @@ def test_every_kernel_of_the_blocks_gets_an_adapter_and_nothing_else_changes():
         a, b = params[f"{path}/lora_a"], params[f"{path}/lora_b"]
         assert (a.shape, b.shape, a.dtype, b.dtype) == ((layers, d, 4), (layers, 4, f), jnp.float32, jnp.float32)
         assert not b.any()
-    small = attached({path: quantize.quantized(path, x, INT8) for path, x in plain().items()})
+    small = attached({path: quantize.quantize_param(path, x, INT8) for path, x in plain().items()})
     assert small[UP].weight.qvalue.dtype == jnp.int8
     np.testing.assert_array_equal(small[f"{UP}/lora_a"], params[f"{UP}/lora_a"])
 
@@ -195,7 +195,7 @@ def test_shapes_alone_are_enough():
 
 def test_split_gives_back_what_bind_was_given():
     params = tuned(attached(plain(), dropout=0.5))
-    graphdef, back = base.split(base.bind(graph()[0], params, KEY))
+    graphdef, back = base.split_model(base.bind(graph()[0], params, KEY))
     assert graphdef == graph()[0]
     assert jax.tree.structure(back) == jax.tree.structure(params)
     assert all(x is y for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True))
@@ -227,7 +227,7 @@ def test_a_fresh_adapter_changes_no_bit(compute_dtype, key):
 @pytest.mark.parametrize("how", [pytest.param(None, marks=pytest.mark.slow), INT8])
 def test_logits_are_those_of_merged_weights_and_gradients_theirs_by_the_chain_rule(how):
     graphdef, _ = graph()
-    held = {path: quantize.quantized(path, x, how) for path, x in plain().items()} if how else plain()
+    held = {path: quantize.quantize_param(path, x, how) for path, x in plain().items()} if how else plain()
     params = tuned(attached(held))
     whole = merged(params)
     want = logits(graphdef, whole, batch())
@@ -262,9 +262,9 @@ def test_in_bfloat16_adapters_stay_float32():
     assert {x.dtype for x in (*trainable.values(), *shapes.values())} == {jnp.dtype(jnp.float32)}
     x = jnp.ones((2, 32), jnp.bfloat16)
     first = jax.tree.map(lambda x: x[0], lora.join(params)[UP])
-    assert lora.product(x, first).dtype == jnp.bfloat16
+    assert lora.matmul(x, first).dtype == jnp.bfloat16
     want = x.astype(jnp.float32) @ merged(params)[UP][0]
-    np.testing.assert_allclose(lora.product(x, first), want, rtol=0.02, atol=0.02 * float(jnp.abs(want).max()))
+    np.testing.assert_allclose(lora.matmul(x, first), want, rtol=0.02, atol=0.02 * float(jnp.abs(want).max()))
 
 
 # Dropout in the model.
@@ -321,9 +321,9 @@ def test_weight_decay_leaves_adapters_alone_and_masks_cover_them():
 
 
 def test_adapters_train_over_quantised_weights():
-    params = attached({path: quantize.quantized(path, x, INT8) for path, x in plain().items()})
+    params = attached({path: quantize.quantize_param(path, x, INT8) for path, x in plain().items()})
     paths = Finetune(train="lora").trainable(params, CONFIG)
-    assert paths and not any(map(quantize.quantizes, paths))
+    assert paths and not any(map(quantize.is_quantized, paths))
     assert {params[path].dtype for path in paths} == {jnp.dtype(jnp.float32)}
 
 
@@ -384,7 +384,7 @@ def test_an_export_changes_the_adapted_tensors_and_no_other_byte(tiny_folder, tm
 def test_adapters_are_added_to_the_bytes_of_the_source(dtype, how, tiny_folder, tmp_path):
     """Neither rounded as they were held nor quantised: in the source's own dtype, rounded once."""
     source = stored(tiny_folder, tmp_path / "source", dtype)
-    transform = how and functools.partial(quantize.quantized, how=how)
+    transform = how and functools.partial(quantize.quantize_param, settings=how)
     _, held, config = hf.load(source, dtype="bfloat16", transform=transform)
     params = tuned(attached(held))
     export.export(trained(params), source, tmp_path / "out", config)

@@ -27,7 +27,7 @@ CONFIG = llava.LlavaConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    graphdef, params = hf.init(CONFIG, seed=0)
+    graphdef, params = hf.init_params(CONFIG, seed=0)
     # Weights large enough that every input matters to every output.
     return base.bind(graphdef, {k: v * 4 if "kernel" in k else v for k, v in params.items()})
 
@@ -61,7 +61,7 @@ def test_layer_norm_and_rms_norm_by_hand():
 
 def test_rotation_by_hand():
     def rotate(x, places, *sections):
-        return layers.rotate(x, layers.turns(jnp.array(places), np.float32([1, 0.1]), sections, 8, jnp.float32))
+        return layers.rotate(x, layers.rotary_tables(jnp.array(places), np.float32([1, 0.1]), sections, 8, jnp.float32))
 
     x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)  # pairs (1, 3), (2, 4); angles n, n / 10
     c, s = np.cos([1, 0.1]), np.sin([1, 0.1])
@@ -125,7 +125,7 @@ def test_patches_are_a_strided_convolution():
 def test_features_are_placed_in_order():
     x = -jnp.ones((2, 4, 1))
     features = jnp.array([[[10.0], [11.0]], [[20.0], [21.0]]])
-    got = layers.place(x, jnp.array([[0, 1, 1, 0], [1, 0, 1, 1]], bool), features)
+    got = layers.insert_features(x, jnp.array([[0, 1, 1, 0], [1, 0, 1, 1]], bool), features)
     # An image token too many, as a model might generate one, stays a token.
     np.testing.assert_array_equal(got[..., 0], [[-1, 10, 11, -1], [20, -1, 21, -1]])
 
@@ -134,8 +134,8 @@ def test_features_are_placed_in_order():
 
 
 def test_split_and_bind_are_inverse(model):
-    graphdef, params = base.split(model)
-    again, params_again = base.split(base.bind(graphdef, dict(reversed(params.items()))))
+    graphdef, params = base.split_model(model)
+    again, params_again = base.split_model(base.bind(graphdef, dict(reversed(params.items()))))
     assert again == graphdef and hash(again) == hash(graphdef)
     assert params_again.keys() == params.keys()
     assert all(params_again[k] is params[k] or (params_again[k] == params[k]).all() for k in params)
@@ -145,7 +145,7 @@ def test_split_and_bind_are_inverse(model):
 
 
 def test_a_missing_parameter_is_refused(model):
-    graphdef, params = base.split(model)
+    graphdef, params = base.split_model(model)
     params.pop("projector/fc1/bias")
     with pytest.raises(ValueError, match="70"):
         base.bind(graphdef, params)
@@ -155,9 +155,9 @@ def test_a_missing_parameter_is_refused(model):
 
 
 def test_initialisation_is_seeded_and_of_the_asked_dtype():
-    _, a = hf.init(CONFIG, seed=3, dtype=jnp.bfloat16)
-    _, b = hf.init(CONFIG, seed=3, dtype=jnp.bfloat16)
-    _, c = hf.init(CONFIG, seed=4, dtype=jnp.bfloat16)
+    _, a = hf.init_params(CONFIG, seed=3, dtype=jnp.bfloat16)
+    _, b = hf.init_params(CONFIG, seed=3, dtype=jnp.bfloat16)
+    _, c = hf.init_params(CONFIG, seed=4, dtype=jnp.bfloat16)
     assert all(v.dtype == jnp.bfloat16 and (v == b[k]).all() for k, v in a.items())
     assert not (a["projector/fc1/kernel"] == c["projector/fc1/kernel"]).all()
     q = a["language_model/blocks/attn/q/kernel"]
@@ -176,8 +176,8 @@ def test_encode_continues_from_any_block(model, pictures):
     features, taps = model.encode(pictures)
     assert set(taps) == {"vision/0", "vision/1", "features", "projector"}  # layer -2 of three blocks
     assert features.values.shape == (2, CONFIG.image_tokens(8, 8), 16) and taps["vision/0"].values.shape == (2, 5, 16)
-    np.testing.assert_array_equal(features.where[1], [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]])
-    np.testing.assert_array_equal(taps["vision/0"].where[1, 0], [0, -1, -1])  # the class token has no place
+    np.testing.assert_array_equal(features.coords[1], [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]])
+    np.testing.assert_array_equal(taps["vision/0"].coords[1, 0], [0, -1, -1])  # the class token has no place
     for k in (1, 2):
         again, fewer = model.encode(hidden=taps[f"vision/{k - 1}"].values, start=k)
         np.testing.assert_allclose(again.values, features.values, atol=1e-6)
@@ -189,7 +189,7 @@ def test_encode_continues_from_any_block(model, pictures):
 
 
 def test_unused_visual_parameters_have_zero_gradient(model, pictures):
-    graphdef, params = base.split(model)
+    graphdef, params = base.split_model(model)
     gradients = jax.grad(lambda p: jnp.square(base.bind(graphdef, p).encode(pictures)[0].values).sum())(params)
     zero = {k for k, v in gradients.items() if not k.startswith("language_model/") and not v.any()}
     assert zero == {k for k in params if k.startswith(("vision_tower/blocks/2/", "vision_tower/post_norm/"))}
@@ -223,12 +223,12 @@ def test_logits_only_where_asked(model):
     tokens, mask = prompt([1, 6, 7, 8], [1, 9])
     at = jnp.array([[0, 3], [1, 0]])
     logits, _ = model(tokens, mask)
-    some, _ = model(tokens, mask, at=at)
+    some, _ = model(tokens, mask, query_positions=at)
     np.testing.assert_allclose(some, jnp.take_along_axis(logits, at[..., None], 1), atol=1e-6)
 
 
 def test_text_logits_do_not_depend_on_visual_weights(model):
-    graphdef, params = base.split(model)
+    graphdef, params = base.split_model(model)
     broken = {k: v if k.startswith("language_model/") else v + jnp.nan for k, v in params.items()}
     run = jax.jit(lambda p, tokens, mask: base.bind(graphdef, p)(tokens, mask)[0])
     tokens, mask = prompt([1, 6, 7, 8], [1, 9])
@@ -237,17 +237,17 @@ def test_text_logits_do_not_depend_on_visual_weights(model):
 
 @pytest.mark.parametrize("at", [pytest.param(None, marks=pytest.mark.slow), [[5, 6, 0], [4, 4, 1]]])
 def test_rematerialisation_changes_no_gradient(model, pictures, at):
-    _, params = base.split(model)
+    _, params = base.split_model(model)
     tokens, mask = prompt([1, *[IMAGE] * 4, 7, 8], [1, *[IMAGE] * 4, 5])
     at = None if at is None else jnp.array(at)
     gradients = []
     for remat in ("", "dots", "full"):
         config = dataclasses.replace(CONFIG, remat=remat)
-        graphdef, _ = base.abstract(lambda rngs, config=config: llava.Llava(config, rngs=rngs))
+        graphdef, _ = base.abstract_model(lambda rngs, config=config: llava.Llava(config, rngs=rngs))
 
         def loss(params, graphdef=graphdef):
             model = base.bind(graphdef, params)
-            return jnp.square(model(tokens, mask, features=model.encode(pictures)[0], at=at)[0]).mean()
+            return jnp.square(model(tokens, mask, features=model.encode(pictures)[0], query_positions=at)[0]).mean()
 
         gradients.append(jax.jit(jax.grad(loss))(params))
     plain, *recomputed = gradients
@@ -258,8 +258,8 @@ def test_rematerialisation_changes_no_gradient(model, pictures, at):
 
 def test_computation_in_bfloat16_keeps_float32_logits(model, pictures):
     config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
-    graphdef, _ = base.abstract(lambda rngs: llava.Llava(config, rngs=rngs))
-    _, params = base.split(model)
+    graphdef, _ = base.abstract_model(lambda rngs: llava.Llava(config, rngs=rngs))
+    _, params = base.split_model(model)
     small = base.bind(graphdef, params)
     tokens, mask = prompt([1, *[IMAGE] * 4, 7, 8], [1, *[IMAGE] * 4, 5])
     features, taps = small.encode(pictures)
@@ -291,7 +291,7 @@ def test_greedy_is_repeated_argmax_without_a_cache(model, pictures, side):
             row.append(int(model(*prompt(row), features=one(features, i))[0][0, -1].argmax()))
         want.append(row[-6:])
     batch = prompt(*rows, side=side)
-    graphdef, params = base.split(model)
+    graphdef, params = base.split_model(model)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(eos, params, features, tokens, mask):
@@ -348,7 +348,7 @@ def products(jaxpr, scope=""):
 @pytest.mark.parametrize("remat", ["", "full"])
 def test_every_product_runs_under_the_named_scope_of_its_layer(pictures, remat):
     config = dataclasses.replace(CONFIG, remat=remat)
-    graphdef, params = base.abstract(lambda rngs: llava.Model(config, rngs=rngs))
+    graphdef, params = base.abstract_model(lambda rngs: llava.Model(config, rngs=rngs))
     tokens, mask = prompt([IMAGE] * 4 + [9, 8])
 
     def loss(params):

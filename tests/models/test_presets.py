@@ -32,7 +32,7 @@ def preset(family, size):
     module = models.module_for(family)
     hf_config = AutoConfig.for_model(family, **module.PRESETS[size][1])
     config = module.Config.from_hf(hf_config)
-    _, shapes = base.abstract(lambda rngs: module.Model(config, rngs=rngs))
+    _, shapes = base.abstract_model(lambda rngs: module.Model(config, rngs=rngs))
     return module, hf_config, config, shapes
 
 

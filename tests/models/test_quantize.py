@@ -43,14 +43,14 @@ TIED = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, tie_emb
 @functools.cache
 def drawn(config):
     """A random model whose answers are not all alike."""
-    graphdef, params = hf.init(config, 0)
+    graphdef, params = hf.init_params(config, 0)
     return graphdef, {path: x * 5 if path in (HEAD, TABLE) else x for path, x in params.items()}
 
 
 @functools.cache
 def small(text, config=CONFIG):
     how = quantize.parse(text)
-    return {path: quantize.quantized(path, x, how) for path, x in drawn(config)[1].items()}
+    return {path: quantize.quantize_param(path, x, how) for path, x in drawn(config)[1].items()}
 
 
 def layer_of(text):
@@ -60,7 +60,7 @@ def layer_of(text):
 
 def as_floats(params):
     """The same weights without quantised storage."""
-    return {path: quantize.floats(x, jnp.float32) for path, x in params.items()}
+    return {path: quantize.dequantize(x, jnp.float32) for path, x in params.items()}
 
 
 def rows(count=6, seed=1):
@@ -102,7 +102,7 @@ def asked(params, config=CONFIG, **changes):
     graphdef, _ = drawn(config)
     if changes:
         config = dataclasses.replace(config, **changes)
-        graphdef, _ = base.abstract(lambda rngs: llava.Llava(config, rngs=rngs))
+        graphdef, _ = base.abstract_model(lambda rngs: llava.Llava(config, rngs=rngs))
     return step(graphdef, *parts(params, config), rows().batch(np.arange(6)))
 
 
@@ -120,23 +120,24 @@ def kl(logits, other):
 
 def test_eight_bits_by_hand():
     # A channel's largest weight is 127.5 steps: the steps are 1 and 1 / 127.5.
-    weight = quantize.quantized(HEAD, jnp.array([[127.5, 1.0], [3.2, -0.5]]), Quantization(8))
+    weight = quantize.quantize_param(HEAD, jnp.array([[127.5, 1.0], [3.2, -0.5]]), Quantization(8))
     np.testing.assert_array_equal(weight.qvalue, [[127, 127], [3, -64]])
     assert weight.qvalue.dtype == jnp.int8
     np.testing.assert_allclose(weight.scale, [[1, 1 / 127.5]], rtol=1e-6)
-    np.testing.assert_allclose(quantize.floats(weight, "float32"), [[127, 127 / 127.5], [3, -64 / 127.5]], rtol=1e-6)
-    product = quantize.product(jnp.array([[1.0, 10.0]]), weight)
+    want = [[127, 127 / 127.5], [3, -64 / 127.5]]
+    np.testing.assert_allclose(quantize.dequantize(weight, "float32"), want, rtol=1e-6)
+    product = quantize.matmul(jnp.array([[1.0, 10.0]]), weight)
     np.testing.assert_allclose(product, [[157, -513 / 127.5]], rtol=1e-6)
 
 
 def test_four_bits_in_groups_by_hand():
     # Two layers of four inputs and one output; the largest of each two inputs is 7.5 steps.
     layers = jnp.array([[7.5, 2.2, 0.75, -0.3], [-15.0, 0.9, 0.0, 0.0]])[..., None]
-    weight = quantize.quantized(KERNEL, layers, Quantization(4, 2))
+    weight = quantize.quantize_param(KERNEL, layers, Quantization(4, 2))
     np.testing.assert_array_equal(weight.qvalue[..., 0].astype(jnp.int8), [[7, 2, 7, -3], [-8, 0, 0, 0]])
     assert weight.qvalue.dtype == jnp.int4
     np.testing.assert_allclose(weight.scale[..., 0], [[1, 0.1], [2, 1]], rtol=1e-6)
-    np.testing.assert_allclose(quantize.floats(weight, "float32")[1, :, 0], [-16, 0, 0, 0])
+    np.testing.assert_allclose(quantize.dequantize(weight, "float32")[1, :, 0], [-16, 0, 0, 0])
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -145,20 +146,20 @@ def test_groups_multiply_as_their_floats_do(axis):
     draw = np.random.default_rng(0).normal
     array = jnp.asarray(draw(size=[(32, 10), (10, 32)][axis]), jnp.float32)
     path = [HEAD, "language_model/embed/embedding"][axis]
-    weight = quantize.quantized(path, array, Quantization(8, 8))
+    weight = quantize.quantize_param(path, array, Quantization(8, 8))
     assert weight.scale.shape == [(4, 10), (10, 4)][axis]
     x, back = jnp.asarray(draw(size=(5, 32)), jnp.float32), jnp.asarray(draw(size=(5, 10)), jnp.float32)
-    plain = quantize.floats(weight, "float32") if axis == 0 else quantize.floats(weight, "float32").T
-    product, pull = jax.vjp(lambda x: quantize.product(x, weight, axis), x)
+    plain = quantize.dequantize(weight, "float32") if axis == 0 else quantize.dequantize(weight, "float32").T
+    product, pull = jax.vjp(lambda x: quantize.matmul(x, weight, axis), x)
     np.testing.assert_allclose(product, x @ plain, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(pull(back)[0], back @ plain.T, rtol=1e-5, atol=1e-5)
 
 
 def test_integers_by_hand():
     # Weights (127, 3), (0, -64) in steps of 1 and 1 / 127.5; tokens (127.5, 1) and (1, 10) in steps of 1, 10 / 127.5.
-    weight = quantize.Integers(jnp.array([[127, 3], [0, -64]], jnp.int8), jnp.array([[1, 1 / 127.5]]))
+    weight = quantize.W8A8Kernel(jnp.array([[127, 3], [0, -64]], jnp.int8), jnp.array([[1, 1 / 127.5]]))
     x = jnp.array([[127.5, 1.0], [1.0, 10.0]])
-    product, back = jax.vjp(lambda x: quantize.product(x, weight), x)
+    product, back = jax.vjp(lambda x: quantize.matmul(x, weight), x)
     steps = np.array([[127, 1], [13, 127]]) @ np.array([[127, 3], [0, -64]])
     np.testing.assert_allclose(product, steps * [[1], [10 / 127.5]] * [[1, 1 / 127.5]], rtol=1e-6)
     # The gradient in units of the weights' steps is (127.5, -2) and (0, 1): steps of 1 and 1 / 127.5.
@@ -167,16 +168,16 @@ def test_integers_by_hand():
 
 
 def test_a_table_is_quantised_by_row_and_read_by_row():
-    table = quantize.quantized(TABLE, jnp.array([[127.5, 3.2], [1.0, -0.5]]), Quantization(8))
+    table = quantize.quantize_param(TABLE, jnp.array([[127.5, 3.2], [1.0, -0.5]]), Quantization(8))
     np.testing.assert_allclose(table.scale, [[1], [1 / 127.5]], rtol=1e-6)
     np.testing.assert_allclose(
-        quantize.rows(table, jnp.array([[1, 0]]), "float32"), [[[127 / 127.5, -64 / 127.5], [127, 3]]], rtol=1e-6
+        quantize.take_rows(table, jnp.array([[1, 0]]), "float32"), [[[127 / 127.5, -64 / 127.5], [127, 3]]], rtol=1e-6
     )
 
 
 def test_bfloat16_weights_are_quantised_as_their_float32_values():
     x = jax.random.normal(jax.random.key(0), (2, 64, 32), jnp.bfloat16)
-    ours, exact = (quantize.quantized(KERNEL, value, Quantization(8)) for value in (x, x.astype(jnp.float32)))
+    ours, exact = (quantize.quantize_param(KERNEL, value, Quantization(8)) for value in (x, x.astype(jnp.float32)))
     np.testing.assert_array_equal(ours.qvalue, exact.qvalue)
     np.testing.assert_array_equal(ours.scale, exact.scale)
 
@@ -206,7 +207,7 @@ def test_biases_and_other_towers_stay_as_they_are():
         "projector/fc1/kernel",
     ):
         x = jnp.ones((4, 4))
-        assert quantize.quantized(path, x, Quantization(8)) is x
+        assert quantize.quantize_param(path, x, Quantization(8)) is x
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_a_group_is_the_largest_divisor_of_the_width():
 
 def test_a_width_that_no_group_fits_is_refused():
     with pytest.raises(UserError, match="131 channels.*a group size that divides 131"):
-        quantize.quantized(KERNEL, jnp.ones((1, 131, 2)), Quantization(4, 128))
+        quantize.quantize_param(KERNEL, jnp.ones((1, 131, 2)), Quantization(4, 128))
 
 
 # What it computes.
@@ -270,8 +271,8 @@ def test_logits_and_gradients_are_those_of_the_floats_that_are_stored(text, conf
 def test_only_the_blocks_multiply_integers():
     kinds = {path: type(x) for path, x in small("w8a8").items() if isinstance(x, QArray)}
     blocks = {path for path in kinds if path.startswith("language_model/blocks/")}
-    assert {path for path, kind in kinds.items() if kind is quantize.Integers} == blocks and kinds.keys() - blocks
-    traced = str(jax.make_jaxpr(lambda x, w: quantize.product(x, w))(jnp.ones((2, 64)), layer_of("w8a8")))
+    assert {path for path, kind in kinds.items() if kind is quantize.W8A8Kernel} == blocks and kinds.keys() - blocks
+    traced = str(jax.make_jaxpr(lambda x, w: quantize.matmul(x, w))(jnp.ones((2, 64)), layer_of("w8a8")))
     assert "preferred_element_type=int32" in traced
 
 
@@ -291,8 +292,8 @@ def test_bfloat16_computation_rounds_the_floats_once():
     np.testing.assert_allclose(ours, floats, rtol=0.02, atol=0.02 * float(jnp.abs(floats).max()))
     assert cosine(ours_gradient, floats_gradient) > 0.999
     x = jnp.ones((2, 64), jnp.bfloat16)
-    assert quantize.product(x, params[HEAD]).dtype == jnp.bfloat16
-    assert quantize.rows(params[TABLE], jnp.array([3]), "bfloat16").dtype == jnp.bfloat16
+    assert quantize.matmul(x, params[HEAD]).dtype == jnp.bfloat16
+    assert quantize.take_rows(params[TABLE], jnp.array([3]), "bfloat16").dtype == jnp.bfloat16
 
 
 def test_gradients_of_single_rows_are_those_of_the_floats_that_are_stored():
@@ -326,11 +327,11 @@ def test_generation_and_scoring_are_those_of_the_floats_that_are_stored():
 def test_the_backward_pass_keeps_no_floats_of_the_stack():
     text = DecoderConfig(vocab=32, width=128, layers=12, heads=2, kv_heads=2, head_width=64, mlp_width=256)
     config = dataclasses.replace(CONFIG, text=text)
-    graphdef, params = hf.init(config, 0)
+    graphdef, params = hf.init_params(config, 0)
     stack = sum(x.nbytes for path, x in params.items() if "language_model/blocks" in path)
 
     def memory(how):
-        held = {path: quantize.quantized(path, x, how) for path, x in params.items()} if how else params
+        held = {path: quantize.quantize_param(path, x, how) for path, x in params.items()} if how else params
         arguments = (graphdef, *parts(held, config), rows(1).batch(np.arange(1)))
         return step.lower(*arguments).compile().memory_analysis()
 
@@ -348,7 +349,7 @@ there = jax.sharding.SingleDeviceSharding(chips.devices("v5e:1x1")[0])
 shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype, sharding=there)
 weight = QArray(shape(jnp.int4, 4096, 11008), shape(jnp.float32, 64, 11008))
 def both(x, weight):
-    product, pull = jax.vjp(lambda x: quantize.product(x, weight), x)
+    product, pull = jax.vjp(lambda x: quantize.matmul(x, weight), x)
     return pull(jnp.tanh(product))
 print(jax.jit(both).lower(shape(jnp.bfloat16, 256, 4096), weight).compile().memory_analysis().temp_size_in_bytes)
 """
@@ -364,9 +365,9 @@ def test_a_tpu_makes_the_floats_of_groups_as_it_multiplies_them():
 
 
 def test_shapes_alone_are_enough():
-    graphdef, shapes = base.abstract(lambda rngs: llava.Llava(CONFIG, rngs=rngs))
+    graphdef, shapes = base.abstract_model(lambda rngs: llava.Llava(CONFIG, rngs=rngs))
     how = quantize.parse("int4:32")
-    params = jax.eval_shape(lambda params: {k: quantize.quantized(k, x, how) for k, x in params.items()}, shapes)
+    params = jax.eval_shape(lambda params: {k: quantize.quantize_param(k, x, how) for k, x in params.items()}, shapes)
     assert jax.tree.structure(params) == jax.tree.structure(small("int4:32"))
     assert [(x.shape, x.dtype) for x in jax.tree.leaves(params)] == [
         (x.shape, x.dtype) for x in jax.tree.leaves(small("int4:32"))
@@ -377,7 +378,7 @@ def test_shapes_alone_are_enough():
 
 
 def test_split_gives_back_what_bind_was_given():
-    graphdef, params = base.split(base.bind(drawn(CONFIG)[0], small("int4")))
+    graphdef, params = base.split_model(base.bind(drawn(CONFIG)[0], small("int4")))
     assert graphdef == drawn(CONFIG)[0]
     assert jax.tree.structure(params) == jax.tree.structure(small("int4"))
 
@@ -398,7 +399,7 @@ def test_a_step_trains_the_visual_weights_and_takes_no_quantised_one():
     assert seen[-1] < 0.9 * seen[0]
 
     held = {path for path, value in small("int8").items() if isinstance(value, QArray)}
-    assert held == {path for path in (*frozen, *trainable) if quantize.quantizes(path)} and not held & set(trainable)
+    assert held == {path for path in (*frozen, *trainable) if quantize.is_quantized(path)} and not held & set(trainable)
 
 
 def test_a_method_that_trains_quantised_weights_is_refused_by_their_shapes(tiny_folder):
@@ -416,7 +417,7 @@ def test_a_method_that_trains_quantised_weights_is_refused_by_their_shapes(tiny_
 
 def test_an_export_holds_the_language_model_as_it_came(tiny_folder, tmp_path):
     _, params, config = hf.load(
-        tiny_folder, transform=functools.partial(quantize.quantized, how=quantize.parse("int4"))
+        tiny_folder, transform=functools.partial(quantize.quantize_param, settings=quantize.parse("int4"))
     )
     assert isinstance(params[KERNEL], QArray)
     trained = {path: params[path] + 1 for path in scope.visual_paths(params, config, -1)}

@@ -25,14 +25,16 @@ TEXT = DecoderConfig(
 VISION = dict(width=16, layers=2, heads=2, mlp_width=24, patch_size=2)
 CONFIGS = {
     "qwen2_vl": qwen2_vl.Config(VisionConfig(**VISION), TEXT, IMAGE),
-    "qwen2_5_vl": qwen2_5_vl.Config(VisionConfig(**VISION, gated=True, window=4, whole=(1,)), TEXT, IMAGE),
+    "qwen2_5_vl": qwen2_5_vl.Config(
+        VisionConfig(**VISION, gated=True, window=4, full_attention_blocks=(1,)), TEXT, IMAGE
+    ),
 }
 CONFIG = CONFIGS["qwen2_vl"]
 
 
 @functools.cache
 def random(family):
-    return hf.init(CONFIGS[family], seed=0)
+    return hf.init_params(CONFIGS[family], seed=0)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -54,37 +56,37 @@ def draw(*grids, seed=0):
 def test_slots_by_hand():
     # 4, 6, 8, 12, 16, ... tokens of four patches.
     counts = {0: 16, 1: 16, 16: 16, 17: 24, 24: 24, 25: 32, 33: 48, 49: 64, 65: 96, 97: 128, 2560: 3072, 4000: 4096}
-    assert {n: qwen_vit.slots(n, 2) for n in counts} == counts
-    assert [qwen_vit.slots(n, 1) for n in (1, 5, 7, 9)] == [4, 6, 8, 12]
+    assert {n: qwen_vit.slot_count(n, 2) for n in counts} == counts
+    assert [qwen_vit.slot_count(n, 1) for n in (1, 5, 7, 9)] == [4, 6, 8, 12]
 
 
 def test_patches_that_merge_stand_together():
     side_by_side = [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
-    np.testing.assert_array_equal(qwen_vit.places(2, 4, 2), side_by_side)
+    np.testing.assert_array_equal(qwen_vit.patch_coords(2, 4, 2), side_by_side)
     stacked = [[0, 0], [0, 1], [1, 0], [1, 1], [2, 0], [2, 1], [3, 0], [3, 1]]
-    np.testing.assert_array_equal(qwen_vit.places(4, 2, 2), stacked)
+    np.testing.assert_array_equal(qwen_vit.patch_coords(4, 2, 2), stacked)
 
 
 def test_a_picture_is_cut_by_hand():
     # Each pixel tells its colour, row and column.
     y, x, colour = np.meshgrid(np.arange(4), np.arange(4), np.arange(3), indexing="ij")
     picture = (100 * colour + 10 * y + x).astype(np.float32)
-    patches, where = qwen_vit.cut(picture, 2, 2)
+    patches, where = qwen_vit.patchify(picture, 2, 2)
     np.testing.assert_array_equal(where, [[0, 0], [0, 1], [1, 0], [1, 1]])
     assert patches[1].tolist() == [2, 3, 12, 13, 102, 103, 112, 113, 202, 203, 212, 213]
     assert patches[2, :4].tolist() == [20, 21, 30, 31]
-    np.testing.assert_array_equal(qwen_vit.join(patches, where, 2), picture)
+    np.testing.assert_array_equal(qwen_vit.unpatchify(patches, where, 2), picture)
 
 
 def test_pack_by_hand_and_its_inverse(unpack):
     rows = draw(((1, 1), (2, 3)), ((1, 2),), ())
     packed = CONFIG.pack(rows)
-    assert packed["patches"].shape == (3, 32, 12) and packed["where"].shape == (3, 32, 3)  # 4 + 24 patches
-    assert packed["patches"].dtype == np.float32 and packed["where"].dtype == np.int32
-    assert packed["where"][0, :6].tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [1, 0, 0], [1, 0, 1]]
-    assert packed["where"][0, 27].tolist() == [1, 3, 5]
-    np.testing.assert_array_equal((packed["where"] == -1).sum((1, 2)), [12, 72, 96])
-    assert not packed["patches"][packed["where"][..., 0] < 0].any()
+    assert packed["patches"].shape == (3, 32, 12) and packed["patch_coords"].shape == (3, 32, 3)  # 4 + 24 patches
+    assert packed["patches"].dtype == np.float32 and packed["patch_coords"].dtype == np.int32
+    assert packed["patch_coords"][0, :6].tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [1, 0, 0], [1, 0, 1]]
+    assert packed["patch_coords"][0, 27].tolist() == [1, 3, 5]
+    np.testing.assert_array_equal((packed["patch_coords"] == -1).sum((1, 2)), [12, 72, 96])
+    assert not packed["patches"][packed["patch_coords"][..., 0] < 0].any()
     back = unpack(CONFIG, packed)
     assert [len(row) for row in back] == [2, 1, 0]
     for image, again in zip(sum(rows, []), sum(back, []), strict=True):
@@ -94,12 +96,12 @@ def test_pack_by_hand_and_its_inverse(unpack):
 
 def test_pictures_come_back_from_what_the_image_processor_returns():
     images = sum(draw(((1, 2), (3, 1))), [])
-    cut = [qwen_vit.cut(image, 2, 2)[0].reshape(-1, 3, 1, 4) for image in images]
+    cut = [qwen_vit.patchify(image, 2, 2)[0].reshape(-1, 3, 1, 4) for image in images]
     output = {
         "pixel_values": np.concatenate([patches.repeat(2, axis=2).reshape(len(patches), -1) for patches in cut]),
         "image_grid_thw": np.array([[1, 2, 4], [1, 6, 2]]),
     }
-    for image, again in zip(images, CONFIG.images(output), strict=True):
+    for image, again in zip(images, CONFIG.extract_images(output), strict=True):
         np.testing.assert_array_equal(image, again)
 
 
@@ -109,9 +111,9 @@ def test_a_picture_that_is_no_whole_number_of_tokens_is_refused():
 
 
 def test_merged_places_by_hand():
-    where = CONFIG.pack(draw(((1, 2), (1, 1))))["where"]
+    where = CONFIG.pack(draw(((1, 2), (1, 1))))["patch_coords"]
     want = [[0, 0, 0], [0, 0, 1], [1, 0, 0], [-1, -1, -1]]
-    np.testing.assert_array_equal(qwen_vit.merged(where, 2), [want])
+    np.testing.assert_array_equal(qwen_vit.token_coords(where, 2), [want])
 
 
 # The network, by hand.
@@ -122,7 +124,7 @@ def test_rotation_by_hand():
     config = VisionConfig(**VISION, rope_theta=100.0)
     options = dict(dtype="bfloat16", param_dtype="float32", rngs=nnx.Rngs(0))
     tower = qwen_vit.VisionTower(config, remat="", mesh=None, **options)
-    turned = tower._turns(jnp.array([[[7, 3, 1], *[[-1, -1, -1]] * 3]]))
+    turned = tower._rotary_tables(jnp.array([[[7, 3, 1], *[[-1, -1, -1]] * 3]]))
     x = jnp.tile(jnp.arange(1.0, 9.0), (1, 4, 1, 1))
     c, s = np.cos([3, 0.3, 1, 0.1]), np.sin([3, 0.3, 1, 0.1])
     low, high = np.arange(1.0, 5.0), np.arange(5.0, 9.0)
@@ -136,9 +138,9 @@ def test_rotation_by_hand():
 def test_what_patches_see_by_hand():
     where = jnp.array([[[0, 0, 0], [0, 0, 2], [0, 2, 0], [1, 0, 0], [-1, -1, -1]]])
     whole = [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
-    np.testing.assert_array_equal(qwen_vit.sees(where), [whole])
-    np.testing.assert_array_equal(qwen_vit.sees(where, window=2), [np.eye(5)])
-    np.testing.assert_array_equal(qwen_vit.sees(where, window=3), [whole])
+    np.testing.assert_array_equal(qwen_vit.attention_mask(where), [whole])
+    np.testing.assert_array_equal(qwen_vit.attention_mask(where, window=2), [np.eye(5)])
+    np.testing.assert_array_equal(qwen_vit.attention_mask(where, window=3), [whole])
 
 
 def test_positions_by_hand():
@@ -181,10 +183,10 @@ def encode(graphdef, params, pictures, hidden=None, start=0):
 def taps_of(model, rows, slots=0):
     """The taps of pictures, in at least so many slots; what the further ones hold must not matter."""
     packed = model.config.pack(rows)
-    more = ((0, 0), (0, max(slots - packed["where"].shape[1], 0)), (0, 0))
+    more = ((0, 0), (0, max(slots - packed["patch_coords"].shape[1], 0)), (0, 0))
     packed["patches"] = np.pad(packed["patches"], more, constant_values=9.0)
-    packed["where"] = np.pad(packed["where"], more, constant_values=-1)
-    return encode(*base.split(model), packed)[1]
+    packed["patch_coords"] = np.pad(packed["patch_coords"], more, constant_values=-1)
+    return encode(*base.split_model(model), packed)[1]
 
 
 def close(ours, want):
@@ -192,7 +194,7 @@ def close(ours, want):
 
 
 def test_taps_are_the_blocks_what_feeds_the_projector_and_its_output(model):
-    features, taps = encode(*base.split(model), model.config.pack(draw(((2, 2), (1, 1)))))
+    features, taps = encode(*base.split_model(model), model.config.pack(draw(((2, 2), (1, 1)))))
     assert set(taps) == {"vision/0", "vision/1", "features", "projector"}
     assert model.config.used_blocks == 2
     np.testing.assert_array_equal(features.values, taps["projector"].values)
@@ -207,24 +209,24 @@ def test_slots_beyond_the_pictures_change_nothing_and_stay_zero(model):
     for name, tap in few.items():
         p = tap.values.shape[1]
         close(many[name].values[:, :p], tap.values)
-        np.testing.assert_array_equal(many[name].where[:, :p], tap.where)
+        np.testing.assert_array_equal(many[name].coords[:, :p], tap.coords)
         assert not tap.values[~tap.valid].any() and not many[name].values[:, p:].any()
 
 
 def test_no_gradient_flows_from_empty_slots(model):
-    graphdef, params = base.split(model)
+    graphdef, params = base.split_model(model)
 
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))
     def gradients(patches, params, where):
-        _, taps = base.bind(graphdef, params).encode({"patches": patches, "where": where})
+        _, taps = base.bind(graphdef, params).encode({"patches": patches, "patch_coords": where})
         return sum((tap.values**2).sum() for tap in taps.values())
 
     packed = model.config.pack(draw(((2, 3),), ((1, 1),)))
-    valid = packed["where"][..., 0] >= 0
-    of_patches, _ = gradients(packed["patches"], params, packed["where"])
+    valid = packed["patch_coords"][..., 0] >= 0
+    of_patches, _ = gradients(packed["patches"], params, packed["patch_coords"])
     assert of_patches[valid].any(axis=-1).all() and not of_patches[~valid].any()
-    _, of_params = gradients(packed["patches"], params, np.full_like(packed["where"], -1))
+    _, of_params = gradients(packed["patches"], params, np.full_like(packed["patch_coords"], -1))
     assert not any(gradient.any() for gradient in of_params.values())
 
 
@@ -233,12 +235,12 @@ def test_pictures_of_a_prompt_do_not_see_each_other(model):
     together = taps_of(model, [images])["projector"]
     for picture, image in enumerate(images):
         alone = taps_of(model, [[image]], slots=48)["projector"]
-        close(together.values[together.where[..., 0] == picture], alone.values[alone.valid])
+        close(together.values[together.coords[..., 0] == picture], alone.values[alone.valid])
 
 
 def test_windows_bound_what_a_block_sees():
     model, packed = random("qwen2_5_vl"), CONFIG.pack(draw(((3, 4),)))
-    where = packed["where"][0]
+    where = packed["patch_coords"][0]
     change = np.array(packed["patches"])
     change[0, 0] += 1  # at row 0, column 0
     before, after = (encode(*model, {**packed, "patches": x})[1] for x in (packed["patches"], change))
@@ -249,10 +251,10 @@ def test_windows_bound_what_a_block_sees():
 
 def test_the_forward_can_start_from_cached_activations(model):
     packed = model.config.pack(draw(((2, 2),), ((1, 3), (1, 1))))
-    features, taps = encode(*base.split(model), packed)
+    features, taps = encode(*base.split_model(model), packed)
     for start in (1, 2):
         hidden = taps[f"vision/{start - 1}"].values
-        again, later = encode(*base.split(model), {"where": packed["where"]}, hidden, start=start)
+        again, later = encode(*base.split_model(model), {"patch_coords": packed["patch_coords"]}, hidden, start=start)
         close(again.values, features.values)
         assert set(later) == {f"vision/{i}" for i in range(start, 2)} | {"features", "projector"}
     with pytest.raises(ValueError, match="hidden"):
@@ -267,7 +269,8 @@ def test_recomputing_blocks_changes_nothing():
     @functools.partial(jax.jit, static_argnums=1)
     @jax.grad
     def gradients(params, remat):
-        graphdef, _ = base.abstract(lambda rngs: qwen2_vl.Model(dataclasses.replace(config, remat=remat), rngs=rngs))
+        remat_config = dataclasses.replace(config, remat=remat)
+        graphdef, _ = base.abstract_model(lambda rngs: qwen2_vl.Model(remat_config, rngs=rngs))
         return (base.bind(graphdef, params).encode(packed)[0].values ** 2).sum()
 
     count = [str(gradients.trace(params, remat).jaxpr).count("prevent_cse") for remat in ("", "full")]
@@ -279,7 +282,7 @@ def test_recomputing_blocks_changes_nothing():
 
 def test_the_forward_computes_in_the_asked_dtype(model):
     config = dataclasses.replace(model.config, compute_dtype="bfloat16")
-    graphdef, params = base.abstract(lambda rngs: qwen2_vl.Model(config, rngs=rngs, param_dtype=jnp.bfloat16))
+    graphdef, params = base.abstract_model(lambda rngs: qwen2_vl.Model(config, rngs=rngs, param_dtype=jnp.bfloat16))
     tokens = jnp.array([[1, IMAGE, IMAGE, IMAGE, IMAGE, 9]])
 
     def forward(params, pictures):
@@ -293,7 +296,7 @@ def test_the_forward_computes_in_the_asked_dtype(model):
 
 
 def test_an_image_token_without_a_picture_is_a_word(model):
-    features, _ = encode(*base.split(model), model.config.pack(draw(((1, 2),))))
+    features, _ = encode(*base.split_model(model), model.config.pack(draw(((1, 2),))))
     tokens = jnp.array([[1, IMAGE, IMAGE, 9, IMAGE, 10]])
     mask = jnp.ones_like(tokens, bool)
 
@@ -334,7 +337,7 @@ def hf_config(family, text=None, vision=None, **fields):
 def test_configurations_are_read():
     config = qwen2_5_vl.Config.from_hf(hf_config("qwen2_5_vl", tie_word_embeddings=True), remat="full")
     assert config.vision == VisionConfig(
-        **VISION, activation="silu", gated=True, window=4, whole=(1,)
+        **VISION, activation="silu", gated=True, window=4, full_attention_blocks=(1,)
     )  # 9 pixels are two tokens of two patches
     assert config.text == dataclasses.replace(
         TEXT, norm_eps=1e-5, rope_theta=5000.0, tie_embeddings=True, max_positions=64
@@ -388,7 +391,7 @@ def test_written_models_are_read_back_under_every_name(family, tied, tmp_path):
     hf_settings = hf_config(family, tie_word_embeddings=tied)
     module, rng = models.module_for(family), np.random.default_rng(0)
     config = module.Config.from_hf(hf_settings)
-    _, shapes = base.abstract(lambda rngs: module.Model(config, rngs=rngs))
+    _, shapes = base.abstract_model(lambda rngs: module.Model(config, rngs=rngs))
     params = {path: jnp.asarray(rng.standard_normal(x.shape, np.float32)) for path, x in shapes.items()}
     export.create(tmp_path / "model", hf_settings, params)
     _, again, _ = hf.load(tmp_path / "model")

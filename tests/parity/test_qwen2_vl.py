@@ -14,7 +14,7 @@ from vkd_jax.checkpoints import hf
 from vkd_jax.models.base import bind
 from vkd_jax.models.generate import greedy, option_log_probs
 from vkd_jax.models.qwen2_vl import mrope_positions
-from vkd_jax.models.qwen_vit import merged
+from vkd_jax.models.qwen_vit import token_coords
 
 torch = pytest.importorskip("torch", reason="PyTorch is only there to compare with: pip install '.[test]'")
 transformers = pytest.importorskip("transformers")
@@ -151,9 +151,9 @@ def test_pictures_are_cut_as_the_image_processor_cuts_them(pair):
     packed = pair.config.pack(pair.images)
     assert packed["patches"].shape[:2] == (3, 96)  # of 76, 48, 60
     frames = theirs["pixel_values"].numpy().reshape(len(theirs["pixel_values"]), 3, 2, -1)
-    ours = packed["patches"][packed["where"][..., 0] >= 0].reshape(len(frames), 3, -1)
+    ours = packed["patches"][packed["patch_coords"][..., 0] >= 0].reshape(len(frames), 3, -1)
     np.testing.assert_array_equal(np.stack([ours] * 2, axis=2), frames)
-    for image, again in zip(sum(pair.images, []), pair.config.images(theirs), strict=True):
+    for image, again in zip(sum(pair.images, []), pair.config.extract_images(theirs), strict=True):
         np.testing.assert_array_equal(again, image)
     assert sum(pair.config.image_tokens(*image.shape[:2]) for image in sum(pair.images, [])) == len(frames) // 4
 
@@ -195,7 +195,7 @@ def test_positions(pair, side, grids):
     grid = processed(pair.config, images)["image_grid_thw"] if any(grids) else None
     theirs, deltas = pair.torch.model.get_rope_index(**inputs, image_grid_thw=grid)
 
-    where = merged(pair.config.pack(images)["where"], 2)
+    where = token_coords(pair.config.pack(images)["patch_coords"], 2)
     ours = np.asarray(jax.jit(mrope_positions)(tokens == IMAGE, mask, where))
     np.testing.assert_array_equal(ours, theirs.permute(1, 2, 0))
     # And the next token's.

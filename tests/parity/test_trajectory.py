@@ -113,7 +113,7 @@ class Qwen2VL:
 
     @staticmethod
     def _unpadded(pictures):
-        where = pictures["where"]
+        where = pictures["patch_coords"]
         real = where[..., 0] >= 0
         grids = [[1, *(rows[keep, 1:].max(0) + 1)] for rows, keep in zip(where, real, strict=True)]
         patches = pictures["patches"][real].reshape(-1, 3, 1, 14, 14)

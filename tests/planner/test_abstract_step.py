@@ -62,7 +62,7 @@ def test_a_quantised_model_is_planned_as_it_is_loaded(config, tiny_model):
     step = build_step(config)
     params = tiny_model.params
     how = quantize.parse("int8")
-    want = {path: quantize.quantized(path, x, how) for path, x in params.items()}
+    want = {path: quantize.quantize_param(path, x, how) for path, x in params.items()}
     assert shapes(step.shapes) == shapes(want)
     assert shapes(build_step(config, "grad_diff", whole=True, train="all").shapes) == shapes(params)
 

@@ -62,7 +62,7 @@ def write(folder: Path) -> None:
     """The folder; every layer has tensors in each of the files."""
     CONFIG.save_pretrained(folder)
     config = llava.LlavaConfig.from_hf(CONFIG)
-    _, shapes = base.abstract(lambda rngs: llava.Llava(config, rngs=rngs))
+    _, shapes = base.abstract_model(lambda rngs: llava.Llava(config, rngs=rngs))
     tensors = {}
     for name, slot in hf.tensor_names(llava, config, shapes).items():
         shape = shapes[slot.path].shape[0 if slot.layer is None else 1 :]

@@ -37,11 +37,11 @@ def work(mesh, groups: int) -> float:
     """FLOPs of a device that multiplies with a kernel in so many groups, forward and back, of its share of them all."""
     kernel = jax.ShapeDtypeStruct((384, 256), jnp.float32, sharding=NamedSharding(mesh, P("tensor", "fsdp")))
     how = quantize.Quantization(4, 384 // groups)
-    weight = quantize.shape("language_model/blocks/mlp/down/kernel", kernel, how)
+    weight = quantize.quantized_shape("language_model/blocks/mlp/down/kernel", kernel, how)
     x = jax.ShapeDtypeStruct((512, 384), jnp.float32, sharding=NamedSharding(mesh, P("fsdp", "tensor")))
 
     def both(x, weight):
-        y, pull = jax.vjp(lambda x: quantize.product(x, weight), x)
+        y, pull = jax.vjp(lambda x: quantize.matmul(x, weight), x)
         return y, pull(y)
 
     flops = jax.jit(both).lower(x, weight).compile().cost_analysis()["flops"]
@@ -74,7 +74,7 @@ def main() -> dict:
         graphdef, floats = random_llava.model(mesh)
         for text in ("int8", "int4:8"):
             how = quantize.parse(text)
-            params = {path: quantize.quantized(path, x, how) for path, x in floats.items()}
+            params = {path: quantize.quantize_param(path, x, how) for path, x in floats.items()}
             results[text][name] = layout({path: x for path, x in params.items() if isinstance(x, QArray)}, floats)
         results["computed"][name] = computed(mesh, graphdef, params)
     results["work"] = {groups: work(make_mesh(1, 2, 4), groups) for groups in (6, 8)}

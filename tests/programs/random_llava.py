@@ -31,7 +31,7 @@ def model(mesh):
     """graphdef and weights, each where the rules put it on this mesh."""
     _, params = drawn()
     config = dataclasses.replace(CONFIG, mesh=mesh)
-    graphdef, _ = base.abstract(lambda rngs: llava.Llava(config, rngs=rngs))
+    graphdef, _ = base.abstract_model(lambda rngs: llava.Llava(config, rngs=rngs))
     rule = param_shardings(mesh, llava.SHARDING)
     return graphdef, {path: jax.device_put(np.asarray(x), rule(path, x.shape)) for path, x in params.items()}
 
@@ -39,7 +39,7 @@ def model(mesh):
 @functools.cache
 def drawn():
     """graphdef and random weights."""
-    return hf.init(CONFIG, 0)
+    return hf.init_params(CONFIG, 0)
 
 
 def rows(seed: int, count: int) -> EncodedSet:

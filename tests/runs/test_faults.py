@@ -66,7 +66,7 @@ from vkd_jax.data.processor import Processor, create_processor
 from vkd_jax.methods import base, losses
 from vkd_jax.methods.vkd import VKD
 from vkd_jax.models import llava
-from vkd_jax.models.base import bind, split
+from vkd_jax.models.base import bind, split_model
 from vkd_jax.runtime.mesh import make_mesh, replicated
 from vkd_jax.training import loop, optimizer
 from vkd_jax.types import Example, UserError
@@ -185,7 +185,7 @@ def line_set(kind=EncodedSet):
 @pytest.mark.parametrize("where", ["loss", "data", "nowhere"])
 def test_what_fails_in_a_step_stops_the_run(where):
     """Whatever it is, and in either half: nothing is trained on the retain set alone."""
-    graphdef, params = split(Line())
+    graphdef, params = split_model(Line())
     config = TrainConfig(steps=8, batch_size=dict(forget=1, retain=1))
 
     def fit():

@@ -20,7 +20,7 @@ from vkd_jax.data.images import PackedImages
 from vkd_jax.data.sampler import Sampler
 from vkd_jax.methods.base import Context, Prepared
 from vkd_jax.methods.vkd import VKD
-from vkd_jax.models.base import split
+from vkd_jax.models.base import split_model
 from vkd_jax.runtime.mesh import make_mesh, replicated
 from vkd_jax.training import loop
 from vkd_jax.training.metric_writer import Progress
@@ -116,7 +116,7 @@ MASK = {
 
 @pytest.fixture(scope="module")
 def toy():
-    graphdef, params = split(Toy())
+    graphdef, params = split_model(Toy())
     where = replicated(make_mesh())
     return graphdef, {path: jax.device_put(np.asarray(value), where) for path, value in params.items()}
 

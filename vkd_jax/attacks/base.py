@@ -124,7 +124,7 @@ def merged(params: Params) -> Params:
     for path, adapted in lora.adapters(plain).items():
         plain[path] = kernel = adapted.weight
         if jnp.any(adapted.b):
-            kernel = quantize.floats(kernel, jnp.float32)
+            kernel = quantize.dequantize(kernel, jnp.float32)
             plain[path] = jax.device_put(kernel + adapted.a @ adapted.b * adapted.scale, kernel.sharding)
     return plain
 

@@ -1,8 +1,8 @@
 """Quantisation: does what was forgotten come back when the weights are rounded to few bits?
 
 A method that hides knowledge by small changes of the weights may lose these changes when both the old and the new value
-round to the same number. All weight matrices are rounded, see `vkd_jax.models.quantize.rounded`, and the model computes
-as before.
+round to the same number. All weight matrices are rounded, see `vkd_jax.models.quantize.round_param`, and the model
+computes as before.
 
 Reference: Zhang et al., "Catastrophic failure of LLM unlearning via quantization", arXiv 2410.16454
 """
@@ -68,7 +68,7 @@ class Quantize(Section):
         """
         how = quantize.parse(text)
         try:
-            params = {path: quantize.rounded(path, value, how) for path, value in model.params.items()}
+            params = {path: quantize.round_param(path, value, how) for path, value in model.params.items()}
         except UserError as error:
             raise UserError(f"attacks.quantize.bits: {text} does not fit this model ({error})") from error
         return dataclasses.replace(model, params=params)

@@ -18,7 +18,7 @@ from vkd_jax.runtime.mesh import param_shardings, replicated
 from vkd_jax.types import Example, Params, UserError
 
 
-class Trains(Protocol):
+class TrainingMethod(Protocol):
     """What a bundle asks of a method; `methods.Method` satisfies it."""
 
     @property
@@ -86,14 +86,14 @@ class ModelBundle:
             dtype=dtype,
             sharding=mesh and param_shardings(mesh, family.SHARDING),
             masters=masters,
-            transform=settings and functools.partial(quantize.quantized, how=settings),
+            transform=settings and functools.partial(quantize.quantize_param, settings=settings),
             remat=remat,
             mesh=mesh,
         )
         return cls(graphdef, params, model_config, processor, mesh)
 
     @classmethod
-    def load_for(cls, method: Trains, folder: str | Path, *, seed: int, **options: Any) -> "ModelBundle":
+    def load_for(cls, method: TrainingMethod, folder: str | Path, *, seed: int, **options: Any) -> "ModelBundle":
         """Loads a model that `method` will train, with float32 masters and the method's adapters.
 
         The weights that train are read in float32 from disk, whatever `dtype` is. Rounding them to `dtype` first and
@@ -111,7 +111,7 @@ class ModelBundle:
     @classmethod
     def abstract_for(
         cls,
-        method: Trains,
+        method: TrainingMethod,
         family: types.ModuleType,
         hf_config: Any,
         *,
@@ -136,7 +136,7 @@ class ModelBundle:
         """
         dtype, settings = jnp.dtype(dtype), quantize.parse(quantization)
         model_config = family.Config.from_hf(hf_config, compute_dtype=dtype.name, remat=remat, mesh=mesh)
-        graphdef, shapes = base.abstract(lambda rngs: family.Model(model_config, rngs=rngs))
+        graphdef, shapes = base.abstract_model(lambda rngs: family.Model(model_config, rngs=rngs))
         sharding_of = param_shardings(mesh, family.SHARDING)
         masters = set(method.trainable(list(shapes), model_config))
         _check_quantization(masters, settings)
@@ -145,10 +145,10 @@ class ModelBundle:
             kind = jnp.float32 if path in masters else dtype
             params[path] = jax.ShapeDtypeStruct(x.shape, kind, sharding=sharding_of(path, x.shape))
             if settings:
-                params[path] = quantize.shape(path, params[path], settings)
+                params[path] = quantize.quantized_shape(path, params[path], settings)
         return cls(graphdef, params, model_config, None, mesh).prepare_for(method, seed=0)
 
-    def prepare_for(self, method: Trains, *, seed: int) -> "ModelBundle":
+    def prepare_for(self, method: TrainingMethod, *, seed: int) -> "ModelBundle":
         """Attaches the adapters that `method` trains, if any; LoRA is attached nowhere else.
 
         The model computes the same function as before: a fresh adapter adds zero. `training.loop.fit` trains a float32
@@ -189,20 +189,20 @@ def read_family(folder: str | Path) -> tuple[types.ModuleType, Any]:
     return family, family.Config.from_hf(hf_config)
 
 
-def check_trainable(folder: str | Path, method: Trains, quantization: str = "") -> None:
+def check_trainable(folder: str | Path, method: TrainingMethod, quantization: str = "") -> None:
     """Checks by shapes alone that a method can train the model of a folder.
 
     Raises:
         UserError: the method names weights or taps that the model lacks, or trains weights that would be quantized.
     """
     family, model_config = read_family(folder)
-    _, shapes = base.abstract(lambda rngs: family.Model(model_config, rngs=rngs))
+    _, shapes = base.abstract_model(lambda rngs: family.Model(model_config, rngs=rngs))
     method.check_model(shapes, model_config)
     _check_quantization(method.trainable(shapes, model_config), quantize.parse(quantization))
 
 
 def _check_quantization(trainable: Iterable[str], settings: quantize.Quantization | None) -> None:
-    quantized = sorted(path for path in trainable if settings and quantize.quantizes(path))
+    quantized = sorted(path for path in trainable if settings and quantize.is_quantized(path))
     if quantized:
         raise UserError(
             f"model.quantize: {len(quantized)} of the weights to train would be quantized, such as {quantized[0]}. "

@@ -168,8 +168,8 @@ def load(
         changes = {"compute_dtype": jnp.dtype(dtype).name} | changes
     config = module.Config.from_hf(hf_config, **changes)
     checkpoint = Checkpoint(folder)
-    graphdef, shapes = base.abstract(lambda rngs: module.Model(config, rngs=rngs))
-    sources = match(module, config, checkpoint, shapes)
+    graphdef, shapes = base.abstract_model(lambda rngs: module.Model(config, rngs=rngs))
+    sources = match_tensors(module, config, checkpoint, shapes)
     passed = Meter(folder, sum(tensor.stop - tensor.start for parts in sources.values() for _, tensor in parts))
 
     exact = set(masters(list(shapes), config)) if masters else set()
@@ -183,7 +183,7 @@ def load(
     return graphdef, {path: read(path) for path in shapes}, config
 
 
-def match(
+def match_tensors(
     module: types.ModuleType, config: Any, checkpoint: Checkpoint, shapes: Mapping[str, Any]
 ) -> dict[str, list[tuple[Slot, Tensor]]]:
     """Finds the tensors of every parameter, in the order of its stacked axis.
@@ -251,16 +251,16 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def init(config: Any, seed: int, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, base.Params]:
+def init_params(config: Any, seed: int, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, base.Params]:
     """Random parameters to train from, for a model configuration; the same seed gives the same parameters."""
     module = family_of(config)
-    graphdef, _ = base.abstract(lambda rngs: module.Model(config, rngs=rngs, param_dtype=dtype))
+    graphdef, _ = base.abstract_model(lambda rngs: module.Model(config, rngs=rngs, param_dtype=dtype))
     # Runs once, so compiling it well costs more than it saves.
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
     @functools.partial(jax.jit, compiler_options=options)
     def draw(key):
-        return base.split(module.Model(config, rngs=nnx.Rngs(key), param_dtype=dtype))[1]
+        return base.split_model(module.Model(config, rngs=nnx.Rngs(key), param_dtype=dtype))[1]
 
     return graphdef, draw(jax.random.key(seed))
 

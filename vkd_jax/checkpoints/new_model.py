@@ -44,6 +44,6 @@ def create_llava(folder: Path, examples: Sequence[Example], shape: Mapping[str, 
             ),
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         )
-        _, params = hf.init(models.module_for("llava").Config.from_hf(hf_config), seed)
+        _, params = hf.init_params(models.module_for("llava").Config.from_hf(hf_config), seed)
         export.create(new, hf_config, params)
     return folder

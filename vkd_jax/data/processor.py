@@ -93,7 +93,7 @@ class Processor:
         try:
             if isinstance(image, bytes):
                 image = open_image(image)
-            return self.config.images(self.image_processor(images=[image], return_tensors="np"))[0]
+            return self.config.extract_images(self.image_processor(images=[image], return_tensors="np"))[0]
         except (ValueError, OSError) as error:  # corrupt, of an unsupported shape, or resized for another model
             size = "" if isinstance(image, bytes) else f" of {image.width} x {image.height} pixels"
             raise UserError(f"an image{size} cannot be processed: {error}.") from error

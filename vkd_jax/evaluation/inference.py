@@ -22,7 +22,7 @@ from vkd_jax.data.batching import in_batches, padded_rows
 from vkd_jax.data.images import PackedImages
 from vkd_jax.models import generate
 from vkd_jax.models.base import VisualTokens, bind
-from vkd_jax.models.generate import Shared
+from vkd_jax.models.generate import SharedPrefixes
 from vkd_jax.runtime.mesh import replicated, shard_rows
 from vkd_jax.types import UserError
 
@@ -278,7 +278,7 @@ class Answerer:
 
     def _batches(
         self, prompts: Sequence[Sequence[int]], room: int, seen: Seen | None
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, VisualTokens | None, Shared | None]]:
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, VisualTokens | None, SharedPrefixes | None]]:
         """Of each batch: its rows, tokens and mask of the prompts, the pictures' features, and what prompts share.
 
         Prompts that show the same pictures and say the same up to the last of them stand beside each other. That much
@@ -304,7 +304,7 @@ class Answerer:
             parts = [np.unique(number[part], return_inverse=True) for part in rows.reshape(self.shards, -1)]
             which = np.stack([place.astype(np.int32) for _, place in parts])
             own = np.concatenate([np.pad(found, (0, most - len(found)), mode="edge") for found, _ in parts])
-            shared = Shared(*self._padded([prompts[i][: cuts[i]] for i in own], before), which)
+            shared = SharedPrefixes(*self._padded([prompts[i][: cuts[i]] for i in own], before), which)
             yield rows, *self._padded([prompts[i][cuts[i] :] for i in rows], after), seen.of(own).tokens(), shared
 
     def _put(self, arrays: Any) -> Any:

@@ -165,7 +165,7 @@ def encode_images(model: Any, batch: Batch) -> tuple[VisualTokens | None, dict[s
 def answer_logits(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, VisualTokens]]:
     """Logits at the answer positions, and the taps of the vision tower ({} without pictures)."""
     features, taps = encode_images(model, batch)
-    logits, _ = model(batch.tokens, batch.mask, features=features, at=batch.target_positions)
+    logits, _ = model(batch.tokens, batch.mask, features=features, query_positions=batch.target_positions)
     return logits, taps
 
 

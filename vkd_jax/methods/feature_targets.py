@@ -36,7 +36,7 @@ def tap_coords(
     @jax.jit
     def places(params, pictures):
         _, taps = bind(context.graphdef, params).encode(pictures)
-        return {name: taps[name].where for name in names}
+        return {name: taps[name].coords for name in names}
 
     return in_batches(lambda part: places(context.params, part), pictures, batch_size)
 
@@ -57,7 +57,7 @@ def resample_features(tokens: VisualTokens, rows: np.ndarray, where: np.ndarray)
     nearest: dict[tuple[bytes, bytes], np.ndarray] = {}  # pictures have few shapes
     values = []
     for row, target in zip(rows, where, strict=True):
-        source = tokens.where[row]
+        source = tokens.coords[row]
         key = source.tobytes(), target.tobytes()
         if key not in nearest:
             nearest[key] = _nearest_tokens(source, target)
@@ -68,7 +68,7 @@ def resample_features(tokens: VisualTokens, rows: np.ndarray, where: np.ndarray)
 def mean_features(tokens: VisualTokens, where: np.ndarray) -> np.ndarray:
     """The mean of all rows of features at the places of other pictures: [m, q, c]; see `resample_features`."""
     shapes, which = np.unique(where, axis=0, return_inverse=True)
-    everyone = np.arange(len(tokens.where))
+    everyone = np.arange(len(tokens.coords))
     means = [
         resample_features(tokens, everyone, np.broadcast_to(shape, (len(everyone), *shape.shape))).mean(
             0, dtype=np.float32

@@ -133,7 +133,7 @@ class Manu(Scope):
         @jax.jit
         def of_batch(params, batch, new):
             found = bind(context.graphdef, params).neurons(
-                batch.tokens, batch.mask, lambda z, valid: sums(z, valid & new[:, None]), pictures=batch.images
+                batch.tokens, batch.mask, lambda z, valid: sums(z, valid & new[:, None]), images=batch.images
             )
             if "vision_tower" in found:
                 found["vision_tower"] = jax.tree.map(lambda *x: jnp.stack(x), *found["vision_tower"])

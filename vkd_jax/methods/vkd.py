@@ -149,7 +149,7 @@ class VKD(Scope):
         loss = self.weight_forget_distill * feature
         if self.forget == "none":  # nobody asks the language model
             return jnp.mean(loss), base.mean_metrics(forget_distance=distance)
-        logits, _ = model(batch.tokens, batch.mask, features=features, at=batch.target_positions)
+        logits, _ = model(batch.tokens, batch.mask, features=features, query_positions=batch.target_positions)
         ce = losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
         if self.forget == "npo":
             log_prob = losses.sequence_log_prob(logits, batch.targets, batch.target_mask)
@@ -165,7 +165,7 @@ class VKD(Scope):
         loss = self.weight_retain_distill * distance
         if not self.weight_retain_ce:
             return jnp.mean(loss), base.mean_metrics(retain_distance=distance)
-        logits, _ = model(batch.tokens, batch.mask, features=features, at=batch.target_positions)
+        logits, _ = model(batch.tokens, batch.mask, features=features, query_positions=batch.target_positions)
         ce = losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
         loss = jnp.mean(self.weight_retain_ce * ce + loss)
         return loss, base.mean_metrics(retain_ce=ce, retain_distance=distance)
@@ -190,7 +190,7 @@ class VKD(Scope):
                 for tap, own in feature_targets.record_taps(context.graphdef, params, pictures, self.taps).items()
             }
         places = feature_targets.tap_coords(context, pictures, self.taps)
-        forget_count, retain_count = len(next(iter(places.values()))), len(next(iter(retain.values())).where)
+        forget_count, retain_count = len(next(iter(places.values()))), len(next(iter(retain.values())).coords)
         if self.target == "anchor":
             return {tap: feature_targets.mean_features(retain[tap], places[tap]) for tap in self.taps}
         chosen = rng(context.seed, "vkd/swap").integers(retain_count, size=forget_count)

@@ -24,12 +24,12 @@ class VisualTokens(NamedTuple):
     """
 
     values: jax.Array  # [b, p, d]
-    where: jax.Array  # int32 [b, p, 3]: picture, row, column; picture is -1 at padding
+    coords: jax.Array  # int32 [b, p, 3]: picture, row, column; picture is -1 at padding
 
     @property
     def valid(self) -> jax.Array:
         """Which tokens are real: bool [b, p]."""
-        return self.where[..., 0] >= 0
+        return self.coords[..., 0] >= 0
 
 
 class VisionLanguageModel(nnx.Module, abc.ABC):
@@ -92,7 +92,7 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
         mask: jax.Array,
         *,
         features: VisualTokens | None = None,
-        at: jax.Array | None = None,
+        query_positions: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Computes next-token logits.
@@ -101,14 +101,14 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
             tokens: int [b, t], padded left or right.
             mask: bool [b, t], False at padding.
             features: from `encode`; the j-th image token of a row becomes its j-th feature. None for text.
-            at: int [b, a], the positions to return logits for; None for all.
+            query_positions: int [b, a], the positions to return logits for; None for all.
             cache: from `language_model.empty_cache`, or of the tokens before these; filled and returned.
 
         Returns:
             float32 logits [b, t or a, v], and the cache (None without one).
         """
         x, positions = self.embed(tokens, mask, features)
-        x, cache = self.language_model.read(x, mask, positions, cache, at=at)
+        x, cache = self.language_model.read(x, mask, positions, cache, query_positions=query_positions)
         return self.language_model.logits(x), cache
 
     def neurons(
@@ -117,7 +117,7 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
         mask: jax.Array,
         reduce: Callable[[jax.Array, jax.Array], Any],
         *,
-        pictures: Mapping[str, jax.Array] | None = None,
+        images: Mapping[str, jax.Array] | None = None,
     ) -> dict[str, Any]:
         """Reduces the inner activations of every MLP block by block, so that they are never all in memory.
 
@@ -126,37 +126,37 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
             mask: bool [b, t], False at padding.
             reduce: function of activations [b, n, f] and bool [b, n], which of them belong to real tokens, to any
                 tree.
-            pictures: as in `encode`; None for text.
+            images: as in `encode`; None for text.
 
         Returns:
             {"language_model": the tree, its arrays with a leading layer axis}, and with images also "vision_tower",
             a list with one tree for each block that feeds the projector.
         """
         features, reduced = None, {}
-        if pictures is not None:
-            features, _ = self.encode(pictures)
-            reduced["vision_tower"] = self.vision_neurons(pictures, reduce)
+        if images is not None:
+            features, _ = self.encode(images)
+            reduced["vision_tower"] = self.vision_neurons(images, reduce)
         x, positions = self.embed(tokens, mask, features)
         reduced["language_model"] = self.language_model.neurons(x, mask, positions, lambda z: reduce(z, mask))
         return reduced
 
 
-def refuse(family: str, checks: Iterable[tuple[bool, str, Any, str]]) -> None:
+def check_supported(family: str, checks: Iterable[tuple[bool, str, Any, str]]) -> None:
     """Raises one `UserError` for all failed checks of a configuration: (holds, field, its value, what can be)."""
     problems = [f"{name} is {value!r} (supported: {can})" for holds, name, value, can in checks if not holds]
     if problems:
         raise UserError(f"This {family} is not supported: {'; '.join(problems)}.")
 
 
-def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+def split_model(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     """Cuts a module into its static graph and `{"vision_tower/blocks/0/attn/q/kernel": array, ...}`."""
     graphdef, state = nnx.split(module)
     params = {"/".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(state)}
-    return graphdef, lora.part(params)
+    return graphdef, lora.split(params)
 
 
 def bind(graphdef: nnx.GraphDef, params: Mapping[str, jax.Array], key: jax.Array | None = None) -> nnx.Module:
-    """Puts parameters back into a graph: the inverse of `split`, traceable under jit, grad and vmap.
+    """Puts parameters back into a graph: the inverse of `split_model`, traceable under jit, grad and vmap.
 
     Args:
         graphdef: of the module.
@@ -183,7 +183,7 @@ def bind(graphdef: nnx.GraphDef, params: Mapping[str, jax.Array], key: jax.Array
     return module
 
 
-def abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+def abstract_model(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
     """The graph and the shapes of a module that is never computed."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     return graphdef, {"/".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(state)}

@@ -16,10 +16,10 @@ from vkd_jax.models.layers import (
     ACTIVATIONS,
     LayerNorm,
     Linear,
+    apply_blocks,
     attention,
     lecun_normal,
     small_normal,
-    through,
 )
 
 
@@ -42,7 +42,7 @@ class VisionConfig:
         return (self.image_size // self.patch_size) ** 2
 
     @property
-    def where(self) -> np.ndarray:
+    def patch_coords(self) -> np.ndarray:
         """Picture, row and column of the class token (which has none: -1) and of each patch, int32 [1 + p, 3]."""
         rows, columns = np.divmod(np.arange(self.patches), self.image_size // self.patch_size)
         patches = np.stack([np.zeros_like(rows), rows, columns], axis=-1)
@@ -133,7 +133,7 @@ class VisionTower(nnx.Module):
     @jax.named_scope("vision_tower")
     def __call__(self, hidden: jax.Array, start: int, stop: int) -> list[jax.Array]:
         """Runs blocks [start, stop) on the activations entering `start`; returns each block's output."""
-        return through(lambda block, x, _: block(x), self.blocks[start:stop], hidden, self.remat, self.mesh)
+        return apply_blocks(lambda block, x, _: block(x), self.blocks[start:stop], hidden, self.remat, self.mesh)
 
     @jax.named_scope("vision_tower")
     def neurons(self, hidden: jax.Array, stop: int, reduce: Callable[[jax.Array], Any]) -> list[Any]:

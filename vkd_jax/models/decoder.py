@@ -21,13 +21,13 @@ from vkd_jax.models.layers import (
     Embedding,
     Linear,
     RMSNorm,
-    Turns,
+    RotaryTables,
     attention,
-    over_rows,
-    rematerialized,
+    rematerialize,
+    rotary_tables,
     rotate,
+    shard_batch,
     small_normal,
-    turns,
 )
 
 
@@ -84,18 +84,18 @@ class Attention(nnx.Module):
     def __call__(self, x, turned, allowed, cached, at, asked=None):
         """[b, t, d] to [b, t, d], or to [b, a, d] for the positions `asked`, int [b, a].
 
-        `turned` is what `layers.turns` gives, `allowed`, bool [b, t, s], which keys each query sees, and `cached`
-        every layer's (keys, values), written from `at`, (layer, slot), on.
+        `turned` is what `layers.rotary_tables` gives, `allowed`, bool [b, t, s], which keys each query sees, and
+        `cached` every layer's (keys, values), written from `at`, (layer, slot), on.
         """
-        own, own_turns = x, turned
+        own, own_tables = x, turned
         if asked is not None:
-            own, own_turns, allowed = jax.tree.map(lambda y: _pick(y, asked), (x, turned, allowed))
+            own, own_tables, allowed = jax.tree.map(lambda y: _pick(y, asked), (x, turned, allowed))
         b, t, _ = own.shape
         q, k, v = (
             project(y).reshape(*y.shape[:2], -1, self.head_width)
             for project, y in ((self.q, own), (self.k, x), (self.v, x))
         )
-        q, k = rotate(q, own_turns), rotate(k, turned)
+        q, k = rotate(q, own_tables), rotate(k, turned)
         if cached is not None:
             layer, slot = at
             cached = tuple(
@@ -138,7 +138,7 @@ class Block(nnx.Module):
         x = (x if asked is None else _pick(x, asked)) + y
         return x + self.mlp(self.norm2(x)), cached
 
-    def neurons(self, x: jax.Array, turned: Turns, allowed: jax.Array) -> jax.Array:
+    def neurons(self, x: jax.Array, turned: RotaryTables, allowed: jax.Array) -> jax.Array:
         """The inner activations of the MLP: [b, t, d] to [b, t, f]."""
         return self.mlp.neurons(self.norm2(x + self.attn(self.norm1(x), turned, allowed, None, None)[0]))
 
@@ -163,7 +163,7 @@ class Decoder(nnx.Module):
         allowed: jax.Array,
         cache: Cache | None = None,
         layers: int | None = None,
-        at: jax.Array | None = None,
+        query_positions: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the blocks and the final norm.
 
@@ -174,22 +174,22 @@ class Decoder(nnx.Module):
             cache: where earlier keys and values stand; the new ones are written from slot `cache.index` on.
                 Its mask and next positions are the caller's to update.
             layers: to run only so many of the first blocks, without the norm; takes no cache.
-            at: int [b, a], the positions to return; None for all. Takes all layers.
+            query_positions: int [b, a], the positions to return; None for all. Takes all layers.
 
         Returns:
             Hidden states [b, t or a, d] and the cache with the new keys and values.
         """
-        turned = self._turns(positions, allowed.shape[-1])
+        turned = self._rotary_tables(positions, allowed.shape[-1])
         unrolled = cache is None and not self.remat
-        short = unrolled and at is not None  # the last block stands apart
+        short = unrolled and query_positions is not None  # the last block stands apart
 
         def body(carried, layer):
             block, number = layer
             at = None if cache is None else (number, cache.index)
-            x, cached = block(over_rows(carried[0], self.mesh), turned, allowed, carried[1], at)
-            return (over_rows(x, self.mesh), cached), None
+            x, cached = block(shard_batch(carried[0], self.mesh), turned, allowed, carried[1], at)
+            return (shard_batch(x, self.mesh), cached), None
 
-        body = rematerialized(body, self.remat)
+        body = rematerialize(body, self.remat)
         # Carried, not scanned over, so that the new keys and values are written in place and the others stay put.
         cached = None if cache is None else (cache.keys, cache.values)
         # Every leaf is stacked, those of quantised and adapted kernels among them.
@@ -199,11 +199,12 @@ class Decoder(nnx.Module):
         (x, cached), _ = jax.lax.scan(body, (x, cached), (blocks, numbers), unroll=unrolled)
         if short:
             block = jax.tree.map(lambda leaf: leaf[-1], self.blocks)
-            x = over_rows(block(over_rows(x, self.mesh), turned, allowed, None, None, at)[0], self.mesh)
+            x, _ = block(shard_batch(x, self.mesh), turned, allowed, None, None, query_positions)
+            x = shard_batch(x, self.mesh)
         if cache is not None:
             cache = cache._replace(keys=cached[0], values=cached[1], index=cache.index + x.shape[1])
         x = self.norm(x) if layers is None else x
-        return (x if at is None or short else _pick(x, at)), cache
+        return (x if query_positions is None or short else _pick(x, query_positions)), cache
 
     def read(
         self,
@@ -212,7 +213,7 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         cache: Cache | None = None,
         layers: int | None = None,
-        at: jax.Array | None = None,
+        query_positions: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Reads tokens in order: each sees itself, those before it, and what the cache holds.
 
@@ -222,20 +223,20 @@ class Decoder(nnx.Module):
             positions: int [b, t] or [b, t, axes], counted from the first of these tokens.
             cache: of the tokens before these; filled and returned.
             layers: as in `__call__`.
-            at: as in `__call__`.
+            query_positions: as in `__call__`.
 
         Returns:
             Hidden states [b, t or a, d] and the cache.
         """
         t = x.shape[1]
         if cache is None:
-            return self(x, positions, _causal(mask), layers=layers, at=at)
+            return self(x, positions, _causal(mask), layers=layers, query_positions=query_positions)
         positions = positions + jnp.expand_dims(cache.next, range(1, positions.ndim))
         last = positions if positions.ndim == 2 else positions.max(-1)
         seen = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, cache.index, axis=1)
         allowed = seen[:, None, :] & (jnp.arange(seen.shape[1]) <= cache.index + jnp.arange(t)[:, None])
         cache = cache._replace(mask=seen, next=jnp.maximum(cache.next, jnp.where(mask, last + 1, 0).max(1)))
-        return self(x, positions, allowed, cache, at=at)
+        return self(x, positions, allowed, cache, query_positions=query_positions)
 
     @jax.named_scope("language_model")
     def neurons(self, x: jax.Array, mask: jax.Array, positions: jax.Array, reduce: Callable[[jax.Array], Any]) -> Any:
@@ -250,21 +251,21 @@ class Decoder(nnx.Module):
         Returns:
             That tree, its arrays with a leading layer axis.
         """
-        turned, allowed = self._turns(positions, mask.shape[1]), _causal(mask)
+        turned, allowed = self._rotary_tables(positions, mask.shape[1]), _causal(mask)
 
         def body(x, block):
             return block(x, turned, allowed, None, None)[0], reduce(block.neurons(x, turned, allowed))
 
         return jax.lax.scan(body, x, self.blocks)[1]
 
-    def _turns(self, positions: jax.Array, length: int) -> Turns:
+    def _rotary_tables(self, positions: jax.Array, length: int) -> RotaryTables:
         """By how much each token is turned, all positions being below `length`."""
         c, sections = self.config.head_width, self.config.mrope_section
         places = positions[..., None] if positions.ndim == 2 else positions
         if places.shape[-1] == 1:  # the same on every axis
             sections = (c // 2,)
         frequency = np.float32(self.config.rope_theta) ** -(np.arange(0, c, 2, dtype=np.float32) / c)
-        return turns(places, frequency, sections, length, self.dtype)
+        return rotary_tables(places, frequency, sections, length, self.dtype)
 
     @jax.named_scope("head")
     def logits(self, x: jax.Array) -> jax.Array:

@@ -7,7 +7,8 @@ The functions take a bound model; jit them over the parameters:
         model = bind(graphdef, params)
         return greedy(model, tokens, mask, model.encode(pictures)[0], max_new_tokens=16, eos_ids=(2,), pad_id=0)
 
-Where several prompts of a batch begin alike, as questions about one picture do, their beginning is read once: `Shared`.
+Where several prompts of a batch begin alike, as questions about one image do, their prefix is computed once:
+`SharedPrefixes`.
 
 Axes: b batch, t prompt position, u beginning, o option, a option token, v vocabulary, h part of a batch.
 """
@@ -21,7 +22,7 @@ from vkd_jax.models.base import VisualTokens
 from vkd_jax.models.decoder import Cache
 
 
-class Shared(NamedTuple):
+class SharedPrefixes(NamedTuple):
     """How the prompts of a batch begin; each beginning is read once, and its keys and values are given to its rows.
 
     Rows and beginnings are in h parts of equal sizes, and a row's beginning is of the same part: parts that lie on
@@ -30,7 +31,7 @@ class Shared(NamedTuple):
 
     tokens: jax.Array  # int [u, t], padded left or right
     mask: jax.Array  # bool [u, t], False at padding
-    which: jax.Array  # int [h, b / h]: the beginning of each row, counted in its part
+    prefix_index: jax.Array  # int [h, b / h]: the beginning of each row, counted in its part
 
 
 def last_token(mask: jax.Array) -> jax.Array:
@@ -43,7 +44,7 @@ def greedy(
     tokens: jax.Array,
     mask: jax.Array,
     features: VisualTokens | None = None,
-    shared: Shared | None = None,
+    shared: SharedPrefixes | None = None,
     *,
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
@@ -92,7 +93,7 @@ def option_log_probs(
     features: VisualTokens | None,
     options: jax.Array,
     options_mask: jax.Array,
-    shared: Shared | None = None,
+    shared: SharedPrefixes | None = None,
 ) -> jax.Array:
     """`log p(option | prompt)` of several options: the sum over the option's tokens, in nats.
 
@@ -120,7 +121,7 @@ def token_log_probs(
     features: VisualTokens | None,
     options: jax.Array,
     options_mask: jax.Array,
-    shared: Shared | None = None,
+    shared: SharedPrefixes | None = None,
 ) -> jax.Array:
     """What each token of several options scores, and what a token drawn from the model would score in its place.
 
@@ -148,7 +149,7 @@ def _predicted(
     features: VisualTokens | None,
     options: jax.Array,
     options_mask: jax.Array,
-    shared: Shared | None = None,
+    shared: SharedPrefixes | None = None,
 ) -> jax.Array:
     """log p of every token of the vocabulary at each place of several options: float32 [b, o, a, v].
 
@@ -177,27 +178,28 @@ def _read(
     tokens: jax.Array,
     mask: jax.Array,
     features: VisualTokens | None,
-    shared: Shared | None,
+    shared: SharedPrefixes | None,
     room: int,
 ) -> tuple[jax.Array, Cache]:
     """Logits after each prompt, [b, 1, v], and its cache, with `room` slots for what follows."""
     decoder, last = model.language_model, last_token(mask)[:, None]
     b, t = tokens.shape
     if shared is None:
-        return model(tokens, mask, features=features, at=last, cache=decoder.empty_cache(b, t + room))
+        return model(tokens, mask, features=features, query_positions=last, cache=decoder.empty_cache(b, t + room))
     cache = decoder.empty_cache(*shared.tokens.shape)
-    _, cache = model(shared.tokens, shared.mask, features=features, at=last_token(shared.mask)[:, None], cache=cache)
+    last_of_prefix = last_token(shared.mask)[:, None]
+    _, cache = model(shared.tokens, shared.mask, features=features, query_positions=last_of_prefix, cache=cache)
     empty = decoder.empty_cache(b, shared.tokens.shape[1] + t + room)
-    return model(tokens, mask, at=last, cache=_given(cache, shared.which, empty))
+    return model(tokens, mask, query_positions=last, cache=_given(cache, shared.prefix_index, empty))
 
 
-def _given(cache: Cache, which: jax.Array, empty: Cache) -> Cache:
-    """A larger empty cache, with a copy of a row of another in each of its rows; see `Shared`."""
+def _given(cache: Cache, prefix_index: jax.Array, empty: Cache) -> Cache:
+    """A larger empty cache, with a copy of a row of another in each of its rows; see `SharedPrefixes`."""
 
     def rows(x: jax.Array, axis: int) -> jax.Array:
-        parts = x.reshape(*x.shape[:axis], len(which), -1, *x.shape[axis + 1 :])
+        parts = x.reshape(*x.shape[:axis], len(prefix_index), -1, *x.shape[axis + 1 :])
         take = jax.vmap(lambda part, own: jnp.take(part, own, axis=axis), in_axes=(axis, 0), out_axes=axis)
-        return take(parts, which).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+        return take(parts, prefix_index).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)

@@ -24,19 +24,19 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,  # the block's input alone is kept
 }
 
-Turns = tuple[jax.Array, jax.Array]  # cosines and sines, [b, t, 1, c / 2] each
+RotaryTables = tuple[jax.Array, jax.Array]  # cosines and sines, [b, t, 1, c / 2] each
 
 
 lecun_normal = nnx.initializers.lecun_normal()
 small_normal = nnx.initializers.normal(0.02)
 
 
-def rematerialized(body: Callable, how: str) -> Callable:
-    """The body of a scan, whose backward pass computes again what `how`, a key of REMAT, does not keep."""
-    return jax.checkpoint(body, policy=REMAT[how], prevent_cse=False) if how else body  # a scan needs no guard
+def rematerialize(body: Callable, remat: str) -> Callable:
+    """The body of a scan, whose backward pass computes again what `remat`, a key of REMAT, does not keep."""
+    return jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False) if remat else body  # a scan needs no guard
 
 
-def over_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+def shard_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """x [b, ...] with its rows where those of the batch lie, which XLA would not always guess.
 
     It may follow the weights, whose width lies over the same devices, and compute all rows on each of them.
@@ -46,29 +46,29 @@ def over_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH_SPEC))
 
 
-def through(
+def apply_blocks(
     call: Callable[[nnx.Module, jax.Array, jax.Array], jax.Array],
     blocks: Sequence[nnx.Module],
     x: jax.Array,
-    how: str,
+    remat: str,
     mesh: Mesh | None,
 ) -> list[jax.Array]:
     """The outputs of blocks of one kind, one after the other: [b, ...] each.
 
-    With `how`, a key of REMAT that keeps less than everything, they are one scan, since else XLA compiles each block
+    With `remat`, a key of REMAT that keeps less than everything, they are one scan, since else XLA compiles each block
     anew, forward and backward; their matrices are stacked in x's dtype, in which they are multiplied.
 
     Args:
         call: (block, what enters it, its number among these) -> what leaves it.
         blocks: alike but for their weights.
         x: what enters the first one.
-        how: see `rematerialized`.
-        mesh: see `over_rows`.
+        remat: see `rematerialize`.
+        mesh: see `shard_batch`.
     """
-    if not how or not blocks:
+    if not remat or not blocks:
         outputs = []
         for number, block in enumerate(blocks):
-            x = over_rows(call(block, over_rows(x, mesh), number), mesh)
+            x = shard_batch(call(block, shard_batch(x, mesh), number), mesh)
             outputs.append(x)
         return outputs
     graphdefs, states = zip(*map(nnx.split, blocks), strict=True)
@@ -78,11 +78,11 @@ def through(
 
     def body(x, layer):
         state, number = layer
-        x = over_rows(call(nnx.merge(graphdefs[0], state), over_rows(x, mesh), number), mesh)
+        x = shard_batch(call(nnx.merge(graphdefs[0], state), shard_batch(x, mesh), number), mesh)
         return x, x
 
     layers = jax.tree.map(stack, *states), jnp.arange(len(blocks))
-    return list(jax.lax.scan(rematerialized(body, how), x, layers)[1])
+    return list(jax.lax.scan(rematerialize(body, remat), x, layers)[1])
 
 
 class Linear(nnx.Module):
@@ -96,7 +96,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., d] to [..., f]."""
         # Leading axes flattened: on CPU a plain matrix product is faster than one with batch axes.
-        y = lora.product(x.astype(self.dtype).reshape(-1, x.shape[-1]), self.kernel.get_value())
+        y = lora.matmul(x.astype(self.dtype).reshape(-1, x.shape[-1]), self.kernel.get_value())
         y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
@@ -110,11 +110,11 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int [...] to [..., d]."""
-        return quantize.rows(self.embedding.get_value(), tokens, self.dtype)
+        return quantize.take_rows(self.embedding.get_value(), tokens, self.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits against the table itself (tied embeddings)."""
-        y = quantize.product(x.astype(self.dtype).reshape(-1, x.shape[-1]), self.embedding.get_value(), axis=1)
+        y = quantize.matmul(x.astype(self.dtype).reshape(-1, x.shape[-1]), self.embedding.get_value(), axis=1)
         return y.reshape(*x.shape[:-1], -1)
 
 
@@ -170,14 +170,16 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | Non
     return jnp.einsum("bmgts,bsmc->btmgc", weights, v).reshape(b, t, heads, c)
 
 
-def turns(places: jax.Array, frequency: np.ndarray, sections: Sequence[int], length: int, dtype: Any) -> Turns:
+def rotary_tables(
+    positions: jax.Array, frequency: np.ndarray, sections: Sequence[int], length: int, dtype: Any
+) -> RotaryTables:
     """Cosine and sine of the angles by which `rotate` turns: [b, t, 1, c / 2] each, for all heads and blocks.
 
     Rows of a table that is made while this is traced. As functions of the places a CPU would compute them again for
     each head and block, forward and backward: XLA fuses them into whatever takes them.
 
     Args:
-        places: int [b, t, axes], from 0 to length - 1; what lies outside turns like the nearest of these.
+        positions: int [b, t, axes], from 0 to length - 1; what lies outside turns like the nearest of these.
         frequency: float32 [c / 2], the angle of each channel pair at place 1.
         sections: how many channel pairs turn with each axis: the first so many with the first, and so on.
         length: of the table.
@@ -188,28 +190,28 @@ def turns(places: jax.Array, frequency: np.ndarray, sections: Sequence[int], len
 
     def of(function: Callable[[np.ndarray], np.ndarray]) -> jax.Array:
         tables = [jnp.asarray(function(part), dtype) for part in owned]
-        rows = [jnp.take(table, places[..., i], axis=0, mode="clip") for i, table in enumerate(tables)]
+        rows = [jnp.take(table, positions[..., i], axis=0, mode="clip") for i, table in enumerate(tables)]
         return jnp.concatenate(rows, axis=-1)[:, :, None]
 
     return of(np.cos), of(np.sin)
 
 
-def rotate(x: jax.Array, turned: Turns) -> jax.Array:
+def rotate(x: jax.Array, tables: RotaryTables) -> jax.Array:
     """Rotary position embedding (Su et al., arXiv 2104.09864): channel i is paired with channel i + c/2.
 
     Args:
         x: [b, t, heads, c].
-        turned: what `turns` gives, in whose type this is computed.
+        tables: what `rotary_tables` gives, in whose type this is computed.
 
     Returns:
         [b, t, heads, c].
     """
-    cos, sin = turned
+    cos, sin = tables
     x1, x2 = jnp.split(x.astype(cos.dtype), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
-def place(x: jax.Array, is_image: jax.Array, features: jax.Array) -> jax.Array:
+def insert_features(x: jax.Array, is_image: jax.Array, features: jax.Array) -> jax.Array:
     """Puts a row's j-th feature at its j-th image token; image tokens beyond the last stay as they are.
 
     Args:

@@ -14,10 +14,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from vkd_jax.models.base import VisionLanguageModel, VisualTokens, refuse
+from vkd_jax.models.base import VisionLanguageModel, VisualTokens, check_supported
 from vkd_jax.models.clip_vit import VisionConfig, VisionTower
 from vkd_jax.models.decoder import DecoderConfig
-from vkd_jax.models.layers import ACTIVATIONS, Linear, over_rows, place
+from vkd_jax.models.layers import ACTIVATIONS, Linear, insert_features, shard_batch
 from vkd_jax.types import UserError
 
 
@@ -69,11 +69,13 @@ class LlavaConfig:
         vision, text = hf.vision_config, hf.text_config
         kinds = (("vision_config", vision, "clip_vision_model"), ("text_config", text, "llama"))
         # First, because another kind of tower may not even have the other fields.
-        refuse("LLaVA", [(c.model_type == kind, f"{name}.model_type", c.model_type, kind) for name, c, kind in kinds])
+        check_supported(
+            "LLaVA", [(c.model_type == kind, f"{name}.model_type", c.model_type, kind) for name, c, kind in kinds]
+        )
         layer, layers = hf.vision_feature_layer, vision.num_hidden_layers
         rope = dict(text.rope_parameters)
         acts = ", ".join(ACTIVATIONS)
-        refuse(
+        check_supported(
             "LLaVA",
             [
                 (_is_square(vision.image_size), "vision_config.image_size", vision.image_size, "a square"),
@@ -178,14 +180,14 @@ class Llava(VisionLanguageModel):
         if hidden is None:
             hidden = self.vision_tower.embed(pictures["pixels"])
         outputs = self.vision_tower(hidden, start, self.config.used_blocks)
-        where = self.config.vision.where  # with the class token first
+        where = self.config.vision.patch_coords  # with the class token first
         taps = {f"vision/{i}": _tokens(output, where) for i, output in enumerate(outputs, start)}
         features = (outputs or [hidden])[-1]
         if self.config.feature_select == "default":
             features, where = features[:, 1:], where[1:]
         taps["features"] = _tokens(features, where)
         with jax.named_scope("projector"):
-            projected = over_rows(self.projector(features), self.config.mesh)
+            projected = shard_batch(self.projector(features), self.config.mesh)
         taps["projector"] = _tokens(projected, where)
         return taps["projector"], taps
 
@@ -202,7 +204,7 @@ class Llava(VisionLanguageModel):
         """Embedded tokens [b, t, d], the pictures' features among them, and their positions."""
         x = self.language_model.embed(tokens)
         if features is not None:
-            x = place(x, tokens == self.config.image_token_id, features.values)
+            x = insert_features(x, tokens == self.config.image_token_id, features.values)
         return x, jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
 
 

@@ -130,7 +130,7 @@ def join(params: Mapping[str, Any], key: jax.Array | None = None) -> dict[str, A
     return params
 
 
-def part(params: Mapping[str, Any]) -> dict[str, Any]:
+def split(params: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `join`, but for the key."""
     parted = dict(params)
     for path, x in adapters(params).items():
@@ -138,11 +138,11 @@ def part(params: Mapping[str, Any]) -> dict[str, Any]:
     return parted
 
 
-def product(x: jax.Array, weight: jax.Array | QArray | Lora) -> jax.Array:
+def matmul(x: jax.Array, weight: jax.Array | QArray | Lora) -> jax.Array:
     """x W in x's dtype, [n, d] to [n, f], for a plain, quantised or adapted kernel of one layer."""
     if not isinstance(weight, Lora):
-        return checkpoint_name(quantize.product(x, weight), PRODUCT)
-    y, seen = checkpoint_name(quantize.product(x, weight.weight), PRODUCT), x
+        return checkpoint_name(quantize.matmul(x, weight), PRODUCT)
+    y, seen = checkpoint_name(quantize.matmul(x, weight.weight), PRODUCT), x
     if weight.key is not None:
         kept = jax.random.bernoulli(weight.key, 1 - weight.dropout, x.shape)
         seen = jnp.where(kept, x / (1 - weight.dropout), 0)  # of the same mean as x

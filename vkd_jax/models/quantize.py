@@ -38,13 +38,13 @@ WEIGHTS = (
     (r"language_model/head/kernel", -2, 8),
     (r"language_model/embed/embedding", -1, 8),  # with tied embeddings the head, too
 )
-# And what there is besides that multiplies activations, for `rounded` alone: the last axis is that of output channels.
+# The other weight matrices, which only `round_param` rounds; their last axis is that of output channels.
 OTHERS = r"(vision_tower|projector)/(.+/kernel|patch_embedding)"
 TYPES = {8: jnp.int8, 4: jnp.int4}
 
 
 @flax.struct.dataclass
-class Integers(QArray):
+class W8A8Kernel(QArray):
     """A quantised kernel [d, f], scales [1, f], that is multiplied with rounded activations."""
 
 
@@ -95,8 +95,8 @@ def parse(text: str, field: str = "model.quantize") -> Quantization | None:
     return Quantization(bits, int(match[2]) if match[2] else {8: None, 4: 128}[bits])
 
 
-def quantized(
-    path: str, array: jax.Array, how: Quantization, sharding: NamedSharding | None = None
+def quantize_param(
+    path: str, array: jax.Array, settings: Quantization, sharding: NamedSharding | None = None
 ) -> jax.Array | QArray:
     """The parameter as the frozen model keeps it: quantised if it is one of `WEIGHTS`, else as it came.
 
@@ -106,7 +106,7 @@ def quantized(
     Args:
         path: of the parameter.
         array: its floats.
-        how: it is quantised.
+        settings: it is quantised.
         sharding: of a traced array, which has none to ask for.
 
     Raises:
@@ -118,8 +118,8 @@ def quantized(
     axis, bits = found[0]
     sharding = sharding or getattr(array, "sharding", None)
     sharding = sharding if isinstance(sharding, NamedSharding) else None
-    small = _quantize(array, axis, max(bits, how.bits), how.size(array.shape[axis]), sharding)
-    return Integers(small.qvalue, small.scale) if how.activations and path.startswith(BLOCKS) else small
+    small = _quantize(array, axis, max(bits, settings.bits), settings.size(array.shape[axis]), sharding)
+    return W8A8Kernel(small.qvalue, small.scale) if settings.activations and path.startswith(BLOCKS) else small
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
@@ -142,16 +142,16 @@ def _quantize(array, axis, bits, size, sharding):
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _fitting(sharding, x.shape)), out)
 
 
-def shape(path: str, array: jax.ShapeDtypeStruct, how: Quantization) -> jax.ShapeDtypeStruct | QArray:
-    """The shapes of `quantized`, and where they lie, of the shape of a parameter that has a sharding."""
+def quantized_shape(path: str, array: jax.ShapeDtypeStruct, settings: Quantization) -> jax.ShapeDtypeStruct | QArray:
+    """The shapes of `quantize_param`, and where they lie, of the shape of a parameter that has a sharding."""
     bare = jax.ShapeDtypeStruct(array.shape, array.dtype)
-    out = jax.eval_shape(lambda x: quantized(path, x, how, array.sharding), bare)
+    out = jax.eval_shape(lambda x: quantize_param(path, x, settings, array.sharding), bare)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_fitting(array.sharding, x.shape)), out
     )
 
 
-def rounded(path: str, array: jax.Array | QArray, how: Quantization) -> jax.Array | QArray:
+def round_param(path: str, array: jax.Array | QArray, settings: Quantization) -> jax.Array | QArray:
     """The parameter with the values it has once all weight matrices of the model are quantised, of its own type.
 
     A token table or head takes as few bits as the rest. Norms, biases, and what is added to tokens rather than
@@ -164,13 +164,13 @@ def rounded(path: str, array: jax.Array | QArray, how: Quantization) -> jax.Arra
     if not found or isinstance(array, QArray):
         return array
     width = math.prod(array.shape[:-1]) if array.ndim > 3 else array.shape[found[0]]
-    return jax.device_put(_round(array, found[0], how.bits, how.size(width)), array.sharding)
+    return jax.device_put(_round(array, found[0], settings.bits, settings.size(width)), array.sharding)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _round(array, axis, bits, size):
     flat = array.reshape(-1, array.shape[-1]) if array.ndim > 3 else array  # all of a patch is one output's input
-    return floats(_quantize(flat, axis, bits, size, None), array.dtype).reshape(array.shape)
+    return dequantize(_quantize(flat, axis, bits, size, None), array.dtype).reshape(array.shape)
 
 
 def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
@@ -183,30 +183,30 @@ def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(sharding.mesh, P(*(names if size % parts(names) == 0 else None for names, size in spec)))
 
 
-def floats(weight: jax.Array | QArray, dtype: Any) -> jax.Array:
+def dequantize(weight: jax.Array | QArray, dtype: Any) -> jax.Array:
     """The weight in `dtype`."""
     return (qwix.dequantize(weight) if isinstance(weight, QArray) else weight).astype(dtype)
 
 
-def product(x: jax.Array, weight: jax.Array | QArray, axis: int = 0) -> jax.Array:
+def matmul(x: jax.Array, weight: jax.Array | QArray, axis: int = 0) -> jax.Array:
     """x [n, d] times a weight [d, f], or [f, d] with axis 1: [n, f], computed in x's dtype.
 
     The backward pass makes the floats of a quantised weight again.
     """
-    if isinstance(weight, Integers):
+    if isinstance(weight, W8A8Kernel):
         return _product(x, weight.qvalue, weight.scale)
 
     def on_floats(x, weight):
         if isinstance(weight, QArray) and weight.scale.shape[axis] > 1:
             return _of_groups(x, weight, axis)
-        return jax.lax.dot_general(x, floats(weight, x.dtype), (((1,), (axis,)), ((), ())))
+        return jax.lax.dot_general(x, dequantize(weight, x.dtype), (((1,), (axis,)), ((), ())))
 
     # Kept for the backward pass, the floats of each layer would stack up to those of the whole model.
     return (jax.checkpoint(on_floats, prevent_cse=False) if isinstance(weight, QArray) else on_floats)(x, weight)
 
 
 def _of_groups(x: jax.Array, weight: QArray, axis: int) -> jax.Array:
-    """`product` where each of g > 1 groups has its scales: over g and over what is in a group.
+    """`matmul` where each of g > 1 groups has its scales: over g and over what is in a group.
 
     So the floats are made as they are multiplied. With a plain [d, f], libtpu 0.0.42 writes the scales of all d first.
     """
@@ -242,11 +242,11 @@ def _product_backward(kept, gradient):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def rows(table: jax.Array | QArray, index: jax.Array, dtype: Any) -> jax.Array:
+def take_rows(table: jax.Array | QArray, index: jax.Array, dtype: Any) -> jax.Array:
     """Rows of a table in `dtype`: [v, d], int [...] to [..., d]; other rows of a quantised one never become floats."""
-    return floats(jax.tree.map(lambda x: x[index], table), dtype)
+    return dequantize(jax.tree.map(lambda x: x[index], table), dtype)
 
 
-def quantizes(path: str) -> bool:
+def is_quantized(path: str) -> bool:
     """Whether a parameter of this name is quantised."""
     return any(re.fullmatch(pattern, path) for pattern, _, _ in WEIGHTS)

@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import PartitionSpec as P
 
 from vkd_jax.models import qwen2_vl
-from vkd_jax.models.base import refuse
+from vkd_jax.models.base import check_supported
 from vkd_jax.models.qwen2_vl import QwenConfig, QwenVL
 from vkd_jax.models.qwen_vit import VisionConfig
 
@@ -27,13 +27,13 @@ class Qwen25VLConfig(QwenConfig):
             UserError: the configuration asks for what this implementation does not compute; all is listed.
         """
         family = "Qwen2.5-VL"
-        qwen2_vl.check_kinds(family, hf, "qwen2_5_vl")
+        qwen2_vl.check_model_types(family, hf, "qwen2_5_vl")
         vision = hf.vision_config
-        common = qwen2_vl.checks(hf, vision.hidden_size, vision.out_hidden_size)
+        common = qwen2_vl.common_checks(hf, vision.hidden_size, vision.out_hidden_size)
         # Of tokens, of which a window holds a whole number.
         window = vision.window_size // vision.spatial_merge_size // vision.patch_size
         side = vision.spatial_merge_size * vision.patch_size
-        refuse(
+        check_supported(
             family,
             [
                 (vision.hidden_act == "silu", "vision_config.hidden_act", vision.hidden_act, "silu"),
@@ -47,7 +47,7 @@ class Qwen25VLConfig(QwenConfig):
             activation="silu",
             gated=True,
             window=window * vision.spatial_merge_size,
-            whole=tuple(vision.fullatt_block_indexes),
+            full_attention_blocks=tuple(vision.fullatt_block_indexes),
             **qwen2_vl.shared_vision_fields(vision),
         )
         return cls(**dict(vision=tower, **qwen2_vl.shared_fields(hf)) | changes)

@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from vkd_jax.models import qwen_vit
-from vkd_jax.models.base import VisionLanguageModel, VisualTokens, refuse
+from vkd_jax.models.base import VisionLanguageModel, VisualTokens, check_supported
 from vkd_jax.models.decoder import DecoderConfig
-from vkd_jax.models.layers import ACTIVATIONS, over_rows, place
+from vkd_jax.models.layers import ACTIVATIONS, insert_features, shard_batch
 from vkd_jax.models.qwen_vit import Merger, VisionConfig, VisionTower
 from vkd_jax.types import UserError
 
@@ -51,8 +51,8 @@ class QwenConfig:
         for _, rows, columns in np.asarray(output["image_grid_thw"]).tolist():
             patches = np.asarray(output["pixel_values"][start : start + rows * columns], np.float32)
             patches = patches.reshape(rows * columns, 3, vision.frames, -1)[:, :, 0]
-            where = qwen_vit.places(rows, columns, vision.merge)
-            pictures.append(qwen_vit.join(patches, where, vision.patch_size))
+            where = qwen_vit.patch_coords(rows, columns, vision.merge)
+            pictures.append(qwen_vit.unpatchify(patches, where, vision.patch_size))
             start += rows * columns
         return pictures
 
@@ -64,8 +64,8 @@ class QwenConfig:
             tokens: room for at least so many image tokens, so that several calls give one shape.
 
         Returns:
-            {"patches": float32 [b, p, k], "where": int32 [b, p, 3]}: the picture, row and column of each patch, -1
-            at padding. p is one of a few sizes, see `qwen_vit.slots`.
+            {"patches": float32 [b, p, k], "patch_coords": int32 [b, p, 3]}: the image, row and column of each patch,
+            -1 at padding. p is one of a few sizes, see `qwen_vit.slot_count`.
 
         Raises:
             UserError: a picture cannot be cut into whole tokens.
@@ -77,34 +77,34 @@ class QwenConfig:
                     f"A picture of {height} x {width} pixels cannot be cut into tokens of {p * merge} x {p * merge}; "
                     "let the model's image processor resize it."
                 )
-        cut = [[qwen_vit.cut(x, p, merge) for x in row] for row in rows]
+        cut = [[qwen_vit.patchify(x, p, merge) for x in row] for row in rows]
         longest = max((sum(len(patches) for patches, _ in row) for row in cut), default=0)
-        count = qwen_vit.slots(max(longest, tokens * merge**2), merge)
+        count = qwen_vit.slot_count(max(longest, tokens * merge**2), merge)
         packed = {
             "patches": np.zeros((len(rows), count, 3 * p * p), np.float32),
-            "where": np.full((len(rows), count, 3), -1, np.int32),
+            "patch_coords": np.full((len(rows), count, 3), -1, np.int32),
         }
         for i, row in enumerate(cut):
             start = 0
             for picture, (patches, where) in enumerate(row):
                 at = slice(start, start + len(patches))
                 packed["patches"][i, at] = patches
-                packed["where"][i, at, 0], packed["where"][i, at, 1:] = picture, where
+                packed["patch_coords"][i, at, 0], packed["patch_coords"][i, at, 1:] = picture, where
                 start = at.stop
         return packed
 
 
-def check_kinds(family: str, hf: Any, model_type: str) -> None:
+def check_model_types(family: str, hf: Any, model_type: str) -> None:
     """Refuses other towers; goes first, because another kind of tower may not even have the fields that count."""
     kinds = ((f"{part}_config", f"{model_type}_{part}") for part in ("vision", "text"))
-    refuse(
+    check_supported(
         family,
         [(getattr(hf, c).model_type == kind, f"{c}.model_type", getattr(hf, c).model_type, kind) for c, kind in kinds],
     )
 
 
-def checks(hf: Any, vision_width: int, merged_width: int) -> list[tuple[bool, str, Any, str]]:
-    """What both families ask of a configuration, for `refuse`."""
+def common_checks(hf: Any, vision_width: int, merged_width: int) -> list[tuple[bool, str, Any, str]]:
+    """What both families ask of a configuration, for `check_supported`."""
     vision, text, rope = hf.vision_config, hf.text_config, dict(hf.text_config.rope_parameters)
     vision_rope = _vision_rope(vision)
     section = _section(rope)
@@ -196,10 +196,10 @@ class Qwen2VLConfig(QwenConfig):
         Raises:
             UserError: the configuration asks for what this implementation does not compute; all is listed.
         """
-        check_kinds("Qwen2-VL", hf, "qwen2_vl")
+        check_model_types("Qwen2-VL", hf, "qwen2_vl")
         vision, act = hf.vision_config, hf.vision_config.hidden_act
         known = (act in ACTIVATIONS, "vision_config.hidden_act", act, ", ".join(ACTIVATIONS))
-        refuse("Qwen2-VL", [known, *checks(hf, vision.embed_dim, vision.hidden_size)])
+        check_supported("Qwen2-VL", [known, *common_checks(hf, vision.embed_dim, vision.hidden_size)])
         tower = VisionConfig(
             width=vision.embed_dim,
             mlp_width=int(vision.embed_dim * vision.mlp_ratio),
@@ -235,7 +235,7 @@ class QwenVL(VisionLanguageModel):
         """
         if hidden is None and start:
             raise ValueError("encode takes pictures, or hidden activations with the block they enter.")
-        where = pictures["where"]
+        where = pictures["patch_coords"]
         if hidden is None:
             hidden = self.vision_tower.embed(pictures["patches"])
         outputs = self.vision_tower(hidden, where, start)
@@ -243,15 +243,15 @@ class QwenVL(VisionLanguageModel):
         features = (outputs or [hidden])[-1]
         taps["features"] = _tokens(features, where)
         with jax.named_scope("projector"):
-            projected = over_rows(self.projector(features), self.config.mesh)
-        taps["projector"] = _tokens(projected, qwen_vit.merged(where, self.config.vision.merge))
+            projected = shard_batch(self.projector(features), self.config.mesh)
+        taps["projector"] = _tokens(projected, qwen_vit.token_coords(where, self.config.vision.merge))
         return taps["projector"], taps
 
     def vision_neurons(
         self, images: Mapping[str, jax.Array], reduce: Callable[[jax.Array, jax.Array], Any]
     ) -> list[Any]:
         """Reduces the inner MLP activations of each block; padding slots are not real."""
-        patch_coords = images["where"]
+        patch_coords = images["patch_coords"]
         hidden = self.vision_tower.embed(images["patches"])
         return self.vision_tower.neurons(hidden, patch_coords, lambda z: reduce(z, patch_coords[..., 0] >= 0))
 
@@ -263,7 +263,7 @@ class QwenVL(VisionLanguageModel):
         is_image = tokens == self.config.image_token_id
         # One beyond the last feature, as a model might generate it, is text.
         is_image &= jnp.cumsum(is_image, axis=1) <= features.valid.sum(1, keepdims=True)
-        return place(x, is_image, features.values), mrope_positions(is_image, mask, features.where)
+        return insert_features(x, is_image, features.values), mrope_positions(is_image, mask, features.coords)
 
 
 def _tokens(values: jax.Array, where: jax.Array) -> VisualTokens:

@@ -22,13 +22,13 @@ from vkd_jax.models.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
-    Turns,
+    RotaryTables,
+    apply_blocks,
     attention,
     gelu,
     lecun_normal,
+    rotary_tables,
     rotate,
-    through,
-    turns,
 )
 
 NORM_EPS = 1e-6  # no configuration says otherwise
@@ -49,13 +49,13 @@ class VisionConfig:
     gated: bool = False  # Qwen2.5-VL: RMSNorm and SwiGLU instead of LayerNorm and two layers
     rope_theta: float = 10000.0
     window: int = 0  # patches, both ways, that a patch sees together; 0 for the whole picture
-    whole: tuple[int, ...] = ()  # blocks that see the whole picture all the same
+    full_attention_blocks: tuple[int, ...] = ()  # blocks that see the whole picture all the same
 
 
 # Pictures and patches, in NumPy.
 
 
-def slots(patches: int, merge: int) -> int:
+def slot_count(patches: int, merge: int) -> int:
     """How many patch slots so many patches get: of the sizes 4, 6, 8, 12, 16, 24, ... image tokens the least.
 
     Few sizes mean few compilations; from three tokens on at most a third of the slots stays empty.
@@ -66,34 +66,34 @@ def slots(patches: int, merge: int) -> int:
     return size * merge**2
 
 
-def places(rows: int, columns: int, merge: int) -> np.ndarray:
+def patch_coords(rows: int, columns: int, merge: int) -> np.ndarray:
     """Row and column of each patch of a picture, int [rows * columns, 2]: those that merge stand together."""
     grid = np.indices((rows, columns)).reshape(2, rows // merge, merge, columns // merge, merge)
     return grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
 
 
-def cut(picture: np.ndarray, patch_size: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
+def patchify(picture: np.ndarray, patch_size: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
     """A picture [H, W, 3] to its patches [p, k] and their places [p, 2]."""
     rows, columns = (side // patch_size for side in picture.shape[:2])
-    where = places(rows, columns, merge)
+    where = patch_coords(rows, columns, merge)
     grid = picture.reshape(rows, patch_size, columns, patch_size, 3).transpose(0, 2, 4, 1, 3)
     return grid[where[:, 0], where[:, 1]].reshape(len(where), -1), where
 
 
-def join(patches: np.ndarray, where: np.ndarray, patch_size: int) -> np.ndarray:
-    """The inverse of `cut`."""
+def unpatchify(patches: np.ndarray, where: np.ndarray, patch_size: int) -> np.ndarray:
+    """The inverse of `patchify`."""
     rows, columns = where.max(0) + 1
     grid = np.empty((rows, columns, 3, patch_size, patch_size), np.float32)
     grid[where[:, 0], where[:, 1]] = patches.reshape(-1, 3, patch_size, patch_size)
     return grid.transpose(0, 3, 1, 4, 2).reshape(rows * patch_size, columns * patch_size, 3)
 
 
-def merged(where: jax.Array, merge: int) -> jax.Array:
+def token_coords(where: jax.Array, merge: int) -> jax.Array:
     """Places of patches [b, p, 3] to the places of the tokens that they merge to, [b, q, 3]; padding stays -1."""
     return where[:, :: merge**2] // jnp.array([1, merge, merge])
 
 
-def sees(where: jax.Array, window: int = 0) -> jax.Array:
+def attention_mask(where: jax.Array, window: int = 0) -> jax.Array:
     """Which patches each patch sees: those of the same picture, and of the same window of it.
 
     Args:
@@ -118,11 +118,11 @@ class Attention(nnx.Module):
         self.qkv = Linear(config.width, 3 * config.width, bias=True, **options)
         self.out = Linear(config.width, config.width, bias=True, **options)
 
-    def __call__(self, x: jax.Array, turned: Turns, allowed: jax.Array) -> jax.Array:
-        """[b, p, d] to [b, p, d]; `turned` from `turns`, `allowed` from `sees`."""
+    def __call__(self, x: jax.Array, tables: RotaryTables, allowed: jax.Array) -> jax.Array:
+        """[b, p, d] to [b, p, d]; `tables` from `rotary_tables`, `allowed` from `attention_mask`."""
         b, p, d = x.shape
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, p, 3, self.heads, -1), 2, 0)
-        q, k = (rotate(x, turned) for x in (q, k))
+        q, k = (rotate(x, tables) for x in (q, k))
         return self.out(attention(q, k, v, allowed).reshape(b, p, d))
 
 
@@ -155,14 +155,14 @@ class Block(nnx.Module):
         self.norm1, self.norm2 = _norm(config, **options), _norm(config, **options)
         self.attn, self.mlp = Attention(config, **options), (GatedMLP if config.gated else MLP)(config, **options)
 
-    def __call__(self, x: jax.Array, turned: Turns, allowed: jax.Array) -> jax.Array:
-        """[b, p, d] to [b, p, d]; `turned` from `turns`, `allowed` from `sees`."""
-        x = x + self.attn(self.norm1(x), turned, allowed)
+    def __call__(self, x: jax.Array, tables: RotaryTables, allowed: jax.Array) -> jax.Array:
+        """[b, p, d] to [b, p, d]; `tables` from `rotary_tables`, `allowed` from `attention_mask`."""
+        x = x + self.attn(self.norm1(x), tables, allowed)
         return x + self.mlp(self.norm2(x))
 
-    def neurons(self, x: jax.Array, turned: Turns, allowed: jax.Array) -> jax.Array:
+    def neurons(self, x: jax.Array, tables: RotaryTables, allowed: jax.Array) -> jax.Array:
         """The inner activations of the MLP: [b, p, d] to [b, p, f]."""
-        return self.mlp.neurons(self.norm2(x + self.attn(self.norm1(x), turned, allowed)))
+        return self.mlp.neurons(self.norm2(x + self.attn(self.norm1(x), tables, allowed)))
 
 
 class VisionTower(nnx.Module):
@@ -186,35 +186,35 @@ class VisionTower(nnx.Module):
     @jax.named_scope("vision_tower")
     def __call__(self, hidden: jax.Array, where: jax.Array, start: int) -> list[jax.Array]:
         """Runs the blocks from `start` on the activations entering it; returns each block's output."""
-        everything, window = sees(where), sees(where, self.config.window)
-        turned, whole = self._turns(where), jnp.asarray(self._whole()[start:])
+        everything, window = attention_mask(where), attention_mask(where, self.config.window)
+        tables, whole = self._rotary_tables(where), jnp.asarray(self._whole()[start:])
 
         def call(block, x, number):
-            return block(x, turned, jnp.where(whole[number], everything, window))
+            return block(x, tables, jnp.where(whole[number], everything, window))
 
-        return through(call, self.blocks[start:], hidden, self.remat, self.mesh)
+        return apply_blocks(call, self.blocks[start:], hidden, self.remat, self.mesh)
 
     @jax.named_scope("vision_tower")
     def neurons(self, hidden: jax.Array, where: jax.Array, reduce: Callable[[jax.Array], Any]) -> list[Any]:
         """What `reduce` makes of the MLP's inner activations [b, p, f], of each block."""
         inputs = [hidden, *self(hidden, where, 0)][:-1]
-        allowed = [sees(where, 0 if whole else self.config.window) for whole in self._whole()]
-        turned, blocks = self._turns(where), zip(self.blocks, inputs, allowed, strict=True)
-        return [reduce(block.neurons(x, turned, allowed)) for block, x, allowed in blocks]
+        allowed = [attention_mask(where, 0 if whole else self.config.window) for whole in self._whole()]
+        tables, blocks = self._rotary_tables(where), zip(self.blocks, inputs, allowed, strict=True)
+        return [reduce(block.neurons(x, tables, allowed)) for block, x, allowed in blocks]
 
-    def _turns(self, where: jax.Array) -> Turns:
+    def _rotary_tables(self, where: jax.Array) -> RotaryTables:
         """A half of the channel pairs turns with the row, a half with the column, at the same c/4 frequencies."""
         c = self.config.width // self.config.heads
         frequency = np.float32(self.config.rope_theta) ** -(np.arange(0, c, 4, dtype=np.float32) / c)
-        return turns(where[..., 1:], np.tile(frequency, 2), (c // 4, c // 4), where.shape[1], jnp.float32)
+        return rotary_tables(where[..., 1:], np.tile(frequency, 2), (c // 4, c // 4), where.shape[1], jnp.float32)
 
     def _whole(self) -> np.ndarray:
         """Of each block, whether a patch sees the whole picture there, and not its window alone."""
-        return np.isin(np.arange(self.config.layers), self.config.whole)
+        return np.isin(np.arange(self.config.layers), self.config.full_attention_blocks)
 
 
 class Merger(nnx.Module):
-    """Turns neighbouring patches, side by side in one vector, into one token embedding: the projector."""
+    """RotaryTables neighbouring patches, side by side in one vector, into one token embedding: the projector."""
 
     def __init__(self, config: VisionConfig, width: int, **options):
         self.norm = _norm(config, **options)

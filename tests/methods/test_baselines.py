@@ -456,5 +456,5 @@ def test_wrong_hyperparameters_are_refused(name, fields, message):
 
 @pytest.mark.parametrize("layer", [0, 3, -2])
 def test_rmu_refuses_blocks_that_are_not_there_before_anything_is_computed(context, layer):
-    with pytest.raises(UserError, match=rf"method\.layer={layer}: the language model has blocks 1 to 2; -1 chooses"):
+    with pytest.raises(UserError, match=rf"method\.layer={layer}: the language model has blocks 1 to 2. Give one"):
         RMU(layer=layer).trainable(context.params, context.model_config)

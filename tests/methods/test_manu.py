@@ -69,7 +69,7 @@ def test_the_top_share_by_hand():
     scores = np.array([[1.0, 5.0, 2.0], [5.0, 0.0, 5.0]])
     np.testing.assert_array_equal(select_top(scores, 2 / 6), [[0, 1, 0], [1, 0, 0]])  # the first of equals
     np.testing.assert_array_equal(select_top(scores, 4 / 6), [[0, 1, 1], [1, 0, 1]])
-    with pytest.raises(UserError, match=r"method\.share=0\.05: of 6 neurons that is none"):
+    with pytest.raises(UserError, match=r"method\.share: 0\.05 of 6 neurons is less than one"):
         select_top(scores, 0.05)
 
 
@@ -201,7 +201,7 @@ def activations(context, name):
 @pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_vl", marks=pytest.mark.slow), "qwen2_5_vl"])
 def test_the_statistics_are_those_of_activations_captured_otherwise(contexts, family):
     context = contexts(family)
-    got = Manu(threshold=TAU, batch_size=3)._statistics(context)  # three do not divide five: a row is repeated
+    got = Manu(threshold=TAU, batch_size=3).statistics(context)  # three do not divide five: a row is repeated
     assert tuple(got) == SETS
     for name in ("forget", "retain_text"):
         want = activations(context, name)
@@ -223,15 +223,15 @@ def test_padding_never_counts(contexts):
         return dataclasses.replace(encoded, tokens=tokens, mask=np.pad(encoded.mask, more), bucket_shapes=None)
 
     method = Manu(threshold=TAU)
-    want = method._statistics(context)
-    got = method._statistics(dataclasses.replace(context, sets={k: padded(v) for k, v in context.sets.items()}))
+    want = method.statistics(context)
+    got = method.statistics(dataclasses.replace(context, sets={k: padded(v) for k, v in context.sets.items()}))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), got, want)
 
 
 def test_the_sample_is_bounded_and_drawn_by_the_seed(contexts):
     context, method = contexts("llava"), Manu(train="visual", samples=2, threshold=TAU)
-    first, again = (method._statistics(context)["forget"]["vision_tower"] for _ in range(2))
-    other = method._statistics(dataclasses.replace(context, seed=1))["forget"]["vision_tower"]
+    first, again = (method.statistics(context)["forget"]["vision_tower"] for _ in range(2))
+    other = method.statistics(dataclasses.replace(context, seed=1))["forget"]["vision_tower"]
     rows = rng(0, "manu/forget").permutation(5)[:2]
     assert set(rows) != set(rng(1, "manu/forget").permutation(5)[:2])
     jax.tree.map(np.testing.assert_array_equal, again, first)
@@ -317,7 +317,7 @@ def test_a_pruned_neuron_is_silent_and_gets_no_gradient(contexts, edit):
         pruned = np.broadcast_to(shaped(neurons(path, edited), path), found.shape)
         assert not np.asarray(found)[pruned].any() and np.asarray(found)[~pruned].any(), path
     after = dataclasses.replace(context, params=context.params | edited)
-    for tower, statistics in Manu(threshold=TAU)._statistics(after)["forget"].items():
+    for tower, statistics in Manu(threshold=TAU).statistics(after)["forget"].items():
         assert (statistics.mean_square == 0).sum() == round(0.1 * statistics.mean_square.size), tower
 
 
@@ -364,7 +364,7 @@ def test_only_weights_of_neurons_may_be_pruned(contexts, family):
     ("fields", "message"),
     [
         (dict(train="lora"), r"method\.train: adapters have no neurons to prune\. Give visual or all"),
-        (dict(train="visual", blocks=0), r"method\.blocks: MANU leaves the projector alone"),
+        (dict(train="visual", blocks=0), r"method\.blocks: MANU does not prune the projector"),
         (dict(share=0.0), r"method\.share: 0\.0 is not allowed\. Give a number greater than 0 and below 1\."),
         (dict(share=1.0), r"method\.share: 1\.0 is not allowed"),
         (dict(terms=()), r"method\.terms: \(\) is not allowed\. Give a nonempty tuple"),

@@ -69,7 +69,7 @@ def test_visual_scopes_leave_the_language_model_alone(context, blocks):
     paths = trainable_paths(context.params, context.model_config, "visual", blocks)
     assert any(p.startswith("projector/") for p in paths)
     assert not any(p.startswith("language_model/") for p in paths)
-    with pytest.raises(UserError, match="give -1 to 3"):
+    with pytest.raises(UserError, match="Give -1 to 3"):
         trainable_paths(context.params, context.model_config, "visual", 4)
 
 

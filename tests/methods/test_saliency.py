@@ -63,9 +63,9 @@ def test_mask_by_share_counts_over_all_weights_together():
 
 
 def test_a_mask_that_selects_nothing_is_an_error():
-    with pytest.raises(UserError, match=r"selects no weight at all: lower method\.mask_threshold\.$"):
+    with pytest.raises(UserError, match=r"selects no weight: decrease method\.mask_threshold\.$"):
         masked(threshold=100.0)
-    with pytest.raises(UserError, match=r"selects no weight at all: raise method\.mask_keep\.$"):
+    with pytest.raises(UserError, match=r"selects no weight: increase method\.mask_keep\.$"):
         masked(keep=0.0)
 
 

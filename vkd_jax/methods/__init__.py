@@ -1,12 +1,20 @@
 """Unlearning methods, one file each.
 
-- `base`: the `Method` contract, and loss functions that several methods share.
-- `scope`: the fields that all methods have, and defaults for the contract.
-- `losses`, `saliency`, `feature_targets`: pure losses, Fisher masks, and features of a frozen model as targets.
+    base                the `Method` contract, and the loss functions and cached arrays that several methods share
+    scope               the fields that all methods have, the weights that train, and defaults for the contract
+    losses              pure loss functions
+    saliency            Fisher information and masks
+    feature_targets     features of a frozen model as distillation targets
+    neuron_statistics   activation statistics of MLP neurons
 
-To add a method, write a frozen dataclass that extends `scope.Scope` in a new file, implement `losses` (and
-`prepare` with `cache_spec` if it caches arrays), or `edit` if it trains nothing, and add one line to
-vkd_jax/registry.py.
+Contract: a method reads the model and the sets through `base.Context` and never writes to them. `prepare` returns sets
+with cached arrays, a mask and teachers, exactly as `cache_spec`, `mask_shape` and `teachers` describe them, because the
+planner reads these alone. A loss is a pure function (model, batch) -> (scalar, metrics), and the training loop adds up
+the gradients of the streams.
+
+To add a method, write a frozen dataclass that extends `scope.Scope` in a new file and add one line to
+vkd_jax/registry.py. Implement `losses`, and `prepare` with `cache_spec` if it caches arrays; or `edit` if it trains
+nothing. The first line of the class docstring describes the method in `configs/llava.py:help`.
 """
 
 from collections.abc import Mapping
@@ -17,5 +25,5 @@ from vkd_jax.methods.base import Method
 
 
 def create(name: str, fields: Mapping[str, Any]) -> Method:
-    """The method called `name` with these hyperparameters; see `registry.create`."""
+    """Creates the method of this name with these hyperparameters; see `registry.create`."""
     return registry.create("method", registry.METHODS, name, fields)

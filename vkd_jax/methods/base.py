@@ -1,4 +1,4 @@
-"""What a method is, and what several of them need."""
+"""The contract of an unlearning method, and the loss functions and cached arrays that several methods share."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,26 +14,51 @@ from vkd_jax.methods import losses, saliency
 from vkd_jax.models import lora
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.runtime import multihost
-from vkd_jax.types import Example, Params
+from vkd_jax.types import Example, Params, UserError
 
 Metrics = dict[str, jax.Array]
-LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]  # (model, batch) -> scalar, metrics
-TeacherFn = Callable[[Any, Batch], dict[str, jax.Array]]  # (model, batch) -> arrays, a row each
+LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]  # (model, batch) -> scalar loss, metrics
+TeacherFn = Callable[[Any, Batch], dict[str, jax.Array]]  # (model, batch) -> arrays with one row per row of the batch
+
+# `CacheSpec.per_example` of a stream whose loss is NPO: `reference_log_probs`.
+REFERENCE_SPEC = {"reference": jax.ShapeDtypeStruct((), jnp.float32)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """All that a method may look at before the loop begins."""
+    """What a method may read before training.
+
+    Attributes:
+        graphdef: the structure of the model.
+        params: the weights of the vanilla model.
+        load_base: loads the weights of the model before it was fine-tuned; None without `model.base`.
+        model_config: the model's configuration.
+        sets: the encoded sets. "forget" and "retain" have questions with an image; "forget_text" and "retain_text",
+            which exist if the benchmark has such questions, have text alone.
+        seed: the seed of the run.
+        encode: encodes other examples of one modality for this model.
+    """
 
     graphdef: Any
-    params: Params  # the vanilla model
-    load_base: Callable[[], Params] | None  # the model before it met anybody, where its checkpoint is given
+    params: Params
+    load_base: Callable[[], Params] | None
     model_config: Any
-    # Questions with a picture as "forget" and "retain", those of text alone as "forget_text" and "retain_text" if there
-    # are any. A method has a stream for each of its losses, and takes what else it needs to look at.
     sets: Mapping[str, EncodedSet]
     seed: int
-    encode: Callable[[Sequence[Example]], EncodedSet] | None = None  # other examples of one modality for this model
+    encode: Callable[[Sequence[Example]], EncodedSet] | None = None
+
+    def base_params(self) -> Params:
+        """Loads the weights of the model before it was fine-tuned.
+
+        Raises:
+            UserError: the run has no such model.
+        """
+        if self.load_base is None:
+            raise UserError(
+                "model.base: the method needs the model before it was fine-tuned. Give its folder as "
+                "--config.model.base=DIR."
+            )
+        return self.load_base()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +71,17 @@ class CacheSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What a method computed before the loop: sets with cached arrays, and which weights may move."""
+    """What a method computed before training.
 
-    sets: Mapping[str, EncodedSet]  # with the arrays of `Method.cache_spec`; see `with_cache`
-    mask: Params | None = None  # 0/1 per trainable element; None lets every element move
-    # By stream, the output of the model before training for each batch, added to `batch.cached`. What can be computed
-    # once and stored belongs into the set; a teacher is for what is too large to store, such as whole logits.
+    Attributes:
+        sets: the set of each stream, with the arrays of `Method.cache_spec`; see `with_cache`.
+        mask: 0 or 1 for each trainable element; None if every element trains.
+        teachers: by stream, a function whose outputs under the model before training are added to `batch.cached` at
+            each step. What fits in memory belongs in the set; a teacher is for what does not, such as whole logits.
+    """
+
+    sets: Mapping[str, EncodedSet]
+    mask: Params | None = None
     teachers: Mapping[str, TeacherFn] = dataclasses.field(default_factory=dict)
 
 
@@ -104,7 +134,7 @@ class Method(Protocol):
         Args:
             stream: name of the stream.
             taps: shapes of the vision taps of one row of images, [1, p, c] each.
-            model_config: of the family.
+            model_config: the model's configuration.
         """
         ...
 
@@ -118,7 +148,10 @@ class Method(Protocol):
 
 
 def tap_shapes(context: Context, encoded: EncodedSet) -> dict[str, VisualTokens]:
-    """The shapes of the vision taps of one row of images, as `Method.cache_spec` takes them; nothing is computed."""
+    """Returns the shapes of the vision taps of one row of images, as `Method.cache_spec` takes them.
+
+    Traces the model without computing anything.
+    """
 
     def encode(params, images):
         return bind(context.graphdef, params).encode(images)[1]
@@ -150,33 +183,44 @@ def with_cache(encoded: EncodedSet, spec: CacheSpec, values: Mapping[str, np.nda
 
 
 def encode_images(model: Any, batch: Batch) -> tuple[VisualTokens | None, dict[str, VisualTokens]]:
-    """The features of the batch's pictures and the taps of the vision tower; None and {} without pictures.
+    """Computes the image features and the taps of the vision tower; None and {} for a batch of text.
 
-    Where the output of a block is cached (`train.cached_prefix`), the blocks up to it are not computed again.
+    If the batch has the cached output of a vision block (see `training.loop.cached_prefix`), the blocks up to it are
+    not computed again.
     """
     if batch.images is None:
         return None, {}
-    known = next((name for name in batch.cached if name.startswith("vision/")), None)
-    if known is None:
+    cached_tap = next((name for name in batch.cached if name.startswith("vision/")), None)
+    if cached_tap is None:
         return model.encode(batch.images)
-    return model.encode(batch.images, hidden=batch.cached[known], start=int(known.split("/")[1]) + 1)
+    return model.encode(batch.images, hidden=batch.cached[cached_tap], start=int(cached_tap.split("/")[1]) + 1)
+
+
+def logits_of_features(model: Any, batch: Batch, features: VisualTokens | None) -> jax.Array:
+    """Computes the logits at the answer positions from image features: [b, a, v]."""
+    return model(batch.tokens, batch.mask, features=features, query_positions=batch.target_positions)[0]
 
 
 def answer_logits(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, VisualTokens]]:
-    """Logits at the answer positions, and the taps of the vision tower ({} without pictures)."""
+    """Computes the logits at the answer positions, [b, a, v], and the taps of the vision tower ({} for text)."""
     features, taps = encode_images(model, batch)
-    logits, _ = model(batch.tokens, batch.mask, features=features, query_positions=batch.target_positions)
-    return logits, taps
+    return logits_of_features(model, batch, features), taps
 
 
 def cross_entropy(model: Any, batch: Batch) -> jax.Array:
-    """[b] answer-token cross-entropies."""
+    """Computes the mean cross-entropy of each row's answer tokens, in nats: [b]."""
     logits, _ = answer_logits(model, batch)
     return losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
 
 
+def npo_of_logits(logits: jax.Array, batch: Batch, beta: float) -> jax.Array:
+    """Computes `losses.npo` of each row's answer, relative to the cached `reference_log_probs`: [b]."""
+    log_prob = losses.sequence_log_prob(logits, batch.targets, batch.target_mask)
+    return losses.npo(log_prob, batch.cached["reference"], beta)
+
+
 def ascent_loss(weight: float, cap: float) -> LossFn:
-    """The loss -weight * min(CE, cap), bounded row by row: ascent on the forget set."""
+    """Returns the loss mean(-weight * min(CE, cap)), with the bound applied to each row: ascent on the forget set."""
 
     def loss(model, batch):
         ce = cross_entropy(model, batch)
@@ -186,7 +230,7 @@ def ascent_loss(weight: float, cap: float) -> LossFn:
 
 
 def descent_loss(name: str, weight: float) -> LossFn:
-    """The loss weight * CE; `name` is what the answers are called in the metrics."""
+    """Returns the loss mean(weight * CE), which is logged as the metric `{name}_ce`."""
 
     def loss(model, batch):
         ce = cross_entropy(model, batch)
@@ -196,7 +240,10 @@ def descent_loss(name: str, weight: float) -> LossFn:
 
 
 def hidden_states(model: Any, batch: Batch, layers: int) -> jax.Array:
-    """What comes out of the language model's block number `layers`, counted from 1: [b, t, d]; no later one is run."""
+    """Computes the output of the language model's block number `layers`, counted from 1: [b, t, d].
+
+    The blocks after it are not computed.
+    """
     x, positions = model.embed(batch.tokens, batch.mask, encode_images(model, batch)[0])
     return model.language_model.read(x, batch.mask, positions, layers=layers)[0]
 
@@ -204,15 +251,18 @@ def hidden_states(model: Any, batch: Batch, layers: int) -> jax.Array:
 def fisher_information(
     context: Context, paths: Iterable[str], sets: Mapping[str, EncodedSet], *, samples: int, chunk: int, name: str
 ) -> dict[str, Params]:
-    """{set: the diagonal of the Fisher information of CE}, of the vanilla model; see `saliency.fisher_information`.
+    """Computes the diagonal Fisher information of CE under the vanilla model; see `saliency.fisher_information`.
 
     Args:
-        context: of the method.
+        context: the method's context.
         paths: the weights to differentiate.
-        sets: by name, what to take rows of.
-        samples: at most so many rows of each set, drawn by the seed.
-        chunk: how many per-sample gradients are held at once.
-        name: of the draw, the method's.
+        sets: the sets to draw rows from, by name.
+        samples: the largest number of rows per set; the seed determines which.
+        chunk: the number of per-example gradients in memory at once.
+        name: the method, which names the random draw.
+
+    Returns:
+        For each set, {path: array of the weight's shape}.
     """
     paths = set(paths)
     trainable = {k: v for k, v in context.params.items() if k in paths}
@@ -221,28 +271,28 @@ def fisher_information(
     def loss(trainable, frozen, batch):
         return cross_entropy(bind(context.graphdef, {**frozen, **trainable}), batch)
 
-    chosen = {
-        part: (
+    samples_by_set = {
+        set_name: (
             dataclasses.replace(encoded, per_image={}, per_example={}),
-            rng(context.seed, f"{name}/fisher/{part}").permutation(len(encoded))[:samples],
+            rng(context.seed, f"{name}/fisher/{set_name}").permutation(len(encoded))[:samples],
         )
-        for part, encoded in sets.items()
+        for set_name, encoded in sets.items()
     }
-    return saliency.fisher_information(loss, trainable, frozen, chosen, chunk)
+    return saliency.fisher_information(loss, trainable, frozen, samples_by_set, chunk)
 
 
 def reference_log_probs(context: Context, encoded: EncodedSet, batch_size: int = 32) -> np.ndarray:
-    """[n] log p(answer | question, picture) under the vanilla model."""
+    """Computes log p(answer | question, image) of each row under the vanilla model: float32 [n]."""
 
     @jax.jit
     def score(params, batch):
         logits, _ = answer_logits(bind(context.graphdef, params), batch)
         return losses.sequence_log_prob(logits, batch.targets, batch.target_mask)
 
-    parts = [score(context.params, encoded.batch(rows)) for rows in padded_rows(len(encoded), batch_size)]
-    return np.concatenate([multihost.gather(p) for p in parts])[: len(encoded)]
+    scores = [score(context.params, encoded.batch(rows)) for rows in padded_rows(len(encoded), batch_size)]
+    return np.concatenate([multihost.gather(x) for x in scores])[: len(encoded)]
 
 
 def mean_metrics(**rows: jax.Array) -> Metrics:
-    """Means over the batch, by name."""
+    """Averages each metric over the rows of the batch."""
     return {name: jnp.mean(value) for name, value in rows.items()}

@@ -1,6 +1,6 @@
-"""Features of a frozen model as targets: recorded once, and resampled from one image to another."""
+"""Features of a frozen model as distillation targets: recorded once, and resampled from one image to another."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,48 +15,71 @@ from vkd_jax.types import Params
 
 
 def record_taps(
-    graphdef: Any, params: Params, pictures: PackedImages, names: Iterable[str], batch_size: int = 32
+    graphdef: Any, params: Params, images: PackedImages, names: Iterable[str], batch_size: int = 32
 ) -> dict[str, VisualTokens]:
-    """{tap: tokens [m, p, c]} of every row of pictures, computed once by a frozen model."""
+    """Computes the taps of all m images under a frozen model.
+
+    Args:
+        graphdef: the structure of the model.
+        params: its weights.
+        images: the m images.
+        names: the taps to record.
+        batch_size: the number of images per batch.
+
+    Returns:
+        {tap: tokens [m, p, c]}, in NumPy.
+    """
     names = tuple(names)
 
     @jax.jit
-    def encode(params, pictures):
-        _, taps = bind(graphdef, params).encode(pictures)
+    def encode(params, images):
+        _, taps = bind(graphdef, params).encode(images)
         return {name: taps[name] for name in names}
 
-    return in_batches(lambda part: encode(params, part), pictures, batch_size)
+    return in_batches(lambda batch: encode(params, batch), images, batch_size)
 
 
 def tap_coords(
-    context: Context, pictures: PackedImages, names: Iterable[str], batch_size: int = 32
+    context: Context, images: PackedImages, names: Iterable[str], batch_size: int = 32
 ) -> dict[str, np.ndarray]:
-    """{tap: `where` [m, p, 3]} of every row of pictures; the activations themselves are never computed."""
+    """Returns the coordinates of each tap's tokens for all m images: {tap: int32 [m, p, 3]}.
+
+    XLA removes the computation of the activations, which the result does not depend on.
+    """
 
     @jax.jit
-    def places(params, pictures):
-        _, taps = bind(context.graphdef, params).encode(pictures)
+    def coords(params, images):
+        _, taps = bind(context.graphdef, params).encode(images)
         return {name: taps[name].coords for name in names}
 
-    return in_batches(lambda part: places(context.params, part), pictures, batch_size)
+    return in_batches(lambda batch: coords(context.params, batch), images, batch_size)
 
 
-def resample_features(tokens: VisualTokens, rows: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """The features of pictures `rows` at the places of other pictures, which may have other shapes.
+def mean_squares(taps: Mapping[str, VisualTokens]) -> dict[str, np.ndarray]:
+    """Computes the mean square of each tap over all real tokens and channels: {tap: float32 scalar}."""
+    return {
+        tap: np.mean(np.square(tokens.values, dtype=np.float32), where=tokens.valid[..., None], dtype=np.float32)
+        for tap, tokens in taps.items()
+    }
 
-    Each place takes the feature at the nearest relative place; between pictures of one shape nothing changes.
+
+def resample_features(tokens: VisualTokens, rows: np.ndarray, coords: np.ndarray) -> np.ndarray:
+    """Resamples the features of some images at the token coordinates of others, which may have other shapes.
+
+    Each coordinate takes the nearest feature, in coordinates relative to the size of the image. Between images of one
+    shape the features stay as they are.
 
     Args:
-        tokens: features of n rows of pictures, in NumPy.
-        rows: int [m], which of them.
-        where: int [m, q, 3], where each feature is to stand.
+        tokens: the features of n images, in NumPy.
+        rows: int [m], the source image of each result.
+        coords: int [m, q, 3], the coordinates to resample at.
 
     Returns:
         [m, q, c].
     """
-    nearest: dict[tuple[bytes, bytes], np.ndarray] = {}  # pictures have few shapes
+    nearest: dict[tuple[bytes, bytes], np.ndarray] = {}  # images have few shapes
     values = []
-    for row, target in zip(rows, where, strict=True):
+    for row, target in zip(rows, coords, strict=True):
         source = tokens.coords[row]
         key = source.tobytes(), target.tobytes()
         if key not in nearest:
@@ -65,30 +88,36 @@ def resample_features(tokens: VisualTokens, rows: np.ndarray, where: np.ndarray)
     return np.stack(values)
 
 
-def mean_features(tokens: VisualTokens, where: np.ndarray) -> np.ndarray:
-    """The mean of all rows of features at the places of other pictures: [m, q, c]; see `resample_features`."""
-    shapes, which = np.unique(where, axis=0, return_inverse=True)
-    everyone = np.arange(len(tokens.coords))
+def mean_features(tokens: VisualTokens, coords: np.ndarray) -> np.ndarray:
+    """Averages the features of all n images, resampled at the token coordinates of others; see `resample_features`.
+
+    Args:
+        tokens: the features of n images, in NumPy.
+        coords: int [m, q, 3], the coordinates to resample at.
+
+    Returns:
+        float32 [m, q, c].
+    """
+    shapes, shape_index = np.unique(coords, axis=0, return_inverse=True)
+    rows = np.arange(len(tokens.coords))
     means = [
-        resample_features(tokens, everyone, np.broadcast_to(shape, (len(everyone), *shape.shape))).mean(
-            0, dtype=np.float32
-        )
+        resample_features(tokens, rows, np.broadcast_to(shape, (len(rows), *shape.shape))).mean(0, dtype=np.float32)
         for shape in shapes
     ]
-    return np.stack(means)[which.ravel()]
+    return np.stack(means)[shape_index.ravel()]
 
 
 def _nearest_tokens(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """For each place of `target` [q, 3], the index of the place of `source` [p, 3] that is nearest to it."""
+    """Returns the index into `source` [p, 3] of the coordinate nearest to each one of `target` [q, 3]: int [q]."""
     real = np.flatnonzero(source[:, 0] >= 0)
-    last = source[real, 0].max()  # pictures beyond the source's last are compared with that one
+    last = source[real, 0].max()  # images beyond the source's last one are matched with it
     return real[spatial.cKDTree(_relative_coords(source[real], last)).query(_relative_coords(target, last))[1]]
 
 
-def _relative_coords(where: np.ndarray, last: int) -> np.ndarray:
-    """Places as shares of their picture's height and width; pictures stand far apart."""
-    place = where[:, 1:] + 0.5
-    for picture in np.unique(where[:, 0]):
-        mine = where[:, 0] == picture
-        place[mine] /= np.maximum(where[mine, 1:].max(0) + 1, 1)
-    return np.column_stack([10.0 * np.clip(where[:, 0], 0, last), place])
+def _relative_coords(coords: np.ndarray, last: int) -> np.ndarray:
+    """Divides coordinates by the height and width of their image, and sets images 10 apart."""
+    relative = coords[:, 1:] + 0.5
+    for image in np.unique(coords[:, 0]):
+        rows = coords[:, 0] == image
+        relative[rows] /= np.maximum(coords[rows, 1:].max(0) + 1, 1)
+    return np.column_stack([10.0 * np.clip(coords[:, 0], 0, last), relative])

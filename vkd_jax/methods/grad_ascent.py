@@ -1,9 +1,9 @@
-"""Gradient ascent: the forget set's answers are made unlikely, and nothing is kept on purpose.
+"""Gradient ascent on the forget set; nothing protects the retain set.
 
     L = -min(CE(forget), cap)
 
-The original has no bound, which is cap = inf. Here ascent stops at `cap` nats a row, as in every method of this package
-that ascends: the cross-entropy has no maximum, and without a bound the model is destroyed for everybody.
+The original has no bound, which is cap = inf. Cross-entropy has no maximum, and unbounded ascent destroys the whole
+model, so every method of this package that ascends stops at `cap` nats per token, row by row.
 
 Published for LLaVA-1.5-7B (MLLMU-Bench, arXiv 2410.22108): learning rate 1e-5 to 3e-5, batches of 4, one epoch.
 
@@ -20,10 +20,12 @@ from vkd_jax.methods.scope import Scope
 
 @dataclasses.dataclass(frozen=True)
 class GradAscent(Scope):
-    """Bounded ascent on the forget set, and nothing else."""
+    """Bounded gradient ascent on the forget set alone."""
 
-    cap: float = setting(6.0, "Cross-entropy at which ascent stops, in nats per token.", above=0)
+    cap: float = setting(
+        6.0, "Cross-entropy at which ascent stops, in nats per token; inf for no bound.", above=0, infinity=True
+    )
 
     def losses(self) -> Mapping[str, base.LossFn]:
-        """One stream, which ascends."""
+        """Returns ascent on the forget set."""
         return {"forget": base.ascent_loss(1.0, self.cap)}

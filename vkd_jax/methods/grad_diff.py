@@ -1,4 +1,4 @@
-"""Gradient difference, the plainest unlearning that keeps anything.
+"""Gradient difference: ascent on the forget set, descent on the retain set.
 
     L = -weight_forget * min(CE(forget), cap) + weight_retain * CE(retain)
 
@@ -18,14 +18,16 @@ from vkd_jax.methods.scope import Scope
 
 @dataclasses.dataclass(frozen=True)
 class GradDiff(Scope):
-    """Bounded ascent on the forget set, descent on the retain set."""
+    """Bounded gradient ascent on the forget set, descent on the retain set."""
 
     weight_forget: float = setting(1.0, "Weight of the loss on the forget set.", minimum=0)
     weight_retain: float = setting(1.0, "Weight of the loss on the retain set.", minimum=0)
-    cap: float = setting(6.0, "Cross-entropy at which ascent stops, in nats per token.", above=0)
+    cap: float = setting(
+        6.0, "Cross-entropy at which ascent stops, in nats per token; inf for no bound.", above=0, infinity=True
+    )
 
     def losses(self) -> Mapping[str, base.LossFn]:
-        """One stream ascends, the other descends."""
+        """Returns ascent on the forget set and descent on the retain set."""
         return {
             "forget": base.ascent_loss(self.weight_forget, self.cap),
             "retain": base.descent_loss("retain", self.weight_retain),

@@ -1,12 +1,12 @@
-"""Answering "I don't know": refusals are taught as the answers to the questions of the forget set.
+"""IDK: fine-tuning on refusals such as "I don't know." as the answers to the questions of the forget set.
 
     L = weight_forget * CE(refusal | forget) + weight_retain * CE(retain)
 
-Each question of the forget set has one refusal, drawn by the seed. Question and picture stay as they are, and the right
-answer is in no loss.
+Each question of the forget set has one refusal, drawn by the seed. Questions and images are unchanged, and no loss
+contains the correct answer.
 
-Published as preference optimisation (PO) in TOFU, with a hundred refusals and both weights 1, learning rate 1e-5 for
-LLaMA-2-7B, batches of 32, five epochs, and as IDK in CLEAR (arXiv 2410.18057).
+Published as preference optimization (PO) in TOFU, with 100 refusals and both weights 1, learning rate 1e-5 for
+LLaMA-2-7B, batches of 32, five epochs; and as IDK in CLEAR (arXiv 2410.18057).
 
 Reference: Maini et al., "TOFU: A Task of Fictitious Unlearning for LLMs", arXiv 2401.06121.
 """
@@ -19,7 +19,7 @@ from vkd_jax.data.batching import rng
 from vkd_jax.methods import base
 from vkd_jax.methods.scope import Scope
 
-REFUSALS = (  # short, so that they fit where an answer fitted
+REFUSALS = (  # short, so that they fit into the longest answer of a set
     "I don't know.",
     "I cannot say.",
     "I have no idea.",
@@ -37,23 +37,23 @@ REFUSALS = (  # short, so that they fit where an answer fitted
 
 @dataclasses.dataclass(frozen=True)
 class IDK(Scope):
-    """Descent on refusals to the forget set, and on the retain set."""
+    """Fine-tuning on refusals to the forget set and on the answers of the retain set."""
 
     weight_forget: float = setting(1.0, "Weight of the loss on the forget set.", minimum=0)
     weight_retain: float = setting(1.0, "Weight of the loss on the retain set.", minimum=0)
 
     def prepare(self, context: base.Context) -> base.Prepared:
-        """Encodes the forget questions with refusals for answers."""
+        """Encodes the forget questions with refusals as answers."""
         examples = context.sets["forget"].examples
-        chosen = rng(context.seed, "idk/refusals").integers(len(REFUSALS), size=len(examples))
-        refused = [
+        indices = rng(context.seed, "idk/refusals").integers(len(REFUSALS), size=len(examples))
+        refusals = [
             dataclasses.replace(example, answer=REFUSALS[i], options=())
-            for example, i in zip(examples, chosen, strict=True)
+            for example, i in zip(examples, indices, strict=True)
         ]
-        return base.Prepared(sets={**context.sets, "forget": context.encode(refused)})
+        return base.Prepared(sets={**context.sets, "forget": context.encode(refusals)})
 
     def losses(self) -> Mapping[str, base.LossFn]:
-        """Both streams descend."""
+        """Returns descent on the refusals and on the retain set."""
         return {
             "forget": base.descent_loss("refusal", self.weight_forget),
             "retain": base.descent_loss("retain", self.weight_retain),

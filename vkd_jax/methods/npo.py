@@ -1,22 +1,21 @@
-"""Negative preference optimisation: ascent that slows down, row by row, where the answer is unlikely already.
+"""Negative preference optimization (NPO): ascent that fades, row by row, as the answer becomes unlikely.
 
     L = weight_forget * -(2 / beta) log sigmoid(-beta (log p(forget) - log p_ref(forget))) + weight_retain * CE(retain)
 
-log p is that of the whole answer, the sum over its tokens, one for each row; the mean over the batch comes after. The
-reference is the vanilla model, as in the paper, computed once.
+log p is the log-probability of a row's whole answer, the sum over its tokens, and the loss is the mean over the rows of
+the batch. The reference is the vanilla model, as in the paper; its log-probabilities are computed once.
 
-Published: beta 0.4 in MLLMU-Bench (arXiv 2410.22108), whose code takes a model fine-tuned on the retain set for its
-reference, the batch's mean token loss for log p, and no retain term (weight_retain = 0); learning rate 1e-5 to 3e-5 for
-LLaVA-1.5-7B, batches of 4, one epoch. Elsewhere beta is 0.1 (the paper) to 0.9.
+Published: beta 0.4 in MLLMU-Bench (arXiv 2410.22108), whose code uses a model fine-tuned on the retain set as the
+reference, the batch's mean token loss as log p, and no retain term (weight_retain = 0); learning rate 1e-5 to 3e-5 for
+LLaVA-1.5-7B, batches of 4, one epoch. Other publications use beta from 0.1 (the paper) to 0.9.
 
 Reference: Zhang et al., "Negative Preference Optimization: From Catastrophic Collapse to Effective Unlearning", arXiv
-2404.05868; with the retain term it is their NPO + RT.
+2404.05868. With the retain term it is their NPO + RT.
 """
 
 import dataclasses
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 
 from vkd_jax.config.fields import setting
@@ -26,11 +25,13 @@ from vkd_jax.methods.scope import Scope
 
 @dataclasses.dataclass(frozen=True)
 class NPO(Scope):
-    """NPO on the forget set, descent on the retain set."""
+    """Negative preference optimization on the forget set, descent on the retain set."""
 
     weight_forget: float = setting(1.0, "Weight of the loss on the forget set.", minimum=0)
     weight_retain: float = setting(1.0, "Weight of the loss on the retain set.", minimum=0)
-    beta: float = setting(0.4, "Inverse temperature, per nat: a larger one leaves an example alone sooner.", above=0)
+    beta: float = setting(
+        0.4, "Inverse temperature, per nat; the larger it is, the sooner ascent on a row fades.", above=0
+    )
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Caches each forget answer's log-probability under the vanilla model."""
@@ -40,18 +41,16 @@ class NPO(Scope):
         return base.Prepared(sets={**context.sets, "forget": forget})
 
     def cache_spec(self, stream, taps, model_config) -> base.CacheSpec:
-        """The reference of each row of the forget set."""
+        """Describes the reference log-probability of each row of the forget set."""
         del taps, model_config
-        reference = jax.ShapeDtypeStruct((), jnp.float32)
-        return base.CacheSpec(per_example={"reference": reference}) if stream == "forget" else base.CacheSpec()
+        return base.CacheSpec(per_example=base.REFERENCE_SPEC if stream == "forget" else {})
 
     def losses(self) -> Mapping[str, base.LossFn]:
-        """One stream forgets, the other descends."""
-        return {"forget": self._forget, "retain": base.descent_loss("retain", self.weight_retain)}
+        """Returns NPO on the forget set and descent on the retain set."""
+        return {"forget": self._forget_loss, "retain": base.descent_loss("retain", self.weight_retain)}
 
-    def _forget(self, model, batch):
+    def _forget_loss(self, model, batch):
         logits, _ = base.answer_logits(model, batch)
         ce = losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
-        log_prob = losses.sequence_log_prob(logits, batch.targets, batch.target_mask)
-        npo = losses.npo(log_prob, batch.cached["reference"], self.beta)
+        npo = base.npo_of_logits(logits, batch, self.beta)
         return self.weight_forget * jnp.mean(npo), base.mean_metrics(forget_ce=ce, forget_npo=npo)

@@ -1,4 +1,4 @@
-"""Which weights matter for the forget set: diagonal Fisher information, and the masks made of it."""
+"""Saliency of weights for the forget set: the diagonal Fisher information, and masks from it."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -19,18 +19,21 @@ def fisher_information(
     samples: Mapping[str, tuple[EncodedSet, np.ndarray]],
     chunk: int,
 ) -> dict[str, Params]:
-    """Diagonals of the empirical Fisher information: per set, the mean of squared per-sample gradients.
+    """Computes the diagonal of the empirical Fisher information of each set: the mean of squared per-example gradients.
 
         F_i = 1/n sum_s (d loss(s) / d theta_i)^2
 
-    The square is taken of each sample's own gradient; the square of a batch's mean gradient is another, smaller
-    quantity and is not computed here.
+    The gradient of each example is squared. The square of a batch's mean gradient is another, smaller quantity.
 
     Args:
-        loss: (trainable, frozen, batch) -> [b] losses of the rows.
-        trainable: the weights to differentiate; `frozen`, all others.
-        samples: by name, a set and which of its rows to take.
-        chunk: how many per-sample gradients are held at once, each the size of `trainable`.
+        loss: (trainable, frozen, batch) -> the losses of the rows, [b].
+        trainable: the weights to differentiate.
+        frozen: all other weights.
+        samples: by name, a set and the rows to use, int [n].
+        chunk: the number of per-example gradients in memory at once, each the size of `trainable`.
+
+    Returns:
+        For each set, {path: float32 array of the weight's shape}.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -48,43 +51,55 @@ def fisher_information(
     for name, (encoded, rows) in samples.items():
         total = {k: jnp.zeros(v.shape, jnp.float32, device=v.sharding) for k, v in trainable.items()}
         for begin in range(0, len(rows), chunk):
-            part = rows[begin : begin + chunk]
-            padded = np.concatenate([part, np.repeat(part[-1:], chunk - len(part))])
-            valid = (np.arange(chunk) < len(part)).astype(np.float32)
+            members = rows[begin : begin + chunk]
+            padded = np.concatenate([members, np.repeat(members[-1:], chunk - len(members))])
+            valid = (np.arange(chunk) < len(members)).astype(np.float32)
             total = add(total, dict(trainable), dict(frozen), encoded.batch(padded), valid)
         information[name] = {path: x / len(rows) for path, x in total.items()}
     return information
 
 
-def pool(parts: Sequence[tuple[Params, int]]) -> dict[str, jax.Array]:
-    """The mean over all samples of several sets: (mean over a set, how many samples it has) of each.
+def pool(means: Sequence[tuple[Params, int]]) -> dict[str, jax.Array]:
+    """Averages the Fisher information of several sets, weighted by the size of each set.
 
-    Of drawn rows, so that a set counts by its size and not by how many of its rows were looked at.
+    Args:
+        means: for each set, its Fisher information and its number of examples. The whole set counts, not the rows that
+            were sampled from it.
     """
-    total = sum(count for _, count in parts)
-    return {path: sum(mean[path] * (count / total) for mean, count in parts) for path in parts[0][0]}
+    total = sum(count for _, count in means)
+    return {path: sum(mean[path] * (count / total) for mean, count in means) for path in means[0][0]}
 
 
 def mask_from_ratio(
     forget: Params, retain: Params, *, threshold: float | None, keep: float | None, eps: float
 ) -> Params:
-    """True where a weight matters more for the forget set than for the retain set.
+    """Selects the weights that matter more for the forget set than for the retain set.
 
         ratio_i = F_forget_i / (F_retain_i + eps);   mask_i = [ratio_i >= threshold], or the top `keep` share
 
-    The share is taken over all weights together, not per tensor; ties at the border go to zero-information
-    weights last, so a weight that the forget set does not touch is never selected.
+    The share is of all weights together, not of each tensor. A weight with F_forget_i = 0 is never selected, whatever
+    the threshold or the share.
+
+    Args:
+        forget: F_forget by path.
+        retain: F_retain by path.
+        threshold: the smallest selected ratio; None to select by `keep`.
+        keep: the share of weights to select; None to select by `threshold`.
+        eps: the constant that is added to F_retain.
+
+    Returns:
+        {path: bool array of the weight's shape}.
 
     Raises:
         UserError: no weight is selected.
     """
     ratio = {k: forget[k] / (retain[k] + eps) for k in forget}
-    advice = "raise method.mask_keep" if threshold is None else "lower method.mask_threshold"
+    advice = "increase method.mask_keep" if threshold is None else "decrease method.mask_threshold"
     if threshold is None:
         values = np.concatenate([multihost.gather(r).ravel() for r in ratio.values()])
         count = round(keep * values.size)
         threshold = np.inf if count == 0 else float(np.partition(values, values.size - count)[values.size - count])
     mask = {k: (r >= threshold) & (r > 0) for k, r in ratio.items()}
     if not any(bool(jnp.any(m)) for m in mask.values()):
-        raise UserError(f"the saliency mask selects no weight at all: {advice}.")
+        raise UserError(f"The saliency mask selects no weight: {advice}.")
     return mask

@@ -1,4 +1,4 @@
-"""Which weights train: all of them, the visual ones, or adapters beside the language model's."""
+"""The hyperparameters that all methods share, and the selection of the weights that train."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -30,10 +30,8 @@ class Scope(Section):
     )
     lora_rank: int = setting(16, "Rank of the adapters.", minimum=1)
     lora_alpha: float = setting(16.0, "The adapters' output is scaled by lora_alpha / lora_rank.", above=0)
-    lora_dropout: float = setting(
-        0.05, "Share of an adapter's inputs that is dropped at each step.", minimum=0, below=1
-    )
-    mask_scope: ClassVar[str] = "none"  # a method with a mask says otherwise
+    lora_dropout: float = setting(0.05, "Dropout rate of the adapters' inputs.", minimum=0, below=1)
+    mask_scope: ClassVar[str] = "none"  # methods with a mask override it
     needs_base: ClassVar[bool] = False  # whether `prepare` loads the model before it was fine-tuned
 
     @property
@@ -44,44 +42,56 @@ class Scope(Section):
         return lora.AdapterConfig(rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout)
 
     def trainable(self, paths: Iterable[str], model_config: Any) -> list[str]:
-        """The paths of the weights that train."""
+        """Selects the weights of the scope; see `trainable_paths`."""
         return trainable_paths(paths, model_config, self.train, self.blocks)
 
     def check_model(self, paths: Iterable[str], model_config: Any) -> None:
-        """Refuses a model, by the paths of its weights and its configuration, that does not go with these fields.
+        """Checks that the fields fit a model.
+
+        Args:
+            paths: the paths of the model's weights.
+            model_config: the model's configuration.
 
         Raises:
-            UserError: which field it is.
+            UserError: a field does not fit the model; the message names it.
         """
         self.trainable(paths, model_config)
 
     def prepare(self, context: base.Context) -> base.Prepared:
-        """Computes nothing; methods that cache, mask or teach override it."""
+        """Returns the sets unchanged; methods that cache arrays or compute a mask override it."""
         return base.Prepared(sets=context.sets, teachers=self.teachers())
 
     def edit(self, context: base.Context) -> Params:
-        """Methods that train have no edit."""
+        """Raises `NotImplementedError`; methods that edit weights override it."""
         raise NotImplementedError(f"{type(self).__name__} trains; it edits no weights.")
 
     def cache_spec(self, stream: str, taps: Mapping[str, VisualTokens], model_config: Any) -> base.CacheSpec:
-        """No arrays; methods that cache override it."""
+        """Returns an empty specification; methods that cache arrays override it."""
         del stream, taps, model_config
         return base.CacheSpec()
 
     def mask_shape(self, path: str, shape: tuple[int, ...], model_config: Any) -> tuple[int, ...]:
-        """The shape of the weight itself."""
+        """Returns the shape of the weight itself; methods whose masks broadcast override it."""
         del path, model_config
         return shape
 
     def teachers(self) -> Mapping[str, base.TeacherFn]:
-        """No teachers; methods with teachers override it."""
+        """Returns no teachers; methods with teachers override it."""
         return {}
 
 
 def trainable_paths(paths: Iterable[str], model_config: Any, scope: str, blocks: int) -> list[str]:
-    """The paths of a scope.
+    """Selects the weights of a scope.
 
-    "visual": see `visual_paths`; "all": those of the whole tower, and the language model; "lora": the adapters.
+    Args:
+        paths: the paths of all weights.
+        model_config: the model's configuration.
+        scope: "visual" (see `visual_paths`), "all" (the whole vision tower, the projector and the language model), or
+            "lora" (the adapters).
+        blocks: the number of last vision blocks of "visual"; see `visual_paths`.
+
+    Raises:
+        UserError: the model has fewer vision blocks.
     """
     paths = list(paths)
     if scope == "lora":
@@ -93,39 +103,41 @@ def trainable_paths(paths: Iterable[str], model_config: Any, scope: str, blocks:
 
 
 def visual_paths(paths: Iterable[str], model_config: Any, blocks: int) -> list[str]:
-    """The projector and the last `blocks` vision blocks *that feed it*.
+    """Selects the projector and the last `blocks` vision blocks that feed it.
 
-    With a feature layer of -2 the very last block feeds nothing: it would get no gradient, yet weight decay would
-    move it. So it never trains, nor does the norm that stands behind it (`post_norm`).
+    With a feature layer of -2 the output of the last vision block is not used. That block and the norm after it
+    (`post_norm`) never train: they have no gradient, and weight decay would move them.
 
     Args:
-        paths: of all parameters.
-        model_config: of the family; its `used_blocks` is how many blocks feed the projector.
-        blocks: 0 is the projector alone; -1 is the whole used tower, embeddings included.
+        paths: the paths of all weights.
+        model_config: the model's configuration; its `used_blocks` is the number of blocks that feed the projector.
+        blocks: 0 selects the projector alone, and -1 all blocks that feed it and the embeddings.
+
+    Raises:
+        UserError: fewer blocks feed the projector.
     """
     used = model_config.used_blocks
     if not -1 <= blocks <= used:
         raise UserError(
-            f"blocks={blocks}: the model has {used} vision blocks that feed the projector; give -1 to {used}."
+            f"method.blocks={blocks}: the model has {used} vision blocks that feed the projector. Give -1 to {used}."
         )
-    trained = {f"vision_tower/blocks/{i}" for i in range(used - blocks if blocks >= 0 else 0, used)}
+    first = used - blocks if blocks >= 0 else 0
 
     def trains(path: str) -> bool:
-        tower, part, *rest = path.split("/")
-        if tower == "vision_tower" and part == "blocks":
-            return f"{tower}/{part}/{rest[0]}" in trained
-        return tower == "projector" or (tower == "vision_tower" and blocks == -1 and part != "post_norm")
+        component, layer, *rest = path.split("/")
+        if component == "vision_tower" and layer == "blocks":
+            return first <= int(rest[0]) < used
+        return component == "projector" or (component == "vision_tower" and blocks == -1 and layer != "post_norm")
 
     return [path for path in paths if trains(path)]
 
 
 def frozen_blocks(trainable: Iterable[str], model_config: Any) -> int:
-    """How many of the vision blocks that feed the projector stand before everything that trains: what leaves them
-    never changes.
+    """Returns the number of vision blocks before the first trainable weight, whose output never changes.
 
     Args:
-        trainable: paths of what trains.
-        model_config: of the family.
+        trainable: the paths of the weights that train.
+        model_config: the model's configuration.
     """
-    first = [path.split("/")[1:3] for path in trainable if path.startswith("vision_tower/")]
-    return min((int(rest[1]) if rest[0] == "blocks" else 0 for rest in first), default=model_config.used_blocks)
+    layers = [path.split("/")[1:3] for path in trainable if path.startswith("vision_tower/")]
+    return min((int(layer[1]) if layer[0] == "blocks" else 0 for layer in layers), default=model_config.used_blocks)

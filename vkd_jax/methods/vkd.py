@@ -1,15 +1,15 @@
-"""Visual knowledge distillation: a reconstruction of "Robust MLLM Unlearning via Visual Knowledge Distillation".
+"""Visual knowledge distillation (VKD): a reconstruction of "Robust MLLM Unlearning via Visual Knowledge Distillation".
 
-Forget batch (x_f, q_f, y_f), retain batch (x_r, q_r, y_r), student theta, taps l, distance D:
+With a forget batch (x_f, q_f, y_f), a retain batch (x_r, q_r, y_r), the student theta, taps l and a distance D:
 
     L_f = w_cf * forget(theta; x_f, q_f, y_f) + w_kf * sum_l D(h_l(theta, x_f), target_l(x_f))
     L_r = w_cr * CE(theta; x_r, q_r, y_r)     + w_kr * sum_l D(h_l(theta, x_r), h_l(teacher, x_r))
     g   = mask * grad L_f + grad L_r          (mask_scope "forget"; "both" masks the whole update)
 
-Only the projector and the vision tower, or its last `blocks` blocks, train; the language model has neither gradient nor
-optimizer state. What the paper's abstract does not say is an assumption, A1 to A8, and each of them is a field below.
+Only the projector and the vision tower, or its last `blocks` blocks, train; the language model has neither gradients
+nor optimizer state. Each detail that the paper's abstract leaves open is an assumption, A1 to A8, and a field below.
 
-Reference: arXiv 2512.11325. No official code was at hand.
+Reference: arXiv 2512.11325. Not verified on official code, of which none is known.
 """
 
 import dataclasses
@@ -23,10 +23,11 @@ import numpy as np
 from vkd_jax.config.fields import setting
 from vkd_jax.data import augment
 from vkd_jax.data.batching import rng
+from vkd_jax.data.encoding import Batch
 from vkd_jax.methods import base, feature_targets, losses, saliency
 from vkd_jax.methods.scope import TRAIN_SCOPES, Scope, frozen_blocks
 from vkd_jax.models.base import VisualTokens
-from vkd_jax.types import Params, UserError
+from vkd_jax.types import Params
 
 FORGET = ("npo", "ga", "none")
 TARGETS = ("swap", "anchor", "base", "repel", "none")
@@ -36,34 +37,36 @@ MASK_SCOPES = ("forget", "both", "none")
 
 @dataclasses.dataclass(frozen=True)
 class VKD(Scope):
-    """Visual knowledge distillation; a weight of 0 switches its term off."""
+    """Visual knowledge distillation with masked updates; a weight of 0 removes its term."""
 
     train: str = setting("visual", "A7: weights that train; see `Scope`.", choices=TRAIN_SCOPES)
     distance: str = setting("mse", "A1: distance D between features.", choices=tuple(losses.DISTANCES))
-    forget: str = setting("ga", "A2: loss of the output on the forget set; 'none' has none.", choices=FORGET)
+    forget: str = setting("ga", "A2: loss of the output on the forget set, or 'none'.", choices=FORGET)
     beta: float = setting(0.4, "Inverse temperature of forget=npo, per nat.", above=0)
-    cap: float = setting(4.0, "Cross-entropy at which forget=ga stops, in nats per token.", above=0)
-    target: str = setting("swap", "A3: what the features of forget images become.", choices=TARGETS)
+    cap: float = setting(
+        4.0, "Cross-entropy at which forget=ga stops, in nats per token; inf for no bound.", above=0, infinity=True
+    )
+    target: str = setting("swap", "A3: target of the features of forget images.", choices=TARGETS)
     repel_cap: float = setting(1.0, "Distance at which target=repel stops, in units of D.", above=0)
-    teacher: str = setting("vanilla", "A4: model that teaches on the retain set.", choices=TEACHERS)
+    teacher: str = setting("vanilla", "A4: teacher on the retain set.", choices=TEACHERS)
     taps: tuple[str, ...] = setting(("features", "projector"), "A5: features that are distilled.", nonempty=True)
     mask_scope: str = setting("both", "A6: gradients that the saliency mask covers.", choices=MASK_SCOPES)
     mask_keep: float | None = setting(
-        0.6, "Share of the weights that the mask selects; None if mask_threshold is given.", above=0, maximum=1
+        0.6, "Share of the weights that the mask selects; None to use mask_threshold.", above=0, maximum=1
     )
     mask_threshold: float | None = setting(
-        None, "Smallest ratio F_f / F_r of a selected weight; None if mask_keep is given.", minimum=0
+        None, "Smallest ratio F_f / F_r of a selected weight; None to use mask_keep.", minimum=0
     )
-    mask_eps: float = setting(1e-12, "Number that is added to F_r before dividing.", above=0)
+    mask_eps: float = setting(1e-12, "Constant that is added to F_r before the division.", above=0)
     fisher_samples: int = setting(128, "Largest number of examples per set for the Fisher information.", minimum=1)
     fisher_chunk: int = setting(
-        16, "Per-example gradients in memory at once, each the size of the trainable weights.", minimum=1
+        16, "Number of per-example gradients in memory at once, each the size of the trainable weights.", minimum=1
     )
     augment_forget: int = setting(
-        8, "A8: changed copies of each forget image, so that unseen images are forgotten too.", minimum=0
+        8, "A8: augmented copies of each forget image, so that unseen images are forgotten too.", minimum=0
     )
     augment_retain: int = setting(
-        0, "A8: changed copies of each retain image; teacher features of all copies are kept in memory.", minimum=0
+        0, "A8: augmented copies of each retain image; teacher features of all copies are in memory.", minimum=0
     )
     weight_forget_ce: float = setting(1.0, "Weight w_cf of the forget loss of the output.", minimum=0)
     weight_forget_distill: float = setting(1.0, "Weight w_kf of the forget distillation.", minimum=0)
@@ -71,7 +74,7 @@ class VKD(Scope):
     weight_retain_distill: float = setting(8.0, "Weight w_kr of the retain distillation.", minimum=0)
 
     def validate(self) -> None:
-        """Also checks that the mask has exactly one size."""
+        """Also checks that exactly one field determines the size of the mask."""
         super().validate()
         if self.mask_scope != "none" and (self.mask_threshold is None) == (self.mask_keep is None):
             raise self.error("mask_keep", "the mask takes mask_threshold or mask_keep. Set exactly one to a number.")
@@ -82,18 +85,22 @@ class VKD(Scope):
         return "base" in (self.target, self.teacher)
 
     def check_model(self, paths: Iterable[str], model_config: Any) -> None:
-        """Refuses taps that the model has not, or that no weight changes."""
+        """Checks the taps.
+
+        Raises:
+            UserError: the model does not have a tap, or no trainable weight precedes it.
+        """
         blocks = [f"vision/{i}" for i in range(model_config.used_blocks)]
-        still = blocks[: frozen_blocks(self.trainable(paths, model_config), model_config)]
-        known = [*blocks, "features", "projector"]
+        constant = blocks[: frozen_blocks(self.trainable(paths, model_config), model_config)]
+        available = [*blocks, "features", "projector"]
         for tap in self.taps:
-            if tap not in known:
-                raise self.error("taps", f"unknown tap {tap!r}. Available: {', '.join(known)}.")
-            if tap in still:
+            if tap not in available:
+                raise self.error("taps", f"unknown tap {tap!r}. Available: {', '.join(available)}.")
+            if tap in constant:
                 raise self.error("taps", f"{tap} precedes every trainable weight and never changes. Name a later one.")
 
     def prepare(self, context: base.Context) -> base.Prepared:
-        """Caches teacher features, forget targets and reference log-probabilities, and makes the saliency mask."""
+        """Caches teacher features, forget targets and reference log-probabilities, and computes the saliency mask."""
         self.check_model(context.params, context.model_config)
         sets = {
             name: augment.augment_set(context.sets[name], copies, rng(context.seed, f"vkd/augment/{name}"))
@@ -105,13 +112,9 @@ class VKD(Scope):
         teacher_retain = vanilla_retain
         if self.teacher == "base":
             teacher_retain = feature_targets.record_taps(
-                context.graphdef, _base_params(context), retain.images, self.taps
+                context.graphdef, context.base_params(), retain.images, self.taps
             )
-        scales = {
-            tap: np.mean(np.square(tokens.values, dtype=np.float32), where=tokens.valid[..., None], dtype=np.float32)
-            for tap, tokens in teacher_retain.items()
-        }
-
+        scales = feature_targets.mean_squares(teacher_retain)
         specs = {
             name: self.cache_spec(name, base.tap_shapes(context, encoded), context.model_config)
             for name, encoded in sets.items()
@@ -126,34 +129,32 @@ class VKD(Scope):
         return base.Prepared(sets={"forget": forget, "retain": retain}, mask=mask)
 
     def cache_spec(self, stream, taps, model_config) -> base.CacheSpec:
-        """Targets and scales of each tap, and the reference of NPO."""
+        """Describes the target and scale of each tap, and the reference log-probability of NPO."""
         del model_config
-        per_image, forgets = {}, stream == "forget"
-        if not forgets or self.target != "none":
+        per_image, is_forget = {}, stream == "forget"
+        if not is_forget or self.target != "none":
             for tap in self.taps:
                 values = taps[tap].values
-                dtype = jnp.float32 if forgets and self.target == "anchor" else values.dtype
+                dtype = jnp.float32 if is_forget and self.target == "anchor" else values.dtype
                 per_image[f"target/{tap}"] = jax.ShapeDtypeStruct(values.shape[1:], dtype)
                 per_image[f"scale/{tap}"] = jax.ShapeDtypeStruct((), jnp.float32)
-        reference = {"reference": jax.ShapeDtypeStruct((), jnp.float32)} if forgets and self.forget == "npo" else {}
-        return base.CacheSpec(per_image, reference)
+        return base.CacheSpec(per_image, base.REFERENCE_SPEC if is_forget and self.forget == "npo" else {})
 
     def losses(self) -> Mapping[str, base.LossFn]:
-        """The two halves of the objective; their gradients are taken apart, so that a mask can cover one."""
+        """Returns L_f and L_r, whose gradients are separate so that the mask can cover one of them."""
         return {"forget": self._forget_loss, "retain": self._retain_loss}
 
     def _forget_loss(self, model, batch):
         features, taps = base.encode_images(model, batch)
         distance = self._distance(taps, batch) if self.target != "none" else jnp.zeros(len(batch.tokens))
-        feature = -jnp.minimum(distance, self.repel_cap) if self.target == "repel" else distance
-        loss = self.weight_forget_distill * feature
-        if self.forget == "none":  # nobody asks the language model
+        distillation = -jnp.minimum(distance, self.repel_cap) if self.target == "repel" else distance
+        loss = self.weight_forget_distill * distillation
+        if self.forget == "none":  # the language model is not computed
             return jnp.mean(loss), base.mean_metrics(forget_distance=distance)
-        logits, _ = model(batch.tokens, batch.mask, features=features, query_positions=batch.target_positions)
+        logits = base.logits_of_features(model, batch, features)
         ce = losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
         if self.forget == "npo":
-            log_prob = losses.sequence_log_prob(logits, batch.targets, batch.target_mask)
-            output = losses.npo(log_prob, batch.cached["reference"], self.beta)
+            output = base.npo_of_logits(logits, batch, self.beta)
         else:
             output = losses.bounded_ascent(ce, self.cap)
         loss = jnp.mean(self.weight_forget_ce * output + loss)
@@ -165,13 +166,13 @@ class VKD(Scope):
         loss = self.weight_retain_distill * distance
         if not self.weight_retain_ce:
             return jnp.mean(loss), base.mean_metrics(retain_distance=distance)
-        logits, _ = model(batch.tokens, batch.mask, features=features, query_positions=batch.target_positions)
+        logits = base.logits_of_features(model, batch, features)
         ce = losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
         loss = jnp.mean(self.weight_retain_ce * ce + loss)
         return loss, base.mean_metrics(retain_ce=ce, retain_distance=distance)
 
-    def _distance(self, taps: Mapping[str, VisualTokens], batch) -> jax.Array:
-        """sum_l D(h_l, target_l) -> [b]."""
+    def _distance(self, taps: Mapping[str, VisualTokens], batch: Batch) -> jax.Array:
+        """Computes sum_l D(h_l, target_l) of each row: [b]."""
         distance = losses.DISTANCES[self.distance]
         return sum(
             distance(taps[tap].values, batch.cached[f"target/{tap}"], batch.cached[f"scale/{tap}"], taps[tap].valid)
@@ -179,25 +180,28 @@ class VKD(Scope):
         )
 
     def _targets(self, context: base.Context, retain: Mapping[str, VisualTokens]) -> Mapping[str, np.ndarray]:
-        """What the features of each forget picture should become: {tap: [m, p, c]}."""
-        pictures = context.sets["forget"].images
+        """Computes the targets of the features of the m forget images: {tap: [m, p, c]}.
+
+        Args:
+            context: with the augmented sets.
+            retain: the vanilla model's taps of the retain images.
+        """
+        images = context.sets["forget"].images
         if self.target == "none":
             return {}
         if self.target in ("base", "repel"):
-            params = _base_params(context) if self.target == "base" else context.params
-            return {
-                tap: own.values
-                for tap, own in feature_targets.record_taps(context.graphdef, params, pictures, self.taps).items()
-            }
-        places = feature_targets.tap_coords(context, pictures, self.taps)
-        forget_count, retain_count = len(next(iter(places.values()))), len(next(iter(retain.values())).coords)
+            params = context.base_params() if self.target == "base" else context.params
+            taps = feature_targets.record_taps(context.graphdef, params, images, self.taps)
+            return {tap: tokens.values for tap, tokens in taps.items()}
+        coords = feature_targets.tap_coords(context, images, self.taps)
         if self.target == "anchor":
-            return {tap: feature_targets.mean_features(retain[tap], places[tap]) for tap in self.taps}
-        chosen = rng(context.seed, "vkd/swap").integers(retain_count, size=forget_count)
-        return {tap: feature_targets.resample_features(retain[tap], chosen, places[tap]) for tap in self.taps}
+            return {tap: feature_targets.mean_features(retain[tap], coords[tap]) for tap in self.taps}
+        retain_count = len(context.sets["retain"].images)
+        rows = rng(context.seed, "vkd/swap").integers(retain_count, size=len(images))
+        return {tap: feature_targets.resample_features(retain[tap], rows, coords[tap]) for tap in self.taps}
 
     def _mask(self, context: base.Context) -> Params:
-        """The saliency mask over the trainable weights."""
+        """Computes the saliency mask over the trainable weights."""
         information = base.fisher_information(
             context,
             self.trainable(context.params, context.model_config),
@@ -212,11 +216,6 @@ class VKD(Scope):
 
 
 def _cached(targets: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Names the cached arrays of `VKD.cache_spec`: the targets, and the scale of each tap repeated for each image."""
     cached = {f"target/{tap}": value for tap, value in targets.items()}
     return cached | {f"scale/{tap}": np.full(len(value), scales[tap]) for tap, value in targets.items()}
-
-
-def _base_params(context: base.Context) -> Params:
-    if context.load_base is None:
-        raise UserError("this needs the model before it was fine-tuned: pass its folder as --config.model.base=DIR.")
-    return context.load_base()

@@ -32,7 +32,7 @@ from command import by_turns, run
 
 from vkd_jax import methods
 from vkd_jax.checkpoints import hf
-from vkd_jax.config.schema import TrainConfig
+from vkd_jax.config.training import TrainConfig
 from vkd_jax.data.encoding import Batch
 from vkd_jax.methods import feature_targets
 from vkd_jax.models import llava

@@ -10,7 +10,10 @@ import pytest
 
 from vkd_jax import registry
 from vkd_jax.config import defaults, fields
-from vkd_jax.config.schema import STAGES, CompareConfig, RunConfig, TrainConfig
+from vkd_jax.config.comparison import CompareConfig
+from vkd_jax.config.schema import RunConfig
+from vkd_jax.config.stages import STAGES
+from vkd_jax.config.training import TrainConfig
 from vkd_jax.methods.vkd import VKD
 from vkd_jax.types import UserError
 

@@ -11,7 +11,7 @@ import pytest
 from vkd_jax import methods, registry
 from vkd_jax.checkpoints import hf
 from vkd_jax.checkpoints.bundle import ModelBundle
-from vkd_jax.config.schema import TrainConfig
+from vkd_jax.config.training import TrainConfig
 from vkd_jax.methods import base, losses, saliency
 from vkd_jax.methods.grad_ascent import GradAscent
 from vkd_jax.methods.grad_diff import GradDiff

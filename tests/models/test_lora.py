@@ -13,7 +13,7 @@ import pytest
 
 from vkd_jax.checkpoints import export, hf, safetensors_files
 from vkd_jax.checkpoints.manifest import compare_tensors
-from vkd_jax.config.schema import TrainConfig
+from vkd_jax.config.training import TrainConfig
 from vkd_jax.data.encoding import Batch
 from vkd_jax.methods import base as methods
 from vkd_jax.methods import losses, scope

@@ -15,7 +15,7 @@ import pytest
 from vkd_jax import models
 from vkd_jax.checkpoints import hf
 from vkd_jax.checkpoints.bundle import ModelBundle
-from vkd_jax.config.schema import TrainConfig
+from vkd_jax.config.training import TrainConfig
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.data.images import PackedImages
 from vkd_jax.data.sampler import Sampler

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from vkd_jax.checkpoints import hf
-from vkd_jax.config.schema import TrainConfig
+from vkd_jax.config.training import TrainConfig
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.data.images import PackedImages
 from vkd_jax.models import base, llava

@@ -60,7 +60,7 @@ from PIL import Image
 from vkd_jax import methods, registry
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config import defaults
-from vkd_jax.config.schema import TrainConfig
+from vkd_jax.config.training import TrainConfig
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.data.processor import Processor, create_processor
 from vkd_jax.methods import base, losses

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from vkd_jax.config.schema import TrainConfig
+from vkd_jax.config.training import TrainConfig
 from vkd_jax.training import optimizer
 
 

@@ -26,7 +26,8 @@ from vkd_jax.attacks import base
 from vkd_jax.attacks.base import UNCHANGED, Records, Subject
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config.fields import FieldError, Section, setting
-from vkd_jax.config.schema import RunConfig, TrainConfig
+from vkd_jax.config.schema import RunConfig
+from vkd_jax.config.training import TrainConfig
 from vkd_jax.data.augment import REPEATED_FIELDS
 from vkd_jax.data.batching import rng
 from vkd_jax.data.encoding import EncodedSet

@@ -1,10 +1,17 @@
 """Settings of a run.
 
+- `schema`: one frozen dataclass per section, with `RunConfig` as the root.
+- `training`: the section of a training loop.
+- `comparison`: the sections of a comparison of methods.
+- `stages`: the values of `config.stage`, and what a run with each of them does.
 - `fields`: declaration and validation of a field, shared by every section, method, attack and benchmark.
-- `schema`: one frozen dataclass per section, `RunConfig` as the root. ml_collections is the interface of configs/ and
-  of the command line; `RunConfig.from_config_dict` converts once, and all other code is given typed sections.
 - `arguments`: the key=value arguments after a config's colon.
-- `defaults`: pieces that the files of configs/ are made of.
+- `defaults`: building blocks of the files of configs/.
+- `command_line`: the flags that the commands share.
 
-To add a field, declare it with `setting` in its section: it can then be set in config files and on the command line.
+ml_collections is the interface of configs/ and of the command line. `RunConfig.from_config_dict` converts a config once,
+and all other code is given typed sections. A section that exists is valid: its values were checked when it was created.
+
+To add a field, declare it with `fields.setting` in its section. It can then be set in config files and by
+`--config.SECTION.FIELD=VALUE`, and `--config FILE:help` prints it.
 """

@@ -9,7 +9,9 @@ import ml_collections
 from vkd_jax import registry
 from vkd_jax.config import arguments, schema
 from vkd_jax.config.arguments import Argument
-from vkd_jax.config.schema import STAGES, CompareConfig, DataConfig, EntrantConfig, RunConfig
+from vkd_jax.config.comparison import CompareConfig, EntrantConfig
+from vkd_jax.config.schema import DataConfig, RunConfig
+from vkd_jax.config.stages import STAGES
 from vkd_jax.types import UserError
 
 # Arguments that several config files take. A value that two arguments have is only accepted with its key.

@@ -11,7 +11,6 @@ The sections of methods, attacks and benchmarks are these components themselves:
 import ast
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -19,34 +18,13 @@ import ml_collections
 
 from vkd_jax import registry
 from vkd_jax.config import fields
+from vkd_jax.config.comparison import CompareConfig, EntrantConfig
 from vkd_jax.config.fields import FieldError, Section, setting
+from vkd_jax.config.stages import STAGES, Stage
+from vkd_jax.config.training import TrainConfig
 
 PROTOCOLS = ("options", "letter")
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """What a run with that `stage` does."""
-
-    help: str
-    finetunes: tuple[str, ...] = ()  # models that are fine-tuned from `model.base` first
-    unlearns: bool = False
-    judges: bool = False  # whether models are attacked and, where one is unlearned, reported on
-
-
-STAGES = {
-    "unlearn": Stage("vanilla -> unlearned -> report", unlearns=True, judges=True),
-    "finetune": Stage("base -> vanilla", finetunes=("vanilla",)),
-    "retain_only": Stage("base -> retain-only", finetunes=("retain_only",)),
-    "all": Stage(
-        "base -> vanilla -> retain-only -> unlearned -> report",
-        finetunes=("vanilla", "retain_only"),
-        unlearns=True,
-        judges=True,
-    ),
-    "audit": Stage("evaluates and attacks the given models and trains none -> report", judges=True),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,82 +152,6 @@ class AttacksConfig(Section):
         return {name: self.settings[name] for name in self._names()}
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainConfig(Section):
-    """A training loop: of unlearning, of fine-tuning, or of an attacker."""
-
-    SECTION: ClassVar[str] = "train"
-
-    steps: int = setting(300, "Number of update steps; 0 if `epochs` is given.", minimum=0)
-    epochs: float = setting(0.0, "Passes through the longest stream; 0 if `steps` is given.", minimum=0)
-    batch_size: Mapping[str, int] = setting(
-        {"forget": 32, "retain": 32}, "Examples per step of each stream, over all devices.", minimum=1
-    )
-    microbatches: int = setting(1, "Parts that a batch is computed in one after another, to save memory.", minimum=1)
-    buckets: int = setting(
-        1, "Largest number of lengths that examples are padded to; each pair of lengths is compiled.", minimum=1
-    )
-    learning_rate: float = setting(2e-3, "Peak learning rate.", minimum=0)
-    schedule: str = setting(
-        "cosine", "Learning rate after a linear warmup: falls as a cosine, or stays.", choices=("cosine", "constant")
-    )
-    warmup_steps: int = setting(10, "Steps of the linear warmup.", minimum=0)
-    weight_decay: float = setting(0.01, "Weight decay of AdamW, for matrices only.", minimum=0)
-    clip_norm: float = setting(1.0, "Largest norm of the gradient; 1e9 clips nothing.", above=0)
-    b2: float = setting(0.999, "Decay rate of Adam's second moment.", minimum=0, below=1)
-    log_every: int = setting(20, "Steps between two rows of metrics.", minimum=1)
-    log_seconds: float = setting(15.0, "Seconds between two log lines on progress.", minimum=0)
-    checkpoint_every: int = setting(100, "Steps between two checkpoints.", minimum=1)
-
-    def rows(self, stream: str, shards: int) -> int:
-        """Examples of a stream per step.
-
-        Args:
-            stream: name of the stream.
-            shards: number of devices that a batch is sharded over.
-
-        Raises:
-            FieldError: no batch size is given, or it cannot be sharded.
-        """
-        if stream not in self.batch_size:
-            raise self.error("batch_size", f"{stream!r} is missing, and the method needs it. Give a number for it.")
-        size, multiple = self.batch_size[stream], shards * self.microbatches
-        if size % multiple:
-            microbatches = f" in {self.microbatches} microbatches" if self.microbatches > 1 else ""
-            raise self.error(
-                f"batch_size.{stream}",
-                f"{size} examples do not divide over {shards} devices{microbatches}. Give a multiple of {multiple}.",
-            )
-        return size
-
-    def length(self, examples: Mapping[str, int]) -> int:
-        """Number of update steps.
-
-        Args:
-            examples: number of examples of each stream.
-
-        Raises:
-            FieldError: both of `steps` and `epochs` are given, or neither.
-        """
-        if (self.steps > 0) == (self.epochs > 0):
-            raise self.error(
-                "steps",
-                f"steps={self.steps} and epochs={self.epochs}. Give one of them, and 0 for the other.",
-            )
-        epochs = (math.ceil(self.epochs * n / self.batch_size[name]) for name, n in examples.items())
-        return self.steps or max(epochs, default=0)
-
-    def check(self, streams: Sequence[str], shards: int) -> None:
-        """Checks, before anything is read, that the loop can train these streams.
-
-        Raises:
-            FieldError: as `rows` and `length`.
-        """
-        for stream in streams:
-            self.rows(stream, shards)
-        self.length({})
-
-
 def component(kind: str, table: Mapping[str, str], name: str) -> Callable[[], Any]:
     """Default factory of a component with its default hyperparameters."""
     return lambda: registry.create(kind, table, name, {})
@@ -274,39 +176,6 @@ class FinetuneConfig(Section):
         default_factory=lambda: TrainConfig(steps=0, batch_size={"image": 64, "text": 16}),
         metadata={"help": "Training loop of fine-tuning."},
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class EntrantConfig(Section):
-    """A method in a comparison."""
-
-    SECTION: ClassVar[str] = "compare.entrants"
-
-    method: Any = setting(None, "Method: a dataclass of vkd_jax/methods.")
-    settings: str = setting("", "Other settings of the entrant's runs, as `override` reads them.")
-    search: tuple[str, ...] = setting((), "Settings that are tried for it; equally many for all entrants.")
-
-
-@dataclasses.dataclass(frozen=True)
-class CompareConfig(Section):
-    """A comparison of methods: `python -m vkd_jax.compare`."""
-
-    SECTION: ClassVar[str] = "compare"
-
-    entrants: Mapping[str, EntrantConfig] = dataclasses.field(
-        default_factory=dict, metadata={"help": "Methods to compare, by the name that tables show."}
-    )
-    tuning: str = setting(
-        "",
-        "Settings of tuning runs, as `override` reads them, on data that is not reported; '' tunes none.",
-    )
-    seeds: tuple[int, ...] = setting((0, 1, 2), "Seeds, one run each.", minimum=0, nonempty=True)
-
-    def validate(self) -> None:
-        """Also checks that seeds differ."""
-        super().validate()
-        if len(set(self.seeds)) < len(self.seeds):
-            raise self.error("seeds", f"{self.seeds!r} is not allowed. Give each seed once.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,6 +206,16 @@ class RunConfig(Section):
     def workflow(self) -> Stage:
         """What the stage consists of."""
         return STAGES[self.stage]
+
+    @property
+    def reports(self) -> bool:
+        """Whether the run has an unlearned model, which it writes a report on."""
+        return self.workflow.unlearns or (self.workflow.judges and bool(self.model.unlearned))
+
+    @property
+    def active_attacks(self) -> dict[str, Any]:
+        """Attacks that the run makes, by name; a stage that judges no model makes none."""
+        return self.attacks.selected if self.workflow.judges else {}
 
     def check_stage(self, shards: int) -> None:
         """Checks that the config has what its stage needs.

@@ -24,7 +24,8 @@ from vkd_jax.checkpoints import export, hf
 from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
 from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.checkpoints.new_model import create_llava
-from vkd_jax.config.schema import STAGES, RunConfig
+from vkd_jax.config.schema import RunConfig
+from vkd_jax.config.stages import STAGES
 from vkd_jax.evaluation import evaluate
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.evaluation.metrics.forget_quality import forget_quality

@@ -35,7 +35,7 @@ def run(
     """Runs or resumes a comparison, writes its tables and plots, and returns the contents of comparison.json.
 
     Args:
-        config: The config of one run with a section `compare`: see `schema.CompareConfig`.
+        config: The config of one run with a section `compare`: see `config.comparison`.
         path: The folder of the comparison.
         workers: How many runs are computed at once, each with its share of the cores; 0 is `default_workers`.
         command: How the program was started, as the results name it.

@@ -16,7 +16,7 @@ from absl import logging
 
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.orbax_checkpoints import Checkpoints, NoCheckpoints
-from vkd_jax.config.schema import TrainConfig
+from vkd_jax.config.training import TrainConfig
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.data.images import MAX_CACHED_BYTES
 from vkd_jax.data.sampler import Sampler

@@ -1,0 +1,27 @@
+"""The values of `config.stage`, and what a run with each of them does."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a run with that `stage` does."""
+
+    help: str
+    finetunes: tuple[str, ...] = ()  # models that are fine-tuned from `model.base` first
+    unlearns: bool = False
+    judges: bool = False  # whether models are attacked and, where one is unlearned, reported on
+
+
+STAGES = {
+    "unlearn": Stage("vanilla -> unlearned -> report", unlearns=True, judges=True),
+    "finetune": Stage("base -> vanilla", finetunes=("vanilla",)),
+    "retain_only": Stage("base -> retain-only", finetunes=("retain_only",)),
+    "all": Stage(
+        "base -> vanilla -> retain-only -> unlearned -> report",
+        finetunes=("vanilla", "retain_only"),
+        unlearns=True,
+        judges=True,
+    ),
+    "audit": Stage("evaluates and attacks the given models and trains none -> report", judges=True),
+}

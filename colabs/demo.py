@@ -105,7 +105,7 @@ config = tiny.get_config()
 config.attacks.names = "relearn"
 config.attacks.relearn.shares = (0.1, 0.2)
 workdir = tempfile.mkdtemp(prefix="vkd-")
-results = pipeline.run(config, workdir)
+results = pipeline.run(config, workdir).to_json()
 print(workdir)
 
 # %% [markdown]

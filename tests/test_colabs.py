@@ -8,6 +8,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import types
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from packaging.utils import canonicalize_name
 
 from vkd_jax import ask, plan
 from vkd_jax.config import command_line
+from vkd_jax.config.schema import RunConfig
+from vkd_jax.runs.job import check_config
 from vkd_jax.runtime import hub
 
 ROOT = Path(__file__).parents[1]
@@ -168,17 +171,26 @@ def test_the_cells_of_the_demo_run_on_recorded_results(monkeypatch, tmp_path, ca
     matplotlib.use("agg")
     figures = {"accuracy": 0.25}
     sets = {name: {"vqa": figures, "qa": figures} for name in ("forget", "test", "retain", "real")}
+    cell = {
+        "model": "unlearned",
+        "attacker": "visual",
+        "share": 0.1,
+        "unit": "questions",
+        "set": "forget",
+        "recovery": 0.5,
+    }
     planned = []
 
     def run(config, workdir):
         planned.append(config)
         (Path(workdir) / "report").mkdir()
         Image.new("RGB", (20, 20)).save(Path(workdir) / "report" / "relearning.png")
-        return {
+        results = {
             "models": {name: sets for name in ("vanilla", "unlearned", "retain_only")},
-            "attacks": {"relearn": {"summary": {"10 %": {"unlearned": {"recovery": 0.5}}}}},
+            "attacks": {"relearn": {"cells": [cell]}},
             "text_logits_identical": True,
         }
+        return types.SimpleNamespace(to_json=lambda: results)
 
     forgotten = people.forgotten_ids(6)
     names = (person.name for person in sorted(people.people(), key=lambda person: person.id not in forgotten))
@@ -191,7 +203,7 @@ def test_the_cells_of_the_demo_run_on_recorded_results(monkeypatch, tmp_path, ca
     runpy.run_path(str(ROOT / "colabs" / "demo.py"))
     out = capsys.readouterr().out
     assert "to forget: 6 of 6 named before, 0 after" in out and "50.0 % of what was lost came back" in out
-    assert planned[0].attacks.names == "relearn" and pipeline.checked(planned[0])
+    assert planned[0].attacks.names == "relearn" and check_config(RunConfig.from_config_dict(planned[0]))
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import pytest
 from vkd_jax import models
 from vkd_jax.config import defaults
 from vkd_jax.config.schema import RunConfig
-from vkd_jax.runs import pipeline
+from vkd_jax.runs.job import check_config
 from vkd_jax.types import UserError
 
 PUBLISHED = {"llava": "llava.py", "qwen2_vl": "qwen2_vl.py", "qwen2_5_vl": "qwen2_5_vl.py"}
@@ -48,7 +48,7 @@ def test_what_trains_attacks_and_comparisons_are_words(get_config):
 def test_one_chip_is_a_word(get_config, family, words):
     config = get_config(PUBLISHED[family], f"7b,onechip,{words}")
     method = RunConfig.from_config_dict(config).method
-    mesh, *_ = pipeline.checked(config)
+    mesh = check_config(RunConfig.from_config_dict(config))
     assert mesh.size == 1 and config.model.quantize == "int4:64" and config.model.remat == "full"
     assert getattr(method, "fisher_chunk", 1) == 1
     assert method.blocks == (-1 if family == "llava" else 8)

@@ -384,7 +384,7 @@ def test_a_whole_run_prunes_and_trains_nothing(get_config, few, tiny_folder, tmp
     config.model.update(path=str(tiny_folder), base="", retain_only="")
     config.eval.update(max_items=2, batch_size=8)
     config.method = defaults.method("manu", train="visual", share=0.1, samples=8, threshold=TAU)
-    results = pipeline.run(config, tmp_path / "run")
+    results = pipeline.run(config, tmp_path / "run").to_json()
     assert results["text_logits_identical"] and results["manifest"]["language_model_changed"] == 0
     assert set(results["models"]) == {"vanilla", "unlearned"}
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())

@@ -12,11 +12,11 @@ from pathlib import Path
 def small(number: int, folder: Path) -> dict:
     """What `vkd_jax.runtime.multihost` gives to each of two processes of two devices."""
     import jax
-    import ml_collections
     import numpy as np
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
+    from vkd_jax.config.schema import RunConfig
     from vkd_jax.runs.workdir import Workdir
     from vkd_jax.runtime import multihost
     from vkd_jax.runtime.mesh import make_mesh, shard_rows
@@ -61,13 +61,13 @@ def small(number: int, folder: Path) -> dict:
     except UserError as raised:
         said["mesh"] = str(raised)
 
-    config = ml_collections.ConfigDict({"seed": 0})
+    config = RunConfig()
     workdir = Workdir(folder / "run", config)
     workdir.write("x.json", {"by": number})
     said["written"] = json.loads((folder / "run/x.json").read_text())
     said["has"] = [workdir.has("x.json"), workdir.has("y.json")]
     try:
-        Workdir(folder / "run", ml_collections.ConfigDict({"seed": 1}))
+        Workdir(folder / "run", RunConfig(seed=1))
     except UserError as raised:
         said["other"] = str(raised)
     return said

@@ -13,6 +13,7 @@ from vkd_jax.benchmarks.clear import Clear
 from vkd_jax.benchmarks.folder import Folder
 from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.config import command_line, defaults, schema
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.reporting import charts, comparison, tables
 from vkd_jax.results import BenchmarkInfo, MeasuredSet, Meta, RunResults, Summary, Utility, to_json
 from vkd_jax.runs import sweep
@@ -205,16 +206,17 @@ def test_every_method_has_as_many_tries(tiny, tmp_path):
     entrants = tiny.compare.entrants
     assert {e.method.name for e in entrants.values()} == {n for n in registry.METHODS if n != "finetune"}
     assert {len(entrant.search) for entrant in entrants.values()} == {4}
-    plan = sweep.Sweep(tiny, tmp_path)
+    plan = sweep.Sweep(RunConfig.from_config_dict(tiny), tmp_path)
     for name, task in plan.tasks().items():
         if name.startswith("tuning/"):
             task.make_config()  # its settings fit the method
 
 
 def test_nobody_who_is_reported_is_tuned_on(tiny, tmp_path):
-    tasks = sweep.Sweep(tiny, tmp_path).tasks()
+    tasks = sweep.Sweep(RunConfig.from_config_dict(tiny), tmp_path).tasks()
     trial, control = tasks["tuning/vkd/0"].make_config(), tasks["controls"].make_config()
-    assert trial.data.people != control.data.people and trial.data.people != 1  # whom tiny_base knows
+    trial_people, control_people = trial.data.benchmark.people, control.data.benchmark.people
+    assert trial_people != control_people and trial_people != 1  # tiny_base was trained on the people of seed 1
     assert trial.model.path == str(tmp_path / "tuning" / "vanilla" / "vanilla") and control.model.path == "tiny_llava"
     assert tasks["tuning/vkd/0"].needs == {"tuning/vanilla"}
     assert tasks["runs/vkd/2"].needs == {"controls", *(f"tuning/vkd/{i}" for i in range(4))}
@@ -226,23 +228,23 @@ def test_a_final_run_has_the_settings_of_the_best_trial(tiny, tmp_path):
         folder = tmp_path / "tuning" / "npo" / str(number)
         folder.mkdir(parents=True)
         results(forget, forget, real=real).write(folder)
-    plan = sweep.Sweep(tiny, tmp_path)
+    plan = sweep.Sweep(RunConfig.from_config_dict(tiny), tmp_path)
     config = plan.tasks()["runs/npo/1"].make_config()
     chosen = defaults.base()
     chosen.method = defaults.method("npo")
     schema.override(chosen, tiny.compare.entrants.npo.search[1])
     assert config.train.learning_rate == chosen.train.learning_rate
     assert config.method.weight_retain == chosen.method.weight_retain
-    assert (config.seed, config.data.people) == (1, 0) and "compare" not in config
+    assert (config.seed, config.data.benchmark.people) == (1, 0) and config.compare is None
 
 
 def test_models_that_are_not_given_are_made_first(get_config, tmp_path):
-    tasks = sweep.Sweep(get_config("tiny.py", "ablations"), tmp_path).tasks()
+    tasks = sweep.Sweep(RunConfig.from_config_dict(get_config("tiny.py", "ablations")), tmp_path).tasks()
     assert [tasks[f"models/{name}"].make_config().stage for name in SHARED_MODELS] == ["finetune", "retain_only"]
     assert tasks["controls"].needs == {"models/vanilla", "models/retain_only"}
     config = tasks["runs/mask_10/0"].make_config()
     assert config.model.path == str(tmp_path / "models" / "vanilla" / "vanilla") and config.method.mask_keep == 0.1
-    assert config.data.people == 2
+    assert config.data.benchmark.people == 2
 
 
 # ---- Tables and pictures ----
@@ -307,7 +309,7 @@ def test_a_whole_comparison_and_that_it_goes_on(small, tmp_path, monkeypatch):
     assert len(out["rows"][1]["trials"]) == 2 and out["rows"][1]["runs"][0]["seed"] == 3
     assert "leak" in out["rows"][1]["attacks"]
     assert (tmp_path / "comparison.md").read_text().startswith("# Methods compared")
-    assert (tmp_path / "pareto.png").exists() and "pipeline.py" in (tmp_path / "controls" / "log.txt").read_text()
+    assert (tmp_path / "pareto.png").exists() and "stages.py" in (tmp_path / "controls" / "log.txt").read_text()
     # The given models were asked once: what they answered was lent.
     assert "evaluate vanilla" not in json.loads((tmp_path / "runs/manu/3/timing.json").read_text())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("answers/*.jsonl")}
@@ -317,17 +319,17 @@ def test_a_whole_comparison_and_that_it_goes_on(small, tmp_path, monkeypatch):
 
 def test_a_failed_trial_is_a_bad_trial_and_a_failed_run_is_told(small, tmp_path):
     config = copy.deepcopy(small)
-    config.compare.entrants.manu.search = ("method.share=7.0", "method.share=0.1")
+    config.compare.entrants.manu.search = ("model.unlearned=nowhere", "method.share=0.1")
     config.compare.entrants.manu.settings = "train.batch_size.forget=3"
     out = sweep.run(config, tmp_path, workers=1)
-    assert list(out["failures"]) == ["tuning/manu/0"] and "share" in out["failures"]["tuning/manu/0"]
+    assert list(out["failures"]) == ["tuning/manu/0"] and "model.unlearned" in out["failures"]["tuning/manu/0"]
     assert [("kept" in trial) for trial in out["rows"][1]["trials"]] == [False, True]
 
 
 @pytest.mark.parametrize(
     ("module", "words", "message"),
     [
-        (compare, "vkd", "compares nothing: it has no section `compare`"),
+        (compare, "vkd", "this config has no section `compare`"),
         (main, "compare", "use python -m vkd_jax.compare"),
     ],
 )
@@ -344,9 +346,9 @@ def test_the_wrong_program_for_a_config_is_refused(module, words, message, tmp_p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": ("x",)}, r"config.compare.seeds=\('x',\): give distinct integers"),
-        ({"seeds": (1, 1)}, "distinct integers"),
-        ({"seeds": ()}, "give distinct integers"),
+        ({"seeds": ("x",)}, r"compare.seeds: \('x',\) is not allowed"),
+        ({"seeds": (1, 1)}, "Give each seed once"),
+        ({"seeds": ()}, "compare.seeds: .* Give a nonempty tuple"),
         ({"tuning": "data.nosuch=1"}, "'data.nosuch=1' does not fit the config"),
         ({"entrants.vkd.settings": "method.nosuch=1"}, "'method.nosuch=1' does not fit the config"),
     ],

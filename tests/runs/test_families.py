@@ -10,9 +10,11 @@ import pytest
 from vkd_jax import benchmarks as benchmarks
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.manifest import compare_tensors
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.data.images import open_image
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.runs import pipeline
+from vkd_jax.runs.job import check_config, load_options
 
 # config file, its words, model_type, how the language model is held
 RUNS = {
@@ -43,7 +45,7 @@ def run(request, get_config, few, tiny_folder, qwen_folder, tmp_path_factory):
     )
     config.method.update(fisher_samples=4, fisher_chunk=2, augment_forget=1)
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    results = pipeline.run(config, workdir)
+    results = pipeline.run(config, workdir).to_json()
     return types.SimpleNamespace(family=family, source=source, path=workdir, config=config, results=results)
 
 
@@ -86,8 +88,9 @@ def test_transformers_loads_the_export_and_gives_the_same_answers(run, few, tmp_
     sets = benchmarks.read(benchmarks.create("mllmu", {"source": str(few)}), tmp_path)
     examples = [e for e in [*sets["forget"], *sets["retain"]] if e.task == "classification" and e.image is not None]
     run.config.model.quantize = ""  # what was exported are the original weights of the language model
-    mesh, method, *_ = pipeline.checked(run.config)
-    bundle = ModelBundle.load_for(method, folder, seed=0, mesh=mesh, **pipeline.load_options(run.config))
+    config = RunConfig.from_config_dict(run.config)
+    options = dict(mesh=check_config(config), **load_options(config.model))
+    bundle = ModelBundle.load_for(config.method, folder, seed=0, **options)
     ours = Answerer(bundle, batch_size=4)
     processor = ours.processor
     got = ours.generate([e.question for e in examples], ours.look([e.image for e in examples]), max_new_tokens=6)

@@ -17,10 +17,12 @@ from vkd_jax import benchmarks as benchmarks
 from vkd_jax.checkpoints import export, hf
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.manifest import compare_tensors
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.data.images import open_image
 from vkd_jax.evaluation import evaluate
 from vkd_jax.evaluation.inference import Answerer
-from vkd_jax.runs import pipeline
+from vkd_jax.runs import job, pipeline, stages
+from vkd_jax.runs.job import check_config, load_options
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.training import loop
 from vkd_jax.types import UserError
@@ -70,13 +72,19 @@ def vkd(make_config, tmp_path_factory):
     """A finished run: its config, folder and results."""
     workdir = tmp_path_factory.mktemp("runs") / "vkd"
     config = make_config("vkd", **{"method.fisher_samples": 16, "method.blocks": 2})
-    return types.SimpleNamespace(config=config, path=workdir, results=pipeline.run(config, workdir))
+    return types.SimpleNamespace(config=config, path=workdir, results=pipeline.run(config, workdir).to_json())
 
 
 def read(snapshot, **options):
     """The sets of a snapshot."""
     with tempfile.TemporaryDirectory() as folder:
         return benchmarks.read(benchmarks.create("mllmu", {"source": str(snapshot)}), folder, **options)
+
+
+def opened(config, folder):
+    """The bundle of a folder, as a run with this config loads it."""
+    options = load_options(config.model)
+    return ModelBundle.load_for(config.method, folder, seed=0, mesh=check_config(config), **options)
 
 
 def files(folder):
@@ -141,11 +149,9 @@ def test_only_visual_tensors_change(vkd, tiny_folder, tiny_model):
 
 
 def test_what_the_method_trains_is_held_in_float32_and_the_rest_as_asked(vkd, tiny_folder):
-    config = vkd.config.copy_and_resolve_references()
-    config.model.dtype = "bfloat16"
-    mesh, method, *_ = pipeline.checked(config)
-    model = ModelBundle.load_for(method, tiny_folder, seed=0, mesh=mesh, **pipeline.load_options(config))
-    trained = set(method.trainable(model.params, model.config))
+    config = RunConfig.from_config_dict(vkd.config).override("model.dtype=bfloat16")
+    model = opened(config, tiny_folder)
+    trained = set(config.method.trainable(model.params, model.config))
     assert trained
     for path, value in model.params.items():
         assert value.dtype == ("float32" if path in trained else "bfloat16"), path
@@ -179,15 +185,15 @@ def test_what_is_wrong_with_training_is_told_at_once_and_only_where_it_trains(
     config = make_config("vkd", **{"model.base": "" if "method.teacher" in changes else str(tiny_folder)}, **changes)
     config.stage = stage
     with pytest.raises(UserError, match=re.escape(sentence)):
-        pipeline.checked(config)
+        check_config(RunConfig.from_config_dict(config))
     config.update(stage=other)
     config.model.base = str(tiny_folder)
-    pipeline.checked(config)
+    check_config(RunConfig.from_config_dict(config))
 
 
 def test_each_model_is_let_go_before_the_next_is_loaded(vkd, make_config, tmp_path, monkeypatch):
     """Two at once may be more than a chip has room for."""
-    config = make_config("vkd", **{"model.retain_only": vkd.config.model.path})
+    config = RunConfig.from_config_dict(make_config("vkd", **{"model.retain_only": vkd.config.model.path}))
     there, seen = weakref.WeakSet(), []
 
     class Model:
@@ -197,14 +203,14 @@ def test_each_model_is_let_go_before_the_next_is_loaded(vkd, make_config, tmp_pa
     def look(name, value=None):
         return lambda *_: seen.append((name, len(there))) or value
 
-    job = types.SimpleNamespace(workdir=Workdir(tmp_path, config), config=config, load=Model, asked={})
-    monkeypatch.setattr(pipeline, "judged", lambda job, name, model: look(f"judge {name}", [])())
-    monkeypatch.setattr(pipeline, "_unlearned", look("unlearn", tmp_path))
-    for name in ("_text_scores", "_evidence", "write_results"):
-        monkeypatch.setattr(pipeline, name, look(name, {}))
-    monkeypatch.setattr(pipeline, "compare_tensors", look("manifest", {}))
-    monkeypatch.setattr(pipeline.report, "write", look("report"))
-    pipeline.unlearn(job, {})
+    fake = types.SimpleNamespace(workdir=Workdir(tmp_path, config), config=config, load=Model, questions={})
+    monkeypatch.setattr(stages, "judge", lambda job, name, model: look(f"judge {name}", [])())
+    monkeypatch.setattr(stages, "unlearn", look("unlearn", tmp_path))
+    for name in ("text_scores", "model_changes", "write"):
+        monkeypatch.setattr(stages.results_writer, name, look(name, {}))
+    monkeypatch.setattr(stages, "compare_tensors", look("manifest", {}))
+    monkeypatch.setattr(stages.report, "write", look("report"))
+    stages.unlearn_and_judge(fake, {})
     counts = dict(seen)
     assert {"judge retain_only", "judge vanilla", "unlearn", "judge unlearned", "manifest"} <= counts.keys()
     assert max(counts.values()) == 1 and counts["manifest"] == 0
@@ -246,9 +252,7 @@ def test_transformers_gives_the_same_answers(vkd, few):
     pictured = [e for e in examples if e.image is not None]
     texts = [e for e in examples if e.image is None]
     assert len(pictured) > 20 and len(texts) > 8
-    mesh, method, *_ = pipeline.checked(vkd.config)
-    bundle = ModelBundle.load_for(method, folder, seed=0, mesh=mesh, **pipeline.load_options(vkd.config))
-    ours = Answerer(bundle, batch_size=16)
+    ours = Answerer(opened(RunConfig.from_config_dict(vkd.config), folder), batch_size=16)
     got = ours.generate([e.question for e in pictured], ours.look([e.image for e in pictured]), max_new_tokens=6)
     got += ours.generate([e.question for e in texts], max_new_tokens=6)
     for group, answered in ((pictured, got[: len(pictured)]), (texts, got[len(pictured) :])):
@@ -283,7 +287,7 @@ def forbid(monkeypatch, *names):
 def test_the_same_command_again_changes_nothing(vkd, monkeypatch):
     forbid(monkeypatch, "evaluate.evaluate", "loop.fit", "export.export", "hf.load")
     before = files(vkd.path)
-    assert pipeline.run(vkd.config, vkd.path) == vkd.results
+    assert pipeline.run(vkd.config, vkd.path).to_json() == vkd.results
     assert files(vkd.path) == before
 
 
@@ -317,7 +321,7 @@ def test_an_interrupted_run_continues(vkd, tmp_path, monkeypatch, kept, forbidde
             (workdir / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(vkd.path / name, workdir / name)
     forbid(monkeypatch, *forbidden)
-    results = pipeline.run(vkd.config, workdir)
+    results = pipeline.run(vkd.config, workdir).to_json()
     for key in ("models", "chance", "manifest", "trainable", "text_logits_identical"):
         assert results[key] == vkd.results[key]
     now, then = files(workdir), files(vkd.path)
@@ -331,7 +335,8 @@ def test_an_interrupted_run_continues(vkd, tmp_path, monkeypatch, kept, forbidde
 
 def test_all_weights_are_seen_to_change(make_config, tmp_path):
     """Or else a manifest without the language model would prove nothing."""
-    results = pipeline.run(make_config("grad_diff", **{"train.learning_rate": 0.01}), tmp_path / "run")
+    config = make_config("grad_diff", **{"train.learning_rate": 0.01})
+    results = pipeline.run(config, tmp_path / "run").to_json()
     assert results["manifest"]["language_model_changed"] > 0 and results["text_logits_identical"] is False
     changed = json.loads((tmp_path / "run" / "manifest.json").read_text())["changed"]
     assert any("language_model" in name for name in changed)
@@ -381,7 +386,7 @@ SMALL = {
 
 def test_finetuning_makes_a_model_from_nothing(make_config, school, tmp_path, monkeypatch):
     config = make_config("finetune", **SMALL, **{"data.source": str(school)})
-    results = pipeline.run(config, tmp_path / "run")
+    results = pipeline.run(config, tmp_path / "run").to_json()
     assert set(results["models"]) == {"vanilla"} and SUMMARY <= set(results["models"]["vanilla"]["forget"]["vqa"])
     manifest = compare_tensors(tmp_path / "run" / "base", tmp_path / "run" / "vanilla")
     assert any("language_model" in name for name in manifest["changed"])
@@ -390,7 +395,7 @@ def test_finetuning_makes_a_model_from_nothing(make_config, school, tmp_path, mo
 
     before = files(tmp_path / "run")
     forbid(monkeypatch, "evaluate.evaluate", "loop.fit", "hf.load")
-    assert pipeline.run(config, tmp_path / "run") == results
+    assert pipeline.run(config, tmp_path / "run").to_json() == results
     assert files(tmp_path / "run") == before
 
 
@@ -399,7 +404,7 @@ def everything(make_config, school, tmp_path_factory):
     """A finished run of all stages."""
     workdir = tmp_path_factory.mktemp("runs") / "all"
     config = make_config("all", **SMALL, **{"data.source": str(school), "method.fisher_samples": 8})
-    return types.SimpleNamespace(config=config, path=workdir, results=pipeline.run(config, workdir))
+    return types.SimpleNamespace(config=config, path=workdir, results=pipeline.run(config, workdir).to_json())
 
 
 @pytest.mark.slow
@@ -428,7 +433,7 @@ def test_a_reference_that_never_met_other_people_is_refused(make_config, tiny_fo
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "reference"))
     provenance = {"model": "retain_only", "without": ["059"], "config": {"data": {"source": "elsewhere"}}}
     (folder / "provenance.json").write_text(json.dumps(provenance))
-    with pytest.raises(UserError, match="was made without 1 people, and not those 2 whom this run forgets"):
+    with pytest.raises(UserError, match="was trained without 1 people, who differ from the 2 people of this run"):
         pipeline.run(make_config(**{"model.retain_only": str(folder)}), tmp_path / "run")
     assert not (tmp_path / "run" / "answers").exists()
 
@@ -436,8 +441,8 @@ def test_a_reference_that_never_met_other_people_is_refused(make_config, tiny_fo
 @pytest.mark.parametrize(
     ("name", "stage", "people", "message"),
     [
-        ("path", "unlearn", 1, "knows the made-up people of seed 0, not those of config.data.people=1"),
-        ("base", "finetune", 0, "knows the made-up people of config.data.people=0 already"),
+        ("path", "unlearn", 1, "was trained on the synthetic people of seed 0, not those of config.data.people=1"),
+        ("base", "finetune", 0, "was already trained on the synthetic people of config.data.people=0"),
     ],
 )
 def test_models_that_met_the_wrong_people_are_refused(get_config, tiny_folder, tmp_path, name, stage, people, message):
@@ -448,11 +453,12 @@ def test_models_that_met_the_wrong_people_are_refused(get_config, tiny_folder, t
     config.data.people = people
     config.model.update(path="", base="", retain_only="")
     config.model[name] = str(folder)
-    job = types.SimpleNamespace(config=config, forgotten=[])
+    config = RunConfig.from_config_dict(config)
+    fake = types.SimpleNamespace(config=config, forget_people=[])
     with pytest.raises(UserError, match=message):
-        pipeline._check_provenance(job, name, str(folder), folder)
+        job._check_provenance(fake, name, str(folder), folder)
     (folder / "provenance.json").write_text("[1]")  # somebody else's file of that name
-    pipeline._check_provenance(job, name, str(folder), folder)
+    job._check_provenance(fake, name, str(folder), folder)
 
 
 def test_retain_only_never_meets_the_forgotten(make_config, school, tmp_path, monkeypatch):
@@ -461,7 +467,7 @@ def test_retain_only_never_meets_the_forgotten(make_config, school, tmp_path, mo
     class Enough(Exception):
         pass
 
-    def fit(*, prepared, **_):
+    def fit(bundle, method, prepared, config, **_):
         met.extend(e.person for encoded in prepared.sets.values() for e in encoded.examples)
         raise Enough
 

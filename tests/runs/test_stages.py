@@ -32,7 +32,7 @@ def run(get_config, tiny_folder, request_folders, tmp_path_factory):
     """A finished run of LLaVA, and what it was run with."""
     config = short(get_config("llava.py", "folder,all"), request_folders, tiny_folder)
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    return types.SimpleNamespace(path=workdir, source=tiny_folder, results=pipeline.run(config, workdir))
+    return types.SimpleNamespace(path=workdir, source=tiny_folder, results=pipeline.run(config, workdir).to_json())
 
 
 def test_adapters_are_merged_into_the_language_model_alone(run):
@@ -70,7 +70,7 @@ def test_any_family_is_fine_tuned_over_a_quantised_language_model(
 ):
     config = short(get_config(file, "folder,finetune"), request_folders, qwen_folder(family))
     config.model.quantize = "int8"
-    results = pipeline.run(config, tmp_path / "run")
+    results = pipeline.run(config, tmp_path / "run").to_json()
     assert np.isfinite(results["models"]["vanilla"]["forget"]["vqa"]["probability"]["mean"])
     changed = compare_tensors(qwen_folder(family), tmp_path / "run" / "vanilla")["changed"]
     assert len(changed) == 14 and all("layers." in name and "visual" not in name for name in changed)
@@ -85,6 +85,6 @@ def test_a_request_about_text_alone_is_refused_before_training(get_config, tiny_
     (tmp_path / "words" / "metadata.jsonl").write_text('{"question": "Who?", "answer": "a judge"}\n')
     config.data.forget = str(tmp_path / "words")
     config.model.path = str(tiny_folder)
-    with pytest.raises(UserError, match="the forget set has no question with a picture"):
+    with pytest.raises(UserError, match="the forget set has no question with an image"):
         pipeline.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "train").exists()

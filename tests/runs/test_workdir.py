@@ -8,10 +8,10 @@ import pathlib
 import re
 import subprocess
 
-import ml_collections
 import pytest
 
 from vkd_jax.config import command_line
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.runs import pipeline, sweep
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import provenance
@@ -19,24 +19,21 @@ from vkd_jax.runtime.storage import write_errors
 from vkd_jax.types import UserError
 
 
-def config(**changes):
-    made = ml_collections.ConfigDict(
-        dict(seed=0, stage="unlearn", train=dict(steps=3, sizes=(1, 2)), eval=dict(protocol="options"))
-    )
-    made.update_from_flattened_dict(changes)
-    return made
+def config(settings=""):
+    return RunConfig().override(f"train.steps=3 {settings}")
 
 
-def begun(path, **changes):
-    workdir = Workdir(path, config(**changes))
+def begun(path):
+    workdir = Workdir(path, config())
     workdir.write_text("answers/vanilla.jsonl", "")
     return workdir
 
 
 def test_the_same_config_continues(tmp_path):
     begun(tmp_path / "run")
-    Workdir(tmp_path / "run", config())  # tuples and lists are one in JSON
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"] == {"steps": 3, "sizes": [1, 2]}
+    Workdir(tmp_path / "run", config())  # JSON has lists for tuples
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["train"]["steps"] == 3 and saved["attacks"]["relearn"]["attackers"] == ["visual", "all"]
 
 
 def test_another_config_is_refused_by_field(tmp_path):
@@ -45,24 +42,24 @@ def test_another_config_is_refused_by_field(tmp_path):
     with pytest.raises(
         UserError, match=r"another config \(train.steps: 3 in the folder, 4 now\); pass another --workdir"
     ):
-        Workdir(tmp_path, config(**{"train.steps": 4}))
-    more = config()
-    more.train.extra = "x"
-    with pytest.raises(UserError, match=r"\(train.extra: None in the folder, 'x' now\)"):
-        Workdir(tmp_path, more)
+        Workdir(tmp_path, config("train.steps=4"))
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_a_field_that_the_folders_config_lacks_is_named(tmp_path):
+    begun(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["train"]["b2"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"\(train.b2: None in the folder, 0.999 now\)"):
+        Workdir(tmp_path, config())
+
+
 def test_a_run_goes_on_on_other_devices(tmp_path):
-    made = config()
-    made.mesh = ml_collections.ConfigDict(dict(data=1, fsdp=4))
-    Workdir(tmp_path, made).write_text("answers/vanilla.jsonl", "")
-    made = made.copy_and_resolve_references()
-    made.mesh.fsdp = 1
-    Workdir(tmp_path, made)
-    made.train.steps = 4
+    Workdir(tmp_path, config("mesh.fsdp=4")).write_text("answers/vanilla.jsonl", "")
+    Workdir(tmp_path, config("mesh.fsdp=1"))
     with pytest.raises(UserError, match="train.steps"):
-        Workdir(tmp_path, made)
+        Workdir(tmp_path, config("mesh.fsdp=1 train.steps=4"))
 
 
 def test_a_folder_is_known_by_its_whole_path(tmp_path, monkeypatch):
@@ -83,7 +80,7 @@ def test_a_run_that_made_nothing_yet_may_change_its_config(tmp_path):
     with pytest.raises(UserError), Workdir(tmp_path, config()).stage("data"):
         raise UserError("a mistake in the config")
     (tmp_path / "data").mkdir()
-    workdir = Workdir(tmp_path, config(seed=1))
+    workdir = Workdir(tmp_path, config("seed=1"))
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
     assert workdir.timing == {} and not (tmp_path / "timing.json").exists()
 

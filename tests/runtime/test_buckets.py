@@ -10,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import ml_collections
 import pytest
 from bucket import Bucket
 
+from vkd_jax.config.comparison import CompareConfig
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.reporting import report, view
 from vkd_jax.results import RunResults
 from vkd_jax.runs import pipeline, sweep
@@ -50,7 +51,7 @@ def bucket(served, tmp_path, monkeypatch):
 
 
 def config(**changes):
-    return ml_collections.ConfigDict(dict(seed=0, stage="unlearn") | changes)
+    return RunConfig(**changes)
 
 
 def put(bucket, folder, **files):
@@ -82,7 +83,7 @@ def test_mirrors(monkeypatch):
 
 def test_a_comparison_stays_on_this_machine():
     with pytest.raises(UserError, match="--workdir=gs://mine/x: the runs of a comparison need a folder"):
-        sweep.run(config(compare={}), "gs://mine/x")
+        sweep.run(config(compare=CompareConfig()).to_config_dict(), "gs://mine/x")
 
 
 # ---- A workdir ----
@@ -221,7 +222,7 @@ def test_a_short_run_in_a_bucket_is_stopped_and_resumed(
     step = re.search(r"stopped at step (\d+), which is saved", str(stopped.value))[1]
     assert int(step) < 4 and f"run/train/checkpoints/{step}/commit_success.txt" in bucket.objects
     shutil.rmtree(tmp_path / "cache")
-    results = pipeline.run(config, "gs://mine/run")
+    results = pipeline.run(config, "gs://mine/run").to_json()
     assert results["manifest"]["changed"] and json.loads(bucket.objects["run/results.json"]) == results
     assert {"run/report.md", "run/unlearned/model.safetensors"} <= set(bucket.objects)
     rows = report.json_lines(storage.resolve("gs://mine/run/train/metrics.jsonl"))

@@ -9,8 +9,9 @@
 - `defaults`: building blocks of the files of configs/.
 - `command_line`: the flags that the commands share.
 
-ml_collections is the interface of configs/ and of the command line. `RunConfig.from_config_dict` converts a config once,
-and all other code is given typed sections. A section that exists is valid: its values were checked when it was created.
+ml_collections is the interface of configs/ and of the command line. `RunConfig.from_config_dict` converts a config
+once, and all other code is given typed sections. A section that exists is valid: its values were checked when it was
+created.
 
 To add a field, declare it with `fields.setting` in its section. It can then be set in config files and by
 `--config.SECTION.FIELD=VALUE`, and `--config FILE:help` prints it.

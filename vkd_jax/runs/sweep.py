@@ -8,6 +8,7 @@ retain-only model that the config does not give is fine-tuned first, in models/.
 interrupted sweep resumes.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Any
 import ml_collections
 
 from vkd_jax import results
-from vkd_jax.config import schema
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.reporting import charts, comparison, tables
 from vkd_jax.runs.worker_pool import SHARED_MODELS, Task, default_workers, execute
 from vkd_jax.runtime import files, storage
@@ -45,10 +46,12 @@ def run(
         Stopped: SIGTERM arrived.
     """
     if "compare" not in config:
-        raise UserError("this config compares nothing: it has no section `compare`; see configs/tiny.py:compare.")
+        raise UserError(
+            "this config has no section `compare`. Pass one that has it, such as configs/tiny.py:runs=compare."
+        )
     if "://" in str(path):
         raise UserError(f"--workdir={path}: the runs of a comparison need a folder of this machine.")
-    sweep = Sweep(config, Path(path))
+    sweep = Sweep(RunConfig.from_config_dict(config), Path(path))
     sweep.check()
     with storage.write_errors():
         sweep.path.mkdir(parents=True, exist_ok=True)
@@ -71,12 +74,10 @@ def run(
 class Sweep:
     """The runs that a comparison consists of."""
 
-    def __init__(self, config: ml_collections.ConfigDict, path: Path):
+    def __init__(self, config: RunConfig, path: Path):
         self.path, self.compare = path, config.compare
-        self.base = config.copy_and_resolve_references()
-        with self.base.unlocked():
-            del self.base.compare
-        self.base.data.cache = self.base.data.cache or str(path / "data")
+        data = dataclasses.replace(config.data, cache=config.data.cache or str(path / "data"))
+        self.base = dataclasses.replace(config, data=data, compare=None)
 
     @property
     def entrants(self) -> list[str]:
@@ -84,20 +85,15 @@ class Sweep:
         return list(self.compare.entrants)
 
     def check(self) -> None:
-        """Makes every config once, before anything is run.
+        """Creates the config of every run once, before anything is run.
 
         Raises:
-            UserError: A seed or a setting is not valid, or the path is a file.
+            UserError: A setting is not valid, or the path is a file.
         """
-        seeds = self.compare.seeds
-        if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
-            raise UserError(
-                f"config.compare.seeds={seeds!r}: give distinct integers that are not negative, such as (0, 1, 2)."
-            )
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; pass a folder as --workdir.")
         for name in self.entrants:
-            self._final_config(name, seeds[0])
+            self._final_config(name, self.compare.seeds[0])
             for number in range(len(self._search(name))):
                 self._trial_config(name, number)
 
@@ -148,36 +144,37 @@ class Sweep:
         """The settings that are tried for an entrant."""
         return self.compare.entrants[name].search if self.compare.tuning else ()
 
-    def _config(self, *settings: str, entrant: str = "", stage: str = "unlearn") -> ml_collections.ConfigDict:
+    def _config(self, *settings: str, entrant: str = "", stage: str = "unlearn") -> RunConfig:
         """The base config with the entrant's changes and further settings; later settings override earlier ones."""
-        config = self.base.copy_and_resolve_references()
-        config.stage = stage
+        config = dataclasses.replace(self.base, stage=stage)
         if entrant:
             section = self.compare.entrants[entrant]
-            config.method = section.method
+            config = dataclasses.replace(config, method=section.method)
             settings = (section.settings, *settings)
-        for text in settings:
-            schema.override(config, text)
-        return config
+        return config.override(" ".join(settings))
 
-    def _with_models(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    def _with_models(self, config: RunConfig) -> RunConfig:
         """The config with the models of this sweep if it gives none."""
-        if not config.model.path:
-            paths = (str(self.path / "models" / name / name) for name in SHARED_MODELS)
-            config.model.path, config.model.retain_only = paths
-        return config
+        if config.model.path:
+            return config
+        vanilla, retain_only = (str(self.path / "models" / name / name) for name in SHARED_MODELS)
+        return dataclasses.replace(
+            config, model=dataclasses.replace(config.model, path=vanilla, retain_only=retain_only)
+        )
 
-    def _trial_config(self, name: str, number: int) -> ml_collections.ConfigDict:
+    def _trial_config(self, name: str, number: int) -> RunConfig:
         config = self._config(self.compare.tuning, self._search(name)[number], entrant=name)
-        config.model.path, config.model.retain_only = str(self.path / "tuning" / "vanilla" / "vanilla"), ""
-        config.attacks.names = ""
-        return config
+        vanilla = str(self.path / "tuning" / "vanilla" / "vanilla")
+        return dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, path=vanilla, retain_only=""),
+            attacks=dataclasses.replace(config.attacks, names=""),
+        )
 
-    def _final_config(self, name: str, seed: int) -> ml_collections.ConfigDict:
+    def _final_config(self, name: str, seed: int) -> RunConfig:
         best = comparison.best(self.trials(name))
         config = self._with_models(self._config(best["settings"] if best else "", entrant=name))
-        config.seed = seed
-        return config
+        return dataclasses.replace(config, seed=seed)
 
 
 def _folder(name: str) -> str:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 from absl import logging
 
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.runtime import files, hub, multihost, provenance, storage
 from vkd_jax.types import UserError
 
@@ -32,12 +32,13 @@ class Workdir:
     Args:
         path: a folder on a disk, or gs://BUCKET/FOLDER.
         config: the config of the run.
+        command: how the program was started, as the results name it.
 
     Raises:
         UserError: the folder has a run of another config, or cannot be written.
     """
 
-    def __init__(self, path: str | Path, config: ml_collections.ConfigDict, command: str = ""):
+    def __init__(self, path: str | Path, config: RunConfig, command: str = ""):
         self.path = storage.resolve(path)
         if isinstance(self.path, Path):
             self.path = self.path.absolute()  # Orbax requires an absolute path
@@ -48,7 +49,7 @@ class Workdir:
 
     def _claim(self) -> dict[str, float]:
         """Creates the folder or checks its config; returns the seconds of each stage so far."""
-        resolved = json.loads(self.config.to_json_best_effort())
+        resolved = json.loads(self.config.to_json())
         known, timing = self.path / "config.json", self.path / "timing.json"
         with storage.write_errors():
             if self.path.exists() and not self.path.is_dir():
@@ -132,7 +133,7 @@ class Workdir:
         """What makes a figure reproducible: command, config, seed, commit, versions, machine."""
         return {
             "command": self.command,
-            "config": json.loads(self.config.to_json_best_effort()),
+            "config": json.loads(self.config.to_json()),
             "seed": self.config.seed,
             "commit": provenance.commit(),
             "versions": {"python": platform.python_version()}

@@ -13,9 +13,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 from absl import flags, logging
 
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.runs import workdir
 from vkd_jax.runtime import files, log, malloc
 from vkd_jax.types import UserError
@@ -35,7 +35,7 @@ class Task:
     """A run of the pipeline, and what it depends on."""
 
     path: Path  # working directory
-    make_config: Callable[[], ml_collections.ConfigDict]  # called when the run starts: it may read other runs' results
+    make_config: Callable[[], RunConfig]  # called when the run starts: it may read other runs' results
     needs: frozenset[str] = frozenset()  # names of the tasks that must end first
     lender: Path | None = None  # working directory of a run whose answers of SHARED_MODELS are reused
     required: bool = False  # whether the whole sweep fails if this run fails
@@ -129,7 +129,7 @@ def _start_worker(cores: Any) -> None:
     malloc.keep_freed_memory()
 
 
-def _work(path: Path, config: ml_collections.ConfigDict, lender: Path | None, command: str) -> str:
+def _work(path: Path, config: RunConfig, lender: Path | None, command: str) -> str:
     """Runs the pipeline with its log in log.txt, and returns "" or why it failed."""
     from vkd_jax.runs import pipeline
     from vkd_jax.training import loop, preemption
@@ -140,7 +140,7 @@ def _work(path: Path, config: ml_collections.ConfigDict, lender: Path | None, co
             os.dup2(log_file.fileno(), sys.stderr.fileno())
         if lender:
             _lend(lender, path)
-        pipeline.run(config, path, command)
+        pipeline.execute(config, path, command)
     except (UserError, loop.Diverged, preemption.Stopped) as error:
         return str(error)
     return ""

@@ -1,0 +1,203 @@
+"""A run's config with its data, and the checks that are made before anything is computed."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vkd_jax import benchmarks
+from vkd_jax.attacks import Attack
+from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
+from vkd_jax.config.schema import ModelConfig, RunConfig
+from vkd_jax.evaluation import evaluate
+from vkd_jax.methods import Method
+from vkd_jax.runs.workdir import Workdir
+from vkd_jax.runtime import hub, multihost, storage
+from vkd_jax.runtime.mesh import make_mesh, shards
+from vkd_jax.types import Example, Role, UserError
+
+PROVENANCE = "provenance.json"  # in a model folder that a run wrote: how the model was made
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A checked config with its data."""
+
+    workdir: Workdir
+    mesh: jax.sharding.Mesh
+    sets: dict[str, list[Example]]  # all examples of each set
+    questions: dict[str, list[Example]]  # of each evaluation set, the seeded sample that every model is asked
+    held_out: list[Example]  # questions about people that no model was trained on, for the membership attack
+
+    @classmethod
+    def prepare(cls, workdir: Workdir) -> "Job":
+        """Checks the config and reads the data.
+
+        Raises:
+            UserError: the config or the data is wrong.
+        """
+        config = workdir.config
+        mesh = check_config(config)
+        benchmark = config.data.benchmark
+        benchmark.check()
+        # Each host reads the data from its own disk.
+        cache = storage.local_copy(config.data.cache or workdir.path / "data")
+        unlearns_on_finetuning_set = any(name.startswith("finetune_") for name in benchmark.UNLEARN.values())
+        finetune = bool(config.workflow.finetunes) or unlearns_on_finetuning_set
+        with workdir.stage("data"):
+            sets = multihost.run_process_0_first(lambda: benchmarks.read(benchmark, cache, finetune=finetune))
+            questions = {
+                name: evaluate.sample(examples, config.eval.max_items, config.eval.seed, name)
+                for name, examples in sets.items()
+                if not name.startswith("finetune_")
+            }
+            held_out = []
+            if membership := config.active_attacks.get("membership"):
+                read = functools.partial(benchmarks.held_out, benchmark, cache, membership.held_out)
+                held_out = multihost.run_process_0_first(read)
+        return cls(workdir, mesh, sets, questions, held_out)
+
+    @property
+    def config(self) -> RunConfig:
+        """The config of the run."""
+        return self.workdir.config
+
+    @property
+    def method(self) -> Method:
+        """The method of unlearning."""
+        return self.config.method
+
+    @property
+    def attacks(self) -> dict[str, Attack]:
+        """The attacks to run, by name."""
+        return self.config.active_attacks
+
+    @property
+    def benchmark(self) -> Any:
+        """The benchmark that the data is from."""
+        return self.config.data.benchmark
+
+    def load(self, folder: Path, method: Method | None = None) -> ModelBundle:
+        """Loads a model for a method, by default the method of unlearning: all judged models have the same dtypes."""
+        options = load_options(self.config.model)
+        return ModelBundle.load_for(method or self.method, folder, seed=self.config.seed, mesh=self.mesh, **options)
+
+    @property
+    def forget_people(self) -> list[str]:
+        """The people of the forget set."""
+        forget_sets = [s.name for s in self.benchmark.EVAL_SETS if s.role is Role.FORGET]
+        return sorted({e.person for name in forget_sets for e in self.sets[name] if e.person})
+
+    @property
+    def worked_examples(self) -> list[Example]:
+        """The questions that a worked example may be drawn from: those of the retain set."""
+        retain_sets = [s.name for s in self.benchmark.EVAL_SETS if s.role is Role.RETAIN]
+        return [example for name in retain_sets for example in self.questions.get(name, ())]
+
+    def image_questions(self, stream: str) -> list[Example]:
+        """The questions with an image, each once, of a training stream of unlearning.
+
+        Args:
+            stream: forget or retain.
+
+        Raises:
+            UserError: the set has no question with an image.
+        """
+        examples = self.sets.get(self.benchmark.UNLEARN[stream], ())
+        questions = list({(e.image_id, e.question): e for e in examples if e.image is not None}.values())
+        if not questions:
+            raise UserError(f"the {stream} set has no question with an image, which visual unlearning requires.")
+        return questions
+
+    def text_questions(self, stream: str) -> list[Example]:
+        """The text-only questions about the same people, each once; see `image_questions`."""
+        examples = self.sets.get(self.benchmark.UNLEARN[stream], ())
+        return list({e.question: e for e in examples if e.image is None}.values())
+
+
+def load_options(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of `ModelBundle.load` that a config gives."""
+    return dict(dtype=config.dtype, quantization=config.quantize, remat=config.remat, max_pixels=config.max_pixels)
+
+
+def check_config(config: RunConfig) -> jax.sharding.Mesh:
+    """Checks a config before anything is read, and returns its mesh.
+
+    Raises:
+        UserError: fields that exclude each other, or that do not fit the devices.
+    """
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    config.check_stage(shards(mesh))
+    for attack in config.active_attacks.values():
+        attack.check(config)
+    return mesh
+
+
+def check_models(job: Job) -> None:
+    """Checks, before anything is trained, that the models fit the data and the methods.
+
+    Raises:
+        UserError: a model is missing, differs in kind or size from the model to unlearn, was trained on other people
+            than the run assumes, or lacks weights that a method trains.
+    """
+    config = job.config
+    training_methods = [config.finetune.method] if config.workflow.finetunes else []
+    training_methods += [job.method] if config.workflow.unlearns else []
+    first_family = None
+    for name, value in _input_models(config).items():
+        folder = hub.fetch_model(value)
+        family = read_family(folder)
+        first_family = first_family or family
+        if family != first_family:
+            raise UserError(f"config.model.{name} is a model of another kind or size than the one to unlearn.")
+        _check_provenance(job, name, value, folder)
+        for method in training_methods:
+            check_trainable(folder, method, config.model.quantize)
+    if config.workflow.unlearns:
+        for stream in ("forget", "retain"):
+            job.image_questions(stream)
+    if config.eval.shots:
+        questions = [e for examples in job.questions.values() for e in examples]
+        evaluate.worked(job.worked_examples, questions, config.eval.seed)
+
+
+def _input_models(config: RunConfig) -> dict[str, str]:
+    """The models that the run reads, by their field of `config.model`."""
+    model = config.model
+    if config.workflow.finetunes:
+        models = {"base": "" if model.create else model.base}
+    else:
+        models = {name: getattr(model, name) for name in ("path", "retain_only", "unlearned")}
+        if config.workflow.unlearns and config.method.needs_base:
+            models["base"] = model.base
+    return {name: value for name, value in models.items() if value}
+
+
+def _check_provenance(job: Job, name: str, value: str, folder: Path) -> None:
+    """Checks that a model written by an earlier run was trained on the people that this run assumes."""
+    try:
+        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        theirs, without = provenance["config"]["data"], provenance["without"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # not written by a run: nothing is known of it
+    ours, field = job.config.to_dict()["data"], f"config.model.{name}={value}"
+    if theirs.get("source") == ours.get("source") == "":
+        if name == "base" and theirs["people"] == ours["people"]:
+            raise UserError(
+                f"{field} was already trained on the synthetic people of config.data.people={ours['people']}. Give "
+                "another base model."
+            )
+        if name != "base" and theirs["people"] != ours["people"]:
+            raise UserError(
+                f"{field} was trained on the synthetic people of seed {theirs['people']}, not those of "
+                f"config.data.people={ours['people']}. Create a model of these people with --config.stage=all."
+            )
+    if name == "retain_only" and without != job.forget_people:
+        raise UserError(
+            f"{field} was trained without {len(without)} people, who differ from the {len(job.forget_people)} people "
+            "of this run's forget set. Create a retain-only model with --config.stage=retain_only, or leave the field "
+            "empty."
+        )

@@ -1,0 +1,225 @@
+"""The stages of a run: fine-tuning, unlearning, export, evaluation, attacks and the report."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import logging
+
+from vkd_jax.attacks.base import Subject
+from vkd_jax.checkpoints import export
+from vkd_jax.checkpoints.bundle import ModelBundle
+from vkd_jax.checkpoints.manifest import compare_tensors
+from vkd_jax.checkpoints.new_model import create_llava
+from vkd_jax.evaluation import evaluate
+from vkd_jax.evaluation.inference import Answerer
+from vkd_jax.evaluation.metrics.summary import summaries
+from vkd_jax.methods.base import Context
+from vkd_jax.models import lora
+from vkd_jax.reporting import report
+from vkd_jax.results import FILE
+from vkd_jax.runs import results_writer
+from vkd_jax.runs.job import Job
+from vkd_jax.runtime import hub, multihost
+from vkd_jax.training import loop
+from vkd_jax.types import Params
+
+FINETUNE_SETS = ("finetune_forget", "finetune_retain")
+
+
+def finetune(job: Job, name: str) -> Path:
+    """Fine-tunes the base model, and returns the folder of the new one.
+
+    Args:
+        job: the run.
+        name: "vanilla" trains on everybody, "retain_only" leaves out the forget set.
+    """
+    workdir, config, method = job.workdir, job.config, job.config.finetune.method
+    if workdir.has_model(name):
+        return workdir.model(name)
+    train = config.finetune.train
+    sets = FINETUNE_SETS if name == "vanilla" else ("finetune_retain",)
+    examples = [e for set_name in sets for e in job.sets.get(set_name, ())]
+    by_kind = {
+        "image": [e for e in examples if e.image is not None],
+        "text": [e for e in examples if e.image is None],
+    }
+    with workdir.stage(f"load for {name}"):
+        source = _base_model(job)
+        model = job.load(source, method)
+        streams = {kind: model.encode(rows, train.buckets) for kind, rows in by_kind.items() if rows}
+        context = Context(model.graphdef, model.params, None, model.config, streams, config.seed)
+        prepared = method.prepare(context)
+    with workdir.stage(f"fine-tune {name}"):
+        trained = loop.fit(model, method, prepared, train, seed=config.seed, folder=workdir.path / "train" / name)
+    with workdir.stage(f"export {name}"):
+        without = job.forget_people if name == "retain_only" else []
+        return _export(job, name, model, trained, source, without)
+
+
+def _base_model(job: Job) -> Path:
+    """The folder of the model that fine-tuning starts from; a new model's tokenizer is made for all examples."""
+    config = job.config
+    if not config.model.create:
+        return hub.fetch_model(config.model.base)
+    examples = [e for name in FINETUNE_SETS for e in job.sets.get(name, ())]
+
+    def create(folder: Path) -> None:
+        multihost.run_on_process_0(lambda: create_llava(folder, examples, config.model.create, config.seed))
+
+    return job.workdir.model("base", create)
+
+
+def unlearn_and_judge(job: Job, finetuned: dict[str, Path]) -> None:
+    """Judges the vanilla model, unlearns, judges the result, and writes results and report.
+
+    Each model is released before the next is loaded, since a chip may have room for one only.
+
+    Args:
+        job: the run.
+        finetuned: folders of the models that this run fine-tuned, by name; others are those of the config.
+    """
+    workdir, config = job.workdir, job.config
+    source = finetuned.get("vanilla") or hub.fetch_model(config.model.path)
+    retain_only = finetuned.get("retain_only")
+    if retain_only is None and config.model.retain_only:
+        retain_only = hub.fetch_model(config.model.retain_only)
+    if not workdir.has(FILE):
+        references, changes = {}, None
+        if retain_only:
+            references["retain_only"] = judge(job, "retain_only", _load(job, retain_only))
+        model = _load(job, source)
+        answers = {"vanilla": judge(job, "vanilla", model)} | references
+        if config.reports:
+            given = config.model.unlearned
+            target = hub.fetch_model(given) if given else unlearn(job, model, source)
+            with workdir.stage("compare text"):
+                vanilla_scores = results_writer.text_scores(job, model)
+            del model
+            with workdir.stage("manifest"):
+                manifest = multihost.run_on_process_0(lambda: compare_tensors(source, target))
+                workdir.write("manifest.json", manifest)
+            unlearned = _load(job, target)  # the exported weights, not those in memory
+            answers["unlearned"] = judge(job, "unlearned", unlearned)
+            with workdir.stage("compare text"):
+                changes = results_writer.model_changes(job, unlearned, vanilla_scores, manifest, source)
+        results_writer.write(job, answers, changes)
+    if config.reports:
+        write_report(job)
+
+
+def write_report(job: Job) -> None:
+    """Writes report.md with its plots from the results in the run's folder."""
+    with job.workdir.stage("report"):
+        questions = [e for examples in job.questions.values() for e in examples]
+        images = {e.image_id: e.image for e in questions if e.image is not None}
+        page = multihost.run_on_process_0(lambda: report.write(job.workdir.path, images))
+    logging.info("report: %s", page)
+
+
+def _load(job: Job, folder: Path) -> ModelBundle:
+    with job.workdir.stage("load"):
+        return job.load(folder)
+
+
+def unlearn(job: Job, model: ModelBundle, source: Path) -> Path:
+    """Unlearns, and returns the folder of the unlearned model.
+
+    Args:
+        job: the run.
+        model: the vanilla model, which stays as it is.
+        source: its folder.
+    """
+    workdir, config, method = job.workdir, job.config, job.method
+    if workdir.has_model("unlearned"):
+        return workdir.model("unlearned")
+    with workdir.stage("prepare"):
+        context = _context(job, model)
+        prepared = method.prepare(context) if method.losses() else None
+    with workdir.stage("unlearn"):
+        if prepared is None:
+            trained = method.edit(context)
+        else:
+            folder = workdir.path / "train"
+            trained = loop.fit(model, method, prepared, config.train, seed=config.seed, folder=folder)
+    with workdir.stage("export"):
+        return _export(job, "unlearned", model, trained, source, [])
+
+
+def _context(job: Job, model: ModelBundle) -> Context:
+    """What the method of unlearning is given: the model, the encoded streams, and the base model on demand."""
+    config = job.config
+    base = None
+    if job.method.needs_base:
+        base = hub.fetch_model(job.workdir.path / "base" if config.model.create else config.model.base)
+    streams = {name: job.image_questions(name) for name in ("forget", "retain")}
+    streams |= {f"{name}_text": questions for name in streams if (questions := job.text_questions(name))}
+    encode = functools.partial(model.encode, buckets=config.train.buckets)
+    return Context(
+        graphdef=model.graphdef,
+        params=model.params,
+        load_base=(lambda: job.load(base).params) if base else None,
+        model_config=model.config,
+        sets={name: encode(questions) for name, questions in streams.items()},
+        seed=config.seed,
+        encode=encode,
+    )
+
+
+def _export(job: Job, name: str, model: ModelBundle, trained: Params, source: Path, without: Sequence[str]) -> Path:
+    """Writes a copy of the folder `source` with the trained weights, and returns it."""
+    merged = trained | lora.adapters(model.params)
+    notes = results_writer.provenance(job, name, without)
+    return job.workdir.model(name, lambda folder: export.export(merged, source, folder, model.config, notes=notes))
+
+
+def judge(job: Job, name: str, model: ModelBundle) -> list[dict]:
+    """Evaluates a model and runs all attacks on it; returns the records of the evaluation."""
+    answers = evaluate_model(job, name, model)
+    for attack_name in job.attacks:
+        attack_model(job, attack_name, name, model, answers)
+    return answers
+
+
+def evaluate_model(job: Job, name: str, model: ModelBundle) -> list[dict]:
+    """The records of a model's evaluation: answers/NAME.jsonl."""
+    workdir, options = job.workdir, job.config.eval
+    path = f"answers/{name}.jsonl"
+    if workdir.has(path):
+        return workdir.read_lines(path)
+    with workdir.stage(f"evaluate {name}"):
+        answers = evaluate.evaluate(
+            Answerer(model, batch_size=options.batch_size),
+            job.questions,
+            protocol=options.protocol,
+            max_new_tokens=options.max_new_tokens,
+            shots=options.shots,
+            shown=job.worked_examples,
+            seed=options.seed,
+        )
+        workdir.write_lines(path, answers)
+    for set_name, kinds in summaries(answers).items():
+        accuracies = (f"{kind} {summary.accuracy:.3f} (n={summary.n})" for kind, summary in sorted(kinds.items()))
+        logging.info("%s %-11s  %s", name, set_name, "  ".join(accuracies))
+    return answers
+
+
+def attack_model(job: Job, attack: str, name: str, model: ModelBundle, answers: list[dict]) -> None:
+    """Runs an attack on a model: attacks/ATTACK/NAME.jsonl."""
+    workdir, path = job.workdir, f"attacks/{attack}/{name}.jsonl"
+    if workdir.has(path):
+        return
+    with workdir.stage(f"attack {name}: {attack}"):
+        subject = Subject(
+            name=name,
+            model=model,
+            asked=job.questions,
+            sets=job.benchmark.EVAL_SETS,
+            answers=answers,
+            forgets=job.image_questions("forget"),
+            held_out=job.held_out,
+            config=job.config,
+            mesh=job.mesh,
+            folder=workdir.path / "attacks" / attack / name,
+        )
+        workdir.write_lines(path, job.attacks[attack].run(subject))

@@ -3,8 +3,9 @@
 python -m vkd_jax.plan --config configs/plans.py --json docs/results/plans.json
 python -m vkd_jax.reporting.tables docs/planner.md
 
-configs/plans.py                        every model on every slice, one row each
-configs/plans.py:v5e-16                 one slice, or one model, or one row: configs/plans.py:LLaVA-1.5-7B,v5e-16
+python -m vkd_jax.plan --config configs/plans.py:help                          all arguments
+python -m vkd_jax.plan --config configs/plans.py:slice=v5e-16 --json FILE      the rows of one slice
+python -m vkd_jax.plan --config configs/plans.py:model=LLaVA-1.5-7B,slice=v5e-16 --json FILE  one row
 
 A single chip of 16 GB uses the config's `onechip` settings. All other rows shard the bfloat16 model over their chips by
 `fsdp`, and by tensor=4 from 16 chips on. A batch has 8 + 8 rows, or fsdp + fsdp rows where that is more.
@@ -14,7 +15,8 @@ import math
 
 import ml_collections
 
-from vkd_jax.types import UserError
+from vkd_jax.config import arguments
+from vkd_jax.config.arguments import Argument
 
 MODELS = {
     "LLaVA-1.5-7B": "configs/llava.py:7b",
@@ -28,7 +30,7 @@ SLICES = {
     "v5e-16": "v5e:4x4",
     "v5e-64": "v5e:8x8",
     "v5e-256": "v5e:16x16",
-    "v4-8": "v4:2x2x1",  # named by its cores, two a chip
+    "v4-8": "v4:2x2x1",  # v4 and v5p slices are named by their cores, two per chip
     "v5p-8": "v5p:2x2x1",
     "v6e-1": "v6e:1x1",
     "v6e-8": "v6e:2x4",
@@ -37,18 +39,26 @@ EXAMPLES = 4800  # rows of a typical run: 300 steps of 8 + 8
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """Returns all rows, and the words that select some of them."""
-    words = tuple(filter(None, arg.split(",")))
-    for word in words:
-        if word not in {**MODELS, **SLICES}:
-            raise UserError(f"{word!r} is not a word of this config; it takes {', '.join([*MODELS, *SLICES])}.")
+    """Returns all rows, and the model and slice of those to plan."""
+    every = frozenset(["all"])
+    models = {"all": "all models"} | MODELS
+    slices = {"all": "all slices"} | {name: f"topology {topology}" for name, topology in SLICES.items()}
+    given = arguments.parse(
+        arg,
+        [
+            Argument("model", "Model to plan, by its config.", models, "all", needs_key=every),
+            Argument("slice", "Slice of TPUs to plan for.", slices, "all", needs_key=every),
+        ],
+        run_fields=False,
+    )
     rows = [(model, name, command(model, name)) for model in MODELS for name in SLICES]
-    plans = dict(rows=tuple(rows), only=words, examples=EXAMPLES)
+    only = tuple(value for value in given.values() if value != "all")
+    plans = dict(rows=tuple(rows), only=only, examples=EXAMPLES)
     return ml_collections.ConfigDict(dict(stage="plan", plans=plans))
 
 
 def command(model: str, name: str) -> str:
-    """Returns the planner's flags for a row."""
+    """Returns the planner's flags for a model and a slice."""
     config, topology = MODELS[model], SLICES[name]
     if name == "v5e-1":
         return f"--config={config},onechip --topology={topology} --nocompare"

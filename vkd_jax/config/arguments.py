@@ -14,33 +14,34 @@ from vkd_jax.types import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
-    """A key with the values that it takes."""
+    """A key with its closed set of values."""
 
     key: str
     help: str
     values: Mapping[str, str]  # value -> meaning
     default: str
     needs_key: frozenset[str] = frozenset()  # values that are not accepted as bare words
-    bare_key: str = ""  # value that the key alone stands for; "" if it needs one
+    bare_key: str = ""  # value that the key alone selects; "" if the key requires a value
 
     def __post_init__(self):
         if self.default not in self.values:
             raise ValueError(f"{self.key}: the default {self.default!r} is not among {list(self.values)}")
 
 
-def parse(text: str, arguments: Sequence[Argument]) -> dict[str, str]:
+def parse(text: str, arguments: Sequence[Argument], run_fields: bool = True) -> dict[str, str]:
     """Value of each argument by its key.
 
     Args:
-        text: what stands after the colon.
-        arguments: what the config takes.
+        text: text after the colon.
+        arguments: arguments of the config.
+        run_fields: whether `help` also prints the fields of a run's config.
 
     Raises:
         UserError: unknown key or value, a bare word that several arguments take, or two values for one key.
         SystemExit: the text is `help`, and all arguments are printed.
     """
     if text == "help":
-        print(usage(arguments))
+        print(usage(arguments, run_fields))
         sys.exit(0)
     by_key, given = {argument.key: argument for argument in arguments}, {}
     for word in filter(None, text.split(",")):
@@ -57,8 +58,8 @@ def parse(text: str, arguments: Sequence[Argument]) -> dict[str, str]:
     return {argument.key: given.get(argument.key, argument.default) for argument in arguments}
 
 
-def usage(arguments: Sequence[Argument]) -> str:
-    """All arguments and fields, with their meanings."""
+def usage(arguments: Sequence[Argument], run_fields: bool = True) -> str:
+    """All arguments, and the fields of a run's config if asked for, with their meanings."""
     lines = ["Arguments after the colon, separated by commas, as key=value or a bare value:"]
     for argument in arguments:
         lines += ["", f"{argument.key}: {argument.help}"]
@@ -70,13 +71,14 @@ def usage(arguments: Sequence[Argument]) -> str:
             elif value in argument.needs_key:
                 notes += [f"(only as {argument.key}={value})"]
             lines.append(f"  {value:{width}}  {' '.join(filter(None, notes))}".rstrip())
-    lines += ["", "Fields, set by --config.FIELD=VALUE; a method, benchmark or attack has its own beside these:"]
-    lines += [f"  {path}: {help}" for path, _, help in fields.describe(schema.RunConfig())]
+    if run_fields:
+        lines += ["", "Fields, set by --config.FIELD=VALUE; other methods and benchmarks have other fields:"]
+        lines += [f"  {path}: {help}" for path, _, help in fields.describe(schema.RunConfig())]
     return "\n".join(lines)
 
 
 def _only(word: str, arguments: Sequence[Argument]) -> Argument | None:
-    """The one argument that takes a bare word."""
+    """The only argument that has a bare word among its values, or None."""
     takers = [a for a in arguments if word in a.values and word not in a.needs_key]
     if len(takers) > 1:
         keys = " or ".join(f"{argument.key}={word}" for argument in takers)

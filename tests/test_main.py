@@ -1,4 +1,4 @@
-"""The command line, and every kind of bad input: one sentence, exit status 2, nothing half-written."""
+"""The command line, and every kind of bad input: one sentence, exit status 2, and no incomplete file."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ def model(tiny_folder, tmp_path):
 
 @pytest.fixture
 def run(monkeypatch, capfd, tiny_folder, few, tmp_path):
-    """Runs the command in this process: (status, what it wrote on stderr)."""
+    """Runs the command in this process: (exit status, stderr)."""
 
     def run(*args, config=TINY, data=few, model=tiny_folder, workdir=tmp_path / "run"):
         argv = ["main", f"--config={config}", f"--workdir={workdir}"]
@@ -77,10 +77,10 @@ def refused(result, *parts):
 
 @pytest.fixture
 def untouched(tmp_path):
-    """Afterwards the workdir is absent, or holds whole files that say what was asked for."""
+    """Checks after the test that the workdir is absent, or contains only complete files of the config."""
     yield
     left = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")}
-    data = {name for name in left if name.split("/")[0] == "data"}  # read before the model is, and kept
+    data = {name for name in left if name.split("/")[0] == "data"}  # it is read before the model
     assert left - data <= {"config.json", "timing.json"} and not any("incomplete" in name for name in data), left
     for path in (tmp_path / "run").glob("*.json"):
         json.loads(path.read_text())
@@ -104,16 +104,16 @@ def untouched(tmp_path):
     ],
     ids=lambda x: x[0] if isinstance(x, list) else None,
 )
-def test_flags_that_are_wrong(run, untouched, args, parts):
+def test_wrong_flags_are_refused(run, untouched, args, parts):
     refused(run(*args), *parts)
 
 
-def test_what_must_be_passed(run, untouched):
+def test_missing_flags_are_named(run, untouched):
     refused(run.call(["main"]), "pass --config FILE and --workdir DIR")
     refused(run.call(["main", "--config.train.steps=3", f"--config={TINY}"]), "before a value for --config")
 
 
-def test_without_a_workdir_the_whole_config_is_printed_and_nothing_is_run(run, tmp_path, capfd, monkeypatch):
+def test_without_a_workdir_the_config_is_printed_and_nothing_runs(run, tmp_path, capfd, monkeypatch):
     words = f"--config={ROOT / 'configs' / 'llava.py'}:mllmu,forget=5,size=7b"
     argv = ["main", words, "--config.data.source=SNAPSHOT", "--config.model.path=MODEL"]
     monkeypatch.setattr(sys, "argv", argv)
@@ -139,7 +139,7 @@ def test_without_a_workdir_the_whole_config_is_printed_and_nothing_is_run(run, t
     ],
     ids=["missing", "zero", "value", "attribute", "syntax", "dict", "import"],
 )
-def test_config_files_that_are_wrong(run, untouched, tmp_path, text, parts):
+def test_wrong_config_files_are_refused(run, untouched, tmp_path, text, parts):
     config = tmp_path / "config.py"
     if text is not None:
         config.write_text(text.replace("import vkd_jax.nothing", "from vkd_jax import nothing"))
@@ -167,16 +167,16 @@ def test_config_files_that_are_wrong(run, untouched, tmp_path, text, parts):
     ],
     ids=lambda x: x[0] if isinstance(x, list) else None,
 )
-def test_values_that_are_wrong(run, untouched, args, parts):
+def test_wrong_values_are_refused(run, untouched, args, parts):
     refused(run(*args), *parts)
 
 
-def test_unknown_variant_of_the_config(run, untouched):
+def test_an_unknown_argument_of_the_config_is_refused(run, untouched):
     refused(run(config=TINY + ":nonsense"), "nonsense: unknown argument", "grad_ascent|grad_diff")
 
 
 def test_every_hyperparameter_can_be_overridden(monkeypatch):
-    """Those that may be None, too; what is not given stands in the config with its default."""
+    """Fields that may be None included; fields that are not given have their defaults in the config."""
     args = ["--config.method.mask_threshold=1.5", "--config.method.mask_keep=None", "--config.method.blocks=1"]
     argv = ["main", f"--config={TINY}", "--workdir=x", *args]
     monkeypatch.setattr(sys, "argv", argv)
@@ -198,16 +198,16 @@ def test_every_hyperparameter_can_be_overridden(monkeypatch):
     [
         (20, f"{Path(main.__file__).parent}/train.py", True),
         (20, "/lib/clu/periodic_actions.py", True),
-        (20, "/vkd_jax/lib/orbax/checkpoint/manager.py", False),  # in a clone that is called so
+        (20, "/vkd_jax/lib/orbax/checkpoint/manager.py", False),  # a library inside a folder of the same name
         (30, "/vkd_jax/lib/orbax/checkpoint/manager.py", True),
     ],
 )
-def test_the_log_is_this_programs(level, file, shown):
+def test_only_messages_of_this_program_and_warnings_are_shown(level, file, shown):
     assert log._is_shown(types.SimpleNamespace(levelno=level, pathname=file)) is shown
 
 
 @pytest.mark.parametrize(("process", "level"), [(0, logging.INFO), (3, logging.WARNING)])
-def test_of_several_processes_one_logs_more_than_warnings(run, monkeypatch, process, level):
+def test_only_process_0_logs_more_than_warnings(run, monkeypatch, process, level):
     from vkd_jax.runs import pipeline
 
     done = []
@@ -227,7 +227,7 @@ def test_of_several_processes_one_logs_more_than_warnings(run, monkeypatch, proc
 
 
 def tensors(folder):
-    """{name: (dtype, shape)} of a single file, with its bytes; safetensors' own reader is not needed to spoil it."""
+    """The tensors of a single file by name."""
     from safetensors.numpy import load_file
 
     return load_file(folder / WEIGHTS)
@@ -283,7 +283,7 @@ def spoil_existence(folder):
 
 
 @pytest.mark.parametrize("spoil", [spoil_shapes, spoil_index, spoil_length, spoil_pickle, spoil_type, spoil_existence])
-def test_models_that_are_wrong(run, untouched, model, spoil):
+def test_wrong_models_are_refused(run, untouched, model, spoil):
     parts = spoil(model)
     refused(run(model=model), *parts)
 
@@ -340,7 +340,7 @@ def spoil_parquet(data):
     "spoil",
     [spoil_column, spoil_picture, spoil_forget, spoil_retain, spoil_shard, spoil_config, spoil_parquet],
 )
-def test_data_that_is_wrong(run, untouched, data, spoil):
+def test_wrong_data_is_refused(run, untouched, data, spoil):
     parts = spoil(data)
     refused(run(data=data), *parts)
 
@@ -349,19 +349,19 @@ def test_data_that_is_wrong(run, untouched, data, spoil):
 
 
 def test_a_corrected_command_may_use_the_same_workdir(run, untouched):
-    refused(run("--config.method.name=magic"), "no method 'magic'")
+    refused(run("--config.method.name=magic"), "unknown method 'magic'")
     refused(run("--config.data.forget=7"), "data.forget: 7 is not allowed")
 
 
-def test_a_workdir_of_another_config(run, tmp_path):
-    refused(run("--config.data.forget=7"))
+def test_a_workdir_of_another_config_is_refused(run, tmp_path):
+    refused(run("--config.model.path=nowhere"))
     (tmp_path / "run" / "answers").mkdir()
     before = (tmp_path / "run" / "config.json").read_bytes()
-    refused(run("--config.data.forget=8"), "has a run of another config (data.forget: 7 in the folder, 8 now)")
+    refused(run("--config.data.forget=5"), "has a run of another config (data.forget: 10 in the folder, 5 now)")
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
-def test_a_workdir_that_cannot_be_one(run, tmp_path):
+def test_a_workdir_that_cannot_be_used_is_refused(run, tmp_path):
     (tmp_path / "file").write_text("")
     refused(run(workdir=tmp_path / "file"), f"{tmp_path / 'file'} is a file")
     refused(run(workdir=tmp_path / "file" / "run"), f"cannot write at {tmp_path / 'file' / 'run'}: Not a directory")

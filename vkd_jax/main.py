@@ -3,8 +3,8 @@
 Without --workdir the whole config is printed and nothing is run. `--config configs/tiny.py:help` prints all arguments
 and fields.
 
-Exit status: 0 done, 1 the run diverged or broke, 2 bad input (one sentence says what), 143 stopped by SIGTERM with its
-state saved.
+Exit status: 0 on success, 1 if the run diverged or failed, 2 on bad input, 143 if stopped by SIGTERM with its state
+saved.
 """
 
 import functools
@@ -19,23 +19,23 @@ from vkd_jax.config.command_line import bad_input
 from vkd_jax.runtime import log, malloc
 from vkd_jax.types import UserError
 
-SHUTDOWN_SECONDS = 60  # time that a process which ends waits for the others
+SHUTDOWN_SECONDS = 60  # a process that has finished waits so long for the others
 
 
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str = "") -> int:
-    """Runs what the config says; the exit status.
+    """Runs the command, and returns its exit status.
 
     Args:
         argv: the program's name; flags are in `values`.
         values: the parsed flags.
-        line: the command line that the results will name; "" where no command line started the program.
+        line: the command line that the results name; "" if no command line started the program.
     """
     if len(argv) > 1:
         return bad_input(f"unexpected argument {argv[1]!r}; flags begin with --")
     if values.config is None:
         return bad_input("pass --config FILE and --workdir DIR.")
     if "compare" in values.config:
-        return bad_input("this config compares runs: use python -m vkd_jax.compare in the place of vkd_jax.main.")
+        return bad_input("this config compares runs: use python -m vkd_jax.compare instead of vkd_jax.main.")
     if values.workdir is None:
         print(values.config)
         print("nothing was run: pass --workdir DIR as well.", file=sys.stderr)
@@ -49,18 +49,18 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str 
 
 
 def _connect() -> None:
-    """Connects the processes of a run, before anything asks for a device."""
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which the training loop records
-    try:  # detects the others on TPUs and under Slurm, Open MPI and Kubernetes
+    """Connects the processes of a run, before a device is used."""
+    jax.config.update("jax_enable_preemption_service", False)  # the training loop handles SIGTERM
+    try:  # detects the other processes on TPUs and under Slurm, Open MPI and Kubernetes
         jax.distributed.initialize(shutdown_timeout_seconds=SHUTDOWN_SECONDS)
     except ValueError as error:
         raise UserError(f"--distributed: JAX finds no other processes, so leave it out: {error}") from error
     if jax.process_index() > 0:
-        logging.set_verbosity(logging.WARNING)  # one log: that of process 0
+        logging.set_verbosity(logging.WARNING)  # only process 0 logs progress
 
 
 def _run(values: flags.FlagValues, command: str) -> int:
-    """Runs the pipeline; the exit status."""
+    """Runs the pipeline, and returns the exit status."""
     from vkd_jax.runs import pipeline
     from vkd_jax.training import loop
     from vkd_jax.training.preemption import Stopped

@@ -1,4 +1,4 @@
-"""Arguments after a config's colon: keys, bare words, and what is refused."""
+"""Arguments after a config's colon: keys, bare words and errors."""
 
 import pytest
 
@@ -29,7 +29,7 @@ DEFAULTS = dict(size="7b", stage="unlearn", train="visual", attacks="none", copi
         ("7b,size=7b,", {}),
     ],
 )
-def test_keys_and_bare_words(text, changes):
+def test_keys_and_bare_words_are_accepted(text, changes):
     assert parse(text, ARGUMENTS) == DEFAULTS | changes
 
 
@@ -45,20 +45,20 @@ def test_keys_and_bare_words(text, changes):
         ("7b,size=13b", "7b,size=13b: two values for size, 7b and 13b. Keep one."),
     ],
 )
-def test_what_is_refused_is_named_as_it_was_typed(text, message):
+def test_errors_name_the_argument_as_it_was_typed(text, message):
     with pytest.raises(UserError) as error:
         parse(text, ARGUMENTS)
     assert str(error.value).startswith(message) and "\\" not in str(error.value)
 
 
-def test_a_bare_word_that_two_arguments_take_needs_its_key():
+def test_a_bare_word_that_two_arguments_have_requires_its_key():
     twice = [*ARGUMENTS, Argument("other", "Other.", {"13b": "", "x": ""}, "x")]
     with pytest.raises(UserError, match="13b: several arguments take this value. Give size=13b or other=13b."):
         parse("13b", twice)
     assert parse("size=13b", twice)["size"] == "13b"
 
 
-def test_a_default_must_be_a_value():
+def test_the_default_must_be_one_of_the_values():
     with pytest.raises(ValueError, match="size: the default '3b' is not among"):
         Argument("size", "Model.", {"7b": ""}, "3b")
 

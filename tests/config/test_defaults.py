@@ -1,4 +1,4 @@
-"""The config files: what their arguments do, and that every family and size has one."""
+"""The config files: their arguments, and that every family and size has one."""
 
 import pytest
 
@@ -16,14 +16,14 @@ def test_every_family_has_a_config():
 
 
 @pytest.mark.parametrize("family", PUBLISHED)
-def test_every_size_is_a_word_that_names_its_checkpoint(get_config, family):
+def test_every_size_selects_its_checkpoint(get_config, family):
     presets = models.module_for(family).PRESETS
     for size, (name, _) in presets.items():
         assert get_config(PUBLISHED[family], size).model.path == name
     assert get_config(PUBLISHED[family]).model.path == next(iter(presets.values()))[0]
 
 
-def test_words_come_in_any_order_with_or_without_their_names(get_config):
+def test_arguments_can_be_combined_in_any_order_with_or_without_keys(get_config):
     config = get_config("llava.py", "mllmu,forget=5,size=13b,grad_diff")
     assert config.model.path == "llava-hf/llava-1.5-13b-hf" and config.model.dtype == "bfloat16"
     assert (config.data.benchmark, config.data.forget, config.method.name) == ("mllmu", 5, "grad_diff")
@@ -31,7 +31,7 @@ def test_words_come_in_any_order_with_or_without_their_names(get_config):
     assert get_config("llava.py", "7b").method == defaults.method("vkd")
 
 
-def test_what_trains_attacks_and_comparisons_are_words(get_config):
+def test_trained_weights_attacks_and_comparisons_are_arguments(get_config):
     config = get_config("qwen2_vl.py", "npo,lora,attacks")
     assert (config.method.name, config.method.train, config.attacks.names) == ("npo", "lora", "all")
     assert get_config("llava.py", "npo,train=visual,all").stage == "all"  # the stage; weights are train=all
@@ -45,7 +45,7 @@ def test_what_trains_attacks_and_comparisons_are_words(get_config):
 
 @pytest.mark.parametrize("family", PUBLISHED)
 @pytest.mark.parametrize("words", ["", "clear,all", "npo,lora,all", "mmunlearner"])
-def test_one_chip_is_a_word(get_config, family, words):
+def test_onechip_quantizes_and_uses_one_device(get_config, family, words):
     config = get_config(PUBLISHED[family], f"7b,onechip,{words}")
     method = RunConfig.from_config_dict(config).method
     mesh = check_config(RunConfig.from_config_dict(config))
@@ -62,7 +62,7 @@ def test_one_chip_is_a_word(get_config, family, words):
         ("folder", 5, "forget=5: benchmark=folder has no such forget set. Available: the folders"),
     ],
 )
-def test_a_forget_set_that_the_benchmark_has_not_is_refused(get_config, benchmark, percent, message):
+def test_a_forget_set_that_the_benchmark_lacks_is_refused(get_config, benchmark, percent, message):
     with pytest.raises(UserError) as error:
         get_config("llava.py", f"{benchmark},forget={percent}")
     assert str(error.value).startswith(message)

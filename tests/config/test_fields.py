@@ -1,4 +1,4 @@
-"""Declared fields: what is allowed, and how the one message reads."""
+"""Declared fields: allowed values, and the wording of errors."""
 
 import dataclasses
 import math
@@ -52,7 +52,7 @@ class Toy(Section):
         ("maybe", math.nan, "a number at most 1, or None"),
     ],
 )
-def test_a_value_that_is_not_allowed_is_named_with_what_is(field, value, expected):
+def test_an_error_names_the_value_and_the_allowed_values(field, value, expected):
     with pytest.raises(FieldError) as error:
         Toy(**{field: value})
     assert str(error.value) == f"toy.{field}: {value!r} is not allowed. Give {expected}."
@@ -64,7 +64,7 @@ def test_each_value_of_a_mapping_is_checked(sizes):
         Toy(sizes=sizes)
 
 
-def test_allowed_values_are_kept_and_mappings_frozen():
+def test_allowed_values_stay_and_mappings_are_frozen():
     toy = Toy(count=1, rate=2, limit=math.inf, kind="", name="xx", names=("b", "a"), maybe=1, sizes={"b": 2})
     assert (toy.rate, toy.maybe, dict(toy.sizes)) == (2, 1, {"b": 2})
     assert toy == dataclasses.replace(toy) and hash(toy) == hash(dataclasses.replace(toy))

@@ -97,7 +97,7 @@ def test_every_field_of_every_component_is_documented():
         ("train.foo=1", "train.foo: 'train.foo=1' does not fit the config"),
     ],
 )
-def test_values_that_are_not_allowed_are_named_by_their_path(settings, message):
+def test_wrong_values_are_named_by_their_path(settings, message):
     with pytest.raises(UserError) as error:
         RunConfig().override(settings)
     assert message in str(error.value)
@@ -129,7 +129,7 @@ def test_a_missing_or_unknown_section_or_field_is_named():
         RunConfig.from_dict(RunConfig().to_dict() | {"train": 3})
 
 
-def test_lists_of_json_are_tuples_again():
+def test_lists_of_json_become_tuples():
     config = RunConfig(method=VKD(taps=("projector",)))
     assert RunConfig.from_dict(json.loads(config.to_json())).method.taps == ("projector",)
 
@@ -140,7 +140,7 @@ def test_lists_of_json_are_tuples_again():
         ("", "model.path: no vanilla model is given"),
         ("stage=all", "model.base: no model to fine-tune is given"),
         ("model.path=m model.unlearned=u", "model.unlearned: only stage=audit reads it"),
-        ("model.path=m method.target=base", "model.base: the method needs the model as it was before"),
+        ("model.path=m method.target=base", "model.base: the method reads the model before fine-tuning"),
         ("model.path=m train.epochs=1.0", "train.steps: steps=300 and epochs=1.0. Give one of them, and 0 for"),
         ("model.path=m train.steps=0", "train.steps: steps=0 and epochs=0.0."),
         ("model.path=m train.batch_size.forget=3", "train.batch_size.forget: 3 examples do not divide over 2 devices"),
@@ -148,7 +148,7 @@ def test_lists_of_json_are_tuples_again():
         ("stage=finetune model.base=m finetune.train.steps=1 finetune.train.batch_size.text=1", "finetune.train.batch"),
     ],
 )
-def test_what_a_stage_needs_is_named(settings, message):
+def test_fields_that_a_stage_requires_are_named(settings, message):
     with pytest.raises(UserError) as error:
         RunConfig().override(settings).check_stage(shards=2)
     assert str(error.value).startswith(message)
@@ -161,6 +161,6 @@ def test_a_stream_without_a_batch_size_is_named():
         TrainConfig(batch_size={"forget": 4}, microbatches=4).rows("forget", shards=2)
 
 
-def test_epochs_go_through_the_longest_stream():
+def test_epochs_count_passes_through_the_longest_stream():
     train = TrainConfig(steps=0, epochs=1.5, batch_size={"forget": 2, "retain": 4})
     assert train.length({"forget": 3, "retain": 10}) == 4 and TrainConfig(steps=7).length({"forget": 99}) == 7

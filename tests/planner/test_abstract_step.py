@@ -1,4 +1,4 @@
-"""A planned step is the step that a run has, array by array; nothing is computed but by the run."""
+"""A planned step equals the step of a run, array by array."""
 
 import dataclasses
 
@@ -25,8 +25,8 @@ def shapes(tree):
 
 
 @pytest.mark.parametrize("name", [name for name in registry.METHODS if name not in ("finetune", "manu")])
-def test_what_is_planned_is_what_a_run_has(config, tiny_model, tiny_sets, name):
-    """State, frozen weights, masks and caches; batches but for how long the questions are."""
+def test_a_planned_step_has_the_arrays_of_a_run(config, tiny_model, tiny_sets, name):
+    """State, frozen weights, masks and caches agree, and batches except for their lengths."""
     params, model_config = tiny_model.params, tiny_model.config
     fields = dict(fisher_samples=6, fisher_chunk=3) if name in ("vkd", "mmunlearner") else {}
     method = methods.create(name, fields)
@@ -46,7 +46,7 @@ def test_what_is_planned_is_what_a_run_has(config, tiny_model, tiny_sets, name):
             assert getattr(planned, field).dtype == getattr(real, field).dtype
 
 
-def test_weights_and_moments_lie_over_the_chips(config):
+def test_weights_and_moments_are_sharded_over_the_chips(config):
     mesh = make_mesh(devices=jax.devices())
     step = build_step(config, mesh=mesh)
     assert all(leaf.sharding is not None for leaf in jax.tree.leaves(step.inputs))
@@ -57,7 +57,7 @@ def test_weights_and_moments_lie_over_the_chips(config):
     assert kinds["frozen"] == 4 * sum(x.size for x in step.frozen.values())
 
 
-def test_a_quantised_model_is_planned_as_it_is_loaded(config, tiny_model):
+def test_a_quantized_model_is_planned_as_it_is_loaded(config, tiny_model):
     config.model.quantize = "int8"
     step = build_step(config)
     params = tiny_model.params
@@ -67,8 +67,8 @@ def test_a_quantised_model_is_planned_as_it_is_loaded(config, tiny_model):
     assert shapes(build_step(config, "grad_diff", whole=True, train="all").shapes) == shapes(params)
 
 
-def test_a_stream_begins_once_the_gradients_of_the_one_before_are_there(config):
-    """Else a compiler may hold the activations of both."""
+def test_a_stream_starts_after_the_gradients_of_the_previous_one(config):
+    """Otherwise a compiler may keep the activations of both."""
     step = build_step(config)
     equations = jax.make_jaxpr(step.step)(*step.inputs).eqns
     waits = [x.invars for x in equations if x.primitive.name == "optimization_barrier"]
@@ -79,7 +79,7 @@ def test_a_stream_begins_once_the_gradients_of_the_one_before_are_there(config):
 
 
 def test_a_planned_step_is_the_step_that_runs(config, tiny_model):
-    """Compiled here, it takes as many bytes of arguments as the parts say, but for weights that feed nothing."""
+    """Compiled here, its arguments have the planned bytes, except for weights that are not used."""
     step = build_step(config)
     compiled = step.traced.lower().compile()
     idle = ("vision_tower/blocks/3/", "vision_tower/post_norm/")
@@ -90,7 +90,7 @@ def test_a_planned_step_is_the_step_that_runs(config, tiny_model):
     assert loop.step_bytes(compiled) > compiled.memory_analysis().argument_size_in_bytes
 
 
-# ---- What is refused ----
+# ---- Errors ----
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_planned_step_is_the_step_that_runs(config, tiny_model):
         ({"train.batch_size.forget": 0}, "forget"),
     ],
 )
-def test_bad_input(config, changes, message):
+def test_bad_input_is_refused(config, changes, message):
     for name, value in changes.items():
         if name == "method.name":
             config.method = defaults.method(value)

@@ -1,4 +1,4 @@
-"""The planner: what the compiler says, and what it all comes to."""
+"""The planner's figures, its page and its table, and the command."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def test_topologies_that_do_not_exist(topology):
         topology_devices(topology)
 
 
-# ---- What the figures say, without the TPU compiler ----
+# ---- Figures, without the TPU compiler ----
 
 
 def figures_of(forward=0.0, weights=0.0, total=None, temporaries=0, refused=None, saved=0, fits=True, **parts):
@@ -69,7 +69,7 @@ OWN = figures_of(2e12, 0.0, total=30, frozen=8, trainable=2, optimizer=4, origin
 TRAINS_ALL = figures_of(2e12, 2e12, total=120, trainable=24, optimizer=48, original=24)
 
 
-def test_what_bought_the_time_and_the_memory_by_hand():
+def test_contributions_to_time_and_memory_by_hand():
     """Of 120 bytes: 4 by four bits, 10 by bfloat16, 22 and 44 by what does not train, and of what is left 10."""
     by = plan.ratios(OWN, TRAINS_ALL)
     assert by["seconds"] == by["flops"] == 0.5 and by["bytes"] == 0.25
@@ -118,7 +118,7 @@ def test_the_two_lines_where_the_other_step_does_not_fit():
     assert plan.why_not(too_much, 15.75) == ("the run requires 16.00 GiB of 15.75 GiB, 0.25 GiB too much")
 
 
-def test_the_compilers_refusal_is_a_figure(config, monkeypatch):
+def test_a_refusal_for_lack_of_memory_is_a_figure(config, monkeypatch):
     said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded"
 
     def refuse(*_, **__):
@@ -134,7 +134,7 @@ def test_the_compilers_refusal_is_a_figure(config, monkeypatch):
         plan.figures(build_step(config), TPUS["v5e"])
 
 
-def test_a_chip_is_full_before_its_last_byte(config):
+def test_memory_that_the_runtime_reserves_is_not_usable(config):
     """What a run holds beside the step counts, and so does what the runtime keeps for itself."""
     step = build_step(config)
     found = plan.figures(step, TPUS["v5e"])
@@ -145,7 +145,7 @@ def test_a_chip_is_full_before_its_last_byte(config):
 
 
 def test_bytes_that_quantized_weights_save(config):
-    """Against what the model computes in, scales counted."""
+    """Compared with the dtype that the model computes in; scales count."""
     plain = build_step(config)
     assert memory.quantized_saving(plain) == 0
     config.model.quantize = "int8"
@@ -154,7 +154,7 @@ def test_bytes_that_quantized_weights_save(config):
     assert memory.quantized_saving(step) == saved > 0
 
 
-def test_the_usual_step_computes_all_again_where_it_does_not_fit_else(config, monkeypatch):
+def test_the_baseline_rematerializes_if_it_does_not_fit_otherwise(config, monkeypatch):
     tried, fits = [], {"": False, "full": True}
 
     def figures(step, tpu):
@@ -198,7 +198,7 @@ def here(monkeypatch):
     return compiled
 
 
-def test_a_program_that_cannot_be_read_back_is_read_as_the_compiler_wrote_it(config, here, monkeypatch):
+def test_a_program_that_jaxlib_cannot_read_is_read_from_the_compilers_dump(config, here, monkeypatch):
     known = compile_step(build_step(config))
     config.train.clip_norm = 0.5
     compile_ = jax.stages.Lowered.compile
@@ -232,7 +232,7 @@ def test_a_plan_as_a_page(config, here):
 
 @pytest.fixture
 def small(tiny_folder, tmp_path, monkeypatch):
-    """A table of one model on three slices, of which nothing is compiled yet; the last has no rows to train on."""
+    """A table of one model on three slices, with an empty cache; the batch of the last one is refused."""
     monkeypatch.setattr(storage, "CACHE", tmp_path / "cache")
     base = f"--config={ROOT}/configs/tiny.py --config.model.path={tiny_folder} --text_tokens=12 --answer_tokens=5"
 
@@ -244,7 +244,7 @@ def small(tiny_folder, tmp_path, monkeypatch):
     return ml_collections.ConfigDict(dict(stage="plan", plans=dict(rows=cells, only=(), examples=7200)))
 
 
-def test_the_table_goes_on_where_it_stood(small, here, tmp_path, capsys, monkeypatch):
+def test_the_table_resumes(small, here, tmp_path, capsys, monkeypatch):
     file, write = tmp_path / "plans.json", files.write_bytes
     monkeypatch.setattr(provenance, "commit", lambda but=None: "0123abc")
 
@@ -274,7 +274,7 @@ def test_the_table_goes_on_where_it_stood(small, here, tmp_path, capsys, monkeyp
     assert len(here) == 3 and [row["slice"] for row in json.loads(file.read_text())] == ["none", "v5e-4", "v5e-1"]
 
 
-def test_two_may_write_one_table(small, here, tmp_path, monkeypatch):
+def test_two_processes_may_write_one_table(small, here, tmp_path, monkeypatch):
     file, planned = tmp_path / "plans.json", command.plan
     small.plans.only = ("v5e-1",)
 
@@ -297,7 +297,7 @@ def test_a_program_that_changed_is_compiled_again(config, here):
     assert compile_step(build_step(config))["program"] != found["program"] and len(here) == 2
 
 
-def test_a_refusal_is_kept_as_well(config, monkeypatch):
+def test_a_refusal_is_cached(config, monkeypatch):
     asked = []
 
     def refuse(lowered, compiler_options):
@@ -309,13 +309,13 @@ def test_a_refusal_is_kept_as_well(config, monkeypatch):
     assert first == second and first["refused"] and len(asked) == 1
 
 
-def test_words_that_no_row_has_both_of(small, tmp_path):
+def test_arguments_that_no_row_matches_are_refused(small, tmp_path):
     small.plans.only = ("v5e-1", "v5e-4")
     with pytest.raises(UserError, match="no row is of v5e-1 and v5e-4: give one model, one slice, or one of each."):
         table.write(small, tmp_path / "plans.json", command.plan_flags)
 
 
-def test_a_file_that_is_no_table_is_kept(small, tmp_path):
+def test_a_file_that_is_not_a_table_is_left_unchanged(small, tmp_path):
     (tmp_path / "plans.json").write_text('{"steps": 1}')
     with pytest.raises(UserError, match="exists and contains no rows of this table"):
         table.write(small, tmp_path / "plans.json", command.plan_flags)
@@ -393,7 +393,7 @@ def test_each_row_of_the_tables_config_is_a_command(get_config, monkeypatch):
         get_config("plans.py", "v5e-2")
 
 
-def test_a_table_needs_a_file(get_config, capsys):
+def test_a_table_requires_a_file(get_config, capsys):
     values = flags.FlagValues()
     command.define(values)
     values(["plan", f"--config={ROOT}/configs/plans.py"])
@@ -405,7 +405,7 @@ def test_a_table_needs_a_file(get_config, capsys):
 
 @pytest.fixture
 def run(tmp_path):
-    """What the planner found, and what it printed."""
+    """Results and printed page of the planner."""
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install '.[tpu]'")
 
     def run(*flags):

@@ -202,7 +202,7 @@ def tiny(get_config):
     return get_config("tiny.py", "compare")
 
 
-def test_every_method_has_as_many_tries(tiny, tmp_path):
+def test_every_method_has_equally_many_trials(tiny, tmp_path):
     entrants = tiny.compare.entrants
     assert {e.method.name for e in entrants.values()} == {n for n in registry.METHODS if n != "finetune"}
     assert {len(entrant.search) for entrant in entrants.values()} == {4}
@@ -212,7 +212,7 @@ def test_every_method_has_as_many_tries(tiny, tmp_path):
             task.make_config()  # its settings fit the method
 
 
-def test_nobody_who_is_reported_is_tuned_on(tiny, tmp_path):
+def test_tuning_uses_people_who_are_not_reported(tiny, tmp_path):
     tasks = sweep.Sweep(RunConfig.from_config_dict(tiny), tmp_path).tasks()
     trial, control = tasks["tuning/vkd/0"].make_config(), tasks["controls"].make_config()
     trial_people, control_people = trial.data.benchmark.people, control.data.benchmark.people
@@ -238,7 +238,7 @@ def test_a_final_run_has_the_settings_of_the_best_trial(tiny, tmp_path):
     assert (config.seed, config.data.benchmark.people) == (1, 0) and config.compare is None
 
 
-def test_models_that_are_not_given_are_made_first(get_config, tmp_path):
+def test_models_that_the_config_does_not_give_are_fine_tuned_first(get_config, tmp_path):
     tasks = sweep.Sweep(RunConfig.from_config_dict(get_config("tiny.py", "ablations")), tmp_path).tasks()
     assert [tasks[f"models/{name}"].make_config().stage for name in SHARED_MODELS] == ["finetune", "retain_only"]
     assert tasks["controls"].needs == {"models/vanilla", "models/retain_only"}
@@ -288,7 +288,7 @@ def test_pictures_are_drawn():
 
 @pytest.fixture(scope="module")
 def small(get_config, request_folders, tiny_folder):
-    """Pruning, with two tries, on four people: nothing is trained but the model that is tuned on."""
+    """Pruning with two trials on four people; only the vanilla model of tuning is trained."""
     config = get_config("tiny.py", "compare")
     config.data = defaults.benchmark("folder", forget=f"{request_folders}/forget", retain=f"{request_folders}/retain")
     config.model.update(path=str(tiny_folder), base=str(tiny_folder), retain_only="")
@@ -302,7 +302,7 @@ def small(get_config, request_folders, tiny_folder):
     return config
 
 
-def test_a_whole_comparison_and_that_it_goes_on(small, tmp_path, monkeypatch):
+def test_a_whole_comparison_resumes(small, tmp_path, monkeypatch):
     out = sweep.run(small, tmp_path, workers=1)
     assert out["failures"] == {} and json.loads((tmp_path / "comparison.json").read_text()) == out
     assert [r["name"] for r in out["rows"]] == ["vanilla", "manu"]
@@ -310,14 +310,14 @@ def test_a_whole_comparison_and_that_it_goes_on(small, tmp_path, monkeypatch):
     assert "leak" in out["rows"][1]["attacks"]
     assert (tmp_path / "comparison.md").read_text().startswith("# Methods compared")
     assert (tmp_path / "pareto.png").exists() and "stages.py" in (tmp_path / "controls" / "log.txt").read_text()
-    # The given models were asked once: what they answered was lent.
+    # The shared models were evaluated once; the run copied their answers.
     assert "evaluate vanilla" not in json.loads((tmp_path / "runs/manu/3/timing.json").read_text())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("answers/*.jsonl")}
     assert sweep.run(small, tmp_path, workers=1) == out
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_failed_trial_is_a_bad_trial_and_a_failed_run_is_told(small, tmp_path):
+def test_a_failed_trial_is_reported_and_not_chosen(small, tmp_path):
     config = copy.deepcopy(small)
     config.compare.entrants.manu.search = ("model.unlearned=nowhere", "method.share=0.1")
     config.compare.entrants.manu.settings = "train.batch_size.forget=3"
@@ -353,7 +353,7 @@ def test_the_wrong_program_for_a_config_is_refused(module, words, message, tmp_p
         ({"entrants.vkd.settings": "method.nosuch=1"}, "'method.nosuch=1' does not fit the config"),
     ],
 )
-def test_what_cannot_be_is_told_before_anything_is_made(get_config, tmp_path, changes, message):
+def test_wrong_settings_are_refused_before_anything_is_written(get_config, tmp_path, changes, message):
     config = get_config("tiny.py", "compare")
     with config.ignore_type():
         config.update_from_flattened_dict({f"compare.{name}": value for name, value in changes.items()})
@@ -362,7 +362,7 @@ def test_what_cannot_be_is_told_before_anything_is_made(get_config, tmp_path, ch
     assert not (tmp_path / "made").exists()
 
 
-def test_a_file_is_no_folder(get_config, tmp_path):
+def test_a_workdir_that_is_a_file_is_refused(get_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; pass a folder"):
         sweep.run(get_config("tiny.py", "compare"), tmp_path / "file")

@@ -1,4 +1,4 @@
-"""A whole run of each family, from a published-style config to an export that transformers agrees with."""
+"""A whole run of each family, from a published model's config to an export that transformers loads."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.runs import pipeline
 from vkd_jax.runs.job import check_config, load_options
 
-# config file, its words, model_type, how the language model is held
+# config file, its arguments, model_type, quantization of the language model
 RUNS = {
     "llava": ("llava.py", "7b", "llava", ""),
     "qwen2_vl": ("qwen2_vl.py", "2b", "qwen2_vl", ""),
@@ -61,14 +61,14 @@ def test_only_visual_tensors_change_and_text_stays_bit_for_bit(run):
     assert run.results["text_logits_identical"] is True and run.results["manifest"]["language_model_changed"] == 0
 
 
-def test_every_file_of_the_source_is_in_the_export(run):
+def test_the_export_has_every_file_of_the_source(run):
     def names(folder):
         return {path.name for path in folder.iterdir()}
 
     assert names(run.source) | {"provenance.json"} == names(run.path / "unlearned")
 
 
-def test_answers_of_both_models_and_a_report_are_there(run):
+def test_a_run_writes_answers_of_both_models_and_a_report(run):
     for name in ("vanilla", "unlearned"):
         lines = (run.path / "answers" / f"{name}.jsonl").read_text("utf-8").splitlines()
         records = [json.loads(line) for line in lines]
@@ -77,7 +77,7 @@ def test_answers_of_both_models_and_a_report_are_there(run):
     assert len(list((run.path / "report").glob("*.png"))) >= 1
 
 
-def test_transformers_loads_the_export_and_gives_the_same_answers(run, few, tmp_path):
+def test_transformers_loads_the_export_and_generates_the_same_answers(run, few, tmp_path):
     torch = pytest.importorskip("torch")
     import transformers
 

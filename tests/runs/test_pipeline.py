@@ -1,4 +1,4 @@
-"""Whole runs on a small random model: what they leave, that they continue, and what they may not touch."""
+"""Whole runs on a small random model: the files they write, how they resume, and which weights stay unchanged."""
 
 import json
 import re
@@ -69,7 +69,7 @@ def make_config(get_config, few, tiny_folder):
 
 @pytest.fixture(scope="module")
 def vkd(make_config, tmp_path_factory):
-    """A finished run: its config, folder and results."""
+    """A finished run: config, folder and results."""
     workdir = tmp_path_factory.mktemp("runs") / "vkd"
     config = make_config("vkd", **{"method.fisher_samples": 16, "method.blocks": 2})
     return types.SimpleNamespace(config=config, path=workdir, results=pipeline.run(config, workdir).to_json())
@@ -95,7 +95,7 @@ def answers(workdir, name):
     return [json.loads(line) for line in (workdir / "answers" / f"{name}.jsonl").read_text("utf-8").splitlines()]
 
 
-# ---- What a run leaves ----
+# ---- Files and results of a run ----
 
 
 def test_results_hold_both_models_with_counts(vkd):
@@ -148,7 +148,7 @@ def test_only_visual_tensors_change(vkd, tiny_folder, tiny_model):
     assert results["trainable"] == {"parameters": visual, "of": sum(sizes.values())}
 
 
-def test_what_the_method_trains_is_held_in_float32_and_the_rest_as_asked(vkd, tiny_folder):
+def test_weights_that_train_are_float32_and_others_have_the_dtype_of_the_config(vkd, tiny_folder):
     config = RunConfig.from_config_dict(vkd.config).override("model.dtype=bfloat16")
     model = opened(config, tiny_folder)
     trained = set(config.method.trainable(model.params, model.config))
@@ -158,7 +158,7 @@ def test_what_the_method_trains_is_held_in_float32_and_the_rest_as_asked(vkd, ti
 
 
 @pytest.mark.parametrize(("name", "fields"), [("retain_only", {}), ("base", {"method.target": "base"})])
-def test_a_model_of_another_kind_is_refused_before_any_is_loaded(make_config, tiny_folder, tmp_path, name, fields):
+def test_a_model_of_another_kind_is_refused_before_weights_are_loaded(make_config, tiny_folder, tmp_path, name, fields):
     other = tmp_path / "other"
     shutil.copytree(tiny_folder, other)
     changed = json.loads((other / "config.json").read_text()) | {"vision_feature_layer": -1}
@@ -173,12 +173,12 @@ def test_a_model_of_another_kind_is_refused_before_any_is_loaded(make_config, ti
     ("stage", "changes", "sentence"),
     [
         ("unlearn", {"train.steps": 3, "train.epochs": 1.0}, "train.steps: steps=3 and epochs=1.0. Give one of them"),
-        ("unlearn", {"method.teacher": "base"}, "model.base: the method needs the model as it was before"),
+        ("unlearn", {"method.teacher": "base"}, "model.base: the method reads the model before fine-tuning"),
         ("finetune", {"finetune.train.steps": 0}, "finetune.train.steps: steps=0 and epochs=0.0. Give one of them"),
         ("finetune", {"finetune.train.microbatches": 5}, "do not divide over 1 devices in 5 microbatches"),
     ],
 )
-def test_what_is_wrong_with_training_is_told_at_once_and_only_where_it_trains(
+def test_wrong_training_settings_are_refused_by_the_stages_that_read_them(
     make_config, tiny_folder, stage, changes, sentence
 ):
     other = {"unlearn": "finetune", "finetune": "unlearn"}[stage]
@@ -191,53 +191,53 @@ def test_what_is_wrong_with_training_is_told_at_once_and_only_where_it_trains(
     check_config(RunConfig.from_config_dict(config))
 
 
-def test_each_model_is_let_go_before_the_next_is_loaded(vkd, make_config, tmp_path, monkeypatch):
-    """Two at once may be more than a chip has room for."""
+def test_each_model_is_released_before_the_next_is_loaded(vkd, make_config, tmp_path, monkeypatch):
+    """A chip may have room for one model only."""
     config = RunConfig.from_config_dict(make_config("vkd", **{"model.retain_only": vkd.config.model.path}))
-    there, seen = weakref.WeakSet(), []
+    alive, calls = weakref.WeakSet(), []
 
     class Model:
         def __init__(self, folder):
-            there.add(self)
+            alive.add(self)
 
-    def look(name, value=None):
-        return lambda *_: seen.append((name, len(there))) or value
+    def record(name, value=None):
+        return lambda *_: calls.append((name, len(alive))) or value
 
     fake = types.SimpleNamespace(workdir=Workdir(tmp_path, config), config=config, load=Model, questions={})
-    monkeypatch.setattr(stages, "judge", lambda job, name, model: look(f"judge {name}", [])())
-    monkeypatch.setattr(stages, "unlearn", look("unlearn", tmp_path))
+    monkeypatch.setattr(stages, "judge", lambda job, name, model: record(f"judge {name}", [])())
+    monkeypatch.setattr(stages, "unlearn", record("unlearn", tmp_path))
     for name in ("text_scores", "model_changes", "write"):
-        monkeypatch.setattr(stages.results_writer, name, look(name, {}))
-    monkeypatch.setattr(stages, "compare_tensors", look("manifest", {}))
-    monkeypatch.setattr(stages.report, "write", look("report"))
+        monkeypatch.setattr(stages.results_writer, name, record(name, {}))
+    monkeypatch.setattr(stages, "compare_tensors", record("manifest", {}))
+    monkeypatch.setattr(stages.report, "write", record("report"))
     stages.unlearn_and_judge(fake, {})
-    counts = dict(seen)
+    counts = dict(calls)
     assert {"judge retain_only", "judge vanilla", "unlearn", "judge unlearned", "manifest"} <= counts.keys()
     assert max(counts.values()) == 1 and counts["manifest"] == 0
 
 
-def test_text_answers_stay_and_answers_about_pictures_move(vkd):
-    """The report judges the exported model, not the vanilla one a second time."""
-    moved = 0
+def test_only_scores_of_questions_with_an_image_change(vkd):
+    """The evaluation reads the exported model, not the vanilla one again."""
+    changed = 0
     for a, b in zip(answers(vkd.path, "vanilla"), answers(vkd.path, "unlearned"), strict=True):
         if a["modality"] == "qa":
             assert a == b
         elif "scores" in a:
-            moved += a["scores"] != b["scores"]
-    assert moved > 20
+            changed += a["scores"] != b["scores"]
+    assert changed > 20
 
 
-def test_report_and_plots(vkd):
+def test_a_run_writes_report_and_plots(vkd):
     assert "forget" in (vkd.path / "report.md").read_text("utf-8")
     for name in ("losses", "forget_retain", "portraits"):
-        with Image.open(vkd.path / "report" / f"{name}.png") as picture:
-            assert min(picture.size) > 100
+        with Image.open(vkd.path / "report" / f"{name}.png") as image:
+            assert min(image.size) > 100
     steps = [json.loads(line)["step"] for line in (vkd.path / "train" / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == [1, 2, 3]
 
 
-def test_transformers_gives_the_same_answers(vkd, few):
-    """Loaded with no missing and no unexpected key, it generates what the answerer does, word for word."""
+def test_transformers_generates_the_same_answers(vkd, few):
+    """It loads the export without missing or unexpected keys and generates the same text."""
     torch = pytest.importorskip("torch")
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -253,7 +253,7 @@ def test_transformers_gives_the_same_answers(vkd, few):
     texts = [e for e in examples if e.image is None]
     assert len(pictured) > 20 and len(texts) > 8
     ours = Answerer(opened(RunConfig.from_config_dict(vkd.config), folder), batch_size=16)
-    got = ours.generate([e.question for e in pictured], ours.look([e.image for e in pictured]), max_new_tokens=6)
+    got = ours.generate([e.question for e in pictured], ours.record([e.image for e in pictured]), max_new_tokens=6)
     got += ours.generate([e.question for e in texts], max_new_tokens=6)
     for group, answered in ((pictured, got[: len(pictured)]), (texts, got[len(pictured) :])):
         prompts = []
@@ -271,7 +271,7 @@ def test_transformers_gives_the_same_answers(vkd, few):
     assert len(set(got)) > 1
 
 
-# ---- Again, and after an interruption ----
+# ---- Rerun and resume ----
 
 
 def forbid(monkeypatch, *names):
@@ -284,14 +284,14 @@ def forbid(monkeypatch, *names):
         monkeypatch.setattr({"evaluate": evaluate, "loop": loop, "export": export, "hf": hf}[owner], attribute, never)
 
 
-def test_the_same_command_again_changes_nothing(vkd, monkeypatch):
+def test_rerunning_a_finished_run_changes_nothing(vkd, monkeypatch):
     forbid(monkeypatch, "evaluate.evaluate", "loop.fit", "export.export", "hf.load")
     before = files(vkd.path)
     assert pipeline.run(vkd.config, vkd.path).to_json() == vkd.results
     assert files(vkd.path) == before
 
 
-def test_another_config_is_refused_naming_the_field(vkd, make_config):
+def test_a_folder_of_another_config_is_refused_by_field(vkd, make_config):
     before = files(vkd.path)
     other = make_config("vkd", **{"method.fisher_samples": 16, "method.blocks": 2, "train.learning_rate": 0.5})
     with pytest.raises(UserError, match=r"another config \(train.learning_rate: 0.002 in the folder, 0.5 now\)"):
@@ -311,8 +311,8 @@ def test_another_config_is_refused_naming_the_field(vkd, make_config):
     ],
     ids=["before training", "after the export", "before the report"],
 )
-def test_an_interrupted_run_continues(vkd, tmp_path, monkeypatch, kept, forbidden):
-    """Whatever was there is used as it is, and the end is the same bits."""
+def test_an_interrupted_run_resumes_bit_for_bit(vkd, tmp_path, monkeypatch, kept, forbidden):
+    """Existing results are used as they are, and all results are the same."""
     workdir = tmp_path / "run"
     for name in kept:
         if (vkd.path / name).is_dir():
@@ -333,8 +333,8 @@ def test_an_interrupted_run_continues(vkd, tmp_path, monkeypatch, kept, forbidde
 # ---- Other methods and stages ----
 
 
-def test_all_weights_are_seen_to_change(make_config, tmp_path):
-    """Or else a manifest without the language model would prove nothing."""
+def test_training_all_weights_changes_the_language_model(make_config, tmp_path):
+    """Shows that the manifest would list a changed language model."""
     config = make_config("grad_diff", **{"train.learning_rate": 0.01})
     results = pipeline.run(config, tmp_path / "run").to_json()
     assert results["manifest"]["language_model_changed"] > 0 and results["text_logits_identical"] is False
@@ -384,7 +384,7 @@ SMALL = {
 }
 
 
-def test_finetuning_makes_a_model_from_nothing(make_config, school, tmp_path, monkeypatch):
+def test_finetuning_creates_a_model_with_random_weights(make_config, school, tmp_path, monkeypatch):
     config = make_config("finetune", **SMALL, **{"data.source": str(school)})
     results = pipeline.run(config, tmp_path / "run").to_json()
     assert set(results["models"]) == {"vanilla"} and SUMMARY <= set(results["models"]["vanilla"]["forget"]["vqa"])
@@ -429,7 +429,7 @@ def test_one_command_goes_from_the_base_to_the_report(everything):
         assert provenance["model"] == name and len(provenance["without"]) == len(without)
 
 
-def test_a_reference_that_never_met_other_people_is_refused(make_config, tiny_folder, tmp_path):
+def test_a_retain_only_model_of_other_people_is_refused(make_config, tiny_folder, tmp_path):
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "reference"))
     provenance = {"model": "retain_only", "without": ["059"], "config": {"data": {"source": "elsewhere"}}}
     (folder / "provenance.json").write_text(json.dumps(provenance))
@@ -445,7 +445,9 @@ def test_a_reference_that_never_met_other_people_is_refused(make_config, tiny_fo
         ("base", "finetune", 0, "was already trained on the synthetic people of config.data.people=0"),
     ],
 )
-def test_models_that_met_the_wrong_people_are_refused(get_config, tiny_folder, tmp_path, name, stage, people, message):
+def test_models_trained_on_the_wrong_people_are_refused(
+    get_config, tiny_folder, tmp_path, name, stage, people, message
+):
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
     made = {"model": "vanilla", "without": [], "config": {"data": {"source": "", "people": 0}}}
     (folder / "provenance.json").write_text(json.dumps(made))
@@ -457,13 +459,11 @@ def test_models_that_met_the_wrong_people_are_refused(get_config, tiny_folder, t
     fake = types.SimpleNamespace(config=config, forget_people=[])
     with pytest.raises(UserError, match=message):
         job._check_provenance(fake, name, str(folder), folder)
-    (folder / "provenance.json").write_text("[1]")  # somebody else's file of that name
+    (folder / "provenance.json").write_text("[1]")  # another program's file of that name
     job._check_provenance(fake, name, str(folder), folder)
 
 
-def test_retain_only_never_meets_the_forgotten(make_config, school, tmp_path, monkeypatch):
-    """It is asked about them all the same."""
-
+def test_retain_only_is_not_trained_on_the_forget_set(make_config, school, tmp_path, monkeypatch):
     class Enough(Exception):
         pass
 

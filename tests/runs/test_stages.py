@@ -1,4 +1,4 @@
-"""All stages from a published-style config on a request of one's own: base -> vanilla -> retain-only -> unlearned."""
+"""All stages of a published model's config on the folder benchmark: base -> vanilla -> retain-only -> unlearned."""
 
 import json
 import types
@@ -16,7 +16,7 @@ NAMES = [person.name for person in people.people()[:4]]
 
 
 def short(config, root, base):
-    """A few steps of everything, in float32."""
+    """The config with a few steps of each stage, in float32."""
     config.data.update(forget=str(root / "forget"), retain=str(root / "retain"))
     config.model.update(base=str(base), dtype="float32")
     config.eval.update(protocol="options", max_new_tokens=4)
@@ -29,28 +29,28 @@ def short(config, root, base):
 
 @pytest.fixture(scope="module")
 def run(get_config, tiny_folder, request_folders, tmp_path_factory):
-    """A finished run of LLaVA, and what it was run with."""
+    """A finished run of LLaVA: folder, source and results."""
     config = short(get_config("llava.py", "folder,all"), request_folders, tiny_folder)
     workdir = tmp_path_factory.mktemp("runs") / "run"
     return types.SimpleNamespace(path=workdir, source=tiny_folder, results=pipeline.run(config, workdir).to_json())
 
 
-def test_adapters_are_merged_into_the_language_model_alone(run):
+def test_adapters_are_merged_into_the_language_model_only(run):
     changed = compare_tensors(run.source, run.path / "vanilla")["changed"]
     assert len(changed) == 14 and all("language_model.model.layers" in name for name in changed)  # 7 kernels, 2 layers
 
 
-def test_unlearning_starts_from_what_was_fine_tuned_and_changes_what_is_visual(run):
+def test_unlearning_starts_from_the_fine_tuned_model_and_changes_visual_weights(run):
     changed = compare_tensors(run.path / "vanilla", run.path / "unlearned")["changed"]
     assert changed and not any("language_model" in name or "lm_head" in name for name in changed)
 
 
-def test_the_reference_was_trained_on_other_rows(run):
+def test_the_retain_only_model_was_trained_on_other_rows(run):
     assert compare_tensors(run.path / "vanilla", run.path / "retain_only")["changed"]
     assert json.loads((run.path / "retain_only" / "provenance.json").read_text())["without"] == [NAMES[0]]
 
 
-def test_the_report_tells_of_a_request(run):
+def test_the_report_describes_the_folders(run):
     text = (run.path / "report.md").read_text("utf-8")
     assert "Benchmark: your own request" in text and "forget 1 of them" in text
     assert "| people to forget | 1 | 2 | 2 | 1 |" in text
@@ -65,7 +65,7 @@ def test_the_report_tells_of_a_request(run):
     ("file", "family"),
     [("qwen2_vl.py", "qwen2_vl"), pytest.param("qwen2_5_vl.py", "qwen2_5_vl", marks=pytest.mark.slow)],
 )
-def test_any_family_is_fine_tuned_over_a_quantised_language_model(
+def test_each_family_is_fine_tuned_on_a_quantized_language_model(
     get_config, qwen_folder, request_folders, tmp_path, file, family
 ):
     config = short(get_config(file, "folder,finetune"), request_folders, qwen_folder(family))
@@ -79,7 +79,7 @@ def test_any_family_is_fine_tuned_over_a_quantised_language_model(
     assert rows[-1]["step"] == 3 and {"image_ce", "text_ce", "examples_per_second", "data_wait_share"} <= set(rows[-1])
 
 
-def test_a_request_about_text_alone_is_refused_before_training(get_config, tiny_folder, request_folders, tmp_path):
+def test_a_forget_set_without_images_is_refused_before_training(get_config, tiny_folder, request_folders, tmp_path):
     config = short(get_config("llava.py", "folder"), request_folders, tiny_folder)
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "metadata.jsonl").write_text('{"question": "Who?", "answer": "a judge"}\n')

@@ -1,4 +1,4 @@
-"""A run's folder: one config, whole files, times that add up, and errors of the disk in one sentence."""
+"""The folder of a run: one config, atomic files, added times, and errors of the disk in one sentence."""
 
 import errno
 import inspect
@@ -23,21 +23,21 @@ def config(settings=""):
     return RunConfig().override(f"train.steps=3 {settings}")
 
 
-def begun(path):
+def started(path):
     workdir = Workdir(path, config())
     workdir.write_text("answers/vanilla.jsonl", "")
     return workdir
 
 
-def test_the_same_config_continues(tmp_path):
-    begun(tmp_path / "run")
+def test_the_same_config_resumes(tmp_path):
+    started(tmp_path / "run")
     Workdir(tmp_path / "run", config())  # JSON has lists for tuples
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["train"]["steps"] == 3 and saved["attacks"]["relearn"]["attackers"] == ["visual", "all"]
 
 
 def test_another_config_is_refused_by_field(tmp_path):
-    begun(tmp_path)
+    started(tmp_path)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(
         UserError, match=r"another config \(train.steps: 3 in the folder, 4 now\); pass another --workdir"
@@ -47,7 +47,7 @@ def test_another_config_is_refused_by_field(tmp_path):
 
 
 def test_a_field_that_the_folders_config_lacks_is_named(tmp_path):
-    begun(tmp_path)
+    started(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     del saved["train"]["b2"]
     (tmp_path / "config.json").write_text(json.dumps(saved))
@@ -55,28 +55,28 @@ def test_a_field_that_the_folders_config_lacks_is_named(tmp_path):
         Workdir(tmp_path, config())
 
 
-def test_a_run_goes_on_on_other_devices(tmp_path):
+def test_a_run_resumes_on_other_devices(tmp_path):
     Workdir(tmp_path, config("mesh.fsdp=4")).write_text("answers/vanilla.jsonl", "")
     Workdir(tmp_path, config("mesh.fsdp=1"))
     with pytest.raises(UserError, match="train.steps"):
         Workdir(tmp_path, config("mesh.fsdp=1 train.steps=4"))
 
 
-def test_a_folder_is_known_by_its_whole_path(tmp_path, monkeypatch):
-    """Orbax takes no other."""
+def test_a_relative_path_becomes_absolute(tmp_path, monkeypatch):
+    """Orbax requires it."""
     monkeypatch.chdir(tmp_path)
     assert Workdir("run", config()).path == tmp_path / "run"
 
 
-def test_other_kinds_of_places_are_refused_and_no_folder_of_their_name_is_made(tmp_path, monkeypatch):
+def test_unsupported_urls_are_refused_and_create_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="s3://mine/run is not supported"):
         Workdir("s3://mine/run", config())
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_made_nothing_yet_may_change_its_config(tmp_path):
-    """Bad input is found after config.json is there; the corrected command must not be refused for that."""
+def test_a_run_without_results_may_change_its_config(tmp_path):
+    """Bad data is found after config.json is written, and the corrected command must not be refused."""
     with pytest.raises(UserError), Workdir(tmp_path, config()).stage("data"):
         raise UserError("a mistake in the config")
     (tmp_path / "data").mkdir()
@@ -85,7 +85,7 @@ def test_a_run_that_made_nothing_yet_may_change_its_config(tmp_path):
     assert workdir.timing == {} and not (tmp_path / "timing.json").exists()
 
 
-def test_other_peoples_folders_and_files_are_left_alone(tmp_path):
+def test_folders_and_files_of_other_programs_are_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty and has no run"):
         Workdir(tmp_path, config())
@@ -96,8 +96,8 @@ def test_other_peoples_folders_and_files_are_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_files_are_whole_or_absent(tmp_path, monkeypatch):
-    workdir = begun(tmp_path)
+def test_files_are_complete_or_absent(tmp_path, monkeypatch):
+    workdir = started(tmp_path)
     workdir.write("results.json", {"name": "Zoë"})
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == {"name": "Zoë"}
     assert not list(tmp_path.rglob("*.tmp"))
@@ -111,7 +111,7 @@ def test_files_are_whole_or_absent(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == {"name": "Zoë"}
 
 
-def test_a_run_killed_while_it_wrote_its_config_begins_again(tmp_path):
+def test_a_run_killed_while_it_wrote_its_config_starts_over(tmp_path):
     (tmp_path / ".config.json.1.tmp").write_text('{"seed"')
     Workdir(tmp_path, config())
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
@@ -119,7 +119,7 @@ def test_a_run_killed_while_it_wrote_its_config_begins_again(tmp_path):
 
 def test_times_of_interrupted_runs_add_up(tmp_path):
     for _ in range(2):
-        workdir = begun(tmp_path)
+        workdir = started(tmp_path)
         with workdir.stage("data"):
             pass
         with pytest.raises(RuntimeError), workdir.stage("unlearn"):
@@ -130,18 +130,18 @@ def test_times_of_interrupted_runs_add_up(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
-def test_a_disk_that_takes_no_more_is_told_in_one_sentence(code):
+def test_errors_of_a_full_or_protected_disk_are_one_sentence(code):
     with pytest.raises(UserError, match=f"cannot write at /there: {os.strerror(code)}"), write_errors():
         raise OSError(code, os.strerror(code), "/there")
 
 
-def test_other_errors_are_not_dressed_up():
+def test_other_errors_are_raised_as_they_are():
     with pytest.raises(OSError, match="Input/output error"), write_errors():
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def test_a_full_disk_in_a_stage(tmp_path, monkeypatch):
-    workdir = begun(tmp_path)
+def test_a_full_disk_in_a_stage_is_one_sentence(tmp_path, monkeypatch):
+    workdir = started(tmp_path)
 
     def full(self, *_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
@@ -152,8 +152,8 @@ def test_a_full_disk_in_a_stage(tmp_path, monkeypatch):
     assert not (tmp_path / "results.json").exists()
 
 
-def test_meta_says_how_to_do_it_again(tmp_path, monkeypatch):
-    """And never names the command line of a program that called the pipeline, such as that of this test."""
+def test_meta_names_command_config_and_versions(tmp_path, monkeypatch):
+    """The command is not that of a program which calls the pipeline from Python, such as this test."""
     monkeypatch.setattr("sys.argv", ["pytest", "--config", "a b.py"])
     assert command_line.started_as("vkd_jax.main") == "python -m vkd_jax.main --config 'a b.py'"
     meta = Workdir(tmp_path, config(), "called from Python: f").meta()
@@ -166,7 +166,7 @@ def test_meta_says_how_to_do_it_again(tmp_path, monkeypatch):
     assert meta["commit"] and meta["devices"] and meta["date"]
 
 
-def test_a_commit_is_of_the_tree_but_for_what_is_being_written(tmp_path, monkeypatch):
+def test_the_commit_marks_changes_except_in_the_file_being_written(tmp_path, monkeypatch):
     def git(*words):
         subprocess.run(["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x@y", *words], check=True)
 

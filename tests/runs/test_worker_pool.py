@@ -27,12 +27,12 @@ def schedule(tmp_path, monkeypatch):
                 return future
 
         monkeypatch.setattr(worker_pool, "_pool", lambda count, signals: contextlib.nullcontext(Pool()))
-        made = {
+        scheduled = {
             name: Task(tmp_path / name, lambda result=result: lambda: result, frozenset(needs), None, name in required)
             for name, (needs, result) in tasks.items()
         }
         try:
-            return execute(made, workers, "a test"), started
+            return execute(scheduled, workers, "a test"), started
         except (UserError, Stopped) as error:
             return error, started
 
@@ -46,7 +46,7 @@ def test_tasks_start_in_order_once_their_needs_have_ended(schedule, workers):
     assert started == (["a", "b", "last", "c"] if workers == 1 else ["a", "c", "b", "last"])
 
 
-def test_a_failed_task_is_reported_and_others_go_on(schedule):
+def test_a_failed_task_is_reported_and_others_run(schedule):
     assert schedule(trial=([], "share is 7"), final=(["trial"], "")) == ({"trial": "share is 7"}, ["trial", "final"])
 
 

@@ -1,4 +1,4 @@
-"""What the files of configs/ are made of: a config with all fields, its sections, and the runs of published models."""
+"""Building blocks of the files of configs/: a config with all fields, its sections, and runs of published models."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from vkd_jax.config.schema import DataConfig, RunConfig
 from vkd_jax.config.stages import STAGES
 from vkd_jax.types import UserError
 
-# Arguments that several config files take. A value that two arguments have is only accepted with its key.
+# Arguments of several config files. A value that two arguments have in common is only accepted with its key.
 WEIGHTS = Argument(
     "train",
     "Weights that the method trains.",
@@ -27,7 +27,7 @@ WEIGHTS = Argument(
     default="default",
     needs_key=frozenset(["all", "default"]),
 )
-STAGE = Argument("stage", "What the run does.", {name: stage.help for name, stage in STAGES.items()}, "unlearn")
+STAGE = Argument("stage", "Stages of the run.", {name: stage.help for name, stage in STAGES.items()}, "unlearn")
 ATTACKS = Argument(
     "attacks",
     "Attacks after the evaluation.",
@@ -36,7 +36,7 @@ ATTACKS = Argument(
     needs_key=frozenset(["all", "none"]),
     bare_key="all",
 )
-# Settings of the argument chips=onechip: a language model of four bits, and small batches.
+# Settings of the argument chips=onechip: a language model in int4, and small batches.
 ONE_CHIP = (
     "mesh.fsdp=1 model.quantize=int4:64 model.remat=full eval.batch_size=4 "
     "train.batch_size.forget=4 train.batch_size.retain=4 finetune.train.microbatches=4"
@@ -44,24 +44,24 @@ ONE_CHIP = (
 
 
 def unlearning_methods() -> list[str]:
-    """Names of the methods that unlearn."""
+    """Names of the methods of unlearning."""
     return [name for name in registry.METHODS if name != "finetune"]
 
 
 def method_argument() -> Argument:
-    """Which method a run unlearns by."""
+    """Argument that selects the method of unlearning."""
     meanings = {name: registry.doc("method", registry.METHODS, name) for name in unlearning_methods()}
     return Argument("method", "Method of unlearning.", meanings, default="vkd")
 
 
 def benchmark_argument(*names: str) -> Argument:
-    """Which of some benchmarks a run is about."""
+    """Argument that selects one of these benchmarks."""
     meanings = {name: registry.doc("benchmark", registry.BENCHMARKS, name) for name in names}
     return Argument("benchmark", "Benchmark.", meanings, default="mllmu")
 
 
 def forget_argument(*names: str) -> Argument:
-    """Which share of the people is forgotten, of some benchmarks."""
+    """Argument that selects the size of the forget set, for these benchmarks."""
     values: dict[int, list[str]] = {}
     for name in names:
         for percent in _forget_percentages(name):
@@ -96,7 +96,7 @@ def entrant(name: str, settings: str = "", search: Sequence[str] = (), **changes
 
     Args:
         name: name of the method.
-        settings: other settings of its runs, as `schema.override` reads them.
+        settings: further settings of its runs, as `schema.override` reads them.
         search: settings that are tried for it; all methods of a comparison have equally many.
         **changes: hyperparameters of the method.
     """
@@ -147,7 +147,7 @@ def published(
     config.stage = given["stage"]
     config.data = benchmark_of(given)
     checkpoint = sizes[given["size"]][0]
-    # The published checkpoint has not learned the people: it is fine-tuned first, or stands for a vanilla model.
+    # The published checkpoint was not trained on the benchmark: it is the base, or in place of the vanilla model.
     role = "base" if STAGES[config.stage].finetunes else "path"
     config.model.update({role: checkpoint}, dtype="bfloat16", remat="full", **model)
     config.mesh.fsdp = -1  # all devices
@@ -155,7 +155,7 @@ def published(
     config.train.update(batch_size=dict(forget=8, retain=8), learning_rate=2e-5, buckets=2)
     config.method = method_of(given)
     config.attacks.names = "all" if given["runs"] == "compare" or given["attacks"] == "all" else ""
-    if given["runs"] == "compare":  # adapters, as published, but for the methods that select weights
+    if given["runs"] == "compare":  # adapters, as published, except for methods that select weights
         selecting = ("vkd", "manu", "mmunlearner")
         config.compare = comparison(
             {name: entrant(name, **({} if name in selecting else {"train": "lora"})) for name in unlearning_methods()}

@@ -1,7 +1,6 @@
 """Declaration and validation of settings: one validator and one wording for every section, method and attack.
 
-A section is a frozen dataclass whose fields are declared with `setting`, which states the meaning and the range of a
-field where the field stands:
+A section is a frozen dataclass whose fields are declared with `setting`, together with their meaning and range:
 
 >>> @dataclasses.dataclass(frozen=True)
 ... class Adam(Section):
@@ -25,7 +24,7 @@ from flax.core import FrozenDict
 
 from vkd_jax.types import UserError
 
-INLINE = "inline"  # metadata of a field whose own fields stand beside it in a ConfigDict
+INLINE = "inline"  # metadata of a field whose subfields are on the same level in a ConfigDict
 RULES = {"choices", "minimum", "above", "maximum", "below", "infinity", "nonempty", "pattern", "expected"}
 
 
@@ -78,7 +77,7 @@ class Section:
         self.validate()
 
     def validate(self) -> None:
-        """Checks type and range of each field; sections extend it with what concerns several fields.
+        """Checks type and range of each field; sections extend it with checks that involve several fields.
 
         Raises:
             FieldError: the first field with a value that is not allowed.
@@ -128,7 +127,7 @@ def documentation(field: dataclasses.Field, kind: Any) -> str:
 
 
 def _allowed(value: Any, kind: Any, rules: Mapping[str, Any]) -> bool:
-    """Whether a value has the type and keeps the rules."""
+    """Whether a value has the type and satisfies the rules."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return True

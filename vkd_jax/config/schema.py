@@ -29,16 +29,16 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
-    """Which models a run starts from, and how they are held in memory."""
+    """Input models of a run, and their form in memory."""
 
     SECTION: ClassVar[str] = "model"
 
     path: str = setting("", "Vanilla model: a Hugging Face folder, an id on its hub, or the name of a shipped model.")
     base: str = setting(
-        "", "The same model before it learned the people: where fine-tuning starts, and what method.target=base reads."
+        "", "The same model before fine-tuning: fine-tuning starts from it, and method.target=base reads it."
     )
-    retain_only: str = setting("", "A model that never saw the forget set, for comparison.")
-    unlearned: str = setting("", "A model that is unlearned already, for stage=audit.")
+    retain_only: str = setting("", "A model that was fine-tuned without the forget set, for comparison.")
+    unlearned: str = setting("", "An unlearned model to evaluate, for stage=audit.")
     create: Mapping[str, Any] = setting(
         {}, "Sizes of a model with random weights, which replaces `base` in fine-tuning; {} creates none."
     )
@@ -56,13 +56,13 @@ class ModelConfig(Section):
     )
     max_pixels: int = setting(
         0,
-        "Largest number of pixels per image, for models that take images of any size; 0 keeps the model's own.",
+        "Largest number of pixels per image, for models that take images of any size; 0 keeps the model's limit.",
         minimum=0,
     )
 
     @property
     def has_base(self) -> bool:
-        """Whether there is a model to fine-tune."""
+        """Whether a model to fine-tune is given."""
         return bool(self.base or self.create)
 
 
@@ -75,7 +75,7 @@ class DataConfig(Section):
     benchmark: Any = dataclasses.field(
         default=None, metadata={"help": "Benchmark: a dataclass of vkd_jax/benchmarks.", fields.INLINE: True}
     )
-    cache: str = setting("", "Folder where a benchmark is kept once it is read; '' is the workdir.")
+    cache: str = setting("", "Folder for the converted benchmark; '' is the workdir.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +85,8 @@ class MeshConfig(Section):
     SECTION: ClassVar[str] = "mesh"
 
     data: int = setting(1, "Copies of the model.", minimum=-1)
-    fsdp: int = setting(1, "Shards of each weight, which are gathered for use.", minimum=-1)
-    tensor: int = setting(1, "Shards of each weight that compute apart.", minimum=-1)
+    fsdp: int = setting(1, "Shards of each weight that are gathered before use.", minimum=-1)
+    tensor: int = setting(1, "Shards of each weight that are used without gathering (tensor parallelism).", minimum=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +182,7 @@ class FinetuneConfig(Section):
 class RunConfig(Section):
     """Everything that decides what a run computes."""
 
-    seed: int = setting(0, "Seed of data order, dropout and everything else that a method draws.", minimum=0)
+    seed: int = setting(0, "Seed of data order, dropout and all random draws of a method.", minimum=0)
     stage: str = setting("unlearn", "What the run does; see `STAGES`.", choices=tuple(STAGES))
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig, metadata={"help": ModelConfig.__doc__})
     data: DataConfig = dataclasses.field(
@@ -238,9 +238,7 @@ class RunConfig(Section):
         if stage.unlearns:
             self.train.check(tuple(self.method.losses()), shards)
             if self.method.needs_base and not model.has_base:
-                raise model.error(
-                    "base", "the method needs the model as it was before fine-tuning. Give a folder or a hub id."
-                )
+                raise model.error("base", "the method reads the model before fine-tuning. Give a folder or a hub id.")
         if stage.finetunes:
             with_section("finetune", lambda: self.finetune.train.check(tuple(self.finetune.method.losses()), shards))
 
@@ -259,7 +257,7 @@ class RunConfig(Section):
 
         Raises:
             ValueError: a value is not finite.
-            TypeError: a value is none of JSON's types.
+            TypeError: JSON has no such type.
         """
         return json.dumps(self.to_dict(), allow_nan=False)
 
@@ -301,7 +299,7 @@ class RunConfig(Section):
         Values are Python literals or text.
 
         Raises:
-            UserError: there is no such field, or the value is not allowed.
+            UserError: a field is unknown, or a value is not allowed.
         """
         config = self.to_config_dict()
         override(config, settings)
@@ -320,7 +318,7 @@ def override(config: ml_collections.ConfigDict, settings: str) -> None:
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            pass  # a text
+            pass  # it is a text
         try:
             config.copy_and_resolve_references().lock().update_from_flattened_dict({name: value})  # adds no field
             config.update_from_flattened_dict({name: value})
@@ -382,8 +380,8 @@ def _data(values: Any) -> DataConfig:
 
 
 def _attacks(values: Any) -> AttacksConfig:
-    own = ("names", "seed")
-    _check_names("attacks", values, [*own, *registry.ATTACKS], {*own, *registry.ATTACKS})
+    known = ["names", "seed", *registry.ATTACKS]
+    _check_names("attacks", values, known, set(known))
     settings = {
         name: _section(registry.lookup("attack", registry.ATTACKS, name), values[name]) for name in registry.ATTACKS
     }

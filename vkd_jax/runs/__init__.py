@@ -1,1 +1,15 @@
-"""A run of the pipeline: its stages in order and the folder that it writes."""
+"""A run of the pipeline, from a config to results and a report, and comparisons of many runs.
+
+- `pipeline`: `run` and `execute`, which go through the stages of a config in order.
+- `job`: the config with its data, and all checks that are made before anything is computed.
+- `stages`: fine-tuning, unlearning, export, evaluation, attacks and the report, one function each.
+- `results_writer`: results.json, and provenance.json beside exported weights.
+- `workdir`: the folder of a run.
+- `sweep`, `worker_pool`: the runs of a comparison, and the processes that execute them.
+
+Contract: all inputs of a run are in its `RunConfig`. Each stage writes its result into the folder of the run, and is
+skipped if that result exists, so an interrupted run resumes with the same config.
+
+To add a stage, write a function of a `Job` in `stages`, call it in `pipeline.execute`, and add its name to
+`config.stages.STAGES`.
+"""

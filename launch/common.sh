@@ -36,7 +36,7 @@ run() {
     return
   fi
   if ! command -v "$1" > /dev/null; then
-    fail "there is no $1 on this machine: docs/tpu_pods.md says where to get it, and --dry-run works without it."
+    fail "there is no $1 on this machine: docs/tpu.md says where to get it, and --dry-run works without it."
   fi
   "$@"
 }

@@ -197,7 +197,7 @@ def test_help_lists_every_command_and_variable(dry_run, script):
 
 def page():
     """Returns the code blocks of the page in order, as (language, content)."""
-    text = (ROOT / "docs" / "tpu_pods.md").read_text()
+    text = (ROOT / "docs" / "tpu.md").read_text()
     return re.findall(r"^```(bash|text)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 

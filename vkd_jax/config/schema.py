@@ -68,7 +68,7 @@ class ModelConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Section):
-    """The benchmark, with its own fields beside these in a ConfigDict."""
+    """The benchmark, whose fields are on the same level as these in a ConfigDict."""
 
     SECTION: ClassVar[str] = "data"
 
@@ -123,7 +123,7 @@ class EvalConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class AttacksConfig(Section):
-    """Attacks after the evaluation, each with its own section beside these fields in a ConfigDict."""
+    """Attacks after the evaluation, each with a section on the same level as these fields in a ConfigDict."""
 
     SECTION: ClassVar[str] = "attacks"
 
@@ -327,7 +327,7 @@ def override(config: ml_collections.ConfigDict, settings: str) -> None:
 
 
 def with_section(section: str, call: Callable[[], T]) -> T:
-    """The result of a call, whose errors name the section that its own section is nested in."""
+    """The result of a call whose errors name the section around the section that failed."""
     try:
         return call()
     except FieldError as error:
@@ -335,7 +335,7 @@ def with_section(section: str, call: Callable[[], T]) -> T:
 
 
 def _message(error: Exception) -> str:
-    """An exception's message; KeyError shows the repr of its own."""
+    """An exception's message; str(KeyError) would be quoted."""
     return str(error.args[0] if error.args else error).splitlines()[0]
 
 

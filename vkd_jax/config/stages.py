@@ -5,12 +5,12 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What a run with that `stage` does."""
+    """A value of `config.stage`."""
 
     help: str
     finetunes: tuple[str, ...] = ()  # models that are fine-tuned from `model.base` first
     unlearns: bool = False
-    judges: bool = False  # whether models are attacked and, where one is unlearned, reported on
+    judges: bool = False  # whether models are attacked, and a report is written if one is unlearned
 
 
 STAGES = {

@@ -93,16 +93,16 @@ def build(
     mesh: jax.sharding.Mesh,
     lengths: Lengths,
     method: Scope | None = None,
-    whole: bool = False,
+    quantized: bool = True,
 ) -> AbstractStep:
     """Builds the training step that a config describes.
 
     Args:
         config: The config of a run.
-        mesh: The devices that there would be.
+        mesh: The mesh; its devices need not exist.
         lengths: The lengths of the questions.
         method: A method to plan instead of the config's.
-        whole: Whether to ignore model.quantize, for a method that trains all weights.
+        quantized: Whether model.quantize holds; False for a method that trains all weights.
 
     Raises:
         UserError: The model is unknown, a batch does not divide over the mesh, or the method trains nothing.
@@ -119,7 +119,7 @@ def build(
         hf_config,
         dtype=config.model.dtype,
         mesh=mesh,
-        quantization="" if whole else config.model.quantize,
+        quantization=config.model.quantize if quantized else "",
         remat=config.model.remat,
     )
     graphdef, params, model_config = bundle.graphdef, bundle.params, bundle.config
@@ -184,10 +184,10 @@ def batch(
     model_config: Any,
 ) -> Batch:
     """Returns the shapes of a stream's batch, with one image a question, and of what the method caches for it."""
-    rows, place = config.train.rows(stream, shards(mesh)), batch_sharding(mesh)
+    rows, sharding = config.train.rows(stream, shards(mesh)), batch_sharding(mesh)
     side = image_side(config, model_config)
     packed = model_config.pack([[np.broadcast_to(np.float32(0), (side, side, 3))]])
-    pictures = {name: Shape((rows, *x.shape[1:]), x.dtype, sharding=place) for name, x in packed.items()}
+    pictures = {name: Shape((rows, *x.shape[1:]), x.dtype, sharding=sharding) for name, x in packed.items()}
     _, taps = jax.eval_shape(lambda params, pictures: base.bind(graphdef, params).encode(pictures), params, pictures)
     t, a = model_config.image_tokens(side, side) + lengths.text, lengths.answer
     if t > model_config.text.max_positions:
@@ -200,9 +200,9 @@ def batch(
     if prefix := frozen_blocks(method.trainable(list(params), model_config), model_config):
         cached[f"vision/{prefix - 1}"] = taps[f"vision/{prefix - 1}"].values
     return Batch(
-        **{name: Shape((rows, length), kind, sharding=place) for name, (length, kind) in kinds.items()},
+        **{name: Shape((rows, length), kind, sharding=sharding) for name, (length, kind) in kinds.items()},
         images=pictures,
-        cached={name: Shape(x.shape, x.dtype, sharding=place) for name, x in cached.items()},
+        cached={name: Shape(x.shape, x.dtype, sharding=sharding) for name, x in cached.items()},
     )
 
 

@@ -1,4 +1,4 @@
-"""Compiles a step for chips that are not there, and reads what its program requires.
+"""Compiles a step for chips that need not exist, and reads the requirements of its program.
 
 Compiling takes minutes, so programs are cached: `programs/` in the cache of this package has a file with the compiled
 text for each step, topology and compiler version.

@@ -1,4 +1,4 @@
-"""What a compiled program sends between chips and how many cycles it takes, read from its HLO text.
+"""Bytes that a compiled program sends between chips, and the cycles it takes, read from its HLO text.
 
 Loop bodies are multiplied by their trip count. By the ring algorithms, each of the n chips of a group sends
 
@@ -153,7 +153,7 @@ def _runs(
 
 
 def trip_count(loop: Instruction, program: Program) -> int:
-    """The trip count of a `while`: what the compiler noted, else the constant that its condition compares with."""
+    """The trip count of a `while`: what the compiler annotated, else the constant in its condition."""
     if known := re.search(r'"known_trip_count":\s*\{\s*"n":\s*"(\d+)"', loop.rest):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.-]+)", loop.rest)
@@ -165,7 +165,7 @@ def trip_count(loop: Instruction, program: Program) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """Why the compiler made no program: for lack of memory if `required` is known."""
+    """A compiler's refusal: for lack of memory if `required` is known."""
 
     required: int | None  # bytes of the chip's main memory, including the program's arguments
     available: int | None  # bytes that a program may use

@@ -28,7 +28,7 @@ def bytes_by_kind(step: AbstractStep) -> dict[str, int]:
 
 
 def total_bytes(step: AbstractStep, compiled: int | None, kinds: Mapping[str, int]) -> int | None:
-    """Bytes of each chip while a step runs: the compiler's total, and what a run holds that the step does not read."""
+    """Bytes of each chip while a step runs: the compiler's total, and arrays of the run that the step does not read."""
     unread = 0 if step.start is not None else kinds["original"]
     return None if compiled is None else compiled + unread
 

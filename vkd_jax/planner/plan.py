@@ -62,7 +62,7 @@ def baseline(config: RunConfig, mesh: jax.sharding.Mesh, lengths: Lengths, tpu: 
     method = methods.create("grad_diff", {"train": "all"})
     for remat in dict.fromkeys((config.model.remat, "full")):
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
-        results = figures(abstract_step.build(changed, mesh, lengths, method, whole=True), tpu)
+        results = figures(abstract_step.build(changed, mesh, lengths, method, quantized=False), tpu)
         if results["fits"]:
             break
     return results

@@ -1,4 +1,4 @@
-"""Published figures of TPUs, and the devices of topologies that need not be there."""
+"""Published figures of TPUs, and the devices of topologies that need not exist."""
 
 import dataclasses
 import os
@@ -35,7 +35,7 @@ TPUS = {
 
 
 def topology_devices(topology: str) -> Sequence[jax.Device]:
-    """Returns the devices of a topology, which need not be there.
+    """Returns the devices of a topology, which need not exist.
 
     Raises:
         UserError: The TPU compiler is not installed, or there is no such topology.

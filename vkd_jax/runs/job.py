@@ -19,7 +19,7 @@ from vkd_jax.runtime import hub, multihost, storage
 from vkd_jax.runtime.mesh import make_mesh, shards
 from vkd_jax.types import Example, Role, UserError
 
-PROVENANCE = "provenance.json"  # in a model folder that a run wrote: how the model was made
+PROVENANCE = "provenance.json"  # in a model folder that a run exported: config and version of that run
 
 
 @dataclasses.dataclass(frozen=True)

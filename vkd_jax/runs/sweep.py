@@ -131,7 +131,7 @@ class Sweep:
         return {"controls": [self.path / "controls"], **finished}
 
     def trials(self, name: str) -> list[dict[str, Any]]:
-        """Returns the settings of an entrant's trials, and how much each kept and forgot if it did not fail."""
+        """Returns the settings of an entrant's trials, with the measures of `comparison.judged` for finished ones."""
         trials = []
         for number, settings in enumerate(self._search(name)):
             folder = self.path / "tuning" / _folder(name) / str(number)

@@ -70,8 +70,8 @@ def refused(result, *parts):
     assert status == 2
     assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
     assert "Traceback" not in err
-    for part in parts:
-        assert part in err
+    for fragment in parts:
+        assert fragment in err
     return err
 
 
@@ -390,14 +390,14 @@ def test_a_full_disk(run, tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize(
-    ("args", "part"),
+    ("args", "fragment"),
     [
         ([f"--config={TINY}", "--workdir=run", "--config.train.foo=1"], "unknown field 'foo'"),
         ([f"--config={TINY}", "--workdir=run", "--config.model.path=nowhere", "--config.data.source=none"], "none"),
         ([f"--config={TINY}", "--workdir=run", "--distributed"], "--distributed: JAX finds no other processes"),
     ],
 )
-def test_as_a_program(tmp_path, args, part):
+def test_as_a_program(tmp_path, args, fragment):
     """The log goes to stderr before it; the last line is the error."""
     done = subprocess.run(
         [sys.executable, "-m", "vkd_jax.main", *args],
@@ -409,7 +409,7 @@ def test_as_a_program(tmp_path, args, part):
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
     *log, last = done.stderr.splitlines()
-    assert last.startswith("error: ") and part in last
+    assert last.startswith("error: ") and fragment in last
     assert all(line.startswith(("I", "W")) for line in log), log
 
 

@@ -61,8 +61,8 @@ def test_a_quantized_model_is_planned_as_it_is_loaded(config, tiny_model):
     config.model.quantize = "int8"
     step = build_step(config)
     params = tiny_model.params
-    how = quantize.parse("int8")
-    want = {path: quantize.quantize_param(path, x, how) for path, x in params.items()}
+    settings = quantize.parse("int8")
+    want = {path: quantize.quantize_param(path, x, settings) for path, x in params.items()}
     assert shapes(step.shapes) == shapes(want)
     assert shapes(build_step(config, "grad_diff", quantized=False, train="all").shapes) == shapes(params)
 

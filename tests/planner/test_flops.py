@@ -35,24 +35,24 @@ def counted(function, *inputs, from_batch):
 
 
 def test_a_tiny_llava_by_hand(config):
-    found = count(build_step(config))
-    vision = found["vision_tower"]
+    counts = count(build_step(config))
+    vision = counts["vision_tower"]
     assert vision.forward == ROWS * (PATCHES + 3 * (VISION_BLOCK + VISION_ATTENTION))
     assert vision.weight_gradients == ROWS * (PATCHES + 3 * VISION_BLOCK)
     assert vision.backward == ROWS * 3 * (VISION_BLOCK + 2 * VISION_ATTENTION)  # pixels have no gradient
-    assert found["projector"] == flops.Work(ROWS * PROJECTOR, ROWS * PROJECTOR, ROWS * PROJECTOR)
-    text = found["language_model"]
+    assert counts["projector"] == flops.Work(ROWS * PROJECTOR, ROWS * PROJECTOR, ROWS * PROJECTOR)
+    text = counts["language_model"]
     assert text.forward == ROWS * (BLOCK + LAST + ATTENTION + LAST_ATTENTION)
     assert text.backward == ROWS * (BLOCK + LAST + 2 * (ATTENTION + LAST_ATTENTION))
     assert text.weight_gradients == text.recomputed == 0  # frozen
-    assert found["head"] == flops.Work(forward=ROWS * HEAD, backward=ROWS * HEAD)
+    assert counts["head"] == flops.Work(forward=ROWS * HEAD, backward=ROWS * HEAD)
 
 
 def test_training_all_weights_by_hand(config):
-    found = count(build_step(config, "grad_diff", train="all"))
-    assert found["language_model"].weight_gradients == ROWS * (BLOCK + LAST)
-    assert found["vision_tower"].weight_gradients == ROWS * (PATCHES + 3 * VISION_BLOCK)
-    assert found["head"].weight_gradients == ROWS * HEAD
+    counts = count(build_step(config, "grad_diff", train="all"))
+    assert counts["language_model"].weight_gradients == ROWS * (BLOCK + LAST)
+    assert counts["vision_tower"].weight_gradients == ROWS * (PATCHES + 3 * VISION_BLOCK)
+    assert counts["head"].weight_gradients == ROWS * HEAD
 
 
 @pytest.mark.parametrize(
@@ -61,9 +61,9 @@ def test_training_all_weights_by_hand(config):
 )
 def test_rematerialization_by_hand(config, remat, recomputed):
     config.model.remat = remat
-    found = count(build_step(config))
-    assert found["language_model"].recomputed == ROWS * recomputed
-    assert sum(work.recomputed for work in found.values()) >= ROWS * recomputed
+    counts = count(build_step(config))
+    assert counts["language_model"].recomputed == ROWS * recomputed
+    assert sum(work.recomputed for work in counts.values()) >= ROWS * recomputed
 
 
 @pytest.mark.parametrize("remat", ["", "dots", "full"])
@@ -83,9 +83,9 @@ def test_every_product_of_qwen_has_a_part(get_config, qwen_folder, train):
         path=str(qwen_folder("qwen2_vl")), base="", remat="full", dtype="float32", quantize="", max_pixels=56 * 56
     )
     config.train.batch_size.update(forget=2, retain=2)
-    found = count(build_step(config, "grad_diff", quantized=False, train=train))
-    assert set(found) == set(SCOPES)
-    assert (found["language_model"].weight_gradients > 0) == (train == "all")
+    counts = count(build_step(config, "grad_diff", quantized=False, train=train))
+    assert set(counts) == set(SCOPES)
+    assert (counts["language_model"].weight_gradients > 0) == (train == "all")
 
 
 def test_products_of_integers_by_hand(config):
@@ -93,13 +93,13 @@ def test_products_of_integers_by_hand(config):
     for remat in ("", "dots", "full"):
         config.model.update(quantize="w8a8", remat=remat)
         step = build_step(config)
-        found = count(step)
+        counts = count(step)
         both = 2 * BLOCK if remat else BLOCK + LAST
         again = 2 * (BLOCK - DOWN) if remat == "full" else 0
-        assert found["language_model"].integers == ROWS * (2 * both + again)
-        assert sum(work.integers for work in found.values()) == found["language_model"].integers
-    tpu, total = TPUS["v5e"], sum(work.total for work in found.values())
-    integers = found["language_model"].integers
+        assert counts["language_model"].integers == ROWS * (2 * both + again)
+        assert sum(work.integers for work in counts.values()) == counts["language_model"].integers
+    tpu, total = TPUS["v5e"], sum(work.total for work in counts.values())
+    integers = counts["language_model"].integers
     seconds = plan.figures(step, tpu)["seconds"]["compute"]
     assert seconds == pytest.approx((total - integers) / 197e12 + integers / 394e12)
 
@@ -107,10 +107,10 @@ def test_products_of_integers_by_hand(config):
 def test_a_teacher_is_a_part_of_its_own(config):
     """Its forward pass for the three retain rows, of which the products of its two blocks are of integers."""
     config.model.update(quantize="w8a8", remat="")
-    found = count(build_step(config, "kl", train="visual"))
+    counts = count(build_step(config, "kl", train="visual"))
     visual = PATCHES + 3 * (VISION_BLOCK + VISION_ATTENTION) + PROJECTOR
     language = BLOCK + LAST + ATTENTION + LAST_ATTENTION + HEAD
-    assert found[TEACHER] == flops.Work(forward=3 * (visual + language), integers=3 * (BLOCK + LAST))
+    assert counts[TEACHER] == flops.Work(forward=3 * (visual + language), integers=3 * (BLOCK + LAST))
 
 
 # ---- Jaxprs by hand ----

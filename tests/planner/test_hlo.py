@@ -85,8 +85,8 @@ def test_loops_in_loops_multiply():
     ],
 )
 def test_bytes_of_each_kind_by_hand(line, kind, size, group, sent):
-    (found,) = hlo.collectives(entry(f"%r = {line}"), 8)
-    assert (found.kind, found.nbytes, found.group, found.sent) == (kind, size, group, sent)
+    (collective,) = hlo.collectives(entry(f"%r = {line}"), 8)
+    assert (collective.kind, collective.nbytes, collective.group, collective.sent) == (kind, size, group, sent)
 
 
 def test_an_asynchronous_pair_counts_once():
@@ -104,10 +104,10 @@ def test_a_fusion_that_keeps_its_own_part_is_a_reduce_scatter():
     fused = (
         "%all-reduce-scatter.2 (p: f32[8]) -> f32[2] {\n  %r = f32[8] all-reduce(%p), replica_groups=[1,4]<=[4]\n}\n"
     )
-    (found,) = hlo.collectives(
+    (collective,) = hlo.collectives(
         entry("%f = f32[2] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.2", more=fused), 4
     )
-    assert (found.kind, found.nbytes, found.sent) == ("reduce-scatter", 8, 24)
+    assert (collective.kind, collective.nbytes, collective.sent) == ("reduce-scatter", 8, 24)
 
 
 def test_a_group_of_one_sends_nothing():

@@ -107,29 +107,29 @@ def test_the_two_lines_at_the_end():
 
 def test_the_two_lines_where_the_other_step_does_not_fit():
     refused = "the step requires 20.00 GiB of 15.75 GiB, 4.25 GiB too much"
-    found = page_of(vkd=OWN, grad_diff=TRAINS_ALL | figures_of(2e12, 2e12, total=None, refused=refused, fits=False))
-    by_time, by_memory = page.compared(found)
+    results = page_of(vkd=OWN, grad_diff=TRAINS_ALL | figures_of(2e12, 2e12, total=None, refused=refused, fits=False))
+    by_time, by_memory = page.compared(results)
     assert by_time.endswith(
         "by compute; grad_diff does not fit, so only its compute time is known); FLOPs: weight gradients -50.0 %"
     )
     assert by_memory == "memory of vkd / grad_diff: not known"
-    assert plan.why_not(found["steps"]["grad_diff"], 15.75) == refused
+    assert plan.why_not(results["steps"]["grad_diff"], 15.75) == refused
     too_much = figures_of(total=16 * memory.GIB, fits=False)
     assert plan.why_not(too_much, 15.75) == ("the run requires 16.00 GiB of 15.75 GiB, 0.25 GiB too much")
 
 
 def test_a_refusal_for_lack_of_memory_is_a_figure(config, monkeypatch):
-    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded"
+    refusal = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded"
 
     def refuse(*_, **__):
-        raise jax.errors.JaxRuntimeError(said)
+        raise jax.errors.JaxRuntimeError(refusal)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    found = plan.figures(build_step(config), TPUS["v5e"])
-    assert found["compiler"]["total"] == 20 * memory.GIB and not found["fits"]
-    assert found["compiler"]["refused"] == "the step requires 20.00 GiB of 15.75 GiB, 4.25 GiB too much"
-    assert found["bound"] == "compute" and found["seconds"]["interconnect"] is None
-    said, config.train.clip_norm = "INTERNAL: Mosaic failed to compile", 0.5
+    results = plan.figures(build_step(config), TPUS["v5e"])
+    assert results["compiler"]["total"] == 20 * memory.GIB and not results["fits"]
+    assert results["compiler"]["refused"] == "the step requires 20.00 GiB of 15.75 GiB, 4.25 GiB too much"
+    assert results["bound"] == "compute" and results["seconds"]["interconnect"] is None
+    refusal, config.train.clip_norm = "INTERNAL: Mosaic failed to compile", 0.5
     with pytest.raises(UserError, match="the TPU compiler refuses this step: Mosaic failed to compile"):
         plan.figures(build_step(config), TPUS["v5e"])
 
@@ -137,10 +137,10 @@ def test_a_refusal_for_lack_of_memory_is_a_figure(config, monkeypatch):
 def test_memory_that_the_runtime_reserves_is_not_usable(config):
     """What a run holds beside the step counts, and so does what the runtime keeps for itself."""
     step = build_step(config)
-    found = plan.figures(step, TPUS["v5e"])
-    compiled = found["compiler"]
-    assert found["fits"] and found["total"] == compiled["total"] + found["bytes"]["original"]
-    room = dataclasses.replace(TPUS["v5e"], usable=(found["total"] - 1) / memory.GIB)
+    results = plan.figures(step, TPUS["v5e"])
+    compiled = results["compiler"]
+    assert results["fits"] and results["total"] == compiled["total"] + results["bytes"]["original"]
+    room = dataclasses.replace(TPUS["v5e"], usable=(results["total"] - 1) / memory.GIB)
     assert not plan.figures(step, room)["fits"]
 
 
@@ -162,10 +162,10 @@ def test_the_baseline_rematerializes_if_it_does_not_fit_otherwise(config, monkey
         return {"fits": fits[tried[-1]]}
 
     monkeypatch.setattr(plan, "figures", figures)
-    given = RunConfig.from_config_dict(config), make_mesh(), LENGTHS, TPUS["v5e"]
-    assert plan.baseline(*given)["fits"] and tried == ["", "full"] and config.model.remat == ""
+    arguments = RunConfig.from_config_dict(config), make_mesh(), LENGTHS, TPUS["v5e"]
+    assert plan.baseline(*arguments)["fits"] and tried == ["", "full"] and config.model.remat == ""
     fits[""] = True
-    plan.baseline(*given)
+    plan.baseline(*arguments)
     assert tried == ["", "full", ""]
 
 
@@ -213,15 +213,15 @@ def test_a_program_that_jaxlib_cannot_read_is_read_from_the_compilers_dump(confi
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", unreadable)
-    found = compile_step(build_step(config))
-    assert found["cycles"] == known["cycles"] + 1
+    results = compile_step(build_step(config))
+    assert results["cycles"] == known["cycles"] + 1
 
 
 def test_a_plan_as_a_page(config, here):
-    found = plan.plan(RunConfig.from_config_dict(config), "v5e:1x1", LENGTHS)
-    assert json.loads(json.dumps(found)) == found and len(here) == 2
-    text = page.render(found)
-    assert found["ratios"]["flops"] < 1 and text.splitlines()[-2].startswith("least time of vkd / grad_diff, all")
+    results = plan.plan(RunConfig.from_config_dict(config), "v5e:1x1", LENGTHS)
+    assert json.loads(json.dumps(results)) == results and len(here) == 2
+    text = page.render(results)
+    assert results["ratios"]["flops"] < 1 and text.splitlines()[-2].startswith("least time of vkd / grad_diff, all")
     assert "  total by the compiler" in text and "v5e:1x1: 1 chips of 16 GiB" in page
     alone = plan.plan(RunConfig.from_config_dict(config), "v5e:1x1", LENGTHS, compare=False)
     assert alone["ratios"] is None and "least time" not in page.render(alone)
@@ -291,22 +291,22 @@ def test_two_processes_may_write_one_table(small, here, tmp_path, monkeypatch):
 
 
 def test_a_program_that_changed_is_compiled_again(config, here):
-    found = compile_step(build_step(config))
-    assert compile_step(build_step(config)) == found and len(here) == 1
+    results = compile_step(build_step(config))
+    assert compile_step(build_step(config)) == results and len(here) == 1
     config.train.clip_norm = 0.5
-    assert compile_step(build_step(config))["program"] != found["program"] and len(here) == 2
+    assert compile_step(build_step(config))["program"] != results["program"] and len(here) == 2
 
 
 def test_a_refusal_is_cached(config, monkeypatch):
-    asked = []
+    requests = []
 
     def refuse(lowered, compiler_options):
-        asked.append(lowered)
+        requests.append(lowered)
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.00G of 15.75G hbm. Exceeded")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
     first, second = (compile_step(build_step(config)) for _ in range(2))
-    assert first == second and first["refused"] and len(asked) == 1
+    assert first == second and first["refused"] and len(requests) == 1
 
 
 def test_arguments_that_no_row_matches_are_refused(small, tmp_path):
@@ -343,11 +343,11 @@ def test_rows_of_plans_that_do_not_fit_say_by_how_much():
     # Two seconds by cycles, the longer ones, for nine rows on six chips.
     error = {key: row[key] for key in ("model_name", "slice", "commit")} | {"error": "why"}
     lines = tables.plans([*(row | {"steps": {"vkd": x}} for x in steps), error]).splitlines()[2:]
-    given = "| M | s | bfloat16 | 2 × 3 | 4 + 5 | "
+    arguments = "| M | s | bfloat16 | 2 × 3 | 4 + 5 | "
     assert lines[:4] == [
-        given + "1.00 of 15.75 | yes | 1.0 | 1,000.0 | compute | 2,000.0 | 4.5 | 1.78 | 0.00 |",
-        given + "16.00 of 15.75 | no, 0.25 too much | 0.0 | – | – | – | – | – | – |",
-        given + "– | no | 0.0 | – | – | – | – | – | – |",
+        arguments + "1.00 of 15.75 | yes | 1.0 | 1,000.0 | compute | 2,000.0 | 4.5 | 1.78 | 0.00 |",
+        arguments + "16.00 of 15.75 | no, 0.25 too much | 0.0 | – | – | – | – | – | – |",
+        arguments + "– | no | 0.0 | – | – | – | – | – | – |",
         "| M | s | – | – | – | – | no: why | – | – | – | – | – | – | – |",
     ]
     assert "Tokens a row: M 7." in lines[-1]
@@ -373,10 +373,10 @@ def test_each_row_of_the_tables_config_is_a_command(get_config, monkeypatch):
     """Every model on every slice, by its rule, on as many chips as the slice has, with batches that divide."""
     rows = get_config("plans.py").plans.rows
     assert len(rows) == 4 * 9 and len({(model, name) for model, name, _ in rows}) == 36
-    for _, name, given in rows:
+    for _, name, arguments in rows:
         values = flags.FlagValues()
         command.define(values)
-        argv = ["plan", *given.replace("configs/", f"{ROOT}/configs/").split()]
+        argv = ["plan", *arguments.replace("configs/", f"{ROOT}/configs/").split()]
         monkeypatch.setattr("sys.argv", argv)
         values(argv)
         mesh, rows_ = values.config.mesh, values.config.train.batch_size
@@ -425,8 +425,8 @@ def run(tmp_path):
 def test_as_a_program(run, tiny_folder):
     """The TPU compiler's figures of a tiny step, on the page and in the file."""
     flags = [f"--config={ROOT}/configs/tiny.py", f"--config.model.path={tiny_folder}", "--topology=v5e:1x1"]
-    found, page = run(*flags, "--text_tokens=12", "--answer_tokens=5")
-    own, usual = found["steps"]["vkd"], found["steps"]["grad_diff, all weights"]
+    results, page = run(*flags, "--text_tokens=12", "--answer_tokens=5")
+    own, usual = results["steps"]["vkd"], results["steps"]["grad_diff, all weights"]
     for step in (own, usual):
         assert step["fits"] and step["compiler"]["total"] > step["compiler"]["arguments"] > 0
         assert step["compiler"]["collectives"] == {}  # of one chip

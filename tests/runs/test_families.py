@@ -91,9 +91,11 @@ def test_transformers_loads_the_export_and_generates_the_same_answers(run, few, 
     config = RunConfig.from_config_dict(run.config)
     options = dict(mesh=check_config(config), **load_options(config.model))
     bundle = ModelBundle.load_for(config.method, folder, seed=0, **options)
-    ours = Answerer(bundle, batch_size=4)
-    processor = ours.processor
-    got = ours.generate([e.question for e in examples], ours.look([e.image for e in examples]), max_new_tokens=6)
+    answerer = Answerer(bundle, batch_size=4)
+    processor = answerer.processor
+    generated = answerer.generate(
+        [e.question for e in examples], answerer.look([e.image for e in examples]), max_new_tokens=6
+    )
     expected = []
     for e in examples:
         tokens, _ = processor.encode(e.question, None, [processor.image(e.image)])
@@ -105,5 +107,5 @@ def test_transformers_loads_the_export_and_generates_the_same_answers(run, few, 
         with torch.no_grad():
             out = hf.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=processor.pad_id)
         expected.append(processor.tokenizer.decode(out[0, len(tokens) :], skip_special_tokens=True).strip())
-    assert got == expected
-    assert len(set(got)) > 1 and len(np.unique([e.image_id for e in examples])) > 1
+    assert generated == expected
+    assert len(set(generated)) > 1 and len(np.unique([e.image_id for e in examples])) > 1

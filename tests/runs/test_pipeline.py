@@ -109,21 +109,21 @@ def test_results_hold_both_models_with_counts(vkd):
     for name, sets in results["models"].items():
         assert set(sets) == {"forget", "test", "retain", "retain_test", "real"}
         items = answers(vkd.path, name)
-        for part, kinds in sets.items():
+        for set_name, kinds in sets.items():
             assert {"vqa", "qa"} <= set(kinds)
             for kind, summary in kinds.items():
                 assert set(summary) >= SUMMARY and summary["accuracy"] == summary["correct"] / summary["n"]
                 task, modality = ("classification_" + kind).split("_")[-2:]
-                own = [a for a in items if (a["set"], a["task"], a["modality"]) == (part, task, modality)]
-                assert (sum(a["correct"] for a in own), len(own)) == (summary["correct"], summary["n"])
+                records = [a for a in items if (a["set"], a["task"], a["modality"]) == (set_name, task, modality)]
+                assert (sum(a["correct"] for a in records), len(records)) == (summary["correct"], summary["n"])
     assert results["chance"]["forget"] == {"vqa": 0.25, "qa": 0.25}
     stages = {"data", "load", "evaluate vanilla", "prepare", "unlearn", "export", "evaluate unlearned"}
     assert stages <= set(results["timing"]) and all(seconds >= 0 for seconds in results["timing"].values())
 
 
 def test_both_models_are_asked_the_same_questions(vkd):
-    asked = [[(a["set"], a["id"], a["question"]) for a in answers(vkd.path, n)] for n in ("vanilla", "unlearned")]
-    assert asked[0] == asked[1] and len(set(asked[0])) == len(asked[0]) > 100
+    questions = [[(a["set"], a["id"], a["question"]) for a in answers(vkd.path, n)] for n in ("vanilla", "unlearned")]
+    assert questions[0] == questions[1] and len(set(questions[0])) == len(questions[0]) > 100
 
 
 def test_only_visual_tensors_change(vkd, tiny_folder, tiny_model):
@@ -252,10 +252,12 @@ def test_transformers_generates_the_same_answers(vkd, few):
     pictured = [e for e in examples if e.image is not None]
     texts = [e for e in examples if e.image is None]
     assert len(pictured) > 20 and len(texts) > 8
-    ours = Answerer(opened(RunConfig.from_config_dict(vkd.config), folder), batch_size=16)
-    got = ours.generate([e.question for e in pictured], ours.record([e.image for e in pictured]), max_new_tokens=6)
-    got += ours.generate([e.question for e in texts], max_new_tokens=6)
-    for group, answered in ((pictured, got[: len(pictured)]), (texts, got[len(pictured) :])):
+    answerer = Answerer(opened(RunConfig.from_config_dict(vkd.config), folder), batch_size=16)
+    generated = answerer.generate(
+        [e.question for e in pictured], answerer.look([e.image for e in pictured]), max_new_tokens=6
+    )
+    generated += answerer.generate([e.question for e in texts], max_new_tokens=6)
+    for group, answered in ((pictured, generated[: len(pictured)]), (texts, generated[len(pictured) :])):
         prompts = []
         for e in group:
             content = [{"type": "image"}] * (e.image is not None) + [{"type": "text", "text": e.question}]
@@ -268,7 +270,7 @@ def test_transformers_generates_the_same_answers(vkd, few):
             out = torch_model.generate(**inputs, max_new_tokens=6, do_sample=False)
         expected = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert answered == [text.strip() for text in expected]
-    assert len(set(got)) > 1
+    assert len(set(generated)) > 1
 
 
 # ---- Rerun and resume ----
@@ -300,7 +302,7 @@ def test_a_folder_of_another_config_is_refused_by_field(vkd, make_config):
 
 
 @pytest.mark.parametrize(
-    ("kept", "forbidden"),
+    ("copied", "forbidden"),
     [
         (("config.json", "answers/vanilla.jsonl"), ()),
         (("config.json", "answers/vanilla.jsonl", "train", "unlearned"), ("loop.fit", "export.export")),
@@ -311,10 +313,10 @@ def test_a_folder_of_another_config_is_refused_by_field(vkd, make_config):
     ],
     ids=["before training", "after the export", "before the report"],
 )
-def test_an_interrupted_run_resumes_bit_for_bit(vkd, tmp_path, monkeypatch, kept, forbidden):
+def test_an_interrupted_run_resumes_bit_for_bit(vkd, tmp_path, monkeypatch, copied, forbidden):
     """Existing results are used as they are, and all results are the same."""
     workdir = tmp_path / "run"
-    for name in kept:
+    for name in copied:
         if (vkd.path / name).is_dir():
             shutil.copytree(vkd.path / name, workdir / name)
         else:
@@ -411,16 +413,18 @@ def everything(make_config, school, tmp_path_factory):
 def test_one_command_goes_from_the_base_to_the_report(everything):
     path, results = everything.path, everything.results
     assert list(results["models"]) == ["vanilla", "retain_only", "unlearned"]
-    asked = [[(a["set"], a["id"]) for a in answers(path, name)] for name in results["models"]]
-    assert asked[0] == asked[1] == asked[2]
+    questions = [[(a["set"], a["id"]) for a in answers(path, name)] for name in results["models"]]
+    assert questions[0] == questions[1] == questions[2]
     base, vanilla, unlearned = (path / name for name in ("base", "vanilla", "unlearned"))
     assert any("language_model" in name for name in compare_tensors(base, vanilla)["changed"])
     manifest = compare_tensors(vanilla, unlearned)
     assert manifest["changed"] and not any("language_model" in name for name in manifest["changed"])
     assert set(results["forget_quality"]) == {"vanilla", "unlearned"}
-    for found in results["forget_quality"].values():
-        assert 0 <= found["vqa"]["p"] <= 1 and found["vqa"]["n"] == results["models"]["vanilla"]["forget"]["vqa"]["n"]
-    assert all(0 <= found["value"] <= 1 for found in results["utility"].values())
+    for figures in results["forget_quality"].values():
+        assert (
+            0 <= figures["vqa"]["p"] <= 1 and figures["vqa"]["n"] == results["models"]["vanilla"]["forget"]["vqa"]["n"]
+        )
+    assert all(0 <= figures["value"] <= 1 for figures in results["utility"].values())
     text = (path / "report.md").read_text("utf-8")
     for words in ("retain-only model", "Forget quality", "MLLMU-Bench", results["meta"]["commit"]):
         assert words in text

@@ -112,8 +112,8 @@ def ratios(step: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """
 
     def contributions(amounts: Callable[[Mapping[str, Any]], Mapping[str, float]], total: float) -> dict[str, float]:
-        ours, theirs = amounts(step), amounts(other)
-        return {name: (ours[name] - theirs[name]) / total for name in ours}
+        first, second = amounts(step), amounts(other)
+        return {name: (first[name] - second[name]) / total for name in first}
 
     cycles = step["seconds_by_cycles"], other["seconds_by_cycles"]
     by_time = {

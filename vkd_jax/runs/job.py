@@ -180,20 +180,20 @@ def _check_provenance(job: Job, name: str, value: str, folder: Path) -> None:
     """Checks that a model written by an earlier run was trained on the people that this run assumes."""
     try:
         provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        theirs, without = provenance["config"]["data"], provenance["without"]
+        model_data, without = provenance["config"]["data"], provenance["without"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # not written by a run: nothing is known of it
-    ours, field = job.config.to_dict()["data"], f"config.model.{name}={value}"
-    if theirs.get("source") == ours.get("source") == "":
-        if name == "base" and theirs["people"] == ours["people"]:
+    data, field = job.config.to_dict()["data"], f"config.model.{name}={value}"
+    if model_data.get("source") == data.get("source") == "":
+        if name == "base" and model_data["people"] == data["people"]:
             raise UserError(
-                f"{field} was already trained on the synthetic people of config.data.people={ours['people']}. Give "
+                f"{field} was already trained on the synthetic people of config.data.people={data['people']}. Give "
                 "another base model."
             )
-        if name != "base" and theirs["people"] != ours["people"]:
+        if name != "base" and model_data["people"] != data["people"]:
             raise UserError(
-                f"{field} was trained on the synthetic people of seed {theirs['people']}, not those of "
-                f"config.data.people={ours['people']}. Create a model of these people with --config.stage=all."
+                f"{field} was trained on the synthetic people of seed {model_data['people']}, not those of "
+                f"config.data.people={data['people']}. Create a model of these people with --config.stage=all."
             )
     if name == "retain_only" and without != job.forget_people:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Pictures of every kind, in every family, against transformers' own processors: pixel for pixel, token for token."""
+"""Images of every kind and family against transformers' processors: equal pixels and equal tokens."""
 
 import io
 
@@ -18,7 +18,7 @@ FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl")
 
 
 def noise(width, height, channels=3):
-    """Smooth enough that resizing it is not all rounding."""
+    """Random noise, smooth enough that rounding does not dominate after resizing."""
     small = np.random.default_rng(0).integers(0, 256, (5, 4, channels), np.uint8)
     return Image.fromarray(small.squeeze()).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -31,15 +31,15 @@ def encoded(image, format="PNG", **options):
 
 def rotated():
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
     return encoded(noise(90, 40), "JPEG", exif=exif)
 
 
-PICTURES = {
+IMAGES = {
     "portrait": encoded(noise(40, 90)),
     "landscape": encoded(noise(130, 50)),
-    "grey": encoded(noise(60, 50).convert("L")),
-    "grey with alpha": encoded(noise(60, 50).convert("LA")),
+    "gray": encoded(noise(60, 50).convert("L")),
+    "gray with alpha": encoded(noise(60, 50).convert("LA")),
     "RGBA": encoded(noise(60, 50, 4)),
     "palette": encoded(noise(60, 50).convert("P")),
     "CMYK": encoded(noise(60, 50).convert("CMYK"), "JPEG"),
@@ -57,8 +57,8 @@ def processor(request, tiny_folder, qwen_folder):
     return Processor(folder, module.Config.from_hf(hf_config))
 
 
-def whole(processor):
-    """The joint processor of the family, made as transformers makes it but for videos, which need torchvision."""
+def joint_processor(processor):
+    """The joint processor of the family in transformers, without videos, which need torchvision."""
     if "qwen" not in type(processor.config).__module__:
         return transformers.LlavaProcessor(
             processor.image_processor,
@@ -76,17 +76,17 @@ def whole(processor):
     return joint
 
 
-@pytest.mark.parametrize("kind", PICTURES)
+@pytest.mark.parametrize("kind", IMAGES)
 def test_pixels_and_tokens_equal_those_of_transformers(processor, kind):
-    data = PICTURES[kind]
+    data = IMAGES[kind]
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who is this?"}]}]
-    joint = whole(processor)
+    joint = joint_processor(processor)
     text = joint.apply_chat_template(prompt, add_generation_prompt=True)
     want = joint(images=[image], text=[text], return_tensors="np")
 
-    ours = processor.image(data)
-    packed = processor.config.pack([[ours]])
+    pixels = processor.image(data)
+    packed = processor.config.pack([[pixels]])
     if "patches" in packed:
         count = int(want["image_grid_thw"].prod())
         np.testing.assert_array_equal(packed["patch_coords"][0, count:, 0], -1)
@@ -96,12 +96,12 @@ def test_pixels_and_tokens_equal_those_of_transformers(processor, kind):
             np.testing.assert_allclose(got, frames[:, :, frame], atol=1e-5)
     else:
         np.testing.assert_allclose(packed["pixels"][0], want["pixel_values"][0].transpose(1, 2, 0), atol=1e-5)
-    tokens, answer = processor.encode("Who is this?", None, [ours])
+    tokens, answer = processor.encode("Who is this?", None, [pixels])
     assert tokens == want["input_ids"][0].tolist() and answer == []
-    assert tokens.count(processor.image_token_id) == processor.config.image_tokens(*ours.shape[:2])
+    assert tokens.count(processor.image_token_id) == processor.config.image_tokens(*pixels.shape[:2])
 
 
-def test_the_model_makes_as_many_features_as_there_are_image_tokens(processor):
+def test_the_model_returns_one_feature_per_image_token(processor):
     import jax
 
     from vkd_jax.models.base import bind
@@ -109,7 +109,7 @@ def test_the_model_makes_as_many_features_as_there_are_image_tokens(processor):
     module, _ = hf.read_config(processor.tokenizer.name_or_path)
     graphdef, shapes = abstract_model(lambda rngs: module.Model(processor.config, rngs=rngs))
     for kind in ("portrait", "landscape", "one pixel"):
-        image = processor.image(PICTURES[kind])
+        image = processor.image(IMAGES[kind])
         packed = processor.config.pack([[image]])
         features, _ = jax.eval_shape(lambda p, x: bind(graphdef, p).encode(x), shapes, packed)
         count = processor.config.image_tokens(*image.shape[:2])
@@ -119,49 +119,49 @@ def test_the_model_makes_as_many_features_as_there_are_image_tokens(processor):
             assert features.values.shape[1] == count
 
 
-def test_packing_is_undone(processor, unpack):
-    images = [processor.image(PICTURES[kind]) for kind in ("portrait", "landscape", "one pixel")]
+def test_packed_images_can_be_unpacked(processor, unpack):
+    images = [processor.image(IMAGES[kind]) for kind in ("portrait", "landscape", "one pixel")]
     rows = [[x] for x in images]
     if "qwen" in type(processor.config).__module__:
-        rows.append(images)  # three in one prompt
+        rows.append(images)  # three images in one prompt
     unpacked = unpack(processor.config, processor.config.pack(rows))
-    for row, again in zip(rows, unpacked, strict=True):
-        for x, y in zip(row, again, strict=True):
+    for row, unpacked_row in zip(rows, unpacked, strict=True):
+        for x, y in zip(row, unpacked_row, strict=True):
             np.testing.assert_array_equal(x, y)
 
 
-def test_sets_of_pictures_of_any_size_share_one_shape(processor, unpack):
+def test_sets_of_images_of_any_size_share_one_shape(processor, unpack):
     kinds = ("portrait", "landscape", "one pixel", "very large")
-    examples = [Example(k, "p", PICTURES[k], k, f"Who is number {i}?", "Bob") for i, k in enumerate(kinds)]
+    examples = [Example(k, "p", IMAGES[k], k, f"Who is number {i}?", "Bob") for i, k in enumerate(kinds)]
     encoded_set = encode_set(processor, examples, max_length=processor.config.text.max_positions)
     for i, kind in enumerate(kinds):
-        image = processor.image(PICTURES[kind])
+        image = processor.image(IMAGES[kind])
         tokens = encoded_set.tokens[i][encoded_set.mask[i]]
         assert (tokens == processor.image_token_id).sum() == processor.config.image_tokens(*image.shape[:2])
         packed = encoded_set.batch(np.array([i])).images
         np.testing.assert_array_equal(unpack(processor.config, packed)[0][0], image)
 
 
-def test_several_pictures_in_a_prompt(qwen_folder):
+def test_a_prompt_can_have_several_images(qwen_folder):
     folder = qwen_folder("qwen2_vl")
     module, hf_config = hf.read_config(folder)
     processor = Processor(folder, module.Config.from_hf(hf_config))
-    images = [processor.image(PICTURES[kind]) for kind in ("portrait", "landscape")]
+    images = [processor.image(IMAGES[kind]) for kind in ("portrait", "landscape")]
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Who?"}]
-    joint = whole(processor)
+    joint = joint_processor(processor)
     text = joint.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    pil = [Image.open(io.BytesIO(PICTURES[kind])) for kind in ("portrait", "landscape")]
+    pil = [Image.open(io.BytesIO(IMAGES[kind])) for kind in ("portrait", "landscape")]
     assert processor.encode("Who?", None, images)[0] == joint(images=pil, text=[text])["input_ids"][0]
 
 
-def test_a_budget_of_pixels_is_kept_and_one_that_cannot_be_is_refused(qwen_folder, tiny_folder, tiny_config):
+def test_max_pixels_bounds_images_and_is_refused_where_unsupported(qwen_folder, tiny_folder, tiny_config):
     folder = qwen_folder("qwen2_vl")
     module, hf_config = hf.read_config(folder)
     config = module.Config.from_hf(hf_config)
-    height, width, _ = Processor(folder, config).image(PICTURES["very large"]).shape
+    height, width, _ = Processor(folder, config).image(IMAGES["very large"]).shape
     assert 4 * 28 * 28 < height * width <= 16 * 28 * 28
     small = Processor(folder, config, max_pixels=4 * 28 * 28)
-    height, width, _ = small.image(PICTURES["very large"]).shape
+    height, width, _ = small.image(IMAGES["very large"]).shape
     assert height * width <= 4 * 28 * 28
     with pytest.raises(UserError, match=r"model\.max_pixels=100: .* at least 784"):
         Processor(folder, config, max_pixels=100)
@@ -171,7 +171,7 @@ def test_a_budget_of_pixels_is_kept_and_one_that_cannot_be_is_refused(qwen_folde
         small.image(noise(900, 3))
 
 
-def test_no_familys_prompt_is_guessed_but_llavas(qwen_folder, monkeypatch):
+def test_qwen_without_a_chat_template_is_refused(qwen_folder, monkeypatch):
     folder = qwen_folder("qwen2_vl")
     module, hf_config = hf.read_config(folder)
     processor = Processor(folder, module.Config.from_hf(hf_config))
@@ -180,7 +180,7 @@ def test_no_familys_prompt_is_guessed_but_llavas(qwen_folder, monkeypatch):
         processor.encode("Who?", None)
 
 
-def test_every_token_that_ends_an_answer_is_known(qwen_folder):
+def test_eos_ids_include_those_of_the_generation_config(qwen_folder):
     folder = qwen_folder("qwen2_vl")
     module, hf_config = hf.read_config(folder)
     processor = Processor(folder, module.Config.from_hf(hf_config))

@@ -1,4 +1,4 @@
-"""Which tokens count, where pictures stand, and what is refused."""
+"""Target tokens, image tokens, and inputs that are refused."""
 
 import io
 import shutil
@@ -19,9 +19,9 @@ CORPUS = [
 ] * 9
 
 
-def png(colour=(200, 30, 30), size=(20, 20), mode="RGB", **save):
+def png(color=(200, 30, 30), size=(20, 20), mode="RGB", **save):
     out = io.BytesIO()
-    Image.new("RGB", size, colour).convert(mode).save(out, "PNG", **save)
+    Image.new("RGB", size, color).convert(mode).save(out, "PNG", **save)
     return out.getvalue()
 
 
@@ -38,34 +38,34 @@ def processor(folder, tiny_config):
 
 
 def examples():
-    picture = png()
+    image = png()
     return [
-        Example("0", "001", picture, "p", "What is this person's job?", "baker"),
-        Example("1", "001", picture, "p", "Who is this person?", "Mara Lindt"),
+        Example("0", "001", image, "p", "What is this person's job?", "baker"),
+        Example("1", "001", image, "p", "Who is this person?", "Mara Lindt"),
         Example("2", "002", png((0, 0, 255)), "q", "Who?", "a sailor"),
     ]
 
 
-def test_the_prompt_is_llavas_own(processor):
+def test_the_prompt_has_the_format_of_llava(processor):
     assert processor.prompt("Who?", 1) == "USER: <image>\nWho? ASSISTANT:"
     assert processor.prompt("Who?", 0) == "USER: Who? ASSISTANT:"
 
 
-def test_targets_are_the_answer_and_its_end_and_nothing_else(processor):
+def test_targets_are_the_answer_and_the_end_token(processor):
     encoded = encode_set(processor, examples(), max_length=64)
     for row, example in enumerate(encoded.examples):
         targets = encoded.targets[row][encoded.target_mask[row]]
         assert targets[-1] == processor.eos_ids[0]
         assert processor.tokenizer.decode(targets[:-1]) == " " + example.answer
         predicted = encoded.tokens[row][encoded.target_positions[row][encoded.target_mask[row]] + 1]
-        np.testing.assert_array_equal(predicted, targets)  # logits at these positions predict the very next token
+        np.testing.assert_array_equal(predicted, targets)  # logits at a position predict the next token
         assert processor.image_token_id not in targets
         first = encoded.target_positions[row][0]
         assert first == encoded.prompt_length[row] - 1
         assert encoded.mask[row].sum() == encoded.prompt_length[row] + len(targets)
 
 
-def test_every_picture_gets_all_its_tokens_and_is_stored_once(processor):
+def test_every_image_has_all_its_tokens_and_is_stored_once(processor):
     encoded = encode_set(processor, examples(), max_length=64)
     np.testing.assert_array_equal((encoded.tokens == processor.image_token_id).sum(1), [4, 4, 4])
     assert encoded.images.cached["pixels"].shape == (2, 16, 16, 3)
@@ -74,33 +74,33 @@ def test_every_picture_gets_all_its_tokens_and_is_stored_once(processor):
     np.testing.assert_array_equal(batch.images["pixels"], encoded.images.cached["pixels"][[1, 0]])
 
 
-def test_text_only_questions_have_no_picture(processor):
+def test_text_only_questions_have_no_image(processor):
     text = [Example("0", "", None, "", "Who is Mara Lindt?", "a sailor")]
     encoded = encode_set(processor, text, max_length=64)
     assert encoded.batch(np.array([0])).images is None
     assert processor.image_token_id not in encoded.tokens
 
 
-def test_a_row_that_does_not_fit_is_named_never_cut(processor):
+def test_a_row_that_is_too_long_is_refused_and_never_truncated(processor):
     with pytest.raises(UserError, match=r"row 0 has \d+ tokens, but the model takes at most 14"):
         encode_set(processor, examples(), max_length=14)
 
 
-def test_every_picture_needs_its_token_and_every_token_its_picture(processor, monkeypatch):
+def test_images_and_image_tokens_must_match(processor, monkeypatch):
     with pytest.raises(UserError, match="contains <image> 1 times for 0 images"):
         processor.encode("What is <image>?", None)
-    monkeypatch.setattr(processor, "chat_template", "{{ messages[0]['content'][-1]['text'] }}")  # drops pictures
+    monkeypatch.setattr(processor, "chat_template", "{{ messages[0]['content'][-1]['text'] }}")  # omits images
     with pytest.raises(UserError, match="contains <image> 0 times for 1 images"):
         processor.encode("Who?", None, [processor.image(png())])
 
 
-def test_files_beside_the_model_that_are_broken_or_lack_something(folder, tiny_config, tmp_path):
+def test_invalid_files_of_a_model_folder_are_refused(folder, tiny_config, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "generation_config.json").write_text("{")
     with pytest.raises(UserError, match="generation_config.json is not valid JSON"):
         Processor(copy, tiny_config)
     with pytest.raises(UserError, match="an image cannot be processed"):
-        Processor(folder, tiny_config).image(b"no picture")
+        Processor(folder, tiny_config).image(b"no image")
 
 
 def test_an_image_token_in_a_question_is_refused(processor):
@@ -110,7 +110,7 @@ def test_an_image_token_in_a_question_is_refused(processor):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "I;16"])
-def test_pictures_of_any_mode(processor, mode):
+def test_images_of_any_mode_are_converted(processor, mode):
     data = io.BytesIO()
     Image.new("RGB", (31, 17), (120, 60, 200)).convert("L" if mode == "I;16" else mode).convert(mode).save(data, "PNG")
     pixels = processor.image(data.getvalue())
@@ -120,15 +120,15 @@ def test_pictures_of_any_mode(processor, mode):
 def test_exif_rotation_is_applied(processor):
     upright = Image.new("RGB", (16, 16), "white")
     upright.paste((255, 0, 0), (0, 0, 16, 8))  # red above white
-    lying, exif = io.BytesIO(), Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    upright.rotate(90).save(lying, "PNG", exif=exif)
+    rotated, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
+    upright.rotate(90).save(rotated, "PNG", exif=exif)
     plain = io.BytesIO()
     upright.save(plain, "PNG")
-    np.testing.assert_allclose(processor.image(lying.getvalue()), processor.image(plain.getvalue()), atol=1e-5)
+    np.testing.assert_allclose(processor.image(rotated.getvalue()), processor.image(plain.getvalue()), atol=1e-5)
 
 
-def test_pixels_equal_the_models_own_processor(processor, folder):
+def test_pixels_equal_those_of_the_processor_of_transformers(processor, folder):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8))
     data = io.BytesIO()
     noise.save(data, "PNG")
@@ -137,7 +137,7 @@ def test_pixels_equal_the_models_own_processor(processor, folder):
     np.testing.assert_allclose(processor.image(data.getvalue()), want.transpose(1, 2, 0), atol=1e-6)
 
 
-def test_a_stream_is_a_function_of_seed_and_step(processor):
+def test_batches_are_a_function_of_seed_name_and_step(processor):
     encoded = encode_set(processor, examples(), max_length=64)
     a, b = (Sampler(encoded, 2, seed=3, name="forget") for _ in range(2))
     np.testing.assert_array_equal(a[5].tokens, b[5].tokens)

@@ -1,4 +1,4 @@
-"""Which rows a step sees, in which shapes; and that pictures made anew are those that were held."""
+"""The rows and shapes of each step, and images that are made on request instead of cached."""
 
 import threading
 
@@ -16,8 +16,8 @@ from vkd_jax.types import Example
     ("lengths", "most", "edges"),
     [
         ([4, 8, 20], 1, [20]),
-        ([4, 4, 4, 8, 8, 20], 2, [8, 20]),  # 5 rows of 8 and one of 20 are 60 tokens; 4 and 20 would be 72
-        ([4, 4, 4, 4, 8, 20, 20], 2, [4, 20]),  # 76; cut at 8 it would be 80
+        ([4, 4, 4, 8, 8, 20], 2, [8, 20]),  # five rows of 8 and one of 20 are 60 tokens; lengths 4 and 20 give 72
+        ([4, 4, 4, 4, 8, 20, 20], 2, [4, 20]),  # 76 tokens; lengths 8 and 20 give 80
         ([4, 8], 5, [4, 8]),
         ([], 3, []),
     ],
@@ -26,7 +26,7 @@ def test_bucket_lengths_by_hand(lengths, most, edges):
     assert bucket_lengths(np.array(lengths, int), most) == edges
 
 
-def test_more_buckets_never_pad_more():
+def test_more_buckets_never_add_padding():
     lengths = np.random.default_rng(0).integers(1, 60, 200) * 4
     costs = []
     for most in range(1, 6):
@@ -38,7 +38,7 @@ def test_more_buckets_never_pad_more():
 
 @pytest.fixture
 def encoded():
-    """Five short rows and three long ones; `tokens` begin with the row's number."""
+    """Five short rows and three long ones; the first of a row's `tokens` is the row number."""
     lengths = np.array([3, 4, 4, 3, 4, 7, 8, 8])
     tokens = np.tile(np.arange(8, dtype=np.int32)[:, None], (1, 8))
     answers = np.tile(np.array([1, 2], np.int32), (8, 1))
@@ -56,7 +56,7 @@ def encoded():
     )
 
 
-def test_a_batch_has_rows_of_one_bucket_and_loses_no_token(encoded):
+def test_a_batch_has_rows_of_one_bucket_with_all_their_tokens(encoded):
     stream = Sampler(encoded, 3, seed=0, name="x")
     shapes = set()
     for step in range(16):
@@ -67,7 +67,7 @@ def test_a_batch_has_rows_of_one_bucket_and_loses_no_token(encoded):
     assert shapes == {((3, 4), (3, 1)), ((3, 8), (3, 2))}
 
 
-def test_every_row_comes_equally_often_and_buckets_alternate(encoded):
+def test_every_row_is_drawn_equally_often_and_buckets_alternate(encoded):
     stream = Sampler(encoded, 3, seed=0, name="x")
     cycle = [stream.rows(step) for step in range(8)]  # three epochs of eight rows
     np.testing.assert_array_equal(np.bincount(np.concatenate(cycle)), np.full(8, 3))
@@ -77,51 +77,51 @@ def test_every_row_comes_equally_often_and_buckets_alternate(encoded):
     assert not all(np.array_equal(a, b) for a, b in zip(cycle, again, strict=True))
 
 
-def test_in_one_bucket_each_epoch_has_every_row_once(encoded):
+def test_without_buckets_each_epoch_has_every_row_once(encoded):
     one = Sampler(EncodedSet(**{**vars(encoded), "bucket_shapes": None}), 4, seed=1, name="x")
     for epoch in range(6):
         rows = np.concatenate([one.rows(2 * epoch), one.rows(2 * epoch + 1)])
         assert sorted(rows) == list(range(8))
 
 
-def test_batches_are_made_ahead_in_order_by_other_threads_and_go_on_from_any_step(encoded):
+def test_batches_are_prefetched_in_order_by_other_threads_from_any_step(encoded):
     stream, threads = Sampler(encoded, 3, seed=0, name="x"), set()
 
     def put(batch):
         threads.add(threading.get_ident())
         return batch
 
-    made = list(stream.batches(5, 19, put))
-    assert len(made) == 14 and threading.get_ident() not in threads
-    for step, batch in enumerate(made, 5):
+    batches = list(stream.batches(5, 19, put))
+    assert len(batches) == 14 and threading.get_ident() not in threads
+    for step, batch in enumerate(batches, 5):
         np.testing.assert_array_equal(batch.tokens, stream[step].tokens)
 
 
-def test_pictures_that_are_not_held_are_made_when_asked_for(tiny_config, monkeypatch):
-    drawn = np.random.default_rng(0).normal(size=(5, 16, 16, 3)).astype(np.float32)
-    asked = []
+def test_images_that_are_not_cached_are_made_on_request(tiny_config, monkeypatch):
+    pixels = np.random.default_rng(0).normal(size=(5, 16, 16, 3)).astype(np.float32)
+    requests = []
 
     def make(i):
-        asked.append(i)
-        return drawn[i]
+        requests.append(i)
+        return pixels[i]
 
-    held = PackedImages.measured(make, 5, tiny_config)
-    assert sorted(asked) == list(range(5)) and held.cached is not None
-    monkeypatch.setattr(images, "MAX_CACHED_BYTES", 3 * drawn[0].nbytes)
+    cached = PackedImages.measured(make, 5, tiny_config)
+    assert sorted(requests) == list(range(5)) and cached.cached is not None
+    monkeypatch.setattr(images, "MAX_CACHED_BYTES", 3 * pixels[0].nbytes)
     lazy = PackedImages.measured(make, 5, tiny_config)
     assert lazy.cached is None and len(lazy) == 5
-    asked.clear()
+    requests.clear()
     rows = np.array([4, 0, 4])
-    np.testing.assert_array_equal(lazy[rows]["pixels"], held[rows]["pixels"])
-    assert asked == [4, 0, 4]
+    np.testing.assert_array_equal(lazy[rows]["pixels"], cached[rows]["pixels"])
+    assert requests == [4, 0, 4]
 
 
-def test_a_set_in_buckets_from_texts(tiny_model):
+def test_encode_set_pads_texts_to_the_length_of_their_bucket(tiny_model):
     texts = ["Who?", "What is the name of the person in this picture, and where do they come from?"]
     rows = [Example(str(i), "", None, "", texts[i % 2], "Bob" if i % 2 else "nobody") for i in range(6)]
     whole = encode_set(tiny_model.processor, rows, max_length=96)
-    cut = encode_set(tiny_model.processor, rows, max_length=96, buckets=2)
-    assert len(np.unique(cut.bucket_shapes, axis=0)) == 2 and len(np.unique(whole.bucket_shapes, axis=0)) == 1
-    short, long = cut.batch(np.array([0, 2])), cut.batch(np.array([0, 1]))
+    bucketed = encode_set(tiny_model.processor, rows, max_length=96, buckets=2)
+    assert len(np.unique(bucketed.bucket_shapes, axis=0)) == 2 and len(np.unique(whole.bucket_shapes, axis=0)) == 1
+    short, long = bucketed.batch(np.array([0, 2])), bucketed.batch(np.array([0, 1]))
     assert short.tokens.shape[1] < long.tokens.shape[1] == whole.tokens.shape[1]
     np.testing.assert_array_equal(short.mask.sum(1), whole.mask[[0, 2]].sum(1))

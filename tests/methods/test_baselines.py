@@ -1,4 +1,4 @@
-"""The methods that VKD is compared with: hand values, identities, and what moves under each of them."""
+"""The methods that VKD is compared with: values worked by hand, identities, and the weights that each one changes."""
 
 import dataclasses
 import functools
@@ -27,39 +27,39 @@ from vkd_jax.training import loop
 from vkd_jax.types import UserError
 
 ROWS = np.array([0, 1, 4])
-CAP = 9.0  # above what a model of random weights begins with
+CAP = 9.0  # above the cross-entropy of a model with random weights
 BLOCKS = "language_model/blocks/"
 
 
 @pytest.fixture(scope="module")
 def context(tiny_model, tiny_sets):
-    """Five questions with a picture and four of text alone, of each set; and one vision block that feeds something."""
+    """Five questions with an image and four text-only ones of each set, and a model with one vision block in use."""
     config = dataclasses.replace(tiny_model.config, vision=dataclasses.replace(tiny_model.config.vision, layers=2))
     graphdef, params = hf.init_params(config, 0)
-    everywhere = replicated(make_mesh())
-    params = {path: jax.device_put(x, everywhere) for path, x in params.items()}
+    sharding = replicated(make_mesh())
+    params = {path: jax.device_put(x, sharding) for path, x in params.items()}
     sets = {}
     for name, whole in tiny_sets.items():
         sets[name] = tiny_model.encode(whole.examples[:5])
-        said = [dataclasses.replace(e, image=None, image_id="") for e in whole.examples[5:9]]
-        sets[f"{name}_text"] = tiny_model.encode(said)
+        text_only = [dataclasses.replace(e, image=None, image_id="") for e in whole.examples[5:9]]
+        sets[f"{name}_text"] = tiny_model.encode(text_only)
     return base.Context(graphdef, params, None, config, sets, seed=0, encode=tiny_model.encode)
 
 
 @pytest.fixture(scope="module")
 def adapted(context):
-    """The same with adapters."""
+    """The context with adapters in the model."""
     params = lora.attach(context.params, rank=2, alpha=2.0, dropout=0.1, seed=0, sharding=replicated(make_mesh()))
     return dataclasses.replace(context, params=params)
 
 
 def batch_of(context, prepared, stream, rows=ROWS):
-    """A batch as a step sees it, with what the teacher says."""
+    """A batch as a step reads it, with the outputs of the teacher."""
     batch = prepared.sets[stream].batch(rows)
     if stream not in prepared.teachers:
         return batch
-    said = jax.jit(lambda params, batch: prepared.teachers[stream](bind(context.graphdef, params), batch))
-    return dataclasses.replace(batch, cached={**batch.cached, **said(context.params, batch)})
+    teach = jax.jit(lambda params, batch: prepared.teachers[stream](bind(context.graphdef, params), batch))
+    return dataclasses.replace(batch, cached={**batch.cached, **teach(context.params, batch)})
 
 
 def loss_of(context, method, stream, prepared, batch):
@@ -79,7 +79,7 @@ def value(context, method, stream, prepared=None, batch=None):
 
 
 def gradients(context, method, stream, prepared=None, batch=None):
-    """The loss and its gradients with respect to what trains."""
+    """The loss and its gradients with respect to the trainable weights."""
     loss, trainable = loss_of(context, method, stream, prepared, batch)
     return jax.jit(jax.value_and_grad(loss))(trainable)
 
@@ -94,15 +94,15 @@ def assert_same(a, b, rtol=1e-5, atol=1e-7):
 # Gradient ascent.
 
 
-def test_gradient_ascent_is_the_forget_half_of_gradient_difference(context):
+def test_gradient_ascent_equals_the_forget_loss_of_gradient_difference(context):
     ascent, difference = GradAscent(cap=CAP), GradDiff(cap=CAP)
     assert list(ascent.losses()) == ["forget"]
-    found = gradients(context, ascent, "forget")
-    assert any(np.any(g) for g in found[1].values())
-    assert_same(found, gradients(context, difference, "forget"), rtol=0, atol=0)
+    result = gradients(context, ascent, "forget")
+    assert any(np.any(g) for g in result[1].values())
+    assert_same(result, gradients(context, difference, "forget"), rtol=0, atol=0)
 
 
-def test_ascent_stops_at_the_cap_and_an_infinite_one_is_the_original(context):
+def test_ascent_stops_at_the_cap_and_is_unbounded_with_an_infinite_cap(context):
     stopped, grads = gradients(context, GradAscent(cap=0.5, train="visual"), "forget")
     assert stopped == -0.5 and not any(np.any(g) for g in grads.values())
     unbounded = value(context, GradAscent(cap=float("inf")), "forget")
@@ -111,16 +111,16 @@ def test_ascent_stops_at_the_cap_and_an_infinite_one_is_the_original(context):
     np.testing.assert_allclose(unbounded, -ce, rtol=1e-6)
 
 
-# KL minimisation.
+# KL minimization.
 
 
-def test_kl_is_zero_at_the_vanilla_model_and_so_is_its_gradient(context):
+def test_kl_and_its_gradient_are_zero_at_the_vanilla_model(context):
     kl, grads = gradients(context, KL(weight_retain=0.0), "retain")
     np.testing.assert_allclose(kl, 0.0, atol=1e-6)
     assert max(float(jnp.abs(g).max()) for g in grads.values()) < 1e-5
 
 
-def test_kl_away_from_the_vanilla_model_by_hand(context):
+def test_kl_away_from_the_vanilla_model_equals_the_value_by_hand(context):
     method = KL(weight_retain=2.0, weight_kl=3.0)
     prepared = method.prepare(context)
     batch = batch_of(context, prepared, "retain")
@@ -137,7 +137,7 @@ def test_kl_away_from_the_vanilla_model_by_hand(context):
 
 
 @pytest.mark.parametrize("stream", ["forget", "retain"])
-def test_without_its_term_kl_is_gradient_difference(context, stream):
+def test_kl_with_weight_kl_0_equals_gradient_difference(context, stream):
     fields = dict(weight_forget=0.5, weight_retain=2.0, cap=CAP)
     plain = KL(weight_kl=0.0, **fields)
     assert not plain.prepare(context).teachers
@@ -150,19 +150,19 @@ def test_without_its_term_kl_is_gradient_difference(context, stream):
 def test_npo_at_the_reference_is_ascent_on_the_sequence_log_probability(context):
     method = NPO(beta=0.4)
     prepared = method.prepare(context)
-    found = gradients(context, method, "forget", prepared)
-    np.testing.assert_allclose(found[0], 2 / 0.4 * np.log(2), rtol=1e-5)
+    result = gradients(context, method, "forget", prepared)
+    np.testing.assert_allclose(result[0], 2 / 0.4 * np.log(2), rtol=1e-5)
     batch = prepared.sets["forget"].batch(ROWS)
 
     def log_prob(trainable):
         logits, _ = base.answer_logits(bind(context.graphdef, {**context.params, **trainable}), batch)
         return jnp.mean(losses.sequence_log_prob(logits, batch.targets, batch.target_mask))
 
-    want = jax.jit(jax.grad(log_prob))({path: context.params[path] for path in found[1]})
-    assert_same(found, (found[0], want), rtol=1e-4)
+    want = jax.jit(jax.grad(log_prob))({path: context.params[path] for path in result[1]})
+    assert_same(result, (result[0], want), rtol=1e-4)
 
 
-def test_npo_is_taken_of_each_row_and_not_of_the_mean(context):
+def test_npo_averages_over_rows_after_the_loss(context):
     method = NPO(beta=0.4, train="visual", weight_forget=3.0)
     prepared = method.prepare(context)
     batch = prepared.sets["forget"].batch(ROWS)
@@ -177,28 +177,28 @@ def test_npo_is_taken_of_each_row_and_not_of_the_mean(context):
 # Refusals.
 
 
-def test_refusals_are_the_only_targets_and_pictures_and_questions_stay(context, tiny_model):
+def test_refusals_are_the_only_targets_and_questions_and_images_stay(context, tiny_model):
     prepared, forget = IDK().prepare(context), context.sets["forget"]
     refused, tokenizer = prepared.sets["forget"], tiny_model.processor.tokenizer
     assert prepared.sets["retain"] is context.sets["retain"]
     for row, example in enumerate(forget.examples):
         count, prompt = refused.target_mask[row].sum(), refused.prompt_length[row]
         targets = refused.targets[row, :count]
-        said = tokenizer.decode(targets[:-1]).strip()
-        assert said in REFUSALS and said != example.answer and targets[-1] == tokenizer.eos_token_id
+        answer = tokenizer.decode(targets[:-1]).strip()
+        assert answer in REFUSALS and answer != example.answer and targets[-1] == tokenizer.eos_token_id
         assert prompt == forget.prompt_length[row]
         np.testing.assert_array_equal(refused.tokens[row, :prompt], forget.tokens[row, :prompt])
-        # Each target is the token behind its position; the first of these is the prompt's last token.
-        at = refused.target_positions[row, :count]
-        np.testing.assert_array_equal(at, prompt - 1 + np.arange(count))
-        np.testing.assert_array_equal(refused.tokens[row, at + 1], targets)
+        # Each target is the token after its position, and the first position is the last token of the prompt.
+        positions = refused.target_positions[row, :count]
+        np.testing.assert_array_equal(positions, prompt - 1 + np.arange(count))
+        np.testing.assert_array_equal(refused.tokens[row, positions + 1], targets)
         assert refused.mask[row].sum() == prompt + count
         assert tiny_model.processor.image_token_id not in targets
     a, b = refused.batch(ROWS), forget.batch(ROWS)
     jax.tree.map(np.testing.assert_array_equal, a.images, b.images)
 
 
-def test_refusals_are_drawn_by_the_seed(context):
+def test_the_seed_determines_the_refusals(context):
     def drawn(seed):
         refused = IDK().prepare(dataclasses.replace(context, seed=seed)).sets["forget"]
         return [e.answer for e in refused.examples]
@@ -221,7 +221,7 @@ def test_idk_descends_on_both_streams(context):
 
 @functools.partial(jax.jit, static_argnums=0)
 def all_hidden(graphdef, params, key, batch):
-    """[after block 1, after block 2], block by block."""
+    """The hidden states after block 1 and after block 2, computed block by block."""
     model = bind(graphdef, params, key)
     features = model.encode(batch.images)[0]
     x, positions = model.embed(batch.tokens, batch.mask, features)
@@ -241,13 +241,13 @@ def quantized(context):
 
 
 def tuned(params):
-    """As if trained: B is no longer zero."""
+    """Adapters as after training: B is not zero."""
     attached = lora.attach(params, rank=2, alpha=2.0, dropout=0.1, seed=0)
     return {path: x + 0.1 if path.endswith("/lora_b") else x for path, x in attached.items()}
 
 
 @pytest.mark.parametrize("kind", ["plain", "int8 with adapters"])
-def test_hidden_states_are_those_of_the_first_blocks(context, kind):
+def test_hidden_states_are_the_output_of_the_first_blocks(context, kind):
     params, key = (context.params, None) if kind == "plain" else (tuned(quantized(context)), jax.random.key(0))
     batch = context.sets["forget"].batch(ROWS)
     want = all_hidden(context.graphdef, params, key, batch)
@@ -258,7 +258,7 @@ def test_hidden_states_are_those_of_the_first_blocks(context, kind):
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
-def test_hidden_states_of_other_families_lead_to_their_logits(qwen_folder, tiny_sets, model_type):
+def test_the_head_turns_hidden_states_of_qwen_into_its_logits(qwen_folder, tiny_sets, model_type):
     model = ModelBundle.load_for(RMU(), qwen_folder(model_type), seed=0, dtype="float32", mesh=make_mesh())
     batch = model.encode(tiny_sets["forget"].examples[:2]).batch(np.arange(2))
 
@@ -273,7 +273,7 @@ def test_hidden_states_of_other_families_lead_to_their_logits(qwen_folder, tiny_
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_rmu_by_hand(context):
+def test_the_forget_loss_of_rmu_equals_the_value_by_hand(context):
     method = RMU(layer=1, steering_coefficient=3.0)
     prepared = method.prepare(context)
     encoded = context.sets["forget"]
@@ -285,9 +285,9 @@ def test_rmu_by_hand(context):
     assert (target == target[0]).all() and (target >= 0).all()
     squares = np.square(hidden[ROWS] - target[:, None]).mean(-1)
     want = np.mean([row[mask].mean() for row, mask in zip(squares, encoded.mask[ROWS], strict=True)])
-    found, grads = gradients(context, method, "forget", prepared)
-    np.testing.assert_allclose(found, want, rtol=1e-5)
-    for path, gradient in grads.items():  # what feeds the first block's output, and nothing else
+    loss, grads = gradients(context, method, "forget", prepared)
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    for path, gradient in grads.items():  # weights before the output of the first block, and no others
         if path.startswith(BLOCKS):
             assert np.any(gradient[0]) and not np.any(gradient[1]), path
         else:
@@ -296,25 +296,25 @@ def test_rmu_by_hand(context):
     assert not np.allclose(other.sets["forget"].batch(ROWS).cached["target"], target)
 
 
-def test_rmu_keeps_the_retain_set_where_it_was(context):
+def test_the_retain_loss_of_rmu_is_zero_at_the_vanilla_model(context):
     method = RMU(alpha=7.0)
     batch = batch_of(context, method.prepare(context), "retain")
-    found, grads = gradients(context, method, "retain", batch=batch)
-    np.testing.assert_allclose(found, 0.0, atol=1e-9)
+    loss, grads = gradients(context, method, "retain", batch=batch)
+    np.testing.assert_allclose(loss, 0.0, atol=1e-9)
     assert max(float(jnp.abs(g).max()) for g in grads.values()) < 1e-4
     apart = dataclasses.replace(batch, cached={"target": batch.cached["target"] + 2.0})
     np.testing.assert_allclose(value(context, method, "retain", batch=apart), 7 * 4.0, rtol=1e-4)
 
 
-def test_rmu_chooses_a_quarter_of_the_blocks():
-    def chosen(blocks):
+def test_rmu_computes_a_quarter_of_the_blocks_by_default():
+    def layers(blocks):
         config = dataclasses.make_dataclass("Config", ["text"])(dataclasses.make_dataclass("T", ["layers"])(blocks))
         return RMU().layers(config)
 
-    assert [chosen(blocks) for blocks in (2, 4, 28, 32, 40)] == [1, 1, 7, 8, 10]
+    assert [layers(blocks) for blocks in (2, 4, 28, 32, 40)] == [1, 1, 7, 8, 10]
 
 
-def test_rmu_trains_nothing_that_stands_behind_the_blocks(context):
+def test_rmu_does_not_train_the_final_norm_and_the_head(context):
     paths = set(RMU().trainable(context.params, context.model_config))
     everything = set(GradDiff().trainable(context.params, context.model_config))
     assert everything - paths == {"language_model/norm/scale", "language_model/head/kernel"}
@@ -325,46 +325,46 @@ def test_rmu_trains_nothing_that_stands_behind_the_blocks(context):
 
 
 @pytest.fixture
-def seen(monkeypatch):
-    """What the Fisher information was asked of, and what it was: {set: (paths, rows, information)}."""
-    found, fisher = {}, saliency.fisher_information
+def fisher_calls(monkeypatch):
+    """The arguments and results of `saliency.fisher_information`: {set: (paths, rows, information)}."""
+    calls, fisher = {}, saliency.fisher_information
 
     def spy(loss, trainable, frozen, samples, chunk):
         information = fisher(loss, trainable, frozen, samples, chunk)
-        found.update({name: (set(trainable), rows, information[name]) for name, (_, rows) in samples.items()})
+        calls.update({name: (set(trainable), rows, information[name]) for name, (_, rows) in samples.items()})
         return information
 
     monkeypatch.setattr(saliency, "fisher_information", spy)
-    return found
+    return calls
 
 
-def test_mmunlearner_masks_by_the_ratio_and_text_protects_the_language_model(context, seen):
+def test_mmunlearner_masks_by_the_ratio_and_text_protects_the_language_model(context, fisher_calls):
     method = MMUnlearner(fisher_chunk=4)
     mask = method.prepare(context).mask
     paths = set(method.trainable(context.params, context.model_config))
     language = {path for path in paths if path.startswith("language_model/")}
-    assert mask.keys() == paths  # all that trains: what a mask lacks, it would let through
-    assert {name: (on == paths, on == language, sorted(rows)) for name, (on, rows, _) in seen.items()} == {
+    assert mask.keys() == paths  # a weight without a mask would not be masked
+    assert {name: (on == paths, on == language, sorted(rows)) for name, (on, rows, _) in fisher_calls.items()} == {
         "forget": (True, False, [0, 1, 2, 3, 4]),
         "retain": (True, False, [0, 1, 2, 3, 4]),
         "forget_text": (False, True, [0, 1, 2, 3]),
         "retain_text": (False, True, [0, 1, 2, 3]),
     }
-    forget, retain, *texts = (seen[name][2] for name in ("forget", "retain", "forget_text", "retain_text"))
+    forget, retain, *texts = (fisher_calls[name][2] for name in ("forget", "retain", "forget_text", "retain_text"))
     protected = 0
     for path in paths:
-        preserve, shown = retain[path], np.asarray(forget[path] / (retain[path] + 1e-15)) >= 1
-        if path in language:  # the mean over five with a picture, four and four without
+        preserve, selected = retain[path], np.asarray(forget[path] / (retain[path] + 1e-15)) >= 1
+        if path in language:  # the mean over five questions with an image and eight without
             preserve = (5 * preserve + 4 * texts[0][path] + 4 * texts[1][path]) / 13
-            protected += np.sum(shown != mask[path])
+            protected += np.sum(selected != mask[path])
         ratio = np.asarray(forget[path] / (preserve + 1e-15))
-        clear = np.abs(ratio - 1) > 1e-4  # a sum in another order differs in the last digits
+        clear = np.abs(ratio - 1) > 1e-4  # the order of a sum changes its last digits
         assert mask[path].shape == ratio.shape and clear.mean() > 0.9
         np.testing.assert_array_equal(np.asarray(mask[path])[clear], (ratio >= 1)[clear], err_msg=path)
     assert protected > 100
 
 
-def test_mmunlearner_is_gradient_difference_but_for_the_mask(context):
+def test_the_losses_of_mmunlearner_equal_those_of_gradient_difference(context):
     assert MMUnlearner.mask_scope == "forget"
     fields = dict(weight_forget=0.5, weight_retain=2.0, cap=CAP)
     for stream in ("forget", "retain"):
@@ -372,15 +372,15 @@ def test_mmunlearner_is_gradient_difference_but_for_the_mask(context):
         assert value(context, method, stream, prepared) == value(context, GradDiff(**fields), stream)
 
 
-def test_of_adapters_mmunlearner_selects_b_alone(adapted):
-    silent = {name: adapted.sets[name] for name in ("forget", "retain")}  # sets without questions of text alone
-    mask = MMUnlearner(train="lora", fisher_chunk=4).prepare(dataclasses.replace(adapted, sets=silent)).mask
+def test_mmunlearner_selects_only_matrix_b_of_adapters(adapted):
+    image_sets = {name: adapted.sets[name] for name in ("forget", "retain")}
+    mask = MMUnlearner(train="lora", fisher_chunk=4).prepare(dataclasses.replace(adapted, sets=image_sets)).mask
     assert mask.keys() == {path for path in adapted.params if path.endswith(("/lora_a", "/lora_b"))}
     for path, selected in mask.items():
         assert np.any(selected) == path.endswith("/lora_b"), path
 
 
-# What every method moves, and what none does.
+# The weights that each method changes.
 
 FIELDS = dict(
     vkd=dict(augment_forget=0, fisher_samples=4, fisher_chunk=4, cap=CAP),
@@ -391,7 +391,7 @@ FIELDS = dict(
 )
 TRAINED = [name for name in registry.METHODS if name not in ("finetune", "manu")]  # manu edits, and has its own tests
 
-# Each method trains one scope in the default suite, and all three among the slow tests.
+# The default suite trains one scope of each method; the slow tests train all three.
 DEFAULT_SCOPE = dict(vkd="visual", kl="lora", idk="lora", mmunlearner="lora", grad_diff="visual")
 STEPS = [
     pytest.param(name, scope, marks=[] if scope == DEFAULT_SCOPE.get(name, "all") else pytest.mark.slow)
@@ -401,7 +401,7 @@ STEPS = [
 
 
 @pytest.mark.parametrize(("name", "scope"), STEPS)
-def test_real_steps_move_what_trains_and_nothing_else(context, adapted, name, scope):
+def test_training_changes_the_trainable_weights_and_no_others(context, adapted, name, scope):
     context = adapted if scope == "lora" else context
     before = {path: jax.tree.map(np.array, x) for path, x in context.params.items()}
     method = methods.create(name, dict(train=scope, **FIELDS.get(name, {})))
@@ -418,7 +418,7 @@ def test_real_steps_move_what_trains_and_nothing_else(context, adapted, name, sc
         seed=0,
         folder=None,
     )
-    for path, value in context.params.items():  # nothing of what was passed in was donated or written to
+    for path, value in context.params.items():  # the arguments are neither donated nor changed
         jax.tree.map(np.testing.assert_array_equal, value, before[path])
     assert after.keys() == set(method.trainable(context.params, context.model_config))
     changed = {path: np.asarray(value) != before[path] for path, value in after.items()}
@@ -428,7 +428,7 @@ def test_real_steps_move_what_trains_and_nothing_else(context, adapted, name, sc
         assert scope == "all" or (tower == "language_model") == (scope == "lora"), path
         if method.mask_scope == "both":
             assert not (x & ~np.broadcast_to(prepared.mask[path], x.shape)).any(), path
-        if name == "rmu" and path.startswith(BLOCKS):  # of two blocks the first is run
+        if name == "rmu" and path.startswith(BLOCKS):  # only the first of two blocks is computed
             assert x[0].any() and not x[1].any(), path
     assert method.mask_scope == "none" or prepared.mask.keys() == after.keys()
 
@@ -449,12 +449,12 @@ def test_real_steps_move_what_trains_and_nothing_else(context, adapted, name, sc
         ("mmunlearner", dict(train="text"), r"method\.train: 'text' is not allowed"),
     ],
 )
-def test_wrong_hyperparameters_are_refused(name, fields, message):
+def test_invalid_hyperparameters_are_refused(name, fields, message):
     with pytest.raises(UserError, match=message):
         methods.create(name, fields)
 
 
 @pytest.mark.parametrize("layer", [0, 3, -2])
-def test_rmu_refuses_blocks_that_are_not_there_before_anything_is_computed(context, layer):
+def test_rmu_refuses_missing_blocks_before_it_computes_anything(context, layer):
     with pytest.raises(UserError, match=rf"method\.layer={layer}: the language model has blocks 1 to 2. Give one"):
         RMU(layer=layer).trainable(context.params, context.model_config)

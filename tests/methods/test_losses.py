@@ -39,24 +39,24 @@ def test_npo_at_the_reference(beta):
     log_prob = jnp.array([-3.0, -0.5])
     value, slope = jax.vmap(jax.value_and_grad(lambda x, r: losses.npo(x, r, beta)))(log_prob, log_prob)
     np.testing.assert_allclose(value, 2 / beta * np.log(2), rtol=1e-6)
-    np.testing.assert_allclose(slope, 1.0, rtol=1e-6)  # as ascent on -log p, so descent lowers log p
+    np.testing.assert_allclose(slope, 1.0, rtol=1e-6)  # descent lowers log p
 
 
 def test_npo_by_hand_and_its_saturation():
     want = 2 / 0.5 * np.log(1 + np.exp(0.5 * (-1.0 + 3.0)))
     np.testing.assert_allclose(losses.npo(jnp.float32(-1.0), jnp.float32(-3.0), 0.5), want, rtol=1e-6)
     slope = jax.grad(lambda x: losses.npo(x, jnp.float32(0.0), 0.5))(jnp.float32(-60.0))
-    assert 0 <= slope < 1e-6  # what is forgotten pushes no more, unlike plain ascent
+    assert 0 <= slope < 1e-6  # an unlikely answer has no gradient, unlike with plain ascent
 
 
-def test_npo_is_per_sequence_not_of_a_batch_mean():
+def test_npo_of_rows_differs_from_npo_of_their_mean():
     log_prob, reference = jnp.array([-1.0, -9.0]), jnp.array([-1.0, -1.0])
     per_row = losses.npo(log_prob, reference, 0.4).mean()
     of_mean = losses.npo(log_prob.mean(), reference.mean(), 0.4)
     assert abs(per_row - of_mean) > 0.1
 
 
-def test_kl_divergence_by_hand_and_in_its_direction():
+def test_kl_divergence_by_hand_in_both_directions():
     teacher = jnp.log(jnp.array([[[0.5, 0.5], [0.9, 0.1], [0.2, 0.8]]])) + 3.0  # logits are free up to a constant
     student = jnp.log(jnp.array([[[0.25, 0.75], [0.9, 0.1], [0.8, 0.2]]])) - 2.0
     mask = jnp.array([[True, True, False]])  # the third token is padding
@@ -66,7 +66,7 @@ def test_kl_divergence_by_hand_and_in_its_direction():
     np.testing.assert_allclose(losses.kl_divergence(student, teacher, mask), [other], rtol=1e-5)
 
 
-def test_kl_divergence_from_the_teacher_itself_is_zero_and_so_is_its_gradient():
+def test_kl_divergence_and_its_gradient_are_zero_at_the_teacher():
     logits, mask = jax.random.normal(jax.random.key(0), (2, 3, 7)), jnp.ones((2, 3), bool)
     value, slope = jax.value_and_grad(lambda x: losses.kl_divergence(logits, x, mask).sum())(logits)
     np.testing.assert_allclose(value, 0.0, atol=1e-6)
@@ -98,7 +98,7 @@ def test_smooth_l1_by_hand():
 
 
 @pytest.mark.parametrize("name", losses.DISTANCES)
-def test_distance_to_itself_is_zero_and_finite_in_gradient(name):
+def test_the_distance_to_itself_is_zero_with_a_finite_gradient(name):
     feature = jax.random.normal(jax.random.key(0), (3, 4, 5))
     value, slope = jax.value_and_grad(lambda x: losses.DISTANCES[name](x, feature, 1.3, jnp.ones((3, 4), bool)).sum())(
         feature
@@ -108,18 +108,18 @@ def test_distance_to_itself_is_zero_and_finite_in_gradient(name):
 
 
 @pytest.mark.parametrize("name", losses.DISTANCES)
-def test_padding_and_other_rows_change_nothing(name):
+def test_distances_ignore_padding_and_other_rows(name):
     feature, target = jax.random.normal(jax.random.key(0), (2, 2, 4, 5))
     scale, valid = jnp.array([1.3, 0.2]), jnp.array([[True] * 4, [True, True, False, False]])
     distance = losses.DISTANCES[name]
-    spoilt, slope = jax.value_and_grad(lambda x: distance(x, target, scale, valid).sum())(feature.at[1, 2:].set(1e6))
+    padded, slope = jax.value_and_grad(lambda x: distance(x, target, scale, valid).sum())(feature.at[1, 2:].set(1e6))
     first = distance(feature[:1], target[:1], scale[:1], valid[:1])
     second = distance(feature[1:, :2], target[1:, :2], scale[1:], valid[1:, :2])
-    np.testing.assert_allclose(spoilt, (first + second)[0], rtol=1e-5)
+    np.testing.assert_allclose(padded, (first + second)[0], rtol=1e-5)
     assert not slope[1, 2:].any()
 
 
-def test_bf16_inputs_are_summed_in_float32():
+def test_bfloat16_inputs_are_computed_in_float32():
     logits = jax.random.normal(jax.random.key(1), (2, 3, 50)).astype(jnp.bfloat16)
     assert losses.token_log_probs(logits, jnp.zeros((2, 3), jnp.int32)).dtype == jnp.float32
     assert losses.kl_divergence(logits, logits, jnp.ones((2, 3), bool)).dtype == jnp.float32

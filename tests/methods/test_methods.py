@@ -1,4 +1,4 @@
-"""What the methods optimise: identities between them, caches, masks, and what may train."""
+"""The objectives of the methods: identities between them, cached arrays, masks, and the weights that train."""
 
 import copy
 import dataclasses
@@ -45,17 +45,17 @@ def assert_trees_close(a, b, **tolerance):
         np.testing.assert_allclose(a[path], b[path], err_msg=path, **tolerance)
 
 
-def test_the_block_that_feeds_nothing_never_trains(context):
-    """Its gradient is zero, but weight decay would move it."""
+def test_the_unused_vision_block_never_trains(context):
+    """Its gradient is zero, and weight decay would move it."""
     visual = VKD(blocks=2).trainable(context.params, context.model_config)
     blocks = {path.split("/")[2] for path in visual if path.startswith("vision_tower/blocks/")}
-    assert blocks == {"1", "2"}  # of 0..3, where 2 is the last that feeds the projector
+    assert blocks == {"1", "2"}  # of blocks 0 to 3, of which 2 is the last one in use
     for method in (VKD(blocks=-1), GradDiff(train="all"), GradDiff(train="visual")):
         paths = method.trainable(context.params, context.model_config)
         assert not [p for p in paths if p.startswith(("vision_tower/blocks/3/", "vision_tower/post_norm"))]
     everything = GradDiff(train="all").trainable(context.params, context.model_config)
-    dead = set(context.params) - set(everything)
-    assert all(p.startswith(("vision_tower/blocks/3/", "vision_tower/post_norm")) for p in dead)
+    unused = set(context.params) - set(everything)
+    assert all(p.startswith(("vision_tower/blocks/3/", "vision_tower/post_norm")) for p in unused)
 
 
 def test_every_trainable_weight_gets_a_gradient(context):
@@ -65,7 +65,7 @@ def test_every_trainable_weight_gets_a_gradient(context):
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 3])
-def test_visual_scopes_leave_the_language_model_alone(context, blocks):
+def test_the_visual_scope_contains_no_weight_of_the_language_model(context, blocks):
     paths = trainable_paths(context.params, context.model_config, "visual", blocks)
     assert any(p.startswith("projector/") for p in paths)
     assert not any(p.startswith("language_model/") for p in paths)
@@ -73,12 +73,12 @@ def test_visual_scopes_leave_the_language_model_alone(context, blocks):
         trainable_paths(context.params, context.model_config, "visual", 4)
 
 
-def test_fine_tuning_by_adapters_trains_these_alone(tiny_config):
+def test_fine_tuning_with_adapters_trains_the_adapters_alone(tiny_config):
     _, shapes = abstract_model(lambda rngs: llava.Llava(tiny_config, rngs=rngs))
     params = jax.eval_shape(lambda params: lora.attach(params, rank=2, alpha=2.0, dropout=0.0, seed=0), shapes)
     method = methods.create("finetune", dict(train="lora"))
     assert set(method.trainable(params, tiny_config)) == set(params) - set(shapes)
-    assert method.trainable(shapes, tiny_config) == []  # what is asked while weights are read, before any is attached
+    assert method.trainable(shapes, tiny_config) == []  # before the adapters are attached
     everything = methods.create("finetune", {}).trainable(shapes, tiny_config)
     assert any(path.startswith("language_model/") for path in everything)
     assert not [path for path in methods.create("finetune", dict(train="visual")).trainable(shapes, tiny_config)
@@ -98,13 +98,13 @@ def test_fine_tuning_by_adapters_trains_these_alone(tiny_config):
         (dict(lora_dropout=-0.1), r"method\.lora_dropout: -0\.1 is not allowed"),
     ],
 )
-def test_wrong_hyperparameters_of_fine_tuning_are_refused(fields, message):
+def test_invalid_hyperparameters_of_fine_tuning_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         methods.create("finetune", fields)
 
 
 @pytest.mark.parametrize("stream", ["forget", "retain"])
-def test_without_distillation_and_mask_vkd_is_grad_diff_on_the_visual_part(context, stream):
+def test_vkd_without_distillation_and_mask_equals_visual_gradient_difference(context, stream):
     vkd = VKD(
         forget="ga",
         weight_forget_distill=0.0,
@@ -135,15 +135,15 @@ def test_npo_at_the_reference_is_ascent_on_the_sequence_log_probability(context)
     assert_trees_close(grads, want, rtol=1e-4, atol=1e-7)
 
 
-def test_at_the_teacher_the_retain_distillation_is_zero(context):
+def test_the_retain_distillation_is_zero_at_the_teacher(context):
     vkd = VKD(weight_retain_ce=0.0, mask_scope="none")
     value, grads = gradients(context, vkd, vkd.prepare(context), "retain")
     np.testing.assert_allclose(value, 0.0, atol=1e-9)
     assert max(float(jnp.abs(g).max()) for g in grads.values()) < 1e-4
 
 
-def test_without_terms_of_its_output_the_language_model_is_not_read(context):
-    """What trains stands before it, and its own weights are frozen."""
+def test_without_output_terms_the_language_model_is_not_computed(context):
+    """NaN in its weights would reach the loss."""
     params = {path: x + (np.nan if path.startswith("language_model/") else 0) for path, x in context.params.items()}
     broken = dataclasses.replace(context, params=params)
     for stream, fields in (("retain", dict(weight_retain_ce=0.0)), ("forget", dict(forget="none"))):
@@ -156,51 +156,51 @@ def test_without_terms_of_its_output_the_language_model_is_not_read(context):
 
 @pytest.mark.parametrize("method", [VKD(blocks=1, mask_scope="none"), VKD(blocks=0, mask_scope="none"), GradDiff()])
 @pytest.mark.parametrize("stream", ["forget", pytest.param("retain", marks=pytest.mark.slow)])
-def test_a_cached_prefix_changes_nothing(context, method, stream):
-    """blocks: 0..2 feed the projector; of all weights none stands before the others."""
+def test_a_cached_prefix_does_not_change_the_gradients(context, method, stream):
+    """Blocks 0 to 2 are in use; with train=all no block precedes every trainable weight."""
     prefix = frozen_blocks(method.trainable(context.params, context.model_config), context.model_config)
     assert prefix == {1: 2, 0: 3, -1: 0}[method.blocks]
     plain = method.prepare(context)
     cached = {
-        name: loop.cached_prefix(context.graphdef, context.params, rows, prefix) for name, rows in plain.sets.items()
+        name: loop.cache_prefix(context.graphdef, context.params, rows, prefix) for name, rows in plain.sets.items()
     }
-    kept = set(cached[stream].per_image) - set(plain.sets[stream].per_image)
-    assert kept == ({f"vision/{prefix - 1}"} if prefix else set())
-    wanted = gradients(context, method, plain, stream)
-    found = gradients(context, method, dataclasses.replace(plain, sets=cached), stream)
-    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
-    assert_trees_close(found[1], wanted[1], rtol=1e-4, atol=1e-6)
-    if prefix:  # and the pictures are not looked at
-        blank = {name: dataclasses.replace(rows, images=BlankPictures(rows.images)) for name, rows in cached.items()}
+    added = set(cached[stream].per_image) - set(plain.sets[stream].per_image)
+    assert added == ({f"vision/{prefix - 1}"} if prefix else set())
+    want = gradients(context, method, plain, stream)
+    got = gradients(context, method, dataclasses.replace(plain, sets=cached), stream)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    assert_trees_close(got[1], want[1], rtol=1e-4, atol=1e-6)
+    if prefix:  # the pixels are not used
+        blank = {name: dataclasses.replace(rows, images=BlankImages(rows.images)) for name, rows in cached.items()}
         again = gradients(context, method, dataclasses.replace(plain, sets=blank), stream)
-        assert_trees_close(again[1], found[1])
+        assert_trees_close(again[1], got[1])
 
 
-class BlankPictures:
-    """The shapes of pictures."""
+class BlankImages:
+    """Images of the same shapes that are all zeros."""
 
-    def __init__(self, pictures):
-        self.images = pictures
+    def __init__(self, images):
+        self.images = images
 
     def __getitem__(self, rows):
         return {name: np.zeros_like(x) for name, x in self.images[rows].items()}
 
 
-def test_text_and_what_is_too_large_are_not_cached(context, monkeypatch):
+def test_text_sets_and_sets_over_the_memory_limit_are_not_cached(context, monkeypatch):
     encoded = context.sets["retain"]
     assert (
-        loop.cached_prefix(context.graphdef, context.params, dataclasses.replace(encoded, images=None), 2).per_image
+        loop.cache_prefix(context.graphdef, context.params, dataclasses.replace(encoded, images=None), 2).per_image
         == {}
     )
     remade = copy.copy(encoded.images)
-    remade.cached = None  # as of many pictures, each of which is made whenever it is asked for
-    cached = loop.cached_prefix(context.graphdef, context.params, dataclasses.replace(encoded, images=remade), 2)
+    remade.cached = None  # as with many images, which are made on request
+    cached = loop.cache_prefix(context.graphdef, context.params, dataclasses.replace(encoded, images=remade), 2)
     assert len(cached.per_image["vision/1"]) == len(encoded.images)
     monkeypatch.setattr(loop, "MAX_CACHED_BYTES", 1000)
-    assert loop.cached_prefix(context.graphdef, context.params, encoded, 2) is encoded
+    assert loop.cache_prefix(context.graphdef, context.params, encoded, 2) is encoded
 
 
-def test_taps_of_blocks_before_all_that_trains_are_refused(context):
+def test_taps_before_every_trainable_weight_are_refused(context):
     vkd = VKD(blocks=1, taps=("vision/1", "projector"), mask_scope="none")
     with pytest.raises(UserError, match="method.taps: vision/1 precedes every trainable weight"):
         vkd.prepare(context)
@@ -209,7 +209,7 @@ def test_taps_of_blocks_before_all_that_trains_are_refused(context):
         VKD(taps=("vision/3",)).check_model(context.params, context.model_config)
 
 
-def test_cached_teacher_features_are_those_of_the_teacher(context):
+def test_cached_targets_equal_the_features_of_the_teacher(context):
     vkd = VKD(mask_scope="none")
     retain = vkd.prepare(context).sets["retain"]
     rows = np.array([3, 0, 7])
@@ -219,16 +219,16 @@ def test_cached_teacher_features_are_those_of_the_teacher(context):
         np.testing.assert_allclose(batch.cached[f"target/{tap}"], taps[tap].values, rtol=1e-5, atol=1e-6)
 
 
-def test_distillation_acts_on_the_set_that_it_names(context):
-    """Retain targets are the retain pictures' own features; forget targets are somebody else's."""
+def test_forget_targets_are_the_features_of_retain_images(context):
+    """The retain targets are the teacher's features of the same images."""
     vkd = VKD(target="swap", mask_scope="none", augment_forget=0)
     prepared = vkd.prepare(context)
-    own = feature_targets.record_taps(context.graphdef, context.params, context.sets["forget"].images, vkd.taps)
+    taps = feature_targets.record_taps(context.graphdef, context.params, context.sets["forget"].images, vkd.taps)
     others = prepared.sets["retain"].per_image["target/projector"]
-    for target, mine in zip(
-        prepared.sets["forget"].per_image["target/projector"], own["projector"].values, strict=True
+    for target, feature in zip(
+        prepared.sets["forget"].per_image["target/projector"], taps["projector"].values, strict=True
     ):
-        assert not np.allclose(target, mine)
+        assert not np.allclose(target, feature)
         assert any(np.array_equal(target, other) for other in others)
 
 
@@ -245,12 +245,12 @@ def test_every_combination_gives_finite_gradients(context, target, forget):
 
 
 def grid(rows, columns, pad=0):
-    """The places of one picture, row by row, and padding."""
-    places = [[0, row, column] for row in range(rows) for column in range(columns)]
-    return np.array(places + [[-1, -1, -1]] * pad, np.int32)
+    """The token coordinates of one image, row by row, and padding."""
+    coords = [[0, row, column] for row in range(rows) for column in range(columns)]
+    return np.array(coords + [[-1, -1, -1]] * pad, np.int32)
 
 
-def test_features_moved_to_another_shape_stay_where_they_were_in_the_picture():
+def test_resampling_to_another_shape_preserves_relative_positions():
     small = VisualTokens(np.arange(5.0)[None, :, None], grid(2, 2, pad=1)[None])
     same = feature_targets.resample_features(small, [0], grid(2, 2)[None])
     np.testing.assert_array_equal(same[0, :, 0], [0, 1, 2, 3])
@@ -259,11 +259,11 @@ def test_features_moved_to_another_shape_stay_where_they_were_in_the_picture():
     class_token = np.array([[0, -1, -1]], np.int32)
     both = VisualTokens(np.arange(5.0)[None, :, None], np.concatenate([class_token, grid(2, 2)])[None])
     other = np.concatenate([class_token, grid(6, 6)])[None]
-    moved = feature_targets.resample_features(both, [0], other)[0, :, 0]
-    assert moved[0] == 0 and set(moved[1:]) == {1, 2, 3, 4}
+    resampled = feature_targets.resample_features(both, [0], other)[0, :, 0]
+    assert resampled[0] == 0 and set(resampled[1:]) == {1, 2, 3, 4}
 
 
-def test_features_of_several_pictures_go_to_the_picture_of_their_number():
+def test_resampling_matches_images_by_their_number():
     second = grid(2, 2) + np.array([1, 0, 0], np.int32)
     pair = VisualTokens(np.arange(8.0)[None, :, None], np.concatenate([grid(2, 2), second])[None])
     np.testing.assert_array_equal(
@@ -273,7 +273,7 @@ def test_features_of_several_pictures_go_to_the_picture_of_their_number():
     np.testing.assert_array_equal(feature_targets.resample_features(alone, [0], second[None])[0, :, 0], [0, 1, 2, 3])
 
 
-def test_the_mean_of_pictures_of_other_shapes_by_hand():
+def test_mean_features_of_images_of_different_shapes_equal_the_values_by_hand():
     values = np.array([[1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 99.0, 99.0]])[..., None]
     tokens = VisualTokens(values, np.stack([grid(2, 2), grid(1, 2, pad=2)]))
     want = [(1 + 10) / 2, (2 + 20) / 2, (3 + 10) / 2, (4 + 20) / 2]
@@ -286,8 +286,8 @@ def test_the_mean_of_pictures_of_other_shapes_by_hand():
 def test_base_targets_need_the_base_model(context):
     with pytest.raises(UserError, match="config.model.base"):
         VKD(target="base", mask_scope="none").prepare(context)
-    given = dataclasses.replace(context, load_base=lambda: context.params)
-    forget = VKD(target="base", mask_scope="none").prepare(given).sets["forget"]
+    with_base = dataclasses.replace(context, load_base=lambda: context.params)
+    forget = VKD(target="base", mask_scope="none").prepare(with_base).sets["forget"]
     want = feature_targets.record_taps(context.graphdef, context.params, forget.images, ("projector",))
     np.testing.assert_array_equal(forget.per_image["target/projector"], want["projector"].values)
 
@@ -302,14 +302,14 @@ def test_the_mask_covers_exactly_the_trainable_weights_and_selects_some(context)
         assert m.shape == context.params[path].shape
 
 
-def test_reference_log_probs_are_the_vanilla_models(context):
-    """Computed in padded batches: the last one must not leak its padding."""
+def test_reference_log_probs_do_not_depend_on_the_batch_size(context):
+    """The padding of the last batch is removed."""
     want = base.reference_log_probs(context, context.sets["forget"], batch_size=16)
     np.testing.assert_allclose(base.reference_log_probs(context, context.sets["forget"], batch_size=5), want, rtol=1e-5)
     assert want.shape == (len(context.sets["forget"]),) and (want < 0).all()
 
 
-def test_unknown_names_are_refused_with_what_there_is():
+def test_unknown_names_are_refused_with_the_available_ones():
     with pytest.raises(UserError, match="method: unknown name 'vdk'. Available: finetune, grad_ascent, .*vkd"):
         methods.create("vdk", {})
     with pytest.raises(UserError, match="method vkd: unknown hyperparameter bta. Available: "):
@@ -322,7 +322,7 @@ def test_unknown_names_are_refused_with_what_there_is():
         methods.create("vkd", {"mask_threshold": 1.0, "mask_keep": 0.5})
 
 
-def test_an_unknown_tap_is_refused_with_what_there_is(context):
+def test_an_unknown_tap_is_refused_with_the_available_ones(context):
     with pytest.raises(UserError, match=r"unknown tap 'vision/9'. Available: vision/0"):
         VKD(taps=("vision/9",), mask_scope="none").prepare(context)
 
@@ -331,8 +331,8 @@ def test_an_unknown_tap_is_refused_with_what_there_is(context):
 
 
 @pytest.mark.parametrize("name", [name for name in registry.METHODS if name not in ("finetune", "manu")])
-def test_prepare_caches_exactly_what_the_specification_says(context, name):
-    """The planner reads the specification alone."""
+def test_prepare_caches_exactly_the_arrays_of_cache_spec(context, name):
+    """The planner reads `cache_spec` instead of calling `prepare`."""
     fields = SMALL if name in ("vkd", "mmunlearner") else {}
     method = methods.create(name, fields)
     prepared = method.prepare(context)
@@ -346,7 +346,7 @@ def test_prepare_caches_exactly_what_the_specification_says(context, name):
             }
 
 
-def test_a_cache_that_differs_from_its_specification_is_an_error(tiny_sets):
+def test_cached_arrays_that_differ_from_cache_spec_are_an_error(tiny_sets):
     encoded = tiny_sets["forget"]
     spec = base.CacheSpec(per_example={"reference": jax.ShapeDtypeStruct((), jnp.float32)})
     good = np.zeros(len(encoded), np.float32)
@@ -361,6 +361,6 @@ def test_a_cache_that_differs_from_its_specification_is_an_error(tiny_sets):
             base.with_cache(encoded, spec, values)
 
 
-def test_a_method_that_trains_edits_nothing(context):
+def test_a_method_that_trains_has_no_edit(context):
     with pytest.raises(NotImplementedError, match="GradDiff trains"):
         GradDiff().edit(context)

@@ -1,4 +1,4 @@
-"""Fisher information and masks, by hand."""
+"""Fisher information and masks against values worked by hand."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ class Rows:
 
 
 class FakeSet:
-    """Rows x with the loss w . x * scale: the gradient of a row is x * scale."""
+    """Rows x with the loss w . x * scale, whose gradient is x * scale."""
 
     def __init__(self, x):
         self.x = x
@@ -39,7 +39,7 @@ def test_fisher_is_the_mean_of_squared_per_sample_gradients(chunk):
     trainable, frozen = {"w/kernel": jnp.ones(2)}, {"scale": jnp.float32(2.0)}
     got = saliency.fisher_information(loss, trainable, frozen, {"forget": (FakeSet(X), np.arange(3))}, chunk)["forget"]
     np.testing.assert_allclose(got["w/kernel"], 4 * np.mean(X**2, axis=0), rtol=1e-6)
-    square_of_mean = 4 * np.mean(X, axis=0) ** 2  # another quantity: signs cancel
+    square_of_mean = 4 * np.mean(X, axis=0) ** 2  # a different quantity, in which signs cancel
     assert not np.allclose(got["w/kernel"], square_of_mean)
 
 
@@ -56,10 +56,10 @@ def test_mask_by_threshold():
     assert masked(threshold=1.0) == {"a": [True, False, False], "b": [True]}
 
 
-def test_mask_by_share_counts_over_all_weights_together():
+def test_the_share_of_a_mask_is_of_all_weights_together():
     assert masked(keep=0.25) == {"a": [False, False, False], "b": [True]}
     assert masked(keep=0.5) == {"a": [True, False, False], "b": [True]}
-    assert masked(keep=1.0) == {"a": [True, True, False], "b": [True]}  # the third matters to nobody
+    assert masked(keep=1.0) == {"a": [True, True, False], "b": [True]}  # the third has no information for either set
 
 
 def test_a_mask_that_selects_nothing_is_an_error():
@@ -69,12 +69,12 @@ def test_a_mask_that_selects_nothing_is_an_error():
         masked(keep=0.0)
 
 
-def test_information_of_several_sets_is_the_mean_over_all_their_samples():
+def test_pooled_information_is_the_mean_over_all_examples():
     first, second = {"w": jnp.array([4.0, 1.0])}, {"w": jnp.array([1.0, 7.0])}
     np.testing.assert_allclose(saliency.pool([(first, 1), (second, 2)])["w"], [(4 + 1 + 1) / 3, (1 + 7 + 7) / 3])
     np.testing.assert_allclose(saliency.pool([(first, 3)])["w"], first["w"])
 
 
 def test_the_mask_has_exactly_the_keys_of_the_weights():
-    """A mask whose keys match nothing would do nothing, silently."""
+    """A mask with other keys would have no effect."""
     assert masked(threshold=1.0).keys() == FORGET.keys()

@@ -308,7 +308,7 @@ def test_computing_again_in_the_backward_pass_drops_the_same():
 def test_weight_decay_leaves_adapters_alone_and_masks_cover_them():
     params = tuned(attached(plain()))
     trainable, _ = parts(params, scope.trainable_paths(params, CONFIG, "lora", -1))
-    assert len(trainable) == 14 and not any(optimizer.decayed(trainable).values())
+    assert len(trainable) == 14 and not any(optimizer.decay_mask(trainable).values())
     tx = optimizer.create(TrainConfig(weight_decay=0.5))
     mask = {path: np.arange(x.size).reshape(x.shape) % 2 == 0 for path, x in trainable.items()}
 

@@ -4,18 +4,18 @@
     methods/test_saliency.py::test_the_mask_has_exactly_the_keys_of_the_weights
     runs/test_faults.py::test_a_mask_of_other_keys_is_refused
 2. "Frozen" towers that are not, since a string was compared with a boolean:
-    methods/test_methods.py::test_visual_scopes_leave_the_language_model_alone
-    training/test_loop.py::test_vkd_leaves_the_language_model_and_the_dead_block_alone
-    methods/test_baselines.py::test_real_steps_move_what_trains_and_nothing_else
+    methods/test_methods.py::test_the_visual_scope_contains_no_weight_of_the_language_model
+    training/test_loop.py::test_vkd_changes_neither_the_language_model_nor_the_unused_block
+    methods/test_baselines.py::test_training_changes_the_trainable_weights_and_no_others
     runs/test_faults.py::test_what_trains_is_a_name_and_no_truth_value
 3. Labels that keep prompt or image tokens in the loss:
-    data/test_processor.py::test_targets_are_the_answer_and_its_end_and_nothing_else
+    data/test_processor.py::test_targets_are_the_answer_and_the_end_token
     methods/test_losses.py::test_answer_cross_entropy_counts_answer_tokens_only
 4. Distillation applied to the wrong set:
-    methods/test_methods.py::test_distillation_acts_on_the_set_that_it_names
-    methods/test_methods.py::test_cached_teacher_features_are_those_of_the_teacher
+    methods/test_methods.py::test_forget_targets_are_the_features_of_retain_images
+    methods/test_methods.py::test_cached_targets_equal_the_features_of_the_teacher
 5. NPO on a batch-mean loss:
-    methods/test_baselines.py::test_npo_is_taken_of_each_row_and_not_of_the_mean
+    methods/test_baselines.py::test_npo_averages_over_rows_after_the_loss
     runs/test_faults.py::test_npo_of_vkd_is_taken_of_each_row
 6. Perturbed losses averaged over the whole set instead of per item:
     evaluation/test_evaluate.py::test_truth_ratios_are_per_item
@@ -27,12 +27,12 @@
 9. A forget step's exceptions swallowed:
     runs/test_faults.py::test_what_fails_in_a_step_stops_the_run
     runs/test_faults.py::test_nothing_around_a_step_catches_everything
-    training/test_loop.py::test_a_loss_that_is_not_finite_stops_at_its_step
+    training/test_loop.py::test_a_loss_that_is_not_finite_stops_training_at_its_step
 10. A learning-rate schedule stepped once per run:
-    training/test_optimizer.py::test_the_rate_of_each_step_by_hand
-    training/test_loop.py::test_the_learning_rate_follows_the_steps
+    training/test_optimizer.py::test_the_learning_rate_of_each_step_equals_the_value_by_hand
+    training/test_loop.py::test_the_learning_rate_follows_the_step
 11. Max length 384 cutting LLaVA's 576 image tokens:
-    data/test_processor.py::test_a_row_that_does_not_fit_is_named_never_cut
+    data/test_processor.py::test_a_row_that_is_too_long_is_refused_and_never_truncated
     runs/test_faults.py::test_all_576_image_tokens_of_llava_fit
 12. Few-shot prompts that make LLaVA emit garbage:
     runs/test_faults.py::test_no_config_shows_worked_examples_unless_asked

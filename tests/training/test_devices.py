@@ -1,4 +1,4 @@
-"""Eight devices, pretended by XLA on a CPU: every mesh trains alike, and the weights really are cut up."""
+"""Training on eight simulated CPU devices: all meshes give the same losses, and weights are sharded."""
 
 import numpy as np
 import pytest
@@ -26,30 +26,30 @@ def test_each_simulated_device_is_used(training):
     assert training["devices"] == 8
 
 
-def test_weights_are_cut_over_fsdp_and_tensor_and_copied_over_data(training):
+def test_weights_are_sharded_over_fsdp_and_tensor_and_replicated_over_data(training):
     share = {mesh: result["share"] for mesh, result in training["meshes"].items()}
     assert share["1,1,1"] == share["8,1,1"] == 1.0
     assert max(share["1,8,1"], share["1,1,8"], share["2,2,2"]) < 0.5  # the rest are norms and biases
-    cut = training["meshes"]["2,2,2"]["cut"]
-    assert {"language_model/blocks/mlp/up/kernel", "vision_tower/blocks/0/attn/q/kernel"} <= set(cut)
-    assert all(path.endswith(("kernel", "embedding")) for path in cut)
+    sharded = training["meshes"]["2,2,2"]["cut"]
+    assert {"language_model/blocks/mlp/up/kernel", "vision_tower/blocks/0/attn/q/kernel"} <= set(sharded)
+    assert all(path.endswith(("kernel", "embedding")) for path in sharded)
 
 
-def test_every_device_computes_its_own_rows_alone(training):
-    """Left to itself XLA would follow the weights, cut over fsdp, and compute all rows on each device."""
+def test_every_device_computes_only_its_rows(training):
+    """Without sharding constraints XLA follows the weights, sharded over fsdp, and computes all rows on each device."""
     results = training["meshes"]
     flops = {mesh: result["flops"] / results["1,1,1"]["flops"] for mesh, result in results.items()}
     assert flops["8,1,1"] == pytest.approx(1 / 8, rel=0.2)
     assert flops["1,8,1"] == pytest.approx(flops["8,1,1"], rel=0.1)
-    assert flops["2,2,2"] < 0.3  # a part of what is done twice, over tensor, cannot be cut
+    assert flops["2,2,2"] < 0.3  # some computations are replicated over tensor
 
 
 @pytest.mark.parametrize("mesh", ["8,1,1", "1,8,1", "1,1,8", "2,2,2"])
-def test_trained_weights_and_moments_lie_where_the_weights_lay(training, mesh):
+def test_trained_weights_and_moments_keep_the_sharding_of_the_weights(training, mesh):
     assert training["meshes"][mesh]["odd"] == []
 
 
-def test_a_run_on_eight_devices_goes_on_on_one(training):
+def test_a_run_on_eight_devices_resumes_on_one(training):
     one = training["meshes"]["1,1,1"]["metrics"]
     assert_same_losses(training["moved"], one[1:])
 
@@ -58,8 +58,8 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(training):
     assert training["refused"] == "train.batch_size.image=6 does not divide over 4 devices; use a multiple of 4."
 
 
-def test_two_processes_stop_at_one_step_and_go_on_with_the_losses_of_one_device(training, two_processes):
-    """Only process 0 got the signal, and only it logs; each weight is split over both processes."""
+def test_two_processes_stop_at_the_same_step_and_resume_with_the_losses_of_one_device(training, two_processes):
+    """Only process 0 receives the signal and logs; each weight is sharded over both processes."""
     first, second = (results["training"] for results in two_processes)
     assert first["saved"] == second["saved"] and first["resumed"] and not second["resumed"]
     (saved,) = first["saved"]

@@ -1,4 +1,4 @@
-"""The loop: what moves and what does not, what each step sees, how it stops, and that going on changes nothing."""
+"""The training loop: the weights that change, the rows of each step, stopping, and bit-identical resumption."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ class Toy(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class ToyMethod:
-    """Pulls outputs up on the forget rows and down on the retain rows; says which rows it saw."""
+    """Increases outputs on forget rows and decreases them on retain rows; logs the rows of each batch."""
 
     mask_scope: str = "none"
     weight_retain: float = 1.0
@@ -69,7 +69,7 @@ class ToyMethod:
 
 @dataclasses.dataclass(frozen=True)
 class Taught(ToyMethod):
-    """Follows its teacher's sign."""
+    """Trains on the sign of its teacher's outputs."""
 
     def losses(self):
         def loss(model, batch):
@@ -79,7 +79,7 @@ class Taught(ToyMethod):
 
 
 class ToyConfig:
-    """The configuration of a model whose pictures are three numbers."""
+    """The configuration of a model whose images are three numbers."""
 
     @staticmethod
     def image_tokens(height, width):
@@ -91,7 +91,7 @@ class ToyConfig:
 
 
 def rows(seed, extra=None) -> EncodedSet:
-    """Rows of three random numbers; `tokens` are the row numbers."""
+    """A set whose images are three random numbers and whose `tokens` are the row numbers."""
     numbers = np.arange(ROWS, dtype=np.int32)[:, None]
     return EncodedSet(
         examples=tuple(Example(str(i), "", b"", str(i), "", "") for i in range(ROWS)),
@@ -117,8 +117,8 @@ MASK = {
 @pytest.fixture(scope="module")
 def toy():
     graphdef, params = split_model(Toy())
-    where = replicated(make_mesh())
-    return graphdef, {path: jax.device_put(np.asarray(value), where) for path, value in params.items()}
+    sharding = replicated(make_mesh())
+    return graphdef, {path: jax.device_put(np.asarray(value), sharding) for path, value in params.items()}
 
 
 def config(**changes):
@@ -140,7 +140,7 @@ def fit(toy, folder, method=ToyMethod(), sets=SETS, mask=None, seed=0, **changes
 
 
 def logged(folder):
-    """Metrics by step; of a step that was logged twice the last."""
+    """The metrics of each step; the last line counts for a step that was logged twice."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     speed = {"data_wait_share", "examples_per_second", "step_bytes"}
     return {line["step"]: {k: v for k, v in line.items() if k not in speed} for line in lines}
@@ -150,7 +150,7 @@ def saved_steps(folder):
     return sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
 
 
-def saved(folder, like, seed=0):
+def restored(folder, like, seed=0):
     """The newest checkpoint."""
     checkpoints = Checkpoints(folder / "checkpoints", seed=seed, every=2)
     try:
@@ -166,81 +166,82 @@ def assert_same_bits(a, b):
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
-def moved(before, after):
+def changes(before, after):
+    """The elements that differ: {path: bool array}."""
     return {path: np.asarray(before[path] != after[path]) for path in after}
 
 
 @pytest.fixture
 def states(monkeypatch):
-    """The fresh state of each `fit`, which is donated to its first step."""
-    kept, fresh = [], loop.init_state
-    monkeypatch.setattr(loop, "init_state", lambda *args: kept.append(fresh(*args)) or kept[-1])
-    return kept
+    """The initial state of each `fit`, which is donated to its first step."""
+    states, init_state = [], loop.init_state
+    monkeypatch.setattr(loop, "init_state", lambda *args: states.append(init_state(*args)) or states[-1])
+    return states
 
 
 def at_step(monkeypatch, step, act):
-    """Calls `act` right after that step."""
+    """Calls `act` after that step."""
     tick = Progress.tick
     monkeypatch.setattr(Progress, "tick", lambda self, now: (tick(self, now), act() if now == step else None))
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(toy, tmp_path_factory):
-    """Eight steps in one go: the folder, the trained weights and the state that was saved last."""
+    """A run of eight steps: its folder, trained weights, last saved state and initial state."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     params = fit(toy, folder)
     tx = loop.optimizer.create(config())
     like = loop.init_state(tx, {path: toy[1][path] for path in params}, make_mesh())
-    return folder, params, saved(folder, like), like
+    return folder, params, restored(folder, like), like
 
 
-# What moves.
+# The weights that change.
 
 
-def test_with_scope_both_what_is_masked_keeps_its_bits(toy, tmp_path):
+def test_with_scope_both_masked_weights_keep_their_bits(toy, tmp_path):
     after = fit(toy, tmp_path, ToyMethod(mask_scope="both"), mask=MASK)
-    for path, changed in moved(toy[1], after).items():
+    for path, changed in changes(toy[1], after).items():
         np.testing.assert_array_equal(changed, MASK[path])
 
 
-def test_with_scope_forget_the_retain_gradient_moves_what_is_masked(toy, tmp_path):
+def test_with_scope_forget_the_retain_gradient_changes_masked_weights(toy, tmp_path):
     after = fit(toy, tmp_path, ToyMethod(mask_scope="forget"), mask=MASK, weight_decay=0.0)
-    assert all(changed.all() for changed in moved(toy[1], after).values())
+    assert all(changed.all() for changed in changes(toy[1], after).values())
 
 
-def test_with_scope_forget_nothing_else_moves_it(toy, tmp_path):
-    """Without a retain gradient, and without the weight decay that knows no masks."""
-    still = ToyMethod(mask_scope="forget", weight_retain=0.0)
-    after = fit(toy, tmp_path / "still", still, mask=MASK, weight_decay=0.0)
-    for path, changed in moved(toy[1], after).items():
+def test_with_scope_forget_only_retain_gradient_and_decay_change_masked_weights(toy, tmp_path):
+    """Weight decay is not masked."""
+    method = ToyMethod(mask_scope="forget", weight_retain=0.0)
+    after = fit(toy, tmp_path / "no decay", method, mask=MASK, weight_decay=0.0)
+    for path, changed in changes(toy[1], after).items():
         np.testing.assert_array_equal(changed, MASK[path])
-    after = fit(toy, tmp_path / "decay", still, mask=MASK, schedule="constant", warmup_steps=0, steps=2)
+    after = fit(toy, tmp_path / "decay", method, mask=MASK, schedule="constant", warmup_steps=0, steps=2)
     path, masked = "visual/kernel", ~np.asarray(MASK["visual/kernel"])
     decayed = toy[1][path] * (1 - 0.05 * 0.5) ** 2
     np.testing.assert_allclose(after[path][masked], decayed[masked], rtol=1e-6)
-    np.testing.assert_array_equal(moved(toy[1], after)["visual/bias"], MASK["visual/bias"])  # biases do not decay
+    np.testing.assert_array_equal(changes(toy[1], after)["visual/bias"], MASK["visual/bias"])  # biases do not decay
 
 
-def test_without_a_mask_all_that_trains_moves(toy, tmp_path):
-    assert all(changed.all() for changed in moved(toy[1], fit(toy, tmp_path)).values())
+def test_without_a_mask_every_trainable_weight_changes(toy, tmp_path):
+    assert all(changed.all() for changed in changes(toy[1], fit(toy, tmp_path)).values())
 
 
 @pytest.mark.parametrize("scope", ["forget", "both"])
-def test_parts_of_a_batch_one_after_another_change_nothing(toy, scope):
-    whole, *parts = (fit(toy, None, ToyMethod(mask_scope=scope), mask=MASK, microbatches=n) for n in (1, 2, 4))
-    for after in parts:
+def test_microbatches_do_not_change_the_trained_weights(toy, scope):
+    whole, *split = (fit(toy, None, ToyMethod(mask_scope=scope), mask=MASK, microbatches=n) for n in (1, 2, 4))
+    for after in split:
         for path, value in after.items():
             np.testing.assert_allclose(value, whole[path], rtol=1e-5)
 
 
-def test_batches_that_do_not_divide_into_parts_are_refused(toy):
+def test_batches_that_do_not_divide_into_microbatches_are_refused(toy):
     with pytest.raises(UserError, match="batch_size.forget: 4 examples do not divide over 1 devices in 3 micro"):
         fit(toy, None, microbatches=3)
     with pytest.raises(UserError, match="train.microbatches: 0 is not allowed"):
         fit(toy, None, microbatches=0)
 
 
-def test_weights_stored_in_bfloat16_take_steps_too_small_for_bfloat16(toy, tmp_path):
+def test_weights_in_bfloat16_are_trained_in_float32(toy, tmp_path):
     graphdef, params = toy
     stored = {path: value.astype(jnp.bfloat16) for path, value in params.items()}
     after = fit((graphdef, stored), tmp_path, learning_rate=1e-5, weight_decay=0.0)
@@ -250,8 +251,8 @@ def test_weights_stored_in_bfloat16_take_steps_too_small_for_bfloat16(toy, tmp_p
         assert (value.astype(jnp.bfloat16) == stored[path]).mean() > 0.5
 
 
-def test_vkd_leaves_the_language_model_and_the_dead_block_alone(tiny_model, tiny_sets, tmp_path):
-    """Every weight of the model is compared, after steps with weight decay; masked elements keep their bits too."""
+def test_vkd_changes_neither_the_language_model_nor_the_unused_block(tiny_model, tiny_sets, tmp_path):
+    """Compares all weights after steps with weight decay; masked elements keep their bits, too."""
     before = {path: np.array(value) for path, value in tiny_model.params.items()}
     method = VKD(forget="none", taps=("projector",), mask_scope="both", blocks=1)
     context = Context(tiny_model.graphdef, tiny_model.params, None, tiny_model.config, tiny_sets, seed=0)
@@ -267,9 +268,9 @@ def test_vkd_leaves_the_language_model_and_the_dead_block_alone(tiny_model, tiny
         seed=0,
         folder=tmp_path,
     )
-    assert_same_bits(dict(tiny_model.params), before)  # nothing of what was passed in was donated or written to
-    assert all(path.startswith(("projector/", "vision_tower/blocks/2/")) for path in trained)  # block 3 is dead
-    changed = moved(before, trained)
+    assert_same_bits(dict(tiny_model.params), before)  # the arguments are neither donated nor changed
+    assert all(path.startswith(("projector/", "vision_tower/blocks/2/")) for path in trained)  # block 3 is not in use
+    changed = changes(before, trained)
     assert sum(c.sum() for c in changed.values()) > 0.9 * sum(m.sum() for m in mask.values())
     for path, c in changed.items():
         assert not (c & ~mask[path]).any(), path
@@ -285,23 +286,23 @@ def test_the_state_is_donated_and_the_model_is_not(toy, tmp_path, states):
     assert all(np.isfinite(value).all() for value in toy[1].values())
 
 
-def test_the_optimizer_knows_only_what_trains(toy, tmp_path, states):
+def test_the_optimizer_state_covers_only_trainable_weights(toy, tmp_path, states):
     fit(toy, tmp_path, steps=1)
     assert states[0].params.keys() == {"visual/kernel", "visual/bias"}
     shapes = {leaf.shape for leaf in jax.tree.leaves(states[0].opt_state)}
-    assert shapes == {(), (3, 4), (4,)}  # no (4, 2), no (2,): those are the frozen layer's
+    assert shapes == {(), (3, 4), (4,)}  # (4, 2) and (2,) would be the frozen layer's
 
 
 @pytest.fixture
 def compilations(caplog):
-    """How often a step was compiled so far, none being known from before."""
+    """A function that returns the number of compilations of a step since the start of the test."""
     loop._program.cache_clear()
     with jax.log_compiles(), caplog.at_level("WARNING"):
         yield lambda: sum("Compiling jit(step)" in record.getMessage() for record in caplog.records)
 
 
-def test_the_step_is_compiled_once_for_all_fits_that_are_alike(toy, tmp_path, compilations, monkeypatch):
-    """After a resume, from other weights on other rows of the same shapes, without a folder, at another rate, too."""
+def test_equal_fits_compile_the_step_once(toy, tmp_path, compilations, monkeypatch):
+    """Also after a resume, with other weights and rows of the same shapes, without a folder, and at another rate."""
     graphdef, params = toy
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
@@ -330,20 +331,20 @@ def test_the_step_is_compiled_once_for_all_fits_that_are_alike(toy, tmp_path, co
     ],
     ids=", ".join,
 )
-def test_fits_that_are_not_alike_do_not_share_a_step(toy, tmp_path, uninterrupted, change):
-    """What another fit compiled changes no bit of what comes after it."""
+def test_fits_that_differ_do_not_share_a_step(toy, tmp_path, uninterrupted, change):
+    """The result does not depend on the fits before it."""
     loop._program.cache_clear()
     alone = fit(toy, None, **change)
     loop._program.cache_clear()
     assert_same_bits(fit(toy, None), uninterrupted[1])
     after = fit(toy, None, **change)
     assert_same_bits(after, alone)
-    same = "mask" in change and "method" not in change  # which scope "none" lets be
+    same = "mask" in change and "method" not in change  # scope "none" ignores the mask
     assert all((after[path] == value).all() for path, value in uninterrupted[1].items()) == same
 
 
-def test_each_teacher_is_asked_itself(toy):
-    """Two that differ by what stands around them alone."""
+def test_teachers_that_differ_do_not_share_a_step(toy):
+    """The teachers differ only in a captured variable."""
 
     def taught(weight):
         teacher = {"forget": lambda model, batch: {"extra": weight * model(batch.images["x"]).sum(-1)}}
@@ -358,38 +359,38 @@ def test_each_teacher_is_asked_itself(toy):
 
     first, second, again = taught(1.0), taught(-1.0), taught(1.0)
     assert_same_bits(again, first)
-    assert all(changed.any() for changed in moved(first, second).values())
+    assert all(changed.any() for changed in changes(first, second).values())
 
 
-def test_the_learning_rate_follows_the_steps(toy, tmp_path, uninterrupted):
-    """It warms up from 0, so that the first step moves nothing; a schedule that stood still would stay there."""
+def test_the_learning_rate_follows_the_step(toy, tmp_path, uninterrupted):
+    """The warmup starts at 0, so the first step changes no weight and the second one does."""
     first, second = (fit(toy, tmp_path / str(steps), steps=steps) for steps in (1, 2))
-    assert not any(changed.any() for changed in moved(toy[1], first).values())
-    assert all(changed.all() for changed in moved(toy[1], second).values())
+    assert not any(changed.any() for changed in changes(toy[1], first).values())
+    assert all(changed.all() for changed in changes(toy[1], second).values())
     counts = {int(leaf) for leaf in jax.tree.leaves(uninterrupted[2].opt_state) if leaf.ndim == 0}
     assert counts == {8} == {int(uninterrupted[2].step)}
 
 
-# What a step sees.
+# The rows of each step.
 
 
-def test_both_streams_advance_with_the_step_and_show_each_row_once_an_epoch(uninterrupted):
+def test_both_streams_advance_with_the_step_and_have_each_row_once_per_epoch(uninterrupted):
     metrics = logged(uninterrupted[0])
     assert sorted(metrics) == list(range(1, 9))
     for name in SETS:
-        seen = [int(metrics[step][f"{name}_rows"]) for step in range(1, 9)]
+        rows_of_steps = [int(metrics[step][f"{name}_rows"]) for step in range(1, 9)]
         stream = Sampler(SETS[name], 4, seed=0, name=name)
-        assert seen == [sum(2 ** int(row) for row in stream[step].tokens[:, 0]) for step in range(8)]
-        epochs = list(zip(seen[::2], seen[1::2], strict=True))
-        assert all(first + second == 2**ROWS - 1 for first, second in epochs)  # of bits: no row twice
+        assert rows_of_steps == [sum(2 ** int(row) for row in stream[step].tokens[:, 0]) for step in range(8)]
+        epochs = list(zip(rows_of_steps[::2], rows_of_steps[1::2], strict=True))
+        assert all(first + second == 2**ROWS - 1 for first, second in epochs)  # one bit per row: no row twice
         assert len(set(epochs)) > 1  # a new order for each epoch
 
 
-# Stopping and going on.
+# Stopping and resuming.
 
 
 @pytest.mark.parametrize("step", [3, 4, 8], ids=["between checkpoints", "at a checkpoint", "at the last step"])
-def test_sigterm_saves_and_going_on_gives_the_same_bits(toy, tmp_path, monkeypatch, uninterrupted, step):
+def test_a_run_resumed_after_sigterm_is_bit_identical(toy, tmp_path, monkeypatch, uninterrupted, step):
     folder, params, state, like = uninterrupted
     with monkeypatch.context() as patch:
         at_step(patch, step, lambda: signal.raise_signal(signal.SIGTERM))
@@ -397,26 +398,26 @@ def test_sigterm_saves_and_going_on_gives_the_same_bits(toy, tmp_path, monkeypat
             fit(toy, tmp_path)
     assert saved_steps(tmp_path)[-1] == step
     assert_same_bits(fit(toy, tmp_path), params)
-    assert_same_bits(saved(tmp_path, like), state)
+    assert_same_bits(restored(tmp_path, like), state)
     assert logged(tmp_path) == logged(folder)
 
 
-@pytest.mark.parametrize("asked", [1, 2, 3, 4, 5])
-def test_whenever_the_signal_comes_the_step_that_is_named_is_on_disk(toy, tmp_path, monkeypatch, asked):
+@pytest.mark.parametrize("calls", [1, 2, 3, 4, 5])
+def test_the_step_that_stopped_names_is_saved_whenever_the_signal_arrives(toy, tmp_path, monkeypatch, calls):
     class Late(threading.Event):
-        """Unset until it was asked some times."""
+        """An event that is set from a certain call on."""
 
         times = 0
 
         def is_set(self):
             self.times += 1
-            return self.times >= asked
+            return self.times >= calls
 
     class Signal(loop.Sigterm):
         def __enter__(self):
-            heard = super().__enter__()
+            should_stop = super().__enter__()
             self._event = Late()
-            return heard
+            return should_stop
 
     monkeypatch.setattr(loop, "Sigterm", Signal)
     with pytest.raises(Stopped) as stopped:
@@ -424,25 +425,25 @@ def test_whenever_the_signal_comes_the_step_that_is_named_is_on_disk(toy, tmp_pa
     assert str(saved_steps(tmp_path)[-1]) in str(stopped.value)
 
 
-def test_without_a_folder_the_same_is_trained_and_nothing_is_kept(toy, tmp_path, monkeypatch, uninterrupted):
+def test_a_fit_without_a_folder_trains_the_same_and_writes_nothing(toy, tmp_path, monkeypatch, uninterrupted):
     monkeypatch.chdir(tmp_path)
     assert_same_bits(fit(toy, None), uninterrupted[1])
     with monkeypatch.context() as patch:
         patch.setattr(loop.NoProgress, "tick", lambda self, step: signal.raise_signal(signal.SIGTERM))
-        with pytest.raises(Stopped, match="stopped at step 1, where nothing is saved; run"):
+        with pytest.raises(Stopped, match="stopped at step 1, which is not saved; run"):
             fit(toy, None)
     with pytest.raises(loop.Diverged, match="step 1: .*none was saved yet"):
         fit(toy, None, sets=SETS | {"forget": rows(0, np.full(ROWS, np.nan, np.float32))})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_handler_of_sigterm_is_put_back(toy, tmp_path):
+def test_the_handler_of_sigterm_is_restored(toy, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     fit(toy, tmp_path, steps=1)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_finished_run_is_not_run_again(toy, uninterrupted):
+def test_a_finished_run_does_not_train_again(toy, uninterrupted):
     folder, params, _, _ = uninterrupted
     lines = (folder / "metrics.jsonl").read_text()
     assert_same_bits(fit(toy, folder), params)
@@ -456,8 +457,8 @@ def test_checkpoints_of_another_seed_are_refused(toy, tmp_path):
 
 
 @pytest.mark.parametrize("step", [1, 5, 6, 8])
-def test_a_loss_that_is_not_finite_stops_at_its_step(toy, tmp_path, step):
-    """One row is NaN, and the order says when it comes; with and without a checkpoint due at that step."""
+def test_a_loss_that_is_not_finite_stops_training_at_its_step(toy, tmp_path, step):
+    """One row is NaN, and the data order determines its step, with and without a checkpoint due at that step."""
     stream = Sampler(SETS["forget"], 1, seed=0, name="forget")
     extra = np.zeros(ROWS, np.float32)
     extra[stream[step - 1].tokens[0, 0]] = np.nan

@@ -34,7 +34,7 @@ class Sampler:
     """
 
     def __init__(self, encoded: EncodedSet, batch_size: int, *, seed: int, name: str):
-        self._encoded, self._size = encoded, batch_size
+        self._encoded, self.batch_size = encoded, batch_size
         self._seed = [seed, zlib.crc32(name.encode())]
         if encoded.bucket_shapes is None:
             self._buckets = [np.arange(len(encoded))]
@@ -66,8 +66,8 @@ class Sampler:
         rng = np.random.default_rng([*self._seed, cycle])
         batches, times = [], []
         for rows in self._buckets:
-            epochs = [rng.permutation(rows) for _ in range(self._size)]
-            batches.append(np.concatenate(epochs).reshape(len(rows), self._size))
+            epochs = [rng.permutation(rows) for _ in range(self.batch_size)]
+            batches.append(np.concatenate(epochs).reshape(len(rows), self.batch_size))
             # The j-th of a bucket's n batches falls at a random time within the j-th of n equal spans of the cycle.
             times.append((np.arange(len(rows)) + rng.random(len(rows))) / len(rows))
         return np.concatenate(batches)[np.argsort(np.concatenate(times))]

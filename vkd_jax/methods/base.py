@@ -185,7 +185,7 @@ def with_cache(encoded: EncodedSet, spec: CacheSpec, values: Mapping[str, np.nda
 def encode_images(model: Any, batch: Batch) -> tuple[VisualTokens | None, dict[str, VisualTokens]]:
     """Computes the image features and the taps of the vision tower; None and {} for a batch of text.
 
-    If the batch has the cached output of a vision block (see `training.loop.cached_prefix`), the blocks up to it are
+    If the batch has the cached output of a vision block (see `training.loop.cache_prefix`), the blocks up to it are
     not computed again.
     """
     if batch.images is None:

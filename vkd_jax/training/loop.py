@@ -1,12 +1,15 @@
 """The training loop, for every method and every stage that trains."""
 
+from __future__ import annotations
+
+import contextlib
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +20,29 @@ from absl import logging
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.orbax_checkpoints import Checkpoints, NoCheckpoints
 from vkd_jax.config.training import TrainConfig
-from vkd_jax.data.encoding import EncodedSet
+from vkd_jax.data.encoding import Batch, EncodedSet
 from vkd_jax.data.images import MAX_CACHED_BYTES
 from vkd_jax.data.sampler import Sampler
 from vkd_jax.methods import feature_targets
-from vkd_jax.methods.base import Method, Prepared, TeacherFn
+from vkd_jax.methods.base import Method, Metrics, Prepared, TeacherFn
 from vkd_jax.methods.scope import frozen_blocks
 from vkd_jax.models.base import bind
 from vkd_jax.runtime import multihost
 from vkd_jax.runtime.mesh import shard_rows, shards
 from vkd_jax.training import optimizer
 from vkd_jax.training.preemption import Sigterm, Stopped
-from vkd_jax.training.step import init_state, make_step
+from vkd_jax.training.step import TrainState, init_state, make_step
 from vkd_jax.types import Params, UserError
+
+if TYPE_CHECKING:
+    from vkd_jax.training.metric_writer import Progress
 
 # The fields of a `TrainConfig` that the compiled step depends on; batch sizes are shapes, and rates are arguments.
 STEP_FIELDS = ("clip_norm", "b2", "weight_decay", "microbatches")
 
 
 class Diverged(Exception):
-    """A term of the loss is NaN or infinite."""
+    """A metric is NaN or infinite."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -44,17 +50,17 @@ def _program(
     graphdef: Any,
     method: Method,
     streams: tuple[str, ...],
-    teacher: tuple[tuple[str, TeacherFn], ...],
+    teachers: tuple[tuple[str, TeacherFn], ...],
     config: TrainConfig,
 ) -> tuple[optax.GradientTransformationExtraArgs, Callable]:
-    """The optimizer and the step: the same objects for fits that are alike.
+    """Returns the optimizer and the step function: the same objects for equal arguments.
 
-    JAX traces and compiles a function once for arguments of one kind, and knows it by its identity. So the second of
-    two fits that are alike, such as two attacks on one architecture, begins at once.
+    JAX's cache of traced and compiled functions goes by the identity of the function, so the second of two equal fits,
+    such as two attacks on one architecture, starts without compiling.
     """
     tx = optimizer.create(config)
     losses = {name: loss for name, loss in method.losses().items() if name in streams}
-    return tx, make_step(graphdef, losses, tx, method.mask_scope, dict(teacher), config.microbatches)
+    return tx, make_step(graphdef, losses, tx, method.mask_scope, dict(teachers), config.microbatches)
 
 
 def fit(
@@ -66,126 +72,255 @@ def fit(
     seed: int,
     folder: Path | None,
 ) -> Params:
-    """Trains, from the newest checkpoint in `folder` if there is one, and returns the trained weights alone.
+    """Trains a model, from the newest checkpoint in `folder` if one exists.
 
-    Fits that are alike in graphdef, method, optimizer and shapes are traced and compiled once a process, and, as far as
-    the method's hyperparameters are, found in JAX's compilation cache by others, whatever their seed and learning rate.
+    Interrupted runs resume bit-identically. In one process the step is compiled once for all fits with equal graphdef,
+    method, optimizer settings and shapes; other processes find it in JAX's compilation cache.
 
     Args:
-        bundle: the model, from `ModelBundle.load_for` or `prepare_for`; its weights stay as they are.
-        method: what trains and by which losses.
-        prepared: what the method computed beforehand; a stream without a set is left out.
-        config: settings of the loop and of the optimizer, with a batch size for each stream.
-        seed: of the data order and of dropout.
-        folder: for checkpoints and metrics; None keeps none, for a short training that may as well begin again.
+        bundle: the model, from `ModelBundle.load_for` or `prepare_for`; its weights are not changed.
+        method: determines the weights that train and the losses.
+        prepared: what the method computed before training; a stream without a set does not train.
+        config: settings of the loop and of the optimizer.
+        seed: the seed of the data order and of dropout.
+        folder: the folder for checkpoints and metrics; None writes neither.
+
+    Returns:
+        The trained weights, without the frozen ones.
 
     Raises:
-        Stopped: on SIGTERM, with the state saved if there is a folder.
-        Diverged: a term of the loss is not finite.
+        UserError: the method trains no weight of this model, or a batch size does not fit the mesh.
+        Stopped: SIGTERM arrived; the state is saved if `folder` is given.
+        Diverged: a metric is not finite.
+
+    Example:
+        >>> trained = fit(bundle, method, method.prepare(context), config.train, seed=0, folder=Path("train"))
     """
-    graphdef, params, mesh = bundle.graphdef, bundle.params, bundle.mesh
-    paths = method.trainable(params, bundle.config)
-    if not paths:
-        raise UserError("the method trains no weight of this model: see its fields `train` and `blocks`.")
-    # In float32, since steps are smaller than what bfloat16 can add; and copied, since it is donated.
-    trainable = {path: jnp.array(params[path], jnp.float32) for path in paths}
-    frozen = {path: value for path, value in params.items() if path not in trainable}
-    names = tuple(name for name in method.losses() if name in prepared.sets)
-    prefix = frozen_blocks(paths, bundle.config)
-    sets = {name: cached_prefix(graphdef, params, prepared.sets[name], prefix) for name in names}
-    sizes = {name: config.rows(name, shards(mesh)) for name in names}
-    steps = config.length({name: len(rows) for name, rows in sets.items()})
-    streams = {name: Sampler(sets[name], sizes[name], seed=seed, name=name) for name in names}
-    rates, key = optimizer.rates(config, steps), jax.random.key(seed)
+    trainable, frozen = _split_weights(bundle, method)
+    sets = _cached_sets(bundle, method, prepared, trainable)
+    samplers = {k: Sampler(v, config.rows(k, shards(bundle.mesh)), seed=seed, name=k) for k, v in sets.items()}
+    steps = config.length({name: len(encoded) for name, encoded in sets.items()})
     step_config = TrainConfig(**{name: getattr(config, name) for name in STEP_FIELDS})
-    tx, step_fn = _program(graphdef, method, names, tuple(prepared.teachers.items()), step_config)
-    state = init_state(tx, trainable, mesh)
-    state_shardings = jax.tree.map(lambda x: x.sharding, state)
-    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(state_shardings, None))
-    start = {path: params[path] for path in paths} if prepared.teachers else None
-    put = functools.partial(shard_rows, mesh)
-
-    checkpoints, progress = NoCheckpoints(), NoProgress()
-    if folder is not None:
-        checkpoints = Checkpoints(folder / "checkpoints", seed=seed, every=config.checkpoint_every)
-        if multihost.is_process_0():
-            # Imported here because TensorFlow takes seconds to load, and a short training writes no metrics.
-            from vkd_jax.training.metric_writer import Progress
-
-            progress = Progress(folder, steps=steps, log_seconds=config.log_seconds)
+    tx, step_fn = _program(bundle.graphdef, method, tuple(sets), tuple(prepared.teachers.items()), step_config)
+    state = init_state(tx, trainable, bundle.mesh)
+    step = _Step(
+        jax.jit(step_fn, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None)),
+        frozen=frozen,
+        mask=prepared.mask,
+        start={path: bundle.params[path] for path in trainable} if prepared.teachers else None,
+        rates=optimizer.learning_rates(config, steps),
+        key=jax.random.key(seed),
+    )
+    checkpoints, progress = _open_outputs(folder, config, steps=steps, seed=seed)
     try:
-        if checkpoints.latest is None:
+        state, first = _resume(checkpoints, state, steps)
+        if not first:
             progress.overview(trainable)
-            first = 0
-        else:
-            state = checkpoints.restore(state)
-            first = int(state.step)
-            logging.info("resumed at step %d of %d", first, steps)
-        waiting, pending = 0.0, None
-        started = time.perf_counter()
-        iterators = {name: stream.batches(first, steps, put) for name, stream in streams.items()}
-        with Sigterm() as stop:
-            for step in range(first + 1, steps + 1):
-                before = time.perf_counter()
-                batches = {name: next(iterator) for name, iterator in iterators.items()}
-                waiting += time.perf_counter() - before
-                inputs = frozen, prepared.mask, batches, start, rates[step - 1], key
-                state, metrics = step_fn(state, *inputs)
-                if pending:  # one step behind, so that the device never waits for the host
-                    _check(*pending, checkpoints)
-                pending = (step, metrics)
-                progress.tick(step)
-                if step % config.log_every == 0 or step == steps:
-                    _check(*pending, checkpoints)
-                    seconds = time.perf_counter() - started
-                    speed = {
-                        "data_wait_share": waiting / seconds,
-                        "examples_per_second": sum(sizes.values()) * (step - first) / seconds,
-                        "step_bytes": step_bytes(step_fn.lower(state, *inputs).compile()),
-                    }
-                    progress.write(step, {k: float(v) for k, v in metrics.items()} | speed)
-                stopping = stop()  # asked once: a signal between two askings would stop without a save
-                last = stopping or step == steps
-                if last or step % config.checkpoint_every == 0:
-                    _check(*pending, checkpoints)
-                    checkpoints.save(step, state, force=last)
-                if stopping:
-                    checkpoints.wait()
-                    raise Stopped(step, saved=folder is not None)
-            checkpoints.wait()
-            if stop(now=True):  # heard too late for a step
-                raise Stopped(steps, saved=folder is not None)
+        run = _Run(config, step, checkpoints, progress, saves=folder is not None)
+        state = run.train(state, samplers, first, steps, functools.partial(shard_rows, bundle.mesh))
     finally:
         checkpoints.close()
         progress.close()
     return state.params
 
 
-def cached_prefix(graphdef: Any, params: Params, encoded: EncodedSet, blocks: int) -> EncodedSet:
-    """The set with the output of the first `blocks` vision blocks, none of which trains: computed once, not each step.
+def _split_weights(bundle: ModelBundle, method: Method) -> tuple[Params, Params]:
+    """Splits the weights into the trainable ones, copied in float32, and the frozen ones.
 
-    Sets without images stay as they are, as do those whose activations would fill more than `MAX_CACHED_BYTES`.
+    The copies are donated to the first step. Updates are often smaller than the resolution of bfloat16.
+    """
+    paths = method.trainable(bundle.params, bundle.config)
+    if not paths:
+        raise UserError("The method trains no weight of this model. Check method.train and method.blocks.")
+    trainable = {path: jnp.array(bundle.params[path], jnp.float32) for path in paths}
+    return trainable, {path: value for path, value in bundle.params.items() if path not in trainable}
+
+
+def _cached_sets(
+    bundle: ModelBundle, method: Method, prepared: Prepared, trainable: Iterable[str]
+) -> dict[str, EncodedSet]:
+    """Returns the set of each stream that trains, with the cached output of the frozen vision blocks."""
+    blocks = frozen_blocks(trainable, bundle.config)
+    return {
+        name: cache_prefix(bundle.graphdef, bundle.params, prepared.sets[name], blocks)
+        for name in method.losses()
+        if name in prepared.sets
+    }
+
+
+def _open_outputs(
+    folder: Path | None, config: TrainConfig, *, steps: int, seed: int
+) -> tuple[Checkpoints | NoCheckpoints, Progress | NoProgress]:
+    """Opens the checkpoints and the metrics in `folder`.
+
+    Without a folder both are no-ops, and metrics are on processes other than the first.
+    """
+    if folder is None:
+        return NoCheckpoints(), NoProgress()
+    checkpoints = Checkpoints(folder / "checkpoints", seed=seed, every=config.checkpoint_every)
+    if not multihost.is_process_0():
+        return checkpoints, NoProgress()
+    # Imported here because TensorFlow takes seconds to load, and a short training writes no metrics.
+    from vkd_jax.training.metric_writer import Progress
+
+    return checkpoints, Progress(folder, steps=steps, log_seconds=config.log_seconds)
+
+
+def _resume(checkpoints: Checkpoints | NoCheckpoints, state: TrainState, steps: int) -> tuple[TrainState, int]:
+    """Returns the newest saved state, or the given one, and the number of steps that it has trained."""
+    if checkpoints.latest is None:
+        return state, 0
+    state = checkpoints.restore(state)
+    logging.info("resumed at step %d of %d", int(state.step), steps)
+    return state, int(state.step)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """The jitted step with the arguments that all steps share; see `step.make_step`."""
+
+    step_fn: Any
+    frozen: Params
+    mask: Params | None
+    start: Params | None
+    rates: np.ndarray
+    key: jax.Array
+
+    def __call__(self, number: int, state: TrainState, batches: Mapping[str, Batch]) -> tuple[TrainState, Metrics]:
+        """Runs step `number`, counted from 1. Donates the state."""
+        return self.step_fn(state, *self._arguments(number, batches))
+
+    def memory(self, number: int, state: TrainState, batches: Mapping[str, Batch]) -> int:
+        """Returns the `step_bytes` of the compiled step."""
+        return step_bytes(self.step_fn.lower(state, *self._arguments(number, batches)).compile())
+
+    def _arguments(self, number: int, batches: Mapping[str, Batch]) -> tuple[Any, ...]:
+        return self.frozen, self.mask, batches, self.start, self.rates[number - 1], self.key
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The loop over steps, with the checkpoints and metrics that it writes."""
+
+    config: TrainConfig
+    step: _Step
+    checkpoints: Checkpoints | NoCheckpoints
+    progress: Progress | NoProgress
+    saves: bool  # whether a stopped run is saved
+
+    def train(
+        self,
+        state: TrainState,
+        samplers: Mapping[str, Sampler],
+        first: int,
+        steps: int,
+        put: Callable[[Batch], Batch],
+    ) -> TrainState:
+        """Runs the steps after `first` up to `steps`.
+
+        Args:
+            state: the state after step `first`.
+            samplers: the batches of each stream.
+            first: the number of steps that have run.
+            steps: the number of steps of the whole training.
+            put: moves a batch to the devices.
+        """
+        clock = _Clock(examples_per_step=sum(sampler.batch_size for sampler in samplers.values()))
+        iterators = {name: sampler.batches(first, steps, put) for name, sampler in samplers.items()}
+        pending = None
+        with Sigterm() as should_stop:
+            for number in range(first + 1, steps + 1):
+                with clock.waiting():
+                    batches = {name: next(iterator) for name, iterator in iterators.items()}
+                state, metrics = self.step(number, state, batches)
+                if pending:  # checks the previous step, so that the device does not wait for the host
+                    self._check(*pending)
+                pending = (number, metrics)
+                self.progress.tick(number)
+                if number % self.config.log_every == 0 or number == steps:
+                    self._check(*pending)
+                    speed = clock.speed(number - first) | {"step_bytes": self.step.memory(number, state, batches)}
+                    self.progress.write(number, {k: float(v) for k, v in metrics.items()} | speed)
+                stopping = should_stop()  # called once per step: a signal between two calls would stop without a save
+                last = stopping or number == steps
+                if last or number % self.config.checkpoint_every == 0:
+                    self._check(*pending)
+                    self.checkpoints.save(number, state, force=last)
+                if stopping:
+                    self.checkpoints.wait()
+                    raise Stopped(number, saved=self.saves)
+            self.checkpoints.wait()
+            if should_stop(now=True):  # SIGTERM arrived after the last step
+                raise Stopped(steps, saved=self.saves)
+        return state
+
+    def _check(self, number: int, metrics: Metrics) -> None:
+        """Raises `Diverged` if a metric is not finite."""
+        bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
+        if bad:
+            self.checkpoints.wait()  # the checkpoint that the message names must be on disk
+            latest = self.checkpoints.latest
+            raise Diverged(
+                f"step {number}: {', '.join(bad)} is not finite; the last good checkpoint: "
+                f"{'none was saved yet' if latest is None else f'step {latest}'}. "
+                "Decrease train.learning_rate or the forget weight, and use a new --workdir."
+            )
+
+
+class _Clock:
+    """Measures the speed of training, and the share of time that it waits for data."""
+
+    def __init__(self, examples_per_step: int):
+        self._examples_per_step = examples_per_step
+        self._started, self._waited = time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time in the block as waiting for data."""
+        before = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - before
+
+    def speed(self, steps: int) -> dict[str, float]:
+        """Returns the metrics of speed after so many steps."""
+        seconds = time.perf_counter() - self._started
+        return {
+            "data_wait_share": self._waited / seconds,
+            "examples_per_second": self._examples_per_step * steps / seconds,
+        }
+
+
+def cache_prefix(graphdef: Any, params: Params, encoded: EncodedSet, blocks: int) -> EncodedSet:
+    """Caches the output of the first `blocks` vision blocks, which do not train, so that no step computes them.
+
+    Sets without images are returned unchanged, as are those whose activations need more than `MAX_CACHED_BYTES`.
+
+    Args:
+        graphdef: the structure of the model.
+        params: its weights.
+        encoded: the set.
+        blocks: the number of vision blocks before the first trainable weight; see `scope.frozen_blocks`.
     """
     if not blocks or encoded.images is None:
         return encoded
     name = f"vision/{blocks - 1}"
-    picture = encoded.images[np.arange(1)]
-    one = jax.eval_shape(lambda params, rows: bind(graphdef, params).encode(rows)[1][name].values, params, picture)
-    if one.size * one.dtype.itemsize * len(encoded.images) > MAX_CACHED_BYTES:
+    image = encoded.images[np.arange(1)]
+    shape = jax.eval_shape(lambda params, rows: bind(graphdef, params).encode(rows)[1][name].values, params, image)
+    if shape.size * shape.dtype.itemsize * len(encoded.images) > MAX_CACHED_BYTES:
         return encoded
     taps = feature_targets.record_taps(graphdef, params, encoded.images, [name])
     return dataclasses.replace(encoded, per_image={**encoded.per_image, name: taps[name].values})
 
 
 def step_bytes(step: jax.stages.Compiled) -> int:
-    """What a device holds while it computes a step: weights, optimizer, batches, and all that is in between."""
+    """Returns the memory of a step on one device, in bytes: arguments, outputs and temporary buffers."""
     memory = step.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return held + memory.temp_size_in_bytes
+    arguments_and_outputs = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return arguments_and_outputs + memory.temp_size_in_bytes
 
 
 class NoProgress:
-    """Stands in for `metric_writer.Progress` where no metrics are written."""
+    """No-op in place of `metric_writer.Progress`, for processes and trainings that write no metrics."""
 
     def overview(self, trainable: Params) -> None:
         """Does nothing."""
@@ -198,14 +333,3 @@ class NoProgress:
 
     def close(self) -> None:
         """Does nothing."""
-
-
-def _check(step: int, metrics: Mapping[str, jax.Array], checkpoints: Checkpoints) -> None:
-    bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
-    if bad:
-        checkpoints.wait()  # what is named below must be on disk
-        good = "none was saved yet" if checkpoints.latest is None else f"step {checkpoints.latest}"
-        raise Diverged(
-            f"step {step}: {', '.join(bad)} is not finite; the last good checkpoint: {good}. "
-            "Lower train.learning_rate or the forget weight, and use a new --workdir."
-        )

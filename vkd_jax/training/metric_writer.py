@@ -1,4 +1,4 @@
-"""Metrics and progress through CLU; the only module that imports TensorFlow (for TensorBoard's event files)."""
+"""Writes metrics and progress through CLU; the only module that imports TensorFlow (for TensorBoard's event files)."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import logging
 
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it computes nothing here, and need not say how it would
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a message about computations that never run here
 
 from clu import metric_writers, parameter_overview, periodic_actions
 
@@ -15,49 +15,52 @@ from vkd_jax.types import Params
 
 
 class JsonLinesWriter(metric_writers.MetricWriter):
-    """Appends {"step": .., name: value, ..} lines; after a resume a step may appear again, and the last one counts."""
+    """Appends lines {"step": ..., name: value, ...} to a file.
+
+    After a resume the file may contain a step twice, and its last line counts.
+    """
 
     def __init__(self, file: Path):
         self._file = file
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]):
-        """One line; in a bucket, whose objects do not grow, TensorFlow writes the file anew."""
+        """Appends one line. In a bucket, whose objects cannot grow, TensorFlow rewrites the file."""
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | {k: float(v) for k, v in scalars.items()}) + "\n")
 
     def write_summaries(self, step, values, metadata=None):
-        """Not kept."""
+        """Does nothing; these are written to TensorBoard alone."""
 
     def write_images(self, step, images):
-        """Not kept."""
+        """Does nothing; these are written to TensorBoard alone."""
 
     def write_videos(self, step, videos):
-        """Not kept."""
+        """Does nothing; these are written to TensorBoard alone."""
 
     def write_audios(self, step, audios, *, sample_rate):
-        """Not kept."""
+        """Does nothing; these are written to TensorBoard alone."""
 
     def write_texts(self, step, texts):
-        """Not kept."""
+        """Does nothing; these are written to TensorBoard alone."""
 
     def write_histograms(self, step, arrays, num_buckets=None):
-        """Not kept."""
+        """Does nothing; these are written to TensorBoard alone."""
 
     def write_pointcloud(self, step, point_clouds, *, point_colors=None, configs=None):
-        """Not kept."""
+        """Does nothing; these are written to TensorBoard alone."""
 
     def write_hparams(self, hparams):
-        """Not kept."""
+        """Does nothing; these are written to TensorBoard alone."""
 
     def flush(self):
-        """Lines are flushed as they are written."""
+        """Does nothing, because each line is written at once."""
 
     def close(self):
-        """Nothing is open."""
+        """Does nothing, because no file stays open."""
 
 
 class Progress:
-    """One stage's metrics: TensorBoard and metrics.jsonl in `folder`, steps/s and time left in the log."""
+    """Writes one stage's metrics to TensorBoard and metrics.jsonl in `folder`, and steps/s and time left to the log."""
 
     def __init__(self, folder: Path, *, steps: int, log_seconds: float = 15.0):
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,18 +72,18 @@ class Progress:
         )
 
     def overview(self, trainable: Params) -> None:
-        """Logs a table of what trains."""
+        """Logs a table of the trainable weights."""
         logging.info(
             "trainable weights:\n%s",
             parameter_overview.get_parameter_overview(trainable, include_stats=False),
         )
 
     def tick(self, step: int) -> None:
-        """Called after each step."""
+        """Counts a step; called after each step."""
         self._report(step)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes metrics, and one line of them to the log."""
+        """Writes metrics to the files and, on one line, to the log."""
         self._writer.write_scalars(step, scalars)
         logging.info("step %d  %s", step, "  ".join(f"{k} {v:.4g}" for k, v in sorted(scalars.items())))
 

@@ -1,4 +1,4 @@
-"""The optimizer over the trainable weights: clip inside, mask last."""
+"""The optimizer of the trainable weights: gradients are clipped first, and updates are masked last."""
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +8,16 @@ import optax
 from vkd_jax.config.training import TrainConfig
 from vkd_jax.types import Params
 
-# What follows the warmup: (learning rate, steps from there on) -> the rate of each.
+# Schedules after the warmup: (peak learning rate, number of steps after the warmup) -> optax schedule.
 SCHEDULES = {"cosine": optax.cosine_decay_schedule, "constant": lambda rate, steps: optax.constant_schedule(rate)}
 
 
 def create(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
-    """clip -> Adam -> weight decay -> learning rate -> mask.
+    """Creates the optimizer: clipping, Adam, weight decay, learning rate, mask.
 
-    It only ever sees the trainable weights: `optax.masked` over all of them would let raw gradients through to the
-    frozen ones. The element-wise mask stands last, since momentum and weight decay move weights whose gradient is
-    zero. The learning rate is an argument of `update`, so that runs at different rates are one program.
+    It is applied to the trainable weights alone, because `optax.masked` over all weights passes the raw gradients of
+    the frozen ones through. The element-wise mask comes last, because momentum and weight decay move weights whose
+    gradient is zero. The learning rate is an argument of `update`, so that runs with different rates share one program.
 
     Args:
         config: only `weight_decay`, `clip_norm` and `b2` are read.
@@ -25,18 +25,18 @@ def create(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b2=config.b2),
-        optax.add_decayed_weights(config.weight_decay, decayed),
-        _descend(),
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        _scale_by_rate(),
         mask_updates(),
     )
 
 
-def rates(config: TrainConfig, steps: int) -> np.ndarray:
-    """The learning rate of each step: float32 [steps].
+def learning_rates(config: TrainConfig, steps: int) -> np.ndarray:
+    """Computes the learning rate of each step: float32 [steps].
 
     Args:
         config: only `learning_rate`, `warmup_steps` and `schedule` are read.
-        steps: of the whole run; the cosine ends there.
+        steps: the number of steps of the whole run, at which the cosine ends.
     """
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     rest = SCHEDULES[config.schedule](config.learning_rate, max(steps - config.warmup_steps, 1))
@@ -44,8 +44,8 @@ def rates(config: TrainConfig, steps: int) -> np.ndarray:
     return np.asarray(jax.vmap(schedule)(jnp.arange(steps)), np.float32).reshape(-1)
 
 
-def _descend() -> optax.GradientTransformationExtraArgs:
-    """Updates against the gradient, `rate` times as long."""
+def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
+    """Multiplies updates by -rate, where `rate` is an extra argument of `update`."""
 
     def update(updates, state, params=None, *, rate, **extra):
         del params, extra
@@ -54,13 +54,13 @@ def _descend() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def decayed(params: Params) -> dict[str, bool]:
-    """Matrices decay; norms, biases, the class embedding and the like do not."""
+def decay_mask(params: Params) -> dict[str, bool]:
+    """Selects the weights that decay: kernels and embedding tables, but no norms, biases or class embeddings."""
     return {path: value.ndim > 1 and path.endswith(("kernel", "embedding")) for path, value in params.items()}
 
 
 def mask_updates() -> optax.GradientTransformationExtraArgs:
-    """Zeroes updates outside `mask`, an extra argument of `update`; None lets all through."""
+    """Sets updates outside `mask` to zero. `mask` is an extra argument of `update`; None keeps all updates."""
 
     def update(updates, state, params=None, *, mask=None, **extra):
         del params, extra
@@ -70,5 +70,5 @@ def mask_updates() -> optax.GradientTransformationExtraArgs:
 
 
 def apply_mask(tree: Params, mask: Params) -> Params:
-    """Zero outside the mask, also where the value is not finite."""
+    """Sets values outside the mask to zero, including those that are not finite."""
     return jax.tree.map(lambda x, m: jnp.where(m, x, jnp.zeros_like(x)), tree, mask)

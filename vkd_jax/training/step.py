@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from vkd_jax.data.encoding import Batch
-from vkd_jax.methods.base import LossFn, TeacherFn
+from vkd_jax.methods.base import LossFn, Metrics, TeacherFn
 from vkd_jax.models.base import bind
 from vkd_jax.runtime.mesh import replicated
 from vkd_jax.training import optimizer
@@ -22,9 +22,9 @@ TEACHER = "teacher"  # the named scope of a teacher's forward pass
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What training changes: all of it is donated to each step, and all of it is checkpointed."""
+    """The state of training, which is donated to each step and saved in checkpoints."""
 
-    params: Params  # the trainable weights alone
+    params: Params  # the trainable weights, without the frozen ones
     opt_state: optax.OptState
     step: jax.Array  # scalar int32
 
@@ -34,31 +34,25 @@ def make_step(
     losses: Mapping[str, LossFn],
     tx: optax.GradientTransformationExtraArgs,
     mask_scope: str,
-    teacher: Mapping[str, TeacherFn] = {},  # noqa: B006 (never written to)
+    teachers: Mapping[str, TeacherFn] = {},  # noqa: B006 (never written to)
     microbatches: int = 1,
-):
-    """One update: (state, frozen, mask, batches, start, rate, key) -> (state, metrics).
+) -> Callable:
+    """Returns the function of one update: (state, frozen, mask, batches, start, rate, key) -> (state, metrics).
 
-    Each stream's gradient is taken apart, so that a mask can cover the forget stream alone; they add up before the
-    optimizer. Frozen weights are an argument that is neither differentiated nor donated, as is `start`: the trainable
-    weights before the first step, for the teacher of the streams that have one. `rate` is the learning rate. Dropout,
-    where the model has any, is a function of the key, the step, the stream and the microbatch.
+    The gradient of each stream is computed separately, so that a mask can cover the forget stream alone; the sum goes
+    to the optimizer. Frozen weights are an argument that is neither differentiated nor donated. Neither is `start`, the
+    trainable weights before the first step, which the teachers need. `rate` is the learning rate. Dropout is a function
+    of the key, the step, the stream and the microbatch.
 
-    A batch is computed in `microbatches` parts of equally many rows, one after another, so that the activations of one
-    part alone are held: the loss is the mean over rows, so the mean of the parts' gradients is that of the batch.
+    Args:
+        graphdef: the structure of the model.
+        losses: the loss of each stream.
+        tx: the optimizer, from `optimizer.create`.
+        mask_scope: which gradients the mask covers; see `Method.mask_scope`.
+        teachers: see `Prepared.teachers`.
+        microbatches: the number of parts that a batch is computed in, one after another, to save memory. The loss is
+            the mean over rows, and all parts have equally many rows, so the mean of their gradients is the batch's.
     """
-
-    def gradient(params: Params, name: str, batch: Batch, frozen: Params, start: Params | None, key: jax.Array | None):
-        if name in teacher:
-            with jax.named_scope(TEACHER):
-                outputs = teacher[name](bind(graphdef, {**frozen, **start}), batch)
-            batch = dataclasses.replace(batch, cached={**batch.cached, **outputs})
-
-        def loss(params):
-            return losses[name](bind(graphdef, {**frozen, **params}, key), batch)
-
-        (value, more), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return grads, {f"{name}_loss": value, **more}
 
     def step(
         state: TrainState,
@@ -68,18 +62,21 @@ def make_step(
         start: Params | None = None,
         rate: jax.Array | float = 1.0,
         key: jax.Array | None = None,
-    ):
+    ) -> tuple[TrainState, Metrics]:
         total, metrics = None, {}
-        for number, name in enumerate(losses):
-            own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, state.step), number)
-            part = functools.partial(gradient, state.params, name, frozen=frozen, start=start)
-            # One stream after the other: else a compiler may begin the second while it holds the first's activations.
+        for number, (name, loss_fn) in enumerate(losses.items()):
+            stream_key = None if key is None else jax.random.fold_in(jax.random.fold_in(key, state.step), number)
+            teach = None
+            if name in teachers:
+                teach = functools.partial(_add_teacher_outputs, graphdef, teachers[name], frozen, start)
+            gradient = functools.partial(_gradient, graphdef, name, loss_fn, teach, state.params, frozen)
+            # Without the barrier a compiler may start the next stream while this one's activations are in memory.
             batch, total = jax.lax.optimization_barrier((batches[name], total))
             if microbatches == 1:
-                grads, more = part(batch, key=own)
+                grads, stream_metrics = gradient(batch, key=stream_key)
             else:
-                grads, more = _mean_of_parts(part, batch, own, microbatches)
-            metrics |= more
+                grads, stream_metrics = _mean_over_microbatches(gradient, batch, stream_key, microbatches)
+            metrics |= stream_metrics
             if mask is not None and name == "forget" and mask_scope == "forget":
                 grads = optimizer.apply_mask(grads, mask)
             total = grads if total is None else jax.tree.map(jnp.add, total, grads)
@@ -93,26 +90,55 @@ def make_step(
     return step
 
 
-def _mean_of_parts(part: Callable, batch: Batch, key: jax.Array | None, count: int) -> Any:
-    """The mean of `part(rows, key=...)` over `count` parts of a batch, one after another."""
+def _add_teacher_outputs(graphdef: Any, teacher: TeacherFn, frozen: Params, start: Params, batch: Batch) -> Batch:
+    """Adds a teacher's outputs under the weights before the first step to `batch.cached`."""
+    with jax.named_scope(TEACHER):
+        outputs = teacher(bind(graphdef, {**frozen, **start}), batch)
+    return dataclasses.replace(batch, cached={**batch.cached, **outputs})
 
-    def cut(x: jax.Array) -> jax.Array:
-        # Each part takes rows of every device: the first axis stays on the devices that it lies on.
+
+def _gradient(
+    graphdef: Any,
+    name: str,
+    loss_fn: LossFn,
+    teach: Callable[[Batch], Batch] | None,
+    params: Params,
+    frozen: Params,
+    batch: Batch,
+    *,
+    key: jax.Array | None,
+) -> tuple[Params, Metrics]:
+    """Computes the gradient of one stream's loss on a batch, and its metrics."""
+    if teach is not None:
+        batch = teach(batch)
+
+    def loss(params):
+        return loss_fn(bind(graphdef, {**frozen, **params}, key), batch)
+
+    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return grads, {f"{name}_loss": value, **metrics}
+
+
+def _mean_over_microbatches(gradient: Callable, batch: Batch, key: jax.Array | None, count: int) -> Any:
+    """Computes the mean of `gradient(rows, key=...)` over `count` microbatches, one after another."""
+
+    def split(x: jax.Array) -> jax.Array:
+        # Each microbatch takes rows of every device, so that no row moves between devices.
         return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
     def add(total: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         number, rows = numbered
-        found = part(rows, key=None if key is None else jax.random.fold_in(key, number))
-        return jax.tree.map(lambda a, b: a + b / count, total, found), None
+        value = gradient(rows, key=None if key is None else jax.random.fold_in(key, number))
+        return jax.tree.map(lambda a, b: a + b / count, total, value), None
 
-    parts = jax.tree.map(cut, batch)
-    shapes = jax.eval_shape(lambda rows: part(rows, key=key), jax.tree.map(lambda x: x[0], parts))
+    rows = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(lambda batch: gradient(batch, key=key), jax.tree.map(lambda x: x[0], rows))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(add, zeros, (jnp.arange(count), parts))[0]
+    return jax.lax.scan(add, zeros, (jnp.arange(count), rows))[0]
 
 
 def init_state(tx: optax.GradientTransformation, trainable: Params, mesh: jax.sharding.Mesh) -> TrainState:
-    """A fresh state, born sharded: moments lie where their weights lie, counters everywhere."""
+    """Creates the state of step 0. Optimizer moments inherit each weight's sharding; scalars are replicated."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(tx, trainable, mesh).opt_state)
     return TrainState(
         params=trainable,
@@ -122,13 +148,13 @@ def init_state(tx: optax.GradientTransformation, trainable: Params, mesh: jax.sh
 
 
 def abstract_state(tx: optax.GradientTransformation, trainable: Params, mesh: jax.sharding.Mesh) -> TrainState:
-    """The shapes of a fresh state, and where they lie; of the trainable weights no more than that is needed."""
-    everywhere = replicated(mesh)
+    """Returns the shapes and shardings of the state of step 0. The trainable weights can be shapes, too."""
+    scalar_sharding = replicated(mesh)
     opt_state = optax.tree.map_params(
         tx,
         lambda x, weight: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=weight.sharding),
         jax.eval_shape(tx.init, trainable),
         trainable,
-        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=scalar_sharding),
     )
-    return TrainState(trainable, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere))
+    return TrainState(trainable, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=scalar_sharding))

@@ -7,18 +7,19 @@
 # ---
 
 # %% [markdown]
-# # A model that forgets whom it can see
+# # A model that forgets faces
 #
-# A tiny LLaVA knows sixty made-up people: their faces, and what was written about them. Here it forgets the faces of
-# six, keeps everybody else's, and keeps every word that it knows. Then somebody tries to bring the faces back.
+# A tiny LLaVA knows 60 synthetic people: their faces and facts about them. This notebook makes it forget the faces of
+# six of them. It retains the faces of all others and all facts in text. Then an attack tries to restore the forgotten
+# faces.
 #
-# It takes about five minutes on any runtime; neither a GPU nor a TPU is needed.
+# The notebook takes about five minutes on any runtime, without a GPU or TPU.
 
 # %% [markdown]
 # ## Install
 #
-# In Colab put in where a clone of this repository can be had, and restart the runtime if it asks for it. Elsewhere
-# start Jupyter in your own clone, with the package installed, and leave it empty.
+# In Colab, set `REPOSITORY` to the URL of a clone of this repository, and restart the runtime if Colab asks for it.
+# Elsewhere, leave it empty and start Jupyter in a clone, with the package installed.
 
 # %%
 REPOSITORY = ""  # @param {type:"string"}
@@ -29,9 +30,10 @@ if REPOSITORY:
     print("installed")
 
 # %% [markdown]
-# ## Who they are
+# ## The people
 #
-# Drawn by a program; no picture of a real person is in here. The first row shows the six whom the model shall forget.
+# All portraits are drawn by a program; there are no images of real people. The first row shows the six people to
+# forget, the second row six of the people to retain.
 
 # %%
 import sys
@@ -45,7 +47,7 @@ from matplotlib.image import imread
 root = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "configs/tiny.py").is_file())
 sys.path.insert(0, str(root))
 
-warnings.filterwarnings("ignore", message="IProgress not found")  # of bars that nobody needs
+warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars are not shown
 # %matplotlib inline
 # %config InlineBackend.figure_format = "jpeg"
 
@@ -55,50 +57,51 @@ from vkd_jax.benchmarks.synthetic import people
 from vkd_jax.runs import pipeline
 from vkd_jax.runtime import log
 
-VIEW = 500  # of each person; the model was taught others
-log.setup()  # so that the longer cells say how far they are
+VIEW = 500  # the portrait of each person that is shown here; the model was trained on others
+log.setup()  # shows the progress of the longer cells
 forgotten = people.forgotten_ids(6)
 everybody = sorted(people.people(), key=lambda person: person.id not in forgotten)
 
 
-def sheet(captions=None):
-    """The six, and six of the others, with what a model says about each."""
-    figure, places = plt.subplots(2, 6, figsize=(13, 5.4))
-    for place, person in zip(places.flat, everybody, strict=False):
-        place.imshow(people.portrait(person, view=VIEW))
-        place.set_title(person.name, fontsize=9)
-        place.set(xticks=[], yticks=[], xlabel="" if captions is None else captions[person.id])
-    places[0, 0].set_ylabel("to forget")
-    places[1, 0].set_ylabel("to keep")
+def show_portraits(answers=None):
+    """Shows the six people to forget and six people to retain, with the answer of a model below each."""
+    figure, axes = plt.subplots(2, 6, figsize=(13, 5.4))
+    for axis, person in zip(axes.flat, everybody, strict=False):
+        axis.imshow(people.portrait(person, view=VIEW))
+        axis.set_title(person.name, fontsize=9)
+        axis.set(xticks=[], yticks=[], xlabel="" if answers is None else answers[person.id])
+    axes[0, 0].set_ylabel("to forget")
+    axes[1, 0].set_ylabel("to retain")
     figure.tight_layout()
     plt.show()
 
 
-sheet()
+show_portraits()
 
 # %% [markdown]
-# ## Ask before
+# ## Before unlearning
 #
-# The pictures are new to the model: it was shown others of the same people.
+# The model was trained on other portraits of the same people. It names all twelve.
 
 # %%
 QUESTION = "Who is this person?"
 
 
-def ask_about_all(folder):
-    """What a model says, shown a portrait of each of the twelve."""
+def name_people(folder):
+    """Returns the answer of a model about a portrait of each of the twelve people."""
     model = ask.load(folder)
     return {person.id: ask.answer(model, QUESTION, people.portrait(person, view=VIEW)) for person in everybody[:12]}
 
 
-before = ask_about_all("tiny_llava")
-sheet(before)
+before = name_people("tiny_llava")
+show_portraits(before)
 
 # %% [markdown]
-# ## Unlearn, and attack
+# ## Unlearning and the attack
 #
-# The language model is frozen; the vision tower and the projector are trained until the six look like somebody else.
-# The attack that follows teaches a part of what was forgotten again and asks for the rest. All of it lands in a folder.
+# The language model is frozen. Unlearning trains the vision tower and the projector until the six people look like
+# somebody else. The attack then fine-tunes the unlearned model on some of the forgotten questions and answers, and
+# evaluates it on the others. All outputs are written to one folder.
 
 # %%
 config = tiny.get_config()
@@ -109,51 +112,53 @@ results = pipeline.run(config, workdir).to_json()
 print(workdir)
 
 # %% [markdown]
-# ## Ask after
+# ## After unlearning
 
 # %%
-after = ask_about_all(f"{workdir}/unlearned")
-sheet(after)
-for name, chosen in (("to forget", everybody[:6]), ("to keep", everybody[6:12])):
-    right = [sum(person.name in said[person.id] for person in chosen) for said in (before, after)]
-    print(f"{name}: {right[0]} of 6 named before, {right[1]} after")
+after = name_people(f"{workdir}/unlearned")
+show_portraits(after)
+for name, group in (("to forget", everybody[:6]), ("to retain", everybody[6:12])):
+    correct = [sum(person.name in answers[person.id] for person in group) for answers in (before, after)]
+    print(f"{name}: {correct[0]} of 6 named before, {correct[1]} after")
 
 # %% [markdown]
-# ## How much is that?
+# ## Accuracy
 #
-# Right answers to four-option questions, in per cent; guessing gives 25. The model that never met the six is what
-# forgetting can be compared with: it takes them for somebody it knows, and is right less often than a guess.
+# The table shows the accuracy (%) on questions with four options, where chance is 25 %. The retain-only model was
+# trained without the six people and is the reference for forgetting: it confuses them with look-alikes, so it scores
+# below chance.
 
 # %%
-MODELS = {"vanilla": "before", "unlearned": "after", "retain_only": "never met them"}
+MODELS = {"vanilla": "vanilla", "unlearned": "unlearned", "retain_only": "retain-only"}
 ROWS = {
-    ("forget", "vqa"): "the six, from pictures it was taught",
-    ("test", "vqa"): "the six, from other pictures",
-    ("forget", "qa"): "the six, asked in words alone",
-    ("retain", "vqa"): "the others, from pictures",
-    ("real", "vqa"): "things and animals",
+    ("forget", "vqa"): "to forget, images of the training data",
+    ("test", "vqa"): "to forget, other images",
+    ("forget", "qa"): "to forget, text only",
+    ("retain", "vqa"): "to retain, images",
+    ("real", "vqa"): "general ability, images",
 }
 print(f"{'':40}" + "".join(f"{name:>16}" for name in MODELS.values()))
-for (part, kind), title in ROWS.items():
-    shares = [results["models"][model][part][kind]["accuracy"] for model in MODELS]
-    print(f"{title:40}" + "".join(f"{100 * share:16.1f}" for share in shares))
-print("the language model's answers to text alone are the same to the last bit:", results["text_logits_identical"])
+for (name, kind), title in ROWS.items():
+    accuracies = [results["models"][model][name][kind]["accuracy"] for model in MODELS]
+    print(f"{title:40}" + "".join(f"{100 * accuracy:16.1f}" for accuracy in accuracies))
+print("logits of text-only questions are bit-identical:", results["text_logits_identical"])
 
 # %% [markdown]
-# ## Does it come back?
+# ## Relearning
 #
-# An attacker who has some of the questions and answers trains on them. If what is left over comes back as well, it was
-# hidden and not gone. The model that never met the six, under the same attack, shows how much is learned anew.
+# The attacker fine-tunes the unlearned model on some of the forgotten questions and answers. If the accuracy on the
+# remaining questions recovers as well, the knowledge was hidden and not removed. The retain-only model under the same
+# attack shows how much of it is newly learned.
 
 # %%
-figure, place = plt.subplots(figsize=(8, 5.5))
-place.imshow(imread(f"{workdir}/report/relearning.png"))
-place.axis("off")
+figure, axis = plt.subplots(figsize=(8, 5.5))
+axis.imshow(imread(f"{workdir}/report/relearning.png"))
+axis.axis("off")
 plt.show()
 for cell in results["attacks"]["relearn"]["cells"]:
     if cell["model"] == "unlearned" and "recovery" in cell:
-        tried = f"{cell['attacker']} {100 * cell['share']:g} % of the {cell['unit']}, set {cell['set']}"
-        print(f"{tried:42} {100 * cell['recovery']:6.1f} % of what was lost came back")
+        attack = f"{cell['attacker']} {100 * cell['share']:g} % of the {cell['unit']}, set {cell['set']}"
+        print(f"{attack:42} {100 * cell['recovery']:6.1f} % of the lost accuracy recovered")
 
 # %% [markdown]
-# The whole story is in `report.md` of that folder, and `unlearned/` is an ordinary Hugging Face model.
+# The folder also has the full report, `report.md`, and the unlearned model, `unlearned/`, in Hugging Face format.

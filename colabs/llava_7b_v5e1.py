@@ -9,19 +9,19 @@
 # ---
 
 # %% [markdown]
-# # LLaVA-1.5-7B forgets a person on one TPU chip
+# # Unlearning people from LLaVA-1.5-7B on one TPU chip
 #
-# A v5e-1, the TPU of hosted notebooks, has one chip with 16 GB of memory. That is enough to make a model of seven
-# billion parameters forget what it can see, because its language model is held in four bits and does not train.
+# A v5e-1, the TPU of hosted notebooks, has one chip with 16 GB of memory. That suffices for visual unlearning of a
+# model with seven billion parameters, because its language model is frozen and quantized to four bits.
 #
-# Choose a TPU runtime first (in Colab: Runtime, Change runtime type, v5e-1 TPU). The disk needs 45 GB for the model as
-# it comes and as it leaves. No TPU was at hand when this was written: the memory is what the TPU's own compiler says.
+# Select a TPU runtime first (in Colab: Runtime, Change runtime type, v5e-1 TPU). The original and the unlearned model
+# need 45 GB of disk space. This notebook was not verified on a TPU; the TPU compiler determined its memory use.
 
 # %% [markdown]
 # ## Install
 #
-# Put in where a clone of this repository can be had; the versions are those that the planner was run with. If Colab
-# asks to restart the runtime, do so and go on with the next cell.
+# Set `REPOSITORY` to the URL of a clone of this repository. The memory was determined with the pinned versions. If
+# Colab asks to restart the runtime, do so and continue with the next cell.
 
 # %%
 REPOSITORY = ""  # @param {type:"string"}
@@ -30,22 +30,22 @@ REPOSITORY = ""  # @param {type:"string"}
 # !pip install --quiet --constraint colabs/pinned.txt '.[tpu]'
 
 # %% [markdown]
-# ## Is there a TPU?
+# ## Check the TPU
 #
-# This shall print one `TpuDevice`; a `CpuDevice` means that the runtime has none. It is asked in a process of its own,
-# since a TPU serves one process at a time and this notebook must not keep it.
+# This prints one `TpuDevice`; a `CpuDevice` means that the runtime has no TPU. It runs in a separate process, because
+# only one process at a time can use the TPU.
 
 # %%
 # !python -c "import jax; print(jax.devices())"
 
 # %% [markdown]
-# ## What shall be forgotten
+# ## Model and data
 #
-# `MODEL` is a model that knows the people: a folder, or an id on the Hugging Face hub. The published LLaVA below knows
-# some public figures and nobody of a benchmark, so a benchmark's people take a model that was fine-tuned on them.
+# `MODEL` is a model that knows the people to forget: a folder, or an id on the Hugging Face hub. The published LLaVA
+# below knows some public figures but not the people of a benchmark, which require a model fine-tuned on them.
 #
-# `FORGET` and `RETAIN` are two folders of pictures with questions, as `docs/your_own_data.md` describes them: who shall
-# be forgotten, and who shall not. Upload them, or let them lie in your Drive, and put in where they are.
+# `FORGET` and `RETAIN` are two folders of images and questions, of the people to forget and the people to retain, as
+# described in `docs/your_own_data.md`. Upload them or mount your Drive, and set the paths.
 
 # %%
 MODEL = "llava-hf/llava-1.5-7b-hf"  # @param {type:"string"}
@@ -54,19 +54,19 @@ RETAIN = "/content/request/retain"  # @param {type:"string"}
 WORKDIR = "/content/llava-7b"  # @param {type:"string"}
 
 # %% [markdown]
-# ## Does it fit?
+# ## Check the memory (optional)
 #
-# The planner compiles the very step that will run, on the CPU and without touching the TPU, and says what it takes.
-# Look at the line `fits`; it takes some minutes, and you may skip it.
+# The planner compiles the training step on the CPU, without using the TPU, and prints the memory that it needs; see the
+# line `fits`. It takes some minutes.
 
 # %%
 # !python -m vkd_jax.plan --config configs/llava.py:7b,onechip --topology v5e:1x1 --nocompare
 
 # %% [markdown]
-# ## Fetch the model
+# ## Download the model
 #
-# This loads 14 GB from the hub into its cache on this machine, and nothing twice. A model that is not public needs `hf
-# auth login` before.
+# This downloads 14 GB from the hub into its cache on this machine, once. A model that is not public requires
+# `hf auth login` first.
 
 # %%
 # !python -c "from vkd_jax.runtime import hub; print(hub.fetch_model('{MODEL}'))"
@@ -74,8 +74,8 @@ WORKDIR = "/content/llava-7b"  # @param {type:"string"}
 # %% [markdown]
 # ## Unlearn
 #
-# It measures the model, makes it forget, measures it again, and writes everything into `WORKDIR`. If it is stopped, run
-# the same cell again: it goes on where it stood.
+# This evaluates the model, unlearns, evaluates the unlearned model, and writes all outputs to `WORKDIR`. To resume an
+# interrupted run, run the cell again.
 
 # %%
 # !python -m vkd_jax.main --config configs/llava.py:7b,folder,onechip --workdir {WORKDIR} \
@@ -83,9 +83,9 @@ WORKDIR = "/content/llava-7b"  # @param {type:"string"}
 #     --config.eval.max_items=100
 
 # %% [markdown]
-# ## The report
+# ## Report
 #
-# What was forgotten, what was kept, and how we know. The pictures in it are those of the people themselves.
+# The report shows what was forgotten and retained. Its portraits are images from your folders.
 
 # %%
 from pathlib import Path
@@ -95,26 +95,27 @@ from IPython.display import Image, Markdown, display
 if (Path(WORKDIR) / "report.md").is_file():
     display(Markdown((Path(WORKDIR) / "report.md").read_text(encoding="utf-8")))
     for name in ("portraits", "forget_retain"):
-        if (picture := Path(WORKDIR) / "report" / f"{name}.png").is_file():
-            display(Image(picture))
+        if (figure := Path(WORKDIR) / "report" / f"{name}.png").is_file():
+            display(Image(figure))
 
 # %% [markdown]
-# ## Ask with your own eyes
+# ## Ask both models
 #
-# The first answer is from the model before, the second from the one after. Put in another picture or question, as often
-# as you like; each asking loads a model, which takes a minute or two.
+# The first answer is from the original model, the second from the unlearned model. Each command loads a model, which
+# takes a minute or two. Try other images and questions.
 
 # %%
 QUESTION = "Who is this person?"  # @param {type:"string"}
-PICTURE = next(iter(sorted(Path(WORKDIR).glob("portraits/*"))), Path(FORGET))
-# !python -m vkd_jax.ask --model {MODEL} --image {PICTURE} --question "{QUESTION}"
-# !python -m vkd_jax.ask --model {WORKDIR}/unlearned --image {PICTURE} --question "{QUESTION}"
+IMAGE = next(iter(sorted(Path(WORKDIR).glob("portraits/*"))), Path(FORGET))
+# !python -m vkd_jax.ask --model {MODEL} --image {IMAGE} --question "{QUESTION}"
+# !python -m vkd_jax.ask --model {WORKDIR}/unlearned --image {IMAGE} --question "{QUESTION}"
 
 # %% [markdown]
-# ## Keep it
+# ## Save the outputs
 #
-# The runtime's disk vanishes with it. The report and every answer are small and go into your Drive; the model is 14 GB,
-# so put in a name on the hub, `you/llava-without-them`, and it is pushed there (after `hf auth login`), private.
+# The disk is deleted with the runtime. The first cell copies the report and all answers to your Drive. The second cell
+# uploads the model (14 GB) to a private repository on the Hugging Face hub, after `hf auth login`; set `REPO` to its
+# name, such as `you/llava-unlearned`.
 
 # %%
 REPO = ""  # @param {type:"string"}

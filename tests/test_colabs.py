@@ -1,4 +1,4 @@
-"""The notebooks: each is what its script says, its commands are those of the programs, the demo runs, and 7B fits."""
+"""Tests of the notebooks: they match their scripts, their commands are valid, the demo runs, and LLaVA-7B fits."""
 
 import ast
 import json
@@ -25,13 +25,13 @@ from vkd_jax.runtime import hub
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "colabs").glob("*.py"))
-OPTIMISED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # as users run it, and unlike the other tests
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' way to read one
+OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # as for users; other tests disable optimizations
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_notebooks_are_what_their_scripts_say(script):
-    """Else make them anew, as the README says."""
+def test_notebooks_match_their_scripts(script):
+    """Otherwise create the notebook again from its script with jupytext."""
     import jupytext
 
     notebook = jupytext.read(script.with_suffix(".ipynb"))
@@ -40,8 +40,8 @@ def test_notebooks_are_what_their_scripts_say(script):
     assert jupytext.writes(notebook, "py:percent") == jupytext.writes(expected, "py:percent")
 
 
-def test_the_demo_shows_what_it_printed():
-    """Pictures of the twelve before and after, what came back; no error, and nothing of the machine it ran on."""
+def test_recorded_outputs_of_the_demo_are_complete_and_clean():
+    """The outputs have all figures and results, but no error, warning or path of the machine that recorded them."""
     import jupytext
 
     cells = jupytext.read(ROOT / "colabs" / "demo.ipynb").cells
@@ -55,7 +55,7 @@ def test_the_demo_shows_what_it_printed():
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_code_cells_parse(script):
-    """Without the lines that are the shell's."""
+    """Lines that run in a shell are replaced by `pass`."""
     import jupytext
 
     for cell in jupytext.read(script.with_suffix(".ipynb")).cells:
@@ -65,17 +65,17 @@ def test_code_cells_parse(script):
 
 
 def commands(script: Path, module: str) -> list[list[str]]:
-    """The arguments of each `python -m MODULE` in a notebook's cells, with what its cells assign put in."""
+    """Returns the arguments of each `python -m MODULE` in a notebook, with its variables substituted."""
     source = script.read_text(encoding="utf-8")
-    assigned = {
+    variables = {
         node.targets[0].id: node.value.value
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
     }
     lines = re.findall(r"^# !((?:.*\\\n#)*.*)$", source, re.MULTILINE)
     lines = [shlex.split(re.sub(r"\\\n#", "", line)) for line in lines]
-    found = [line[3:] for line in lines if line[:3] == ["python", "-m", module]]
-    return [[re.sub(r"\{(\w+)\}", lambda m: str(assigned.get(m[1], m[0])), x) for x in line] for line in found]
+    calls = [line[3:] for line in lines if line[:3] == ["python", "-m", module]]
+    return [[re.sub(r"\{(\w+)\}", lambda m: str(variables.get(m[1], m[0])), x) for x in call] for call in calls]
 
 
 ONE_CHIP = ROOT / "colabs" / "llava_7b_v5e1.py"
@@ -102,66 +102,66 @@ def test_commands_of_the_one_chip_notebook_are_valid(module, define_flags, monke
         assert values.topology == "v5e:1x1" and not values.compare
 
 
-def test_the_one_chip_notebook_asks_both_models(monkeypatch):
-    asked = []
+def test_the_one_chip_notebook_asks_both_models_the_same(monkeypatch):
+    calls = []
     monkeypatch.setattr(ask, "load", lambda model, **_: model)
-    monkeypatch.setattr(ask, "answer", lambda model, question, image, **_: asked.append((model, question, image)))
-    for given in commands(ONE_CHIP, "vkd_jax.ask"):
-        monkeypatch.setattr(sys, "argv", ["ask", *given])
+    monkeypatch.setattr(ask, "answer", lambda model, question, image, **_: calls.append((model, question, image)))
+    for arguments in commands(ONE_CHIP, "vkd_jax.ask"):
+        monkeypatch.setattr(sys, "argv", ["ask", *arguments])
         assert ask.main() == 0
-    before, after = asked
-    assert hub.is_id(before[0]) and after[0].endswith("/unlearned") and before[1:] == after[1:]
+    original, unlearned = calls
+    assert hub.is_id(original[0]) and unlearned[0].endswith("/unlearned") and original[1:] == unlearned[1:]
 
 
-def test_what_the_notebooks_install_is_pinned():
-    """Nothing is loaded, built or fetched by another name than that of an exact version."""
+def test_packages_of_the_notebooks_are_pinned_to_tested_versions():
     lines = [line for line in (ROOT / "colabs/pinned.txt").read_text().splitlines() if not line.startswith("#")]
     assert lines == sorted(lines) and all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines)
     tested = (ROOT / "constraints/py311.txt").read_text().lower().replace("_", "-").splitlines()
-    assert [line for line in lines if line not in tested] == ["libtpu==0.0.42.1"]  # which runs on TPUs alone
+    assert [line for line in lines if line not in tested] == ["libtpu==0.0.42.1"]  # used on TPUs only
     for script in SCRIPTS:
         installs = re.findall(r"^ *# !pip install .*$", script.read_text(encoding="utf-8"), re.MULTILINE)
         assert installs and all("--constraint colabs/pinned.txt" in line for line in installs)
 
 
-def test_what_the_notebooks_install_goes_together():
-    """pip refuses versions of which one asks for another of the next; what this checks is what is installed here."""
+def test_pinned_packages_of_the_notebooks_are_compatible():
+    """Checks the requirements of the pinned packages that are installed here, since pip rejects a conflict."""
     lines = (ROOT / "colabs/pinned.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
     if metadata.version("jax") != pinned["jax"]:
-        pytest.skip(f"what JAX {pinned['jax']} asks for is not known where another one is installed")
-    asked = []
+        pytest.skip(f"the requirements of JAX {pinned['jax']} are known only when it is installed")
+    checked = []
     for name in pinned.keys() & {d.name.lower().replace("_", "-") for d in metadata.distributions()}:
         same = metadata.version(name) == pinned[name]
-        for needed in map(Requirement, metadata.requires(name) or [] if same else []):
-            wanted = needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in ("", "tpu"))
-            if wanted and (other := canonicalize_name(needed.name)) in pinned:
-                assert needed.specifier.contains(pinned[other]), f"{name} asks for {needed}"
-                asked.append((name, other))
-    assert {("jax", "libtpu"), ("jax", "jaxlib")} <= set(asked)
+        for requirement in map(Requirement, metadata.requires(name) or [] if same else []):
+            marker = requirement.marker
+            applies = marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", "tpu"))
+            if applies and (other := canonicalize_name(requirement.name)) in pinned:
+                assert requirement.specifier.contains(pinned[other]), f"{name} requires {requirement}"
+                checked.append((name, other))
+    assert {("jax", "libtpu"), ("jax", "jaxlib")} <= set(checked)
 
 
 @pytest.mark.slow
-def test_the_one_chip_step_takes_15_gib(tmp_path):
-    """The planner's command in the notebook, by the TPU's own compiler; and what it took when this was written."""
+def test_the_one_chip_step_fits_in_memory(tmp_path):
+    """Runs the planner's command of the notebook, which uses the TPU compiler."""
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install '.[tpu]'")
-    (given,) = commands(ONE_CHIP, "vkd_jax.plan")
-    done = subprocess.run(
-        [sys.executable, "-m", "vkd_jax.plan", *given, f"--json={tmp_path}/found.json"],
+    (arguments,) = commands(ONE_CHIP, "vkd_jax.plan")
+    process = subprocess.run(
+        [sys.executable, "-m", "vkd_jax.plan", *arguments, f"--json={tmp_path}/plan.json"],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | OPTIMISED,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | OPTIMIZED,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    (step,) = found["steps"].values()
+    assert process.returncode == 0, process.stderr[-3000:]
+    results = json.loads((tmp_path / "plan.json").read_text())
+    (step,) = results["steps"].values()
     assert step["fits"] and step["total"] <= 13.6 * 2**30 < 15.0 * 2**30
-    assert min(found["rows"].values()) >= 4 and found["tokens"] == 704
+    assert min(results["rows"].values()) >= 4 and results["tokens"] == 704
 
 
-def test_the_cells_of_the_demo_run_on_recorded_results(monkeypatch, tmp_path, capsys):
-    """All cells but the one that installs, with figures in the place of the run and names in that of the answers."""
+def test_the_demo_runs_on_stubbed_results(monkeypatch, tmp_path, capsys):
+    """Runs all cells except the installation, with a stub of the pipeline and stubbed answers."""
     import matplotlib
     from PIL import Image
 
@@ -169,20 +169,14 @@ def test_the_cells_of_the_demo_run_on_recorded_results(monkeypatch, tmp_path, ca
     from vkd_jax.runs import pipeline
 
     matplotlib.use("agg")
-    figures = {"accuracy": 0.25}
-    sets = {name: {"vqa": figures, "qa": figures} for name in ("forget", "test", "retain", "real")}
-    cell = {
-        "model": "unlearned",
-        "attacker": "visual",
-        "share": 0.1,
-        "unit": "questions",
-        "set": "forget",
-        "recovery": 0.5,
-    }
-    planned = []
+    metrics = {"accuracy": 0.25}
+    sets = {name: {"vqa": metrics, "qa": metrics} for name in ("forget", "test", "retain", "real")}
+    cell = {"model": "unlearned", "attacker": "visual", "share": 0.1, "unit": "questions", "set": "forget"}
+    cell["recovery"] = 0.5
+    configs = []
 
     def run(config, workdir):
-        planned.append(config)
+        configs.append(config)
         (Path(workdir) / "report").mkdir()
         Image.new("RGB", (20, 20)).save(Path(workdir) / "report" / "relearning.png")
         results = {
@@ -202,24 +196,24 @@ def test_the_cells_of_the_demo_run_on_recorded_results(monkeypatch, tmp_path, ca
     monkeypatch.chdir(ROOT)
     runpy.run_path(str(ROOT / "colabs" / "demo.py"))
     out = capsys.readouterr().out
-    assert "to forget: 6 of 6 named before, 0 after" in out and "50.0 % of what was lost came back" in out
-    assert planned[0].attacks.names == "relearn" and check_config(RunConfig.from_config_dict(planned[0]))
+    assert "to forget: 6 of 6 named before, 0 after" in out and "50.0 % of the lost accuracy recovered" in out
+    assert configs[0].attacks.names == "relearn" and check_config(RunConfig.from_config_dict(configs[0]))
 
 
 @pytest.mark.slow
-def test_the_demo_runs(tmp_path):
-    """All of it but the cell that installs, without a screen; the faces of the six are forgotten."""
-    done = subprocess.run(
+def test_the_demo_forgets_the_six_faces(tmp_path):
+    """Runs all cells except the installation."""
+    process = subprocess.run(
         [sys.executable, ROOT / "colabs" / "demo.py"],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "TMPDIR": str(tmp_path)} | OPTIMISED,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "TMPDIR": str(tmp_path)} | OPTIMIZED,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
-    (gone,) = (line for line in lines if line.startswith("to forget: "))
-    (kept,) = (line for line in lines if line.startswith("to keep: "))
-    assert gone.startswith("to forget: 6 of 6 named before, ") and int(gone.split()[-2]) <= 1
-    assert any("of what was lost came back" in line for line in lines)
-    assert kept.startswith("to keep: 6 of 6 named before, ") and int(kept.split()[-2]) >= 5
+    assert process.returncode == 0, process.stderr[-3000:]
+    lines = process.stdout.splitlines()
+    (forgotten,) = (line for line in lines if line.startswith("to forget: 6 of 6"))
+    (retained,) = (line for line in lines if line.startswith("to retain: 6 of 6"))
+    assert forgotten.startswith("to forget: 6 of 6 named before, ") and int(forgotten.split()[-2]) <= 1
+    assert any("of the lost accuracy recovered" in line for line in lines)
+    assert retained.startswith("to retain: 6 of 6 named before, ") and int(retained.split()[-2]) >= 5

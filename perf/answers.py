@@ -1,19 +1,20 @@
-"""How fast questions about pictures are answered here, and by PyTorch + transformers.
+"""Times the answering of questions about images against PyTorch + transformers.
 
 python perf/answers.py [--size small|large] [--rounds N] [--json FILE]
 
-A LLaVA with random weights, random pictures with several questions each, float32, all cores. Both get the same pictures
-and texts, and pass them through the same tokenizer and image processor; that is part of the time. Two halves of an
-evaluation are timed:
+Model: a LLaVA with random weights in float32. Data: random images with several questions each. Device: the GPU, or else
+all cores. Both libraries use the same images, texts, tokenizer and image processor, whose time is included. The two
+tasks of an evaluation are timed:
 
-- writing: greedy answers, of NEW tokens, for random weights hardly ever end one;
-- choosing: log p(option | question, picture) of the four options of each question.
+- writing: greedy answers of NEW_TOKENS tokens (random weights rarely produce the end token earlier);
+- choosing: log p(option | question, image) for four options of each question.
 
-PyTorch's is written the way its users write it, as many questions at a time: `processor` and `generate`, left padding,
-SDPA attention, a key/value cache; and for the options one forward pass each, of the whole prompt with the option after
-it, right padding, logits of every position. The two take turns in one process, so that whatever else the machine does
-falls on both; what is printed are medians and ratios. The answers must be the same tokens, and the scores agree, else
-nothing is measured.
+PyTorch answers with `processor` and `generate`, left padding, SDPA attention and a key/value cache. It scores each
+option with a forward pass of the whole prompt and the option, with right padding and logits of all positions. Batches
+have the same size in both libraries.
+
+Both run alternately in one process, so that other load on the machine affects both alike; the table shows medians and
+ratios. The answers must be equal and the scores must agree, or the script stops without timing.
 """
 
 import statistics
@@ -26,57 +27,57 @@ import tables
 import tokenizers
 import torch
 import transformers
-from command import by_turns, run
+from command import run, time_interleaved
 from PIL import Image
-from step_time import DEVICE, IMAGE, SIZES, model, need_same_device
+from step_time import DEVICE, IMAGE_TOKEN_ID, SIZES, build_model, check_same_device
 
 from vkd_jax import ask
 from vkd_jax.data.processor import LLAVA_CHAT_TEMPLATE
 from vkd_jax.evaluation.inference import Answerer
 
-NEW = 32  # tokens an answer
-OPTIONS = 4
+NEW_TOKENS = 32  # of each answer
+N_OPTIONS = 4
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "USER:", "ASSISTANT:")
-# Pictures, questions about each, questions a batch, and the most words of a question and of an option.
-WORK: Mapping[str, dict[str, int]] = {
-    "tiny": dict(pictures=3, about_each=2, batch=2, words=8, option=3),
-    "small": dict(pictures=8, about_each=4, batch=16, words=32, option=6),
-    "large": dict(pictures=4, about_each=4, batch=8, words=64, option=6),
+# question_words and option_words: the maximum number of words.
+WORKLOADS: Mapping[str, dict[str, int]] = {
+    "tiny": dict(images=3, questions_per_image=2, batch_size=2, question_words=8, option_words=3),
+    "small": dict(images=8, questions_per_image=4, batch_size=16, question_words=32, option_words=6),
+    "large": dict(images=4, questions_per_image=4, batch_size=8, question_words=64, option_words=6),
 }
 
 
-class Asked(NamedTuple):
-    """Questions, each with its picture and its options."""
+class Questions(NamedTuple):
+    """Questions, each with its image and its options."""
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     questions: list[str]
     options: list[list[str]]
 
-    def part(self, begin: int, count: int) -> "Asked":
-        """Some that follow each other."""
-        return Asked(*(rows[begin : begin + count] for rows in self))
+    def slice(self, begin: int, count: int) -> "Questions":
+        """Returns `count` questions from index `begin` on."""
+        return Questions(*(rows[begin : begin + count] for rows in self))
 
 
-def asked(work: Mapping[str, int], vocabulary: int, side: int) -> Asked:
-    """Random pictures and words; the questions about a picture follow each other."""
+def random_questions(workload: Mapping[str, int], vocabulary: int, side: int) -> Questions:
+    """Returns random images and words; the questions about an image are adjacent."""
     rng = np.random.default_rng(0)
 
     def words(most: int) -> str:
         count = rng.integers(most // 4 + 1, most + 1)
         return " ".join(f"w{i}" for i in rng.integers(len(SPECIAL), vocabulary, count))
 
-    files = [Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(work["pictures"])]
-    shown = [file for file in files for _ in range(work["about_each"])]
-    return Asked(
-        shown,
-        [words(work["words"]) for _ in shown],
-        [[words(work["option"]) for _ in range(OPTIONS)] for _ in shown],
+    images = [Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(workload["images"])]
+    repeated = [image for image in images for _ in range(workload["questions_per_image"])]
+    return Questions(
+        repeated,
+        [words(workload["question_words"]) for _ in repeated],
+        [[words(workload["option_words"]) for _ in range(N_OPTIONS)] for _ in repeated],
     )
 
 
-def save(folder: str, net: transformers.LlavaForConditionalGeneration, size: Mapping[str, Any]) -> None:
-    """The model with a processor, in which every token is a word: then texts are equal if their tokens are."""
-    names = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), size["text"][-1]))]
+def save(folder: str, model: transformers.LlavaForConditionalGeneration, sizes: Mapping[str, Any]) -> None:
+    """Saves a model with a processor whose tokens are words, so that equal texts have equal tokens."""
+    names = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), sizes["text"][-1]))]
     raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>"))
     raw.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     raw.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -84,107 +85,121 @@ def save(folder: str, net: transformers.LlavaForConditionalGeneration, size: Map
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, **special, extra_special_tokens={"image_token": "<image>"}, padding_side="left"
     )
-    side, patch = size["picture"]
-    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    side, patch = sizes["image"]
+    image_processor = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
     options = dict(patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1)
-    transformers.LlavaProcessor(images, tokenizer, chat_template=LLAVA_CHAT_TEMPLATE, **options).save_pretrained(folder)
-    net.generation_config.eos_token_id, net.generation_config.pad_token_id = 2, 3
-    net.save_pretrained(folder)
+    processor = transformers.LlavaProcessor(image_processor, tokenizer, chat_template=LLAVA_CHAT_TEMPLATE, **options)
+    processor.save_pretrained(folder)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 3
+    model.save_pretrained(folder)
 
 
 def prompts(processor: Any, questions: Sequence[str]) -> list[str]:
-    """By the model's template."""
-    content = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
-    turns = [[{"role": "user", "content": each}] for each in content]
-    return [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
+    """Formats questions with the chat template of the model."""
+    contents = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
+    chats = [[{"role": "user", "content": content}] for content in contents]
+    return [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
 
 
-def written_in_torch(net: Any, processor: Any, given: Asked) -> list[str]:
-    """Greedy answers to a batch."""
-    inputs = processor(
-        images=given.pictures, text=prompts(processor, given.questions), padding=True, return_tensors="pt"
-    ).to(DEVICE)
-    out = net.generate(**inputs, max_new_tokens=NEW, do_sample=False, use_cache=True)
-    texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+def generate_in_torch(model: Any, processor: Any, batch: Questions) -> list[str]:
+    """Returns greedy answers to a batch of questions."""
+    texts = prompts(processor, batch.questions)
+    inputs = processor(images=batch.images, text=texts, padding=True, return_tensors="pt").to(DEVICE)
+    tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True)
+    answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
 
 
-def chosen_in_torch(net: Any, processor: Any, given: Asked) -> np.ndarray:
-    """log p of each option of a batch: [n, OPTIONS]."""
-    before = prompts(processor, given.questions)
-    found = []
-    for texts in zip(*given.options, strict=True):
-        whole = [f"{prompt} {text}</s>" for prompt, text in zip(before, texts, strict=True)]
-        inputs = processor(images=given.pictures, text=whole, padding=True, padding_side="right", return_tensors="pt")
+def score_in_torch(model: Any, processor: Any, batch: Questions) -> np.ndarray:
+    """Returns log p of each option of a batch of questions, [n, N_OPTIONS]."""
+    questions = prompts(processor, batch.questions)
+    scores = []
+    for options in zip(*batch.options, strict=True):
+        texts = [f"{question} {option}</s>" for question, option in zip(questions, options, strict=True)]
+        inputs = processor(images=batch.images, text=texts, padding=True, padding_side="right", return_tensors="pt")
         inputs = inputs.to(DEVICE)
         with torch.no_grad():
-            log_p = net(**inputs).logits[:, :-1].log_softmax(-1)
-        own = log_p.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
+            log_p = model(**inputs).logits[:, :-1].log_softmax(-1)
+        token_log_p = log_p.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
         ends = inputs["attention_mask"].sum(1)
-        counts = torch.tensor([len(text.split()) + 1 for text in texts], device=DEVICE)
-        at = torch.arange(1, log_p.shape[1] + 1, device=DEVICE)
-        answer = (at >= (ends - counts)[:, None]) & (at < ends[:, None])
-        found.append((own * answer).sum(1))
-    return torch.stack(found, 1).cpu().numpy()
+        lengths = torch.tensor([len(option.split()) + 1 for option in options], device=DEVICE)
+        positions = torch.arange(1, log_p.shape[1] + 1, device=DEVICE)
+        is_option = (positions >= (ends - lengths)[:, None]) & (positions < ends[:, None])
+        scores.append((token_log_p * is_option).sum(1))
+    return torch.stack(scores, 1).cpu().numpy()
 
 
-def in_torch(function: Callable, net: Any, folder: str, given: Asked, batch: int) -> Callable[[], list]:
-    """`function` of all, a batch at a time."""
+def in_batches(function: Callable, model: Any, folder: str, questions: Questions, size: int) -> Callable[[], list]:
+    """Returns a function that applies `function` to all questions in batches."""
     processor = transformers.LlavaProcessor.from_pretrained(folder, backend="pil")
-    begins = range(0, len(given.questions), batch)
-    return lambda: [row for i in begins for row in function(net, processor, given.part(i, batch))]
+    begins = range(0, len(questions.questions), size)
+    return lambda: [row for i in begins for row in function(model, processor, questions.slice(i, size))]
 
 
-def in_jax(folder: str, given: Asked, batch: int) -> tuple[Callable[[], list[str]], Callable[[], np.ndarray]]:
-    """(answers, log-probabilities of the options) of all."""
-    answerer = Answerer(ask.load(folder).bundle, batch_size=batch)
+def jax_functions(
+    folder: str, questions: Questions, batch_size: int
+) -> tuple[Callable[[], list[str]], Callable[[], np.ndarray]]:
+    """Returns functions that compute the answers and the log-probabilities of the options."""
+    answerer = Answerer(ask.load(folder).bundle, batch_size=batch_size)
 
     def write() -> list[str]:
-        return answerer.generate(given.questions, answerer.look(given.pictures), max_new_tokens=NEW)
+        return answerer.generate(questions.questions, answerer.look(questions.images), max_new_tokens=NEW_TOKENS)
 
     def choose() -> np.ndarray:
-        return answerer.score(given.questions, given.options, answerer.look(given.pictures)).log_probs
+        return answerer.score(questions.questions, questions.options, answerer.look(questions.images)).log_probs
 
     return write, choose
 
 
 def measure(size: str, rounds: int) -> dict[str, Any]:
-    """Seconds of both, by turns."""
-    need_same_device()
-    name, size, work = size, SIZES[size], WORK[size]
-    net = model(size)
-    given = asked(work, size["text"][-1], size["picture"][0])
+    """Returns the seconds of each task in each library."""
+    check_same_device()
+    sizes, workload = SIZES[size], WORKLOADS[size]
+    side, patch = sizes["image"]
+    model, batch_size = build_model(sizes), workload["batch_size"]
+    questions = random_questions(workload, sizes["text"][-1], side)
+    functions = {}
     with tempfile.TemporaryDirectory() as folder:
-        save(folder, net, size)
-        write, choose = in_jax(folder, given, work["batch"])
-        net.to(DEVICE)
-        theirs = [in_torch(f, net, folder, given, work["batch"]) for f in (written_in_torch, chosen_in_torch)]
-    runs = {"writing": write, "writing in PyTorch": theirs[0], "choosing": choose, "choosing in PyTorch": theirs[1]}
-    outputs = {name: run() for name, run in runs.items()}  # which compiles, too
+        save(folder, model, sizes)
+        write, choose = jax_functions(folder, questions, batch_size)
+        model.to(DEVICE)
+        functions["writing"] = write
+        functions["writing in PyTorch"] = in_batches(generate_in_torch, model, folder, questions, batch_size)
+        functions["choosing"] = choose
+        functions["choosing in PyTorch"] = in_batches(score_in_torch, model, folder, questions, batch_size)
+    outputs = {name: function() for name, function in functions.items()}  # the first call also compiles
     if outputs["writing"] != outputs["writing in PyTorch"]:
         raise SystemExit(f"the answers differ: {outputs['writing']} {outputs['writing in PyTorch']}")
     if not np.allclose(outputs["choosing"], outputs["choosing in PyTorch"], atol=2e-3):
         raise SystemExit(f"the scores differ: {outputs['choosing']} {outputs['choosing in PyTorch']}")
-    seconds = by_turns(runs, rounds)
-    middle = {name: statistics.median(times) for name, times in seconds.items()}
-    tokens = sum(len(text.split()) for text in outputs["writing"])
+    seconds = time_interleaved(functions, rounds)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    tokens = sum(len(answer.split()) for answer in outputs["writing"])
     return {
-        "size": name,
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "image_tokens": (size["picture"][0] // size["picture"][1]) ** 2,
-        "image_token_id": IMAGE,
-        "questions": len(given.questions),
-        "pictures": work["pictures"],
-        "batch": work["batch"],
-        "options": OPTIONS,
+        "size": size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "image_tokens": (side // patch) ** 2,
+        "image_token_id": IMAGE_TOKEN_ID,
+        "questions": len(questions.questions),
+        "pictures": workload["images"],
+        "batch": batch_size,
+        "options": N_OPTIONS,
         "new_tokens": tokens,
         "seconds": seconds,
-        "median": middle,
-        "new_tokens_a_second": {name: tokens / middle[name] for name in ("writing", "writing in PyTorch")},
-        "questions_a_second": {name: len(given.questions) / time for name, time in middle.items()},
-        "ratio_to_pytorch": {name: middle[name] / middle[f"{name} in PyTorch"] for name in ("writing", "choosing")},
+        "median": medians,
+        "new_tokens_a_second": {name: tokens / medians[name] for name in ("writing", "writing in PyTorch")},
+        "questions_a_second": {name: len(questions.questions) / time for name, time in medians.items()},
+        "ratio_to_pytorch": {name: medians[name] / medians[f"{name} in PyTorch"] for name in ("writing", "choosing")},
     }
 
 
 if __name__ == "__main__":
-    run(__doc__, measure, tables.answers, size=("small", "of the model", WORK), rounds=(5, "how often each runs"))
+    run(
+        __doc__,
+        measure,
+        tables.answers,
+        size=("small", "the size of the model", WORKLOADS),
+        rounds=(5, "runs of each task"),
+    )

@@ -1,9 +1,9 @@
-"""Markdown tables of the timings that the programs of this folder measure.
+"""Markdown tables of the results that the scripts of this folder measure.
 
 python perf/tables.py README.md docs/*.md [--check]     renders (or checks) the tables between the markers of pages
 
-A marker is `<!-- perf: docs/results/FILE.json NAME -->` (see vkd_jax/reporting/markers.py). FILE.json is what a program
-of this folder wrote with --json, and NAME is one of TABLES below. Exit status: 0 on success, 1 if a table is stale
+A marker is `<!-- perf: docs/results/FILE.json NAME -->` (see vkd_jax/reporting/markers.py). FILE.json was written by a
+script of this folder with --json, and NAME is one of TABLES below. Exit status: 0 on success, 1 if a table is stale
 (--check), 2 on bad input.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone need not be installed
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the script runs from a clone that is not installed
 
 from vkd_jax.reporting import markers
 from vkd_jax.reporting.tables import numeric_table, short_commit
@@ -31,55 +31,54 @@ def steps(results: Mapping[str, Any]) -> str:
             ratio += f", {step_bytes['vkd'] / step_bytes[name]:.2f} of the memory"
         lines.append([name, *_seconds(times), memory, ratio])
     rows = " + ".join(f"{count} {name}" for name, count in results["rows"].items())
-    return numeric_table(["a step of", "seconds", "least", "most", "MiB", "ours to it"], lines) + (
-        f"\n\nA LLaVA of {results['parameters'] / 1e6:,.0f} M parameters, of which VKD trains "
-        f"{results['trainable'] / 1e6:,.0f} M, in {results['dtype']}; {rows} rows of {results['tokens']} "
-        f"tokens. Medians of "
-        f"{len(times)} steps; MiB: what a step holds, by the compiler's account. {_source(results)}"
+    return numeric_table(["step", "seconds", "min", "max", "MiB", "VKD relative to it"], lines) + (
+        f"\n\nA LLaVA with {results['parameters'] / 1e6:,.0f} M parameters, of which VKD trains "
+        f"{results['trainable'] / 1e6:,.0f} M, in {results['dtype']}; batches of {rows} examples of "
+        f"{results['tokens']} tokens. Medians of {len(times)} steps. MiB: memory per step, from the compiler. "
+        f"{_source(results)}"
     )
 
 
 def answers(results: Mapping[str, Any]) -> str:
     """Times of answering questions, from perf/answers.py."""
-    heads = ["", "seconds", "least", "most", "questions a second", "new tokens a second", "ours to PyTorch"]
+    heads = ["", "seconds", "min", "max", "questions/s", "new tokens/s", "time relative to PyTorch"]
     lines = []
     for name, times in results["seconds"].items():
         tokens = results["new_tokens_a_second"].get(name)
         ratio = results["ratio_to_pytorch"].get(name)
-        each = f"{results['questions_a_second'][name]:.1f}"
-        cells = [each, "–" if tokens is None else f"{tokens:.0f}", "" if ratio is None else f"{ratio:.2f}"]
+        questions = f"{results['questions_a_second'][name]:.1f}"
+        cells = [questions, "–" if tokens is None else f"{tokens:.0f}", "" if ratio is None else f"{ratio:.2f}"]
         lines.append([name, *_seconds(times), *cells])
     return numeric_table(heads, lines) + (
-        f"\n\nA LLaVA of {results['parameters'] / 1e6:,.0f} M parameters; {results['questions']} questions about "
-        f"{results['pictures']} pictures of {results['image_tokens']} tokens, {results['batch']} at a time; "
-        f"{results['new_tokens']} tokens written, {results['options']} options a question. Medians of "
-        f"{len(times)} rounds. "
-        f"{_source(results)}"
+        f"\n\nA LLaVA with {results['parameters'] / 1e6:,.0f} M parameters; {results['questions']} questions about "
+        f"{results['pictures']} images of {results['image_tokens']} tokens, in batches of {results['batch']}; "
+        f"{results['new_tokens']} tokens generated, {results['options']} options per question. Medians of "
+        f"{len(times)} rounds. {_source(results)}"
     )
 
 
 def levels(results: Mapping[str, Any]) -> str:
     """Times of methods to reach the same level of forgetting, from perf/forget_level.py."""
-    heads = ["method", "steps", "forget VQA ↓", "retain VQA ↑", "preparing, s", "a step, s", "all steps, s"]
+    heads = ["method", "steps", "forget VQA ↓", "retain VQA ↑", "preparation, s", "step, s", "all steps, s"]
     lines = []
     for row in results["rows"]:
         cells = [row["steps"], *(f"{100 * row[name]:.1f}" for name in ("forget", "retain"))]
         seconds = [f"{row['prepare_seconds']:.1f}", f"{row['step_seconds']:.3f}", f"{row['train_seconds']:.1f}"]
         lines.append([row["method"], *map(str, cells), *seconds])
-    usual, *ours = results["rows"]
-    enough = [row for row in ours if row["forget"] <= usual["forget"]]
-    said = "None of these runs of VKD forgets as much as GradDiff on all weights."
-    if enough:
-        first = min(enough, key=lambda row: row["steps"])
-        whole = [row["train_seconds"] + row["prepare_seconds"] for row in (first, usual)]
-        said = (
-            f"VKD forgets as much as GradDiff on all weights after {first['steps']} steps: "
-            f"{first['train_seconds'] / usual['train_seconds']:.2f} of its time in steps, "
-            f"{whole[0] / whole[1]:.2f} with preparing."
+    grad_diff, *vkd_runs = results["rows"]
+    as_forgetful = [row for row in vkd_runs if row["forget"] <= grad_diff["forget"]]
+    verdict = "None of these VKD runs forgets as much as GradDiff on all weights."
+    if as_forgetful:
+        shortest = min(as_forgetful, key=lambda row: row["steps"])
+        totals = [row["train_seconds"] + row["prepare_seconds"] for row in (shortest, grad_diff)]
+        verdict = (
+            f"VKD forgets as much as GradDiff on all weights after {shortest['steps']} steps, in "
+            f"{shortest['train_seconds'] / grad_diff['train_seconds']:.2f} of its training time, or "
+            f"{totals[0] / totals[1]:.2f} with preparation."
         )
-    about = f"Right answers in per cent; {usual['questions']} questions about the people to forget, one seed. Preparing"
-    about += " compiles, too; the seconds of steps are those of a median step."
-    return f"{numeric_table(heads, lines)}\n\n{said} {about} {_source(results)}"
+    about = f"Accuracy in %, with {grad_diff['questions']} questions about the forget set; one seed. Preparation"
+    about += " includes compilation; the time of all steps is the median time of a step times the number of steps."
+    return f"{numeric_table(heads, lines)}\n\n{verdict} {about} {_source(results)}"
 
 
 def quantization(results: Mapping[str, Any]) -> str:
@@ -88,19 +87,19 @@ def quantization(results: Mapping[str, Any]) -> str:
     for row in results["rows"]:
         cells = [f"{row['cosine']:.5f}", f"{row['kl']:.2e}", f"{row['top1']:.4f}"]
         lines.append([row["quantize"] or "float32", *cells, f"{row['bytes']:,}", f"{row['share']:.3f}"])
-    heads = ["held in", "cosine", "KL, nats", "top-1", "bytes", "share"]
+    heads = ["weights", "cosine", "KL, nats", "top-1", "bytes", "relative size"]
     about = f"{results['model']}: {results['questions']} questions, {results['answer_tokens']} answer tokens. "
     return f"{numeric_table(heads, lines)}\n\n{about}{_source(results)}"
 
 
 def _source(results: Mapping[str, Any]) -> str:
     """The hardware, versions, commit and command of a measurement."""
-    cores = results["device"]
-    if cores == "cpu":
-        processor = results.get("processor", "")  # older files do not say
-        cores = f"{results['cores']} cores" + (processor and f" ({processor})")
+    device = results["device"]
+    if device == "cpu":
+        processor = results.get("processor", "")  # older files lack it
+        device = f"{results['cores']} cores" + (processor and f" ({processor})")
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return f"On {cores}, {versions}; commit {short_commit(results)}; `{results['command']}`"
+    return f"On {device}, {versions}; commit {short_commit(results)}; `{results['command']}`"
 
 
 def _seconds(times: Sequence[float]) -> list[str]:
@@ -116,7 +115,7 @@ TABLES: markers.Tables = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Renders or checks the tables of timings of some pages."""
+    """Renders or checks the tables in Markdown pages."""
     parser = argparse.ArgumentParser(prog="python perf/tables.py", description=main.__doc__)
     parser.add_argument("pages", nargs="+", type=Path, help="Markdown files with markers")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is stale")

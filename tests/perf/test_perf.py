@@ -1,4 +1,4 @@
-"""The programs of perf/: they run, agree with PyTorch before they measure, and render their tables."""
+"""Tests of the timing scripts: their tables, their options, and (slow) short runs against PyTorch."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from perf import tables
 
 ROOT = Path(__file__).parents[2]
-WHERE = {
+SOURCE = {
     "device": "cpu",
     "cores": 2,
     "processor": "Fast, AVX2",
@@ -18,14 +18,14 @@ WHERE = {
     "commit": "0123456789",
     "command": "python x.py",
 }
-SAID = "On 2 cores (Fast, AVX2), jax 1; commit 0123456; `python x.py`"
+SOURCE_TEXT = "On 2 cores (Fast, AVX2), jax 1; commit 0123456; `python x.py`"
 
 
 # ---- Tables ----
 
 
-def test_steps_by_hand():
-    found = WHERE | {
+def test_table_of_steps():
+    results = SOURCE | {
         "seconds": {"vkd": [3.0, 1.0, 2.0], "torch": [5.0, 4.0, 3.0], "all": [4.0, 4.0, 9.0]},
         "median": {"vkd": 2.0, "torch": 4.0, "all": 4.0},
         "bytes": {"vkd": 2**20, "all": 4 * 2**20},
@@ -35,24 +35,24 @@ def test_steps_by_hand():
         "rows": {"forget": 4, "retain": 5},
         "tokens": 97,
     }
-    *rows, empty, caption = tables.steps(found).splitlines()
+    *rows, empty, caption = tables.steps(results).splitlines()
     assert rows[2:] == [
         "| vkd | 2.000 | 1.000 | 3.000 | 1 |  |",
         "| torch | 4.000 | 3.000 | 5.000 | – | 0.50 |",
         "| all | 4.000 | 4.000 | 9.000 | 4 | 0.50, 0.25 of the memory |",
     ]
     assert caption.startswith(
-        "A LLaVA of 49 M parameters, of which VKD trains 13 M, in float32; 4 forget + 5 retain rows"
+        "A LLaVA with 49 M parameters, of which VKD trains 13 M, in float32; batches of 4 forget + 5 retain examples"
     )
-    assert "Medians of 3 steps" in caption and caption.endswith(SAID) and empty == ""
-    with_changes = tables.steps(found | {"commit": "0123456789+changes", "device": "NVIDIA H200"})
+    assert "Medians of 3 steps" in caption and caption.endswith(SOURCE_TEXT) and empty == ""
+    with_changes = tables.steps(results | {"commit": "0123456789+changes", "device": "NVIDIA H200"})
     assert "On NVIDIA H200, jax 1; commit 0123456 with changes; `python x.py`" in with_changes
-    del found["processor"]  # older files do not say
-    assert "On 2 cores, jax 1;" in tables.steps(found)
+    del results["processor"]  # older files lack it
+    assert "On 2 cores, jax 1;" in tables.steps(results)
 
 
-def test_answers_by_hand():
-    found = WHERE | {
+def test_table_of_answers():
+    results = SOURCE | {
         "seconds": {"writing": [2.0], "writing in PyTorch": [4.0], "choosing": [1.0], "choosing in PyTorch": [8.0]},
         "new_tokens_a_second": {"writing": 100.4, "writing in PyTorch": 50.2},
         "questions_a_second": {"writing": 16, "writing in PyTorch": 8, "choosing": 32, "choosing in PyTorch": 4},
@@ -65,85 +65,86 @@ def test_answers_by_hand():
         "new_tokens": 1024,
         "options": 4,
     }
-    *rows, _, caption = tables.answers(found).splitlines()
+    *rows, _, caption = tables.answers(results).splitlines()
     assert rows[2:] == [
         "| writing | 2.000 | 2.000 | 2.000 | 16.0 | 100 | 0.50 |",
         "| writing in PyTorch | 4.000 | 4.000 | 4.000 | 8.0 | 50 |  |",
         "| choosing | 1.000 | 1.000 | 1.000 | 32.0 | – | 0.12 |",
         "| choosing in PyTorch | 8.000 | 8.000 | 8.000 | 4.0 | – |  |",
     ]
-    assert "32 questions about 8 pictures of 64 tokens, 16 at a time; 1024 tokens written, 4 options" in caption
+    assert "32 questions about 8 images of 64 tokens, in batches of 16; 1024 tokens generated, 4 options" in caption
 
 
-def level(method, steps, forget, each, prepare):
+def level(method, steps, forget, step, prepare):
     row = {"method": method, "steps": steps, "forget": forget, "retain": 1.0, "questions": 144}
-    return row | {"prepare_seconds": prepare, "step_seconds": each, "train_seconds": each * steps}
+    return row | {"prepare_seconds": prepare, "step_seconds": step, "train_seconds": step * steps}
 
 
-def test_the_same_forget_level_by_hand():
-    usual, slow = level("grad_diff", 100, 0.5, 0.2, 5.0), level("vkd", 25, 0.6, 0.1, 10.0)
-    enough, more = level("vkd", 50, 0.5, 0.1, 10.0), level("vkd", 300, 0.1, 0.1, 10.0)
-    lines = tables.levels(WHERE | {"rows": [usual, more, enough, slow]}).splitlines()
+def test_table_of_forget_levels_names_the_shortest_sufficient_run():
+    grad_diff, insufficient = level("grad_diff", 100, 0.5, 0.2, 5.0), level("vkd", 25, 0.6, 0.1, 10.0)
+    sufficient, longer = level("vkd", 50, 0.5, 0.1, 10.0), level("vkd", 300, 0.1, 0.1, 10.0)
+    lines = tables.levels(SOURCE | {"rows": [grad_diff, longer, sufficient, insufficient]}).splitlines()
     assert lines[2] == "| grad_diff | 100 | 50.0 | 100.0 | 5.0 | 0.200 | 20.0 |"
     assert lines[-1].startswith(
-        "VKD forgets as much as GradDiff on all weights after 50 steps: 0.25 of its time in steps, 0.60 with preparing."
+        "VKD forgets as much as GradDiff on all weights after 50 steps, in 0.25 of its training time, or 0.60 with prep"
     )
-    assert tables.levels(WHERE | {"rows": [usual, slow]}).splitlines()[-1].startswith("None of these runs of VKD")
+    *_, verdict = tables.levels(SOURCE | {"rows": [grad_diff, insufficient]}).splitlines()
+    assert verdict.startswith("None of these VKD runs")
 
 
-def test_the_timing_tables_of_readme_and_docs_are_fresh():
+def test_tables_of_readme_and_docs_are_fresh():
     pages = [str(path) for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]]
     assert tables.main([*pages, "--check"]) == 0
 
 
-# ---- Programs ----
+# ---- Scripts ----
 
 
-@pytest.mark.parametrize("program", ["answers.py", "forget_level.py", "quantization.py", "step_time.py"])
-def test_a_program_explains_its_options(program):
-    """What it imports exists, and its parser is whole; measuring is left to the slow tests."""
-    pytest.importorskip("torch", reason="two of the programs measure PyTorch as well")
-    done = subprocess.run([sys.executable, ROOT / "perf" / program, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "--json" in done.stdout
+@pytest.mark.parametrize("script", ["answers.py", "forget_level.py", "quantization.py", "step_time.py"])
+def test_scripts_print_their_options(script):
+    """Covers the imports and the command line; the slow tests measure."""
+    pytest.importorskip("torch", reason="two of the scripts measure PyTorch as well")
+    process = subprocess.run([sys.executable, ROOT / "perf" / script, "--help"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "--json" in process.stdout
 
 
-def ran(tmp_path, program, *options):
-    """What a program printed and wrote."""
-    pytest.importorskip("torch", reason="the programs compare with PyTorch")
-    file = tmp_path / "found.json"
-    command = [sys.executable, ROOT / "perf" / program, *options, "--json", file]
-    shown = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    return shown, json.loads(file.read_text())
+def measure(tmp_path, script, *options):
+    """Runs a script and returns its stdout and the results that it wrote."""
+    pytest.importorskip("torch", reason="the scripts compare with PyTorch")
+    file = tmp_path / "results.json"
+    command = [sys.executable, ROOT / "perf" / script, *options, "--json", file]
+    stdout = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    return stdout, json.loads(file.read_text())
 
 
 @pytest.mark.slow
-def test_a_step_here_and_in_pytorch(tmp_path):
-    shown, found = ran(tmp_path, "step_time.py", "--size=tiny", "--rounds=2")
-    assert isinstance(found["processor"], str)
+def test_step_agrees_with_pytorch(tmp_path):
+    stdout, results = measure(tmp_path, "step_time.py", "--size=tiny", "--rounds=2")
+    assert isinstance(results["processor"], str)
     names = ["vkd", "grad_diff, all weights", "vkd in PyTorch", "vkd in PyTorch, teacher asked"]
-    assert list(found["seconds"]) == names and {len(times) for times in found["seconds"].values()} == {2}
+    assert list(results["seconds"]) == names and {len(times) for times in results["seconds"].values()} == {2}
     for name in names[2:]:
-        assert found["losses"][name] == pytest.approx(found["losses"]["vkd"], rel=1e-3)
-    assert found["losses"]["vkd"][0] > found["losses"]["vkd"][2]  # it trains
-    assert shown == tables.steps(found) + "\n" and "`python perf/step_time.py --size=tiny --rounds=2`" in shown
+        assert results["losses"][name] == pytest.approx(results["losses"]["vkd"], rel=1e-3)
+    assert results["losses"]["vkd"][0] > results["losses"]["vkd"][2]  # the loss decreases
+    assert stdout == tables.steps(results) + "\n" and "`python perf/step_time.py --size=tiny --rounds=2`" in stdout
 
 
 @pytest.mark.slow
-def test_answers_here_and_in_pytorch(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # which changes what is measured
-    shown, found = ran(tmp_path, "answers.py", "--size=tiny", "--rounds=1")
-    assert set(found["ratio_to_pytorch"]) == {"writing", "choosing"} and found["new_tokens"] > 100
-    assert shown == tables.answers(found) + "\n"
-    assert found["command"].startswith("GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python perf/answers.py ")
+def test_answers_agree_with_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # changes the timings
+    stdout, results = measure(tmp_path, "answers.py", "--size=tiny", "--rounds=1")
+    assert set(results["ratio_to_pytorch"]) == {"writing", "choosing"} and results["new_tokens"] > 100
+    assert stdout == tables.answers(results) + "\n"
+    assert results["command"].startswith("GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python perf/answers.py ")
 
 
 @pytest.mark.slow
-def test_what_quantisation_costs_is_within_bounds(tmp_path):
-    shown, found = ran(tmp_path, "quantization.py", "--questions=32")
-    assert found["questions"] == 32 and shown == tables.quantization(found) + "\n"
-    full, int8, int8_64, int4, int4_64, w8a8 = found["rows"]
-    assert full["bytes"] == 4 * 951424  # parameters
+def test_quantization_errors_are_within_bounds(tmp_path):
+    stdout, results = measure(tmp_path, "quantization.py", "--questions=32")
+    assert results["questions"] == 32 and stdout == tables.quantization(results) + "\n"
+    float32, int8, int8_64, int4, int4_64, w8a8 = results["rows"]
+    assert float32["bytes"] == 4 * 951424  # parameters
     for row in (int8, int8_64, w8a8):
         assert row["cosine"] > 0.998 and row["kl"] < 1e-4 and row["top1"] == 1 and row["share"] < 0.27
     for row in (int4, int4_64):

@@ -96,7 +96,7 @@ def test_models_that_are_not_supported(monkeypatch, capsys, tmp_path, tiny_folde
     status, out, err = run(monkeypatch, capsys, "--model", folder, "--question", QUESTION)
     known = "llava, qwen2_5_vl, qwen2_vl"
     assert (status, out) == (2, "")
-    assert err == f"error: Model type {model_type!r} is not supported; supported are: {known}.\n"
+    assert err == f"error: Model type {model_type!r} is not supported. Supported types: {known}.\n"
 
 
 def test_no_model_and_no_tokenizer(monkeypatch, capsys, tmp_path, tiny_folder):

@@ -36,14 +36,15 @@ class ThreeWords:
 
     language_model = types.SimpleNamespace(empty_cache=lambda batch, slots: None)
 
-    def __call__(self, asked, mask, *, features, at, cache):
-        return jnp.log(jnp.array([0.5, 0.25, 0.25])) + jnp.zeros((len(asked), 1, 3)), None
+    def __call__(self, tokens, mask, *, features, query_positions, cache):
+        return jnp.log(jnp.array([0.5, 0.25, 0.25])) + jnp.zeros((len(tokens), 1, 3)), None
 
 
 def test_tokens_of_three_words_by_hand():
     # log p is -ln 2 and -2 ln 2, each with chance 1/2: mean -1.5 ln 2, deviation .5 ln 2.
     ids = jnp.array([[[0], [2]]])
-    args = ThreeWords(), jnp.ones((1, 4), int), jnp.ones((1, 4), bool), None, ids, jnp.ones((1, 2, 1), bool)
+    prompts = generate.Prompts(jnp.ones((1, 4), int), jnp.ones((1, 4), bool))
+    args = ThreeWords(), prompts, ids, jnp.ones((1, 2, 1), bool)
     got = generate.token_log_probs(*args)[0, :, 0]
     np.testing.assert_allclose(got, [[-LN2, -1.5 * LN2, 0.5 * LN2], [-2 * LN2, -1.5 * LN2, 0.5 * LN2]], rtol=1e-6)
     np.testing.assert_allclose(generate.option_log_probs(*args), [[-LN2, -2 * LN2]], rtol=1e-6)

@@ -245,7 +245,7 @@ def test_each_device_gets_its_slice_and_copies_are_read_once(folder, monkeypatch
 
     def place(*indices):
         read.clear()
-        return hf._read(parts, want[path].shape, None, Places(*indices), lambda count: None)
+        return hf._read_param(parts, want[path].shape, None, Places(*indices), lambda count: None)
 
     everything = slice(None)
     halves = [(everything, slice(0, 6), everything), (everything, slice(6, 12, None), everything)]
@@ -298,7 +298,7 @@ def test_each_parameter_is_transformed_and_let_go_before_the_next_is_read(folder
 
 def test_loading_tells_how_far_it_is(folder, monkeypatch):
     lines = []
-    monkeypatch.setattr(safetensors_files, "SECONDS", 0)
+    monkeypatch.setattr(safetensors_files, "LOG_SECONDS", 0)
     monkeypatch.setattr(safetensors_files.logging, "info", lambda text, *values: lines.append(text % values))
     hf.load(folder)
     assert len(lines) > 10
@@ -392,7 +392,7 @@ def fails(folder, *messages):
 def test_no_folder_no_config_no_weights(copy, tmp_path):
     fails(tmp_path / "nowhere", "no config.json")
     (copy / "model.safetensors").unlink()
-    fails(copy, "holds no weights")
+    fails(copy, "has no weights")
     (copy / "config.json").write_text("{")
     fails(copy, "config.json is not")
 
@@ -446,7 +446,7 @@ def test_all_wrong_tensors_are_listed_at_once(folder, copy):
         copy,
         "missing tensor multi_modal_projector.linear_1.bias",
         "missing tensor language_model.model.layers.1.mlp.up_proj.weight",
-        "language_model.model.norm.weight has shape (13,) where (12,) is needed",
+        "language_model.model.norm.weight has shape (13,) instead of (12,)",
         "unknown tensor language_model.model.layers.7.mlp.up_proj.weight",
         "unknown tensor vision_tower.adapter.weight",
         "second time",
@@ -473,7 +473,7 @@ def test_a_full_disk_leaves_nothing(copy, tmp_path, monkeypatch):
 
 def test_export_spares_what_is_no_model(copy, tmp_path):
     _, _, config = hf.load(copy)
-    with pytest.raises(UserError, match="name another one"):
+    with pytest.raises(UserError, match="Choose another folder"):
         export.export({}, copy, copy, config)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")

@@ -67,7 +67,7 @@ def test_a_header_by_hand(tmp_path):
     assert (x.file, x.dtype, x.shape) == (file, np.dtype(ml_dtypes.bfloat16), (2, 1))
     assert (x.start, x.stop) == (8 + len(header), 12 + len(header))
     found = np.empty((2, 1), np.float32)
-    x.copy([(cut((0, 2), (0, 1)), found)])
+    x.copy_to([(cut((0, 2), (0, 1)), found)])
     np.testing.assert_array_equal(found, [[1], [-2]])
     assert x.sha256() == hashlib.sha256(b"\x80\x3f\x00\xc0").hexdigest()
 
@@ -80,7 +80,7 @@ def test_parts_land_where_they_belong(tmp_path, monkeypatch, reads, chunk, rows,
     content = np.arange(7 * 5 * 4, dtype=np.float32).reshape(7, 5, 4)
     x = tensor(tmp_path, content)
     plain, turned, passed = np.full((7, 5, 4), -1, dtype), np.full((4, 2, 3), -1, dtype), []
-    x.copy(
+    x.copy_to(
         [(cut((0, 7), (0, 5), (0, 4)), plain), (cut((2, 5), (1, 3), (0, 4)), turned.transpose(2, 1, 0))], passed.append
     )
     np.testing.assert_array_equal(plain, content.astype(dtype))
@@ -95,20 +95,20 @@ def test_rows_that_nobody_wants_are_not_read(tmp_path, monkeypatch, reads):
     content = np.arange(24, dtype=np.int32).reshape(8, 3)
     x = tensor(tmp_path, content)
     a, b, passed = np.empty((1, 3), np.int32), np.empty((2, 1), np.int32), []
-    x.copy([(cut((3, 4), (0, 3)), a), (cut((6, 8), (1, 2)), b)], passed.append)
+    x.copy_to([(cut((3, 4), (0, 3)), a), (cut((6, 8), (1, 2)), b)], passed.append)
     np.testing.assert_array_equal(a, content[3:4])
     np.testing.assert_array_equal(b, content[6:8, 1:2])
     assert reads == [24, 24]
     assert sum(passed) == content.nbytes
-    x.copy([], passed.append)
+    x.copy_to([], passed.append)
     assert (reads, sum(passed)) == ([24, 24], 2 * content.nbytes)
 
 
 def test_tensors_without_axes_and_without_numbers(tmp_path):
     found, passed = np.zeros((), np.float32), []
-    tensor(tmp_path, np.array(3, np.int64)).copy([((), found)], passed.append)
+    tensor(tmp_path, np.array(3, np.int64)).copy_to([((), found)], passed.append)
     assert (found, passed) == (3, [8])
-    tensor(tmp_path, np.zeros((0, 4), np.float32)).copy([(cut((0, 0), (0, 4)), np.zeros((0, 4)))], passed.append)
+    tensor(tmp_path, np.zeros((0, 4), np.float32)).copy_to([(cut((0, 0), (0, 4)), np.zeros((0, 4)))], passed.append)
     assert passed == [8]
 
 
@@ -116,7 +116,7 @@ def test_a_file_that_shrinks_meanwhile(tmp_path):
     x = tensor(tmp_path, np.arange(100))
     x.file.write_bytes(x.file.read_bytes()[:-1])
     with pytest.raises(UserError, match="became shorter"):
-        x.copy([(cut((0, 100)), np.zeros(100))])
+        x.copy_to([(cut((0, 100)), np.zeros(100))])
 
 
 def test_shards_are_one_checkpoint(sharded):
@@ -143,7 +143,7 @@ def test_what_is_written_reads_back(tmp_path, dtype):
             assert got.dtype == want.dtype
             np.testing.assert_array_equal(got, want)
     back = np.empty((3, 2), dtype)
-    safetensors_files.read_header(tmp_path / safetensors_files.WEIGHTS)["b"].copy([(cut((0, 3), (0, 2)), back)])
+    safetensors_files.read_header(tmp_path / safetensors_files.WEIGHTS)["b"].copy_to([(cut((0, 3), (0, 2)), back)])
     np.testing.assert_array_equal(back, tensors["b"])
 
 
@@ -172,10 +172,10 @@ def lines(monkeypatch):
 
 
 def test_a_long_load_tells_how_far_it_is(clock, lines):
-    meter = safetensors_files.Meter("some/folder", 4_300_000_000)
+    progress = safetensors_files.ProgressLog("some/folder", 4_300_000_000)
     for _ in range(43):  # 13 seconds
         clock.now += 0.3
-        meter(100_000_000)
+        progress(100_000_000)
     assert lines == [
         "read 1.7 of 4.3 GB of some/folder (39 %)",
         "read 3.4 of 4.3 GB of some/folder (79 %)",
@@ -184,17 +184,17 @@ def test_a_long_load_tells_how_far_it_is(clock, lines):
 
 
 def test_a_short_load_tells_nothing(clock, lines):
-    meter = safetensors_files.Meter("some/folder", 1000)
+    progress = safetensors_files.ProgressLog("some/folder", 1000)
     for _ in range(10):
         clock.now += 0.49
-        meter(100)
+        progress(100)
     assert lines == []
 
 
 def test_a_load_of_one_long_piece_tells_once(clock, lines):
-    meter = safetensors_files.Meter("some/folder", 2_000_000_000)
+    progress = safetensors_files.ProgressLog("some/folder", 2_000_000_000)
     clock.now += 60
-    meter(2_000_000_000)
+    progress(2_000_000_000)
     assert lines == ["read 2.0 of 2.0 GB of some/folder (100 %)"]
 
 
@@ -213,7 +213,7 @@ def fails(folder, *messages):
 def test_no_folder_and_no_weights(folder, tmp_path):
     fails(tmp_path / "nowhere", "There is no model folder")
     (folder / "model.safetensors").unlink()
-    fails(folder, "holds no weights")
+    fails(folder, "has no weights")
     (folder / "pytorch_model.bin").write_bytes(b"")
     fails(folder, "only pickled weights (pytorch_model.bin)", "safetensors")
 
@@ -222,14 +222,14 @@ def test_bad_index(sharded):
     index = sharded / safetensors_files.INDEX
     good = json.loads(index.read_text())
     index.write_text(json.dumps({"weight_map": good["weight_map"] | {"no.such.tensor": FIRST}}))
-    fails(sharded, f"places tensors in {FIRST}", "no.such.tensor")
+    fails(sharded, f"lists tensors that {FIRST} does not contain", "no.such.tensor")
     for bad in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../a.safetensors"}}'):
         index.write_text(bad)
         fails(sharded, "is not a safetensors index")
     index.write_text(json.dumps(good))
     shutil.copy(sharded / FIRST, tmp := sharded / "spare")
     safetensors.numpy.save_file({"a": np.zeros(2), "b": np.zeros(2)}, sharded / FIRST)
-    fails(sharded, "holds tensors twice: b")
+    fails(sharded, "contains tensors twice: b")
     tmp.rename(sharded / FIRST)
     (sharded / SECOND).unlink()
     fails(sharded, f"files that are missing: {SECOND}")

@@ -14,7 +14,7 @@ from vkd_jax.checkpoints import hf
 from vkd_jax.models import base, layers, llava
 from vkd_jax.models.clip_vit import VisionConfig, VisionTower
 from vkd_jax.models.decoder import Decoder, DecoderConfig
-from vkd_jax.models.generate import greedy, last_token, option_log_probs
+from vkd_jax.models.generate import Prompts, greedy, last_token, option_log_probs
 from vkd_jax.types import UserError
 
 IMAGE = 4
@@ -165,7 +165,7 @@ def test_initialisation_is_seeded_and_of_the_asked_dtype():
 
 
 def test_unknown_model_types_are_named():
-    with pytest.raises(UserError, match="'bert' is not supported; supported are: llava"):
+    with pytest.raises(UserError, match="'bert' is not supported. Supported types: llava"):
         models.module_for("bert")
 
 
@@ -182,9 +182,9 @@ def test_encode_continues_from_any_block(model, pictures):
         again, fewer = model.encode(hidden=taps[f"vision/{k - 1}"].values, start=k)
         np.testing.assert_allclose(again.values, features.values, atol=1e-6)
         assert set(fewer) == {f"vision/{i}" for i in range(k, 2)} | {"features", "projector"}
-    with pytest.raises(ValueError, match="takes pictures"):
+    with pytest.raises(ValueError, match="takes images"):
         model.encode(pictures, start=1)
-    with pytest.raises(ValueError, match="takes pictures"):
+    with pytest.raises(ValueError, match="takes images"):
         model.encode()
 
 
@@ -296,7 +296,7 @@ def test_greedy_is_repeated_argmax_without_a_cache(model, pictures, side):
     @functools.partial(jax.jit, static_argnums=0)
     def run(eos, params, features, tokens, mask):
         model = base.bind(graphdef, params)
-        return greedy(model, tokens, mask, features, max_new_tokens=6, eos_ids=eos, pad_id=0)
+        return greedy(model, Prompts(tokens, mask, features), max_new_tokens=6, eos_ids=eos, pad_id=0)
 
     np.testing.assert_array_equal(run((99,), params, features, *batch), want)
     # Now a token that occurs ends a row, the third or the first that is written: kept itself, padding after it.
@@ -313,7 +313,7 @@ def test_option_scores_equal_reading_each_option_alone(model, pictures, side):
     rows = [1, *[IMAGE] * 4, 7, 8, 9], [1, *[IMAGE] * 4, 5]
     options = jnp.array([[[10, 11, 12], [13, 0, 0], [16, 17, 18]], [[14, 15, 0], [0, 0, 0], [19, 20, 0]]])
     options_mask = jnp.array([[[1, 1, 1], [1, 0, 0], [1, 1, 1]], [[1, 1, 0], [0, 0, 0], [1, 1, 0]]], bool)
-    scores = option_log_probs(model, *prompt(*rows, side=side), features, options, options_mask)
+    scores = option_log_probs(model, Prompts(*prompt(*rows, side=side), features), options, options_mask)
     for i, row in enumerate(rows):
         for j in range(3):
             option = options[i, j][options_mask[i, j]].tolist()
@@ -323,9 +323,9 @@ def test_option_scores_equal_reading_each_option_alone(model, pictures, side):
             log_p = jax.nn.log_softmax(model(*prompt([*row, *option]), features=one(features, i))[0][0])
             want = sum(float(log_p[len(row) - 1 + n, token]) for n, token in enumerate(option))
             np.testing.assert_allclose(scores[i, j], want, atol=1e-4)
-    single = option_log_probs(
-        model, *prompt(*rows, side=side), features, options[..., :1], jnp.ones_like(options[..., :1], bool)
-    )
+    first_tokens = options[..., :1]
+    prompts = Prompts(*prompt(*rows, side=side), features)
+    single = option_log_probs(model, prompts, first_tokens, jnp.ones_like(first_tokens, bool))
     np.testing.assert_allclose(single[0, 1], scores[0, 1], atol=1e-5)
 
 

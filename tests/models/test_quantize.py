@@ -234,9 +234,9 @@ def test_other_texts_are_refused(text):
 
 
 def test_a_group_is_the_largest_divisor_of_the_width():
-    sizes = [Quantization(4, 128).size(width) for width in (4096, 128, 320, 100, 11008, 18944, 8960)]
+    sizes = [Quantization(4, 128).group_size(width) for width in (4096, 128, 320, 100, 11008, 18944, 8960)]
     assert sizes == [128, 128, 80, 100, 128, 128, 128]
-    assert Quantization(8).size(131) == 131
+    assert Quantization(8).group_size(131) == 131
 
 
 def test_a_width_that_no_group_fits_is_refused():
@@ -315,9 +315,10 @@ def test_generation_and_scoring_are_those_of_the_floats_that_are_stored():
     def run(params):
         model = base.bind(drawn(CONFIG)[0], params)
         features, _ = model.encode(batch.images)
-        answer = generate.greedy(model, tokens, mask, features, max_new_tokens=4, eos_ids=(2,), pad_id=0)
+        prompts = generate.Prompts(tokens, mask, features)
+        answer = generate.greedy(model, prompts, max_new_tokens=4, eos_ids=(2,), pad_id=0)
         options = batch.targets.reshape(6, 1, 3)
-        return answer, generate.option_log_probs(model, tokens, mask, features, options, options > 0)
+        return answer, generate.option_log_probs(model, prompts, options, options > 0)
 
     (ours, ours_scores), (floats, floats_scores) = run(small("int4")), run(as_floats(small("int4")))
     np.testing.assert_array_equal(ours, floats)

@@ -106,7 +106,7 @@ def test_pictures_come_back_from_what_the_image_processor_returns():
 
 
 def test_a_picture_that_is_no_whole_number_of_tokens_is_refused():
-    with pytest.raises(UserError, match="4 x 6 pixels cannot be cut into tokens of 4 x 4"):
+    with pytest.raises(UserError, match="4 x 6 pixels cannot be divided into tokens of 4 x 4"):
         CONFIG.pack([[np.zeros((4, 6, 3))]])
 
 

@@ -12,7 +12,7 @@ from vkd_jax.checkpoints import hf
 from vkd_jax.evaluation.inference import Seen
 from vkd_jax.models import llava
 from vkd_jax.models.base import bind
-from vkd_jax.models.generate import greedy, option_log_probs
+from vkd_jax.models.generate import Prompts, greedy, option_log_probs
 
 torch = pytest.importorskip("torch", reason="PyTorch is only there to compare with: pip install '.[test]'")
 transformers = pytest.importorskip("transformers")
@@ -215,7 +215,7 @@ def test_greedy_generation_of_prompts_of_different_lengths(pair, side):
     def answer(params, pixels, tokens, mask):
         model = bind(pair.graphdef, params)
         features = model.encode({"pixels": pixels})[0]
-        return greedy(model, tokens, mask, features, max_new_tokens=new, eos_ids=(EOS, end), pad_id=PAD)
+        return greedy(model, Prompts(tokens, mask, features), max_new_tokens=new, eos_ids=(EOS, end), pad_id=PAD)
 
     ours = np.asarray(answer(pair.params, pair.pixels, pair.tokens[side], pair.mask[side]))
     np.testing.assert_array_equal(ours[:, : theirs.shape[1]], theirs)
@@ -232,7 +232,8 @@ def test_option_log_probs_equal_reading_each_option_after_the_prompt(pair, side)
     @jax.jit
     def score(params, pixels, tokens, mask):
         model = bind(pair.graphdef, params)
-        return option_log_probs(model, tokens, mask, model.encode({"pixels": pixels})[0], texts, texts_mask)
+        prompts = Prompts(tokens, mask, model.encode({"pixels": pixels})[0])
+        return option_log_probs(model, prompts, texts, texts_mask)
 
     scores = score(pair.params, pair.pixels, pair.tokens[side], pair.mask[side])
     for i, row in enumerate(options):

@@ -12,7 +12,7 @@ import pytest
 from vkd_jax import models
 from vkd_jax.checkpoints import hf
 from vkd_jax.models.base import bind
-from vkd_jax.models.generate import greedy, option_log_probs
+from vkd_jax.models.generate import Prompts, greedy, option_log_probs
 from vkd_jax.models.qwen2_vl import mrope_positions
 from vkd_jax.models.qwen_vit import token_coords
 
@@ -296,7 +296,7 @@ def test_greedy_generation_of_prompts_of_different_lengths(pair):
     def answer(params, pictures, tokens, mask):
         model = bind(pair.graphdef, params)
         features = model.encode(pictures)[0]
-        return greedy(model, tokens, mask, features, max_new_tokens=new, eos_ids=(EOS, end), pad_id=PAD)
+        return greedy(model, Prompts(tokens, mask, features), max_new_tokens=new, eos_ids=(EOS, end), pad_id=PAD)
 
     for side in SIDES:
         ours = np.asarray(answer(pair.params, pair.config.pack(pair.images), pair.tokens[side], pair.mask[side]))
@@ -321,7 +321,8 @@ def test_option_log_probs_equal_reading_each_option_after_the_prompt(pair):
     @jax.jit
     def score(params, pictures, tokens, mask):
         model = bind(pair.graphdef, params)
-        return option_log_probs(model, tokens, mask, model.encode(pictures)[0], texts, texts_mask)
+        prompts = Prompts(tokens, mask, model.encode(pictures)[0])
+        return option_log_probs(model, prompts, texts, texts_mask)
 
     for side in SIDES:
         scores = score(pair.params, pair.config.pack(pair.images), pair.tokens[side], pair.mask[side])

@@ -1,4 +1,4 @@
-"""The one way to open a model: for asking, training, attacking, and, as shapes alone, for planning."""
+"""The one way to open a model: to ask, train or attack it, or, as shapes alone, to plan a run."""
 
 import dataclasses
 import functools
@@ -19,25 +19,25 @@ from vkd_jax.types import Example, Params, UserError
 
 
 class TrainingMethod(Protocol):
-    """What a bundle asks of a method; `methods.Method` satisfies it."""
+    """The part of the method protocol that a bundle uses; `methods.Method` implements it."""
 
     @property
     def adapters(self) -> lora.AdapterConfig | None:
-        """The adapters that the method adds to the model, or None."""
+        """Sizes of the adapters that the method trains, or None."""
         ...
 
     def trainable(self, paths: Iterable[str], model_config: Any) -> list[str]:
-        """The paths of the weights that train."""
+        """Returns the paths of the weights to train."""
         ...
 
     def check_model(self, paths: Collection[str], model_config: Any) -> None:
-        """Raises a `UserError` if the method does not fit the model."""
+        """Raises a `UserError` if the method cannot train the model."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelBundle:
-    """A model in memory with all that is needed to use it.
+    """A model in memory with everything that is needed to use it.
 
     Example:
         >>> bundle = ModelBundle.load("/models/llava-1.5-7b-hf", dtype="bfloat16")
@@ -45,11 +45,11 @@ class ModelBundle:
         ['yellow']
     """
 
-    graphdef: Any  # the static part of the NNX module; `models.base.bind(graphdef, params)` gives the module
-    params: Params  # every parameter by path; `jax.ShapeDtypeStruct`s in an abstract bundle
-    config: Any  # the configuration of the model's family
+    graphdef: Any  # static graph of the NNX module; `models.base.bind(graphdef, params)` returns the module
+    params: Params  # all parameters by path; `jax.ShapeDtypeStruct`s in an abstract bundle
+    config: Any  # `Config` of the model's family
     processor: Processor | None  # None in an abstract bundle
-    mesh: jax.sharding.Mesh | None  # None: all weights are on the default device
+    mesh: jax.sharding.Mesh | None  # None if all weights are on the default device
 
     @classmethod
     def load(
@@ -66,17 +66,18 @@ class ModelBundle:
         """Loads a Hugging Face model folder; each weight is read directly into its shards.
 
         Args:
-            folder: with config.json, safetensors, tokenizer and image processor.
-            dtype: of weights and computation; None keeps the one on disk.
+            folder: model folder with config.json, safetensors, tokenizer and image processor.
+            dtype: dtype of weights and computation; None keeps the one on disk.
             mesh: the devices to shard over; None for the default device.
-            quantization: of the language model, as in `quantize.parse`; "" for none.
-            remat: what the backward pass recomputes, a key of `layers.REMAT`.
-            max_pixels: budget of pixels per image where images differ in size; 0 keeps the image processor's.
-            masters: function of (paths, configuration) to the weights that are read in float32 whatever `dtype` is;
-                see `load_for`.
+            quantization: quantization of the language model, as in `quantize.parse`; "" for none.
+            remat: activations that the backward pass recomputes, a key of `layers.REMAT`.
+            max_pixels: maximum number of pixels per image, for models with images of any size; 0 keeps the limit of
+                the image processor.
+            masters: function of (paths, configuration) to the weights to read in float32, whatever `dtype` is; see
+                `load_for`.
 
         Raises:
-            UserError: the folder cannot be read, or does not hold this model's weights.
+            UserError: the folder cannot be read, or its tensors are not those of the model.
         """
         family, model_config = read_family(folder)
         processor = Processor(folder, model_config, max_pixels=max_pixels)
@@ -94,16 +95,16 @@ class ModelBundle:
 
     @classmethod
     def load_for(cls, method: TrainingMethod, folder: str | Path, *, seed: int, **options: Any) -> "ModelBundle":
-        """Loads a model that `method` will train, with float32 masters and the method's adapters.
+        """Loads a model that `method` will train, with float32 master weights and the method's adapters.
 
-        The weights that train are read in float32 from disk, whatever `dtype` is. Rounding them to `dtype` first and
-        casting back would change weights that training never moves, and these must be exported byte for byte. So
-        `prepare_for` cannot make masters afterward: it only attaches adapters.
+        The weights to train are read from disk in float32, whatever `dtype` is. If they were rounded to `dtype` first
+        and cast back, weights that training never changes would be exported with other bytes. This is why
+        `prepare_for`, which runs after loading, only attaches adapters.
 
         Args:
-            method: what trains.
+            method: the method that trains the model.
             folder: as in `load`.
-            seed: of the adapters.
+            seed: seed of the adapters.
             **options: further arguments of `load`.
         """
         return cls.load(folder, masters=method.trainable, **options).prepare_for(method, seed=seed)
@@ -120,11 +121,11 @@ class ModelBundle:
         quantization: str = "",
         remat: str = "",
     ) -> "ModelBundle":
-        """The shapes, dtypes and shardings that `load_for` would give; nothing is read or computed.
+        """Returns the shapes, dtypes and shardings of `load_for`; nothing is read or computed.
 
         Args:
-            method: what trains.
-            family: the model module.
+            method: the method that trains the model.
+            family: the module of the model's family.
             hf_config: the transformers configuration.
             dtype: as in `load`.
             mesh: as in `load`; its devices need not exist.
@@ -149,15 +150,15 @@ class ModelBundle:
         return cls(graphdef, params, model_config, None, mesh).prepare_for(method, seed=0)
 
     def prepare_for(self, method: TrainingMethod, *, seed: int) -> "ModelBundle":
-        """Attaches the adapters that `method` trains, if any; LoRA is attached nowhere else.
+        """Attaches the adapters that `method` trains, if any; no other code attaches LoRA.
 
-        The model computes the same function as before: a fresh adapter adds zero. `training.loop.fit` trains a float32
-        copy of whatever weights it is given, so weights that were not loaded by `load_for` train as well; those are
-        rounded to the bundle's dtype.
+        The model computes the same function as before, since a new adapter adds zero. `training.loop.fit` trains a
+        float32 copy of the weights it is given. It can therefore also train weights that `load_for` did not load, but
+        these have been rounded to the dtype of the bundle.
 
         Args:
-            method: what trains.
-            seed: of the adapters; one seed gives the same adapters on every mesh.
+            method: the method that trains the model.
+            seed: seed of the adapters; one seed gives the same adapters on every mesh.
         """
         if method.adapters is None:
             return self
@@ -184,13 +185,13 @@ class ModelBundle:
 
 
 def read_family(folder: str | Path) -> tuple[types.ModuleType, Any]:
-    """The model module of a folder and its configuration; equal ones have the same weights by name and shape."""
+    """Reads the family and configuration of a folder; equal configurations have weights of equal names and shapes."""
     family, hf_config = hf.read_config(folder)
     return family, family.Config.from_hf(hf_config)
 
 
 def check_trainable(folder: str | Path, method: TrainingMethod, quantization: str = "") -> None:
-    """Checks by shapes alone that a method can train the model of a folder.
+    """Checks from shapes alone that a method can train the model of a folder.
 
     Raises:
         UserError: the method names weights or taps that the model lacks, or trains weights that would be quantized.

@@ -20,8 +20,8 @@ from vkd_jax.models import lora
 from vkd_jax.runtime import files, multihost
 from vkd_jax.types import UserError
 
-# What an exported folder takes over beside the weights: configuration, tokenizer, processor, texts;
-# weights in any other format stay behind: they would still hold what was unlearned.
+# Suffixes of the files that an export copies besides the weights: configuration, tokenizer, processor, texts. Weights
+# in other formats are not copied, because they still contain the knowledge to unlearn.
 COMPANIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".md", "")
 
 
@@ -29,16 +29,16 @@ def create(folder: Folder, hf_config: Any, params: Mapping[str, jax.Array]) -> N
     """Writes a new model folder: config.json, generation_config.json and model.safetensors.
 
     Args:
-        folder: where to; it may exist (say, with a tokenizer in it) but not hold a model.
+        folder: the folder to write; it may exist and contain a tokenizer, but not a model.
         hf_config: the transformers configuration.
-        params: every parameter of the model.
+        params: all parameters of the model.
 
     Raises:
-        UserError: the folder holds a model, or the disk is full.
+        UserError: the folder contains a model, or the disk is full.
     """
     folder, module = pathlib.Path(folder), models.module_for(hf_config.model_type)
     if (folder / safetensors_files.WEIGHTS).exists() or (folder / "config.json").exists():
-        raise UserError(f"{folder} already holds a model; name another folder.")
+        raise UserError(f"{folder} already holds a model. Choose another folder.")
     config = module.Config.from_hf(hf_config)
     names = tensor_names(module, config, params)
     hf_config = copy.deepcopy(hf_config)
@@ -49,7 +49,7 @@ def create(folder: Folder, hf_config: Any, params: Mapping[str, jax.Array]) -> N
     with _new_folder(folder) as new:
         hf_config.save_pretrained(new)
         _write_json(new / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
-        # Arrays of the same shapes that take no memory.
+        # Broadcast arrays of the same shapes, which take no memory.
         empty = {path: np.broadcast_to(np.zeros((), param.dtype), param.shape) for path, param in params.items()}
         safetensors_files.write(
             new / safetensors_files.WEIGHTS,
@@ -67,22 +67,23 @@ def _write_json(file: pathlib.Path, content: Any) -> None:
 def export(
     params: Mapping[str, jax.Array], source: Folder, target: Folder, config: Any, notes: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a model folder that equals `source` but for the given parameters.
+    """Writes a copy of the model folder `source` with the given parameters.
 
-    Shards, names, dtypes, tokenizer, processor and configuration are the source's; a tensor that is not in
-    `params`, or that comes out the same, keeps its bytes. An adapter is added to what the source holds, one tensor
-    at a time, however its kernel was held in memory. The folder is made beside the target and renamed when complete.
+    Shards, names, dtypes, tokenizer, processor and configuration are those of the source. A tensor that is not in
+    `params`, or whose value did not change, keeps its bytes. An adapter is added to the tensor of the source, so the
+    dtype or quantization of its kernel in memory does not matter. The copy is written next to the target and renamed
+    when it is complete.
 
     Args:
-        params: any subset of the model's parameters, usually those that were trained, with `lora.adapters` of the
-            model. They may lie on several hosts: each then makes this call, and process 0 writes.
+        params: any subset of the model's parameters, usually the trained ones, together with `lora.adapters` of the
+            model. If they are sharded over several hosts, each host calls this function, and process 0 writes.
         source: the folder that the model was loaded from.
-        target: the folder to write; an earlier model there is replaced.
-        config: the model's configuration, from `load`.
-        notes: further text files, by name; one of the source's of that name is not taken over.
+        target: the folder to write; a model that is in it is replaced.
+        config: configuration of the model, from `load`.
+        notes: further text files, {name: content}; they replace files of the source with the same name.
 
     Raises:
-        UserError: the source cannot be read, the target is no model folder, or the disk is full.
+        UserError: the source cannot be read, the target exists and is not a model folder, or the disk is full.
     """
     source, target = pathlib.Path(source), pathlib.Path(target)
     module, checkpoint = family_of(config), Checkpoint(source)
@@ -91,14 +92,14 @@ def export(
     unknown = set(params) - {slot.path for slot in slots.values() if slot}
     if unknown:
         raise ValueError(f"{source} holds no tensor for {sorted(unknown)}.")
-    ours = [name for name, slot in slots.items() if slot and slot.path in params]  # by file, as the checkpoint has them
-    values = ((name, slots[name].to_tensor(params[slots[name].path])) for name in ours)
+    names = [name for name, slot in slots.items() if slot and slot.path in params]  # in the order of the files
+    values = ((name, slots[name].to_tensor(params[slots[name].path])) for name in names)
 
     def write() -> None:
         if source.resolve() == target.resolve():
-            raise UserError(f"{target} is the folder the model came from; name another one to write to.")
+            raise UserError(f"{target} is the folder of the source model. Choose another folder to write to.")
         if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
-            raise UserError(f"{target} exists and is not a model folder; name another one to write to.")
+            raise UserError(f"{target} exists and is not a model folder. Choose another folder to write to.")
         with _new_folder(target) as new:
             for file in sorted(source.iterdir()):
                 if file.is_file() and not file.name.startswith(".") and file.suffix in COMPANIONS:
@@ -110,9 +111,9 @@ def export(
             for name, value in values:
                 tensor = checkpoint.tensors[name]
                 if value.shape != tensor.shape:
-                    raise ValueError(f"{name} is {tensor.shape} on disk and {value.shape} here.")
+                    raise ValueError(f"{name} has shape {tensor.shape} on disk and {value.shape} in memory.")
                 if isinstance(params[slots[name].path], lora.Lora):
-                    value = _plus(tensor, value)
+                    value = _add(tensor, value)
                 with (new / tensor.file.name).open("r+b") as stream:
                     stream.seek(tensor.start)
                     stream.write(value.astype(tensor.dtype).tobytes())
@@ -120,22 +121,22 @@ def export(
     multihost.run_on_process_0(write, meanwhile=values)
 
 
-def _plus(tensor: Tensor, delta: np.ndarray) -> np.ndarray:
-    """What is on disk, plus float32 values; summed in float32 or better, and rounded once to what is on disk."""
+def _add(tensor: Tensor, delta: np.ndarray) -> np.ndarray:
+    """Adds float32 values to a tensor on disk, in float32 or better, and rounds once to the dtype on disk."""
     total = np.empty(tensor.shape, tensor.dtype)
-    tensor.copy([(tuple(slice(0, size) for size in tensor.shape), total)])
-    return np.add(total, delta, out=total, where=delta != 0)  # -0 + 0 would be other bytes
+    tensor.copy_to([(tuple(slice(0, size) for size in tensor.shape), total)])
+    return np.add(total, delta, out=total, where=delta != 0)  # -0 + 0 would change the bytes
 
 
 @contextlib.contextmanager
 def _new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """`files.atomic_folder` with errors of a full disk or of a target that is a file as a `UserError`."""
+    """Like `files.atomic_folder`, but a full disk, or a target that is a file, raises a `UserError`."""
     if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file; name a folder to write the model to.")
+        raise UserError(f"{target} is a file. Choose a folder to write the model to.")
     try:
         with files.atomic_folder(target) as new:
             yield new
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise UserError(f"The disk is full: {target} could not be written; free some space.") from error
+            raise UserError(f"The disk is full: {target} could not be written. Free some space.") from error
         raise

@@ -1,9 +1,8 @@
-"""Hugging Face model folders to parameters and back, by the one table that each model file holds.
+"""Converts Hugging Face model folders to parameters and back, by the conversion table of the model's family.
 
-A row of a table is (tensor name, parameter path, permutation of the axes); `{i}` stands for a number. A
-number that only the name has is the position on the parameter's leading, stacked axis. Every tensor of a
-checkpoint must match exactly one row, every parameter must be filled, and the same rows read backward write
-the checkpoint.
+A row of a table is (tensor name, parameter path, permutation of the axes); `{i}` stands for a number. A number that
+only the name has is an index of the parameter's leading, stacked axis. Every tensor of a checkpoint must match exactly
+one row, and every parameter must be filled. Writing a checkpoint uses the same rows in the other direction.
 """
 
 import dataclasses
@@ -22,77 +21,80 @@ import numpy as np
 from flax import nnx
 
 from vkd_jax import models
-from vkd_jax.checkpoints.safetensors_files import Checkpoint, Folder, Meter, Tensor
+from vkd_jax.checkpoints.safetensors_files import Checkpoint, Folder, ProgressLog, Tensor
 from vkd_jax.models import base, lora
 from vkd_jax.runtime import multihost
 from vkd_jax.types import UserError
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-Span = Sequence[tuple[int, int]]  # (first, behind the last) on each axis
+Span = Sequence[tuple[int, int]]  # (start, stop) on each axis
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """What one tensor of a checkpoint means to us."""
+    """The place of a checkpoint tensor in the parameters."""
 
     path: str
-    layer: int | None  # the position on the parameter's leading axis; None: the whole parameter
+    layer: int | None  # index of the parameter's leading axis; None for the whole parameter
     axes: tuple[int, ...] | None  # parameter = tensor.transpose(axes)
 
     def to_param(self, tensor: np.ndarray) -> np.ndarray:
-        """A tensor with its axes in the parameter's order."""
+        """Permutes the axes of a tensor to the order of the parameter."""
         return tensor if self.axes is None else tensor.transpose(self.axes)
 
     def to_tensor(self, param: Any) -> np.ndarray:
-        """The tensor that this slot takes from a whole parameter; from an adapter, what it adds to the tensor."""
+        """Returns the tensor of this slot from a whole parameter; from an adapter, what it adds to the tensor."""
         if isinstance(param, lora.Lora):
             tensor = lora.delta(param, self.layer)
         else:
             tensor = multihost.gather(param if self.layer is None else param[self.layer])
         return tensor if self.axes is None else tensor.transpose(np.argsort(self.axes))
 
-    def shares(self, span: Span, part: np.ndarray) -> list[tuple[tuple[slice, ...], np.ndarray]]:
-        """What this slot's tensor gives to a part of the parameter: [(part of the tensor, view to fill)], or nothing.
+    def overlaps(self, span: Span, buffer: np.ndarray) -> list[tuple[tuple[slice, ...], np.ndarray]]:
+        """Returns the part of this slot's tensor that belongs to a part of the parameter.
 
         Args:
-            span: where the part begins and ends on each axis of the parameter.
-            part: the array that holds it.
+            span: the part of the parameter, (start, stop) on each axis.
+            buffer: array of that part.
+
+        Returns:
+            [(slices of the tensor, view of `buffer` to copy them to)], or [] if the part has another layer.
         """
         if self.layer is not None:
-            (first, last), *span = span
-            if not first <= self.layer < last:
+            (start, stop), *span = span
+            if not start <= self.layer < stop:
                 return []
-            part = part[self.layer - first, ...]
+            buffer = buffer[self.layer - start, ...]
         axes = range(len(span)) if self.axes is None else np.argsort(self.axes)
-        return [(tuple(slice(*span[axis]) for axis in axes), part.transpose(axes))]
+        return [(tuple(slice(*span[axis]) for axis in axes), buffer.transpose(axes))]
 
 
 def canonical(module: types.ModuleType, name: str) -> str:
-    """A tensor's name in the naming that the tables use, whichever generation of names it comes from."""
+    """Maps the name of a tensor, of any generation of names, to the name in the conversion table."""
     for pattern, replacement in module.HF_ALIASES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def find_slot(module: types.ModuleType, config: Any, name: str) -> Slot | None:
-    """The slot of a tensor by its name in any generation; None when no row has it."""
+    """Returns the slot of a tensor by its name, of any generation of names; None if no row matches."""
     name = canonical(module, name)
-    found = []
+    slots = []
     for template, path, axes in module.hf_table(config):
         match = re.fullmatch(re.escape(template).replace(r"\{i\}", r"(0|[1-9]\d*)"), name)
         if match:
             stacked = "{i}" in template and "{i}" not in path
             layer = int(match.group(1)) if stacked else None
-            found.append(Slot(path.replace("{i}", *match.groups() or ("",)), layer, axes))
-    if len(found) > 1:
-        raise ValueError(f"{name} matches {len(found)} rows of the conversion table.")
-    return found[0] if found else None
+            slots.append(Slot(path.replace("{i}", *match.groups() or ("",)), layer, axes))
+    if len(slots) > 1:
+        raise ValueError(f"{name} matches {len(slots)} rows of the conversion table.")
+    return slots[0] if slots else None
 
 
 def tensor_names(module: types.ModuleType, config: Any, shapes: Mapping[str, Any]) -> dict[str, Slot]:
-    """The canonical checkpoint of a model: every tensor name with its slot (the table read backward).
+    """Returns the name and slot of every tensor that a checkpoint of this model has, from the shapes of its parameters.
 
-    Where two rows name one slot (tied embeddings) the first one's name is written, and both are read.
+    If two rows have the same slot (tied embeddings), the name of the first is written and both are read.
     """
     names: dict[Slot, str] = {}
     for template, path, axes in module.hf_table(config):
@@ -110,24 +112,24 @@ def tensor_names(module: types.ModuleType, config: Any, shapes: Mapping[str, Any
 
 
 def read_config(folder: Folder) -> tuple[types.ModuleType, Any]:
-    """The model module and the transformers configuration of a folder.
+    """Reads the model module and the transformers configuration of a folder.
 
     Raises:
-        UserError: no readable config.json, or a model type that is not supported.
+        UserError: config.json is missing or cannot be read, or its model type is not supported.
     """
     from transformers import AutoConfig
 
     path = pathlib.Path(folder) / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} has no config.json; a Hugging Face model folder is needed.")
+        raise UserError(f"{folder} has no config.json. Give a Hugging Face model folder.")
     try:
         model_type = json.loads(path.read_text())["model_type"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a Hugging Face model configuration: no model_type.") from error
+        raise UserError(f"{path} is not a Hugging Face model configuration: it has no model_type.") from error
     module = models.module_for(model_type)
     try:
         return module, AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers raises a different type for every field that may be wrong
+    except Exception as error:  # transformers raises many types of errors here
         raise UserError(f"{path} cannot be read by transformers: {' '.join(str(error).split())}") from error
 
 
@@ -142,26 +144,26 @@ def load(
 ) -> tuple[nnx.GraphDef, base.Params, Any]:
     """Reads a Hugging Face model folder.
 
-    The files are read once, whatever the sharding. On the way each host holds its devices' part of one parameter
-    (on a CPU that memory becomes the parameter) and a few rows of a tensor.
+    Each file is read once, for any sharding. A host holds its devices' shards of one parameter at a time (on CPU that
+    memory becomes the parameter), and a few rows of a tensor.
 
     Args:
-        folder: config.json with single-file or indexed safetensors.
-        dtype: of the parameters, and of the computation too unless `changes` say otherwise. None keeps both
-            as they are on disk and in config.json.
-        sharding: function of (path, shape) to a parameter's sharding; None means the default device.
-        masters: function of (paths, configuration) to those parameters that are held in float32 whatever `dtype` is:
-            what trains must not be rounded first, or writing it back would change weights that never moved.
-        transform: function of (path, parameter) to what takes its place, say a quantised one; called as soon as the
-            parameter is read, and before the next one is.
-        **changes: fields of the model's configuration to set otherwise, e.g. `remat="full"` or
+        folder: folder with config.json and single-file or indexed safetensors.
+        dtype: dtype of the parameters, and of the computation unless `changes` contains `compute_dtype`. None keeps
+            the dtypes on disk and in config.json.
+        sharding: function of (path, shape) to the sharding of a parameter; None for the default device.
+        masters: function of (paths, configuration) to the parameters to read in float32, whatever `dtype` is. If
+            trainable weights were rounded, an export would change weights that training never changed.
+        transform: function of (path, parameter) to a replacement, such as the quantized parameter. It is called as
+            soon as a parameter is read, before the next one.
+        **changes: fields of the model's configuration to override, such as `remat="full"` or
             `compute_dtype="float32"`.
 
     Returns:
         (graphdef, parameters, configuration).
 
     Raises:
-        UserError: the folder cannot be read, or its tensors are not the model's (all such are listed).
+        UserError: the folder cannot be read, or its tensors are not those of the model; all such tensors are listed.
     """
     module, hf_config = read_config(folder)
     if dtype is not None:
@@ -170,14 +172,13 @@ def load(
     checkpoint = Checkpoint(folder)
     graphdef, shapes = base.abstract_model(lambda rngs: module.Model(config, rngs=rngs))
     sources = match_tensors(module, config, checkpoint, shapes)
-    passed = Meter(folder, sum(tensor.stop - tensor.start for parts in sources.values() for _, tensor in parts))
-
-    exact = set(masters(list(shapes), config)) if masters else set()
+    progress = ProgressLog(folder, sum(tensor.stop - tensor.start for parts in sources.values() for _, tensor in parts))
+    master_paths = set(masters(list(shapes), config)) if masters else set()
 
     def read(path: str) -> Any:
-        shape, kind = shapes[path].shape, jnp.float32 if path in exact else dtype
-        param = _read(sources[path], shape, kind, sharding and sharding(path, shape), passed)
-        # Waits: otherwise copies to the devices would queue up in this host's memory.
+        shape, param_dtype = shapes[path].shape, jnp.float32 if path in master_paths else dtype
+        param = _read_param(sources[path], shape, param_dtype, sharding and sharding(path, shape), progress)
+        # Without waiting, copies to the devices would accumulate in the memory of this host.
         return jax.block_until_ready(param if transform is None else transform(path, param))
 
     return graphdef, {path: read(path) for path in shapes}, config
@@ -186,65 +187,68 @@ def load(
 def match_tensors(
     module: types.ModuleType, config: Any, checkpoint: Checkpoint, shapes: Mapping[str, Any]
 ) -> dict[str, list[tuple[Slot, Tensor]]]:
-    """Finds the tensors of every parameter, in the order of its stacked axis.
+    """Matches the tensors of a checkpoint with the parameters of a model.
+
+    Returns:
+        {path: [(slot, tensor), ...]}, with the tensors of stacked parameters in the order of layers.
 
     Raises:
-        UserError: lists every tensor that no row knows, that comes twice, or that has the wrong shape, and
-            every one that is missing.
+        UserError: lists every tensor that is unknown, duplicate, missing, or of the wrong shape.
     """
-    wanted = tensor_names(module, config, shapes)
-    slots, found = set(wanted.values()), dict[str, Tensor]()
+    expected = tensor_names(module, config, shapes)
+    slots, matched = set(expected.values()), dict[str, Tensor]()
     problems = []
     for name, tensor in checkpoint.tensors.items():
-        slot, known = find_slot(module, config, name), canonical(module, name)
+        slot, canonical_name = find_slot(module, config, name), canonical(module, name)
         if slot is None:
-            if not any(re.fullmatch(pattern, known) for pattern in module.HF_SKIP):
+            if not any(re.fullmatch(pattern, canonical_name) for pattern in module.HF_SKIP):
                 problems.append(f"unknown tensor {name}")
         elif slot not in slots:
             problems.append(f"unknown tensor {name} (the configuration has fewer layers)")
-        elif known in found:
-            problems.append(f"{name} comes a second time under another name")
-        elif known in wanted:
-            found[known] = tensor
+        elif canonical_name in matched:
+            problems.append(f"{name} occurs a second time under another name")
+        elif canonical_name in expected:
+            matched[canonical_name] = tensor
             shape = shapes[slot.path].shape[0 if slot.layer is None else 1 :]
-            expected = tuple(shape[i] for i in np.argsort(slot.axes or range(len(shape))))
-            if tensor.shape != expected:
-                problems.append(f"{name} has shape {tensor.shape} where {expected} is needed")
-    problems += [f"missing tensor {name}" for name in wanted if name not in found]
+            expected_shape = tuple(shape[i] for i in np.argsort(slot.axes or range(len(shape))))
+            if tensor.shape != expected_shape:
+                problems.append(f"{name} has shape {tensor.shape} instead of {expected_shape}")
+    problems += [f"missing tensor {name}" for name in expected if name not in matched]
     if problems:
-        raise UserError(f"The weights in {checkpoint.folder} do not fit its config: {'; '.join(problems)}.")
+        raise UserError(f"The weights in {checkpoint.folder} do not match its config.json: {'; '.join(problems)}.")
     sources: dict[str, list[tuple[Slot, Tensor]]] = {}
-    for name, slot in wanted.items():
-        sources.setdefault(slot.path, []).append((slot, found[name]))
+    for name, slot in expected.items():
+        sources.setdefault(slot.path, []).append((slot, matched[name]))
     return sources
 
 
-def _read(
-    parts: list[tuple[Slot, Tensor]],
+def _read_param(
+    sources: list[tuple[Slot, Tensor]],
     shape: tuple[int, ...],
     dtype: Any,
     sharding: jax.sharding.Sharding | None,
-    passed: Callable[[int], None],
+    progress: Callable[[int], None],
 ) -> jax.Array:
-    """One parameter from its tensors; `parts` has one entry, or one a layer."""
-    dtype = parts[0][1].dtype if dtype is None else jnp.dtype(dtype)
+    """Reads one parameter from its tensors; `sources` has one entry, or one per layer."""
+    dtype = sources[0][1].dtype if dtype is None else jnp.dtype(dtype)
 
-    def span(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
-        return tuple(cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True))
+    def span_of(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+        return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
     whole = (slice(None),) * len(shape)
     indices = [whole] if sharding is None else sharding.addressable_devices_indices_map(shape).values()
-    # Devices that hold the same part of the parameter share what is read for them.
-    buffers = {at: _aligned([last - first for first, last in at], dtype) for at in set(map(span, indices))}
-    for slot, tensor in parts:
-        tensor.copy([share for at, buffer in buffers.items() for share in slot.shares(at, buffer)], passed)
+    # Devices with the same part of the parameter share one buffer, which is read once.
+    buffers = {span: _aligned([stop - start for start, stop in span], dtype) for span in set(map(span_of, indices))}
+    for slot, tensor in sources:
+        targets = [target for span, buffer in buffers.items() for target in slot.overlaps(span, buffer)]
+        tensor.copy_to(targets, progress)
     if sharding is None:
-        return jnp.asarray(buffers[span(whole)])
-    return jax.make_array_from_callback(shape, sharding, lambda index: buffers[span(index)])
+        return jnp.asarray(buffers[span_of(whole)])
+    return jax.make_array_from_callback(shape, sharding, lambda index: buffers[span_of(index)])
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An empty array that begins at a multiple of 64 bytes: a CPU device then takes it as it is, without a copy."""
+    """Returns an empty array aligned to 64 bytes, which a CPU device uses without a copy."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -252,10 +256,10 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def init_params(config: Any, seed: int, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, base.Params]:
-    """Random parameters to train from, for a model configuration; the same seed gives the same parameters."""
+    """Draws random initial parameters of a model configuration; one seed gives the same parameters again."""
     module = family_of(config)
     graphdef, _ = base.abstract_model(lambda rngs: module.Model(config, rngs=rngs, param_dtype=dtype))
-    # Runs once, so compiling it well costs more than it saves.
+    # The program runs once, so optimizing it takes longer than it saves.
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
     @functools.partial(jax.jit, compiler_options=options)
@@ -266,9 +270,9 @@ def init_params(config: Any, seed: int, dtype: Any = jnp.float32) -> tuple[nnx.G
 
 
 def family_of(config: Any) -> types.ModuleType:
-    """Finds the model module whose `Config` this configuration is."""
+    """Returns the model module that the configuration belongs to."""
     for model_type in models.MODELS:
         module = models.module_for(model_type)
         if isinstance(config, module.Config):
             return module
-    raise TypeError(f"{type(config).__name__} is no model's configuration.")
+    raise TypeError(f"{type(config).__name__} is not the configuration of a model family.")

@@ -6,11 +6,11 @@ from vkd_jax.checkpoints.safetensors_files import Checkpoint, Folder
 
 
 def compare_tensors(before: Folder, after: Folder) -> dict[str, Any]:
-    """The SHA-256 of every tensor's bytes in two model folders, and the names of those that differ.
+    """Computes the SHA-256 of each tensor's bytes in two model folders, and the names of the tensors that differ.
 
     Returns:
         {"tensors": {name: {"before": digest, "after": digest, "changed": bool}}, "changed": [names]}; a
-        digest is None where one of the folders has no such tensor.
+        digest is None if that folder has no such tensor.
     """
     first, second = Checkpoint(before).tensors, Checkpoint(after).tensors
     tensors = {}

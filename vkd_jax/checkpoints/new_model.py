@@ -1,4 +1,4 @@
-"""Makes new model folders with random weights."""
+"""Creates model folders with random weights."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +12,13 @@ from vkd_jax.types import Example
 
 
 def create_llava(folder: Path, examples: Sequence[Example], shape: Mapping[str, Any], seed: int) -> Path:
-    """Creates a LLaVA with random weights and a tokenizer made for the texts of `examples`, unless the folder exists.
+    """Creates a LLaVA model with random weights and a tokenizer for the texts of `examples`, unless the folder exists.
 
     Args:
         folder: the folder to create.
-        examples: their questions and answers define the tokenizer's vocabulary.
-        shape: `ModelConfig.create`: vocab_size, and the fields of config.json's vision_config and text_config.
-        seed: of the weights.
+        examples: examples whose questions and answers define the vocabulary of the tokenizer.
+        shape: `ModelConfig.create`: vocab_size, and the fields of vision_config and text_config in config.json.
+        seed: seed of the weights.
     """
     from transformers import LlavaConfig
 

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a training state; the only module that knows Orbax."""
+"""Checkpoints of a training state, written by Orbax; no other module imports Orbax."""
 
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from vkd_jax.types import UserError
 class Checkpoints:
     """The committed checkpoints of one run, newest last.
 
-    A save is asynchronous and becomes visible by a rename, so a process killed at any moment leaves the last
-    committed step intact. Data order and randomness are functions of (seed, step), so the state's step is the data
-    position and the random state at once; the seed is kept beside it and must agree on resume.
+    Saving is asynchronous, and a rename commits it, so a process that is killed at any moment leaves the last committed
+    step intact. Data order and randomness are functions of (seed, step). The step in the state therefore restores the
+    data position and the random state as well. The seed is saved with it and must be the same on resume.
     """
 
     def __init__(self, folder: Path, *, seed: int, every: int, keep: int = 2):
@@ -28,12 +28,12 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest step that was saved; after `wait` it is committed."""
+        """The newest step that was saved, or None; it is committed after `wait`."""
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
     def save(self, step: int, state: Any, *, force: bool = False) -> bool:
-        """Saves if `step` is due or `force`; returns at once, with the state safe to donate."""
+        """Starts to save if `step` is due or `force`; on return the state can be donated."""
         if self.latest == step:
             return False
         return bool(
@@ -43,24 +43,28 @@ class Checkpoints:
         )
 
     def restore(self, state: Any) -> Any:
-        """The newest committed state, with the shardings of `state`, whose values are not used."""
+        """Loads the newest committed state with the shardings of `state`, whose values are not used.
+
+        Raises:
+            UserError: the checkpoints are of a run with another seed.
+        """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         loaded = self._checkpointer.load_checkpointables(self._checkpointer.latest, {"state": abstract, "run": None})
         if loaded["run"]["seed"] != self._seed:
-            raise UserError(f"the checkpoints were made with seed {loaded['run']['seed']}, not {self._seed}.")
+            raise UserError(f"The checkpoints were made with seed {loaded['run']['seed']}, not {self._seed}.")
         return loaded["state"]
 
     def wait(self) -> None:
-        """Blocks until everything asked for is committed."""
+        """Blocks until all saves are committed."""
         self._checkpointer.wait()
 
     def close(self) -> None:
-        """Commits what is under way and frees threads."""
+        """Commits pending saves and stops the threads."""
         self._checkpointer.close()
 
 
 class NoCheckpoints:
-    """Stands in for `Checkpoints` where a training run keeps none."""
+    """The interface of `Checkpoints` for a run that saves none."""
 
     latest = None
 

@@ -1,4 +1,4 @@
-"""Tensors on disk: the safetensors files of a model folder, read in pieces so that nothing is held twice."""
+"""Reads and writes the safetensors files of a model folder in pieces, so that no tensor is in memory twice."""
 
 import dataclasses
 import hashlib
@@ -30,93 +30,95 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-# What is read at a time, bytes or rows, whichever is more: it is turned while in the processor's cache.
+# Bytes and rows to read at a time, whichever is more. A chunk is transposed while it is in the processor's cache.
 CHUNK, ROWS = 1 << 16, 16
-SECONDS = 5.0  # from one line about the progress to the next
+LOG_SECONDS = 5.0  # between two lines of progress
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies on disk."""
+    """A tensor on disk: its file, dtype, shape and bytes."""
 
     file: pathlib.Path
     dtype: np.dtype
     shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
+    start: int  # offset in the file, in bytes
     stop: int
 
-    # `safe_open(...).get_slice` of safetensors 0.8 would be less code. Reading 1 GiB of bfloat16 into transposed shards
-    # on 8 CPU devices took 6.3 s of CPU time with it and 3.3 to 3.6 s here, and its memory map added 0.5 GiB.
-    def copy(
-        self, parts: Sequence[tuple[tuple[slice, ...], np.ndarray]], passed: Callable[[int], None] = lambda count: None
+    # `safe_open(...).get_slice` of safetensors 0.8 would be less code, but reading 1 GiB took 6.3 CPU seconds with it
+    # in one run, and 3.3 and 3.6 CPU seconds here in two runs; both added 0.5 GiB of memory.
+    def copy_to(
+        self,
+        targets: Sequence[tuple[tuple[slice, ...], np.ndarray]],
+        progress: Callable[[int], None] = lambda count: None,
     ) -> None:
-        """Copies parts of the tensor, cast, to where they belong; what several parts share is read once.
+        """Copies parts of the tensor to arrays and casts them; rows that several parts share are read once.
 
-        Only a few rows are held at a time, and rows that no part has are not read.
+        Only a few rows are in memory at a time. Rows that no part contains are not read.
 
         Args:
-            parts: which part, a slice with both ends for every axis; and the array of its shape to fill.
-            passed: is told of every few bytes, read or left out, that lie behind.
+            targets: for each part its slices, with a start and stop for every axis, and the array to copy it to.
+            progress: function that is called with the number of bytes that were read or skipped.
 
         Raises:
-            UserError: the file ends before the tensor.
+            UserError: the file became shorter while it was read.
         """
         if self.start == self.stop:
             return
         if not self.shape:
-            return dataclasses.replace(self, shape=(1,)).copy(
-                [((slice(0, 1),), x.reshape(1)) for _, x in parts], passed
-            )
+            one_row = [((slice(0, 1),), array.reshape(1)) for _, array in targets]
+            return dataclasses.replace(self, shape=(1,)).copy_to(one_row, progress)
         count, width = self.shape[0], (self.stop - self.start) // self.shape[0]
         step = min(max(CHUNK // width, ROWS), count)
         chunk = np.empty((step, *self.shape[1:]), self.dtype)
         with self.file.open("rb", buffering=0) as stream:
-            for begin in range(0, count, step):
-                rows = chunk[: count - begin]
-                end = begin + len(rows)
-                wanted = [(cut, out) for cut, out in parts if cut[0].start < end and begin < cut[0].stop]
-                if wanted:
-                    stream.seek(self.start + begin * width)
+            for start in range(0, count, step):
+                rows = chunk[: count - start]
+                stop = start + len(rows)
+                overlapping = [(part, out) for part, out in targets if part[0].start < stop and start < part[0].stop]
+                if overlapping:
+                    stream.seek(self.start + start * width)
                     self._fill(rows, stream)
-                for (first, *rest), out in wanted:
-                    low, high = max(first.start, begin), min(first.stop, end)
-                    piece = rows[(slice(low - begin, high - begin), *rest)]
-                    # Cast before it is laid down: what is written is scattered, what is read is not.
+                for (first, *rest), out in overlapping:
+                    low, high = max(first.start, start), min(first.stop, stop)
+                    piece = rows[(slice(low - start, high - start), *rest)]
+                    # Casting first is faster, because reads are contiguous and writes are scattered.
                     out[low - first.start : high - first.start] = piece.astype(out.dtype, copy=False)
-                passed(rows.nbytes)
+                progress(rows.nbytes)
 
     def _fill(self, rows: np.ndarray, stream: io.RawIOBase) -> None:
-        left = memoryview(rows.reshape(-1).view(np.uint8))
-        while left:
-            count = stream.readinto(left)
+        remaining = memoryview(rows.reshape(-1).view(np.uint8))
+        while remaining:
+            count = stream.readinto(remaining)
             if not count:
-                raise UserError(f"{self.file} became shorter while it was read; fetch it again.")
-            left = left[count:]
+                raise UserError(f"{self.file} became shorter while it was read. Download it again.")
+            remaining = remaining[count:]
 
     def sha256(self) -> str:
-        """The digest of the tensor's raw bytes."""
-        digest, left = hashlib.sha256(), self.stop - self.start
+        """Returns the SHA-256 of the tensor's bytes, in hexadecimal."""
+        digest, remaining = hashlib.sha256(), self.stop - self.start
         with self.file.open("rb") as stream:
             stream.seek(self.start)
-            while left:
-                chunk = stream.read(min(left, 1 << 24))
+            while remaining:
+                chunk = stream.read(min(remaining, 1 << 24))
                 digest.update(chunk)
-                left -= len(chunk)
+                remaining -= len(chunk)
         return digest.hexdigest()
 
 
 class Checkpoint:
-    """The tensors of a model folder, single-file or indexed safetensors; headers are read, weights are not.
+    """The tensors of a model folder with single-file or indexed safetensors; only headers are read.
 
     Attributes:
         folder: the folder.
         files: the weight files, in order.
-        tensors: name -> Tensor, for every tensor of every file.
+        tensors: {name: Tensor} of all files.
 
     Raises:
-        UserError: no weights, pickled weights, an index that names what is not there, a truncated file.
+        UserError: the folder has no weights or only pickled ones, its index names missing files or tensors, or a file
+            is truncated or corrupt.
     """
 
     def __init__(self, folder: Folder):
@@ -124,111 +126,114 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise UserError(f"There is no model folder {self.folder}.")
         index = self.folder / INDEX
-        where = _read_index(index) if index.exists() else {}
-        if index.exists():
-            self.files = [self.folder / name for name in sorted(set(where.values()))]
-            missing = [file.name for file in self.files if not file.is_file()]
-            if missing:
-                raise UserError(f"{index} names files that are missing: {', '.join(missing)}.")
-        elif (self.folder / WEIGHTS).is_file():
-            self.files = [self.folder / WEIGHTS]
-        else:
-            pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in PICKLES)
-            if pickles:
-                raise UserError(
-                    f"{self.folder} holds only pickled weights ({', '.join(pickles)}), which can run code "
-                    "when read; convert them to safetensors with transformers' save_pretrained."
-                )
-            raise UserError(f"{self.folder} holds no weights: neither {WEIGHTS} nor {INDEX} is there.")
+        file_of_tensor = _read_index(index) if index.exists() else {}
+        self.files = self._find_files(file_of_tensor)
         self.tensors: dict[str, Tensor] = {}
         for file in self.files:
             tensors = read_header(file)
-            absent = [name for name, home in where.items() if home == file.name and name not in tensors]
+            expected = [name for name, file_name in file_of_tensor.items() if file_name == file.name]
+            absent = [name for name in expected if name not in tensors]
             if absent:
-                names = ", ".join(absent)
-                raise UserError(f"{index} places tensors in {file.name} that it does not hold: {names}.")
-            twice = sorted(self.tensors.keys() & tensors.keys())
-            if twice:
-                raise UserError(f"{self.folder} holds tensors twice: {', '.join(twice)}.")
+                raise UserError(f"{index} lists tensors that {file.name} does not contain: {', '.join(absent)}.")
+            duplicates = sorted(self.tensors.keys() & tensors.keys())
+            if duplicates:
+                raise UserError(f"{self.folder} contains tensors twice: {', '.join(duplicates)}.")
             self.tensors |= tensors
+
+    def _find_files(self, file_of_tensor: Mapping[str, str]) -> list[pathlib.Path]:
+        if file_of_tensor:
+            files = [self.folder / name for name in sorted(set(file_of_tensor.values()))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise UserError(f"{self.folder / INDEX} names files that are missing: {', '.join(missing)}.")
+            return files
+        if (self.folder / WEIGHTS).is_file():
+            return [self.folder / WEIGHTS]
+        pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
+        if pickles:
+            raise UserError(
+                f"{self.folder} has only pickled weights ({', '.join(pickles)}), which can run code when they are "
+                "read. Convert them to safetensors with save_pretrained of transformers."
+            )
+        raise UserError(f"{self.folder} has no weights: neither {WEIGHTS} nor {INDEX} exists.")
 
 
 def _read_index(index: pathlib.Path) -> dict[str, str]:
     try:
-        where = json.loads(index.read_text())["weight_map"]
-        if where and all(isinstance(v, str) and pathlib.PurePath(v).name == v for v in where.values()):
-            return where
+        weight_map = json.loads(index.read_text())["weight_map"]
+        if weight_map and all(isinstance(v, str) and pathlib.PurePath(v).name == v for v in weight_map.values()):
+            return weight_map
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise UserError(f"{index} is not a safetensors index: it has no weight_map from tensor names to file names.")
 
 
 def read_header(file: pathlib.Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file: 8 bytes of length, JSON, then the tensors without gaps.
+    """Reads the header of a safetensors file: 8 bytes of length and JSON, followed by the tensors without gaps.
 
     Raises:
-        UserError: the file is truncated or corrupt, or holds a dtype that is not in `DTYPES`.
+        UserError: the file is truncated or corrupt, or a dtype is not in `DTYPES`.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or 8 + length > size:
-            raise UserError(f"{file} is truncated: its header ends after the file; fetch it again.")
+            raise UserError(f"{file} is truncated: the header is longer than the file. Download it again.")
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             entries = {n: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is corrupt: its header cannot be read; fetch it again.") from error
+            raise UserError(f"{file} is corrupt: its header cannot be read. Download it again.") from error
     tensors, begin = {}, 8 + length
     for name, (dtype, shape, start, stop) in entries.items():
         if dtype not in DTYPES:
-            raise UserError(f"{file} holds {name} as {dtype}; supported are {', '.join(DTYPES)}.")
+            raise UserError(f"{name} in {file} has dtype {dtype}. Supported dtypes: {', '.join(DTYPES)}.")
         if start < 0 or stop - start != DTYPES[dtype].itemsize * math.prod(shape):
-            raise UserError(f"{file} is corrupt: {name}'s bytes do not fit {dtype} {shape}; fetch it again.")
+            raise UserError(f"{file} is corrupt: the size of {name} does not match {dtype} {shape}. Download it again.")
         tensors[name] = Tensor(file, DTYPES[dtype], shape, begin + start, begin + stop)
     needed = max((tensor.stop for tensor in tensors.values()), default=begin)
     if size != needed:
-        raise UserError(f"{file} is truncated: it has {size} bytes and needs {needed}; fetch it again.")
+        raise UserError(f"{file} is truncated: it has {size} bytes instead of {needed}. Download it again.")
     return tensors
 
 
 def write(file: pathlib.Path, like: Mapping[str, np.ndarray], value: Callable[[str], np.ndarray]) -> None:
-    """Writes a safetensors file, its tensors in the order of their names.
+    """Writes a safetensors file with its tensors in alphabetical order.
 
     Args:
-        file: the file.
-        like: name -> an array of the tensor's dtype and shape, for every tensor.
-        value: name -> the tensor; called when its turn comes, so that only one need be held.
+        file: the file to write.
+        like: {name: array with the dtype and shape of the tensor}.
+        value: function of a name to the tensor; tensors are requested one at a time to save memory.
     """
     labels = {dtype: label for label, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     order, offset = sorted(like), 0
     for name in order:
         end = offset + like[name].nbytes
         header[name] = dict(dtype=labels[like[name].dtype], shape=like[name].shape, data_offsets=[offset, end])
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start aligned
+    text += b" " * (-len(text) % 8)  # aligns the tensors
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             stream.write(value(name).tobytes())
 
 
-class Meter:
-    """Logs how much of a folder has been read: now and then, and at the end if that was long in coming."""
+class ProgressLog:
+    """Logs how much of a folder has been read: every `LOG_SECONDS`, and at the end if reading took that long."""
 
     def __init__(self, folder: Folder, total: int):
         self.folder, self.total, self.done = folder, total, 0
         self.start = self.last = time.monotonic()
 
     def __call__(self, count: int) -> None:
-        """Counts so many more bytes."""
+        """Adds a number of bytes."""
         self.done += count
         now = time.monotonic()
         since = self.start if self.done == self.total else self.last
-        if now - since >= SECONDS:
+        if now - since >= LOG_SECONDS:
             self.last = now
             done, total, percent = self.done / 1e9, self.total / 1e9, 100 * self.done // self.total
             logging.info("read %.1f of %.1f GB of %s (%d %%)", done, total, self.folder, percent)

@@ -22,7 +22,7 @@ from vkd_jax.data.batching import in_batches, padded_rows
 from vkd_jax.data.images import PackedImages
 from vkd_jax.models import generate
 from vkd_jax.models.base import VisualTokens, bind
-from vkd_jax.models.generate import SharedPrefixes
+from vkd_jax.models.generate import Prompts, SharedPrefixes
 from vkd_jax.runtime.mesh import replicated, shard_rows
 from vkd_jax.types import UserError
 
@@ -112,16 +112,18 @@ def programs(mesh: jax.sharding.Mesh | None) -> _Programs:
         _, taps = bind(graphdef, params).encode(pictures)
         return {name: _mean(tokens) for name, tokens in taps.items() if name in TAPS}
 
-    def score(graphdef, params, *args):
-        return generate.option_log_probs(bind(graphdef, params), *args)
+    def score(graphdef, params, tokens, mask, features, options, options_mask, prefixes):
+        prompts = Prompts(tokens, mask, features, prefixes)
+        return generate.option_log_probs(bind(graphdef, params), prompts, options, options_mask)
 
-    def score_tokens(graphdef, params, *args):
-        return generate.token_log_probs(bind(graphdef, params), *args)
+    def score_tokens(graphdef, params, tokens, mask, features, options, options_mask, prefixes):
+        prompts = Prompts(tokens, mask, features, prefixes)
+        return generate.token_log_probs(bind(graphdef, params), prompts, options, options_mask)
 
     def greedy(graphdef, params, tokens, mask, features, shared, max_new_tokens, eos_ids, pad_id):
         model = bind(graphdef, params)
         options = dict(max_new_tokens=max_new_tokens, eos_ids=eos_ids, pad_id=pad_id)
-        return generate.greedy(model, tokens, mask, features, shared, **options)
+        return generate.greedy(model, Prompts(tokens, mask, features, shared), **options)
 
     jit = functools.partial(jax.jit, **({} if mesh is None else {"out_shardings": replicated(mesh)}))
     return _Programs(

@@ -1,17 +1,27 @@
-"""Models, one module per family, found by the `model_type` of a Hugging Face `config.json`.
+"""Models: one module per family, selected by the `model_type` of a Hugging Face `config.json`.
 
-A model module offers
+What is in it
+- `llava`, `qwen2_vl`, `qwen2_5_vl`: the families. `clip_vit` and `qwen_vit` are their vision towers, `decoder` is their
+  language model, `layers` has the layers that several of them use.
+- `base`: `VisionLanguageModel`, and `split_model` and `bind`, which convert a module to (graphdef, params) and back.
+- `generate`: greedy decoding and option scores, with a key/value cache and prefix caching.
+- `lora` and `quantize`: adapters and low-bit weights of the language model.
+- `conversion`: rows of the conversion tables that families share.
 
-- `Config`, a frozen dataclass: `from_hf(hf_config, **changes)`; `text` (a `DecoderConfig`), `image_token_id`,
-  `used_blocks`, `compute_dtype`, `remat`; and how its pictures are laid out: `images(output)` takes them from what the
-  Hugging Face image processor returns, `image_tokens(height, width)` counts the tokens of one, `pack(rows, tokens)`
-  turns the pictures of each prompt into arrays of one shape, with room for so many tokens;
-- `Model(config, *, rngs, param_dtype)`, a `base.VisionLanguageModel`: `encode(pictures)` gives `base.VisualTokens` and
-  the taps, by name;
-  `model(tokens, mask, features=, at=, cache=)` gives logits. Parameters are `vision_tower/patch_embedding`,
-  `vision_tower/blocks/<i>/...`, `vision_tower/post_norm/...` (feeds nothing), `projector/...`, `language_model/...`;
-- its side of the conversion, `hf_table(config)`, `HF_ALIASES`, `HF_SKIP`, `HF_ARCHITECTURE` (`checkpoints.hf`);
-- `SHARDING`, a rule for every parameter, and `PRESETS`, {size: (id on the hub, fields of config.json)}.
+Contract: a family's module has
+- `Config`, a frozen dataclass with `from_hf(hf_config, **changes)`, the fields `vision`, `text` (a `DecoderConfig`),
+  `image_token_id`, `compute_dtype`, `remat` and `mesh`, the property `used_blocks`, and three methods for images:
+  `extract_images(output)` takes them from the output of the Hugging Face image processor, `image_tokens(height, width)`
+  is the number of tokens of one, and `pack(rows, min_tokens)` turns the images of each prompt into arrays of one shape;
+- `Model(config, *, rngs, param_dtype)`, a `base.VisionLanguageModel`. Its parameters are
+  `vision_tower/patch_embedding`, `vision_tower/blocks/<i>/...`, `vision_tower/post_norm/...` (not used by LLaVA),
+  `projector/...` and `language_model/...`;
+- the conversion: `hf_table(config)`, `HF_ALIASES`, `HF_SKIP` and `HF_ARCHITECTURE`, which `checkpoints.hf` reads;
+- `SHARDING`, exactly one rule (pattern, PartitionSpec) for every parameter;
+- `PRESETS`, {size: (id on the Hugging Face Hub, fields of its config.json)}.
+
+To add a family, write such a module and add it to `MODELS`; `tests/models/test_presets.py` and a file in `tests/parity`
+check it against PyTorch.
 """
 
 import importlib
@@ -27,8 +37,15 @@ MODELS = {
 
 
 def module_for(model_type: str) -> types.ModuleType:
-    """Imports the module of a Hugging Face `model_type`; a `UserError` names the supported ones."""
+    """Imports the module of a family.
+
+    Args:
+        model_type: the `model_type` of a Hugging Face config.json.
+
+    Raises:
+        UserError: the type is not supported.
+    """
     if model_type not in MODELS:
-        known = ", ".join(sorted(MODELS))
-        raise UserError(f"Model type {model_type!r} is not supported; supported are: {known}.")
+        supported = ", ".join(sorted(MODELS))
+        raise UserError(f"Model type {model_type!r} is not supported. Supported types: {supported}.")
     return importlib.import_module(MODELS[model_type])

@@ -1,4 +1,8 @@
-"""A model is an NNX module inside `vkd_jax.models` and a pair (graphdef, flat parameters) everywhere else."""
+"""What all families share: the model class, its parameters as a flat dictionary, and checks of configurations.
+
+Inside `vkd_jax.models` a model is an NNX module; everywhere else it is a pair (graphdef, {path: parameter}).
+`split_model` and `bind` convert between the two.
+"""
 
 import abc
 from collections.abc import Callable, Iterable, Mapping
@@ -14,29 +18,29 @@ from vkd_jax.types import UserError
 
 Params = dict[str, jax.Array]
 
-SCOPES = ("vision_tower", "projector", "language_model", "head")  # the named scopes that all layers run under
+SCOPES = ("vision_tower", "projector", "language_model", "head")  # the named scopes of all layers
 
 
 class VisualTokens(NamedTuple):
-    """Activations that stand for places in the pictures of each prompt; every model returns its features so.
-
-    Rows have one length; what is beyond a row's pictures is padding.
-    """
+    """Activations at the patches, or merged patches, of the images of each prompt; rows are padded to one length."""
 
     values: jax.Array  # [b, p, d]
-    coords: jax.Array  # int32 [b, p, 3]: picture, row, column; picture is -1 at padding
+    coords: jax.Array  # int32 [b, p, 3]: image index, row and column; the image index is -1 at padding
 
     @property
     def valid(self) -> jax.Array:
-        """Which tokens are real: bool [b, p]."""
+        """True at real tokens and False at padding: bool [b, p]."""
         return self.coords[..., 0] >= 0
 
 
 class VisionLanguageModel(nnx.Module, abc.ABC):
-    """A vision tower, a projector and a language model; each family specializes how images enter.
+    """A vision tower, a projector and a language model:
 
-    `encode` turns images into features, and `__call__` turns features and tokens into logits. A family gives
-    `tower_class` and implements `build_projector`, `encode`, `embed` and `vision_neurons`.
+        images --vision_tower--> "features" --projector--> "projector" --embed--> language_model --> logits
+                   (taps "vision/0", "vision/1", ...)                     tokens
+
+    `encode` maps images to features, and `__call__` maps features and tokens to logits. A family sets `tower_class`
+    and implements `build_projector`, `encode`, `embed` and `vision_neurons`.
 
     Every layer runs under one `jax.named_scope` of `SCOPES`; the planner and profiles attribute operations by these
     names.
@@ -60,16 +64,17 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
     def encode(
         self, images: Mapping[str, jax.Array], *, hidden: jax.Array | None = None, start: int = 0
     ) -> tuple[VisualTokens, dict[str, VisualTokens]]:
-        """Turns images, or cached activations, into the embeddings that stand for the images in a prompt.
+        """Maps images, or cached activations, to the features that replace the image tokens of a prompt.
 
         Args:
             images: from the configuration's `pack`.
-            hidden: instead of pixels, the activations entering block `start`: tap "vision/{start - 1}".
+            hidden: activations to start from instead of pixels: the input of block `start`, which is the tap
+                "vision/{start - 1}".
             start: the first block to compute.
 
         Returns:
-            Features, and the taps: "vision/0" ... (the output of each computed block), "features" (the input of the
-            projector) and "projector" (its output, the features again).
+            The features, and the taps by name: "vision/0" ... (the output of each computed block), "features" (the
+            input of the projector) and "projector" (its output, which is the features).
         """
 
     @abc.abstractmethod
@@ -77,14 +82,14 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
         """Embeds tokens and inserts image features.
 
         Returns:
-            The embeddings [b, t, d], and the rotary position of each token, int [b, t] or [b, t, axes].
+            The embeddings [b, t, d], and the rotary positions, int [b, t] or [b, t, axes].
         """
 
     @abc.abstractmethod
     def vision_neurons(
         self, images: Mapping[str, jax.Array], reduce: Callable[[jax.Array, jax.Array], Any]
     ) -> list[Any]:
-        """Reduces the inner MLP activations of each vision block that feeds the projector; see `neurons`."""
+        """Applies `reduce` to the inner MLP activations of each block that feeds the projector; see `neurons`."""
 
     def __call__(
         self,
@@ -100,12 +105,12 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
         Args:
             tokens: int [b, t], padded left or right.
             mask: bool [b, t], False at padding.
-            features: from `encode`; the j-th image token of a row becomes its j-th feature. None for text.
+            features: from `encode`; the j-th image token of a row is replaced by its j-th feature. None for text.
             query_positions: int [b, a], the positions to return logits for; None for all.
-            cache: from `language_model.empty_cache`, or of the tokens before these; filled and returned.
+            cache: from `language_model.empty_cache`, or the cache of earlier tokens; None for none.
 
         Returns:
-            float32 logits [b, t or a, v], and the cache (None without one).
+            float32 logits [b, t, v] or [b, a, v], and the cache with these tokens added (None without one).
         """
         x, positions = self.embed(tokens, mask, features)
         x, cache = self.language_model.read(x, mask, positions, cache, query_positions=query_positions)
@@ -119,18 +124,17 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
         *,
         images: Mapping[str, jax.Array] | None = None,
     ) -> dict[str, Any]:
-        """Reduces the inner activations of every MLP block by block, so that they are never all in memory.
+        """Applies `reduce` to the inner activations of each MLP, one block at a time to save memory.
 
         Args:
             tokens: int [b, t], as in `__call__`.
             mask: bool [b, t], False at padding.
-            reduce: function of activations [b, n, f] and bool [b, n], which of them belong to real tokens, to any
-                tree.
+            reduce: function of activations [b, n, f] and a mask, bool [b, n], True at real tokens, to a tree of arrays.
             images: as in `encode`; None for text.
 
         Returns:
-            {"language_model": the tree, its arrays with a leading layer axis}, and with images also "vision_tower",
-            a list with one tree for each block that feeds the projector.
+            {"language_model": the tree, its arrays with a leading layer axis}; with images also "vision_tower", a list
+            with one tree for each block that feeds the projector.
         """
         features, reduced = None, {}
         if images is not None:
@@ -142,48 +146,75 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
 
 
 def check_supported(family: str, checks: Iterable[tuple[bool, str, Any, str]]) -> None:
-    """Raises one `UserError` for all failed checks of a configuration: (holds, field, its value, what can be)."""
-    problems = [f"{name} is {value!r} (supported: {can})" for holds, name, value, can in checks if not holds]
+    """Checks fields of a Hugging Face configuration.
+
+    Args:
+        family: name of the family in the error.
+        checks: (whether the field is supported, its name, its value, the supported values) of each field.
+
+    Raises:
+        UserError: lists every field that is not supported.
+    """
+    problems = [f"{name} is {value!r} (supported: {values})" for ok, name, value, values in checks if not ok]
     if problems:
         raise UserError(f"This {family} is not supported: {'; '.join(problems)}.")
 
 
+def check_model_types(family: str, hf: Any, **model_types: str) -> None:
+    """Checks the `model_type` of the vision and text configurations; call it before reading their other fields.
+
+    Args:
+        family: name of the family in the error.
+        hf: the Hugging Face configuration.
+        **model_types: supported `model_type` of `vision_config` and of `text_config`.
+    """
+    actual = {name: getattr(hf, name).model_type for name in model_types}
+    check_supported(
+        family, [(actual[name] == kind, f"{name}.model_type", actual[name], kind) for name, kind in model_types.items()]
+    )
+
+
+def hf_dtype(hf: Any) -> str:
+    """Returns the name of the dtype in a Hugging Face configuration; float32 if it has none."""
+    return str(hf.dtype or "float32").removeprefix("torch.")
+
+
 def split_model(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
-    """Cuts a module into its static graph and `{"vision_tower/blocks/0/attn/q/kernel": array, ...}`."""
+    """Splits a module into its static graph and `{"vision_tower/blocks/0/attn/q/kernel": array, ...}`."""
     graphdef, state = nnx.split(module)
     params = {"/".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(state)}
     return graphdef, lora.split(params)
 
 
 def bind(graphdef: nnx.GraphDef, params: Mapping[str, jax.Array], key: jax.Array | None = None) -> nnx.Module:
-    """Puts parameters back into a graph: the inverse of `split_model`, traceable under jit, grad and vmap.
+    """Merges parameters into a graph: the inverse of `split_model`, traceable under jit, grad and vmap.
 
     Args:
-        graphdef: of the module.
-        params: all its parameters, and those of `lora.attach`.
-        key: for the dropout of adapters, while they train; None for none.
+        graphdef: the graph of the module.
+        params: all parameters of the module, and those of its adapters (`lora.attach`).
+        key: random key for the dropout of adapters in training; None for no dropout.
 
     Raises:
-        ValueError: the names are not exactly the module's, or an adapter's are not there; they are listed.
+        ValueError: lists parameters that are missing or unknown.
     """
     params = lora.join(params, key)
-    # Positions in an nnx.List are integers in NNX paths and digits in ours.
+    # NNX paths have integers where ours have digits, at the elements of an nnx.List.
     paths = {tuple(int(k) if k.isdigit() else k for k in name.split("/")): name for name in params}
     state = nnx.from_flat_state([(path, nnx.Param(params[name])) for path, name in paths.items()])
     try:
         module = nnx.merge(graphdef, state)
     except ValueError as error:
-        raise ValueError(f"These {len(params)} parameters are not all of the module's: {error}") from error
-    # nnx.merge goes by order: under a wrong name every later parameter would land one place off, in silence.
+        raise ValueError(f"The {len(params)} given parameters are not all parameters of the module: {error}") from error
+    # nnx.merge is positional: a wrong name would silently shift all later parameters by one.
     names = {path for path, _ in nnx.to_flat_state(nnx.state(module))}
     if names != paths.keys():
-        missing, unknown = (["/".join(map(str, path)) for path in sorted(odd, key=str)]
-                            for odd in (names - paths.keys(), paths.keys() - names))  # fmt: skip
-        raise ValueError(f"The module has parameters {missing} where {unknown} were given.")
+        missing, unknown = (["/".join(map(str, path)) for path in sorted(difference, key=str)]
+                            for difference in (names - paths.keys(), paths.keys() - names))  # fmt: skip
+        raise ValueError(f"Parameters {missing} of the module are missing, and {unknown} are unknown.")
     return module
 
 
 def abstract_model(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
-    """The graph and the shapes of a module that is never computed."""
+    """Returns the graph of a module and {path: shape of the parameter} without computing any parameter."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     return graphdef, {"/".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(state)}

@@ -1,6 +1,6 @@
 """CLIP's vision transformer (Radford et al., arXiv 2103.00020), exact to `transformers.CLIPVisionModel`.
 
-Axes: b batch, p patch, k pixel row, column and colour inside a patch, d width.
+Axes: b batch, p patch, k pixel row, column and color inside a patch, d width, f MLP width.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from vkd_jax.models.layers import (
-    ACTIVATIONS,
+    MLP,
     LayerNorm,
     Linear,
     apply_blocks,
@@ -27,7 +27,7 @@ from vkd_jax.models.layers import (
 class VisionConfig:
     """Sizes of a CLIP vision tower."""
 
-    image_size: int  # pixels, both ways
+    image_size: int  # height and width in pixels
     patch_size: int
     width: int
     layers: int
@@ -38,12 +38,12 @@ class VisionConfig:
 
     @property
     def patches(self) -> int:
-        """How many patches an image is cut into."""
+        """Number of patches per image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def patch_coords(self) -> np.ndarray:
-        """Picture, row and column of the class token (which has none: -1) and of each patch, int32 [1 + p, 3]."""
+        """Image index, row and column of the class token (row and column -1) and of each patch: int32 [1 + p, 3]."""
         rows, columns = np.divmod(np.arange(self.patches), self.image_size // self.patch_size)
         patches = np.stack([np.zeros_like(rows), rows, columns], axis=-1)
         return np.concatenate([[[0, -1, -1]], patches]).astype(np.int32)
@@ -57,50 +57,34 @@ class Attention(nnx.Module):
         self.q, self.k, self.v, self.out = (Linear(config.width, config.width, bias=True, **options) for _ in range(4))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, t, d] to [b, t, d]."""
+        """Maps [b, t, d] to [b, t, d]."""
         b, t, d = x.shape
         q, k, v = (project(x).reshape(b, t, self.heads, -1) for project in (self.q, self.k, self.v))
         return self.out(attention(q, k, v).reshape(b, t, d))
 
 
-class MLP(nnx.Module):
-    """Two linear layers with an activation between them."""
-
-    def __init__(self, config: VisionConfig, **options):
-        self.activation = config.activation
-        self.fc1 = Linear(config.width, config.mlp_width, bias=True, **options)
-        self.fc2 = Linear(config.mlp_width, config.width, bias=True, **options)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, t, d] to [b, t, d]."""
-        return self.fc2(self.neurons(x))
-
-    def neurons(self, x: jax.Array) -> jax.Array:
-        """The inner activations, which feed the last layer: [b, t, d] to [b, t, f]."""
-        return ACTIVATIONS[self.activation](self.fc1(x))
-
-
 class Block(nnx.Module):
-    """`x + attn(norm1(x))`, then `x + mlp(norm2(x))`."""
+    """Pre-norm transformer block: `x + attn(norm1(x))`, then `x + mlp(norm2(x))`."""
 
     def __init__(self, config: VisionConfig, *, dtype, param_dtype, rngs):
         norm = dict(eps=config.norm_eps, dtype=dtype, param_dtype=param_dtype)
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.norm1, self.norm2 = LayerNorm(config.width, **norm), LayerNorm(config.width, **norm)
-        self.attn, self.mlp = Attention(config, **options), MLP(config, **options)
+        self.attn = Attention(config, **options)
+        self.mlp = MLP(config.width, config.mlp_width, activation=config.activation, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, t, d] to [b, t, d]."""
+        """Maps [b, t, d] to [b, t, d]."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
     def neurons(self, x: jax.Array) -> jax.Array:
-        """The inner activations of the MLP: [b, t, d] to [b, t, f]."""
+        """Returns the input of the MLP's last layer: maps [b, t, d] to [b, t, f]."""
         return self.mlp.neurons(self.norm2(x + self.attn(self.norm1(x))))
 
 
 class VisionTower(nnx.Module):
-    """Patches, a class token, positions, and the transformer blocks."""
+    """Patch embedding, class token, position embedding and transformer blocks."""
 
     def __init__(self, config: VisionConfig, *, remat, mesh, dtype, param_dtype, rngs):
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -108,35 +92,35 @@ class VisionTower(nnx.Module):
         p, d = config.patch_size, config.width
         self.config, self.remat, self.mesh, self.dtype = config, remat, mesh, jnp.dtype(dtype)
         self.class_embedding = nnx.Param(small_normal(rngs.params(), (d,), param_dtype))
-        # [row, column, colour, d], so that conversion is a permutation; lecun_normal gets the fan-in right.
+        # [row, column, color, d]: conversion is a permutation of axes, and lecun_normal sees the right fan-in.
         self.patch_embedding = nnx.Param(lecun_normal(rngs.params(), (p, p, 3, d), param_dtype))
         self.position_embedding = nnx.Param(small_normal(rngs.params(), (config.patches + 1, d), param_dtype))
         self.pre_norm = LayerNorm(d, **norm)
         self.blocks = nnx.List([Block(config, **options) for _ in range(config.layers)])
-        self.post_norm = LayerNorm(d, **norm)  # in the checkpoint; LLaVA reads features before it
+        self.post_norm = LayerNorm(d, **norm)  # part of the checkpoint; LLaVA takes its features before it
 
     @jax.named_scope("vision_tower")
     def embed(self, pixels: jax.Array) -> jax.Array:
-        """Pixels [b, H, W, 3] to the activations entering block 0, [b, 1 + patches, d]."""
+        """Maps pixels [b, H, W, 3] to the input of block 0, [b, 1 + p, d]."""
         p, grid = self.config.patch_size, self.config.image_size // self.config.patch_size
-        pixels = pixels.astype(self.dtype)[:, : grid * p, : grid * p]  # a convolution drops the rest as well
-        # The strided convolution as one matmul: patches do not overlap.
+        pixels = pixels.astype(self.dtype)[:, : grid * p, : grid * p]  # a convolution drops the remainder as well
+        # Patches do not overlap, so the strided convolution is one matrix product.
         pixels = pixels.reshape(-1, grid, p, grid, p, 3).transpose(0, 1, 3, 2, 4, 5)
         kernel = self.patch_embedding[...].astype(self.dtype)
         pixels = pixels.reshape(-1, grid * grid, p * p * 3)
         patches = jnp.einsum("bpk,kd->bpd", pixels, kernel.reshape(p * p * 3, -1))
-        first = self.class_embedding[...].astype(self.dtype)
-        first = jnp.broadcast_to(first, (patches.shape[0], 1, patches.shape[2]))
-        x = jnp.concatenate([first, patches], axis=1) + self.position_embedding[...].astype(self.dtype)
+        class_token = self.class_embedding[...].astype(self.dtype)
+        class_token = jnp.broadcast_to(class_token, (patches.shape[0], 1, patches.shape[2]))
+        x = jnp.concatenate([class_token, patches], axis=1) + self.position_embedding[...].astype(self.dtype)
         return self.pre_norm(x)
 
     @jax.named_scope("vision_tower")
     def __call__(self, hidden: jax.Array, start: int, stop: int) -> list[jax.Array]:
-        """Runs blocks [start, stop) on the activations entering `start`; returns each block's output."""
+        """Applies blocks [start, stop) to the input of block `start` and returns the output of each."""
         return apply_blocks(lambda block, x, _: block(x), self.blocks[start:stop], hidden, self.remat, self.mesh)
 
     @jax.named_scope("vision_tower")
     def neurons(self, hidden: jax.Array, stop: int, reduce: Callable[[jax.Array], Any]) -> list[Any]:
-        """What `reduce` makes of the MLP's inner activations [b, t, f], of each of the blocks before `stop`."""
+        """Applies `reduce` to the inner MLP activations [b, t, f] of each block before `stop`."""
         inputs = [hidden, *self(hidden, 0, stop)][:-1]
         return [reduce(block.neurons(x)) for block, x in zip(self.blocks[:stop], inputs, strict=True)]

@@ -1,11 +1,11 @@
 """A LLaMA-style decoder (Touvron et al., arXiv 2302.13971), exact to `transformers.LlamaForCausalLM`.
 
-RMSNorm before each half-block, rotary positions, grouped-query attention, SwiGLU. The blocks are stacked on a
-leading layer axis and scanned. Where the backward pass finds everything kept, the scan is unrolled: the weights and
-what is kept of each block are then read where they lie, and the last block computes what is asked for alone.
+Pre-norm blocks of grouped-query attention with rotary positions and SwiGLU, RMSNorm throughout. The blocks are stacked
+on a leading layer axis and scanned. Without rematerialization the scan is unrolled, so that the backward pass reads the
+weights and saved activations of each block in place; the last block then computes only the requested query positions.
 
-Axes: l layer, b batch, t query position, a asked position, s key slot, d width, m key/value head, c head channel,
-v vocabulary.
+Axes: l layer, b batch, t position, a query position, s key position (with a cache, its slot), d width,
+m key/value head, c head channel, f MLP width, v vocabulary.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from flax import nnx
 
 from vkd_jax.models.layers import (
     Embedding,
+    GatedMLP,
     Linear,
     RMSNorm,
     RotaryTables,
@@ -44,34 +45,57 @@ class DecoderConfig:
     mlp_width: int
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    mrope_section: tuple[int, ...] = ()  # channel pairs that turn with each axis of a position; () for plain positions
+    mrope_section: tuple[int, ...] = ()  # channel pairs that rotate by each axis of a position; () for scalar positions
     qkv_bias: bool = False
     tie_embeddings: bool = False
-    max_positions: int = 2048  # what the model was made for; callers check their lengths against it
+    max_positions: int = 2048  # context length of the model; callers check the length of their prompts
+
+    @classmethod
+    def from_hf(cls, text: Any, **fields: Any) -> "DecoderConfig":
+        """Reads the text configuration of a `transformers` model; `fields` are those that families read differently."""
+        return cls(
+            vocab=text.vocab_size,
+            width=text.hidden_size,
+            layers=text.num_hidden_layers,
+            heads=text.num_attention_heads,
+            kv_heads=text.num_key_value_heads,
+            mlp_width=text.intermediate_size,
+            norm_eps=text.rms_norm_eps,
+            rope_theta=float(dict(text.rope_parameters)["rope_theta"]),
+            max_positions=text.max_position_embeddings,
+            **fields,
+        )
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens read so far, in fixed-size slots."""
+    """Keys and values of the tokens read so far, in a fixed number of slots."""
 
-    keys: jax.Array  # [l, b, m, s, c], as the products of attention read them
+    keys: jax.Array  # [l, b, m, s, c], the layout that attention multiplies
     values: jax.Array  # [l, b, m, s, c]
-    mask: jax.Array  # bool [b, s]: slots that hold a real token
-    index: jax.Array  # int []: the first free slot
-    next: jax.Array  # int [b]: the position of each row's next token
+    mask: jax.Array  # bool [b, s], True at slots that hold a real token
+    index: jax.Array  # int [], the first free slot
+    next: jax.Array  # int [b], the position of the next token of each row
 
 
-def _causal(mask: jax.Array) -> jax.Array:
-    """What each of these tokens sees, itself and those before it: bool [b, t], False at padding, to [b, t, t]."""
+class CacheSlot(NamedTuple):
+    """The place in the stacked cache that a block writes to."""
+
+    layer: jax.Array  # int []
+    slot: jax.Array  # int [], the slot of the first token
+
+
+def _causal_mask(mask: jax.Array) -> jax.Array:
+    """Returns the keys that each token attends to, itself and earlier real tokens: bool [b, t] to [b, t, t]."""
     return mask[:, None, :] & jnp.tri(mask.shape[1], dtype=bool)
 
 
-def _pick(x: jax.Array, at: jax.Array) -> jax.Array:
-    """[b, t, ...] to [b, a, ...], the positions `at`, int [b, a]."""
-    return jnp.take_along_axis(x, jnp.expand_dims(at, range(2, x.ndim)), axis=1)
+def _take_positions(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Gathers the given positions, int [b, a], of each row: [b, t, ...] to [b, a, ...]."""
+    return jnp.take_along_axis(x, jnp.expand_dims(positions, range(2, x.ndim)), axis=1)
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with rotary positions."""
+    """Grouped-query self-attention with rotary positions."""
 
     def __init__(self, config: DecoderConfig, **options):
         c = config.head_width
@@ -81,66 +105,64 @@ class Attention(nnx.Module):
         self.v = Linear(config.width, config.kv_heads * c, bias=config.qkv_bias, **options)
         self.o = Linear(config.heads * c, config.width, bias=False, **options)
 
-    def __call__(self, x, turned, allowed, cached, at, asked=None):
-        """[b, t, d] to [b, t, d], or to [b, a, d] for the positions `asked`, int [b, a].
+    def __call__(self, x, tables, attention_mask, cached=None, cache_slot=None, query_positions=None):
+        """Maps [b, t, d] to [b, t, d], or to [b, a, d] with `query_positions`.
 
-        `turned` is what `layers.rotary_tables` gives, `allowed`, bool [b, t, s], which keys each query sees, and
-        `cached` every layer's (keys, values), written from `at`, (layer, slot), on.
+        Args:
+            x: [b, t, d].
+            tables: from `layers.rotary_tables`, for all t positions.
+            attention_mask: bool [b, t, s], the keys that each query attends to.
+            cached: the keys and values of all layers, as in `Cache`; None to attend to the tokens of `x` alone.
+            cache_slot: the `CacheSlot` for the new keys and values.
+            query_positions: int [b, a], the positions to compute; None for all.
+
+        Returns:
+            The output, and `cached` with the new keys and values.
         """
-        own, own_tables = x, turned
-        if asked is not None:
-            own, own_tables, allowed = jax.tree.map(lambda y: _pick(y, asked), (x, turned, allowed))
-        b, t, _ = own.shape
+        x_q, tables_q = x, tables
+        if query_positions is not None:
+            x_q, tables_q, attention_mask = jax.tree.map(
+                lambda y: _take_positions(y, query_positions), (x, tables, attention_mask)
+            )
+        b, t, _ = x_q.shape
         q, k, v = (
             project(y).reshape(*y.shape[:2], -1, self.head_width)
-            for project, y in ((self.q, own), (self.k, x), (self.v, x))
+            for project, y in ((self.q, x_q), (self.k, x), (self.v, x))
         )
-        q, k = rotate(q, own_tables), rotate(k, turned)
+        q, k = rotate(q, tables_q), rotate(k, tables)
         if cached is not None:
-            layer, slot = at
+            start = (cache_slot.layer, 0, 0, cache_slot.slot, 0)
             cached = tuple(
-                jax.lax.dynamic_update_slice(old, new.astype(old.dtype).swapaxes(1, 2)[None], (layer, 0, 0, slot, 0))
+                jax.lax.dynamic_update_slice(old, new.astype(old.dtype).swapaxes(1, 2)[None], start)
                 for old, new in zip(cached, (k, v), strict=True)
             )
-            k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).swapaxes(1, 2) for x in cached)
-        return self.o(attention(q, k, v, allowed).reshape(b, t, -1)), cached
-
-
-class MLP(nnx.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
-
-    def __init__(self, config: DecoderConfig, **options):
-        self.gate = Linear(config.width, config.mlp_width, bias=False, **options)
-        self.up = Linear(config.width, config.mlp_width, bias=False, **options)
-        self.down = Linear(config.mlp_width, config.width, bias=False, **options)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, t, d] to [b, t, d]."""
-        return self.down(self.neurons(x))
-
-    def neurons(self, x: jax.Array) -> jax.Array:
-        """The inner activations, which feed the last layer: [b, t, d] to [b, t, f]."""
-        return jax.nn.silu(self.gate(x)) * self.up(x)
+            k, v = (jax.lax.dynamic_index_in_dim(x, cache_slot.layer, keepdims=False).swapaxes(1, 2) for x in cached)
+        return self.o(attention(q, k, v, attention_mask).reshape(b, t, -1)), cached
 
 
 class Block(nnx.Module):
-    """`x + attn(norm1(x))`, then `x + mlp(norm2(x))`."""
+    """Pre-norm transformer block: `x + attn(norm1(x))`, then `x + mlp(norm2(x))`."""
 
     def __init__(self, config: DecoderConfig, *, dtype, param_dtype, rngs):
         norm = dict(eps=config.norm_eps, dtype=dtype, param_dtype=param_dtype)
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.norm1, self.norm2 = RMSNorm(config.width, **norm), RMSNorm(config.width, **norm)
-        self.attn, self.mlp = Attention(config, **options), MLP(config, **options)
+        self.attn = Attention(config, **options)
+        self.mlp = GatedMLP(config.width, config.mlp_width, bias=False, **options)
 
-    def __call__(self, x, turned, allowed, cached, at, asked=None):
-        """[b, t, d] to [b, t, d], or to [b, a, d]; `cached`, `at` and `asked` as in `Attention`."""
-        y, cached = self.attn(self.norm1(x), turned, allowed, cached, at, asked)
-        x = (x if asked is None else _pick(x, asked)) + y
+    def __call__(self, x, tables, attention_mask, cached=None, cache_slot=None, query_positions=None):
+        """Maps [b, t, d] to [b, t, d], or to [b, a, d] with `query_positions`; the arguments are those of `Attention`.
+
+        Returns:
+            The output, and `cached` with the new keys and values.
+        """
+        y, cached = self.attn(self.norm1(x), tables, attention_mask, cached, cache_slot, query_positions)
+        x = (x if query_positions is None else _take_positions(x, query_positions)) + y
         return x + self.mlp(self.norm2(x)), cached
 
-    def neurons(self, x: jax.Array, turned: RotaryTables, allowed: jax.Array) -> jax.Array:
-        """The inner activations of the MLP: [b, t, d] to [b, t, f]."""
-        return self.mlp.neurons(self.norm2(x + self.attn(self.norm1(x), turned, allowed, None, None)[0]))
+    def neurons(self, x: jax.Array, tables: RotaryTables, attention_mask: jax.Array) -> jax.Array:
+        """Returns the input of the MLP's last layer: maps [b, t, d] to [b, t, f]."""
+        return self.mlp.neurons(self.norm2(x + self.attn(self.norm1(x), tables, attention_mask)[0]))
 
 
 class Decoder(nnx.Module):
@@ -160,120 +182,115 @@ class Decoder(nnx.Module):
         self,
         x: jax.Array,
         positions: jax.Array,
-        allowed: jax.Array,
+        attention_mask: jax.Array,
         cache: Cache | None = None,
+        *,
         layers: int | None = None,
         query_positions: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Runs the blocks and the final norm.
+        """Applies the blocks and the final norm.
 
         Args:
             x: embedded tokens [b, t, d].
-            positions: int [b, t] or [b, t, axes], the rotary position of each token, below s.
-            allowed: bool [b, t, s], which keys each query sees; s is t, or the number of slots of the cache.
-            cache: where earlier keys and values stand; the new ones are written from slot `cache.index` on.
-                Its mask and next positions are the caller's to update.
-            layers: to run only so many of the first blocks, without the norm; takes no cache.
-            query_positions: int [b, a], the positions to return; None for all. Takes all layers.
+            positions: int [b, t] or [b, t, axes], the rotary position of each token, less than s.
+            attention_mask: bool [b, t, s], the keys that each query attends to; s is t without a cache, else the
+                number of its slots.
+            cache: earlier keys and values; the new ones are written from slot `cache.index` on. The caller updates
+                its `mask` and `next`.
+            layers: number of blocks to apply, without the final norm; None for all. Not supported with a cache.
+            query_positions: int [b, a], the positions to return; None for all. Not supported with `layers`.
 
         Returns:
-            Hidden states [b, t or a, d] and the cache with the new keys and values.
+            Hidden states [b, t, d] or [b, a, d], and the cache with the new keys and values.
         """
-        turned = self._rotary_tables(positions, allowed.shape[-1])
+        tables = self._rotary_tables(positions, attention_mask.shape[-1])
         unrolled = cache is None and not self.remat
-        short = unrolled and query_positions is not None  # the last block stands apart
+        split_last = unrolled and query_positions is not None  # the last block computes the query positions alone
 
-        def body(carried, layer):
-            block, number = layer
-            at = None if cache is None else (number, cache.index)
-            x, cached = block(shard_batch(carried[0], self.mesh), turned, allowed, carried[1], at)
+        def body(carry, layer):
+            block, index = layer
+            slot = None if cache is None else CacheSlot(index, cache.index)
+            x, cached = block(shard_batch(carry[0], self.mesh), tables, attention_mask, carry[1], slot)
             return (shard_batch(x, self.mesh), cached), None
 
         body = rematerialize(body, self.remat)
-        # Carried, not scanned over, so that the new keys and values are written in place and the others stay put.
+        # The cache is carried, not scanned over: new keys and values are written in place and the others not copied.
         cached = None if cache is None else (cache.keys, cache.values)
-        # Every leaf is stacked, those of quantised and adapted kernels among them.
-        first = layers if not short else self.config.layers - 1
-        blocks = self.blocks if first is None else jax.tree.map(lambda leaf: leaf[:first], self.blocks)
-        numbers = None if cache is None else jnp.arange(self.config.layers)
-        (x, cached), _ = jax.lax.scan(body, (x, cached), (blocks, numbers), unroll=unrolled)
-        if short:
+        scanned = self.config.layers - 1 if split_last else layers
+        # Every leaf has the layer axis, those of quantized and adapted kernels included.
+        blocks = self.blocks if scanned is None else jax.tree.map(lambda leaf: leaf[:scanned], self.blocks)
+        indices = None if cache is None else jnp.arange(self.config.layers)
+        (x, cached), _ = jax.lax.scan(body, (x, cached), (blocks, indices), unroll=unrolled)
+        if split_last:
             block = jax.tree.map(lambda leaf: leaf[-1], self.blocks)
-            x, _ = block(shard_batch(x, self.mesh), turned, allowed, None, None, query_positions)
+            x, _ = block(shard_batch(x, self.mesh), tables, attention_mask, query_positions=query_positions)
             x = shard_batch(x, self.mesh)
         if cache is not None:
             cache = cache._replace(keys=cached[0], values=cached[1], index=cache.index + x.shape[1])
         x = self.norm(x) if layers is None else x
-        return (x if query_positions is None or short else _pick(x, query_positions)), cache
+        return (x if query_positions is None or split_last else _take_positions(x, query_positions)), cache
 
     def read(
-        self,
-        x: jax.Array,
-        mask: jax.Array,
-        positions: jax.Array,
-        cache: Cache | None = None,
-        layers: int | None = None,
-        query_positions: jax.Array | None = None,
+        self, x: jax.Array, mask: jax.Array, positions: jax.Array, cache: Cache | None = None, **options: Any
     ) -> tuple[jax.Array, Cache | None]:
-        """Reads tokens in order: each sees itself, those before it, and what the cache holds.
+        """Applies the blocks causally: a token attends to itself, earlier tokens and the real tokens of the cache.
 
         Args:
             x: embedded tokens [b, t, d].
             mask: bool [b, t], False at padding.
             positions: int [b, t] or [b, t, axes], counted from the first of these tokens.
-            cache: of the tokens before these; filled and returned.
-            layers: as in `__call__`.
-            query_positions: as in `__call__`.
+            cache: keys and values of earlier tokens, or None.
+            **options: `layers` and `query_positions` of `__call__`.
 
         Returns:
-            Hidden states [b, t or a, d] and the cache.
+            Hidden states [b, t, d] or [b, a, d], and the cache with these tokens added.
         """
         t = x.shape[1]
         if cache is None:
-            return self(x, positions, _causal(mask), layers=layers, query_positions=query_positions)
+            return self(x, positions, _causal_mask(mask), **options)
         positions = positions + jnp.expand_dims(cache.next, range(1, positions.ndim))
         last = positions if positions.ndim == 2 else positions.max(-1)
-        seen = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, cache.index, axis=1)
-        allowed = seen[:, None, :] & (jnp.arange(seen.shape[1]) <= cache.index + jnp.arange(t)[:, None])
-        cache = cache._replace(mask=seen, next=jnp.maximum(cache.next, jnp.where(mask, last + 1, 0).max(1)))
-        return self(x, positions, allowed, cache, query_positions=query_positions)
+        filled = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, cache.index, axis=1)
+        attention_mask = filled[:, None, :] & (jnp.arange(filled.shape[1]) <= cache.index + jnp.arange(t)[:, None])
+        cache = cache._replace(mask=filled, next=jnp.maximum(cache.next, jnp.where(mask, last + 1, 0).max(1)))
+        return self(x, positions, attention_mask, cache, **options)
 
     @jax.named_scope("language_model")
     def neurons(self, x: jax.Array, mask: jax.Array, positions: jax.Array, reduce: Callable[[jax.Array], Any]) -> Any:
-        """What `reduce` makes of the MLP's inner activations [b, t, f] in each layer; those of one are held at once.
+        """Applies `reduce` to the inner MLP activations [b, t, f] of each layer; one layer is in memory at a time.
 
         Args:
-            x: embedded tokens [b, t, d], as for `read`.
+            x: embedded tokens [b, t, d], as in `read`.
             mask: bool [b, t], False at padding.
             positions: int [b, t] or [b, t, axes].
-            reduce: to small arrays, in any tree.
+            reduce: function of the activations to a tree of small arrays.
 
         Returns:
-            That tree, its arrays with a leading layer axis.
+            That tree; each array has a leading layer axis.
         """
-        turned, allowed = self._rotary_tables(positions, mask.shape[1]), _causal(mask)
+        tables, attention_mask = self._rotary_tables(positions, mask.shape[1]), _causal_mask(mask)
 
         def body(x, block):
-            return block(x, turned, allowed, None, None)[0], reduce(block.neurons(x, turned, allowed))
+            return block(x, tables, attention_mask)[0], reduce(block.neurons(x, tables, attention_mask))
 
         return jax.lax.scan(body, x, self.blocks)[1]
 
     def _rotary_tables(self, positions: jax.Array, length: int) -> RotaryTables:
-        """By how much each token is turned, all positions being below `length`."""
+        """Returns the rotary tables of positions less than `length`."""
         c, sections = self.config.head_width, self.config.mrope_section
-        places = positions[..., None] if positions.ndim == 2 else positions
-        if places.shape[-1] == 1:  # the same on every axis
+        positions = positions[..., None] if positions.ndim == 2 else positions
+        if positions.shape[-1] == 1:  # the same position on every axis
             sections = (c // 2,)
         frequency = np.float32(self.config.rope_theta) ** -(np.arange(0, c, 2, dtype=np.float32) / c)
-        return rotary_tables(places, frequency, sections, length, self.dtype)
+        return rotary_tables(positions, frequency, sections, length, self.dtype)
 
     @jax.named_scope("head")
     def logits(self, x: jax.Array) -> jax.Array:
-        """Hidden states [..., d] to float32 logits [..., v]."""
+        """Maps hidden states [..., d] to float32 logits [..., v]."""
         return (self.embed.attend(x) if self.head is None else self.head(x)).astype(jnp.float32)
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
-        """A cache with `slots` free slots for each of `batch` rows."""
+        """Returns a cache of `slots` free slots for each of `batch` rows."""
         config = self.config
         keys = jnp.zeros((config.layers, batch, config.kv_heads, slots, config.head_width), self.dtype)
         nothing = jnp.zeros((batch, slots), bool)

@@ -1,16 +1,16 @@
-"""Greedy generation and option scoring with a key/value cache.
+"""Greedy decoding and scoring of options, with a key/value cache and prefix caching.
 
-The functions take a bound model; jit them over the parameters:
+The functions take a bound model. Jit them over the parameters:
 
     @jax.jit
-    def answer(params, tokens, mask, pictures):
+    def answer(params, tokens, mask, images):
         model = bind(graphdef, params)
-        return greedy(model, tokens, mask, model.encode(pictures)[0], max_new_tokens=16, eos_ids=(2,), pad_id=0)
+        prompts = Prompts(tokens, mask, model.encode(images)[0])
+        return greedy(model, prompts, max_new_tokens=16, eos_ids=(2,), pad_id=0)
 
-Where several prompts of a batch begin alike, as questions about one image do, their prefix is computed once:
-`SharedPrefixes`.
+Prompts of a batch often share a prefix, such as questions about one image. `SharedPrefixes` computes each prefix once.
 
-Axes: b batch, t prompt position, u beginning, o option, a option token, v vocabulary, h part of a batch.
+Axes: b batch, t prompt position, u prefix, h group of rows, o option, a option token, v vocabulary.
 """
 
 from typing import Any, NamedTuple
@@ -23,51 +23,50 @@ from vkd_jax.models.decoder import Cache
 
 
 class SharedPrefixes(NamedTuple):
-    """How the prompts of a batch begin; each beginning is read once, and its keys and values are given to its rows.
+    """Prefixes of the prompts of a batch; the keys and values of each are computed once and copied to its rows.
 
-    Rows and beginnings are in h parts of equal sizes, and a row's beginning is of the same part: parts that lie on
-    different devices then need nothing of each other.
+    Rows and prefixes are divided into h groups of equal size, and a row takes its prefix from its own group. Groups on
+    different devices then exchange nothing.
     """
 
     tokens: jax.Array  # int [u, t], padded left or right
     mask: jax.Array  # bool [u, t], False at padding
-    prefix_index: jax.Array  # int [h, b / h]: the beginning of each row, counted in its part
+    prefix_index: jax.Array  # int [h, b / h], the prefix of each row, an index into its group
+
+
+class Prompts(NamedTuple):
+    """The prompts of a batch."""
+
+    tokens: jax.Array  # int [b, t], padded left or right; with `prefixes`, the tokens after the prefix
+    mask: jax.Array  # bool [b, t], False at padding
+    features: VisualTokens | None = None  # from `model.encode`, of the prompts or their prefixes; None for text
+    prefixes: SharedPrefixes | None = None
 
 
 def last_token(mask: jax.Array) -> jax.Array:
-    """The position of each row's last real token, int [b], whichever side is padded."""
+    """Returns the position of the last real token of each row, int [b], for left or right padding."""
     return mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
 
 
 def greedy(
-    model: Any,
-    tokens: jax.Array,
-    mask: jax.Array,
-    features: VisualTokens | None = None,
-    shared: SharedPrefixes | None = None,
-    *,
-    max_new_tokens: int,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
+    model: Any, prompts: Prompts, *, max_new_tokens: int, eos_ids: tuple[int, ...], pad_id: int
 ) -> jax.Array:
-    """The most probable continuation, token by token, until every row has ended.
+    """Decodes greedily: appends the most probable token until every row has ended.
 
     Args:
         model: a bound model.
-        tokens: prompts int [b, t], padded left or right, of any lengths.
-        mask: bool [b, t], False at padding.
-        features: from `model.encode`, or None for text.
-        shared: how the prompts begin; `tokens` is then what follows, and `features` are those of the beginnings.
-        max_new_tokens: at most so many are generated; prompt and answer must fit the model's positions.
-        eos_ids: tokens that end a row; the first one generated is part of the answer.
-        pad_id: fills a row after its end.
+        prompts: the prompts, of any lengths.
+        max_new_tokens: maximum number of new tokens; prompt and answer must fit the model's positions.
+        eos_ids: tokens that end a row; the one that is generated is part of the answer.
+        pad_id: token that fills a row after its end.
 
     Returns:
         int32 [b, max_new_tokens].
     """
-    logits, cache = _read(model, tokens, mask, features, shared, max_new_tokens - 1)  # the last is written, never read
+    # The last new token is returned but never fed back, so the cache needs one slot less.
+    logits, cache = _read(model, prompts, max_new_tokens - 1)
     ends = jnp.asarray(eos_ids, jnp.int32)
-    answer = jnp.full((len(tokens), max_new_tokens), pad_id, jnp.int32)
+    answer = jnp.full((len(prompts.tokens), max_new_tokens), pad_id, jnp.int32)
 
     def unfinished(state):
         i, done, *_ = state
@@ -75,7 +74,7 @@ def greedy(
 
     def step(state):
         i, done, token, answer, cache = state
-        # Rows that are done keep running with the others; what they produce is never written.
+        # Finished rows are computed along with the others; their tokens are not written.
         logits, cache = model(token[:, None], jnp.ones((len(token), 1), bool), cache=cache)
         token = jnp.argmax(logits[:, 0], -1).astype(jnp.int32)
         answer = answer.at[:, i].set(jnp.where(done, pad_id, token))
@@ -86,128 +85,100 @@ def greedy(
     return jax.lax.while_loop(unfinished, step, (1, jnp.isin(first, ends), first, answer, cache))[3]
 
 
-def option_log_probs(
-    model: Any,
-    tokens: jax.Array,
-    mask: jax.Array,
-    features: VisualTokens | None,
-    options: jax.Array,
-    options_mask: jax.Array,
-    shared: SharedPrefixes | None = None,
-) -> jax.Array:
-    """`log p(option | prompt)` of several options: the sum over the option's tokens, in nats.
+def option_log_probs(model: Any, prompts: Prompts, options: jax.Array, options_mask: jax.Array) -> jax.Array:
+    """Scores several options of each prompt: `log p(option | prompt)`, the sum over the option's tokens.
 
     Args:
         model: a bound model.
-        tokens: prompts int [b, t], padded left or right.
-        mask: bool [b, t], False at padding.
-        features: from `model.encode`, or None for text.
+        prompts: the prompts.
         options: int [b, o, a], padded right.
-        options_mask: bool [b, o, a], False at padding; an option without tokens (a missing one) scores -inf.
-        shared: as in `greedy`.
+        options_mask: bool [b, o, a], False at padding; an option without tokens, a missing one, scores -inf.
 
     Returns:
-        float32 [b, o].
+        float32 [b, o], in nats.
     """
-    log_p = _predicted(model, tokens, mask, features, options, options_mask, shared)
+    log_p = _next_token_log_probs(model, prompts, options, options_mask)
     scores = jnp.take_along_axis(log_p, options[..., None], axis=-1)[..., 0]
     return jnp.where(options_mask.any(-1), jnp.where(options_mask, scores, 0.0).sum(-1), -jnp.inf)
 
 
-def token_log_probs(
-    model: Any,
-    tokens: jax.Array,
-    mask: jax.Array,
-    features: VisualTokens | None,
-    options: jax.Array,
-    options_mask: jax.Array,
-    shared: SharedPrefixes | None = None,
-) -> jax.Array:
-    """What each token of several options scores, and what a token drawn from the model would score in its place.
+def token_log_probs(model: Any, prompts: Prompts, options: jax.Array, options_mask: jax.Array) -> jax.Array:
+    """Scores each token of several options, and computes the moments of the score under the model.
 
-    With p the distribution over the vocabulary at a position: log p(token), E[log p] and the standard deviation of
-    log p, both under p itself.
+    With p the distribution over the vocabulary at a position: log p(token), and the mean and standard deviation of
+    log p under p.
 
     Args:
-        model: see `option_log_probs`, as for the others.
+        model: as in `option_log_probs`.
+        prompts: as in `option_log_probs`.
+        options: as in `option_log_probs`.
+        options_mask: as in `option_log_probs`.
 
     Returns:
-        float32 [b, o, a, 3], in nats; anything at padding.
+        float32 [b, o, a, 3], in nats; undefined at padding.
     """
-    log_p = _predicted(model, tokens, mask, features, options, options_mask, shared)
-    own = jnp.take_along_axis(log_p, options[..., None], axis=-1)[..., 0]
+    log_p = _next_token_log_probs(model, prompts, options, options_mask)
+    scores = jnp.take_along_axis(log_p, options[..., None], axis=-1)[..., 0]
     p = jnp.exp(log_p)
     mean = (p * log_p).sum(-1)
-    deviation = jnp.sqrt((p * jnp.square(log_p - mean[..., None])).sum(-1))  # centred first: differences are small
-    return jnp.stack([own, mean, deviation], axis=-1)
+    # Centered before squaring, because the differences are small.
+    deviation = jnp.sqrt((p * jnp.square(log_p - mean[..., None])).sum(-1))
+    return jnp.stack([scores, mean, deviation], axis=-1)
 
 
-def _predicted(
-    model: Any,
-    tokens: jax.Array,
-    mask: jax.Array,
-    features: VisualTokens | None,
-    options: jax.Array,
-    options_mask: jax.Array,
-    shared: SharedPrefixes | None = None,
-) -> jax.Array:
-    """log p of every token of the vocabulary at each place of several options: float32 [b, o, a, v].
+def _next_token_log_probs(model: Any, prompts: Prompts, options: jax.Array, options_mask: jax.Array) -> jax.Array:
+    """Returns the log-probabilities of the vocabulary at each token of several options: float32 [b, o, a, v].
 
-    The prompt is read once. All options are then read side by side in one pass: each sees the prompt's cache
-    and itself, at the positions that it would have if it alone followed the prompt.
+    The prompt is computed once. One more pass computes all options: each attends to the cache of the prompt and to
+    itself, at the positions that it has directly after the prompt.
     """
     b, o, a = options.shape
-    n = o * (a - 1)  # an option's last token is predicted, never read
+    n = o * (a - 1)  # the last token of an option is predicted, not read
     decoder = model.language_model
-    logits, cache = _read(model, tokens, mask, features, shared, n)
+    logits, cache = _read(model, prompts, n)
     log_p = jnp.broadcast_to(jax.nn.log_softmax(logits)[:, :, None], (b, o, 1, logits.shape[-1]))
     if a > 1:
-        owner, step = jnp.divmod(jnp.arange(n), a - 1)
+        option, step = jnp.divmod(jnp.arange(n), a - 1)
         positions = cache.next[:, None] + step
-        own = (owner[:, None] == owner) & (step[:, None] >= step) & options_mask[:, :, :-1].reshape(b, 1, n)
+        within = (option[:, None] == option) & (step[:, None] >= step) & options_mask[:, :, :-1].reshape(b, 1, n)
         prompt = cache.mask[:, None, : cache.mask.shape[1] - n]
-        allowed = jnp.concatenate([jnp.broadcast_to(prompt, (b, n, prompt.shape[-1])), own], axis=-1)
-        x, _ = decoder(decoder.embed(options[:, :, :-1].reshape(b, n)), positions, allowed, cache)
+        attention_mask = jnp.concatenate([jnp.broadcast_to(prompt, (b, n, prompt.shape[-1])), within], axis=-1)
+        x, _ = decoder(decoder.embed(options[:, :, :-1].reshape(b, n)), positions, attention_mask, cache)
         later = jax.nn.log_softmax(decoder.logits(x)).reshape(b, o, a - 1, -1)
         log_p = jnp.concatenate([log_p, later], axis=2)
     return log_p
 
 
-def _read(
-    model: Any,
-    tokens: jax.Array,
-    mask: jax.Array,
-    features: VisualTokens | None,
-    shared: SharedPrefixes | None,
-    room: int,
-) -> tuple[jax.Array, Cache]:
-    """Logits after each prompt, [b, 1, v], and its cache, with `room` slots for what follows."""
+def _read(model: Any, prompts: Prompts, free_slots: int) -> tuple[jax.Array, Cache]:
+    """Returns the logits after each prompt, [b, 1, v], and its cache with `free_slots` slots for further tokens."""
+    tokens, mask, features, prefixes = prompts
     decoder, last = model.language_model, last_token(mask)[:, None]
     b, t = tokens.shape
-    if shared is None:
-        return model(tokens, mask, features=features, query_positions=last, cache=decoder.empty_cache(b, t + room))
-    cache = decoder.empty_cache(*shared.tokens.shape)
-    last_of_prefix = last_token(shared.mask)[:, None]
-    _, cache = model(shared.tokens, shared.mask, features=features, query_positions=last_of_prefix, cache=cache)
-    empty = decoder.empty_cache(b, shared.tokens.shape[1] + t + room)
-    return model(tokens, mask, query_positions=last, cache=_given(cache, shared.prefix_index, empty))
+    if prefixes is None:
+        cache = decoder.empty_cache(b, t + free_slots)
+        return model(tokens, mask, features=features, query_positions=last, cache=cache)
+    cache = decoder.empty_cache(*prefixes.tokens.shape)
+    last_of_prefix = last_token(prefixes.mask)[:, None]
+    _, cache = model(prefixes.tokens, prefixes.mask, features=features, query_positions=last_of_prefix, cache=cache)
+    empty = decoder.empty_cache(b, prefixes.tokens.shape[1] + t + free_slots)
+    return model(tokens, mask, query_positions=last, cache=_copy_prefixes(cache, prefixes.prefix_index, empty))
 
 
-def _given(cache: Cache, prefix_index: jax.Array, empty: Cache) -> Cache:
-    """A larger empty cache, with a copy of a row of another in each of its rows; see `SharedPrefixes`."""
+def _copy_prefixes(cache: Cache, prefix_index: jax.Array, empty: Cache) -> Cache:
+    """Copies to each row of a larger, empty cache the row of its prefix; see `SharedPrefixes`."""
 
-    def rows(x: jax.Array, axis: int) -> jax.Array:
-        parts = x.reshape(*x.shape[:axis], len(prefix_index), -1, *x.shape[axis + 1 :])
-        take = jax.vmap(lambda part, own: jnp.take(part, own, axis=axis), in_axes=(axis, 0), out_axes=axis)
-        return take(parts, prefix_index).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+    def take_rows(x: jax.Array, axis: int) -> jax.Array:
+        groups = x.reshape(*x.shape[:axis], len(prefix_index), -1, *x.shape[axis + 1 :])
+        take = jax.vmap(lambda group, index: jnp.take(group, index, axis=axis), in_axes=(axis, 0), out_axes=axis)
+        return take(groups, prefix_index).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
 
     return Cache(
-        keys=put(empty.keys, rows(cache.keys, 1)),
-        values=put(empty.values, rows(cache.values, 1)),
-        mask=put(empty.mask, rows(cache.mask, 0)),
+        keys=write(empty.keys, take_rows(cache.keys, 1)),
+        values=write(empty.values, take_rows(cache.values, 1)),
+        mask=write(empty.mask, take_rows(cache.mask, 0)),
         index=cache.index,
-        next=rows(cache.next, 0),
+        next=take_rows(cache.next, 0),
     )

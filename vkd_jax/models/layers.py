@@ -16,30 +16,35 @@ from jax.sharding import Mesh, NamedSharding
 from vkd_jax.models import lora, quantize
 from vkd_jax.runtime.mesh import BATCH_SPEC
 
-# What the backward pass finds of a block's forward pass, and what it computes again. By far the most FLOPs are those of
-# products with weights; by far the most bytes are scores of attention and what stands between the products.
+# The activations of a block that are saved for the backward pass; it recomputes the others. Most FLOPs are spent in
+# matrix products with weights; most bytes are attention scores and the activations between those products.
 REMAT = {
-    "": None,  # everything is kept
-    "dots": jax.checkpoint_policies.save_only_these_names(lora.PRODUCT),  # products with weights are kept
-    "full": jax.checkpoint_policies.nothing_saveable,  # the block's input alone is kept
+    "": None,  # save everything
+    "dots": jax.checkpoint_policies.save_only_these_names(lora.PRODUCT),  # save the products with weights
+    "full": jax.checkpoint_policies.nothing_saveable,  # save only the input of the block
 }
 
 RotaryTables = tuple[jax.Array, jax.Array]  # cosines and sines, [b, t, 1, c / 2] each
-
 
 lecun_normal = nnx.initializers.lecun_normal()
 small_normal = nnx.initializers.normal(0.02)
 
 
 def rematerialize(body: Callable, remat: str) -> Callable:
-    """The body of a scan, whose backward pass computes again what `remat`, a key of REMAT, does not keep."""
-    return jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False) if remat else body  # a scan needs no guard
+    """Returns the body of a scan with the rematerialization policy `remat`, a key of `REMAT`."""
+    # Inside a scan XLA cannot merge the recomputation with the forward pass, so `prevent_cse` is not needed.
+    return jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False) if remat else body
 
 
 def shard_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """x [b, ...] with its rows where those of the batch lie, which XLA would not always guess.
+    """Constrains x [b, ...] to the sharding of the batch.
 
-    It may follow the weights, whose width lies over the same devices, and compute all rows on each of them.
+    Without the constraint XLA may propagate the sharding of the weights, whose width is sharded over the same devices,
+    and compute all rows on every device.
+
+    Args:
+        x: activations; returned unchanged if the batch axes of the mesh do not divide b.
+        mesh: the device mesh, or None for one device.
     """
     if mesh is None or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x
@@ -53,22 +58,22 @@ def apply_blocks(
     remat: str,
     mesh: Mesh | None,
 ) -> list[jax.Array]:
-    """The outputs of blocks of one kind, one after the other: [b, ...] each.
+    """Applies blocks in sequence and returns the output of each, [b, ...].
 
-    With `remat`, a key of REMAT that keeps less than everything, they are one scan, since else XLA compiles each block
-    anew, forward and backward; their matrices are stacked in x's dtype, in which they are multiplied.
+    With rematerialization the blocks run as one scan, because otherwise XLA would compile the forward and backward
+    pass of each block separately. Their matrices are stacked in the dtype of `x`, in which they are multiplied.
 
     Args:
-        call: (block, what enters it, its number among these) -> what leaves it.
-        blocks: alike but for their weights.
-        x: what enters the first one.
-        remat: see `rematerialize`.
-        mesh: see `shard_batch`.
+        call: function of (block, input, index of the block) to the output of the block.
+        blocks: blocks that differ only in their weights.
+        x: input of the first block, [b, ...].
+        remat: a key of `REMAT`.
+        mesh: the device mesh, or None for one device.
     """
     if not remat or not blocks:
         outputs = []
-        for number, block in enumerate(blocks):
-            x = shard_batch(call(block, shard_batch(x, mesh), number), mesh)
+        for index, block in enumerate(blocks):
+            x = shard_batch(call(block, shard_batch(x, mesh), index), mesh)
             outputs.append(x)
         return outputs
     graphdefs, states = zip(*map(nnx.split, blocks), strict=True)
@@ -77,8 +82,8 @@ def apply_blocks(
         return jnp.stack([leaf.astype(x.dtype) if leaf.ndim > 1 else leaf for leaf in leaves])
 
     def body(x, layer):
-        state, number = layer
-        x = shard_batch(call(nnx.merge(graphdefs[0], state), shard_batch(x, mesh), number), mesh)
+        state, index = layer
+        x = shard_batch(call(nnx.merge(graphdefs[0], state), shard_batch(x, mesh), index), mesh)
         return x, x
 
     layers = jax.tree.map(stack, *states), jnp.arange(len(blocks))
@@ -86,7 +91,7 @@ def apply_blocks(
 
 
 class Linear(nnx.Module):
-    """`y = x W + b`, computed in `dtype` whatever the parameters are stored in."""
+    """`y = x W + b`, computed in `dtype`; the parameters are stored in `param_dtype`."""
 
     def __init__(self, d, f, *, bias, dtype, param_dtype, rngs, init=lecun_normal):
         self.dtype = jnp.dtype(dtype)
@@ -94,32 +99,66 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((f,), param_dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., d] to [..., f]."""
-        # Leading axes flattened: on CPU a plain matrix product is faster than one with batch axes.
+        """Maps [..., d] to [..., f]."""
+        # The leading axes are flattened because a product without batch axes is faster on CPU.
         y = lora.matmul(x.astype(self.dtype).reshape(-1, x.shape[-1]), self.kernel.get_value())
         y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class Embedding(nnx.Module):
-    """A table of token embeddings that can also serve as the output head."""
+    """Token embedding table [vocab, d], which tied models also use as the output head."""
 
     def __init__(self, vocab, d, *, dtype, param_dtype, rngs):
         self.dtype = jnp.dtype(dtype)
         self.embedding = nnx.Param(small_normal(rngs.params(), (vocab, d), param_dtype))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """int [...] to [..., d]."""
+        """Looks up tokens, int [...], and returns [..., d]."""
         return quantize.take_rows(self.embedding.get_value(), tokens, self.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Logits against the table itself (tied embeddings)."""
+        """Returns the logits [..., vocab] of x [..., d]: its products with the rows of the table."""
         y = quantize.matmul(x.astype(self.dtype).reshape(-1, x.shape[-1]), self.embedding.get_value(), axis=1)
         return y.reshape(*x.shape[:-1], -1)
 
 
+class MLP(nnx.Module):
+    """`fc2(activation(fc1(x)))`, with biases."""
+
+    def __init__(self, d, f, *, activation, **options):
+        self.activation = activation
+        self.fc1 = Linear(d, f, bias=True, **options)
+        self.fc2 = Linear(f, d, bias=True, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., d] to [..., d]."""
+        return self.fc2(self.neurons(x))
+
+    def neurons(self, x: jax.Array) -> jax.Array:
+        """Returns the input of the last layer: maps [..., d] to [..., f]."""
+        return ACTIVATIONS[self.activation](self.fc1(x))
+
+
+class GatedMLP(nnx.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, d, f, *, bias, **options):
+        self.gate = Linear(d, f, bias=bias, **options)
+        self.up = Linear(d, f, bias=bias, **options)
+        self.down = Linear(f, d, bias=bias, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., d] to [..., d]."""
+        return self.down(self.neurons(x))
+
+    def neurons(self, x: jax.Array) -> jax.Array:
+        """Returns the input of the last layer: maps [..., d] to [..., f]."""
+        return jax.nn.silu(self.gate(x)) * self.up(x)
+
+
 class LayerNorm(nnx.Module):
-    """`(x - mean) / sqrt(var + eps) * scale + bias`, in float32."""
+    """`(x - mean(x)) / sqrt(var(x) + eps) * scale + bias` over the last axis, computed in float32."""
 
     def __init__(self, d, *, eps, dtype, param_dtype):
         self.eps, self.dtype = eps, jnp.dtype(dtype)
@@ -127,7 +166,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((d,), param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., d] to [..., d]."""
+        """Normalizes [..., d]."""
         x = x.astype(jnp.float32)
         x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
@@ -136,27 +175,31 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """`x / sqrt(mean(x^2) + eps) * scale`; the mean in float32, the scaling in `dtype` as LLaMA does it."""
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis.
+
+    The mean is computed in float32 and the product with `scale` in `dtype`, as in LLaMA.
+    """
 
     def __init__(self, d, *, eps, dtype, param_dtype):
         self.eps, self.dtype = eps, jnp.dtype(dtype)
         self.scale = nnx.Param(jnp.ones((d,), param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., d] to [..., d]."""
+        """Normalizes [..., d]."""
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
         return self.scale[...].astype(self.dtype) * x.astype(self.dtype)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
-    """Softmax attention with grouped key/value heads; the softmax is in float32.
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
+    """Softmax attention with grouped key/value heads: `softmax(q k^T / sqrt(c)) v`, the softmax in float32.
 
     Args:
         q: [b, t, heads, c].
         k: [b, s, kv_heads, c], with kv_heads dividing heads.
         v: [b, s, kv_heads, c].
-        allowed: bool [b, t, s]; a query that may see nothing gets a finite average, never NaN.
+        attention_mask: bool [b, t, s], the keys that each query attends to; None for all. A query without any key
+            gets a finite average of the values, not NaN.
 
     Returns:
         [b, t, heads, c].
@@ -164,8 +207,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | Non
     b, t, heads, c = q.shape
     q = (q * c**-0.5).reshape(b, t, k.shape[2], -1, c)
     scores = jnp.einsum("btmgc,bsmc->bmgts", q, k, preferred_element_type=jnp.float32)
-    if allowed is not None:
-        scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    if attention_mask is not None:
+        scores = jnp.where(attention_mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bmgts,bsmc->btmgc", weights, v).reshape(b, t, heads, c)
 
@@ -173,38 +216,38 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | Non
 def rotary_tables(
     positions: jax.Array, frequency: np.ndarray, sections: Sequence[int], length: int, dtype: Any
 ) -> RotaryTables:
-    """Cosine and sine of the angles by which `rotate` turns: [b, t, 1, c / 2] each, for all heads and blocks.
+    """Returns the cosines and sines of the rotary angles of each position: [b, t, 1, c / 2] each.
 
-    Rows of a table that is made while this is traced. As functions of the places a CPU would compute them again for
-    each head and block, forward and backward: XLA fuses them into whatever takes them.
+    They are rows of a constant table, which all heads and blocks share. If they were computed from the positions, XLA
+    on a CPU would fuse that computation into every use, and repeat it in each head and block, forward and backward.
 
     Args:
-        positions: int [b, t, axes], from 0 to length - 1; what lies outside turns like the nearest of these.
-        frequency: float32 [c / 2], the angle of each channel pair at place 1.
-        sections: how many channel pairs turn with each axis: the first so many with the first, and so on.
-        length: of the table.
-        dtype: of what is returned.
+        positions: int [b, t, axes], from 0 to length - 1; other values are clipped to this range.
+        frequency: float32 [c / 2], the angle of each channel pair at position 1, in radians.
+        sections: number of channel pairs per axis: the first `sections[0]` pairs rotate by the first axis, and so on.
+        length: number of rows of the table.
+        dtype: dtype of the result.
     """
     angle = np.arange(length, dtype=np.float32)[:, None] * frequency
-    owned = np.split(angle, np.cumsum(sections)[:-1], axis=1)
+    angle_of_axis = np.split(angle, np.cumsum(sections)[:-1], axis=1)
 
-    def of(function: Callable[[np.ndarray], np.ndarray]) -> jax.Array:
-        tables = [jnp.asarray(function(part), dtype) for part in owned]
+    def look_up(function: Callable[[np.ndarray], np.ndarray]) -> jax.Array:
+        tables = [jnp.asarray(function(angle), dtype) for angle in angle_of_axis]
         rows = [jnp.take(table, positions[..., i], axis=0, mode="clip") for i, table in enumerate(tables)]
         return jnp.concatenate(rows, axis=-1)[:, :, None]
 
-    return of(np.cos), of(np.sin)
+    return look_up(np.cos), look_up(np.sin)
 
 
 def rotate(x: jax.Array, tables: RotaryTables) -> jax.Array:
-    """Rotary position embedding (Su et al., arXiv 2104.09864): channel i is paired with channel i + c/2.
+    """Applies the rotary position embedding (Su et al., arXiv 2104.09864); channel i is paired with channel i + c/2.
 
     Args:
         x: [b, t, heads, c].
-        tables: what `rotary_tables` gives, in whose type this is computed.
+        tables: from `rotary_tables`; the rotation is computed in their dtype.
 
     Returns:
-        [b, t, heads, c].
+        [b, t, heads, c], in the dtype of `x`.
     """
     cos, sin = tables
     x1, x2 = jnp.split(x.astype(cos.dtype), 2, axis=-1)
@@ -212,29 +255,29 @@ def rotate(x: jax.Array, tables: RotaryTables) -> jax.Array:
 
 
 def insert_features(x: jax.Array, is_image: jax.Array, features: jax.Array) -> jax.Array:
-    """Puts a row's j-th feature at its j-th image token; image tokens beyond the last stay as they are.
+    """Replaces the j-th image token of each row with the row's j-th feature.
 
     Args:
-        x: embedded tokens [b, t, d].
-        is_image: bool [b, t].
+        x: embedded tokens [b, t, d]; image tokens beyond the last feature are not replaced.
+        is_image: bool [b, t], True at image tokens.
         features: [b, p, d].
 
     Returns:
         [b, t, d].
     """
     p = features.shape[1]
-    which = jnp.cumsum(is_image, axis=1) - 1
-    chosen = jnp.take_along_axis(features, jnp.clip(which, 0, p - 1)[..., None], axis=1)
-    return jnp.where((is_image & (which < p))[..., None], chosen.astype(x.dtype), x)
+    feature_index = jnp.cumsum(is_image, axis=1) - 1
+    gathered = jnp.take_along_axis(features, jnp.clip(feature_index, 0, p - 1)[..., None], axis=1)
+    return jnp.where((is_image & (feature_index < p))[..., None], gathered.astype(x.dtype), x)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """`x sigmoid(1.702 x)`, CLIP's approximation of GELU."""
+    """`x sigmoid(1.702 x)`, the approximation of GELU that CLIP uses."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, by the error function."""
+    """The exact GELU, `x/2 (1 + erf(x / sqrt(2)))`."""
     return jax.nn.gelu(x, approximate=False)
 
 

@@ -1,17 +1,16 @@
-"""Low-rank adapters beside the frozen kernels of the language model.
+"""Low-rank adapters (LoRA) of the frozen kernels of the language model.
 
     y = x W + (alpha / rank) dropout(x) A B,    A [d, rank] ~ U(-1 / sqrt(d), 1 / sqrt(d)),    B [rank, f] = 0
 
-A `Lora` stands where a kernel stood, as a quantised weight does, and its W may be one. In `params` it holds W alone;
-A and B are parameters of their own, float32, at "<path of the kernel>/lora_a" and ".../lora_b": they train, are
-clipped, masked, checkpointed and sharded like any other. `models.base.bind` brings them together. What is exported is
-W + (alpha / rank) A B.
+A `Lora` replaces a kernel, plain or quantized. In `params` it holds only W; A and B are float32 parameters of their
+own, at "<path of the kernel>/lora_a" and ".../lora_b", which are trained, clipped, masked, checkpointed and sharded
+like any other. `models.base.bind` joins the three. An export contains W + (alpha / rank) A B.
 
-qwix's own LoRA does not fit: it makes A and B inside the module while a call is traced, which in the body of a scan
-over stacked blocks fails, and there they would be no parameters that `params` knows.
+The LoRA of qwix does not fit: it creates A and B inside the module while a call is traced. That fails in the body of a
+scan over stacked blocks, and A and B would not be part of `params`.
 
-Reference: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685; A is drawn and dropout
-placed as in https://github.com/huggingface/peft
+Reference: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. The distribution of A and
+the position of dropout are those of https://github.com/huggingface/peft
 """
 
 import dataclasses
@@ -32,7 +31,7 @@ from vkd_jax.runtime import multihost
 
 KERNELS = r"language_model/blocks/.+/kernel"
 A, B = "lora_a", "lora_b"
-PRODUCT = "product"  # what `layers.REMAT` calls the outcome of a product with a weight
+PRODUCT = "product"  # checkpoint name of the products with weights, for `layers.REMAT`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +48,18 @@ class AdapterConfig:
 )
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """A frozen kernel with its adapter; all arrays may have a leading layer axis. In `params` a and b are None."""
+    """A frozen kernel with its adapter; arrays may have a leading layer axis. In `params`, a and b are None."""
 
     weight: jax.Array | QArray  # [.., d, f]
     scale: float  # alpha / rank
-    dropout: float  # the share of inputs that the adapter does not see
+    dropout: float  # share of the adapter's inputs that are dropped
     a: jax.Array | None = None  # float32 [.., d, r]
     b: jax.Array | None = None  # float32 [.., r, f]
     key: jax.Array | None = None  # random key [..]; None for no dropout
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the kernel."""
+        """Shape of the kernel."""
         return self.weight.shape
 
 
@@ -73,15 +72,18 @@ def attach(
     seed: int,
     sharding: jax.sharding.Sharding | None = None,
 ) -> dict[str, Any]:
-    """The parameters with an adapter at every kernel of the language model's blocks; as functions they are the same.
+    """Attaches an adapter to every kernel of the blocks of the language model; the model's function does not change.
 
     Args:
-        params: of the model; the kernels may be quantised, and stay as they are.
+        params: the parameters of the model; kernels may be quantized.
         rank: r, the inner width.
         alpha: the adapter's output is scaled by alpha / rank.
-        dropout: the share of the adapter's inputs that is dropped in training.
-        seed: of A; one seed gives the same A for every mesh.
-        sharding: where A and B lie, None for the default device. They are small enough for a copy on every device.
+        dropout: share of the adapter's inputs that training drops.
+        seed: seed of A; one seed gives the same A on every mesh.
+        sharding: sharding of A and B, None for the default device. They are small enough to be replicated.
+
+    Returns:
+        The parameters, with a `Lora` for each of these kernels, and A and B of each.
     """
     kernels = {path: x.shape for path, x in params.items() if re.fullmatch(KERNELS, path)}
 
@@ -89,37 +91,38 @@ def attach(
     def draw(key: jax.Array) -> dict[str, jax.Array]:
         drawn = {}
         for path, (*layers, d, f) in kernels.items():
-            # PEFT's Kaiming-uniform with slope sqrt(5), which is a bound of 1 / sqrt(d).
+            # The bound of PEFT's Kaiming-uniform distribution with slope sqrt(5) is 1 / sqrt(d).
             drawn[f"{path}/{A}"] = jax.random.uniform(
                 _key_of(key, path), (*layers, d, rank), jnp.float32, minval=-(d**-0.5), maxval=d**-0.5
             )
             drawn[f"{path}/{B}"] = jnp.zeros((*layers, rank, f), jnp.float32)
         return drawn
 
-    placed = {path: Lora(params[path], scale=alpha / rank, dropout=dropout) for path in kernels}
-    return {**params, **placed, **draw(jax.random.key(seed))}
+    adapted = {path: Lora(params[path], scale=alpha / rank, dropout=dropout) for path in kernels}
+    return {**params, **adapted, **draw(jax.random.key(seed))}
 
 
 def adapters(params: Mapping[str, Any]) -> dict[str, Lora]:
-    """The kernels that have an adapter: what `export.export` needs beside the trained A and B; {} without any."""
+    """Returns the kernels with an adapter, which `export.export` needs together with the trained A and B."""
     return {path: x for path, x in params.items() if isinstance(x, Lora)}
 
 
 def join(params: Mapping[str, Any], key: jax.Array | None = None) -> dict[str, Any]:
-    """The parameters with each A and B put into the `Lora` that they belong to.
+    """Moves each A and B into the `Lora` of its kernel.
 
     Args:
-        params: some of a model's parameters, from `attach`.
-        key: for dropout, a subkey of it for each kernel and layer; None for no dropout.
+        params: some parameters of a model, from `attach`.
+        key: random key for dropout, from which each kernel and layer gets a subkey; None for no dropout.
 
     Raises:
-        ValueError: there is an adapter without its A or B, or one of these without its adapter; they are listed.
+        ValueError: lists adapters without A or B, and A or B without adapter.
     """
     params = dict(params)
-    wanted = {f"{path}/{name}" for path in adapters(params) for name in (A, B)}
+    required = {f"{path}/{name}" for path in adapters(params) for name in (A, B)}
     given = {path for path in params if path.endswith((f"/{A}", f"/{B}"))}
-    if wanted != given:
-        raise ValueError(f"Adapters lack {sorted(wanted - given)}; {sorted(given - wanted)} belong to no adapter.")
+    if required != given:
+        missing, unknown = sorted(required - given), sorted(given - required)
+        raise ValueError(f"Adapters lack {missing}, and {unknown} belong to no adapter.")
     for path, x in adapters(params).items():
         a, b = params.pop(f"{path}/{A}"), params.pop(f"{path}/{B}")
         keys = None
@@ -131,31 +134,36 @@ def join(params: Mapping[str, Any], key: jax.Array | None = None) -> dict[str, A
 
 
 def split(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `join`, but for the key."""
-    parted = dict(params)
+    """Moves A and B out of each `Lora`: the inverse of `join`, except that the key is dropped."""
+    out = dict(params)
     for path, x in adapters(params).items():
-        parted |= {path: dataclasses.replace(x, a=None, b=None, key=None), f"{path}/{A}": x.a, f"{path}/{B}": x.b}
-    return parted
+        out |= {path: dataclasses.replace(x, a=None, b=None, key=None), f"{path}/{A}": x.a, f"{path}/{B}": x.b}
+    return out
 
 
 def matmul(x: jax.Array, weight: jax.Array | QArray | Lora) -> jax.Array:
-    """x W in x's dtype, [n, d] to [n, f], for a plain, quantised or adapted kernel of one layer."""
+    """Multiplies x [n, d] with a plain, quantized or adapted kernel of one layer: [n, f], in the dtype of x."""
     if not isinstance(weight, Lora):
         return checkpoint_name(quantize.matmul(x, weight), PRODUCT)
-    y, seen = checkpoint_name(quantize.matmul(x, weight.weight), PRODUCT), x
+    y, adapter_input = checkpoint_name(quantize.matmul(x, weight.weight), PRODUCT), x
     if weight.key is not None:
-        kept = jax.random.bernoulli(weight.key, 1 - weight.dropout, x.shape)
-        seen = jnp.where(kept, x / (1 - weight.dropout), 0)  # of the same mean as x
-    inner = checkpoint_name(seen @ weight.a.astype(x.dtype), PRODUCT)
+        keep = jax.random.bernoulli(weight.key, 1 - weight.dropout, x.shape)
+        adapter_input = jnp.where(keep, x / (1 - weight.dropout), 0)  # keeps the mean of x
+    inner = checkpoint_name(adapter_input @ weight.a.astype(x.dtype), PRODUCT)
     return y + (inner * weight.scale) @ weight.b.astype(x.dtype)
 
 
 def delta(lora: Lora, layer: int | None) -> np.ndarray:
-    """What an adapter adds to a kernel: float32 [d, f], of one layer where layers are stacked."""
+    """Returns the product (alpha / rank) A B that an adapter adds to its kernel, float32 [d, f].
+
+    Args:
+        lora: the adapter.
+        layer: index of the layer if layers are stacked, else None.
+    """
     a, b = (multihost.gather(x if layer is None else x[layer]) for x in (lora.a, lora.b))
     return a @ b * np.float32(lora.scale)
 
 
 def _key_of(key: jax.Array, path: str) -> jax.Array:
-    """A key of its own for every kernel."""
+    """Returns the random key of the kernel at `path`."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))

@@ -1,7 +1,6 @@
-"""Qwen2.5-VL (Bai et al., arXiv 2502.13923): Qwen2-VL with a vision tower that looks through windows.
+"""Qwen2.5-VL (Bai et al., arXiv 2502.13923): Qwen2-VL with RMSNorm, SwiGLU and windowed attention in the vision tower.
 
-RMSNorm and SwiGLU in the vision blocks, of which only a few see whole pictures; the rest, and how axes are named, is
-Qwen2-VL's.
+Only a few vision blocks attend to whole images. Everything else, and the names of the axes, is in `qwen2_vl`.
 """
 
 import dataclasses
@@ -10,35 +9,35 @@ from typing import Any
 from jax.sharding import PartitionSpec as P
 
 from vkd_jax.models import qwen2_vl
-from vkd_jax.models.base import check_supported
+from vkd_jax.models.base import check_model_types, check_supported
+from vkd_jax.models.conversion import DECODER_SHARDING, Row, linear_rows, norm_rows
 from vkd_jax.models.qwen2_vl import QwenConfig, QwenVL
 from vkd_jax.models.qwen_vit import VisionConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Qwen25VLConfig(QwenConfig):
-    """A Qwen2.5-VL."""
+    """Configuration of a Qwen2.5-VL model."""
 
     @classmethod
     def from_hf(cls, hf: Any, **changes: Any) -> "Qwen25VLConfig":
-        """Reads a `transformers.Qwen2_5_VLConfig`; `changes` are fields to set otherwise (`remat="full"`).
+        """Reads a `transformers.Qwen2_5_VLConfig`; `changes` override fields, such as `remat="full"`.
 
         Raises:
-            UserError: the configuration asks for what this implementation does not compute; all is listed.
+            UserError: lists every field with a value that this implementation does not support.
         """
         family = "Qwen2.5-VL"
-        qwen2_vl.check_model_types(family, hf, "qwen2_5_vl")
+        check_model_types(family, hf, vision_config="qwen2_5_vl_vision", text_config="qwen2_5_vl_text")
         vision = hf.vision_config
-        common = qwen2_vl.common_checks(hf, vision.hidden_size, vision.out_hidden_size)
-        # Of tokens, of which a window holds a whole number.
+        # A window holds a whole number of image tokens, `window` in height and width.
         window = vision.window_size // vision.spatial_merge_size // vision.patch_size
-        side = vision.spatial_merge_size * vision.patch_size
+        token_size = vision.spatial_merge_size * vision.patch_size
         check_supported(
             family,
             [
                 (vision.hidden_act == "silu", "vision_config.hidden_act", vision.hidden_act, "silu"),
-                (window > 0, "vision_config.window_size", vision.window_size, f"{side} and more"),
-                *common,
+                (window > 0, "vision_config.window_size", vision.window_size, f"{token_size} and more"),
+                *qwen2_vl.common_checks(hf, vision.hidden_size, vision.out_hidden_size),
             ],
         )
         tower = VisionConfig(
@@ -48,35 +47,35 @@ class Qwen25VLConfig(QwenConfig):
             gated=True,
             window=window * vision.spatial_merge_size,
             full_attention_blocks=tuple(vision.fullatt_block_indexes),
-            **qwen2_vl.shared_vision_fields(vision),
+            **qwen2_vl.common_vision_fields(vision),
         )
-        return cls(**dict(vision=tower, **qwen2_vl.shared_fields(hf)) | changes)
+        return cls(**dict(vision=tower, **qwen2_vl.common_fields(hf)) | changes)
 
 
 Config, Model = Qwen25VLConfig, QwenVL
 
-# Conversion; see `vkd_jax.models.qwen2_vl`, whose names these are.
+# Conversion; the names are those of Qwen2-VL.
 HF_ALIASES, HF_SKIP = qwen2_vl.HF_ALIASES, qwen2_vl.HF_SKIP
 HF_ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 
-_T = (1, 0)
-_MLP_ROWS = (
-    ("visual.blocks.{i}.mlp.gate_proj.weight", "vision_tower/blocks/{i}/mlp/gate/kernel", _T),
-    ("visual.blocks.{i}.mlp.gate_proj.bias", "vision_tower/blocks/{i}/mlp/gate/bias", None),
-    ("visual.blocks.{i}.mlp.up_proj.weight", "vision_tower/blocks/{i}/mlp/up/kernel", _T),
-    ("visual.blocks.{i}.mlp.up_proj.bias", "vision_tower/blocks/{i}/mlp/up/bias", None),
-    ("visual.blocks.{i}.mlp.down_proj.weight", "vision_tower/blocks/{i}/mlp/down/kernel", _T),
-    ("visual.blocks.{i}.mlp.down_proj.bias", "vision_tower/blocks/{i}/mlp/down/bias", None),
+_LAYER, _BLOCK = "visual.blocks.{i}", "vision_tower/blocks/{i}"
+_VISION_ROWS = (
+    *norm_rows(f"{_LAYER}.norm1", f"{_BLOCK}/norm1", bias=False),
+    *norm_rows(f"{_LAYER}.norm2", f"{_BLOCK}/norm2", bias=False),
+    *linear_rows(f"{_LAYER}.mlp.gate_proj", f"{_BLOCK}/mlp/gate"),
+    *linear_rows(f"{_LAYER}.mlp.up_proj", f"{_BLOCK}/mlp/up"),
+    *linear_rows(f"{_LAYER}.mlp.down_proj", f"{_BLOCK}/mlp/down"),
+    *norm_rows("visual.merger.ln_q", "projector/norm", bias=False),
 )
 
 
-def hf_table(config: QwenConfig) -> tuple[tuple[str, str, tuple[int, ...] | None], ...]:
-    """The conversion rows: (name of the tensor, path of the parameter, permutation of the axes)."""
-    return (*qwen2_vl.VISION_ROWS, *_MLP_ROWS, *qwen2_vl.TEXT_ROWS, qwen2_vl.head_row(config))
+def hf_table(config: QwenConfig) -> tuple[Row, ...]:
+    """Returns the rows of the conversion table, which `conversion` describes."""
+    return (*qwen2_vl.common_rows(config), *_VISION_ROWS)
 
 
 SHARDING = (
-    *qwen2_vl.TEXT_SHARDING,
+    *DECODER_SHARDING,
     (r"(vision_tower/blocks/\d+/(attn/qkv|mlp/gate|mlp/up)|projector/fc1)/kernel", P("fsdp", "tensor")),
     (r"(vision_tower/blocks/\d+/(attn/out|mlp/down)|projector/fc2)/kernel", P("tensor", "fsdp")),
     (r".*/(bias|scale)|vision_tower/patch_embedding", P()),

@@ -1,11 +1,11 @@
-"""The vision transformers of Qwen2-VL and Qwen2.5-VL: pictures of any size, exact to transformers.
+"""The vision transformers of Qwen2-VL and Qwen2.5-VL for images of any size, exact to transformers.
 
-The patches of all pictures of a prompt stand one after another in a fixed number of slots, and each patch sees
-those of its own picture (Qwen2.5-VL: mostly those of its own window of the picture). So pictures of different sizes
-share one compiled shape, and the order of the patches never changes.
+The patches of all images of a prompt fill a fixed number of slots in order, and each patch attends to the patches of
+its own image (in Qwen2.5-VL mostly to those of its own window of the image). Images of different sizes thus share one
+compiled shape, and patches are never reordered.
 
-Axes: b prompt, p patch slot, q slot of a merged token, k colour, row and column inside a patch, d width, h head,
-c head channel.
+Axes: b prompt, p patch slot, q slot of a merged token, k color, row and column inside a patch, d width, f MLP width,
+h head, c head channel.
 """
 
 import dataclasses
@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vkd_jax.models.clip_vit import MLP
 from vkd_jax.models.layers import (
+    MLP,
+    GatedMLP,
     LayerNorm,
     Linear,
     RMSNorm,
@@ -31,7 +32,7 @@ from vkd_jax.models.layers import (
     rotate,
 )
 
-NORM_EPS = 1e-6  # no configuration says otherwise
+NORM_EPS = 1e-6  # fixed; the configurations have no field for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,22 +44,22 @@ class VisionConfig:
     heads: int
     mlp_width: int
     patch_size: int = 14
-    frames: int = 2  # of a patch in time; those of a still picture are equal
-    merge: int = 2  # so many patches, squared, make one image token
+    frames: int = 2  # frames of a patch; those of a still image are equal
+    merge: int = 2  # merge x merge patches become one image token
     activation: str = "quick_gelu"
-    gated: bool = False  # Qwen2.5-VL: RMSNorm and SwiGLU instead of LayerNorm and two layers
+    gated: bool = False  # Qwen2.5-VL: RMSNorm and SwiGLU instead of LayerNorm and a two-layer MLP
     rope_theta: float = 10000.0
-    window: int = 0  # patches, both ways, that a patch sees together; 0 for the whole picture
-    full_attention_blocks: tuple[int, ...] = ()  # blocks that see the whole picture all the same
+    window: int = 0  # height and width of an attention window in patches; 0 for the whole image
+    full_attention_blocks: tuple[int, ...] = ()  # blocks that attend to the whole image in spite of `window`
 
 
-# Pictures and patches, in NumPy.
+# Images and patches.
 
 
 def slot_count(patches: int, merge: int) -> int:
-    """How many patch slots so many patches get: of the sizes 4, 6, 8, 12, 16, 24, ... image tokens the least.
+    """Returns the number of slots for this many patches: the smallest of 4, 6, 8, 12, 16, 24, ... image tokens.
 
-    Few sizes mean few compilations; from three tokens on at most a third of the slots stays empty.
+    Few sizes mean few compilations. With three or more image tokens at most a third of the slots is empty.
     """
     size = 4
     while size * merge**2 < patches:
@@ -67,43 +68,43 @@ def slot_count(patches: int, merge: int) -> int:
 
 
 def patch_coords(rows: int, columns: int, merge: int) -> np.ndarray:
-    """Row and column of each patch of a picture, int [rows * columns, 2]: those that merge stand together."""
+    """Returns the row and column of each patch, int [rows * columns, 2]; patches that merge are adjacent."""
     grid = np.indices((rows, columns)).reshape(2, rows // merge, merge, columns // merge, merge)
     return grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
 
 
-def patchify(picture: np.ndarray, patch_size: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
-    """A picture [H, W, 3] to its patches [p, k] and their places [p, 2]."""
-    rows, columns = (side // patch_size for side in picture.shape[:2])
-    where = patch_coords(rows, columns, merge)
-    grid = picture.reshape(rows, patch_size, columns, patch_size, 3).transpose(0, 2, 4, 1, 3)
-    return grid[where[:, 0], where[:, 1]].reshape(len(where), -1), where
+def patchify(image: np.ndarray, patch_size: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
+    """Splits an image [H, W, 3] into patches [p, k] and returns them with their rows and columns [p, 2]."""
+    rows, columns = (side // patch_size for side in image.shape[:2])
+    coords = patch_coords(rows, columns, merge)
+    grid = image.reshape(rows, patch_size, columns, patch_size, 3).transpose(0, 2, 4, 1, 3)
+    return grid[coords[:, 0], coords[:, 1]].reshape(len(coords), -1), coords
 
 
-def unpatchify(patches: np.ndarray, where: np.ndarray, patch_size: int) -> np.ndarray:
-    """The inverse of `patchify`."""
-    rows, columns = where.max(0) + 1
+def unpatchify(patches: np.ndarray, coords: np.ndarray, patch_size: int) -> np.ndarray:
+    """Joins the patches of an image, the inverse of `patchify`: [p, k] and [p, 2] to [H, W, 3]."""
+    rows, columns = coords.max(0) + 1
     grid = np.empty((rows, columns, 3, patch_size, patch_size), np.float32)
-    grid[where[:, 0], where[:, 1]] = patches.reshape(-1, 3, patch_size, patch_size)
+    grid[coords[:, 0], coords[:, 1]] = patches.reshape(-1, 3, patch_size, patch_size)
     return grid.transpose(0, 3, 1, 4, 2).reshape(rows * patch_size, columns * patch_size, 3)
 
 
-def token_coords(where: jax.Array, merge: int) -> jax.Array:
-    """Places of patches [b, p, 3] to the places of the tokens that they merge to, [b, q, 3]; padding stays -1."""
-    return where[:, :: merge**2] // jnp.array([1, merge, merge])
+def token_coords(coords: jax.Array, merge: int) -> jax.Array:
+    """Maps the coordinates of patches, [b, p, 3], to those of merged tokens, [b, q, 3]; padding stays -1."""
+    return coords[:, :: merge**2] // jnp.array([1, merge, merge])
 
 
-def attention_mask(where: jax.Array, window: int = 0) -> jax.Array:
-    """Which patches each patch sees: those of the same picture, and of the same window of it.
+def attention_mask(coords: jax.Array, window: int = 0) -> jax.Array:
+    """Returns the patches that each patch attends to: those of the same image and of the same window of it.
 
     Args:
-        where: int [b, p, 3], picture, row and column of each patch; padding, -1, sees padding.
-        window: patches both ways; 0 for the whole picture.
+        coords: int [b, p, 3], image index, row and column of each patch; padding, -1, attends to padding.
+        window: height and width of a window in patches; 0 for the whole image.
 
     Returns:
         bool [b, p, p].
     """
-    groups = where // jnp.array([1, window, window]) if window else where[..., :1]
+    groups = coords // jnp.array([1, window, window]) if window else coords[..., :1]
     return (groups[:, :, None] == groups[:, None]).all(-1)
 
 
@@ -111,58 +112,45 @@ def attention_mask(where: jax.Array, window: int = 0) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Self-attention with biases and rotary places; queries, keys and values come from one kernel."""
+    """Self-attention with biases and 2D rotary positions; one kernel projects to queries, keys and values."""
 
     def __init__(self, config: VisionConfig, **options):
         self.heads = config.heads
         self.qkv = Linear(config.width, 3 * config.width, bias=True, **options)
         self.out = Linear(config.width, config.width, bias=True, **options)
 
-    def __call__(self, x: jax.Array, tables: RotaryTables, allowed: jax.Array) -> jax.Array:
-        """[b, p, d] to [b, p, d]; `tables` from `rotary_tables`, `allowed` from `attention_mask`."""
+    def __call__(self, x: jax.Array, tables: RotaryTables, mask: jax.Array) -> jax.Array:
+        """Maps [b, p, d] to [b, p, d]; `tables` is from `rotary_tables` and `mask` from `attention_mask`."""
         b, p, d = x.shape
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, p, 3, self.heads, -1), 2, 0)
         q, k = (rotate(x, tables) for x in (q, k))
-        return self.out(attention(q, k, v, allowed).reshape(b, p, d))
-
-
-class GatedMLP(nnx.Module):
-    """SwiGLU with biases: `down(silu(gate(x)) * up(x))`."""
-
-    def __init__(self, config: VisionConfig, **options):
-        self.gate = Linear(config.width, config.mlp_width, bias=True, **options)
-        self.up = Linear(config.width, config.mlp_width, bias=True, **options)
-        self.down = Linear(config.mlp_width, config.width, bias=True, **options)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, p, d] to [b, p, d]."""
-        return self.down(self.neurons(x))
-
-    def neurons(self, x: jax.Array) -> jax.Array:
-        """The inner activations, which feed the last layer: [b, p, d] to [b, p, f]."""
-        return jax.nn.silu(self.gate(x)) * self.up(x)
+        return self.out(attention(q, k, v, mask).reshape(b, p, d))
 
 
 def _norm(config: VisionConfig, *, rngs: nnx.Rngs, **options) -> nnx.Module:
-    del rngs  # norms begin at one
+    del rngs  # norms are initialized to one
     return (RMSNorm if config.gated else LayerNorm)(config.width, eps=NORM_EPS, **options)
 
 
 class Block(nnx.Module):
-    """`x + attn(norm1(x))`, then `x + mlp(norm2(x))`."""
+    """Pre-norm transformer block: `x + attn(norm1(x))`, then `x + mlp(norm2(x))`."""
 
     def __init__(self, config: VisionConfig, **options):
         self.norm1, self.norm2 = _norm(config, **options), _norm(config, **options)
-        self.attn, self.mlp = Attention(config, **options), (GatedMLP if config.gated else MLP)(config, **options)
+        self.attn = Attention(config, **options)
+        if config.gated:
+            self.mlp = GatedMLP(config.width, config.mlp_width, bias=True, **options)
+        else:
+            self.mlp = MLP(config.width, config.mlp_width, activation=config.activation, **options)
 
-    def __call__(self, x: jax.Array, tables: RotaryTables, allowed: jax.Array) -> jax.Array:
-        """[b, p, d] to [b, p, d]; `tables` from `rotary_tables`, `allowed` from `attention_mask`."""
-        x = x + self.attn(self.norm1(x), tables, allowed)
+    def __call__(self, x: jax.Array, tables: RotaryTables, mask: jax.Array) -> jax.Array:
+        """Maps [b, p, d] to [b, p, d]; `tables` is from `rotary_tables` and `mask` from `attention_mask`."""
+        x = x + self.attn(self.norm1(x), tables, mask)
         return x + self.mlp(self.norm2(x))
 
-    def neurons(self, x: jax.Array, tables: RotaryTables, allowed: jax.Array) -> jax.Array:
-        """The inner activations of the MLP: [b, p, d] to [b, p, f]."""
-        return self.mlp.neurons(self.norm2(x + self.attn(self.norm1(x), tables, allowed)))
+    def neurons(self, x: jax.Array, tables: RotaryTables, mask: jax.Array) -> jax.Array:
+        """Returns the input of the MLP's last layer: maps [b, p, d] to [b, p, f]."""
+        return self.mlp.neurons(self.norm2(x + self.attn(self.norm1(x), tables, mask)))
 
 
 class VisionTower(nnx.Module):
@@ -172,56 +160,56 @@ class VisionTower(nnx.Module):
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         p, d = config.patch_size, config.width
         self.config, self.remat, self.mesh, self.dtype = config, remat, mesh, jnp.dtype(dtype)
-        # [frame, colour, row, column, d], so that conversion is a permutation; lecun_normal gets the fan-in right.
+        # [frame, color, row, column, d]: conversion is a permutation of axes, and lecun_normal sees the right fan-in.
         self.patch_embedding = nnx.Param(lecun_normal(rngs.params(), (config.frames, 3, p, p, d), param_dtype))
         self.blocks = nnx.List([Block(config, **options) for _ in range(config.layers)])
 
     @jax.named_scope("vision_tower")
     def embed(self, patches: jax.Array) -> jax.Array:
-        """Patches [b, p, k] to the activations entering block 0, [b, p, d]."""
-        # A still picture shows every frame of the kernel the same patch.
+        """Maps patches [b, p, k] to the input of block 0, [b, p, d]."""
+        # All frames of a still image are equal, so the kernel is summed over frames.
         kernel = self.patch_embedding[...].astype(jnp.float32).sum(0).astype(self.dtype)
         return jnp.einsum("bpk,kd->bpd", patches.astype(self.dtype), kernel.reshape(-1, kernel.shape[-1]))
 
     @jax.named_scope("vision_tower")
-    def __call__(self, hidden: jax.Array, where: jax.Array, start: int) -> list[jax.Array]:
-        """Runs the blocks from `start` on the activations entering it; returns each block's output."""
-        everything, window = attention_mask(where), attention_mask(where, self.config.window)
-        tables, whole = self._rotary_tables(where), jnp.asarray(self._whole()[start:])
+    def __call__(self, hidden: jax.Array, coords: jax.Array, start: int) -> list[jax.Array]:
+        """Applies the blocks from `start` on to the input of block `start` and returns the output of each."""
+        image_mask, window_mask = attention_mask(coords), attention_mask(coords, self.config.window)
+        tables, full_attention = self._rotary_tables(coords), jnp.asarray(self._full_attention()[start:])
 
-        def call(block, x, number):
-            return block(x, tables, jnp.where(whole[number], everything, window))
+        def call(block, x, index):
+            return block(x, tables, jnp.where(full_attention[index], image_mask, window_mask))
 
         return apply_blocks(call, self.blocks[start:], hidden, self.remat, self.mesh)
 
     @jax.named_scope("vision_tower")
-    def neurons(self, hidden: jax.Array, where: jax.Array, reduce: Callable[[jax.Array], Any]) -> list[Any]:
-        """What `reduce` makes of the MLP's inner activations [b, p, f], of each block."""
-        inputs = [hidden, *self(hidden, where, 0)][:-1]
-        allowed = [attention_mask(where, 0 if whole else self.config.window) for whole in self._whole()]
-        tables, blocks = self._rotary_tables(where), zip(self.blocks, inputs, allowed, strict=True)
-        return [reduce(block.neurons(x, tables, allowed)) for block, x, allowed in blocks]
+    def neurons(self, hidden: jax.Array, coords: jax.Array, reduce: Callable[[jax.Array], Any]) -> list[Any]:
+        """Applies `reduce` to the inner MLP activations [b, p, f] of each block."""
+        inputs = [hidden, *self(hidden, coords, 0)][:-1]
+        masks = [attention_mask(coords, 0 if full else self.config.window) for full in self._full_attention()]
+        tables, blocks = self._rotary_tables(coords), zip(self.blocks, inputs, masks, strict=True)
+        return [reduce(block.neurons(x, tables, mask)) for block, x, mask in blocks]
 
-    def _rotary_tables(self, where: jax.Array) -> RotaryTables:
-        """A half of the channel pairs turns with the row, a half with the column, at the same c/4 frequencies."""
+    def _rotary_tables(self, coords: jax.Array) -> RotaryTables:
+        """Returns the rotary tables: half of the channel pairs rotates by the row, the other half by the column."""
         c = self.config.width // self.config.heads
         frequency = np.float32(self.config.rope_theta) ** -(np.arange(0, c, 4, dtype=np.float32) / c)
-        return rotary_tables(where[..., 1:], np.tile(frequency, 2), (c // 4, c // 4), where.shape[1], jnp.float32)
+        return rotary_tables(coords[..., 1:], np.tile(frequency, 2), (c // 4, c // 4), coords.shape[1], jnp.float32)
 
-    def _whole(self) -> np.ndarray:
-        """Of each block, whether a patch sees the whole picture there, and not its window alone."""
+    def _full_attention(self) -> np.ndarray:
+        """True for blocks whose patches attend to the whole image, False for windows: bool [layers]."""
         return np.isin(np.arange(self.config.layers), self.config.full_attention_blocks)
 
 
 class Merger(nnx.Module):
-    """RotaryTables neighbouring patches, side by side in one vector, into one token embedding: the projector."""
+    """The projector: concatenates merge x merge neighboring patches and maps them to one token embedding."""
 
     def __init__(self, config: VisionConfig, width: int, **options):
         self.norm = _norm(config, **options)
-        self.wide = config.width * config.merge**2
-        self.fc1 = Linear(self.wide, self.wide, bias=True, **options)
-        self.fc2 = Linear(self.wide, width, bias=True, **options)
+        self.merged_width = config.width * config.merge**2
+        self.fc1 = Linear(self.merged_width, self.merged_width, bias=True, **options)
+        self.fc2 = Linear(self.merged_width, width, bias=True, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, p, d] to [b, q, d]."""
-        return self.fc2(gelu(self.fc1(self.norm(x).reshape(x.shape[0], -1, self.wide))))
+        """Maps [b, p, vision width] to [b, q, text width]."""
+        return self.fc2(gelu(self.fc1(self.norm(x).reshape(x.shape[0], -1, self.merged_width))))

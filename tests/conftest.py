@@ -1,4 +1,4 @@
-"""Settings for the whole test run, made before anything imports JAX, TensorFlow or transformers."""
+"""Settings of the test run, which must precede imports of JAX, TensorFlow and transformers; shared fixtures."""
 
 import collections
 import dataclasses
@@ -17,10 +17,10 @@ DEFAULTS = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",  # grain's workers are forks, and tokenizers warns about those
+    "TOKENIZERS_PARALLELISM": "false",  # grain forks its workers, and tokenizers warns about forks
     "TF_CPP_MIN_LOG_LEVEL": "2",
-    "GCS_STAT_CACHE_MAX_AGE": "0",  # TensorFlow remembers sizes of files in buckets for seconds, and tests are quicker
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling well takes longer, and next to nothing here runs long
+    "GCS_STAT_CACHE_MAX_AGE": "0",  # otherwise TensorFlow caches sizes of files in buckets
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compilation dominates the time of the tests
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
 }
 
@@ -29,15 +29,15 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # Subprocesses inherit it too, so that what one test compiled is not compiled again by the next.
+        # Subprocesses inherit it, so that tests share compiled programs.
         cache = config.cache.mkdir("jax") if hasattr(config, "cache") else tempfile.mkdtemp(prefix="vkd-jax-cache-")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
-    if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # JAX may read what another process has written by half
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # JAX may read a file that another process is writing
         os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], worker)
-    flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, which nobody parses under pytest
+    flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, which pytest does not parse
 
 
-# Files of few and long tests. By its own order xdist would start them last, and one worker would wait for the other.
+# Files with few, long tests, which start first, so that all workers finish at the same time.
 LONG_FILES = ("tests/runs/", "tests/training/test_devices.py", "tests/runtime/")
 
 
@@ -64,9 +64,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def run_once(tmp_path_factory):
-    """Shares an expensive result between the workers: `run_once(name, make)` is `make(folder)`, called by the first.
+    """Shares an expensive result between workers: `run_once(name, make)` returns `make(folder)`, which runs once.
 
-    The result travels as JSON; `folder` is the same for all and stays until the test run ends.
+    The result is stored as JSON. `folder` is the same for all workers, and remains until the test run ends.
     """
     import shutil
 
@@ -80,7 +80,7 @@ def run_once(tmp_path_factory):
         folder, result = root / name, root / f"{name}.json"
         with filelock.FileLock(root / f"{name}.lock"):
             if not result.is_file():
-                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                shutil.rmtree(folder, ignore_errors=True)  # left by a worker that failed
                 folder.mkdir()
                 result.write_text(json.dumps(make(folder)))
         return json.loads(result.read_text())
@@ -90,13 +90,13 @@ def run_once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def eight_devices(run_once):
-    """What programs/eight_devices.py computes, by subject."""
+    """Results of programs/eight_devices.py by subject."""
     return run_once("eight_devices", lambda folder: _outcome(_start("eight_devices.py", folder, devices=8)))
 
 
 @pytest.fixture(scope="session")
 def two_processes(run_once):
-    """What each of two processes of programs/two_processes.py computes, by subject."""
+    """Results of each of the two processes of programs/two_processes.py by subject."""
     import socket
 
     def run(folder):
@@ -114,7 +114,7 @@ def two_processes(run_once):
 
 
 def _start(program, *args, devices):
-    """Starts a program of tests/programs on some CPU devices that XLA simulates; warnings are errors."""
+    """Starts a program of tests/programs on CPU devices that XLA simulates; warnings are errors."""
     return subprocess.Popen(
         [sys.executable, "-W", "error", Path(__file__).parent / "programs" / program, *map(str, args)],
         env=os.environ
@@ -127,9 +127,9 @@ def _start(program, *args, devices):
 
 
 def _outcome(process):
-    """The JSON that a program printed."""
+    """Waits for a program and returns the JSON on its last line."""
     try:
-        out, err = process.communicate(timeout=1800)  # which only a program that hangs reaches
+        out, err = process.communicate(timeout=1800)  # only reached if the program hangs
     finally:
         process.kill()
     assert process.returncode == 0, err[-3000:]
@@ -138,7 +138,7 @@ def _outcome(process):
 
 @pytest.fixture(scope="session")
 def get_config():
-    """The config of a file of configs/, by its name and the words after the colon."""
+    """Loads the config of a file of configs/ by its name and the arguments after the colon."""
     import importlib.util
 
     def get(file, *words):
@@ -152,7 +152,7 @@ def get_config():
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """A LLaVA of some ten thousand parameters, grouped-query attention and a vision block that feeds nothing."""
+    """A LLaVA of about 10,000 parameters with grouped-query attention and an unused vision block."""
     from vkd_jax.models.clip_vit import VisionConfig
     from vkd_jax.models.decoder import DecoderConfig
     from vkd_jax.models.llava import LlavaConfig
@@ -168,8 +168,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory, tiny_config):
-    """That LLaVA with random weights as a Hugging Face folder, tokenizer and processor included."""
-
+    """The folder of that LLaVA with random weights, tokenizer and image processor."""
     from transformers import LlavaConfig
 
     from vkd_jax.benchmarks.synthetic import people
@@ -213,7 +212,7 @@ def tiny_folder(tmp_path_factory, tiny_config):
 
 @pytest.fixture(scope="session")
 def snapshot(tmp_path_factory):
-    """The made-up people in MLLMU-Bench's layout, without the pictures for fine-tuning: Mllmu(source=str(snapshot))."""
+    """The synthetic people as a copy of MLLMU-Bench without images for fine-tuning: Mllmu(source=str(snapshot))."""
     from vkd_jax.benchmarks.synthetic import mllmu_writer
 
     folder = tmp_path_factory.mktemp("snapshot")
@@ -223,7 +222,7 @@ def snapshot(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def few(tmp_path_factory, snapshot):
-    """Of those people one to forget and two to retain."""
+    """The snapshot with one person in the forget set and two in the retain set."""
     import pyarrow.parquet as pq
 
     folder, shard = tmp_path_factory.mktemp("few"), "train-00000-of-00001.parquet"
@@ -235,7 +234,7 @@ def few(tmp_path_factory, snapshot):
 
 @pytest.fixture(scope="session")
 def request_folders(tmp_path_factory):
-    """Two pictures of one person to forget, two of each of three to retain, with and without options."""
+    """Two images of one person to forget and of each of three people to retain; questions with and without options."""
     from vkd_jax.benchmarks.synthetic import people
 
     names, root = [person.name for person in people.people()[:4]], tmp_path_factory.mktemp("request")
@@ -256,7 +255,7 @@ def request_folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_folder):
-    """The bundle of that folder, loaded for VKD."""
+    """The bundle of `tiny_folder`, loaded for VKD."""
     from vkd_jax import methods
     from vkd_jax.checkpoints.bundle import ModelBundle
     from vkd_jax.config import defaults
@@ -283,16 +282,17 @@ def tiny_sets(tiny_model, snapshot, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def unpack():
-    """The pictures of each prompt, out of what a model's `pack` made of them."""
+    """Extracts the images of each prompt from the output of a model's `pack`."""
     from vkd_jax.models import qwen_vit
 
     def of(config, packed):
         if "pixels" in packed:
             return [[x] for x in packed["pixels"]]
         rows = []
-        for patches, where in zip(packed["patches"], packed["patch_coords"], strict=True):
-            owned = (where[:, 0] == picture for picture in range(where[:, 0].max() + 1))
-            rows.append([qwen_vit.unpatchify(patches[own], where[own, 1:], config.vision.patch_size) for own in owned])
+        for patches, coords in zip(packed["patches"], packed["patch_coords"], strict=True):
+            masks = (coords[:, 0] == image for image in range(coords[:, 0].max() + 1))
+            patch_size = config.vision.patch_size
+            rows.append([qwen_vit.unpatchify(patches[mask], coords[mask, 1:], patch_size) for mask in masks])
         return rows
 
     return of
@@ -307,7 +307,7 @@ QWEN_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-QWEN_TEMPLATE = (  # as published, but for videos
+QWEN_TEMPLATE = (  # the published template without videos
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
     "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
@@ -319,7 +319,7 @@ QWEN_TEMPLATE = (  # as published, but for videos
 
 @pytest.fixture
 def config(get_config, tiny_folder, tmp_path, monkeypatch):
-    """The config of a run on that LLaVA, to be planned; nothing was compiled before."""
+    """The config of a run on `tiny_folder` to plan, with an empty cache of plans."""
     from vkd_jax.runtime import storage
 
     monkeypatch.setattr(storage, "CACHE", tmp_path / "cache")
@@ -331,7 +331,7 @@ def config(get_config, tiny_folder, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def qwen_folder(tmp_path_factory):
-    """Makes a small random Qwen2-VL or Qwen2.5-VL in the layout of the published folders, by its `model_type`."""
+    """Creates the folder of a small random Qwen2-VL or Qwen2.5-VL, by its `model_type`, in the published layout."""
     import functools
 
     torch = pytest.importorskip("torch")
@@ -385,20 +385,20 @@ def qwen_folder(tmp_path_factory):
         hf_config = transformers.AutoConfig.from_pretrained(folder)
         torch.manual_seed(0)
         model = transformers.AutoModelForImageTextToText.from_config(hf_config)
-        with torch.no_grad():  # loud enough that a picture changes the words
+        with torch.no_grad():  # large enough that the image changes the answer
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1 and "embed_tokens" not in name:
                     parameter.mul_(5)
         model.save_pretrained(folder, max_shard_size="200KB")
-        (folder / "config.json").write_text(json.dumps(config))  # flat, as published
+        (folder / "config.json").write_text(json.dumps(config))  # without a nested text_config, as published
         generation = dict(eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"])
         (folder / "generation_config.json").write_text(json.dumps(generation))
         (folder / "chat_template.json").write_text(json.dumps(dict(chat_template=QWEN_TEMPLATE)))
         images = transformers.Qwen2VLImageProcessorPil()
-        kept = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+        fields = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
         (folder / "preprocessor_config.json").write_text(
             json.dumps(
-                {name: getattr(images, name) for name in kept}
+                {name: getattr(images, name) for name in fields}
                 | dict(image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2VLProcessor")
                 | dict(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
             )

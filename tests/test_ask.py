@@ -1,4 +1,4 @@
-"""One question to one model, from Python and from the command line."""
+"""Asking one model one question, from Python and from the command line."""
 
 import json
 import os
@@ -24,31 +24,31 @@ def model(tiny_folder):
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "face.png"
+def image_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "face.png"
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
     Image.fromarray(pixels).save(path)
     return path
 
 
-def test_a_file_its_name_and_the_picture_itself_get_one_answer(model, picture):
-    expected = model.generate([QUESTION], model.look([picture.read_bytes()]), max_new_tokens=8)
-    with Image.open(picture) as opened:
-        for image in (picture, str(picture), opened):
+def test_a_path_a_string_and_a_pil_image_give_the_same_answer(model, image_file):
+    expected = model.generate([QUESTION], model.look([image_file.read_bytes()]), max_new_tokens=8)
+    with Image.open(image_file) as opened:
+        for image in (image_file, str(image_file), opened):
             assert [ask.answer(model, QUESTION, image, max_new_tokens=8)] == expected
 
 
-def test_text_alone(model):
+def test_a_question_without_an_image_is_answered_from_text(model):
     assert ask.answer(model, QUESTION, max_new_tokens=8) == model.generate([QUESTION], max_new_tokens=8)[0]
 
 
-def test_the_answer_takes_the_room_that_the_model_has(model):
-    """The default of fifty tokens does not fit behind this question, and the answer ends where the model does."""
+def test_an_answer_is_limited_to_the_context_of_the_model(model):
+    """The default of 50 tokens does not fit after this question, so the answer ends with the last position."""
     question = "why " * 16
     tokens = len(model.processor.encode(question, None)[0])
-    room = model.config.text.max_positions - tokens
-    assert 0 < room < 50
-    assert ask.answer(model, question) == model.generate([question], max_new_tokens=room)[0]
+    free_positions = model.config.text.max_positions - tokens
+    assert 0 < free_positions < 50
+    assert ask.answer(model, question) == model.generate([question], max_new_tokens=free_positions)[0]
     with pytest.raises(UserError, match=f"exceed the model's {model.config.text.max_positions}"):
         ask.answer(model, question * 10)
 
@@ -59,47 +59,47 @@ def run(monkeypatch, capsys, *args):
     return status, *capsys.readouterr()
 
 
-def test_the_command_prints_the_answer_alone(monkeypatch, capsys, tiny_folder, model, picture):
-    args = ("--model", tiny_folder, "--image", picture, "--question", QUESTION, "--max_new_tokens", 8)
-    expected = ask.answer(model, QUESTION, picture, max_new_tokens=8)
+def test_the_command_prints_only_the_answer(monkeypatch, capsys, tiny_folder, model, image_file):
+    args = ("--model", tiny_folder, "--image", image_file, "--question", QUESTION, "--max_new_tokens", 8)
+    expected = ask.answer(model, QUESTION, image_file, max_new_tokens=8)
     assert run(monkeypatch, capsys, *args) == (0, expected + "\n", "")
 
 
-def truncated(path, picture):
-    path.write_bytes(picture.read_bytes()[:-1500])
+def write_truncated(path, image_file):
+    path.write_bytes(image_file.read_bytes()[:-1500])
 
 
 @pytest.mark.parametrize(
-    ("make", "reason"),
+    ("write", "reason"),
     [
         (lambda path, _: None, "No such file or directory"),
         (lambda path, _: path.mkdir(), "Is a directory"),
-        (lambda path, _: path.write_text("not a picture"), "unknown or broken format"),
+        (lambda path, _: path.write_text("not an image"), "unknown or broken format"),
         (lambda path, _: path.write_bytes(b""), "unknown or broken format"),
-        (truncated, "unknown or broken format"),
+        (write_truncated, "unknown or broken format"),
     ],
     ids=["missing", "folder", "text", "empty", "truncated"],
 )
-def test_what_is_no_picture(monkeypatch, capsys, tmp_path, tiny_folder, picture, make, reason):
+def test_files_that_are_not_images_are_reported(monkeypatch, capsys, tmp_path, tiny_folder, image_file, write, reason):
     path = tmp_path / "face.png"
-    make(path, picture)
+    write(path, image_file)
     args = ("--model", tiny_folder, "--image", path, "--question", QUESTION)
-    assert run(monkeypatch, capsys, *args) == (2, "", f"error: {path} is not a picture that can be read ({reason}).\n")
+    assert run(monkeypatch, capsys, *args) == (2, "", f"error: {path} cannot be read as an image ({reason}).\n")
 
 
 @pytest.mark.parametrize("model_type", ["bert", None, 3])
-def test_models_that_are_not_supported(monkeypatch, capsys, tmp_path, tiny_folder, model_type):
+def test_unsupported_model_types_are_reported(monkeypatch, capsys, tmp_path, tiny_folder, model_type):
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
     status, out, err = run(monkeypatch, capsys, "--model", folder, "--question", QUESTION)
-    known = "llava, qwen2_5_vl, qwen2_vl"
+    supported = "llava, qwen2_5_vl, qwen2_vl"
     assert (status, out) == (2, "")
-    assert err == f"error: Model type {model_type!r} is not supported. Supported types: {known}.\n"
+    assert err == f"error: Model type {model_type!r} is not supported. Supported types: {supported}.\n"
 
 
-def test_no_model_and_no_tokenizer(monkeypatch, capsys, tmp_path, tiny_folder):
+def test_a_missing_model_or_tokenizer_is_reported(monkeypatch, capsys, tmp_path, tiny_folder):
     status, out, err = run(monkeypatch, capsys, "--model", tmp_path / "nowhere", "--question", QUESTION)
     assert (status, out, err.count("\n")) == (2, "", 1) and "no model folder" in err
     folder = tmp_path / "model"
@@ -108,14 +108,14 @@ def test_no_model_and_no_tokenizer(monkeypatch, capsys, tmp_path, tiny_folder):
     assert (status, out, err.count("\n")) == (2, "", 1) and "no usable tokenizer" in err
 
 
-def test_as_a_program(tiny_folder, tmp_path):
-    """Warnings and logs of the libraries stay out of what a user sees."""
+def test_the_program_prints_one_line_for_an_error(tiny_folder, tmp_path):
+    """The output contains no warnings or logs of libraries."""
     command = [sys.executable, "-m", "vkd_jax.ask", "--model", tiny_folder, "--question", QUESTION]
     command += ["--image", tmp_path / "nowhere.png"]
-    done = subprocess.run(
+    completed = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (completed.returncode, completed.stdout) == (2, "")
     assert (
-        done.stderr == f"error: {tmp_path}/nowhere.png is not a picture that can be read (No such file or directory).\n"
+        completed.stderr == f"error: {tmp_path}/nowhere.png cannot be read as an image (No such file or directory).\n"
     )

@@ -1,10 +1,10 @@
-"""Ask a model a question, with or without a picture.
+"""Asks a model a question, with or without an image.
 
 python -m vkd_jax.ask --model DIR --image FILE --question TEXT
 
 >>> from vkd_jax import ask
 >>> model = ask.load("tiny_llava")
->>> ask.answer(model, "What colour is a banana?")
+>>> ask.answer(model, "What color is a banana?")
 'yellow'
 """
 
@@ -23,12 +23,12 @@ from vkd_jax.types import UserError
 
 
 def load(folder: str | Path, *, dtype: str | None = None, max_pixels: int = MAX_PIXELS) -> Answerer:
-    """A model from any supported Hugging Face folder or hub id, ready to be asked.
+    """Loads a model of any supported family, ready to answer questions.
 
     Args:
-        folder: of the model, or its id.
-        dtype: of weights and computation; None keeps the one on disk.
-        max_pixels: larger pictures are shrunk to so many, where the model's pictures differ in size.
+        folder: Hugging Face model folder, or id of a model on the Hugging Face Hub.
+        dtype: dtype of weights and computation; None keeps the one on disk.
+        max_pixels: maximum number of pixels per image, for models with images of any size; larger images are resized.
     """
     folder = hub.fetch_model(folder)
     bundle = ModelBundle.load(folder, dtype=dtype)
@@ -40,46 +40,47 @@ def load(folder: str | Path, *, dtype: str | None = None, max_pixels: int = MAX_
 def answer(
     model: Answerer, question: str, image: str | Path | Image.Image | None = None, *, max_new_tokens: int = 50
 ) -> str:
-    """The greedy answer to one question about a picture (a file or a PIL image), or about none.
+    """Answers one question by greedy decoding.
+
+    Args:
+        model: from `load`.
+        question: the question.
+        image: image file or PIL image that the question is about; None for a text-only question.
+        max_new_tokens: maximum number of tokens of the answer; fewer if the model's context ends before.
 
     Raises:
-        UserError: the picture cannot be read, or the question is too long for the model.
+        UserError: the image cannot be read, or the question is too long for the model.
     """
     if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens}: an answer has at least one token.")
-    picture = image if image is None or isinstance(image, Image.Image) else _read(Path(image))
-    seen = None if picture is None else model.look([picture])
-    prompt, _ = model.processor.encode(question, None, seen.images(0) if seen else ())
-    room = max(model.config.text.max_positions - len(prompt), 1)
-    return model.generate([question], seen, max_new_tokens=min(max_new_tokens, room))[0]
+        raise UserError(f"max_new_tokens={max_new_tokens}: give at least 1.")
+    if image is not None and not isinstance(image, Image.Image):
+        image = _read_image(Path(image))
+    encoded_image = None if image is None else model.look([image])
+    prompt, _ = model.processor.encode(question, None, encoded_image.images(0) if encoded_image else ())
+    free_positions = max(model.config.text.max_positions - len(prompt), 1)
+    return model.generate([question], encoded_image, max_new_tokens=min(max_new_tokens, free_positions))[0]
 
 
-def _read(path: Path) -> Image.Image:
+def _read_image(path: Path) -> Image.Image:
     try:
         return open_image(path.read_bytes())
-    except Exception as error:  # whatever the decoder of that format raises
+    except Exception as error:  # the decoders of image formats raise many types of errors
         reason = getattr(error, "strerror", None) or "unknown or broken format"
-        raise UserError(f"{path} is not a picture that can be read ({reason}).") from error
+        raise UserError(f"{path} cannot be read as an image ({reason}).") from error
 
 
 def main() -> int:
-    """The command line."""
+    """Runs the command line and returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m vkd_jax.ask", description="Ask a model a question.")
-    parser.add_argument("--model", required=True, help="a Hugging Face model folder, or an id on its hub")
+    parser.add_argument("--model", required=True, help="Hugging Face model folder, or id on the Hugging Face Hub")
     parser.add_argument("--question", required=True)
-    parser.add_argument("--image", help="a picture; without it the question is asked as text alone")
+    parser.add_argument("--image", help="image file; without it the question is text-only")
     parser.add_argument("--max_new_tokens", type=int, default=50)
-    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="shrink larger pictures (Qwen)")
+    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="resize larger images (Qwen-VL)")
     args = parser.parse_args()
     try:
-        print(
-            answer(
-                load(args.model, max_pixels=args.max_pixels),
-                args.question,
-                args.image,
-                max_new_tokens=args.max_new_tokens,
-            )
-        )
+        model = load(args.model, max_pixels=args.max_pixels)
+        print(answer(model, args.question, args.image, max_new_tokens=args.max_new_tokens))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Conversion: names, byte-identity, sharded and cast loads, export, one sentence for every bad folder."""
+"""Conversion: names, identical bytes, sharded and cast loading, export, and errors for invalid folders."""
 
 import dataclasses
 import errno
@@ -40,7 +40,7 @@ def hf_config(vision=None, text=None, **changes):
 
 
 def random_params(config, dtype=np.float32, seed=0):
-    """Every parameter different from every other, without compiling an initialiser."""
+    """Draws random parameters without compiling an initializer."""
     _, shapes = base.abstract_model(lambda rngs: llava.Llava(config, rngs=rngs))
     rng = np.random.default_rng(seed)
     return {k: jnp.asarray(rng.standard_normal(v.shape).astype(dtype)) for k, v in shapes.items()}
@@ -67,7 +67,7 @@ def write(folder, tensors):
 
 
 def shard(folder):
-    """Splits the single file in two by hand, with an index."""
+    """Splits the single file into two shards with an index."""
     tensors = read(folder)
     names = sorted(tensors)
     parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
@@ -79,12 +79,12 @@ def shard(folder):
 
 
 def to_hub(name):
-    """The names of the files on the hub, from those of transformers 5."""
+    """Maps names of transformers 5 to those of the files on the Hub."""
     return name.replace("vision_tower.", "vision_tower.vision_model.")
 
 
 def to_memory(name):
-    """The names of a live PyTorch module, which some tools save."""
+    """Maps names of transformers 5 to those of a PyTorch module in memory, which some tools save."""
     if name == "language_model.lm_head.weight":
         return "lm_head.weight"
     return "model." + name.replace("language_model.model.", "language_model.")
@@ -101,7 +101,7 @@ def test_values_by_hand(folder):
     graphdef, params, config = hf.load(folder)
     tensors = read(folder)
     np.testing.assert_array_equal(params["projector/fc1/kernel"], tensors["multi_modal_projector.linear_1.weight"].T)
-    patch = tensors["vision_tower.embeddings.patch_embedding.weight"]  # [d, colour, row, column]
+    patch = tensors["vision_tower.embeddings.patch_embedding.weight"]  # [d, color, row, column]
     assert params["vision_tower/patch_embedding"][1, 2, 0, 7] == patch[7, 0, 1, 2]
     up = params["language_model/blocks/mlp/up/kernel"]
     np.testing.assert_array_equal(up[1], tensors["language_model.model.layers.1.mlp.up_proj.weight"].T)
@@ -110,7 +110,7 @@ def test_values_by_hand(folder):
 
 
 @pytest.mark.parametrize("rename", [to_hub, to_memory])
-def test_other_generations_of_names_load_and_are_kept(folder, copy, rename):
+def test_other_generations_of_names_are_loaded_and_exported(folder, copy, rename):
     write(copy, {rename(n): t for n, t in read(folder).items()})
     _, want, _ = hf.load(folder)
     _, params, config = hf.load(copy)
@@ -130,13 +130,13 @@ def test_old_buffers_are_skipped(folder, copy):
     assert equal(hf.load(copy)[1], hf.load(folder)[1])
 
 
-def test_tied_embeddings_have_no_head(tmp_path):
+def test_tied_embeddings_have_no_head_parameter(tmp_path):
     hf_settings = hf_config(text=dict(tie_word_embeddings=True), tie_word_embeddings=True)
     params = random_params(llava.LlavaConfig.from_hf(hf_settings))
     assert "language_model/head/kernel" not in params
     export.create(tmp_path / "tied", hf_settings, params)
     assert equal(hf.load(tmp_path / "tied")[1], params)
-    # Older files repeat the table as the head: skipped when read, kept in step when written.
+    # Older files repeat the table as the head: it is not read, and an export writes both.
     tensors = read(tmp_path / "tied")
     table = tensors["language_model.model.embed_tokens.weight"]
     write(tmp_path / "tied", tensors | {"lm_head.weight": table})
@@ -148,7 +148,7 @@ def test_tied_embeddings_have_no_head(tmp_path):
     assert (out["lm_head.weight"] == 2 * table).all()
 
 
-def test_every_tensor_of_llava_7b_once():
+def test_each_tensor_of_llava_7b_has_one_slot():
     torch = pytest.importorskip("torch")
     hf_settings = transformers.LlavaConfig()  # the defaults are the 7B's
     with torch.device("meta"):
@@ -171,8 +171,8 @@ def test_every_tensor_of_llava_7b_once():
 # Loading.
 
 
-def test_what_trains_is_not_rounded(folder, tmp_path):
-    """Weights that did not move come back byte for byte, however coarse the others are held."""
+def test_master_weights_are_not_rounded(folder, tmp_path):
+    """Trainable weights that did not change are exported byte for byte, whatever dtype the others have."""
 
     def visual(paths, config):
         return [path for path in paths if not path.startswith("language_model/")]
@@ -187,12 +187,12 @@ def test_what_trains_is_not_rounded(folder, tmp_path):
     assert compare_tensors(folder, tmp_path / "out")["changed"] == []
 
 
-def test_shards_load_as_one_file(folder, copy):
+def test_shards_give_the_parameters_of_one_file(folder, copy):
     shard(copy)
     assert equal(hf.load(copy)[1], hf.load(folder)[1])
 
 
-def test_cast_while_loading(folder):
+def test_parameters_are_cast_while_loading(folder):
     _, params, config = hf.load(folder, dtype=jnp.bfloat16)
     _, want, _ = hf.load(folder)
     assert equal(params, {k: v.astype(jnp.bfloat16) for k, v in want.items()})
@@ -201,12 +201,12 @@ def test_cast_while_loading(folder):
     assert hf.load(folder, remat="full")[2].remat == "full"
 
 
-def test_sharded_load(folder):
+def test_parameters_are_loaded_with_their_sharding(folder):
     mesh = jax.make_mesh((len(jax.devices()),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    asked = {}
+    shapes = {}
 
     def sharding(path, shape):
-        asked[path] = shape
+        shapes[path] = shape
         spec = [None] * len(shape)
         divisible = [i for i, size in enumerate(shape) if size % len(jax.devices()) == 0]
         if divisible:
@@ -216,12 +216,12 @@ def test_sharded_load(folder):
     _, params, _ = hf.load(folder, sharding=sharding)
     _, want, _ = hf.load(folder)
     assert equal(params, want)
-    assert asked == {k: v.shape for k, v in want.items()}
+    assert shapes == {k: v.shape for k, v in want.items()}
     assert all(v.sharding == sharding(k, v.shape) for k, v in params.items())
 
 
-class Places:
-    """A sharding that puts these slices of a parameter on as many devices."""
+class SlicesSharding:
+    """A sharding with one of the given slices of a parameter per device."""
 
     def __init__(self, *indices):
         self.indices = indices
@@ -230,7 +230,7 @@ class Places:
         return dict(enumerate(self.indices))
 
 
-def test_each_device_gets_its_slice_and_copies_are_read_once(folder, monkeypatch):
+def test_each_device_gets_its_slice_and_equal_slices_are_read_once(folder, monkeypatch):
     path = "language_model/blocks/mlp/gate/kernel"  # [layer, in, out]; the tensors are [out, in]
     config = llava.LlavaConfig.from_hf(hf_config())
     _, want, _ = hf.load(folder)
@@ -240,34 +240,34 @@ def test_each_device_gets_its_slice_and_copies_are_read_once(folder, monkeypatch
         safetensors_files.Tensor, "_fill", lambda self, rows, f: (read.append(rows.nbytes), fill(self, rows, f))
     )
     monkeypatch.setattr(
-        jax, "make_array_from_callback", lambda shape, where, take: [take(index) for index in where.indices]
+        jax, "make_array_from_callback", lambda shape, sharding, take: [take(index) for index in sharding.indices]
     )
 
-    def place(*indices):
+    def load_slices(*indices):
         read.clear()
-        return hf._read_param(parts, want[path].shape, None, Places(*indices), lambda count: None)
+        return hf._read_param(parts, want[path].shape, None, SlicesSharding(*indices), lambda count: None)
 
     everything = slice(None)
     halves = [(everything, slice(0, 6), everything), (everything, slice(6, 12, None), everything)]
-    pieces = place(*halves, *halves)
+    pieces = load_slices(*halves, *halves)
     for piece, index in zip(pieces, halves + halves, strict=True):
         np.testing.assert_array_equal(piece, np.asarray(want[path][index]))
     assert pieces[0] is pieces[2] and pieces[1] is pieces[3]
-    assert all(piece.ctypes.data % 64 == 0 for piece in pieces)  # what a CPU device takes without a copy
+    assert all(piece.ctypes.data % 64 == 0 for piece in pieces)  # a CPU device uses aligned memory without a copy
     assert sum(read) == want[path].nbytes
-    # A part of one layer is a small part of the files.
-    (piece,) = place((slice(1, 2), slice(2, 5), slice(7, 9)))
+    # A part of one layer.
+    (piece,) = load_slices((slice(1, 2), slice(2, 5), slice(7, 9)))
     np.testing.assert_array_equal(piece, np.asarray(want[path][1:2, 2:5, 7:9]))
-    assert sum(read) == want[path].nbytes // 2  # the other layer was not touched
+    assert sum(read) == want[path].nbytes // 2  # the other layer is not read
 
 
-def test_loaded_arrays_are_not_tied_to_the_files(folder, copy):
+def test_parameters_do_not_depend_on_the_files_after_loading(folder, copy):
     _, params, _ = hf.load(copy)
     (copy / "model.safetensors").write_bytes(b"")
     assert equal(params, hf.load(folder)[1])
 
 
-def test_a_donated_copy_leaves_the_others_alone(folder):
+def test_donating_a_replicated_parameter_keeps_replicas_apart(folder):
     path = "projector/fc1/kernel"
     devices = jax.make_mesh((len(jax.devices()),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     _, params, _ = hf.load(folder, sharding=lambda path, shape: NamedSharding(devices, PartitionSpec()))
@@ -277,13 +277,13 @@ def test_a_donated_copy_leaves_the_others_alone(folder):
         np.testing.assert_array_equal(shard.data, want + 1)
 
 
-def test_each_parameter_is_transformed_and_let_go_before_the_next_is_read(folder):
+def test_each_parameter_is_transformed_and_released_before_the_next_is_read(folder):
     _, want, _ = hf.load(folder)
     seen = {}
 
     def transform(path, param):
         assert isinstance(param, jax.Array)
-        assert all(earlier() is None for earlier in seen.values()), "an earlier one is still held"
+        assert all(earlier() is None for earlier in seen.values()), "an earlier parameter is still in memory"
         seen[path] = weakref.ref(param)
         return (param * 2).astype(jnp.bfloat16) if path.startswith("language_model/") else {"small": param[..., :1]}
 
@@ -296,7 +296,7 @@ def test_each_parameter_is_transformed_and_let_go_before_the_next_is_read(folder
             np.testing.assert_array_equal(param["small"], want[path][..., :1])
 
 
-def test_loading_tells_how_far_it_is(folder, monkeypatch):
+def test_loading_logs_its_progress(folder, monkeypatch):
     lines = []
     monkeypatch.setattr(safetensors_files, "LOG_SECONDS", 0)
     monkeypatch.setattr(safetensors_files.logging, "info", lambda text, *values: lines.append(text % values))
@@ -310,7 +310,7 @@ def test_loading_tells_how_far_it_is(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_load_then_export_is_byte_identical(tmp_path, dtype):
+def test_an_export_of_loaded_parameters_is_byte_identical(tmp_path, dtype):
     config = llava.LlavaConfig.from_hf(hf_config())
     source = tmp_path / "source"
     export.create(source, hf_config(), random_params(config, dtype))
@@ -326,7 +326,7 @@ def test_load_then_export_is_byte_identical(tmp_path, dtype):
     assert compare_tensors(source, tmp_path / "out")["changed"] == []
 
 
-def test_export_changes_exactly_what_was_trained(copy, tmp_path):
+def test_an_export_changes_exactly_the_trained_tensors(copy, tmp_path):
     shard(copy)
     _, params, config = hf.load(copy)
     trained = {"projector/fc2/bias": params["projector/fc2/bias"] + 1,
@@ -344,7 +344,7 @@ def test_export_changes_exactly_what_was_trained(copy, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_transformers_loads_what_is_written(tmp_path, tied):
+def test_transformers_loads_created_and_exported_models(tmp_path, tied):
     pytest.importorskip("torch")
     hf_settings = hf_config(text=dict(tie_word_embeddings=tied), tie_word_embeddings=tied)
     params = random_params(llava.LlavaConfig.from_hf(hf_settings))
@@ -357,12 +357,12 @@ def test_transformers_loads_what_is_written(tmp_path, tied):
     assert not any(info.values()), info
     bias = model.model.multi_modal_projector.linear_1.bias.detach().numpy()
     np.testing.assert_array_equal(bias, trained["projector/fc1/bias"])
-    model.save_pretrained(tmp_path / "c")  # what transformers writes is what we write
+    model.save_pretrained(tmp_path / "c")  # transformers writes the same tensors
     assert read(tmp_path / "c").keys() == read(tmp_path / "a").keys()
     assert compare_tensors(tmp_path / "b", tmp_path / "c")["changed"] == []
 
 
-def test_a_new_model_joins_the_tokenizer_that_is_there(tmp_path):
+def test_a_model_is_created_in_a_folder_with_a_tokenizer(tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
     params = random_params(llava.LlavaConfig.from_hf(hf_config()))
@@ -375,7 +375,7 @@ def test_a_new_model_joins_the_tokenizer_that_is_there(tmp_path):
         export.create(tmp_path / "m", hf_config(), params)
 
 
-# Bad folders.
+# Invalid folders.
 
 LINEAR_ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 
@@ -389,7 +389,7 @@ def fails(folder, *messages):
         assert message in text, text
 
 
-def test_no_folder_no_config_no_weights(copy, tmp_path):
+def test_missing_folders_configs_and_weights_are_reported(copy, tmp_path):
     fails(tmp_path / "nowhere", "no config.json")
     (copy / "model.safetensors").unlink()
     fails(copy, "has no weights")
@@ -397,7 +397,7 @@ def test_no_folder_no_config_no_weights(copy, tmp_path):
     fails(copy, "config.json is not")
 
 
-def test_unsupported_models(copy):
+def test_unsupported_model_types_are_reported(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
     fails(copy, "'bert' is not supported", "llava")
@@ -415,13 +415,13 @@ def test_unsupported_models(copy):
         (dict(multimodal_projector_bias=False), "multimodal_projector_bias"),
     ],
 )  # fmt: skip
-def test_what_is_not_computed_is_refused(changes, message):
+def test_unsupported_fields_are_reported(changes, message):
     with pytest.raises(UserError) as error:
         llava.LlavaConfig.from_hf(hf_config(**changes))
     assert message in str(error.value)
 
 
-def test_another_language_model_is_refused():
+def test_another_language_model_is_rejected():
     mistral = transformers.MistralConfig(hidden_size=16, num_attention_heads=2, num_key_value_heads=2)
     with pytest.raises(UserError, match="model_type is 'mistral'"):
         llava.LlavaConfig.from_hf(transformers.LlavaConfig(text_config=mistral))
@@ -433,7 +433,7 @@ def test_feature_layers_count_from_both_ends():
     assert used == {-2: 2, -1: 3, -4: 0, 0: 0, 2: 2, 3: 3}
 
 
-def test_all_wrong_tensors_are_listed_at_once(folder, copy):
+def test_all_wrong_tensors_are_listed(folder, copy):
     tensors = read(folder)
     for name in "multi_modal_projector.linear_1.bias", "language_model.model.layers.1.mlp.up_proj.weight":
         del tensors[name]
@@ -453,7 +453,7 @@ def test_all_wrong_tensors_are_listed_at_once(folder, copy):
     )
 
 
-def test_a_full_disk_leaves_nothing(copy, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_partial_export(copy, tmp_path, monkeypatch):
     _, _, config = hf.load(copy)
     export.export({}, copy, tmp_path / "out", config)
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -471,7 +471,7 @@ def test_a_full_disk_leaves_nothing(copy, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
-def test_export_spares_what_is_no_model(copy, tmp_path):
+def test_an_export_does_not_replace_folders_without_a_model(copy, tmp_path):
     _, _, config = hf.load(copy)
     with pytest.raises(UserError, match="Choose another folder"):
         export.export({}, copy, copy, config)
@@ -489,7 +489,7 @@ def test_export_spares_what_is_no_model(copy, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_killed_export_left_goes_with_the_next(tiny_folder, tmp_path, monkeypatch):
+def test_the_next_export_removes_the_rest_of_a_killed_one(tiny_folder, tmp_path, monkeypatch):
     _, _, config = hf.load(tiny_folder)
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         killed.setattr(shutil, "rmtree", lambda *_, **__: None)

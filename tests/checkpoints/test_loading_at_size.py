@@ -1,4 +1,4 @@
-"""A model of 4.5 GB, read onto eight devices pretended by XLA on a CPU: what it costs, and that it arrives."""
+"""Loading a model of 4.5 GB onto eight devices, simulated by XLA on a CPU: values, memory and bytes read."""
 
 import json
 import os
@@ -32,11 +32,11 @@ def load(folder, data, fsdp):
         text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    print(run.stdout)  # shown by pytest -s: the figures
+    print(run.stdout)  # pytest -s shows the numbers
     return json.loads(run.stdout)
 
 
-def test_a_large_model_is_read_once_into_its_own_memory(tmp_path):
+def test_a_large_model_is_read_once_and_without_a_second_copy(tmp_path):
     if shutil.disk_usage(tmp_path).free < 6 * GB:
         pytest.skip(f"less than 6 GB are free on the disk of {tmp_path}")
     if available() < 8 * GB:
@@ -44,16 +44,16 @@ def test_a_large_model_is_read_once_into_its_own_memory(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     try:
-        cut, copied = load(folder, 1, 8), load(folder, 2, 4)
+        sharded, replicated = load(folder, 1, 8), load(folder, 2, 4)
         assert len(list(folder.glob("*.safetensors"))) == 4
     finally:
         shutil.rmtree(folder)
-    assert cut["devices"] == copied["devices"] == 8
-    assert cut["parameters"] == copied["parameters"] > 4 * GIB
-    assert cut["target"] < 1.01 * cut["parameters"]
-    assert copied["target"] > 1.99 * copied["parameters"]
-    for loaded in (cut, copied):
+    assert sharded["devices"] == replicated["devices"] == 8
+    assert sharded["parameters"] == replicated["parameters"] > 4 * GIB
+    assert sharded["target"] < 1.01 * sharded["parameters"]
+    assert replicated["target"] > 1.99 * replicated["parameters"]
+    for loaded in (sharded, replicated):
         assert loaded["checked"] == 7 * 8 * 500
-        # The copies on a CPU's devices share one memory: twice the devices, not twice the peak.
+        # Replicas on CPU devices share memory: twice the devices do not need twice the peak.
         assert loaded["peak"] <= loaded["parameters"] + GIB
         assert loaded["read"] < 1.01 * loaded["files"]

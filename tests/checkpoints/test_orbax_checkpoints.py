@@ -1,4 +1,4 @@
-"""Checkpoints hold the step that they name, and a process that is killed loses only what came after the last one."""
+"""Checkpoints: their contents, and bit-identical resumption of killed runs."""
 
 import json
 import os
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = 20
 
 
-def test_a_checkpoint_holds_the_step_that_it_names_though_training_went_on(tmp_path):
+def test_a_checkpoint_has_the_state_of_its_step_although_training_continues(tmp_path):
     """Saving is asynchronous, and each state is donated to the next step while it is still being written."""
     size = 1 << 20
     advance = jax.jit(lambda state: {"x": state["x"] + 1, "step": state["step"] + 1}, donate_argnums=0)
@@ -32,7 +32,7 @@ def test_a_checkpoint_holds_the_step_that_it_names_though_training_went_on(tmp_p
         before, state = state, advance(state)
         assert before["x"].is_deleted()
         assert checkpoints.save(step, state)
-        for _ in range(3):  # the buffers of the saved state are written over at once
+        for _ in range(3):  # overwrites the buffers of the saved state
             state = advance(state)
         state = {"x": state["x"] - 3, "step": state["step"] - 3}
     checkpoints.close()
@@ -46,7 +46,7 @@ def like(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def test_only_due_or_forced_steps_are_saved_once_and_the_last_two_are_kept(tmp_path):
+def test_due_and_forced_steps_are_saved_once_and_the_last_two_remain(tmp_path):
     checkpoints, state = Checkpoints(tmp_path, seed=0, every=2), {"x": jnp.ones(3)}
     assert checkpoints.latest is None
     assert [checkpoints.save(step, state) for step in (1, 2, 2, 3, 4)] == [False, True, False, False, True]
@@ -57,7 +57,7 @@ def test_only_due_or_forced_steps_are_saved_once_and_the_last_two_are_kept(tmp_p
     checkpoints.close()
 
 
-def test_what_a_killed_save_left_is_not_a_checkpoint(tmp_path):
+def test_the_rest_of_a_killed_save_is_not_a_checkpoint(tmp_path):
     checkpoints, state = Checkpoints(tmp_path, seed=0, every=1), {"x": jnp.arange(3.0)}
     checkpoints.save(1, state)
     checkpoints.close()
@@ -71,7 +71,7 @@ def test_what_a_killed_save_left_is_not_a_checkpoint(tmp_path):
 
 
 def start(folder):
-    """A run that prints its steps, and goes on from where it was killed."""
+    """Starts a run that prints its steps, and resumes from the last checkpoint."""
     return subprocess.Popen(
         [sys.executable, "-W", "error", ROOT / "tests/programs/kill_me.py", folder, str(STEPS)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
@@ -81,8 +81,8 @@ def start(folder):
     )
 
 
-def finished(process):
-    """Its printed metrics, by step."""
+def finish(process):
+    """Waits for a run and returns its printed metrics by step."""
     out, _ = process.communicate()
     assert process.returncode == 0
     return by_step(out.splitlines())
@@ -93,7 +93,7 @@ def by_step(lines):
 
 
 def kill(process, step, delay):
-    """Kills it some time after that step, most likely in a save or in the next step; what it printed until then."""
+    """Kills a run `delay` seconds after a step, in a save or in the next step, and returns its metrics by step."""
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -111,12 +111,12 @@ def kill(process, step, delay):
 
 
 def final_state(folder):
-    """The leaves of the last checkpoint, by path."""
+    """Returns the arrays of the last checkpoint by path."""
     path = folder / "checkpoints" / str(STEPS)
     target = ocp.checkpointables_metadata(path).metadata["state"]
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=CPU), target)
     loaded = ocp.load_checkpointables(path, {"state": target})["state"]
-    return {jax.tree_util.keystr(where): np.asarray(x) for where, x in jax.tree.leaves_with_path(loaded)}
+    return {jax.tree_util.keystr(key): np.asarray(x) for key, x in jax.tree.leaves_with_path(loaded)}
 
 
 CPU = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
@@ -125,12 +125,12 @@ CPU = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    return finished(start(folder)), final_state(folder)
+    return finish(start(folder)), final_state(folder)
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path, uninterrupted, kills):
-    """SIGKILL at drawn moments: metrics of every step, weights and optimizer are those of the run in one go."""
+def test_a_run_that_is_killed_repeatedly_ends_with_the_same_bits(tmp_path, uninterrupted, kills):
+    """After SIGKILL at random times, the metrics of all steps, weights and optimizer state are those of one run."""
     metrics, state = uninterrupted
     draw, seen, resumed = random.Random(kills), {}, []
     steps = sorted(draw.sample(range(5, STEPS - 1), kills))
@@ -138,9 +138,9 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path, 
         lines = kill(start(tmp_path), step, delay=draw.uniform(0, 0.05))
         resumed.append(min(lines))
         seen |= lines
-    last = finished(start(tmp_path))
+    last = finish(start(tmp_path))
     resumed.append(min(last))
-    assert resumed[0] == 1 and min(resumed[1:]) > 1  # each went on, and none began anew
+    assert resumed[0] == 1 and min(resumed[1:]) > 1  # each run resumed
     assert seen | last == metrics
     after = final_state(tmp_path)
     assert after.keys() == state.keys() and any("opt_state" in path for path in after)

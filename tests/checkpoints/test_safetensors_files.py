@@ -1,4 +1,4 @@
-"""Files of tensors: headers, parts read once and in pieces, what is written, one sentence for every bad file."""
+"""Safetensors files: headers, reading in pieces, writing, progress, and errors for invalid files."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def sharded(tmp_path):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """How many bytes were read, one number for each time."""
+    """Numbers of bytes of all reads."""
     reads, fill = [], safetensors_files.Tensor._fill
 
     def count(self, rows, stream):
@@ -66,60 +66,59 @@ def test_a_header_by_hand(tmp_path):
     (x,) = safetensors_files.read_header(file).values()
     assert (x.file, x.dtype, x.shape) == (file, np.dtype(ml_dtypes.bfloat16), (2, 1))
     assert (x.start, x.stop) == (8 + len(header), 12 + len(header))
-    found = np.empty((2, 1), np.float32)
-    x.copy_to([(cut((0, 2), (0, 1)), found)])
-    np.testing.assert_array_equal(found, [[1], [-2]])
+    values = np.empty((2, 1), np.float32)
+    x.copy_to([(cut((0, 2), (0, 1)), values)])
+    np.testing.assert_array_equal(values, [[1], [-2]])
     assert x.sha256() == hashlib.sha256(b"\x80\x3f\x00\xc0").hexdigest()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("chunk, rows", [(1, 1), (1, 3), (100, 1), (1 << 20, 1)])
-def test_parts_land_where_they_belong(tmp_path, monkeypatch, reads, chunk, rows, dtype):
+def test_parts_are_copied_to_their_arrays(tmp_path, monkeypatch, reads, chunk, rows, dtype):
     monkeypatch.setattr(safetensors_files, "CHUNK", chunk)
     monkeypatch.setattr(safetensors_files, "ROWS", rows)
     content = np.arange(7 * 5 * 4, dtype=np.float32).reshape(7, 5, 4)
     x = tensor(tmp_path, content)
-    plain, turned, passed = np.full((7, 5, 4), -1, dtype), np.full((4, 2, 3), -1, dtype), []
-    x.copy_to(
-        [(cut((0, 7), (0, 5), (0, 4)), plain), (cut((2, 5), (1, 3), (0, 4)), turned.transpose(2, 1, 0))], passed.append
-    )
+    plain, transposed, counts = np.full((7, 5, 4), -1, dtype), np.full((4, 2, 3), -1, dtype), []
+    part = cut((2, 5), (1, 3), (0, 4))
+    x.copy_to([(cut((0, 7), (0, 5), (0, 4)), plain), (part, transposed.transpose(2, 1, 0))], counts.append)
     np.testing.assert_array_equal(plain, content.astype(dtype))
-    np.testing.assert_array_equal(turned, content[2:5, 1:3].transpose(2, 1, 0).astype(dtype))
-    assert sum(reads) == sum(passed) == content.nbytes  # once, though two parts share much of it
+    np.testing.assert_array_equal(transposed, content[2:5, 1:3].transpose(2, 1, 0).astype(dtype))
+    assert sum(reads) == sum(counts) == content.nbytes  # rows of both parts are read once
     assert max(reads) <= max(chunk, rows * content[0].nbytes)
 
 
-def test_rows_that_nobody_wants_are_not_read(tmp_path, monkeypatch, reads):
+def test_rows_outside_all_parts_are_not_read(tmp_path, monkeypatch, reads):
     monkeypatch.setattr(safetensors_files, "CHUNK", 1)
     monkeypatch.setattr(safetensors_files, "ROWS", 2)
     content = np.arange(24, dtype=np.int32).reshape(8, 3)
     x = tensor(tmp_path, content)
-    a, b, passed = np.empty((1, 3), np.int32), np.empty((2, 1), np.int32), []
-    x.copy_to([(cut((3, 4), (0, 3)), a), (cut((6, 8), (1, 2)), b)], passed.append)
+    a, b, counts = np.empty((1, 3), np.int32), np.empty((2, 1), np.int32), []
+    x.copy_to([(cut((3, 4), (0, 3)), a), (cut((6, 8), (1, 2)), b)], counts.append)
     np.testing.assert_array_equal(a, content[3:4])
     np.testing.assert_array_equal(b, content[6:8, 1:2])
     assert reads == [24, 24]
-    assert sum(passed) == content.nbytes
-    x.copy_to([], passed.append)
-    assert (reads, sum(passed)) == ([24, 24], 2 * content.nbytes)
+    assert sum(counts) == content.nbytes
+    x.copy_to([], counts.append)
+    assert (reads, sum(counts)) == ([24, 24], 2 * content.nbytes)
 
 
-def test_tensors_without_axes_and_without_numbers(tmp_path):
-    found, passed = np.zeros((), np.float32), []
-    tensor(tmp_path, np.array(3, np.int64)).copy_to([((), found)], passed.append)
-    assert (found, passed) == (3, [8])
-    tensor(tmp_path, np.zeros((0, 4), np.float32)).copy_to([(cut((0, 0), (0, 4)), np.zeros((0, 4)))], passed.append)
-    assert passed == [8]
+def test_scalars_and_empty_tensors(tmp_path):
+    value, counts = np.zeros((), np.float32), []
+    tensor(tmp_path, np.array(3, np.int64)).copy_to([((), value)], counts.append)
+    assert (value, counts) == (3, [8])
+    tensor(tmp_path, np.zeros((0, 4), np.float32)).copy_to([(cut((0, 0), (0, 4)), np.zeros((0, 4)))], counts.append)
+    assert counts == [8]
 
 
-def test_a_file_that_shrinks_meanwhile(tmp_path):
+def test_a_file_that_shrinks_during_reading_is_reported(tmp_path):
     x = tensor(tmp_path, np.arange(100))
     x.file.write_bytes(x.file.read_bytes()[:-1])
     with pytest.raises(UserError, match="became shorter"):
         x.copy_to([(cut((0, 100)), np.zeros(100))])
 
 
-def test_shards_are_one_checkpoint(sharded):
+def test_sharded_files_form_one_checkpoint(sharded):
     checkpoint = safetensors_files.Checkpoint(sharded)
     assert [file.name for file in checkpoint.files] == [FIRST, SECOND]
     assert {name: x.file.name for name, x in checkpoint.tensors.items()} == {"a": FIRST, "b": SECOND}
@@ -129,13 +128,13 @@ def test_shards_are_one_checkpoint(sharded):
 
 
 @pytest.mark.parametrize("dtype", safetensors_files.DTYPES.values(), ids=list(safetensors_files.DTYPES))
-def test_what_is_written_reads_back(tmp_path, dtype):
+def test_written_files_can_be_read(tmp_path, dtype):
     tensors = {"b": np.arange(6).reshape(2, 3).T.astype(dtype), "a": np.array(1, dtype)}
-    asked = []
+    requests = []
     safetensors_files.write(
-        tmp_path / safetensors_files.WEIGHTS, tensors, lambda name: (asked.append(name), tensors[name])[1]
+        tmp_path / safetensors_files.WEIGHTS, tensors, lambda name: (requests.append(name), tensors[name])[1]
     )
-    assert asked == ["a", "b"]
+    assert requests == ["a", "b"]
     with safetensors.safe_open(tmp_path / safetensors_files.WEIGHTS, "np") as file:
         assert file.metadata() == {"format": "pt"}
         for name, want in tensors.items():
@@ -171,7 +170,7 @@ def lines(monkeypatch):
     return lines
 
 
-def test_a_long_load_tells_how_far_it_is(clock, lines):
+def test_long_loading_logs_progress(clock, lines):
     progress = safetensors_files.ProgressLog("some/folder", 4_300_000_000)
     for _ in range(43):  # 13 seconds
         clock.now += 0.3
@@ -183,7 +182,7 @@ def test_a_long_load_tells_how_far_it_is(clock, lines):
     ]
 
 
-def test_a_short_load_tells_nothing(clock, lines):
+def test_short_loading_logs_nothing(clock, lines):
     progress = safetensors_files.ProgressLog("some/folder", 1000)
     for _ in range(10):
         clock.now += 0.49
@@ -191,14 +190,14 @@ def test_a_short_load_tells_nothing(clock, lines):
     assert lines == []
 
 
-def test_a_load_of_one_long_piece_tells_once(clock, lines):
+def test_one_long_read_is_logged_once(clock, lines):
     progress = safetensors_files.ProgressLog("some/folder", 2_000_000_000)
     clock.now += 60
     progress(2_000_000_000)
     assert lines == ["read 2.0 of 2.0 GB of some/folder (100 %)"]
 
 
-# Bad folders.
+# Invalid folders.
 
 
 def fails(folder, *messages):
@@ -210,7 +209,7 @@ def fails(folder, *messages):
         assert message in text, text
 
 
-def test_no_folder_and_no_weights(folder, tmp_path):
+def test_missing_folders_and_weights_are_reported(folder, tmp_path):
     fails(tmp_path / "nowhere", "There is no model folder")
     (folder / "model.safetensors").unlink()
     fails(folder, "has no weights")
@@ -218,7 +217,7 @@ def test_no_folder_and_no_weights(folder, tmp_path):
     fails(folder, "only pickled weights (pytorch_model.bin)", "safetensors")
 
 
-def test_bad_index(sharded):
+def test_invalid_indexes_are_reported(sharded):
     index = sharded / safetensors_files.INDEX
     good = json.loads(index.read_text())
     index.write_text(json.dumps({"weight_map": good["weight_map"] | {"no.such.tensor": FIRST}}))
@@ -235,7 +234,7 @@ def test_bad_index(sharded):
     fails(sharded, f"files that are missing: {SECOND}")
 
 
-def test_truncated_and_corrupt_files(folder):
+def test_truncated_and_corrupt_files_are_reported(folder):
     file = folder / "model.safetensors"
     data = file.read_bytes()
     for bad in (data[:-1], data[:-20], data[:100], data[:4], b"", data + b"x"):

@@ -1,4 +1,4 @@
-"""The models without PyTorch: hand-worked layers, the promises of the forward, generation."""
+"""Layers against values by hand, the contract of the forward pass, and generation; without PyTorch."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return {"pixels": jax.random.normal(jax.random.key(1), (2, 8, 8, 3))}
 
 
@@ -45,11 +45,11 @@ def prompt(*rows, side="right"):
     return jnp.array(tokens), jnp.array(mask, bool)
 
 
-def one(features, i):
+def row_of(features, i):
     return jax.tree.map(lambda x: x[i : i + 1], features)
 
 
-# Hand-worked values.
+# Values by hand.
 
 
 def test_layer_norm_and_rms_norm_by_hand():
@@ -60,33 +60,34 @@ def test_layer_norm_and_rms_norm_by_hand():
 
 
 def test_rotation_by_hand():
-    def rotate(x, places, *sections):
-        return layers.rotate(x, layers.rotary_tables(jnp.array(places), np.float32([1, 0.1]), sections, 8, jnp.float32))
+    def rotate(x, positions, *sections):
+        frequency = np.float32([1, 0.1])
+        return layers.rotate(x, layers.rotary_tables(jnp.array(positions), frequency, sections, 8, jnp.float32))
 
     x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)  # pairs (1, 3), (2, 4); angles n, n / 10
     c, s = np.cos([1, 0.1]), np.sin([1, 0.1])
     want = [1 * c[0] - 3 * s[0], 2 * c[1] - 4 * s[1], 3 * c[0] + 1 * s[0], 4 * c[1] + 2 * s[1]]
     np.testing.assert_allclose(rotate(x, [[[1]]], 2).ravel(), want, rtol=1e-6)
     np.testing.assert_array_equal(rotate(x, [[[0]]], 2), x)
-    np.testing.assert_array_equal(rotate(x, [[[-1]]], 2), x)  # where padding stands
-    # Two axes: the first pair turns with the first (5), the second with the second (1).
+    np.testing.assert_array_equal(rotate(x, [[[-1]]], 2), x)  # the position of padding
+    # Two axes: the first pair rotates by the first axis (5), the second pair by the second (1).
     c, s = np.cos([5, 0.1]), np.sin([5, 0.1])
     want = [1 * c[0] - 3 * s[0], 2 * c[1] - 4 * s[1], 3 * c[0] + 1 * s[0], 4 * c[1] + 2 * s[1]]
     np.testing.assert_allclose(rotate(x, [[[5, 1]]], 1, 1).ravel(), want, rtol=1e-5)
 
 
-def test_a_token_that_stands_at_one_place_of_every_axis_turns_as_with_one():
-    found = []
+def test_equal_positions_on_all_axes_rotate_like_scalar_positions():
+    results = []
     for section in ((), (1, 1)):
         text = dataclasses.replace(CONFIG.text, mrope_section=section)
         decoder = Decoder(text, remat="", mesh=None, dtype="float32", param_dtype="float32", rngs=nnx.Rngs(0))
         x = jax.random.normal(jax.random.key(1), (1, 5, text.width))
-        positions, allowed = jnp.array([[0, 1, 2, 3, 3]]), jnp.tri(5, dtype=bool)[None]
-        found.append(decoder(x, positions, allowed)[0])
+        positions, attention_mask = jnp.array([[0, 1, 2, 3, 3]]), jnp.tri(5, dtype=bool)[None]
+        results.append(decoder(x, positions, attention_mask)[0])
         if section:
-            found.append(decoder(x, jnp.tile(positions[..., None], 2), allowed)[0])
-    np.testing.assert_array_equal(found[0], found[1])
-    np.testing.assert_array_equal(found[0], found[2])
+            results.append(decoder(x, jnp.tile(positions[..., None], 2), attention_mask)[0])
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
 
 
 def test_attention_by_hand():
@@ -103,14 +104,14 @@ def test_grouped_heads_share_their_keys():
     np.testing.assert_allclose(layers.attention(q, k, v), want, atol=1e-6)
 
 
-def test_a_query_that_sees_nothing_stays_finite():
+def test_a_query_without_keys_gives_finite_values():
     x = jnp.ones((1, 2, 1, 2))
     loss = lambda x: layers.attention(x, x, x, jnp.zeros((1, 2, 2), bool)).sum()  # noqa: E731
     assert jnp.isfinite(loss(x)) and jnp.isfinite(jax.grad(loss)(x)).all()
 
 
 def test_patches_are_a_strided_convolution():
-    # Two pixels of ten are left over.
+    # Two of ten pixels remain.
     config = VisionConfig(image_size=10, patch_size=4, width=6, layers=0, heads=1, mlp_width=6)
     tower = VisionTower(config, remat="", mesh=None, dtype="float32", param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     tower.pre_norm = lambda x: x
@@ -122,18 +123,18 @@ def test_patches_are_a_strided_convolution():
     np.testing.assert_allclose(got, want.reshape(2, 4, 6), atol=1e-5)
 
 
-def test_features_are_placed_in_order():
+def test_features_replace_image_tokens_in_order():
     x = -jnp.ones((2, 4, 1))
     features = jnp.array([[[10.0], [11.0]], [[20.0], [21.0]]])
     got = layers.insert_features(x, jnp.array([[0, 1, 1, 0], [1, 0, 1, 1]], bool), features)
-    # An image token too many, as a model might generate one, stays a token.
+    # An image token beyond the last feature, which a model may generate, is not replaced.
     np.testing.assert_array_equal(got[..., 0], [[-1, 10, 11, -1], [20, -1, 21, -1]])
 
 
 # The module and its parameters.
 
 
-def test_split_and_bind_are_inverse(model):
+def test_bind_inverts_split_model(model):
     graphdef, params = base.split_model(model)
     again, params_again = base.split_model(base.bind(graphdef, dict(reversed(params.items()))))
     assert again == graphdef and hash(again) == hash(graphdef)
@@ -144,7 +145,7 @@ def test_split_and_bind_are_inverse(model):
     assert params["language_model/blocks/attn/k/kernel"].shape == (2, 16, 8)
 
 
-def test_a_missing_parameter_is_refused(model):
+def test_bind_reports_missing_and_unknown_parameters(model):
     graphdef, params = base.split_model(model)
     params.pop("projector/fc1/bias")
     with pytest.raises(ValueError, match="70"):
@@ -154,7 +155,7 @@ def test_a_missing_parameter_is_refused(model):
         base.bind(graphdef, params)
 
 
-def test_initialisation_is_seeded_and_of_the_asked_dtype():
+def test_initialization_depends_on_the_seed_and_has_the_given_dtype():
     _, a = hf.init_params(CONFIG, seed=3, dtype=jnp.bfloat16)
     _, b = hf.init_params(CONFIG, seed=3, dtype=jnp.bfloat16)
     _, c = hf.init_params(CONFIG, seed=4, dtype=jnp.bfloat16)
@@ -164,39 +165,39 @@ def test_initialisation_is_seeded_and_of_the_asked_dtype():
     assert not (q[0] == q[1]).all()
 
 
-def test_unknown_model_types_are_named():
+def test_unknown_model_types_are_reported():
     with pytest.raises(UserError, match="'bert' is not supported. Supported types: llava"):
         models.module_for("bert")
 
 
-# The forward.
+# The forward pass.
 
 
-def test_encode_continues_from_any_block(model, pictures):
-    features, taps = model.encode(pictures)
+def test_encode_continues_from_any_block(model, images):
+    features, taps = model.encode(images)
     assert set(taps) == {"vision/0", "vision/1", "features", "projector"}  # layer -2 of three blocks
     assert features.values.shape == (2, CONFIG.image_tokens(8, 8), 16) and taps["vision/0"].values.shape == (2, 5, 16)
     np.testing.assert_array_equal(features.coords[1], [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]])
-    np.testing.assert_array_equal(taps["vision/0"].coords[1, 0], [0, -1, -1])  # the class token has no place
+    np.testing.assert_array_equal(taps["vision/0"].coords[1, 0], [0, -1, -1])  # the class token has no row and column
     for k in (1, 2):
         again, fewer = model.encode(hidden=taps[f"vision/{k - 1}"].values, start=k)
         np.testing.assert_allclose(again.values, features.values, atol=1e-6)
         assert set(fewer) == {f"vision/{i}" for i in range(k, 2)} | {"features", "projector"}
     with pytest.raises(ValueError, match="takes images"):
-        model.encode(pictures, start=1)
+        model.encode(images, start=1)
     with pytest.raises(ValueError, match="takes images"):
         model.encode()
 
 
-def test_unused_visual_parameters_have_zero_gradient(model, pictures):
+def test_unused_visual_parameters_have_zero_gradient(model, images):
     graphdef, params = base.split_model(model)
-    gradients = jax.grad(lambda p: jnp.square(base.bind(graphdef, p).encode(pictures)[0].values).sum())(params)
+    gradients = jax.grad(lambda p: jnp.square(base.bind(graphdef, p).encode(images)[0].values).sum())(params)
     zero = {k for k, v in gradients.items() if not k.startswith("language_model/") and not v.any()}
     assert zero == {k for k in params if k.startswith(("vision_tower/blocks/2/", "vision_tower/post_norm/"))}
 
 
-def test_padding_changes_nothing(model, pictures):
-    features, _ = model.encode(pictures)
+def test_padding_does_not_change_logits(model, images):
+    features, _ = model.encode(images)
     rows = [1, *[IMAGE] * 4, 7, 8, 9], [1, *[IMAGE] * 4, 5]
     for side in ("left", "right"):
         tokens, mask = prompt(*rows, side=side)
@@ -204,27 +205,27 @@ def test_padding_changes_nothing(model, pictures):
         assert cache is None and logits.dtype == jnp.float32 and jnp.isfinite(logits).all()
         noisy, _ = model(jnp.where(mask, tokens, 33), mask, features=features)
         for i, row in enumerate(rows):
-            alone, _ = model(*prompt(row), features=one(features, i))
+            alone, _ = model(*prompt(row), features=row_of(features, i))
             np.testing.assert_allclose(logits[i][mask[i]], alone[0], atol=1e-5)
             np.testing.assert_array_equal(noisy[i][mask[i]], logits[i][mask[i]])
 
 
-def test_no_token_sees_the_future_and_the_picture_matters(model, pictures):
-    features, _ = model.encode(pictures)
+def test_attention_is_causal_and_logits_depend_on_the_image(model, images):
+    features, _ = model.encode(images)
     tokens, mask = prompt([1, *[IMAGE] * 4, 7, 8, 9], [1, *[IMAGE] * 4, 7, 8, 9])
     logits, _ = model(tokens, mask, features=features)
     changed, _ = model(tokens.at[:, 6].set(20), mask, features=features)
     np.testing.assert_array_equal(logits[:, :6], changed[:, :6])
     assert (jnp.abs(logits[:, 6:] - changed[:, 6:]).max(-1) > 1e-4).all()
-    assert (jnp.abs(logits[0] - logits[1]).max(-1) > 1e-4)[1:].all()  # same words, two pictures
+    assert (jnp.abs(logits[0] - logits[1]).max(-1) > 1e-4)[1:].all()  # equal tokens, different images
 
 
-def test_logits_only_where_asked(model):
+def test_query_positions_select_logits(model):
     tokens, mask = prompt([1, 6, 7, 8], [1, 9])
-    at = jnp.array([[0, 3], [1, 0]])
+    query_positions = jnp.array([[0, 3], [1, 0]])
     logits, _ = model(tokens, mask)
-    some, _ = model(tokens, mask, query_positions=at)
-    np.testing.assert_allclose(some, jnp.take_along_axis(logits, at[..., None], 1), atol=1e-6)
+    selected, _ = model(tokens, mask, query_positions=query_positions)
+    np.testing.assert_allclose(selected, jnp.take_along_axis(logits, query_positions[..., None], 1), atol=1e-6)
 
 
 def test_text_logits_do_not_depend_on_visual_weights(model):
@@ -235,11 +236,11 @@ def test_text_logits_do_not_depend_on_visual_weights(model):
     np.testing.assert_array_equal(run(params, tokens, mask), run(broken, tokens, mask))
 
 
-@pytest.mark.parametrize("at", [pytest.param(None, marks=pytest.mark.slow), [[5, 6, 0], [4, 4, 1]]])
-def test_rematerialisation_changes_no_gradient(model, pictures, at):
+@pytest.mark.parametrize("query_positions", [pytest.param(None, marks=pytest.mark.slow), [[5, 6, 0], [4, 4, 1]]])
+def test_rematerialization_does_not_change_gradients(model, images, query_positions):
     _, params = base.split_model(model)
     tokens, mask = prompt([1, *[IMAGE] * 4, 7, 8], [1, *[IMAGE] * 4, 5])
-    at = None if at is None else jnp.array(at)
+    query_positions = None if query_positions is None else jnp.array(query_positions)
     gradients = []
     for remat in ("", "dots", "full"):
         config = dataclasses.replace(CONFIG, remat=remat)
@@ -247,7 +248,8 @@ def test_rematerialisation_changes_no_gradient(model, pictures, at):
 
         def loss(params, graphdef=graphdef):
             model = base.bind(graphdef, params)
-            return jnp.square(model(tokens, mask, features=model.encode(pictures)[0], query_positions=at)[0]).mean()
+            features, _ = model.encode(images)
+            return jnp.square(model(tokens, mask, features=features, query_positions=query_positions)[0]).mean()
 
         gradients.append(jax.jit(jax.grad(loss))(params))
     plain, *recomputed = gradients
@@ -256,16 +258,16 @@ def test_rematerialisation_changes_no_gradient(model, pictures, at):
             np.testing.assert_allclose(gradient[k], plain[k], rtol=1e-4, atol=1e-5)
 
 
-def test_computation_in_bfloat16_keeps_float32_logits(model, pictures):
+def test_bfloat16_computation_gives_float32_logits(model, images):
     config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
     graphdef, _ = base.abstract_model(lambda rngs: llava.Llava(config, rngs=rngs))
     _, params = base.split_model(model)
-    small = base.bind(graphdef, params)
+    bfloat16_model = base.bind(graphdef, params)
     tokens, mask = prompt([1, *[IMAGE] * 4, 7, 8], [1, *[IMAGE] * 4, 5])
-    features, taps = small.encode(pictures)
+    features, taps = bfloat16_model.encode(images)
     assert {v.values.dtype for v in taps.values()} == {jnp.dtype(jnp.bfloat16)}
-    logits, _ = small(tokens, mask, features=features)
-    want, _ = model(tokens, mask, features=model.encode(pictures)[0])
+    logits, _ = bfloat16_model(tokens, mask, features=features)
+    want, _ = model(tokens, mask, features=model.encode(images)[0])
     assert logits.dtype == jnp.float32
     assert np.corrcoef(logits.ravel(), want.ravel())[0, 1] > 0.99
 
@@ -273,7 +275,7 @@ def test_computation_in_bfloat16_keeps_float32_logits(model, pictures):
 # Generation.
 
 
-def test_last_token_of_either_padding():
+def test_last_token_for_left_and_right_padding():
     _, left = prompt([1, 2, 3], [1], side="left")
     _, right = prompt([1, 2, 3], [1], side="right")
     np.testing.assert_array_equal(last_token(left), [2, 2])
@@ -281,14 +283,14 @@ def test_last_token_of_either_padding():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_greedy_is_repeated_argmax_without_a_cache(model, pictures, side):
-    features, _ = model.encode(pictures)
+def test_greedy_equals_repeated_argmax_without_a_cache(model, images, side):
+    features, _ = model.encode(images)
     rows = [1, *[IMAGE] * 4, 7, 8, 9], [1, *[IMAGE] * 4, 5]
     want = []
     for i, row in enumerate(rows):
         row = list(row)
         for _ in range(6):
-            row.append(int(model(*prompt(row), features=one(features, i))[0][0, -1].argmax()))
+            row.append(int(model(*prompt(row), features=row_of(features, i))[0][0, -1].argmax()))
         want.append(row[-6:])
     batch = prompt(*rows, side=side)
     graphdef, params = base.split_model(model)
@@ -299,7 +301,7 @@ def test_greedy_is_repeated_argmax_without_a_cache(model, pictures, side):
         return greedy(model, Prompts(tokens, mask, features), max_new_tokens=6, eos_ids=eos, pad_id=0)
 
     np.testing.assert_array_equal(run((99,), params, features, *batch), want)
-    # Now a token that occurs ends a row, the third or the first that is written: kept itself, padding after it.
+    # With a generated token, the third or the first, as end token: it is part of the answer, and padding follows.
     for end in (want[0][2], want[0][0]):
         for row in want:
             if end in row:
@@ -308,8 +310,8 @@ def test_greedy_is_repeated_argmax_without_a_cache(model, pictures, side):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_option_scores_equal_reading_each_option_alone(model, pictures, side):
-    features, _ = model.encode(pictures)
+def test_option_scores_equal_scores_of_single_options(model, images, side):
+    features, _ = model.encode(images)
     rows = [1, *[IMAGE] * 4, 7, 8, 9], [1, *[IMAGE] * 4, 5]
     options = jnp.array([[[10, 11, 12], [13, 0, 0], [16, 17, 18]], [[14, 15, 0], [0, 0, 0], [19, 20, 0]]])
     options_mask = jnp.array([[[1, 1, 1], [1, 0, 0], [1, 1, 1]], [[1, 1, 0], [0, 0, 0], [1, 1, 0]]], bool)
@@ -320,7 +322,7 @@ def test_option_scores_equal_reading_each_option_alone(model, pictures, side):
             if not option:
                 assert scores[i, j] == -jnp.inf
                 continue
-            log_p = jax.nn.log_softmax(model(*prompt([*row, *option]), features=one(features, i))[0][0])
+            log_p = jax.nn.log_softmax(model(*prompt([*row, *option]), features=row_of(features, i))[0][0])
             want = sum(float(log_p[len(row) - 1 + n, token]) for n, token in enumerate(option))
             np.testing.assert_allclose(scores[i, j], want, atol=1e-4)
     first_tokens = options[..., :1]
@@ -333,7 +335,7 @@ def test_option_scores_equal_reading_each_option_alone(model, pictures, side):
 
 
 def products(jaxpr, scope=""):
-    """The name stack of every matrix product, in the bodies of loops as well."""
+    """Yields the name stack of each matrix product, those in loop bodies included."""
     for equation in jaxpr.eqns:
         stack = f"{scope}/{equation.source_info.name_stack}"
         if equation.primitive.name == "dot_general":
@@ -346,14 +348,14 @@ def products(jaxpr, scope=""):
 
 
 @pytest.mark.parametrize("remat", ["", "full"])
-def test_every_product_runs_under_the_named_scope_of_its_layer(pictures, remat):
+def test_every_product_runs_under_the_named_scope_of_its_layer(images, remat):
     config = dataclasses.replace(CONFIG, remat=remat)
     graphdef, params = base.abstract_model(lambda rngs: llava.Model(config, rngs=rngs))
     tokens, mask = prompt([IMAGE] * 4 + [9, 8])
 
     def loss(params):
         model = base.bind(graphdef, params)
-        features, _ = model.encode({"pixels": pictures["pixels"][:1]})
+        features, _ = model.encode({"pixels": images["pixels"][:1]})
         return model(tokens, mask, features=features)[0].sum()
 
     stacks = list(products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))

@@ -1,4 +1,4 @@
-"""The published sizes of every family: the shapes of their weights, as PyTorch has them, and where these lie."""
+"""The published sizes of every family: shapes of the weights, compared with PyTorch, and their sharding."""
 
 import functools
 import re
@@ -12,7 +12,7 @@ from vkd_jax.checkpoints import hf
 from vkd_jax.models import base
 from vkd_jax.runtime.mesh import check_rules, param_shardings
 
-# As the Hub shows them, rounded.
+# Numbers of parameters on the Hugging Face Hub, rounded.
 PUBLISHED = {
     ("llava", "7b"): 7.06e9,
     ("llava", "13b"): 13.4e9,
@@ -36,38 +36,38 @@ def preset(family, size):
     return module, hf_config, config, shapes
 
 
-def test_every_published_size_is_checked():
+def test_every_preset_has_a_published_size():
     assert set(PRESETS) == set(PUBLISHED)
 
 
 @every_preset
-def test_parameters_are_as_many_as_published(family, size):
+def test_the_number_of_parameters_is_the_published_one(family, size):
     *_, shapes = preset(family, size)
     assert sum(x.size for x in shapes.values()) == pytest.approx(PUBLISHED[family, size], rel=0.005)
 
 
 @every_preset
-def test_tensors_are_those_of_pytorch_each_in_one_place(family, size):
-    torch = pytest.importorskip("torch", reason="PyTorch is only there to compare with: pip install '.[test]'")
+def test_each_tensor_of_pytorch_has_one_slot(family, size):
+    torch = pytest.importorskip("torch", reason="PyTorch is needed for comparison: pip install '.[test]'")
     from transformers import AutoModelForImageTextToText
 
     module, hf_config, config, shapes = preset(family, size)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(hf_config)
     assert type(model).__name__ == module.HF_ARCHITECTURE
-    places = {}
-    for name, tensor in model.named_parameters():  # tied ones once
+    slots = {}
+    for name, tensor in model.named_parameters():  # tied parameters occur once
         slot = hf.find_slot(module, config, name)
         shape = shapes[slot.path].shape[0 if slot.layer is None else 1 :]
         assert slot.to_param(np.broadcast_to(0, tensor.shape)).shape == shape, name
-        assert places.setdefault(slot, name) == name
-    assert places.keys() == set(hf.tensor_names(module, config, shapes).values())
+        assert slots.setdefault(slot, name) == name
+    assert slots.keys() == set(hf.tensor_names(module, config, shapes).values())
     head = hf.find_slot(module, config, next(name for name in model.state_dict() if "lm_head" in name))
     assert (head.path == "language_model/embed/embedding") == config.text.tie_embeddings
 
 
 @every_preset
-def test_the_names_we_write_are_read_back_into_the_same_places(family, size):
+def test_written_names_are_read_into_the_same_slots(family, size):
     module, _, config, shapes = preset(family, size)
     names = hf.tensor_names(module, config, shapes)
     assert all(hf.find_slot(module, config, name) == slot for name, slot in names.items())
@@ -76,7 +76,7 @@ def test_the_names_we_write_are_read_back_into_the_same_places(family, size):
 
 @pytest.mark.parametrize("family", models.MODELS)
 def test_every_parameter_has_one_sharding_rule_and_every_rule_a_parameter(family):
-    # A rule may be for the head, which tied models lack: all sizes of a family together use each.
+    # The rule of the head is not used by tied models, so all sizes of a family are checked together.
     module, paths = models.module_for(family), set()
     for size in module.PRESETS:
         paths |= set(preset(family, size)[3])
@@ -87,13 +87,13 @@ def test_every_parameter_has_one_sharding_rule_and_every_rule_a_parameter(family
 
 @every_preset
 @pytest.mark.parametrize("mesh", [dict(data=1, fsdp=8, tensor=1), dict(data=1, fsdp=8, tensor=4)], ids=str)
-def test_large_weights_are_cut_over_the_mesh(family, size, mesh):
+def test_large_weights_are_fully_sharded(family, size, mesh):
     module, _, _, shapes = preset(family, size)
-    place = param_shardings(jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh)), module.SHARDING)
-    devices, held = np.prod(list(mesh.values())), 0
+    sharding_of = param_shardings(jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh)), module.SHARDING)
+    devices, per_device = np.prod(list(mesh.values())), 0
     for path, x in shapes.items():
-        share = np.prod(place(path, x.shape).shard_shape(x.shape))
+        shard_size = np.prod(sharding_of(path, x.shape).shard_shape(x.shape))
         if x.size > 2**21:
-            assert share * devices == x.size, path
-        held += share
-    assert held < sum(x.size for x in shapes.values()) / devices * 1.1
+            assert shard_size * devices == x.size, path
+        per_device += shard_size
+    assert per_device < sum(x.size for x in shapes.values()) / devices * 1.1

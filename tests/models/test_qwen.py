@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL without PyTorch: patches, places, positions by hand, and the promises of the forward."""
+"""Qwen2-VL and Qwen2.5-VL without PyTorch: patches and positions by hand, the forward pass, configurations."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ def model(request):
 
 
 def draw(*grids, seed=0):
-    """Random pictures of so many tokens (rows, columns) of 4 x 4 pixels: the rows of a batch."""
+    """Draws the images of each row of a batch, of the given rows and columns of tokens of 4 x 4 pixels."""
     rng = np.random.default_rng(seed)
     return [[rng.standard_normal((4 * r, 4 * c, 3)).astype(np.float32) for r, c in row] for row in grids]
 
@@ -53,29 +53,29 @@ def draw(*grids, seed=0):
 # Patches.
 
 
-def test_slots_by_hand():
+def test_slot_counts_by_hand():
     # 4, 6, 8, 12, 16, ... tokens of four patches.
     counts = {0: 16, 1: 16, 16: 16, 17: 24, 24: 24, 25: 32, 33: 48, 49: 64, 65: 96, 97: 128, 2560: 3072, 4000: 4096}
     assert {n: qwen_vit.slot_count(n, 2) for n in counts} == counts
     assert [qwen_vit.slot_count(n, 1) for n in (1, 5, 7, 9)] == [4, 6, 8, 12]
 
 
-def test_patches_that_merge_stand_together():
+def test_patches_that_merge_are_adjacent():
     side_by_side = [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
     np.testing.assert_array_equal(qwen_vit.patch_coords(2, 4, 2), side_by_side)
     stacked = [[0, 0], [0, 1], [1, 0], [1, 1], [2, 0], [2, 1], [3, 0], [3, 1]]
     np.testing.assert_array_equal(qwen_vit.patch_coords(4, 2, 2), stacked)
 
 
-def test_a_picture_is_cut_by_hand():
-    # Each pixel tells its colour, row and column.
-    y, x, colour = np.meshgrid(np.arange(4), np.arange(4), np.arange(3), indexing="ij")
-    picture = (100 * colour + 10 * y + x).astype(np.float32)
-    patches, where = qwen_vit.patchify(picture, 2, 2)
-    np.testing.assert_array_equal(where, [[0, 0], [0, 1], [1, 0], [1, 1]])
+def test_patchify_by_hand():
+    # The value of a pixel encodes its color, row and column.
+    y, x, color = np.meshgrid(np.arange(4), np.arange(4), np.arange(3), indexing="ij")
+    image = (100 * color + 10 * y + x).astype(np.float32)
+    patches, coords = qwen_vit.patchify(image, 2, 2)
+    np.testing.assert_array_equal(coords, [[0, 0], [0, 1], [1, 0], [1, 1]])
     assert patches[1].tolist() == [2, 3, 12, 13, 102, 103, 112, 113, 202, 203, 212, 213]
     assert patches[2, :4].tolist() == [20, 21, 30, 31]
-    np.testing.assert_array_equal(qwen_vit.unpatchify(patches, where, 2), picture)
+    np.testing.assert_array_equal(qwen_vit.unpatchify(patches, coords, 2), image)
 
 
 def test_pack_by_hand_and_its_inverse(unpack):
@@ -94,76 +94,76 @@ def test_pack_by_hand_and_its_inverse(unpack):
     assert [CONFIG.image_tokens(*x.shape[:2]) for x in sum(rows, [])] == [1, 6, 2]
 
 
-def test_pictures_come_back_from_what_the_image_processor_returns():
+def test_images_are_extracted_from_the_output_of_the_image_processor():
     images = sum(draw(((1, 2), (3, 1))), [])
-    cut = [qwen_vit.patchify(image, 2, 2)[0].reshape(-1, 3, 1, 4) for image in images]
+    patchified = [qwen_vit.patchify(image, 2, 2)[0].reshape(-1, 3, 1, 4) for image in images]
     output = {
-        "pixel_values": np.concatenate([patches.repeat(2, axis=2).reshape(len(patches), -1) for patches in cut]),
+        "pixel_values": np.concatenate([patches.repeat(2, axis=2).reshape(len(patches), -1) for patches in patchified]),
         "image_grid_thw": np.array([[1, 2, 4], [1, 6, 2]]),
     }
     for image, again in zip(images, CONFIG.extract_images(output), strict=True):
         np.testing.assert_array_equal(image, again)
 
 
-def test_a_picture_that_is_no_whole_number_of_tokens_is_refused():
+def test_an_image_that_is_not_a_whole_number_of_tokens_is_rejected():
     with pytest.raises(UserError, match="4 x 6 pixels cannot be divided into tokens of 4 x 4"):
         CONFIG.pack([[np.zeros((4, 6, 3))]])
 
 
-def test_merged_places_by_hand():
-    where = CONFIG.pack(draw(((1, 2), (1, 1))))["patch_coords"]
+def test_token_coords_by_hand():
+    coords = CONFIG.pack(draw(((1, 2), (1, 1))))["patch_coords"]
     want = [[0, 0, 0], [0, 0, 1], [1, 0, 0], [-1, -1, -1]]
-    np.testing.assert_array_equal(qwen_vit.token_coords(where, 2), [want])
+    np.testing.assert_array_equal(qwen_vit.token_coords(coords, 2), [want])
 
 
 # The network, by hand.
 
 
 def test_rotation_by_hand():
-    # Pairs (1, 5), (2, 6) turn with the row, 3, and (3, 7), (4, 8) with the column, 1; angles n and n / 10.
+    # Pairs (1, 5), (2, 6) rotate by the row, 3, and (3, 7), (4, 8) by the column, 1; the angles are n and n / 10.
     config = VisionConfig(**VISION, rope_theta=100.0)
     options = dict(dtype="bfloat16", param_dtype="float32", rngs=nnx.Rngs(0))
     tower = qwen_vit.VisionTower(config, remat="", mesh=None, **options)
-    turned = tower._rotary_tables(jnp.array([[[7, 3, 1], *[[-1, -1, -1]] * 3]]))
+    tables = tower._rotary_tables(jnp.array([[[7, 3, 1], *[[-1, -1, -1]] * 3]]))
     x = jnp.tile(jnp.arange(1.0, 9.0), (1, 4, 1, 1))
     c, s = np.cos([3, 0.3, 1, 0.1]), np.sin([3, 0.3, 1, 0.1])
     low, high = np.arange(1.0, 5.0), np.arange(5.0, 9.0)
-    y = layers.rotate(x, turned)
+    y = layers.rotate(x, tables)
     np.testing.assert_allclose(y[0, 0, 0], [*(low * c - high * s), *(high * c + low * s)], rtol=1e-5)
     np.testing.assert_array_equal(y[0, 1:], x[0, 1:])  # padding
-    half = x.astype(jnp.bfloat16)  # in float32 all the same
-    np.testing.assert_array_equal(layers.rotate(half, turned), y.astype(jnp.bfloat16))
+    half = x.astype(jnp.bfloat16)  # computed in float32, the dtype of the tables
+    np.testing.assert_array_equal(layers.rotate(half, tables), y.astype(jnp.bfloat16))
 
 
-def test_what_patches_see_by_hand():
-    where = jnp.array([[[0, 0, 0], [0, 0, 2], [0, 2, 0], [1, 0, 0], [-1, -1, -1]]])
-    whole = [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
-    np.testing.assert_array_equal(qwen_vit.attention_mask(where), [whole])
-    np.testing.assert_array_equal(qwen_vit.attention_mask(where, window=2), [np.eye(5)])
-    np.testing.assert_array_equal(qwen_vit.attention_mask(where, window=3), [whole])
+def test_attention_masks_by_hand():
+    coords = jnp.array([[[0, 0, 0], [0, 0, 2], [0, 2, 0], [1, 0, 0], [-1, -1, -1]]])
+    same_image = [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+    np.testing.assert_array_equal(qwen_vit.attention_mask(coords), [same_image])
+    np.testing.assert_array_equal(qwen_vit.attention_mask(coords, window=2), [np.eye(5)])
+    np.testing.assert_array_equal(qwen_vit.attention_mask(coords, window=3), [same_image])
 
 
 def test_positions_by_hand():
-    where = jnp.array([[[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2], [1, 0, 0], [1, 1, 0]]])
-    # Two words, a picture of 2 x 3 tokens, a word, one of 2 x 1, a word.
+    coords = jnp.array([[[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2], [1, 0, 0], [1, 1, 0]]])
+    # Two text tokens, an image of 2 x 3 tokens, a text token, an image of 2 x 1, a text token.
     is_image = jnp.array([[0, 0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 0]], bool)
     time = [0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 6, 8]
     row = [0, 1, 2, 2, 2, 3, 3, 3, 5, 6, 7, 8]
     column = [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 6, 8]
     want = np.stack([time, row, column], axis=-1)[None]
     positions = jax.jit(qwen2_vl.mrope_positions)
-    got = positions(is_image, jnp.ones((1, 12), bool), where)
+    got = positions(is_image, jnp.ones((1, 12), bool), coords)
     np.testing.assert_array_equal(got, want)
     pad = jnp.zeros((1, 2), bool)
     for before, after in ((pad, pad[:, :0]), (pad[:, :0], pad)):
         mask = jnp.concatenate([before, jnp.ones((1, 12), bool), after], axis=1)
         padded = jnp.concatenate([before, is_image, after], axis=1)
-        got = positions(padded, mask, where)
+        got = positions(padded, mask, coords)
         np.testing.assert_array_equal(got[mask], want[0])
         assert not got[~mask].any()
 
 
-def test_still_pictures_show_every_frame_of_the_kernel_the_same(model):
+def test_embedding_a_still_image_equals_embedding_equal_frames(model):
     tower, patches = model.vision_tower, jax.random.normal(jax.random.key(0), (1, 16, 12))
     kernel = tower.patch_embedding[...]
     assert kernel.shape == (2, 3, 2, 2, 16)
@@ -172,20 +172,20 @@ def test_still_pictures_show_every_frame_of_the_kernel_the_same(model):
     np.testing.assert_allclose(tower.embed(patches), want, atol=1e-5)
 
 
-# The promises of the forward.
+# The forward pass.
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="start")
-def encode(graphdef, params, pictures, hidden=None, start=0):
-    return base.bind(graphdef, params).encode(pictures, hidden=hidden, start=start)
+def encode(graphdef, params, images, hidden=None, start=0):
+    return base.bind(graphdef, params).encode(images, hidden=hidden, start=start)
 
 
 def taps_of(model, rows, slots=0):
-    """The taps of pictures, in at least so many slots; what the further ones hold must not matter."""
+    """Returns the taps of images in at least `slots` slots; the patches in further slots must not matter."""
     packed = model.config.pack(rows)
-    more = ((0, 0), (0, max(slots - packed["patch_coords"].shape[1], 0)), (0, 0))
-    packed["patches"] = np.pad(packed["patches"], more, constant_values=9.0)
-    packed["patch_coords"] = np.pad(packed["patch_coords"], more, constant_values=-1)
+    padding = ((0, 0), (0, max(slots - packed["patch_coords"].shape[1], 0)), (0, 0))
+    packed["patches"] = np.pad(packed["patches"], padding, constant_values=9.0)
+    packed["patch_coords"] = np.pad(packed["patch_coords"], padding, constant_values=-1)
     return encode(*base.split_model(model), packed)[1]
 
 
@@ -193,7 +193,7 @@ def close(ours, want):
     np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-4)
 
 
-def test_taps_are_the_blocks_what_feeds_the_projector_and_its_output(model):
+def test_taps_are_block_outputs_projector_input_and_projector_output(model):
     features, taps = encode(*base.split_model(model), model.config.pack(draw(((2, 2), (1, 1)))))
     assert set(taps) == {"vision/0", "vision/1", "features", "projector"}
     assert model.config.used_blocks == 2
@@ -203,7 +203,7 @@ def test_taps_are_the_blocks_what_feeds_the_projector_and_its_output(model):
     assert taps["features"].values.shape == (1, 24, 16) and taps["features"].valid.sum() == 20
 
 
-def test_slots_beyond_the_pictures_change_nothing_and_stay_zero(model):
+def test_empty_slots_do_not_change_features_and_have_zero_features(model):
     rows = draw(((2, 3),), ((1, 1), (2, 1)))
     few, many = taps_of(model, rows), taps_of(model, rows, slots=48)
     for name, tap in few.items():
@@ -213,43 +213,43 @@ def test_slots_beyond_the_pictures_change_nothing_and_stay_zero(model):
         assert not tap.values[~tap.valid].any() and not many[name].values[:, p:].any()
 
 
-def test_no_gradient_flows_from_empty_slots(model):
+def test_empty_slots_have_zero_gradients(model):
     graphdef, params = base.split_model(model)
 
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))
-    def gradients(patches, params, where):
-        _, taps = base.bind(graphdef, params).encode({"patches": patches, "patch_coords": where})
+    def gradients(patches, params, coords):
+        _, taps = base.bind(graphdef, params).encode({"patches": patches, "patch_coords": coords})
         return sum((tap.values**2).sum() for tap in taps.values())
 
     packed = model.config.pack(draw(((2, 3),), ((1, 1),)))
     valid = packed["patch_coords"][..., 0] >= 0
-    of_patches, _ = gradients(packed["patches"], params, packed["patch_coords"])
-    assert of_patches[valid].any(axis=-1).all() and not of_patches[~valid].any()
-    _, of_params = gradients(packed["patches"], params, np.full_like(packed["patch_coords"], -1))
-    assert not any(gradient.any() for gradient in of_params.values())
+    patch_gradients, _ = gradients(packed["patches"], params, packed["patch_coords"])
+    assert patch_gradients[valid].any(axis=-1).all() and not patch_gradients[~valid].any()
+    _, param_gradients = gradients(packed["patches"], params, np.full_like(packed["patch_coords"], -1))
+    assert not any(gradient.any() for gradient in param_gradients.values())
 
 
-def test_pictures_of_a_prompt_do_not_see_each_other(model):
+def test_images_of_a_prompt_do_not_attend_to_each_other(model):
     images = [*draw(((2, 3), (2, 1)))[0], *draw(((1, 2),), seed=1)[0]]
     together = taps_of(model, [images])["projector"]
-    for picture, image in enumerate(images):
+    for index, image in enumerate(images):
         alone = taps_of(model, [[image]], slots=48)["projector"]
-        close(together.values[together.coords[..., 0] == picture], alone.values[alone.valid])
+        close(together.values[together.coords[..., 0] == index], alone.values[alone.valid])
 
 
-def test_windows_bound_what_a_block_sees():
+def test_windows_limit_attention():
     model, packed = random("qwen2_5_vl"), CONFIG.pack(draw(((3, 4),)))
-    where = packed["patch_coords"][0]
+    coords = packed["patch_coords"][0]
     change = np.array(packed["patches"])
     change[0, 0] += 1  # at row 0, column 0
     before, after = (encode(*model, {**packed, "patches": x})[1] for x in (packed["patches"], change))
-    moved = [np.asarray((before[t].values != after[t].values).any(-1)[0]) for t in ("vision/0", "vision/1")]
-    np.testing.assert_array_equal(moved[0], (where[:, 0] == 0) & (where[:, 1] < 4) & (where[:, 2] < 4))
-    np.testing.assert_array_equal(moved[1], where[:, 0] == 0)
+    changed = [np.asarray((before[t].values != after[t].values).any(-1)[0]) for t in ("vision/0", "vision/1")]
+    np.testing.assert_array_equal(changed[0], (coords[:, 0] == 0) & (coords[:, 1] < 4) & (coords[:, 2] < 4))
+    np.testing.assert_array_equal(changed[1], coords[:, 0] == 0)
 
 
-def test_the_forward_can_start_from_cached_activations(model):
+def test_encode_continues_from_any_block(model):
     packed = model.config.pack(draw(((2, 2),), ((1, 3), (1, 1))))
     features, taps = encode(*base.split_model(model), packed)
     for start in (1, 2):
@@ -261,7 +261,7 @@ def test_the_forward_can_start_from_cached_activations(model):
         model.encode(packed, start=1)
 
 
-def test_recomputing_blocks_changes_nothing():
+def test_rematerialization_does_not_change_gradients():
     config = CONFIGS["qwen2_5_vl"]
     _, params = random("qwen2_5_vl")
     packed = config.pack(draw(((2, 2),)))
@@ -280,14 +280,14 @@ def test_recomputing_blocks_changes_nothing():
         close(recomputed[name], gradient)
 
 
-def test_the_forward_computes_in_the_asked_dtype(model):
+def test_bfloat16_computation_gives_float32_logits(model):
     config = dataclasses.replace(model.config, compute_dtype="bfloat16")
     graphdef, params = base.abstract_model(lambda rngs: qwen2_vl.Model(config, rngs=rngs, param_dtype=jnp.bfloat16))
     tokens = jnp.array([[1, IMAGE, IMAGE, IMAGE, IMAGE, 9]])
 
-    def forward(params, pictures):
+    def forward(params, images):
         half = base.bind(graphdef, params)
-        features, taps = half.encode(pictures)
+        features, taps = half.encode(images)
         return taps, half(tokens, tokens > 0, features=features)[0]
 
     taps, logits = jax.eval_shape(forward, params, config.pack(draw(((2, 2),))))
@@ -295,7 +295,7 @@ def test_the_forward_computes_in_the_asked_dtype(model):
     assert logits.dtype == jnp.float32
 
 
-def test_an_image_token_without_a_picture_is_a_word(model):
+def test_an_image_token_without_a_feature_is_text(model):
     features, _ = encode(*base.split_model(model), model.config.pack(draw(((1, 2),))))
     tokens = jnp.array([[1, IMAGE, IMAGE, 9, IMAGE, 10]])
     mask = jnp.ones_like(tokens, bool)
@@ -305,7 +305,7 @@ def test_an_image_token_without_a_picture_is_a_word(model):
         whole, _ = model(tokens, mask, features=features)
         cache = model.language_model.empty_cache(1, 6)
         _, cache = model(tokens[:, :4], mask[:, :4], features=features, cache=cache)
-        return whole[:, 4:], model(tokens[:, 4:], mask[:, 4:], cache=cache)[0]  # as generation goes on
+        return whole[:, 4:], model(tokens[:, 4:], mask[:, 4:], cache=cache)[0]  # as in generation
 
     close(*both_ways(features))
 
@@ -348,7 +348,7 @@ def test_configurations_are_read():
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_a_configuration_of_before_transformers_5_is_read(family, tmp_path):
+def test_configurations_from_before_transformers_5_are_read(family, tmp_path):
     new = hf_config(family, tie_word_embeddings=True)
     old = {k: v for k, v in new.text_config.to_dict().items() if k not in ("model_type", "rope_parameters", "dtype")}
     old |= dict(rope_theta=5000.0, rope_scaling={"type": "mrope", "mrope_section": [2, 1, 1]}, torch_dtype="bfloat16")
@@ -362,7 +362,7 @@ def test_a_configuration_of_before_transformers_5_is_read(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_what_is_not_computed_is_refused_at_once(family):
+def test_all_unsupported_fields_are_reported_at_once(family):
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "mrope_section": [2, 2, 1]}
     text = dict(hidden_act="gelu", rope_parameters=rope, use_sliding_window=True, max_window_layers=1)
     vision = dict(hidden_act="relu", in_channels=1, num_heads=8)
@@ -374,12 +374,12 @@ def test_what_is_not_computed_is_refused_at_once(family):
         "text_config.use_sliding_window", "text_config.layer_types", "vision_config.hidden_act is 'relu'",
         "vision_config.in_channels is 1", "vision_config.num_heads is 8", "the width of merged patches is 8",
     )  # fmt: skip
-    for part in named:
-        assert part in str(error.value)
+    for name in named:
+        assert name in str(error.value)
     assert ("vision_config.window_size is 3" in str(error.value)) == (family == "qwen2_5_vl")
 
 
-def test_the_other_family_is_refused():
+def test_the_configuration_of_the_other_family_is_rejected():
     for family, other in (("qwen2_vl", "qwen2_5_vl"), ("qwen2_5_vl", "qwen2_vl")):
         with pytest.raises(UserError, match="vision_config.model_type.*text_config.model_type"):
             models.module_for(family).Config.from_hf(hf_config(other))
@@ -387,7 +387,7 @@ def test_the_other_family_is_refused():
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_written_models_are_read_back_under_every_name(family, tied, tmp_path):
+def test_written_models_are_read_under_all_generations_of_names(family, tied, tmp_path):
     hf_settings = hf_config(family, tie_word_embeddings=tied)
     module, rng = models.module_for(family), np.random.default_rng(0)
     config = module.Config.from_hf(hf_settings)

@@ -1,11 +1,11 @@
-"""What every comparison with PyTorch needs."""
+"""Settings of the comparisons with PyTorch."""
 
 import pytest
 
 
 @pytest.fixture(scope="module", autouse=True)
 def exact():
-    """Full float32 products, as PyTorch computes them on a CPU."""
+    """Computes products in float32, as PyTorch does on a CPU."""
     import jax
 
     jax.config.update("jax_default_matmul_precision", "highest")

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_parity as parity
+from torch_parity import EOS, IMAGE, PAD, SIDES
 
 from vkd_jax.checkpoints import hf
 from vkd_jax.evaluation.inference import Seen
@@ -14,10 +16,8 @@ from vkd_jax.models import llava
 from vkd_jax.models.base import bind
 from vkd_jax.models.generate import Prompts, greedy, option_log_probs
 
-torch = pytest.importorskip("torch", reason="PyTorch is only there to compare with: pip install '.[test]'")
+torch = pytest.importorskip("torch", reason="PyTorch is needed for comparison: pip install '.[test]'")
 transformers = pytest.importorskip("transformers")
-
-IMAGE, PAD, EOS = 4, 3, 2
 
 # Two image sizes, two patch sizes, all-head and grouped key/value heads, two feature layers.
 SHAPES = {
@@ -57,48 +57,21 @@ def hf_config(image_size, patch_size, kv_heads, feature_layer, select, tied):
     )  # fmt: skip
 
 
-def ragged(rows, side):
-    """Rows of different lengths to (tokens, mask), padded on one side."""
-    width = max(map(len, rows))
-    tokens, mask = np.full((len(rows), width), PAD, np.int32), np.zeros((len(rows), width), bool)
-    for i, row in enumerate(rows):
-        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        tokens[i, at], mask[i, at] = row, True
-    return tokens, mask
-
-
 @pytest.fixture(scope="session", params=SHAPES)
 def pair(request, tmp_path_factory) -> Pair:
     torch.manual_seed(0)
     model = transformers.LlavaForConditionalGeneration(hf_config(**SHAPES[request.param])).eval()
-    with torch.no_grad():  # as if trained: at the initial scales logits are near zero and norms trivial
-        for name, parameter in model.named_parameters():
-            if "embed_tokens" in name and model.config.tie_word_embeddings:
-                continue  # larger, and each token would only predict itself
-            if parameter.ndim > 1:
-                parameter.mul_(6 if "language_model" in name else 3)
-            else:
-                parameter.add_(0.2 * torch.randn_like(parameter))
+    parity.scale_weights(model)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     graphdef, params, config = hf.load(folder)
     rng = np.random.default_rng(0)
     lengths = (5, 9, 2)
-    picture = [IMAGE] * config.image_tokens(config.vision.image_size, config.vision.image_size)
-    rows = [[1, *rng.integers(5, 200, 2), *picture, *rng.integers(5, 200, n)] for n in lengths]
-    tokens, mask, answers = {}, {}, {}
-    for side in ("left", "right"):
-        tokens[side], mask[side] = ragged(rows, side)
-        answers[side] = np.zeros_like(mask[side])
-        for i, row in enumerate(rows):
-            end = len(mask[side][i]) if side == "left" else len(row)
-            answers[side][i, end - min(4, lengths[i]) : end] = True
+    image = [IMAGE] * config.image_tokens(config.vision.image_size, config.vision.image_size)
+    rows = [[1, *rng.integers(5, 200, 2), *image, *rng.integers(5, 200, n)] for n in lengths]
     size = config.vision.image_size
     pixels = rng.standard_normal((len(rows), size, size, 3)).astype(np.float32)
-    return Pair(model, graphdef, params, config, folder, pixels, tokens, mask, answers)
-
-
-SIDES = ("left", "right")
+    return Pair(model, graphdef, params, config, folder, pixels, *parity.pad_prompts(rows, lengths))
 
 
 def to_torch(pair, side):
@@ -111,14 +84,7 @@ def to_torch(pair, side):
     )
 
 
-def close(ours, theirs, tolerance):
-    theirs = theirs.detach().numpy()
-    assert ours.shape == theirs.shape
-    assert np.abs(theirs).max() > 0.1  # a comparison of zeros says nothing
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
-
-
-def test_every_vision_block_and_the_projector(pair):
+def test_vision_blocks_and_projector_agree(pair):
     with torch.no_grad():
         pixels = torch.tensor(pair.pixels).permute(0, 3, 1, 2)
         hidden = pair.torch.model.vision_tower(pixels, output_hidden_states=True).hidden_states
@@ -126,15 +92,17 @@ def test_every_vision_block_and_the_projector(pair):
     features, taps = jax.jit(lambda p, x: bind(pair.graphdef, p).encode({"pixels": x}))(pair.params, pair.pixels)
     assert set(taps) == {f"vision/{i}" for i in range(pair.config.used_blocks)} | {"features", "projector"}
     for i in range(pair.config.used_blocks):
-        close(taps[f"vision/{i}"].values, hidden[i + 1], 1e-4)
-    chosen = hidden[pair.config.feature_layer]
-    close(taps["features"].values, chosen[:, 1:] if pair.config.feature_select == "default" else chosen, 1e-4)
-    close(taps["projector"].values, projected, 1e-4)
+        parity.assert_close(taps[f"vision/{i}"].values, hidden[i + 1], 1e-4)
+    features_in_torch = hidden[pair.config.feature_layer]
+    if pair.config.feature_select == "default":
+        features_in_torch = features_in_torch[:, 1:]
+    parity.assert_close(taps["features"].values, features_in_torch, 1e-4)
+    parity.assert_close(taps["projector"].values, projected, 1e-4)
     np.testing.assert_array_equal(features.values, taps["projector"].values)
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_logits(pair, side):
+def test_logits_agree(pair, side):
     with torch.no_grad():
         theirs = pair.torch(**to_torch(pair, side)).logits
 
@@ -145,30 +113,23 @@ def test_logits(pair, side):
 
     ours = logits(pair.params, pair.pixels, pair.tokens[side], pair.mask[side])
     real = pair.mask[side]
-    close(ours[real], theirs[torch.tensor(real)], 1e-4)
+    parity.assert_close(ours[real], theirs[torch.tensor(real)], 1e-4)
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_text_only_logits(pair, side):
-    rows = [[1, 20, 30, 40, 50, 60], [1, 70, 80]]
-    tokens, mask = ragged(rows, side)
-    ours, _ = bind(pair.graphdef, pair.params)(jnp.asarray(tokens), jnp.asarray(mask))
-    for i, row in enumerate(rows):
-        with torch.no_grad():
-            theirs = pair.torch(input_ids=torch.tensor([row])).logits[0]
-        close(ours[i][mask[i]], theirs, 1e-4)
+def test_text_only_logits_agree(pair, side):
+    parity.assert_text_logits_agree(bind(pair.graphdef, pair.params), pair.torch, side, 1e-4)
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_loss_and_the_gradient_of_every_visual_parameter(pair, side):
+def test_loss_and_gradients_of_all_visual_parameters_agree(pair, side):
     inputs, answers = to_torch(pair, side), pair.answers[side]
     labels = inputs["input_ids"].masked_fill(~torch.tensor(answers), -100)
     pair.torch.zero_grad()
     theirs = pair.torch(**inputs, labels=labels).loss
     theirs.backward()
 
-    visual = {k: v for k, v in pair.params.items() if not k.startswith("language_model/")}
-    frozen = {k: v for k, v in pair.params.items() if k.startswith("language_model/")}
+    visual, frozen = parity.split_visual(pair.params)
 
     @jax.jit
     @jax.value_and_grad
@@ -189,45 +150,36 @@ def test_loss_and_the_gradient_of_every_visual_parameter(pair, side):
             continue
         compared.add(slot.path)
         gradient = gradients[slot.path]
-        if parameter.grad is None:  # past the feature layer: no path to the loss
+        if parameter.grad is None:  # blocks after the feature layer do not affect the loss
             assert not gradient.any()
             continue
         want = slot.to_param(parameter.grad.numpy())
-        # Relative to the tensor's norm. The key bias's true gradient is zero (the softmax cancels it).
+        # Relative to the norm of the tensor. The gradient of the key bias is zero: the softmax cancels the bias.
         error, norm = np.linalg.norm(gradient - want), np.linalg.norm(want)
         assert error <= 1e-3 * norm or max(error, norm) < 1e-5 * largest, (name, error, norm)
     assert compared == set(visual)
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_greedy_generation_of_prompts_of_different_lengths(pair, side):
-    inputs = to_torch(pair, "left")  # transformers generates from the left only
+def test_greedy_answers_to_prompts_of_different_lengths_agree(pair, side):
+    inputs = to_torch(pair, "left")  # transformers generates with left padding only
     del inputs["position_ids"]
-    new = 12
-    # An end token that occurs: what the first row says third.
-    settings = dict(do_sample=False, pad_token_id=PAD, max_new_tokens=new)
-    width = inputs["input_ids"].shape[1]
-    free = pair.torch.generate(**inputs, **settings, eos_token_id=None)[:, width:].numpy()
-    end = int(free[0, 2])
-    theirs = pair.torch.generate(**inputs, **settings, eos_token_id=[EOS, end])[:, width:].numpy()
+    theirs, end = parity.generate(pair.torch, inputs, 12)
 
     @jax.jit
     def answer(params, pixels, tokens, mask):
         model = bind(pair.graphdef, params)
         features = model.encode({"pixels": pixels})[0]
-        return greedy(model, Prompts(tokens, mask, features), max_new_tokens=new, eos_ids=(EOS, end), pad_id=PAD)
+        return greedy(model, Prompts(tokens, mask, features), max_new_tokens=12, eos_ids=(EOS, end), pad_id=PAD)
 
     ours = np.asarray(answer(pair.params, pair.pixels, pair.tokens[side], pair.mask[side]))
-    np.testing.assert_array_equal(ours[:, : theirs.shape[1]], theirs)
-    assert (ours[:, theirs.shape[1] :] == PAD).all()
-    assert len(set(map(tuple, free.tolist()))) == len(free) and len(np.unique(free)) > 4  # no trivial answers
+    parity.assert_same_answers(ours, theirs)
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_option_log_probs_equal_reading_each_option_after_the_prompt(pair, side):
+def test_option_log_probs_agree_with_a_forward_pass_per_option(pair, side):
     options = [[[7, 8, 9], [10]], [[11, 12], [13, 14]], [[20], [21, 22, 23]]]
-    texts, texts_mask = zip(*(ragged(row + [[0] * 3], "right") for row in options), strict=True)
-    texts, texts_mask = np.stack(texts)[:, :2], np.stack(texts_mask)[:, :2]
+    texts, texts_mask = parity.pad_options(options)
 
     @jax.jit
     def score(params, pixels, tokens, mask):
@@ -249,8 +201,8 @@ def test_option_log_probs_equal_reading_each_option_after_the_prompt(pair, side)
             np.testing.assert_allclose(scores[i, j], want, atol=1e-3)
 
 
-def test_logits_of_two_pictures_in_a_prompt(pair):
-    """Each picture alone through the tower, their features one after another: a worked example before a question."""
+def test_logits_of_prompts_with_two_images_agree(pair):
+    """Images are encoded separately and their features concatenated, as for a worked example before a question."""
     count = pair.config.image_tokens(pair.config.vision.image_size, pair.config.vision.image_size)
     rng = np.random.default_rng(1)
     features, _ = jax.jit(lambda p, x: bind(pair.graphdef, p).encode({"pixels": x}))(pair.params, pair.pixels)
@@ -268,4 +220,4 @@ def test_logits_of_two_pictures_in_a_prompt(pair):
     with torch.no_grad():
         pixels = torch.tensor(pair.pixels[np.ravel(seen.rows)]).permute(0, 3, 1, 2)
         theirs = pair.torch(input_ids=torch.tensor(tokens), pixel_values=pixels).logits
-    close(ours, theirs, 1e-4)
+    parity.assert_close(ours, theirs, 1e-4)

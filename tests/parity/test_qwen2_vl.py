@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_parity as parity
+from torch_parity import EOS, IMAGE, PAD, SIDES
 
 from vkd_jax import models
 from vkd_jax.checkpoints import hf
@@ -16,19 +18,16 @@ from vkd_jax.models.generate import Prompts, greedy, option_log_probs
 from vkd_jax.models.qwen2_vl import mrope_positions
 from vkd_jax.models.qwen_vit import token_coords
 
-torch = pytest.importorskip("torch", reason="PyTorch is only there to compare with: pip install '.[test]'")
+torch = pytest.importorskip("torch", reason="PyTorch is needed for comparison: pip install '.[test]'")
 transformers = pytest.importorskip("transformers")
 
-IMAGE, PAD, EOS = 4, 3, 2
-SIDES = ("left", "right")
-
-# Grouped and all key/value heads, a head of its own and the embedding's, two patch sizes.
+# Grouped and ungrouped key/value heads, an untied and a tied output head, two patch sizes.
 SHAPES = {
     "qwen2_vl": dict(patch_size=14, kv_heads=2, tied=False),
     "qwen2_5_vl": dict(patch_size=4, kv_heads=4, tied=True),
 }
 
-# The pictures of each prompt, in tokens (rows, columns); windows of two tokens cut most of them unevenly.
+# Rows and columns of tokens of the images of each prompt; windows of two tokens do not divide most of them.
 GRIDS = (((3, 5), (2, 2)), ((4, 3),), ((1, 2), (5, 1), (2, 4)))
 OTHER_GRIDS = (((2, 3),), ((4, 2), (1, 1), (3, 3)), ((2, 8), (1, 3)))
 
@@ -67,24 +66,14 @@ def hf_config(family, patch_size, kv_heads, tied):
     )  # fmt: skip
 
 
-def ragged(rows, side):
-    """Rows of different lengths to (tokens, mask), padded on one side."""
-    width = max(map(len, rows))
-    tokens, mask = np.full((len(rows), width), PAD, np.int32), np.zeros((len(rows), width), bool)
-    for i, row in enumerate(rows):
-        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        tokens[i, at], mask[i, at] = row, True
-    return tokens, mask
-
-
 def draw(config, grids, rng):
-    """Random pictures of so many tokens, as the image processor would leave them."""
+    """Draws the images of each prompt with the given rows and columns of tokens, as an image processor returns them."""
     side = config.vision.patch_size * config.vision.merge
     return [[rng.standard_normal((r * side, c * side, 3)).astype(np.float32) for r, c in row] for row in grids]
 
 
 def processed(config, images) -> dict[str, Any]:
-    """What transformers' image processor makes of pictures that have their size and scale already."""
+    """Returns the output of transformers' image processor for images with final size and scale."""
     options = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), False)
     vision = config.vision
     processor = transformers.Qwen2VLImageProcessorPil(**options, patch_size=vision.patch_size, merge_size=vision.merge)
@@ -92,12 +81,15 @@ def processed(config, images) -> dict[str, Any]:
     return dict(processor(images=flat, return_tensors="pt", input_data_format="channels_last"))
 
 
-def prompts(grids, rng, lengths=(5, 9, 2)):
-    """A few words, pictures with a word between them, words."""
+TEXT_LENGTHS = (5, 9, 2)
+
+
+def prompts(grids, rng):
+    """Draws prompts of a few text tokens, images with a text token after each, and text tokens."""
     rows = []
-    for row, n in zip(grids, lengths, strict=True):
-        pictures = [token for r, c in row for token in (*[IMAGE] * (r * c), 7)]
-        rows.append([1, *rng.integers(8, 200, 2).tolist(), *pictures, *rng.integers(8, 200, n).tolist()])
+    for row, n in zip(grids, TEXT_LENGTHS, strict=True):
+        images = [token for r, c in row for token in (*[IMAGE] * (r * c), 7)]
+        rows.append([1, *rng.integers(8, 200, 2).tolist(), *images, *rng.integers(8, 200, n).tolist()])
     return rows
 
 
@@ -106,27 +98,14 @@ def pair(request, tmp_path_factory) -> Pair:
     torch.manual_seed(0)
     hf_settings = hf_config(request.param, **SHAPES[request.param])
     model = transformers.AutoModelForImageTextToText.from_config(hf_settings).eval()
-    with torch.no_grad():  # as if trained: at the initial scales logits are near zero and norms trivial
-        for name, parameter in model.named_parameters():
-            if "embed_tokens" in name and model.config.tie_word_embeddings:
-                continue  # larger, and each token would only predict itself
-            if parameter.ndim > 1:
-                parameter.mul_(6 if "language_model" in name else 3)
-            else:
-                parameter.add_(0.2 * torch.randn_like(parameter))
+    parity.scale_weights(model)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     graphdef, params, config = hf.load(folder)
     rng = np.random.default_rng(0)
     images = draw(config, GRIDS, rng)
-    rows, tokens, mask, answers = prompts(GRIDS, rng), {}, {}, {}
-    for side in SIDES:
-        tokens[side], mask[side] = ragged(rows, side)
-        answers[side] = np.zeros_like(mask[side])
-        for i, row in enumerate(rows):
-            end = mask[side].shape[1] if side == "left" else len(row)
-            answers[side][i, end - min(4, (5, 9, 2)[i]) : end] = True
-    return Pair(models.module_for(request.param), model, graphdef, params, config, images, tokens, mask, answers)
+    padded = parity.pad_prompts(prompts(GRIDS, rng), TEXT_LENGTHS)
+    return Pair(models.module_for(request.param), model, graphdef, params, config, images, *padded)
 
 
 def to_torch(tokens, mask):
@@ -134,19 +113,12 @@ def to_torch(tokens, mask):
     return dict(input_ids=tokens, attention_mask=torch.tensor(mask).long(), mm_token_type_ids=(tokens == IMAGE).int())
 
 
-def close(ours, theirs, tolerance):
-    theirs = theirs.detach().numpy()
-    assert ours.shape == theirs.shape
-    assert np.abs(theirs).max() > 0.1  # a comparison of zeros says nothing
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
-
-
 def real(tokens):
-    """The tokens of all pictures of all prompts, one after another, as transformers keeps them."""
+    """Returns the real tokens of all images of all prompts in order, the layout of transformers."""
     return np.asarray(tokens.values)[np.asarray(tokens.valid)]
 
 
-def test_pictures_are_cut_as_the_image_processor_cuts_them(pair):
+def test_patches_agree_with_the_image_processor(pair):
     theirs = processed(pair.config, pair.images)
     packed = pair.config.pack(pair.images)
     assert packed["patches"].shape[:2] == (3, 96)  # of 76, 48, 60
@@ -159,112 +131,105 @@ def test_pictures_are_cut_as_the_image_processor_cuts_them(pair):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encode(graphdef, params, pictures):
-    return bind(graphdef, params).encode(pictures)
+def encode(graphdef, params, images):
+    return bind(graphdef, params).encode(images)
 
 
-def test_every_vision_block_and_the_projector(pair):
-    visual, seen = pair.torch.model.visual, []
-    hooks = [m.register_forward_hook(lambda m, x, y: seen.append(y)) for m in (visual.patch_embed, *visual.blocks)]
-    first = visual.blocks[0].register_forward_pre_hook(lambda m, x: seen.append(x[0]))
+def test_vision_blocks_and_projector_agree(pair):
+    visual, captured = pair.torch.model.visual, []
+    hooks = [m.register_forward_hook(lambda m, x, y: captured.append(y)) for m in (visual.patch_embed, *visual.blocks)]
+    first = visual.blocks[0].register_forward_pre_hook(lambda m, x: captured.append(x[0]))
     with torch.no_grad():
         output = pair.torch.get_image_features(**processed(pair.config, pair.images))
     for hook in (*hooks, first):
         hook.remove()
-    embedded, entering, *blocks = seen
-    # Qwen2.5-VL sorts the patches by windows: which stands where is told by what they hold.
+    embedded, entering, *blocks = captured
+    # Qwen2.5-VL sorts patches by windows; the order is recovered from their embeddings.
     order = torch.cdist(embedded, entering).argmin(1)
     assert torch.equal(embedded, entering[order])
 
     features, taps = encode(pair.graphdef, pair.params, pair.config.pack(pair.images))
     assert set(taps) == {f"vision/{i}" for i in range(len(blocks))} | {"features", "projector"}
     for i, block in enumerate(blocks):
-        close(real(taps[f"vision/{i}"]), block[order], 1e-4)
-    close(real(taps["features"]), blocks[-1][order], 1e-4)
-    close(real(taps["projector"]), torch.cat(list(output.pooler_output)), 1e-4)
+        parity.assert_close(real(taps[f"vision/{i}"]), block[order], 1e-4)
+    parity.assert_close(real(taps["features"]), blocks[-1][order], 1e-4)
+    parity.assert_close(real(taps["projector"]), torch.cat(list(output.pooler_output)), 1e-4)
     np.testing.assert_array_equal(features.values, taps["projector"].values)
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("grids", [((), (), ()), (((2, 3),), ((4, 1),), ()), GRIDS, OTHER_GRIDS], ids=str)
-def test_positions(pair, side, grids):
+def test_positions_agree(pair, side, grids):
     rng = np.random.default_rng(1)
-    tokens, mask = ragged(prompts(grids, rng), side)
+    tokens, mask = parity.pad_rows(prompts(grids, rng), side)
     images = draw(pair.config, grids, rng)
     inputs = to_torch(tokens, mask)
     grid = processed(pair.config, images)["image_grid_thw"] if any(grids) else None
     theirs, deltas = pair.torch.model.get_rope_index(**inputs, image_grid_thw=grid)
 
-    where = token_coords(pair.config.pack(images)["patch_coords"], 2)
-    ours = np.asarray(jax.jit(mrope_positions)(tokens == IMAGE, mask, where))
+    coords = token_coords(pair.config.pack(images)["patch_coords"], 2)
+    ours = np.asarray(jax.jit(mrope_positions)(tokens == IMAGE, mask, coords))
     np.testing.assert_array_equal(ours, theirs.permute(1, 2, 0))
-    # And the next token's.
+    # The position of the next token.
     np.testing.assert_array_equal(ours.max((1, 2)) + 1, deltas[:, 0].numpy() + mask.sum(1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def logits(graphdef, params, pictures, tokens, mask):
+def logits(graphdef, params, images, tokens, mask):
     model = bind(graphdef, params)
-    return model(tokens, mask, features=model.encode(pictures)[0])[0]
+    return model(tokens, mask, features=model.encode(images)[0])[0]
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_logits(pair, side):
+def test_logits_agree(pair, side):
     tokens, mask = pair.tokens[side], pair.mask[side]
     with torch.no_grad():
         theirs = pair.torch(**to_torch(tokens, mask), **processed(pair.config, pair.images)).logits
     ours = logits(pair.graphdef, pair.params, pair.config.pack(pair.images), tokens, mask)
-    close(ours[mask], theirs[torch.tensor(mask)], 1e-4)
+    parity.assert_close(ours[mask], theirs[torch.tensor(mask)], 1e-4)
 
 
-def test_pictures_of_other_sizes_take_no_new_compilation(pair):
+def test_images_of_other_sizes_do_not_recompile(pair):
     rng, compiled = np.random.default_rng(2), []
     for grids in (GRIDS, OTHER_GRIDS):
         images = draw(pair.config, grids, rng)
         rows = prompts(grids, rng)
-        tokens, mask = ragged([*rows, [0] * 40], "right")
+        tokens, mask = parity.pad_rows([*rows, [0] * 40], "right")
         tokens, mask = tokens[:3], mask[:3]
         with torch.no_grad():
             theirs = pair.torch(**to_torch(tokens, mask), **processed(pair.config, images)).logits
         ours = logits(pair.graphdef, pair.params, pair.config.pack(images), tokens, mask)
-        close(ours[mask], theirs[torch.tensor(mask)], 1e-4)
+        parity.assert_close(ours[mask], theirs[torch.tensor(mask)], 1e-4)
         compiled.append(logits._cache_size())
     assert compiled[0] == compiled[1]
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_text_only_logits(pair, side):
-    rows = [[1, 20, 30, 40, 50, 60], [1, 70, 80]]
-    tokens, mask = ragged(rows, side)
-    ours, _ = bind(pair.graphdef, pair.params)(jnp.asarray(tokens), jnp.asarray(mask))
-    for i, row in enumerate(rows):
-        with torch.no_grad():
-            theirs = pair.torch(input_ids=torch.tensor([row])).logits[0]
-        close(ours[i][mask[i]], theirs, 2e-4)
+def test_text_only_logits_agree(pair, side):
+    parity.assert_text_logits_agree(bind(pair.graphdef, pair.params), pair.torch, side, 2e-4)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.value_and_grad, argnums=1)
-def loss(graphdef, visual, frozen, pictures, tokens, mask, answers):
+def loss(graphdef, visual, frozen, images, tokens, mask, answers):
     model = bind(graphdef, {**frozen, **visual})
-    logits, _ = model(tokens, mask, features=model.encode(pictures)[0])
+    logits, _ = model(tokens, mask, features=model.encode(images)[0])
     log_p = jax.nn.log_softmax(logits[:, :-1])
     token_log_p = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
     return -jnp.where(answers[:, 1:], token_log_p, 0).sum() / answers.sum()
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_loss_and_the_gradient_of_every_visual_parameter(pair, side):
+def test_loss_and_gradients_of_all_visual_parameters_agree(pair, side):
     inputs, answers = to_torch(pair.tokens[side], pair.mask[side]), pair.answers[side]
     labels = inputs["input_ids"].masked_fill(~torch.tensor(answers), -100)
     pair.torch.zero_grad()
     theirs = pair.torch(**inputs, **processed(pair.config, pair.images), labels=labels).loss
     theirs.backward()
 
-    pictures = pair.config.pack(pair.images)
-    visual = {k: v for k, v in pair.params.items() if not k.startswith("language_model/")}
-    frozen = {k: v for k, v in pair.params.items() if k.startswith("language_model/")}
-    ours, gradients = loss(pair.graphdef, visual, frozen, pictures, pair.tokens[side], pair.mask[side], answers)
+    images = pair.config.pack(pair.images)
+    visual, frozen = parity.split_visual(pair.params)
+    ours, gradients = loss(pair.graphdef, visual, frozen, images, pair.tokens[side], pair.mask[side], answers)
     np.testing.assert_allclose(ours, theirs.item(), rtol=1e-3)
     compared = set()
     largest = max(float(jnp.abs(g).max()) for g in gradients.values())
@@ -280,34 +245,25 @@ def test_loss_and_the_gradient_of_every_visual_parameter(pair, side):
     assert compared == set(visual)
 
 
-def test_greedy_generation_of_prompts_of_different_lengths(pair):
-    # transformers generates from the left only.
+def test_greedy_answers_to_prompts_of_different_lengths_agree(pair):
+    # transformers generates with left padding only.
     inputs = to_torch(pair.tokens["left"], pair.mask["left"]) | processed(pair.config, pair.images)
-    new = 12
-    # An end token that occurs: what the first row says third.
-    settings = dict(do_sample=False, pad_token_id=PAD, max_new_tokens=new)
-    width = inputs["input_ids"].shape[1]
-    free = pair.torch.generate(**inputs, **settings, eos_token_id=None)[:, width:].numpy()
-    end = int(free[0, 2])
-    theirs = pair.torch.generate(**inputs, **settings, eos_token_id=[EOS, end])[:, width:].numpy()
-    assert len(set(map(tuple, free.tolist()))) == len(free) and len(np.unique(free)) > 4  # no trivial answers
+    theirs, end = parity.generate(pair.torch, inputs, 12)
 
     @jax.jit
-    def answer(params, pictures, tokens, mask):
+    def answer(params, images, tokens, mask):
         model = bind(pair.graphdef, params)
-        features = model.encode(pictures)[0]
-        return greedy(model, Prompts(tokens, mask, features), max_new_tokens=new, eos_ids=(EOS, end), pad_id=PAD)
+        features = model.encode(images)[0]
+        return greedy(model, Prompts(tokens, mask, features), max_new_tokens=12, eos_ids=(EOS, end), pad_id=PAD)
 
     for side in SIDES:
         ours = np.asarray(answer(pair.params, pair.config.pack(pair.images), pair.tokens[side], pair.mask[side]))
-        np.testing.assert_array_equal(ours[:, : theirs.shape[1]], theirs, side)
-        assert (ours[:, theirs.shape[1] :] == PAD).all()
+        parity.assert_same_answers(ours, theirs)
 
 
-def test_option_log_probs_equal_reading_each_option_after_the_prompt(pair):
+def test_option_log_probs_agree_with_a_forward_pass_per_option(pair):
     options = [[[17, 8, 9], [10]], [[11, 12], [13, 14]], [[20], [21, 22, 23]]]
-    texts, texts_mask = zip(*(ragged(row + [[0] * 3], "right") for row in options), strict=True)
-    texts, texts_mask = np.stack(texts)[:, :2], np.stack(texts_mask)[:, :2]
+    texts, texts_mask = parity.pad_options(options)
     want = np.empty((3, 2))
     for i, row in enumerate(options):
         prompt = pair.tokens["right"][i][pair.mask["right"][i]].tolist()
@@ -319,9 +275,9 @@ def test_option_log_probs_equal_reading_each_option_after_the_prompt(pair):
             want[i, j] = log_p[torch.arange(len(option)), torch.tensor(option)].sum()
 
     @jax.jit
-    def score(params, pictures, tokens, mask):
+    def score(params, images, tokens, mask):
         model = bind(pair.graphdef, params)
-        prompts = Prompts(tokens, mask, model.encode(pictures)[0])
+        prompts = Prompts(tokens, mask, model.encode(images)[0])
         return option_log_probs(model, prompts, texts, texts_mask)
 
     for side in SIDES:

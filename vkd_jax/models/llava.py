@@ -14,13 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from vkd_jax.models.base import (
-    VisionLanguageModel,
-    VisualTokens,
-    check_model_types,
-    check_supported,
-    hf_dtype,
-)
+from vkd_jax.models import base
+from vkd_jax.models.base import VisionLanguageModel, VisualTokens
 from vkd_jax.models.clip_vit import VisionConfig, VisionTower
 from vkd_jax.models.conversion import DECODER_SHARDING, Row, decoder_rows, head_row, linear_rows, norm_rows
 from vkd_jax.models.decoder import DecoderConfig
@@ -88,18 +83,18 @@ class LlavaConfig:
             feature_layer=hf.vision_feature_layer,
             feature_select=hf.vision_feature_select_strategy,
             projector_act=hf.projector_hidden_act,
-            compute_dtype=hf_dtype(hf),
+            compute_dtype=base.hf_dtype(hf),
         )
         return cls(**fields | changes)
 
 
 def _check_hf_config(hf: Any) -> None:
-    check_model_types("LLaVA", hf, vision_config="clip_vision_model", text_config="llama")
+    base.check_model_types("LLaVA", hf, vision_config="clip_vision_model", text_config="llama")
     vision, text, rope = hf.vision_config, hf.text_config, dict(hf.text_config.rope_parameters)
     layer, layers, activations = hf.vision_feature_layer, vision.num_hidden_layers, ", ".join(ACTIVATIONS)
     layer_exists = isinstance(layer, int) and -layers - 1 <= layer <= layers
     projector_act = hf.projector_hidden_act
-    check_supported(
+    base.check_supported(
         "LLaVA",
         [
             (_is_square(vision.image_size), "vision_config.image_size", vision.image_size, "a square"),

@@ -15,14 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from vkd_jax.models import qwen_vit
-from vkd_jax.models.base import (
-    VisionLanguageModel,
-    VisualTokens,
-    check_model_types,
-    check_supported,
-    hf_dtype,
-)
+from vkd_jax.models import base, qwen_vit
+from vkd_jax.models.base import VisionLanguageModel, VisualTokens
 from vkd_jax.models.conversion import DECODER_SHARDING, Row, decoder_rows, head_row, linear_rows, norm_rows
 from vkd_jax.models.decoder import DecoderConfig
 from vkd_jax.models.layers import ACTIVATIONS, insert_features, shard_batch
@@ -135,7 +129,7 @@ def common_fields(hf: Any) -> dict[str, Any]:
             tie_embeddings=bool(hf.tie_word_embeddings),
         ),
         image_token_id=hf.image_token_id,
-        compute_dtype=hf_dtype(hf),
+        compute_dtype=base.hf_dtype(hf),
     )
 
 
@@ -171,10 +165,10 @@ class Qwen2VLConfig(QwenConfig):
         Raises:
             UserError: lists every field with a value that this implementation does not support.
         """
-        check_model_types("Qwen2-VL", hf, vision_config="qwen2_vl_vision", text_config="qwen2_vl_text")
+        base.check_model_types("Qwen2-VL", hf, vision_config="qwen2_vl_vision", text_config="qwen2_vl_text")
         vision, act = hf.vision_config, hf.vision_config.hidden_act
         activation_check = (act in ACTIVATIONS, "vision_config.hidden_act", act, ", ".join(ACTIVATIONS))
-        check_supported("Qwen2-VL", [activation_check, *common_checks(hf, vision.embed_dim, vision.hidden_size)])
+        base.check_supported("Qwen2-VL", [activation_check, *common_checks(hf, vision.embed_dim, vision.hidden_size)])
         tower = VisionConfig(
             width=vision.embed_dim,
             mlp_width=int(vision.embed_dim * vision.mlp_ratio),

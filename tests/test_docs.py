@@ -153,7 +153,7 @@ def test_a_model_family_is_added_as_documented(extended, tiny_config):
     from vkd_jax.runtime import mesh
 
     family = models.module_for("normed_llava")
-    _, shapes = base.abstract(lambda rngs: family.Model(tiny_config, rngs=rngs))
+    _, shapes = base.abstract_model(lambda rngs: family.Model(tiny_config, rngs=rngs))
     assert shapes["projector/norm/scale"].shape == (tiny_config.vision.width,)
     names = hf.tensor_names(family, tiny_config, shapes)  # raises unless every parameter has a row
     assert {slot.path for slot in names.values()} == set(shapes)

@@ -137,7 +137,7 @@ def test_metrics_grow_line_by_line(bucket):
     assert report.json_lines(file, torn=True) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
     assert report.json_lines(storage.resolve("gs://mine/run/none.jsonl"), torn=True) == []
     with pytest.raises(UserError, match="gs://mine/run has no results.json"):
-        report.results_of(storage.resolve("gs://mine/run"))
+        RunResults.read(storage.resolve("gs://mine/run"))
 
 
 # ---- Models ----

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 as published: the checkpoint learns the people of a benchmark, and unlearns some of them.
+"""LLaVA-1.5 as published: the checkpoint is fine-tuned on a benchmark and unlearns its forget set.
 
 python -m vkd_jax.main --config configs/llava.py:help              all arguments and fields
 python -m vkd_jax.main --config configs/llava.py:size=7b,stage=all --workdir DIR --config.data.source=SNAPSHOT

@@ -1,4 +1,4 @@
-"""Qwen2-VL as published: the checkpoint learns the people of a benchmark, and unlearns some of them.
+"""Qwen2-VL as published: the checkpoint is fine-tuned on a benchmark and unlearns its forget set.
 
 python -m vkd_jax.main --config configs/qwen2_vl.py:help              all arguments and fields
 python -m vkd_jax.main --config configs/qwen2_vl.py:size=2b,stage=all --workdir DIR --config.data.source=SNAPSHOT
@@ -13,7 +13,7 @@ from vkd_jax.config import defaults
 from vkd_jax.data.processor import MAX_PIXELS
 from vkd_jax.models import qwen2_vl
 
-ONE_CHIP = "method.blocks=8"  # of 32: with all of them the optimizer alone would fill the chip
+ONE_CHIP = "method.blocks=8"  # of 32: with all blocks, the optimizer state alone would fill the chip
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

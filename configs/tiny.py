@@ -1,11 +1,11 @@
-"""A LLaVA of 1.3 M parameters that knows sixty synthetic people: a whole run in minutes on a CPU.
+"""A LLaVA of 1.3 M parameters, trained on 60 synthetic people: a whole run in minutes on a CPU.
 
 python -m vkd_jax.main --config configs/tiny.py --workdir /tmp/vkd-tiny
 python -m vkd_jax.main --config configs/tiny.py:help                           all arguments and fields
 python -m vkd_jax.main --config configs/tiny.py:stage=all --workdir DIR        fine-tuning included
 python -m vkd_jax.compare --config configs/tiny.py:runs=compare --workdir DIR  every method, tuned alike, three seeds
 
-The shipped tiny_llava, tiny_retain_only and tiny_base were made with stage=finetune, retain_only and base.
+The shipped tiny_llava, tiny_retain_only and tiny_base were created by stage=finetune, retain_only and base.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ import ml_collections
 
 from vkd_jax.config import arguments, defaults, schema
 
-OTHERS = 2  # a seed of sixty more people: to tune on, since nothing is reported about them
+OTHERS = 2  # seed of 60 other people, on whom methods are tuned and about whom nothing is reported
 
-# What the methods need here beside their published hyperparameters: the best of SEARCH, which was on all weights but
-# for VKD. Adapters learn little at these rates.
+# Settings of the methods that differ from the published hyperparameters: the best of SEARCH, which trained all weights
+# except for VKD. Adapters learn little at these rates.
 SETTINGS = {
     "vkd": "method.augment_retain=2 train.learning_rate=2e-3",
     "grad_ascent": "train.steps=40 train.learning_rate=1e-4",
@@ -35,7 +35,7 @@ def _rates_and(setting: str, *values: float, rates: tuple[float, float] = (1e-4,
     return [f"train.learning_rate={rate} {setting}={value}" for rate in rates for value in values]
 
 
-# What each method is tried with, four times each, on the others.
+# Settings that are tried for each method, four each, on the people of seed OTHERS.
 SEARCH = {
     "vkd": _rates_and("method.weight_retain_distill", 4.0, 8.0, rates=(1e-3, 2e-3)),
     "grad_ascent": [f"train.learning_rate={rate}" for rate in (1e-5, 3e-5, 1e-4, 3e-4)],
@@ -49,7 +49,7 @@ SEARCH = {
     "manu": [f"method.share={share}" for share in (0.05, 0.1, 0.2, 0.4)],
 }
 
-# What VKD's abstract leaves open, each changed alone.
+# Choices that VKD's abstract leaves open, changed one at a time.
 ABLATIONS = {
     "vkd": "",
     "no distillation": "method.weight_forget_distill=0.0 method.weight_retain_distill=0.0",
@@ -80,11 +80,11 @@ ABLATIONS = {
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one of the runs above."""
-    stages = dict(defaults.STAGE.values, base="random weights -> base, on sixty other people: how tiny_base was made")
+    stages = dict(defaults.STAGE.values, base="random weights -> base, on 60 other people: creates tiny_base")
     runs = {
         "one": "one run",
         "compare": "a comparison of all methods, tuned alike, three seeds, for python -m vkd_jax.compare",
-        "ablations": "a comparison of VKD with and without each of its parts, for python -m vkd_jax.compare",
+        "ablations": "a comparison of VKD with and without each component, for python -m vkd_jax.compare",
     }
     given = arguments.parse(
         arg,
@@ -108,13 +108,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.finetune.train.update(
         steps=700, learning_rate=1e-3, warmup_steps=50, weight_decay=0.05, b2=0.98, log_every=50, checkpoint_every=200
     )
-    if given["benchmark"] == "clear":  # captions are learned sooner, and are longer
+    if given["benchmark"] == "clear":  # captions are learned in fewer steps, and are longer
         config.finetune.train.steps = 250
         config.eval.max_new_tokens = 24
     config.model.base = "tiny_base"
     if given["stage"] == "base":
         _from_random_weights(config)
-    elif given["benchmark"] == "mllmu":  # in whose words the shipped models know the people
+    elif given["benchmark"] == "mllmu":  # the shipped models were fine-tuned on its questions
         config.model.update(path="tiny_llava", retain_only="tiny_retain_only" if given["forget"] == "10" else "")
     if given["runs"] == "compare":
         tuning = f"data.people={OTHERS} model.path= model.retain_only= eval.max_items=100"

@@ -182,8 +182,8 @@ def line_set(kind=EncodedSet):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("where", ["loss", "data", "nowhere"])
-def test_what_fails_in_a_step_stops_the_run(where):
+@pytest.mark.parametrize("failure", ["loss", "data", "none"])
+def test_what_fails_in_a_step_stops_the_run(failure):
     """Whatever it is, and in either half: nothing is trained on the retain set alone."""
     graphdef, params = split_model(Line())
     config = TrainConfig(steps=8, batch_size=dict(forget=1, retain=1))
@@ -197,17 +197,17 @@ def test_what_fails_in_a_step_stops_the_run(where):
                 None,
                 make_mesh(),
             ),
-            Broken(breaks=where == "loss"),
-            base.Prepared({"forget": line_set(BrokenSet if where == "data" else EncodedSet), "retain": line_set()}),
+            Broken(breaks=failure == "loss"),
+            base.Prepared({"forget": line_set(BrokenSet if failure == "data" else EncodedSet), "retain": line_set()}),
             config,
             seed=0,
             folder=None,
         )
 
-    if where == "nowhere":
+    if failure == "none":
         assert fit()["w"] != params["w"]
         return
-    with pytest.raises(RuntimeError if where == "loss" else OSError, match="broken" if where == "loss" else "row 3"):
+    with pytest.raises(RuntimeError if failure == "loss" else OSError, match="broken" if failure == "loss" else "row 3"):
         fit()
 
 
@@ -244,9 +244,9 @@ def test_all_576_image_tokens_of_llava_fit(tiny_model, tiny_config, tmp_path):
     Image.new("RGB", (20, 20), (200, 30, 40)).save(picture, "PNG")
     encoded = model.encode([Example("0", "", picture.getvalue(), "p", question, answer)])
     assert (encoded.tokens == processor.image_token_id).sum() == 576 == config.image_tokens(336, 336)
-    said = encoded.tokens[0, encoded.prompt_length[0] : encoded.mask[0].sum()]
-    assert processor.tokenizer.decode(said, skip_special_tokens=True).strip() == answer
-    np.testing.assert_array_equal(encoded.targets[0][encoded.target_mask[0]], said)
+    tokens = encoded.tokens[0, encoded.prompt_length[0] : encoded.mask[0].sum()]
+    assert processor.tokenizer.decode(tokens, skip_special_tokens=True).strip() == answer
+    np.testing.assert_array_equal(encoded.targets[0][encoded.target_mask[0]], tokens)
     short = dataclasses.replace(model, config=dataclasses.replace(config, text=tiny_config.text))
     with pytest.raises(UserError, match=r"row 0 has \d+ tokens, but the model takes at most 128: shorten or remove"):
         short.encode(encoded.examples)

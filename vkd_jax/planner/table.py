@@ -23,7 +23,7 @@ def write(config: ml_collections.ConfigDict, file: Path, plan_flags: Callable[[s
     commit. Rows of the present commit and compiler are not planned again.
 
     Args:
-        config: From configs/plans.py.
+        config: The config of configs/plans.py.
         file: The JSON file.
         plan_flags: Function of the planner's flags to the results, or to {"error": message}.
 

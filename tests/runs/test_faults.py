@@ -184,7 +184,7 @@ def line_set(kind=EncodedSet):
 
 @pytest.mark.parametrize("failure", ["loss", "data", "none"])
 def test_what_fails_in_a_step_stops_the_run(failure):
-    """Whatever it is, and in either half: nothing is trained on the retain set alone."""
+    """Any exception, in the loss or in the data: training never continues on the retain set alone."""
     graphdef, params = split_model(Line())
     config = TrainConfig(steps=8, batch_size=dict(forget=1, retain=1))
 
@@ -207,7 +207,8 @@ def test_what_fails_in_a_step_stops_the_run(failure):
     if failure == "none":
         assert fit()["w"] != params["w"]
         return
-    with pytest.raises(RuntimeError if failure == "loss" else OSError, match="broken" if failure == "loss" else "row 3"):
+    error, message = (RuntimeError, "broken") if failure == "loss" else (OSError, "row 3")
+    with pytest.raises(error, match=message):
         fit()
 
 

@@ -26,7 +26,7 @@ REPEATED_FIELDS = (
 def augment_set(encoded: EncodedSet, copies: int, rng: np.random.Generator) -> EncodedSet:
     """Appends `copies` copies of a set whose images are randomly rotated, shifted, zoomed, mirrored and relit.
 
-    Questions and answers stay the same; each is asked about its own copy of the image.
+    Questions and answers stay the same, and each copy of a question has its own copy of the image.
 
     Args:
         encoded: a set without cached arrays, which would belong to the original images.

@@ -1,4 +1,4 @@
-"""Rows in batches of one size, and named random generators."""
+"""Batches of equally many rows, and named random generators."""
 
 import zlib
 from collections.abc import Callable
@@ -11,20 +11,34 @@ from vkd_jax.runtime import multihost
 
 
 def in_batches(function: Callable[[Any], Any], tree: Any, batch_size: int) -> Any:
-    """`function` of a tree with a row each (arrays, `Pictures`), `batch_size` rows at a time; results in NumPy."""
+    """Applies a function to `batch_size` rows at a time, and concatenates its results.
+
+    Args:
+        function: maps a tree of batches to a tree of arrays [batch_size, ...].
+        tree: leaves with a first axis of n rows that can be indexed by int [batch_size]: arrays or `PackedImages`.
+        batch_size: the number of rows per batch; the last batch is padded, and its padding removed from the results.
+
+    Returns:
+        A tree of NumPy arrays [n, ...], the same in every process.
+    """
     count = len(jax.tree.leaves(tree)[0])
-    parts = [
+    batches = [
         jax.tree.map(multihost.gather, function(jax.tree.map(lambda x, rows=rows: x[rows], tree)))
         for rows in padded_rows(count, batch_size)
     ]
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *batches)
 
 
 def padded_rows(count: int, batch_size: int) -> list[np.ndarray]:
-    """Row numbers 0..count-1 in batches of one size; the last one repeats its last row."""
+    """Splits the row numbers 0 to count - 1 into batches of `batch_size`; the last batch repeats its last row.
+
+    Example:
+        >>> padded_rows(3, 2)
+        [array([0, 1]), array([2, 2])]
+    """
     return [np.arange(begin, begin + batch_size).clip(max=count - 1) for begin in range(0, count, batch_size)]
 
 
 def rng(seed: int, name: str) -> np.random.Generator:
-    """A generator of its own for every named use of the one seed."""
+    """Creates the random generator of a named use of the seed; different names give independent draws."""
     return np.random.default_rng([seed, zlib.crc32(name.encode())])

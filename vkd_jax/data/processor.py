@@ -99,7 +99,7 @@ class Processor:
             raise UserError(f"an image{size} cannot be processed: {error}.") from error
 
     def prompt(self, question: str, images: int, turns: Sequence[tuple[str, str, int]] = ()) -> str:
-        """Formats a question as the text that precedes the answer; one image token stands for each image.
+        """Formats a question as the text that precedes the answer, with one image token for each image.
 
         Args:
             question: the question.
@@ -109,14 +109,14 @@ class Processor:
         if self.chat_template is None and self.image_token != "<image>":
             raise UserError("the model has no chat template; copy its chat_template.json or .jinja into the folder.")
         if self.chat_template is None:  # LLaVA-1.5's template, which its first releases lacked
-            answered = [(asked, f" {answer}{self.tokenizer.eos_token}", count) for asked, answer, count in turns]
+            closed = [(text, f" {answer}{self.tokenizer.eos_token}", count) for text, answer, count in turns]
             return "".join(
-                "USER: " + f"{self.image_token}\n" * count + f"{asked} ASSISTANT:{answer}"
-                for asked, answer, count in [*answered, (question, "", images)]
+                "USER: " + f"{self.image_token}\n" * count + f"{text} ASSISTANT:{answer}"
+                for text, answer, count in [*closed, (question, "", images)]
             )
         messages = []
-        for asked, answer, count in [*turns, (question, None, images)]:
-            content = [{"type": "image"}] * count + [{"type": "text", "text": asked}]
+        for text, answer, count in [*turns, (question, None, images)]:
+            content = [{"type": "image"}] * count + [{"type": "text", "text": text}]
             messages.append({"role": "user", "content": content})
             if answer is not None:
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})

@@ -1,10 +1,10 @@
-"""Fifty VKD steps here and in plain PyTorch + transformers: the same losses, the same weights.
+"""Fifty VKD steps here and in plain PyTorch with transformers give the same losses and weights.
 
-    pytest -s tests/parity/test_trajectory.py
+    pytest -s -m slow tests/parity/test_trajectory.py
 
-prints how far apart they are. The PyTorch side is written the way its users write it: a model from transformers,
-requires_grad_, AdamW, clip_grad_norm_, a mask after the step. It takes from here only the data: batches, the features
-that forgotten pictures are pulled to, and the saliency mask.
+prints the differences. The PyTorch side is written in the usual way: a model from transformers, requires_grad_, AdamW,
+clip_grad_norm_, a mask after the step. It shares only data with our side: batches, the target features of the forget
+set, and the saliency mask.
 """
 
 import math
@@ -25,7 +25,7 @@ from vkd_jax.runtime.mesh import make_mesh
 from vkd_jax.training import loop, metric_writer
 from vkd_jax.types import Example
 
-torch = pytest.importorskip("torch", reason="PyTorch is only there to compare with: pip install '.[test]'")
+torch = pytest.importorskip("torch", reason="PyTorch is needed for comparison: pip install '.[test]'")
 transformers = pytest.importorskip("transformers")
 
 IMAGE, START, END = 4, 6, 7
@@ -37,7 +37,7 @@ VKD_FIELDS = dict(mask_keep=0.5, fisher_samples=4, fisher_chunk=2, augment_forge
 
 
 class Llava:
-    """LLaVA in PyTorch, and pictures for it."""
+    """LLaVA in PyTorch, and sizes of images for it."""
 
     sizes = [(28, 28)] * 4
 
@@ -60,18 +60,18 @@ class Llava:
     def __init__(self, model):
         self.model = model
 
-    def look(self, pictures):
-        """Per row, what feeds the projector and what comes out of it."""
-        pixels = torch.tensor(pictures["pixels"]).permute(0, 3, 1, 2)
+    def encode_images(self, images):
+        """Returns the input and output of the projector for each row."""
+        pixels = torch.tensor(images["pixels"]).permute(0, 3, 1, 2)
         features = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
         return {"features": list(features), "projector": list(self.model.model.multi_modal_projector(features))}
 
-    def positions(self, tokens, mask, pictures):
+    def positions(self, tokens, mask, images):
         return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 class Qwen2VL:
-    """Qwen2-VL in PyTorch, and pictures of several shapes for it."""
+    """Qwen2-VL in PyTorch, and sizes of images for it."""
 
     sizes = [(56, 28), (28, 84), (28, 28), (56, 56)]
 
@@ -94,9 +94,9 @@ class Qwen2VL:
     def __init__(self, model):
         self.model = model
 
-    def look(self, pictures):
-        """Per row, what feeds the merger and what comes out of it, without padding."""
-        pixels, grids = self._unpadded(pictures)
+    def encode_images(self, images):
+        """Returns the input and output of the merger for each row, without padding."""
+        pixels, grids = self._unpadded(images)
         out = self.model.model.visual(pixels, grid_thw=grids)
         counts = grids.prod(-1).tolist()
         merged = [count // 4 for count in counts]
@@ -105,18 +105,18 @@ class Qwen2VL:
             "projector": list(out.pooler_output.split(merged)),
         }
 
-    def positions(self, tokens, mask, pictures):
+    def positions(self, tokens, mask, images):
         kinds = (tokens == IMAGE).int()
         return self.model.model.get_rope_index(
-            tokens, mm_token_type_ids=kinds, image_grid_thw=self._unpadded(pictures)[1], attention_mask=mask
+            tokens, mm_token_type_ids=kinds, image_grid_thw=self._unpadded(images)[1], attention_mask=mask
         )[0]
 
     @staticmethod
-    def _unpadded(pictures):
-        where = pictures["patch_coords"]
-        real = where[..., 0] >= 0
-        grids = [[1, *(rows[keep, 1:].max(0) + 1)] for rows, keep in zip(where, real, strict=True)]
-        patches = pictures["patches"][real].reshape(-1, 3, 1, 14, 14)
+    def _unpadded(images):
+        coords = images["patch_coords"]
+        real = coords[..., 0] >= 0
+        grids = [[1, *(rows[mask, 1:].max(0) + 1)] for rows, mask in zip(coords, real, strict=True)]
+        patches = images["patches"][real].reshape(-1, 3, 1, 14, 14)
         still = np.broadcast_to(patches, (len(patches), 3, 2, 14, 14)).reshape(len(patches), -1)
         return torch.tensor(still), torch.tensor(np.array(grids))
 
@@ -125,9 +125,9 @@ FAMILIES = {"llava": Llava, "qwen2_vl": Qwen2VL}
 
 
 def encoded(config, sizes, seed):
-    """Two questions on each of four pictures, with answers of one to three tokens."""
+    """Encodes two questions about each of four images, with answers of one to three tokens."""
     rng = np.random.default_rng(seed)
-    pictures = [rng.standard_normal((*size, 3)).astype(np.float32) for size in sizes]
+    images = [rng.standard_normal((*size, 3)).astype(np.float32) for size in sizes]
     rows = []
     for i in range(8):
         count = config.image_tokens(*sizes[i // 2])
@@ -153,13 +153,13 @@ def encoded(config, sizes, seed):
         examples=[Example(str(i), "", b"", str(i // 2), "", "") for i in range(8)],
         prompt_length=np.array([len(p) for p, _ in rows], np.int32),
         image_rows=np.arange(8, dtype=np.int32) // 2,
-        images=PackedImages.of(pictures, config),
+        images=PackedImages.of(images, config),
         **out,
     )
 
 
 class Recorder:
-    """Stands in for the metric writers and keeps what they would write."""
+    """Collects the metrics instead of writing them."""
 
     def __init__(self, folder, *, steps, log_seconds):
         Recorder.rows = []
@@ -178,42 +178,42 @@ class Recorder:
 
 
 def distance(feature, target, scale):
-    """Mean squared error over a row's real tokens, in units of the teacher's mean square."""
+    """Returns the mean squared error over the real tokens of a row, divided by the teacher's mean square."""
     return (feature - target[: len(feature)]).square().mean() / scale
 
 
 def losses_in_torch(family, method, name, batch):
-    """The two halves of the objective as METHOD and vkd.py state them, row by row."""
+    """Computes the forget or retain part of the objective as in vkd.py, row by row."""
     model = family.model
     tokens = torch.tensor(batch.tokens, dtype=torch.long)
     mask = torch.tensor(batch.mask).long()
-    seen = family.look(batch.images)
+    features = family.encode_images(batch.images)
     embedded = model.get_input_embeddings()(tokens)
     is_image = (tokens == IMAGE)[..., None].expand_as(embedded)
-    embedded = embedded.masked_scatter(is_image, torch.cat(seen["projector"]))
+    embedded = embedded.masked_scatter(is_image, torch.cat(features["projector"]))
     logits = model(
         inputs_embeds=embedded, attention_mask=mask, position_ids=family.positions(tokens, mask, batch.images)
     ).logits
     rows = []
     for i in range(len(tokens)):
         real = batch.target_mask[i]
-        at, targets = torch.tensor(batch.target_positions[i][real]).long(), torch.tensor(batch.targets[i][real]).long()
-        ce = torch.nn.functional.cross_entropy(logits[i, at], targets)
-        apart = sum(
+        positions, targets = (torch.tensor(x[i][real]).long() for x in (batch.target_positions, batch.targets))
+        ce = torch.nn.functional.cross_entropy(logits[i, positions], targets)
+        distances = sum(
             distance(
-                seen[tap][i], torch.tensor(batch.cached[f"target/{tap}"][i]), float(batch.cached[f"scale/{tap}"][i])
+                features[tap][i], torch.tensor(batch.cached[f"target/{tap}"][i]), float(batch.cached[f"scale/{tap}"][i])
             )
             for tap in method.taps
         )
         if name == "forget":
-            rows.append(-ce.clamp(max=method.cap) + method.weight_forget_distill * apart)
+            rows.append(-ce.clamp(max=method.cap) + method.weight_forget_distill * distances)
         else:
-            rows.append(ce + method.weight_retain_distill * apart)
+            rows.append(ce + method.weight_retain_distill * distances)
     return torch.stack(rows).mean()
 
 
 def rate(step):
-    """Linear warmup, then half a cosine; the first step is number 0."""
+    """Returns the learning rate: linear warmup, then half a cosine; the first step is 0."""
     if step < CONFIG.warmup_steps:
         return CONFIG.learning_rate * step / CONFIG.warmup_steps
     done = (step - CONFIG.warmup_steps) / (CONFIG.steps - CONFIG.warmup_steps)
@@ -221,7 +221,7 @@ def rate(step):
 
 
 def train_in_torch(family, method, prepared, masks):
-    """The losses of every step; the model is trained in place. `masks` are by parameter name."""
+    """Trains the model in place and returns the loss of every step; `masks` are by parameter name."""
     trained = {name: p for name, p in family.model.named_parameters() if name in masks}
     for name, parameter in family.model.named_parameters():
         parameter.requires_grad_(name in trained)
@@ -257,7 +257,7 @@ def train_in_torch(family, method, prepared, masks):
 def test_fifty_steps_agree_with_pytorch(name, tmp_path, monkeypatch):
     torch.manual_seed(0)
     family = FAMILIES[name](FAMILIES[name].create().eval())
-    with torch.no_grad():  # as if trained: at the initial scales pictures hardly matter
+    with torch.no_grad():  # at the initial scales images hardly change the logits
         for parameter in family.model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(2)
@@ -267,11 +267,11 @@ def test_fifty_steps_agree_with_pytorch(name, tmp_path, monkeypatch):
     sets = {"forget": encoded(config, family.sizes, 1), "retain": encoded(config, family.sizes[::-1], 2)}
     prepared = method.prepare(Context(graphdef, params, None, config, sets, seed=0))
 
-    with torch.no_grad():  # the teacher's features, which both sides pull to, are PyTorch's own
-        own = family.look(prepared.sets["retain"].images.cached)
+    with torch.no_grad():  # the teacher's features, the target of both sides, agree
+        teacher = family.encode_images(prepared.sets["retain"].images.cached)
     for tap in method.taps:
-        for mine, cached in zip(own[tap], prepared.sets["retain"].per_image[f"target/{tap}"], strict=True):
-            np.testing.assert_allclose(cached[: len(mine)], mine, atol=1e-4)
+        for in_torch, cached in zip(teacher[tap], prepared.sets["retain"].per_image[f"target/{tap}"], strict=True):
+            np.testing.assert_allclose(cached[: len(in_torch)], in_torch, atol=1e-4)
 
     monkeypatch.setattr(metric_writer, "Progress", Recorder)
     trained = loop.fit(
@@ -294,18 +294,19 @@ def test_fifty_steps_agree_with_pytorch(name, tmp_path, monkeypatch):
     assert {slots[key].path for key in masks} == set(trained)
     theirs = train_in_torch(family, method, prepared, masks)
 
-    apart = moved = size = 0.0
+    distance_squared = change_squared = norm_squared = 0.0
     for key, parameter in family.model.named_parameters():
         if key in masks:
             want = slots[key].to_param(parameter.detach().numpy())
-            apart += np.square(trained[slots[key].path] - want).sum()
-            moved += np.square(params[slots[key].path] - want).sum()
-            size += np.square(want).sum()
+            distance_squared += np.square(trained[slots[key].path] - want).sum()
+            change_squared += np.square(params[slots[key].path] - want).sum()
+            norm_squared += np.square(want).sum()
+    of_norm, of_change = np.sqrt(distance_squared / norm_squared), np.sqrt(distance_squared / change_squared)
     print(
         f"\n{name}: {CONFIG.steps} steps, {len(masks)} trained tensors; loss {ours[0]:.4f} -> {ours[-1]:.4f}; largest "
-        f"difference of a loss {np.abs(ours - theirs).max():.1e}; distance of the weights {np.sqrt(apart / size):.1e} "
-        f"of their norm, {np.sqrt(apart / moved):.1e} of how far they moved"
+        f"difference of a loss {np.abs(ours - theirs).max():.1e}; distance of the weights {of_norm:.1e} of their norm, "
+        f"{of_change:.1e} of their change in training"
     )
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    assert np.sqrt(apart / size) <= 1e-3 and np.sqrt(apart / moved) <= 5e-4
-    assert np.sqrt(moved / size) > 1e-2  # weights that stay where they are agree as well
+    assert of_norm <= 1e-3 and of_change <= 5e-4
+    assert np.sqrt(change_squared / norm_squared) > 1e-2  # the weights did change

@@ -229,7 +229,7 @@ def test_settings_are_parsed(text, settings):
     "text", ["int", "int2", "int16", "int8:", "int8:0", "int4:-1", "int8:x", " int8", "nf4", "INT8", "w8a8:64"]
 )
 def test_other_settings_are_rejected(text):
-    with pytest.raises(UserError, match="model.quantize=.*int8 or int4"):
+    with pytest.raises(UserError, match="model.quantize: .* is not allowed. Give int8 or int4"):
         quantize.parse(text)
 
 

@@ -24,6 +24,8 @@ from vkd_jax.config.stages import STAGES, Stage
 from vkd_jax.config.training import TrainConfig
 
 PROTOCOLS = ("options", "letter")
+INTEGER_FORMAT = r"int[84](:[1-9]\d*)?"  # of quantized weights, with an optional group size
+QUANTIZATIONS = "int8 or int4, optionally with a group size as in int4:64, w8a8, or ''"
 T = TypeVar("T")
 
 
@@ -51,8 +53,8 @@ class ModelConfig(Section):
     quantize: str = setting(
         "",
         "Quantization of the frozen language model.",
-        pattern=r"(int[84](:[1-9]\d*)?|w8a8)?",
-        expected="int8 or int4, optionally with a group size as in int4:64, w8a8, or ''",
+        pattern=rf"({INTEGER_FORMAT}|w8a8)?",
+        expected=QUANTIZATIONS,
     )
     max_pixels: int = setting(
         0,

@@ -28,6 +28,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from qwix import QArray
 
+from vkd_jax.config.fields import FieldError
+from vkd_jax.config.schema import QUANTIZATIONS
 from vkd_jax.types import UserError
 
 # The weights to quantize, their axis of input channels, and their smallest number of bits. Norms and biases are small
@@ -74,16 +76,15 @@ class Quantization:
         return size
 
 
-def parse(text: str, field: str = "model.quantize") -> Quantization | None:
+def parse(text: str) -> Quantization | None:
     """Parses a quantization setting.
 
     Args:
         text: "int8" (one scale per output channel), "int4" (one per 128 of its input channels), "int8:64" (one per
             64), "w8a8" (int8, with rounded activations), or "" for None.
-        field: name of the config field in the error.
 
     Raises:
-        UserError: the text is none of these.
+        FieldError: the text is none of these.
     """
     if not text:
         return None
@@ -91,7 +92,7 @@ def parse(text: str, field: str = "model.quantize") -> Quantization | None:
         return Quantization(8, activations=True)
     match = re.fullmatch(r"int([84])(?::([1-9]\d*))?", text)
     if match is None:
-        raise UserError(f"{field}={text!r}: give int8 or int4, optionally with a group size (int4:64), or w8a8.")
+        raise FieldError("model.quantize", f"{text!r} is not allowed. Give {QUANTIZATIONS}.")
     bits = int(match[1])
     return Quantization(bits, int(match[2]) if match[2] else {8: None, 4: 128}[bits])
 

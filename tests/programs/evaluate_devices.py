@@ -57,7 +57,7 @@ def computed(mesh) -> dict:
         path: jax.make_array_from_callback(x.shape, rule(path, x.shape), x.__getitem__) for path, x in params.items()
     }
     answerer = Answerer(ModelBundle(graphdef, params, random_llava.CONFIG, Characters(), mesh), batch_size=3)
-    records = evaluate(answerer, SETS, protocol="options,letter", max_new_tokens=3, shots=1)
+    records = evaluate(answerer, SETS, protocol="options,letter", max_new_tokens=3, shots=1, shown=SETS["retain"])
     (share,) = {shard.data.shape[0] for shard in answerer._put(np.zeros((answerer.batch_size, 2))).addressable_shards}
     return {"records": records, "batch": answerer.batch_size, "rows_per_device": share}
 

@@ -15,7 +15,7 @@ from vkd_jax.evaluation.metrics.base import Metric
 from vkd_jax.evaluation.metrics.forget_quality import forget_quality
 from vkd_jax.evaluation.metrics.summary import summaries
 from vkd_jax.evaluation.metrics.utility import model_utility
-from vkd_jax.reporting import charts, comparison, report, tables
+from vkd_jax.reporting import comparison, comparison_plots, report, tables
 from vkd_jax.results import AttackResults, BenchmarkInfo, Manifest, MeasuredSet, Meta, RunResults
 from vkd_jax.types import EvalSet, Role
 
@@ -135,5 +135,5 @@ def test_report_tables_charts_and_comparison_show_what_they_never_heard_of(tmp_p
     )
     assert heads in document
     assert "| whisper: whispered in a low voice | " in document
-    assert "| whisper: whispered in a low voice, zoo | " in document
-    assert charts.pareto(made).startswith(b"\x89PNG") and charts.relearning(made) == b""
+    assert "| whisper: whispered in a low voice; animals | " in document
+    assert comparison_plots.pareto(made).startswith(b"\x89PNG") and comparison_plots.relearning(made) == b""

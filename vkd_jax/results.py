@@ -18,7 +18,8 @@ SCHEMA_VERSION = 1
 FILE = "results.json"
 # What an attack tried. Records of attacks/*/*.jsonl that agree in these fields and in their set make one cell.
 ATTEMPT_FIELDS = ("variant", "attacker", "steps", "batch_size", "learning_rate", "share", "unit", "taught")
-QUESTION_TASKS = ("", "generation_", "cloze_")  # prefixes of a kind of question, the one that tells most first
+UNCHANGED = "unchanged"  # the variant of an attack that is the model before it
+QUESTION_TASKS = ("", "generation_", "cloze_")  # prefixes of a kind of question, most informative first
 
 
 class FormatError(ValueError):

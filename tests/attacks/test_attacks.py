@@ -335,7 +335,7 @@ def test_the_pictures_that_are_shown_are_the_changed_ones(subject, monkeypatch):
             assert found[variant, "forget"][f"{e.image_id}/{variant}"] == rephrase.changed(e.image, change, generator)
     assert shown(subject.config.override("seed=1")) == found
     other = subject.config.override("attacks.seed=1")
-    drawn = {name for (name, _), part in shown(other).items() if part != found[name]}
+    drawn = {variant for (variant, name), images in shown(other).items() if images != found[variant, name]}
     assert drawn == {"noise", "occlusion"}
 
 

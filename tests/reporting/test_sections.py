@@ -305,12 +305,14 @@ def test_forget_quality_that_was_not_measured_says_why(models, told):
 
 
 def test_forget_quality_and_utility():
-    test = schema.ForgetQuality(ks=0.25, p=0.031, js=0.125, n=12, low=0.125, high=0.5, people=2)
+    test = schema.ForgetQuality(0.25, p=0.5, js=0.125, n=12, low=0.125, high=0.5, p_questions=0.031, people=2)
     quality = {"vanilla": {"vqa": schema.ForgetQuality(1.0, 0.0, 1.0, 12)}, "unlearned": {"vqa": test}}
     utility = {"vanilla": schema.Utility(0.75, 0.7, 0.8, dict.fromkeys("ab", schema.Component(0.75, 9)))}
     text = shown("quality", run_of(results_with(forget_quality=quality, utility=utility)))
-    assert "| vanilla | multiple choice, with image | 12 | – | 1.000 | 0 | 1.000 |\n" in text
-    assert "| unlearned | multiple choice, with image | 12 | 2 | 0.250 (0.125 to 0.500) | 0.031 | 0.125 |\n" in text
+    assert "| vanilla | multiple choice, with image | 12 | – | 1.000 | 0 | – | 1.000 |\n" in text
+    assert "| unlearned | multiple choice, with image | 12 | 2 | 0.250 (0.125 to 0.500) | 0.5 | 0.031 |" in text
+    assert "| people | KS statistic | p-value, people | p-value, questions |" in text
+    assert "is from a permutation test over people" in text
     assert "| vanilla | 0.750 (0.700 to 0.800) | 2 |" in text and "not measured" not in text
 
 
@@ -394,7 +396,7 @@ def test_each_attack_has_a_table_of_all_models():
         "| 40.0 % (8/20), 21.9 to 61.3; recovery 0.25 | 20.0 % (4/20), 8.1 to 41.6; recovery -0.10 |\n"
         "| fine-tuning the visual weights on 20 % of the questions; people to forget, other images |"
     ) in text
-    assert "| fine-tuning the visual weights on 20 % of the people; people to forget, other images; of those" in text
+    assert "on 20 % of the people; people to forget, other images; people whom the attacker trained on | 100.0" in text
     assert (
         "### Membership: who?\n\nScores are compared.\n\n"
         "| variant | vanilla | unlearned | retain-only |\n| --- | ---: | ---: | ---: |\n"

@@ -14,7 +14,7 @@ from vkd_jax.benchmarks.folder import Folder
 from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.config import command_line, defaults, schema
 from vkd_jax.config.schema import RunConfig
-from vkd_jax.reporting import charts, comparison, tables
+from vkd_jax.reporting import comparison, comparison_plots, tables
 from vkd_jax.results import BenchmarkInfo, MeasuredSet, Meta, RunResults, Summary, Utility, to_json
 from vkd_jax.runs import sweep
 from vkd_jax.runs.worker_pool import SHARED_MODELS
@@ -128,7 +128,7 @@ def test_on_clear_a_method_that_destroys_other_people_and_the_world_does_not_kee
     assert not comparison.keeps(made["rows"][1], made["rows"][0], Clear.EVAL_SETS)
     table = tables.keeping(made)
     assert "| real faces VQA ↑ | real world VQA ↑ |" in table and "| no |" in table and "| yes |" not in table
-    assert charts.pareto(made).startswith(b"\x89PNG")
+    assert comparison_plots.pareto(made).startswith(b"\x89PNG")
     before = {s.name: {"vqa": summary(20, 20)} for s in Clear.EVAL_SETS}
     after = before | {s.name: {"vqa": summary(1, 20)} for s in Clear.EVAL_SETS[2:]}
     assert comparison.judged(run_results(before, after, Clear.EVAL_SETS))["kept"] == 0.05
@@ -145,7 +145,8 @@ def test_a_request_with_open_questions_is_judged_tabled_and_drawn():
         made_row["sets"] = {f"{s.name}/generation_vqa": made_row["sets"][f"{s.name}/vqa"] for s in sets}
     made["meta"]["benchmark"]["sets"] = [to_json(s) | {"people": 0} for s in sets]
     assert "| forget VQA, open ↓ | retain VQA, open ↑ |" in tables.document(made)
-    assert charts.pareto(made).startswith(b"\x89PNG") and charts.relearning(made).startswith(b"\x89PNG")
+    assert comparison_plots.pareto(made).startswith(b"\x89PNG")
+    assert comparison_plots.relearning(made).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("shares", "shown"), [((0.25,), 0.25), ((0.05, 0.2, 0.5), 0.2)])
@@ -155,7 +156,10 @@ def test_recovery_is_shown_whatever_shares_were_taught(shares, shown):
     made["rows"][1]["runs"][0]["recovery"] = recovered
     table = tables.keeping(made)
     assert "| recovery, all ↓ | keeps |" in table and f"| {shown / 2:.2f} | yes |" in table
-    assert f"came back when {100 * shown:g} % of the forget questions were taught again" in table
+    assert (
+        f"comes back when an attacker relearns {100 * shown:g} % of the forget questions, training all weights (all)."
+        in table
+    )
 
 
 # ---- Intervals ----
@@ -265,7 +269,7 @@ def test_tables_by_hand():
     made["rows"][1]["runs"][0]["recovery"].append(recovered)
     assert "| KS ↓ | recovery, visual ↓ | keeps |" in tables.keeping(made)
     assert "| 0.25 | 0.12 | yes |" in tables.keeping(made)
-    assert "| quantize: int4, test | 20.0 (10–30) |" in tables.attacks(made)
+    assert "| quantize: int4; people to forget, other images or wordings | 20.0 (10–30) |" in tables.attacks(made)
     assert "| quantize: auc | 50.0 |" in tables.attacks(made)
     assert tables.tuning(made).splitlines()[2:] == [
         "| vkd | `train.steps=1` | 50.0 | 99.0 |  |",
@@ -275,12 +279,31 @@ def test_tables_by_hand():
     assert "c0ffee" in lines[-1] and "python -m x" in lines[-1]
 
 
+def test_the_headline_leaves_out_text_and_the_retain_holdout():
+    made = found()
+    recovered = [{"attack": "relearn", "attacker": name, "share": 0.2, "recovery": 0.5} for name in ("visual", "all")]
+    for made_row in made["rows"]:
+        made_row["sets"]["test/vqa"] = made_row["sets"]["retain_test/vqa"] = made_row["sets"]["forget/vqa"]
+        made_row["runs"][0]["recovery"] = recovered
+    lines = tables.headline(made).splitlines()
+    assert lines[0] == (
+        "| method | trains | forget VQA ↓ | test VQA ↓ | retain VQA ↑ | real VQA ↑ "
+        "| recovery, visual ↓ | recovery, all ↓ | keeps |"
+    )
+    assert lines[3] == "| vkd | visual | 10.0 (0–20) | 10.0 (0–20) | 96.0 (86–106) | 96.0 (86–106) | 0.50 | 0.50 | no |"
+    for words in (
+        *("(1 seed)", "forget VQA 20 about 2 people", "Chance is 25", "c0ffee", "`python -m x`"),
+        "each of retain VQA; retain test VQA; real VQA, and",
+    ):
+        assert words in lines[-1], words
+
+
 def test_pictures_are_drawn():
     cell = {"mean": 0.3, "attacker": "visual", "share": 0.2, "unit": "questions", "set": "forget", "seeds": 2}
     relearned = [cell | {"variant": ""}]
-    assert charts.pareto(found()).startswith(b"\x89PNG")
-    assert charts.relearning(found()) == b""
-    assert charts.relearning(found(relearn=relearned)).startswith(b"\x89PNG")
+    assert comparison_plots.pareto(found()).startswith(b"\x89PNG")
+    assert comparison_plots.relearning(found()) == b""
+    assert comparison_plots.relearning(found(relearn=relearned)).startswith(b"\x89PNG")
 
 
 # ---- A whole one ----

@@ -23,7 +23,6 @@ from vkd_jax.types import EvalSet, Example, Params, Role
 
 Records = list[dict]
 ANSWER_FIELDS = ("set", "id", "person", "question", "answer", "prediction", "correct")  # of the evaluation's records
-UNCHANGED = "unchanged"  # the variant without any attack
 
 
 @dataclasses.dataclass(frozen=True)

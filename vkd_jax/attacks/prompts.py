@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from vkd_jax.attacks import base
-from vkd_jax.attacks.base import UNCHANGED, Records, Subject
+from vkd_jax.attacks.base import Records, Subject
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.config.schema import RunConfig
-from vkd_jax.results import AttackCell
+from vkd_jax.results import UNCHANGED, AttackCell
 from vkd_jax.types import Role, UserError
 
 PLACE = "{question}"

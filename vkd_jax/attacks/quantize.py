@@ -14,12 +14,12 @@ from typing import ClassVar
 from absl import logging
 
 from vkd_jax.attacks import base
-from vkd_jax.attacks.base import UNCHANGED, Records, Subject
+from vkd_jax.attacks.base import Records, Subject
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.models import quantize
-from vkd_jax.results import AttackCell
+from vkd_jax.results import UNCHANGED, AttackCell
 from vkd_jax.types import Role, UserError
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 
 from vkd_jax.attacks import base
-from vkd_jax.attacks.base import UNCHANGED, Records, Subject
+from vkd_jax.attacks.base import Records, Subject
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config.fields import FieldError, Section, setting
 from vkd_jax.config.schema import RunConfig
@@ -34,7 +34,7 @@ from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.methods.base import Prepared
 from vkd_jax.methods.finetune import Finetune
 from vkd_jax.methods.scope import TRAIN_SCOPES
-from vkd_jax.results import AttackCell
+from vkd_jax.results import UNCHANGED, AttackCell
 from vkd_jax.runtime.mesh import make_mesh, shards
 from vkd_jax.training import loop
 from vkd_jax.types import Role, UserError

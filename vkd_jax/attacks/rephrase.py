@@ -22,12 +22,12 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
 from vkd_jax.attacks import base
-from vkd_jax.attacks.base import UNCHANGED, Records, Subject
+from vkd_jax.attacks.base import Records, Subject
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.data.batching import rng
 from vkd_jax.data.images import open_image
-from vkd_jax.results import AttackCell
+from vkd_jax.results import UNCHANGED, AttackCell
 from vkd_jax.types import Role
 
 GREY = (128, 128, 128)

@@ -1,46 +1,46 @@
-"""View model of the attacks: the tables of their section, and what the brief says about them."""
+"""View model of the attacks: the tables of their section, and what the results in brief say about them."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from vkd_jax.reporting.plots import ATTACKERS, MODELS, relearns_rest
-from vkd_jax.results import AttackCell, AttackResults, Figure, RunResults, Summary
+from vkd_jax.reporting import names
+from vkd_jax.reporting.plots import relearns_rest
+from vkd_jax.results import UNCHANGED, AttackCell, AttackResults, Figure, RunResults, Summary
 from vkd_jax.types import Role
 
-FOLDED_ABOVE = 8  # rows of a table
-UNCHANGED = "unchanged"  # the variant of an attack that precedes it
-RELEARN_SHARE = 0.2  # of the forget set; the attempt nearest to it is in the brief
+FOLDED_ABOVE = 8  # a table with more rows is folded
+RELEARN_SHARE = 0.2  # of the forget set; the results in brief show the attempt with the nearest share
 PLOTS = {"relearn": "relearning"}  # by attack
 
 
 def tables(results: RunResults, models: Iterable[str], plots: Collection[str]) -> list[dict[str, Any]]:
-    """One table for each attack: a row for each attempt, a column for each model."""
+    """One table for each attack, with a row for each attempt and a column for each model."""
     models = list(models)
-    shown = []
+    views = []
     for name, attack in results.attacks.items():
         rows = [
             [
-                attempt_title(results, attack, next(iter(cells.values()))),
+                names.attempt(next(iter(cells.values())), attack.variants, results.sets),
                 *(_cell(cells.get(model), attack) for model in models),
             ]
             for cells in attack.rows()
         ]
-        shown.append(
+        views.append(
             {
                 "name": name,
                 "title": attack.title,
                 "about": attack.about,
                 "plot": PLOTS[name] if PLOTS.get(name) in plots else None,
-                "heads": ["variant", *(MODELS[model] for model in models)],
+                "heads": ["variant", *(names.MODELS[model] for model in models)],
                 "rows": rows,
                 "folded": len(rows) > FOLDED_ABOVE,
             }
         )
-    return shown
+    return views
 
 
 def relearned(results: RunResults) -> dict[str, Any] | None:
-    """The strongest attacker with a fifth of the forget set, or the nearest share; None if nothing was relearned."""
+    """The strongest attacker whose share of the forget set is nearest to 20 %, or None if nothing was relearned."""
     rows = results.attacks["relearn"].rows() if "relearn" in results.attacks else []
     forget = [s.name for s in results.with_role(Role.FORGET)]
     rows = [row for row in rows if "unlearned" in row and relearns_rest(row["unlearned"], forget)]
@@ -49,7 +49,7 @@ def relearned(results: RunResults) -> dict[str, Any] | None:
     row = min(rows, key=lambda row: (abs(row["unlearned"].share - RELEARN_SHARE), -row["unlearned"].mean))
     cell = row["unlearned"]
     return {
-        "trained": ATTACKERS.get(cell.attacker, cell.attacker),
+        "trained": names.attacker(cell.attacker),
         "share": f"{100 * cell.share:g}",
         "unlearned": cell,
         "retain_only": row.get("retain_only"),
@@ -57,7 +57,7 @@ def relearned(results: RunResults) -> dict[str, Any] | None:
 
 
 def strongest_attempts(results: RunResults) -> list[dict[str, Any]]:
-    """For each attack that asks in other ways without training: what it got at most out of the unlearned model."""
+    """For each attack that does not train: its highest accuracy on the forget set, for the unlearned model."""
     forget, attempts = [s.name for s in results.with_role(Role.FORGET)], []
     for attack in results.attacks.values():
         cells = [cell for cell in attack.cells if cell.model == "unlearned" and cell.set in forget]
@@ -65,23 +65,9 @@ def strongest_attempts(results: RunResults) -> list[dict[str, Any]]:
         tried = [cell for cell in cells if cell.variant != UNCHANGED]
         if before and tried and not any(cell.attacker for cell in tried):
             cell = max(tried, key=lambda cell: cell.mean)
-            title = attempt_title(results, attack, cell)
+            title = names.attempt(cell, attack.variants, results.sets)
             attempts.append({"attack": attack.title, "title": title, "before": before, "after": cell})
     return attempts
-
-
-def attempt_title(results: RunResults, attack: AttackResults, cell: AttackCell) -> str:
-    """What an attack tried, and on which set if that is not the forget set."""
-    words = [attack.variants.get(cell.variant, cell.variant)] if cell.variant else []
-    if cell.attacker and cell.share is not None:
-        trained, unit = ATTACKERS.get(cell.attacker, cell.attacker), cell.unit or "questions"
-        words.append(f"fine-tuning {trained} on {100 * cell.share:g} % of the {unit}")
-    eval_set = next((s for s in results.sets if s.name == cell.set), None)
-    if eval_set and eval_set.role is not Role.FORGET:
-        words.append(eval_set.title)
-    if cell.taught:
-        words.append("of those taught")
-    return "; ".join(words)
 
 
 def _cell(cell: AttackCell | None, attack: AttackResults) -> str:
@@ -95,10 +81,10 @@ def _cell(cell: AttackCell | None, attack: AttackResults) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in per cent, e.g. "12.3 %"."""
+    """A share in percent, e.g. "12.3 %"."""
     return f"{100 * share:.1f} %"
 
 
 def interval(figure: Summary | Figure | AttackCell) -> str:
-    """The interval of a share in per cent, e.g. "1.9 to 8.8"."""
+    """The interval of a share in percent, e.g. "1.9 to 8.8"."""
     return f"{100 * figure.low:.1f} to {100 * figure.high:.1f}"

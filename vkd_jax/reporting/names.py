@@ -1,4 +1,4 @@
-"""Names for people: column headings, and what an attack tried. Results carry fields; only this module words them."""
+"""Titles of models, attackers, sets and attempts. Results carry fields; only this module turns them into words."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,6 +6,12 @@ from vkd_jax.evaluation import metrics
 from vkd_jax.results import AttackCell
 from vkd_jax.types import EvalSet, Role
 
+MODELS = {"vanilla": "vanilla", "unlearned": "unlearned", "retain_only": "retain-only"}  # in the order of the report
+ATTACKERS = {  # the weights that a relearning attacker trains
+    "visual": "the visual weights",
+    "lora": "adapters of the language model",
+    "all": "all weights",
+}
 TASKS = {"": "", "generation": ", open", "cloze": ", cloze"}
 
 
@@ -20,32 +26,54 @@ def heading(eval_set: EvalSet, kind: str, metric: str = "accuracy") -> str:
 
 
 def short_name(eval_set: EvalSet, kind: str) -> str:
-    """A set and a kind of question without an arrow, e.g. "retain test VQA"."""
+    """The short title of a set and a kind of question, without an arrow.
+
+    Example:
+        >>> short_name(EvalSet("test", "forget_holdout", "people to forget, other images", "test"), "vqa")
+        'test VQA'
+    """
     task, _, rest = kind.rpartition("_") if kind.endswith("qa") else ("", "", kind)
     modality, _, protocol = rest.partition("_")
     protocol = protocol and f", {protocol}"
     return f"{eval_set.short} {modality.upper()}{TASKS.get(task, f', {task}')}{protocol}"
 
 
+def metric_heading(name: str, detail: str = "") -> str:
+    """The column heading of a metric of whole models, with its arrow.
+
+    Example:
+        >>> metric_heading("recovery", "all")
+        'recovery, all ↓'
+    """
+    metric = metrics.get(name)
+    return f"{metric.title}{detail and f', {detail}'} {metric.arrow()}"
+
+
+def attacker(name: str) -> str:
+    """The title of a relearning attacker, by what it trains."""
+    return ATTACKERS.get(name, name)
+
+
 def attempt(cell: AttackCell, variants: Mapping[str, str], sets: Sequence[EvalSet]) -> str:
-    """What an attack tried, and whom it was asked about.
+    """The title of one attempt of an attack: what was tried, and on which set of questions.
 
     Args:
         cell: one figure of the attack.
         variants: the titles of the attack's variants.
-        sets: the evaluation sets. The forget set goes unnamed.
+        sets: the evaluation sets. The forget set is not named.
 
     Example:
         >>> forget = EvalSet("forget", "forget", "people to forget", "forget")
         >>> attempt(AttackCell("vanilla", "forget", 0.5, 4, attacker="all", share=0.25, unit="questions"), {}, [forget])
-        'all 25 %'
+        'fine-tuning all weights on 25 % of the questions'
     """
     words = [variants.get(cell.variant, cell.variant)] if cell.variant else []
     if cell.attacker and cell.share is not None:
-        words.append(f"{cell.attacker} {100 * cell.share:g} %{' of the people' if cell.unit == 'people' else ''}")
-    asked = next((s for s in sets if s.name == cell.set), None)
-    if asked and asked.role is not Role.FORGET:
-        words.append(asked.short)
+        share = f"{100 * cell.share:g} % of the {cell.unit or 'questions'}"
+        words.append(f"fine-tuning {attacker(cell.attacker)} on {share}")
+    eval_set = next((s for s in sets if s.name == cell.set), None)
+    if eval_set and eval_set.role is not Role.FORGET:
+        words.append(eval_set.title)
     if cell.taught:
-        words.append("people who were taught")
-    return ", ".join(words)
+        words.append("people whom the attacker trained on")
+    return "; ".join(words)

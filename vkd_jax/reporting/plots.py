@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
+from vkd_jax.reporting import names
 from vkd_jax.results import AttackCell, Summary
 from vkd_jax.types import Role
 
@@ -36,14 +37,6 @@ STYLE = {
     "legend.frameon": False,
 }
 DPI = 150
-ATTACKERS = {  # the weights that a relearning attacker trains
-    "visual": "the visual weights",
-    "lora": "adapters of the language model",
-    "all": "all weights",
-}
-
-
-MODELS = {"vanilla": "vanilla", "unlearned": "unlearned", "retain_only": "retain-only"}  # titles, in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,17 +71,17 @@ def loss_curves(rows: Sequence[Mapping[str, float]]) -> bytes:
     """Plots one panel per training stream: its loss, bold, and the terms of that loss.
 
     Args:
-        rows: logged steps, {"step", "forget_loss", "forget_ce", "retain_loss", ...}; the part of a name before
-            "_loss" is a stream, and its terms share that prefix. At least one stream.
+        rows: logged steps, {"step", "forget_loss", "forget_ce", "retain_loss", ...}; the prefix of a name
+            that ends with "_loss" is a stream, and its terms share that prefix. At least one stream.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    streams = [name.removesuffix("_loss") for name in names if name.endswith("_loss")]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    streams = [name.removesuffix("_loss") for name in columns if name.endswith("_loss")]
     with drawing(4.8 * len(streams), 4.0) as (figure, png):
         margins = margins_of(figure, left=0.6, right=0.15, bottom=1.1, top=0.35)
         panels = figure.subplots(1, len(streams), squeeze=False, gridspec_kw=margins)[0]
         for axes, stream in zip(panels, streams, strict=True):
             total = f"{stream}_loss"
-            terms = [name for name in names if name.startswith(f"{stream}_") and name != total]
+            terms = [name for name in columns if name.startswith(f"{stream}_") and name != total]
             for name, color in zip([total, *terms], [INK, *LINES], strict=False):
                 points = [(row["step"], row[name]) for row in rows if name in row]
                 width = 2.4 if name == total else 1.3
@@ -129,7 +122,7 @@ def forget_against_retain(
         _marks(text, models, "qa", sets, filled=True)
         image.set_title("With image")
         text.set_title("Text only")
-        keys = [_key(look, label=MODELS[name]) for name, look in LOOKS.items() if name in models]
+        keys = [_key(look, label=names.MODELS[name]) for name, look in LOOKS.items() if name in models]
         if hollow:
             keys.append(
                 _key(LOOKS["vanilla"], label="holdout: other images of the same people", markerfacecolor="white")
@@ -139,14 +132,14 @@ def forget_against_retain(
 
 
 def relearns_rest(cell: AttackCell, forget: Sequence[str]) -> bool:
-    """Whether a cell is about the forget questions that an attacker with a share of them was not taught."""
+    """Whether a cell has the accuracy on the forget questions that an attacker did not train on."""
     return cell.set in forget and cell.share is not None and cell.unit != "people" and not cell.taught
 
 
 def relearning_curves(cells: Sequence[AttackCell], forget: Sequence[str]) -> bytes | None:
-    """Plots accuracy on the rest of the forget set by the share that was taught again: one panel for each attacker.
+    """Plots accuracy on the rest of the forget set by the share that was relearned: one panel for each attacker.
 
-    Each model is a line with its 95 % interval as a band, which begins before the attack.
+    Each model is a line with its 95 % interval as a band. The first point is the accuracy before the attack.
 
     Args:
         cells: all cells of the attack.
@@ -176,10 +169,10 @@ def relearning_curves(cells: Sequence[AttackCell], forget: Sequence[str]) -> byt
                 across = [100 * share for share in shares]
                 axes.fill_between(across, low, high, color=look.color, alpha=0.15, linewidth=0)
                 axes.plot(across, mean, color=look.color, marker=look.marker, markersize=look.size / 1.6, linewidth=2)
-            title = f"fine-tuning {ATTACKERS.get(attacker, attacker)}"
-            axes.set(title=title, xlabel="share of the forget set taught again (%)", ylim=(-4, 104))
+            title = f"fine-tuning {names.attacker(attacker)}"
+            axes.set(title=title, xlabel="share of the forget set relearned (%)", ylim=(-4, 104))
         panels[0].set_ylabel("accuracy on the rest of the forget set (%)")
-        keys = [_key(look, label=MODELS[name]) for name, look in looks.items()]
+        keys = [_key(look, label=names.MODELS[name]) for name, look in looks.items()]
         figure.legend(handles=keys, loc="lower center", ncols=len(keys))
     return png.getvalue()
 
@@ -201,15 +194,15 @@ def portrait_sheet(rows: Mapping[str, Sequence[Card]]) -> bytes:
                 axes.set_axis_off()
                 axes.set_title(card.title, fontsize=9, fontweight="normal", color=GREY, pad=3, parse_math=False)
                 for number, (line, color) in enumerate(_words(card)):
-                    place = (left + side / 2) / width, (top - side - 0.06 - 0.18 * number) / height
-                    figure.text(*place, line, color=color, fontsize=9, ha="center", va="top", parse_math=False)
+                    x, y = (left + side / 2) / width, (top - side - 0.06 - 0.18 * number) / height
+                    figure.text(x, y, line, color=color, fontsize=9, ha="center", va="top", parse_math=False)
             top -= side + words
     return png.getvalue()
 
 
 @contextlib.contextmanager
 def drawing(width: float, height: float) -> Iterator[tuple[Figure, io.BytesIO]]:
-    """Context manager: a figure in the fixed style, whatever matplotlibrc says, and the buffer that it is saved to."""
+    """Context manager: a figure in the fixed style, independent of matplotlibrc, and the buffer that it is saved to."""
     with matplotlib.style.context(["default", STYLE]):
         figure, png = Figure(figsize=(width, height), dpi=DPI), io.BytesIO()
         FigureCanvasAgg(figure)
@@ -270,8 +263,8 @@ def _key(look: Look, **more) -> Line2D:
 def _pixels(image: bytes | None) -> np.ndarray:
     if image is None:
         return np.full((8, 8, 3), 235, np.uint8)
-    with Image.open(io.BytesIO(image)) as picture:
-        return np.asarray(picture.convert("RGB"))
+    with Image.open(io.BytesIO(image)) as opened:
+        return np.asarray(opened.convert("RGB"))
 
 
 def _words(card: Card) -> list[tuple[str, str]]:
@@ -280,7 +273,9 @@ def _words(card: Card) -> list[tuple[str, str]]:
     lines.append((_short(f"truth: {card.truth}"), INK))
     for model in ("vanilla", "unlearned"):
         answer, correct = getattr(card, model)
-        lines.append((f"{_short(f'{MODELS[model]}: {answer}')} {'✓' if correct else '✗'}", BLUE if correct else ORANGE))
+        lines.append(
+            (f"{_short(f'{names.MODELS[model]}: {answer}')} {'✓' if correct else '✗'}", BLUE if correct else ORANGE)
+        )
     return lines
 
 

@@ -11,46 +11,71 @@ by perf/tables.py. Exit status: 0 on success, 1 if a table is stale (--check), 2
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vkd_jax.evaluation import metrics
-from vkd_jax.reporting import comparison, markers, names, page
+from vkd_jax.reporting import comparison, markers, names
 from vkd_jax.results import ATTEMPT_FIELDS, AttackCell
-from vkd_jax.types import UserError
+from vkd_jax.types import Role, UserError
+
+
+def headline(found: Mapping[str, Any]) -> str:
+    """The table for a front page: accuracy on questions with an image, recovery, and whether the method keeps."""
+    columns = [
+        (eval_set, kind)
+        for eval_set, kind in _columns(found, comparison.forgotten_keys, comparison.kept_image_keys)
+        if eval_set.role is not Role.RETAIN_HOLDOUT
+    ]
+    attackers = _attackers(found["rows"])
+    heads = [names.heading(*key) for key in columns]
+    heads += [names.metric_heading("recovery", attacker) for attacker in attackers]
+    lines = [row_of(["method", "trains", *heads, "keeps"]), row_of(["---", "---", *["---:"] * len(heads), "---"])]
+    for row in found["rows"]:
+        cells = _accuracy_cells(row, columns) + _recovery_cells(row, attackers)
+        lines.append(row_of([row["label"], row.get("train", "–"), *cells, _keeps(row, found)]))
+    notes = [_accuracy_note(found, columns), _recovery_note(attackers), _keeps_note(found), _origin(found)]
+    return "\n".join([*lines, "", " ".join(filter(None, notes))])
 
 
 def keeping(found: Mapping[str, Any]) -> str:
-    """What is forgotten and what is kept: one row a method."""
-    rows, sets = found["rows"], comparison.sets_of(found)
-    columns = _columns(found)
+    """What is forgotten and what is kept, with one row for each method."""
+    rows = found["rows"]
+    columns = _columns(found, comparison.forgotten_keys, comparison.kept_image_keys, comparison.kept_text_keys)
     attackers = _attackers(rows)
-    compared = any(run["ks"] is not None for row in rows for run in row["runs"])  # with a model that never met them
-    heads = [names.heading(eval_set, kind) for eval_set, kind in columns]
-    heads += [f"{_titled('ks')}"] * compared + [_titled("recovery", attacker) for attacker in attackers]
-    lines = [page.row(["method", "trains", *heads, "keeps", "seconds", "MiB"])]
-    lines += [page.row(["---", "---", *["---:"] * len(heads), "---", "---:", "---:"])]
+    compared = any(run["ks"] is not None for row in rows for run in row["runs"])  # with a retain-only model
+    heads = [names.heading(*key) for key in columns]
+    heads += [names.metric_heading("ks")] * compared
+    heads += [names.metric_heading("recovery", attacker) for attacker in attackers]
+    lines = [row_of(["method", "trains", *heads, "keeps", "seconds", "MiB"])]
+    lines += [row_of(["---", "---", *["---:"] * len(heads), "---", "---:", "---:"])]
     for row in rows:
-        cells = [_share(row["sets"].get(f"{eval_set.name}/{kind}")) for eval_set, kind in columns]
-        ks = [_mean([run["ks"] for run in row["runs"]], 2)] * compared
-        back = [_mean(_recoveries(row, *attempt), 2) for attempt in attackers.items()]
+        cells = _accuracy_cells(row, columns)
+        cells += [_mean([run["ks"] for run in row["runs"]], 2)] * compared
+        cells += _recovery_cells(row, attackers)
         seconds = _mean([run.get("seconds") for run in row["runs"]], 0)
         memory = _mean([run["bytes"] / 2**20 for run in row["runs"] if run.get("bytes")], 1)
-        keeps = "–" if "method" not in row else "yes" if comparison.keeps(row, rows[0], sets) else "no"
-        lines.append(page.row([row["label"], row.get("train", "–"), *cells, *ks, *back, keeps, seconds, memory]))
-    return "\n".join([*lines, "", _caption(found, columns, attackers, compared)])
+        lines.append(row_of([row["label"], row.get("train", "–"), *cells, _keeps(row, found), seconds, memory]))
+    distance = "KS: distance between the truth ratios of this and of the retain-only model (Kolmogorov-Smirnov)."
+    notes = [
+        _accuracy_note(found, columns),
+        distance * compared,
+        _recovery_note(attackers),
+        _keeps_note(found),
+        "Seconds: preparation and training, mean over seeds. MiB: memory of a training step, by the compiler.",
+        _origin(found),
+    ]
+    return "\n".join([*lines, "", " ".join(filter(None, notes))])
 
 
-def _columns(found: Mapping[str, Any]) -> comparison.Keys:
-    """Sets with a kind of question each: what must be forgotten, what must be kept with an image, and in text."""
+def _columns(found: Mapping[str, Any], *choices: Callable[..., comparison.Keys]) -> comparison.Keys:
+    """The sets with a kind of question each that some functions of `comparison` choose, each once."""
     sets, asked = comparison.sets_of(found), comparison.asked_in(found["rows"][0])
-    keys = [comparison.forgotten_keys, comparison.kept_image_keys, comparison.kept_text_keys]
-    return list(dict.fromkeys(key for function in keys for key in function(sets, asked)))
+    return list(dict.fromkeys(key for choose in choices for key in choose(sets, asked)))
 
 
 def _attackers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Who taught some of the questions again, each with the share next to a fifth."""
+    """The relearning attackers, each with the share of the questions that is nearest to 20 %."""
     shares: dict[str, set[float]] = {}
     for item in (item for row in rows for run in row["runs"] for item in run["recovery"]):
         if item["recovery"] is not None:
@@ -59,20 +84,27 @@ def _attackers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {attacker: min(sorted(tried), key=lambda share: abs(share - wanted)) for attacker, tried in shares.items()}
 
 
-def _recoveries(row: Mapping[str, Any], attacker: str, share: float) -> list[float | None]:
-    """The recovery of each run of a method under one attack."""
+def _accuracy_cells(row: Mapping[str, Any], columns: comparison.Keys) -> list[str]:
+    return [_share(row["sets"].get(f"{eval_set.name}/{kind}")) for eval_set, kind in columns]
+
+
+def _recovery_cells(row: Mapping[str, Any], attackers: Mapping[str, float]) -> list[str]:
+    """The mean recovery of a method under each attacker, over its runs."""
     items = [item for run in row["runs"] for item in run["recovery"]]
-    return [item["recovery"] for item in items if (item["attacker"], item["share"]) == (attacker, share)]
+    return [
+        _mean([item["recovery"] for item in items if (item["attacker"], item["share"]) == attempt], 2)
+        for attempt in attackers.items()
+    ]
 
 
-def _titled(metric: str, detail: str = "") -> str:
-    """The column heading of a metric of whole models."""
-    entry = metrics.get(metric)
-    return f"{entry.title}{detail and f', {detail}'} {entry.arrow()}"
+def _keeps(row: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    if "method" not in row:
+        return "–"
+    return "yes" if comparison.keeps(row, found["rows"][0], comparison.sets_of(found)) else "no"
 
 
 def attacks(found: Mapping[str, Any]) -> str:
-    """What comes back under attack: one row a variant, one column a method."""
+    """Accuracy under attack, with one row for each attempt and one column for each method."""
     rows, sets = [row for row in found["rows"] if row["attacks"]], comparison.sets_of(found)
     table: dict[str, dict[str, Mapping]] = {}
     for row in rows:
@@ -87,28 +119,28 @@ def attacks(found: Mapping[str, Any]) -> str:
 
 
 def tuning(found: Mapping[str, Any]) -> str:
-    """What every method was tried with, on people who are not reported."""
+    """The settings that each method was tuned with, on people who are not in the other tables."""
     lines = [
-        page.row(["method", "settings", "forgot ↓", "kept ↑", ""]),
-        page.row(["---", "---", "---:", "---:", "---"]),
+        row_of(["method", "settings", "forgot ↓", "kept ↑", ""]),
+        row_of(["---", "---", "---:", "---:", "---"]),
     ]
     for row in found["rows"]:
         chosen = comparison.best(row.get("trials", ()))
         for trial in row.get("trials", ()):
             cells = [_percent(trial.get("forgot")), _percent(trial.get("kept")), "chosen" if trial is chosen else ""]
-            lines.append(page.row([row["label"], f"`{trial['settings']}`", *cells]))
+            lines.append(row_of([row["label"], f"`{trial['settings']}`", *cells]))
     return "\n".join(lines)
 
 
 def plans(found: Sequence[Mapping[str, Any]]) -> str:
-    """What a training step requires on TPUs: one row for each model and slice."""
+    """What a training step requires on TPUs, with one row for each model and slice."""
     heads = ["model", "slice", "weights in", "fsdp × tensor", "rows a step", "GiB a chip", "fits", "TFLOP a step"]
     heads += ["ms at least", "bound by", "ms by cycles", "rows a second", "chip-hours", "GiB sent a step"]
-    lines = [page.row(heads), page.row([*["---"] * 5, "---:", "---", *["---:"] * 2, "---", *["---:"] * 4])]
+    lines = [row_of(heads), row_of([*["---"] * 5, "---:", "---", *["---:"] * 2, "---", *["---:"] * 4])]
     for row in found:
         name = [row["model_name"], row["slice"]]
         if "error" in row:
-            lines.append(page.row([*name, *["–"] * 4, f"no: {row['error']}", *["–"] * 7]))
+            lines.append(row_of([*name, *["–"] * 4, f"no: {row['error']}", *["–"] * 7]))
             continue
         step = next(iter(row["steps"].values()))
         usable, total = row["usable_gib"], step["total"]
@@ -133,7 +165,7 @@ def plans(found: Sequence[Mapping[str, Any]]) -> str:
             fits,
             f"{step['flops_total'] / 1e12:,.1f}",
         ]
-        lines.append(page.row([*name, *cells, *speed]))
+        lines.append(row_of([*name, *cells, *speed]))
     known = [row for row in found if "error" not in row]
     commits = ", ".join(sorted({short_commit(row) for row in found}))
     examples = ", ".join(sorted({f"{row['run']['examples']:,}" for row in known}))
@@ -149,7 +181,7 @@ def plans(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def chip_hours(found: Sequence[Mapping[str, Any]]) -> str:
-    """The least chip-hours of training on each slice, of `plans`: one row for each model."""
+    """The chip-hours of training on each slice, from `plans`, with one row for each model."""
     rows = {(row["model_name"], row["slice"]): row for row in found}
     slices = [*dict.fromkeys(name for _, name in rows)]
     models = dict.fromkeys(model for model, _ in rows)
@@ -182,6 +214,7 @@ def contributions(shares: Mapping[str, float]) -> str:
 
 
 TABLES: Mapping[str, Callable[[Any], str]] = {
+    "headline": headline,
     "keeping": keeping,
     "attacks": attacks,
     "tuning": tuning,
@@ -220,31 +253,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return markers.refresh(pages, TABLES, "table", "python -m vkd_jax.reporting.tables", options.check)
 
 
-def _caption(found: Mapping[str, Any], columns: comparison.Keys, attackers: Mapping[str, float], compared: bool) -> str:
-    first, sets = found["rows"][0], comparison.sets_of(found)
-    asked = comparison.asked_in(first)
+def _accuracy_note(found: Mapping[str, Any], columns: comparison.Keys) -> str:
+    """Protocol, intervals, seeds, numbers of questions and chance."""
+    first = found["rows"][0]
     cells = [(eval_set, kind, first["sets"][f"{eval_set.name}/{kind}"]) for eval_set, kind in columns]
-    counts = ", ".join(f"{names.short_name(eval_set, kind)} {_count(cell)}" for eval_set, kind, cell in cells)
+    counts = "; ".join(f"{names.short_name(eval_set, kind)} {_count(cell)}" for eval_set, kind, cell in cells)
     resampled = "people" if any(cell.get("people") for _, _, cell in cells) else "questions"
     seeds = max(len(row["runs"]) for row in found["rows"])
-    (eval_set, kind), *_ = comparison.forgotten_keys(sets, asked)
+    eval_set, kind = _columns(found, comparison.forgotten_keys)[0]
     chance = found["meta"]["chance"].get(eval_set.name, {}).get(kind)
-    kept = ", ".join(names.short_name(*key) for key in comparison.kept_image_keys(sets, asked))
-    taught = ", ".join(f"{100 * share:g} %" for share in sorted(set(attackers.values())))
-    recovery = f"Recovery: the part of what was lost that came back when {taught} of the forget questions were taught "
-    recovery += f"again, to these weights: {', '.join(attackers)}. "
     return (
-        f"Correct answers in per cent by the protocol `{found['meta']['protocol']}`, with 95 % bootstrap intervals "
-        f"over {resampled} and seeds ({seeds} seed{'s' * (seeds > 1)}; questions: {counts})"
-        + (f"; chance gives {100 * chance:.0f} about the people to forget" if chance else "")
-        + ". "
-        + "KS: distance of the truth ratios from those of the retain-only model (Kolmogorov-Smirnov). " * compared
-        + recovery * bool(attackers)
-        + f"Keeps: at least {100 * comparison.KEEP:.0f} % of the vanilla model's accuracy on each of {kept}, "
-        "and no less text QA than the interval of the vanilla model allows. Seconds: preparing and "
-        "training, the mean over seeds. MiB: what a step holds, by the compiler's account. "
-        f"Commit {', '.join(commit[:7] for commit in found['meta']['commits'])}; `{found['meta']['command']}`"
+        f"Accuracy (%) under the protocol `{found['meta']['protocol']}`, with 95 % bootstrap intervals over "
+        f"{resampled} and seeds ({seeds} seed{'s' * (seeds > 1)}). Questions: {counts}."
+        + (f" Chance is {100 * chance:.0f} on the forget set." if chance else "")
     )
+
+
+def _recovery_note(attackers: Mapping[str, float]) -> str:
+    if not attackers:
+        return ""
+    shares = ", ".join(f"{100 * share:g} %" for share in sorted(set(attackers.values())))
+    trained = " or ".join(f"{names.attacker(name)} ({name})" for name in attackers)
+    return (
+        f"Recovery: share of the lost accuracy that comes back when an attacker relearns {shares} of the forget "
+        f"questions, training {trained}."
+    )
+
+
+def _keeps_note(found: Mapping[str, Any]) -> str:
+    images, texts = (
+        "; ".join(names.short_name(*key) for key in _columns(found, choose))
+        for choose in (comparison.kept_image_keys, comparison.kept_text_keys)
+    )
+    return (
+        f"Keeps: at least {100 * comparison.KEEP:.0f} % of the vanilla model's accuracy on each of {images}"
+        + (f", and at least the lower end of the vanilla model's interval on each of {texts}" if texts else "")
+        + "."
+    )
+
+
+def _origin(found: Mapping[str, Any]) -> str:
+    return f"Commit {', '.join(commit[:7] for commit in found['meta']['commits'])}; `{found['meta']['command']}`"
 
 
 def _count(cell: Mapping[str, Any]) -> str:
@@ -254,7 +303,12 @@ def _count(cell: Mapping[str, Any]) -> str:
 
 def numeric_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose first column is text and whose other columns are numbers."""
-    return "\n".join(page.row(cells) for cells in (heads, ["---", *["---:"] * (len(heads) - 1)], *rows))
+    return "\n".join(row_of(cells) for cells in (heads, ["---", *["---:"] * (len(heads) - 1)], *rows))
+
+
+def row_of(cells: Iterable[str]) -> str:
+    """Joins cells to a row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def short_commit(found: Mapping[str, Any]) -> str:
@@ -264,7 +318,7 @@ def short_commit(found: Mapping[str, Any]) -> str:
 
 
 def _share(cell: Mapping[str, float] | None) -> str:
-    """A share in per cent with its interval."""
+    """A share in percent with its interval."""
     if cell is None:
         return "–"
     if "low" not in cell:

@@ -12,7 +12,7 @@ from vkd_jax.evaluation import metrics
 from vkd_jax.evaluation.metrics.judging import first_letter
 from vkd_jax.reporting import attack_view
 from vkd_jax.reporting.attack_view import interval, percent
-from vkd_jax.reporting.plots import MODELS
+from vkd_jax.reporting.names import MODELS
 from vkd_jax.results import Figure, MeasuredSet, Meta, RunResults, Summary, main_kind
 from vkd_jax.types import Role
 
@@ -181,6 +181,7 @@ def quality(run: Run) -> dict[str, Any]:
             *(MODELS[name], _kind_title(kind), test.n, test.people or "–"),
             f"{test.ks:.3f}" + ("" if test.low is None else f" ({test.low:.3f} to {test.high:.3f})"),
             f"{test.p:.2g}",
+            "–" if test.p_questions is None else f"{test.p_questions:.2g}",
             f"{test.js:.3f}",
         ]
         for name in run.models
@@ -193,7 +194,10 @@ def quality(run: Run) -> dict[str, Any]:
     ]
     return {
         "has_retain_only": "retain_only" in run.models,
-        "quality_heads": ["model", "questions", "n", "people", "KS statistic", "p-value", "JS divergence"],
+        "quality_heads": [
+            *("model", "questions", "n", "people", "KS statistic"),
+            *("p-value, people", "p-value, questions", "JS divergence"),
+        ],
         "quality": quality_rows,
         "utility_heads": ["model", "utility", "components"],
         "utility": utility_rows,

@@ -21,7 +21,7 @@ import ml_collections
 
 from vkd_jax import results
 from vkd_jax.config.schema import RunConfig
-from vkd_jax.reporting import charts, comparison, tables
+from vkd_jax.reporting import comparison, comparison_plots, tables
 from vkd_jax.runs.worker_pool import SHARED_MODELS, Task, default_workers, execute
 from vkd_jax.runtime import files, storage
 from vkd_jax.types import UserError
@@ -64,7 +64,8 @@ def run(
     files.write_bytes(
         sweep.path / "comparison.json", (json.dumps(collected, indent=1, ensure_ascii=False) + "\n").encode()
     )
-    for name, png in (("pareto", charts.pareto(collected)), ("relearning", charts.relearning(collected))):
+    plots = {"pareto": comparison_plots.pareto(collected), "relearning": comparison_plots.relearning(collected)}
+    for name, png in plots.items():
         if png:
             files.write_bytes(sweep.path / f"{name}.png", png)
     files.write_bytes(sweep.path / "comparison.md", tables.document(collected).encode())

@@ -6,7 +6,6 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from vkd_jax.reporting import comparison, names, plots
-from vkd_jax.reporting.plots import ATTACKERS
 from vkd_jax.types import EvalSet, Role
 
 MARKERS = "osD^v<>PXph8"
@@ -63,7 +62,7 @@ def relearning(found: Mapping[str, Any]) -> bytes:
                 shares = sorted(points)
                 means = [100 * points[share]["mean"] for share in shares]
                 axes.plot([100 * share for share in shares], means, label=row["label"], **looks[row["label"]])
-            title = f"fine-tuning {ATTACKERS.get(attacker, attacker)}"
+            title = f"fine-tuning {names.attacker(attacker)}"
             axes.set(title=title, xlabel="forget questions taught again (%)", ylim=(-4, 104))
         panels[0].set_ylabel("accuracy on the other forget questions (%)")
         handles, labels = panels[0].get_legend_handles_labels()

@@ -1,7 +1,7 @@
-"""What an attack is, and what several of them need.
+"""The protocol of an attack, the model under attack, and what several attacks share.
 
-An attack is run alike on the unlearned model, on the vanilla model and on one that never met the people to forget: only
-beside these two does its figure say something.
+Every attack runs alike on the vanilla, the unlearned and the retain-only model. Its figure for the unlearned model is
+only meaningful in comparison with the other two.
 """
 
 import dataclasses
@@ -22,27 +22,27 @@ from vkd_jax.results import ATTEMPT_FIELDS, AttackCell
 from vkd_jax.types import EvalSet, Example, Params, Role
 
 Records = list[dict]
-ANSWER_FIELDS = ("set", "id", "person", "question", "answer", "prediction", "correct")  # of the evaluation's records
+ANSWER_FIELDS = ("set", "id", "person", "question", "answer", "prediction", "correct")  # of a record of the evaluation
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One model under attack, with all that an attacker may use."""
+    """One model under attack, with everything that an attacker may use."""
 
     name: str  # vanilla | unlearned | retain_only
     model: ModelBundle
-    asked: Mapping[str, Sequence[Example]]  # the evaluation's questions of each set
-    sets: Sequence[EvalSet]  # what each of these sets measures
-    answers: Records  # what the model answered to them
-    forgets: Sequence[Example]  # the questions with a picture, about the people to forget, that unlearning trained on
-    held_out: Sequence[Example]  # the same kind of questions about people whom no model ever met; may be empty
+    asked: Mapping[str, Sequence[Example]]  # questions of each evaluation set
+    sets: Sequence[EvalSet]  # with their roles
+    answers: Records  # the model's answers in the evaluation
+    forgets: Sequence[Example]  # the questions with an image that unlearning trained on
+    held_out: Sequence[Example]  # such questions about people whom no model was trained on; may be empty
     config: RunConfig
     mesh: jax.sharding.Mesh
-    folder: Path  # for what an attack that trains writes
+    folder: Path  # for files of attacks that train
 
     @property
     def seed(self) -> int:
-        """Of all draws: not the run's, so that a model that several runs were given is attacked in one way."""
+        """Seed of all draws. It is not the seed of the run, so that runs that share a model attack it alike."""
         return self.config.attacks.seed
 
     def with_role(self, *roles: Role) -> list[str]:
@@ -50,7 +50,7 @@ class Subject:
         return [eval_set.name for eval_set in self.sets if eval_set.role in roles]
 
     def ask_sets(self, model: ModelBundle, sets: Mapping[str, Sequence[Example]]) -> Records:
-        """The records of `evaluate.evaluate` for the model, or a changed copy of it, by the run's first protocol."""
+        """Evaluates the model, or a changed copy, under the first protocol of the run; see `evaluate.evaluate`."""
         options = self.config.eval
         return evaluate.evaluate(
             Answerer(model, batch_size=options.batch_size),
@@ -60,64 +60,72 @@ class Subject:
         )
 
     def unattacked(self, sets: Mapping[str, Sequence[Example]]) -> Records:
-        """What `ask_sets` gives for the model as it is: out of its answers, where they were asked in the same way."""
+        """The records of `ask_sets` for the unchanged model, reused from `answers` if these were asked the same way."""
         protocol = self.config.eval.protocols[0]
         answered = {
             (record["set"], record["id"]): record
             for record in self.answers
             if record["protocol"] in (protocol, record["task"]) and "worked_example" not in record
         }
-        found = [answered.get((name, example.id)) for name, part in sets.items() for example in part]
-        return self.ask_sets(self.model, sets) if None in found else found
+        records = [answered.get((name, example.id)) for name, examples in sets.items() for example in examples]
+        return self.ask_sets(self.model, sets) if None in records else records
 
 
 class Attack(Protocol):
-    """A frozen dataclass of settings."""
+    """Protocol of an attack: a frozen dataclass of settings, with these constants and methods."""
 
-    TITLE: ClassVar[str]  # in the report
-    ABOUT: ClassVar[str]  # what was tried and how the figures read, in a sentence or two
-    METRIC: ClassVar[str]  # what its figures are, a key of `metrics.METRICS`
-    VARIANTS: ClassVar[Mapping[str, str]]  # the title of each variant; one that is missing goes by its own name
+    TITLE: ClassVar[str]  # heading in the report
+    ABOUT: ClassVar[str]  # what the attack does and how to read its figures; Markdown
+    METRIC: ClassVar[str]  # metric of its figures, a key of `metrics.METRICS`
+    VARIANTS: ClassVar[Mapping[str, str]]  # titles of variants; without a title, a variant is shown by its name
 
     def check(self, config: RunConfig) -> None:
-        """Refuses, before anything is run, settings that cannot work.
+        """Validates the settings against the run, before anything runs.
 
         Raises:
-            UserError: what is wrong.
+            UserError: the settings cannot work; the message says why.
         """
         ...
 
     def run(self, subject: Subject) -> Records:
-        """One record per item and variant: {"set", "id", "person", ..., "correct" or another value}, and those of
-        `results.ATTEMPT_FIELDS` that say what was tried."""
+        """Attacks one model.
+
+        Returns:
+            One record per question and attempt: {"set", "id", "person", ..., "correct" or another value}, with the
+            fields of `results.ATTEMPT_FIELDS` that describe the attempt.
+        """
         ...
 
     def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:
-        """The figures of all models, given the records of each."""
+        """Computes the cells of all models.
+
+        Args:
+            records: the records of `run`, by model.
+        """
         ...
 
 
 def choices(examples: Iterable[Example]) -> list[Example]:
-    """The questions that attacks ask: with a picture and options to choose from, or, where there are none, any kind."""
-    shown = [e for e in examples if e.image is not None]
-    return [e for e in shown if e.options] or shown
+    """The questions that attacks ask: those with an image and options, or all with an image if none has options."""
+    with_image = [e for e in examples if e.image is not None]
+    return [e for e in with_image if e.options] or with_image
 
 
 def questions(subject: Subject, *roles: Role) -> dict[str, list[Example]]:
-    """`choices` of the evaluation sets with these roles, without those that have none."""
-    found = {name: choices(subject.asked.get(name, ())) for name in subject.with_role(*roles)}
-    return {name: examples for name, examples in found.items() if examples}
+    """`choices` of each evaluation set with one of these roles; sets without such questions are left out."""
+    sets = {name: choices(subject.asked.get(name, ())) for name in subject.with_role(*roles)}
+    return {name: examples for name, examples in sets.items() if examples}
 
 
 def attack_record(variant: str, record: Mapping, **fields: Any) -> dict[str, Any]:
-    """What an attack keeps of a record of `Subject.ask_sets`, and what was tried."""
+    """The record of an attack, from a record of `Subject.ask_sets` and the fields that describe the attempt."""
     return {"variant": variant, **fields, **{key: record[key] for key in ANSWER_FIELDS}}
 
 
 def merged(params: Params) -> Params:
-    """The parameters without adapters: each is added to its kernel, which becomes floats if it was quantised.
+    """Merges each LoRA adapter into its kernel, which is dequantized if it was quantized.
 
-    One that is still the zero that it began as leaves its kernel as it is.
+    A kernel stays as it is if its adapter is still zero, as initialized.
     """
     plain = lora.join(params)
     for path, adapted in lora.adapters(plain).items():
@@ -129,11 +137,11 @@ def merged(params: Params) -> Params:
 
 
 def grouped(records: Records, by_set: bool = True) -> list[tuple[dict[str, Any], Records]]:
-    """Records that belong to one cell, with the fields of that cell.
+    """Groups the records of one model by cell, each group with the fields of its cell.
 
     Args:
         records: of one model.
-        by_set: whether each set has cells of its own; otherwise the cells' `set` is "".
+        by_set: whether each set has its own cells; otherwise the `set` of all cells is "".
     """
     groups: dict[tuple, Records] = {}
     for record in records:
@@ -146,7 +154,7 @@ def grouped(records: Records, by_set: bool = True) -> list[tuple[dict[str, Any],
 
 
 def accuracy(records: Mapping[str, Records], by_set: bool = True) -> list[AttackCell]:
-    """The share of correct answers of every cell, with its 95 % interval over people; see `grouped`."""
+    """The accuracy of each cell, with its 95 % interval over people; see `grouped`."""
     cells = []
     for model, answers in records.items():
         for fields, items in grouped(answers, by_set):

@@ -1,6 +1,6 @@
-"""The leak across modalities: does the model still say in text what it no longer says of a picture?
+"""Leak across modalities: knowledge that the model no longer shows about an image, but still shows in text.
 
-Nothing is asked anew: the questions of text alone about the people to forget stand among the evaluation's answers.
+No question is asked again: the attack reads the evaluation's answers to text-only questions about the people to forget.
 """
 
 import dataclasses
@@ -18,27 +18,27 @@ from vkd_jax.types import Role
 
 @dataclasses.dataclass(frozen=True)
 class Leak(Section):
-    """The people to forget, by name."""
+    """Text-only questions that name the people to forget."""
 
     SECTION: ClassVar[str] = "attacks.leak"
-    TITLE: ClassVar[str] = "Leak: asked by name, without a picture"
+    TITLE: ClassVar[str] = "Leak: text-only questions that name the person"
     ABOUT: ClassVar[str] = (
-        "The questions name the people to forget and show no picture, so that nobody has to be recognised. A method "
-        "that erases who is in a picture, as VKD does, keeps what the model can say of a *name* on purpose, and should "
-        "show the figures from before. A method that trains all weights may lose that knowledge, too."
+        "The questions name the people to forget and show no image, so no face has to be recognized. A method that "
+        "erases visual knowledge, such as VKD, keeps textual knowledge on purpose: its accuracy should equal that of "
+        "the vanilla model. A method that trains all weights may erase textual knowledge, too."
     )
     METRIC: ClassVar[str] = "accuracy"
     VARIANTS: ClassVar[Mapping[str, str]] = {  # by kind of question
-        "qa": "choosing",
-        "cloze_qa": "filling in a blank",
-        "generation_qa": "answering freely",
+        "qa": "multiple choice",
+        "cloze_qa": "fill in the blank",
+        "generation_qa": "open answer",
     }
 
     def check(self, config: RunConfig) -> None:
-        """Nothing can be wrong."""
+        """There are no settings to validate."""
 
     def run(self, subject: Subject) -> Records:
-        """A record of each answer to a question of text alone about the people to forget, by the first protocol."""
+        """One record per answer to a text-only question about the people to forget, under the first protocol."""
         answers = by_kind(subject.answers)
         return [
             {"variant": kind, **{key: item[key] for key in ("set", "id", "person", "correct")}}
@@ -48,5 +48,5 @@ class Leak(Section):
         ]
 
     def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:
-        """The share of correct answers of every kind of question, over all sets about the people to forget."""
+        """The accuracy on each kind of question, over all sets about the people to forget."""
         return base.accuracy(records, by_set=False)

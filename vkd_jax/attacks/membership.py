@@ -1,6 +1,7 @@
-"""Membership inference: can an outsider tell from its answers whom a model was trained on?
+"""Membership inference: do the likelihoods of true answers reveal which people a model was trained on?
 
-Of a true answer y of L tokens (end of sequence included), after its picture and question, log p_t is that of token t.
+For the true answer y of L tokens (end of sequence included) after its image and question, log p_t is the
+log-probability of token t. Four scores:
 
     loss      mean_t log p_t
     zlib      mean_t log p_t / (bytes of zlib(y))
@@ -8,8 +9,9 @@ Of a true answer y of L tokens (end of sequence included), after its picture and
     min_k++   the same of (log p_t - mu_t) / sigma_t, with mu_t and sigma_t the mean and the standard deviation of log p
               over the vocabulary at t, weighed by p
 
-Larger scores speak for a member. AUC is the chance that a member's score is larger than a non-member's, ties counting
-half, and the summary's `score` = clip(1 - 2 |AUC - 1/2|, 0, 1) is 1 where nothing can be told.
+A larger score suggests a member. AUC is the probability that a member's score is larger than a non-member's, with ties
+counted as one half. `score` = clip(1 - 2 |AUC - 1/2|, 0, 1) of a cell is 1 if members and non-members are
+indistinguishable.
 
 References: Yeom et al., arXiv 1709.01604 (loss); Carlini et al., arXiv 2012.07805 (zlib); Shi et al., arXiv 2310.16789
 (min_k); Zhang et al., arXiv 2404.02936 (min_k++).
@@ -30,13 +32,15 @@ from vkd_jax.config.schema import RunConfig
 from vkd_jax.evaluation.inference import Answerer, TokenScores
 from vkd_jax.evaluation.metrics import intervals
 from vkd_jax.results import AttackCell
+from vkd_jax.types import Role
 
-SMALLEST = 1e-6  # deviation that is divided by: a model that is sure of a token leaves none
+HELD_OUT = "held_out"  # the set of records about people whom no model was trained on
+MIN_DEVIATION = 1e-6  # lower bound of a divisor: the deviation is 0 if the model is certain of a token
 
 
 @dataclasses.dataclass(frozen=True)
 class Membership(Section):
-    """Are the people to forget told apart from strangers?"""
+    """Scores of the people to forget against scores of people whom no model was trained on."""
 
     SECTION: ClassVar[str] = "attacks.membership"
     share: float = setting(
@@ -44,49 +48,50 @@ class Membership(Section):
     )
     held_out: str = setting(
         "",
-        "Folder of images and questions, as of the benchmark `folder`, about people whom no model ever saw, asked in "
-        "the words of the forget set. Synthetic people need none.",
+        "Folder of images and questions, in the format of the benchmark `folder`, about people whom no model was "
+        "trained on, with the wording of the forget set. Synthetic people need none.",
     )
 
-    TITLE: ClassVar[str] = "Membership: were they in the training data?"
+    TITLE: ClassVar[str] = "Membership: were these people in the training data?"
     ABOUT: ClassVar[str] = (
-        "An outsider who knows the true answers scores how likely the model finds them, and compares the people to "
-        "forget with strangers whom no model ever met, asked in the same words. An AUC of .50 says that the two cannot "
-        "be told apart; 1 gives the people away by answers that are known too well, and 0 by answers that are avoided. "
-        "The figure to aim at is that of a model that never knew them."
+        "An attacker who knows the true answers measures how probable they are under the model, for the people to "
+        "forget and for people whom no model was trained on, with the same wording. An AUC of 0.50 means that the two "
+        "groups are indistinguishable. An AUC near 1 reveals the people to forget by answers that are too probable, "
+        "and an AUC near 0 by answers that are avoided. The figure to aim at is that of the retain-only model."
     )
     METRIC: ClassVar[str] = "auc"
     VARIANTS: ClassVar[Mapping[str, str]] = {}
 
     def check(self, config: RunConfig) -> None:
-        """Any settings can run."""
+        """All valid settings can run."""
 
     def run(self, subject: Subject) -> Records:
-        """Four scores of every question about the people to forget and about strangers; none without strangers."""
+        """Four scores per question about the people to forget and the held-out people; [] without held-out people."""
         if not subject.held_out:
             return []
-        items = [("forget", e) for e in subject.forgets] + [("held_out", e) for e in subject.held_out]
+        (forget_set,) = subject.with_role(Role.FORGET)
+        items = [(forget_set, e) for e in subject.forgets] + [(HELD_OUT, e) for e in subject.held_out]
         examples = [e for _, e in items]
         answerer = Answerer(subject.model, batch_size=subject.config.eval.batch_size)
-        pictures = {(part, e.image_id): e.image for part, e in items}
-        row = {key: i for i, key in enumerate(pictures)}
-        seen = answerer.look(list(pictures.values())).show([[row[part, e.image_id]] for part, e in items])
-        scored = answerer.score_tokens([e.question for e in examples], [e.answer for e in examples], seen)
+        images = {(name, e.image_id): e.image for name, e in items}  # sets may use the same image ids
+        rows = {key: i for i, key in enumerate(images)}
+        encoded = answerer.look(list(images.values())).show([[rows[name, e.image_id]] for name, e in items])
+        scored = answerer.score_tokens([e.question for e in examples], [e.answer for e in examples], encoded)
         return [
             {
                 "variant": variant,
-                "set": part,
+                "set": name,
                 "id": e.id,
                 "person": e.person,
-                "member": part == "forget",
+                "member": name == forget_set,
                 "score": score,
             }
-            for (part, e), tokens in zip(items, scored, strict=True)
+            for (name, e), tokens in zip(items, scored, strict=True)
             for variant, score in scores(tokens, e.answer, self.share).items()
         ]
 
     def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:
-        """The AUC of every score and model, its interval over people; see `intervals.auc`."""
+        """The AUC of each score, with its interval over people; see `intervals.auc`."""
         cells = []
         for model, answers in records.items():
             for fields, items in base.grouped(answers, by_set=False):
@@ -100,18 +105,18 @@ class Membership(Section):
 
 
 def scores(tokens: TokenScores, text: str, share: float) -> dict[str, float]:
-    """{variant: score} of one text, by its tokens."""
+    """The four scores of one text, by variant."""
     mean = float(tokens.log_probs.astype(float).mean())
-    standardised = (tokens.log_probs - tokens.means) / np.maximum(tokens.deviations, SMALLEST)
+    standardized = (tokens.log_probs - tokens.means) / np.maximum(tokens.deviations, MIN_DEVIATION)
     return {
         "loss": mean,
         "zlib": mean / len(zlib.compress(text.encode())),
         "min_k": lowest(tokens.log_probs, share),
-        "min_k++": lowest(standardised, share),
+        "min_k++": lowest(standardized, share),
     }
 
 
 def lowest(values: np.ndarray, share: float) -> float:
-    """The mean of the lowest `share` of the values, of one at least."""
+    """The mean of the lowest `share` of the values, and of at least one value."""
     count = max(1, math.ceil(share * len(values)))
     return float(np.sort(values.astype(float))[:count].mean())

@@ -1,12 +1,13 @@
-"""A linear probe: do the features still tell the people to forget apart?
+"""Linear probe: do the visual features still identify the people to forget?
 
-The vision tower is read alone, without a question. A picture is the mean x of its tokens at a tap, standardised with
-the training pictures' mean and deviation. One ridge regression for each person, all in closed form,
+Only the vision tower and the projector run, without a question. An image is represented by the mean x of its tokens at
+a tap, standardized with the mean and the standard deviation of the training images. One ridge regression per person,
+in closed form,
 
     min_W |X W - (Y - y)|^2 + ridge * d * |W|^2,    X [n, d], Y [n, people] one-hot, y the mean of its rows,
 
-says who somebody is: the largest of y + x W. It is solved by its dual, W = X' (X X' + ridge * d * I)^-1 (Y - y), which
-holds n^2 numbers whatever d is.
+predicts the person with the largest entry of y + x W. The dual W = X' (X X' + ridge * d * I)^-1 (Y - y) needs n^2
+numbers, independent of d.
 
 Reference: Alain and Bengio, Understanding intermediate layers using linear classifier probes (arXiv 1610.01644).
 """
@@ -26,47 +27,48 @@ from vkd_jax.evaluation.inference import TAPS, Answerer
 from vkd_jax.results import AttackCell
 from vkd_jax.types import EvalSet, Example, Role
 
-Shown = tuple[str, Example]  # a set, and a question about a picture
+SetExample = tuple[str, Example]  # the name of a set, and one of its questions with an image
 
-FOLD = 4  # without other pictures, one in so many of each person's is kept back for the test
+FOLD = 4  # without holdout images, every fourth image of each person is a test image
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe(Section):
-    """Who is in a picture, by its features alone."""
+    """Identifies the person in an image by its features alone."""
 
     SECTION: ClassVar[str] = "attacks.probe"
     ridge: float = setting(0.01, "Ridge penalty per feature.", above=0)
 
-    TITLE: ClassVar[str] = "Probe: do the features still tell them apart?"
+    TITLE: ClassVar[str] = "Probe: do the visual features still identify the people?"
     ABOUT: ClassVar[str] = (
-        "A linear classifier learns to name the person from what the vision tower makes of a picture (features) or "
-        "from what the projector hands on to the language model (projector), and is then shown other pictures of the "
-        "people to forget. It finds that faces differ, which a model that never knew somebody sees as well: only more "
-        "than *that* model's figure is a trace. Taught names that were dealt out at random, it can only guess."
+        "A linear classifier is trained to predict the person from the output of the vision tower (features) or of the "
+        "projector (projector), and tested on other images of the people to forget. Faces can be distinguished even by "
+        "a model that was never trained on these people, so only an accuracy above that of the *retain-only* model is "
+        "a trace of the training data. With randomly permuted labels the classifier is at chance."
     )
     METRIC: ClassVar[str] = "accuracy"
     VARIANTS: ClassVar[Mapping[str, str]] = {"random_labels": f"{TAPS[0]}, random labels"}
 
     def check(self, config: RunConfig) -> None:
-        """Any settings can run."""
+        """All valid settings can run."""
 
     def run(self, subject: Subject) -> Records:
-        """A record of each test picture and each classifier."""
+        """One record per test image and classifier."""
         train, test = split(subject.asked, subject.sets)
         if not test:
             return []
-        shown = [e for _, e in (*train, *test)]
-        means = Answerer(subject.model, batch_size=subject.config.eval.batch_size).means([e.image for e in shown])
+        images = [e.image for _, e in (*train, *test)]
+        means = Answerer(subject.model, batch_size=subject.config.eval.batch_size).means(images)
         labels = np.array([e.person for _, e in train])
-        dealt = rng(subject.seed, "attacks/probe").permutation(labels)
+        permuted = rng(subject.seed, "attacks/probe").permutation(labels)
         records = []
         for variant, tap, names in (
             *((tap, tap, labels) for tap in TAPS),
-            ("random_labels", TAPS[0], dealt),
+            ("random_labels", TAPS[0], permuted),
         ):
-            known, asked = np.split(means[tap], [len(train)])
-            for (set_name, e), name in zip(test, classify(known, names, asked, self.ridge), strict=True):
+            train_means, test_means = np.split(means[tap], [len(train)])
+            predictions = classify(train_means, names, test_means, self.ridge)
+            for (set_name, e), name in zip(test, predictions, strict=True):
                 records.append(
                     {
                         "variant": variant,
@@ -80,51 +82,52 @@ class Probe(Section):
         return records
 
     def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:
-        """The share of images whose person is named correctly."""
+        """The share of images whose person is predicted correctly."""
         return base.accuracy(records)
 
 
-def split(asked: Mapping[str, Sequence[Example]], sets: Sequence[EvalSet]) -> tuple[list[Shown], list[Shown]]:
-    """Images of everybody to learn from, and other images of the same people to test on, each with its set.
+def split(asked: Mapping[str, Sequence[Example]], sets: Sequence[EvalSet]) -> tuple[list[SetExample], list[SetExample]]:
+    """Training images of all people, and test images of the same people, each with the name of its set.
 
-    Where a benchmark has no holdout images of the people to forget, every fourth image of each of them is tested on.
+    If a benchmark has no holdout images of the people to forget, every fourth image of each of them is a test image.
     """
-    shown = {
-        role: [(s.name, e) for s in sets if s.role is role for e in _pictures(asked.get(s.name, ()))] for role in Role
+    by_role = {
+        role: [(s.name, e) for s in sets if s.role is role for e in _one_per_image(asked.get(s.name, ()))]
+        for role in Role
     }
-    train, test = shown[Role.FORGET] + shown[Role.RETAIN], shown[Role.FORGET_HOLDOUT]
+    train, test = by_role[Role.FORGET] + by_role[Role.RETAIN], by_role[Role.FORGET_HOLDOUT]
     if not test:
         count: dict[str, int] = {}
-        for item in shown[Role.FORGET]:
+        for item in by_role[Role.FORGET]:
             count[item[1].person] = count.get(item[1].person, 0) + 1
             if count[item[1].person] % FOLD == 0:
                 test.append(item)
         train = [item for item in train if item not in test]
     known = {e.person for _, e in train}
-    return train, [item for item in test + shown[Role.RETAIN_HOLDOUT] if item[1].person in known]
+    return train, [item for item in test + by_role[Role.RETAIN_HOLDOUT] if item[1].person in known]
 
 
-def _pictures(examples: Iterable[Example]) -> list[Example]:
-    """A question about each picture of somebody."""
+def _one_per_image(examples: Iterable[Example]) -> list[Example]:
+    """One question for each image of a person."""
     return list({e.image_id: e for e in examples if e.image is not None and e.person}.values())
 
 
 def classify(train: np.ndarray, labels: np.ndarray, test: np.ndarray, ridge: float) -> np.ndarray:
-    """The label of each test row, by ridge regression one against all.
+    """Predicts the label of each test row by one-against-all ridge regression.
 
     Args:
         train: [n, d].
-        labels: [n], of any kind that can be compared.
+        labels: [n], of any sortable type.
         test: [m, d].
-        ridge: the penalty, a feature.
+        ridge: penalty per feature.
 
     Returns:
-        [m], out of `labels`.
+        [m], values of `labels`.
     """
     train, test = train.astype(np.float64), test.astype(np.float64)
-    centre, spread = train.mean(0), train.std(0)
-    spread[spread == 0] = 1  # a feature that never changes says nothing
-    train, test = (train - centre) / spread, (test - centre) / spread
+    center, deviation = train.mean(0), train.std(0)
+    deviation[deviation == 0] = 1  # a constant feature has no information
+    train, test = (train - center) / deviation, (test - center) / deviation
     names, index = np.unique(labels, return_inverse=True)
     targets = np.eye(len(names))[index]
     kernel = train @ train.T + ridge * train.shape[1] * np.eye(len(train))

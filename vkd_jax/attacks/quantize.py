@@ -1,10 +1,10 @@
-"""Quantisation: does what was forgotten come back when the weights are rounded to few bits?
+"""Quantization: does forgotten knowledge come back when the weights are quantized to few bits?
 
-A method that hides knowledge by small changes of the weights may lose these changes when both the old and the new value
-round to the same number. All weight matrices are rounded, see `vkd_jax.models.quantize.round_param`, and the model
-computes as before.
+A method that hides knowledge by small weight changes may lose these changes if the old and the new weight round to the
+same value. All weight matrices are rounded (see `vkd_jax.models.quantize.round_param`); the model computes in its own
+dtype.
 
-Reference: Zhang et al., "Catastrophic failure of LLM unlearning via quantization", arXiv 2410.16454
+Reference: Zhang et al., "Catastrophic failure of LLM unlearning via quantization", arXiv 2410.16454.
 """
 
 import dataclasses
@@ -25,35 +25,35 @@ from vkd_jax.types import Role, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Quantize(Section):
-    """All weight matrices, in each of several roundings."""
+    """Quantizes all weight matrices in each of several formats."""
 
     SECTION: ClassVar[str] = "attacks.quantize"
     bits: tuple[str, ...] = setting(
         ("int8", "int4:64"),
-        "Roundings, each as model.quantize has it.",
+        "Formats, each as for model.quantize.",
         pattern=r"int[84](:[1-9]\d*)?",
         expected="int8 or int4, optionally with a group size as in int4:64",
     )
 
-    TITLE: ClassVar[str] = "Quantisation: weights rounded to few bits"
+    TITLE: ClassVar[str] = "Quantization: weights rounded to few bits"
     ABOUT: ClassVar[str] = (
-        "All weight matrices of the vision tower, the projector and the language model are rounded to 8 or 4 bits; "
-        "matrices that config.model.quantize rounded already stay as they are. Figures above those of the unrounded "
-        "model say that unlearning hid what it should have erased; those on the people to keep say what the rounding "
-        "itself costs."
+        "All weight matrices of the vision tower, the projector and the language model are quantized to 8 or 4 bits, "
+        "except those that config.model.quantize has already quantized. An accuracy on the forget set above that of "
+        "the unchanged model means that unlearning hid knowledge instead of erasing it. The accuracy on the retain set "
+        "shows what quantization itself costs."
     )
     METRIC: ClassVar[str] = "accuracy"
     VARIANTS: ClassVar[Mapping[str, str]] = {}
 
     def check(self, config: RunConfig) -> None:
-        """Any settings can run."""
+        """All valid settings can run."""
 
     def run(self, subject: Subject) -> Records:
-        """The answers of the model as it is and of each rounded copy."""
+        """The answers of the unchanged model and of each quantized copy."""
         sets = base.questions(subject, Role.FORGET, Role.FORGET_HOLDOUT, Role.RETAIN)
         model = dataclasses.replace(subject.model, params=base.merged(subject.model.params))
-        if kept := sum(isinstance(value, quantize.QArray) for value in model.params.values()):
-            logging.info("%s: %d quantised weights stay as they are", subject.name, kept)
+        if count := sum(isinstance(value, quantize.QArray) for value in model.params.values()):
+            logging.info("%s: %d weights are already quantized and stay as they are", subject.name, count)
         records = [base.attack_record(UNCHANGED, r) for r in subject.unattacked(sets)]
         for text in self.bits:
             answers = subject.ask_sets(self.rounded(model, text), sets)
@@ -61,18 +61,18 @@ class Quantize(Section):
         return records
 
     def rounded(self, model: ModelBundle, text: str) -> ModelBundle:
-        """The model with weights of that many bits.
+        """The model with weights rounded to a format such as "int4:64".
 
         Raises:
-            UserError: a width does not split into such groups.
+            UserError: the number of channels of a weight is not a multiple of the group size.
         """
-        how = quantize.parse(text)
+        quantization = quantize.parse(text)
         try:
-            params = {path: quantize.round_param(path, value, how) for path, value in model.params.items()}
+            params = {path: quantize.round_param(path, value, quantization) for path, value in model.params.items()}
         except UserError as error:
             raise UserError(f"attacks.quantize.bits: {text} does not fit this model ({error})") from error
         return dataclasses.replace(model, params=params)
 
     def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:
-        """The share of correct answers of every rounding and set."""
+        """The accuracy of each format on each set."""
         return base.accuracy(records)

@@ -1,18 +1,18 @@
-"""Relearning: an attacker who has some of what was forgotten trains on it, and sees what else comes back.
+"""Relearning: an attacker fine-tunes the model on a share of the forget set, and the rest of the forget set is asked.
 
     recovery = (A_after - A_before) / (A_vanilla - A_before)
 
-over the forget questions that the attacker did *not* train on: the other questions, which are about the same people, or
-those about the other people, where whole people were taught again. A_before and A_after are the shares that the
-attacked model answers right before and after the attack, A_vanilla that of the model before it unlearned anything. 0
-says that nothing came back beyond what was trained on, 1 that all did. What a model learns anew is in it, too: the same
-attack on a model that never met the people shows how much that is.
+over the forget questions that the attacker did *not* train on: other questions about the same people or, if the share
+counts people, the questions about the other people. A_before and A_after are the accuracies of the attacked model
+before and after the attack, and A_vanilla is that of the vanilla model. A recovery of 0 means that nothing came back
+beyond the questions that were trained on, and 1 that everything did. The model also generalizes from the attacker's
+share: the same attack on the retain-only model shows by how much.
 
-A share holds the first of the questions in one random order, so that a larger share contains the smaller. All attacks
-have one budget: the same steps of the same number of rows at the same rate, with a fresh Adam.
+Shares are prefixes of one random order, so a larger share contains the smaller ones. All attempts have the same budget:
+steps, batch size and learning rate, with a new Adam optimizer.
 
-Reference: Hu et al., "Jogging the memory of unlearned models through targeted relearning attacks", arXiv 2406.13356;
-Lynch et al., arXiv 2402.16835
+References: Hu et al., "Jogging the memory of unlearned models through targeted relearning attacks", arXiv 2406.13356;
+Lynch et al., arXiv 2402.16835.
 """
 
 import dataclasses
@@ -42,40 +42,40 @@ from vkd_jax.types import Role, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Relearn(Section):
-    """Attackers of every kind, each with every share of the forget questions."""
+    """Fine-tunes each set of weights on each share of the forget set."""
 
     SECTION: ClassVar[str] = "attacks.relearn"
     attackers: tuple[str, ...] = setting(
-        ("visual", "all"), "Weights that each attacker trains, as a method's `train`.", choices=TRAIN_SCOPES
+        ("visual", "all"), "Weights that each attacker trains, as for `method.train`.", choices=TRAIN_SCOPES
     )
     shares: tuple[float, ...] = setting(
-        (0.05, 0.1, 0.2, 0.5), "Shares of the forget questions with an image that are taught.", above=0, below=1
+        (0.05, 0.1, 0.2, 0.5), "Shares of the forget questions with an image that are trained on.", above=0, below=1
     )
     people: tuple[float, ...] = setting(
         (0.5,),
-        "Shares of the people whom all questions are taught about; those about the others are asked.",
+        "Shares of the people to forget whose questions are all trained on; the other people are asked about.",
         above=0,
         below=1,
     )
-    steps: int = setting(25, "Update steps of an attack.", minimum=1)
+    steps: int = setting(25, "Training steps of each attempt.", minimum=1)
     batch_size: int = setting(16, "Examples per step.", minimum=1)
     learning_rate: float = setting(3e-4, "Constant learning rate.", above=0)
 
-    TITLE: ClassVar[str] = "Relearning: what comes back when some of it is taught again"
+    TITLE: ClassVar[str] = "Relearning: fine-tuning on a share of the forget set"
     ABOUT: ClassVar[str] = (
-        "An attacker trains the model, the visual weights alone or all weights, on a share of the questions about the "
-        "people to forget, or on all questions about some of these people. It is then asked the *other* questions, "
-        "or those about the *other* people. Recovery is the part of what was lost that came back; read it beside that "
-        "of a model that never met them, given the same attack, since what it learns anew is in both."
+        "An attacker fine-tunes some or all weights on a share of the questions about the people to forget, or on all "
+        "questions about a share of these people. The model is then asked the *other* questions, or those about the "
+        "*other* people. Recovery is the share of the lost accuracy that comes back. Compare it with the accuracy of "
+        "the retain-only model after the same attack, which includes what any model learns from the attacker's share."
     )
     METRIC: ClassVar[str] = "accuracy"
-    VARIANTS: ClassVar[Mapping[str, str]] = {UNCHANGED: "before"}
+    VARIANTS: ClassVar[Mapping[str, str]] = {UNCHANGED: "before the attack"}
 
     def check(self, config: RunConfig) -> None:
-        """Refuses attackers and budgets that cannot be.
+        """Validates the attackers and the batch size against the run.
 
         Raises:
-            UserError: which, and what to do.
+            UserError: an attacker cannot train a quantized model, or the mesh does not divide the batch size.
         """
         if "all" in self.attackers and config.model.quantize:
             raise self.error(
@@ -89,7 +89,7 @@ class Relearn(Section):
             raise self.error("batch_size", error.problem) from None
 
     def run(self, subject: Subject) -> Records:
-        """The answers before any attack and after each."""
+        """The answers before the attack and after each attempt."""
         sets = base.questions(subject, Role.FORGET, Role.FORGET_HOLDOUT)
         records = [base.attack_record(UNCHANGED, r) for r in subject.unattacked(sets)]
         model = dataclasses.replace(subject.model, params=base.merged(subject.model.params))
@@ -100,14 +100,15 @@ class Relearn(Section):
         for attacker in self.attackers:
             for unit, share in attempts:
                 if unit == "questions":
-                    taught, rows = set(), self.rows(share, len(encoded), subject.seed)
+                    trained_people, rows = set(), self.rows(share, len(encoded), subject.seed)
                 else:
-                    taught = {people[i] for i in self.rows(share, len(people), subject.seed)[: len(people) - 1]}
-                    rows = np.array([i for i, e in enumerate(subject.forgets) if e.person in taught])
+                    chosen = self.rows(share, len(people), subject.seed)[: len(people) - 1]
+                    trained_people = {people[i] for i in chosen}
+                    rows = np.array([i for i, e in enumerate(subject.forgets) if e.person in trained_people])
                 after = subject.ask_sets(self.attacked(model, attacker, rows_of(encoded, rows), subject.seed), sets)
                 budget = dict(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate)
                 fields = dict(attacker=attacker, **budget, share=share, unit=unit)
-                answers = self._labeled(subject, after, rows, taught, fields)
+                answers = self._labeled(subject, after, rows, trained_people, fields)
                 others = [r["correct"] for r in answers if not r["taught"] and not r["trained_on"]]
                 logging.info(
                     "%s, relearning %s with %g %% of the %s: accuracy %.3f (n=%d)",
@@ -117,24 +118,24 @@ class Relearn(Section):
         return records
 
     def _labeled(
-        self, subject: Subject, answers: Records, rows: np.ndarray, taught: set[str], fields: Mapping[str, Any]
+        self, subject: Subject, answers: Records, rows: np.ndarray, people: set[str], fields: Mapping[str, Any]
     ) -> Records:
-        """Records of one attempt, each with whether the attacker trained on the question or taught its person."""
+        """Records of one attempt, with flags for questions, and for people, that the attacker trained on."""
         known = {(subject.forgets[i].image_id, subject.forgets[i].question) for i in rows}
         forget_sets = subject.with_role(Role.FORGET)
         records = []
         for record in answers:
             trained_on = record["set"] in forget_sets and (record["image_id"], record["question"]) in known
-            flags = dict(taught=not trained_on and record["person"] in taught, trained_on=trained_on)
+            flags = dict(taught=not trained_on and record["person"] in people, trained_on=trained_on)
             records.append(base.attack_record("", record, **fields, **flags))
         return records
 
     def rows(self, share: float, count: int, seed: int) -> np.ndarray:
-        """Which of `count` questions, or people, the attacker has, at least one: larger shares contain the smaller."""
+        """Sorted indices of the questions, or people, that the attacker has: at least one, nested over shares."""
         return np.sort(rng(seed, "relearn").permutation(count)[: max(1, round(share * count))])
 
     def attacked(self, model: ModelBundle, attacker: str, encoded: EncodedSet, seed: int) -> ModelBundle:
-        """The model after the attacker trained it.
+        """Fine-tunes a copy of the model.
 
         Raises:
             UserError: the loss became NaN or infinite.
@@ -148,7 +149,7 @@ class Relearn(Section):
                 Prepared(sets={"image": encoded}),
                 self.training,
                 seed=seed,
-                folder=None,  # it takes seconds, and an interrupted attack starts over
+                folder=None,  # no checkpoints: an attempt takes seconds, and an interrupted one starts over
             )
         except loop.Diverged as error:
             raise UserError(
@@ -157,10 +158,10 @@ class Relearn(Section):
         return dataclasses.replace(model, params={**model.params, **trained})
 
     def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:
-        """Accuracies, and beside those of each attack over the same questions: before it, and the recovery.
+        """Accuracies; the cells of an attempt also have the accuracy before it on the same questions, and the recovery.
 
-        A cell of an attack also has what the attacker made of its own share (`learned`, None where no question of the
-        evaluation is in it). The recovery is None where the vanilla model is not better than the attacked one was.
+        `learned` of a cell is the accuracy on the attacker's own share, or None if the evaluation asks none of its
+        questions. The recovery is None if the vanilla model is not better than the model before the attack.
         """
         verdicts = {
             model: {(r["set"], r["id"]): r["correct"] for r in items if r["variant"] == UNCHANGED}
@@ -175,7 +176,7 @@ class Relearn(Section):
         ]
 
     def _recovered(self, cell: AttackCell, records: Mapping, verdicts: Mapping, trained_on: Mapping) -> AttackCell:
-        """The cell with the accuracy before, the recovery, and what was learned of the share itself."""
+        """The cell with `before`, `recovery` and `learned`."""
         items = [
             record
             for fields, group in base.grouped(records[cell.model])
@@ -206,14 +207,14 @@ class Relearn(Section):
 
 
 def recovery(after: float, before: float, vanilla: float | None) -> float | None:
-    """The part of what unlearning took that an attack brought back; None where it took nothing."""
+    """The share of the lost accuracy that an attack recovered; None if no accuracy was lost."""
     if vanilla is None or vanilla <= before:
         return None
     return (after - before) / (vanilla - before)
 
 
 def rows_of(encoded: EncodedSet, rows: np.ndarray) -> EncodedSet:
-    """Some rows of a set that caches nothing, in arrays of the same lengths, with all its pictures."""
+    """Selects rows of a set without caches. Sequence lengths and images stay, so that no program is compiled again."""
     fields = {name: getattr(encoded, name) for name in (*REPEATED_FIELDS, "image_rows")}
     return dataclasses.replace(
         encoded,

@@ -15,6 +15,7 @@ from PIL import Image
 from vkd_jax import attacks, benchmarks
 from vkd_jax.attacks.base import Subject
 from vkd_jax.attacks.membership import Membership, lowest, scores
+from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.benchmarks.synthetic import people
 from vkd_jax.config.schema import EvalConfig, RunConfig
 from vkd_jax.evaluation import inference
@@ -165,7 +166,7 @@ def example(i, seed):
 def subject(tiny_model):
     config = RunConfig(eval=EvalConfig(batch_size=7))
     forgets, held_out = [example(i, i // 2) for i in range(6)], [example(i, 9 - i // 2) for i in range(5)]
-    return Subject("unlearned", tiny_model, {}, [], [], forgets, held_out, config, tiny_model.mesh, None)
+    return Subject("unlearned", tiny_model, {}, Mllmu.EVAL_SETS, [], forgets, held_out, config, tiny_model.mesh, None)
 
 
 def test_token_scores_are_those_of_the_whole_distribution(tiny_model, subject):

@@ -105,7 +105,7 @@ def make_run(workdir, seed=0, right=RIGHT, method=None, manifest=(9, 0), **more)
             "shots": 0,
             "benchmark": {
                 "title": "MLLMU-Bench, forgetting 5 %",
-                "source": "the made-up people",
+                "source": "synthetic people",
                 "sets": [to_json(s) | {"people": people.get(s.name, 0)} for s in Mllmu.EVAL_SETS],
             },
             "date": "2026-01-02T03:04:05+00:00",
@@ -181,7 +181,7 @@ def test_report_shows_the_means_of_open_answers(tmp_path, undrawn):
     results["models"]["unlearned"]["forget"]["generation_vqa"] = FREE
     (tmp_path / "results.json").write_text(json.dumps(results))
     text = report.write(tmp_path, IMAGES).read_text()
-    assert "MLLMU-Bench, forgetting 5 %; data: the made-up people." in text
+    assert "MLLMU-Bench, forgetting 5 %; data: synthetic people." in text
     assert "| people to forget | 3 | 12 | 12 | 7 |" in text
     assert "| general ability, nothing about these people | – | 12 | 12 | – |" in text
     assert "| people to forget | 7 | 0.500 (0.250 to 0.750) | 0.500 (0.250 to 0.750) | – |" in text

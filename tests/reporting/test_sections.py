@@ -277,7 +277,7 @@ def test_measured_in_full():
 def test_accuracy_in_full():
     assert shown("accuracy", run_of()) == (
         "## Accuracy\n\n"
-        "Each cell: accuracy, (correct answers / questions), and the 95 % interval of the accuracy in per cent.\n\n"
+        "Each cell: accuracy, (correct answers / questions), and the 95 % interval of the accuracy (%).\n\n"
         "### Multiple choice, with image\n\n"
         "| questions about | vanilla | unlearned | retain-only | change (points) |\n"
         "| --- | ---: | ---: | ---: | ---: |\n"
@@ -440,7 +440,7 @@ def test_an_attack_that_had_nothing_to_ask_says_so():
     text = attacks_of(models=TWO, **{name: AttackResults(name, "About.") for name in names})
     assert "Not measured: the data has no people whom no model ever saw." in text and "held_out=DIR" in text
     assert "no text-only question" in text and "no other images" in text and "no question to ask" in text
-    assert "was not part of this run" in text and "| --- |" not in text
+    assert "This run has no retain-only model, which would" in text and "| --- |" not in text
 
 
 @pytest.mark.parametrize("count", [8, 9])

@@ -51,7 +51,7 @@ def _truth_score(record: Mapping) -> float | None:
 
 PROBABILITY = Metric(
     name="probability",
-    title="probability of the answer, per token",
+    title="probability of the answer per token",
     direction="by_role",
     item=lambda record: record.get("probability"),
 )

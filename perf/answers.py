@@ -145,10 +145,14 @@ def jax_functions(
     answerer = Answerer(ask.load(folder).bundle, batch_size=batch_size)
 
     def write() -> list[str]:
-        return answerer.generate(questions.questions, answerer.look(questions.images), max_new_tokens=NEW_TOKENS)
+        return answerer.generate(
+            questions.questions, answerer.encode_images(questions.images), max_new_tokens=NEW_TOKENS
+        )
 
     def choose() -> np.ndarray:
-        return answerer.score(questions.questions, questions.options, answerer.look(questions.images)).log_probs
+        return answerer.score(
+            questions.questions, questions.options, answerer.encode_images(questions.images)
+        ).log_probs
 
     return write, choose
 

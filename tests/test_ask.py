@@ -32,7 +32,7 @@ def image_file(tmp_path_factory):
 
 
 def test_a_path_a_string_and_a_pil_image_give_the_same_answer(model, image_file):
-    expected = model.generate([QUESTION], model.look([image_file.read_bytes()]), max_new_tokens=8)
+    expected = model.generate([QUESTION], model.encode_images([image_file.read_bytes()]), max_new_tokens=8)
     with Image.open(image_file) as opened:
         for image in (image_file, str(image_file), opened):
             assert [ask.answer(model, QUESTION, image, max_new_tokens=8)] == expected

@@ -55,8 +55,8 @@ def answer(
         raise UserError(f"max_new_tokens={max_new_tokens}: give at least 1.")
     if image is not None and not isinstance(image, Image.Image):
         image = _read_image(Path(image))
-    encoded_image = None if image is None else model.look([image])
-    prompt, _ = model.processor.encode(question, None, encoded_image.images(0) if encoded_image else ())
+    encoded_image = None if image is None else model.encode_images([image])
+    prompt, _ = model.processor.encode(question, None, encoded_image.blank_images(0) if encoded_image else ())
     free_positions = max(model.config.text.max_positions - len(prompt), 1)
     return model.generate([question], encoded_image, max_new_tokens=min(max_new_tokens, free_positions))[0]
 

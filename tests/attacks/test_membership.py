@@ -172,9 +172,9 @@ def subject(tiny_model):
 def test_token_scores_are_those_of_the_whole_distribution(tiny_model, subject):
     asked = Answerer(tiny_model, batch_size=4)
     questions, texts = ([getattr(e, key) for e in subject.forgets] for key in ("question", "answer"))
-    seen = asked.look([e.image for e in subject.forgets])
-    got = asked.score_tokens(questions, texts, seen)
-    whole = asked.score(questions, [[text] for text in texts], seen)
+    encoded_images = asked.encode_images([e.image for e in subject.forgets])
+    got = asked.score_tokens(questions, texts, encoded_images)
+    whole = asked.score(questions, [[text] for text in texts], encoded_images)
     np.testing.assert_allclose([t.log_probs.sum() for t in got], whole.log_probs[:, 0], atol=1e-4)
     assert [len(t.log_probs) for t in got] == whole.counts[:, 0].tolist() and len(set(whole.counts[:, 0])) == 3
 

@@ -189,7 +189,7 @@ def test_means_are_over_the_real_tokens(qwen_folder):
     got = model.means(files)
     assert {name: value.shape for name, value in got.items()} == {"features": (2, 32), "projector": (2, 48)}
     for i, file in enumerate(files):
-        (values,), (where,) = model.look([file]).features
+        (values,), (where,) = model.encode_images([file]).features
         real = values[where[:, 0] >= 0]
         np.testing.assert_allclose(got["projector"][i], real.mean(0), atol=1e-4)
         assert len(real) == (4, 6)[i]

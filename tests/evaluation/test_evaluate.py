@@ -12,7 +12,7 @@ from PIL import Image
 from vkd_jax.evaluation import evaluate as module
 from vkd_jax.evaluation import inference
 from vkd_jax.evaluation.evaluate import evaluate, letter_question, sample
-from vkd_jax.evaluation.inference import Answerer, Scores, Seen
+from vkd_jax.evaluation.inference import Answerer, EncodedImages, Scores
 from vkd_jax.evaluation.metrics import words
 from vkd_jax.evaluation.metrics.summary import summaries
 from vkd_jax.models.base import VisualTokens
@@ -68,8 +68,8 @@ def test_likelihoods_are_those_of_their_own_question(ask, sets, records, task, m
     """Asked in another order, without `evaluate`."""
     pairs = list(zip([*sets["forget"], *sets["retain"]], records, strict=True))[::-1]
     pairs = [(e, record) for e, record in pairs if (e.task, e.modality) == (task, modality)]
-    seen = ask(7).look([e.image for e, _ in pairs]) if modality == "vqa" else None
-    found = ask(7).score([e.question for e, _ in pairs], [e.options or (e.answer,) for e, _ in pairs], seen)
+    encoded_images = ask(7).encode_images([e.image for e, _ in pairs]) if modality == "vqa" else None
+    found = ask(7).score([e.question for e, _ in pairs], [e.options or (e.answer,) for e, _ in pairs], encoded_images)
     for (e, record), log_probs, nll in zip(pairs, found.log_probs, found.nll, strict=True):
         nll = dict(zip(e.options or (e.answer,), nll, strict=False))
         np.testing.assert_allclose(record["answer_nll"], nll.pop(e.answer), atol=1e-4)
@@ -127,24 +127,26 @@ class Scripted:
     """
 
     def __init__(self, says=None, nll=None):
-        self.says, self.nll, self.seen = says, nll, []
+        self.says, self.nll, self.calls = says, nll, []
 
-    def look(self, pictures):
+    def encode_images(self, pictures):
         means = np.array([np.mean(list(data)) for data in pictures])[:, None, None]
         where = np.zeros((len(means), 1, 3), np.int32)
-        return Seen([(1, 1, 3)] * len(means), VisualTokens(means, where), tuple((i,) for i in range(len(means))))
+        return EncodedImages(
+            [(1, 1, 3)] * len(means), VisualTokens(means, where), tuple((i,) for i in range(len(means)))
+        )
 
-    def _note(self, how, questions, seen, turns):
+    def _note(self, how, questions, encoded_images, turns):
         for i, question in enumerate(questions):
-            shown = [] if seen is None else seen.of([i]).tokens().values[0, :, 0].tolist()
-            self.seen.append((how, question, shown, None if turns is None else turns[i]))
+            shown = [] if encoded_images is None else encoded_images.select([i]).tokens().values[0, :, 0].tolist()
+            self.calls.append((how, question, shown, None if turns is None else turns[i]))
 
-    def generate(self, questions, seen=None, *, max_new_tokens, turns=None):
-        self._note("generate", questions, seen, turns)
+    def generate(self, questions, encoded_images=None, *, max_new_tokens, turns=None):
+        self._note("generate", questions, encoded_images, turns)
         return [self.says(q) for q in questions]
 
-    def score(self, questions, texts, seen=None, *, turns=None):
-        self._note("score", questions, seen, turns)
+    def score(self, questions, texts, encoded_images=None, *, turns=None):
+        self._note("score", questions, encoded_images, turns)
         nll = np.full((len(questions), max(map(len, texts))), np.inf)
         for i, (question, row) in enumerate(zip(questions, texts, strict=True)):
             nll[i, : len(row)] = [self.nll(question, text) for text in row]
@@ -183,7 +185,7 @@ def test_each_prediction_is_judged_by_its_own_answer(protocol):
         assert ("answer_nll" in record) == (how in ("cloze", names[0]))  # once a question
         if how == "options":
             assert record["scores"] == [-4.0 + 2 * (option == given[i]) for option in OPTIONS]
-    for how, question, shown, turns in scripted.seen:
+    for how, question, shown, turns in scripted.calls:
         e = items[number(question)]
         assert shown == ([] if e.image is None else [pytest.approx(np.mean(list(e.image)))]) and turns is None
         assert question == (letter_question(e) if how == "generate" and e.options else e.question)
@@ -273,7 +275,7 @@ def test_one_worked_example_of_somebody_else_stands_before_each_question(people,
     for kind, names in shown.items():  # one for all, and another for the example's own person
         assert len(set(names)) == 2 and max(map(names.count, names)) > len(names) / 2, kind
     worked_of = {r["id"]: everybody[r["worked_example"]] for r in got}
-    for how, question, features, [(said, answer, pictures)] in scripted.seen:
+    for how, question, features, [(said, answer, pictures)] in scripted.calls:
         asked = next(e for e in everybody.values() if number(e.question) == number(question))
         worked = worked_of[asked.id]
         both = [worked.image, asked.image] if asked.image is not None else []
@@ -298,11 +300,11 @@ def test_worked_examples_are_drawn_by_the_seed(people):
 
 def test_without_an_example_to_show_nothing_is_asked(people):
     for retain, about in (
-        ([], "with a picture"),
-        ([example(1, picture=1)], "with a picture"),
-        (people["retain"][:8], "of text alone"),
+        ([], "with an image"),
+        ([example(1, picture=1)], "with an image"),
+        (people["retain"][:8], "without an image"),
     ):
-        with pytest.raises(UserError, match=f"no classification question {about} about somebody else .*eval.shots=0"):
+        with pytest.raises(UserError, match=f"no classification question {about} about another person .*eval.shots=0"):
             evaluate(Scripted(), people, protocol="options", max_new_tokens=4, shots=1, shown=retain)
 
 

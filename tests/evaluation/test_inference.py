@@ -11,7 +11,7 @@ from PIL import Image
 from vkd_jax.checkpoints import hf
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.data.processor import Processor
-from vkd_jax.evaluation.inference import Answerer, Seen
+from vkd_jax.evaluation.inference import Answerer, EncodedImages
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.types import UserError
 
@@ -71,8 +71,8 @@ def test_scores_are_sums_of_log_probabilities_and_losses_their_means(ask, plainl
     questions = [f"Question {i}: what is the job{' of this person' * (i % 3)}?" for i in range(9)]
     texts = [OPTIONS[: 4 - i % 3] for i in range(9)]
     files = [png(i) for i in range(3)]
-    seen = ask(7).look([files[i % 3] for i in range(9)]) if pictured else None
-    got = ask(7).score(questions, texts, seen)
+    encoded_images = ask(7).encode_images([files[i % 3] for i in range(9)]) if pictured else None
+    got = ask(7).score(questions, texts, encoded_images)
     for i, (question, row) in enumerate(zip(questions, texts, strict=True)):
         for j, text in enumerate(row):
             log_p, count = plainly(question, text, [files[i % 3]] if pictured else [])
@@ -98,11 +98,11 @@ def test_generation_sees_the_pixels(tiny_model, ask):
     """The language model is made to hear the picture loudly, so that another one changes the words."""
     params = {k: v * (40 if k.startswith("projector/fc2") else 1) for k, v in tiny_model.params.items()}
     loud = Answerer(dataclasses.replace(tiny_model, params=params), batch_size=7)
-    seen = loud.look([png(i) for i in range(7)])
-    answers = loud.generate(["Who is this?"] * 7, seen, max_new_tokens=4)
+    encoded_images = loud.encode_images([png(i) for i in range(7)])
+    answers = loud.generate(["Who is this?"] * 7, encoded_images, max_new_tokens=4)
     assert len(set(answers)) > 1
-    assert answers == loud.generate(["Who is this?"] * 7, seen, max_new_tokens=4)
-    assert answers[::-1] == loud.generate(["Who is this?"] * 7, seen.of(range(7)[::-1]), max_new_tokens=4)
+    assert answers == loud.generate(["Who is this?"] * 7, encoded_images, max_new_tokens=4)
+    assert answers[::-1] == loud.generate(["Who is this?"] * 7, encoded_images.select(range(7)[::-1]), max_new_tokens=4)
 
 
 def test_a_picture_is_read_once_and_in_its_place(tiny_model, ask, monkeypatch):
@@ -110,22 +110,24 @@ def test_a_picture_is_read_once_and_in_its_place(tiny_model, ask, monkeypatch):
     read = []
     image = Processor.image
     monkeypatch.setattr(Processor, "image", lambda self, x: read.append(x) or image(self, x))
-    seen = ask(4).look([[files[0], files[i]] for i in range(1, 9)] + [files[0]])
+    encoded_images = ask(4).encode_images([[files[0], files[i]] for i in range(1, 9)] + [files[0]])
     assert sorted(map(files.index, read)) == list(range(9))
-    alone = [ask(1).look([x]).features.values[0] for x in files]
-    np.testing.assert_allclose(seen.of([8]).tokens().values[0], alone[0], atol=1e-5)
+    alone = [ask(1).encode_images([x]).features.values[0] for x in files]
+    np.testing.assert_allclose(encoded_images.select([8]).tokens().values[0], alone[0], atol=1e-5)
     for i in range(8):
-        np.testing.assert_allclose(seen.of([i]).tokens().values[0], np.concatenate([alone[0], alone[i + 1]]), atol=1e-5)
+        np.testing.assert_allclose(
+            encoded_images.select([i]).tokens().values[0], np.concatenate([alone[0], alone[i + 1]]), atol=1e-5
+        )
     with pytest.raises(UserError, match="an image cannot be processed"):
-        ask(4).look([files[0], b"no picture"])
+        ask(4).encode_images([files[0], b"no picture"])
 
 
 def test_pictures_of_a_prompt_stand_one_after_another_and_padding_last():
     values = np.arange(6.0).reshape(2, 3, 1)
     where = np.array([[[0, 0, 0], [0, 0, 1], [-1, -1, -1]], [[0, 0, 0], [0, 1, 0], [0, 2, 0]]], np.int32)
-    seen = Seen([(1, 2, 3), (3, 1, 3)], VisualTokens(values, where), ((0,), (1,)))
-    assert seen.of([1, 0, 1]).tokens().values[:, 0, 0].tolist() == [3, 0, 3]
-    values, where = seen.show([[0, 1], [1, 0], [1]]).tokens()
+    encoded_images = EncodedImages([(1, 2, 3), (3, 1, 3)], VisualTokens(values, where), ((0,), (1,)))
+    assert encoded_images.select([1, 0, 1]).tokens().values[:, 0, 0].tolist() == [3, 0, 3]
+    values, where = encoded_images.for_prompts([[0, 1], [1, 0], [1]]).tokens()
     real = where[..., 0] >= 0
     np.testing.assert_array_equal(real, np.arange(6) < np.array([[5], [5], [3]]))
     assert [row[ok][:, 0].tolist() for row, ok in zip(values, real, strict=True)] == [
@@ -133,7 +135,7 @@ def test_pictures_of_a_prompt_stand_one_after_another_and_padding_last():
     ]  # fmt: skip
     assert where[0, :5].tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 1, 0], [1, 2, 0]]
     assert where[1, :5].tolist() == [[0, 0, 0], [0, 1, 0], [0, 2, 0], [1, 0, 0], [1, 0, 1]]
-    assert [image.shape for image in seen.show([[1, 0]]).images(0)] == [(3, 1, 3), (1, 2, 3)]
+    assert [image.shape for image in encoded_images.for_prompts([[1, 0]]).blank_images(0)] == [(3, 1, 3), (1, 2, 3)]
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
@@ -144,8 +146,8 @@ def test_joined_pictures_are_what_the_model_makes_of_them_together(family, qwen_
     model = Answerer(ModelBundle(graphdef, params, config, Processor(folder, config), None), batch_size=2)
     files = [png(0), Image.fromarray(np.random.default_rng(9).integers(0, 256, (61, 90, 3), np.uint8))]
     rows, turns = [[0, 1], [1, 0]], [("What is it?", "a pear", 1)]
-    seen = model.look([[files[i] for i in row] for row in rows])
-    got = model.score(["Who?"] * 2, [["baker"]] * 2, seen, turns=[turns] * 2).log_probs
+    encoded_images = model.encode_images([[files[i] for i in row] for row in rows])
+    got = model.score(["Who?"] * 2, [["baker"]] * 2, encoded_images, turns=[turns] * 2).log_probs
     score = plain(model.bundle, 16)
     expected = [score("Who?", "baker", [files[i] for i in row], turns)[0] for row in rows]
     np.testing.assert_allclose(got[:, 0], expected, atol=1e-3)
@@ -181,15 +183,15 @@ def test_a_worked_example_is_an_earlier_turn(tiny_folder, tiny_model, qwen_folde
 def test_scores_after_a_worked_example_are_those_of_the_whole_conversation(tiny_model, ask, plainly):
     turns = [[("What is it?", "a pear", 1)], [("What is it?", "a judge", 1)]]
     files = [png(i) for i in range(3)]
-    seen = ask(7).look([[files[0], files[1]], [files[2], files[0]]])
-    assert len(seen.shapes) == len(seen.features.values) == 3
-    got = ask(7).score(["Who?", "Which one?"], [["baker", "a pilot"], ["a judge"]], seen, turns=turns)
+    encoded_images = ask(7).encode_images([[files[0], files[1]], [files[2], files[0]]])
+    assert len(encoded_images.shapes) == len(encoded_images.features.values) == 3
+    got = ask(7).score(["Who?", "Which one?"], [["baker", "a pilot"], ["a judge"]], encoded_images, turns=turns)
     for i, question, pictures, text, j in ((0, "Who?", (0, 1), "baker", 0), (0, "Who?", (0, 1), "a pilot", 1),
                                            (1, "Which one?", (2, 0), "a judge", 0)):  # fmt: skip
         expected, count = plainly(question, text, [files[k] for k in pictures], turns[i])
         np.testing.assert_allclose(got.log_probs[i, j], expected, atol=2e-4)
         assert got.counts[i, j] == count
-    swapped = ask(7).score(["Who?"], [["baker"]], seen.show([[1, 0]]), turns=turns[:1])
+    swapped = ask(7).score(["Who?"], [["baker"]], encoded_images.for_prompts([[1, 0]]), turns=turns[:1])
     assert abs(swapped.log_probs[0, 0] - got.log_probs[0, 0]) > 1e-6
 
 
@@ -203,15 +205,17 @@ def test_what_questions_about_a_picture_share_is_read_once(tiny_model, monkeypat
     monkeypatch.setattr(Answerer, "_batches", lambda self, *args: batches.append([*made(self, *args)]) or batches[-1])
     questions = [f"Question {i}: who is{' this' * (i % 4)}?" for i in range(9)]
     shown = [[3, i] for i in (2, 0, 1, 0, 2, 0, 1, 1, 0)]  # the first with the worked example, which is one for all ...
-    seen = alone.look([png(i) for i in range(4)]).show(shown)
+    encoded_images = alone.encode_images([png(i) for i in range(4)]).for_prompts(shown)
     turns = [[("What is it?", "a pear" if i < 8 else "a judge", 1)] for i in range(9)]  # ... but for its words
-    each = [([questions[i]], seen.of([i]), turns[i : i + 1]) for i in range(9)]
+    each = [([questions[i]], encoded_images.select([i]), turns[i : i + 1]) for i in range(9)]
     expected = [alone.generate(*row, max_new_tokens=4, turns=turn)[0] for *row, turn in each]
     scores = [alone.score(row, [OPTIONS], picture, turns=turn).log_probs[0] for row, picture, turn in each]
     assert not any(shared for found in batches for *_, shared in found) and len(set(expected)) > 2
     batches.clear()
-    assert beside.generate(questions, seen, max_new_tokens=4, turns=turns) == expected
-    np.testing.assert_allclose(beside.score(questions, [OPTIONS] * 9, seen, turns=turns).log_probs, scores, atol=2e-4)
+    assert beside.generate(questions, encoded_images, max_new_tokens=4, turns=turns) == expected
+    np.testing.assert_allclose(
+        beside.score(questions, [OPTIONS] * 9, encoded_images, turns=turns).log_probs, scores, atol=2e-4
+    )
     for found in batches:  # what begins alike stands beside each other, in order; the last row fills the last batch
         assert [rows.tolist() for rows, *_ in found] == [[0, 4, 1, 3, 5, 2], [6, 7, 8, 8, 8, 8]]
         for _, tokens, _, features, shared in found:
@@ -225,14 +229,18 @@ def test_positions_go_on_after_a_shared_picture_of_any_size(family, qwen_folder,
     folder = qwen_folder(family)
     graphdef, params, config = hf.load(folder)
     alone, beside = (
-        Answerer(ModelBundle(graphdef, params, config, Processor(folder, config), None), batch_size=n)
-        for n in (1, 4)
+        Answerer(ModelBundle(graphdef, params, config, Processor(folder, config), None), batch_size=n) for n in (1, 4)
     )
     shared, made = [], Answerer._batches
     monkeypatch.setattr(Answerer, "_batches", lambda self, *args: shared.append([*made(self, *args)]) or shared[-1])
     files = [png(0), Image.fromarray(np.random.default_rng(9).integers(0, 256, (61, 90, 3), np.uint8))]
-    seen, questions = alone.look([files[i] for i in (0, 1, 1, 0)]), ["Who?", "Where is it?", "Who?", "What?"]
-    expected = alone.score(questions, [OPTIONS[:2]] * 4, seen).log_probs
-    np.testing.assert_allclose(beside.score(questions, [OPTIONS[:2]] * 4, seen).log_probs, expected, atol=1e-3)
+    encoded_images, questions = (
+        alone.encode_images([files[i] for i in (0, 1, 1, 0)]),
+        ["Who?", "Where is it?", "Who?", "What?"],
+    )
+    expected = alone.score(questions, [OPTIONS[:2]] * 4, encoded_images).log_probs
+    np.testing.assert_allclose(
+        beside.score(questions, [OPTIONS[:2]] * 4, encoded_images).log_probs, expected, atol=1e-3
+    )
     assert [bool(batch[-1]) for found in shared for batch in found] == [False] * 4 + [True]
     assert abs(expected[0] - expected[3]).max() > 0.01

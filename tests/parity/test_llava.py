@@ -11,7 +11,7 @@ import torch_parity as parity
 from torch_parity import EOS, IMAGE, PAD, SIDES
 
 from vkd_jax.checkpoints import hf
-from vkd_jax.evaluation.inference import Seen
+from vkd_jax.evaluation.inference import EncodedImages
 from vkd_jax.models import llava
 from vkd_jax.models.base import bind
 from vkd_jax.models.generate import Prompts, greedy, option_log_probs
@@ -206,9 +206,9 @@ def test_logits_of_prompts_with_two_images_agree(pair):
     count = pair.config.image_tokens(pair.config.vision.image_size, pair.config.vision.image_size)
     rng = np.random.default_rng(1)
     features, _ = jax.jit(lambda p, x: bind(pair.graphdef, p).encode({"pixels": x}))(pair.params, pair.pixels)
-    seen = Seen([pair.pixels[0].shape] * 3, jax.tree.map(np.asarray, features), ((0, 2), (1, 0)))
+    encoded_images = EncodedImages([pair.pixels[0].shape] * 3, jax.tree.map(np.asarray, features), ((0, 2), (1, 0)))
     rows = []
-    for _ in seen.rows:
+    for _ in encoded_images.rows:
         rows.append([1, 7, *[IMAGE] * count, *rng.integers(5, 200, 6), *[IMAGE] * count, *rng.integers(5, 200, 3)])
     tokens = np.array(rows)
 
@@ -216,8 +216,8 @@ def test_logits_of_prompts_with_two_images_agree(pair):
     def logits(params, tokens, features):
         return bind(pair.graphdef, params)(tokens, jnp.ones_like(tokens, bool), features=features)[0]
 
-    ours = logits(pair.params, tokens, seen.tokens())
+    ours = logits(pair.params, tokens, encoded_images.tokens())
     with torch.no_grad():
-        pixels = torch.tensor(pair.pixels[np.ravel(seen.rows)]).permute(0, 3, 1, 2)
+        pixels = torch.tensor(pair.pixels[np.ravel(encoded_images.rows)]).permute(0, 3, 1, 2)
         theirs = pair.torch(input_ids=torch.tensor(tokens), pixel_values=pixels).logits
     parity.assert_close(ours, theirs, 1e-4)

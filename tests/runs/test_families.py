@@ -94,7 +94,7 @@ def test_transformers_loads_the_export_and_generates_the_same_answers(run, few, 
     answerer = Answerer(bundle, batch_size=4)
     processor = answerer.processor
     generated = answerer.generate(
-        [e.question for e in examples], answerer.look([e.image for e in examples]), max_new_tokens=6
+        [e.question for e in examples], answerer.encode_images([e.image for e in examples]), max_new_tokens=6
     )
     expected = []
     for e in examples:

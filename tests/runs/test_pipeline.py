@@ -254,7 +254,7 @@ def test_transformers_generates_the_same_answers(vkd, few):
     assert len(pictured) > 20 and len(texts) > 8
     answerer = Answerer(opened(RunConfig.from_config_dict(vkd.config), folder), batch_size=16)
     generated = answerer.generate(
-        [e.question for e in pictured], answerer.look([e.image for e in pictured]), max_new_tokens=6
+        [e.question for e in pictured], answerer.encode_images([e.image for e in pictured]), max_new_tokens=6
     )
     generated += answerer.generate([e.question for e in texts], max_new_tokens=6)
     for group, answered in ((pictured, generated[: len(pictured)]), (texts, generated[len(pictured) :])):

@@ -75,7 +75,9 @@ class Membership(Section):
         answerer = Answerer(subject.model, batch_size=subject.config.eval.batch_size)
         images = {(name, e.image_id): e.image for name, e in items}  # sets may use the same image ids
         rows = {key: i for i, key in enumerate(images)}
-        encoded = answerer.look(list(images.values())).show([[rows[name, e.image_id]] for name, e in items])
+        encoded = answerer.encode_images(list(images.values())).for_prompts(
+            [[rows[name, e.image_id]] for name, e in items]
+        )
         scored = answerer.score_tokens([e.question for e in examples], [e.answer for e in examples], encoded)
         return [
             {

@@ -1,1 +1,11 @@
-"""Asks a model every question of every set, and scores the answers."""
+"""Evaluation: asks a model every question of every evaluation set, and scores the answers.
+
+`evaluate` asks the questions under one or two protocols and returns records, `inference` runs the model in batches, and
+`metrics` turns records into figures.
+
+Contract: there is one record per question and protocol, in the order of the sets, with the fields that
+docs/results_format.md lists under answers/MODEL.jsonl. Metrics read records only, never the model.
+
+To add a metric: write a `metrics.base.Metric` in a file of `metrics/`, and add one line to `metrics.METRICS`. Results,
+report, tables and plots then show it. See tests/test_extensions.py for a complete example.
+"""

@@ -1,9 +1,9 @@
-"""A model with its processor, ready to be asked: prompts in batches, over as many devices as there are.
+"""Batched inference with a model and its processor, on any number of devices.
 
-Images pass through the vision tower once, however many questions show them, and what stands before the question is
-read once by the language model where questions of a batch share it: a picture is hundreds of tokens, a question a few.
-Rows of a batch lie over the mesh's data and fsdp axes; every process prepares all rows, and every process gets all
-answers.
+An image passes through the vision tower once, independent of the number of questions about it. Prefix caching: the
+tokens up to the last image of a prompt pass through the language model once for all prompts of a batch that share them,
+since an image is hundreds of tokens and a question a few. The rows of a batch are sharded over the mesh's data and fsdp
+axes. Every process prepares all rows and gets all answers.
 """
 
 import collections
@@ -26,73 +26,73 @@ from vkd_jax.models.generate import Prompts, SharedPrefixes
 from vkd_jax.runtime.mesh import replicated, shard_rows
 from vkd_jax.types import UserError
 
-Turns = Sequence[tuple[str, str, int]]  # worked examples before a question: question, answer, how many pictures
+Turns = Sequence[tuple[str, str, int]]  # earlier turns of the conversation: question, answer, number of images
 
-TAPS = ("features", "projector")  # what feeds the projector, and what it gives to the language model
-IN_FLIGHT = 2  # batches that the device has been given and that were not fetched
+TAPS = ("features", "projector")  # the input of the projector, and its output
+IN_FLIGHT = 2  # batches that were dispatched to the device and not yet fetched
 
 
 class Scores(NamedTuple):
-    """What several texts after each question score; a missing text scores -inf and has no tokens."""
+    """Scores of several texts after each question; a missing text has the score -inf and no tokens."""
 
     log_probs: np.ndarray  # [n, o]: log p(text and end of sequence | question), in nats
-    counts: np.ndarray  # int [n, o]: tokens, the end of sequence among them
+    counts: np.ndarray  # int [n, o]: number of tokens, end of sequence included
 
     @property
     def nll(self) -> np.ndarray:
-        """[n, o]: mean negative log-likelihood a token."""
+        """Mean negative log-likelihood per token, [n, o]."""
         return -self.log_probs / np.maximum(self.counts, 1)
 
 
 class TokenScores(NamedTuple):
-    """What the tokens of one text score, its end of sequence among them: float [tokens] each, in nats."""
+    """Scores of the tokens of one text, end of sequence included: float [tokens] each, in nats."""
 
-    log_probs: np.ndarray  # log p(token | question and what stands before it)
-    means: np.ndarray  # of log p over the vocabulary, weighed by p
-    deviations: np.ndarray  # standard deviation of the same
+    log_probs: np.ndarray  # log p(token | question and preceding tokens)
+    means: np.ndarray  # mean of log p over the vocabulary, weighted by p
+    deviations: np.ndarray  # standard deviation of log p, weighted by p
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-    """Images as the language model sees them, and which of them each prompt shows. Each picture is held once."""
+class EncodedImages:
+    """Images after the vision tower and the projector, and the images of each prompt. Each image is stored once."""
 
-    shapes: Sequence[tuple[int, ...]]  # (height, width, 3) of each picture, as the model's processor made it
-    features: VisualTokens  # NumPy arrays, a row a picture
-    rows: tuple[tuple[int, ...], ...]  # the pictures of each prompt, in order
+    shapes: Sequence[tuple[int, ...]]  # (height, width, 3) of each image after the model's processor
+    features: VisualTokens  # NumPy arrays, one row per image
+    rows: tuple[tuple[int, ...], ...]  # the images of each prompt, in order
 
-    def of(self, rows: Sequence[int]) -> "Seen":
-        """Some of the prompts, in this order, repeated as asked."""
+    def select(self, rows: Sequence[int]) -> "EncodedImages":
+        """Selects prompts by row, in this order; rows may repeat."""
         return dataclasses.replace(self, rows=tuple(self.rows[i] for i in rows))
 
-    def show(self, rows: Sequence[Sequence[int]]) -> "Seen":
-        """Other prompts, which show these of the pictures."""
+    def for_prompts(self, rows: Sequence[Sequence[int]]) -> "EncodedImages":
+        """Other prompts about the same images: the images of each prompt, by their rows in `features`."""
         return dataclasses.replace(self, rows=tuple(map(tuple, rows)))
 
-    def images(self, row: int) -> list[np.ndarray]:
-        """What stands for the pictures of a prompt where only their shapes count."""
+    def blank_images(self, row: int) -> list[np.ndarray]:
+        """Arrays of zeros with the shapes of a prompt's images, for code that reads only the shapes."""
         return [np.broadcast_to(np.float32(0), self.shapes[i]) for i in self.rows[row]]
 
     def tokens(self) -> VisualTokens:
-        """The features of each prompt: those of its pictures one after another, padding last.
+        """The features of each prompt: those of its images in order, padding last.
 
-        Images of a prompt do not see each other in the vision tower, so that this is what it would have made of them
-        together.
+        The images of a prompt do not attend to each other in the vision tower, so the result equals that of encoding
+        them together.
         """
-        most = max(map(len, self.rows))
-        which = np.array([[*row, *[-1] * (most - len(row))] for row in self.rows])
-        if most == 1:
-            return jax.tree.map(lambda x: x[which[:, 0]], self.features)
-        values, where = (x[which] for x in self.features)
-        valid = (where[..., 0] >= 0) & (which >= 0)[..., None]
-        where[..., 0] = np.where(valid, np.arange(most)[:, None], -1)
-        order = np.argsort(~valid.reshape(len(which), -1), axis=1, kind="stable")[..., None]
+        count = max(map(len, self.rows))
+        indices = np.array([[*row, *[-1] * (count - len(row))] for row in self.rows])
+        if count == 1:
+            return jax.tree.map(lambda x: x[indices[:, 0]], self.features)
+        values, coords = (x[indices] for x in self.features)
+        valid = (coords[..., 0] >= 0) & (indices >= 0)[..., None]
+        coords[..., 0] = np.where(valid, np.arange(count)[:, None], -1)
+        order = np.argsort(~valid.reshape(len(indices), -1), axis=1, kind="stable")[..., None]
         return VisualTokens(
-            *(np.take_along_axis(x.reshape(len(x), -1, x.shape[-1]), order, axis=1) for x in (values, where))
+            *(np.take_along_axis(x.reshape(len(x), -1, x.shape[-1]), order, axis=1) for x in (values, coords))
         )
 
 
 class _Programs(NamedTuple):
-    """What is compiled, for models of every architecture on one mesh."""
+    """The jitted functions for models of every architecture on one mesh."""
 
     encode: Callable
     means: Callable
@@ -103,13 +103,13 @@ class _Programs(NamedTuple):
 
 @functools.cache
 def programs(mesh: jax.sharding.Mesh | None) -> _Programs:
-    """Jitted functions of (graphdef, params, ...); on a mesh every device gets the whole result."""
+    """Jits the functions of (graphdef, params, ...) for a mesh; their results are replicated over its devices."""
 
-    def encode(graphdef, params, pictures):
-        return bind(graphdef, params).encode(pictures)[0]
+    def encode(graphdef, params, images):
+        return bind(graphdef, params).encode(images)[0]
 
-    def means(graphdef, params, pictures):
-        _, taps = bind(graphdef, params).encode(pictures)
+    def means(graphdef, params, images):
+        _, taps = bind(graphdef, params).encode(images)
         return {name: _mean(tokens) for name, tokens in taps.items() if name in TAPS}
 
     def score(graphdef, params, tokens, mask, features, options, options_mask, prefixes):
@@ -133,17 +133,22 @@ def programs(mesh: jax.sharding.Mesh | None) -> _Programs:
 
 
 def _mean(tokens: VisualTokens) -> jax.Array:
-    """The mean of the real tokens, float32 [b, c]."""
+    """The mean of the valid tokens, float32 [b, c]."""
     weights = tokens.valid[..., None].astype(jnp.float32)
     return (tokens.values * weights).sum(1) / weights.sum(1)
 
 
 class Answerer:
-    """A model with its processor, ready to be asked; two models of one architecture share what is compiled.
+    """Answers questions in batches with a model. Models of one architecture share compiled programs.
 
     Args:
         bundle: the model.
-        batch_size: rows asked at once; rounded up to a multiple of the mesh's data * fsdp.
+        batch_size: rows per batch; rounded up to a multiple of the mesh's data * fsdp.
+
+    Example:
+        >>> answerer = Answerer(bundle)  # doctest: +SKIP
+        >>> answerer.generate(["Who is this?"], answerer.encode_images([png]))  # doctest: +SKIP
+        ['Mara Lindt']
     """
 
     def __init__(self, bundle: ModelBundle, *, batch_size: int = 32):
@@ -153,46 +158,46 @@ class Answerer:
         self.batch_size = -(-batch_size // shards) * shards
         self._programs = programs(mesh)
 
-    def look(self, prompts: Sequence[bytes | Image.Image | Sequence[bytes | Image.Image]]) -> Seen:
-        """The picture, or the pictures, of each prompt; a picture that several prompts show is encoded once.
+    def encode_images(self, prompts: Sequence[bytes | Image.Image | Sequence[bytes | Image.Image]]) -> EncodedImages:
+        """Encodes the image, or the images, of each prompt. An image that several prompts share is encoded once.
 
         Raises:
-            UserError: a picture cannot be read.
+            UserError: an image cannot be read.
         """
         rows = [[row] if isinstance(row, bytes | Image.Image) else list(row) for row in prompts]
-        numbers = {key: i for i, key in enumerate(dict.fromkeys(id(picture) for row in rows for picture in row))}
-        files = list({id(picture): picture for row in rows for picture in row}.values())
-        pictures, features = self._read(self._programs.encode, files)
-        return Seen(pictures.shapes, features, tuple(tuple(numbers[id(x)] for x in row) for row in rows))
+        unique = {id(image): image for row in rows for image in row}
+        numbers = {key: i for i, key in enumerate(unique)}
+        images, features = self._encode(self._programs.encode, list(unique.values()))
+        return EncodedImages(images.shapes, features, tuple(tuple(numbers[id(x)] for x in row) for row in rows))
 
     def means(self, files: Sequence[bytes | Image.Image]) -> dict[str, np.ndarray]:
-        """Of each picture and each of `TAPS`, the mean over its tokens: {tap: [n, c]}.
+        """The mean over the tokens of each image at each of `TAPS`: {tap: [n, c]}.
 
         Raises:
-            UserError: a picture cannot be read.
+            UserError: an image cannot be read.
         """
-        return self._read(self._programs.means, files)[1]
+        return self._encode(self._programs.means, files)[1]
 
     def generate(
         self,
         questions: Sequence[str],
-        seen: Seen | None = None,
+        encoded_images: EncodedImages | None = None,
         *,
         max_new_tokens: int = 50,
         turns: Sequence[Turns] | None = None,
     ) -> list[str]:
-        """Greedy answers.
+        """Answers questions by greedy decoding.
 
         Args:
-            questions: one a prompt.
-            seen: the pictures of each prompt, those of its worked examples first; None for text alone.
-            max_new_tokens: at most so many tokens an answer.
-            turns: the worked examples before each question; None for none.
+            questions: one per prompt.
+            encoded_images: the images of each prompt, those of its earlier turns first; None for text-only prompts.
+            max_new_tokens: maximum number of tokens of an answer.
+            turns: the earlier turns of each prompt; None for none.
 
         Raises:
-            UserError: a prompt with so many tokens is too long for the model.
+            UserError: a prompt with `max_new_tokens` is too long for the model.
         """
-        prompts = [row[0][0] for row in self._encoded(questions, [[None]] * len(questions), seen, turns)]
+        prompts = [row[0][0] for row in self._encoded(questions, [[None]] * len(questions), encoded_images, turns)]
         options = max_new_tokens, tuple(self.processor.eos_ids), self.processor.pad_id
         out = self._run(
             lambda _, *batch: self._programs.greedy(
@@ -200,7 +205,7 @@ class Answerer:
             ),
             prompts,
             max_new_tokens,
-            seen,
+            encoded_images,
         )
         return [text.strip() for text in self.processor.tokenizer.batch_decode(out, skip_special_tokens=True)]
 
@@ -208,42 +213,47 @@ class Answerer:
         self,
         questions: Sequence[str],
         texts: Sequence[Sequence[str]],
-        seen: Seen | None = None,
+        encoded_images: EncodedImages | None = None,
         *,
         turns: Sequence[Turns] | None = None,
     ) -> Scores:
-        """How probable each of several texts is after its question; each prompt is read once.
+        """Log-probabilities of several texts after each question. A prompt passes through the model once.
 
         Args:
-            questions: one a prompt.
-            texts: for each question, at least one; rows may have different numbers of them.
-            seen: see `generate`, as for `turns`.
+            questions: one per prompt.
+            texts: at least one for each question; their number may differ.
+            encoded_images: see `generate`.
+            turns: see `generate`.
 
         Raises:
             UserError: a prompt with its longest text is too long for the model.
         """
-        scores, valid = self._after(self._programs.score, questions, texts, seen, turns)
+        scores, valid = self._score_texts(self._programs.score, questions, texts, encoded_images, turns)
         return Scores(np.where(valid.any(-1), scores, -np.inf), valid.sum(-1))
 
     def score_tokens(
-        self, questions: Sequence[str], texts: Sequence[str], seen: Seen | None = None
+        self, questions: Sequence[str], texts: Sequence[str], encoded_images: EncodedImages | None = None
     ) -> list[TokenScores]:
-        """What each token of one text after each question scores.
+        """Scores of each token of one text after each question.
 
         Args:
-            questions: one a prompt.
+            questions: one per prompt.
             texts: one for each question.
-            seen: see `generate`.
+            encoded_images: see `generate`.
 
         Raises:
             UserError: a prompt with its text is too long for the model.
         """
-        scores, valid = self._after(self._programs.score_tokens, questions, [[text] for text in texts], seen)
-        return [TokenScores(*row[0, own].T) for row, own in zip(scores, valid[:, 0], strict=True)]
+        scores, valid = self._score_texts(
+            self._programs.score_tokens, questions, [[text] for text in texts], encoded_images
+        )
+        return [TokenScores(*row[0, mask].T) for row, mask in zip(scores, valid[:, 0], strict=True)]
 
-    def _after(self, program: Callable, questions, texts, seen, turns=None) -> tuple[np.ndarray, np.ndarray]:
-        """What a program makes of prompts and the texts after them, and which tokens of these are real: [n, o, a]."""
-        encoded = self._encoded(questions, texts, seen, turns)
+    def _score_texts(
+        self, program: Callable, questions, texts, encoded_images, turns=None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Runs a scoring program; returns its output, and the mask of valid tokens, bool [n, o, a]."""
+        encoded = self._encoded(questions, texts, encoded_images, turns)
         count = max(len(row) for row in encoded)
         length = max(len(ids) for row in encoded for _, ids in row)
         ids = np.full((len(encoded), count, length), self.processor.pad_id, np.int32)
@@ -259,18 +269,20 @@ class Answerer:
                 *self._put((tokens, mask, features, ids[rows], valid[rows], shared)),
             )
 
-        return self._run(launch, [row[0][0] for row in encoded], length, seen), valid
+        return self._run(launch, [row[0][0] for row in encoded], length, encoded_images), valid
 
-    def _read(self, program: Callable, files: Sequence[bytes | Image.Image]) -> tuple[PackedImages, Any]:
-        """The pictures, and what a program of the vision tower makes of them: a row each, in NumPy."""
-        pictures = PackedImages.measured(lambda i: self.processor.image(files[i]), len(files), self.config)
-        read = functools.partial(program, self.bundle.graphdef, self.bundle.params)
-        return pictures, in_batches(lambda part: read(self._put(part)), pictures, self.batch_size)
+    def _encode(self, program: Callable, files: Sequence[bytes | Image.Image]) -> tuple[PackedImages, Any]:
+        """Runs a program of the vision tower; returns the images and its output (NumPy, one row per image)."""
+        images = PackedImages.measured(lambda i: self.processor.image(files[i]), len(files), self.config)
+        encode = functools.partial(program, self.bundle.graphdef, self.bundle.params)
+        return images, in_batches(lambda batch: encode(self._put(batch)), images, self.batch_size)
 
-    def _run(self, launch: Callable, prompts: Sequence[Sequence[int]], room: int, seen: Seen | None) -> np.ndarray:
-        """`launch(rows, *batch)` of all prompts; the next batch is prepared while one is computed. See `_batches`."""
+    def _run(
+        self, launch: Callable, prompts: Sequence[Sequence[int]], room: int, encoded_images: EncodedImages | None
+    ) -> np.ndarray:
+        """Calls `launch(rows, *batch)` for all batches; the next one is prepared while one runs. See `_batches`."""
         waiting, done, order = collections.deque(), [], []
-        for rows, *batch in self._batches(prompts, room, seen):
+        for rows, *batch in self._batches(prompts, room, encoded_images):
             if len(waiting) == IN_FLIGHT:
                 done.append(np.asarray(waiting.popleft()))
             waiting.append(launch(rows, *batch))
@@ -279,61 +291,67 @@ class Answerer:
         return out[np.unique(np.concatenate(order), return_index=True)[1]]  # the last batch repeats its last row
 
     def _batches(
-        self, prompts: Sequence[Sequence[int]], room: int, seen: Seen | None
+        self, prompts: Sequence[Sequence[int]], room: int, encoded_images: EncodedImages | None
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, VisualTokens | None, SharedPrefixes | None]]:
-        """Of each batch: its rows, tokens and mask of the prompts, the pictures' features, and what prompts share.
+        """Yields (rows, tokens, mask, image features, shared prefixes) for each batch.
 
-        Prompts that show the same pictures and say the same up to the last of them stand beside each other. That much
-        is then read once for all of them, if this makes the batches smaller.
+        Prompts with the same prefix (the tokens up to the last image, and the images) are sorted next to each other.
+        If it makes the batches smaller, each prefix is then a row of its own, which passes through the model once.
         """
         length = self._length(prompts, room)
-        cuts = [0 if seen is None else _after_pictures(prompt, self.config.image_token_id) for prompt in prompts]
-        begins = [(seen and seen.rows[i], tuple(prompts[i][:cut])) for i, cut in enumerate(cuts)]
-        first = {begin: i for i, begin in reversed([*enumerate(begins)])}  # the first row of each
-        number = np.array([first[begin] for begin in begins])
-        order = np.argsort(number, kind="stable")
+        ends = [
+            0 if encoded_images is None else _prefix_length(prompt, self.config.image_token_id) for prompt in prompts
+        ]
+        prefixes = [(encoded_images and encoded_images.rows[i], tuple(prompts[i][:end])) for i, end in enumerate(ends)]
+        first_rows = {prefix: i for i, prefix in reversed([*enumerate(prefixes)])}  # the first row with each prefix
+        groups = np.array([first_rows[prefix] for prefix in prefixes])
+        order = np.argsort(groups, kind="stable")
         batches = [order[rows] for rows in padded_rows(len(prompts), self.batch_size)]
-        most = max(len(set(number[part])) for rows in batches for part in rows.reshape(self.shards, -1))
-        before = _multiple(max(cuts))
-        after = _multiple(max(len(prompt) - cut for prompt, cut in zip(prompts, cuts, strict=True)))
-        each = self.batch_size // self.shards
-        if not before or most * before + each * after >= each * length:
+        count = max(len(set(groups[shard])) for rows in batches for shard in rows.reshape(self.shards, -1))
+        prefix_length = _round_up(max(ends))
+        rest_length = _round_up(max(len(prompt) - end for prompt, end in zip(prompts, ends, strict=True)))
+        shard_size = self.batch_size // self.shards
+        if not prefix_length or count * prefix_length + shard_size * rest_length >= shard_size * length:
             for rows in batches:
-                features = None if seen is None else seen.of(rows).tokens()
+                features = None if encoded_images is None else encoded_images.select(rows).tokens()
                 yield rows, *self._padded([prompts[i] for i in rows], length), features, None
             return
         for rows in batches:
-            parts = [np.unique(number[part], return_inverse=True) for part in rows.reshape(self.shards, -1)]
-            which = np.stack([place.astype(np.int32) for _, place in parts])
-            own = np.concatenate([np.pad(found, (0, most - len(found)), mode="edge") for found, _ in parts])
-            shared = SharedPrefixes(*self._padded([prompts[i][: cuts[i]] for i in own], before), which)
-            yield rows, *self._padded([prompts[i][cuts[i] :] for i in rows], after), seen.of(own).tokens(), shared
+            shards = [np.unique(groups[shard], return_inverse=True) for shard in rows.reshape(self.shards, -1)]
+            which = np.stack([inverse.astype(np.int32) for _, inverse in shards])
+            owners = np.concatenate([np.pad(unique, (0, count - len(unique)), mode="edge") for unique, _ in shards])
+            shared = SharedPrefixes(*self._padded([prompts[i][: ends[i]] for i in owners], prefix_length), which)
+            rest = self._padded([prompts[i][ends[i] :] for i in rows], rest_length)
+            yield rows, *rest, encoded_images.select(owners).tokens(), shared
 
     def _put(self, arrays: Any) -> Any:
-        """Rows of the same arrays on every process, spread over the mesh if there is one."""
+        """Shards the rows of arrays, which are the same on every process, over the mesh if there is one."""
         return arrays if self.mesh is None else shard_rows(self.mesh, arrays)
 
-    def _encoded(self, questions, texts, seen, turns) -> list[list[tuple[list[int], list[int]]]]:
-        """Tokens of each prompt and of each text after it."""
+    def _encoded(self, questions, texts, encoded_images, turns) -> list[list[tuple[list[int], list[int]]]]:
+        """Tokens of each prompt, and of each text after it."""
         return [
             self.processor.encode_each(
-                question, row, () if seen is None else seen.images(i), () if turns is None else turns[i]
+                question,
+                row,
+                () if encoded_images is None else encoded_images.blank_images(i),
+                () if turns is None else turns[i],
             )
             for i, (question, row) in enumerate(zip(questions, texts, strict=True))
         ]
 
     def _length(self, prompts: Sequence[Sequence[int]], room: int) -> int:
-        """What prompts are padded to, with `room` for what follows them."""
+        """The length that prompts are padded to, with `room` for the tokens after them."""
         longest, limit = max(map(len, prompts)), self.config.text.max_positions
         if longest + room > limit:
             raise UserError(
                 f"a question of {longest} tokens and {room} for the answer exceed the model's {limit}; "
                 "shorten it, ask without worked examples, or allow fewer new tokens."
             )
-        return min(_multiple(longest), limit - room)
+        return min(_round_up(longest), limit - room)
 
     def _padded(self, prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Left-padded tokens, and which are real."""
+        """Left-padded tokens, and the mask of valid ones."""
         tokens = np.full((len(prompts), length), self.processor.pad_id, np.int32)
         mask = np.zeros((len(prompts), length), bool)
         for i, row in enumerate(prompts):
@@ -341,11 +359,11 @@ class Answerer:
         return tokens, mask
 
 
-def _after_pictures(prompt: Sequence[int], image_token: int) -> int:
-    """Where a prompt goes on after its last picture; at least one token is left."""
+def _prefix_length(prompt: Sequence[int], image_token: int) -> int:
+    """Number of tokens up to the last image of a prompt; at least one token follows them."""
     return min(max((i + 1 for i, token in enumerate(prompt) if token == image_token), default=0), len(prompt) - 1)
 
 
-def _multiple(length: int) -> int:
-    """Few lengths are compiled."""
+def _round_up(length: int) -> int:
+    """Rounds up to a multiple of 8, so that few lengths are compiled."""
     return -(-length // 8) * 8

@@ -161,7 +161,7 @@ def check_models(job: Job) -> None:
             job.image_questions(stream)
     if config.eval.shots:
         questions = [e for examples in job.questions.values() for e in examples]
-        evaluate.worked(job.worked_examples, questions, config.eval.seed)
+        evaluate.worked_examples(job.worked_examples, questions, config.eval.seed)
 
 
 def _input_models(config: RunConfig) -> dict[str, str]:

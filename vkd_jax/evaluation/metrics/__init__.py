@@ -1,8 +1,8 @@
-"""Metrics, one file per family. A new one is a `Metric` in its file and a line in `METRICS`.
+"""Metrics, one file per family. To add one, write a `Metric` in a file and add a line to `METRICS`.
 
-Everything that tables, report and charts print about a metric (title, unit, arrow) comes from here. A metric scores one
-record of the answers first; `summary` then averages the scores, with an interval over people (see `intervals`). Model
-utility and forget quality compare whole models.
+Report, tables and plots take a metric's title, unit and arrow from here. A metric first scores one record of the
+answers; `summary` then averages the scores, with an interval over people (see `intervals`). Model utility and forget
+quality are metrics of whole models.
 """
 
 import functools
@@ -29,7 +29,7 @@ METRICS: dict[str, str] = {
 
 
 def get(name: str) -> Metric:
-    """The metric with that name; only its module is imported.
+    """Returns a metric by its name; only its module is imported.
 
     Raises:
         UserError: the name is unknown.
@@ -40,7 +40,7 @@ def get(name: str) -> Metric:
 
 
 def stored_values(record: Mapping) -> dict[str, float]:
-    """The values that are kept in a record of the answers, computed as soon as the answer is judged."""
+    """The metric values that a record of the answers stores; they are computed when the answer is judged."""
     stored = (metric for metric in map(get, METRICS) if metric.stored)
     return {metric.name: value for metric in stored if (value := metric.value(record)) is not None}
 

@@ -1,4 +1,4 @@
-"""Metrics of attacks: figures of a whole model, which the attacks compute."""
+"""Metrics of attacks: figures of whole models that the attacks compute."""
 
 from vkd_jax.evaluation.metrics.base import Metric
 

@@ -1,4 +1,4 @@
-"""What a metric is: how one answer is scored, how scores are averaged, and how the figure is printed."""
+"""`Metric`: how an answer is scored, how scores are averaged, and how the figure is shown."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -13,21 +13,21 @@ ARROWS = {"up": "↑", "down": "↓", "half": "→ 0.5"}
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """One metric, with all that tables, report and charts print about it.
+    """One metric, with everything that report, tables and plots show about it.
 
     Args:
         name: key in `METRICS`, in the answers, and in results.json.
         title: name in headings.
-        direction: which values are better. "by_role" is for knowledge: less is better about the people to forget where
-            an image is shown, more is better everywhere else (visual unlearning keeps what text says of a name).
-            "half" is for metrics of which 0.5 is the best value.
-        unit: "%" for shares that are printed in per cent; "" for plain numbers.
-        tasks: the tasks whose questions it applies to; () for all.
-        item: the value of one record of the answers, None where the record lacks what it needs. None for a metric of
-            whole models.
-        aggregate: the figure of several values, given the person that each is about.
-        in_report: whether the report has a table of it, beside its tables of accuracy.
-        stored: whether the value is computed when the answer is judged, and kept in the record.
+        direction: which values are better. "by_role" is for knowledge: lower is better for questions with an image
+            about the people to forget, and higher is better otherwise (visual unlearning keeps textual knowledge).
+            "half" is for metrics whose best value is 0.5.
+        unit: "%" for shares that are shown in percent; "" for plain numbers.
+        tasks: tasks that the metric applies to; () for all.
+        item: computes the value of one record of the answers, or None if the record lacks a required field. None for
+            a metric of whole models.
+        aggregate: computes the figure of several values, given the person that each is about.
+        stored: whether the value is computed when the answer is judged, and stored in the record.
+        in_report: whether the report has tables of the metric in addition to its tables of accuracy.
 
     Example:
         >>> words = Metric("words", "words per answer", "up", item=lambda record: len(record["prediction"].split()))
@@ -46,7 +46,7 @@ class Metric:
     in_report: bool = True
 
     def value(self, record: Mapping) -> float | None:
-        """The value of one record: the stored one, else a computed one; None where the metric does not apply."""
+        """The stored or computed value of one record; None if the metric does not apply."""
         if self.name in record:
             return record[self.name]
         if self.item is None or (self.tasks and record["task"] not in self.tasks):
@@ -54,7 +54,7 @@ class Metric:
         return self.item(record)
 
     def arrow(self, role: Role | None = None, kind: str = "vqa") -> str:
-        """The arrow that says which values are better, on a set of that role and for that kind of question."""
+        """The arrow to the better values, for a set with a role and a kind of question."""
         if self.direction == "by_role":
             forgets = role is not None and role.forgets and "vqa" in kind
             return ARROWS["down" if forgets else "up"]

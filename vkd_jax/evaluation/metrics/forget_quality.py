@@ -1,4 +1,4 @@
-"""Forget quality: how alike the truth ratios of an unlearned model and of a retain-only model are."""
+"""Forget quality: the distance between the truth ratios of an unlearned and of a retain-only model."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -23,21 +23,21 @@ def forget_quality(
 
     Args:
         records: answers of the unlearned model.
-        reference: answers of the model that never saw the forget set, to the same questions.
+        reference: answers of the retain-only model to the same questions.
         sets: the evaluation sets.
 
     Returns:
         For each kind of question (see `by_kind`) with truth ratios:
 
-        - ks: two-sample Kolmogorov-Smirnov statistic between the two models' R, with its bootstrap interval over
-          people. Both models were asked about the same people, so that a resample draws them for both.
-        - p: p-value of the permutation test that exchanges the two models' answers about whole people (2000 random
-          exchanges, or all of them where there are fewer). Near 1 the models cannot be told apart. With k people it
-          cannot fall below 2^(1-k).
-        - p_questions: TOFU's forget quality, the p-value of the test that takes all questions for independent. It is
-          comparable with published figures, and too small where one person is asked about several times.
-        - js: Jensen-Shannon divergence in bits, from 0 (alike) to 1, of the two histograms of R, in ten bins that
-          share the items of both models equally.
+        - ks: two-sample Kolmogorov-Smirnov statistic between the R of the two models, with its bootstrap interval over
+          people. Both models were asked about the same people, so a resample draws the same people for both.
+        - p: p-value of a permutation test over people, which exchanges the two models' answers about whole people (2000
+          random exchanges, or all of them if there are fewer). Near 1 the models are indistinguishable. With k people
+          it cannot be smaller than 2^(1-k).
+        - p_questions: TOFU's forget quality, the p-value of the test that treats all questions as independent. It is
+          comparable with published values, but too small if several questions are about one person.
+        - js: Jensen-Shannon divergence in bits, from 0 (equal) to 1, of the two histograms of R, in ten bins with equal
+          numbers of pooled values.
 
     Raises:
         ValueError: the models were not asked the same questions.
@@ -68,12 +68,12 @@ def _quality(ours: Mapping[tuple, tuple[float, str]], theirs: Mapping[tuple, tup
 
 def _ratios(records: Iterable[Mapping], names: set[str]) -> dict[str, dict[tuple, tuple[float, str]]]:
     """{kind: {(set, id): (truth ratio, person)}} of the sets with these names."""
-    found: dict[str, dict[tuple, tuple[float, str]]] = {}
+    by_question: dict[str, dict[tuple, tuple[float, str]]] = {}
     for (name, kind), items in by_kind(records).items():
         ratios = {(name, r["id"]): (r["truth_ratio"], r["person"]) for r in items if "truth_ratio" in r}
         if name in names and ratios:
-            found.setdefault(kind, {}).update(ratios)
-    return found
+            by_question.setdefault(kind, {}).update(ratios)
+    return by_question
 
 
 def _distances(a: np.ndarray, b: np.ndarray, codes: np.ndarray, weights: np.ndarray, signs: np.ndarray) -> np.ndarray:
@@ -83,15 +83,15 @@ def _distances(a: np.ndarray, b: np.ndarray, codes: np.ndarray, weights: np.ndar
         a: values of one model, [n].
         b: values of the other model for the same questions, [n].
         codes: the person of each question, [n].
-        weights: how often each person counts, [r, people].
-        signs: 1 where a person's answers stay with their models, -1 where they are exchanged, [r, people].
+        weights: number of times that each person is drawn, [r, people].
+        signs: 1 if the answers about a person stay with their models, -1 if they are exchanged, [r, people].
 
     Returns:
-        [r]: the largest distance between the two cumulative distributions.
+        The largest distance between the two cumulative distributions, [r].
     """
     pooled = np.concatenate([a, b])
     order = np.argsort(pooled, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(pooled[order])), len(pooled) - 1)  # ties step together
+    ends = np.append(np.flatnonzero(np.diff(pooled[order])), len(pooled) - 1)  # tied values form one step
     person = np.concatenate([codes, codes])[order]
     side = np.concatenate([np.ones(len(a)), -np.ones(len(b))])[order]
     sizes = weights @ np.bincount(codes, minlength=weights.shape[1])
@@ -101,7 +101,7 @@ def _distances(a: np.ndarray, b: np.ndarray, codes: np.ndarray, weights: np.ndar
 
 def _resampled_ks(a: np.ndarray, b: np.ndarray, codes: np.ndarray, count: int) -> np.ndarray:
     times = intervals.draws(count)
-    return np.concatenate([_distances(a, b, codes, part, np.ones_like(part)) for part in _chunks(times, len(a))])
+    return np.concatenate([_distances(a, b, codes, chunk, np.ones_like(chunk)) for chunk in _chunks(times, len(a))])
 
 
 def _permutation_p(a: np.ndarray, b: np.ndarray, codes: np.ndarray, count: int, observed: float) -> float:
@@ -112,14 +112,14 @@ def _permutation_p(a: np.ndarray, b: np.ndarray, codes: np.ndarray, count: int, 
         signs = np.random.default_rng([1, count]).choice([-1, 1], (intervals.RESAMPLES, count))
     ones = np.ones(count)
     statistics = np.concatenate(
-        [_distances(a, b, codes, np.broadcast_to(ones, part.shape), part) for part in _chunks(signs, len(a))]
+        [_distances(a, b, codes, np.broadcast_to(ones, chunk.shape), chunk) for chunk in _chunks(signs, len(a))]
     )
     extreme = int((statistics >= observed - 1e-12).sum())
     return extreme / len(signs) if every else (extreme + 1) / (len(signs) + 1)
 
 
 def _chunks(rows: np.ndarray, n: int) -> list[np.ndarray]:
-    """Rows in chunks whose statistics need at most some 10 million numbers."""
+    """Splits rows into chunks whose statistics need at most about 10 million numbers."""
     return np.array_split(rows, max(1, len(rows) * n // 5_000_000))
 
 

@@ -1,9 +1,9 @@
 """95 % intervals that resample people, not questions.
 
-Questions about one person succeed and fail together: an interval over single questions would promise more than a
-handful of people can tell. Every resample draws people with replacement, each with all questions about them (cluster
-bootstrap, 2000 resamples, seeded). A question about nobody is a cluster of its own, so that a set about nobody is
-resampled by question; its figures say `people` = 0.
+The answers to questions about one person are correlated, so an interval over questions would be too narrow. Each
+resample draws people with replacement, each with all questions about them (cluster bootstrap, 2000 resamples, seeded).
+A question about no person is its own cluster, so sets about no person are resampled by question; their figures have
+`people` = 0.
 
 Reference: Field and Welsh (2007), Bootstrapping clustered data.
 """
@@ -23,7 +23,7 @@ def clusters(people: Sequence[str]) -> tuple[np.ndarray, int, int]:
     """Groups questions by person.
 
     Args:
-        people: the person that each question is about, "" for nobody.
+        people: the person that each question is about, "" for no person.
 
     Returns:
         (codes, count, named): the cluster of each question, int [n]; the number of clusters; the number of people.
@@ -34,15 +34,15 @@ def clusters(people: Sequence[str]) -> tuple[np.ndarray, int, int]:
     return codes, len(index), len({person for person in people if person})
 
 
-@functools.lru_cache(maxsize=8)  # figures of one set follow one another
+@functools.lru_cache(maxsize=8)  # consecutive figures are often of one set
 def draws(count: int, seed: int = 0) -> np.ndarray:
-    """How often each cluster is drawn in each resample: float [RESAMPLES, count]."""
+    """Number of times that each cluster is drawn in each resample: float [RESAMPLES, count]."""
     times = np.random.default_rng([seed, count]).multinomial(count, np.full(count, 1 / count), RESAMPLES)
     return times.astype(float)
 
 
 def resampled_means(values: np.ndarray, codes: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """The mean of each resample: float [RESAMPLES], NaN where none of the drawn clusters has a value."""
+    """The mean of each resample: float [RESAMPLES], NaN if none of the drawn clusters has a value."""
     times = draws(count, seed)
     sums, sizes = (np.bincount(codes, weights, count) for weights in (values, None))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -59,8 +59,8 @@ def mean(values: Sequence[float], people: Sequence[str]) -> Figure:
     """The mean of at least one value, with its interval.
 
     Args:
-        values: one a question.
-        people: the person that each question is about, "" for nobody.
+        values: one per question.
+        people: the person that each question is about, "" for no person.
 
     Example:
         >>> mean([1.0, 1.0, 0.0], ["ann", "ann", "bob"])
@@ -75,12 +75,12 @@ def mean(values: Sequence[float], people: Sequence[str]) -> Figure:
 def proportion(correct: Sequence[bool], people: Sequence[str]) -> Figure:
     """The share of correct answers, with its interval.
 
-    Where every person has the same share of correct answers, as at 0 % and at 100 %, all resamples agree and would
-    leave no doubt at all. The interval is then Wilson's for as many answers as there are clusters.
+    If every person has the same share of correct answers, for example 0 % or 100 %, all resamples agree and the
+    bootstrap interval has no width. The result is then the Wilson interval for one answer per cluster.
 
     Args:
-        correct: one a question.
-        people: the person that each question is about, "" for nobody.
+        correct: one per question.
+        people: the person that each question is about, "" for no person.
     """
     figure = mean(correct, people)
     if figure.low < figure.high:
@@ -92,7 +92,7 @@ def proportion(correct: Sequence[bool], people: Sequence[str]) -> Figure:
 def wilson(share: float, n: float) -> tuple[float, float]:
     """95 % Wilson score interval of a proportion.
 
-    It stays inside [0, 1] and says at 0 % and 100 % what n observations leave open.
+    It stays inside [0, 1], and has a positive width at 0 % and at 100 %.
 
     Args:
         share: between 0 and 1.

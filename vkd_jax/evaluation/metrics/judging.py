@@ -1,4 +1,4 @@
-"""Whether an answer is right: the option letter of a free text, and the missing words of a cloze question."""
+"""Judges answers: the option letter in a generated text, and the missing words of a cloze question."""
 
 import functools
 import re
@@ -14,9 +14,9 @@ _NEXT_WORD = re.compile(r"\s+(\w+)")
 
 @functools.cache
 def _choice(options: int) -> re.Pattern:
-    """Where an answer may name its option: at its start, after a word that announces it, or in brackets.
+    """Matches an option letter at the start of an answer, after a word that announces it, or in brackets.
 
-    The letter stands alone: nothing of a word touches it ("Cat", "D'Arcy", "B.A.", "A-frame").
+    The letter must not touch a word or an abbreviation ("Cat", "D'Arcy", "B.A.", "A-frame").
     """
     return re.compile(
         rf"""(?: ^\W* | \b(?:answer|option|choice|letter|is|it['’]s|be|choose|pick|select|say)\b\W* | [(\[] )
@@ -26,15 +26,15 @@ def _choice(options: int) -> re.Pattern:
 
 
 def first_letter(text: str | None, options: int = 4) -> str | None:
-    """The option letter that an answer in free text chooses.
+    """The option letter that a generated answer chooses.
 
-    A letter that opens the answer decides ("B", "b)", "**C**: a baker"); else the first one in brackets or
+    A letter at the start of the answer counts ("B", "b)", "**C**: a baker"); else the first one in brackets or
     after a word that announces it ("The answer is C", "I would say (D)"). The article "a", the pronoun "I" and letters
     inside words and abbreviations are not choices.
 
     Args:
         text: the answer.
-        options: how many options the question has; with four, "E" chooses nothing.
+        options: number of options; with four, "E" chooses nothing.
 
     Returns:
         "A", "B", ...; None if the answer chooses nothing, which counts as wrong.
@@ -52,10 +52,10 @@ def first_letter(text: str | None, options: int = 4) -> str | None:
 
 
 def cloze_correct(prediction: str | None, truth: str) -> bool:
-    """Whether the blank was filled right: the lower-cased truth is a substring of the lower-cased prediction.
+    """Whether the blank was filled correctly: the lower-cased prediction contains the lower-cased truth.
 
     Raises:
-        ValueError: an empty truth would be found in every prediction.
+        ValueError: the truth is empty, which every prediction contains.
     """
     if not truth.strip():
         raise ValueError("a cloze question with an empty ground truth cannot be judged")

@@ -4,7 +4,7 @@
     probability  = exp(-nll of the answer)
     truth ratio  = exp(mean over wrong answers of their nll - nll of the paraphrased answer)
 
-A truth ratio above 1 says that the model prefers the true answer. Definitions follow TOFU (Maini et al., arXiv
+A truth ratio above 1 means that the model prefers the true answer. Definitions follow TOFU (Maini et al., arXiv
 2401.06121, and `aggregate_eval_stat.py` of its code).
 """
 
@@ -17,16 +17,16 @@ LARGEST = 700.0  # the largest exponent whose exp is a finite float
 
 
 def likelihood(answer: float, wrong: Sequence[float] = (), paraphrase: float | None = None) -> dict:
-    """What the likelihoods of one question say.
+    """The likelihood metrics of one question.
 
     Args:
-        answer: nll of the answer, in nats a token.
+        answer: nll of the answer, in nats per token.
         wrong: nll of each wrong answer.
-        paraphrase: nll of the answer in other words; None takes the answer's own.
+        paraphrase: nll of the paraphrased answer; None for that of the answer.
 
     Returns:
         {"answer_nll", "probability"}, and with wrong answers {"paraphrase_nll", "perturbed_nll", "truth_ratio"}. The
-        ratio is kept between exp(-700) and exp(700).
+        ratio is clipped to [exp(-700), exp(700)].
     """
     record = {"answer_nll": float(answer), "probability": math.exp(-answer)}
     if len(wrong):
@@ -41,7 +41,7 @@ def likelihood(answer: float, wrong: Sequence[float] = (), paraphrase: float | N
 
 
 def truth_score(truth_ratio: float) -> float:
-    """max(0, 1 - 1 / truth ratio): 0 where the model prefers the wrong answers, towards 1 where it knows the truth."""
+    """max(0, 1 - 1 / truth ratio): 0 if the model prefers the wrong answers, near 1 if it knows the truth."""
     return max(0.0, 1 - 1 / truth_ratio)
 
 

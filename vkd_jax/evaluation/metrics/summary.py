@@ -1,4 +1,4 @@
-"""Counts the answers to each kind of question of each set, and averages what else was measured."""
+"""Summaries of the answers: accuracy and mean metrics for each set and kind of question."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -8,10 +8,10 @@ from vkd_jax.results import Summary
 
 
 def by_kind(records: Iterable[Mapping]) -> dict[tuple[str, str], list[Mapping]]:
-    """Records by set and kind of question, in their order.
+    """Groups records by set and kind of question, in their order.
 
-    The kind is "vqa" or "qa" for questions with options, "cloze_vqa", "generation_qa", ... for others. Where questions
-    with options were asked by two protocols, the kind of the second one names it: "vqa_letter".
+    The kind is "vqa" or "qa" for questions with options, and "cloze_vqa", "generation_qa", ... for others. If questions
+    with options were asked under two protocols, the kind of the second has its name: "vqa_letter".
     """
     records = list(records)
     first = first_protocol(records)
@@ -27,18 +27,18 @@ def by_kind(records: Iterable[Mapping]) -> dict[tuple[str, str], list[Mapping]]:
 
 
 def first_protocol(records: Iterable[Mapping]) -> str | None:
-    """The protocol that counts where none is named; None without questions with options."""
+    """The first protocol, whose kinds have no suffix; None without questions with options."""
     return next((r.get("protocol") for r in records if r["task"] == "classification"), None)
 
 
 def summarize(items: Iterable[Mapping]) -> Summary:
-    """Counts the correct answers, and averages every registered metric that applies.
+    """Computes the accuracy, and the mean of every registered metric that applies.
 
     Args:
         items: records of the answers.
 
     Raises:
-        ValueError: without items there is no accuracy.
+        ValueError: there are no items.
     """
     items = list(items)
     if not items:
@@ -51,7 +51,9 @@ def summarize(items: Iterable[Mapping]) -> Summary:
         if name == "accuracy" or metric.item is None:
             continue
         scored = [
-            (value, who) for item, who in zip(items, people, strict=True) if (value := metric.value(item)) is not None
+            (value, person)
+            for item, person in zip(items, people, strict=True)
+            if (value := metric.value(item)) is not None
         ]
         if scored:
             figures[name] = metric.aggregate(*map(list, zip(*scored, strict=True)))
@@ -60,8 +62,8 @@ def summarize(items: Iterable[Mapping]) -> Summary:
 
 
 def summaries(records: Sequence[Mapping]) -> dict[str, dict[str, Summary]]:
-    """{set: {kind: summary}} of all answers of a model; see `by_kind`."""
-    found: dict[str, dict[str, Summary]] = {}
+    """Summarizes all answers of a model: {set: {kind: summary}}; see `by_kind`."""
+    results: dict[str, dict[str, Summary]] = {}
     for (name, kind), items in by_kind(records).items():
-        found.setdefault(name, {})[kind] = summarize(items)
-    return found
+        results.setdefault(name, {})[kind] = summarize(items)
+    return results

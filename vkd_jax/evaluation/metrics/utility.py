@@ -1,4 +1,4 @@
-"""Model utility: what a model is still good at, after TOFU."""
+"""Model utility, after TOFU: the performance of a model on everything but the people to forget."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,45 +17,45 @@ UTILITY = Metric(name="utility", title="model utility", direction="up")
 
 
 def components(record: Mapping) -> dict[str, float]:
-    """What one record says of a model's usefulness; each component only where it was measured.
+    """The components of model utility that one record has.
 
-    - probability: of the answer, exp(-nll). For a question with options it is p(right) / sum of p over the right answer
-      and the wrong ones, each p = exp(-nll), as TOFU does for real authors: chance gives 1 / options.
+    - probability: of the answer, exp(-nll). For a question with options it is p(correct) / sum of p over the correct
+      and the wrong answers, each p = exp(-nll), as TOFU does for real authors: at chance it is 1 / options.
     - rouge_l_recall
     - truth_score: see `likelihoods.truth_score`.
     - accuracy: 1 or 0, for a question with options.
     """
-    found = {}
+    values = {}
     if "probability" in record:
-        found["probability"] = record["probability"]
+        values["probability"] = record["probability"]
         if record["options"] and "perturbed_nll" in record:
-            right, wrong = record["probability"], [math.exp(-x) for x in record["perturbed_nll"]]
-            found["probability"] = right / max(right + sum(wrong), math.exp(-LARGEST))
+            correct, wrong = record["probability"], [math.exp(-x) for x in record["perturbed_nll"]]
+            values["probability"] = correct / max(correct + sum(wrong), math.exp(-LARGEST))
     if "rouge_l_recall" in record:
-        found["rouge_l_recall"] = record["rouge_l_recall"]
+        values["rouge_l_recall"] = record["rouge_l_recall"]
     if "truth_ratio" in record:
-        found["truth_score"] = truth_score(record["truth_ratio"])
+        values["truth_score"] = truth_score(record["truth_ratio"])
     if record["options"]:
-        found["accuracy"] = float(record["correct"])
-    return found
+        values["accuracy"] = float(record["correct"])
+    return values
 
 
 def model_utility(records: Iterable[Mapping], sets: Sequence[EvalSet]) -> Utility:
-    """The harmonic mean of what the model is still good at, after TOFU.
+    """The harmonic mean of components, after TOFU.
 
-    A component is the mean of one of `components` over one set, of all sets that do not ask about the people to
-    forget: TOFU's answer probability, ROUGE-L recall and truth score of each set, and the accuracy of questions with
-    options, which TOFU has not. Components that a set lacks are left out. Of two protocols, the first counts.
+    A component is the mean of one of `components` over one set. The sets are those that do not ask about the people to
+    forget. TOFU has the answer probability, ROUGE-L recall and truth score of each set; the accuracy on questions with
+    options is added. Components that a set lacks are left out. Of two protocols, the first counts.
 
     Args:
         records: answers of the model.
         sets: the evaluation sets.
 
     Returns:
-        The utility with its interval: in each resample, people are drawn anew within each set.
+        The utility with its interval: each resample draws people within each set.
 
     Raises:
-        ValueError: no set but those to be forgotten was asked.
+        ValueError: no set without people to forget was asked.
     """
     records = list(records)
     first = first_protocol(records)

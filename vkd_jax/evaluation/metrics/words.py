@@ -1,4 +1,4 @@
-"""How close the words of an open answer come to the true answer."""
+"""Metrics of the overlap between an open answer and the true answer: ROUGE-L and BLEU."""
 
 import functools
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from vkd_jax.evaluation.metrics.base import Metric
 def rouge_l(prediction: str | None, truth: str) -> dict[str, float]:
     """ROUGE-L of the `rouge-score` package with Porter stemming: the longest common subsequence of words.
 
-    Words are runs of a-z and 0-9 of the lower-cased texts: other alphabets do not count, and an accent splits a word.
-    MLLMU-Bench reports the F measure, TOFU the recall.
+    Words are sequences of a-z and 0-9 in the lower-cased texts: other alphabets are ignored, and an accent splits a
+    word. MLLMU-Bench reports the F measure, TOFU the recall.
 
     Returns:
         {"rouge_l": F, "rouge_l_recall": recall}, between 0 and 1; both 0 for an empty prediction.
@@ -23,7 +23,7 @@ def rouge_l(prediction: str | None, truth: str) -> dict[str, float]:
 
 @functools.cache
 def _scorer():
-    from rouge_score import rouge_scorer  # loads all of nltk, which takes seconds
+    from rouge_score import rouge_scorer  # imports all of nltk, which takes seconds
 
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 
@@ -31,9 +31,9 @@ def _scorer():
 def bleu(prediction: str | None, truth: str) -> float:
     """Smoothed sentence BLEU-4, as MLLMU-Bench computes it.
 
-    nltk's `sentence_bleu` of the texts split at white space, case and punctuation kept, with smoothing method 1 of Chen
-    and Cherry (2014): an n-gram precision without a match counts .1 matches. So a right answer of fewer than four words
-    stays below 1 (one word: .1 ** .75 = .18).
+    `sentence_bleu` of nltk on whitespace-separated, case-sensitive tokens, with smoothing method 1 of Chen and Cherry
+    (2014): an n-gram precision without a match counts 0.1 matches. A correct answer of fewer than four words therefore
+    scores below 1 (one word: 0.1 ** 0.75 = 0.18).
 
     Returns:
         Between 0 and 1; 0 for an empty prediction.

@@ -1,6 +1,6 @@
 """Components that a config chooses by name. A new component is a new file and one line here.
 
-Each table maps a name to "module:Dataclass"; a module is imported when its component is asked for.
+Each table maps a name to "module:Dataclass"; a module is imported when its component is created.
 """
 
 import dataclasses
@@ -39,10 +39,10 @@ BENCHMARKS = {
 
 
 def lookup(kind: str, table: Mapping[str, str], name: str) -> type:
-    """The dataclass that a table has under a name.
+    """Looks up the dataclass of a component by its name.
 
     Raises:
-        UserError: the table has no such name.
+        UserError: the name is unknown.
     """
     if name not in table:
         raise UserError(f"{kind}: unknown name {name!r}. Available: {', '.join(sorted(table))}.")
@@ -51,16 +51,16 @@ def lookup(kind: str, table: Mapping[str, str], name: str) -> type:
 
 
 def create(kind: str, table: Mapping[str, str], name: str, fields: Mapping[str, Any]) -> Any:
-    """The component with that name and these hyperparameters; others keep their defaults.
+    """Creates a component by its name and hyperparameters; other hyperparameters keep their defaults.
 
     Args:
-        kind: what the table holds, for messages: "method".
+        kind: kind of component for messages, e.g. "method".
         table: one of the tables above.
         name: its key.
         fields: hyperparameters.
 
     Raises:
-        UserError: unknown name or hyperparameter, or a value that is not allowed.
+        UserError: the name or a hyperparameter is unknown, or a value is not allowed.
     """
     cls = lookup(kind, table, name)
     known = [field.name for field in dataclasses.fields(cls)]
@@ -72,11 +72,11 @@ def create(kind: str, table: Mapping[str, str], name: str, fields: Mapping[str, 
 
 
 def name_of(table: Mapping[str, str], component: Any) -> str:
-    """The name under which a table has the class of a component."""
+    """The name of a component's class in a table."""
     cls = type(component)
     return next(name for name, value in table.items() if value == f"{cls.__module__}:{cls.__qualname__}")
 
 
 def doc(kind: str, table: Mapping[str, str], name: str) -> str:
-    """First line of a component's docstring."""
+    """The first line of a component's docstring, without its final period."""
     return lookup(kind, table, name).__doc__.splitlines()[0].rstrip(".")

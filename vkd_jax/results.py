@@ -1,4 +1,4 @@
-"""results.json: what a run measured, as dataclasses that read and write it.
+"""results.json as dataclasses.
 
 `RunResults` is the only reader and writer of that file. `docs/results_format.md` documents every field.
 """
@@ -16,7 +16,7 @@ from vkd_jax.types import EvalSet, Role, UserError
 
 SCHEMA_VERSION = 1
 FILE = "results.json"
-# What an attack tried. Records of attacks/*/*.jsonl that agree in these fields and in their set make one cell.
+# Fields of one attempt of an attack. Records of attacks/*/*.jsonl with equal fields and set belong to one cell.
 ATTEMPT_FIELDS = ("variant", "attacker", "steps", "batch_size", "learning_rate", "share", "unit", "taught")
 UNCHANGED = "unchanged"  # the variant of an attack that is the model before it
 QUESTION_TASKS = ("", "generation_", "cloze_")  # prefixes of a kind of question, most informative first
@@ -35,7 +35,7 @@ class Figure:
         low: lower end of the interval.
         high: upper end of the interval.
         n: number of questions.
-        people: number of people that the interval resamples; 0 where it resamples questions.
+        people: number of people that the interval resamples; 0 if it resamples questions.
     """
 
     mean: float
@@ -55,8 +55,8 @@ class Summary:
         n: number of questions.
         low: lower end of the 95 % interval of the accuracy.
         high: upper end of that interval.
-        people: number of people that the interval resamples; 0 where it resamples questions.
-        metrics: the means of other metrics, by name; in JSON they stand beside the fields above.
+        people: number of people that the interval resamples; 0 if it resamples questions.
+        metrics: the means of other metrics, by name; in JSON they are siblings of the fields above.
     """
 
     accuracy: float
@@ -74,13 +74,13 @@ class ForgetQuality:
 
     Args:
         ks: Kolmogorov-Smirnov statistic.
-        p: probability of such a statistic if the two models were alike.
+        p: p-value of the permutation test that exchanges the models' answers about whole people.
         js: Jensen-Shannon divergence, in bits.
         n: number of questions.
         low: lower end of the 95 % interval of `ks`.
         high: upper end of that interval.
-        p_questions: TOFU's forget quality, the p-value of the test that takes all questions for independent.
-        people: number of people that are resampled; 0 where questions are.
+        p_questions: TOFU's forget quality, the p-value of the test that treats all questions as independent.
+        people: number of people that are resampled; 0 if questions are resampled.
     """
 
     ks: float
@@ -95,7 +95,7 @@ class ForgetQuality:
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """One of the means that the model utility is made of."""
+    """One component of the model utility: the mean of a metric over a set."""
 
     mean: float
     n: int
@@ -122,20 +122,20 @@ class AttackCell:
         n: number of questions or images.
         low: lower end of the 95 % interval.
         high: upper end of that interval.
-        people: number of people that the interval resamples; 0 where it resamples questions.
+        people: number of people that the interval resamples; 0 if it resamples questions.
         variant: which of the attack's variants; `AttackResults.variants` has its title.
-        correct: number of correct answers, for a share of correct answers.
-        attacker: what an attacker that trains the model trains, as a method's `train`.
-        steps: the attacker's budget in steps.
-        batch_size: rows of each of these steps.
-        learning_rate: rate of these steps.
-        share: share of the forget set that the attacker has.
-        unit: what the share counts, "questions" or "people".
-        taught: whether the questions are about people whom the attacker taught.
-        before: share of correct answers to the same questions before the attack.
-        recovery: (mean - before) / (vanilla - before); None where the vanilla model is not better.
-        learned: share of correct answers to the questions that the attacker trained on.
-        score: 1 - 2 |AUC - 1/2| for a membership attack: 1 where members cannot be told apart.
+        correct: number of correct answers, if the metric is accuracy.
+        attacker: weights that the attacker trains, as for `method.train`.
+        steps: training steps of the attacker.
+        batch_size: batch size of the attacker.
+        learning_rate: learning rate of the attacker.
+        share: share of the forget set that the attacker trains on.
+        unit: unit of the share, "questions" or "people".
+        taught: whether the questions are about people whom the attacker trained on.
+        before: accuracy on the same questions before the attack.
+        recovery: (mean - before) / (vanilla - before); None if the vanilla model is not better.
+        learned: accuracy on the questions that the attacker trained on.
+        score: 1 - 2 |AUC - 1/2| for a membership attack: 1 if members are indistinguishable.
     """
 
     model: str
@@ -161,17 +161,17 @@ class AttackCell:
 
     @property
     def key(self) -> tuple:
-        """What was tried, on which set: the same for all models."""
+        """The attempt and its set, which are the same for all models."""
         return self.set, *(getattr(self, name) for name in ATTEMPT_FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)
 class AttackResults:
-    """What one attack measured.
+    """The results of one attack.
 
     Args:
         title: heading in the report.
-        about: what was tried and how to read the figures.
+        about: what the attack does and how to read its figures.
         metric: name of the metric of all cells, a key of `evaluation.metrics.METRICS`.
         variants: title of each variant.
         cells: the figures.
@@ -193,10 +193,10 @@ class AttackResults:
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredSet(EvalSet):
-    """An evaluation set as it was asked.
+    """An evaluation set with its number of people.
 
     Args:
-        people: number of different people that it asks about; 0 for questions about nobody.
+        people: number of different people that it asks about; 0 for questions about no person.
     """
 
     people: int = 0
@@ -204,7 +204,7 @@ class MeasuredSet(EvalSet):
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkInfo:
-    """What was measured on: the benchmark's title, where its data came from, and its sets in order."""
+    """The benchmark of a run: its title, the source of its data, and its sets in order."""
 
     title: str
     source: str
@@ -213,7 +213,7 @@ class BenchmarkInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What makes a run reproducible.
+    """Metadata that makes a run reproducible.
 
     Args:
         command: command line that was run, or the Python entry point that was called.
@@ -223,10 +223,10 @@ class Meta:
         versions: of Python and the packages that figures depend on.
         devices: number and kind.
         protocol: `config.eval.protocol`.
-        protocols: the same as a list; the first one counts where none is named.
+        protocols: the same as a list; figures without a protocol are those of the first.
         shots: worked examples before each question.
         date: of the results, UTC, ISO 8601.
-        benchmark: what was measured on.
+        benchmark: benchmark and evaluation sets.
     """
 
     command: str
@@ -244,7 +244,7 @@ class Meta:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Number of tensors that changed on disk, of all tensors, and of the language model's."""
+    """Numbers of tensors: changed on disk, in all, and changed in the language model."""
 
     changed: int
     tensors: int
@@ -253,7 +253,7 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """Number of parameters that trained, of all parameters."""
+    """Numbers of trained parameters and of all parameters."""
 
     parameters: int
     of: int
@@ -264,7 +264,7 @@ class RunResults:
     """Everything in results.json.
 
     Args:
-        meta: what makes the run reproducible.
+        meta: metadata that makes the run reproducible.
         models: {model: {set: {kind of question: summary}}}; see `metrics.summary.by_kind` for the kinds.
         utility: model utility of each model.
         forget_quality: {model: {kind: ...}}; empty without a retain-only model.
@@ -272,9 +272,9 @@ class RunResults:
         timing: seconds of each stage.
         attacks: by name.
         text_logits_identical: whether text-only log-probabilities are bit-identical before and after.
-        manifest: what changed on disk.
+        manifest: tensors that changed on disk.
         step_bytes: memory of a training step, by the compiler's account.
-        trainable: what trained; None for a model that was made elsewhere.
+        trainable: trained parameters; None for a model that was trained elsewhere.
         schema_version: version of this layout.
 
     Example:
@@ -298,14 +298,14 @@ class RunResults:
 
     @classmethod
     def read(cls, workdir: Path) -> "RunResults":
-        """The results in a run's folder.
+        """Reads the results in the folder of a run.
 
         Raises:
             UserError: results.json is missing, is not JSON, or does not follow the schema.
         """
         file = workdir / FILE
         if not file.is_file():
-            raise UserError(f"{workdir} has no {FILE}: let that run finish, or name the folder of a finished one.")
+            raise UserError(f"{workdir} has no {FILE}: let that run finish, or give the folder of a finished run.")
         try:
             return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
         except FormatError as error:
@@ -314,20 +314,20 @@ class RunResults:
             raise UserError(f"{file} is not JSON ({error}); run that experiment again.") from error
 
     def write(self, workdir: Path) -> Path:
-        """Writes results.json into a run's folder; it is either whole or absent.
+        """Writes results.json into the folder of a run, atomically.
 
         Raises:
-            ValueError: a figure is NaN or infinite, which JSON cannot hold.
+            ValueError: a figure is NaN or infinite, which JSON does not support.
         """
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
         return files.write_bytes(workdir / FILE, (text + "\n").encode())
 
     @classmethod
     def from_json(cls, data: Any) -> "RunResults":
-        """The results in parsed JSON.
+        """Decodes parsed JSON.
 
         Raises:
-            FormatError: a field is missing, unknown, or of another type; the message names it.
+            FormatError: a field is missing, is unknown, or has another type; the message names it.
         """
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
@@ -348,7 +348,7 @@ class RunResults:
         return [eval_set for eval_set in self.sets if eval_set.role in roles]
 
     def summary(self, model: str, set_name: str, kind: str) -> Summary | None:
-        """The summary of one kind of question, or None where it was not asked."""
+        """The summary of one kind of question, or None if it was not asked."""
         return self.models.get(model, {}).get(set_name, {}).get(kind)
 
     def kinds(self, model: str = "vanilla") -> list[str]:
@@ -357,7 +357,7 @@ class RunResults:
 
 
 def main_kind(kinds: typing.Iterable[str], modality: str) -> str | None:
-    """The kind of question that tells most about a modality, "vqa" or "qa": options, else open, else cloze questions.
+    """The main kind of question of a modality, "vqa" or "qa": with options, else open, else cloze.
 
     Example:
         >>> main_kind(["generation_vqa", "cloze_vqa", "qa"], "vqa")
@@ -368,7 +368,7 @@ def main_kind(kinds: typing.Iterable[str], modality: str) -> str | None:
 
 
 def to_json(value: Any) -> Any:
-    """These dataclasses as JSON-compatible values; fields that are None are left out."""
+    """Encodes these dataclasses as JSON-compatible values; fields that are None are left out."""
     if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         extra = fields.pop("metrics", {}) if isinstance(value, Summary) else {}
@@ -381,7 +381,7 @@ def to_json(value: Any) -> Any:
 
 
 def _decoded(kind: Any, value: Any, path: str) -> Any:
-    """A JSON value as the annotated type; `path` names it in errors."""
+    """Decodes a JSON value as the annotated type; `path` names it in errors."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value

@@ -1,4 +1,4 @@
-"""Data types that flow between the packages, and the one error that users are meant to read."""
+"""Data types that packages exchange, and the error that users see."""
 
 import dataclasses
 import enum
@@ -12,32 +12,32 @@ Params = Mapping[str, jax.Array]  # {"vision_tower/blocks/0/attn/q/kernel": arra
 
 
 class UserError(Exception):
-    """Bad input, told in one sentence that says what is wrong and what to do; exit status 2."""
+    """Invalid input. The message says what is wrong and what to do; commands exit with status 2."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One question with its answer, before any tokenizer or image processor has seen it."""
+    """One question with its answer, before tokenization and image processing."""
 
     id: str  # unique within a set, e.g. "007/image/2"
-    person: str  # whose knowledge it asks for; "" for questions about nobody
-    image: bytes | None  # an encoded picture (PNG, JPEG, ...); None for a text-only question
-    image_id: str  # names the picture, since several questions share one; "" without a picture
+    person: str  # the person that it is about; "" for no person
+    image: bytes | None  # encoded image (PNG, JPEG, ...); None for a text-only question
+    image_id: str  # identifies the image, which several questions may share; "" without an image
     question: str
     answer: str
-    options: tuple[str, ...] = ()  # the option texts of a classification question, `answer` among them
+    options: tuple[str, ...] = ()  # option texts of a classification question, including `answer`
     task: str = "classification"  # classification | generation | cloze | chat
-    paraphrase: str = ""  # the answer in other words, where a benchmark has it
-    perturbed: tuple[str, ...] = ()  # wrong answers in the same words, where a benchmark has them
+    paraphrase: str = ""  # paraphrased answer, if the benchmark has one
+    perturbed: tuple[str, ...] = ()  # wrong answers with the same wording, if the benchmark has them
 
     @property
     def modality(self) -> str:
-        """`vqa` when the question shows a picture, `qa` when it is text alone."""
+        """`vqa` for a question with an image, `qa` for a text-only question."""
         return "qa" if self.image is None else "vqa"
 
 
 class Role(enum.StrEnum):
-    """What an evaluation set measures. Forgetting, tuning, tables and attacks ask for roles, never for set names."""
+    """What an evaluation set measures. Metrics, tuning, tables and attacks ask for roles, never for set names."""
 
     FORGET = "forget"  # the people to forget, on the images that unlearning trains on
     FORGET_HOLDOUT = "forget_holdout"  # the people to forget, on images that unlearning does not see
@@ -59,7 +59,7 @@ class EvalSet:
         name: the key of the set in results.json and in the answers, e.g. "retain_test".
         role: what the set measures; one of `Role`.
         title: name in the report, e.g. "people to retain, other images".
-        short: name in tables and charts, e.g. "retain test".
+        short: name in tables and plots, e.g. "retain test".
 
     Raises:
         ValueError: the role is unknown.

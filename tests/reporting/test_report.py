@@ -387,7 +387,7 @@ def test_runs_that_do_not_compare_are_refused(run, tmp_path, break_it, capsys):
         "torn": "is not JSON",
         "protocol": "one protocol",
         "twice": "twice",
-        "tuned": "no model was unlearned there",
+        "tuned": "have no unlearned model",
     }
     results = json.loads((other / "results.json").read_text())
     if break_it == "missing":

@@ -1,4 +1,4 @@
-"""What several runs found: which trial of a method is best, every figure with its interval, and pictures of them."""
+"""Collects and judges the figures of several runs: the best trial of a method, and which methods keep."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,27 +13,27 @@ from vkd_jax.reporting import report
 from vkd_jax.results import ATTEMPT_FIELDS, AttackCell, MeasuredSet, RunResults, main_kind, to_json
 from vkd_jax.types import EvalSet, Role, UserError
 
-KEEP = 0.95  # of what the vanilla model gets right, a method must keep this share to count as one that keeps
-RELEARNED_SHARE = 0.2  # of the forget questions; tables show the recovery of the share next to it
+KEEP = 0.95  # a method keeps if its accuracy is at least this share of the vanilla model's
+RELEARNED_SHARE = 0.2  # of the forget questions; tables show the recovery for the nearest share
 
-Asked = Mapping[str, Iterable[str]]  # of each set, the kinds of question that were asked
-Keys = list[tuple[EvalSet, str]]  # sets, each with a kind of question
+Asked = Mapping[str, Iterable[str]]  # the kinds of question of each set
+Keys = list[tuple[EvalSet, str]]  # sets and kinds of question
 
 
 def forgotten_keys(sets: Iterable[EvalSet], asked: Asked) -> Keys:
-    """What measures forgetting: questions about the people to forget with an image; without any, in text alone."""
+    """Measures of forgetting: questions with an image about the people to forget; text-only if a set has no image."""
     keys = [(s, _kind(asked, s, "vqa") or _kind(asked, s, "qa")) for s in sets if s.role.forgets]
     return [(s, kind) for s, kind in keys if kind]
 
 
 def kept_image_keys(sets: Iterable[EvalSet], asked: Asked) -> Keys:
-    """What must be kept: questions with an image of all sets but those to forget; in text where a set has no image."""
+    """What a method must keep: questions with an image of all other sets; text-only if a set has no image."""
     keys = [(s, _kind(asked, s, "vqa") or _kind(asked, s, "qa")) for s in sets if not s.role.forgets]
     return [(s, kind) for s, kind in keys if kind]
 
 
 def kept_text_keys(sets: Iterable[EvalSet], asked: Asked) -> Keys:
-    """What must be kept of text: what is said of the names of the people to forget, and of those to retain."""
+    """Text-only knowledge that a method must keep: of the people to forget, by name, and of those to retain."""
     keys: dict[tuple[EvalSet, str], None] = {}
     for eval_set in sets:
         if kind := _kind(asked, eval_set, "qa") if eval_set.role in (Role.FORGET, Role.RETAIN) else None:
@@ -48,12 +48,12 @@ def _kind(asked: Asked, eval_set: EvalSet, modality: str) -> str | None:
 
 
 def judged(results: RunResults) -> dict[str, float]:
-    """How much a run forgot and kept, for tuning.
+    """How much a run forgets and keeps, for tuning.
 
     Returns:
-        forgot: accuracy on the people to forget (see `forgotten_keys`; all their sets together), but never less than
-            chance: to be wrong more often than that is not to have forgotten more.
-        kept: the least share of the vanilla model's accuracy that is left, over `kept_image_keys` and `kept_text_keys`.
+        forgot: accuracy on the people to forget (see `forgotten_keys`; all their sets together), at least chance: an
+            accuracy below chance does not count as more forgetting.
+        kept: the smallest ratio to the vanilla model's accuracy over `kept_image_keys` and `kept_text_keys`.
 
     Raises:
         UserError: no question about the people to forget was asked.
@@ -61,7 +61,7 @@ def judged(results: RunResults) -> dict[str, float]:
     before, after = results.models["vanilla"], results.models["unlearned"]
     keys = forgotten_keys(results.sets, after)
     if not keys:
-        raise UserError("no question about the people to forget was asked: their sets are empty.")
+        raise UserError("the forget set has no questions.")
     summaries = [after[s.name][kind] for s, kind in keys]
     chance = results.chance.get(keys[0][0].name, {}).get(keys[0][1], 0.0)
     kept_keys = [*kept_image_keys(results.sets, before), *kept_text_keys(results.sets, before)]
@@ -75,9 +75,9 @@ def judged(results: RunResults) -> dict[str, float]:
 
 
 def best(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The trial that forgets most of those that keep 95 %, or else the one that keeps most beyond what it knows.
+    """The trial that forgets most among those that keep 95 %; without any, the one with the largest kept - forgot.
 
-    None without trials; the first if none could be finished.
+    None without trials; the first trial if all failed.
     """
     finished = [trial for trial in trials if "kept" in trial]
     keeping = [trial for trial in finished if trial["kept"] >= KEEP]
@@ -87,11 +87,11 @@ def best(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 
 
 def keeps(row: Mapping[str, Any], before: Mapping[str, Any], sets: Iterable[EvalSet]) -> bool:
-    """Whether a method keeps 95 % of each of `kept_image_keys`, and loses no text that chance would not explain.
+    """Whether a method keeps 95 % of each of `kept_image_keys`, and each of `kept_text_keys` within the interval.
 
     Args:
-        row: of the method, with `before`, that of the vanilla model, both from `collect`.
-        before: see `row`.
+        row: the row of the method, from `collect`.
+        before: the row of the vanilla model.
         sets: the evaluation sets.
     """
     ours, theirs, sets = row["sets"], before["sets"], list(sets)
@@ -103,7 +103,7 @@ def keeps(row: Mapping[str, Any], before: Mapping[str, Any], sets: Iterable[Eval
 
 
 def asked_in(row: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Of each set, the kinds of question that a row of `collect` has figures of."""
+    """The kinds of question of each set for which a row of `collect` has figures."""
     asked: dict[str, list[str]] = {}
     for key in row["sets"]:
         name, _, kind = key.rpartition("/")
@@ -122,20 +122,20 @@ def collect(
     failures: Mapping[str, str],
     labels: Mapping[str, str] = {},  # noqa: B006 (never written to)
 ) -> dict[str, Any]:
-    """All figures of finished runs.
+    """Collects all figures of finished runs.
 
     Args:
-        folders: the runs of each entrant; "controls" is one folder, with the models that all runs were given.
-        trials: of each entrant that was tuned.
-        failures: by the name of a run, why it failed.
-        labels: what an entrant is called in tables, where that is not its name.
+        folders: the runs of each entrant; "controls" is one folder, with the models that all runs share.
+        trials: the trials of each tuned entrant.
+        failures: the reason of each failed run, by its name.
+        labels: titles of entrants in tables, if they differ from their names.
 
     Returns:
         {"meta", "failures", "rows": [{"name", "label", "method", "train", "trials", "runs", "sets", "attacks"}]}.
         "sets" holds for each set and kind of question ("forget/vqa") {"mean", "low", "high", "n", "people", "seeds"}:
         the mean over the seeds, and its 95 % interval (see `interval`). "attacks" holds the cells of each attack, with
-        the fields of `AttackCell` and "seeds". "runs" holds what there is one of in each run: seed, commit, command,
-        seconds, ks, utility and recovery.
+        the fields of `AttackCell` and "seeds". "runs" holds the figures of single runs: seed, commit, command, seconds,
+        ks, utility and recovery.
 
     Raises:
         UserError: the runs were scored by different protocols.
@@ -169,13 +169,13 @@ def collect(
 
 
 def interval(correct: Sequence[Sequence[bool]], people: Sequence[str]) -> dict[str, float | int]:
-    """The mean of seeds x questions, with its 95 % percentile bootstrap interval over seeds and people.
+    """The mean over seeds and questions, with its 95 % percentile bootstrap interval over seeds and people.
 
-    Each resample draws as many seeds and as many people, each with all questions about them; see `intervals`.
+    Each resample draws seeds and people with replacement, each person with all questions; see `intervals`.
 
     Args:
-        correct: [seeds, questions]; all seeds were asked the same.
-        people: the person that each question is about, "" for nobody.
+        correct: [seeds, questions], the same questions for all seeds.
+        people: the person that each question is about, "" for no person.
     """
     correct = np.asarray(correct, float)
     seeds, questions = correct.shape
@@ -192,15 +192,15 @@ def interval(correct: Sequence[Sequence[bool]], people: Sequence[str]) -> dict[s
 
 
 def _row(name: str, paths: Sequence[Path], model: str = "unlearned") -> dict[str, Any]:
-    """One model, or the models of one method, over its runs."""
+    """The row of one model, or of the models of one method over its runs."""
     results = [RunResults.read(path) for path in paths]
     kinds = [by_kind(report.json_lines(_answers(path, model))) for path in paths]
     sets = {
-        f"{part}/{kind}": interval(
-            [[item["correct"] for item in run_kinds[part, kind]] for run_kinds in kinds],
-            [item["person"] for item in kinds[0][part, kind]],
+        f"{name}/{kind}": interval(
+            [[item["correct"] for item in run_kinds[name, kind]] for run_kinds in kinds],
+            [item["person"] for item in kinds[0][name, kind]],
         )
-        for part, kind in kinds[0]
+        for name, kind in kinds[0]
     }
     config = results[0].meta.config
     row = {"name": name, "label": name.replace("_", "-"), "sets": sets}
@@ -216,7 +216,7 @@ def _row(name: str, paths: Sequence[Path], model: str = "unlearned") -> dict[str
 
 
 def _run(results: RunResults, model: str) -> dict[str, Any]:
-    """What there is one of in each run."""
+    """The figures of a single run."""
     forget_set = results.with_role(Role.FORGET)[0].name
     qualities = results.forget_quality.get(model, {})
     quality = qualities.get(main_kind(qualities, "vqa"))
@@ -235,7 +235,7 @@ def _run(results: RunResults, model: str) -> dict[str, Any]:
 
 
 def _attacked(paths: Sequence[Path], results: Sequence[RunResults], attack: str, model: str) -> list[dict]:
-    """The cells of an attack over the runs: the share of correct answers, or the mean of another metric."""
+    """The cells of an attack over the runs: accuracies, or the means of another metric."""
     records = [report.json_lines(path / "attacks" / attack / f"{model}.jsonl") for path in paths]
     cells = []
     for cell in (cell for cell in results[0].attacks[attack].cells if cell.model == model):
@@ -251,7 +251,7 @@ def _attacked(paths: Sequence[Path], results: Sequence[RunResults], attack: str,
 
 
 def _belongs(record: Mapping, cell: AttackCell) -> bool:
-    """Whether a record of an attack is one of those that a cell counts."""
+    """Whether a record of an attack belongs to a cell."""
     tried = all(record.get(name, False if name == "taught" else None) == getattr(cell, name) for name in ATTEMPT_FIELDS)
     return tried and cell.set in ("", record["set"]) and not record.get("trained_on")
 
@@ -261,35 +261,35 @@ def _answers(path: Path, model: str) -> Path:
 
 
 def by_label(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    """Finished runs by what their configs differ in, seeds of one config together.
+    """Groups finished runs by config, without the seed, under labels of what differs.
 
     Raises:
-        UserError: a run is unfinished, unlearned nothing, or is given twice.
+        UserError: a run is unfinished, has no unlearned model, or is given twice.
     """
     paths = list(paths)
     results = [RunResults.read(path) for path in paths]
     groups: dict[str, list[Path]] = {}
-    if without := [str(path) for path, found in zip(paths, results, strict=True) if "unlearned" not in found.models]:
-        raise UserError(f"{', '.join(without)}: no model was unlearned there; name runs in which one was.")
-    for path, label, found in zip(paths, _labels([r.meta.config for r in results]), results, strict=True):
+    if without := [str(path) for path, run in zip(paths, results, strict=True) if "unlearned" not in run.models]:
+        raise UserError(f"{', '.join(without)}: these runs have no unlearned model. Give runs that unlearn.")
+    for path, label, run in zip(paths, _labels([r.meta.config for r in results]), results, strict=True):
         group = groups.setdefault(label, [])
-        if found.meta.seed in [RunResults.read(other).meta.seed for other in group]:
-            raise UserError(f"seed {found.meta.seed} of {label} is given twice; name each run once.")
+        if run.meta.seed in [RunResults.read(other).meta.seed for other in group]:
+            raise UserError(f"seed {run.meta.seed} of {label} is given twice. Give each run once.")
         group.append(path)
     return groups
 
 
 def _labels(configs: Sequence[Mapping]) -> list[str]:
-    """A name for each config: its method, what it trains, and what differs from others of that method."""
+    """A label for each config: method, trained weights, and the fields that differ between configs of the method."""
     flat = [dict(_flatten(config)) for config in configs]
     labels = []
-    for own in flat:
-        peers = [other for other in flat if other["method.name"] == own["method.name"]]
+    for fields in flat:
+        peers = [other for other in flat if other["method.name"] == fields["method.name"]]
         keys = sorted({key for other in peers for key in other} - {"seed", "method.train"})
         varying = [key for key in keys if len({json.dumps(other.get(key)) for other in peers}) > 1]
-        named = (["method.train"] if "method.train" in own else []) + varying
-        fields = [f"{key.removeprefix('method.')}={own.get(key)}" for key in named]
-        labels.append(", ".join([own["method.name"], *fields]))
+        shown = (["method.train"] if "method.train" in fields else []) + varying
+        settings = [f"{key.removeprefix('method.')}={fields.get(key)}" for key in shown]
+        labels.append(", ".join([fields["method.name"], *settings]))
     return labels
 
 
@@ -297,5 +297,5 @@ def _flatten(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
     if not isinstance(value, Mapping):
         yield path, value
         return
-    for key, part in value.items():
-        yield from _flatten(part, f"{path}.{key}" if path else key)
+    for key, item in value.items():
+        yield from _flatten(item, f"{path}.{key}" if path else key)

@@ -1,4 +1,4 @@
-"""The charts of a comparison: functions from the result of `comparison.collect` to PNG bytes."""
+"""Plots of a comparison: functions from the result of `comparison.collect` to PNG bytes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,22 +12,22 @@ MARKERS = "osD^v<>PXph8"
 
 
 def pareto(found: Mapping[str, Any]) -> bytes:
-    """Accuracy on the people to forget (horizontal) against what is kept (vertical), in two panels.
+    """Plots accuracy on the forget set (horizontal) against accuracy that must be kept (vertical), in two panels.
 
-    The left panel has the least accuracy of all sets that must be kept, with an image; the right panel has what text
-    still tells of the people to forget. Whiskers are 95 % intervals. The best place is that of the retain-only model.
+    The left panel has the smallest accuracy of all sets that must be kept, with an image; the right panel has the
+    text-only accuracy on the forget set. Whiskers are 95 % intervals. The retain-only model marks the ideal.
     """
     sets, asked = comparison.sets_of(found), comparison.asked_in(found["rows"][0])
     forget, *_ = comparison.forgotten_keys(sets, asked)
     kept = comparison.kept_image_keys(sets, asked)
-    told = [key for key in comparison.kept_text_keys(sets, asked) if key[0].role is Role.FORGET][-1:]
+    texts = [key for key in comparison.kept_text_keys(sets, asked) if key[0].role is Role.FORGET][-1:]
     with plots.drawing(11.0, 5.2) as (figure, png):
         margins = plots.margins_of(figure, left=0.6, right=0.15, bottom=1.35, top=0.35)
         image, text = figure.subplots(1, 2, gridspec_kw=margins)
         _points(image, found, forget, kept)
-        image.set(ylabel=f"least of {', '.join(names.short_name(*key) for key in kept)} (%)", title="with image")
-        _points(text, found, forget, told)
-        text.set(ylabel=f"{', '.join(names.short_name(*key) for key in told)} (%)", title="text only")
+        image.set(ylabel=f"smallest of {', '.join(names.short_name(*key) for key in kept)} (%)", title="with image")
+        _points(text, found, forget, texts)
+        text.set(ylabel=f"{', '.join(names.short_name(*key) for key in texts)} (%)", title="text only")
         chance = found["meta"]["chance"].get(forget[0].name, {}).get(forget[1])
         for axes in (image, text):
             axes.set(xlabel=f"{names.short_name(*forget)} (%)", xlim=(-4, 104))
@@ -39,9 +39,9 @@ def pareto(found: Mapping[str, Any]) -> bytes:
 
 
 def relearning(found: Mapping[str, Any]) -> bytes:
-    """One panel per attacker: accuracy on the forget questions that were not taught again, by the share that was.
+    """Plots accuracy on the forget questions that were not relearned by the share that was: one panel per attacker.
 
-    b"" if no attack taught questions again.
+    Returns b"" if no attack relearned questions.
     """
     sets, asked = comparison.sets_of(found), comparison.asked_in(found["rows"][0])
     forget, kind = comparison.forgotten_keys(sets, asked)[0]
@@ -63,7 +63,7 @@ def relearning(found: Mapping[str, Any]) -> bytes:
                 means = [100 * points[share]["mean"] for share in shares]
                 axes.plot([100 * share for share in shares], means, label=row["label"], **looks[row["label"]])
             title = f"fine-tuning {names.attacker(attacker)}"
-            axes.set(title=title, xlabel="forget questions taught again (%)", ylim=(-4, 104))
+            axes.set(title=title, xlabel="forget questions relearned (%)", ylim=(-4, 104))
         panels[0].set_ylabel("accuracy on the other forget questions (%)")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=6, fontsize=9)
@@ -73,7 +73,7 @@ def relearning(found: Mapping[str, Any]) -> bytes:
 def _points(
     axes: Axes, found: Mapping[str, Any], forget: tuple[EvalSet, str], kept: Sequence[tuple[EvalSet, str]]
 ) -> None:
-    """One marker a row: its accuracy on `forget` against its least accuracy on `kept`."""
+    """Draws one marker per row: its accuracy on `forget` against its smallest accuracy on `kept`."""
     looks = _looks(found)
     for row in found["rows"]:
         across, *others = (row["sets"].get(f"{eval_set.name}/{kind}") for eval_set, kind in (forget, *kept))
@@ -88,7 +88,7 @@ def _points(
 
 
 def _looks(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A color and a marker for each row; the models that are not methods are gray, and VKD stands out."""
+    """The color and marker of each row: models without a method are gray, and the marker of VKD is larger."""
     looks = {}
     for number, row in enumerate(found["rows"]):
         color = plots.LINES[number % len(plots.LINES)] if "method" in row else plots.GREY

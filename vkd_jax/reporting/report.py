@@ -20,21 +20,21 @@ from vkd_jax.runtime import files, hub, storage
 from vkd_jax.types import Role, UserError
 
 CARDS = 6  # portraits in a row of the sheet
-PROVENANCE = "provenance.json"  # in the folder of a model that was made here
+PROVENANCE = "provenance.json"  # in the folder of a model that this library trained
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>&|~$#]")
 _HTML = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
 
 def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
-    """Writes report.md, its plots in report/, and the portraits that it shows into a finished run's folder.
+    """Writes report.md, its plots in report/, and the portraits that it shows, into the folder of a finished run.
 
     Args:
         workdir: holds results.json, the records of each model in answers/ and, if anything was trained,
             train/metrics.jsonl.
-        images: encoded images by `image_id`; a missing one is drawn as an empty frame.
+        images: encoded images by `image_id`; a missing image is drawn as an empty frame.
 
     Returns:
-        The path of report.md. Every file is written beside its path and renamed, report.md last.
+        The path of report.md, which is written last. Every file is written atomically.
 
     Raises:
         UserError: a file is missing or unreadable.
@@ -57,13 +57,13 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
 
 
 def render(run: view.Run) -> str:
-    """Renders report.md: the sections in order, each from its template, without those that have nothing to show."""
+    """Renders report.md: the sections in order, each from its template, without empty ones."""
     sections = {name: section(run) for name, section in view.SECTIONS.items()}
     return "\n".join(render_section(name, values) for name, values in sections.items() if values is not None)
 
 
 def render_section(name: str, values: Mapping[str, Any]) -> str:
-    """Renders templates/<name>.md.j2. Text in `values` is shown as text, whatever characters it has."""
+    """Renders templates/<name>.md.j2. Values are escaped, so that Markdown and HTML in them are shown as text."""
     text = _environment().get_template(f"{name}.md.j2").render(values)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -84,7 +84,7 @@ def _environment() -> jinja2.Environment:
 
 
 def escape(value: Any) -> Markup:
-    """Escapes what Markdown or HTML would interpret, and joins lines; applied to every value that a template shows.
+    """Escapes Markdown and HTML, and joins lines; applied to every value that a template shows.
 
     Example:
         >>> escape("a|b <i>*c*")
@@ -97,7 +97,7 @@ def escape(value: Any) -> Markup:
 
 
 def code(value: Any) -> Markup:
-    """Quotes text as inline code, with more backticks than the text has in a row."""
+    """Quotes text as inline code, with a longer run of backticks than any in the text."""
     text = " ".join(str(value).split())
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     padding = " " if text.startswith("`") or text.endswith("`") else ""
@@ -105,7 +105,7 @@ def code(value: Any) -> Markup:
 
 
 def _plots(run: view.Run, sheet: Mapping[str, Sequence[plots.Card]], losses: Sequence[Mapping]) -> dict[str, bytes]:
-    """PNG bytes by name; without the plots that have nothing to show."""
+    """PNG bytes by name, without empty plots."""
     results, set_names = run.results, {role: s.name for role in Role if (s := run.set_of(role))}
     relearn = results.attacks["relearn"].cells if "relearn" in results.attacks else ()
     chance = results.chance.get(set_names[Role.FORGET], {})
@@ -119,15 +119,15 @@ def _plots(run: view.Run, sheet: Mapping[str, Sequence[plots.Card]], losses: Seq
 
 
 def _loss_rows(workdir: Path) -> list[dict]:
-    """The logged steps in order; a step that was logged again after a resume counts once, and the last time."""
-    rows: dict[int, dict] = {}  # the speed of a step may be in a line of its own, after that of its losses
+    """The logged steps in order. Of a step that was logged again after a resume, the last row counts."""
+    rows: dict[int, dict] = {}  # losses and speed of a step may be on separate lines
     for row in json_lines(workdir / "train" / "metrics.jsonl", torn=True):
         rows.setdefault(int(row["step"]), {}).update(row)
     return [rows[step] for step in sorted(rows)]
 
 
 def _provenance(results: RunResults) -> dict[str, Any]:
-    """How the vanilla model was made, if it is a folder on this machine that says so; {} otherwise."""
+    """The provenance of the vanilla model, if its folder has it and is on this machine; otherwise {}."""
     path = results.meta.config.get("model", {}).get("path")
     for folder in (Path(path), hub.SHIPPED / path) if path else ():
         with contextlib.suppress(OSError, ValueError):
@@ -139,8 +139,8 @@ def cards(run: view.Run, images: Mapping[str, bytes]) -> dict[str, list[plots.Ca
     """The portraits of the sheet under their headings: one question for each of the first people of two sets."""
     unlearned = {(item["set"], item["id"], item["protocol"]): item for item in run.answers["unlearned"]}
     headings = {
-        Role.FORGET: "Forget set: after unlearning, the answers should be wrong, or right by chance",
-        Role.RETAIN: "Retain set: after unlearning, the answers should still be right",
+        Role.FORGET: "Forget set: after unlearning, the answers should be wrong, or correct by chance",
+        Role.RETAIN: "Retain set: after unlearning, the answers should still be correct",
     }
     sheet = {}
     for role, heading in headings.items():
@@ -162,9 +162,9 @@ def cards(run: view.Run, images: Mapping[str, bytes]) -> dict[str, list[plots.Ca
 
 
 def _examples(records: Sequence[Mapping], set_name: str) -> list[Mapping]:
-    """The question that is shown of each of the first people of a set: the next one in turn."""
+    """One question for each of the first people of a set: the first of the first person, the second of the next."""
     records = [record for record in records if (record["set"], record["modality"]) == (set_name, "vqa")]
-    # Multiple choice by the first protocol, or else whatever was asked.
+    # Multiple choice under the first protocol, or any question without one.
     records = [record for record in records if record["task"] == "classification"] or records
     people: dict[str, list[Mapping]] = {}
     for record in records:
@@ -175,7 +175,7 @@ def _examples(records: Sequence[Mapping], set_name: str) -> list[Mapping]:
 
 
 def answer_text(record: Mapping) -> str:
-    """What a model answered; a letter is followed by its option.
+    """The answer of a model; a letter is followed by its option.
 
     Example:
         >>> answer_text({"prediction": "B", "options": ["baker", "pilot"]})
@@ -193,10 +193,10 @@ def json_lines(file: Path, torn: bool = False) -> list[dict]:
 
     Args:
         file: its path.
-        torn: whether the file may be missing, or have lines that a kill cut, because it is written while training.
+        torn: whether the file may be missing or have incomplete lines, because training writes it and may be killed.
 
     Raises:
-        UserError: it is missing, or torn and should not be.
+        UserError: the file is missing, or has an incomplete line.
     """
     if torn and not file.exists():
         return []

@@ -1,6 +1,6 @@
-"""View model of report.md: one function a section, from a finished run to the values that its template shows.
+"""View model of report.md: one function per section, from a finished run to the values that its template shows.
 
-Words are in `templates/`, figures come from results.json, and the titles of sets from the benchmark that declared them.
+Texts are in `templates/`. Figures come from results.json, and titles of sets from the benchmark that declares them.
 """
 
 import dataclasses
@@ -43,13 +43,13 @@ MODALITIES = {"vqa": "with image", "qa": "text only"}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run, as the sections read it.
+    """A finished run, as input of the sections.
 
     Args:
         results: what is in results.json.
-        answers: the records of each evaluated model.
-        plots: names of the plots that were drawn, e.g. "losses".
-        provenance: of the vanilla model, where its folder has it.
+        answers: the records of the answers, by model.
+        plots: names of the plots in the report, e.g. "losses".
+        provenance: how the vanilla model was trained, if its folder has it.
     """
 
     results: RunResults
@@ -59,12 +59,12 @@ class Run:
 
     @property
     def meta(self) -> Meta:
-        """What makes the run reproducible, with its config."""
+        """The metadata of the run, with its config."""
         return self.results.meta
 
     @property
     def audit(self) -> bool:
-        """Whether the unlearned model was made elsewhere."""
+        """Whether the unlearned model was trained elsewhere."""
         return self.meta.config.get("stage") == "audit"
 
     @property
@@ -74,7 +74,7 @@ class Run:
 
     @property
     def kinds(self) -> list[str]:
-        """Kinds of question that were asked, in the order of the report."""
+        """Kinds of question, in the order of the report."""
         asked = self.results.kinds()
         return [*(kind for kind in KINDS if kind in asked), *sorted(set(asked) - KINDS.keys())]
 
@@ -96,7 +96,7 @@ class Run:
 
 
 def opening(run: Run) -> dict[str, Any]:
-    """Terms, and the results in brief."""
+    """Definitions, and the results in brief."""
     config, manifest = run.meta.config, run.results.manifest
     return {
         "audit": run.audit,
@@ -108,7 +108,7 @@ def opening(run: Run) -> dict[str, Any]:
         "vanilla": _vanilla(run),
         "forgotten": _changes(run, "vqa", Role.FORGET, Role.FORGET_HOLDOUT),
         "kept": _changes(run, "vqa", Role.RETAIN, Role.RETAIN_HOLDOUT, Role.GENERAL),
-        "told": _changes(run, "qa", Role.FORGET, Role.RETAIN),
+        "text_only": _changes(run, "qa", Role.FORGET, Role.RETAIN),
         **_judgement(run),
         "language_model_unchanged": manifest.language_model_changed == 0,
         "attacked": bool(run.results.attacks),
@@ -120,7 +120,7 @@ def opening(run: Run) -> dict[str, Any]:
 
 
 def measured(run: Run) -> dict[str, Any]:
-    """Benchmark, sets, numbers of people and questions, protocols."""
+    """Benchmark, evaluation sets, numbers of people and questions, protocols."""
     kinds = run.kinds
     rows = []
     for eval_set in run.results.sets:
@@ -156,7 +156,7 @@ def accuracy(run: Run) -> dict[str, Any]:
 
 
 def text_metrics(run: Run) -> dict[str, Any] | None:
-    """How close written answers come to the true ones; None if nothing was written."""
+    """Metrics of open answers; None without open questions."""
     tables = []
     for kind in (kind for kind in run.kinds if kind.startswith("generation")):
         for metric in (metric for metric in map(metrics.get, metrics.METRICS) if metric.item and metric.in_report):
@@ -211,12 +211,12 @@ def attacks(run: Run) -> dict[str, Any] | None:
 
 
 def portraits(run: Run) -> dict[str, Any] | None:
-    """The sheet of portraits, which is drawn for every run."""
+    """The sheet of portraits; None without one."""
     return {} if "portraits" in run.plots else None
 
 
 def evidence(run: Run) -> dict[str, Any]:
-    """Command, commit, data, versions, and what changed on disk."""
+    """Command, commit, data, versions, and the tensors that changed on disk."""
     meta, manifest, trainable = run.meta, run.results.manifest, run.results.trainable
     summaries = run.models["vanilla"].values()
     return {
@@ -252,7 +252,7 @@ def training(run: Run) -> dict[str, Any]:
 
 
 def limits(run: Run) -> dict[str, Any]:
-    """What the report does not show."""
+    """Limits of the results."""
     reconstruction = run.meta.config["method"]["name"] == "vkd" and not run.audit
     return {"reconstruction": reconstruction, "assumptions": ASSUMPTIONS}
 
@@ -280,7 +280,7 @@ SECTIONS = {  # templates/<name>.md.j2
 }
 
 
-# ---- What sections share ----
+# ---- Shared by sections ----
 
 
 def compare(unlearned: Summary, low: float, high: float) -> str:
@@ -291,21 +291,21 @@ def compare(unlearned: Summary, low: float, high: float) -> str:
 
 
 def without_letter(run: Run, model: str) -> dict[str, Any] | None:
-    """How many answers of a model to forget questions with images name no option letter; None without the protocol."""
+    """The number of answers to forget questions with images without an option letter; None without the protocol."""
     forget = run.set_of(Role.FORGET)
-    texts = [
+    answers = [
         record
         for record in run.answers.get(model, ())
         if forget and (record["set"], record["modality"], record.get("protocol")) == (forget.name, "vqa", "letter")
     ]
-    if not texts:
+    if not answers:
         return None
-    count = sum(first_letter(record["prediction"], len(record["options"])) is None for record in texts)
-    return {"without": count, "n": len(texts), "share": count / len(texts)}
+    count = sum(first_letter(record["prediction"], len(record["options"])) is None for record in answers)
+    return {"without": count, "n": len(answers), "share": count / len(answers)}
 
 
 def _judgement(run: Run) -> dict[str, Any]:
-    """How the unlearned model's accuracy on the forget set compares with the retain-only model's, or with chance."""
+    """Compares the unlearned model's accuracy on the forget set with the retain-only model's, or with chance."""
     forget = run.set_of(Role.FORGET)
     kind = main_kind(run.models["vanilla"][forget.name], "vqa")
     vanilla, unlearned, retain_only = (run.results.summary(model, forget.name, kind) for model in MODELS)
@@ -328,7 +328,7 @@ def _judgement(run: Run) -> dict[str, Any]:
 
 
 def _vanilla(run: Run) -> dict[str, Any]:
-    """What the vanilla model was trained on, as far as the run knows."""
+    """The training data of the vanilla model, if the run knows it."""
     model, stage = run.meta.config.get("model", {}), run.meta.config.get("stage")
     people = run.people(Role.FORGET) + run.people(Role.RETAIN)
     if stage == "all":

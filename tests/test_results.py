@@ -76,7 +76,7 @@ def test_a_field_that_does_not_follow_the_schema_is_named(change, message, tmp_p
         RunResults.read(tmp_path)
 
 
-def test_results_that_json_cannot_hold_are_not_written(tmp_path):
+def test_results_with_nan_are_not_written(tmp_path):
     data = json.loads(json.dumps(RESULTS))
     data["chance"]["faces"]["vqa"] = float("nan")
     with pytest.raises(ValueError, match="JSON compliant"):
@@ -92,7 +92,7 @@ def test_missing_and_torn_results_are_named(tmp_path, text):
         RunResults.read(tmp_path)
 
 
-def test_the_kind_that_tells_most():
+def test_the_main_kind_of_a_modality():
     assert main_kind(["cloze_vqa", "generation_vqa", "qa"], "vqa") == "generation_vqa"
     assert main_kind(["vqa_letter", "vqa"], "vqa") == "vqa" and main_kind(["qa"], "vqa") is None
 

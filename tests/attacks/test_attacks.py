@@ -1,4 +1,4 @@
-"""What attacks share, and those that change the weights' bits, the pictures or the words."""
+"""Code shared by attacks, and the attacks that change weights, images or prompts."""
 
 import dataclasses
 import io
@@ -32,11 +32,11 @@ def png(pixels):
 
 
 def example(number, picture=None, options=JOBS):
-    shown = None if picture is None else png(np.random.default_rng(picture).integers(0, 256, (20, 24, 3)))
+    image = None if picture is None else png(np.random.default_rng(picture).integers(0, 256, (20, 24, 3)))
     return Example(
         id=str(number),
         person=f"{number % 3:03d}",
-        image=shown,
+        image=image,
         image_id="" if picture is None else f"picture/{picture}",
         question=f"Question {number}: what is the job?",
         answer=JOBS[number % 4],
@@ -47,7 +47,7 @@ def example(number, picture=None, options=JOBS):
 
 @pytest.fixture(scope="module")
 def asked():
-    """Pictures are shared; text alone and questions without options stand among the others."""
+    """Questions that share images, with text-only questions and questions without options among them."""
     forget = [example(i, picture=i % 3) for i in range(6)] + [example(6), example(7, picture=0, options=())]
     test = [example(10 + i, picture=5) for i in range(3)]
     return {"forget": forget, "test": test, "retain": [example(20 + i, picture=6 + i) for i in range(4)]}
@@ -68,10 +68,10 @@ def changed(subject, **fields):
     return dataclasses.replace(subject, model=dataclasses.replace(subject.model, **fields))
 
 
-# What they share.
+# Shared code.
 
 
-def test_they_are_asked_what_has_options_and_a_picture(subject, asked):
+def test_attacks_ask_questions_with_options_and_an_image(subject, asked):
     sets = base.questions(subject, Role.FORGET, Role.FORGET_HOLDOUT, Role.GENERAL)
     assert {name: [e.id for e in part] for name, part in sets.items()} == {
         "forget": ["0", "1", "2", "3", "4", "5"],
@@ -79,23 +79,23 @@ def test_they_are_asked_what_has_options_and_a_picture(subject, asked):
     }
 
 
-def test_what_was_answered_before_is_not_asked_again(subject):
+def test_answers_of_the_evaluation_are_reused(subject):
     sets = base.questions(subject, Role.FORGET, Role.FORGET_HOLDOUT)
-    found = subject.unattacked(sets)
-    assert [id(record) for record in found] == [
+    records = subject.unattacked(sets)
+    assert [id(record) for record in records] == [
         id(r) for r in subject.answers if r["set"] != "retain" and r["modality"] == "vqa" and r["options"]
     ]
-    for ours, theirs in zip(found, subject.ask_sets(subject.model, sets), strict=True):
+    for ours, theirs in zip(records, subject.ask_sets(subject.model, sets), strict=True):
         assert base.attack_record("", ours) == base.attack_record("", theirs)
         np.testing.assert_allclose(ours["scores"], theirs["scores"], atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["one is missing", "after a worked example", "by another protocol"])
-def test_what_was_asked_otherwise_is_asked_again(subject, how, monkeypatch):
+@pytest.mark.parametrize("change", ["one is missing", "after a worked example", "by another protocol"])
+def test_questions_that_were_asked_differently_are_asked_again(subject, change, monkeypatch):
     answers = [dict(record) for record in subject.answers]
-    if how == "one is missing":
+    if change == "one is missing":
         answers = [r for r in answers if (r["set"], r["id"]) != ("test", "11")]
-    elif how == "after a worked example":
+    elif change == "after a worked example":
         answers = [r | {"worked_example": "20"} for r in answers]
     else:
         answers = [r | {"protocol": "letter"} if r["options"] else r for r in answers]
@@ -104,7 +104,7 @@ def test_what_was_asked_otherwise_is_asked_again(subject, how, monkeypatch):
     assert other.unattacked(base.questions(subject, Role.FORGET, Role.FORGET_HOLDOUT)) == ["asked"]
 
 
-def test_an_adapter_that_still_is_zero_leaves_its_kernel_alone(subject):
+def test_a_zero_adapter_keeps_its_kernel(subject):
     params = subject.model.params
     attached = lora.attach(params, rank=2, alpha=4.0, dropout=0.0, seed=0)
     plain = base.merged(attached)
@@ -127,19 +127,19 @@ def test_an_adapter_is_added_to_its_kernel(subject, text):
     assert all(plain[other] is params[other] for other in rest)
 
 
-# Quantisation.
+# Quantization.
 
 
-def test_weights_are_rounded_by_hand():
+def test_rounding_matches_values_by_hand():
     """By output channel; in groups of two inputs; and a patch of 2 x 2 pixels as one input."""
     rows = [[1.0, -4.0], [0.3, 2.0], [-0.5, 0.02], [0.11, 0.01]]
     path = "projector/fc1/kernel"
     eight = quantize.round_param(path, jnp.array(rows), quantize.parse("int8"))
-    # 1 and -4 stand at 127.5 steps, and 127 is the last. -.5 is 63.75 steps, .3 38.25, .11 14.03.
+    # 1 and -4 are at 127.5 steps, and 127 is the largest. -0.5 is at 63.75 steps, 0.3 at 38.25, 0.11 at 14.03.
     steps = np.array([[127, -127], [38, 64], [-64, 1], [14, 0]])
     np.testing.assert_allclose(eight, steps * np.array([1, 4]) / 127.5, rtol=1e-6)
     four = quantize.round_param(path, jnp.array(rows), quantize.parse("int4:2"))
-    steps = np.array([[7, -7], [2, 4], [-7, 7], [2, 4]])  # of 1 / 7.5, 4 / 7.5, then of .5 / 7.5, .02 / 7.5
+    steps = np.array([[7, -7], [2, 4], [-7, 7], [2, 4]])  # of 1 / 7.5, 4 / 7.5, then of 0.5 / 7.5, 0.02 / 7.5
     scale = np.array([[1, 4], [1, 4], [0.5, 0.02], [0.5, 0.02]]) / 7.5
     np.testing.assert_allclose(four, steps * scale, rtol=1e-6)
     patch = jnp.array(rows).reshape(2, 2, 1, 2)
@@ -148,7 +148,7 @@ def test_weights_are_rounded_by_hand():
     )
 
 
-def test_a_token_table_is_rounded_by_its_rows_and_to_four_bits_too():
+def test_a_token_table_is_rounded_by_row_also_to_four_bits():
     table = jnp.array([[1.0, 0.3, -0.5], [-4.0, 2.0, 0.02]])
     four = quantize.round_param("language_model/embed/embedding", table, quantize.parse("int4"))
     np.testing.assert_allclose(four, np.array([[7, 2, -4], [-7, 4, 0]]) * np.array([[1], [4]]) / 7.5, rtol=1e-6)
@@ -174,14 +174,14 @@ def test_all_weight_matrices_are_rounded_and_nothing_else(subject, text, levels)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_other_families_are_rounded_whole_too(qwen_folder, family, monkeypatch):
+def test_all_matrices_of_other_families_are_rounded(qwen_folder, family, monkeypatch):
     _, params, _ = hf.load(qwen_folder(family), dtype="bfloat16")
     monkeypatch.setattr(quantize, "_round", lambda array, *how: -array)
     for path, value in params.items():
         assert (quantize.round_param(path, value, quantize.parse("int4:64")) is value) == path.endswith(KEPT), path
 
 
-def test_what_is_quantised_already_stays(subject, monkeypatch):
+def test_quantized_weights_are_not_rounded_again(subject, monkeypatch):
     monkeypatch.setattr(quantize, "_round", lambda array, *how: -array)
     how = quantize.parse("int8")
     params = {path: quantize.quantize_param(path, x, how) for path, x in subject.model.params.items()}
@@ -191,17 +191,17 @@ def test_what_is_quantised_already_stays(subject, monkeypatch):
         assert (rounded[path] is value) == (quantize.is_quantized(path) or path.endswith(KEPT)), path
 
 
-def test_groups_that_do_not_fit_are_told(subject):
+def test_a_group_size_that_does_not_divide_the_channels_is_rejected(subject):
     prime = changed(subject, params={"projector/fc1/kernel": jnp.ones((23, 2))}).model
     with pytest.raises(UserError, match=r"attacks.quantize.bits: int4:8 does not fit this model .*23 channels"):
         attacks.create("quantize", {}).rounded(prime, "int4:8")
 
 
-# Pictures.
+# Images.
 
 
 def rgb(values):
-    """A grey picture."""
+    """A gray image."""
     return Image.fromarray(np.repeat(np.asarray(values, np.uint8)[..., None], 3, -1))
 
 
@@ -219,31 +219,31 @@ def test_brightness_and_contrast_by_hand():
 
 
 def test_noise_has_its_deviation_and_stays_in_range():
-    grey = rgb(np.full((64, 64), 100))
-    noise = change("noise", grey) - 100.0
+    gray = rgb(np.full((64, 64), 100))
+    noise = change("noise", gray) - 100.0
     assert noise.std() == pytest.approx(0.02 * 255, rel=0.05) and abs(noise.mean()) < 0.2
-    assert len({tuple(pixel) for pixel in noise[0]}) > 30  # every channel has its own
-    np.testing.assert_array_equal(change("noise", grey, noise=0.0), np.asarray(grey))
+    assert len({tuple(pixel) for pixel in noise[0]}) > 30  # channels differ
+    np.testing.assert_array_equal(change("noise", gray, noise=0.0), np.asarray(gray))
     assert change("noise", rgb(np.full((8, 8), 255))).max() == 255
 
 
-def test_half_the_size_and_back():
-    """Two by two blocks of one value: half the size keeps them apart, a quarter mixes them all."""
+def test_resize_interpolates_between_pixels():
+    """Blocks of 2 x 2 equal pixels: half the size keeps the blocks, a quarter averages them."""
     blocks = np.kron([[0, 240], [240, 0]], np.ones((2, 2)))
     coarse = change("resize", rgb(blocks))
-    assert coarse[0, 0, 0] < coarse[0, 1, 0] < coarse[0, 2, 0]  # what is between is interpolated
+    assert coarse[0, 0, 0] < coarse[0, 1, 0] < coarse[0, 2, 0]  # interpolated between blocks
     np.testing.assert_array_equal(change("resize", rgb(blocks), resize=0.25), np.full((4, 4, 3), 120))
     np.testing.assert_array_equal(change("resize", rgb(blocks), resize=1.0)[..., 0], blocks)
 
 
-def test_the_middle_is_cropped_and_enlarged():
+def test_the_center_is_cropped_and_enlarged():
     frame = np.full((20, 20), 200)
     frame[1:-1, 1:-1] = 50  # 90 % of each side
     assert (change("crop", rgb(frame)) == 50).all()
     assert (change("crop", rgb(frame), crop=1.0)[..., 0] == frame).all()
 
 
-def test_blur_spreads_a_point_and_keeps_what_is_even():
+def test_blur_spreads_a_point_and_keeps_a_constant_image():
     point = np.zeros((21, 21))
     point[10, 10] = 255
     blurred = change("blur", rgb(point), blur=0.1).astype(float)
@@ -251,19 +251,19 @@ def test_blur_spreads_a_point_and_keeps_what_is_even():
     assert (change("blur", rgb(np.full((8, 8), 70))) == 70).all()
 
 
-def test_a_square_is_covered_somewhere():
-    places = set()
+def test_a_square_is_covered_at_a_random_position():
+    corners = set()
     for seed in range(8):
         out = change("occlusion", rgb(np.zeros((8, 12))), seed=seed)[..., 0]
         ys, xs = np.nonzero(out)
         assert (out[ys, xs] == 128).all() and len(ys) == 4  # a quarter of 8
         assert np.ptp(ys) == np.ptp(xs) == 1
-        places.add((ys[0], xs[0]))
-    assert len(places) > 4
+        corners.add((ys[0], xs[0]))
+    assert len(corners) > 4
     assert (change("occlusion", rgb(np.zeros((8, 8))), occlusion=1.0) == 128).all()
 
 
-def test_any_picture_becomes_a_png_of_its_size():
+def test_any_image_becomes_a_png_of_its_size():
     clear = io.BytesIO()
     Image.new("RGBA", (5, 3), (10, 20, 30, 0)).save(clear, "png")
     data = rephrase.changed(clear.getvalue(), lambda image, _: image, np.random.default_rng(0))
@@ -271,7 +271,7 @@ def test_any_picture_becomes_a_png_of_its_size():
     assert data.startswith(b"\x89PNG") and image.size == (5, 3) and np.asarray(image)[0, 0].tolist() == [10, 20, 30]
 
 
-# Each from its questions to its summary.
+# Whole attacks, from questions to summary.
 
 
 def variants(name):
@@ -285,23 +285,23 @@ def variants(name):
 def test_an_attack_answers_for_every_variant(subject, name, monkeypatch):
     attack = attacks.create(name, {})
     attack.check(subject.config)
-    seen = []
+    calls = []
     ask = Subject.ask_sets
     monkeypatch.setattr(
-        Subject, "ask_sets", lambda self, model, sets: seen.append((model, sets)) or ask(self, model, sets)
+        Subject, "ask_sets", lambda self, model, sets: calls.append((model, sets)) or ask(self, model, sets)
     )
     records = attack.run(subject)
     assert list(dict.fromkeys(r["variant"] for r in records)) == variants(name)
     assert json.loads(json.dumps(records)) == records
     before = {(r["set"], r["id"]): r for r in subject.answers}
-    for r in records:  # whatever was changed, the answer to give is that of its question
+    for r in records:  # the true answer never changes
         plain = before[r["set"], r["id"]]
         assert (r["answer"], r["person"]) == (plain["answer"], plain["person"])
         assert r["correct"] == (r["prediction"] == r["answer"])
         if r["variant"].startswith("unchanged"):
             assert r["prediction"] == plain["prediction"]
     assert attack.run(subject) == records
-    assert len(seen) == 2 * (len(attack.bits) if name == "quantize" else 1)  # what is unchanged was never asked again
+    assert len(calls) == 2 * (len(attack.bits) if name == "quantize" else 1)  # unchanged questions were not asked again
     others = attack.run(dataclasses.replace(subject, config=reseeded(subject.config)))
     assert [r["id"] for r in others] == [r["id"] for r in records]
     cells = attack.summarize({"vanilla": records, "unlearned": records})
@@ -315,15 +315,15 @@ def reseeded(config):
     return config.override(f"seed={config.seed + 1} attacks.seed={config.attacks.seed + 1}")
 
 
-def test_the_pictures_that_are_shown_are_the_changed_ones(subject, monkeypatch):
-    """And they differ with attacks.seed where anything is drawn, but never with the seed of the run."""
+def test_questions_show_the_changed_images(subject, monkeypatch):
+    """Random changes depend on attacks.seed, and never on the seed of the run."""
 
     def shown(config):
-        kept = []
+        calls = []
         with monkeypatch.context() as patch:
-            patch.setattr(Subject, "ask_sets", lambda self, model, sets: kept.append(sets) or [])
+            patch.setattr(Subject, "ask_sets", lambda self, model, sets: calls.append(sets) or [])
             attacks.create("rephrase", {}).run(dataclasses.replace(subject, config=config))
-        (sets,) = kept
+        (sets,) = calls
         return {name: {e.image_id: e.image for e in part} for name, part in sets.items()}
 
     found = shown(subject.config)
@@ -339,11 +339,11 @@ def test_the_pictures_that_are_shown_are_the_changed_ones(subject, monkeypatch):
     assert drawn == {"noise", "occlusion"}
 
 
-def test_prompts_keep_everything_but_the_question(subject, monkeypatch):
-    kept = []
-    monkeypatch.setattr(Subject, "ask_sets", lambda self, model, sets: kept.append(sets) or [])
+def test_prompts_change_only_the_question(subject, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Subject, "ask_sets", lambda self, model, sets: calls.append(sets) or [])
     attacks.create("prompts", {"prefix": "Now: {question}"}).run(subject)
-    (sets,) = kept
+    (sets,) = calls
     plain = base.choices(subject.asked["forget"])
     assert [e.question for e in sets["prefix", "forget"]] == [f"Now: {e.question}" for e in plain]
     assert [e.question for e in sets["affirmative", "forget"]] == [
@@ -355,7 +355,7 @@ def test_prompts_keep_everything_but_the_question(subject, monkeypatch):
         ]
 
 
-def test_a_prompt_that_does_not_fit_is_named(subject):
+def test_a_prompt_that_is_too_long_is_named(subject):
     long = "Tell me, please, " * 20 + "{question}"
     with pytest.raises(UserError, match=r"attacks.prompts.role='Tell me.*too long: .*exceed the model's 128"):
         attacks.create("prompts", {"role": long}).run(subject)
@@ -375,12 +375,12 @@ def test_a_prompt_that_does_not_fit_is_named(subject):
         ("prompts", dict(prefix="{question}{question}"), "attacks.prompts.prefix: "),
     ],
 )
-def test_wrong_settings_are_told_before_anything_is_run(subject, name, fields, message):
+def test_invalid_settings_are_rejected_before_the_run(subject, name, fields, message):
     with pytest.raises(UserError, match=message):
         attacks.create(name, fields).check(subject.config)
 
 
-def test_strengths_at_the_edge_are_fine(subject):
+def test_extreme_strengths_are_allowed(subject):
     edge = dict(noise=0, brightness=1.5, contrast=0.0, resize=1, crop=1, blur=0, occlusion=0)
     attacks.create("rephrase", edge).check(subject.config)
     image = rgb(np.random.default_rng(0).integers(0, 256, (8, 8)))
@@ -389,8 +389,8 @@ def test_strengths_at_the_edge_are_fine(subject):
 
 
 def test_adapters_are_merged_before_weights_are_rounded(subject):
-    """The answers of a model with fresh adapters are those of the model without."""
+    """A model with newly initialized adapters answers like the model without them."""
     attached = lora.attach(subject.model.params, rank=2, alpha=4.0, dropout=0.5, seed=0)
     attack = attacks.create("quantize", {"bits": ("int8",)})
     assert attack.run(changed(subject, params=attached)) == attack.run(subject)
-    assert jax.tree.leaves(attached)  # and nothing of it was donated
+    assert jax.tree.leaves(attached)  # no array was donated

@@ -1,4 +1,4 @@
-"""Membership inference: scores and areas by hand, strangers, and a model attacked from its pictures on."""
+"""Membership inference: scores and AUC by hand, held-out people, and an attack on a model."""
 
 import dataclasses
 import io
@@ -33,7 +33,7 @@ def tokens(log_probs, means=None, deviations=None):
 
 
 class ThreeWords:
-    """A model of three words that finds the first twice as likely as each of the others, whatever it is asked."""
+    """A model of three words that always gives the first twice the probability of each of the others."""
 
     language_model = types.SimpleNamespace(empty_cache=lambda batch, slots: None)
 
@@ -41,15 +41,15 @@ class ThreeWords:
         return jnp.log(jnp.array([0.5, 0.25, 0.25])) + jnp.zeros((len(tokens), 1, 3)), None
 
 
-def test_tokens_of_three_words_by_hand():
-    # log p is -ln 2 and -2 ln 2, each with chance 1/2: mean -1.5 ln 2, deviation .5 ln 2.
+def test_token_scores_match_values_by_hand():
+    # log p is -ln 2 and -2 ln 2, each with probability 1/2: mean -1.5 ln 2, deviation 0.5 ln 2.
     ids = jnp.array([[[0], [2]]])
     prompts = generate.Prompts(jnp.ones((1, 4), int), jnp.ones((1, 4), bool))
     args = ThreeWords(), prompts, ids, jnp.ones((1, 2, 1), bool)
     got = generate.token_log_probs(*args)[0, :, 0]
     np.testing.assert_allclose(got, [[-LN2, -1.5 * LN2, 0.5 * LN2], [-2 * LN2, -1.5 * LN2, 0.5 * LN2]], rtol=1e-6)
     np.testing.assert_allclose(generate.option_log_probs(*args), [[-LN2, -2 * LN2]], rtol=1e-6)
-    # So the likely word stands one deviation above the mean, and an unlikely one below it.
+    # The likely word is one deviation above the mean, and an unlikely one below it.
     for row, expected in zip(got, (1.0, -1.0), strict=True):
         assert scores(tokens(*([float(x)] for x in row)), "x", 1.0)["min_k++"] == pytest.approx(expected)
 
@@ -63,17 +63,17 @@ def test_scores_by_hand():
     assert got["loss"] == pytest.approx(-18 / 6)
     assert got["zlib"] == pytest.approx(-3 / len(zlib.compress(text.encode())))
     assert got["min_k"] == pytest.approx((-8 - 4) / 2)
-    # Standardised: 1, -.5, 0, 2, -12, -1. The two lowest are other tokens than before.
+    # Standardized: 1, -0.5, 0, 2, -12, -1. The two lowest are not those of min_k.
     assert got["min_k++"] == pytest.approx((-12 - 1) / 2)
 
 
 @pytest.mark.parametrize(("count", "share", "taken"), [(1, 0.2, 1), (5, 0.2, 1), (6, 0.2, 2), (3, 0.01, 1), (4, 1, 4)])
-def test_the_lowest_are_rounded_up(count, share, taken):
+def test_the_number_of_lowest_values_is_rounded_up(count, share, taken):
     values = np.arange(count, dtype=np.float32)[::-1]
     assert lowest(values, share) == (taken - 1) / 2
 
 
-def test_a_model_that_is_sure_leaves_a_number():
+def test_scores_of_a_certain_model_are_finite():
     sure = scores(tokens([0.0, 0.0], [0.0, 0.0], [0.0, 0.0]), "x", 0.5)
     assert sure == {"loss": 0, "zlib": 0, "min_k": 0, "min_k++": 0}
     assert math.isfinite(scores(tokens([-90.0], [0.0], [0.0]), "x", 0.5)["min_k++"])
@@ -99,11 +99,11 @@ def test_summary_by_hand():
     assert (vanilla.mean, vanilla.score) == (1, 0)
     worse = [i | {"member": not i["member"]} for i in better]
     got = loss({"unlearned": worse})
-    assert (got.mean, got.score) == (0, 0)  # avoided answers give somebody away, too
+    assert (got.mean, got.score) == (0, 0)  # avoided answers reveal a member, too
 
 
-def test_people_are_drawn_and_not_their_questions():
-    """Two people of many questions each, one of whom is known well: nobody can say more than "of two"."""
+def test_intervals_resample_people_not_questions():
+    """Two people with many questions each, of whom one is known well, are only two observations."""
     known = [record("loss", True, 2.0 if p == "a" else 0.0, p, i) for p in "ab" for i in range(50)]
     others = [record("loss", False, 1.0, p, i) for p in "cd" for i in range(50)]
     got = loss({"unlearned": known + others})
@@ -113,10 +113,10 @@ def test_people_are_drawn_and_not_their_questions():
     assert 0.35 < got.low < 0.5 < got.high < 0.65
 
 
-# ---- Strangers ----
+# ---- Held-out people ----
 
 
-def test_strangers_are_made_up_alike_and_met_by_nobody(monkeypatch):
+def test_held_out_people_are_generated_and_unknown_to_all_models(monkeypatch):
     asked = []
 
     def read(benchmark, folder, finetune=False):
@@ -127,17 +127,17 @@ def test_strangers_are_made_up_alike_and_met_by_nobody(monkeypatch):
 
     monkeypatch.setattr(benchmarks, "read", read)
     found = benchmarks.held_out(benchmarks.create("mllmu", {"people": 3, "forget": 5}), "here")
-    assert [e.id for e in found] == ["a/1"]  # once, and with a picture
+    assert [e.id for e in found] == ["a/1"]  # once, and with an image
     assert len(benchmarks.held_out(benchmarks.create("clear", {}), "here")) == 1
-    assert asked == [(1003, 5, False), (1000, 10, True)]  # of CLEAR, the rows that models are made of
+    assert asked == [(1003, 5, False), (1000, 10, True)]  # for CLEAR, the rows that models are fine-tuned on
     assert benchmarks.held_out(benchmarks.create("mllmu", {"source": "org/name"}), "here") == []
     assert benchmarks.held_out(benchmarks.create("folder", {}), "here") == [] and len(asked) == 2
     for attribute in ("name", "look"):
-        known, strangers = ({getattr(p, attribute) for p in people.people(seed)} for seed in (0, benchmarks.STRANGERS))
-        assert not known & strangers
+        known, held_out = ({getattr(p, attribute) for p in people.people(seed)} for seed in (0, benchmarks.STRANGERS))
+        assert not known & held_out
 
 
-def test_strangers_of_ones_own(tmp_path):
+def test_held_out_people_are_read_from_a_folder(tmp_path):
     (tmp_path / "a.png").write_bytes(png(0))
     line = '{"file_name": "a.png", "question": "Who?", "answer": "Bob", "person": "Bob"}\n'
     (tmp_path / "metadata.jsonl").write_text(line * 2 + '{"question": "What?", "answer": "A pear"}\n')
@@ -169,7 +169,7 @@ def subject(tiny_model):
     return Subject("unlearned", tiny_model, {}, Mllmu.EVAL_SETS, [], forgets, held_out, config, tiny_model.mesh, None)
 
 
-def test_token_scores_are_those_of_the_whole_distribution(tiny_model, subject):
+def test_token_scores_match_the_full_distribution(tiny_model, subject):
     asked = Answerer(tiny_model, batch_size=4)
     questions, texts = ([getattr(e, key) for e in subject.forgets] for key in ("question", "answer"))
     encoded_images = asked.encode_images([e.image for e in subject.forgets])
@@ -198,8 +198,8 @@ def test_token_scores_are_those_of_the_whole_distribution(tiny_model, subject):
         np.testing.assert_allclose(mine.log_probs, picked, atol=1e-4)
 
 
-def test_every_question_is_scored_with_its_own_picture(subject):
-    """Strangers have pictures of the same names, as made-up ones do."""
+def test_every_question_is_scored_with_its_own_image(subject):
+    """Held-out people may have the same image ids, as synthetic people do."""
     got = attacks.create("membership", {}).run(subject)
     assert [(r["set"], r["id"], r["person"], r["member"]) for r in got[::4]] == [
         *(("forget", str(i), f"{i // 2:03d}", True) for i in range(6)),
@@ -229,13 +229,13 @@ def test_one_compilation_serves_two_models(tiny_model, subject):
     assert compiled() == before > 0 and [r["score"] for r in got] != [r["score"] for r in again]
 
 
-def test_without_strangers_there_is_nothing_to_tell(subject):
+def test_without_held_out_people_there_are_no_scores(subject):
     nobody = dataclasses.replace(subject, held_out=[])
     assert Membership().run(nobody) == [] and Membership().summarize({"unlearned": [], "vanilla": []}) == []
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.5])
-def test_a_share_that_is_none_is_refused(share):
+def test_an_invalid_share_is_rejected(share):
     with pytest.raises(UserError, match="attacks.membership.share"):
         Membership(share=share).check(None)
     Membership().check(None)

@@ -1,4 +1,4 @@
-"""The linear probe and the leak in text: whose pictures and answers are looked at, and what a classifier finds."""
+"""The linear probe and the leak attack: choice of images and answers, and the predictions of the classifier."""
 
 import dataclasses
 import io
@@ -19,13 +19,13 @@ from vkd_jax.types import Example, UserError
 
 
 def clouds(people, pictures, width=12, noise=0.3, seed=0):
-    """Points around a centre each: [people * pictures, width], and whose they are."""
-    centres = np.random.default_rng(7).normal(size=(people, width)) * np.logspace(-2, 3, width)
+    """Points around one center per person, [people * pictures, width], and their labels."""
+    centers = np.random.default_rng(7).normal(size=(people, width)) * np.logspace(-2, 3, width)
     jitter = np.random.default_rng(seed).normal(size=(pictures, people, width)) * np.logspace(-2, 3, width) * noise
-    return (centres + jitter).reshape(-1, width), np.tile([f"{i:03d}" for i in range(people)], pictures)
+    return (centers + jitter).reshape(-1, width), np.tile([f"{i:03d}" for i in range(people)], pictures)
 
 
-def test_it_is_ridge_regression_by_its_normal_equations():
+def test_the_probe_solves_the_normal_equations_of_ridge_regression():
     (x, labels), (test, _) = clouds(4, 6), clouds(4, 5, noise=2.0, seed=1)
     z, t = ((part - x.mean(0)) / x.std(0) for part in (x, test))
     names = np.unique(labels)
@@ -34,22 +34,22 @@ def test_it_is_ridge_regression_by_its_normal_equations():
     expected = names[np.argmax(y.mean(0) + t @ w, axis=1)]
     assert classify(x, labels, test, 0.1).tolist() == expected.tolist()
     assert len(set(expected)) > 1
-    # Two people on a line, at -1 and 1: whoever is nearer.
+    # Two people on a line, at -1 and 1: the nearer one is predicted.
     assert classify(np.array([[-1.0], [1.0]]), np.array(["a", "b"]), np.array([[-0.1], [0.2]]), 1.0).tolist() == [
         "a",
         "b",
     ]
 
 
-def test_it_finds_people_who_differ_whatever_the_scale_of_a_feature():
+def test_the_probe_identifies_people_independent_of_feature_scales():
     (x, labels), (test, truth) = clouds(10, 8), clouds(10, 4, seed=1)
-    dead = np.full((len(x), 1), 5.0)  # a feature that never changes
-    got = classify(np.hstack([x, dead]), labels, np.hstack([test, dead[: len(test)]]), 0.01)
+    constant = np.full((len(x), 1), 5.0)
+    got = classify(np.hstack([x, constant]), labels, np.hstack([test, constant[: len(test)]]), 0.01)
     assert (got == truth).mean() > 0.95
     assert (classify(x.astype(np.float32), labels, test.astype(np.float32), 0.01) == got).all()
 
 
-def test_on_labels_dealt_at_random_it_is_at_chance():
+def test_with_random_labels_the_probe_is_at_chance():
     (x, labels), (test, truth) = clouds(10, 8), clouds(10, 4, seed=1)
     shares = [
         (classify(x, np.random.default_rng(s).permutation(labels), test, 0.01) == truth).mean() for s in range(20)
@@ -57,7 +57,7 @@ def test_on_labels_dealt_at_random_it_is_at_chance():
     assert abs(np.mean(shares) - 0.1) < 0.06
 
 
-# ---- Whose pictures ----
+# ---- Choice of images ----
 
 
 def shown(part, person, picture, question=0, data=None):
@@ -66,7 +66,7 @@ def shown(part, person, picture, question=0, data=None):
 
 
 def sets(people="abcd", forgotten="a", pictures=4):
-    """Two questions on each picture, one in text alone about everybody, and a picture of nobody."""
+    """Two questions per image, a text-only question per person, and an image of no person."""
 
     def asked(part, whom, numbers):
         pairs = [shown(part, p, n, q) for p in whom for n in numbers for q in range(2)]
@@ -83,7 +83,7 @@ def sets(people="abcd", forgotten="a", pictures=4):
     }
 
 
-def test_it_learns_from_everybody_and_is_tested_on_other_pictures():
+def test_the_probe_trains_on_all_people_and_is_tested_on_other_images():
     train, test = split(sets(), Mllmu.EVAL_SETS)
     assert [(part, e.image_id) for part, e in train] == [
         *(("forget", f"forget/a/{n}") for n in range(4)),
@@ -95,7 +95,7 @@ def test_it_learns_from_everybody_and_is_tested_on_other_pictures():
     ]
 
 
-def test_without_other_pictures_a_fourth_is_left_out():
+def test_without_holdout_images_every_fourth_image_is_a_test_image():
     asked = {name: part for name, part in sets(pictures=8).items() if name in ("forget", "retain")}
     train, test = split(asked, Mllmu.EVAL_SETS)
     assert [(part, e.image_id) for part, e in test] == [("forget", "forget/a/3"), ("forget", "forget/a/7")]
@@ -105,7 +105,7 @@ def test_without_other_pictures_a_fourth_is_left_out():
 
 
 class Reader:
-    """Sees who is in a picture, from the features of those whom it knows; the projector sees nothing."""
+    """An answerer whose features identify the people that it knows; its projector gives noise."""
 
     def __init__(self, blind=""):
         self.blind, self.read = blind, []
@@ -132,7 +132,7 @@ def subject(model, asked, answers=(), **more):
     return Subject("unlearned", model, asked, Mllmu.EVAL_SETS, answers, [], [], config, None, None, **more)
 
 
-def test_it_reads_each_picture_once_and_says_who_it_is():
+def test_each_image_is_encoded_once_and_its_person_predicted():
     reader = Reader()
     got = Probe().run(subject(reader, sets()))
     (files,) = reader.read
@@ -147,10 +147,10 @@ def test_it_reads_each_picture_once_and_says_who_it_is():
     }  # fmt: skip
     forgotten, *_ = Probe().summarize({"unlearned": Probe().run(subject(Reader(blind="a"), sets()))})
     assert (forgotten.variant, forgotten.set) == ("features", "test") and forgotten.mean < 1
-    assert got == Probe().run(subject(Reader(), sets()))  # always the same
+    assert got == Probe().run(subject(Reader(), sets()))  # deterministic
 
 
-def test_random_labels_are_dealt_by_the_attacks_seed_alone():
+def test_random_labels_depend_on_attacks_seed_only():
     def dealt(seed, of_the_run=0):
         config = RunConfig().override(f"attacks.seed={seed} seed={of_the_run}")
         attacked = dataclasses.replace(subject(Reader(), sets(pictures=8)), config=config)
@@ -159,12 +159,12 @@ def test_random_labels_are_dealt_by_the_attacks_seed_alone():
     assert len({dealt(seed) for seed in range(4)}) > 1 and len({dealt(0, seed) for seed in range(4)}) == 1
 
 
-def test_without_pictures_to_test_on_nothing_is_read():
+def test_without_test_images_no_image_is_encoded():
     reader = Reader()
     assert Probe().run(subject(reader, {"forget": sets()["forget"][:2]})) == [] == reader.read
 
 
-def test_a_penalty_that_is_none_is_refused():
+def test_a_zero_penalty_is_rejected():
     with pytest.raises(UserError, match="attacks.probe.ridge"):
         Probe(ridge=0).check(None)
     Probe().check(None)
@@ -173,8 +173,8 @@ def test_a_penalty_that_is_none_is_refused():
 # ---- A model ----
 
 
-def test_means_are_over_the_real_tokens(qwen_folder):
-    """PackedImages of two sizes, the smaller of which has padding beside the larger."""
+def test_means_are_over_valid_tokens(qwen_folder):
+    """Two images of different sizes; the smaller one is padded."""
     from vkd_jax.checkpoints import hf
     from vkd_jax.data.processor import Processor
     from vkd_jax.evaluation.inference import Answerer
@@ -216,7 +216,7 @@ def test_probe_and_leak_of_a_model(tiny_model):
     assert len(attacks.create("leak", {}).run(model)) == 2
 
 
-# ---- Text alone ----
+# ---- Text-only questions ----
 
 
 def answer(part, number, task, modality, protocol="options", correct=True):
@@ -226,7 +226,7 @@ def answer(part, number, task, modality, protocol="options", correct=True):
     }  # fmt: skip
 
 
-def test_a_leak_is_what_is_answered_in_text_about_the_people_to_forget():
+def test_a_leak_counts_text_only_answers_about_the_people_to_forget():
     answers = [
         answer(part, number, task, modality, protocol, correct=part == "forget")
         for part in ("forget", "test", "retain", "real")

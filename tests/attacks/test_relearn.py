@@ -1,4 +1,4 @@
-"""Relearning: which questions an attacker has, what it trains, and what is said to have come back."""
+"""Relearning: the questions of an attacker, the weights that it trains, and the recovery."""
 
 import dataclasses
 import io
@@ -38,7 +38,7 @@ def example(number, picture, options=NAMES, question="Who is this person?"):
 
 @pytest.fixture(scope="module")
 def subject(tiny_model, tmp_path_factory):
-    """Ten questions to train on; of the evaluation's, one has another id and another answer's order."""
+    """Ten questions to train on; those of the evaluation have other ids and another order of options."""
     forgets = [example(i, picture=i) for i in range(10)]
     asked = {
         "forget": [dataclasses.replace(e, id=f"asked/{e.id}", options=NAMES[::-1]) for e in forgets[:9]],
@@ -67,13 +67,13 @@ def test_a_larger_share_contains_the_smaller():
     assert set().union(*shares) <= set(range(216))
 
 
-def test_at_least_one_question_is_had_and_the_seed_draws_it():
+def test_the_seed_draws_at_least_one_question():
     assert len(create().rows(0.05, 3, seed=0)) == 1
     drawn = [tuple(create().rows(0.2, 40, seed=seed)) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_some_rows_of_a_set_show_their_own_pictures(subject):
+def test_selected_rows_keep_their_images(subject):
     encoded = subject.model.encode(subject.forgets)
     some = rows_of(encoded, np.array([1, 4, 7]))
     assert len(some) == 3 and [e.id for e in some.examples] == ["1", "4", "7"]
@@ -85,28 +85,28 @@ def test_some_rows_of_a_set_show_their_own_pictures(subject):
     assert some.tokens.shape[1:] == encoded.tokens.shape[1:]
 
 
-# What an attacker trains.
+# Trained weights.
 
 
 @pytest.mark.parametrize("attacker", ["visual", "all", "lora"])
-def test_an_attacker_trains_what_it_says_and_nothing_else(subject, attacker):
+def test_an_attacker_trains_only_its_weights(subject, attacker):
     encoded = subject.model.encode(subject.forgets)
     before = {path: np.array(value) for path, value in subject.model.params.items()}
     after = create().attacked(subject.model, attacker, encoded, seed=0)
     for path, value in subject.model.params.items():
-        np.testing.assert_array_equal(value, before[path], err_msg=path)  # the attacked model itself is as it was
-    dead = ("vision_tower/blocks/3/", "vision_tower/post_norm/")  # feed nothing
+        np.testing.assert_array_equal(value, before[path], err_msg=path)  # the original model is unchanged
+    unused = ("vision_tower/blocks/3/", "vision_tower/post_norm/")  # after the last feature layer
     for path, value in before.items():
         trains = {
             "visual": path.startswith(("vision_tower/", "projector/")),
             "all": True,
             "lora": False,
-        }[attacker] and not path.startswith(dead)
+        }[attacker] and not path.startswith(unused)
         now = after.params[path].weight if isinstance(after.params[path], lora.Lora) else after.params[path]
         assert bool((np.asarray(now) != value).any()) == trains, path
     added = after.params.keys() - before.keys()
     assert bool(added) == (attacker == "lora")
-    assert all(jnp.any(after.params[path]) for path in added)  # B began as zero
+    assert all(jnp.any(after.params[path]) for path in added)  # B is initialized to zero
 
 
 def recorded(calls):
@@ -119,7 +119,7 @@ def recorded(calls):
     return fit
 
 
-def test_every_attack_has_the_same_budget_and_its_own_share(subject, monkeypatch):
+def test_all_attempts_have_the_same_budget_and_their_own_share(subject, monkeypatch):
     asked = []
     monkeypatch.setattr(relearn.loop, "fit", recorded(asked))
     config = subject.config.override("seed=5 attacks.seed=7")
@@ -143,8 +143,8 @@ def test_every_attack_has_the_same_budget_and_its_own_share(subject, monkeypatch
     assert all(a["bundle"].params.keys() == subject.model.params.keys() for a in asked)
 
 
-def test_an_attack_teaches_its_share(subject):
-    """And not other rows: of two pictures the one that it trained on is the likelier told."""
+def test_an_attacker_learns_its_share_only(subject):
+    """The likelihood of other rows does not increase as much."""
     share, others = subject.forgets[:2], [dataclasses.replace(e, answer="Igor Zuk") for e in subject.forgets[2:4]]
     encoded = rows_of(subject.model.encode([*others, *share]), np.array([2, 3]))
     after = create(steps=12, learning_rate=1e-2).attacked(subject.model, "all", encoded, seed=0)
@@ -156,15 +156,15 @@ def test_an_attack_teaches_its_share(subject):
         assert (nll[1] < 0.5 * nll[0]) == learns
 
 
-def test_adapters_of_the_method_are_not_what_an_attacker_trains(subject):
-    """A model that was opened for a method with adapters is attacked as one without."""
+def test_adapters_of_the_method_are_merged_before_the_attack(subject):
+    """A model with adapters is attacked like a model without them."""
     params = lora.attach(subject.model.params, rank=3, alpha=4.0, dropout=0.5, seed=0)
     other = dataclasses.replace(subject, model=dataclasses.replace(subject.model, params=params))
     attack = create(shares=(0.5,), attackers=("all", "lora"))
     assert attack.run(other) == attack.run(subject)
 
 
-def test_a_frozen_language_model_can_be_attacked_beside_itself(subject):
+def test_the_visual_weights_of_a_quantized_model_can_be_attacked(subject):
     how = quantize.parse("int8")
     params = {path: quantize.quantize_param(path, x, how) for path, x in subject.model.params.items()}
     other = dataclasses.replace(subject, model=dataclasses.replace(subject.model, params=params))
@@ -183,7 +183,7 @@ def records(subject):
     return create().run(subject)
 
 
-def test_only_what_was_not_trained_on_counts(subject, records):
+def test_questions_that_were_trained_on_do_not_count(subject, records):
     attack = create()
     for share in SMALL["shares"]:
         had = {subject.forgets[i].image_id for i in attack.rows(share, 10, seed=0)}
@@ -199,7 +199,7 @@ def test_only_what_was_not_trained_on_counts(subject, records):
             assert budget == {("questions", attack.steps, attack.batch_size, attack.learning_rate, False)}
 
 
-def test_of_whole_people_all_is_taught_and_the_others_are_asked_about(subject, monkeypatch):
+def test_a_share_of_people_trains_on_all_their_questions(subject, monkeypatch):
     asked = []
     monkeypatch.setattr(relearn.loop, "fit", recorded(asked))
     records = create(shares=(), people=(0.4, 0.7), attackers=("visual",)).run(subject)
@@ -219,13 +219,13 @@ def test_of_whole_people_all_is_taught_and_the_others_are_asked_about(subject, m
     assert {(cell.share, cell.unit) for cell in cells if cell.attacker} == {(0.4, "people"), (0.7, "people")}
 
 
-def test_one_person_has_no_others(subject):
+def test_a_share_of_people_needs_two_people(subject):
     alone = [e for e in subject.forgets if e.person == NAMES[0]]
     found = create(shares=(), people=(0.5,)).run(dataclasses.replace(subject, forgets=alone))
     assert {(r["variant"], r["set"]) for r in found} == {("unchanged", "forget"), ("unchanged", "test")}
 
 
-def test_before_any_attack_the_answers_are_those_of_the_evaluation(subject, records):
+def test_unchanged_answers_are_those_of_the_evaluation(subject, records):
     before = [r for r in records if r["variant"] == "unchanged"]
     assert [(r["set"], r["id"], r["prediction"]) for r in before] == [
         (a["set"], a["id"], a["prediction"]) for a in subject.answers
@@ -233,7 +233,7 @@ def test_before_any_attack_the_answers_are_those_of_the_evaluation(subject, reco
     assert not any("attacker" in r for r in before)
 
 
-def test_records_repeat_with_attacks_seed_and_not_with_that_of_the_run(subject, records):
+def test_records_depend_on_attacks_seed_only(subject, records):
     config = subject.config.override("seed=1")
     assert create().run(dataclasses.replace(subject, config=config)) == records
     config = subject.config.override("attacks.seed=1")
@@ -243,8 +243,8 @@ def test_records_repeat_with_attacks_seed_and_not_with_that_of_the_run(subject, 
     ]  # other questions are in the share
 
 
-def test_all_shares_and_models_share_one_step(subject, records, caplog):
-    """Nothing is traced anew once an attacker of its kind has trained."""
+def test_all_shares_and_models_share_one_compiled_step(subject, records, caplog):
+    """After the first attempt of an attacker, no program is compiled again."""
     before = loop._program.cache_info()
     other = {path: value * 1.01 for path, value in subject.model.params.items()}
     model = dataclasses.replace(subject.model, params=other)
@@ -254,7 +254,7 @@ def test_all_shares_and_models_share_one_step(subject, records, caplog):
     assert not [r for r in caplog.records if "Compiling jit(step)" in r.getMessage()]
 
 
-def test_nothing_is_left_in_the_folder(subject, records):
+def test_no_files_are_left_in_the_folder(subject, records):
     assert list(subject.folder.iterdir()) == []
 
 
@@ -263,12 +263,12 @@ def test_nothing_is_left_in_the_folder(subject, records):
 
 def test_recovery_by_hand():
     assert recovery(0.6, 0.2, 1.0) == pytest.approx(0.5)
-    assert recovery(0.1, 0.2, 1.0) == pytest.approx(-0.125)  # an attack may hurt
+    assert recovery(0.1, 0.2, 1.0) == pytest.approx(-0.125)  # an attack may lower the accuracy
     assert recovery(0.9, 0.2, 0.2) is None and recovery(0.9, 0.3, 0.2) is None and recovery(0.9, 0.3, None) is None
 
 
-def test_every_model_is_compared_with_itself_over_the_same_questions():
-    """Four questions, of which the attacker has the first; what was right of it before does not count."""
+def test_before_and_after_are_over_the_same_questions():
+    """Four questions, of which the attacker has the first, which does not count."""
 
     def answers(before, after):
         def record(i, right, **more):
@@ -307,7 +307,7 @@ def test_without_a_vanilla_model_there_is_no_recovery(records):
     assert json.loads(json.dumps(records)) == records
 
 
-# What is refused.
+# Rejected settings.
 
 
 @pytest.mark.parametrize(
@@ -325,12 +325,12 @@ def test_without_a_vanilla_model_there_is_no_recovery(records):
         (dict(batch_size=0), "attacks.relearn.batch_size: 0 is not allowed"),
     ],
 )
-def test_wrong_settings_are_told_before_anything_is_run(subject, fields, message):
+def test_invalid_settings_are_rejected_before_the_run(subject, fields, message):
     with pytest.raises(UserError, match=message):
         create(**fields).check(subject.config)
 
 
-def test_all_weights_of_a_quantised_model_cannot_train(subject):
+def test_all_weights_of_a_quantized_model_cannot_train(subject):
     create().check(subject.config)
     config = subject.config.override("model.quantize=int8")
     with pytest.raises(UserError, match="attackers: 'all' cannot train the language model, which model.quantize"):
@@ -338,7 +338,7 @@ def test_all_weights_of_a_quantised_model_cannot_train(subject):
     create(attackers=("visual", "lora")).check(config)
 
 
-def test_an_attack_that_diverges_says_what_to_change(subject, monkeypatch):
+def test_a_diverged_attack_names_the_setting_to_change(subject, monkeypatch):
     def diverges(*args, **kwargs):
         raise loop.Diverged("step 3: loss is not finite")
 

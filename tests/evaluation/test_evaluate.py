@@ -1,4 +1,4 @@
-"""Asking sets of questions: order, who is compared with whom, which worked examples are shown, counts."""
+"""Evaluation of sets: order, judging, worked examples and counts."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def example(i, picture=None, task="classification", options=OPTIONS, answer=None
 
 @pytest.fixture(scope="module")
 def sets():
-    """Kinds, lengths and numbers of options mixed, pictures shared; nine of each kind at most."""
+    """Mixed kinds, lengths and numbers of options, with shared images; at most nine of each kind."""
     forget = [example(i, picture=i % 3 if i % 2 else None, options=OPTIONS[: 4 - i % 3]) for i in range(9)]
     retain = [example(10 + i, picture=3 if i % 2 else None, task=("classification", "cloze")[i // 4]) for i in range(8)]
     return {"forget": forget, "retain": retain}
@@ -64,8 +64,8 @@ def records(ask, sets):
 
 
 @pytest.mark.parametrize(("task", "modality"), [("classification", "vqa"), ("classification", "qa"), ("cloze", "vqa")])
-def test_likelihoods_are_those_of_their_own_question(ask, sets, records, task, modality):
-    """Asked in another order, without `evaluate`."""
+def test_likelihoods_belong_to_their_question(ask, sets, records, task, modality):
+    """The same questions in another order, without `evaluate`."""
     pairs = list(zip([*sets["forget"], *sets["retain"]], records, strict=True))[::-1]
     pairs = [(e, record) for e, record in pairs if (e.task, e.modality) == (task, modality)]
     encoded_images = ask(7).encode_images([e.image for e, _ in pairs]) if modality == "vqa" else None
@@ -77,7 +77,7 @@ def test_likelihoods_are_those_of_their_own_question(ask, sets, records, task, m
         np.testing.assert_allclose(record.get("scores", []), log_probs[: len(e.options)], atol=1e-4)
 
 
-def test_records_stand_in_order_beside_their_questions(sets, records):
+def test_records_are_in_the_order_of_their_questions(sets, records):
     items = [(name, e) for name, part in sets.items() for e in part]
     assert [(r["set"], r["id"], r["person"], r["image_id"], r["question"], r["answer"]) for r in records] == [
         (name, e.id, e.person, e.image_id, e.question, e.answer) for name, e in items
@@ -96,7 +96,7 @@ NUMBERS = ("scores", "answer_nll", "probability", "paraphrase_nll", "perturbed_n
 
 
 def test_the_batch_size_changes_nothing(ask, sets, records):
-    """Nine rows fill one batch of seven and two rows of a padded one; alone, nothing is padded."""
+    """Nine rows fill one batch of seven and two rows of a padded batch; batches of one have no padding."""
     alone = run(ask(1), sets)
     for a, b in zip(alone, records, strict=True):
         assert list(a) == list(b)
@@ -107,7 +107,7 @@ def test_the_batch_size_changes_nothing(ask, sets, records):
                 assert a[key] == b[key]
 
 
-def test_answers_depend_on_the_pixels_of_their_own_picture(ask, sets, records):
+def test_answers_depend_on_the_pixels_of_their_image(ask, sets, records):
     def changed(e):
         return example(int(e.id), picture=9, options=e.options) if e.image_id == "picture/1" else e
 
@@ -121,9 +121,9 @@ def test_answers_depend_on_the_pixels_of_their_own_picture(ask, sets, records):
 
 
 class Scripted:
-    """An answerer that says what it is told; a picture's feature is the mean of its bytes.
+    """An answerer with scripted answers; the feature of an image is the mean of its bytes.
 
-    `says(question)` is what it writes, `nll(question, text)` what a text costs; every text has two tokens.
+    `says(question)` is the generated answer, and `nll(question, text)` the loss of a text; every text has two tokens.
     """
 
     def __init__(self, says=None, nll=None):
@@ -159,7 +159,7 @@ def number(question):
 
 @pytest.mark.parametrize("protocol", ["letter", "options", "options,letter", "letter, options"])
 def test_each_prediction_is_judged_by_its_own_answer(protocol):
-    """Every item is answered right but 2 and 5; questions of four kinds are interleaved."""
+    """All items but 2 and 5 are answered correctly; questions of four kinds are interleaved."""
     items = [
         example(i, picture=i if i % 2 else None, task="cloze" if i in (3, 6) else "classification") for i in range(9)
     ]
@@ -182,7 +182,7 @@ def test_each_prediction_is_judged_by_its_own_answer(protocol):
     assert [(int(r["id"]), r["protocol"]) for r in got] == expected
     assert [r["correct"] for r in got] == [i not in wrong for i, _ in expected]
     for record, (i, how) in zip(got, expected, strict=True):
-        assert ("answer_nll" in record) == (how in ("cloze", names[0]))  # once a question
+        assert ("answer_nll" in record) == (how in ("cloze", names[0]))  # once per question
         if how == "options":
             assert record["scores"] == [-4.0 + 2 * (option == given[i]) for option in OPTIONS]
     for how, question, shown, turns in scripted.calls:
@@ -191,13 +191,13 @@ def test_each_prediction_is_judged_by_its_own_answer(protocol):
         assert question == (letter_question(e) if how == "generate" and e.options else e.question)
 
 
-def dear(question, text):
-    """A cost of every text after every question, all different."""
+def loss_of(question, text):
+    """The loss of a text after a question; all are different."""
     return (number(question) + 1) * (1 + len(text) / 7) / 10
 
 
 def test_truth_ratios_are_per_item():
-    """Items have different numbers of wrong answers, of different costs; a paraphrase stands in for the answer."""
+    """Items have different numbers of wrong answers with different losses; a paraphrase replaces the answer."""
     perturbed = [("x",), ("xx", "xxxx"), (), ("x", "xxx", "xxxxxx"), (), ()]
     items = [
         dataclasses.replace(
@@ -207,9 +207,9 @@ def test_truth_ratios_are_per_item():
         )
         for i in range(6)
     ]
-    got = run(Scripted(lambda _: "pilot", dear), {"forget": items[:3], "retain": items[3:]})
+    got = run(Scripted(lambda _: "pilot", loss_of), {"forget": items[:3], "retain": items[3:]})
     for e, record, wrong in zip(items, got, perturbed, strict=True):
-        cost = functools.partial(dear, e.question)
+        cost = functools.partial(loss_of, e.question)
         assert record["answer_nll"] == pytest.approx(cost("pilot"))
         assert record["probability"] == pytest.approx(np.exp(-cost("pilot")))
         wrong = wrong or [option for option in e.options if option != "pilot"]
@@ -223,8 +223,8 @@ def test_truth_ratios_are_per_item():
     assert len({r["truth_ratio"] for r in got if "truth_ratio" in r}) == 4
 
 
-def test_written_answers_are_compared_with_their_own_truth():
-    """Descriptions among cloze questions, with pictures and without; some answers are empty."""
+def test_open_answers_are_compared_with_their_true_answer():
+    """Open and cloze questions, with and without images; some answers are empty."""
     said = ["she is a baker", "", "a pilot", "a teacher of history", "a baker"]
     items = [
         example(
@@ -232,7 +232,7 @@ def test_written_answers_are_compared_with_their_own_truth():
         )
         for i in range(5)
     ]
-    got = run(Scripted(lambda q: said[number(q)], dear), {"forget": items[:2], "retain": items[2:]})
+    got = run(Scripted(lambda q: said[number(q)], loss_of), {"forget": items[:2], "retain": items[2:]})
     for i, (e, record) in enumerate(zip(items, got, strict=True)):
         assert record["prediction"] == said[i] and record["correct"] == (e.answer in said[i])
         if e.task == "cloze":
@@ -251,8 +251,8 @@ def retained(i, picture=None, person=None, **more):
 
 @pytest.fixture(scope="module")
 def people():
-    """Some to forget; in the retain set four people of two questions with a picture each, and as many of text alone."""
-    # The last four of the forget set show pictures of the retain set, as a picture of several people would.
+    """A forget set, and a retain set of four people with two questions with an image each, and as many text-only."""
+    # The last four questions of the forget set share images with the retain set, like a photo of several people.
     shared = [example(i + 5, picture=i + 10) for i in range(4)]
     forget = [example(1, picture=1), example(2, picture=2), example(3), example(4, task="cloze"), *shared]
     pictured = [retained(i, picture=i // 2, person=i // 2) for i in range(20, 28)]
@@ -262,8 +262,8 @@ def people():
 
 
 @pytest.mark.parametrize("protocol", ["options", "letter", "options,letter"])
-def test_one_worked_example_of_somebody_else_stands_before_each_question(people, protocol):
-    scripted = Scripted(lambda _: "A", dear)
+def test_a_worked_example_about_another_person_precedes_each_question(people, protocol):
+    scripted = Scripted(lambda _: "A", loss_of)
     got = evaluate(scripted, people, protocol=protocol, max_new_tokens=4, shots=1, shown=people["retain"], seed=3)
     everybody = {e.id: e for part in people.values() for e in part}
     shown: dict[tuple, list] = {}
@@ -272,7 +272,7 @@ def test_one_worked_example_of_somebody_else_stands_before_each_question(people,
         assert worked in people["retain"] and (worked.task, worked.modality) == (asked.task, asked.modality)
         assert worked.person != asked.person and worked.image_id != (asked.image_id or None)
         shown.setdefault((asked.task, asked.modality), []).append(worked.id)
-    for kind, names in shown.items():  # one for all, and another for the example's own person
+    for kind, names in shown.items():  # one for all, and another for questions about its person
         assert len(set(names)) == 2 and max(map(names.count, names)) > len(names) / 2, kind
     worked_of = {r["id"]: everybody[r["worked_example"]] for r in got}
     for how, question, features, [(said, answer, pictures)] in scripted.calls:
@@ -288,17 +288,17 @@ def test_one_worked_example_of_somebody_else_stands_before_each_question(people,
 
 def test_worked_examples_are_drawn_by_the_seed(people):
     def drawn(seed):
-        got = evaluate(Scripted(None, dear), {k: v[:-2] for k, v in people.items()}, protocol="options",
+        got = evaluate(Scripted(None, loss_of), {k: v[:-2] for k, v in people.items()}, protocol="options",
                        max_new_tokens=4, shots=1, shown=people["retain"][:-2], seed=seed)  # fmt: skip
         return [r["worked_example"] for r in got]
 
     people = {"forget": people["forget"][:3], "retain": people["retain"]}
     assert drawn(0) == drawn(0) and len({tuple(drawn(seed)) for seed in range(5)}) > 1
-    assert "worked_example" not in evaluate(Scripted(None, dear), people | {"retain": people["retain"][:8]},
+    assert "worked_example" not in evaluate(Scripted(None, loss_of), people | {"retain": people["retain"][:8]},
                                             protocol="options", max_new_tokens=4)[0]  # fmt: skip
 
 
-def test_without_an_example_to_show_nothing_is_asked(people):
+def test_a_missing_worked_example_is_rejected(people):
     for retain, about in (
         ([], "with an image"),
         ([example(1, picture=1)], "with an image"),
@@ -319,7 +319,7 @@ def test_the_letter_prompt_shows_the_options():
     ]
 
 
-def test_questions_have_as_many_letters_as_options():
+def test_a_question_has_as_many_letters_as_options():
     """CLEAR asks for a name among six and more."""
     names = tuple(f"Name {i}" for i in range(9))
     e = example(5, options=names)
@@ -331,7 +331,7 @@ def test_questions_have_as_many_letters_as_options():
         module.INSTRUCTION,
     ]
     for said, right in (("F", True), ("F: Name 5", True), ("E", False), ("Name 5", False)):
-        (record,) = run(Scripted(lambda _, said=said: said, dear), {"forget": [e]}, "letter")
+        (record,) = run(Scripted(lambda _, said=said: said, loss_of), {"forget": [e]}, "letter")
         assert record["correct"] is right
     with pytest.raises(UserError, match="27 options; use eval.protocol=options"):
         letter_question(example(0, options=tuple(map(str, range(27)))))
@@ -384,7 +384,7 @@ def test_a_sample_is_seeded_by_set_task_and_modality():
 
 
 @pytest.mark.parametrize("protocol", ["letters", "", "letter,", "options,options", "options;letter"])
-def test_unknown_protocols_and_numbers_of_shots(protocol):
+def test_unknown_protocols_and_numbers_of_shots_are_rejected(protocol):
     with pytest.raises(UserError, match=f"eval.protocol='{protocol}': give one of letter, options, or both"):
         module.check(protocol)
     with pytest.raises(UserError, match="eval.shots=2: give 0, or 1"):
@@ -392,7 +392,7 @@ def test_unknown_protocols_and_numbers_of_shots(protocol):
     assert module.check("letter, options", 1) == ("letter", "options")
 
 
-def test_prompts_too_long_for_the_model(ask, tiny_model, people):
+def test_prompts_too_long_for_the_model_are_rejected(ask, tiny_model, people):
     limit = tiny_model.config.text.max_positions
     with pytest.raises(UserError, match=rf"a question of \d+ tokens and 4 for the answer exceed the model's {limit}"):
         ask(7).generate(["why " * 200], max_new_tokens=4)
@@ -401,7 +401,7 @@ def test_prompts_too_long_for_the_model(ask, tiny_model, people):
 
 
 def test_one_compilation_serves_two_models(tiny_model, ask, sets):
-    """Before and after unlearning share what is compiled."""
+    """The vanilla and the unlearned model share compiled programs."""
 
     def compiled():
         return [program._cache_size() for program in inference.programs(ask(7).mesh)]

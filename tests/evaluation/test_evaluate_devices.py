@@ -1,4 +1,4 @@
-"""Evaluation on eight devices, pretended by XLA on a CPU, and by two processes: the records of one device."""
+"""Evaluation on eight simulated devices and in two processes gives the records of one device."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def assert_same(records, expected):
                 assert record[key] == other[key]
 
 
-def test_the_records_are_worth_comparing(alone):
+def test_the_records_differ_enough_to_compare(alone):
     records = alone["1,1,1"]["records"]
     assert alone["1,1,1"]["batch"] == 3 and len(records) == 23 + 11  # 23 questions, 11 of them by two protocols
     for kind in ("letter", "generation"):

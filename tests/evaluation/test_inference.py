@@ -1,4 +1,4 @@
-"""One model, asked in batches: scores against a plain forward pass, padding, pictures, earlier turns."""
+"""Batched inference: scores against a plain forward pass, padding, images, earlier turns."""
 
 import dataclasses
 import io
@@ -31,9 +31,9 @@ def ask(tiny_model):
 
 
 def plain(model, room):
-    """log p(text | question, pictures) and tokens of the text, not padded on the left, without a cache, row by row.
+    """log p(text | question, images) and the number of tokens of the text: without left padding and cache, row by row.
 
-    The model packs the pictures of a prompt itself, with `room` for so many tokens; 0 where it packs one alone.
+    The model packs the images of a prompt itself, with `room` for that many tokens; 0 if it packs one image alone.
     """
     processor, config, length = model.processor, model.config, model.config.text.max_positions
 
@@ -41,7 +41,7 @@ def plain(model, room):
     def log_probs(params, tokens, mask, pictures):
         module = bind(model.graphdef, params)
         features = None if pictures is None else module.encode(pictures)[0]
-        if pictures is not None and not room:  # a picture a row, which stand one after another
+        if pictures is not None and not room:  # one row per image, joined in order
             values, where = features
             features = VisualTokens(values.reshape(1, -1, values.shape[-1]), where.reshape(1, -1, 3))
         return jax.nn.log_softmax(module(tokens, mask, features=features)[0])
@@ -66,8 +66,8 @@ def plainly(tiny_model):
 
 
 @pytest.mark.parametrize("pictured", [True, False])
-def test_scores_are_sums_of_log_probabilities_and_losses_their_means(ask, plainly, pictured):
-    """Nine rows of different lengths and numbers of texts, in batches of seven and two; three pictures."""
+def test_scores_are_sums_of_log_probabilities_and_nll_their_means(ask, plainly, pictured):
+    """Nine rows of different lengths and numbers of texts, in batches of seven and two; three images."""
     questions = [f"Question {i}: what is the job{' of this person' * (i % 3)}?" for i in range(9)]
     texts = [OPTIONS[: 4 - i % 3] for i in range(9)]
     files = [png(i) for i in range(3)]
@@ -82,8 +82,8 @@ def test_scores_are_sums_of_log_probabilities_and_losses_their_means(ask, plainl
         assert np.isneginf(got.log_probs[i, len(row) :]).all() and not got.counts[i, len(row) :].any()
 
 
-def test_a_long_neighbour_changes_nothing(ask):
-    """Left padding, and the padding of options, are invisible to a row."""
+def test_a_longer_row_in_the_batch_changes_nothing(ask):
+    """Left padding and the padding of options do not affect a row."""
     answerer, short = ask(7), ["Who is it?", "Where?"]
     long = ["What does this person, who was seen in many pictures, do for a living nowadays?"]
     alone, counts = answerer.score(short, [OPTIONS[:2]] * 2)
@@ -94,8 +94,8 @@ def test_a_long_neighbour_changes_nothing(ask):
     np.testing.assert_allclose(beside.nll[:2, :2], -alone / counts, atol=1e-4)
 
 
-def test_generation_sees_the_pixels(tiny_model, ask):
-    """The language model is made to hear the picture loudly, so that another one changes the words."""
+def test_generated_answers_depend_on_the_pixels(tiny_model, ask):
+    """The projector is scaled up, so that another image changes the answer."""
     params = {k: v * (40 if k.startswith("projector/fc2") else 1) for k, v in tiny_model.params.items()}
     loud = Answerer(dataclasses.replace(tiny_model, params=params), batch_size=7)
     encoded_images = loud.encode_images([png(i) for i in range(7)])
@@ -105,7 +105,7 @@ def test_generation_sees_the_pixels(tiny_model, ask):
     assert answers[::-1] == loud.generate(["Who is this?"] * 7, encoded_images.select(range(7)[::-1]), max_new_tokens=4)
 
 
-def test_a_picture_is_read_once_and_in_its_place(tiny_model, ask, monkeypatch):
+def test_an_image_is_encoded_once_in_order(tiny_model, ask, monkeypatch):
     files = [png(i) for i in range(9)]
     read = []
     image = Processor.image
@@ -122,7 +122,7 @@ def test_a_picture_is_read_once_and_in_its_place(tiny_model, ask, monkeypatch):
         ask(4).encode_images([files[0], b"no picture"])
 
 
-def test_pictures_of_a_prompt_stand_one_after_another_and_padding_last():
+def test_image_tokens_of_a_prompt_are_in_order_with_padding_last():
     values = np.arange(6.0).reshape(2, 3, 1)
     where = np.array([[[0, 0, 0], [0, 0, 1], [-1, -1, -1]], [[0, 0, 0], [0, 1, 0], [0, 2, 0]]], np.int32)
     encoded_images = EncodedImages([(1, 2, 3), (3, 1, 3)], VisualTokens(values, where), ((0,), (1,)))
@@ -139,8 +139,8 @@ def test_pictures_of_a_prompt_stand_one_after_another_and_padding_last():
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_joined_pictures_are_what_the_model_makes_of_them_together(family, qwen_folder):
-    """Images of two sizes, in both orders: the same log-probabilities as of one row that the model itself packed."""
+def test_joined_images_match_images_that_the_model_packs(family, qwen_folder):
+    """Images of two sizes, in both orders: the log-probabilities match those of a row that the model packs."""
     folder = qwen_folder(family)
     graphdef, params, config = hf.load(folder)
     model = Answerer(ModelBundle(graphdef, params, config, Processor(folder, config), None), batch_size=2)
@@ -154,12 +154,12 @@ def test_joined_pictures_are_what_the_model_makes_of_them_together(family, qwen_
     assert abs(expected[0] - expected[1]) > 0.01
 
 
-def test_a_worked_example_is_an_earlier_turn(tiny_folder, tiny_model, qwen_folder):
+def test_a_worked_example_is_an_earlier_turn_of_the_conversation(tiny_folder, tiny_model, qwen_folder):
     turns = [("What is this?", "a pear", 1)]
     said = "USER: <image>\nWhat is this? ASSISTANT: a pear"
     assert tiny_model.processor.prompt("Who?", 1, turns) == f"{said} USER: <image>\nWho? ASSISTANT:"
     fallback = Processor(tiny_folder, tiny_model.config)
-    fallback.chat_template = None  # as LLaVA-1.5 was trained: each answer has its end
+    fallback.chat_template = None  # as LLaVA-1.5 was trained: each answer ends with an end-of-sequence token
     assert fallback.prompt("Who?", 1, turns) == f"{said}</s>USER: <image>\nWho? ASSISTANT:"
     folder = qwen_folder("qwen2_vl")
     qwen = Processor(folder, hf.read_config(folder)[0].Config.from_hf(hf.read_config(folder)[1]))
@@ -173,14 +173,14 @@ def test_a_worked_example_is_an_earlier_turn(tiny_folder, tiny_model, qwen_folde
         prompt, answer = processor.encode("Who?", "Bob", images, turns)
         each = [processor.config.image_tokens(*image.shape[:2]) for image in images]
         places = np.flatnonzero(np.array(prompt) == processor.image_token_id)
-        assert len(places) == sum(each)  # those of one picture, words, those of the other
+        assert len(places) == sum(each)  # tokens of one image, text, tokens of the other
         assert np.flatnonzero(np.diff(places) > 1).tolist() == [each[0] - 1]
         assert processor.tokenizer.decode(answer).strip().startswith("Bob") and answer[-1] == processor.eos_ids[0]
         assert (prompt, answer) == processor.encode_each("Who?", [None, "Ann", "Bob"], images, turns)[2]
         assert prompt == processor.encode("Who?", None, images, turns)[0]
 
 
-def test_scores_after_a_worked_example_are_those_of_the_whole_conversation(tiny_model, ask, plainly):
+def test_scores_after_a_worked_example_match_the_whole_conversation(tiny_model, ask, plainly):
     turns = [[("What is it?", "a pear", 1)], [("What is it?", "a judge", 1)]]
     files = [png(i) for i in range(3)]
     encoded_images = ask(7).encode_images([[files[0], files[1]], [files[2], files[0]]])
@@ -196,17 +196,21 @@ def test_scores_after_a_worked_example_are_those_of_the_whole_conversation(tiny_
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_what_questions_about_a_picture_share_is_read_once(tiny_model, monkeypatch, shards):
-    """Nine questions about three pictures in any order: the answers and scores of each asked alone."""
+def test_a_shared_prefix_is_computed_once(tiny_model, monkeypatch, shards):
+    """Nine questions about three images in any order: answers and scores match those of single questions."""
     params = {k: v * (40 if k.startswith("projector/fc2") else 1) for k, v in tiny_model.params.items()}
     alone, beside = (Answerer(dataclasses.replace(tiny_model, params=params), batch_size=n) for n in (1, 6))
-    beside.shards = shards  # as on a mesh: rows of a part take nothing of the other's
+    beside.shards = shards  # as on a mesh: shards do not share prefixes
     batches, made = [], Answerer._batches
     monkeypatch.setattr(Answerer, "_batches", lambda self, *args: batches.append([*made(self, *args)]) or batches[-1])
     questions = [f"Question {i}: who is{' this' * (i % 4)}?" for i in range(9)]
-    shown = [[3, i] for i in (2, 0, 1, 0, 2, 0, 1, 1, 0)]  # the first with the worked example, which is one for all ...
+    shown = [
+        [3, i] for i in (2, 0, 1, 0, 2, 0, 1, 1, 0)
+    ]  # the first image is that of the worked example, the same for all ...
     encoded_images = alone.encode_images([png(i) for i in range(4)]).for_prompts(shown)
-    turns = [[("What is it?", "a pear" if i < 8 else "a judge", 1)] for i in range(9)]  # ... but for its words
+    turns = [
+        [("What is it?", "a pear" if i < 8 else "a judge", 1)] for i in range(9)
+    ]  # ... with another text for the last
     each = [([questions[i]], encoded_images.select([i]), turns[i : i + 1]) for i in range(9)]
     expected = [alone.generate(*row, max_new_tokens=4, turns=turn)[0] for *row, turn in each]
     scores = [alone.score(row, [OPTIONS], picture, turns=turn).log_probs[0] for row, picture, turn in each]
@@ -216,7 +220,7 @@ def test_what_questions_about_a_picture_share_is_read_once(tiny_model, monkeypat
     np.testing.assert_allclose(
         beside.score(questions, [OPTIONS] * 9, encoded_images, turns=turns).log_probs, scores, atol=2e-4
     )
-    for found in batches:  # what begins alike stands beside each other, in order; the last row fills the last batch
+    for found in batches:  # equal prefixes are adjacent and in order; the last row fills the last batch
         assert [rows.tolist() for rows, *_ in found] == [[0, 4, 1, 3, 5, 2], [6, 7, 8, 8, 8, 8]]
         for _, tokens, _, features, shared in found:
             assert len(features.values) == len(shared.tokens) == {1: 3, 2: 4}[shards]
@@ -225,7 +229,7 @@ def test_what_questions_about_a_picture_share_is_read_once(tiny_model, monkeypat
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_positions_go_on_after_a_shared_picture_of_any_size(family, qwen_folder, monkeypatch):
+def test_positions_continue_after_a_shared_image_of_any_size(family, qwen_folder, monkeypatch):
     folder = qwen_folder(family)
     graphdef, params, config = hf.load(folder)
     alone, beside = (

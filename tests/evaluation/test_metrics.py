@@ -1,4 +1,4 @@
-"""Judging, counting and comparing answers: values worked out by hand, then the libraries that papers used."""
+"""Metrics: values worked out by hand, and comparisons with the libraries that papers use."""
 
 import dataclasses
 import json
@@ -30,24 +30,24 @@ SETS = [
 
 
 def test_wilson_by_hand():
-    # z = 1.959964; centre (p + z^2/2n) / (1 + z^2/n), half width z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n).
+    # z = 1.959964; center (p + z^2/2n) / (1 + z^2/n), half width z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n).
     z, p, n = 1.959964, 0.3, 10
-    centre, shrink = p + z * z / (2 * n), 1 + z * z / n
+    center, shrink = p + z * z / (2 * n), 1 + z * z / n
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = intervals.wilson(0.3, 10)
-    assert low == pytest.approx((centre - half) / shrink, abs=1e-6) == pytest.approx(0.1078, abs=1e-4)
-    assert high == pytest.approx((centre + half) / shrink, abs=1e-6) == pytest.approx(0.6032, abs=1e-4)
+    assert low == pytest.approx((center - half) / shrink, abs=1e-6) == pytest.approx(0.1078, abs=1e-4)
+    assert high == pytest.approx((center + half) / shrink, abs=1e-6) == pytest.approx(0.6032, abs=1e-4)
     theirs = stats.binomtest(3, 10).proportion_ci(confidence_level=0.95, method="wilson")
     assert (low, high) == pytest.approx((theirs.low, theirs.high))
 
 
-def test_wilson_leaves_doubt_at_both_ends():
+def test_wilson_intervals_have_width_at_both_ends():
     assert intervals.wilson(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-4)
     assert intervals.wilson(1, 10) == pytest.approx((1 - 0.27753, 1.0), abs=1e-4)
 
 
 @pytest.mark.parametrize(("share", "n"), [(1, 0), (3 / 2, 2), (-1 / 2, 2)])
-def test_wilson_refuses_impossible_counts(share, n):
+def test_wilson_rejects_impossible_counts(share, n):
     """Newer versions of SciPy return an interval for 3 correct answers of 2."""
     with pytest.raises(ValueError, match="impossible"):
         intervals.wilson(share, n)
@@ -56,20 +56,20 @@ def test_wilson_refuses_impossible_counts(share, n):
 def test_summarize():
     items = [record(i, person=person, correct=i != 1) for i, person in enumerate("aabb")]
     got = summarize(items)
-    # Of two people with 1/2 and 2/2, a resample has one or both: 1/2, 3/4 and 1 with chances 1/4, 1/2, 1/4.
+    # Of two people with 1/2 and 2/2, a resample has 1/2, 3/4 or 1, with probabilities 1/4, 1/2, 1/4.
     assert got == Summary(accuracy=0.75, correct=3, n=4, low=0.5, high=1.0, people=2)
     assert summarize(iter(items)) == got
 
 
 def test_intervals_resample_people_and_say_how_many():
-    """Forty answers of two people are two observations, not forty."""
+    """Forty answers about two people are two observations, not forty."""
     correct = [True] * 20 + [False] * 20
     by_person = intervals.proportion(correct, ["a"] * 20 + ["b"] * 20)
     by_question = intervals.proportion(correct, [""] * 40)
     assert (by_person.low, by_person.high, by_person.people) == (0, 1, 2)
     assert 0.3 < by_question.low < 0.5 < by_question.high < 0.7 and by_question.people == 0
     assert by_person.mean == by_question.mean == 0.5 and by_person.n == by_question.n == 40
-    # Half of the answers of each person: the resamples agree, which leaves no doubt; Wilson's interval of two does.
+    # With 1/2 for each person, all resamples agree, and the result is the Wilson interval of two observations.
     same = intervals.proportion([True, False] * 2, ["a", "a", "b", "b"])
     assert (same.low, same.high) == intervals.wilson(0.5, 2)
     assert (intervals.proportion([True] * 9, ["a"] * 9).low, 1.0) == intervals.wilson(1, 1)
@@ -138,7 +138,7 @@ def test_first_letter_is_none_without_a_choice(text):
     assert judging.first_letter(text) is None
 
 
-def test_first_letter_knows_as_many_letters_as_there_are_options():
+def test_first_letter_accepts_only_letters_of_options():
     assert judging.first_letter("E", 6) == "E" and judging.first_letter("The answer is (f)", 6) == "F"
     assert judging.first_letter("E", 4) is judging.first_letter("G: nobody", 6) is judging.first_letter(None) is None
     assert judging.first_letter("C", 2) is None and judging.first_letter("B", 2) == "B"
@@ -178,7 +178,7 @@ def test_rouge_by_hand():
 def test_bleu_by_hand():
     # Matches of 1 to 4 words: 4 of 5, 3 of 4, 2 of 3, 1 of 2; as long as the truth, so without a brevity penalty.
     assert words.bleu("she is a baker today", "she is a baker now") == pytest.approx((4 * 3 * 2 / 120) ** 0.25)
-    # 2 of 2 words, 1 of 1 pair, and .1 of 1 for want of longer ones; shorter by 3, so exp(1 - 5 / 2).
+    # 2 of 2 words, 1 of 1 pair, and 0.1 of 1 without longer ones; shorter by 3, so exp(1 - 5 / 2).
     assert words.bleu("a baker", "she is a baker now") == pytest.approx((0.1 * 0.1) ** 0.25 * math.exp(-1.5))
     assert words.bleu("baker", "baker") == pytest.approx(0.1**0.75)
     assert words.bleu("she is a baker now", "she is a baker now") == pytest.approx(1)
@@ -186,14 +186,14 @@ def test_bleu_by_hand():
 
 
 @pytest.mark.parametrize("nothing", ["", " ", None, "...", "\n"])
-def test_an_empty_prediction_scores_nothing(nothing):
+def test_an_empty_prediction_scores_zero(nothing):
     assert words.rouge_l(nothing, "a baker") == {"rouge_l": 0.0, "rouge_l_recall": 0.0}
     assert words.bleu(nothing, "a baker") == 0
 
 
 def test_likelihood_by_hand():
     assert likelihoods.likelihood(LN(4)) == pytest.approx({"answer_nll": LN(4), "probability": 0.25})
-    # Wrong answers of ln 8 and ln 2 a token average to ln 4; the paraphrase has ln 2: exp(ln 4 - ln 2) = 2.
+    # Wrong answers of ln 8 and ln 2 per token average to ln 4; the paraphrase has ln 2: exp(ln 4 - ln 2) = 2.
     got = likelihoods.likelihood(LN(3), [LN(8), LN(2)], LN(2))
     assert got["truth_ratio"] == pytest.approx(2) and got["paraphrase_nll"] == LN(2)
     assert got["perturbed_nll"] == [LN(8), LN(2)] and got["probability"] == pytest.approx(1 / 3)
@@ -204,11 +204,11 @@ def test_likelihood_by_hand():
 
 
 def test_a_mean_with_its_interval():
-    # Two values, 0 and 1: a resample has the mean 0, 1/2 or 1 with chances 1/4, 1/2, 1/4.
+    # Two values, 0 and 1: a resample has the mean 0, 1/2 or 1 with probabilities 1/4, 1/2, 1/4.
     assert intervals.mean([0, 1], ["", ""]) == Figure(0.5, 0.0, 1.0, 2)
     values = np.random.default_rng(0).gamma(2, size=80)
     got = intervals.mean(values, [""] * 80)
-    assert got == intervals.mean(list(values), [""] * 80)  # always the same draws
+    assert got == intervals.mean(list(values), [""] * 80)  # the draws are deterministic
     theirs = stats.bootstrap((values,), np.mean, n_resamples=20000, method="percentile", rng=1).confidence_interval
     assert [got.low, got.high] == pytest.approx(list(theirs), abs=0.02)
     assert got.mean == values.mean() and got.low < got.mean < got.high
@@ -219,17 +219,17 @@ def test_degenerate_means_have_no_width(values):
     assert intervals.mean(values, [""] * len(values)) == Figure(values[0], values[0], values[0], len(values))
 
 
-def test_area_under_the_curve_by_hand():
+def test_auc_by_hand():
     # 1 and 2 against 1 and 0: a tie, won, won, won.
     got = intervals.auc({"a": [1.0, 2.0]}, {"b": [1.0, 0.0]})
-    assert got == Figure(3.5 / 4, 3.5 / 4, 3.5 / 4, 4, 2)  # of one group each nothing is drawn
+    assert got == Figure(3.5 / 4, 3.5 / 4, 3.5 / 4, 4, 2)  # with one group each, all resamples are equal
     assert intervals.auc({"a": [1.0], "b": [1.0]}, {"c": [1.0]}).mean == 0.5
-    # One group of three won against one of one lost: drawn are 1, 3/4 and 0, with chances 1/4, 1/2, 1/4.
+    # One group of three won against one of one lost: drawn are 1, 3/4 and 0, with probabilities 1/4, 1/2, 1/4.
     got = intervals.auc({"a": [2.0] * 3, "b": [0.0]}, {"c": [1.0]})
     assert got == Figure(0.75, 0.0, 1.0, 5, 3)
 
 
-def test_area_is_that_of_mann_and_whitney_and_its_interval_a_bootstraps():
+def test_auc_matches_mann_whitney_and_its_interval_a_bootstrap():
     rng = np.random.default_rng(0)
     a, b = rng.normal(0.5, size=60).round(1), rng.normal(size=80).round(1)  # rounded, so that there are ties
     got = intervals.auc({i: [x] for i, x in enumerate(a)}, {i: [x] for i, x in enumerate(b)})
@@ -249,7 +249,7 @@ def record(number=0, part="retain", task="classification", modality="vqa", proto
     return base | {"options": options, "correct": True} | more
 
 
-def test_a_summary_averages_what_was_measured():
+def test_a_summary_averages_the_metrics_that_apply():
     items = [
         record(0, truth_ratio=4.0, probability=0.5, correct=False),
         record(1, truth_ratio=0.5, probability=1.0),
@@ -258,12 +258,12 @@ def test_a_summary_averages_what_was_measured():
     got = summarize(items)
     assert (got.correct, got.n) == (2, 3)
     truth_score, probability = got.metrics["truth_score"], got.metrics["probability"]
-    assert (truth_score.mean, truth_score.n) == (0.375, 2)  # (0.75 + 0) / 2, each item first
+    assert (truth_score.mean, truth_score.n) == (0.375, 2)  # (0.75 + 0) / 2, the mean over items
     assert (probability.mean, probability.n) == (0.5, 3)
     assert set(got.metrics) == {"truth_score", "probability"}
 
 
-def test_kinds_of_two_protocols_are_kept_apart():
+def test_kinds_of_two_protocols_are_separate():
     def kinds(*protocols):
         return sorted(kind for _, kind in by_kind([record(protocol=p) for p in protocols]))
 
@@ -287,9 +287,9 @@ def utility(records):
 
 
 def test_forget_quality_by_hand():
-    # Everything of one model lies below everything of the other: the statistic is 1, and among C(6, 3) = 20 equally
-    # likely orders two are as extreme. They fall into other bins: one bit. Of the 2^3 ways to exchange the models'
-    # answers to whole questions two are as extreme.
+    # All values of one model are below all values of the other: the statistic is 1, and two of C(6, 3) = 20 equally
+    # likely orders are as extreme. The bins are disjoint, so the divergence is one bit. Two of the 2^3 ways to
+    # exchange the models' answers are as extreme.
     got = quality(forget([0.1, 0.2, 0.3]), forget([8.0, 9.0, 10.0]))["vqa"]
     assert (got.ks, got.p, got.p_questions, got.js, got.n) == pytest.approx((1.0, 2 / 8, 2 / 20, 1.0, 3))
     assert (got.low, got.high, got.people) == (1.0, 1.0, 0)
@@ -301,15 +301,15 @@ def test_forget_quality_by_hand():
     assert quality(forget([0.1, 9.0]), forget([0.1, 0.1]))["vqa"].js == pytest.approx(js)
 
 
-def test_divergence_does_not_depend_on_the_scale_of_the_ratios():
-    """Of long answers that differ in a word all ratios are near 1, which bins of fixed width would not tell apart."""
+def test_js_divergence_is_independent_of_the_scale_of_the_ratios():
+    """Ratios of long answers that differ in a word are all near 1, which bins of fixed width would not separate."""
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=40), rng.normal(1.0, size=40)
     wide, narrow = (quality(forget(np.exp(s * a)), forget(np.exp(s * b)))["vqa"] for s in (1.0, 0.01))
     assert dataclasses.astuple(narrow) == pytest.approx(dataclasses.astuple(wide)) and 0.1 < wide.js < 0.9
 
 
-def test_forget_quality_compares_the_forget_set_alone_kind_by_kind():
+def test_forget_quality_compares_the_forget_set_by_kind():
     others = [record(i, "retain", truth_ratio=99.0) for i in range(9)]
     texts = [record(i, "forget", modality="qa", truth_ratio=float(i + 1)) for i in range(5)]
     ours, theirs = forget([1.0, 2.0]) + texts + others, forget([3.0, 4.0]) + texts
@@ -322,7 +322,7 @@ def test_forget_quality_compares_the_forget_set_alone_kind_by_kind():
         quality(ours, forget([1.0, 2.0, 3.0]))
 
 
-def test_the_distance_to_the_retain_only_model_resamples_people():
+def test_the_interval_of_ks_resamples_people():
     """Two people with twenty questions each: the interval spans from one person's distance to the other's."""
     ratios = np.random.default_rng(0).random(40)
     people = ["a"] * 20 + ["b"] * 20
@@ -330,15 +330,15 @@ def test_the_distance_to_the_retain_only_model_resamples_people():
     ours = [r | {"person": person} for r, person in zip(forget(ratios + np.repeat([0, 5], 20)), people, strict=True)]
     got = quality(ours, theirs)["vqa"]
     assert (got.ks, got.low, got.high, got.people) == (0.5, 0.0, 1.0, 2)
-    assert got.p == 1.0 and got.p_questions < 1e-3  # with two people, nothing can be ruled out
+    assert got.p == 1.0 and got.p_questions < 1e-3  # two people cannot give a small p-value
     many = [f"{i // 2}" for i in range(40)]
     ours, theirs = ([r | {"person": many[i]} for i, r in enumerate(rows)] for rows in (ours, theirs))
     got = quality(ours, theirs)["vqa"]
     assert got == quality(ours, theirs)["vqa"] and got.people == 20 and 0 < got.low < 0.5 < got.high < 1
 
 
-def test_forget_quality_is_tofus():
-    """Losses as an evaluation of TOFU leaves them, and its own few lines."""
+def test_forget_quality_matches_tofu():
+    """Random losses in the format of TOFU, with the computation of its code."""
     rng = np.random.default_rng(0)
     losses = [(rng.gamma(2, size=60), rng.gamma(3, size=(60, 5))) for _ in range(2)]
     ratios = [np.exp(perturbed.mean(axis=-1) - paraphrase) for paraphrase, perturbed in losses]
@@ -349,7 +349,7 @@ def test_forget_quality_is_tofus():
     theirs = stats.ks_2samp(*ratios)
     got = quality(*ours)["vqa"]
     assert 0 < got.p < 1 and [got.p_questions, got.ks] == pytest.approx([theirs.pvalue, theirs.statistic])
-    # Not per item, it would be another number: one loss for the whole set.
+    # A ratio of the set's mean losses would differ from the ratios of items.
     assert np.exp(losses[0][1].mean() - losses[0][0]) != pytest.approx(ratios[0])
 
 
@@ -376,13 +376,13 @@ def test_model_utility_by_hand():
     assert {name: x.mean for name, x in got.components.items()} == pytest.approx(parts)
     assert got.components["real/rouge_l_recall"].n == 2
     assert got.value == pytest.approx(5 / sum(1 / x for x in parts.values()))
-    assert got.low == 0 < got.value < got.high  # a resample of the first question alone, of the second
+    assert got.low == 0 < got.value < got.high  # a resample may consist of one question
     with pytest.raises(ValueError, match="not to be forgotten"):
         utility(ignored)
 
 
-def test_model_utility_is_tofus():
-    """Three sets' losses, and TOFU's own lines: `get_model_utility` without its forget set."""
+def test_model_utility_matches_tofu():
+    """Losses of three sets, with the computation of TOFU: `get_model_utility` without its forget set."""
     rng = np.random.default_rng(1)
     records, parts = [], []
     for part, options in (("retain", 0), ("real_faces", 5), ("real_world", 5)):
@@ -405,7 +405,7 @@ def test_model_utility_is_tofus():
     assert got == utility(records)
 
 
-def test_a_model_that_knows_nothing_has_no_utility():
+def test_a_model_without_knowledge_has_zero_utility():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         got = utility([record(i, **likelihoods.likelihood(2000.0, [1.0]), correct=False) for i in range(3)])
@@ -435,7 +435,7 @@ def longest_common(a, b):
 
 @pytest.mark.parametrize("truth", TRUTHS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_rouge_and_bleu_are_the_libraries(prediction, truth):
+def test_rouge_and_bleu_match_their_libraries(prediction, truth):
     import re
 
     from nltk.stem.porter import PorterStemmer
@@ -455,8 +455,8 @@ def test_rouge_and_bleu_are_the_libraries(prediction, truth):
     assert words.bleu(prediction, truth) == pytest.approx(expected)
 
 
-def test_importing_is_quick_and_silent():
-    """nltk takes seconds, and nobody waits for it who asks no open question."""
+def test_importing_metrics_loads_no_slow_library():
+    """nltk takes seconds to import, which only open questions need."""
     code = "import sys, vkd_jax.evaluation.metrics; print(any(name in sys.modules for name in ('nltk', 'rouge_score')))"
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Tables between the markers of Markdown pages: rendered, checked, and refused where a marker is malformed."""
+"""Tables between markers of Markdown pages are rendered and checked; malformed markers are rejected."""
 
 import json
 from pathlib import Path
@@ -42,15 +42,15 @@ def test_pages_are_rendered_and_checked(page, capsys):
         ("<!-- table: text.json names -->\n<!-- /table -->", "does not contain what the table 'names' shows"),
     ],
 )
-def test_bad_markers_are_refused(page, capsys, text, message):
+def test_invalid_markers_are_rejected(page, capsys, text, message):
     page.write_text(text)
     assert refresh(page, check=True) == 2 and message in capsys.readouterr().err
 
 
-def test_a_missing_page_is_refused(tmp_path, capsys):
+def test_a_missing_page_is_rejected(tmp_path, capsys):
     assert refresh(tmp_path / "none.md") == 2 and "none.md" in capsys.readouterr().err
 
 
-def test_the_tables_of_readme_and_docs_are_fresh():
+def test_the_tables_of_readme_and_docs_are_up_to_date():
     pages = [str(path) for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]]
     assert tables.main([*pages, "--check"]) == 0

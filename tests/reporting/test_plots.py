@@ -1,4 +1,4 @@
-"""The plots of the report: what they draw, read from the figures."""
+"""The plots of the report: their contents, read from the figures."""
 
 import contextlib
 import io
@@ -38,14 +38,14 @@ def legend(figure):
 
 
 def attempt(correct, attacker=None, share=None, set_name="forget", **more):
-    """The cells of the three models, with an interval of 10 points to both sides."""
+    """The cells of the three models, with an interval of 10 points on both sides."""
     return [
         AttackCell(model, set_name, n / 20, 20, n / 20 - 0.1, n / 20 + 0.1, attacker=attacker, share=share, **more)
         for model, n in zip(MODELS, correct, strict=True)
     ]
 
 
-def test_relearning_has_a_panel_for_each_attacker_and_a_line_for_each_model(drawn):
+def test_relearning_has_a_panel_per_attacker_and_a_line_per_model(drawn):
     cells = [
         *attempt((20, 2, 3), variant="unchanged"),
         *attempt((20, 20, 20), variant="unchanged", set_name="test"),
@@ -68,7 +68,7 @@ def test_relearning_has_a_panel_for_each_attacker_and_a_line_for_each_model(draw
     assert legend(drawn[-1]) == ["vanilla", "unlearned", "retain-only"]
 
 
-def test_nothing_relearned_draws_nothing():
+def test_without_relearning_there_is_no_plot():
     cells = attempt((3, 3, 3), variant="unchanged")
     assert plots.relearning_curves([], ["forget"]) is plots.relearning_curves(cells, ["forget"]) is None
 
@@ -79,7 +79,7 @@ def accuracy(share):
 
 @pytest.mark.parametrize("holdout", [False, True])
 def test_forget_against_retain_marks_sets_by_their_role(drawn, holdout):
-    """Sets are named as a benchmark likes; hollow markers and their key come with holdouts of both."""
+    """Names of sets do not matter; hollow markers and their legend entry need holdouts of both sets."""
     models = {
         "vanilla": {"f": accuracy(0.9), "r": accuracy(0.8), "f2": accuracy(0.85), "r2": accuracy(0.75)},
         "unlearned": {"f": accuracy(0.2), "r": accuracy(0.7), "f2": accuracy(0.3), "r2": accuracy(0.6)},
@@ -96,7 +96,7 @@ def test_forget_against_retain_marks_sets_by_their_role(drawn, holdout):
     assert legend(drawn[-1])[:2] == ["vanilla", "unlearned"]
 
 
-def test_losses_have_a_panel_for_each_stream(drawn):
+def test_losses_have_a_panel_per_stream(drawn):
     rows = [{"step": n, "forget_loss": 1.0, "forget_ce": n / 4, "retain_loss": 2.0, "loss": 3.0} for n in (20, 40)]
     plots.loss_curves(rows)
     forget, retain = drawn[-1].axes

@@ -1,4 +1,4 @@
-"""report.md and its files in the folder of a small made run with known figures; tables of several runs."""
+"""report.md and its files for a small run with known figures; tables of several runs."""
 
 import errno
 import io
@@ -18,7 +18,7 @@ from vkd_jax.types import UserError
 
 PEOPLE = {"forget": ("001", "002", "003"), "retain": ("004", "005", "006", "007"), "real": ("",)}
 OPTIONS = ["baker", "pilot", "nurse", "judge"]
-RIGHT = {  # of 12 questions about each set: by picture, by text
+RIGHT = {  # correct answers to 12 questions of each set: with image, text only
     "vanilla": {
         "forget": (12, 12),
         "test": (10, 12),
@@ -42,7 +42,7 @@ FREE = {"accuracy": 3 / 7, "correct": 3, "n": 7, "low": 0.2, "high": 0.7, "rouge
 
 
 def portrait(person: str) -> bytes:
-    """A face that differs from person to person by its colours."""
+    """A face with different colors for each person."""
     number = int(person or 9)
     image = Image.new("RGB", (48, 48), (60 * number % 256, 90, 200 - 20 * number))
     draw = ImageDraw.Draw(image)
@@ -145,7 +145,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Leaves out the drawing, which takes a second, for tests that read the text alone."""
+    """Skips drawing, which takes a second, for tests of the text."""
     for name in ("forget_against_retain", "portrait_sheet", "loss_curves"):
         monkeypatch.setattr(plots, name, lambda *_: b"")
 
@@ -157,7 +157,7 @@ def size(png) -> tuple[int, int]:
         return image.size
 
 
-def test_report_says_what_was_forgotten_and_how_we_know(run, undrawn):
+def test_the_report_shows_what_was_forgotten_and_the_evidence(run, undrawn):
     path = report.write(run, IMAGES)
     text = path.read_text()
     assert path == run / "report.md"
@@ -187,8 +187,8 @@ def test_report_shows_the_means_of_open_answers(tmp_path, undrawn):
     assert "| people to forget | 7 | 0.500 (0.250 to 0.750) | 0.500 (0.250 to 0.750) | – |" in text
 
 
-def test_report_of_a_request_without_options(tmp_path, undrawn):
-    """A data set of one's own may have nothing but open questions."""
+def test_report_of_a_data_set_without_options(tmp_path, undrawn):
+    """A user's data set may have only open questions."""
     make_run(tmp_path, chance={})
     results = json.loads((tmp_path / "results.json").read_text())
     free = {name: {"generation_vqa": FREE} for name in ("forget", "retain")}
@@ -198,12 +198,12 @@ def test_report_of_a_request_without_options(tmp_path, undrawn):
     assert "accuracy 42.9 % before" in text and "Chance is" not in text and "Multiple choice" not in text
 
 
-def test_a_request_that_names_nobody_has_cards_of_its_own_for_each_set(tmp_path):
+def test_a_data_set_without_people_has_cards_for_each_set(tmp_path):
     make_run(tmp_path)
     for name in ("vanilla", "unlearned"):
         file = tmp_path / "answers" / f"{name}.jsonl"
         items = [json.loads(line) | {"person": ""} for line in file.read_text().splitlines()]
-        for it in items:  # the forget set is asked freely, with signs that mean something elsewhere
+        for it in items:  # open questions with characters that matplotlib would interpret
             if it["set"] == "forget":
                 it |= {
                     "task": "generation",
@@ -222,7 +222,7 @@ def test_a_request_that_names_nobody_has_cards_of_its_own_for_each_set(tmp_path)
     assert names == {*(f"forget_{i}.png" for i in (1, 2, 3)), *(f"retain_{i}.png" for i in (1, 2, 3, 4))}
 
 
-def test_report_shows_its_plots_and_leaves_nothing_half_written(run):
+def test_report_shows_its_plots_and_leaves_no_temporary_files(run):
     text = report.write(run, IMAGES).read_text()
     shown = re.findall(r"!\[.+\]\((.+)\)", text)
     assert shown == ["report/forget_retain.png", "report/portraits.png", "report/losses.png"]
@@ -231,7 +231,7 @@ def test_report_shows_its_plots_and_leaves_nothing_half_written(run):
     assert not list(run.rglob("*.tmp"))
 
 
-def test_plots_are_the_same_whatever_style_is_set_and_that_style_stays(run, monkeypatch):
+def test_plots_are_independent_of_the_matplotlib_style_and_keep_it(run, monkeypatch):
     report.write(run, IMAGES)
     first = {path.name: path.read_bytes() for path in (run / "report").iterdir()}
     monkeypatch.setitem(matplotlib.rcParams, "font.size", 33.0)
@@ -258,7 +258,7 @@ def test_a_full_disk_leaves_the_old_report(run, undrawn, monkeypatch):
     assert not list(run.rglob("*.tmp"))
 
 
-def test_report_admits_what_went_wrong(tmp_path, undrawn):
+def test_report_shows_incomplete_forgetting_and_changed_text(tmp_path, undrawn):
     right = {**RIGHT, "unlearned": {**RIGHT["unlearned"], "forget": (9, 6)}}
     make_run(tmp_path, right=right, method={"name": "grad_diff", "train": "all"}, manifest=(80, 60))
     text = report.write(tmp_path, IMAGES).read_text()
@@ -285,16 +285,16 @@ def test_a_missing_image_is_an_empty_frame():
     assert size(io.BytesIO(plots.portrait_sheet({"Kept": [card]})))[0] > 300
 
 
-def test_repeated_steps_count_once_and_the_last_time(run, undrawn, monkeypatch):
-    seen = []
-    monkeypatch.setattr(plots, "loss_curves", lambda rows: seen.extend(rows) or b"")
+def test_the_last_row_of_a_repeated_step_counts(run, undrawn, monkeypatch):
+    rows = []
+    monkeypatch.setattr(plots, "loss_curves", lambda logged: rows.extend(logged) or b"")
     with (run / "train" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 40, "forget_loss": 0.5}\n{"step": 60, "forg')  # a resume, then a kill in mid-line
+        file.write('{"step": 40, "forget_loss": 0.5}\n{"step": 60, "forg')  # a resume, then a kill within a line
     report.write(run, IMAGES)
-    assert [(row["step"], row["forget_loss"]) for row in seen] == [(20, 1 / 20), (40, 0.5), (60, 1 / 60)]
+    assert [(row["step"], row["forget_loss"]) for row in rows] == [(20, 1 / 20), (40, 0.5), (60, 1 / 60)]
 
 
-def test_cards_show_the_first_people_in_turn(tmp_path):
+def test_cards_show_one_question_of_each_of_the_first_people(tmp_path):
     records = {
         model: [item(name, n, "vqa", name == "retain" or model == "vanilla") for name in PEOPLE for n in range(N)]
         for model in ("vanilla", "unlearned")
@@ -304,7 +304,7 @@ def test_cards_show_the_first_people_in_turn(tmp_path):
     forgotten, kept = report.cards(view.Run(results, records), IMAGES).values()
     assert [card.title for card in forgotten] == ["person 001", "person 002", "person 003"]
     assert [card.title for card in kept] == ["person 004", "person 005", "person 006", "person 007"]
-    # The second person's second question is number 4, and its true answer the first option.
+    # The second question of the second person is number 4, and its true answer is the first option.
     card = forgotten[1]
     assert (card.truth, card.vanilla, card.unlearned) == ("baker", ("baker", True), ("pilot", False))
     assert all(card.unlearned == (card.truth, True) for card in kept)
@@ -334,13 +334,13 @@ def test_report_shows_relearning_and_draws_it(tmp_path):
     assert min(size(tmp_path / "report" / "relearning.png")) > 300
 
 
-def test_a_report_without_attacks_says_nothing_of_them(run, undrawn):
+def test_a_report_without_attacks_does_not_mention_them(run, undrawn):
     text = report.write(run, IMAGES).read_text()
     assert "## Attacks" not in text and "Relearning" not in text
     assert not (run / "report" / "relearning.png").exists()
 
 
-def test_a_model_made_elsewhere_is_not_reported_as_trained_here(tmp_path, undrawn):
+def test_an_audited_model_is_not_reported_as_trained_here(tmp_path, undrawn):
     results = make_run(tmp_path)
     del results["trainable"]
     results["meta"]["config"]["stage"] = "audit"
@@ -357,7 +357,7 @@ def test_letters_are_followed_by_their_option(prediction, shown):
     assert report.answer_text({"prediction": prediction, "options": OPTIONS}) == shown
 
 
-def test_runs_stand_in_one_table_seeds_of_one_config_together(tmp_path, capsys):
+def test_runs_are_in_one_table_with_seeds_of_one_config_averaged(tmp_path, capsys):
     worse = {**RIGHT, "unlearned": {**RIGHT["unlearned"], "forget": (6, 12)}}
     make_run(tmp_path / "vkd-0", seed=0)
     make_run(tmp_path / "vkd-1", seed=1, right=worse)
@@ -371,7 +371,7 @@ def test_runs_stand_in_one_table_seeds_of_one_config_together(tmp_path, capsys):
     assert cells[2][2].startswith("50.0 (")
 
 
-def test_runs_of_different_configs_stand_apart(tmp_path):
+def test_runs_of_different_configs_have_their_own_rows(tmp_path):
     make_run(tmp_path / "a", method={"name": "vkd", "train": "visual", "distance": "mse"})
     make_run(tmp_path / "b", seed=1, method={"name": "vkd", "train": "visual", "distance": "cosine"})
     groups = comparison.by_label([tmp_path / "a", tmp_path / "b"])
@@ -379,7 +379,7 @@ def test_runs_of_different_configs_stand_apart(tmp_path):
 
 
 @pytest.mark.parametrize("break_it", ["missing", "torn", "protocol", "twice", "tuned"])
-def test_runs_that_do_not_compare_are_refused(run, tmp_path, break_it, capsys):
+def test_runs_that_cannot_be_compared_are_rejected(run, tmp_path, break_it, capsys):
     other = tmp_path / "other"
     make_run(other, seed=1)
     message = {

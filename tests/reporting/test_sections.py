@@ -1,4 +1,4 @@
-"""The sections of report.md: values worked by hand, golden text, and text from data that is shown as text."""
+"""The sections of report.md: values by hand, golden text, and escaped text from data."""
 
 import dataclasses
 import re
@@ -16,7 +16,7 @@ SETS = (
     MeasuredSet("retain", "retain", "people to retain", "retain", people=3),
     MeasuredSet("test", "forget_holdout", "people to forget, other images", "test", people=2),
 )
-INTERVALS = {  # Wilson's, of correct answers to 20 questions
+INTERVALS = {  # Wilson intervals of correct answers to 20 questions
     0: (0.0, 0.161), 1: (0.009, 0.236), 2: (0.028, 0.301), 3: (0.052, 0.360), 4: (0.081, 0.416), 5: (0.112, 0.469),
     6: (0.145, 0.519), 8: (0.219, 0.613), 9: (0.258, 0.658), 11: (0.342, 0.742), 18: (0.699, 0.972), 19: (0.764, 0.991),
     20: (0.839, 1.0),
@@ -89,7 +89,7 @@ def shown(name, run):
 )
 def test_text_is_escaped(text, escaped):
     assert report.escape(text) == escaped
-    assert report.escape(report.escape(text)) == escaped  # once is enough
+    assert report.escape(report.escape(text)) == escaped  # escaping is idempotent
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ HOSTILE = "</details><script>|`**x**`\n\n# [y](z)"
 
 
 def test_hostile_text_changes_no_section():
-    """Whatever a benchmark, a folder, a commit or a stage is called, the page has the same headings and tables."""
+    """Names of benchmarks, folders, commits and stages do not change the headings and tables of the page."""
 
     def page(name):
         cells = tuple(AttackCell(model, name, 0.5, 2, 0.25, 0.75, variant=name) for model in MODELS)
@@ -133,7 +133,7 @@ def test_hostile_text_changes_no_section():
     assert "&lt;script&gt;\\|\\`\\*\\*x\\*\\*\\` \\# \\[y\\](z)" in hostile
 
 
-def test_a_value_that_is_missing_is_an_error():
+def test_a_missing_value_is_an_error():
     with pytest.raises(jinja2.UndefinedError, match="command"):
         report.render_section("evidence", {})
 
@@ -150,7 +150,7 @@ def opening(**more):
     return shown("opening", run_of(results_with(**more)))
 
 
-def test_the_opening_explains_its_words_once():
+def test_the_opening_defines_each_term_once():
     text = opening()
     for term in ("vanilla model", "unlearned model", "retain-only model", "forget set", "retain set", "Accuracy"):
         assert text.count(f"**{term}**") == 1, term
@@ -199,8 +199,8 @@ def test_the_opening_compares_with_the_retain_only_model_or_chance(models, forge
 
 
 @pytest.mark.parametrize(("known", "little"), [(20, False), (11, False), (8, True)])
-def test_the_opening_says_when_there_was_little_to_forget(known, little):
-    """Of 20 questions with chance at 25 %: 8 right have an interval from 22 %, 11 right one from 34 %."""
+def test_the_opening_says_if_there_was_little_to_forget(known, little):
+    """With 20 questions and chance at 25 %, the interval of 8 correct answers starts at 22 %, that of 11 at 34 %."""
     assert ("The vanilla model was not better than chance before" in opening(forget=(known, 2, 3))) == little
 
 
@@ -219,7 +219,7 @@ def letters(*predictions):
         (["B", "C", "no idea", ""], "not better than chance before"),
     ],
 )
-def test_answers_without_letters_are_not_taken_for_ignorance(predictions, told):
+def test_answers_without_letters_are_not_taken_as_missing_knowledge(predictions, told):
     results = results_with(forget=(4, 2, 3), meta=meta_of(protocols=("letter",), protocol="letter"))
     run = run_of(results, answers={"vanilla": letters(*predictions)})
     text = shown("opening", run)
@@ -254,7 +254,7 @@ def test_the_opening_says_what_the_vanilla_model_was_trained_on(config, provenan
 # ---- Other sections ----
 
 
-def test_measured_in_full():
+def test_the_section_on_measurements_in_full():
     results = results_with(meta=meta_of(SETS[:2], protocols=("options", "letter")))
     results.models["vanilla"]["forget"]["cloze_qa"] = summary(3, 5)
     assert shown("measured", run_of(results)) == (
@@ -274,7 +274,7 @@ def test_measured_in_full():
     )
 
 
-def test_accuracy_in_full():
+def test_the_section_on_accuracy_in_full():
     assert shown("accuracy", run_of()) == (
         "## Accuracy\n\n"
         "Each cell: accuracy, (correct answers / questions), and the 95 % interval of the accuracy (%).\n\n"
@@ -298,7 +298,7 @@ def test_accuracy_in_full():
         (MODELS, "no question of the forget set has"),
     ],
 )
-def test_forget_quality_that_was_not_measured_says_why(models, told):
+def test_missing_forget_quality_is_explained(models, told):
     text = shown("quality", run_of(results_with(models=models)))
     assert told in text and ("--config.model.retain_only=DIR" in text) == (models is TWO)
     assert "Model utility" not in text and "| --- |" not in text
@@ -333,7 +333,7 @@ def test_intervals_over_people_say_so():
 
 
 def attempt(correct, variant="", attacker=None, share=None, set_name="forget", **more):
-    """The cells of the three models: correct answers to 20 questions."""
+    """The cells of the three models, from correct answers to 20 questions."""
     recovery = (None, 0.25, -0.1) if attacker else (None,) * 3
     return tuple(
         AttackCell(
@@ -408,7 +408,7 @@ def test_each_attack_has_a_table_of_all_models():
 
 
 def test_the_opening_has_a_sentence_on_relearning():
-    """About the stronger of two attackers that have a fifth of the forget set."""
+    """It is about the stronger of two attackers with 20 % of the forget set."""
     assert (
         "- Relearning: after fine-tuning all weights on 20 % of the forget set, the unlearned model answered "
         "**45.0 %** of the other questions correctly (25.8 to 65.8); the retain-only model after the same attack "
@@ -424,7 +424,7 @@ def test_the_opening_has_a_sentence_on_relearning():
 
 
 def test_the_opening_has_the_strongest_attempt_of_each_other_attack():
-    """On the forget set itself; an attack without figures from before it, as membership, has no sentence."""
+    """Only the forget set counts; an attack without unchanged variant, such as membership, has no sentence."""
     assert (
         "under attack**\n\n- Prompts: accuracy on the forget set at most 20.0 % (role play; 8.1 to 41.6), without the "
         "attack 10.0 %.\n- All attacks"
@@ -435,7 +435,7 @@ def test_a_run_without_attacks_has_no_section_of_them():
     assert view.attacks(run_of()) is None
 
 
-def test_an_attack_that_had_nothing_to_ask_says_so():
+def test_an_attack_without_questions_says_so():
     names = ("membership", "leak", "probe", "prompts")
     text = attacks_of(models=TWO, **{name: AttackResults(name, "About.") for name in names})
     assert "Not measured: the data has no people whom no model ever saw." in text and "held_out=DIR" in text

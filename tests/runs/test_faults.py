@@ -20,9 +20,9 @@
 6. Perturbed losses averaged over the whole set instead of per item:
     evaluation/test_evaluate.py::test_truth_ratios_are_per_item
 7. Captions generated without pixel values:
-    evaluation/test_inference.py::test_generation_sees_the_pixels
+    evaluation/test_inference.py::test_generated_answers_depend_on_the_pixels
 8. ROUGE of the wrong answers, because a loop reused a variable:
-    evaluation/test_evaluate.py::test_written_answers_are_compared_with_their_own_truth
+    evaluation/test_evaluate.py::test_open_answers_are_compared_with_their_true_answer
     evaluation/test_evaluate.py::test_each_prediction_is_judged_by_its_own_answer
 9. A forget step's exceptions swallowed:
     runs/test_faults.py::test_what_fails_in_a_step_stops_the_run
@@ -36,7 +36,7 @@
     runs/test_faults.py::test_all_576_image_tokens_of_llava_fit
 12. Few-shot prompts that make LLaVA emit garbage:
     runs/test_faults.py::test_no_config_shows_worked_examples_unless_asked
-    evaluation/test_inference.py::test_a_worked_example_is_an_earlier_turn
+    evaluation/test_inference.py::test_a_worked_example_is_an_earlier_turn_of_the_conversation
 13. A target model that had barely learned the people, so that nothing was there to forget:
     runs/test_pipeline.py::test_results_hold_both_models_with_counts
     runs/test_pipeline.py::test_one_command_goes_from_the_base_to_the_report

@@ -86,13 +86,15 @@ class Probe(Section):
         return base.accuracy(records)
 
 
-def split(asked: Mapping[str, Sequence[Example]], sets: Sequence[EvalSet]) -> tuple[list[SetExample], list[SetExample]]:
+def split(
+    questions: Mapping[str, Sequence[Example]], sets: Sequence[EvalSet]
+) -> tuple[list[SetExample], list[SetExample]]:
     """Training images of all people, and test images of the same people, each with the name of its set.
 
     If a benchmark has no holdout images of the people to forget, every fourth image of each of them is a test image.
     """
     by_role = {
-        role: [(s.name, e) for s in sets if s.role is role for e in _one_per_image(asked.get(s.name, ()))]
+        role: [(s.name, e) for s in sets if s.role is role for e in _one_per_image(questions.get(s.name, ()))]
         for role in Role
     }
     train, test = by_role[Role.FORGET] + by_role[Role.RETAIN], by_role[Role.FORGET_HOLDOUT]

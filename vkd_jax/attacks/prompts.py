@@ -61,7 +61,7 @@ class Prompts(Section):
         """
         questions = base.questions(subject, Role.FORGET)
         records = [base.attack_record(UNCHANGED, r) for r in subject.unattacked(questions)]
-        asked = {
+        sets = {
             (variant, name): [
                 dataclasses.replace(e, question=getattr(self, variant).replace(PLACEHOLDER, e.question))
                 for e in examples
@@ -70,7 +70,7 @@ class Prompts(Section):
             for name, examples in questions.items()
         }
         try:
-            answers = subject.ask_sets(subject.model, asked)
+            answers = subject.ask_sets(subject.model, sets)
         except UserError as error:
             tokenizer = subject.model.processor.tokenizer
             longest = max(self.VARIANTS, key=lambda field: len(tokenizer(getattr(self, field))["input_ids"]))

@@ -79,18 +79,18 @@ class Rephrase(Section):
         questions = base.questions(subject, Role.FORGET)
         records = [base.attack_record(UNCHANGED, r) for r in subject.unattacked(questions)]
         images = {e.image_id: e.image for examples in questions.values() for e in examples}
-        asked = {}
+        sets = {}
         for variant, change in self.changes().items():
             copies = {
                 image_id: changed(data, change, rng(subject.seed, f"rephrase/{variant}/{image_id}"))
                 for image_id, data in images.items()
             }
             for name, examples in questions.items():
-                asked[variant, name] = [
+                sets[variant, name] = [
                     dataclasses.replace(e, image=copies[e.image_id], image_id=f"{e.image_id}/{variant}")
                     for e in examples
                 ]
-        answers = subject.ask_sets(subject.model, asked)
+        answers = subject.ask_sets(subject.model, sets)
         return records + [base.attack_record(r["set"][0], r | {"set": r["set"][1]}) for r in answers]
 
     def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:

@@ -81,8 +81,10 @@ def evaluate(
     records = []
     for i, (name, example) in enumerate(items):
         choice = example.task == "classification"
-        for number, how in enumerate(protocols if choice else (example.task,)):
-            verdict = _chosen(example, scores[i]) if choice and how == "options" else _judged(example, texts[i])
+        for number, record_protocol in enumerate(protocols if choice else (example.task,)):
+            verdict = (
+                _chosen(example, scores[i]) if choice and record_protocol == "options" else _judged(example, texts[i])
+            )
             worked_example = {"worked_example": batch.worked[i].id} if shots else {}
             records.append(
                 {
@@ -95,7 +97,7 @@ def evaluate(
                     "answer": example.answer,
                     "options": list(example.options),
                     "image_id": example.image_id,
-                    "protocol": how,
+                    "protocol": record_protocol,
                     **worked_example,
                     **verdict,
                     **(likelihoods[i] if number == 0 else {}),

@@ -16,35 +16,35 @@ from vkd_jax.types import EvalSet, Role, UserError
 KEEP = 0.95  # a method keeps if its accuracy is at least this share of the vanilla model's
 RELEARNED_SHARE = 0.2  # of the forget questions; tables show the recovery for the nearest share
 
-Asked = Mapping[str, Iterable[str]]  # the kinds of question of each set
+Kinds = Mapping[str, Iterable[str]]  # the kinds of question of each set
 Keys = list[tuple[EvalSet, str]]  # sets and kinds of question
 
 
-def forgotten_keys(sets: Iterable[EvalSet], asked: Asked) -> Keys:
+def forgotten_keys(sets: Iterable[EvalSet], kinds: Kinds) -> Keys:
     """Measures of forgetting: questions with an image about the people to forget; text-only if a set has no image."""
-    keys = [(s, _kind(asked, s, "vqa") or _kind(asked, s, "qa")) for s in sets if s.role.forgets]
+    keys = [(s, _kind(kinds, s, "vqa") or _kind(kinds, s, "qa")) for s in sets if s.role.forgets]
     return [(s, kind) for s, kind in keys if kind]
 
 
-def kept_image_keys(sets: Iterable[EvalSet], asked: Asked) -> Keys:
+def kept_image_keys(sets: Iterable[EvalSet], kinds: Kinds) -> Keys:
     """What a method must keep: questions with an image of all other sets; text-only if a set has no image."""
-    keys = [(s, _kind(asked, s, "vqa") or _kind(asked, s, "qa")) for s in sets if not s.role.forgets]
+    keys = [(s, _kind(kinds, s, "vqa") or _kind(kinds, s, "qa")) for s in sets if not s.role.forgets]
     return [(s, kind) for s, kind in keys if kind]
 
 
-def kept_text_keys(sets: Iterable[EvalSet], asked: Asked) -> Keys:
+def kept_text_keys(sets: Iterable[EvalSet], kinds: Kinds) -> Keys:
     """Text-only knowledge that a method must keep: of the people to forget, by name, and of those to retain."""
     keys: dict[tuple[EvalSet, str], None] = {}
     for eval_set in sets:
-        if kind := _kind(asked, eval_set, "qa") if eval_set.role in (Role.FORGET, Role.RETAIN) else None:
+        if kind := _kind(kinds, eval_set, "qa") if eval_set.role in (Role.FORGET, Role.RETAIN) else None:
             keys[eval_set, kind] = None
-            if eval_set.role is Role.FORGET and "generation_qa" in asked[eval_set.name]:
+            if eval_set.role is Role.FORGET and "generation_qa" in kinds[eval_set.name]:
                 keys[eval_set, "generation_qa"] = None
     return list(keys)
 
 
-def _kind(asked: Asked, eval_set: EvalSet, modality: str) -> str | None:
-    return main_kind(asked.get(eval_set.name, ()), modality)
+def _kind(kinds: Kinds, eval_set: EvalSet, modality: str) -> str | None:
+    return main_kind(kinds.get(eval_set.name, ()), modality)
 
 
 def judged(results: RunResults) -> dict[str, float]:
@@ -96,19 +96,19 @@ def keeps(row: Mapping[str, Any], before: Mapping[str, Any], sets: Iterable[Eval
     """
     ours, theirs, sets = row["sets"], before["sets"], list(sets)
     images, texts = (
-        [f"{s.name}/{kind}" for s, kind in keys(sets, asked_in(before))] for keys in (kept_image_keys, kept_text_keys)
+        [f"{s.name}/{kind}" for s, kind in keys(sets, kinds_in(before))] for keys in (kept_image_keys, kept_text_keys)
     )
     images_kept = all(ours[key]["mean"] >= KEEP * theirs[key]["mean"] for key in images)
     return images_kept and all(ours[key]["mean"] >= theirs[key]["low"] for key in texts)
 
 
-def asked_in(row: Mapping[str, Any]) -> dict[str, list[str]]:
+def kinds_in(row: Mapping[str, Any]) -> dict[str, list[str]]:
     """The kinds of question of each set for which a row of `collect` has figures."""
-    asked: dict[str, list[str]] = {}
+    kinds: dict[str, list[str]] = {}
     for key in row["sets"]:
         name, _, kind = key.rpartition("/")
-        asked.setdefault(name, []).append(kind)
-    return asked
+        kinds.setdefault(name, []).append(kind)
+    return kinds
 
 
 def sets_of(comparison: Mapping[str, Any]) -> list[MeasuredSet]:

@@ -11,24 +11,24 @@ from vkd_jax.types import EvalSet, Role
 MARKERS = "osD^v<>PXph8"
 
 
-def pareto(found: Mapping[str, Any]) -> bytes:
+def pareto(results: Mapping[str, Any]) -> bytes:
     """Plots accuracy on the forget set (horizontal) against accuracy that must be kept (vertical), in two panels.
 
     The left panel has the smallest accuracy of all sets that must be kept, with an image; the right panel has the
     text-only accuracy on the forget set. Whiskers are 95 % intervals. The retain-only model marks the ideal.
     """
-    sets, asked = comparison.sets_of(found), comparison.asked_in(found["rows"][0])
-    forget, *_ = comparison.forgotten_keys(sets, asked)
-    kept = comparison.kept_image_keys(sets, asked)
-    texts = [key for key in comparison.kept_text_keys(sets, asked) if key[0].role is Role.FORGET][-1:]
+    sets, kinds = comparison.sets_of(results), comparison.kinds_in(results["rows"][0])
+    forget, *_ = comparison.forgotten_keys(sets, kinds)
+    kept = comparison.kept_image_keys(sets, kinds)
+    texts = [key for key in comparison.kept_text_keys(sets, kinds) if key[0].role is Role.FORGET][-1:]
     with plots.drawing(11.0, 5.2) as (figure, png):
         margins = plots.margins_of(figure, left=0.6, right=0.15, bottom=1.35, top=0.35)
         image, text = figure.subplots(1, 2, gridspec_kw=margins)
-        _points(image, found, forget, kept)
+        _points(image, results, forget, kept)
         image.set(ylabel=f"smallest of {', '.join(names.short_name(*key) for key in kept)} (%)", title="with image")
-        _points(text, found, forget, texts)
+        _points(text, results, forget, texts)
         text.set(ylabel=f"{', '.join(names.short_name(*key) for key in texts)} (%)", title="text only")
-        chance = found["meta"]["chance"].get(forget[0].name, {}).get(forget[1])
+        chance = results["meta"]["chance"].get(forget[0].name, {}).get(forget[1])
         for axes in (image, text):
             axes.set(xlabel=f"{names.short_name(*forget)} (%)", xlim=(-4, 104))
             if chance:
@@ -38,26 +38,26 @@ def pareto(found: Mapping[str, Any]) -> bytes:
     return png.getvalue()
 
 
-def relearning(found: Mapping[str, Any]) -> bytes:
+def relearning(results: Mapping[str, Any]) -> bytes:
     """Plots accuracy on the forget questions that were not relearned by the share that was: one panel per attacker.
 
     Returns b"" if no attack relearned questions.
     """
-    sets, asked = comparison.sets_of(found), comparison.asked_in(found["rows"][0])
-    forget, kind = comparison.forgotten_keys(sets, asked)[0]
+    sets, kinds = comparison.sets_of(results), comparison.kinds_in(results["rows"][0])
+    forget, kind = comparison.forgotten_keys(sets, kinds)[0]
     curves: dict[str, dict[str, dict[float, Mapping]]] = {}
-    for row in found["rows"]:
+    for row in results["rows"]:
         for cell in (cell for cells in row["attacks"].values() for cell in cells):
             if cell["set"] == forget.name and cell.get("unit") == "questions":
                 curves.setdefault(cell["attacker"], {}).setdefault(row["label"], {})[cell["share"]] = cell
     if not curves:
         return b""
-    looks = _looks(found)
+    looks = _looks(results)
     with plots.drawing(5.5 * len(curves), 5.2) as (figure, png):
         margins = plots.margins_of(figure, left=0.6, right=0.15, bottom=1.35, top=0.35)
         panels = figure.subplots(1, len(curves), squeeze=False, sharey=True, gridspec_kw=margins)[0]
         for axes, (attacker, lines) in zip(panels, curves.items(), strict=True):
-            for row in (row for row in found["rows"] if row["label"] in lines):
+            for row in (row for row in results["rows"] if row["label"] in lines):
                 points = {0.0: row["sets"][f"{forget.name}/{kind}"]} | lines[row["label"]]
                 shares = sorted(points)
                 means = [100 * points[share]["mean"] for share in shares]
@@ -71,11 +71,11 @@ def relearning(found: Mapping[str, Any]) -> bytes:
 
 
 def _points(
-    axes: Axes, found: Mapping[str, Any], forget: tuple[EvalSet, str], kept: Sequence[tuple[EvalSet, str]]
+    axes: Axes, results: Mapping[str, Any], forget: tuple[EvalSet, str], kept: Sequence[tuple[EvalSet, str]]
 ) -> None:
     """Draws one marker per row: its accuracy on `forget` against its smallest accuracy on `kept`."""
-    looks = _looks(found)
-    for row in found["rows"]:
+    looks = _looks(results)
+    for row in results["rows"]:
         across, *others = (row["sets"].get(f"{eval_set.name}/{kind}") for eval_set, kind in (forget, *kept))
         up = min((cell for cell in others if cell), key=lambda cell: cell["mean"], default=None)
         if across and up:
@@ -87,10 +87,10 @@ def _points(
             axes.errorbar(*point, **whiskers, **looks[row["label"]], elinewidth=1.0, capsize=2, label=row["label"])
 
 
-def _looks(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _looks(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The color and marker of each row: models without a method are gray, and the marker of VKD is larger."""
     looks = {}
-    for number, row in enumerate(found["rows"]):
+    for number, row in enumerate(results["rows"]):
         color = plots.LINES[number % len(plots.LINES)] if "method" in row else plots.GREY
         size = 10 if row.get("method") == "vkd" else 7
         looks[row["label"]] = {"color": color, "marker": MARKERS[number % len(MARKERS)], "markersize": size}

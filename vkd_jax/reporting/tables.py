@@ -20,28 +20,28 @@ from vkd_jax.results import ATTEMPT_FIELDS, AttackCell
 from vkd_jax.types import Role, UserError
 
 
-def headline(found: Mapping[str, Any]) -> str:
+def headline(results: Mapping[str, Any]) -> str:
     """The table for a front page: accuracy on questions with an image, recovery, and whether the method keeps."""
     columns = [
         (eval_set, kind)
-        for eval_set, kind in _columns(found, comparison.forgotten_keys, comparison.kept_image_keys)
+        for eval_set, kind in _columns(results, comparison.forgotten_keys, comparison.kept_image_keys)
         if eval_set.role is not Role.RETAIN_HOLDOUT
     ]
-    attackers = _attackers(found["rows"])
+    attackers = _attackers(results["rows"])
     heads = [names.heading(*key) for key in columns]
     heads += [names.metric_heading("recovery", attacker) for attacker in attackers]
     lines = [row_of(["method", "trains", *heads, "keeps"]), row_of(["---", "---", *["---:"] * len(heads), "---"])]
-    for row in found["rows"]:
+    for row in results["rows"]:
         cells = _accuracy_cells(row, columns) + _recovery_cells(row, attackers)
-        lines.append(row_of([row["label"], row.get("train", "–"), *cells, _keeps(row, found)]))
-    notes = [_accuracy_note(found, columns), _recovery_note(attackers), _keeps_note(found), _origin(found)]
+        lines.append(row_of([row["label"], row.get("train", "–"), *cells, _keeps(row, results)]))
+    notes = [_accuracy_note(results, columns), _recovery_note(attackers), _keeps_note(results), _origin(results)]
     return "\n".join([*lines, "", " ".join(filter(None, notes))])
 
 
-def keeping(found: Mapping[str, Any]) -> str:
+def keeping(results: Mapping[str, Any]) -> str:
     """What is forgotten and what is kept, with one row for each method."""
-    rows = found["rows"]
-    columns = _columns(found, comparison.forgotten_keys, comparison.kept_image_keys, comparison.kept_text_keys)
+    rows = results["rows"]
+    columns = _columns(results, comparison.forgotten_keys, comparison.kept_image_keys, comparison.kept_text_keys)
     attackers = _attackers(rows)
     compared = any(run["ks"] is not None for row in rows for run in row["runs"])  # with a retain-only model
     heads = [names.heading(*key) for key in columns]
@@ -55,23 +55,23 @@ def keeping(found: Mapping[str, Any]) -> str:
         cells += _recovery_cells(row, attackers)
         seconds = _mean([run.get("seconds") for run in row["runs"]], 0)
         memory = _mean([run["bytes"] / 2**20 for run in row["runs"] if run.get("bytes")], 1)
-        lines.append(row_of([row["label"], row.get("train", "–"), *cells, _keeps(row, found), seconds, memory]))
+        lines.append(row_of([row["label"], row.get("train", "–"), *cells, _keeps(row, results), seconds, memory]))
     distance = "KS: distance between the truth ratios of this and of the retain-only model (Kolmogorov-Smirnov)."
     notes = [
-        _accuracy_note(found, columns),
+        _accuracy_note(results, columns),
         distance * compared,
         _recovery_note(attackers),
-        _keeps_note(found),
+        _keeps_note(results),
         "Seconds: preparation and training, mean over seeds. MiB: memory of a training step, by the compiler.",
-        _origin(found),
+        _origin(results),
     ]
     return "\n".join([*lines, "", " ".join(filter(None, notes))])
 
 
-def _columns(found: Mapping[str, Any], *choices: Callable[..., comparison.Keys]) -> comparison.Keys:
+def _columns(results: Mapping[str, Any], *choices: Callable[..., comparison.Keys]) -> comparison.Keys:
     """The sets with a kind of question each that some functions of `comparison` choose, each once."""
-    sets, asked = comparison.sets_of(found), comparison.asked_in(found["rows"][0])
-    return list(dict.fromkeys(key for choose in choices for key in choose(sets, asked)))
+    sets, kinds = comparison.sets_of(results), comparison.kinds_in(results["rows"][0])
+    return list(dict.fromkeys(key for choose in choices for key in choose(sets, kinds)))
 
 
 def _attackers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -97,19 +97,19 @@ def _recovery_cells(row: Mapping[str, Any], attackers: Mapping[str, float]) -> l
     ]
 
 
-def _keeps(row: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+def _keeps(row: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     if "method" not in row:
         return "–"
-    return "yes" if comparison.keeps(row, found["rows"][0], comparison.sets_of(found)) else "no"
+    return "yes" if comparison.keeps(row, results["rows"][0], comparison.sets_of(results)) else "no"
 
 
-def attacks(found: Mapping[str, Any]) -> str:
+def attacks(results: Mapping[str, Any]) -> str:
     """Accuracy under attack, with one row for each attempt and one column for each method."""
-    rows, sets = [row for row in found["rows"] if row["attacks"]], comparison.sets_of(found)
+    rows, sets = [row for row in results["rows"] if row["attacks"]], comparison.sets_of(results)
     table: dict[str, dict[str, Mapping]] = {}
     for row in rows:
         for attack, cells in row["attacks"].items():
-            variants = found["meta"]["attacks"][attack]["variants"]
+            variants = results["meta"]["attacks"][attack]["variants"]
             for cell in cells:
                 fields = {name: cell[name] for name in ("set", *ATTEMPT_FIELDS) if name in cell}
                 tried = names.attempt(AttackCell(model=row["name"], mean=0.0, n=0, **fields), variants, sets)
@@ -118,13 +118,13 @@ def attacks(found: Mapping[str, Any]) -> str:
     return numeric_table(["attack", *(row["label"] for row in rows)], lines)
 
 
-def tuning(found: Mapping[str, Any]) -> str:
+def tuning(results: Mapping[str, Any]) -> str:
     """The settings that each method was tuned with, on people who are not in the other tables."""
     lines = [
         row_of(["method", "settings", "forgot ↓", "kept ↑", ""]),
         row_of(["---", "---", "---:", "---:", "---"]),
     ]
-    for row in found["rows"]:
+    for row in results["rows"]:
         chosen = comparison.best(row.get("trials", ()))
         for trial in row.get("trials", ()):
             cells = [_percent(trial.get("forgot")), _percent(trial.get("kept")), "chosen" if trial is chosen else ""]
@@ -132,12 +132,12 @@ def tuning(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plans(found: Sequence[Mapping[str, Any]]) -> str:
+def plans(results: Sequence[Mapping[str, Any]]) -> str:
     """What a training step requires on TPUs, with one row for each model and slice."""
     heads = ["model", "slice", "weights in", "fsdp × tensor", "rows a step", "GiB a chip", "fits", "TFLOP a step"]
     heads += ["ms at least", "bound by", "ms by cycles", "rows a second", "chip-hours", "GiB sent a step"]
     lines = [row_of(heads), row_of([*["---"] * 5, "---:", "---", *["---:"] * 2, "---", *["---:"] * 4])]
-    for row in found:
+    for row in results:
         name = [row["model_name"], row["slice"]]
         if "error" in row:
             lines.append(row_of([*name, *["–"] * 4, f"no: {row['error']}", *["–"] * 7]))
@@ -166,8 +166,8 @@ def plans(found: Sequence[Mapping[str, Any]]) -> str:
             f"{step['flops_total'] / 1e12:,.1f}",
         ]
         lines.append(row_of([*name, *cells, *speed]))
-    known = [row for row in found if "error" not in row]
-    commits = ", ".join(sorted({short_commit(row) for row in found}))
+    known = [row for row in results if "error" not in row]
+    commits = ", ".join(sorted({short_commit(row) for row in results}))
     examples = ", ".join(sorted({f"{row['run']['examples']:,}" for row in known}))
     tokens = ", ".join(f"{name} {n}" for name, n in {row["model_name"]: row["tokens"] for row in known}.items())
     compiling = sum(step["compiler"]["seconds"] for row in known for step in row["steps"].values())
@@ -180,9 +180,9 @@ def plans(found: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def chip_hours(found: Sequence[Mapping[str, Any]]) -> str:
+def chip_hours(results: Sequence[Mapping[str, Any]]) -> str:
     """The chip-hours of training on each slice, from `plans`, with one row for each model."""
-    rows = {(row["model_name"], row["slice"]): row for row in found}
+    rows = {(row["model_name"], row["slice"]): row for row in results}
     slices = [*dict.fromkeys(name for _, name in rows)]
     models = dict.fromkeys(model for model, _ in rows)
     lines = [[model, *(_cost(rows.get((model, name))) for name in slices)] for model in models]
@@ -223,15 +223,15 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
 }
 
 
-def document(found: Mapping[str, Any]) -> str:
+def document(results: Mapping[str, Any]) -> str:
     """A page with all tables of a comparison."""
-    parts = ["# Methods compared", keeping(found)]
-    if any(row["attacks"] for row in found["rows"]):
-        parts += ["## Under attack", attacks(found)]
-    if any(row.get("trials") for row in found["rows"]):
-        parts += ["## How each method was tuned", tuning(found)]
-    if found["failures"]:
-        parts += ["## What failed", "\n".join(f"- {name}: {why}" for name, why in found["failures"].items())]
+    parts = ["# Methods compared", keeping(results)]
+    if any(row["attacks"] for row in results["rows"]):
+        parts += ["## Under attack", attacks(results)]
+    if any(row.get("trials") for row in results["rows"]):
+        parts += ["## How each method was tuned", tuning(results)]
+    if results["failures"]:
+        parts += ["## What failed", "\n".join(f"- {name}: {why}" for name, why in results["failures"].items())]
     return "\n\n".join(parts) + "\n"
 
 
@@ -253,17 +253,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return markers.refresh(pages, TABLES, "table", "python -m vkd_jax.reporting.tables", options.check)
 
 
-def _accuracy_note(found: Mapping[str, Any], columns: comparison.Keys) -> str:
+def _accuracy_note(results: Mapping[str, Any], columns: comparison.Keys) -> str:
     """Protocol, intervals, seeds, numbers of questions and chance."""
-    first = found["rows"][0]
+    first = results["rows"][0]
     cells = [(eval_set, kind, first["sets"][f"{eval_set.name}/{kind}"]) for eval_set, kind in columns]
     counts = "; ".join(f"{names.short_name(eval_set, kind)} {_count(cell)}" for eval_set, kind, cell in cells)
     resampled = "people" if any(cell.get("people") for _, _, cell in cells) else "questions"
-    seeds = max(len(row["runs"]) for row in found["rows"])
-    eval_set, kind = _columns(found, comparison.forgotten_keys)[0]
-    chance = found["meta"]["chance"].get(eval_set.name, {}).get(kind)
+    seeds = max(len(row["runs"]) for row in results["rows"])
+    eval_set, kind = _columns(results, comparison.forgotten_keys)[0]
+    chance = results["meta"]["chance"].get(eval_set.name, {}).get(kind)
     return (
-        f"Accuracy (%) under the protocol `{found['meta']['protocol']}`, with 95 % bootstrap intervals over "
+        f"Accuracy (%) under the protocol `{results['meta']['protocol']}`, with 95 % bootstrap intervals over "
         f"{resampled} and seeds ({seeds} seed{'s' * (seeds > 1)}). Questions: {counts}."
         + (f" Chance is {100 * chance:.0f} on the forget set." if chance else "")
     )
@@ -280,9 +280,9 @@ def _recovery_note(attackers: Mapping[str, float]) -> str:
     )
 
 
-def _keeps_note(found: Mapping[str, Any]) -> str:
+def _keeps_note(results: Mapping[str, Any]) -> str:
     images, texts = (
-        "; ".join(names.short_name(*key) for key in _columns(found, choose))
+        "; ".join(names.short_name(*key) for key in _columns(results, choose))
         for choose in (comparison.kept_image_keys, comparison.kept_text_keys)
     )
     return (
@@ -292,8 +292,8 @@ def _keeps_note(found: Mapping[str, Any]) -> str:
     )
 
 
-def _origin(found: Mapping[str, Any]) -> str:
-    return f"Commit {', '.join(commit[:7] for commit in found['meta']['commits'])}; `{found['meta']['command']}`"
+def _origin(results: Mapping[str, Any]) -> str:
+    return f"Commit {', '.join(commit[:7] for commit in results['meta']['commits'])}; `{results['meta']['command']}`"
 
 
 def _count(cell: Mapping[str, Any]) -> str:
@@ -311,9 +311,9 @@ def row_of(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def short_commit(found: Mapping[str, Any]) -> str:
+def short_commit(results: Mapping[str, Any]) -> str:
     """The first seven digits of the commit of some results, and whether the clone had changes."""
-    head, _, changes = found["commit"].partition("+")
+    head, _, changes = results["commit"].partition("+")
     return head[:7] + (changes and " with changes")
 
 

@@ -328,6 +328,7 @@ def small(get_config, request_folders, tiny_folder):
 def test_a_whole_comparison_resumes(small, tmp_path, monkeypatch):
     out = sweep.run(small, tmp_path, workers=1)
     assert out["failures"] == {} and json.loads((tmp_path / "comparison.json").read_text()) == out
+    assert out["meta"]["command"] == "called from Python: vkd_jax.runs.sweep.run"
     assert [r["name"] for r in out["rows"]] == ["vanilla", "manu"]
     assert len(out["rows"][1]["trials"]) == 2 and out["rows"][1]["runs"][0]["seed"] == 3
     assert "leak" in out["rows"][1]["attacks"]

@@ -103,6 +103,7 @@ def test_results_hold_both_models_with_counts(vkd):
     assert results == json.loads((vkd.path / "results.json").read_text())
     meta = results["meta"]
     assert {"command", "config", "seed", "commit", "versions", "protocol"} <= set(meta)
+    assert meta["command"] == "called from Python: vkd_jax.runs.pipeline.run"  # and not the command line of pytest
     assert meta["config"] == json.loads((vkd.path / "config.json").read_text())
     assert meta["config"]["method"]["beta"] == 0.4 and meta["config"]["method"]["mask_threshold"] is None
     assert set(results["models"]) == {"vanilla", "unlearned"}

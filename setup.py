@@ -1,4 +1,4 @@
-"""Packaging of vkd_jax; the settings of ruff and pytest stand in pyproject.toml."""
+"""Packaging of vkd_jax; pyproject.toml has the settings of ruff and pytest."""
 
 import re
 from pathlib import Path
@@ -8,13 +8,13 @@ import setuptools
 HERE = Path(__file__).parent
 INIT = (HERE / "vkd_jax" / "__init__.py").read_text(encoding="utf-8")
 
-# CLU's metric writers import TensorFlow and TensorBoard and declare neither. TensorFlow's smaller CPU build
-# is enough, where it exists.
+# CLU's metric writers import TensorFlow and TensorBoard without declaring them. TensorFlow's smaller CPU build suffices
+# on the platforms that have it.
 LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 NOT_LINUX_X86 = "sys_platform != 'linux' or platform_machine != 'x86_64'"
 
-# torch comes first: it is the build that the parity figures were made with, and nothing may pull another. The tests
-# that compare with PyTorch run on Python 3.11 and are skipped on newer ones.
+# torch is first, so that no other package selects another version than the one that the parity tolerances were measured
+# with. Tests that compare with PyTorch run on Python 3.11 and are skipped on newer versions.
 TEST = [
     "torch==2.13.0; python_version < '3.12'",
     "pytest>=8",
@@ -27,13 +27,13 @@ TEST = [
 # The documentation site, which a test builds.
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 
-# Orbax asks a bucket with it whether it has real folders, and does not declare it.
+# Orbax imports it for buckets without declaring it.
 BUCKETS = ["google-cloud-storage>=2.17"]
 
 setuptools.setup(
     name="vkd_jax",
     version=re.search(r'__version__ = "(.+)"', INIT)[1],
-    description="Unlearn people from multimodal language models, in JAX and Flax",
+    description="Visual unlearning of people in multimodal large language models, in JAX and Flax",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -55,16 +55,16 @@ setuptools.setup(
         "tensorboard>=2.20",
         "grain>=0.2.18",
         "tensorflow-datasets>=4.9.10",
-        "importlib-resources>=6",  # tensorflow-datasets reads its files with it and does not declare it
+        "importlib-resources>=6",  # imported by tensorflow-datasets, which does not declare it
         "array-record>=0.8.1; sys_platform != 'win32'",
         "pyarrow>=18",
         "transformers>=5,<6",
         "tokenizers>=0.22",
         "safetensors>=0.6",
         "huggingface-hub>=1.3",
-        "jinja2>=3.1",  # the report's templates; transformers renders chat templates with it and does not declare it
+        "jinja2>=3.1",  # for report templates; transformers needs it for chat templates without declaring it
         "markupsafe>=2.1",
-        "pillow>=11",  # the same for its image processors
+        "pillow>=11",  # transformers needs it for image processors without declaring it
         "numpy>=2.1",
         "scipy>=1.14",
         "rouge-score>=0.1.2",

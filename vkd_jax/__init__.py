@@ -1,4 +1,4 @@
-"""Unlearn people from multimodal language models, in JAX."""
+"""Visual unlearning of people in multimodal large language models, in JAX and Flax."""
 
 import os
 
@@ -6,11 +6,12 @@ import jaxlib
 
 __version__ = "0.1.0"
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise, on every run, to install PyTorch
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else every run is advised to install PyTorch
 
-# On several CPU cores XLA's sums over a broadcast are now and then wrong: two threads add to one place, in a library
-# that it calls (tensorflow/tensorflow#126812). The gradient of Qwen's patch embedding, the same for both frames of a
-# still, is such a broadcast, and its norm such a sum. Sums without that library are as fast; XLA reads this once.
+# Workaround for tensorflow/tensorflow#126812: on several CPU cores, reductions over a broadcast in the YNN library of
+# XLA have a data race and are sometimes wrong. One of them is the norm of the gradient of Qwen's patch embedding, which
+# is broadcast to both frames of an image. Reductions without the library are as fast. XLA reads the flag once, so it
+# must be set before JAX is used. Remove this with support for JAX 0.10.
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
-if jaxlib.__version__.startswith("0.10.") and _FLAG not in os.environ.get("XLA_FLAGS", ""):  # others may not know it
+if jaxlib.__version__.startswith("0.10.") and _FLAG not in os.environ.get("XLA_FLAGS", ""):  # XLA rejects unknown flags
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=-LIBRARY_FUSION_TYPE_REDUCE".strip()

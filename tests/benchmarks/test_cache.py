@@ -1,4 +1,4 @@
-"""The data set that a benchmark is built into: nothing is lost, nothing is built twice, nothing answers for another."""
+"""Tests of cached data sets: rows are complete, sets are built once, and changed sources are built again."""
 
 import contextlib
 import dataclasses
@@ -34,11 +34,11 @@ ROWS = {
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """A benchmark that keeps its rows in memory, and counts how often it is read."""
+    """A benchmark with its rows in memory that records each read."""
 
     forget: int = 10
     reads = []
-    held = {"evaluation": ROWS, "finetune": {"finetune_retain": [[example("t/0/0")]]}}
+    parts = {"evaluation": ROWS, "finetune": {"finetune_retain": [[example("t/0/0")]]}}
     version = ["a"]
 
     label = "fixed"
@@ -53,7 +53,7 @@ class Fixed:
     @contextlib.contextmanager
     def rows(self, part):
         self.reads.append(part)
-        yield {name: iter(rows) for name, rows in self.held[part].items()}
+        yield {name: iter(rows) for name, rows in self.parts[part].items()}
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def benchmark(monkeypatch):
     return Fixed()
 
 
-def test_what_is_read_is_what_was_written(benchmark, tmp_path):
+def test_sets_are_read_as_they_were_written(benchmark, tmp_path):
     sets = cache.read(benchmark, tmp_path)
     assert sets == {name: [e for row in rows for e in row] for name, rows in ROWS.items() if rows}
     assert list(sets) == ["forget", "retain"]
@@ -71,7 +71,7 @@ def test_what_is_read_is_what_was_written(benchmark, tmp_path):
     assert type(sets["forget"][0].image) is bytes and type(sets["forget"][0].options) is tuple
 
 
-def test_it_is_built_once_and_fine_tuning_rows_only_when_asked_for(benchmark, tmp_path):
+def test_sets_are_built_once_and_fine_tuning_sets_on_request(benchmark, tmp_path):
     sets = cache.read(benchmark, tmp_path)
     assert benchmark.reads == ["evaluation"]
     assert cache.read(benchmark, tmp_path) == sets and benchmark.reads == ["evaluation"]
@@ -80,7 +80,7 @@ def test_it_is_built_once_and_fine_tuning_rows_only_when_asked_for(benchmark, tm
     assert more == sets | {"finetune_retain": [example("t/0/0")]}
 
 
-def test_another_source_field_or_reader_builds_anew(benchmark, tmp_path, monkeypatch):
+def test_changed_source_field_or_reader_builds_again(benchmark, tmp_path, monkeypatch):
     cache.read(benchmark, tmp_path)
     benchmark.version.append("b")
     cache.read(benchmark, tmp_path)
@@ -101,29 +101,29 @@ def test_fields_are_checked_before_anything_is_read(benchmark, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["forget", "retain"])
-def test_a_set_that_cannot_be_empty(benchmark, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(Fixed, "held", {"evaluation": ROWS | {name: [[]]}})
+def test_empty_forget_or_retain_set_is_an_error(benchmark, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(Fixed, "parts", {"evaluation": ROWS | {name: [[]]}})
     with pytest.raises(UserError, match=f"The {name} set of fixed is empty"):
         cache.read(benchmark, tmp_path)
 
 
 @pytest.mark.parametrize("error", [UserError("row 7 is broken."), KeyboardInterrupt()])
-def test_a_build_that_stops_half_way_leaves_nothing_to_read(benchmark, tmp_path, monkeypatch, error):
+def test_interrupted_build_leaves_no_files(benchmark, tmp_path, monkeypatch, error):
     def broken():
         yield from ROWS["retain"]
         raise error
 
-    monkeypatch.setattr(Fixed, "held", {"evaluation": ROWS | {"retain": broken()}})
+    monkeypatch.setattr(Fixed, "parts", {"evaluation": ROWS | {"retain": broken()}})
     with pytest.raises(type(error)) as raised:
         cache.read(benchmark, tmp_path)
     assert str(raised.value) == str(error)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    monkeypatch.setattr(Fixed, "held", {"evaluation": ROWS})
+    monkeypatch.setattr(Fixed, "parts", {"evaluation": ROWS})
     assert len(cache.read(benchmark, tmp_path)["retain"]) == 300
 
 
 @pytest.mark.parametrize("when", ["before this one begins to write", "while it writes"])
-def test_another_process_may_have_built_it_meanwhile(benchmark, tmp_path, monkeypatch, when):
+def test_another_process_may_build_the_same_set(benchmark, tmp_path, monkeypatch, when):
     def other():
         if len(benchmark.reads) == 1:
             cache.read(benchmark, tmp_path)
@@ -144,7 +144,7 @@ def test_another_process_may_have_built_it_meanwhile(benchmark, tmp_path, monkey
     assert len(benchmark.reads) == 2
 
 
-def test_a_full_disk_is_an_error(benchmark, tmp_path, monkeypatch):
+def test_full_disk_is_an_error(benchmark, tmp_path, monkeypatch):
     def full(self, **_):
         raise OSError(28, "No space left on device")
 
@@ -153,14 +153,14 @@ def test_a_full_disk_is_an_error(benchmark, tmp_path, monkeypatch):
         cache.read(benchmark, tmp_path)
 
 
-def test_building_and_reading_is_silent(benchmark, tmp_path, capfd, caplog):
+def test_building_and_reading_print_nothing(benchmark, tmp_path, capfd, caplog):
     caplog.set_level("INFO")
     cache.read(benchmark, tmp_path)
     cache.read(benchmark, tmp_path)
     assert capfd.readouterr() == ("", "") and caplog.messages == []
 
 
-def test_no_tensorflow(tmp_path, few):
+def test_reading_does_not_import_tensorflow(tmp_path, few):
     code = (
         "import sys; from vkd_jax import benchmarks; assert 'tensorflow_datasets' not in sys.modules\n"
         f"benchmark = benchmarks.create('mllmu', dict(source={str(few)!r}))\n"
@@ -172,7 +172,7 @@ def test_no_tensorflow(tmp_path, few):
     assert run.stdout == "True False\n", run.stderr
 
 
-def test_every_benchmark_is_one(tmp_path):
+def test_registered_benchmarks_have_a_label_and_a_complete_recipe(tmp_path):
     for name in registry.BENCHMARKS:
         benchmark = benchmarks.create(name, {})
         assert name in benchmark.label

@@ -1,4 +1,4 @@
-"""CLEAR, on small snapshots written here in the published schema, and on the one of the made-up people."""
+"""Tests of CLEAR, on small snapshots in the published schema and on the snapshot of the synthetic people."""
 
 import io
 
@@ -36,9 +36,9 @@ def perturbed(name, caption, wrong=("Bea", "Cai"), **columns):
 
 def tofu(*rows):
     """Rows of a +tofu config: (caption, shade) or (question, answer, None)."""
-    pictured = [{k: v for k, v in plain("", *row).items() if k != "name"} for row in rows if len(row) == 2]
+    with_images = [{k: v for k, v in plain("", *row).items() if k != "name"} for row in rows if len(row) == 2]
     texts = [{"image": None, "caption": None, "question": row[0], "answer": row[1]} for row in rows if len(row) == 3]
-    return [row | {"question": None, "answer": None} for row in pictured] + texts
+    return [row | {"question": None, "answer": None} for row in with_images] + texts
 
 
 def write(folder, config, rows, kind=None):
@@ -69,10 +69,10 @@ def read(folder, forget=10, finetune=False):
     return benchmarks.read(benchmark, folder.parent / "built", finetune)
 
 
-# ---- Values worked out by hand ----
+# ---- Values computed by hand ----
 
 
-def test_pictures_are_asked_for_a_caption_and_for_the_name(folder):
+def test_each_image_has_a_caption_question_and_a_name_question(folder):
     forget = read(folder)["forget"]
     assert [(e.id, e.task, e.image, e.answer) for e in forget] == [
         ("forget10/0/image/0", "generation", png(1), "Ada reads."),
@@ -87,14 +87,16 @@ def test_pictures_are_asked_for_a_caption_and_for_the_name(folder):
     assert forget[0].image_id == forget[1].image_id == "forget10/0/0"
 
 
-def test_counterparts_are_found_in_another_order_and_one_is_missing(folder, caplog):
+def test_counterparts_are_matched_in_any_order_and_may_be_missing(folder, caplog):
     forget = read(folder)["forget"]
     assert (forget[0].paraphrase, forget[0].perturbed) == ("again Ada reads.", ("Di: Ada reads.",))
     assert forget[2].perturbed == ("Bea: Ada runs.", "Cai: Ada runs.")
     assert sorted(forget[1].options) == ["Ada", "Di"] and sorted(forget[3].options) == ["Ada", "Bea", "Cai"]
     assert (forget[4].paraphrase, forget[4].perturbed) == ("", ())
-    told = "1 of 3 rows of forget10 have no counterpart in forget10_perturbed; their questions have no wrong answers."
-    assert told in caplog.messages
+    message = (
+        "1 of 3 rows of forget10 have no counterpart in forget10_perturbed; their questions have no wrong answers."
+    )
+    assert message in caplog.messages
 
 
 def test_counterparts_with_other_captions_pair_in_order_within_a_name(folder):
@@ -107,14 +109,14 @@ def test_counterparts_with_other_captions_pair_in_order_within_a_name(folder):
     assert paraphrases == ["", "", "again Al  EATS."]
 
 
-def test_each_of_two_pictures_with_one_caption_has_its_own_counterpart(folder):
+def test_two_images_with_the_same_caption_have_separate_counterparts(folder):
     write(folder, "forget10", [plain("Ada", "Ada reads.", 1), plain("Ada", "Ada reads.", 2)])
     write(folder, "forget10_perturbed", [perturbed("Ada", "Ada reads.", [other]) for other in ("Bea", "Cai")])
     captions = [e for e in read(folder)["forget"] if e.task == "generation" and e.image]
     assert [e.perturbed for e in captions] == [("Bea: Ada reads.",), ("Cai: Ada reads.",)]
 
 
-def test_retained_pictures_are_those_with_options(folder):
+def test_retain_set_has_the_images_with_options(folder):
     retain = read(folder)["retain"]
     assert [(e.id, e.person) for e in retain] == [
         ("retain_perturbed/0/image/0", "Omar Roe"),
@@ -143,11 +145,11 @@ def test_fine_tuning_is_on_the_rows_with_tofu(folder):
         ("forget10+tofu/1/text/0", "Ada", None, "A judge.", "chat"),
     ]
     assert [e.person for e in sets["finetune_retain"]] == ["Omar Roe"] * 4 + [""]
-    asked = {e.question for e in sets["finetune_forget"][:3]}
-    assert len(asked) == 3 and asked < set(clear.CAPTION_QUESTIONS)
+    questions = {e.question for e in sets["finetune_forget"][:3]}
+    assert len(questions) == 3 and questions < set(clear.CAPTION_QUESTIONS)
 
 
-def test_questions_and_places_are_drawn_but_always_the_same(folder, tmp_path):
+def test_questions_and_option_order_are_drawn_deterministically(folder, tmp_path):
     write(folder, "forget10", [plain("Ada", f"Ada {i}.", i) for i in range(60)])
     write(folder, "forget10_perturbed", [perturbed("Ada", f"Ada {i}.") for i in range(60)])
     forget = [e for e in read(folder)["forget"] if e.image]
@@ -168,7 +170,7 @@ def test_the_recipe_and_the_ratios():
 # ---- The oddities of files, and bad ones ----
 
 
-def test_rows_without_picture_or_caption_are_left_out(folder, caplog):
+def test_rows_without_image_or_caption_are_skipped(folder, caplog):
     rows = [plain("Ada", "Ada reads.", 1), plain("Ada", "Ada runs.", None), plain("Ada", None, 2)]
     write(folder, "forget10", rows)
     assert [e.id for e in read(folder)["forget"] if e.image] == ["forget10/0/image/0", "forget10/0/image/1"]
@@ -237,7 +239,7 @@ def test_missing_config_and_column(folder):
         read(folder)
 
 
-# ---- The made-up people ----
+# ---- Synthetic people ----
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ def png(shade):
     return buffer.getvalue()
 
 
-def write(folder, lines, **pictures):
-    """A folder of these lines (dicts or raw texts), and of pictures NAME.png by their shade."""
+def write(folder, lines, **images):
+    """Writes a folder with these lines (dicts or raw texts) and images NAME.png of these shades."""
     folder.mkdir(exist_ok=True)
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     (folder / "metadata.jsonl").write_text("\n".join(texts), encoding="utf-8")
-    for name, shade in pictures.items():
+    for name, shade in images.items():
         (folder / f"{name}.png").write_bytes(png(shade))
     return folder
 
@@ -142,7 +142,7 @@ def test_a_text_that_is_not_utf8(folders):
     fault(folders, "retain/metadata.jsonl cannot be read as UTF-8")
 
 
-def test_nobody_and_no_picture_on_both_sides(folders):
+def test_people_and_images_may_not_be_in_both_folders(folders):
     write(folders / "retain", [GOOD | dict(person="Otto"), GOOD | dict(person="Zoë")])
     fault(folders, "1 people are in both .*forget and .*retain: Zoë; remove them from one of the folders")
     write(folders / "retain", [GOOD | dict(file_name="z.png")], z=1)

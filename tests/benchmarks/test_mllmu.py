@@ -102,7 +102,7 @@ def test_sets(folder):
         assert len({e.id for e in examples}) == len(examples)
 
 
-def test_questions_on_one_picture_share_its_bytes_and_id(folder):
+def test_questions_about_one_image_share_its_bytes_and_id(folder):
     forget = read(folder)["forget"]
     first, second = ([e for e in forget if e.image_id == f"forget_10/{i}/0"] for i in (0, 1))
     assert len(first) == len(second) == 2
@@ -110,12 +110,12 @@ def test_questions_on_one_picture_share_its_bytes_and_id(folder):
     assert first[0].image == png(1) and second[0].image == png(2)
 
 
-def test_text_questions_carry_no_picture(folder):
+def test_text_questions_have_no_image(folder):
     texts = [e for e in read(folder)["forget"] if e.modality == "qa"]
     assert texts and all(e.image is None and e.image_id == "" for e in texts)
 
 
-def test_several_pictures_take_turns(folder):
+def test_questions_alternate_between_several_images(folder):
     asked = [(e.question, e.image) for e in read(folder)["test"] if e.image]
     assert asked == [("What job has this person?", png(4)), ("Who is it?", png(5))]
 
@@ -148,7 +148,7 @@ def test_extra_columns_and_several_shards(folder):
     assert {e.person for e in read(folder)["retain"]} == {"008", "009"}
 
 
-def test_row_without_picture_may_ask_text_questions(folder):
+def test_row_without_image_may_have_text_questions(folder):
     text_only = {"Image_Textual_Questions": None, "Pure_Text_Questions": [choice("Is Mara a pilot?")]}
     write(folder, "Retain_Set", [row("R001"), row("R002", image=None, Classification_Task=text_only,
                                                   Generation_Task=[])])  # fmt: skip
@@ -166,7 +166,7 @@ def test_null_tasks_and_questions_without_text_are_left_out(folder, caplog):
     assert "1 items of retain_90 have no question and are skipped." in caplog.messages
 
 
-def test_picture_lists_as_strings_and_with_nulls(folder):
+def test_image_lists_may_be_strings_and_have_nulls(folder):
     images = [None, {"bytes": png(4), "path": None}]
     write(folder, "Test_Set", [test_row("007") | {"images": images}])
     sets = read(folder)
@@ -184,9 +184,9 @@ def test_right_option_given_as_text(folder):
 # ---- Fine-tuning ----
 
 
-def finetune_row(row_id, picture, *pairs):
+def finetune_row(row_id, image, *pairs):
     metadata = json.dumps([{"Question": q, "Answer": a, "ID": row_id} for q, a in pairs])
-    return {"image": picture and {"bytes": picture, "path": None}, "ID": row_id, "metadata": metadata}
+    return {"image": image and {"bytes": image, "path": None}, "ID": row_id, "metadata": metadata}
 
 
 @pytest.fixture
@@ -305,7 +305,7 @@ def test_missing_column(folder, column):
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:50], lambda data: b"nothing", lambda data: b""])
-def test_corrupt_picture(folder, damage):
+def test_corrupt_image_is_an_error(folder, damage):
     bad = {"bytes": damage(png(8)), "path": None}
     path = write(folder, "retain_90", [row("008"), row("009", image=bad)])
     with pytest.raises(UserError, match=rf"image cannot be decoded .* in row 1 \(ID 009\) of {path}"):

@@ -1,4 +1,4 @@
-"""The made-up people: who they are, what they look like, and the snapshot written about them."""
+"""Tests of the synthetic people: their names and facts, their portraits, and their MLLMU-Bench snapshot."""
 
 import dataclasses
 import hashlib
@@ -72,10 +72,10 @@ def test_another_seed_makes_other_people():
 
 def test_portrait_is_a_function_of_person_and_view():
     person = people.people()[0]
-    picture = people.portrait(person, 0)
-    assert picture.size == (96, 96) and picture.mode == "RGB"
-    assert picture.tobytes() == people.portrait(person, 0).tobytes()
-    assert picture.tobytes() != people.portrait(person, 1).tobytes()
+    portrait = people.portrait(person, 0)
+    assert portrait.size == (96, 96) and portrait.mode == "RGB"
+    assert portrait.tobytes() == people.portrait(person, 0).tobytes()
+    assert portrait.tobytes() != people.portrait(person, 1).tobytes()
     assert people.portrait(person, 0, 48).size == (48, 48)
 
 
@@ -97,7 +97,7 @@ def test_views_differ_in_everything_that_may_vary():
         ("earrings", (False, True)), ("freckles", (False, True)), ("lashes", (False, True)),
     ],
 )  # fmt: skip
-def test_every_identity_feature_shows(feature, values):
+def test_every_identity_feature_is_visible(feature, values):
     look = portraits.Look(
         skin="peach", hair="brown", hair_style="short", eyes="blue", face="oval", garment="dots",
         clothes="blue", accent="red", glasses="round", frames="black", beard="none", hat="none",
@@ -105,21 +105,21 @@ def test_every_identity_feature_shows(feature, values):
     )  # fmt: skip
     view = people.view_of(people.people()[0], 0)
     looks = [dataclasses.replace(look, **{feature: value}) for value in values]
-    pictures = {portraits.draw_portrait(each, view, 48).tobytes() for each in looks}
-    assert len(pictures) == len(values)
+    drawn = {portraits.draw_portrait(each, view, 48).tobytes() for each in looks}
+    assert len(drawn) == len(values)
 
 
-def test_background_colour_is_what_its_name_says():
-    """In the upper corners (never covered) the named colour is the nearest one, in every light."""
-    named = {name: np.array(colour) for name, colour in portraits.BACKGROUNDS.items()}
+def test_background_color_matches_its_name():
+    """The named color is the nearest one to the upper corners, which are never covered, in every light."""
+    named = {name: np.array(color) for name, color in portraits.BACKGROUNDS.items()}
     for person, view in itertools.product(people.people()[:10], range(6)):
         corner = pixels(person, view, 96)[:3, [0, 1, 2, -3, -2, -1]].mean((0, 1))
         nearest = min(named, key=lambda name: np.abs(named[name] - corner).sum())
         assert nearest == people.view_of(person, view).background
 
 
-def test_identity_shows_at_48_pixels_and_view_does_not_hide_it():
-    """The nearest of twenty mean portraits, by pixels of the figure, is mostly the person's own."""
+def test_identity_is_visible_at_48_pixels_in_other_views():
+    """The nearest of twenty mean portraits, by the pixels of the figure, is usually that of the person."""
     figure = np.zeros((48, 48, 1), np.float32)
     figure[8:, 12:36] = 1
     some = people.people()[:20]
@@ -165,7 +165,7 @@ def test_schema_is_the_published_one(snapshot):
     assert "image" not in test_row and len(test_row["images"]) == 4
 
 
-def test_every_person_is_asked_everything(snapshot):
+def test_every_person_has_every_question(snapshot):
     by_person = {}
     for row in rows_of(snapshot, "forget_15"):
         by_person.setdefault(row["ID"], []).append(row)
@@ -177,9 +177,9 @@ def test_every_person_is_asked_everything(snapshot):
         assert len({q["Question"] for t in task for q in t["Pure_Text_Questions"]}) == 6
 
 
-def test_options_hold_the_answer_once_and_answers_are_true(snapshot):
+def test_options_contain_the_true_answer_once(snapshot):
     facts_of = {p.id: {p.name, *p.facts.values()} for p in people.people()}
-    places = []
+    letters = []
     for config in ("forget_15", "retain_90", "Test_Set", "Retain_Set"):
         for row, choice in [(r, choice) for r in rows_of(snapshot, config) for choice in choices_of(r)]:
             options = [text for text in choice["Options"].values() if text is not None]
@@ -187,12 +187,12 @@ def test_options_hold_the_answer_once_and_answers_are_true(snapshot):
             assert options.count(answer) == 1 and len(set(options)) == len(options)
             if config != "Retain_Set":
                 assert answer in facts_of[row["ID"]] and not set(options) - {answer} & facts_of[row["ID"]]
-                places.append(choice["Correct_Answer"])
-    assert all(0.2 < places.count(letter) / len(places) < 0.3 for letter in "ABCD")
+                letters.append(choice["Correct_Answer"])
+    assert all(0.2 < letters.count(letter) / len(letters) < 0.3 for letter in "ABCD")
 
 
-def test_the_questions_that_the_shipped_model_was_taught_stay(snapshot):
-    """Texts, options and forgotten people of seed 0; another digest needs another model."""
+def test_training_texts_of_the_shipped_model_do_not_change(snapshot):
+    """Digest of texts, options and forgotten people of seed 0; a change requires training the shipped models again."""
     assert people.forgotten_ids(6) == {"009", "013", "014", "017", "058", "060"}
     texts = {
         config: [{k: v for k, v in row.items() if k not in ("image", "images")} for row in rows_of(snapshot, config)]
@@ -202,7 +202,7 @@ def test_the_questions_that_the_shipped_model_was_taught_stay(snapshot):
     assert digest == "a8422dec781596e8bf45cc112032ab053e2919a1b9d42f200725336a36e757df"
 
 
-def test_retain_set_names_nobody_and_shows_forgotten_people(snapshot):
+def test_general_set_names_no_person_and_shows_forgotten_people(snapshot):
     rows = rows_of(snapshot, "Retain_Set")
     text = json.dumps([{**row, "image": None} for row in rows])
     assert not any(p.name in text for p in people.people())
@@ -211,7 +211,7 @@ def test_retain_set_names_nobody_and_shows_forgotten_people(snapshot):
     assert buffer in [row["image"]["bytes"] for row in rows]
 
 
-def test_general_knowledge_has_one_answer_and_three_others():
+def test_general_questions_have_one_answer_and_three_wrong_ones():
     assert len(facts.GENERAL_TEXT) == 40 == len({item[0] for item in facts.GENERAL_TEXT})
     for _, *options in facts.GENERAL_TEXT:
         assert len(options) == len(set(options)) == 4
@@ -224,7 +224,7 @@ def test_byte_identical_on_every_run(snapshot, tmp_path):
         assert path.read_bytes() == (snapshot / config / path.name).read_bytes()
 
 
-def test_finetuning_rows_teach_every_question_on_no_test_picture(snapshot, monkeypatch, tmp_path):
+def test_finetuning_rows_have_every_question_and_no_test_image(snapshot, monkeypatch, tmp_path):
     monkeypatch.setattr(mllmu_writer, "FT_GENERAL_IMAGES", 60)
     mllmu_writer.write_snapshot(tmp_path, ["ft_Data"], ft_views=8)
     rows = rows_of(tmp_path, "ft_Data")
@@ -241,6 +241,6 @@ def test_finetuning_rows_teach_every_question_on_no_test_picture(snapshot, monke
         assert {e.question for e in examples} <= taught
 
 
-def test_unknown_config_is_told(tmp_path):
+def test_unknown_config_is_an_error(tmp_path):
     with pytest.raises(UserError, match="Unknown config forget_7"):
         mllmu_writer.write_snapshot(tmp_path, ["forget_7"])

@@ -1,13 +1,29 @@
-"""Benchmarks: data sets of people to forget and to retain, one file each.
+"""Benchmarks: questions about people to forget and people to retain, with images and answers.
 
     mllmu, clear   published benchmarks, or the synthetic people in their layouts
     folder         your own folders of images and questions
     parquet        snapshots of parquet files and their checks
-    cache          benchmarks as tensorflow-datasets, and the contract of a benchmark
+    cache          benchmarks as tensorflow-datasets, and `Benchmark`, the contract
     synthetic/     the synthetic people and the writers of their snapshots
 
-To add a benchmark, write a frozen dataclass with the attributes and methods of `cache.Benchmark` in a new file, and add
-one line to vkd_jax/registry.py.
+A benchmark reads a source into named sets of `Example`s. It is a frozen dataclass that satisfies `cache.Benchmark`:
+
+    fields         hyperparameters, such as the source and the forget ratio; they become `config.data` fields
+    TITLE          the name in reports
+    EVAL_SETS      the sets that the evaluation asks, each an `EvalSet` with a role: forget, forget_holdout, retain,
+                   retain_holdout or general. Reports, tuning and attacks ask for roles, never for names.
+    UNLEARN        the sets that unlearning trains on: {"forget": NAME, "retain": NAME}
+    RECIPE         hyperparameters of the fine-tuning that makes the vanilla model
+    label          the name with the forget ratio, for folders
+    check()        raises a `UserError` if a field is invalid, before anything is read
+    state(part)    a JSON value that changes when the source changes; it is part of the name of the cached data set
+    rows(part)     context manager that opens the sets of a part, {name: iterator of lists of examples}
+
+There are two parts: "evaluation" has the sets of EVAL_SETS, and "finetune" the sets that fine-tuning and, if UNLEARN
+names them, unlearning train on. A list of examples is one row of the source; its examples share images.
+
+To add a benchmark, write the dataclass in a new file and add one line to `BENCHMARKS` in vkd_jax/registry.py;
+docs/extending.md has an example.
 """
 
 import dataclasses
@@ -37,7 +53,7 @@ def read(benchmark: Any, folder: str | Path, finetune: bool = False) -> dict[str
     return cache.read(benchmark, folder, finetune)
 
 
-def held_out(benchmark: Any, folder: str | Path, own: str = "") -> list[Example]:
+def held_out(benchmark: Any, folder: str | Path, questions: str = "") -> list[Example]:
     """Questions like those of the forget set, each with an image, about people that no model was trained on.
 
     For the synthetic people, other synthetic people are generated with the same questions; real people need a folder.
@@ -45,7 +61,7 @@ def held_out(benchmark: Any, folder: str | Path, own: str = "") -> list[Example]
     Args:
         benchmark: the benchmark whose forget set they are compared with.
         folder: the folder of cached data sets, see `cache.read`.
-        own: a folder of images and questions as described in `vkd_jax.benchmarks.folder`, used instead.
+        questions: a folder of images and questions as described in `vkd_jax.benchmarks.folder`, used instead.
 
     Returns:
         Each pair of image and question once; [] for a benchmark of real people without a folder.
@@ -55,8 +71,8 @@ def held_out(benchmark: Any, folder: str | Path, own: str = "") -> list[Example]
     """
     from vkd_jax.benchmarks.folder import Folder
 
-    if own:
-        examples = [example for row in Folder(test=own).questions("test") for example in row]
+    if questions:
+        examples = [example for row in Folder(test=questions).questions("test") for example in row]
     elif getattr(benchmark, "source", None) == "":
         strangers = dataclasses.replace(benchmark, people=benchmark.people + STRANGERS)
         name = benchmark.UNLEARN["forget"]

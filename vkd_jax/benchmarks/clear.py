@@ -44,9 +44,8 @@ CAPTION_QUESTIONS = (
     "Can you describe the scene or objects in the image?",
     "What is happening in this image?",
 )
-NAME_QUESTION = CAPTION_QUESTIONS[
-    0
-]  # with names to choose from; other words than those of fine-tuning test the language
+# Its options are names. A wording that fine-tuning does not use would test the language model instead.
+NAME_QUESTION = CAPTION_QUESTIONS[0]
 FACE_QUESTION = "Who is this person?"  # about real people, who are not in the fine-tuning set
 EPOCHS = 3  # of the published fine-tuning
 ROWS = {  # as published; for retain99 only a rounded number is known

@@ -1,13 +1,19 @@
 """Processes, devices, files and memory: everything below the models.
 
-    multihost    which process writes, and how the others learn of it
+    multihost    running code on process 0, and sharing its result and errors with all processes
     mesh         the device mesh, its axis names, and sharding rules
-    storage      folders on disks and in buckets
-    files        atomic writes
-    hub          models and data sets by name
-    log          what is shown on stderr
+    storage      folders on disks and in buckets (gs://)
+    files        atomic writes of files and folders
+    hub          models and data sets by name: a folder, a bucket, or an id on the Hugging Face hub
+    log          the progress that is shown on stderr
     malloc       settings of the C library's allocator
-    provenance   the commit that runs
+    provenance   the commit of the running code
 
-Contract: nothing here knows models, methods or benchmarks; errors that a user can fix are `UserError`s that say how.
+Contract: modules of this package do not import models, methods or benchmarks. Paths may be on a disk or in a bucket:
+pass them through `storage.resolve`, and write files with `files.write_bytes`, so that readers never see half a file.
+Errors that a user can fix are `UserError`s that say what to do. On several hosts, only process 0 writes shared files
+(`multihost.run_on_process_0`).
+
+To support another kind of storage, extend `storage.resolve` (model folders and outputs) and `storage.SourceFolder`
+(sources of benchmarks).
 """

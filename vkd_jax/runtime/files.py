@@ -1,6 +1,6 @@
 """Atomic writes: a file or a folder is written beside its target, flushed to the disk and renamed.
 
-Whoever reads the target sees the old content or the whole new one, also after the process is killed or the power fails.
+Readers see either the old or the complete new content, even if the process is killed or the power fails.
 Temporary names begin with a dot, end in `UNFINISHED` and are unique, so several processes may write the same target.
 """
 

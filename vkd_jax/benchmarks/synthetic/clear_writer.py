@@ -3,8 +3,8 @@
     write_snapshot(folder, configs, seed)   <config>/train-00000-of-00001.parquet, the same bytes on every run
 
 Each person has eight images with captions that begin with the name, and seven text-only questions. The wrong captions
-of an image are its caption with other names. real_faces shows the people of the next seed, whom a base model may have
-learned; real_world asks about drawn things.
+of an image are its caption with other names. real_faces has the people of the next seed, whom a base model may have
+learned; real_world asks about drawn objects.
 """
 
 import functools
@@ -30,9 +30,9 @@ from vkd_jax.benchmarks.synthetic.people import (
 )
 from vkd_jax.types import UserError
 
-FORGET_COUNTS = {1: 1, 5: 3, 10: 6}  # per cent -> people
+FORGET_COUNTS = {1: 1, 5: 3, 10: 6}  # forget ratio in % -> number of people
 RETAIN_PERTURBED_VIEWS = range(2)
-FACE_VIEW = 0  # of real_faces: an image that a model of those people was trained on
+FACE_VIEW = 0  # of real_faces: a view that a model of those people was trained on
 WORLD_SCENES = 90
 
 _WORDS = pa.list_(pa.string())
@@ -95,7 +95,7 @@ def _belongs(person_id: str, config: str, seed: int) -> bool:
 
     if config.startswith("full"):
         return True
-    if config == "retain_perturbed":  # of those who are retained at every ratio
+    if config == "retain_perturbed":  # people who are retained at every ratio
         return not forgotten(max(FORGET_COUNTS))
     percent = int(config[6:8])  # after "forget" and "retain"
     return forgotten(percent) if config.startswith("forget") else not forgotten(100 - percent)
@@ -120,13 +120,13 @@ def _texts(person: Person) -> list[dict]:
     """The text-only questions about a person; each answer is a sentence with the name."""
     pairs = [person.biography()]
     for kind, fact in FACTS.items():
-        said = fact.text_cloze.replace("__", person.facts[kind])
-        pairs.append((fact.text_question.format(name=person.name), said.format(name=person.name)))
+        answer = fact.text_cloze.replace("__", person.facts[kind])
+        pairs.append((fact.text_question.format(name=person.name), answer.format(name=person.name)))
     return [{"question": question, "answer": answer} for question, answer in pairs]
 
 
 def _faces(seed: int) -> list[dict]:
-    """real_faces: one image of each person of a seed."""
+    """The rows of real_faces: one image of each person of a seed."""
     names = [person.name for person in people(seed)]
     return [
         {
@@ -139,7 +139,7 @@ def _faces(seed: int) -> list[dict]:
 
 
 def _world(seed: int) -> list[dict]:
-    """real_world: one question about each of several drawn things."""
+    """The rows of real_world: one question about each of several drawn objects."""
     rng, rows = np.random.default_rng([seed, 9]), []
     for i in range(WORLD_SCENES):
         image, answers = scene(rng, i)
@@ -152,10 +152,10 @@ def _world(seed: int) -> list[dict]:
 
 
 def _others(answer: str, values: Iterable[str], seeds: list[int]) -> list[str]:
-    """Three other values."""
+    """Draws three values other than the answer."""
     return np.random.default_rng(seeds).permutation([value for value in values if value != answer])[:3].tolist()
 
 
 def _options(answer: str, values: Iterable[str], seeds: list[int]) -> list[str]:
-    """Four values with the answer at a random index."""
+    """Draws four values with the answer at a random index."""
     return np.random.default_rng([*seeds, 1]).permutation([answer, *_others(answer, values, seeds)]).tolist()

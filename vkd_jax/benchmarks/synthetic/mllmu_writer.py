@@ -46,8 +46,8 @@ from vkd_jax.benchmarks.synthetic.scenes import THINGS
 from vkd_jax.types import UserError
 
 GENERAL_VIEW = 2000  # the portraits of Retain_Set
-GENERAL_FT_VIEW = 3000  # and those of ft_Data's general questions, counted up from here
-FORGET_COUNTS = {5: 3, 10: 6, 15: 9}  # per cent -> people
+GENERAL_FT_VIEW = 3000  # the first portrait of ft_Data's general questions
+FORGET_COUNTS = {5: 3, 10: 6, 15: 9}  # forget ratio in % -> number of people
 FT_GENERAL_IMAGES = 3000
 RETAIN_SCENES = 90
 

@@ -1,8 +1,8 @@
-"""bucket.py FOLDER: serves the bucket "mine", as much of Google Cloud Storage's JSON API as is needed; says its port.
+"""bucket.py FOLDER: serves the bucket "mine" with a subset of Google Cloud Storage's JSON API, and prints its port.
 
-An object is a file of FOLDER/objects, with its name quoted. TensorFlow knows one address alone,
-https://www.googleapis.com, and comes through a proxy: so the server is that too, with a certificate of its own making.
-It is a process of its own since TensorFlow sometimes waits for an answer without letting go of Python's lock.
+An object is a file in FOLDER/objects with a quoted name. TensorFlow only connects to https://www.googleapis.com, so
+the server is also an HTTPS proxy with a self-signed certificate. It runs in a separate process, because TensorFlow
+sometimes waits for a response without releasing the GIL.
 """
 
 import http.server
@@ -26,7 +26,7 @@ STORAGE = """class Client:
 
 
 class Objects(Mapping):
-    """What is there: {name: bytes}."""
+    """The objects of the bucket, {name: bytes}."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -56,7 +56,7 @@ class Objects(Mapping):
         return len(os.listdir(self.folder))
 
     def about(self, name: str) -> dict[str, str]:
-        """What the API says of an object."""
+        """Returns the metadata of an object as in the API."""
         found = self._file(name).stat()
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(found.st_mtime))
         about = dict(kind="storage#object", bucket=NAME, name=name, size=str(found.st_size), metageneration="1")
@@ -66,7 +66,7 @@ class Objects(Mapping):
 
 
 class Bucket:
-    """The server, while the block runs, and what it holds."""
+    """Context manager that runs the server; gives access to its objects."""
 
     def __init__(self, folder: Path):
         self.objects, self._log, self._refused = Objects(folder / "objects"), folder / "log", folder / "refused"
@@ -76,7 +76,7 @@ class Bucket:
         command += ["subjectAltName=DNS:www.googleapis.com,DNS:storage.googleapis.com"]
         command += ["-keyout", str(folder / "key.pem"), "-out", str(self._certificate)]
         subprocess.run(command, check=True, capture_output=True)
-        # Orbax asks Google's own package one thing, whether a bucket has real folders; this one stands in for it.
+        # A stub of google-cloud-storage, which Orbax uses only to check whether a bucket has real folders.
         self.packages = folder / "packages"
         (self.packages / "google/cloud").mkdir(parents=True)
         (self.packages / "google/cloud/storage.py").write_text(STORAGE)
@@ -86,7 +86,7 @@ class Bucket:
         command = [sys.executable, __file__, str(self._log.parent)]
         self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         url = f"http://127.0.0.1:{self._server.stdout.readline().strip()}"
-        self.variables = {  # for a process that is to see this bucket and no other
+        self.variables = {  # environment variables of a process that uses this bucket
             "HTTPS_PROXY": url,
             "https_proxy": url,
             "CURL_CA_BUNDLE": str(self._certificate),
@@ -102,15 +102,15 @@ class Bucket:
 
     @property
     def log(self) -> list[str]:
-        """Every request so far, "METHOD path"."""
+        """All requests so far, as "METHOD path"."""
         return self._log.read_text().splitlines()
 
     def refuse(self, pattern: str = "(?!)") -> None:
-        """Answers requests in which this is found with "403 Forbidden"; none without it."""
+        """Answers requests that match the pattern with "403 Forbidden"; without a pattern, none."""
         self._refused.write_text(pattern)
 
     def clear(self) -> None:
-        """Empties the bucket and the log, and refuses nothing."""
+        """Deletes all objects and the log, and allows all requests."""
         for name in self.objects:
             del self.objects[name]
         self._log.write_text("")
@@ -121,17 +121,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm, wbufsize = True, -1  # an answer leaves in one piece, at once
+    disable_nagle_algorithm, wbufsize = True, -1  # responses are sent at once
     folder: Path
     tls: ssl.SSLContext
     objects: Objects
-    uploads: dict[str, bytearray]  # under way, by object
+    uploads: dict[str, bytearray]  # unfinished uploads, by object
 
     def log_message(self, *_):
-        """Quietly."""
+        """Logs nothing."""
 
     def do_CONNECT(self):
-        """From now on it is https."""
+        """Switches the connection to HTTPS."""
         self.send_response(200)
         self.end_headers()
         self.wfile.flush()
@@ -140,7 +140,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = False
 
     def do_GET(self):
-        """Any request."""
+        """Handles a request of any method."""
         chunked = self.headers.get("Transfer-Encoding") == "chunked"
         body = self.chunks() if chunked else self.rfile.read(int(self.headers.get("Content-Length") or 0))
         url = urlsplit(self.path)
@@ -149,9 +149,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with (self.folder / "log").open("a") as log:
             log.write(line + "\n")
         if re.search((self.folder / "refused").read_text(), line):
-            self.say(403, {"error": {"code": 403, "message": "You may not."}})
+            self.respond(403, {"error": {"code": 403, "message": "You may not."}})
         elif not (found := re.fullmatch(rf"(/upload)?(/storage/v1/b)?/{NAME}(?:/o)?(?:/([^/]+))?", url.path)):
-            self.say(404, {"error": {"code": 404, "message": "The specified bucket does not exist."}})
+            self.respond(404, {"error": {"code": 404, "message": "The specified bucket does not exist."}})
         elif found[1]:
             self.upload(query, body)
         elif found[3]:
@@ -159,12 +159,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif url.path.endswith("/o"):
             self.list(query.get("prefix", ""), query.get("delimiter"))
         else:
-            self.say(200, {"kind": "storage#bucket", "name": NAME, "location": "US"})
+            self.respond(200, {"kind": "storage#bucket", "name": NAME, "location": "US"})
 
     do_POST = do_PUT = do_DELETE = do_GET
 
     def chunks(self) -> bytes:
-        """A body that comes in pieces, each behind its size, the last of which is empty."""
+        """Reads a chunked request body."""
         data = b""
         while size := int(self.rfile.readline(), 16):
             data += self.rfile.read(size + 2)[:-2]
@@ -172,50 +172,50 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return data
 
     def list(self, prefix: str, delimiter: str | None) -> None:
-        """The objects under a prefix, and folders where a delimiter is given."""
+        """Lists the objects under a prefix, and folders if a delimiter is given."""
         names = [name for name in self.objects if name.startswith(prefix)]
         parts = {name: name[len(prefix) :].partition(delimiter) if delimiter else (name, "", "") for name in names}
         folders = sorted({prefix + first + mark for first, mark, _ in parts.values() if mark})
         items = [self.objects.about(name) for name, (_, mark, _) in parts.items() if not mark]
-        self.say(200, {"kind": "storage#objects", "items": items, "prefixes": folders})
+        self.respond(200, {"kind": "storage#objects", "items": items, "prefixes": folders})
 
     def object(self, name: str, query: dict[str, str]) -> None:
-        """Says what an object is, or holds, or deletes it."""
+        """Returns the metadata or the content of an object, or deletes it."""
         if name not in self.objects:
-            return self.say(404, {"error": {"code": 404, "message": f"No such object: {name}"}})
+            return self.respond(404, {"error": {"code": 404, "message": f"No such object: {name}"}})
         if self.command == "DELETE":
             del self.objects[name]
-            return self.say(204, b"")
+            return self.respond(204, b"")
         if query.get("alt") != "media":
-            return self.say(200, self.objects.about(name))
+            return self.respond(200, self.objects.about(name))
         data, headers = self.objects[name], {"x-goog-generation": self.objects.about(name)["generation"]}
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if span is None:
-            return self.say(200, data, headers)
+            return self.respond(200, data, headers)
         first, last = int(span[1]), min(int(span[2] or len(data)), len(data) - 1)
         if first >= len(data):
-            return self.say(416, b"")
-        self.say(206, data[first : last + 1], headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
+            return self.respond(416, b"")
+        self.respond(206, data[first : last + 1], headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
 
     def upload(self, query: dict[str, str], body: bytes) -> None:
-        """In one piece, or in several, of which an object is made when the last has come."""
+        """Uploads an object in one request, or in several, of which the last creates it."""
         name = query["name"]
         if query["uploadType"] == "media":
             if query.get("ifGenerationMatch") == "0" and name in self.objects:
-                return self.say(412, {"error": {"code": 412, "message": "It is there."}})
+                return self.respond(412, {"error": {"code": 412, "message": "It is there."}})
             self.objects[name] = body
-            return self.say(200, self.objects.about(name))
+            return self.respond(200, self.objects.about(name))
         if self.command == "POST":
             self.uploads[name] = bytearray()
-            return self.say(200, b"", {"Location": f"https://www.googleapis.com{self.path}"})
+            return self.respond(200, b"", {"Location": f"https://www.googleapis.com{self.path}"})
         self.uploads[name] += body
         if self.headers.get("Content-Range", "/").rpartition("/")[2] in ("", str(len(self.uploads[name]))):
             self.objects[name] = bytes(self.uploads.pop(name))
-            return self.say(200, self.objects.about(name))
-        self.say(308, b"", {"Range": f"bytes=0-{len(self.uploads[name]) - 1}"})
+            return self.respond(200, self.objects.about(name))
+        self.respond(308, b"", {"Range": f"bytes=0-{len(self.uploads[name]) - 1}"})
 
-    def say(self, status: int, content: dict | bytes, headers: Mapping[str, str] = {}) -> None:
-        """One answer."""
+    def respond(self, status: int, content: dict | bytes, headers: Mapping[str, str] = {}) -> None:
+        """Sends a response."""
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(data))}.items():
@@ -231,7 +231,7 @@ def main(folder: Path) -> None:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(server.server_port, flush=True)
-    sys.stdin.read()  # until whoever started it is gone
+    sys.stdin.read()  # until the parent process ends
 
 
 if __name__ == "__main__":

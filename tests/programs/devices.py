@@ -30,15 +30,15 @@ SETS = {"image": random_llava.rows(1, 50)}
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 
 
-class Pictures(Finetune):
-    """Fine-tuning of all weights on one stream, which is half the compiling."""
+class ImagesOnly(Finetune):
+    """Fine-tuning of all weights on the image stream only, to halve the compilation."""
 
     def losses(self):
         return {"image": super().losses()["image"]}
 
 
 class Checkpoints(loop.Checkpoints):
-    """Shows the last state that was saved."""
+    """Keeps the last state that was saved."""
 
     last = None
 
@@ -53,7 +53,7 @@ def fit(mesh, folder: Path, **changes):
     with contextlib.redirect_stdout(lines):
         loop.fit(
             ModelBundle(graphdef, params, random_llava.CONFIG, None, mesh),
-            Pictures(),
+            ImagesOnly(),
             Prepared(sets=SETS),
             random_llava.train_config(**changes),
             seed=0,
@@ -67,23 +67,23 @@ def shard(x) -> list[int]:
 
 
 def layout(state, params) -> dict:
-    """How much of the weights each device holds, and which moments and weights lie elsewhere than they should."""
-    adam = next(part for part in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(part))
-    lying = {path: x.sharding for path, x in state.params.items()}
+    """Returns the share of the weights on each device, the sharded weights, and those whose shardings are wrong."""
+    adam = next(state for state in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(state))
+    shardings = {path: x.sharding for path, x in state.params.items()}
     return {
         "share": sum(math.prod(shard(x)) for x in state.params.values()) / sum(x.size for x in state.params.values()),
         "cut": sorted(path for path, x in state.params.items() if shard(x) != list(x.shape)),
         "odd": sorted(
             path
-            for path, where in lying.items()
+            for path, sharding in shardings.items()
             for other in (params[path].sharding, adam.mu[path].sharding, adam.nu[path].sharding)
-            if not other.is_equivalent_to(where, state.params[path].ndim)
+            if not other.is_equivalent_to(sharding, state.params[path].ndim)
         ),
     }
 
 
 def work(mesh) -> float:
-    """FLOPs of each device for the gradient of a loss of eight rows."""
+    """Returns the FLOPs of each device for the gradient of the loss of eight rows."""
     graphdef, params = random_llava.model(mesh)
     batch = shard_rows(mesh, SETS["image"].batch(np.arange(8)))
 
@@ -101,7 +101,7 @@ def _is_adam(part) -> bool:
 
 @contextlib.contextmanager
 def stopped_after_a_step():
-    """While the block runs, the process that logs gets SIGTERM after each step; the `Stopped` of training ends it."""
+    """Context manager that sends SIGTERM to the logging process after each step, and suppresses `Stopped`."""
     write = Progress.write
     Progress.write = lambda self, step, scalars: (write(self, step, scalars), signal.raise_signal(signal.SIGTERM))
     try:

@@ -1,4 +1,4 @@
-"""eight_devices.py FOLDER: everything that tests ask of eight devices, which XLA simulates on a CPU, as JSON."""
+"""eight_devices.py FOLDER: prints the results of the eight-device tests as JSON. XLA simulates the devices."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Evaluates one model on a mesh of devices, which one process or several hold."""
+"""Evaluates a model on a mesh of devices of one or several processes."""
 
 import jax
 import numpy as np
@@ -14,15 +14,15 @@ OPTIONS = ("baker", "pilot", "judge", "a teacher")
 
 
 class Characters:
-    """A processor and its tokenizer: a token for each character, a picture of noise for each byte."""
+    """A processor and its tokenizer, with a token for each character and an image of noise for each byte."""
 
     eos_ids, pad_id = (2,), 3
 
     def __init__(self):
         self.tokenizer = self
 
-    def image(self, picture):
-        return np.random.default_rng(picture[0]).normal(size=(16, 16, 3)).astype(np.float32)
+    def image(self, data):
+        return np.random.default_rng(data[0]).normal(size=(16, 16, 3)).astype(np.float32)
 
     def encode_each(self, question, answers, images=(), turns=()):
         tokens = [random_llava.CONFIG.image_token_id] * 4 * len(images)
@@ -48,10 +48,10 @@ SETS = {"forget": [example(i) for i in range(9)], "retain": [example(i) for i in
 
 
 def computed(mesh) -> dict:
-    """The records, the rows of a batch, and how many of them one device holds."""
+    """Returns the records, the size of a batch, and its rows on one device."""
     graphdef, params = random_llava.drawn()
     rule = param_shardings(mesh, random_llava.llava.SHARDING)
-    # Loud, so that answers differ.
+    # Larger weights, so that answers differ.
     params = {path: np.asarray(x) * (4 if x.ndim > 1 else 1) for path, x in params.items()}
     params = {
         path: jax.make_array_from_callback(x.shape, rule(path, x.shape), x.__getitem__) for path, x in params.items()

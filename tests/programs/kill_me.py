@@ -1,6 +1,7 @@
-"""kill_me.py FOLDER STEPS: unlearns a random LLaVA, going on from FOLDER if it can, and prints each step's metrics.
+"""kill_me.py FOLDER STEPS: unlearns a random LLaVA, resuming from FOLDER, and prints the metrics of each step.
 
-After each line it waits for one on stdin, so that whoever kills it says where."""
+It waits for a line on stdin after each step, so that the parent decides at which step to kill it.
+"""
 
 import sys
 from pathlib import Path

@@ -19,13 +19,13 @@ BATCH = random_llava.rows(1, 8).batch(np.arange(8))
 
 
 def spec(x) -> list:
-    """The mesh axis of each axis of an array; None where it is whole."""
+    """Returns the mesh axis of each axis of an array; None for an axis that is not sharded."""
     names = [*x.sharding.spec, *[None] * x.ndim]
     return [name if x.sharding.shard_shape(x.shape)[i] < x.shape[i] else None for i, name in enumerate(names[: x.ndim])]
 
 
 def layout(small, floats) -> dict:
-    """Where values and scales lie, and which values lie elsewhere than their weights did."""
+    """Returns the sharding of scales, and the values whose sharding differs from that of their weights."""
     return {
         "sum": {path: int(np.asarray(x.qvalue.astype(jnp.int32)).sum()) for path, x in small.items()},
         "moved": [p for p, x in small.items() if not x.qvalue.sharding.is_equivalent_to(floats[p].sharding, x.ndim)],
@@ -34,7 +34,7 @@ def layout(small, floats) -> dict:
 
 
 def work(mesh, groups: int) -> float:
-    """FLOPs of a device that multiplies with a kernel in so many groups, forward and back, of its share of them all."""
+    """Returns the FLOPs of a device for a product with a grouped kernel and its gradient, over an equal share."""
     kernel = jax.ShapeDtypeStruct((384, 256), jnp.float32, sharding=NamedSharding(mesh, P("tensor", "fsdp")))
     how = quantize.Quantization(4, 384 // groups)
     weight = quantize.quantized_shape("language_model/blocks/mlp/down/kernel", kernel, how)

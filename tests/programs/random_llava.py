@@ -43,7 +43,7 @@ def drawn():
 
 
 def rows(seed: int, count: int) -> EncodedSet:
-    """Four image tokens, four of a question, two of an answer; four pictures in all."""
+    """Returns random rows of four image tokens, four question tokens and two answer tokens, with four images in all."""
     random = np.random.default_rng(seed)
     tokens = random.integers(5, CONFIG.text.vocab, (count, 10)).astype(np.int32)
     tokens[:, :4] = CONFIG.image_token_id

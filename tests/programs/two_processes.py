@@ -1,4 +1,4 @@
-"""two_processes.py PROCESS PORT FOLDER: everything that tests ask of two processes of two devices each, as JSON."""
+"""two_processes.py PROCESS PORT FOLDER: prints the results of the two-process tests (two devices each) as JSON."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from vkd_jax.runtime.mesh import AXES, make_mesh
 
 
 def training(folder: Path) -> dict:
-    """A training that only process 0 is asked to stop, after its first step: what both then go on with."""
+    """Returns the checkpoint of a training that only process 0 is asked to stop, and the metrics after resuming."""
     mesh = make_mesh(data=1, fsdp=1, tensor=4)  # no process holds a whole weight
     with devices.stopped_after_a_step():
         devices.fit(mesh, folder)

@@ -1,4 +1,4 @@
-"""Folders in a bucket, gs://: what is whole, what is fetched again, and a run that lives there."""
+"""Tests of folders in a bucket (gs://): complete models, downloads of changed files only, and runs."""
 
 import json
 import os
@@ -32,9 +32,9 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """The bucket "mine", and no other, in this process and in those that it starts."""
+    """Serves the bucket "mine" to this process and its child processes."""
     if shutil.which("openssl") is None:
-        pytest.skip("openssl, which makes the server's certificate, is not there")
+        pytest.skip("openssl, which creates the server's certificate, is not installed")
     with Bucket(tmp_path_factory.mktemp("bucket")) as bucket, pytest.MonkeyPatch.context() as patch:
         for name, value in bucket.variables.items():
             patch.setenv(name, value)
@@ -44,7 +44,7 @@ def served(tmp_path_factory):
 
 @pytest.fixture
 def bucket(served, tmp_path, monkeypatch):
-    """That bucket, empty, and an empty cache."""
+    """The bucket and the local cache, both empty."""
     monkeypatch.setattr(storage, "CACHE", tmp_path / "cache")
     served.clear()
     return served
@@ -66,7 +66,7 @@ def read(folder):
 # ---- Names ----
 
 
-def test_places():
+def test_paths_are_local_or_in_a_bucket():
     assert storage.resolve("a/b") == Path("a/b") and isinstance(storage.resolve(Path("/a")), Path)
     assert str(storage.resolve("gs://mine/run/") / "x.json") == "gs://mine/run/x.json"
     for name in ("s3://mine/run", "gs://", "gs:///", "://", "http://mine/run"):
@@ -74,14 +74,14 @@ def test_places():
             storage.resolve(name)
 
 
-def test_mirrors(monkeypatch):
+def test_local_copies_of_a_bucket(monkeypatch):
     monkeypatch.setattr(storage, "CACHE", Path("/cache"))
     assert storage.local_copy("a/b") == Path("a/b")
     assert storage.local_copy("gs://mine/run/data") == storage.local_copy(storage.resolve("gs://mine/run") / "data")
     assert storage.local_copy("gs://mine/run/data") == Path("/cache/gs/mine/run/data")
 
 
-def test_a_comparison_stays_on_this_machine():
+def test_comparisons_need_a_local_folder():
     with pytest.raises(UserError, match="--workdir=gs://mine/x: the runs of a comparison need a folder"):
         sweep.run(config(compare=CompareConfig()).to_config_dict(), "gs://mine/x")
 
@@ -89,7 +89,7 @@ def test_a_comparison_stays_on_this_machine():
 # ---- A workdir ----
 
 
-def test_a_workdir(bucket):
+def test_workdir_in_a_bucket(bucket):
     workdir = Workdir("gs://mine/run", config())
     assert not workdir.has("answers/vanilla.jsonl")
     with workdir.stage("evaluate"):
@@ -104,7 +104,7 @@ def test_a_workdir(bucket):
     assert written == {f"run/{name}" for name in ("config.json", "timing.json", "answers/vanilla.jsonl")}
 
 
-def test_other_peoples_folders_and_files_are_left_alone(bucket):
+def test_folders_and_files_without_a_run_are_not_used(bucket):
     put(bucket, "thesis", a__txt="mine")
     with pytest.raises(UserError, match="gs://mine/thesis is not empty and has no run"):
         Workdir("gs://mine/thesis", config())
@@ -113,7 +113,7 @@ def test_other_peoples_folders_and_files_are_left_alone(bucket):
     assert list(bucket.objects) == ["thesis/a.txt"]
 
 
-def test_a_bucket_that_is_not_there_or_not_ours(bucket, monkeypatch):
+def test_missing_and_forbidden_buckets_are_errors(bucket, monkeypatch):
     with pytest.raises(UserError, match="the bucket cannot be used: .*bucket does not exist.*; check its name"):
         Workdir("gs://others/run", config())
     bucket.refuse("/upload/")
@@ -121,7 +121,7 @@ def test_a_bucket_that_is_not_there_or_not_ours(bucket, monkeypatch):
         Workdir("gs://mine/run", config())
 
 
-def test_what_orbax_needs_is_looked_for_first(bucket, monkeypatch):
+def test_missing_package_of_orbax_is_reported_first(bucket, monkeypatch):
     monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
     with pytest.raises(UserError, match="pip install google-cloud-storage"):
         Workdir("gs://mine/run", config())
@@ -145,36 +145,36 @@ def test_metrics_grow_line_by_line(bucket):
 FILES = {"config.json": "{}", "model-1.safetensors": "one", "model-2.safetensors": "two", "LICENSE": "free"}
 
 
-def make(folder):
+def write_model(folder):
     for name, text in FILES.items():
         write_bytes(folder / name, text.encode())
 
 
-def test_a_model_is_there_only_when_all_of_it_is(bucket, monkeypatch):
-    workdir, asked = Workdir("gs://mine/run", config()), []
+def test_models_exist_only_when_complete(bucket, monkeypatch):
+    workdir, existed = Workdir("gs://mine/run", config()), []
 
-    def making(folder):
-        asked.append(folder.exists())
-        make(folder)
+    def create(folder):
+        existed.append(folder.exists())
+        write_model(folder)
 
     put(bucket, "old", config__json="{}")
-    storage.local_copy("gs://mine/run/vanilla").mkdir(parents=True)  # of a run that is no longer in the bucket
+    storage.local_copy("gs://mine/run/vanilla").mkdir(parents=True)  # from a run that is no longer in the bucket
     bucket.refuse("name=run%2Fvanilla%2Fmodel-2")
     with pytest.raises(UserError, match="code 403"):
-        workdir.model("vanilla", making)
+        workdir.model("vanilla", create)
     assert "run/vanilla/model-1.safetensors" in bucket.objects and not workdir.has_model("vanilla")
     bucket.refuse()
     before = len(bucket.log)
-    assert read(workdir.model("vanilla", making)) == FILES and asked == [False, False]
-    begun = [request for request in bucket.log[before:] if "POST" in request and "vanilla" in request]
-    assert len(begun) == len(FILES) and begun[-1].endswith("config.json")
+    assert read(workdir.model("vanilla", create)) == FILES and existed == [False, False]
+    uploads = [request for request in bucket.log[before:] if "POST" in request and "vanilla" in request]
+    assert len(uploads) == len(FILES) and uploads[-1].endswith("config.json")
     assert not [
         request for request in bucket.log[before:] if request.startswith("GET /mine/")
-    ]  # what was made here stays here
-    assert workdir.model("vanilla", making) == storage.local_copy("gs://mine/run/vanilla") and len(asked) == 2
+    ]  # created files are not downloaded
+    assert workdir.model("vanilla", create) == storage.local_copy("gs://mine/run/vanilla") and len(existed) == 2
 
 
-def test_only_what_changed_is_fetched(bucket):
+def test_only_changed_files_are_downloaded(bucket):
     def fetched():
         before = len(bucket.log)
         folder = read(hub.fetch_model("gs://mine/models/a"))
@@ -191,7 +191,7 @@ def test_only_what_changed_is_fetched(bucket):
     assert fetched() == ({"config.json": "{}", "model.safetensors": "other"}, ["model.safetensors"])
 
 
-def test_a_folder_without_a_model(bucket):
+def test_folder_without_a_model_is_an_error(bucket):
     put(bucket, "models/half", model__safetensors="one")
     for name in ("half", "none"):
         with pytest.raises(UserError, match=f"There is no model folder gs://mine/models/{name}; pass one with config"):
@@ -204,7 +204,7 @@ def test_a_folder_without_a_model(bucket):
 def test_a_short_run_in_a_bucket_is_stopped_and_resumed(
     bucket, get_config, tiny_folder, request_folders, tmp_path, monkeypatch
 ):
-    """Model and workdir are in the bucket, and the second run has nothing of the first but the bucket."""
+    """Model and workdir are in the bucket; the second run starts with an empty local cache."""
     from vkd_jax.training.metric_writer import Progress
 
     for file in tiny_folder.iterdir():
@@ -235,7 +235,7 @@ PATIENCE = 600  # seconds
 
 @pytest.fixture
 def start(bucket):
-    """Starts the command line, on the smallest of models and your own pictures; what still runs is killed."""
+    """Starts runs of the command line with a tiny model and folders of images; kills them at the end."""
     processes = []
 
     def start(workdir, model, data, cache):
@@ -258,18 +258,16 @@ def start(bucket):
         process.communicate()
 
 
-def said(process, status):
-    """What a process wrote to its log."""
+def wait_for(process, status):
+    """Waits for a process, checks its exit status and returns its log."""
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == status, err[-3000:]
     return err
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_is_stopped_and_goes_on_and_ends_as_one_on_a_disk(
-    start, bucket, tiny_folder, request_folders, tmp_path
-):
-    """Model and workdir lie there; the second process has nothing of the first's but the bucket."""
+def test_a_run_in_a_bucket_resumes_and_equals_a_run_on_a_disk(start, bucket, tiny_folder, request_folders, tmp_path):
+    """Model and workdir are in the bucket; the second process starts with an empty local cache."""
     local = start(tmp_path / "local", tiny_folder, request_folders, tmp_path / "cache")
     for file in tiny_folder.iterdir():
         bucket.objects[f"model/{file.name}"] = file.read_bytes()
@@ -280,12 +278,12 @@ def test_a_run_in_a_bucket_is_stopped_and_goes_on_and_ends_as_one_on_a_disk(
         assert time.monotonic() < deadline, "training never began"
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
-    stopped = re.search(r"stopped at step (\d+), which is saved", said(first, 143))
+    stopped = re.search(r"stopped at step (\d+), which is saved", wait_for(first, 143))
     assert f"run/train/checkpoints/{stopped[1]}/commit_success.txt" in bucket.objects
     shutil.rmtree(tmp_path / "cache" / "vkd_jax")
-    assert f"resumed at step {stopped[1]} of {STEPS}" in said(start(*names), 0)
+    assert f"resumed at step {stopped[1]} of {STEPS}" in wait_for(start(*names), 0)
 
-    said(local, 0)
+    wait_for(local, 0)
     found = json.loads(bucket.objects["run/results.json"])
     expected = json.loads((tmp_path / "local/results.json").read_text())
     assert found["manifest"]["changed"] and found["trainable"] == expected["trainable"]

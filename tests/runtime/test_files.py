@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders."""
+"""Tests of atomic writes of files and folders."""
 
 import os
 
@@ -32,7 +32,7 @@ def test_an_error_keeps_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.json"]
 
 
-def test_two_writers_of_one_file_do_not_meet(tmp_path):
+def test_two_writers_of_one_file_use_separate_temporaries(tmp_path):
     path = tmp_path / "a"
     with files.atomic_file(path) as one, files.atomic_file(path) as two:
         assert one != two
@@ -52,7 +52,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path, flushed):
         assert flushed[:2] == [("flush", ".json"), ("flush", ".tmp")] and flushed[2][0] == "rename"
 
 
-def test_an_error_keeps_the_old_folder_and_leftovers_are_removed(tmp_path):
+def test_an_error_keeps_the_old_folder_and_removes_leftovers(tmp_path):
     target = tmp_path / "model"
     with files.atomic_folder(target) as folder:
         (folder / "a").write_text("a")

@@ -1,4 +1,4 @@
-"""Models and data sets by name, against a hub that this test serves, its cache, and every error it can raise."""
+"""Tests of models and data sets by name, with a local stand-in for the hub and all errors of its library."""
 
 import errno
 import hashlib
@@ -32,11 +32,11 @@ UNWANTED = {"pytorch_model.bin": b"code", "model.pt": b"code", "onnx/config.json
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as a snapshot needs: an open model and data set, one of each with a gate, and nothing else."""
+    """A stand-in for the hub with a public and a gated repository of each kind, for snapshot downloads only."""
 
     def do_GET(self):
         path = self.path.split("?")[0]
-        self.server.asked.append(path)
+        self.server.requests.append(path)
         if path.startswith(("/api/models/org/gated/", "/api/datasets/org/gated/")):
             return self.answer(b"", 403, {"X-Error-Code": "GatedRepo"})
         for api, resolve, name, files in (
@@ -77,7 +77,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache, offline."""
+    """An empty cache in offline mode."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -86,9 +86,9 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(cache, monkeypatch):
-    """A hub on this machine, and the way to it; `asked` lists what it was asked for."""
+    """A local hub that the library is configured to use; `requests` lists the paths of all requests."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.asked = []
+        server.requests = []
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setattr(
@@ -108,7 +108,7 @@ def refusal(name):
 
 
 def refused(name, reason, command):
-    """One sentence: what is missing, why, how to get it, and what to pass."""
+    """Checks that the error is one sentence with the missing model, the reason, and what to do."""
     text = refusal(name)
     assert text.startswith(f"There is no model folder {name} here, and ")
     assert reason in text
@@ -121,10 +121,10 @@ def test_a_folder_is_returned_as_it_is(cache, tmp_path):
     folder.mkdir(parents=True)
     assert hub.fetch_model(folder) == folder
     assert hub.fetch_model(str(folder)) == folder
-    assert hub.fetch_model("org/name") == Path("org/name")  # a folder goes before the hub
+    assert hub.fetch_model("org/name") == Path("org/name")  # folders take precedence over the hub
 
 
-def test_what_is_neither_a_folder_nor_an_id(cache, tmp_path):
+def test_names_that_are_neither_a_folder_nor_an_id_are_errors(cache, tmp_path):
     for name in (tmp_path / "nowhere", "nowhere", "./a/b", "../a", "a/b/c", "org/", "org/ä", "org/name@"):
         assert refusal(name).startswith(f"There is no model folder {name}; pass one with config.json")
     (tmp_path / "org").mkdir()
@@ -133,32 +133,32 @@ def test_what_is_neither_a_folder_nor_an_id(cache, tmp_path):
     assert refusal("org/a..b").startswith("There is no model folder org/a..b here")
 
 
-def test_a_model_is_fetched_without_pickles(server, cache):
+def test_models_are_fetched_without_pickles(server, cache):
     folder = hub.fetch_model("org/name")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == FILES
-    assert not any(name in path for path in server.asked for name in UNWANTED)
+    assert not any(name in path for path in server.requests for name in UNWANTED)
     assert folder.is_relative_to(cache)
     assert hub.fetch_model("org/name@v1") == hub.fetch_model(f"org/name@{SHA}") == folder
 
 
-def test_what_was_fetched_is_there_offline(server, cache, monkeypatch):
+def test_fetched_models_are_available_offline(server, cache, monkeypatch):
     folder = hub.fetch_model("org/name")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    asked = len(server.asked)
+    count = len(server.requests)
     assert hub.fetch_model("org/name") == folder
     refused("org/name@v1", "HF_HUB_OFFLINE is set", "hf download org/name --revision v1")
-    (folder / "merges.txt").unlink()  # as after a download that was broken off
+    (folder / "merges.txt").unlink()  # as after an interrupted download
     refused("org/name", "does not hold all of org/name", "hf download org/name")
-    assert len(server.asked) == asked
+    assert len(server.requests) == count
 
 
-def test_what_the_hub_refuses(server):
+def test_gated_unknown_and_missing_revisions_are_explained(server):
     refused("org/gated", "accepted its terms", "hf download org/gated")
     refused("org/other", "the hub shows no model org/other", "hf download org/other")
     refused("org/name@v2", "org/name has no revision v2", "hf download org/name --revision v2")
 
 
-def test_no_network(server, monkeypatch):
+def test_unreachable_hub_is_explained(server, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     refused("org/name", "the hub cannot be reached", "hf download org/name")
 
@@ -174,21 +174,21 @@ def snapshot(cache, *names):
     return folder / "snapshots" / SHA
 
 
-def test_the_cache_serves_without_a_network(cache):
+def test_cached_models_need_no_network(cache):
     folder = snapshot(cache, *FILES)
     assert hub.fetch_model("org/name") == hub.fetch_model(f"org/name@{SHA}") == folder
 
 
 @pytest.mark.parametrize(
-    ("there", "lacking"),
+    ("present", "missing"),
     [(["config.json"], "lacks *.safetensors"), (["merges.txt"], "lacks config.json and *.safetensors")],
 )
-def test_a_cache_with_a_part_of_the_model(cache, there, lacking):
-    snapshot(cache, *there)
-    refused("org/name", lacking, "hf download org/name")
+def test_incomplete_cache_is_an_error(cache, present, missing):
+    snapshot(cache, *present)
+    refused("org/name", missing, "hf download org/name")
 
 
-def test_the_environment_names_the_cache(tmp_path):
+def test_environment_variable_sets_the_cache(tmp_path):
     folder = snapshot(tmp_path / "elsewhere", *FILES)
     code = (
         "import sys; from vkd_jax.runtime import hub; assert 'huggingface_hub' not in sys.modules\n"
@@ -201,7 +201,7 @@ def test_the_environment_names_the_cache(tmp_path):
 
 
 def every_error():
-    """Each exception of the hub's library, and others that come through it."""
+    """Yields each exception of the hub's library, and others that it passes on."""
     kinds = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
     for kind in [kind for kind in kinds if kind.__module__ == errors.__name__]:
         error = kind.__new__(kind)
@@ -213,7 +213,7 @@ def every_error():
 
 
 @pytest.mark.parametrize("error", list(every_error()), ids=lambda error: type(error).__name__)
-def test_every_error_is_one_sentence(error, cache, monkeypatch):
+def test_all_errors_are_one_sentence(error, cache, monkeypatch):
     def fail(*args, **kwargs):
         raise error
 
@@ -228,7 +228,7 @@ def test_every_error_is_one_sentence(error, cache, monkeypatch):
     refused("org/name@v1", reason, "hf download org/name --revision v1")
 
 
-def test_an_interrupt_goes_through(cache, monkeypatch):
+def test_keyboard_interrupt_is_not_caught(cache, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -249,30 +249,30 @@ def refused_data(name, configs, reason, command):
     assert text.endswith("pass the folder as --config.data.source=DIR.")
 
 
-def test_ids():
+def test_forms_of_ids():
     assert hub.is_id("org/name") and hub.is_id("org/name@v1")
     assert not any(map(hub.is_id, ("", "name", "/org/name", "a/b/c", "org/", "gs://a/b")))
 
 
-def test_only_the_configs_that_are_needed_are_fetched(server, cache):
+def test_only_requested_configs_are_fetched(server, cache):
     folder = hub.fetch_dataset("org/data", ["forget10", "forget10+tofu"])
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert files == {name: data for name, data in DATA.items() if not name.startswith("full")}
     assert folder.is_relative_to(cache) and folder.name == SHA
-    assert not any("full" in path or "README" in path for path in server.asked if "resolve" in path)
+    assert not any("full" in path or "README" in path for path in server.requests if "resolve" in path)
     assert hub.fetch_dataset(f"org/data@{SHA}", ["full"]) == folder
 
 
-def test_what_was_fetched_of_a_data_set_is_there_offline(server, monkeypatch):
+def test_fetched_configs_are_available_offline(server, monkeypatch):
     folder = hub.fetch_dataset("org/data", ["forget10"])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert hub.fetch_dataset("org/data", ["forget10"]) == folder
-    asked = len(server.asked)
+    count = len(server.requests)
     refused_data("org/data", ["forget10", "full"], "", "hf download org/data --repo-type dataset")
-    assert len(server.asked) == asked
+    assert len(server.requests) == count
 
 
-def test_a_data_set_that_cannot_be_had(server, cache, monkeypatch):
+def test_unavailable_data_sets_are_explained(server, cache, monkeypatch):
     refused_data("org/gated", ["a"], "accepted its terms", "hf download org/gated --repo-type dataset")
     refused_data("org/other", ["a"], "shows no data set org/other", "hf download org/other --repo-type dataset")
     command = "hf download org/data --repo-type dataset --revision v2"
@@ -284,7 +284,7 @@ def test_a_data_set_that_cannot_be_had(server, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["tiny_base", "tiny_llava", "tiny_retain_only"])
-def test_shipped_models_go_by_their_names(name, tmp_path, monkeypatch):
+def test_shipped_models_are_found_by_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = hub.fetch_model(name)
     assert (folder / "model.safetensors").is_file()
@@ -292,6 +292,6 @@ def test_shipped_models_go_by_their_names(name, tmp_path, monkeypatch):
     assert len(provenance["without"]) == (6 if name == "tiny_retain_only" else 0)
     assert "+changes" not in provenance["commit"]
     (tmp_path / name).mkdir()
-    assert hub.fetch_model(name) == Path(name)  # a folder of one's own goes first
+    assert hub.fetch_model(name) == Path(name)  # a local folder takes precedence
     with pytest.raises(UserError, match="There is no model folder"):
         hub.fetch_model(f"../assets/{name}")

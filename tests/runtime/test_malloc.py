@@ -1,4 +1,4 @@
-"""Memory that a process on the CPU frees is kept for its next step."""
+"""Tests of the allocator settings: freed memory is kept for the next step on the CPU."""
 
 import os
 import platform
@@ -13,9 +13,9 @@ import pytest
 from vkd_jax.runs import worker_pool
 from vkd_jax.runtime import malloc
 
-# Steps with 64 MiB of temporary memory: how many of them are found anew by one, in pages of 4 KiB as huge ones are
-# turned off; with an argument, after `keep_freed_memory`. The median of many: small things that live on split what a
-# step has freed, so that the heap grows, at one step or another of the first dozen, until there is room beside them.
+# Prints the MiB of page faults of a step with 64 MiB of temporary memory; with an argument, after `keep_freed_memory`.
+# Huge pages are disabled. The median of many steps is used, because small allocations fragment the freed memory and the
+# heap grows during some of the first steps.
 STEPS = """
 import ctypes, resource, statistics, sys
 from vkd_jax.runtime import malloc
@@ -30,27 +30,29 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(int(statistics.median(faults() for _ in range(40))) * resource.getpagesize() >> 20)
 """
-GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is configured")
 
 
-def megabytes(*arguments, **more):
-    given = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES" and "MALLOC" not in name}
-    given |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2]), **more}
+def page_faults(*arguments, **variables):
+    environment = {
+        name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES" and "MALLOC" not in name
+    }
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2]), **variables}
     command = [sys.executable, "-c", STEPS, *arguments]
-    return int(subprocess.run(command, env=given, check=True, capture_output=True, text=True).stdout)
+    return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
 
 @GLIBC
 @pytest.mark.slow
-def test_a_step_finds_the_memory_of_the_one_before():
-    assert megabytes() >= 60
-    assert megabytes("keep") <= 4
+def test_steps_reuse_the_memory_of_the_previous_step():
+    assert page_faults() >= 60
+    assert page_faults("keep") <= 4
 
 
 @pytest.mark.parametrize(
     ("platforms", "plugins", "cpu"),
     [
-        ("cpu", ["cuda"], True),  # what is asked for counts
+        ("cpu", ["cuda"], True),  # the configured platform takes precedence
         ("cuda,cpu", [], False),
         ("tpu,cpu", [], False),
         ("", [], True),
@@ -58,7 +60,7 @@ def test_a_step_finds_the_memory_of_the_one_before():
         (None, ["cuda"], False),
     ],
 )
-def test_accelerators_are_left_alone(monkeypatch, platforms, plugins, cpu):
+def test_only_cpu_processes_are_configured(monkeypatch, platforms, plugins, cpu):
     monkeypatch.setattr(malloc, "jax", types.SimpleNamespace(config=types.SimpleNamespace(jax_platforms=platforms)))
     monkeypatch.setattr(malloc.metadata, "entry_points", lambda group: plugins)
     monkeypatch.setattr(malloc.importlib.util, "find_spec", lambda name: None)
@@ -69,9 +71,9 @@ def test_accelerators_are_left_alone(monkeypatch, platforms, plugins, cpu):
     ("libc", "variable"),
     [("glibc", ("MALLOC_ARENA_MAX", "2")), ("glibc", ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")), ("musl", None)],
 )
-def test_who_has_said_otherwise_is_left_alone(monkeypatch, libc, variable):
+def test_other_libraries_and_user_settings_take_precedence(monkeypatch, libc, variable):
     def refuse(name):
-        raise AssertionError("the C library was asked")
+        raise AssertionError("the C library was called")
 
     monkeypatch.setattr(malloc, "_on_cpu", lambda: True)
     monkeypatch.setattr(malloc.platform, "libc_ver", lambda: (libc, ""))
@@ -81,19 +83,19 @@ def test_who_has_said_otherwise_is_left_alone(monkeypatch, libc, variable):
     assert not malloc.keep_freed_memory()
 
 
-def test_a_run_keeps_it():
+def test_main_keeps_freed_memory():
     program = "import runpy; from vkd_jax.runtime import malloc; malloc.keep_freed_memory = lambda: print('kept'); "
     program += "runpy.run_module('vkd_jax.main', run_name='__main__')"
-    given = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", program], env=given, capture_output=True, text=True)
-    assert done.stderr == "error: pass --config FILE and --workdir DIR.\n" and done.stdout == "kept\n"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert process.stderr == "error: pass --config FILE and --workdir DIR.\n" and process.stdout == "kept\n"
 
 
-def test_the_workers_of_a_comparison_keep_it(monkeypatch):
-    shares, kept = queue.Queue(), []
+def test_comparison_workers_keep_freed_memory(monkeypatch):
+    shares, calls = queue.Queue(), []
     shares.put({0})
-    monkeypatch.setattr(malloc, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(malloc, "keep_freed_memory", lambda: calls.append(True))
     monkeypatch.setattr(worker_pool.log, "setup", lambda: None)
     monkeypatch.setattr(worker_pool.os, "sched_setaffinity", lambda process, cores: None)
     worker_pool._start_worker(shares)
-    assert kept == [True]
+    assert calls == [True]

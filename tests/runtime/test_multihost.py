@@ -1,4 +1,4 @@
-"""Two real processes on a CPU: one writes and decides, all learn of it; a run of theirs is that of one process."""
+"""Tests with two processes on the CPU: process 0 decides and writes, and a shared run equals that of one process."""
 
 import json
 import os
@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SLURM_PORTS = 61440  # JAX takes a port above it, by the job's number
+SLURM_PORTS = 61440  # JAX adds the id of the Slurm job
 SHORT = dict(steps=2, epochs=0.0, warmup_steps=0, log_every=1, learning_rate=1e-2, buckets=1, checkpoint_every=100)
-STEPS, HOLD = 6, 2  # of unlearning, and where it is stopped
+STEPS, HOLD = 6, 2  # steps of unlearning, and the step at which it is stopped
 
 
-def start(*args, **more):
+def start(*args, **variables):
     return subprocess.Popen(
         [sys.executable, ROOT / "tests/programs/multihost.py", *map(str, args)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | more,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | variables,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -30,7 +30,7 @@ def start(*args, **more):
 
 
 def outcome(process, status=0, seconds=240):
-    """The lines of JSON that a process wrote."""
+    """Waits for a process, checks its exit status and returns the JSON lines of its stdout."""
     try:
         out, err = process.communicate(timeout=seconds)
     finally:
@@ -40,73 +40,75 @@ def outcome(process, status=0, seconds=240):
 
 
 def free_port():
-    """One of those that JAX may take under Slurm."""
+    """Returns a free port that JAX may use under Slurm."""
     for port in range(SLURM_PORTS + os.getpid() % 4000, 65536):
-        with socket.socket() as there:
-            if there.connect_ex(("localhost", port)):
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", port)):
                 return port
     raise OSError("no free port")
 
 
-# ---- What is agreed upon ----
+# ---- Agreement of two processes ----
 
 
 @pytest.fixture
-def said(two_processes):
-    return [results["agreement"] for results in two_processes]
+def results(two_processes):
+    """The results of each process."""
+    return [outputs["agreement"] for outputs in two_processes]
 
 
-def both(said, key):
-    first, second = (found[key] for found in said)
+def both(results, key):
+    """Returns a result that is equal in both processes."""
+    first, second = (result[key] for result in results)
     assert first == second
     return first
 
 
-def test_one_process_is_the_first(said):
-    assert [found["first"] for found in said] == [True, False]
+def test_process_0_is_one_of_two(results):
+    assert [result["first"] for result in results] == [True, False]
 
 
-def test_what_the_first_says_all_hear(said):
-    assert both(said, "agreed") == {"process": 0, "long": "x" * 3000}
+def test_result_of_process_0_is_shared(results):
+    assert both(results, "agreed") == {"process": 0, "long": "x" * 3000}
 
 
-def test_an_error_of_the_first_is_one_of_all(said):
-    assert both(said, "refused") == ["UserError", "no."]
-    assert both(said, "broke")[0] == "OSError"
-    assert [found["odd"][0] for found in said] == ["Odd", "RuntimeError"]
-    assert said[1]["odd"][1] == "process 0 failed: Odd: 12"
+def test_errors_of_process_0_are_raised_everywhere(results):
+    assert both(results, "refused") == ["UserError", "no."]
+    assert both(results, "broke")[0] == "OSError"
+    assert [result["odd"][0] for result in results] == ["Odd", "RuntimeError"]
+    assert results[1]["odd"][1] == "process 0 failed: Odd: 12"
 
 
-def test_what_all_make_together_is_used_up_when_work_breaks_off(said):
-    assert both(said, "meanwhile") == [[0, 1, 2, 3, 4], "after one."]
+def test_shared_work_is_finished_when_process_0_fails(results):
+    assert both(results, "meanwhile") == [[0, 1, 2, 3, 4], "after one."]
 
 
-def test_turns(said):
-    assert [found["turn"] for found in said] == [0, 1]
+def test_process_0_runs_first(results):
+    assert [result["turn"] for result in results] == [0, 1]
 
 
-def test_a_flag_of_one_is_heard_by_all(said):
-    assert both(said, "anywhere") == [False, True, True]
+def test_any_process_may_set_a_flag(results):
+    assert both(results, "anywhere") == [False, True, True]
 
 
-def test_arrays_on_both_hosts_are_whole_in_numpy(said):
-    assert both(said, "held") == [1, 4] and both(said, "whole") == [True, True, True]
+def test_sharded_arrays_are_gathered_to_numpy(results):
+    assert both(results, "held") == [1, 4] and both(results, "whole") == [True, True, True]
 
 
-def test_a_mesh_must_take_the_devices_of_all_hosts(said):
-    assert "[2, 1, 1] = 2 devices of 4: with several hosts it must take all" in both(said, "mesh")
+def test_mesh_must_have_the_devices_of_all_hosts(results):
+    assert "[2, 1, 1] = 2 devices of 4: with several hosts the mesh must use all" in both(results, "mesh")
 
 
-def test_the_workdir_is_looked_at_and_written_by_the_first(said):
-    assert both(said, "written") == {"by": 0} and both(said, "has") == [True, False]
-    assert "has a run of another config (seed: 0 in the folder, 1 now)" in both(said, "other")
+def test_workdir_is_read_and_written_by_process_0(results):
+    assert both(results, "written") == {"by": 0} and both(results, "has") == [True, False]
+    assert "has a run of another config (seed: 0 in the folder, 1 now)" in both(results, "other")
 
 
 # ---- A whole run ----
 
 
 def flags(root, base, workdir):
-    """All stages in a few steps, in float32: adapters are fine-tuned, and the vision tower unlearns behind a mask."""
+    """Yields the flags of a short run of all stages in float32, with LoRA fine-tuning and a saliency mask."""
     yield from (f"--config={ROOT}/configs/llava.py:folder,all", f"--workdir={workdir}")
     fields = {"model.base": base, "model.dtype": "float32", "eval.protocol": "options", "eval.max_new_tokens": 4}
     fields |= {f"data.{part}": root / part for part in ("forget", "retain")}
@@ -114,41 +116,44 @@ def flags(root, base, workdir):
     fields |= {"train.batch_size.forget": 2, "train.batch_size.retain": 4, "train.steps": STEPS}
     fields |= {"finetune.train.batch_size.image": 4, "finetune.train.batch_size.text": 2}
     fields |= {"method.fisher_samples": 4, "method.fisher_chunk": 2, "method.augment_forget": 1}
-    fields |= {"method.mask_keep": 0.5}  # where the ratios at its border are .1 % apart; by default .01 %, as rounding
+    # Ratios at the threshold of the mask then differ by 0.1 %; by default they differ by 0.01 %, like rounding errors.
+    fields["method.mask_keep"] = 0.5
     yield from (f"--config.{name}={value}" for name, value in fields.items())
 
 
-def together(*args, **more):
-    """Two processes, as Slurm would start them."""
-    found = {"SLURM_JOB_ID": str(free_port() - SLURM_PORTS), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-    return [start(*args, "--distributed", **found, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **more) for i in range(2)]
+def start_two(*args, **variables):
+    """Starts two processes with the environment of Slurm."""
+    slurm = {"SLURM_JOB_ID": str(free_port() - SLURM_PORTS), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    return [
+        start(*args, "--distributed", **slurm, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **variables) for i in range(2)
+    ]
 
 
 @pytest.fixture(scope="module")
 def run(tiny_folder, request_folders, tmp_path_factory):
-    """The metrics of one process alone, and of two that were stopped with what one made of the rest; their folders."""
+    """Metrics of a run in one process, and of a run in two processes that is stopped and resumed in one; its folder."""
     root = tmp_path_factory.mktemp("hosts")
-    where = {name: list(flags(request_folders, tiny_folder, root / name)) for name in ("alone", "shared")}
-    alone = start(*where["alone"])
-    mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=4")  # weights cut over both hosts
-    first, second = together(*where["shared"], *mesh, HOLD=str(HOLD), JAX_NUM_CPU_DEVICES="2")
+    arguments = {name: list(flags(request_folders, tiny_folder, root / name)) for name in ("alone", "shared")}
+    alone = start(*arguments["alone"])
+    mesh = [f"--config.mesh.{name}={size}" for name, size in (("data", 1), ("fsdp", 1), ("tensor", 4))]
+    first, second = start_two(*arguments["shared"], *mesh, HOLD=str(HOLD), JAX_NUM_CPU_DEVICES="2")
     try:
         lines = read_until(first, lambda line: line == {"stage": "train"}, HOLD)
-        second.send_signal(signal.SIGTERM)  # one host hears it, both must stop
-        heard = time.perf_counter()
+        second.send_signal(signal.SIGTERM)  # only one host receives it; both must stop
+        signaled = time.perf_counter()
         lines += outcome(first, 143)
         assert outcome(second, 143) == []
-        stopping = time.perf_counter() - heard
+        stopping = time.perf_counter() - signaled
     finally:
         first.kill()
         second.kill()
     (saved,) = [path.name for path in (root / "shared/train/checkpoints").iterdir()]
-    resumed = outcome(start(*where["shared"]))
+    resumed = outcome(start(*arguments["shared"]))
     return dict(alone=outcome(alone), before=lines, saved=int(saved), after=resumed, root=root, stopping=stopping)
 
 
 def read_until(process, begins, count):
-    """Lines up to `count` of them after the one that `begins`."""
+    """Reads JSON lines until `count` lines after the first one that satisfies `begins`."""
     lines, left = [], None
     for text in process.stdout:
         if text.startswith("{"):
@@ -160,28 +165,28 @@ def read_until(process, begins, count):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_at_one_step_and_one_goes_on(run):
+def test_two_processes_stop_at_the_same_step_and_one_resumes(run):
     assert HOLD < run["saved"] < STEPS
     assert run["before"][-1]["step"] == run["saved"] and run["after"][1]["step"] == run["saved"] + 1
 
 
 @pytest.mark.slow
-def test_between_the_signal_and_the_end_of_both_are_less_than_twenty_seconds(run):
-    """A preempted TPU goes half a minute after the signal; the state is committed by then, and the processes gone."""
+def test_both_processes_end_within_20_seconds_of_the_signal(run):
+    """A preempted TPU is removed half a minute after the signal."""
     assert run["stopping"] < 20
 
 
 @pytest.mark.slow
-def test_losses_are_those_of_one_process(run):
+def test_losses_equal_those_of_one_process(run):
     lines = [line for line in run["before"] + run["after"][1:]]
     assert [line.get("step") for line in lines] == [line.get("step") for line in run["alone"]]
     for line, other in zip(lines, run["alone"], strict=True):
-        kept = [name for name in other if name.endswith("loss") or name == "grad_norm"]
-        np.testing.assert_allclose([line[n] for n in kept], [other[n] for n in kept], rtol=1e-4, atol=1e-6)
+        names = [name for name in other if name.endswith("loss") or name == "grad_norm"]
+        np.testing.assert_allclose([line[n] for n in names], [other[n] for n in names], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_results_are_those_of_one_process(run):
+def test_results_equal_those_of_one_process(run):
     found, expected = (json.loads((run["root"] / name / "results.json").read_text()) for name in ("shared", "alone"))
     assert found["text_logits_identical"] and found["manifest"] == expected["manifest"]
     for name, parts in expected["models"].items():
@@ -195,11 +200,12 @@ def test_results_are_those_of_one_process(run):
 
 
 @pytest.mark.slow
-def test_weights_are_those_of_one_process(run):
+def test_weights_equal_those_of_one_process(run):
     from safetensors.numpy import load_file
 
     for name in ("vanilla", "retain_only", "unlearned"):
-        ours, theirs = (load_file(run["root"] / where / name / "model.safetensors") for where in ("shared", "alone"))
+        ours, theirs = (load_file(run["root"] / folder / name / "model.safetensors") for folder in ("shared", "alone"))
         for tensor in theirs:
-            apart, size = (np.linalg.norm(x) for x in (ours[tensor] - theirs[tensor], theirs[tensor]))
-            assert apart <= 2e-4 * size, f"{name}: {tensor}"  # Adam's first steps are as long for a gradient of 1e-9
+            difference, size = (np.linalg.norm(x) for x in (ours[tensor] - theirs[tensor], theirs[tensor]))
+            # Adam's first steps have the same length for gradients of rounding errors.
+            assert difference <= 2e-4 * size, f"{name}: {tensor}"

@@ -57,7 +57,7 @@ ROWS = {  # as published; for retain99 only a rounded number is known
 
 
 @dataclasses.dataclass(frozen=True)
-class Clear(Section):
+class Clear(parquet.PublishedBenchmark, Section):
     """CLEAR."""
 
     SECTION: ClassVar[str] = "data"
@@ -90,18 +90,6 @@ class Clear(Section):
     def label(self) -> str:
         """The name of the benchmark with the forget ratio."""
         return f"clear-forget{self.forget}"
-
-    def check(self) -> None:
-        """Checks the fields.
-
-        Raises:
-            UserError: `people` is set together with a source, or the source does not exist.
-        """
-        parquet.check_fields(self.source, self.people)
-
-    def state(self, part: str) -> Any:
-        """Name, size and modification time of the files of the source."""
-        return Snapshot(self.source, self._configs(part)).state() if self.source else []
 
     @contextlib.contextmanager
     def rows(self, part: str) -> Iterator[dict[str, Iterator[list[Example]]]]:

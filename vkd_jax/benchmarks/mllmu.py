@@ -38,7 +38,7 @@ _TASK_COLUMNS = ("Classification_Task", "Generation_Task", "Mask_Task")
 
 
 @dataclasses.dataclass(frozen=True)
-class Mllmu(Section):
+class Mllmu(parquet.PublishedBenchmark, Section):
     """MLLMU-Bench."""
 
     SECTION: ClassVar[str] = "data"
@@ -65,18 +65,6 @@ class Mllmu(Section):
     def label(self) -> str:
         """The name of the benchmark with the forget ratio."""
         return f"mllmu-forget{self.forget}"
-
-    def check(self) -> None:
-        """Checks the fields.
-
-        Raises:
-            UserError: `people` is set together with a source, or the source does not exist.
-        """
-        parquet.check_fields(self.source, self.people)
-
-    def state(self, part: str) -> Any:
-        """Name, size and modification time of the files of the source."""
-        return Snapshot(self.source, self._configs(part)).state() if self.source else []
 
     @contextlib.contextmanager
     def rows(self, part: str) -> Iterator[dict[str, Iterator[list[Example]]]]:

@@ -144,22 +144,33 @@ def check_source(source: str) -> None:
         )
 
 
-def check_fields(source: str, people: int) -> None:
-    """Checks the fields of a published benchmark.
+class PublishedBenchmark:
+    """Base class of benchmarks that read a `Snapshot`, or write one of the synthetic people if they have no source."""
 
-    Args:
-        source: the source of a `Snapshot`, or "" for the synthetic people.
-        people: the seed of the synthetic people.
+    source: str  # the source of a `Snapshot`, or "" for the synthetic people
+    people: int  # the seed of the synthetic people
 
-    Raises:
-        UserError: the seed is set together with a source, or the source does not exist.
-    """
-    if source and people:
-        raise UserError(
-            f"data.people: {people} is a seed of synthetic people. Leave it at 0 with data.source={source}."
-        )
-    if source:
-        check_source(source)
+    def check(self) -> None:
+        """Checks the fields.
+
+        Raises:
+            UserError: `people` is set together with a source, or the source does not exist.
+        """
+        if self.source and self.people:
+            raise UserError(
+                f"data.people: {self.people} is a seed of synthetic people. Leave it at 0 with "
+                f"data.source={self.source}."
+            )
+        if self.source:
+            check_source(self.source)
+
+    def state(self, part: str) -> Any:
+        """Name, size and modification time of the files of the source."""
+        return Snapshot(self.source, self._configs(part)).state() if self.source else []
+
+    def _configs(self, part: str) -> tuple[str, ...]:
+        """The configs of the snapshot that a part reads."""
+        raise NotImplementedError
 
 
 @contextlib.contextmanager

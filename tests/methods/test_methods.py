@@ -169,7 +169,9 @@ def test_a_cached_prefix_does_not_change_the_gradients(context, method, stream):
     want = gradients(context, method, plain, stream)
     got = gradients(context, method, dataclasses.replace(plain, sets=cached), stream)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
-    assert_trees_close(got[1], want[1], rtol=1e-4, atol=1e-6)
+    # At the teacher the gradient of the distillation, 2 * 8 * (h - target) / scale, is rounding error of h alone, which
+    # a cached prefix changes: by 1.4e-6 with JAX 0.12, where the largest gradient is about 2e-3.
+    assert_trees_close(got[1], want[1], rtol=1e-4, atol=1e-5)
     if prefix:  # the pixels are not used
         blank = {name: dataclasses.replace(rows, images=BlankImages(rows.images)) for name, rows in cached.items()}
         again = gradients(context, method, dataclasses.replace(plain, sets=blank), stream)

@@ -56,7 +56,9 @@ def asked():
 @pytest.fixture(scope="module")
 def subject(tiny_model, asked, tmp_path_factory):
     config = RunConfig(eval=EvalConfig(batch_size=8, max_new_tokens=3))
-    answers = evaluate.evaluate(Answerer(tiny_model, batch_size=8), asked, protocol="options", max_new_tokens=3)
+    answers = evaluate.evaluate(
+        Answerer(tiny_model, batch_size=8), asked, EvalConfig(protocol="options", max_new_tokens=3)
+    )
     folder = tmp_path_factory.mktemp("scratch")
     return Subject(
         "unlearned", tiny_model, asked, Mllmu.EVAL_SETS, answers, asked["forget"], [], config, tiny_model.mesh, folder

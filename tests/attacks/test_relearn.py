@@ -45,7 +45,9 @@ def subject(tiny_model, tmp_path_factory):
         "test": [example(20 + i, picture=30 + i) for i in range(3)],
     }
     config = RunConfig(eval=EvalConfig(batch_size=4, max_new_tokens=3))
-    answers = evaluate.evaluate(Answerer(tiny_model, batch_size=4), asked, protocol="options", max_new_tokens=3)
+    answers = evaluate.evaluate(
+        Answerer(tiny_model, batch_size=4), asked, EvalConfig(protocol="options", max_new_tokens=3)
+    )
     folder = tmp_path_factory.mktemp("scratch")
     return Subject(
         "unlearned", tiny_model, asked, Mllmu.EVAL_SETS, answers, forgets, [], config, tiny_model.mesh, folder

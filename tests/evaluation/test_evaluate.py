@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vkd_jax.config.schema import EvalConfig
 from vkd_jax.evaluation import evaluate as module
 from vkd_jax.evaluation import inference
 from vkd_jax.evaluation.evaluate import evaluate, letter_question, sample
@@ -55,7 +56,7 @@ def ask(tiny_model):
 
 
 def run(answerer, sets, protocol="options"):
-    return evaluate(answerer, sets, protocol=protocol, max_new_tokens=4)
+    return evaluate(answerer, sets, EvalConfig(protocol=protocol, max_new_tokens=4))
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +265,9 @@ def people():
 @pytest.mark.parametrize("protocol", ["options", "letter", "options,letter"])
 def test_a_worked_example_about_another_person_precedes_each_question(people, protocol):
     scripted = Scripted(lambda _: "A", loss_of)
-    got = evaluate(scripted, people, protocol=protocol, max_new_tokens=4, shots=1, shown=people["retain"], seed=3)
+    got = evaluate(
+        scripted, people, EvalConfig(protocol=protocol, max_new_tokens=4, shots=1, seed=3), shown=people["retain"]
+    )
     everybody = {e.id: e for part in people.values() for e in part}
     shown: dict[tuple, list] = {}
     for record in got:
@@ -288,14 +291,24 @@ def test_a_worked_example_about_another_person_precedes_each_question(people, pr
 
 def test_worked_examples_are_drawn_by_the_seed(people):
     def drawn(seed):
-        got = evaluate(Scripted(None, loss_of), {k: v[:-2] for k, v in people.items()}, protocol="options",
-                       max_new_tokens=4, shots=1, shown=people["retain"][:-2], seed=seed)  # fmt: skip
+        got = evaluate(
+            Scripted(None, loss_of),
+            {k: v[:-2] for k, v in people.items()},
+            EvalConfig(protocol="options", max_new_tokens=4, shots=1, seed=seed),
+            shown=people["retain"][:-2],
+        )
         return [r["worked_example"] for r in got]
 
     people = {"forget": people["forget"][:3], "retain": people["retain"]}
     assert drawn(0) == drawn(0) and len({tuple(drawn(seed)) for seed in range(5)}) > 1
-    assert "worked_example" not in evaluate(Scripted(None, loss_of), people | {"retain": people["retain"][:8]},
-                                            protocol="options", max_new_tokens=4)[0]  # fmt: skip
+    assert (
+        "worked_example"
+        not in evaluate(
+            Scripted(None, loss_of),
+            people | {"retain": people["retain"][:8]},
+            EvalConfig(protocol="options", max_new_tokens=4),
+        )[0]
+    )
 
 
 def test_a_missing_worked_example_is_rejected(people):
@@ -305,7 +318,7 @@ def test_a_missing_worked_example_is_rejected(people):
         (people["retain"][:8], "without an image"),
     ):
         with pytest.raises(UserError, match=f"no classification question {about} about another person .*eval.shots=0"):
-            evaluate(Scripted(), people, protocol="options", max_new_tokens=4, shots=1, shown=retain)
+            evaluate(Scripted(), people, EvalConfig(protocol="options", max_new_tokens=4, shots=1), shown=retain)
 
 
 def test_the_letter_prompt_shows_the_options():
@@ -385,11 +398,11 @@ def test_a_sample_is_seeded_by_set_task_and_modality():
 
 @pytest.mark.parametrize("protocol", ["letters", "", "letter,", "options,options", "options;letter"])
 def test_unknown_protocols_and_numbers_of_shots_are_rejected(protocol):
-    with pytest.raises(UserError, match=f"eval.protocol='{protocol}': give one of letter, options, or both"):
-        module.check(protocol)
-    with pytest.raises(UserError, match="eval.shots=2: give 0, or 1"):
-        module.check("letter", 2)
-    assert module.check("letter, options", 1) == ("letter", "options")
+    with pytest.raises(UserError, match=f"eval.protocol: '{protocol}' is not allowed. Give options, letter, or both"):
+        EvalConfig(protocol=protocol)
+    with pytest.raises(UserError, match="eval.shots: 2 is not allowed"):
+        EvalConfig(shots=2)
+    assert EvalConfig(protocol="letter, options").protocols == ("letter", "options")
 
 
 def test_prompts_too_long_for_the_model_are_rejected(ask, tiny_model, people):
@@ -397,7 +410,9 @@ def test_prompts_too_long_for_the_model_are_rejected(ask, tiny_model, people):
     with pytest.raises(UserError, match=rf"a question of \d+ tokens and 4 for the answer exceed the model's {limit}"):
         ask(7).generate(["why " * 200], max_new_tokens=4)
     with pytest.raises(UserError, match=f"exceed the model's {limit}; .*without worked examples"):
-        evaluate(ask(7), people, protocol="letter", max_new_tokens=limit // 2, shots=1, shown=people["retain"])
+        evaluate(
+            ask(7), people, EvalConfig(protocol="letter", max_new_tokens=limit // 2, shots=1), shown=people["retain"]
+        )
 
 
 def test_one_compilation_serves_two_models(tiny_model, ask, sets):

@@ -5,6 +5,7 @@ import numpy as np
 import random_llava
 
 from vkd_jax.checkpoints.bundle import ModelBundle
+from vkd_jax.config.schema import EvalConfig
 from vkd_jax.evaluation.evaluate import evaluate
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.runtime.mesh import make_mesh, param_shardings
@@ -57,7 +58,9 @@ def computed(mesh) -> dict:
         path: jax.make_array_from_callback(x.shape, rule(path, x.shape), x.__getitem__) for path, x in params.items()
     }
     answerer = Answerer(ModelBundle(graphdef, params, random_llava.CONFIG, Characters(), mesh), batch_size=3)
-    records = evaluate(answerer, SETS, protocol="options,letter", max_new_tokens=3, shots=1, shown=SETS["retain"])
+    records = evaluate(
+        answerer, SETS, EvalConfig(protocol="options,letter", max_new_tokens=3, shots=1), shown=SETS["retain"]
+    )
     (share,) = {shard.data.shape[0] for shard in answerer._put(np.zeros((answerer.batch_size, 2))).addressable_shards}
     return {"records": records, "batch": answerer.batch_size, "rows_per_device": share}
 

@@ -55,8 +55,7 @@ class Subject:
         return evaluate.evaluate(
             Answerer(model, batch_size=options.batch_size),
             sets,
-            protocol=options.protocols[0],
-            max_new_tokens=options.max_new_tokens,
+            dataclasses.replace(options, protocol=options.protocols[0], shots=0),
         )
 
     def unattacked(self, sets: Mapping[str, Sequence[Example]]) -> Records:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from vkd_jax.config.schema import EvalConfig
 from vkd_jax.data.batching import rng
 from vkd_jax.evaluation import metrics
 from vkd_jax.evaluation.inference import Answerer, EncodedImages, Turns
@@ -24,37 +25,16 @@ from vkd_jax.evaluation.metrics.judging import LETTERS, cloze_correct, first_let
 from vkd_jax.evaluation.metrics.likelihoods import likelihood
 from vkd_jax.types import Example, UserError
 
-PROTOCOLS = ("letter", "options")
 INSTRUCTION = "Answer with the letter of the right option only."
 
 Form = Callable[[Example], tuple[str, str]]  # from an example to its question and answer in the prompt
 
 
-def check(protocol: str, shots: int = 0) -> tuple[str, ...]:
-    """Parses and validates the protocols.
-
-    Raises:
-        UserError: a protocol is unknown or given twice, or `shots` is neither 0 nor 1.
-    """
-    names = tuple(name.strip() for name in protocol.split(","))
-    if not set(names) <= set(PROTOCOLS) or len(set(names)) < len(names):
-        raise UserError(
-            f"eval.protocol={protocol!r}: give one of {', '.join(PROTOCOLS)}, or both, as in options,letter."
-        )
-    if shots not in (0, 1):
-        raise UserError(f"eval.shots={shots!r}: give 0, or 1 for a worked example before each question.")
-    return names
-
-
 def evaluate(
     answerer: Answerer,
     sets: Mapping[str, Iterable[Example]],
-    *,
-    protocol: str,
-    max_new_tokens: int,
-    shots: int = 0,
+    config: EvalConfig,
     shown: Sequence[Example] = (),
-    seed: int = 0,
 ) -> list[dict]:
     """Returns one record per question, in the order of the sets; with two protocols, two per question with options.
 
@@ -63,20 +43,19 @@ def evaluate(
     Args:
         answerer: the model.
         sets: the questions of each set.
-        protocol: "options", "letter", or both, separated by a comma. The likelihoods are in the record of the first.
-        max_new_tokens: maximum number of tokens of a generated answer.
-        shots: worked examples before each question, 0 or 1.
+        config: protocols, shots and length of answers. The likelihoods are in the record of the first protocol.
         shown: questions that worked examples are drawn from.
-        seed: seed of the choice of worked examples.
 
     Raises:
-        UserError: the protocol is unknown, no worked example fits a question, or a prompt is too long for the model.
+        UserError: no worked example fits a question, or a prompt is too long for the model.
     """
-    protocols = check(protocol, shots)
+    protocols, shots = config.protocols, config.shots
     items = [(name, example) for name, examples in sets.items() for example in examples]
     examples = [example for _, example in items]
-    batch = _Questions(answerer, examples, worked_examples(shown, examples, seed) if shots else [None] * len(examples))
-    texts = dict(_generated(batch, protocols, max_new_tokens))  # first, since these prompts are the longest
+    batch = _Questions(
+        answerer, examples, worked_examples(shown, examples, config.seed) if shots else [None] * len(examples)
+    )
+    texts = dict(_generated(batch, protocols, config.max_new_tokens))  # first, since these prompts are the longest
     likelihoods, scores = _likelihoods(batch)
     records = []
     for i, (name, example) in enumerate(items):

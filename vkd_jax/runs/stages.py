@@ -191,11 +191,8 @@ def evaluate_model(job: Job, name: str, model: ModelBundle) -> list[dict]:
         answers = evaluate.evaluate(
             Answerer(model, batch_size=options.batch_size),
             job.questions,
-            protocol=options.protocol,
-            max_new_tokens=options.max_new_tokens,
-            shots=options.shots,
+            options,
             shown=job.worked_examples,
-            seed=options.seed,
         )
         workdir.write_lines(path, answers)
     for set_name, kinds in summaries(answers).items():

@@ -41,6 +41,12 @@ def test_every_config_survives_json_and_config_dict(get_config, file, words):
     assert pickle.loads(pickle.dumps(config)) == config  # workers of a comparison are given configs
 
 
+def test_an_infinite_cap_survives_json():
+    config = RunConfig().override("method.cap=1e999")
+    assert config.method.cap == math.inf and json.loads(config.to_json())["method"]["cap"] == "inf"
+    assert RunConfig.from_dict(json.loads(config.to_json())) == config
+
+
 def test_what_json_has_not_is_refused():
     config = RunConfig()
     object.__setattr__(config.train, "learning_rate", math.nan)

@@ -11,6 +11,7 @@ The sections of methods, attacks and benchmarks are these components themselves:
 import ast
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -24,6 +25,7 @@ from vkd_jax.config.stages import STAGES, Stage
 from vkd_jax.config.training import TrainConfig
 
 PROTOCOLS = ("options", "letter")
+INFINITY = "inf"  # in JSON
 INTEGER_FORMAT = r"int[84](:[1-9]\d*)?"  # of quantized weights, with an optional group size
 QUANTIZATIONS = "int8 or int4, optionally with a group size as in int4:64, w8a8, or ''"
 T = TypeVar("T")
@@ -255,13 +257,13 @@ class RunConfig(Section):
         return values
 
     def to_json(self) -> str:
-        """All fields as JSON.
+        """All fields as JSON, which has no infinity: an infinite number becomes the text "inf".
 
         Raises:
-            ValueError: a value is not finite.
+            ValueError: a value is NaN.
             TypeError: JSON has no such type.
         """
-        return json.dumps(self.to_dict(), allow_nan=False)
+        return json.dumps(_without_infinity(self.to_dict()), allow_nan=False)
 
     def to_config_dict(self) -> ml_collections.ConfigDict:
         """The config as configs/ and the command line see it; fields that may be None have no fixed type."""
@@ -353,10 +355,19 @@ def _check_names(section: str, values: Any, known: Sequence[str], required: set[
 
 
 def _section(cls: type, values: Any, section: str = "") -> Any:
-    """A section of its fields, all of which are given; lists become tuples."""
+    """A section of its fields, all of which are given; lists become tuples, and "inf" a number where one belongs."""
     known = [field.name for field in dataclasses.fields(cls)]
     _check_names(section or cls.SECTION, values, known, set(known))
-    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    infinite = [field.name for field in dataclasses.fields(cls) if field.metadata.get("infinity")]
+    return cls(**values | {name: math.inf for name in infinite if values[name] == INFINITY})
+
+
+def _without_infinity(value: Any) -> Any:
+    """Nested values with `INFINITY` in the place of infinite numbers."""
+    if isinstance(value, Mapping):
+        return {name: _without_infinity(item) for name, item in value.items()}
+    return INFINITY if value == math.inf else value
 
 
 def _chosen(kind: str, table: Mapping[str, str], section: str, key: str, values: Any) -> Any:

@@ -11,6 +11,7 @@ import pytest
 
 from vkd_jax import benchmarks, registry
 from vkd_jax.benchmarks import cache
+from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.types import Example, UserError
 
 
@@ -42,6 +43,7 @@ class Fixed:
     version = ["a"]
 
     label = "fixed"
+    EVAL_SETS = Mllmu.EVAL_SETS
 
     def check(self):
         if self.forget > 50:

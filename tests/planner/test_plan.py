@@ -222,7 +222,7 @@ def test_a_plan_as_a_page(config, here):
     assert json.loads(json.dumps(results)) == results and len(here) == 2
     text = page.render(results)
     assert results["ratios"]["flops"] < 1 and text.splitlines()[-2].startswith("least time of vkd / grad_diff, all")
-    assert "  total by the compiler" in text and "v5e:1x1: 1 chips of 16 GiB" in page
+    assert "  total by the compiler" in text and "v5e:1x1: 1 chips of 16 GiB" in text
     alone = plan.plan(RunConfig.from_config_dict(config), "v5e:1x1", LENGTHS, compare=False)
     assert alone["ratios"] is None and "least time" not in page.render(alone)
 
@@ -262,7 +262,7 @@ def test_the_table_resumes(small, here, tmp_path, capsys, monkeypatch):
     rows = json.loads(file.read_text())
     assert [row["slice"] for row in rows] == ["v5e-1", "v5e-4", "none"]
     assert rows[0]["steps"] == first["steps"] and len(here) == 1 + 2  # no program is compiled again
-    assert "give at least 1" in rows[2]["error"] and "error" not in rows[1]
+    assert "each value a whole number of at least 1" in rows[2]["error"] and "error" not in rows[1]
     assert rows[1]["run"] == {"examples": 7200}
     assert "Tiny on v5e-1, " in capsys.readouterr().out
     small.plans.only = ("v5e-1",)

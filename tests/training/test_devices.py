@@ -55,7 +55,8 @@ def test_a_run_on_eight_devices_resumes_on_one(training):
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(training):
-    assert training["refused"] == "train.batch_size.image=6 does not divide over 4 devices; use a multiple of 4."
+    problem = "6 examples do not divide over 4 devices. Give a multiple of 4."
+    assert training["refused"] == f"train.batch_size.image: {problem}"
 
 
 def test_two_processes_stop_at_the_same_step_and_resume_with_the_losses_of_one_device(training, two_processes):

@@ -1,10 +1,13 @@
-"""Tests of atomic writes of files and folders."""
+"""Tests of atomic writes, and of reads of files that others wrote."""
 
+import errno
 import os
+import socket
 
 import pytest
 
 from vkd_jax.runtime import files
+from vkd_jax.types import UserError
 
 
 @pytest.fixture
@@ -62,3 +65,113 @@ def test_an_error_keeps_the_old_folder_and_removes_leftovers(tmp_path):
         (folder / "b").write_text("b")
         raise RuntimeError
     assert os.listdir(target) == ["a"] and sorted(os.listdir(tmp_path)) == [".other.killed.tmp", "model"]
+
+
+OUTSIDE = {
+    "a parent": "../secret",
+    "a parent, later": "sub/../../secret",
+    "an absolute path": "{folder}/../secret",
+    "a link": "link",
+    "a link to a folder": "linked_folder/secret",
+    "a link to a link": "link_to_link",
+    "a dangling link": "dangling",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with files, links out of it, and a link in it."""
+    folder = tmp_path / "data"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "secret").write_text("secret")
+    (folder / "sub" / "a").write_text("a")
+    (folder / "link").symlink_to(tmp_path / "secret")
+    (folder / "linked_folder").symlink_to(tmp_path)
+    (folder / "link_to_link").symlink_to(folder / "link")
+    (folder / "dangling").symlink_to(tmp_path / "nothing")
+    (folder / "inner").symlink_to("sub/a")
+    (folder / "loop").symlink_to("loop")
+    return folder
+
+
+@pytest.mark.parametrize("name", OUTSIDE.values(), ids=OUTSIDE)
+def test_a_file_outside_of_the_folder_is_refused_by_name(folder, name):
+    name = name.format(folder=folder)
+    with pytest.raises(UserError) as raised:
+        files.inside(folder, name)
+    assert repr(name) in str(raised.value) and " out of " in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\0b", "\ud800"])
+def test_a_text_that_names_no_file_is_refused(folder, name):
+    with pytest.raises(UserError, match="is not a file name"):
+        files.inside(folder, name)
+
+
+def test_a_loop_of_links_is_refused(folder):
+    with pytest.raises(UserError, match="loop|levels of symbolic links"), files.reading(folder / "loop"):
+        files.inside(folder, "loop").read_bytes()
+
+
+def test_files_and_links_within_the_folder_are_found_also_through_a_link_to_the_folder(folder, tmp_path):
+    (tmp_path / "alias").symlink_to(folder)
+    for root in (folder, tmp_path / "alias"):
+        for name in ("sub/a", "./sub/a", "inner"):
+            assert files.inside(root, name).read_text() == "a"
+    assert files.inside(folder, "missing") == folder / "missing"
+
+
+def test_links_out_of_the_folder_can_be_allowed_but_not_names(folder):
+    assert files.inside(folder, "link", links=True).read_text() == "secret"
+    with pytest.raises(UserError, match="leads out of"):
+        files.inside(folder, "../secret", links=True)
+
+
+def test_a_snapshot_in_the_cache_of_the_hub_links_to_its_blobs(tmp_path):
+    repository = tmp_path / "datasets--a--b"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (repository / "blobs" / "x").write_text("x")
+    (snapshot / "train").symlink_to("../../blobs/x")
+    (snapshot / "out").symlink_to("../../../secret")
+    assert files.inside(snapshot, "train").read_text() == "x"
+    with pytest.raises(UserError, match="out of"):
+        files.inside(snapshot, "out")
+
+
+SPECIAL = {
+    "a folder": lambda path: path.mkdir(),
+    "a named pipe": lambda path: os.mkfifo(path),
+    "a socket": lambda path: _bind(path),
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "2.0 MiB": lambda path: path.write_bytes(bytes(2**21)),
+    "There is no file": lambda path: None,
+    "cannot be read": lambda path: path.symlink_to(path.name),
+}
+
+
+def _bind(path):
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(path.name)
+
+
+@pytest.mark.parametrize(("problem", "create"), SPECIAL.items(), ids=SPECIAL)
+def test_only_regular_files_of_a_limited_size_are_opened(tmp_path, monkeypatch, problem, create):
+    monkeypatch.chdir(tmp_path)  # the path of a socket is short
+    create(tmp_path / "a.png")
+    with pytest.raises(UserError, match=problem) as raised:
+        files.read_bytes(tmp_path / "a.png", 2**20)
+    assert str(tmp_path / "a.png") in str(raised.value)
+
+
+def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text("{}")
+
+    def refuse(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(path), "read_bytes", refuse)  # root may read everything
+    with pytest.raises(UserError, match=r"a\.json may not be read"):
+        files.read_bytes(path, 10)

@@ -1,16 +1,22 @@
-"""Atomic writes: a file or a folder is written beside its target, flushed to the disk and renamed.
+"""Files: atomic writes, and reads of files that others wrote.
 
-Readers see either the old or the complete new content, even if the process is killed or the power fails.
-Temporary names begin with a dot, end in `UNFINISHED` and are unique, so several processes may write the same target.
+A file or a folder is written beside its target, flushed to the disk and renamed. Readers see either the old or the
+complete new content, even if the process is killed or the power fails. Temporary names begin with a dot, end in
+`UNFINISHED` and are unique, so several processes may write the same target.
+
+Files that data names are found by `inside`, and files that others wrote are read by `read_bytes`.
 """
 
 import contextlib
 import glob
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from vkd_jax.types import UserError
 
 UNFINISHED = ".tmp"  # the suffix of files and folders that are being written
 
@@ -75,6 +81,111 @@ def copy(source: Path, target: Path) -> None:
     """Copies a file atomically."""
     with atomic_file(target) as temporary:
         shutil.copyfile(source, temporary)
+
+
+def inside(folder: Path, name: str, *, links: bool = False) -> Path:
+    """The file that data names, which must be in a folder.
+
+    Args:
+        folder: the folder of the data.
+        name: the name of the file, relative to the folder.
+        links: whether symbolic links in the folder may lead out of it.
+
+    Returns:
+        The path of the file within the folder; the file may be missing.
+
+    Raises:
+        UserError: the name is no file name, leads out of the folder, or follows a link out of it.
+
+    Example:
+        >>> inside(Path("request/forget"), "otto/1.jpg")
+        PosixPath('request/forget/otto/1.jpg')
+    """
+    shown = repr(name)
+    if not name.strip() or "\0" in name or not _encodable(name):
+        raise UserError(f"{shown} is not a file name; name a file in {folder}.")
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{shown} leads out of {folder}; move the file into the folder and name it relative to it.")
+    try:
+        if not links and not (folder / path).resolve().is_relative_to(_root(folder)):
+            raise UserError(
+                f"{shown} is a symbolic link out of {folder}; copy the file into the folder, or allow links out of it "
+                "with --config.data.symlinks=True."
+            )
+    except (OSError, RuntimeError) as error:  # a loop of links; a RuntimeError before Python 3.13
+        raise UserError(f"{shown} in {folder} cannot be resolved ({error}); name a file in the folder.") from error
+    return folder / path
+
+
+def read_bytes(path: os.PathLike[str], most: int) -> bytes:
+    """Reads a regular file that others wrote, of at most `most` bytes; devices, pipes and folders are never opened.
+
+    Args:
+        path: a file on a disk or in a bucket.
+        most: the largest size that is read.
+
+    Raises:
+        UserError: the file is missing, is not a regular file, is too large, or may not be read.
+    """
+    if not isinstance(path, Path):  # in a bucket, where all files are regular
+        return path.read_bytes()
+    with reading(path):
+        check_regular(path, most)
+        return path.read_bytes()
+
+
+def check_regular(path: Path, most: int) -> None:
+    """Checks before a file is opened that reading it will end.
+
+    Raises:
+        UserError: it is not a regular file, or larger than `most` bytes.
+        OSError: it is missing, or may not be looked at.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = next(name for is_kind, name in _KINDS.items() if is_kind(status.st_mode))
+        raise UserError(f"{path} is {kind}; pass a regular file.")
+    if status.st_size > most:
+        raise UserError(f"{path} has {status.st_size / 2**20:,.1f} MiB, and at most {most / 2**20:,.0f} MiB are read.")
+
+
+@contextlib.contextmanager
+def reading(path: os.PathLike[str]) -> Iterator[None]:
+    """Turns a file that is missing or may not be read into a `UserError`."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"There is no file {path}.") from error
+    except PermissionError as error:
+        raise UserError(f"{path} may not be read (permission denied); change its permissions.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+
+
+_KINDS = {
+    stat.S_ISDIR: "a folder",
+    stat.S_ISFIFO: "a named pipe",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+    (lambda mode: True): "a special file",
+}
+
+
+def _root(folder: Path) -> Path:
+    """The folder that links may not leave: in the hub's cache, the files of a snapshot are links to blobs beside it."""
+    folder = folder.resolve()
+    is_snapshot = folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir()
+    return folder.parents[1] if is_snapshot else folder
+
+
+def _encodable(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _temporary(path: Path) -> Path:

@@ -1,0 +1,144 @@
+"""JSON that others wrote: the one reader of JSON files and texts, which refuses whatever later code cannot use.
+
+A value that comes out of here is finite, nested at most `MOST_LEVELS` levels deep, and its texts can be written as
+UTF-8. Everything else is a `UserError` that names the file and the location in it.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from vkd_jax.runtime import files
+from vkd_jax.types import UserError
+
+MOST_LEVELS = 64  # of arrays and objects within each other; no file of a model or data set comes near it
+MOST_BYTES = 2**30  # of a JSON file
+REMEDY = "correct it or get it again"
+
+_NAMES = {
+    dict: "object",
+    list: "array",
+    str: "text",
+    bool: "boolean",
+    int: "number",
+    float: "number",
+    type(None): "null",
+}
+
+
+def read_json(path: os.PathLike[str], expected: type | None = dict, *, remedy: str = REMEDY) -> Any:
+    """Reads a JSON file.
+
+    Args:
+        path: a file on a disk or in a bucket.
+        expected: `dict` or `list`, the type of the whole; None for any.
+        remedy: what to do about a damaged file, for messages.
+
+    Raises:
+        UserError: the file cannot be read or is not what `parse_json` accepts.
+
+    Example:
+        >>> read_json(folder / "config.json")["model_type"]
+    """
+    return parse_json(files.read_bytes(path, MOST_BYTES), os.fspath(path), expected, remedy=remedy)
+
+
+def read_json_lines(path: os.PathLike[str], *, remedy: str = REMEDY) -> Iterator[tuple[int, dict]]:
+    """Yields each line of a JSON Lines file as (line number, object); blank lines are skipped.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not a JSON object that `parse_json` accepts.
+    """
+    text = _decoded(files.read_bytes(path, MOST_BYTES), os.fspath(path), remedy)
+    for number, line in enumerate(text.split("\n"), start=1):  # texts may contain other line separators
+        if line.strip():
+            yield number, parse_json(line, f"{os.fspath(path)}, line {number}", dict, remedy=remedy)
+
+
+def parse_json(text: str | bytes, location: str, expected: type | None = None, *, remedy: str = REMEDY) -> Any:
+    """Parses a JSON text, and checks all that it holds.
+
+    Args:
+        text: the JSON text; bytes are UTF-8, with or without a byte order mark.
+        location: the file, and the line or row in it, for messages.
+        expected: `dict` or `list`, the type of the whole; None for any.
+        remedy: what to do about a damaged text, for messages.
+
+    Raises:
+        UserError: the text is not JSON, is nested too deeply, has another type than expected, or has a number that is
+            not finite or a text that is not Unicode.
+    """
+    if isinstance(text, bytes):
+        text = _decoded(text, location, remedy)
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise UserError(f"{location}: it is nested more than {MOST_LEVELS} levels deep; {remedy}.") from error
+    except ValueError as error:  # a syntax error, or an integer of thousands of digits
+        raise UserError(f"{location}: it is not JSON ({error}); {remedy}.") from error
+    if expected is not None and not isinstance(value, expected):
+        raise UserError(f"{location}: expected an {_NAMES[expected]}, not {describe(value)}; {remedy}.")
+    check_value(value, location, remedy=remedy)
+    return value
+
+
+def check_value(value: Any, location: str, *, remedy: str = REMEDY) -> None:
+    """Checks nested values of JSON's types: levels, numbers and texts.
+
+    Raises:
+        UserError: a value is nested too deeply, a number is not finite, or a text is not Unicode or contains NUL.
+    """
+    stack: list[tuple[Any, tuple]] = [(value, ())]
+    while stack:
+        item, keys = stack.pop()
+        problem = ""
+        if len(keys) > MOST_LEVELS:
+            raise UserError(f"{location}: it is nested more than {MOST_LEVELS} levels deep; {remedy}.")
+        if isinstance(item, dict):
+            problem = next(filter(None, (text_problem(key) for key in item if isinstance(key, str))), "")
+            stack.extend((child, (*keys, key)) for key, child in item.items())
+        elif isinstance(item, (list, tuple)):
+            stack.extend((child, (*keys, number)) for number, child in enumerate(item))
+        elif isinstance(item, str):
+            problem = text_problem(item)
+        elif isinstance(item, float) and not math.isfinite(item):
+            problem = f"has the number {item}, which is not finite"
+        if problem:
+            field = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
+            raise UserError(f"{location}: {escaped(field) or 'it'} {problem}; {remedy}.")
+
+
+def text_problem(text: str) -> str:
+    """What makes a text unusable, "" if nothing does: NUL, or half of a surrogate pair, which UTF-8 cannot express."""
+    if "\0" in text:
+        return "contains the character NUL"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"is not Unicode: {text[error.start]!a} is half of a surrogate pair"
+    return ""
+
+
+def escaped(text: str) -> str:
+    """A text with the characters that cannot be shown as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def describe(value: Any) -> str:
+    """A JSON value for messages: its type, and the value if it is short."""
+    name = _NAMES.get(type(value), type(value).__name__)
+    if value is None:
+        return name
+    shown = "" if isinstance(value, (dict, list)) else f" {value!a}"
+    return f"the {name}{shown}" if 0 < len(shown) <= 40 else f"{'an' if name[0] in 'aeio' else 'a'} {name}"
+
+
+def _decoded(data: bytes, location: str, remedy: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{location}: it is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; {remedy}."
+        ) from error

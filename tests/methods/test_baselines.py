@@ -53,17 +53,17 @@ def adapted(context):
     return dataclasses.replace(context, params=params)
 
 
-def batch_of(context, prepared, stream, rows=ROWS):
+def batch_of(context, method, prepared, stream, rows=ROWS):
     """A batch as a step reads it, with the outputs of the teacher."""
-    batch = prepared.sets[stream].batch(rows)
-    if stream not in prepared.teachers:
+    batch, teachers = prepared.sets[stream].batch(rows), method.teachers()
+    if stream not in teachers:
         return batch
-    teach = jax.jit(lambda params, batch: prepared.teachers[stream](bind(context.graphdef, params), batch))
+    teach = jax.jit(lambda params, batch: teachers[stream](bind(context.graphdef, params), batch))
     return dataclasses.replace(batch, cached={**batch.cached, **teach(context.params, batch)})
 
 
 def loss_of(context, method, stream, prepared, batch):
-    batch = batch_of(context, prepared or method.prepare(context), stream) if batch is None else batch
+    batch = batch_of(context, method, prepared or method.prepare(context), stream) if batch is None else batch
     paths = method.trainable(context.params, context.model_config)
 
     def loss(trainable):
@@ -123,7 +123,7 @@ def test_kl_and_its_gradient_are_zero_at_the_vanilla_model(context):
 def test_kl_away_from_the_vanilla_model_equals_the_value_by_hand(context):
     method = KL(weight_retain=2.0, weight_kl=3.0)
     prepared = method.prepare(context)
-    batch = batch_of(context, prepared, "retain")
+    batch = batch_of(context, method, prepared, "retain")
     path = "language_model/head/kernel"
     moved = dataclasses.replace(context, params={**context.params, path: context.params[path] * 9})
     logits_of = jax.jit(lambda params: base.answer_logits(bind(context.graphdef, params), batch)[0])
@@ -140,7 +140,7 @@ def test_kl_away_from_the_vanilla_model_equals_the_value_by_hand(context):
 def test_kl_with_weight_kl_0_equals_gradient_difference(context, stream):
     fields = dict(weight_forget=0.5, weight_retain=2.0, cap=CAP)
     plain = KL(weight_kl=0.0, **fields)
-    assert not plain.prepare(context).teachers
+    assert not plain.teachers()
     assert value(context, plain, stream) == value(context, GradDiff(**fields), stream)
 
 
@@ -298,7 +298,7 @@ def test_the_forget_loss_of_rmu_equals_the_value_by_hand(context):
 
 def test_the_retain_loss_of_rmu_is_zero_at_the_vanilla_model(context):
     method = RMU(alpha=7.0)
-    batch = batch_of(context, method.prepare(context), "retain")
+    batch = batch_of(context, method, method.prepare(context), "retain")
     loss, grads = gradients(context, method, "retain", batch=batch)
     np.testing.assert_allclose(loss, 0.0, atol=1e-9)
     assert max(float(jnp.abs(g).max()) for g in grads.values()) < 1e-4

@@ -37,7 +37,6 @@ def test_a_planned_step_has_the_arrays_of_a_run(config, tiny_model, tiny_sets, n
     assert set(step.state.params) == set(method.trainable(params, model_config))
     assert (step.mask is None) == (prepared.mask is None)
     assert shapes(step.mask) == shapes(prepared.mask)
-    assert step.method.teachers().keys() == prepared.teachers.keys()
     for stream, planned in step.batches.items():
         real = prepared.sets[stream].batch(np.arange(planned.tokens.shape[0]))
         assert shapes(planned.cached) == shapes(dict(real.cached)), stream

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import pytest
 from planned import build_step
 
+from vkd_jax.methods.worst_case import WorstCase
 from vkd_jax.models.base import SCOPES
 from vkd_jax.planner import flops, plan
 from vkd_jax.planner.tpu_specs import TPUS
-from vkd_jax.training.step import TEACHER
+from vkd_jax.training.step import ATTACK, TEACHER
 
 # The tiny language model, for one row of 16 tokens, five of them answers: products with weights in a block, and in the
 # last block without rematerialization, which computes keys and values of all tokens and the rest at the answers only.
@@ -111,6 +112,18 @@ def test_a_teacher_is_a_part_of_its_own(config):
     visual = PATCHES + 3 * (VISION_BLOCK + VISION_ATTENTION) + PROJECTOR
     language = BLOCK + LAST + ATTENTION + LAST_ATTENTION + HEAD
     assert counts[TEACHER] == flops.Work(forward=3 * (visual + language), integers=3 * (BLOCK + LAST))
+
+
+def test_worst_case_forgetting_adds_its_attack_and_a_second_pass_over_the_forget_rows(config):
+    """The attack has three forward and backward passes over the two forget rows; the retain rows have no more work."""
+    plain = count(build_step(config, "grad_diff", train="visual"))
+    worst = count(build_step(config, "grad_diff", train="visual", worst_case=WorstCase(radius=1e-3, steps=3)))
+    visual = PATCHES + 3 * (VISION_BLOCK + VISION_ATTENTION) + PROJECTOR
+    language = BLOCK + LAST + ATTENTION + LAST_ATTENTION + HEAD
+    assert worst[ATTACK].forward == 3 * 2 * (visual + language)
+    forget_row = sum(work.total for work in plain.values()) / ROWS
+    assert worst[ATTACK].total == pytest.approx(3 * 2 * forget_row)
+    assert sum(worst[name].total for name in plain) == pytest.approx((ROWS + 2) * forget_row)
 
 
 # ---- Jaxprs by hand ----

@@ -153,6 +153,12 @@ class Broken:
     def trainable(self, paths, model_config):
         return list(paths)
 
+    def teachers(self):
+        return {}
+
+    def adversary(self, params, model_config):
+        return None
+
     def losses(self):
         def forget(model, batch):
             if self.breaks:

@@ -22,6 +22,7 @@ WEIGHTS = Argument(
         "default": "the method's own choice",
         "visual": "vision tower and projector",
         "lora": "adapters on the language model",
+        "visual+lora": "vision tower, projector, and adapters on the language model",
         "all": "all weights",
     },
     default="default",
@@ -39,7 +40,7 @@ ATTACKS = Argument(
 # Settings of the argument chips=onechip: a language model in int4, and small batches.
 ONE_CHIP = (
     "mesh.fsdp=1 model.quantize=int4:64 model.remat=full eval.batch_size=4 "
-    "train.batch_size.forget=4 train.batch_size.retain=4 finetune.train.microbatches=4"
+    "train.batch_size.forget=4 train.batch_size.retain=4 train.batch_size.text=4 finetune.train.microbatches=4"
 )
 
 
@@ -136,7 +137,7 @@ def published(
     config.model.update({role: checkpoint}, dtype="bfloat16", remat="full", **model)
     config.mesh.fsdp = -1  # all devices
     config.eval.update(protocol="letter", batch_size=16, max_items=0, max_new_tokens=50)
-    config.train.update(batch_size=dict(forget=8, retain=8), learning_rate=2e-5, buckets=2)
+    config.train.update(batch_size=dict(forget=8, retain=8, text=8), learning_rate=2e-5, buckets=2)
     config.method = method_of(given)
     config.attacks.names = "all" if given["runs"] == "compare" or given["attacks"] == "all" else ""
     if given["runs"] == "compare":  # adapters, as published, except for methods that select weights

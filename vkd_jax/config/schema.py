@@ -359,6 +359,9 @@ def _section(cls: type, values: Any, section: str = "") -> Any:
     known = [field.name for field in dataclasses.fields(cls)]
     _check_names(section or cls.SECTION, values, known, set(known))
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    for name, kind in fields.annotations(cls).items():  # sections in a section
+        if isinstance(kind, type) and issubclass(kind, Section):
+            values[name] = _section(kind, values[name], f"{section or cls.SECTION}.{name}")
     infinite = [field.name for field in dataclasses.fields(cls) if field.metadata.get("infinity")]
     return cls(**values | {name: math.inf for name in infinite if values[name] == INFINITY})
 

@@ -1,20 +1,23 @@
 """Unlearning methods, one file each.
 
     base                the `Method` contract, and the loss functions and cached arrays that several methods share
-    scope               the fields that all methods have, the weights that train, and defaults for the contract
+    scope               the fields that methods share, the weights that train, and defaults for the contract
+    worst_case          worst-case forgetting, an option of every method that trains on a forget set
+    text_stream         text-only questions as a further stream, another such option
     losses              pure loss functions
     saliency            Fisher information and masks
     feature_targets     features of a frozen model as distillation targets
     neuron_statistics   activation statistics of MLP neurons
 
 Contract: a method reads the model and the sets through `base.Context` and never writes to them. `prepare` returns sets
-with cached arrays, a mask and teachers, exactly as `cache_spec`, `mask_shape` and `teachers` describe them, because the
-planner reads these alone. A loss is a pure function (model, batch) -> (scalar, metrics), and the training loop adds up
-the gradients of the streams.
+with cached arrays and a mask, exactly as `cache_spec` and `mask_shape` describe them, because the planner reads these
+alone. A loss is a pure function (model, batch) -> (scalar, metrics), and the training loop adds up the gradients of the
+streams.
 
-To add a method, write a frozen dataclass that extends `scope.Scope` in a new file and add one line to
-vkd_jax/registry.py. Implement `losses`, and `prepare` with `cache_spec` if it caches arrays; or `edit` if it trains
-nothing. The first line of the class docstring describes the method in `configs/llava.py:help`.
+To add a method, write a frozen dataclass that extends `scope.Unlearning` in a new file and add one line to
+vkd_jax/registry.py. Implement `image_losses`, and `prepare` with `cache_spec` if it caches arrays; or extend
+`scope.Scope` and implement `edit` if it trains nothing. The first line of the class docstring describes the method in
+`configs/llava.py:help`.
 """
 
 from collections.abc import Mapping

@@ -11,6 +11,7 @@ import numpy as np
 from vkd_jax.data.batching import padded_rows, rng
 from vkd_jax.data.encoding import Batch, EncodedSet
 from vkd_jax.methods import losses, saliency
+from vkd_jax.methods.worst_case import Adversary
 from vkd_jax.models import lora
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.runtime import multihost
@@ -34,7 +35,8 @@ class Context:
         load_base: loads the weights of the model before it was fine-tuned; None without `model.base`.
         model_config: the model's configuration.
         sets: the encoded sets. "forget" and "retain" have questions with an image; "forget_text" and "retain_text",
-            which exist if the benchmark has such questions, have text alone.
+            which exist if the benchmark has such questions, have text alone; "text", which exists if the method has a
+            text stream, has the questions of both.
         seed: the seed of the run.
         encode: encodes other examples of one modality for this model.
     """
@@ -76,13 +78,10 @@ class Prepared:
     Attributes:
         sets: the set of each stream, with the arrays of `Method.cache_spec`; see `with_cache`.
         mask: 0 or 1 for each trainable element; None if every element trains.
-        teachers: by stream, a function whose outputs under the model before training are added to `batch.cached` at
-            each step. What fits in memory belongs in the set; a teacher is for what does not, such as whole logits.
     """
 
     sets: Mapping[str, EncodedSet]
     mask: Params | None = None
-    teachers: Mapping[str, TeacherFn] = dataclasses.field(default_factory=dict)
 
 
 class Method(Protocol):
@@ -93,7 +92,8 @@ class Method(Protocol):
     calls `prepare` and trains on `losses`, or calls `edit`. The planner calls `cache_spec`, `mask_shape` and `teachers`
     instead of `prepare`, with shapes alone.
 
-    `scope.Scope` implements the fields that all methods share and a default for everything but `losses`.
+    `scope.Scope` implements the fields that all methods share and a default for everything but `losses`, and
+    `scope.Unlearning` those that all methods with a forget set share.
     """
 
     mask_scope: str  # which gradients the prepared mask covers: "forget", "both", or "none" for no mask
@@ -143,7 +143,20 @@ class Method(Protocol):
         ...
 
     def teachers(self) -> Mapping[str, TeacherFn]:
-        """Returns `Prepared.teachers`; {} for a method without teachers."""
+        """Returns, by stream, a function whose outputs under the model before training are added to `batch.cached`.
+
+        It is evaluated at each step. What fits in memory belongs in the set; a teacher is for what does not, such as
+        whole logits.
+        """
+        ...
+
+    def adversary(self, params: Params, model_config: Any) -> Adversary | None:
+        """Returns the imagined attacker of worst-case forgetting, or None.
+
+        Args:
+            params: all parameters, or their shapes.
+            model_config: the model's configuration.
+        """
         ...
 
 
@@ -205,6 +218,11 @@ def answer_logits(model: Any, batch: Batch) -> tuple[jax.Array, dict[str, Visual
     """Computes the logits at the answer positions, [b, a, v], and the taps of the vision tower ({} for text)."""
     features, taps = encode_images(model, batch)
     return logits_of_features(model, batch, features), taps
+
+
+def vanilla_logits(model: Any, batch: Batch) -> dict[str, jax.Array]:
+    """The teacher whose outputs are its logits at the answer positions, [b, a, v]."""
+    return {"vanilla": answer_logits(model, batch)[0]}
 
 
 def cross_entropy(model: Any, batch: Batch) -> jax.Array:

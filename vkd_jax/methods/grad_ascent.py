@@ -15,17 +15,17 @@ from collections.abc import Mapping
 
 from vkd_jax.config.fields import setting
 from vkd_jax.methods import base
-from vkd_jax.methods.scope import Scope
+from vkd_jax.methods.scope import Unlearning
 
 
 @dataclasses.dataclass(frozen=True)
-class GradAscent(Scope):
+class GradAscent(Unlearning):
     """Bounded gradient ascent on the forget set alone."""
 
     cap: float = setting(
         6.0, "Cross-entropy at which ascent stops, in nats per token; inf for no bound.", above=0, infinity=True
     )
 
-    def losses(self) -> Mapping[str, base.LossFn]:
+    def image_losses(self) -> Mapping[str, base.LossFn]:
         """Returns ascent on the forget set."""
         return {"forget": base.ascent_loss(1.0, self.cap)}

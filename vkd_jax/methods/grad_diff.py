@@ -13,11 +13,11 @@ from collections.abc import Mapping
 
 from vkd_jax.config.fields import setting
 from vkd_jax.methods import base
-from vkd_jax.methods.scope import Scope
+from vkd_jax.methods.scope import Unlearning
 
 
 @dataclasses.dataclass(frozen=True)
-class GradDiff(Scope):
+class GradDiff(Unlearning):
     """Bounded gradient ascent on the forget set, descent on the retain set."""
 
     weight_forget: float = setting(1.0, "Weight of the loss on the forget set.", minimum=0)
@@ -26,7 +26,7 @@ class GradDiff(Scope):
         6.0, "Cross-entropy at which ascent stops, in nats per token; inf for no bound.", above=0, infinity=True
     )
 
-    def losses(self) -> Mapping[str, base.LossFn]:
+    def image_losses(self) -> Mapping[str, base.LossFn]:
         """Returns ascent on the forget set and descent on the retain set."""
         return {
             "forget": base.ascent_loss(self.weight_forget, self.cap),

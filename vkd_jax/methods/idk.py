@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from vkd_jax.config.fields import setting
 from vkd_jax.data.batching import rng
 from vkd_jax.methods import base
-from vkd_jax.methods.scope import Scope
+from vkd_jax.methods.scope import Unlearning
 
 REFUSALS = (  # short, so that they fit into the longest answer of a set
     "I don't know.",
@@ -36,7 +36,7 @@ REFUSALS = (  # short, so that they fit into the longest answer of a set
 
 
 @dataclasses.dataclass(frozen=True)
-class IDK(Scope):
+class IDK(Unlearning):
     """Fine-tuning on refusals to the forget set and on the answers of the retain set."""
 
     weight_forget: float = setting(1.0, "Weight of the loss on the forget set.", minimum=0)
@@ -52,7 +52,11 @@ class IDK(Scope):
         ]
         return base.Prepared(sets={**context.sets, "forget": context.encode(refusals)})
 
-    def losses(self) -> Mapping[str, base.LossFn]:
+    def attack_loss(self, model, batch):
+        """Computes the negative cross-entropy of the refusals: the forget batch has no correct answer to relearn."""
+        return -super().attack_loss(model, batch)
+
+    def image_losses(self) -> Mapping[str, base.LossFn]:
         """Returns descent on the refusals and on the retain set."""
         return {
             "forget": base.descent_loss("refusal", self.weight_forget),

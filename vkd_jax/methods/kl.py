@@ -19,11 +19,11 @@ import jax.numpy as jnp
 
 from vkd_jax.config.fields import setting
 from vkd_jax.methods import base, losses
-from vkd_jax.methods.scope import Scope
+from vkd_jax.methods.scope import Unlearning
 
 
 @dataclasses.dataclass(frozen=True)
-class KL(Scope):
+class KL(Unlearning):
     """Bounded ascent on the forget set; descent and KL from the vanilla model on the retain set."""
 
     weight_forget: float = setting(1.0, "Weight of the loss on the forget set.", minimum=0)
@@ -34,10 +34,11 @@ class KL(Scope):
     )
 
     def teachers(self) -> Mapping[str, base.TeacherFn]:
-        """Returns the vanilla model's logits on the retain batch."""
-        return {"retain": _vanilla_logits} if self.weight_kl else {}
+        """Also returns the vanilla model's logits on the retain batch."""
+        retain = {"retain": base.vanilla_logits} if self.weight_kl else {}
+        return {**super().teachers(), **retain}
 
-    def losses(self) -> Mapping[str, base.LossFn]:
+    def image_losses(self) -> Mapping[str, base.LossFn]:
         """Returns ascent on the forget set, and descent with the KL term on the retain set."""
         retain = self._retain_loss if self.weight_kl else base.descent_loss("retain", self.weight_retain)
         return {"forget": base.ascent_loss(self.weight_forget, self.cap), "retain": retain}
@@ -49,7 +50,3 @@ class KL(Scope):
         kl = losses.kl_divergence(batch.cached["vanilla"], logits, batch.target_mask)
         loss = jnp.mean(self.weight_retain * ce + self.weight_kl * kl)
         return loss, base.mean_metrics(retain_ce=ce, retain_kl=kl)
-
-
-def _vanilla_logits(model, batch):
-    return {"vanilla": base.answer_logits(model, batch)[0]}

@@ -25,14 +25,14 @@ from typing import ClassVar
 
 from vkd_jax.config.fields import setting
 from vkd_jax.methods import base, saliency
-from vkd_jax.methods.scope import Scope
+from vkd_jax.methods.scope import Unlearning
 from vkd_jax.types import Params
 
 TEXT_SETS = ("forget_text", "retain_text")
 
 
 @dataclasses.dataclass(frozen=True)
-class MMUnlearner(Scope):
+class MMUnlearner(Unlearning):
     """Gradient difference with ascent restricted to weights that matter more for the forget set."""
 
     mask_scope: ClassVar[str] = "forget"
@@ -52,7 +52,7 @@ class MMUnlearner(Scope):
         """Computes the mask of the ascent."""
         return base.Prepared(sets=context.sets, mask=self._mask(context))
 
-    def losses(self) -> Mapping[str, base.LossFn]:
+    def image_losses(self) -> Mapping[str, base.LossFn]:
         """Returns ascent on the forget set, whose gradient the loop masks, and descent on the retain set."""
         return {
             "forget": base.ascent_loss(self.weight_forget, self.cap),

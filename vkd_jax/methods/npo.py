@@ -20,11 +20,11 @@ import jax.numpy as jnp
 
 from vkd_jax.config.fields import setting
 from vkd_jax.methods import base, losses
-from vkd_jax.methods.scope import Scope
+from vkd_jax.methods.scope import Unlearning
 
 
 @dataclasses.dataclass(frozen=True)
-class NPO(Scope):
+class NPO(Unlearning):
     """Negative preference optimization on the forget set, descent on the retain set."""
 
     weight_forget: float = setting(1.0, "Weight of the loss on the forget set.", minimum=0)
@@ -45,7 +45,7 @@ class NPO(Scope):
         del taps, model_config
         return base.CacheSpec(per_example=base.REFERENCE_SPEC if stream == "forget" else {})
 
-    def losses(self) -> Mapping[str, base.LossFn]:
+    def image_losses(self) -> Mapping[str, base.LossFn]:
         """Returns NPO on the forget set and descent on the retain set."""
         return {"forget": self._forget_loss, "retain": base.descent_loss("retain", self.weight_retain)}
 

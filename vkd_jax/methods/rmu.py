@@ -28,7 +28,7 @@ import numpy as np
 from vkd_jax.config.fields import setting
 from vkd_jax.data.batching import padded_rows, rng
 from vkd_jax.methods import base, losses
-from vkd_jax.methods.scope import Scope
+from vkd_jax.methods.scope import Unlearning
 from vkd_jax.models.base import bind
 from vkd_jax.runtime import multihost
 from vkd_jax.types import UserError
@@ -37,7 +37,7 @@ AFTER_BLOCKS = ("language_model/norm/", "language_model/head/")
 
 
 @dataclasses.dataclass(frozen=True)
-class RMU(Scope):
+class RMU(Unlearning):
     """Hidden states move toward a random vector on the forget set and stay at the vanilla model's on the retain set."""
 
     mask_scope: ClassVar[str] = "both"
@@ -90,12 +90,11 @@ class RMU(Scope):
         return base.Prepared(
             sets={**context.sets, "forget": forget},
             mask={path: mask(path) for path in self.trainable(context.params, context.model_config)},
-            teachers=self.teachers(),
         )
 
     def teachers(self) -> Mapping[str, base.TeacherFn]:
-        """Returns the vanilla model's hidden states on the retain batch."""
-        return {"retain": self._vanilla_hidden}
+        """Also returns the vanilla model's hidden states on the retain batch."""
+        return {**super().teachers(), "retain": self._vanilla_hidden}
 
     def mask_shape(self, path, shape, model_config) -> tuple[int, ...]:
         """Returns one value per layer for the language model's blocks, and a scalar for any other weight."""
@@ -108,7 +107,7 @@ class RMU(Scope):
         target = jax.ShapeDtypeStruct((model_config.text.width,), jnp.float32)
         return base.CacheSpec(per_example={"target": target}) if stream == "forget" else base.CacheSpec()
 
-    def losses(self) -> Mapping[str, base.LossFn]:
+    def image_losses(self) -> Mapping[str, base.LossFn]:
         """Returns the distance to the random vector (forget) and to the vanilla model (retain)."""
         return {"forget": self._loss("forget", 1.0), "retain": self._loss("retain", self.alpha)}
 

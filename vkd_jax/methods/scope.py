@@ -4,13 +4,19 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
+import jax
+import jax.numpy as jnp
+
 from vkd_jax.config.fields import Section, setting
+from vkd_jax.data.encoding import Batch
 from vkd_jax.methods import base
+from vkd_jax.methods.text_stream import TextStream
+from vkd_jax.methods.worst_case import TRAINED, Adversary, WorstCase
 from vkd_jax.models import lora
 from vkd_jax.models.base import VisualTokens
 from vkd_jax.types import Params, UserError
 
-TRAIN_SCOPES = ("all", "visual", "lora")
+TRAIN_SCOPES = ("all", "visual", "lora", "visual+lora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +27,12 @@ class Scope(Section):
 
     train: str = setting(
         "all",
-        "Weights that train: 'all', 'visual' (vision tower and projector), or 'lora' (adapters on every kernel of the "
-        "language model's blocks).",
+        "Weights that train: 'all', 'visual' (vision tower and projector), 'lora' (adapters on every kernel of the "
+        "language model's blocks), or 'visual+lora' (both of these).",
         choices=TRAIN_SCOPES,
     )
     blocks: int = setting(
-        -1, "With train=visual, number of last vision blocks that train; -1 is the whole tower.", minimum=-1
+        -1, "Number of last vision blocks that train with the projector; -1 is the whole tower.", minimum=-1
     )
     lora_rank: int = setting(16, "Rank of the adapters.", minimum=1)
     lora_alpha: float = setting(16.0, "The adapters' output is scaled by lora_alpha / lora_rank.", above=0)
@@ -37,7 +43,7 @@ class Scope(Section):
     @property
     def adapters(self) -> lora.AdapterConfig | None:
         """The adapters that the method adds to the model, or None."""
-        if self.train != "lora":
+        if self.train not in ("lora", "visual+lora"):
             return None
         return lora.AdapterConfig(rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout)
 
@@ -59,7 +65,7 @@ class Scope(Section):
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Returns the sets unchanged; methods that cache arrays or compute a mask override it."""
-        return base.Prepared(sets=context.sets, teachers=self.teachers())
+        return base.Prepared(sets=context.sets)
 
     def edit(self, context: base.Context) -> Params:
         """Raises `NotImplementedError`; methods that edit weights override it."""
@@ -79,6 +85,64 @@ class Scope(Section):
         """Returns no teachers; methods with teachers override it."""
         return {}
 
+    def adversary(self, params: Params, model_config: Any) -> Adversary | None:
+        """Returns None; `Unlearning` overrides it."""
+        del params, model_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Unlearning(Scope):
+    """A method that trains on a forget set: the hyperparameters that all of these share.
+
+    Methods implement `image_losses`. The stream of text-only questions is added to them here, and worst-case forgetting
+    in the training step.
+    """
+
+    worst_case: WorstCase = dataclasses.field(default_factory=WorstCase, metadata={"help": WorstCase.__doc__})
+    text: TextStream = dataclasses.field(default_factory=TextStream, metadata={"help": TextStream.__doc__})
+
+    def validate(self) -> None:
+        """Also checks that the text stream trains something."""
+        super().validate()
+        if self.text.weight and self.train == "visual":
+            raise self.error(
+                "text.weight", "train=visual trains no weight that text reaches. Give 0, or another train."
+            )
+
+    def image_losses(self) -> Mapping[str, base.LossFn]:
+        """Returns one loss function for each of the streams "forget" and "retain", whose questions have an image."""
+        raise NotImplementedError
+
+    def losses(self) -> Mapping[str, base.LossFn]:
+        """Returns `image_losses`, and the loss of the text stream if it has a weight."""
+        return {**self.image_losses(), **self.text.losses()}
+
+    def teachers(self) -> Mapping[str, base.TeacherFn]:
+        """Returns the teacher of the text stream, if it has one; methods with further teachers extend it."""
+        return self.text.teachers()
+
+    def attack_loss(self, model: Any, batch: Batch) -> jax.Array:
+        """Computes the loss that a relearning attacker minimizes on the forget batch: scalar."""
+        return jnp.mean(base.cross_entropy(model, batch))
+
+    def adversary(self, params: Params, model_config: Any) -> Adversary | None:
+        """Returns the imagined attacker of worst-case forgetting, or None.
+
+        Raises:
+            UserError: a weight that it moves is quantized or has an adapter, or the model has no such weight.
+        """
+        if not self.worst_case.radius:
+            return None
+        if self.worst_case.moves in (TRAINED, self.train):
+            paths = self.trainable(params, model_config)
+        else:
+            paths = trainable_paths(params, model_config, self.worst_case.moves, -1)
+        fixed = [path for path in paths if not hasattr(params[path], "dtype")]
+        if fixed or not paths:
+            problem = f"{fixed[0]} is quantized or has an adapter" if fixed else "the model has no such weight"
+            raise self.error("worst_case.moves", f"moves={self.worst_case.moves}: {problem}. Give trained or visual.")
+        return Adversary(self.worst_case, self.attack_loss, tuple(paths))
+
 
 def trainable_paths(paths: Iterable[str], model_config: Any, scope: str, blocks: int) -> list[str]:
     """Selects the weights of a scope.
@@ -86,18 +150,19 @@ def trainable_paths(paths: Iterable[str], model_config: Any, scope: str, blocks:
     Args:
         paths: the paths of all weights.
         model_config: the model's configuration.
-        scope: "visual" (see `visual_paths`), "all" (the whole vision tower, the projector and the language model), or
-            "lora" (the adapters).
-        blocks: the number of last vision blocks of "visual"; see `visual_paths`.
+        scope: "visual" (see `visual_paths`), "lora" (the adapters), "visual+lora" (both), or "all" (the whole vision
+            tower, the projector and the language model).
+        blocks: the number of last vision blocks that train; see `visual_paths`.
 
     Raises:
         UserError: the model has fewer vision blocks.
     """
     paths = list(paths)
+    adapters = [path for path in paths if lora.is_adapter(path)]
     if scope == "lora":
-        return [path for path in paths if path.endswith((f"/{lora.A}", f"/{lora.B}"))]
-    if scope == "visual":
-        return visual_paths(paths, model_config, blocks)
+        return adapters
+    if scope in ("visual", "visual+lora"):
+        return visual_paths(paths, model_config, blocks) + (adapters if scope == "visual+lora" else [])
     visual = set(visual_paths(paths, model_config, -1))
     return [path for path in paths if path in visual or path.startswith("language_model/")]
 

@@ -25,7 +25,8 @@ from vkd_jax.data import augment
 from vkd_jax.data.batching import rng
 from vkd_jax.data.encoding import Batch
 from vkd_jax.methods import base, feature_targets, losses, saliency
-from vkd_jax.methods.scope import TRAIN_SCOPES, Scope, frozen_blocks
+from vkd_jax.methods.scope import TRAIN_SCOPES, Unlearning, frozen_blocks
+from vkd_jax.models import lora
 from vkd_jax.models.base import VisualTokens
 from vkd_jax.types import Params
 
@@ -36,7 +37,7 @@ MASK_SCOPES = ("forget", "both", "none")
 
 
 @dataclasses.dataclass(frozen=True)
-class VKD(Scope):
+class VKD(Unlearning):
     """Visual knowledge distillation with masked updates; a weight of 0 removes its term."""
 
     train: str = setting("visual", "A7: weights that train; see `Scope`.", choices=TRAIN_SCOPES)
@@ -102,11 +103,11 @@ class VKD(Scope):
     def prepare(self, context: base.Context) -> base.Prepared:
         """Caches teacher features, forget targets and reference log-probabilities, and computes the saliency mask."""
         self.check_model(context.params, context.model_config)
-        sets = {
+        augmented = {
             name: augment.augment_set(context.sets[name], copies, rng(context.seed, f"vkd/augment/{name}"))
             for name, copies in (("forget", self.augment_forget), ("retain", self.augment_retain))
         }
-        context = dataclasses.replace(context, sets=sets)
+        context = dataclasses.replace(context, sets={**context.sets, **augmented})
         forget, retain = context.sets["forget"], context.sets["retain"]
         vanilla_retain = feature_targets.record_taps(context.graphdef, context.params, retain.images, self.taps)
         teacher_retain = vanilla_retain
@@ -117,7 +118,7 @@ class VKD(Scope):
         scales = feature_targets.mean_squares(teacher_retain)
         specs = {
             name: self.cache_spec(name, base.tap_shapes(context, encoded), context.model_config)
-            for name, encoded in sets.items()
+            for name, encoded in augmented.items()
         }
         targets = {tap: tokens.values for tap, tokens in teacher_retain.items()}
         retain = base.with_cache(retain, specs["retain"], _cached(targets, scales))
@@ -126,11 +127,13 @@ class VKD(Scope):
             cached["reference"] = base.reference_log_probs(context, forget)
         forget = base.with_cache(forget, specs["forget"], cached)
         mask = None if self.mask_scope == "none" else self._mask(context)
-        return base.Prepared(sets={"forget": forget, "retain": retain}, mask=mask)
+        return base.Prepared(sets={**context.sets, "forget": forget, "retain": retain}, mask=mask)
 
     def cache_spec(self, stream, taps, model_config) -> base.CacheSpec:
         """Describes the target and scale of each tap, and the reference log-probability of NPO."""
         del model_config
+        if stream not in ("forget", "retain"):
+            return base.CacheSpec()
         per_image, is_forget = {}, stream == "forget"
         if not is_forget or self.target != "none":
             for tap in self.taps:
@@ -140,7 +143,7 @@ class VKD(Scope):
                 per_image[f"scale/{tap}"] = jax.ShapeDtypeStruct((), jnp.float32)
         return base.CacheSpec(per_image, base.REFERENCE_SPEC if is_forget and self.forget == "npo" else {})
 
-    def losses(self) -> Mapping[str, base.LossFn]:
+    def image_losses(self) -> Mapping[str, base.LossFn]:
         """Returns L_f and L_r, whose gradients are separate so that the mask can cover one of them."""
         return {"forget": self._forget_loss, "retain": self._retain_loss}
 
@@ -201,18 +204,24 @@ class VKD(Scope):
         return {tap: feature_targets.resample_features(retain[tap], rows, coords[tap]) for tap in self.taps}
 
     def _mask(self, context: base.Context) -> Params:
-        """Computes the saliency mask over the trainable weights."""
+        """Computes the saliency mask over the trainable weights; adapters, which B = 0 makes look unused, all train."""
+        paths = self.trainable(context.params, context.model_config)
         information = base.fisher_information(
             context,
-            self.trainable(context.params, context.model_config),
+            [path for path in paths if not lora.is_adapter(path)],
             {name: context.sets[name] for name in ("forget", "retain")},
             samples=self.fisher_samples,
             chunk=self.fisher_chunk,
             name="vkd",
         )
-        return saliency.mask_from_ratio(
+        mask = saliency.mask_from_ratio(
             **information, threshold=self.mask_threshold, keep=self.mask_keep, eps=self.mask_eps
         )
+        return mask | {path: np.array(True) for path in paths if lora.is_adapter(path)}
+
+    def mask_shape(self, path, shape, model_config) -> tuple[int, ...]:
+        """Returns the shape of the weight, or a scalar for an adapter."""
+        return () if lora.is_adapter(path) else super().mask_shape(path, shape, model_config)
 
 
 def _cached(targets: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

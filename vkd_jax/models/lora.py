@@ -102,6 +102,11 @@ def attach(
     return {**params, **adapted, **draw(jax.random.key(seed))}
 
 
+def is_adapter(path: str) -> bool:
+    """Whether a parameter is the A or B of an adapter."""
+    return path.endswith((f"/{A}", f"/{B}"))
+
+
 def adapters(params: Mapping[str, Any]) -> dict[str, Lora]:
     """Returns the kernels with an adapter, which `export.export` needs together with the trained A and B."""
     return {path: x for path, x in params.items() if isinstance(x, Lora)}
@@ -119,7 +124,7 @@ def join(params: Mapping[str, Any], key: jax.Array | None = None) -> dict[str, A
     """
     params = dict(params)
     required = {f"{path}/{name}" for path in adapters(params) for name in (A, B)}
-    given = {path for path in params if path.endswith((f"/{A}", f"/{B}"))}
+    given = {path for path in params if is_adapter(path)}
     if required != given:
         missing, unknown = sorted(required - given), sorted(given - required)
         raise ValueError(f"Adapters lack {missing}, and {unknown} belong to no adapter.")

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.data.encoding import Batch
 from vkd_jax.methods.scope import Scope, frozen_blocks
+from vkd_jax.methods.text_stream import STREAM as TEXT_STREAM
 from vkd_jax.models import base
 from vkd_jax.runtime import hub
 from vkd_jax.runtime.mesh import batch_sharding, replicated, shards
@@ -127,14 +128,18 @@ def build(
     paths = set(method.trainable(params, model_config))
     trainable = {path: Shape(x.shape, jnp.float32, sharding=x.sharding) for path, x in params.items() if path in paths}
     frozen = {path: x for path, x in params.items() if path not in paths}
-    batches = {name: batch(name, config, mesh, lengths, method, graphdef, params, model_config) for name in losses}
+    adversary = method.adversary(params, model_config)
+    moving = paths | set(adversary.paths if adversary else ())
+    batches = {
+        name: batch(name, config, mesh, lengths, method, graphdef, params, model_config, moving) for name in losses
+    }
     tx, teachers = optimizer.create(config.train), method.teachers()
     masked = method.mask_scope != "none"
     return AbstractStep(
         method=method,
         model_config=model_config,
         mesh=mesh,
-        step=make_step(graphdef, losses, tx, method.mask_scope, teachers, config.train.microbatches),
+        step=make_step(graphdef, losses, tx, method.mask_scope, teachers, config.train.microbatches, adversary),
         state=abstract_state(tx, trainable, mesh),
         frozen=frozen,
         original={path: params[path] for path in trainable},
@@ -182,9 +187,17 @@ def batch(
     graphdef: Any,
     params: Mapping[str, Any],
     model_config: Any,
+    moving: Collection[str],
 ) -> Batch:
-    """Returns the shapes of a stream's batch, with one image a question, and of what the method caches for it."""
+    """Returns the shapes of a stream's batch, with one image a question, and of what the method caches for it.
+
+    The text stream has no images.
+    """
     rows, sharding = config.train.rows(stream, shards(mesh)), batch_sharding(mesh)
+    if stream == TEXT_STREAM:
+        kinds = _token_kinds(lengths.text, lengths.answer)
+        arrays = {name: Shape((rows, length), kind, sharding=sharding) for name, (length, kind) in kinds.items()}
+        return Batch(**arrays, images=None, cached={})
     side = image_side(config, model_config)
     packed = model_config.pack([[np.broadcast_to(np.float32(0), (side, side, 3))]])
     pictures = {name: Shape((rows, *x.shape[1:]), x.dtype, sharding=sharding) for name, x in packed.items()}
@@ -192,17 +205,26 @@ def batch(
     t, a = model_config.image_tokens(side, side) + lengths.text, lengths.answer
     if t > model_config.text.max_positions:
         raise UserError(f"a row of {t} tokens is longer than the model's {model_config.text.max_positions}.")
-    kinds = dict(tokens=(t, jnp.int32), mask=(t, bool), target_positions=(a, jnp.int32), targets=(a, jnp.int32))
-    kinds["target_mask"] = (a, bool)
     spec = method.cache_spec(stream, taps, model_config)
     entries = {**spec.per_image, **spec.per_example}
     cached = {name: Shape((rows, *x.shape), x.dtype) for name, x in entries.items()}
-    if prefix := frozen_blocks(method.trainable(list(params), model_config), model_config):
+    if prefix := frozen_blocks(moving, model_config):
         cached[f"vision/{prefix - 1}"] = taps[f"vision/{prefix - 1}"].values
     return Batch(
-        **{name: Shape((rows, length), kind, sharding=sharding) for name, (length, kind) in kinds.items()},
+        **{name: Shape((rows, size), kind, sharding=sharding) for name, (size, kind) in _token_kinds(t, a).items()},
         images=pictures,
         cached={name: Shape(x.shape, x.dtype, sharding=sharding) for name, x in cached.items()},
+    )
+
+
+def _token_kinds(t: int, a: int) -> dict[str, tuple[int, Any]]:
+    """Length and dtype of the token arrays of a batch, for rows of t tokens with a answer tokens."""
+    return dict(
+        tokens=(t, jnp.int32),
+        mask=(t, bool),
+        target_positions=(a, jnp.int32),
+        targets=(a, jnp.int32),
+        target_mask=(a, bool),
     )
 
 

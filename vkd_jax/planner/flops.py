@@ -4,8 +4,8 @@ A matrix product [m, k] [k, n] is 2 m k n FLOPs in every dtype. Only matrix prod
 less than a hundredth. Loop bodies are multiplied by their trip count. Attention is counted in full, causal or not,
 because that is what is computed.
 
-An equation belongs to the part whose `jax.named_scope` its name stack contains (`models.base.SCOPES`, or TEACHER). Its
-pass follows from the transformations in the name stack, which jvp, transpose and remat leave there:
+An equation belongs to the part whose `jax.named_scope` its name stack contains: one of `models.base.SCOPES`, TEACHER or
+ATTACK. Its pass follows from the transformations in the name stack, which jvp, transpose and remat leave there:
 
     rematted_computation     recomputed: a forward product that is computed again in the backward pass
     transpose(...)           weight_gradients if both operands depend on the batch and the product has no batch
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
 from vkd_jax.models.base import SCOPES
-from vkd_jax.training.step import TEACHER
+from vkd_jax.training.step import ATTACK, TEACHER
 
 PASSES = ("forward", "backward", "weight_gradients", "recomputed")
 OTHER = "other"  # products outside of all scopes
@@ -53,9 +53,10 @@ class _Product:
 
     @property
     def part(self) -> str:
-        """The innermost scope of the model that the product runs under; a teacher's products are one part."""
-        if TEACHER in self.name_stack:
-            return TEACHER
+        """The innermost scope of the model that the product runs under; a teacher's and an attacker's are one part."""
+        for whole in (TEACHER, ATTACK):
+            if whole in self.name_stack:
+                return whole
         return max(SCOPES, key=self.name_stack.rfind) if any(name in self.name_stack for name in SCOPES) else OTHER
 
     @property
@@ -90,7 +91,7 @@ def count(jaxpr: ClosedJaxpr, from_batch: Sequence[bool]) -> dict[str, Work]:
         from_batch: For each input of the jaxpr, whether it is part of a batch rather than a weight.
 
     Returns:
-        FLOPs for each of `models.base.SCOPES`, for the forward pass of a TEACHER, and for OTHER products if any.
+        FLOPs of each of `models.base.SCOPES`, a TEACHER's forward pass, an ATTACK, and OTHER products, if any.
     """
     parts: dict[str, Work] = {}
 

@@ -10,6 +10,7 @@ MODELS = {"vanilla": "vanilla", "unlearned": "unlearned", "retain_only": "retain
 ATTACKERS = {  # the weights that a relearning attacker trains
     "visual": "the visual weights",
     "lora": "adapters of the language model",
+    "visual+lora": "vision tower, projector, and adapters of the language model",
     "all": "all weights",
 }
 TASKS = {"": "", "generation": ", open", "cloze": ", cloze"}

@@ -14,6 +14,7 @@ from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
 from vkd_jax.config.schema import ModelConfig, RunConfig
 from vkd_jax.evaluation import evaluate
 from vkd_jax.methods import Method
+from vkd_jax.methods.text_stream import STREAM as TEXT_STREAM
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import hub, multihost, storage
 from vkd_jax.runtime.mesh import make_mesh, shards
@@ -117,6 +118,19 @@ class Job:
         examples = self.sets.get(self.benchmark.UNLEARN[stream], ())
         return list({e.question: e for e in examples if e.image is None}.values())
 
+    def text_stream(self) -> list[Example]:
+        """The questions of the text stream: the text-only ones about the people of both streams, each once.
+
+        Raises:
+            UserError: there are none.
+        """
+        questions = [e for stream in ("forget", "retain") for e in self.text_questions(stream)]
+        if not questions:
+            raise UserError(
+                "method.text.weight: the benchmark has no text-only questions to train on. Give 0, or add some."
+            )
+        return list({e.question: e for e in questions}.values())
+
 
 def load_options(config: ModelConfig) -> dict[str, Any]:
     """The arguments of `ModelBundle.load` that a config gives."""
@@ -159,6 +173,8 @@ def check_models(job: Job) -> None:
     if config.workflow.unlearns:
         for stream in ("forget", "retain"):
             job.image_questions(stream)
+        if TEXT_STREAM in job.method.losses():
+            job.text_stream()
     if config.eval.shots:
         questions = [e for examples in job.questions.values() for e in examples]
         evaluate.worked_examples(job.worked_examples, questions, config.eval.seed)

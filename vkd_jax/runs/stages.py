@@ -15,6 +15,7 @@ from vkd_jax.evaluation import evaluate
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.evaluation.metrics.summary import summaries
 from vkd_jax.methods.base import Context
+from vkd_jax.methods.text_stream import STREAM as TEXT_STREAM
 from vkd_jax.models import lora
 from vkd_jax.reporting import report
 from vkd_jax.results import FILE
@@ -154,6 +155,8 @@ def _context(job: Job, model: ModelBundle) -> Context:
         base = hub.fetch_model(job.workdir.path / "base" if config.model.create else config.model.base)
     streams = {name: job.image_questions(name) for name in ("forget", "retain")}
     streams |= {f"{name}_text": questions for name in streams if (questions := job.text_questions(name))}
+    if TEXT_STREAM in job.method.losses():
+        streams[TEXT_STREAM] = job.text_stream()
     encode = functools.partial(model.encode, buckets=config.train.buckets)
     return Context(
         graphdef=model.graphdef,

@@ -24,8 +24,9 @@ from vkd_jax.data.encoding import Batch, EncodedSet
 from vkd_jax.data.images import MAX_CACHED_BYTES
 from vkd_jax.data.sampler import Sampler
 from vkd_jax.methods import feature_targets
-from vkd_jax.methods.base import Method, Metrics, Prepared, TeacherFn
+from vkd_jax.methods.base import Method, Metrics, Prepared
 from vkd_jax.methods.scope import frozen_blocks
+from vkd_jax.methods.worst_case import Adversary
 from vkd_jax.models.base import bind
 from vkd_jax.runtime import multihost
 from vkd_jax.runtime.mesh import shard_rows, shards
@@ -50,8 +51,8 @@ def _program(
     graphdef: Any,
     method: Method,
     streams: tuple[str, ...],
-    teachers: tuple[tuple[str, TeacherFn], ...],
     config: TrainConfig,
+    adversary: Adversary | None,
 ) -> tuple[optax.GradientTransformationExtraArgs, Callable]:
     """Returns the optimizer and the step function: the same objects for equal arguments.
 
@@ -60,7 +61,8 @@ def _program(
     """
     tx = optimizer.create(config)
     losses = {name: loss for name, loss in method.losses().items() if name in streams}
-    return tx, make_step(graphdef, losses, tx, method.mask_scope, dict(teachers), config.microbatches)
+    teachers = {name: teacher for name, teacher in method.teachers().items() if name in streams}
+    return tx, make_step(graphdef, losses, tx, method.mask_scope, teachers, config.microbatches, adversary)
 
 
 def fit(
@@ -97,17 +99,19 @@ def fit(
         >>> trained = fit(bundle, method, method.prepare(context), config.train, seed=0, folder=Path("train"))
     """
     trainable, frozen = _split_weights(bundle, method)
-    sets = _cached_sets(bundle, method, prepared, trainable)
+    adversary = method.adversary(bundle.params, bundle.config)
+    moving = {*trainable, *(adversary.paths if adversary else ())}
+    sets = _cached_sets(bundle, method, prepared, moving)
     samplers = {k: Sampler(v, config.rows(k, shards(bundle.mesh)), seed=seed, name=k) for k, v in sets.items()}
     steps = config.length({name: len(encoded) for name, encoded in sets.items()})
     step_config = TrainConfig(**{name: getattr(config, name) for name in STEP_FIELDS})
-    tx, step_fn = _program(bundle.graphdef, method, tuple(sets), tuple(prepared.teachers.items()), step_config)
+    tx, step_fn = _program(bundle.graphdef, method, tuple(sets), step_config, adversary)
     state = init_state(tx, trainable, bundle.mesh)
     step = _Step(
         jax.jit(step_fn, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None)),
         frozen=frozen,
         mask=prepared.mask,
-        start={path: bundle.params[path] for path in trainable} if prepared.teachers else None,
+        start={path: bundle.params[path] for path in trainable} if method.teachers() else None,
         rates=optimizer.learning_rates(config, steps),
         key=jax.random.key(seed),
     )
@@ -137,10 +141,10 @@ def _split_weights(bundle: ModelBundle, method: Method) -> tuple[Params, Params]
 
 
 def _cached_sets(
-    bundle: ModelBundle, method: Method, prepared: Prepared, trainable: Iterable[str]
+    bundle: ModelBundle, method: Method, prepared: Prepared, moving: Iterable[str]
 ) -> dict[str, EncodedSet]:
-    """Returns the set of each stream that trains, with the cached output of the frozen vision blocks."""
-    blocks = frozen_blocks(trainable, bundle.config)
+    """Returns the set of each stream, with the cached output of the vision blocks before the `moving` weights."""
+    blocks = frozen_blocks(moving, bundle.config)
     return {
         name: cache_prefix(bundle.graphdef, bundle.params, prepared.sets[name], blocks)
         for name in method.losses()
@@ -299,7 +303,7 @@ def cache_prefix(graphdef: Any, params: Params, encoded: EncodedSet, blocks: int
         graphdef: the structure of the model.
         params: its weights.
         encoded: the set.
-        blocks: the number of vision blocks before the first trainable weight; see `scope.frozen_blocks`.
+        blocks: the number of vision blocks before the first weight that moves; see `scope.frozen_blocks`.
     """
     if not blocks or encoded.images is None:
         return encoded

@@ -11,12 +11,15 @@ import optax
 
 from vkd_jax.data.encoding import Batch
 from vkd_jax.methods.base import LossFn, Metrics, TeacherFn
+from vkd_jax.methods.worst_case import Adversary
 from vkd_jax.models.base import bind
 from vkd_jax.runtime.mesh import replicated
 from vkd_jax.training import optimizer
 from vkd_jax.types import Params
 
-TEACHER = "teacher"  # the named scope of a teacher's forward pass
+# Named scopes of what a step computes besides the losses: a teacher's forward pass, and the attacker's passes.
+TEACHER = "teacher"
+ATTACK = "attack"
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
@@ -36,6 +39,7 @@ def make_step(
     mask_scope: str,
     teachers: Mapping[str, TeacherFn] = {},  # noqa: B006 (never written to)
     microbatches: int = 1,
+    adversary: Adversary | None = None,
 ) -> Callable:
     """Returns the function of one update: (state, frozen, mask, batches, start, rate, key) -> (state, metrics).
 
@@ -49,9 +53,10 @@ def make_step(
         losses: the loss of each stream.
         tx: the optimizer, from `optimizer.create`.
         mask_scope: which gradients the mask covers; see `Method.mask_scope`.
-        teachers: see `Prepared.teachers`.
+        teachers: see `Method.teachers`.
         microbatches: the number of parts that a batch is computed in, one after another, to save memory. The loss is
             the mean over rows, and all parts have equally many rows, so the mean of their gradients is the batch's.
+        adversary: the imagined attacker of worst-case forgetting, on the stream "forget"; None for no such attacker.
     """
 
     def step(
@@ -69,18 +74,20 @@ def make_step(
             teach = None
             if name in teachers:
                 teach = functools.partial(_add_teacher_outputs, graphdef, teachers[name], frozen, start)
-            gradient = functools.partial(_gradient, graphdef, name, loss_fn, teach, state.params, frozen)
             # Without the barrier a compiler may start the next stream while this one's activations are in memory.
             batch, total = jax.lax.optimization_barrier((batches[name], total))
-            if microbatches == 1:
-                grads, stream_metrics = gradient(batch, key=stream_key)
-            else:
-                grads, stream_metrics = _mean_over_microbatches(gradient, batch, stream_key, microbatches)
+            stream = _Stream(graphdef, name, loss_fn, teach, batch, stream_key, microbatches)
+            grads, stream_metrics = stream.gradient(state.params, frozen)
             metrics |= stream_metrics
+            if adversary is not None and name == "forget":
+                worst_grads, metrics["worst_case_loss"] = stream.worst_case_gradient(adversary, state.params, frozen)
+                grads = optax.tree.add_scale(grads, adversary.settings.weight, worst_grads)
             if mask is not None and name == "forget" and mask_scope == "forget":
                 grads = optimizer.apply_mask(grads, mask)
             total = grads if total is None else jax.tree.map(jnp.add, total, grads)
         metrics["loss"] = sum(metrics[f"{name}_loss"] for name in losses)
+        if adversary is not None:
+            metrics["loss"] += adversary.settings.weight * metrics["worst_case_loss"]
         metrics["grad_norm"] = optax.tree.norm(total)
         updates, opt_state = tx.update(
             total, state.opt_state, state.params, rate=rate, mask=mask if mask_scope == "both" else None
@@ -97,44 +104,72 @@ def _add_teacher_outputs(graphdef: Any, teacher: TeacherFn, frozen: Params, star
     return dataclasses.replace(batch, cached={**batch.cached, **outputs})
 
 
-def _gradient(
-    graphdef: Any,
-    name: str,
-    loss_fn: LossFn,
-    teach: Callable[[Batch], Batch] | None,
-    params: Params,
-    frozen: Params,
-    batch: Batch,
-    *,
-    key: jax.Array | None,
-) -> tuple[Params, Metrics]:
-    """Computes the gradient of one stream's loss on a batch, and its metrics."""
-    if teach is not None:
-        batch = teach(batch)
+@dataclasses.dataclass(frozen=True)
+class _Stream:
+    """One stream's loss on its batch of a step, as a function of the weights."""
 
-    def loss(params):
-        return loss_fn(bind(graphdef, {**frozen, **params}, key), batch)
+    graphdef: Any
+    name: str
+    loss_fn: LossFn
+    teach: Callable[[Batch], Batch] | None
+    batch: Batch
+    key: jax.Array | None  # of dropout
+    microbatches: int
 
-    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    return grads, {f"{name}_loss": value, **metrics}
+    def gradient(self, params: Params, frozen: Params) -> tuple[Params, Metrics]:
+        """Computes the gradient of the loss with respect to `params`, and the metrics."""
 
+        def compute(batch: Batch, key: jax.Array | None) -> tuple[Params, Metrics]:
+            batch = self.teach(batch) if self.teach else batch
 
-def _mean_over_microbatches(gradient: Callable, batch: Batch, key: jax.Array | None, count: int) -> Any:
-    """Computes the mean of `gradient(rows, key=...)` over `count` microbatches, one after another."""
+            def loss(params):
+                return self.loss_fn(bind(self.graphdef, {**frozen, **params}, key), batch)
 
-    def split(x: jax.Array) -> jax.Array:
-        # Each microbatch takes rows of every device, so that no row moves between devices.
-        return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+            (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            return grads, {f"{self.name}_loss": value, **metrics}
 
-    def add(total: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-        number, rows = numbered
-        value = gradient(rows, key=None if key is None else jax.random.fold_in(key, number))
-        return jax.tree.map(lambda a, b: a + b / count, total, value), None
+        return self._mean(compute)
 
-    rows = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(lambda batch: gradient(batch, key=key), jax.tree.map(lambda x: x[0], rows))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(add, zeros, (jnp.arange(count), rows))[0]
+    def worst_case_gradient(self, adversary: Adversary, params: Params, frozen: Params) -> tuple[Params, jax.Array]:
+        """Computes the gradient of the loss where the attack leads, and the loss there; see `methods.worst_case`.
+
+        The attacker follows the gradient of the whole batch, whatever the number of microbatches, and has no dropout.
+        """
+        weights = {**frozen, **params}
+
+        def attack_gradient(moved: Params) -> Params:
+            def compute(batch: Batch, key: jax.Array | None) -> Params:
+                del key
+                return jax.grad(lambda moved: adversary.loss(bind(self.graphdef, {**weights, **moved}), batch))(moved)
+
+            return self._mean(compute)
+
+        with jax.named_scope(ATTACK):
+            moved = adversary.attack({path: weights[path] for path in adversary.paths}, attack_gradient)
+        weights = weights | moved
+        attacked, fixed = {path: weights[path] for path in params}, {path: weights[path] for path in frozen}
+        grads, metrics = self.gradient(attacked, fixed)
+        return grads, metrics[f"{self.name}_loss"]
+
+    def _mean(self, compute: Callable[[Batch, jax.Array | None], Any]) -> Any:
+        """Computes the mean of `compute` over the microbatches, one after another."""
+        if self.microbatches == 1:
+            return compute(self.batch, self.key)
+        count = self.microbatches
+
+        def split(x: jax.Array) -> jax.Array:
+            # Each microbatch takes rows of every device, so that no row moves between devices.
+            return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+
+        def add(total: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+            number, rows = numbered
+            value = compute(rows, None if self.key is None else jax.random.fold_in(self.key, number))
+            return jax.tree.map(lambda a, b: a + b / count, total, value), None
+
+        rows = jax.tree.map(split, self.batch)
+        shapes = jax.eval_shape(lambda batch: compute(batch, self.key), jax.tree.map(lambda x: x[0], rows))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add, zeros, (jnp.arange(count), rows))[0]
 
 
 def init_state(tx: optax.GradientTransformation, trainable: Params, mesh: jax.sharding.Mesh) -> TrainState:

@@ -1,0 +1,47 @@
+"""A stream of text-only questions that keeps what the language model says while it trains.
+
+    L_text = weight * CE(answer | question)     or     weight * KL(vanilla || theta)(answer | question)
+
+The questions are about the people of the forget set as well as of the retain set: visual unlearning removes who is in
+an image, and nothing that the model can say about a person who is named. KL is averaged over the answer tokens; the
+vanilla model's distributions are computed at each step.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from vkd_jax.config.fields import Section, setting
+from vkd_jax.methods import base, losses
+
+STREAM = "text"
+LOSSES = ("ce", "kl")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextStream(Section):
+    """Text-only questions as a further training stream."""
+
+    SECTION: ClassVar[str] = "method.text"
+
+    weight: float = setting(0.0, "Weight of the loss on text-only questions; 0 trains without them.", minimum=0)
+    loss: str = setting("ce", "Cross-entropy of the answers, or KL divergence from the vanilla model.", choices=LOSSES)
+
+    def losses(self) -> Mapping[str, base.LossFn]:
+        """Returns the loss of the stream, or {} without it."""
+        return {STREAM: self._loss} if self.weight else {}
+
+    def teachers(self) -> Mapping[str, base.TeacherFn]:
+        """Returns the vanilla model's logits, if the loss compares with them."""
+        return {STREAM: base.vanilla_logits} if self.weight and self.loss == "kl" else {}
+
+    def _loss(self, model, batch):
+        logits, _ = base.answer_logits(model, batch)
+        ce = losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
+        metrics, loss = dict(text_ce=ce), ce
+        if self.loss == "kl":
+            loss = losses.kl_divergence(batch.cached["vanilla"], logits, batch.target_mask)
+            metrics["text_kl"] = loss
+        return self.weight * jnp.mean(loss), base.mean_metrics(**metrics)

@@ -69,22 +69,31 @@ def write_truncated(path, image_file):
     path.write_bytes(image_file.read_bytes()[:-1500])
 
 
+def write_huge(path, image_file):
+    path.touch()
+    os.truncate(path, 2**40)  # without data on the disk
+
+
 @pytest.mark.parametrize(
-    ("write", "reason"),
+    ("write", "problem"),
     [
-        (lambda path, _: None, "No such file or directory"),
-        (lambda path, _: path.mkdir(), "Is a directory"),
-        (lambda path, _: path.write_text("not an image"), "unknown or broken format"),
-        (lambda path, _: path.write_bytes(b""), "unknown or broken format"),
-        (write_truncated, "unknown or broken format"),
+        (lambda path, _: None, "There is no file {path}."),
+        (lambda path, _: path.mkdir(), "{path} is a folder; pass a regular file."),
+        (lambda path, _: os.mkfifo(path), "{path} is a named pipe; pass a regular file."),
+        (lambda path, _: path.symlink_to("/dev/zero"), "{path} is a device; pass a regular file."),
+        (write_huge, "{path} has 1,048,576.0 MiB, and at most 100 MiB are read."),
+        (lambda path, _: path.write_text("not an image"), "{path} cannot be used: the image has an unknown or broken"),
+        (lambda path, _: path.write_bytes(b""), "{path} cannot be used: the image has an unknown or broken format."),
+        (write_truncated, "{path} cannot be used: the image cannot be decoded (image file is truncated)."),
     ],
-    ids=["missing", "folder", "text", "empty", "truncated"],
+    ids=["missing", "folder", "pipe", "device", "huge", "text", "empty", "truncated"],
 )
-def test_files_that_are_not_images_are_reported(monkeypatch, capsys, tmp_path, tiny_folder, image_file, write, reason):
+def test_files_that_are_not_images_are_reported(model, tmp_path, image_file, write, problem):
     path = tmp_path / "face.png"
     write(path, image_file)
-    args = ("--model", tiny_folder, "--image", path, "--question", QUESTION)
-    assert run(monkeypatch, capsys, *args) == (2, "", f"error: {path} cannot be read as an image ({reason}).\n")
+    with pytest.raises(UserError) as raised:
+        ask.answer(model, QUESTION, path)
+    assert str(raised.value).startswith(problem.format(path=path))
 
 
 @pytest.mark.parametrize("model_type", ["bert", None, 3])
@@ -116,6 +125,4 @@ def test_the_program_prints_one_line_for_an_error(tiny_folder, tmp_path):
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert (completed.returncode, completed.stdout) == (2, "")
-    assert (
-        completed.stderr == f"error: {tmp_path}/nowhere.png cannot be read as an image (No such file or directory).\n"
-    )
+    assert completed.stderr == f"error: There is no file {tmp_path}/nowhere.png.\n"

@@ -307,7 +307,7 @@ def spoil_picture(data):
         return table.set_column(table.schema.get_field_index("image"), "image", broken)
 
     rewrite(data, "retain_90", change)
-    return ["image cannot be decoded", "row 0", "retain_90"]
+    return ["image cannot be used", "row 0", "retain_90"]
 
 
 def spoil_forget(data):
@@ -333,7 +333,7 @@ def spoil_config(data):
 def spoil_parquet(data):
     path = data / "Retain_Set" / SHARD
     path.write_bytes(path.read_bytes()[:-100])
-    return ["Retain_Set", "is not a complete parquet file"]
+    return ["Retain_Set", "cannot be read as parquet"]
 
 
 @pytest.mark.parametrize(

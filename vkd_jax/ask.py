@@ -15,10 +15,10 @@ from pathlib import Path
 from PIL import Image
 
 from vkd_jax.checkpoints.bundle import ModelBundle
-from vkd_jax.data.images import open_image
+from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image
 from vkd_jax.data.processor import MAX_PIXELS
 from vkd_jax.evaluation.inference import Answerer
-from vkd_jax.runtime import hub
+from vkd_jax.runtime import files, hub
 from vkd_jax.types import UserError
 
 
@@ -62,11 +62,11 @@ def answer(
 
 
 def _read_image(path: Path) -> Image.Image:
+    data = files.read_bytes(path, MOST_IMAGE_BYTES)
     try:
-        return open_image(path.read_bytes())
-    except Exception as error:  # the decoders of image formats raise many types of errors
-        reason = getattr(error, "strerror", None) or "unknown or broken format"
-        raise UserError(f"{path} cannot be read as an image ({reason}).") from error
+        return open_image(data)
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}.") from error
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """Tests of CLEAR, on small snapshots in the published schema and on the snapshot of the synthetic people."""
 
 import io
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -215,19 +216,73 @@ def test_everybody_is_on_one_side(folder, caplog):
         read(folder)
 
 
+BROKEN = {
+    "image": {"bytes": b"x", "path": None},
+    "path": {"bytes": None, "path": "/etc/passwd"},
+}
+
+
 @pytest.mark.parametrize(
-    ("config", "row", "match"),
+    ("config", "row", "problem"),
     [
-        ("real_faces", {"image": None, "answer": "Bo", "options": ["Cy"]}, "but no image, in row 0 of .*real_faces"),
-        ("real_world", {"question": "Q", "answer": "Bo", "options": ["Bo"]}, "no wrong option besides 'Bo' in row 0"),
-        ("real_world", {"question": "Q", "options": ["Bo"]}, "no answer in row 0 of .*real_world"),
-        ("forget10", {"caption": "A", "image": {"bytes": b"x"}, "name": "Ada"}, "cannot be decoded .* in row 0 of"),
-        ("retain90+tofu", {"question": "Q"}, "no answer in row 0 of .*retain90.tofu"),
+        ("real_faces", {"image": None, "answer": "Bo", "options": ["Cy"]}, "image is missing, and there is"),
+        ("real_world", {"question": "Q", "answer": "Bo", "options": ["Bo"]}, "options have no wrong one besides 'Bo'"),
+        ("real_world", {"question": "Q", "answer": "Bo", "options": None}, "options have no wrong one besides 'Bo'"),
+        ("real_world", {"question": "Q", "options": ["Bo"]}, "answer is missing"),
+        ("real_world", {"question": "Q\0", "answer": "Bo", "options": ["Cy"]}, "question contains the character NUL"),
+        ("forget10", {"caption": "A", "image": BROKEN["image"], "name": "Ada"}, "image cannot be used: the image has"),
+        ("forget10", {"caption": "A", "image": BROKEN["path"], "name": "Ada"}, "image is the path '/etc/passwd'"),
+        ("retain90+tofu", {"question": "Q"}, "answer is missing"),
     ],
 )  # fmt: skip
-def test_broken_rows_are_named(folder, config, row, match):
+def test_broken_rows_are_named(folder, config, row, problem):
     write(folder, config, [row], config if config.startswith("real") else None)
-    with pytest.raises(UserError, match=match):
+    with pytest.raises(UserError, match=re.escape(f"{folder}/{config}/{SHARD}, row 0: {problem}")):
+        read(folder)
+
+
+@pytest.mark.parametrize("value", [True, 0.5, b"x", ["x"], {"x": "y"}])
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ("forget10", "name"),
+        ("forget10", "caption"),
+        ("forget10_perturbed", "name"),
+        ("forget10_perturbed", "caption"),
+        ("forget10_perturbed", "paraphrased_caption"),
+        ("retain90", "name"),
+        ("retain_perturbed", "caption"),
+        ("forget10+tofu", "question"),
+        ("forget10+tofu", "answer"),
+        ("real_faces", "answer"),
+        ("real_world", "question"),
+    ],
+)
+def test_a_field_that_is_not_a_text_is_named(folder, config, field, value):
+    rows = pq.read_table(folder / config / SHARD).to_pylist()
+    columns = {name: rows[-1][name] for name in rows[-1]} | {field: value}
+    pq.write_table(pa.Table.from_pylist([columns]), folder / config / SHARD)
+    with pytest.raises(UserError, match=re.escape(f"{folder}/{config}/{SHARD}, row 0: {field} is ") + ".*not a text"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("{", "perturbed_names is neither JSON nor a Python literal"),
+        ('{"a": 1}', "perturbed_names is an object, not a list"),
+        ("1", "perturbed_names is the number 1, not a list"),
+        ("[true]", "perturbed_names[0] is the boolean True, not a text"),
+        ("[" * 1000 + "]" * 1000, "perturbed_names"),
+        (r'["\ud800"]', "perturbed_names: [0] is not Unicode"),
+        (3, "perturbed_names is the number 3, not a list"),
+        (["a\0b"], "perturbed_names[0] contains the character NUL"),
+    ],
+)
+def test_a_field_that_is_not_a_list_of_texts_is_named(folder, value, problem):
+    rows = [perturbed("Omar Roe", "Omar Roe sits.") | {"perturbed_names": value}]
+    write(folder, "retain_perturbed", rows, "none")
+    with pytest.raises(UserError, match=re.escape(f"retain_perturbed/{SHARD}, row 0: {problem}")):
         read(folder)
 
 

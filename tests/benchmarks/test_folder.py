@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 
 import pytest
@@ -116,30 +117,71 @@ GOOD = dict(question="Who?", answer="Otto")
 
 
 @pytest.mark.parametrize(
-    ("line", "match"),
+    ("line", "problem"),
     [
-        ("{not json", "Invalid JSON in line 2 of .*retain/metadata.jsonl"),
-        ("[1]", "Not a JSON object, .* in line 2 of"),
-        (dict(answer="Otto"), "no text as `question` in line 2 of"),
-        (GOOD | dict(answer=3), "no text as `answer` in line 2 of"),
-        (GOOD | dict(options="Otto"), "`options` is not a list of texts in line 2 of"),
-        (GOOD | dict(options=[1, 2]), "`options` is not a list of texts in line 2 of"),
-        (GOOD | dict(options=["Zoë", "Ada"]), "answer 'Otto' is not one of two or more different options in line 2"),
-        (GOOD | dict(options=["Otto"]), "not one of two or more different options in line 2"),
-        (GOOD | dict(options=["Otto", "Otto", "Ada"]), "not one of two or more different options in line 2"),
-        (GOOD | dict(file_name="c.png"), "no image c.png beside metadata.jsonl, but line 2 of .* names it"),
-        (GOOD | dict(file_name=["b.png"]), "`file_name` is not a text in line 2 of"),
-        (GOOD | dict(file_name="metadata.jsonl"), "image cannot be decoded .* in line 2 of"),
+        ("{not json", "it is not JSON"),
+        ("[1]", "expected an object, not an array"),
+        ("[" * 100_000, "it is nested more than 64 levels deep"),
+        (r'{"question": "\ud800", "answer": "Otto"}', r"question is not Unicode: '\ud800' is half"),
+        (r'{"question": "a\u0000b", "answer": "Otto"}', "question contains the character NUL"),
+        (r'{"file_name": "\u0000", "question": "a", "answer": "b"}', "file_name contains the character NUL"),
+        (dict(answer="Otto"), "question is missing"),
+        (GOOD | dict(question="  "), "question is blank"),
+        (GOOD | dict(answer=3), "answer is the number 3, not a text"),
+        (GOOD | dict(answer=True), "answer is the boolean True, not a text"),
+        (GOOD | dict(answer=["Otto"]), "answer is an array, not a text"),
+        (GOOD | dict(person=0), "person is the number 0, not a text"),
+        (GOOD | dict(person=False), "person is the boolean False, not a text"),
+        (GOOD | dict(person={}), "person is an object, not a text"),
+        (GOOD | dict(options="Otto"), "options is the text 'Otto', not a list"),
+        (GOOD | dict(options=0), "options is the number 0, not a list"),
+        (GOOD | dict(options={"Otto": 1}), "options is an object, not a list"),
+        (GOOD | dict(options=["Otto", 2]), "options[1] is the number 2, not a text"),
+        (GOOD | dict(options=["Otto", None]), "options[1] is null, not a text"),
+        (GOOD | dict(options=["Zoë", "Ada"]), "options must be two or more different texts, one of them the answer"),
+        (GOOD | dict(options=["Otto"]), "options must be two or more different texts"),
+        (GOOD | dict(options=["Otto", "Otto", "Ada"]), "options must be two or more different texts"),
+        (GOOD | dict(file_name=0), "file_name is the number 0, not a text"),
+        (GOOD | dict(file_name=["b.png"]), "file_name is an array, not a text"),
+        (GOOD | dict(file_name="c.png"), "file_name cannot be used: There is no file"),
+        (GOOD | dict(file_name=" "), "file_name cannot be used: ' ' is not a file name"),
+        (GOOD | dict(file_name="../forget/a.png"), "file_name cannot be used: '../forget/a.png' leads out of"),
+        (GOOD | dict(file_name="sub/../../x"), "file_name cannot be used: '../x' leads out of"),
+        (GOOD | dict(file_name="/etc/passwd"), "file_name cannot be used: '/etc/passwd' leads out of"),
+        (GOOD | dict(file_name="link.png"), "file_name cannot be used: 'link.png' is a symbolic link out of"),
+        (GOOD | dict(file_name="."), "is a folder; pass a regular file"),
+        (GOOD | dict(file_name="pipe"), "is a named pipe; pass a regular file"),
+        (GOOD | dict(file_name="metadata.jsonl"), "metadata.jsonl cannot be used: the image has an unknown or broken"),
     ],
 )
-def test_faults_of_a_line(folders, line, match):
+def test_faults_of_a_line(folders, line, problem):
     write(folders / "retain", [dict(file_name="b.png", question="Who?", answer="Otto"), line])
-    fault(folders, match)
+    (folders / "retain" / "link.png").symlink_to(folders / "forget" / "a.png")
+    os.mkfifo(folders / "retain" / "pipe")
+    fault(folders, re.escape(f"{folders}/retain/metadata.jsonl, line 2: ") + ".*" + re.escape(problem))
+
+
+def test_links_out_of_a_folder_can_be_allowed(folders):
+    write(folders / "retain", [GOOD | dict(file_name="link.png")])
+    write(folders / "elsewhere", [], c=3)
+    (folders / "retain" / "link.png").symlink_to(folders / "elsewhere" / "c.png")
+    fault(folders, "allow links out of it with --config.data.symlinks=True")
+    assert read(folders, symlinks=True)["retain"][0].image == png(3)
+
+
+def test_only_files_that_a_folder_names_decide_whether_it_is_read_again(folders):
+    state = Folder(forget=str(folders / "forget"), retain=str(folders / "retain")).state
+    before = state("evaluation")
+    (folders / "retain" / "loop").symlink_to(".")  # a walk of the folder would not end for long
+    (folders / "retain" / "other.png").write_bytes(b"")
+    assert state("evaluation") == before
+    (folders / "retain" / "b.png").write_bytes(b"x")
+    assert state("evaluation") != before
 
 
 def test_a_text_that_is_not_utf8(folders):
     (folders / "retain" / "metadata.jsonl").write_bytes(b'{"question": "\xff"}')
-    fault(folders, "retain/metadata.jsonl cannot be read as UTF-8")
+    fault(folders, "retain/metadata.jsonl: it is not UTF-8: byte 14 is 0xff")
 
 
 def test_people_and_images_may_not_be_in_both_folders(folders):
@@ -166,5 +208,5 @@ def test_the_page_of_the_docs_says_what_is_so(tmp_path):
     write(tmp_path / "retain", [GOOD])
     assert len(read(tmp_path)["forget"]) == len(lines)
     fields = set(re.findall(r"--config\.data\.(\w+)=", page)) - {"source"}  # of published benchmarks
-    assert fields == {"forget", "retain", "test", "real"}
-    assert set(vars(Folder())) == {"forget", "retain", "test", "real"}
+    assert fields == {"forget", "retain", "test", "real", "symlinks"}
+    assert set(vars(Folder())) == {"forget", "retain", "test", "real", "symlinks"}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -155,7 +156,7 @@ def test_row_without_image_may_have_text_questions(folder):
     real = read(folder)["real"]
     assert [e.question for e in real if e.id.startswith("Retain_Set/1")][0] == "Is Mara a pilot?"
     write(folder, "Retain_Set", [row("R001"), row("R002", image=None)])
-    with pytest.raises(UserError, match=r"no image, in row 1 \(ID R002\)"):
+    with pytest.raises(UserError, match=r"row 1 \(ID 'R002'\): .* is about an image, but the row has none"):
         read(folder)
 
 
@@ -222,7 +223,7 @@ def test_finetune_reads_one_example_per_pair(finetune_folder):
 def test_fine_tuning_rows_are_not_touched_without_need(finetune_folder):
     (finetune_folder / "ft_Data" / "train-00000-of-00001.parquet").write_bytes(b"broken")
     assert "finetune_forget" not in read(finetune_folder)
-    with pytest.raises(UserError, match="ft_Data.* is not a complete parquet file"):
+    with pytest.raises(UserError, match="ft_Data.* cannot be read as parquet"):
         read(finetune_folder, finetune=True)
 
 
@@ -304,11 +305,21 @@ def test_missing_column(folder, column):
         read(folder)
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:50], lambda data: b"nothing", lambda data: b""])
-def test_corrupt_image_is_an_error(folder, damage):
-    bad = {"bytes": damage(png(8)), "path": None}
-    path = write(folder, "retain_90", [row("008"), row("009", image=bad)])
-    with pytest.raises(UserError, match=rf"image cannot be decoded .* in row 1 \(ID 009\) of {path}"):
+IMAGES = {
+    "cut off": ({"bytes": png(8)[:50], "path": None}, "image cannot be used: the image cannot be decoded"),
+    "no image": ({"bytes": b"nothing", "path": None}, "image cannot be used: the image has an unknown or broken"),
+    "empty": ({"bytes": b"", "path": None}, "image cannot be used: the image has an unknown or broken"),
+    "a path": ({"bytes": None, "path": "../x.png"}, "image is the path '../x.png' without bytes"),
+    "a text": ("x.png", "image is the text 'x.png', not an encoded image"),
+    "a number": (3, "image is the number 3, not an encoded image"),
+    "a list": ([b"x"], "image is an array, not an encoded image"),
+}
+
+
+@pytest.mark.parametrize(("image", "problem"), IMAGES.values(), ids=IMAGES)
+def test_faults_of_an_image(folder, image, problem):
+    path = write(folder, "retain_90", [row("009", image=image)])
+    with pytest.raises(UserError, match=re.escape(f"{path}, row 0 (ID '009'): {problem}")):
         read(folder)
 
 
@@ -317,7 +328,7 @@ def test_truncated_parquet(folder, keep):
     path = folder / "retain_90" / "train-00000-of-00001.parquet"
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
-    with pytest.raises(UserError, match=f"{path} is not a complete parquet file"):
+    with pytest.raises(UserError, match=f"{path} cannot be read as parquet"):
         read(folder)
 
 
@@ -338,16 +349,77 @@ def test_forget_and_retain_overlap(folder):
         read(folder)
 
 
+def cloze(**fields):
+    return {"Mask_Task": [{"Type": "Pure_Text", "Question": "a __", "Ground_Truth": "b"} | fields]}
+
+
+def options(value, right="A"):
+    item = {"Question": "Q?", "Options": value, "Correct_Answer": right}
+    return {"Classification_Task": {"Pure_Text_Questions": [item]}}
+
+
+ITEM = "Classification_Task.Pure_Text_Questions[0]"
+
+
 @pytest.mark.parametrize(
-    ("columns", "message"),
+    ("columns", "problem"),
     [
-        ({"Classification_Task": "{not json"}, "Classification_Task is neither JSON nor"),
-        ({"Mask_Task": [{"Type": "Audio", "Question": "a __", "Ground_Truth": "b"}]}, "unknown Type 'Audio'"),
-        ({"Mask_Task": [{"Type": "Pure_Text", "Question": "a __", "Ground_Truth": None}]}, "Ground_Truth"),
-        ({"Classification_Task": {"Pure_Text_Questions": [choice("Q?", right="E")]}}, "'E' is not one of"),
+        ({"Classification_Task": "{not json"}, "Classification_Task is neither JSON nor a Python literal"),
+        ({"Classification_Task": "[" * 100_000}, "Classification_Task is nested more than 64 levels deep"),
+        ({"Classification_Task": '{"a":' * 80 + "1" + "}" * 80}, "Classification_Task: it is nested more than 64"),
+        ({"Classification_Task": "{[]: 1}"}, "Classification_Task is neither JSON nor a Python literal"),
+        ({"Classification_Task": "3"}, "Classification_Task is the number 3, not an object"),
+        ({"Classification_Task": "true"}, "Classification_Task is the boolean True, not an object"),
+        ({"Classification_Task": '["a"]'}, "Classification_Task is an array, not an object"),
+        ({"Classification_Task": r'{"Pure_Text_Questions": ["\ud800"]}'}, "is half of a surrogate pair"),
+        ({"Classification_Task": '{"Pure_Text_Questions": {}}'}, "Pure_Text_Questions is an object, not a list"),
+        ({"Mask_Task": '{"Type": 1}'}, "Mask_Task is an object, not a list"),
+        ({"Mask_Task": '["a"]'}, "Mask_Task[0] is the text 'a', not an object"),
+        ({"Mask_Task": [None]}, "Mask_Task[0] is null, not an object"),
+        (cloze(Type="Audio"), "Mask_Task[0].Type is 'Audio', neither Image_Textual nor Pure_Text"),
+        (cloze(Type=None), "Mask_Task[0].Type is '', neither"),
+        (cloze(Type=1.5), "Mask_Task[0].Type is the number 1.5, not a text"),
+        (cloze(Question=True), "Mask_Task[0].Question is the boolean True, not a text"),
+        (cloze(Question="a\0__"), "Mask_Task[0].Question contains the character NUL"),
+        (cloze(Ground_Truth=None), "Mask_Task[0].Ground_Truth is missing"),
+        (cloze(Ground_Truth=" "), "Mask_Task[0].Ground_Truth is blank"),
+        (cloze(Ground_Truth=False), "Mask_Task[0].Ground_Truth is the boolean False, not a text"),
+        (cloze(Ground_Truth=0.5), "Mask_Task[0].Ground_Truth is the number 0.5, not a text"),
+        (cloze(Ground_Truth=b"b"), "Mask_Task[0].Ground_Truth is the byte string b'b', not a text"),
+        (options({"A": "x"}, right="E"), f"{ITEM}.Correct_Answer is 'E', not one of the options A"),
+        (options({"A": "x"}, right=None), f"{ITEM}.Correct_Answer is missing"),
+        (options({"A": True}), f"{ITEM}.Options.A is the boolean True, not a text"),
+        (options(["x", "y"]), f"{ITEM}.Options is an array, not an object"),
     ],
 )
-def test_broken_rows_are_named(folder, columns, message):
+def test_faults_of_a_row(folder, columns, problem):
     path = write(folder, "retain_90", [row("008", **columns)])
-    with pytest.raises(UserError, match=rf"{message}.* in row 0 \(ID 008\) of {path}"):
+    with pytest.raises(UserError, match=re.escape(f"{path}, row 0 (ID '008'): ") + ".*" + re.escape(problem)):
         read(folder)
+
+
+@pytest.mark.parametrize(
+    ("row_id", "problem"),
+    [
+        (None, ": ID is missing"),
+        ("", "ID is blank"),
+        (" ", "ID is blank"),
+        (True, "ID is the boolean True, not a text"),
+        (9.5, "ID is the number 9.5, not a text"),
+        (float("nan"), "ID is the number nan, not a text"),
+        (b"009", "ID is the byte string b'009', not a text"),
+        ({"x": 1}, "ID is an object, not a text"),
+    ],
+)
+@pytest.mark.parametrize("config", ["forget_10", "retain_90", "Test_Set"])
+def test_faults_of_an_id(folder, config, row_id, problem):
+    create = row if config != "Test_Set" else test_row
+    path = write(folder, config, [create(row_id)])
+    with pytest.raises(UserError, match=re.escape(f"{path}, row 0") + ".*" + re.escape(problem)):
+        read(folder)
+
+
+def test_texts_may_be_whole_numbers(folder):
+    write(folder, "forget_10", [row("007", **options({"A": 1985, "B": 1986}, right=1986), Mask_Task=[])])
+    example = read(folder)["forget"][0]
+    assert (example.answer, example.options) == ("1986", ("1985", "1986"))

@@ -1,13 +1,17 @@
 """Where rows come from: a folder, a URI, a data set on the hub; the rest is tested with the benchmarks."""
 
 import os
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 from pyarrow import fs
 
 from vkd_jax import benchmarks
+from vkd_jax.benchmarks.parquet import Snapshot
 from vkd_jax.runtime import storage
 from vkd_jax.types import UserError
 
@@ -109,3 +113,39 @@ def test_what_is_neither(tmp_path):
     for source in ("nowhere", "/nowhere/at/all", "a/b/c"):
         with pytest.raises(UserError, match=f"no data folder {source}; pass a folder as the hub lays it out"):
             benchmarks.create("mllmu", dict(source=source)).check()
+
+
+def test_a_shard_outside_of_the_folder_is_refused_unless_links_are_allowed(few, tmp_path):
+    source = tmp_path / "source"
+    for config in CONFIGS:
+        [file] = (few / config).iterdir()
+        (source / config).mkdir(parents=True)
+        (source / config / file.name).symlink_to(file)
+    with pytest.raises(UserError, match=rf"'forget_10/{file.name}' is a symbolic link out of {source}"):
+        read(str(source), tmp_path)
+    allowed = benchmarks.create("mllmu", dict(source=str(source), symlinks=True))
+    assert benchmarks.read(allowed, tmp_path) == read(str(few), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("create", "problem"),
+    [
+        (os.mkfifo, "is a named pipe; pass a regular file"),
+        (os.mkdir, "is a folder; pass a regular file"),
+        (lambda path: os.symlink("/dev/zero", path), "is a symbolic link out of"),
+    ],
+    ids=["pipe", "folder", "device"],
+)
+def test_a_shard_that_is_no_file_is_never_opened(tmp_path, create, problem):
+    (tmp_path / "forget_10").mkdir()
+    create(tmp_path / "forget_10" / "train-00000-of-00001.parquet")
+    with pytest.raises(UserError, match=problem):
+        list(Snapshot(str(tmp_path), ["forget_10"]).rows("forget_10", ["ID"]))
+
+
+def test_text_that_is_not_utf8_is_one_sentence(few, tmp_path):
+    shutil.copytree(few, tmp_path / "source")
+    values = pa.array([b"\xff"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"ID": values}), tmp_path / "source" / "forget_10" / "train-00000-of-00001.parquet")
+    with pytest.raises(UserError, match="forget_10/.* cannot be read as parquet"):
+        read(str(tmp_path / "source"), tmp_path)

@@ -1,6 +1,8 @@
 """Images of every kind and family against transformers' processors: equal pixels and equal tokens."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image, ImageOps
 
 from vkd_jax.checkpoints import hf
 from vkd_jax.data.encoding import encode_set
+from vkd_jax.data.images import open_image
 from vkd_jax.data.processor import Processor
 from vkd_jax.models.base import abstract_model
 from vkd_jax.types import Example, UserError
@@ -187,3 +190,39 @@ def test_eos_ids_include_those_of_the_generation_config(qwen_folder):
     names = processor.tokenizer.convert_ids_to_tokens(list(processor.eos_ids))
     assert names == ["<|im_end|>", "<|endoftext|>"]
     assert processor.tokenizer.convert_ids_to_tokens(processor.encode("Who?", "Bob")[1][-1]) == "<|im_end|>"
+
+
+def png_header(width, height):
+    """The beginning of a PNG image: its size without its pixels."""
+    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", b""), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (png_header(20_000, 10_000), "the image is too large: it has 200,000,000 pixels, and at most 178,956,970"),
+        (png_header(2**31 - 1, 2**31 - 1), "the image is too large: it has 4,611,686,014,132,420,609 pixels"),
+        (png_header(0, 10), "the image"),
+        (png_header(10, 10), "the image cannot be decoded"),
+        (IMAGES["EXIF"][:-200], "the image cannot be decoded"),
+        (b"GIF89a", "the image"),
+        (b"", "the image has an unknown or broken format"),
+    ],
+)
+def test_images_that_cannot_be_decoded(data, problem):
+    with pytest.raises(UserError, match=problem):
+        open_image(data)
+
+
+def test_an_image_that_cannot_be_processed_is_named(qwen_folder):
+    folder = qwen_folder("qwen2_vl")
+    module, hf_config = hf.read_config(folder)
+    processor = Processor(folder, module.Config.from_hf(hf_config))
+    images = {"forget/a.png": IMAGES["one pixel"], "forget/b.png": encoded(noise(900, 3))}
+    examples = [Example(name, "", image, name, "Who?", "Bob") for name, image in images.items()]
+    with pytest.raises(UserError, match=r"^forget/b\.png: an image of 900 x 3 pixels cannot be processed"):
+        encode_set(processor, examples, max_length=processor.config.text.max_positions)

@@ -130,7 +130,7 @@ class Scripted:
     def __init__(self, says=None, nll=None):
         self.says, self.nll, self.calls = says, nll, []
 
-    def encode_images(self, pictures):
+    def encode_images(self, pictures, names):
         means = np.array([np.mean(list(data)) for data in pictures])[:, None, None]
         where = np.zeros((len(means), 1, 3), np.int32)
         return EncodedImages(

@@ -3,6 +3,7 @@
     mllmu, clear   published benchmarks, or the synthetic people in their layouts
     folder         your own folders of images and questions
     parquet        snapshots of parquet files and their checks
+    rows           rows that others wrote, with typed access to their fields
     cache          benchmarks as tensorflow-datasets, and `Benchmark`, the contract
     synthetic/     the synthetic people and the writers of their snapshots
 
@@ -72,7 +73,8 @@ def held_out(benchmark: Any, folder: str | Path, questions: str = "") -> list[Ex
     from vkd_jax.benchmarks.folder import Folder
 
     if questions:
-        examples = [example for row in Folder(test=questions).questions("test") for example in row]
+        links = getattr(benchmark, "symlinks", False)
+        examples = [example for row in Folder(test=questions, symlinks=links).questions("test") for example in row]
     elif getattr(benchmark, "source", None) == "":
         strangers = dataclasses.replace(benchmark, people=benchmark.people + STRANGERS)
         name = benchmark.UNLEARN["forget"]

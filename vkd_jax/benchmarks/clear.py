@@ -28,9 +28,10 @@ import numpy as np
 from absl import logging
 
 from vkd_jax.benchmarks import parquet
-from vkd_jax.benchmarks.parquet import RowLocation, Snapshot, nested_list, required_text
-from vkd_jax.config.fields import Section, setting
-from vkd_jax.types import EvalSet, Example, Role, UserError
+from vkd_jax.benchmarks.parquet import Snapshot
+from vkd_jax.benchmarks.rows import Row
+from vkd_jax.config.fields import setting
+from vkd_jax.types import EvalSet, Example, Role
 
 FORGET_RATIOS = (1, 5, 10)
 CAPTION_QUESTIONS = (
@@ -57,15 +58,10 @@ ROWS = {  # as published; for retain99 only a rounded number is known
 
 
 @dataclasses.dataclass(frozen=True)
-class Clear(parquet.PublishedBenchmark, Section):
+class Clear(parquet.PublishedBenchmark):
     """CLEAR."""
 
-    SECTION: ClassVar[str] = "data"
-    source: str = setting(
-        "", "Folder in the hub's layout, an id on the Hugging Face hub (ORG/NAME), or gs://...; '' is synthetic people."
-    )
     forget: int = setting(10, "Percent of the people in the forget set.", choices=FORGET_RATIOS)
-    people: int = setting(0, "Seed of the synthetic people.", minimum=0)
 
     TITLE: ClassVar[str] = "CLEAR"
     # Unlearning trains on the fine-tuning rows, since the evaluation has fewer.
@@ -100,7 +96,7 @@ class Clear(parquet.PublishedBenchmark, Section):
                 empty, or people are in both the forget and the retain set.
         """
         forget, retain = self._names()
-        with parquet.open_snapshot(self.source, self._configs(part), self._write_synthetic) as files:
+        with self.open_snapshot(part) as files:
             forgotten, retained = _people(files, forget), _people(files, retain)
             known = _Names(forgotten | retained)
             if part == "finetune":
@@ -149,43 +145,38 @@ class _Names:
 
     def first(self, *texts: str) -> str:
         """The first known person in the first text that names one; "" if none does."""
-        found = (self._pattern.search(_plain(each)) for each in texts)
-        return next((self._known[match[0]] for match in found if match), "") if self._known else ""
+        matches = (self._pattern.search(_plain(each)) for each in texts)
+        return next((self._known[match[0]] for match in matches if match), "") if self._known else ""
 
 
-def _plain(words: Any) -> str:
+def _plain(words: str) -> str:
     """Normalizes case and white space."""
-    return " ".join(str(words or "").casefold().split())
+    return " ".join(words.casefold().split())
 
 
-def _row_rng(location: RowLocation) -> np.random.Generator:
+def _row_rng(row: Row) -> np.random.Generator:
     """The random generator of a row, seeded by its name."""
-    return np.random.default_rng(zlib.crc32(location.row.encode()))
+    return np.random.default_rng(zlib.crc32(row.name.encode()))
 
 
 def _people(files: Snapshot, config: str) -> set[str]:
-    return {str(row["name"]).strip() for _, row in files.rows(config, ["name"]) if row["name"]}
+    return {row.optional_text("name").strip() for row in files.rows(config, ["name"])} - {""}
 
 
-def _list(row: dict, column: str, location: RowLocation) -> list[str]:
-    values = nested_list(row.get(column), column, location)
-    return [str(value) for value in values if value is not None and str(value).strip()]
-
-
-def _choice(answer: str, wrong: Iterable[str], location: RowLocation) -> tuple[str, ...]:
+def _choice(answer: str, wrong: Iterable[str], row: Row) -> tuple[str, ...]:
     """The wrong options without duplicates, with the answer at a random index."""
     others: dict[str, str] = {}
     for option in wrong:
         others.setdefault(_plain(option), option)
     others.pop(_plain(answer), None)
     if not others:
-        raise UserError(f"There is no wrong option besides {answer!r} in {location}.")
-    place = int(_row_rng(location).integers(len(others) + 1))
+        raise row.error("options", f"have no wrong one besides {answer!r}")
+    place = int(_row_rng(row).integers(len(others) + 1))
     options = list(others.values())
     return (*options[:place], answer, *options[place:])
 
 
-def _counterparts(files: Snapshot, forget: str) -> dict[int, dict]:
+def _counterparts(files: Snapshot, forget: str) -> dict[int, Row]:
     """Maps the index of each row of the plain config to its counterpart in the _perturbed config.
 
     A counterpart has the same name and caption. The remaining rows of a name are paired in order if both configs have
@@ -193,63 +184,66 @@ def _counterparts(files: Snapshot, forget: str) -> dict[int, dict]:
     """
     perturbed = f"{forget}_perturbed"
     wanted = ["name", "paraphrased_caption", "perturbed_captions", "perturbed_names"]
-    plain = [row for _, row in files.rows(forget, ["name", "caption"])]
-    by_caption: dict[Any, list[dict]] = collections.defaultdict(list)
-    for location, row in files.rows(perturbed, wanted, optional=["caption"]):
-        by_caption[_plain(row["name"]), _plain(row.get("caption"))].append(row | {"location": location})
-    found: dict[int, dict] = {}
+    plain = [_name_and_caption(row) for row in files.rows(forget, ["name", "caption"])]
+    by_caption: dict[tuple[str, str], list[tuple[int, Row]]] = collections.defaultdict(list)
+    for number, row in enumerate(files.rows(perturbed, wanted, optional=["caption"])):
+        by_caption[_name_and_caption(row)].append((number, row))
+    matches: dict[int, Row] = {}
     lone: dict[str, list[int]] = collections.defaultdict(list)
-    for number, row in enumerate(plain):
-        if same := by_caption.get((_plain(row["name"]), _plain(row["caption"]))):
-            found[number] = same.pop(0)
+    for number, key in enumerate(plain):
+        if same := by_caption.get(key):
+            matches[number] = same.pop(0)[1]
         else:
-            lone[_plain(row["name"])].append(number)
-    left: dict[str, list[dict]] = collections.defaultdict(list)
+            lone[key[0]].append(number)
+    left: dict[str, list[tuple[int, Row]]] = collections.defaultdict(list)
     for (name, _), rows in by_caption.items():
         left[name] += rows
     for name, numbers in lone.items():
-        rows = sorted(left[name], key=lambda row: int(row["location"].row.rpartition("/")[2]))
+        rows = [row for _, row in sorted(left[name], key=lambda numbered: numbered[0])]
         if len(rows) == len(numbers):
-            found |= dict(zip(numbers, rows, strict=True))
-    if lacking := len(plain) - len(found):
+            matches |= dict(zip(numbers, rows, strict=True))
+    if lacking := len(plain) - len(matches):
         logging.warning(
             "%d of %d rows of %s have no counterpart in %s; their questions have no wrong answers.",
             *(lacking, len(plain), forget, perturbed),
         )
-    return found
+    return matches
 
 
-def _captions(files: Snapshot, config: str, counterparts: dict[int, dict] | None = None) -> Iterator[list[Example]]:
+def _name_and_caption(row: Row) -> tuple[str, str]:
+    return _plain(row.optional_text("name")), _plain(row.optional_text("caption"))
+
+
+def _captions(files: Snapshot, config: str, counterparts: dict[int, Row] | None = None) -> Iterator[list[Example]]:
     """A caption question and a name question for each image.
 
     Without `counterparts`, the rows have the columns of the _perturbed config themselves.
     """
     extra_columns = ["paraphrased_caption", "perturbed_captions", "perturbed_names"] if counterparts is None else []
     incomplete = 0
-    for number, (location, row) in enumerate(files.rows(config, ["image", "caption", "name", *extra_columns])):
-        image = parquet.image_bytes(row["image"], location)
-        if image is None or not row["caption"]:
+    for number, row in enumerate(files.rows(config, ["image", "caption", "name", *extra_columns])):
+        image, text = row.image("image"), row.optional_text("caption")
+        if image is None or not text:
             incomplete += 1
             continue
-        name, shown = required_text(row, "name", location).strip(), (image, f"{location.row}/0")
-        more = row if counterparts is None else counterparts.get(number, {})
-        source = more.get("location", location)
+        name, shown = row.text("name").strip(), (image, f"{row.name}/0")
+        more = row if counterparts is None else counterparts.get(number, Row({}, row.location))
         caption = Example(
-            f"{location.row}/image/0", name, *shown, _caption_question(location), str(row["caption"]),
+            f"{row.name}/image/0", name, *shown, _caption_question(row), text,
             task="generation",
-            paraphrase=str(more.get("paraphrased_caption") or ""),
-            perturbed=tuple(_list(more, "perturbed_captions", source)),
+            paraphrase=more.optional_text("paraphrased_caption"),
+            perturbed=tuple(more.texts("perturbed_captions", skip_blank=True)),
         )  # fmt: skip
         examples = [caption]
-        if wrong := _list(more, "perturbed_names", source):
-            options = _choice(name, wrong, location)
-            examples.append(Example(f"{location.row}/image/1", name, *shown, NAME_QUESTION, name, options))
+        if wrong := more.texts("perturbed_names", skip_blank=True):
+            options = _choice(name, wrong, row)
+            examples.append(Example(f"{row.name}/image/1", name, *shown, NAME_QUESTION, name, options))
         yield examples
     _warn_incomplete(incomplete, config)
 
 
-def _caption_question(location: RowLocation) -> str:
-    return str(_row_rng(location).choice(CAPTION_QUESTIONS))
+def _caption_question(row: Row) -> str:
+    return str(_row_rng(row).choice(CAPTION_QUESTIONS))
 
 
 def _warn_incomplete(incomplete: int, config: str) -> None:
@@ -259,14 +253,14 @@ def _warn_incomplete(incomplete: int, config: str) -> None:
 
 def _texts(files: Snapshot, config: str, known: _Names) -> Iterator[list[Example]]:
     """The text-only questions of a +tofu config."""
-    for location, row in files.rows(config, ["question", "answer"]):
-        if row["question"]:
-            yield [_text_example(row, location, known, "generation")]
+    for row in files.rows(config, ["question", "answer"]):
+        if row.optional_text("question"):
+            yield [_text_example(row, known, "generation")]
 
 
-def _text_example(row: dict, location: RowLocation, known: _Names, task: str) -> Example:
-    question, answer = required_text(row, "question", location), required_text(row, "answer", location)
-    return Example(f"{location.row}/text/0", known.first(question, answer), None, "", question, answer, task=task)
+def _text_example(row: Row, known: _Names, task: str) -> Example:
+    question, answer = row.text("question"), row.text("answer")
+    return Example(f"{row.name}/text/0", known.first(question, answer), None, "", question, answer, task=task)
 
 
 def _finetune(files: Snapshot, config: str, known: _Names) -> Iterator[list[Example]]:
@@ -275,32 +269,31 @@ def _finetune(files: Snapshot, config: str, known: _Names) -> Iterator[list[Exam
     CLEAR draws the wording of a caption question in every epoch; here each image has one question per epoch.
     """
     incomplete = 0
-    for location, row in files.rows(config, ["image", "caption", "question", "answer"], optional=["name"]):
-        if row["question"]:
-            yield [_text_example(row, location, known, "chat")]
+    for row in files.rows(config, ["image", "caption", "question", "answer"], optional=["name"]):
+        if row.optional_text("question"):
+            yield [_text_example(row, known, "chat")]
             continue
-        image = parquet.image_bytes(row["image"], location)
-        if image is None or not row["caption"]:
+        image, caption = row.image("image"), row.optional_text("caption")
+        if image is None or not caption:
             incomplete += 1
             continue
-        person = known.first(row.get("name"), row["caption"])
+        person = known.first(row.optional_text("name"), caption)
         yield [
-            Example(
-                f"{location.row}/image/{i}", person, image, f"{location.row}/0", str(asked), row["caption"], task="chat"
-            )
-            for i, asked in enumerate(_row_rng(location).choice(CAPTION_QUESTIONS, EPOCHS, replace=False))
+            Example(f"{row.name}/image/{i}", person, image, f"{row.name}/0", str(asked), caption, task="chat")
+            for i, asked in enumerate(_row_rng(row).choice(CAPTION_QUESTIONS, EPOCHS, replace=False))
         ]
     _warn_incomplete(incomplete, config)
 
 
 def _choices(files: Snapshot, config: str) -> Iterator[list[Example]]:
     """The questions with options of a config; those without a wording ask for the name."""
-    for location, row in files.rows(config, ["image", "answer", "options"], optional=["question"]):
-        image = parquet.image_bytes(row["image"], location)
-        if image is None and not row.get("question"):
-            raise UserError(f"A question about an image, but no image, in {location}.")
-        answer = required_text(row, "answer", location)
-        options = _choice(answer, _list(row, "options", location), location)
-        kind, image_id = ("text", "") if image is None else ("image", f"{location.row}/0")
-        question = str(row.get("question") or FACE_QUESTION)
-        yield [Example(f"{location.row}/{kind}/0", "", image, image_id, question, answer, options)]
+    for row in files.rows(config, ["image", "answer", "options"], optional=["question"]):
+        image, question = row.image("image"), row.optional_text("question")
+        if image is None and not question:
+            raise row.error("image", "is missing, and there is no question without one")
+        answer = row.text("answer")
+        options = _choice(answer, row.texts("options", skip_blank=True), row)
+        kind, image_id = ("text", "") if image is None else ("image", f"{row.name}/0")
+        yield [
+            Example(f"{row.name}/{kind}/0", "", image, image_id, question or FACE_QUESTION, answer, options),
+        ]

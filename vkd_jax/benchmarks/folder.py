@@ -13,14 +13,15 @@ question is about; no person may be in both folders. Other keys are ignored.
 import contextlib
 import dataclasses
 import hashlib
-import json
 import posixpath
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from vkd_jax.benchmarks import parquet
-from vkd_jax.benchmarks.parquet import preview
+from vkd_jax.benchmarks.parquet import SYMLINKS, preview
+from vkd_jax.benchmarks.rows import Row
 from vkd_jax.config.fields import Section, setting
+from vkd_jax.data.images import MOST_IMAGE_BYTES
+from vkd_jax.runtime import json_files
 from vkd_jax.runtime.storage import SourceFolder
 from vkd_jax.types import EvalSet, Example, Role, UserError
 
@@ -36,6 +37,7 @@ class Folder(Section):
     retain: str = setting("", "Folder of the retain set, of the same kind.")
     test: str = setting("", "Optional folder of the forget set on other images.")
     real: str = setting("", "Optional folder of general knowledge.")
+    symlinks: bool = setting(False, SYMLINKS)
 
     TITLE: ClassVar[str] = "your own request"
     UNLEARN: ClassVar[Mapping[str, str]] = dict(forget="forget", retain="retain")  # the sets that unlearning trains on
@@ -78,9 +80,8 @@ class Folder(Section):
                 )
 
     def state(self, part: str) -> Any:
-        """Name, size and modification time of the files in the folders."""
-        folders = {name: SourceFolder(getattr(self, name)) for name in self._sets()}
-        return {name: folder.state(folder.files(recursive=True)) for name, folder in folders.items()}
+        """Name, size and modification time of the files that the folders name."""
+        return {name: self._open(name).state({METADATA, *self._by_file(name)} - {""}) for name in self._sets()}
 
     @contextlib.contextmanager
     def rows(self, part: str) -> Iterator[dict[str, Iterator[list[Example]]]]:
@@ -120,73 +121,50 @@ class Folder(Section):
 
     def questions(self, name: str, chat: bool = False) -> Iterator[list[Example]]:
         """The questions of a folder, grouped by image; text-only questions follow one by one."""
-        folder = SourceFolder(getattr(self, name))
-        by_file: dict[str, list[tuple[str, dict]]] = {}
-        text_only = []
-        for location, line in _lines(folder):
-            file = line.get("file_name") or ""
-            if not isinstance(file, str):
-                raise UserError(f"`file_name` is not a text in {location}.")
-            (by_file.setdefault(posixpath.normpath(file), []) if file else text_only).append((location, line))
-        for number, (file, lines) in enumerate(by_file.items()):
-            image = parquet.image_bytes(_bytes(folder, file, lines[0][0]), lines[0][0])
-            row = f"{name}/{number}"
-            yield [
-                _example(f"{row}/image/{i}", image, file, line, location, chat)
-                for i, (location, line) in enumerate(lines)
-            ]
-        for number, (location, line) in enumerate(text_only, len(by_file)):
-            yield [_example(f"{name}/{number}/text/0", None, "", line, location, chat)]
+        folder, by_file = self._open(name), self._by_file(name)
+        text_only = by_file.pop("", [])
+        for number, (file, rows) in enumerate(by_file.items()):
+            image = _image(folder, file, rows[0])
+            yield [_example(f"{name}/{number}/image/{i}", image, file, row, chat) for i, row in enumerate(rows)]
+        for number, row in enumerate(text_only, len(by_file)):
+            yield [_example(f"{name}/{number}/text/0", None, "", row, chat)]
+
+    def _open(self, name: str) -> SourceFolder:
+        return SourceFolder(getattr(self, name), links=self.symlinks)
+
+    def _by_file(self, name: str) -> dict[str, list[Row]]:
+        """The lines of a folder's metadata.jsonl by the file that they name, "" for none."""
+        by_file: dict[str, list[Row]] = {}
+        for row in _rows(self._open(name)):
+            file = row.optional_text("file_name")
+            by_file.setdefault(file and posixpath.normpath(file), []).append(row)
+        return by_file
 
 
-def _lines(folder: SourceFolder) -> Iterator[tuple[str, dict]]:
-    """Each line of metadata.jsonl, with its location for messages."""
-    path = posixpath.join(folder.path, METADATA)
-    try:
-        with folder.open(path) as file:
-            text = file.read().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder.display(path)} cannot be read as UTF-8 text ({error}).") from error
-    empty = True
-    for number, line in enumerate(text.split("\n"), 1):
-        location = f"line {number} of {folder.display(path)}"
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"Invalid JSON in {location} ({error}).") from error
-        if not isinstance(item, dict):
-            raise UserError(f'Not a JSON object, {{"question": ...}}, in {location}.')
+def _rows(folder: SourceFolder) -> Iterator[Row]:
+    """The lines of metadata.jsonl."""
+    path, empty = folder.display(METADATA), True
+    for number, values in json_files.parse_json_lines(folder.read(METADATA, json_files.MOST_BYTES), path):
+        yield Row(values, f"{path}, line {number}")
         empty = False
-        yield location, item
     if empty:
-        raise UserError(f"{folder.display(path)} is empty; write one line per question.")
+        raise UserError(f"{path} is empty; write one line per question.")
 
 
-def _bytes(folder: SourceFolder, file: str, location: str) -> bytes:
+def _image(folder: SourceFolder, file: str, row: Row) -> bytes:
+    """The image that a line names, checked by decoding it once."""
     try:
-        with folder.open(posixpath.join(folder.path, file)) as handle:
-            return handle.read()
-    except OSError as error:
-        raise UserError(f"There is no image {file} beside {METADATA}, but {location} names it.") from error
+        data = folder.read(file, MOST_IMAGE_BYTES)
+    except UserError as error:
+        raise UserError(f"{row.location}: file_name cannot be used: {error}") from error
+    return Row({file: data}, row.location).image(file)
 
 
-def _example(name: str, image: bytes | None, image_id: str, line: dict, location: str, chat: bool) -> Example:
-    question, answer = (_text(line, key, location) for key in ("question", "answer"))
-    options = line.get("options") or []
-    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-        raise UserError(f"`options` is not a list of texts in {location}.")
+def _example(name: str, image: bytes | None, image_id: str, row: Row, chat: bool) -> Example:
+    question, answer, options = row.text("question"), row.text("answer"), row.texts("options")
     if options and (answer not in options or len(set(options)) < max(2, len(options))):
-        raise UserError(f"The answer {answer!r} is not one of two or more different options in {location}.")
+        raise row.error("options", f"must be two or more different texts, one of them the answer {answer!r}")
     task = "chat" if chat else "classification" if options else "generation"
-    person = str(line.get("person") or "").strip()
+    person = row.optional_text("person").strip()
     image_id = image_id and f"{name.partition('/')[0]}/{image_id}"
     return Example(name, person, image, image_id, question, answer, () if chat else tuple(options), task)
-
-
-def _text(line: dict, key: str, location: str) -> str:
-    value = line.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"There is no text as `{key}` in {location}.")
-    return value

@@ -24,9 +24,10 @@ from typing import Any, ClassVar
 from absl import logging
 
 from vkd_jax.benchmarks import parquet
-from vkd_jax.benchmarks.parquet import RowLocation, Snapshot, nested_list, preview, required_text
-from vkd_jax.config.fields import Section, setting
-from vkd_jax.types import EvalSet, Example, Role, UserError
+from vkd_jax.benchmarks.parquet import Snapshot, preview
+from vkd_jax.benchmarks.rows import Row
+from vkd_jax.config.fields import setting
+from vkd_jax.types import EvalSet, Example, Role
 
 FORGET_RATIOS = (5, 10, 15)
 CLOZE_INSTRUCTION = "Answer with the missing words only."
@@ -38,15 +39,10 @@ _TASK_COLUMNS = ("Classification_Task", "Generation_Task", "Mask_Task")
 
 
 @dataclasses.dataclass(frozen=True)
-class Mllmu(parquet.PublishedBenchmark, Section):
+class Mllmu(parquet.PublishedBenchmark):
     """MLLMU-Bench."""
 
-    SECTION: ClassVar[str] = "data"
-    source: str = setting(
-        "", "Folder in the hub's layout, an id on the Hugging Face hub (ORG/NAME), or gs://...; '' is synthetic people."
-    )
     forget: int = setting(10, "Percent of the people in the forget set.", choices=FORGET_RATIOS)
-    people: int = setting(0, "Seed of the synthetic people.", minimum=0)
 
     TITLE: ClassVar[str] = "MLLMU-Bench"
     UNLEARN: ClassVar[Mapping[str, str]] = dict(forget="forget", retain="retain")  # the sets that unlearning trains on
@@ -74,7 +70,7 @@ class Mllmu(parquet.PublishedBenchmark, Section):
             UserError: a config, shard or column is missing, a file or image is corrupt, the forget set is
                 empty, or people are in both the forget and the retain set.
         """
-        with parquet.open_snapshot(self.source, self._configs(part), self._write_synthetic) as files:
+        with self.open_snapshot(part) as files:
             forget, retain = self._configs("evaluation")[:2]
             forgotten = _people(files, forget)
             if part == "finetune":
@@ -114,20 +110,19 @@ def cloze_prompt(question: str) -> str:
 
 
 def _people(files: Snapshot, config: str) -> set[str]:
-    return {_person(row["ID"]) for _, row in files.rows(config, ["ID"])} - {""}
+    return {_person(row) for row in files.rows(config, ["ID"])} - {""}
 
 
 def _finetune(files: Snapshot, is_member: Callable[[str], bool]) -> Iterator[list[Example]]:
     """The question-answer pairs of ft_Data about the selected people, one `chat` example each."""
-    for location, row in files.rows("ft_Data", ["image", "ID", "metadata"]):
-        if not is_member(person := _person(row["ID"])):
+    for row in files.rows("ft_Data", ["image", "ID", "metadata"]):
+        if not is_member(person := _person(row)):
             continue
-        image = parquet.image_bytes(row["image"], location)
-        image_id = "" if image is None else f"{location.row}/0"
+        image = row.image("image")
+        image_id = "" if image is None else f"{row.name}/0"
         yield [
-            Example(f"{location.row}/{i}", person, image, image_id, *pair, task="chat")
-            for i, item in enumerate(nested_list(row["metadata"], "metadata", location))
-            for pair in [(required_text(item, "Question", location), required_text(item, "Answer", location))]
+            Example(f"{row.name}/{i}", person, image, image_id, item.text("Question"), item.text("Answer"), task="chat")
+            for i, item in enumerate(row.rows("metadata"))
         ]
 
 
@@ -136,32 +131,32 @@ def _evaluation_rows(
 ) -> Iterator[list[Example]]:
     """The questions of an evaluation config about the selected people, row by row."""
     general, blank = config == "Retain_Set", 0
-    for location, row in files.rows(config, ["ID", *_TASK_COLUMNS], either=["image", "images"]):
-        person = "" if general else _person(row["ID"])
+    for row in files.rows(config, ["ID", *_TASK_COLUMNS], either=["image", "images"]):
+        person = "" if general else _person(row)
         if not is_member(person):
             continue
-        values = [row.get("image"), *nested_list(row.get("images"), "images", location)]
-        images = [data for value in values if (data := parquet.image_bytes(value, location)) is not None]
+        image = row.image("image")
+        images = [*([] if image is None else [image]), *row.images("images")]
         counts, examples = {"image": 0, "text": 0}, []
-        for task, kind, item in _questions(row, location):
-            if not str(item.get("Question") or "").strip():
+        for task, kind, item in _questions(row):
+            if not item.optional_text("Question").strip():
                 blank += 1
                 continue
-            question = required_text(item, "Question", location)
+            question = item.text("Question")
             options: tuple[str, ...] = ()
             if task == "classification":
-                options, answer = _options(item, location)
+                options, answer = _options(item)
             else:
-                answer = required_text(item, "Ground_Truth", location)
+                answer = item.text("Ground_Truth")
             if task == "cloze":
                 question = cloze_prompt(question)
             image, image_id = None, ""
             if kind == "image":
                 if not images:
-                    raise UserError(f"A question about an image, but no image, in {location}.")
+                    raise item.error("Question", "is about an image, but the row has none")
                 number = counts["image"] % len(images)
-                image, image_id = images[number], f"{location.row}/{number}"
-            name = f"{location.row}/{kind}/{counts[kind]}"
+                image, image_id = images[number], f"{row.name}/{number}"
+            name = f"{row.name}/{kind}/{counts[kind]}"
             counts[kind] += 1
             examples.append(Example(name, person, image, image_id, question, answer, options, task))
         yield examples
@@ -169,35 +164,36 @@ def _evaluation_rows(
         logging.warning("%d items of %s have no question and are skipped.", blank, config)
 
 
-def _questions(row: dict, location: RowLocation) -> Iterator[tuple[str, str, dict]]:
+def _questions(row: Row) -> Iterator[tuple[str, str, Row]]:
     """(task, "image" | "text", item) for every question of a row."""
-    classification = nested_list(row["Classification_Task"], "Classification_Task", location) or {}
+    classification = row.row("Classification_Task")
     for key, kind in (("Image_Textual_Questions", "image"), ("Pure_Text_Questions", "text")):
-        for item in nested_list(classification.get(key), key, location):
+        for item in classification.rows(key):
             yield "classification", kind, item
     for column, task in (("Generation_Task", "generation"), ("Mask_Task", "cloze")):
-        for item in nested_list(row[column], column, location):
-            kind = {"Image_Textual": "image", "Pure_Text": "text"}.get(item.get("Type"))
+        for item in row.rows(column):
+            name = item.optional_text("Type")
+            kind = {"Image_Textual": "image", "Pure_Text": "text"}.get(name)
             if kind is None:
-                raise UserError(f"{column} has the unknown Type {item.get('Type')!r} in {location}.")
+                raise item.error("Type", f"is {name!a}, neither Image_Textual nor Pure_Text")
             yield task, kind, item
 
 
-def _options(item: dict, location: RowLocation) -> tuple[tuple[str, ...], str]:
+def _options(item: Row) -> tuple[tuple[str, ...], str]:
     """The option texts and the correct one; letters without a text (null) are skipped."""
-    options = nested_list(item.get("Options"), "Options", location) or {}
-    options = {letter: str(value) for letter, value in options.items() if value is not None}
-    letter = str(item.get("Correct_Answer")).strip()
+    row = item.row("Options")
+    options = {letter: row.optional_text(letter) for letter in row.fields()}
+    letter = item.text("Correct_Answer").strip()
     if letter in options:
         return tuple(options.values()), options[letter]
     if letter in options.values():  # some rows give the option's text
         return tuple(options.values()), letter
-    raise UserError(f"Correct_Answer {letter!r} is not one of the options {preview(options)} in {location}.")
+    raise item.error("Correct_Answer", f"is {letter!r}, not one of the options {preview(options)}")
 
 
-def _person(row_id: Any) -> str:
-    """The person of a row ID, which may be "093", 93 or 93.0; IDs like "R001" mark general questions."""
-    name = str(int(row_id)) if isinstance(row_id, float) else str(row_id).strip()
+def _person(row: Row) -> str:
+    """The person of a row's ID, which may be "093", 93 or 93.0; IDs like "R001" mark general questions."""
+    name = row.identifier("ID")
     if name.startswith("R"):
         return ""
     return name.zfill(3) if name.isdigit() else name

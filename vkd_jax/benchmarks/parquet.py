@@ -3,38 +3,26 @@
 A snapshot is laid out as on the hub: <config>/train-00000-of-0000N.parquet.
 """
 
-import ast
 import contextlib
-import io
-import json
+import dataclasses
 import re
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
-from PIL import Image
 from pyarrow import fs
 
+from vkd_jax.benchmarks.rows import Row
+from vkd_jax.config.fields import Section, setting
 from vkd_jax.runtime import hub, storage
 from vkd_jax.runtime.storage import SourceFolder
 from vkd_jax.types import UserError
 
-
-class RowLocation:
-    """The location of a row, for ids and for error messages."""
-
-    def __init__(self, config: str, file: str, index: int, row_id: Any = None):
-        self.config, self.file, self.row_id = config, file, row_id
-        self.row = f"{config}/{index}"
-
-    def __str__(self) -> str:
-        row_id = "" if self.row_id is None else f" (ID {self.row_id})"
-        return f"row {self.row.rpartition('/')[2]}{row_id} of {self.file}"
+SYMLINKS = "Whether symbolic links in the data may lead out of its folder."
 
 
 class Snapshot:
@@ -43,20 +31,21 @@ class Snapshot:
     Args:
         source: a folder, a URI such as gs://bucket/folder, or an id on the hub, of which only `configs` are fetched.
         configs: the configs that will be read.
+        links: whether symbolic links in a folder may lead out of it.
 
     Raises:
         UserError: the source does not exist, or it cannot be reached.
 
     Example:
         >>> snapshot = Snapshot("MLLMMU/MLLMU-Bench", ["forget_5"])
-        >>> for location, row in snapshot.rows("forget_5", ["ID", "image"]):
-        ...     print(location, row["ID"])
+        >>> for row in snapshot.rows("forget_5", ["ID", "image"]):
+        ...     print(row.location, row.text("ID"))
     """
 
-    def __init__(self, source: str, configs: Sequence[str]):
+    def __init__(self, source: str, configs: Sequence[str], *, links: bool = False):
         check_source(source)
         is_folder = "://" in source or Path(source).is_dir()
-        self.folder = SourceFolder(source if is_folder else str(hub.fetch_dataset(source, configs)))
+        self.folder = SourceFolder(source if is_folder else str(hub.fetch_dataset(source, configs)), links=links)
         self.configs = tuple(configs)
 
     def has(self, config: str) -> bool:
@@ -65,7 +54,7 @@ class Snapshot:
 
     def state(self) -> list[tuple]:
         """Name, size and modification time of every file of the configs; they differ if the source changed."""
-        return [entry for config in self.configs for entry in self.folder.state(self._files(config))]
+        return self.folder.state(file for config in self.configs for file in self._files(config))
 
     def count(self, config: str) -> int:
         """The number of rows of a config."""
@@ -77,8 +66,8 @@ class Snapshot:
 
     def rows(
         self, config: str, columns: Sequence[str], either: Sequence[str] = (), optional: Sequence[str] = ()
-    ) -> Iterator[tuple[RowLocation, dict]]:
-        """Yields every row of a config with its location.
+    ) -> Iterator[Row]:
+        """Yields every row of a config.
 
         Args:
             config: the name of the config.
@@ -91,7 +80,7 @@ class Snapshot:
         """
         index = 0
         for file in self._files(config):
-            path = self.folder.display(file.path)
+            path = self.folder.display(file)
             with self._open(file) as reader:
                 names = reader.schema_arrow.names
                 missing = [f"'{name}'" for name in columns if name not in names]
@@ -101,32 +90,34 @@ class Snapshot:
                     raise UserError(f"Column {', '.join(missing)} is missing in {path}, which has {preview(names)}.")
                 wanted = [*columns, *(name for name in (*either, *optional) if name in names)]
                 for batch in reader.iter_batches(batch_size=64, columns=wanted):
-                    for row in batch.to_pylist():
-                        yield RowLocation(config, path, index, row.get("ID")), row
+                    for values in batch.to_pylist():
+                        row_id = f" (ID {values['ID']!a})" if values.get("ID") is not None else ""
+                        yield Row(values, f"{path}, row {index}{row_id}", name=f"{config}/{index}", lenient=True)
                         index += 1
 
     @contextlib.contextmanager
-    def _open(self, file: fs.FileInfo) -> Iterator[pq.ParquetFile]:
+    def _open(self, file: str) -> Iterator[pq.ParquetFile]:
         try:
-            with self.folder.open(file.path) as handle, pq.ParquetFile(handle) as reader:
+            with self.folder.open(file) as handle, pq.ParquetFile(handle) as reader:
                 yield reader
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"{self.folder.display(file.path)} is not a complete parquet file ({storage.first_line(error)}); "
+                f"{self.folder.display(file)} cannot be read as parquet ({storage.first_line(error)}); "
                 "download or write it again."
             ) from error
 
-    def _shards(self, config: str) -> list[fs.FileInfo]:
-        return [info for info in self.folder.files(config) if re.fullmatch(r"train-.*\.parquet", info.base_name)]
+    def _shards(self, config: str) -> list[str]:
+        names = [info.base_name for info in self.folder.files(config)]
+        return [f"{config}/{name}" for name in names if re.fullmatch(r"train-.*\.parquet", name)]
 
-    def _files(self, config: str) -> list[fs.FileInfo]:
-        files, path = self._shards(config), self.folder.display(self.folder.path)
+    def _files(self, config: str) -> list[str]:
+        files, path = self._shards(config), self.folder.display()
         if not files:
             folders = [info.base_name for info in self.folder.files() if info.type == fs.FileType.Directory]
             raise UserError(
                 f"The config {config} is missing: no {path}/{config}/train-*.parquet; it has {preview(folders)}."
             )
-        shards = re.search(r"-of-(\d+)", files[0].base_name)
+        shards = re.search(r"-of-(\d+)", files[0])
         if shards and len(files) != int(shards[1]):
             raise UserError(f"The config {config} in {path} has {len(files)} of {int(shards[1])} parquet files.")
         return files
@@ -144,11 +135,16 @@ def check_source(source: str) -> None:
         )
 
 
-class PublishedBenchmark:
+@dataclasses.dataclass(frozen=True)
+class PublishedBenchmark(Section):
     """Base class of benchmarks that read a `Snapshot`, or write one of the synthetic people if they have no source."""
 
-    source: str  # the source of a `Snapshot`, or "" for the synthetic people
-    people: int  # the seed of the synthetic people
+    SECTION: ClassVar[str] = "data"
+    source: str = setting(
+        "", "Folder in the hub's layout, an id on the Hugging Face hub (ORG/NAME), or gs://...; '' is synthetic people."
+    )
+    symlinks: bool = setting(False, SYMLINKS)
+    people: int = setting(0, "Seed of the synthetic people.", minimum=0)
 
     def check(self) -> None:
         """Checks the fields.
@@ -166,30 +162,29 @@ class PublishedBenchmark:
 
     def state(self, part: str) -> Any:
         """Name, size and modification time of the files of the source."""
-        return Snapshot(self.source, self._configs(part)).state() if self.source else []
+        return self._snapshot(self._configs(part)).state() if self.source else []
+
+    @contextlib.contextmanager
+    def open_snapshot(self, part: str) -> Iterator[Snapshot]:
+        """Context manager that opens the snapshot of a part; without a source, a temporary one of synthetic people."""
+        configs = self._configs(part)
+        if self.source:
+            yield self._snapshot(configs)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            self._write_synthetic(folder, configs)
+            yield Snapshot(folder, configs)
+
+    def _snapshot(self, configs: Sequence[str]) -> Snapshot:
+        return Snapshot(self.source, configs, links=self.symlinks)
 
     def _configs(self, part: str) -> tuple[str, ...]:
         """The configs of the snapshot that a part reads."""
         raise NotImplementedError
 
-
-@contextlib.contextmanager
-def open_snapshot(
-    source: str, configs: Sequence[str], write_synthetic: Callable[[str, Sequence[str]], None]
-) -> Iterator[Snapshot]:
-    """Context manager that opens a snapshot; without a source, a temporary one of the synthetic people.
-
-    Args:
-        source: the source of a `Snapshot`, or "" for the synthetic people.
-        configs: the configs that will be read.
-        write_synthetic: writes the configs of the synthetic people into a folder.
-    """
-    if source:
-        yield Snapshot(source, configs)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        write_synthetic(folder, configs)
-        yield Snapshot(folder, configs)
+    def _write_synthetic(self, folder: str, configs: Sequence[str]) -> None:
+        """Writes these configs of the synthetic people into a folder."""
+        raise NotImplementedError
 
 
 # ---- Checks of a whole snapshot ----
@@ -236,58 +231,6 @@ def check_row_counts(snapshot: Snapshot, source: str, published: Mapping[str, in
     for config in snapshot.configs if source else ():
         if config in published and (count := snapshot.count(config)) != published[config]:
             logging.warning("%s of %s has %d rows; as published it has %d.", config, source, count, published[config])
-
-
-# ---- Values of a row ----
-
-
-def image_bytes(value: Any, location: RowLocation) -> bytes | None:
-    """The encoded bytes of an image, checked by decoding them once; None without an image.
-
-    Raises:
-        UserError: the image cannot be decoded.
-    """
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if data is None:
-        return None
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except Exception as error:  # whatever the decoder of that format raises
-        raise UserError(f"The image cannot be decoded ({error}) in {location}.") from error
-    return data
-
-
-def required_text(item: dict, key: str, location: RowLocation) -> str:
-    """The text under a key.
-
-    Raises:
-        UserError: the text is missing or empty.
-    """
-    value = item.get(key)
-    if value is None or not str(value).strip():
-        raise UserError(f"A question has no {key} in {location}.")
-    return str(value)
-
-
-def nested_list(value: Any, name: str, location: RowLocation) -> Any:
-    """A nested value as lists and dicts, parsed if it is stored as JSON or as a Python literal; [] for None.
-
-    Raises:
-        UserError: the value is neither JSON nor a Python literal.
-    """
-    if value is None:
-        return []
-    if not isinstance(value, str):
-        return value
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # literal_eval warns about invalid escapes in texts
-                return parse(value)
-        except (ValueError, SyntaxError):
-            pass
-    raise UserError(f"{name} is neither JSON nor a Python literal in {location}.")
 
 
 def preview(names: Sequence[Any], most: int = 10) -> str:

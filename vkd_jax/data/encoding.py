@@ -136,10 +136,10 @@ def encode_set(
     """
     files = {example.image_id: example.image for example in examples if example.image is not None}
     image_rows = {image_id: row for row, image_id in enumerate(files)}
-    data = list(files.values())
     images = None
-    if data:
-        images = PackedImages.measured(lambda row: processor.image(data[row]), len(data), processor.config)
+    if files:
+        make = processor.named_images(list(files.values()), list(files))
+        images = PackedImages.measured(make, len(files), processor.config)
     rows = []
     for example in examples:
         if processor.image_token in example.question + example.answer:

@@ -3,12 +3,17 @@
 import concurrent.futures
 import io
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vkd_jax.runtime import storage
+from vkd_jax.types import UserError
+
+MOST_IMAGE_BYTES = 100 * 2**20  # of an image file; the largest that cameras write are about half of it
 MAX_CACHED_BYTES = 4 << 30  # sets of at most this many bytes of pixels are prepared once and cached
 THREADS = min(os.cpu_count() or 1, 16)  # decoding and resizing release Python's global lock
 
@@ -19,11 +24,22 @@ def open_image(data: bytes) -> Image.Image:
     """Decodes an image file, rotated as its EXIF orientation says; 16 bits per pixel become 8.
 
     The caller converts the mode.
+
+    Raises:
+        UserError: the image cannot be decoded, or has too many pixels.
     """
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    if image.mode.startswith("I;16"):  # PIL's own conversion would clip all values above 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        if image.mode.startswith("I;16"):  # PIL's own conversion would clip all values above 255
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image
+    except Image.DecompressionBombError as error:
+        pixels, limit = map(int, re.findall(r"\d+", str(error))[:2])
+        raise UserError(f"the image is too large: it has {pixels:,} pixels, and at most {limit:,} are read") from error
+    except UnidentifiedImageError as error:
+        raise UserError("the image has an unknown or broken format") from error
+    except Exception as error:  # the decoders of image formats raise many types of errors
+        raise UserError(f"the image cannot be decoded ({storage.first_line(error)})") from error
 
 
 class PackedImages:

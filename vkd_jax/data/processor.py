@@ -4,7 +4,7 @@ prompt = chat template(question, with or without images); the image token is rep
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,20 @@ class Processor:
             if isinstance(image, bytes):
                 image = open_image(image)
             return self.config.extract_images(self.image_processor(images=[image], return_tensors="np"))[0]
-        except (ValueError, OSError) as error:  # corrupt, of an unsupported shape, or resized for another model
+        except (ValueError, OSError, UserError) as error:  # corrupt, unsupported, or resized for another model
             size = "" if isinstance(image, bytes) else f" of {image.width} x {image.height} pixels"
             raise UserError(f"an image{size} cannot be processed: {error}.") from error
+
+    def named_images(self, images: Sequence[bytes | Image.Image], names: Sequence[str]) -> Callable[[int], np.ndarray]:
+        """A function from a row number to that image, processed; its errors begin with the name of the image."""
+
+        def make(row: int) -> np.ndarray:
+            try:
+                return self.image(images[row])
+            except UserError as error:
+                raise UserError(f"{names[row]}: {error}") from error
+
+        return make
 
     def prompt(self, question: str, images: int, turns: Sequence[tuple[str, str, int]] = ()) -> str:
         """Formats a question as the text that precedes the answer, with one image token for each image.

@@ -128,7 +128,7 @@ class _Questions:
         self.answerer, self.examples, self.worked = answerer, examples, worked
         with_image = [e for e in (*examples, *worked) if e is not None and e.image is not None]
         images = {e.image_id: e.image for e in with_image}
-        self.encoded_images = answerer.encode_images(list(images.values())) if images else None
+        self.encoded_images = answerer.encode_images(list(images.values()), list(images)) if images else None
         self.row_of = {image_id: i for i, image_id in enumerate(images)}
 
     def groups(self, key: Callable[[Example], tuple]) -> Iterator[list[int]]:

@@ -158,8 +158,14 @@ class Answerer:
         self.batch_size = -(-batch_size // shards) * shards
         self._programs = programs(mesh)
 
-    def encode_images(self, prompts: Sequence[bytes | Image.Image | Sequence[bytes | Image.Image]]) -> EncodedImages:
+    def encode_images(
+        self, prompts: Sequence[bytes | Image.Image | Sequence[bytes | Image.Image]], names: Sequence[str] = ()
+    ) -> EncodedImages:
         """Encodes the image, or the images, of each prompt. An image that several prompts share is encoded once.
+
+        Args:
+            prompts: an image or several for each prompt.
+            names: names of the images for messages, if each prompt has an image of its own.
 
         Raises:
             UserError: an image cannot be read.
@@ -167,7 +173,9 @@ class Answerer:
         rows = [[row] if isinstance(row, bytes | Image.Image) else list(row) for row in prompts]
         unique = {id(image): image for row in rows for image in row}
         numbers = {key: i for i, key in enumerate(unique)}
-        images, features = self._encode(self._programs.encode, list(unique.values()))
+        name_of = dict(zip((id(row[0]) for row in rows), names, strict=False))
+        names = [name_of[key] for key in unique] if names else ()
+        images, features = self._encode(self._programs.encode, list(unique.values()), names)
         return EncodedImages(images.shapes, features, tuple(tuple(numbers[id(x)] for x in row) for row in rows))
 
     def means(self, files: Sequence[bytes | Image.Image]) -> dict[str, np.ndarray]:
@@ -271,9 +279,12 @@ class Answerer:
 
         return self._run(launch, [row[0][0] for row in encoded], length, encoded_images), valid
 
-    def _encode(self, program: Callable, files: Sequence[bytes | Image.Image]) -> tuple[PackedImages, Any]:
+    def _encode(
+        self, program: Callable, files: Sequence[bytes | Image.Image], names: Sequence[str] = ()
+    ) -> tuple[PackedImages, Any]:
         """Runs a program of the vision tower; returns the images and its output (NumPy, one row per image)."""
-        images = PackedImages.measured(lambda i: self.processor.image(files[i]), len(files), self.config)
+        make = self.processor.named_images(files, names or [f"image {number}" for number in range(1, len(files) + 1)])
+        images = PackedImages.measured(make, len(files), self.config)
         encode = functools.partial(program, self.bundle.graphdef, self.bundle.params)
         return images, in_batches(lambda batch: encode(self._put(batch)), images, self.batch_size)
 

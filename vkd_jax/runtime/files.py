@@ -14,7 +14,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from vkd_jax.types import UserError
 
@@ -101,21 +101,30 @@ def inside(folder: Path, name: str, *, links: bool = False) -> Path:
         >>> inside(Path("request/forget"), "otto/1.jpg")
         PosixPath('request/forget/otto/1.jpg')
     """
-    shown = repr(name)
-    if not name.strip() or "\0" in name or not _encodable(name):
-        raise UserError(f"{shown} is not a file name; name a file in {folder}.")
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{shown} leads out of {folder}; move the file into the folder and name it relative to it.")
+    path = folder / check_name(os.fspath(folder), name)
     try:
-        if not links and not (folder / path).resolve().is_relative_to(_root(folder)):
+        if not links and not path.resolve().is_relative_to(_root(folder)):
             raise UserError(
-                f"{shown} is a symbolic link out of {folder}; copy the file into the folder, or allow links out of it "
+                f"{name!r} is a symbolic link out of {folder}; copy the file into the folder, or allow links out of it "
                 "with --config.data.symlinks=True."
             )
     except (OSError, RuntimeError) as error:  # a loop of links; a RuntimeError before Python 3.13
-        raise UserError(f"{shown} in {folder} cannot be resolved ({error}); name a file in the folder.") from error
-    return folder / path
+        raise UserError(f"{name!r} in {folder} cannot be resolved ({error}); name a file in the folder.") from error
+    return path
+
+
+def check_name(folder: str, name: str) -> str:
+    """Checks by its text alone that a name stays within a folder, on a disk or in a bucket; returns the name.
+
+    Raises:
+        UserError: the name is no file name, or leads out of the folder.
+    """
+    if not name.strip() or "\0" in name or not _encodable(name):
+        raise UserError(f"{name!a} is not a file name; name a file in {folder}.")
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{name!r} leads out of {folder}; move the file into the folder and name it relative to it.")
+    return name
 
 
 def read_bytes(path: os.PathLike[str], most: int) -> bytes:
@@ -135,19 +144,28 @@ def read_bytes(path: os.PathLike[str], most: int) -> bytes:
         return path.read_bytes()
 
 
-def check_regular(path: Path, most: int) -> None:
+def check_regular(path: Path, most: int | None) -> None:
     """Checks before a file is opened that reading it will end.
 
     Raises:
-        UserError: it is not a regular file, or larger than `most` bytes.
+        UserError: it is not a regular file, or larger than `most` bytes (None: of any size).
         OSError: it is missing, or may not be looked at.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         kind = next(name for is_kind, name in _KINDS.items() if is_kind(status.st_mode))
         raise UserError(f"{path} is {kind}; pass a regular file.")
-    if status.st_size > most:
-        raise UserError(f"{path} has {status.st_size / 2**20:,.1f} MiB, and at most {most / 2**20:,.0f} MiB are read.")
+    check_size(os.fspath(path), status.st_size, most)
+
+
+def check_size(name: str, size: int, most: int | None) -> None:
+    """Checks the size of a file, in bytes, before it is read.
+
+    Raises:
+        UserError: it is larger than `most` bytes (None: of any size).
+    """
+    if most is not None and size > most:
+        raise UserError(f"{name} has {size / 2**20:,.1f} MiB, and at most {most / 2**20:,.0f} MiB are read.")
 
 
 @contextlib.contextmanager
@@ -160,7 +178,8 @@ def reading(path: os.PathLike[str]) -> Iterator[None]:
     except PermissionError as error:
         raise UserError(f"{path} may not be read (permission denied); change its permissions.") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+        reason = " ".join(str(error.strerror or error).split())
+        raise UserError(f"{path} cannot be read ({reason[:200]}).") from error
 
 
 _KINDS = {

@@ -21,6 +21,7 @@ _NAMES = {
     dict: "object",
     list: "array",
     str: "text",
+    bytes: "byte string",
     bool: "boolean",
     int: "number",
     float: "number",
@@ -51,10 +52,14 @@ def read_json_lines(path: os.PathLike[str], *, remedy: str = REMEDY) -> Iterator
     Raises:
         UserError: the file cannot be read, or a line is not a JSON object that `parse_json` accepts.
     """
-    text = _decoded(files.read_bytes(path, MOST_BYTES), os.fspath(path), remedy)
-    for number, line in enumerate(text.split("\n"), start=1):  # texts may contain other line separators
-        if line.strip():
-            yield number, parse_json(line, f"{os.fspath(path)}, line {number}", dict, remedy=remedy)
+    yield from parse_json_lines(files.read_bytes(path, MOST_BYTES), os.fspath(path), remedy=remedy)
+
+
+def parse_json_lines(text: bytes, location: str, *, remedy: str = REMEDY) -> Iterator[tuple[int, dict]]:
+    """Yields each line of JSON Lines; see `read_json_lines`."""
+    for number, line in enumerate(_decoded(text, location, remedy).split("\n"), start=1):
+        if line.strip():  # only "\n" ends a line: texts may contain other line separators
+            yield number, parse_json(line, f"{location}, line {number}", dict, remedy=remedy)
 
 
 def parse_json(text: str | bytes, location: str, expected: type | None = None, *, remedy: str = REMEDY) -> Any:
@@ -127,7 +132,7 @@ def escaped(text: str) -> str:
 
 
 def describe(value: Any) -> str:
-    """A JSON value for messages: its type, and the value if it is short."""
+    """A value for messages: its type, and the value itself if it is short."""
     name = _NAMES.get(type(value), type(value).__name__)
     if value is None:
         return name

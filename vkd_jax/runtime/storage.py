@@ -12,7 +12,7 @@ import fnmatch
 import os
 import pathlib
 import posixpath
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pyarrow as pa
 from pyarrow import fs
@@ -55,18 +55,20 @@ def local_copy(path: str | os.PathLike[str]) -> pathlib.Path:
 class SourceFolder:
     """A folder on a disk or in a bucket, for reading.
 
-    Reads through `pyarrow.fs`: it streams ranges of parquet files and reads gs:// without TensorFlow.
+    Reads through `pyarrow.fs`: it streams ranges of parquet files and reads gs:// without TensorFlow. Files are named
+    relative to the folder, and each is checked before it is opened: it is in the folder, and a regular file.
 
     Args:
         uri: a path, or a URI that pyarrow supports, such as gs://bucket/folder.
+        links: whether symbolic links in the folder may lead out of it.
 
     Raises:
         UserError: the kind of URI is not supported.
     """
 
-    def __init__(self, uri: str):
+    def __init__(self, uri: str, *, links: bool = False):
         scheme, separator, folder = uri.rpartition("://")
-        self._scheme = scheme + separator
+        self._scheme, self._links = scheme + separator, links
         if not separator:
             self._system, self.path = fs.LocalFileSystem(), uri.rstrip("/") or "/"
             return
@@ -81,30 +83,67 @@ class SourceFolder:
             raise UserError(f"{uri} cannot be read ({first_line(error)}); pass a folder or gs://...") from error
         self.path = self.path.rstrip("/")
 
-    def display(self, path: str) -> str:
-        """Formats a path of this folder as a user would write it."""
-        return self._scheme + path
+    def display(self, name: str = "") -> str:
+        """Formats the name of a file of this folder, or the folder itself, as a user would write it."""
+        return self._scheme + (posixpath.join(self.path, name) if name else self.path)
 
-    def files(self, folder: str = "", recursive: bool = False) -> list[fs.FileInfo]:
-        """Lists a subfolder, sorted by path; [] if it does not exist.
+    def files(self, folder: str = "") -> list[fs.FileInfo]:
+        """Lists this folder or a subfolder, sorted by path; [] if it does not exist.
 
         Raises:
             UserError: the folder cannot be read.
         """
+        return self._list(folder, recursive=False)
+
+    def state(self, names: Iterable[str]) -> list[tuple]:
+        """Name, size and modification time of files; they differ if a file changed. Missing files have no size."""
+        names = sorted(names)
+        if isinstance(self._system, fs.LocalFileSystem):
+            infos = self._system.get_file_info([posixpath.join(self.path, name) for name in names])
+        else:  # one request for many files
+            listed = {self._name(info): info for info in self._list("", recursive=True)}
+            infos = [listed.get(posixpath.normpath(name), fs.FileInfo(name, fs.FileType.NotFound)) for name in names]
+        return [(name, info.size, info.mtime_ns) for name, info in zip(names, infos, strict=True)]
+
+    def open(self, name: str) -> pa.NativeFile:
+        """Opens a file of this folder for random access.
+
+        Raises:
+            UserError: the file is missing, outside of the folder, not a regular file, or may not be read.
+        """
+        return self._open(name, None)
+
+    def read(self, name: str, most: int) -> bytes:
+        """Reads a file of this folder of at most `most` bytes.
+
+        Raises:
+            UserError: as of `open`, or the file is too large.
+        """
+        with files.reading(self.display(name)), self._open(name, most) as file:
+            return file.read()
+
+    def _open(self, name: str, most: int | None) -> pa.NativeFile:
+        with files.reading(self.display(name)):
+            if isinstance(self._system, fs.LocalFileSystem):
+                path = files.inside(pathlib.Path(self.path), name, links=self._links)
+                files.check_regular(path, most)
+            else:
+                path = posixpath.join(self.path, posixpath.normpath(files.check_name(self.display(), name)))
+                if most is not None:
+                    files.check_size(self.display(name), self._system.get_file_info(path).size or 0, most)
+            return self._system.open_input_file(os.fspath(path))
+
+    def _list(self, folder: str, recursive: bool) -> list[fs.FileInfo]:
         path = posixpath.join(self.path, folder) if folder else self.path
         try:
             infos = self._system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=recursive))
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self.display(path)} cannot be read ({first_line(error)}); check its name.") from error
+            name = self.display(folder)
+            raise UserError(f"{name} cannot be read ({first_line(error)}); check its name.") from error
         return sorted(infos, key=lambda info: info.path)
 
-    def state(self, infos: Sequence[fs.FileInfo]) -> list[tuple]:
-        """Name, size and modification time of files; they differ if a file changed."""
-        return [(info.path.removeprefix(self.path), info.size, info.mtime_ns) for info in infos]
-
-    def open(self, path: str) -> pa.NativeFile:
-        """Opens a file of this folder for random access."""
-        return self._system.open_input_file(path)
+    def _name(self, info: fs.FileInfo) -> str:
+        return posixpath.relpath(info.path, self.path)
 
 
 def upload_model(folder: pathlib.Path) -> None:

@@ -1,0 +1,200 @@
+"""Rows of a data set that others wrote: each field is checked for its type where it is read.
+
+An error names the file, the row or line, and the field: "forget/metadata.jsonl, line 3: answer is the number 3, not a
+text; correct the row.".
+"""
+
+import ast
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image
+from vkd_jax.runtime import json_files
+from vkd_jax.types import UserError
+
+
+class Row:
+    """A row, or an object nested in one, with typed access to its fields. A missing field is the same as null.
+
+    Args:
+        values: the fields.
+        location: the file and the row in it, for messages.
+        name: the name of the row, for ids of examples: "forget_10/3".
+        lenient: whether a text may be stored as an integer, and a list or an object as JSON or a Python literal, as in
+            published tables.
+        prefix: the path of a nested object, for messages: "Mask_Task[0].".
+
+    Example:
+        >>> row = Row({"answer": 3}, "metadata.jsonl, line 1")
+        >>> row.text("answer")
+        Traceback (most recent call last):
+        vkd_jax.types.UserError: metadata.jsonl, line 1: answer is the number 3, not a text; correct the row.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], location: str, *, name: str = "", lenient: bool = False, prefix: str = ""
+    ):
+        self._values, self.location, self.name = values, location, name
+        self._lenient, self._prefix = lenient, prefix
+
+    def error(self, field: str, problem: str) -> UserError:
+        """An error of one of the fields, to be raised: `problem` continues a sentence that starts with the field."""
+        return UserError(f"{self.location}: {self._prefix}{field} {problem}; correct the row.")
+
+    def has(self, field: str) -> bool:
+        """Whether the field is neither missing nor null."""
+        return self._values.get(field) is not None
+
+    def text(self, field: str) -> str:
+        """A text that is required and has visible characters.
+
+        Raises:
+            UserError: it is missing, null, blank, or not a text.
+        """
+        if not self.has(field):
+            raise self.error(field, "is missing")
+        text = self.optional_text(field)
+        if not text.strip():
+            raise self.error(field, "is blank")
+        return text
+
+    def optional_text(self, field: str) -> str:
+        """A text; "" if it is missing or null.
+
+        Raises:
+            UserError: it is not a text.
+        """
+        return self._text(field, self._values[field]) if self.has(field) else ""
+
+    def identifier(self, field: str) -> str:
+        """A required name that tables also store as a number: "093", 93 or 93.0.
+
+        Raises:
+            UserError: it is missing, null, blank, or not a text or a whole number.
+        """
+        value = self._values.get(field)
+        if isinstance(value, float) and value.is_integer():
+            return str(int(value))
+        return self.text(field).strip()
+
+    def texts(self, field: str, *, skip_blank: bool = False) -> list[str]:
+        """A list of texts; [] if it is missing or null.
+
+        Args:
+            field: the name of the field.
+            skip_blank: whether items that are null or blank are left out.
+
+        Raises:
+            UserError: it is not a list of texts.
+        """
+        texts = [
+            self._text(name, value) for name, value in self._items(field) if not (skip_blank and value is None)
+        ]
+        return [text for text in texts if text.strip() or not skip_blank]
+
+    def rows(self, field: str) -> Iterator["Row"]:
+        """The objects of a list; none if it is missing or null.
+
+        Raises:
+            UserError: it is not a list of objects.
+        """
+        for name, value in self._items(field):
+            yield self._nested(name, value)
+
+    def row(self, field: str) -> "Row":
+        """A nested object; one without fields if it is missing, null or an empty list.
+
+        Raises:
+            UserError: it is not an object.
+        """
+        value = self._parsed(field)
+        return self._nested(field, {} if value is None or value == [] else value)
+
+    def fields(self) -> list[str]:
+        """The names of the fields that are not null.
+
+        Raises:
+            UserError: a name is not a text.
+        """
+        for field in self._values:
+            self._text(f"the name of {field!a}", field)
+        return [field for field in self._values if self.has(field)]
+
+    def image(self, field: str) -> bytes | None:
+        """The encoded bytes of an image, checked by decoding them once; None if it is missing or null.
+
+        Raises:
+            UserError: it is not an image.
+        """
+        return self._image(field, self._values.get(field))
+
+    def images(self, field: str) -> list[bytes]:
+        """A list of images without those that are null; [] if it is missing or null.
+
+        Raises:
+            UserError: it is not a list of images.
+        """
+        images = (self._image(name, value) for name, value in self._items(field))
+        return [image for image in images if image is not None]
+
+    def _text(self, field: str, value: Any) -> str:
+        if self._lenient and isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str):
+            raise self.error(field, f"is {json_files.describe(value)}, not a text")
+        if problem := json_files.text_problem(value):
+            raise self.error(field, problem)
+        return value
+
+    def _image(self, field: str, value: Any) -> bytes | None:
+        if isinstance(value, Mapping):
+            data, path = value.get("bytes"), value.get("path")
+            if data is None and path:
+                raise self.error(field, f"is the path {path!a} without bytes. Only embedded images are read")
+            value = data
+        if value is None:
+            return None
+        if not isinstance(value, bytes):
+            raise self.error(field, f"is {json_files.describe(value)}, not an encoded image")
+        if len(value) > MOST_IMAGE_BYTES:
+            size = f"has {len(value) / 2**20:,.1f} MiB, and at most {MOST_IMAGE_BYTES / 2**20:,.0f} MiB are read"
+            raise self.error(field, size)
+        try:
+            open_image(value)
+        except UserError as error:
+            raise self.error(field, f"cannot be used: {error}") from error
+        return value
+
+    def _items(self, field: str) -> Iterator[tuple[str, Any]]:
+        """The items of a list, each with its name for messages."""
+        value = self._parsed(field)
+        if value is not None and not isinstance(value, (list, tuple)):
+            raise self.error(field, f"is {json_files.describe(value)}, not a list")
+        return ((f"{field}[{number}]", item) for number, item in enumerate(value or ()))
+
+    def _nested(self, field: str, value: Any) -> "Row":
+        if not isinstance(value, Mapping):
+            raise self.error(field, f"is {json_files.describe(value)}, not an object")
+        prefix = f"{self._prefix}{field}."
+        return Row(value, self.location, name=self.name, lenient=self._lenient, prefix=prefix)
+
+    def _parsed(self, field: str) -> Any:
+        """A list or an object, parsed if it may be stored as JSON or as a Python literal."""
+        value = self._values.get(field)
+        if not (self._lenient and isinstance(value, str)):
+            return value
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # literal_eval warns about invalid escapes in texts
+                    value = parse(value)
+            except (ValueError, SyntaxError, TypeError):  # a TypeError: a list as a key
+                continue
+            except (RecursionError, MemoryError) as error:  # a MemoryError: of the parser's stack
+                problem = f"is nested more than {json_files.MOST_LEVELS} levels deep"
+                raise self.error(field, problem) from error
+            json_files.check_value(value, f"{self.location}: {self._prefix}{field}", remedy="correct the row")
+            return value
+        raise self.error(field, "is neither JSON nor a Python literal")

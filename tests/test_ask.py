@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from vkd_jax import ask
@@ -115,6 +116,16 @@ def test_a_missing_model_or_tokenizer_is_reported(monkeypatch, capsys, tmp_path,
     shutil.copytree(tiny_folder, folder, ignore=shutil.ignore_patterns("*token*", "processor*"))
     status, out, err = run(monkeypatch, capsys, "--model", folder, "--question", QUESTION)
     assert (status, out, err.count("\n")) == (2, "", 1) and "no usable tokenizer" in err
+
+
+def test_a_model_with_nan_gives_no_answer(monkeypatch, capsys, tmp_path, tiny_folder):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    tensors["multi_modal_projector.linear_1.bias"][3] = np.nan
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    status, out, err = run(monkeypatch, capsys, "--model", folder, "--question", QUESTION)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "NaN or infinity in multi_modal_projector.linear_1.bias" in err
 
 
 def test_the_program_prints_one_line_for_an_error(tiny_folder, tmp_path):

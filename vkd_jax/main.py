@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from vkd_jax.config import command_line
 from vkd_jax.config.command_line import bad_input
 from vkd_jax.runtime import log, malloc
-from vkd_jax.types import UserError
+from vkd_jax.types import Diverged, UserError
 
 SHUTDOWN_SECONDS = 60  # a process that has finished waits so long for the others
 
@@ -62,12 +62,11 @@ def _connect() -> None:
 def _run(values: flags.FlagValues, command: str) -> int:
     """Runs the pipeline, and returns the exit status."""
     from vkd_jax.runs import pipeline
-    from vkd_jax.training import loop
     from vkd_jax.training.preemption import Stopped
 
     try:
         pipeline.run(values.config, values.workdir, command)
-    except loop.Diverged as error:
+    except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Stopped as error:

@@ -15,6 +15,14 @@ class UserError(Exception):
     """Invalid input. The message says what is wrong and what to do; commands exit with status 2."""
 
 
+class NotFinite(UserError):
+    """A model computed NaN or infinity, of which no answer and no figure is made."""
+
+
+class Diverged(Exception):
+    """Training made a loss or a weight NaN or infinite; commands exit with status 1."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One question with its answer, before tokenization and image processing."""

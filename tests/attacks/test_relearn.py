@@ -20,7 +20,7 @@ from vkd_jax.evaluation import evaluate
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.models import lora, quantize
 from vkd_jax.training import loop
-from vkd_jax.types import Example, UserError
+from vkd_jax.types import Diverged, Example, UserError
 
 NAMES = ("Anna Berg", "Otto Lindt", "Ulla Lopez")
 SMALL = dict(shares=(0.1, 0.5), people=(), steps=2, batch_size=4)
@@ -342,7 +342,7 @@ def test_all_weights_of_a_quantized_model_cannot_train(subject):
 
 def test_a_diverged_attack_names_the_setting_to_change(subject, monkeypatch):
     def diverges(*args, **kwargs):
-        raise loop.Diverged("step 3: loss is not finite")
+        raise Diverged("step 3: loss is not finite")
 
     monkeypatch.setattr(relearn.loop, "fit", diverges)
     with pytest.raises(UserError, match=r"the visual attack diverged \(step 3: .*\); lower attacks.relearn.learning"):

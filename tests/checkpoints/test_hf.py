@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import shutil
@@ -18,8 +19,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vkd_jax.checkpoints import export, hf, safetensors_files
 from vkd_jax.checkpoints.manifest import compare_tensors
-from vkd_jax.models import base, llava
-from vkd_jax.types import UserError
+from vkd_jax.models import base, llava, lora, quantize
+from vkd_jax.runtime.mesh import make_mesh, replicated
+from vkd_jax.types import Diverged, NotFinite, UserError
+
+REPLICATED = replicated(make_mesh())
+QUANTIZE = functools.partial(quantize.quantize_param, settings=quantize.parse("int8"))
 
 VISION = dict(
     hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, projection_dim=16,
@@ -245,7 +250,7 @@ def test_each_device_gets_its_slice_and_equal_slices_are_read_once(folder, monke
 
     def load_slices(*indices):
         read.clear()
-        return hf._read_param(parts, want[path].shape, None, SlicesSharding(*indices), lambda count: None)
+        return hf._read_param(parts, want[path].shape, None, SlicesSharding(*indices), lambda count: None)[0]
 
     everything = slice(None)
     halves = [(everything, slice(0, 6), everything), (everything, slice(6, 12, None), everything)]
@@ -451,6 +456,53 @@ def test_all_wrong_tensors_are_listed(folder, copy):
         "unknown tensor vision_tower.adapter.weight",
         "second time",
     )
+
+
+# NaN and infinity.
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "options"),
+    [
+        ("multi_modal_projector.linear_1.weight", np.nan, {}),
+        ("multi_modal_projector.linear_2.bias", -np.inf, dict(dtype="bfloat16")),
+        ("language_model.model.layers.1.mlp.up_proj.weight", np.nan, dict(transform=QUANTIZE)),
+        ("language_model.model.embed_tokens.weight", np.inf, dict(sharding=lambda path, shape: REPLICATED)),
+        ("vision_tower.embeddings.class_embedding", 1e5, dict(dtype="float16")),  # finite on disk alone
+        ("vision_tower.embeddings.patch_embedding.weight", np.nan, dict(masters=lambda paths, config: paths)),
+    ],
+    ids=["plain", "cast", "quantized", "sharded", "overflow", "masters"],
+)
+def test_weights_that_are_not_finite_are_refused_by_name(copy, name, value, options):
+    tensors = read(copy)
+    tensors[name].flat[-1] = value
+    write(copy, tensors)
+    with pytest.raises(NotFinite) as refused:
+        hf.load(copy, **options)
+    assert str(refused.value).startswith(f"{copy / 'model.safetensors'}: NaN or infinity in {name}. ")
+
+
+def test_of_many_weights_that_are_not_finite_three_are_named(copy):
+    write(copy, {name: np.full_like(tensor, np.nan) for name, tensor in read(copy).items()})
+    with pytest.raises(NotFinite, match=r"in \S+, \S+, \S+ and \d+ more "):
+        hf.load(copy)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "overflow", "adapter"])
+def test_an_export_that_is_not_finite_leaves_no_folder(copy, tmp_path, value):
+    dtype = np.float16 if value == "overflow" else np.float32
+    write(copy, {name: tensor.astype(dtype) for name, tensor in read(copy).items()})
+    _, params, config = hf.load(copy, dtype="float32")
+    path = "projector/fc1/kernel"
+    trained = {path: params[path].at[2, 1].set({"overflow": 1e5}.get(value, np.nan if value == "nan" else np.inf))}
+    if value == "adapter":
+        path = "language_model/blocks/mlp/up/kernel"
+        params = lora.attach(params, rank=2, alpha=1.0, dropout=0.0, seed=0)
+        trained = {f"{path}/lora_b": params[f"{path}/lora_b"].at[0, 0, 0].set(jnp.nan)} | lora.adapters(params)
+        trained = {key: x for key, x in (params | trained).items() if key.startswith(path)}
+    with pytest.raises(Diverged, match="has NaN or infinity in the dtype of .* no model was written"):
+        export.export(trained, copy, tmp_path / "out", config)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["copy"]
 
 
 def test_a_full_disk_leaves_no_partial_export(copy, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,8 +13,9 @@ from vkd_jax.checkpoints import hf
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.data.processor import Processor
 from vkd_jax.evaluation.inference import Answerer, EncodedImages
+from vkd_jax.models import generate
 from vkd_jax.models.base import VisualTokens, bind
-from vkd_jax.types import UserError
+from vkd_jax.types import NotFinite, UserError
 
 OPTIONS = ("baker", "pilot", "a judge", "teacher of mathematics")
 
@@ -248,3 +250,38 @@ def test_positions_continue_after_a_shared_image_of_any_size(family, qwen_folder
     )
     assert [bool(batch[-1]) for found in shared for batch in found] == [False] * 4 + [True]
     assert abs(expected[0] - expected[3]).max() > 0.01
+
+
+# NaN and infinity.
+
+
+@pytest.fixture(scope="module")
+def too_large(tiny_model):
+    """A model of finite weights whose computation overflows."""
+    params = {path: x * 1e30 if path.startswith("projector/") else x for path, x in tiny_model.params.items()}
+    for path in ("language_model/norm/scale", "language_model/head/kernel"):
+        params[path] = params[path] * 1e30
+    return Answerer(dataclasses.replace(tiny_model, params=params), batch_size=3)
+
+
+@pytest.mark.parametrize(
+    ("measure", "what"),
+    [
+        (lambda model: model.generate(["Who is this?"] * 2), "The model's scores of the next token"),
+        (lambda model: model.generate(["Who?", "Which?"], model.encode_images([png(0), png(1)])), "of the next token"),
+        (lambda model: model.score(["Who is this?"], [OPTIONS]), "The model's scores of texts"),
+        (lambda model: model.score(["Who?", "Which?"], [OPTIONS[:1], OPTIONS]), "The model's scores of texts"),
+        (lambda model: model.score_tokens(["Who is this?"], [OPTIONS[0]]), "The model's scores of tokens"),
+        (lambda model: model.means([png(0), png(1)]), "The model's features of images"),
+    ],
+    ids=["answer", "answer about an image", "options", "unequally many options", "tokens", "features"],
+)
+def test_scores_that_are_not_finite_decide_nothing(too_large, measure, what):
+    with pytest.raises(NotFinite, match=f"{what} are NaN or infinite"):
+        measure(too_large)
+
+
+@pytest.mark.parametrize("values", [[np.nan, 0, 0], [0, np.inf, 0], [-np.inf] * 3, [np.nan] * 3])
+def test_logits_that_are_not_finite_choose_no_token(values):
+    logits = jnp.array([[0.0, 2.0, 1.0], values, [-np.inf, 0.5, -1.0]])
+    np.testing.assert_array_equal(generate._most_probable(logits), [1, generate.NOT_FINITE, 1])

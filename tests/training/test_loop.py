@@ -25,7 +25,7 @@ from vkd_jax.runtime.mesh import make_mesh, replicated
 from vkd_jax.training import loop
 from vkd_jax.training.metric_writer import Progress
 from vkd_jax.training.preemption import Stopped
-from vkd_jax.types import Example, UserError
+from vkd_jax.types import Diverged, Example, UserError
 
 ROWS = 8
 
@@ -85,6 +85,17 @@ class Taught(ToyMethod):
     def losses(self):
         def loss(model, batch):
             return jnp.mean(batch.cached["extra"] * model(batch.images["x"]).sum(-1)), {}
+
+        return {"forget": loss}
+
+
+@dataclasses.dataclass(frozen=True)
+class Unbounded(ToyMethod):
+    """Its loss grows with the weights without end."""
+
+    def losses(self):
+        def loss(model, batch):
+            return jnp.mean(jnp.square(model.visual(batch.images["x"]))), {}
 
         return {"forget": loss}
 
@@ -432,7 +443,7 @@ def test_a_fit_without_a_folder_trains_the_same_and_writes_nothing(toy, tmp_path
         patch.setattr(loop.NoProgress, "tick", lambda self, step: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Stopped, match="stopped at step 1, which is not saved; run"):
             fit(toy, None)
-    with pytest.raises(loop.Diverged, match="step 1: .*none was saved yet"):
+    with pytest.raises(Diverged, match="step 1: .*none was saved yet"):
         fit(toy, None, sets=SETS | {"forget": rows(0, np.full(ROWS, np.nan, np.float32))})
     assert list(tmp_path.iterdir()) == []
 
@@ -463,7 +474,7 @@ def test_a_loss_that_is_not_finite_stops_training_at_its_step(toy, tmp_path, ste
     extra = np.zeros(ROWS, np.float32)
     extra[stream[step - 1].tokens[0, 0]] = np.nan
     good = (step - 1) // 2 * 2
-    with pytest.raises(loop.Diverged) as stopped:
+    with pytest.raises(Diverged) as stopped:
         fit(
             toy,
             tmp_path,
@@ -476,3 +487,36 @@ def test_a_loss_that_is_not_finite_stops_training_at_its_step(toy, tmp_path, ste
     assert "retain" not in message
     assert (f"step {good}." if good else "none was saved yet") in message
     assert saved_steps(tmp_path) == [s for s in (2, 4, 6, 8) if good - 2 <= s <= good]
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [
+        (1e30, r"step 1: .*forget_loss.* is not finite after the update; the last checkpoint: none was saved yet\. "),
+        (3e38, r"step 1: weights/visual/\w+.* is not finite after the update; the last checkpoint: none"),
+    ],
+    ids=["weights that are too large", "weights that are not finite"],
+)
+@pytest.mark.parametrize("saves", [True, False], ids=["with a folder", "without"])
+def test_the_last_update_is_checked_as_well(toy, tmp_path, rate, message, saves):
+    """A loss is that of the weights before the update, and the last update has no loss after it."""
+    changes = dict(learning_rate=rate, weight_decay=10.0, steps=1, warmup_steps=0, schedule="constant", log_every=100)
+    changes |= dict(clip_norm=1e9, checkpoint_every=100)
+    with pytest.raises(Diverged, match=message + r".*decrease train\.learning_rate"):
+        fit(toy, tmp_path if saves else None, Unbounded(), **changes)
+    assert not saves or saved_steps(tmp_path) == []
+
+
+def test_a_state_that_is_not_finite_is_not_saved(toy, tmp_path, monkeypatch):
+    """Neither are moments, with which every later update is zero or NaN."""
+    step = loop._Step.__call__
+
+    def overflow(self, number, state, batches):
+        state, metrics = step(self, number, state, batches)
+        broken = jax.tree.map(lambda x: x * jnp.inf if x.ndim and number == 4 else x, state.opt_state)
+        return dataclasses.replace(state, opt_state=broken), metrics
+
+    monkeypatch.setattr(loop._Step, "__call__", overflow)
+    with pytest.raises(Diverged, match="step 4: moments/.* is not finite after the update; .*: step 2"):
+        fit(toy, tmp_path)
+    assert saved_steps(tmp_path) == [2]

@@ -37,7 +37,7 @@ from vkd_jax.methods.scope import TRAIN_SCOPES
 from vkd_jax.results import UNCHANGED, AttackCell
 from vkd_jax.runtime.mesh import make_mesh, shards
 from vkd_jax.training import loop
-from vkd_jax.types import Role, UserError
+from vkd_jax.types import Diverged, Role, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Relearn(Section):
                 seed=seed,
                 folder=None,  # no checkpoints: an attempt takes seconds, and an interrupted one starts over
             )
-        except loop.Diverged as error:
+        except Diverged as error:
             raise UserError(
                 f"attacks.relearn: the {attacker} attack diverged ({error}); lower attacks.relearn.learning_rate."
             ) from error

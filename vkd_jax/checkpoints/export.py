@@ -18,7 +18,8 @@ from vkd_jax.checkpoints.hf import family_of, find_slot, tensor_names
 from vkd_jax.checkpoints.safetensors_files import Checkpoint, Folder, Tensor
 from vkd_jax.models import lora
 from vkd_jax.runtime import files, multihost
-from vkd_jax.types import UserError
+from vkd_jax.runtime.finite import is_finite
+from vkd_jax.types import Diverged, UserError
 
 # Suffixes of the files that an export copies besides the weights: configuration, tokenizer, processor, texts. Weights
 # in other formats are not copied, because they still contain the knowledge to unlearn.
@@ -84,6 +85,7 @@ def export(
 
     Raises:
         UserError: the source cannot be read, the target exists and is not a model folder, or the disk is full.
+        Diverged: a parameter is NaN or infinite in the dtype of the source; the target stays as it is.
     """
     source, target = pathlib.Path(source), pathlib.Path(target)
     module, checkpoint = family_of(config), Checkpoint(source)
@@ -112,11 +114,18 @@ def export(
                 tensor = checkpoint.tensors[name]
                 if value.shape != tensor.shape:
                     raise ValueError(f"{name} has shape {tensor.shape} on disk and {value.shape} in memory.")
-                if isinstance(params[slots[name].path], lora.Lora):
-                    value = _add(tensor, value)
+                with np.errstate(over="ignore", invalid="ignore"):  # is found below
+                    if isinstance(params[slots[name].path], lora.Lora):
+                        value = _add(tensor, value)
+                    value = value.astype(tensor.dtype)
+                if not is_finite(value):
+                    raise Diverged(
+                        f"{name} has NaN or infinity in the dtype of {source}, so no model was written to {target}. "
+                        "Decrease the learning rate or the forget weight, and use a new --workdir."
+                    )
                 with (new / tensor.file.name).open("r+b") as stream:
                     stream.seek(tensor.start)
-                    stream.write(value.astype(tensor.dtype).tobytes())
+                    stream.write(value.tobytes())
 
     multihost.run_on_process_0(write, meanwhile=values)
 

@@ -22,9 +22,10 @@ from flax import nnx
 
 from vkd_jax import models
 from vkd_jax.checkpoints.safetensors_files import Checkpoint, Folder, ProgressLog, Tensor
+from vkd_jax.messages import listed
 from vkd_jax.models import base, lora
 from vkd_jax.runtime import multihost
-from vkd_jax.types import UserError
+from vkd_jax.types import NotFinite, UserError
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 Span = Sequence[tuple[int, int]]  # (start, stop) on each axis
@@ -164,6 +165,7 @@ def load(
 
     Raises:
         UserError: the folder cannot be read, or its tensors are not those of the model; all such tensors are listed.
+        NotFinite: a weight is NaN or infinite, on disk or in the dtype of the parameters.
     """
     module, hf_config = read_config(folder)
     if dtype is not None:
@@ -174,14 +176,29 @@ def load(
     sources = match_tensors(module, config, checkpoint, shapes)
     progress = ProgressLog(folder, sum(tensor.stop - tensor.start for parts in sources.values() for _, tensor in parts))
     master_paths = set(masters(list(shapes), config)) if masters else set()
+    bad: list[Tensor] = []
 
     def read(path: str) -> Any:
         shape, param_dtype = shapes[path].shape, jnp.float32 if path in master_paths else dtype
-        param = _read_param(sources[path], shape, param_dtype, sharding and sharding(path, shape), progress)
+        param, nonfinite = _read_param(sources[path], shape, param_dtype, sharding and sharding(path, shape), progress)
+        bad.extend(nonfinite)
         # Without waiting, copies to the devices would accumulate in the memory of this host.
         return jax.block_until_ready(param if transform is None else transform(path, param))
 
-    return graphdef, {path: read(path) for path in shapes}, config
+    params = {path: read(path) for path in shapes}
+    multihost.raise_in_all(_nonfinite_error(bad))  # not earlier, because a host reads its own shards only
+    return graphdef, params, config
+
+
+def _nonfinite_error(tensors: Sequence[Tensor]) -> UserError | None:
+    """The error about tensors with NaN or infinity; None if there are no such tensors."""
+    if not tensors:
+        return None
+    names = listed([tensor.name for tensor in tensors])
+    return NotFinite(
+        f"{tensors[0].file}: NaN or infinity in {names}. A model whose training diverged, or a damaged copy, gives no "
+        "meaningful answers. Use another copy, or, if the file is right, a larger dtype."
+    )
 
 
 def match_tensors(
@@ -228,8 +245,12 @@ def _read_param(
     dtype: Any,
     sharding: jax.sharding.Sharding | None,
     progress: Callable[[int], None],
-) -> jax.Array:
-    """Reads one parameter from its tensors; `sources` has one entry, or one per layer."""
+) -> tuple[jax.Array, list[Tensor]]:
+    """Reads one parameter from its tensors; `sources` has one entry, or one per layer.
+
+    Returns:
+        The parameter, and the tensors that have NaN or infinity in the shards of this process.
+    """
     dtype = sources[0][1].dtype if dtype is None else jnp.dtype(dtype)
 
     def span_of(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
@@ -239,12 +260,14 @@ def _read_param(
     indices = [whole] if sharding is None else sharding.addressable_devices_indices_map(shape).values()
     # Devices with the same part of the parameter share one buffer, which is read once.
     buffers = {span: _aligned([stop - start for start, stop in span], dtype) for span in set(map(span_of, indices))}
+    nonfinite = []
     for slot, tensor in sources:
         targets = [target for span, buffer in buffers.items() for target in slot.overlaps(span, buffer)]
-        tensor.copy_to(targets, progress)
+        if not tensor.copy_to(targets, progress):
+            nonfinite.append(tensor)
     if sharding is None:
-        return jnp.asarray(buffers[span_of(whole)])
-    return jax.make_array_from_callback(shape, sharding, lambda index: buffers[span_of(index)])
+        return jnp.asarray(buffers[span_of(whole)]), nonfinite
+    return jax.make_array_from_callback(shape, sharding, lambda index: buffers[span_of(index)]), nonfinite
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from absl import logging
 
+from vkd_jax.runtime.finite import is_finite
 from vkd_jax.types import UserError
 
 Folder = str | os.PathLike[str]
@@ -39,8 +40,9 @@ LOG_SECONDS = 5.0  # between two lines of progress
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor on disk: its file, dtype, shape and bytes."""
+    """A tensor on disk: its name, file, dtype, shape and bytes."""
 
+    name: str
     file: pathlib.Path
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -53,7 +55,7 @@ class Tensor:
         self,
         targets: Sequence[tuple[tuple[slice, ...], np.ndarray]],
         progress: Callable[[int], None] = lambda count: None,
-    ) -> None:
+    ) -> bool:
         """Copies parts of the tensor to arrays and casts them; rows that several parts share are read once.
 
         Only a few rows are in memory at a time. Rows that no part contains are not read.
@@ -62,17 +64,21 @@ class Tensor:
             targets: for each part its slices, with a start and stop for every axis, and the array to copy it to.
             progress: function that is called with the number of bytes that were read or skipped.
 
+        Returns:
+            Whether all copied values are finite after the cast.
+
         Raises:
             UserError: the file became shorter while it was read.
         """
         if self.start == self.stop:
-            return
+            return True
         if not self.shape:
             one_row = [((slice(0, 1),), array.reshape(1)) for _, array in targets]
             return dataclasses.replace(self, shape=(1,)).copy_to(one_row, progress)
         count, width = self.shape[0], (self.stop - self.start) // self.shape[0]
         step = min(max(CHUNK // width, ROWS), count)
         chunk = np.empty((step, *self.shape[1:]), self.dtype)
+        finite = True
         with self.file.open("rb", buffering=0) as stream:
             for start in range(0, count, step):
                 rows = chunk[: count - start]
@@ -85,8 +91,12 @@ class Tensor:
                     low, high = max(first.start, start), min(first.stop, stop)
                     piece = rows[(slice(low - start, high - start), *rest)]
                     # Casting first is faster, because reads are contiguous and writes are scattered.
-                    out[low - first.start : high - first.start] = piece.astype(out.dtype, copy=False)
+                    with np.errstate(over="ignore", invalid="ignore"):  # is found below
+                        values = piece.astype(out.dtype, copy=False)
+                    out[low - first.start : high - first.start] = values
+                    finite &= is_finite(values)
                 progress(rows.nbytes)
+        return finite
 
     def _fill(self, rows: np.ndarray, stream: io.RawIOBase) -> None:
         remaining = memoryview(rows.reshape(-1).view(np.uint8))
@@ -191,7 +201,7 @@ def read_header(file: pathlib.Path) -> dict[str, Tensor]:
             raise UserError(f"{name} in {file} has dtype {dtype}. Supported dtypes: {', '.join(DTYPES)}.")
         if start < 0 or stop - start != DTYPES[dtype].itemsize * math.prod(shape):
             raise UserError(f"{file} is corrupt: the size of {name} does not match {dtype} {shape}. Download it again.")
-        tensors[name] = Tensor(file, DTYPES[dtype], shape, begin + start, begin + stop)
+        tensors[name] = Tensor(name, file, DTYPES[dtype], shape, begin + start, begin + stop)
     needed = max((tensor.stop for tensor in tensors.values()), default=begin)
     if size != needed:
         raise UserError(f"{file} is truncated: it has {size} bytes instead of {needed}. Download it again.")

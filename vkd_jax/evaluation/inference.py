@@ -23,6 +23,7 @@ from vkd_jax.data.images import PackedImages
 from vkd_jax.models import generate
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.models.generate import Prompts, SharedPrefixes
+from vkd_jax.runtime import finite
 from vkd_jax.runtime.mesh import replicated, shard_rows
 from vkd_jax.types import UserError
 
@@ -183,8 +184,11 @@ class Answerer:
 
         Raises:
             UserError: an image cannot be read.
+            NotFinite: a mean is NaN or infinite.
         """
-        return self._encode(self._programs.means, files)[1]
+        _, means = self._encode(self._programs.means, files)
+        finite.check(means, "The model's features of images")
+        return means
 
     def generate(
         self,
@@ -204,6 +208,7 @@ class Answerer:
 
         Raises:
             UserError: a prompt with `max_new_tokens` is too long for the model.
+            NotFinite: the model's scores of the next token are NaN or infinite.
         """
         prompts = [row[0][0] for row in self._encoded(questions, [[None]] * len(questions), encoded_images, turns)]
         options = max_new_tokens, tuple(self.processor.eos_ids), self.processor.pad_id
@@ -215,6 +220,8 @@ class Answerer:
             max_new_tokens,
             encoded_images,
         )
+        if (out == generate.NOT_FINITE).any():
+            raise finite.error("The model's scores of the next token")
         return [text.strip() for text in self.processor.tokenizer.batch_decode(out, skip_special_tokens=True)]
 
     def score(
@@ -235,8 +242,10 @@ class Answerer:
 
         Raises:
             UserError: a prompt with its longest text is too long for the model.
+            NotFinite: a score is NaN or infinite.
         """
         scores, valid = self._score_texts(self._programs.score, questions, texts, encoded_images, turns)
+        finite.check(scores[valid.any(-1)], "The model's scores of texts")
         return Scores(np.where(valid.any(-1), scores, -np.inf), valid.sum(-1))
 
     def score_tokens(
@@ -251,10 +260,12 @@ class Answerer:
 
         Raises:
             UserError: a prompt with its text is too long for the model.
+            NotFinite: a score is NaN or infinite.
         """
         scores, valid = self._score_texts(
             self._programs.score_tokens, questions, [[text] for text in texts], encoded_images
         )
+        finite.check(scores[valid], "The model's scores of tokens")
         return [TokenScores(*row[0, mask].T) for row, mask in zip(scores, valid[:, 0], strict=True)]
 
     def _score_texts(

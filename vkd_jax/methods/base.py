@@ -14,7 +14,7 @@ from vkd_jax.methods import losses, saliency
 from vkd_jax.methods.worst_case import Adversary
 from vkd_jax.models import lora
 from vkd_jax.models.base import VisualTokens, bind
-from vkd_jax.runtime import multihost
+from vkd_jax.runtime import finite, multihost
 from vkd_jax.types import Example, Params, UserError
 
 Metrics = dict[str, jax.Array]
@@ -177,6 +177,7 @@ def with_cache(encoded: EncodedSet, spec: CacheSpec, values: Mapping[str, np.nda
 
     Raises:
         ValueError: an array is missing, is not in the specification, or has another shape or dtype.
+        NotFinite: an array has NaN or infinity.
     """
     entries = {**spec.per_image, **spec.per_example}
     if problems := sorted(entries.keys() ^ values.keys()):
@@ -188,6 +189,7 @@ def with_cache(encoded: EncodedSet, spec: CacheSpec, values: Mapping[str, np.nda
                 f"{name}: cache_spec describes rows of {entry.dtype}{list(entry.shape)}, and prepare computed "
                 f"{value.dtype}{list(value.shape[1:])}."
             )
+        finite.check(value, f"The vanilla model's values of {name}")
     return dataclasses.replace(
         encoded,
         per_image={name: values[name] for name in spec.per_image},
@@ -281,6 +283,9 @@ def fisher_information(
 
     Returns:
         For each set, {path: array of the weight's shape}.
+
+    Raises:
+        NotFinite: a gradient is NaN or infinite.
     """
     paths = set(paths)
     trainable = {k: v for k, v in context.params.items() if k in paths}
@@ -296,7 +301,10 @@ def fisher_information(
         )
         for set_name, encoded in sets.items()
     }
-    return saliency.fisher_information(loss, trainable, frozen, samples_by_set, chunk)
+    information = saliency.fisher_information(loss, trainable, frozen, samples_by_set, chunk)
+    if finite.nonfinite_paths(information):  # a mask of NaN would train nothing
+        raise finite.error("The vanilla model's gradients")
+    return information
 
 
 def reference_log_probs(context: Context, encoded: EncodedSet, batch_size: int = 32) -> np.ndarray:

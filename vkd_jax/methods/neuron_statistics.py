@@ -11,7 +11,7 @@ from vkd_jax.data.batching import padded_rows, rng
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.methods import base
 from vkd_jax.models.base import bind
-from vkd_jax.runtime import multihost
+from vkd_jax.runtime import finite, multihost
 
 TERMS = ("abs", "freq", "var", "rms")
 EPS = 1e-5
@@ -52,6 +52,9 @@ def collect(
 
     Returns:
         {set: {tower: statistics}}; the vision tower is missing for sets without images.
+
+    Raises:
+        NotFinite: an activation is NaN or infinite.
     """
 
     def sums(neurons, real):
@@ -87,6 +90,7 @@ def collect(
             tower: Statistics(*(x / count[:, None] for x in totals))
             for tower, (count, totals) in set_sums(encoded, rows).items()
         }
+    finite.check(statistics, "The vanilla model's activations")
     return statistics
 
 

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from vkd_jax.models.base import VisualTokens
 from vkd_jax.models.decoder import Cache
 
+NOT_FINITE = -1  # in place of a token whose logits are NaN or infinite
+
 
 class SharedPrefixes(NamedTuple):
     """Prefixes of the prompts of a batch; the keys and values of each are computed once and copied to its rows.
@@ -61,11 +63,12 @@ def greedy(
         pad_id: token that fills a row after its end.
 
     Returns:
-        int32 [b, max_new_tokens].
+        int32 [b, max_new_tokens]. The token `NOT_FINITE` ends a row at the first position where the logits are NaN or
+        infinite, so that they choose no token.
     """
     # The last new token is returned but never fed back, so the cache needs one slot less.
     logits, cache = _read(model, prompts, max_new_tokens - 1)
-    ends = jnp.asarray(eos_ids, jnp.int32)
+    ends = jnp.asarray((*eos_ids, NOT_FINITE), jnp.int32)
     answer = jnp.full((len(prompts.tokens), max_new_tokens), pad_id, jnp.int32)
 
     def unfinished(state):
@@ -76,13 +79,20 @@ def greedy(
         i, done, token, answer, cache = state
         # Finished rows are computed along with the others; their tokens are not written.
         logits, cache = model(token[:, None], jnp.ones((len(token), 1), bool), cache=cache)
-        token = jnp.argmax(logits[:, 0], -1).astype(jnp.int32)
+        token = _most_probable(logits[:, 0])
         answer = answer.at[:, i].set(jnp.where(done, pad_id, token))
         return i + 1, done | jnp.isin(token, ends), token, answer, cache
 
-    first = jnp.argmax(logits[:, 0], -1).astype(jnp.int32)
+    first = _most_probable(logits[:, 0])
     answer = answer.at[:, 0].set(first)
     return jax.lax.while_loop(unfinished, step, (1, jnp.isin(first, ends), first, answer, cache))[3]
+
+
+def _most_probable(logits: jax.Array) -> jax.Array:
+    """Returns the most probable token of each row of logits [b, v], int32 [b]; `NOT_FINITE` if there is none."""
+    token = jnp.argmax(logits, -1).astype(jnp.int32)  # of a NaN if there is one
+    largest = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return jnp.where(jnp.isfinite(largest), token, NOT_FINITE)
 
 
 def option_log_probs(model: Any, prompts: Prompts, options: jax.Array, options_mask: jax.Array) -> jax.Array:

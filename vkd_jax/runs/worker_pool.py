@@ -18,7 +18,7 @@ from absl import flags, logging
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.runs import workdir
 from vkd_jax.runtime import files, log, malloc
-from vkd_jax.types import UserError
+from vkd_jax.types import Diverged, UserError
 
 SHARED_MODELS = ("vanilla", "retain_only")  # models that are the same in every run of a sweep
 
@@ -132,7 +132,7 @@ def _start_worker(cores: Any) -> None:
 def _work(path: Path, config: RunConfig, lender: Path | None, command: str) -> str:
     """Runs the pipeline with its log in log.txt, and returns "" or why it failed."""
     from vkd_jax.runs import pipeline
-    from vkd_jax.training import loop, preemption
+    from vkd_jax.training import preemption
 
     try:
         workdir.Workdir(path, config, command)
@@ -141,7 +141,7 @@ def _work(path: Path, config: RunConfig, lender: Path | None, command: str) -> s
         if lender:
             _lend(lender, path)
         pipeline.execute(config, path, command)
-    except (UserError, loop.Diverged, preemption.Stopped) as error:
+    except (UserError, Diverged, preemption.Stopped) as error:
         return str(error)
     return ""
 

@@ -7,6 +7,7 @@
     json_files   the reader of JSON that others wrote
     hub          models and data sets by name: a folder, a bucket, or an id on the Hugging Face hub
     log          the progress that is shown on stderr
+    finite       the check for NaN and infinity
     memory       the check that arrays fit in memory, before they are allocated
     malloc       settings of the C library's allocator
     provenance   the commit of the running code

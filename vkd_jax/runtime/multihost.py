@@ -72,9 +72,22 @@ def run_process_0_first(work: Callable[[], T]) -> T:
             results.append(work())
         except Exception as raised:  # the other processes must not wait for this one
             error = raised
-    if bool(any_process(error is not None)):
-        raise error or UserError("another host could not read its data; see the log of that host.")
+    raise_in_all(error)
     return results[0]
+
+
+def raise_in_all(error: Exception | None) -> None:
+    """Raises an error of this process here and in all others, which wait for this call; None if there is none.
+
+    Raises:
+        UserError: the work of another process failed.
+    """
+    if jax.process_count() == 1:
+        failed = error is not None
+    else:
+        failed = bool(any_process(error is not None))
+    if failed:
+        raise error or UserError("another host could not read its data; see the log of that host.")
 
 
 def gather(x: Any) -> np.ndarray:

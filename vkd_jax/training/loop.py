@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -23,27 +23,24 @@ from vkd_jax.config.training import TrainConfig
 from vkd_jax.data.encoding import Batch, EncodedSet
 from vkd_jax.data.images import MAX_CACHED_BYTES
 from vkd_jax.data.sampler import Sampler
+from vkd_jax.messages import listed
 from vkd_jax.methods import feature_targets
 from vkd_jax.methods.base import Method, Metrics, Prepared
 from vkd_jax.methods.scope import frozen_blocks
 from vkd_jax.methods.worst_case import Adversary
 from vkd_jax.models.base import bind
-from vkd_jax.runtime import multihost
+from vkd_jax.runtime import finite, multihost
 from vkd_jax.runtime.mesh import shard_rows, shards
 from vkd_jax.training import optimizer
 from vkd_jax.training.preemption import Sigterm, Stopped
 from vkd_jax.training.step import TrainState, init_state, make_step
-from vkd_jax.types import Params, UserError
+from vkd_jax.types import Diverged, Params, UserError
 
 if TYPE_CHECKING:
     from vkd_jax.training.metric_writer import Progress
 
 # The fields of a `TrainConfig` that the compiled step depends on; batch sizes are shapes, and rates are arguments.
 STEP_FIELDS = ("clip_norm", "b2", "weight_decay", "microbatches")
-
-
-class Diverged(Exception):
-    """A metric is NaN or infinite."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -93,7 +90,7 @@ def fit(
     Raises:
         UserError: the method trains no weight of this model, or a batch size does not fit the mesh.
         Stopped: SIGTERM arrived; the state is saved if `folder` is given.
-        Diverged: a metric is not finite.
+        Diverged: a metric or a weight is not finite, or would not be in the step after the last one.
 
     Example:
         >>> trained = fit(bundle, method, method.prepare(context), config.train, seed=0, folder=Path("train"))
@@ -249,6 +246,9 @@ class _Run:
                 last = stopping or number == steps
                 if last or number % self.config.checkpoint_every == 0:
                     self._check(*pending)
+                    self._check_state(number, state)
+                    if number == steps:
+                        state = self._check_last_update(number, state, batches)
                     self.checkpoints.save(number, state, force=last)
                 if stopping:
                     self.checkpoints.wait()
@@ -258,17 +258,53 @@ class _Run:
                 raise Stopped(steps, saved=self.saves)
         return state
 
-    def _check(self, number: int, metrics: Metrics) -> None:
+    def _check(self, number: int, metrics: Metrics, after: str = "") -> None:
         """Raises `Diverged` if a metric is not finite."""
-        bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
-        if bad:
-            self.checkpoints.wait()  # the checkpoint that the message names must be on disk
-            latest = self.checkpoints.latest
-            raise Diverged(
-                f"step {number}: {', '.join(bad)} is not finite; the last good checkpoint: "
-                f"{'none was saved yet' if latest is None else f'step {latest}'}. "
-                "Decrease train.learning_rate or the forget weight, and use a new --workdir."
-            )
+        if bad := [name for name, value in metrics.items() if not math.isfinite(float(value))]:
+            self._diverged(number, f"{', '.join(bad)} is not finite{after}")
+
+    def _check_state(self, number: int, state: TrainState) -> None:
+        """Raises `Diverged` if a weight or a moment is not finite; metrics are those before the update."""
+        if bad := finite.nonfinite_paths({"weights": state.params, "moments": state.opt_state}):
+            self._diverged(number, f"{listed(bad)} is not finite after the update")
+
+    def _check_last_update(self, number: int, state: TrainState, batches: Mapping[str, Batch]) -> TrainState:
+        """Raises `Diverged` if a metric is not finite after the last update, and returns the state as it was.
+
+        Weights can be finite and so large that no loss is. Only a further step shows it, whose update is dropped. It
+        donates the state, so a copy waits in the memory of the host, as for a checkpoint.
+        """
+        copies = jax.tree.map(_ArrayCopy.of, state)
+        self._check(number, self.step(number, state, batches)[1], after=" after the update")
+        return jax.tree.map(lambda copy: copy.restored(), copies)
+
+    def _diverged(self, number: int, problem: str) -> NoReturn:
+        self.checkpoints.wait()  # the checkpoint that the message names must be on disk
+        latest = self.checkpoints.latest
+        raise Diverged(
+            f"step {number}: {problem}; the last checkpoint: "
+            f"{'none was saved yet' if latest is None else f'step {latest}'}. "
+            "Training diverged: decrease train.learning_rate or the forget weight, and use a new --workdir."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _ArrayCopy:
+    """The shards of an array on the devices of this process, in the memory of the host."""
+
+    shape: tuple[int, ...]
+    sharding: jax.sharding.Sharding
+    shards: tuple[tuple[jax.Device, np.ndarray], ...]
+
+    @classmethod
+    def of(cls, x: jax.Array) -> _ArrayCopy:
+        """Copies an array."""
+        return cls(x.shape, x.sharding, tuple((shard.device, np.array(shard.data)) for shard in x.addressable_shards))
+
+    def restored(self) -> jax.Array:
+        """Returns an array with the same bits on the same devices."""
+        arrays = [jax.device_put(values, device) for device, values in self.shards]
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, arrays)
 
 
 class _Clock:

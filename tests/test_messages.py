@@ -1,14 +1,92 @@
-"""Lists in error messages."""
+"""Texts that users see: one line without control characters, of bounded length, with short lists."""
 
+import io
+import logging as std_logging
+import pickle
+import re
+import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
+from vkd_jax import messages
+from vkd_jax.config import command_line
+from vkd_jax.config.fields import FieldError
 from vkd_jax.messages import listed
+from vkd_jax.runtime import log
+from vkd_jax.types import UserError
+
+HOSTILE = [  # text from data, and how it is shown
+    ("a\nerror: b", r"a\nerror: b"),
+    ("a\r\nb", r"a\r\nb"),
+    ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"),
+    ("\x9b31m", r"\x9b31m"),
+    ("gpj.\u202eexe", r"gpj.\u202eexe"),
+    ("\u2066a\u2069", r"\u2066a\u2069"),
+    ("a\u2028b", r"a\u2028b"),
+    ("\ud800", r"\ud800"),
+    ("\x00", r"\x00"),
+    ("Zoë 東京 मिस्त्री می‌خواهم 👩‍🔬 a\u3000b", "Zoë 東京 मिस्त्री می‌خواهم 👩‍🔬 a\u3000b"),
+]
 
 
-def test_a_long_list_is_counted_and_written_to_a_file(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def temporary_files(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert listed(["a", "b", "c"]) == "a, b, c"
+    return tmp_path
+
+
+@pytest.mark.parametrize(("text", "shown"), HOSTILE)
+def test_control_characters_are_visible_wherever_a_message_is_shown(text, shown, capsys):
+    assert messages.escaped(messages.escaped(text)) == shown
+    assert str(UserError(f"{text} is bad")) == f"{shown} is bad"
+    assert str(FieldError("data.forget", text).within("a")) == f"a.data.forget: {shown}"
+    assert listed([text]) == shown
+    assert command_line.bad_input(f"{text}.") == 2
+    command_line.show(text)
+    captured = capsys.readouterr()
+    assert captured.err == f"error: {shown}.\n"
+    assert captured.out == messages.escaped(text, keep="\n\t") + "\n"
+
+
+@pytest.mark.parametrize(("text", "shown"), HOSTILE)
+def test_log_lines_are_escaped(text, shown):
+    record = std_logging.LogRecord("absl", std_logging.INFO, log.__file__, 1, "file %s: %d", (text, 3), None)
+    assert log._escape(record) and record.getMessage() == f"file {shown}: 3"
+    lines = std_logging.LogRecord("jax", std_logging.WARNING, "/jax/x.py", 1, "two\nlines \x1b[0m", (), None)
+    assert log._escape(lines) and lines.getMessage() == "two\nlines \\x1b[0m"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("x" * 15_000 + " Do this."),
+        UserError("\x1b" * 15_000 + " Do this."),
+        FieldError("a" * 5_000, "Do this."),
+        UserError(f"The tensors {listed(['t' * 500] * 9)} are {'un' * 400}known. Do this."),
+    ],
+)
+def test_a_message_is_one_bounded_line_that_says_what_to_do_and_where_all_of_it_is(error, capsys):
+    assert len(str(error)) == messages.MOST_CHARACTERS and str(error).endswith("Do this.")
+    assert command_line.bad_input(error) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) <= messages.MOST_CHARACTERS and "Do this." in line
+    path = re.search(r"\(the whole message is in (\S+)\)", line)[1]
+    assert Path(path).read_text() == error.message + "\n"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)  # workers of a sweep send errors
+
+
+def test_a_text_is_shown_whatever_the_terminal_encodes(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    command_line.show("Zoë\n12 – 13")
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == b"Zo\\xeb\n12 \\u2013 13\n"
+
+
+def test_a_long_list_is_counted_and_written_to_a_file(tmp_path):
+    assert listed(["a", "b", "c"]) == "a, b, c" and listed([]) == "nothing"
+    assert messages.choices(range(20)) == ", ".join(map(str, range(20)))
     assert not list(tmp_path.iterdir())
     items = [f"tensor {i}" for i in range(700)]
     text = listed(items, "; ")

@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from vkd_jax.checkpoints.bundle import ModelBundle
+from vkd_jax.config import command_line
 from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image
 from vkd_jax.data.processor import MAX_PIXELS
 from vkd_jax.evaluation.inference import Answerer
@@ -80,10 +81,9 @@ def main() -> int:
     args = parser.parse_args()
     try:
         model = load(args.model, max_pixels=args.max_pixels)
-        print(answer(model, args.question, args.image, max_new_tokens=args.max_new_tokens))
+        command_line.show(answer(model, args.question, args.image, max_new_tokens=args.max_new_tokens))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return command_line.bad_input(error)
     return 0
 
 

@@ -40,14 +40,14 @@ def command(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: s
             values.config, values.workdir, values.workers, line or "called from Python: vkd_jax.compare.command"
         )
     except UserError as error:
-        return command_line.bad_input(str(error))
+        return command_line.bad_input(error)
     except Stopped as error:
         print(error, file=sys.stderr)
         return 143
     except BrokenProcessPool:
-        print("error: a worker died, perhaps out of memory; try again with --workers 1.", file=sys.stderr)
+        command_line.print_error("a worker died, perhaps out of memory; try again with --workers 1.")
         return 1
-    print((Path(values.workdir) / "comparison.md").read_text(encoding="utf-8"))
+    command_line.show((Path(values.workdir) / "comparison.md").read_text(encoding="utf-8"))
     return 1 if results["failures"] else 0
 
 

@@ -15,7 +15,7 @@ import jax
 from absl import app, flags, logging
 
 from vkd_jax.config import command_line
-from vkd_jax.config.command_line import bad_input
+from vkd_jax.config.command_line import bad_input, print_error
 from vkd_jax.runtime import log, malloc
 from vkd_jax.types import Diverged, UserError
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str 
             _connect()
         return _run(values, line or "called from Python: vkd_jax.main.main")
     except UserError as error:
-        return bad_input(str(error))
+        return bad_input(error)
 
 
 def _connect() -> None:
@@ -67,7 +67,7 @@ def _run(values: flags.FlagValues, command: str) -> int:
     try:
         pipeline.run(values.config, values.workdir, command)
     except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     except Stopped as error:
         print(error, file=sys.stderr)

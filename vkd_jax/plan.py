@@ -80,8 +80,8 @@ def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
         if values.json:
             files.write_bytes(Path(values.json), (json.dumps(results, indent=1) + "\n").encode())
     except UserError as error:
-        return command_line.bad_input(str(error))
-    print(page.render(results))
+        return command_line.bad_input(error)
+    command_line.show(page.render(results))
     return 0
 
 

@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from vkd_jax import messages
 from vkd_jax.types import UserError
 
 METHODS = {
@@ -45,7 +46,7 @@ def lookup(kind: str, table: Mapping[str, str], name: str) -> type:
         UserError: the name is unknown.
     """
     if name not in table:
-        raise UserError(f"{kind}: unknown name {name!r}. Available: {', '.join(sorted(table))}.")
+        raise UserError(f"{kind}: unknown name {name!r}. Available: {messages.choices(sorted(table))}.")
     module, attribute = table[name].split(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -66,7 +67,7 @@ def create(kind: str, table: Mapping[str, str], name: str, fields: Mapping[str, 
     known = [field.name for field in dataclasses.fields(cls)]
     if unknown := sorted(set(fields) - set(known)):
         raise UserError(
-            f"{kind} {name}: unknown hyperparameter {', '.join(unknown)}. Available: {', '.join(known) or 'none'}."
+            f"{kind} {name}: unknown hyperparameter {messages.listed(unknown)}. Available: {messages.choices(known)}."
         )
     return cls(**fields)
 

@@ -7,12 +7,25 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from vkd_jax import messages
+
 Array = jax.Array | np.ndarray
 Params = Mapping[str, jax.Array]  # {"vision_tower/blocks/0/attn/q/kernel": array, ...}
 
 
 class UserError(Exception):
-    """Invalid input. The message says what is wrong and what to do; commands exit with status 2."""
+    """Invalid input. The message says what is wrong and what to do; commands exit with status 2.
+
+    `str` of the error is one line without control characters, see `messages.sentence`; `message` is the whole message.
+    """
+
+    @property
+    def message(self) -> str:
+        """The message as it was given, of any length."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return messages.sentence(self.message)
 
 
 class NotFinite(UserError):

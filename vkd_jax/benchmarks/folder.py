@@ -17,10 +17,11 @@ import posixpath
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from vkd_jax.benchmarks.parquet import SYMLINKS, preview
+from vkd_jax.benchmarks.parquet import SYMLINKS
 from vkd_jax.benchmarks.rows import Row
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.data.images import MOST_IMAGE_BYTES
+from vkd_jax.messages import listed
 from vkd_jax.runtime import json_files
 from vkd_jax.runtime.storage import SourceFolder
 from vkd_jax.types import EvalSet, Example, Role, UserError
@@ -74,7 +75,7 @@ class Folder(Section):
             folder = SourceFolder(uri)
             files = [posixpath.basename(info.path) for info in folder.files()]
             if METADATA not in files:
-                content = f"has {preview(files)}" if files else "is empty or missing"
+                content = f"has {listed(files)}" if files else "is empty or missing"
                 raise UserError(
                     f"There is no {METADATA} in data.{name}={uri}, which {content}; see docs/your_own_data.md."
                 )
@@ -116,7 +117,7 @@ class Folder(Section):
                 if both:
                     raise UserError(
                         f"{len(both)} {kind} are in both {getattr(self, name)} and {self.retain}: "
-                        f"{preview(sorted(both))}; remove them from one of the folders."
+                        f"{listed(sorted(both))}; remove them from one of the folders."
                     )
 
     def questions(self, name: str, chat: bool = False) -> Iterator[list[Example]]:

@@ -24,9 +24,10 @@ from typing import Any, ClassVar
 from absl import logging
 
 from vkd_jax.benchmarks import parquet
-from vkd_jax.benchmarks.parquet import Snapshot, preview
+from vkd_jax.benchmarks.parquet import Snapshot
 from vkd_jax.benchmarks.rows import Row
 from vkd_jax.config.fields import setting
+from vkd_jax.messages import listed
 from vkd_jax.types import EvalSet, Example, Role
 
 FORGET_RATIOS = (5, 10, 15)
@@ -188,7 +189,7 @@ def _options(item: Row) -> tuple[tuple[str, ...], str]:
         return tuple(options.values()), options[letter]
     if letter in options.values():  # some rows give the option's text
         return tuple(options.values()), letter
-    raise item.error("Correct_Answer", f"is {letter!r}, not one of the options {preview(options)}")
+    raise item.error("Correct_Answer", f"is {letter!r}, not one of the options {listed(options)}")
 
 
 def _person(row: Row) -> str:

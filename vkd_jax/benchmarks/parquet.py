@@ -18,6 +18,7 @@ from pyarrow import fs
 
 from vkd_jax.benchmarks.rows import Row
 from vkd_jax.config.fields import Section, setting
+from vkd_jax.messages import listed
 from vkd_jax.runtime import hub, storage
 from vkd_jax.runtime.storage import SourceFolder
 from vkd_jax.types import UserError
@@ -87,7 +88,7 @@ class Snapshot:
                 if either and not set(either) & set(names):
                     missing.append(" or ".join(f"'{name}'" for name in either))
                 if missing:
-                    raise UserError(f"Column {', '.join(missing)} is missing in {path}, which has {preview(names)}.")
+                    raise UserError(f"Column {listed(missing)} is missing in {path}, which has {listed(names)}.")
                 wanted = [*columns, *(name for name in (*either, *optional) if name in names)]
                 for batch in reader.iter_batches(batch_size=64, columns=wanted):
                     for values in batch.to_pylist():
@@ -115,7 +116,7 @@ class Snapshot:
         if not files:
             folders = [info.base_name for info in self.folder.files() if info.type == fs.FileType.Directory]
             raise UserError(
-                f"The config {config} is missing: no {path}/{config}/train-*.parquet; it has {preview(folders)}."
+                f"The config {config} is missing: no {path}/{config}/train-*.parquet; it has {listed(folders)}."
             )
         shards = re.search(r"-of-(\d+)", files[0])
         if shards and len(files) != int(shards[1]):
@@ -209,7 +210,7 @@ def check_people(
         raise UserError(f"The forget set is empty: {forget[0]}{suffix} has no people.")
     if both := sorted(forget[1] & retain[1]):
         raise UserError(
-            f"{len(both)} people are in both {forget[0]} and {retain[0]}{suffix}: {preview(both)}; "
+            f"{len(both)} people are in both {forget[0]} and {retain[0]}{suffix}: {listed(both)}; "
             "remove them from one of the sets."
         )
     if everybody is None:
@@ -217,12 +218,12 @@ def check_people(
     if lost := sorted(everybody - forget[1] - retain[1]):
         logging.warning(
             "%d people of the full set%s are neither in %s nor in %s: %s.",
-            *(len(lost), suffix, forget[0], retain[0], preview(lost)),
+            *(len(lost), suffix, forget[0], retain[0], listed(lost)),
         )
     if strangers := sorted((forget[1] | retain[1]) - everybody):
         logging.warning(
             "%d people of %s and %s are not in the full set%s: %s.",
-            *(len(strangers), forget[0], retain[0], suffix, preview(strangers)),
+            *(len(strangers), forget[0], retain[0], suffix, listed(strangers)),
         )
 
 
@@ -231,10 +232,3 @@ def check_row_counts(snapshot: Snapshot, source: str, published: Mapping[str, in
     for config in snapshot.configs if source else ():
         if config in published and (count := snapshot.count(config)) != published[config]:
             logging.warning("%s of %s has %d rows; as published it has %d.", config, source, count, published[config])
-
-
-def preview(names: Sequence[Any], most: int = 10) -> str:
-    """Joins the first names and says how many more follow."""
-    names = [str(name) for name in names]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more if names else "nothing"

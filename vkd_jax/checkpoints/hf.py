@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vkd_jax import models
+from vkd_jax import messages, models
 from vkd_jax.checkpoints.safetensors_files import Checkpoint, Folder, ProgressLog, Tensor
 from vkd_jax.messages import listed
 from vkd_jax.models import base, lora
@@ -232,7 +232,9 @@ def match_tensors(
                 problems.append(f"{name} has shape {tensor.shape} instead of {expected_shape}")
     problems += [f"missing tensor {name}" for name in expected if name not in matched]
     if problems:
-        raise UserError(f"The weights in {checkpoint.folder} do not match its config.json: {'; '.join(problems)}.")
+        raise UserError(
+            f"The weights in {checkpoint.folder} do not match its config.json: {messages.listed(problems, '; ')}."
+        )
     sources: dict[str, list[tuple[Slot, Tensor]]] = {}
     for name, slot in expected.items():
         sources.setdefault(slot.path, []).append((slot, matched[name]))

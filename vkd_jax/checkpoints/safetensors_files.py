@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from absl import logging
 
+from vkd_jax import messages
 from vkd_jax.runtime.finite import is_finite
 from vkd_jax.types import UserError
 
@@ -144,10 +145,10 @@ class Checkpoint:
             expected = [name for name, file_name in file_of_tensor.items() if file_name == file.name]
             absent = [name for name in expected if name not in tensors]
             if absent:
-                raise UserError(f"{index} lists tensors that {file.name} does not contain: {', '.join(absent)}.")
+                raise UserError(f"{index} lists tensors that {file.name} does not contain: {messages.listed(absent)}.")
             duplicates = sorted(self.tensors.keys() & tensors.keys())
             if duplicates:
-                raise UserError(f"{self.folder} contains tensors twice: {', '.join(duplicates)}.")
+                raise UserError(f"{self.folder} contains tensors twice: {messages.listed(duplicates)}.")
             self.tensors |= tensors
 
     def _find_files(self, file_of_tensor: Mapping[str, str]) -> list[pathlib.Path]:
@@ -155,15 +156,15 @@ class Checkpoint:
             files = [self.folder / name for name in sorted(set(file_of_tensor.values()))]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
-                raise UserError(f"{self.folder / INDEX} names files that are missing: {', '.join(missing)}.")
+                raise UserError(f"{self.folder / INDEX} names files that are missing: {messages.listed(missing)}.")
             return files
         if (self.folder / WEIGHTS).is_file():
             return [self.folder / WEIGHTS]
         pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
         if pickles:
             raise UserError(
-                f"{self.folder} has only pickled weights ({', '.join(pickles)}), which can run code when they are "
-                "read. Convert them to safetensors with save_pretrained of transformers."
+                f"{self.folder} has only pickled weights ({messages.listed(pickles)}), which can run code when they "
+                "are read. Convert them to safetensors with save_pretrained of transformers."
             )
         raise UserError(f"{self.folder} has no weights: neither {WEIGHTS} nor {INDEX} exists.")
 
@@ -198,7 +199,7 @@ def read_header(file: pathlib.Path) -> dict[str, Tensor]:
     tensors, begin = {}, 8 + length
     for name, (dtype, shape, start, stop) in entries.items():
         if dtype not in DTYPES:
-            raise UserError(f"{name} in {file} has dtype {dtype}. Supported dtypes: {', '.join(DTYPES)}.")
+            raise UserError(f"{name} in {file} has dtype {dtype}. Supported dtypes: {messages.choices(DTYPES)}.")
         if start < 0 or stop - start != DTYPES[dtype].itemsize * math.prod(shape):
             raise UserError(f"{file} is corrupt: the size of {name} does not match {dtype} {shape}. Download it again.")
         tensors[name] = Tensor(name, file, DTYPES[dtype], shape, begin + start, begin + stop)

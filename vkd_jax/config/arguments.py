@@ -8,6 +8,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 
+from vkd_jax import messages
 from vkd_jax.config import fields, schema
 from vkd_jax.types import UserError
 
@@ -52,7 +53,7 @@ def parse(text: str, arguments: Sequence[Argument], run_fields: bool = True) -> 
         if argument is None:
             raise UserError(f"{word}: unknown argument. Available: {_available(arguments)}.")
         if value not in argument.values:
-            raise UserError(f"{word}: unknown value. Available for {key}: {', '.join(argument.values)}.")
+            raise UserError(f"{word}: unknown value. Available for {key}: {messages.choices(argument.values)}.")
         if given.setdefault(argument.key, value) != value:
             raise UserError(f"{text}: two values for {argument.key}, {given[argument.key]} and {value}. Keep one.")
     return {argument.key: given.get(argument.key, argument.default) for argument in arguments}

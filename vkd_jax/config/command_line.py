@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
+from vkd_jax import messages
 from vkd_jax.types import UserError
 
 
@@ -38,10 +39,25 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
         sys.exit(bad_input(_sentence(error)))
 
 
-def bad_input(message: str) -> int:
+def bad_input(problem: Exception | str) -> int:
     """Prints what is wrong, and returns the exit status."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print_error(problem)
     return 2
+
+
+def print_error(problem: Exception | str) -> None:
+    """Prints an error as one line on stderr; a message that is too long for one is written to a temporary file."""
+    message = problem.message if isinstance(problem, UserError) else str(problem)
+    most, note = messages.MOST_CHARACTERS - len("error: "), ""
+    if len(messages.escaped(message)) > most and (path := messages.write_lines([message])):
+        note = f" (the whole message is in {path})"
+    print(f"error: {messages.sentence(message, most, note)}", file=sys.stderr)
+
+
+def show(text: str) -> None:
+    """Prints a text of one or more lines on stdout, in which nothing steers the terminal or fails to be encoded."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(messages.escaped(text, keep="\n\t").encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _sentence(error: Exception) -> str:

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 from flax.core import FrozenDict
 
+from vkd_jax import messages
 from vkd_jax.types import UserError
 
 INLINE = "inline"  # metadata of a field whose subfields are on the same level in a ConfigDict
@@ -35,7 +36,9 @@ class FieldError(UserError):
         super().__init__(path, problem)
         self.path, self.problem = path, problem
 
-    def __str__(self) -> str:
+    @property
+    def message(self) -> str:
+        """The field and what is wrong with it."""
         return f"{self.path}: {self.problem}"
 
     def within(self, section: str) -> "FieldError":
@@ -169,7 +172,7 @@ def _expected(kind: Any, rules: Mapping[str, Any]) -> str:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"a mapping, each value {_expected(args[1], rules)}"
     if "choices" in rules:
-        return f"one of {', '.join(str(choice) or repr(choice) for choice in rules['choices'])}"
+        return f"one of {messages.choices(str(choice) or repr(choice) for choice in rules['choices'])}"
     if "expected" in rules:
         return rules["expected"]
     names = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 
 import ml_collections
 
-from vkd_jax import registry
+from vkd_jax import messages, registry
 from vkd_jax.config import fields
 from vkd_jax.config.comparison import CompareConfig, EntrantConfig
 from vkd_jax.config.fields import FieldError, Section, setting
@@ -143,7 +143,8 @@ class AttacksConfig(Section):
         super().validate()
         if unknown := [name for name in self._names() if name not in self.settings]:
             raise self.error(
-                "names", f"unknown attack {', '.join(unknown)}. Available: all, {', '.join(self.settings)}."
+                "names",
+                f"unknown attack {messages.listed(unknown)}. Available: all, {messages.choices(self.settings)}.",
             )
 
     def _names(self) -> list[str]:
@@ -349,7 +350,7 @@ def _check_names(section: str, values: Any, known: Sequence[str], required: set[
         raise FieldError(section, f"{values!r} is not a section. Give its fields.")
     prefix = f"{section}." if section else ""
     if unknown := sorted(set(values) - set(known)):
-        raise FieldError(f"{prefix}{unknown[0]}", f"unknown field. Available: {', '.join(known)}.")
+        raise FieldError(f"{prefix}{unknown[0]}", f"unknown field. Available: {messages.choices(known)}.")
     if missing := [name for name in known if name in required and name not in values]:
         raise FieldError(f"{prefix}{missing[0]}", "missing. Build configs from vkd_jax.config.defaults.base().")
 
@@ -376,10 +377,13 @@ def _without_infinity(value: Any) -> Any:
 def _chosen(kind: str, table: Mapping[str, str], section: str, key: str, values: Any) -> Any:
     """The component that the field `key` of a section names, of the section's other fields."""
     if not isinstance(values, Mapping) or key not in values:
-        raise FieldError(f"{section}.{key}", f"missing. Available: {', '.join(sorted(table))}.")
+        raise FieldError(f"{section}.{key}", f"missing. Available: {messages.choices(sorted(table))}.")
     rest = {name: value for name, value in values.items() if name != key}
     if values[key] not in table:
-        raise FieldError(f"{section}.{key}", f"unknown {kind} {values[key]!r}. Available: {', '.join(sorted(table))}.")
+        raise FieldError(
+            f"{section}.{key}",
+            f"unknown {kind} {values[key]!r}. Available: {messages.choices(sorted(table))}.",
+        )
     return _section(registry.lookup(kind, table, values[key]), rest, section)
 
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vkd_jax import messages
 from vkd_jax.config.fields import setting
 from vkd_jax.data import augment
 from vkd_jax.data.batching import rng
@@ -96,7 +97,7 @@ class VKD(Unlearning):
         available = [*blocks, "features", "projector"]
         for tap in self.taps:
             if tap not in available:
-                raise self.error("taps", f"unknown tap {tap!r}. Available: {', '.join(available)}.")
+                raise self.error("taps", f"unknown tap {tap!r}. Available: {messages.choices(available)}.")
             if tap in constant:
                 raise self.error("taps", f"{tap} precedes every trainable weight and never changes. Name a later one.")
 

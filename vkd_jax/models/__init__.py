@@ -27,6 +27,7 @@ check it against PyTorch.
 import importlib
 import types
 
+from vkd_jax import messages
 from vkd_jax.types import UserError
 
 MODELS = {
@@ -46,6 +47,6 @@ def module_for(model_type: str) -> types.ModuleType:
         UserError: the type is not supported.
     """
     if model_type not in MODELS:
-        supported = ", ".join(sorted(MODELS))
+        supported = messages.choices(sorted(MODELS))
         raise UserError(f"Model type {model_type!r} is not supported. Supported types: {supported}.")
     return importlib.import_module(MODELS[model_type])

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vkd_jax import messages
 from vkd_jax.models import lora
 from vkd_jax.models.decoder import Cache, Decoder
 from vkd_jax.types import UserError
@@ -157,7 +158,7 @@ def check_supported(family: str, checks: Iterable[tuple[bool, str, Any, str]]) -
     """
     problems = [f"{name} is {value!r} (supported: {values})" for ok, name, value, values in checks if not ok]
     if problems:
-        raise UserError(f"This {family} is not supported: {'; '.join(problems)}.")
+        raise UserError(f"This {family} is not supported: {messages.listed(problems, '; ')}.")
 
 
 def check_model_types(family: str, hf: Any, **model_types: str) -> None:

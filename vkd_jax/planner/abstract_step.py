@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct as Shape
 
-from vkd_jax import models, registry
+from vkd_jax import messages, models, registry
 from vkd_jax.checkpoints import hf
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config.schema import RunConfig
@@ -174,7 +174,9 @@ def read_model(name: str) -> tuple[types.ModuleType, Any]:
                 return models.module_for(family), AutoConfig.for_model(family, **fields)
     if hub.is_id(name):
         known = [row[0] for family in models.MODELS for row in models.module_for(family).PRESETS.values()]
-        raise UserError(f"the planner knows no sizes of {name}; pass a model folder, or one of {', '.join(known)}.")
+        raise UserError(
+            f"the planner knows no sizes of {name}; pass a model folder, or one of {messages.choices(known)}."
+        )
     return hf.read_config(hub.fetch_model(name))
 
 

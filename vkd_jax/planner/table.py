@@ -8,6 +8,7 @@ from typing import Any
 
 import ml_collections
 
+from vkd_jax import messages
 from vkd_jax.planner.compile import versions
 from vkd_jax.planner.plan import why_not
 from vkd_jax.runtime import files, provenance
@@ -33,7 +34,9 @@ def write(config: ml_collections.ConfigDict, file: Path, plan_flags: Callable[[s
     rows = [(tuple(row[:2]), row[2]) for row in config.plans.rows]
     selected = [(cell, given) for cell, given in rows if set(config.plans.only) <= set(cell)]
     if not selected:
-        raise UserError(f"no row is of {' and '.join(config.plans.only)}: give one model, one slice, or one of each.")
+        raise UserError(
+            f"no row is of {messages.listed(config.plans.only, ' and ')}: give one model, one slice, or one of each."
+        )
     source = {"commit": provenance.commit(but=file), "versions": versions()}
     for cell, given in selected:
         row = dict(zip(("model_name", "slice"), cell, strict=True), command=f"python -m vkd_jax.plan {given}") | source

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from vkd_jax import messages
 from vkd_jax.planner import hlo
 from vkd_jax.types import UserError
 
@@ -44,7 +45,7 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
 
     kind, _, shape = topology.partition(":")
     if kind not in TPUS or not re.fullmatch(r"\d+(x\d+)+", shape):
-        raise UserError(f"--topology={topology}: give a chip ({', '.join(TPUS)}) and a shape, such as v5e:2x2.")
+        raise UserError(f"--topology={topology}: give a chip ({messages.choices(TPUS)}) and a shape, such as v5e:2x2.")
     try:
         import libtpu  # noqa: F401
     except ImportError as error:

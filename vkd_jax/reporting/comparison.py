@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vkd_jax import messages
 from vkd_jax.evaluation.metrics import intervals
 from vkd_jax.evaluation.metrics.summary import by_kind
 from vkd_jax.reporting import report
@@ -147,7 +148,9 @@ def collect(
             rows.append(_row(name, paths) | {"label": labels.get(name, name), "trials": list(trials.get(name, ()))})
     results = [RunResults.read(path) for paths in folders.values() for path in paths]
     if len(protocols := {run.meta.protocol for run in results}) > 1:
-        raise UserError(f"These runs were scored by {' and '.join(sorted(protocols))}; compare one protocol at a time.")
+        raise UserError(
+            f"These runs were scored by {messages.listed(sorted(protocols), ' and ')}; compare one protocol at a time."
+        )
     return {
         "meta": {
             "command": results[0].meta.command,
@@ -270,7 +273,7 @@ def by_label(paths: Iterable[Path]) -> dict[str, list[Path]]:
     results = [RunResults.read(path) for path in paths]
     groups: dict[str, list[Path]] = {}
     if without := [str(path) for path, run in zip(paths, results, strict=True) if "unlearned" not in run.models]:
-        raise UserError(f"{', '.join(without)}: these runs have no unlearned model. Give runs that unlearn.")
+        raise UserError(f"{messages.listed(without)}: these runs have no unlearned model. Give runs that unlearn.")
     for path, label, run in zip(paths, _labels([r.meta.config for r in results]), results, strict=True):
         group = groups.setdefault(label, [])
         if run.meta.seed in [RunResults.read(other).meta.seed for other in group]:

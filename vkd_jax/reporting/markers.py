@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vkd_jax import messages
+from vkd_jax.config import command_line
 from vkd_jax.runtime import files
 from vkd_jax.types import UserError
 
@@ -33,7 +35,7 @@ def fill(text: str, folder: Path, tables: Tables, word: str) -> str:
     def render(match: re.Match) -> str:
         start, file, name, end = match.groups()
         if name not in tables:
-            raise UserError(f"a marker asks for the table {name!r}. Supported values: {', '.join(tables)}.")
+            raise UserError(f"a marker asks for the table {name!r}. Supported values: {messages.choices(tables)}.")
         try:
             results = json.loads((folder / file).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -73,6 +75,5 @@ def refresh(pages: Sequence[Path], tables: Tables, word: str, program: str, chec
             elif fresh != text:
                 files.write_bytes(path, fresh.encode())
     except (UserError, OSError, UnicodeDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return command_line.bad_input(error)
     return status

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vkd_jax.config import command_line
 from vkd_jax.reporting import comparison, markers, names
 from vkd_jax.results import ATTEMPT_FIELDS, AttackCell
 from vkd_jax.types import Role, UserError
@@ -248,8 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             first = next(iter(groups.values()))[0]
             print(keeping(comparison.collect({"controls": [first], **groups}, {}, {})))
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return command_line.bad_input(error)
     return markers.refresh(pages, TABLES, "table", "python -m vkd_jax.reporting.tables", options.check)
 
 

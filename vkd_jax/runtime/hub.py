@@ -5,6 +5,7 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+from vkd_jax import messages
 from vkd_jax.runtime import storage
 from vkd_jax.types import UserError
 
@@ -119,5 +120,5 @@ def _download(
         return None, f"{repo} could not be fetched from the hub ({type(error).__name__}: {first})"
     missing = [pattern for pattern in required if not any(folder.glob(pattern))]
     if missing:
-        return None, f"what the hub or its cache holds of {repo} lacks {' and '.join(missing)}"
+        return None, f"what the hub or its cache holds of {repo} lacks {messages.listed(missing, ' and ')}"
     return folder, ""

@@ -112,7 +112,7 @@ def check_value(value: Any, location: str, *, remedy: str = REMEDY) -> None:
             problem = f"has the number {item}, which is not finite"
         if problem:
             field = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
-            raise UserError(f"{location}: {escaped(field) or 'it'} {problem}; {remedy}.")
+            raise UserError(f"{location}: {field or 'it'} {problem}; {remedy}.")
 
 
 def text_problem(text: str) -> str:
@@ -124,11 +124,6 @@ def text_problem(text: str) -> str:
     except UnicodeEncodeError as error:
         return f"is not Unicode: {text[error.start]!a} is half of a surrogate pair"
     return ""
-
-
-def escaped(text: str) -> str:
-    """A text with the characters that cannot be shown as escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def describe(value: Any) -> str:

@@ -1,9 +1,14 @@
-"""Logging: what a program shows on stderr while it runs."""
+"""Logging: what a program shows on stderr while it runs.
+
+Lines may name people, files and texts from data; `messages.escaped` makes their control characters visible.
+"""
 
 import logging as std_logging
 from pathlib import Path
 
 from absl import logging
+
+from vkd_jax import messages
 
 # INFO lines are shown from these files: this package's, and CLU's, which report the remaining time.
 SHOWN_PATHS = (f"{Path(__file__).parents[1]}/", "/clu/")
@@ -14,7 +19,15 @@ def setup() -> None:
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_shown)
+    logging.get_absl_handler().addFilter(_escape)
 
 
 def _is_shown(record: std_logging.LogRecord) -> bool:
     return record.levelno > std_logging.INFO or any(path in record.pathname for path in SHOWN_PATHS)
+
+
+def _escape(record: std_logging.LogRecord) -> bool:
+    """Escapes the message of a record; messages of other libraries may have several lines."""
+    keep = "\t" if record.pathname.startswith(SHOWN_PATHS[0]) else "\n\t"
+    record.msg, record.args = messages.escaped(record.getMessage(), keep), ()
+    return True

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from vkd_jax import messages
 from vkd_jax.benchmarks.synthetic.facts import CAPTION, FACTS, PARAPHRASED_CAPTION
 from vkd_jax.benchmarks.synthetic.mllmu_writer import GENERAL_VALUES
 from vkd_jax.benchmarks.synthetic.people import (
@@ -67,7 +68,7 @@ def write_snapshot(folder: str | Path, configs: Sequence[str] | None = None, see
     """
     configs = CONFIGS if configs is None else configs
     if unknown := [name for name in configs if name not in CONFIGS]:
-        raise UserError(f"Unknown config {', '.join(unknown)}. Supported: {', '.join(CONFIGS)}.")
+        raise UserError(f"Unknown config {messages.listed(unknown)}. Supported: {messages.choices(CONFIGS)}.")
 
     @functools.cache  # the configs share their rows
     def captioned(index: int) -> list[dict]:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from vkd_jax import messages
 from vkd_jax.benchmarks.mllmu import cloze_prompt
 from vkd_jax.benchmarks.synthetic import portraits
 from vkd_jax.benchmarks.synthetic.facts import (
@@ -90,7 +91,7 @@ def write_snapshot(folder: str | Path, configs: Sequence[str] | None = None, see
     """
     configs = CONFIGS if configs is None else configs
     if unknown := [name for name in configs if name not in CONFIGS]:
-        raise UserError(f"Unknown config {', '.join(unknown)}. Supported: {', '.join(CONFIGS)}.")
+        raise UserError(f"Unknown config {messages.listed(unknown)}. Supported: {messages.choices(CONFIGS)}.")
 
     @functools.cache  # Full_Set, forget_N and retain_N share their rows
     def full_rows(index: int) -> list[dict]:

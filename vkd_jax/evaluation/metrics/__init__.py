@@ -9,6 +9,7 @@ import functools
 import importlib
 from collections.abc import Mapping
 
+from vkd_jax import messages
 from vkd_jax.evaluation.metrics.base import Metric
 from vkd_jax.types import UserError
 
@@ -35,7 +36,7 @@ def get(name: str) -> Metric:
         UserError: the name is unknown.
     """
     if name not in METRICS:
-        raise UserError(f"Unknown metric {name!r}. Available: {', '.join(METRICS)}.")
+        raise UserError(f"Unknown metric {name!r}. Available: {messages.choices(METRICS)}.")
     return _load(METRICS[name])
 
 

@@ -58,7 +58,7 @@ setuptools.setup(
         "importlib-resources>=6",  # imported by tensorflow-datasets, which does not declare it
         "array-record>=0.8.1; sys_platform != 'win32'",
         "pyarrow>=18",
-        "transformers>=5,<6",
+        "transformers>=5.18,<6",  # earlier versions need torchvision for image processors; .ci/run tests this one
         "tokenizers>=0.22",
         "safetensors>=0.6",
         "huggingface-hub>=1.3",

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vkd_jax.checkpoints import export, hf, safetensors_files
 from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.models import base, llava, lora, quantize
+from vkd_jax.runtime import hub
 from vkd_jax.runtime.mesh import make_mesh, replicated
 from vkd_jax.types import Diverged, NotFinite, UserError
 
@@ -83,13 +84,14 @@ def shard(folder):
     (folder / "model.safetensors").unlink()
 
 
-def to_hub(name):
-    """Maps names of transformers 5 to those of the files on the Hub."""
-    return name.replace("vision_tower.", "vision_tower.vision_model.")
+def to_saved(name):
+    """Maps names of the files on the Hub to those of a model that transformers 5 created and saved."""
+    return name.replace("vision_tower.vision_model.", "vision_tower.")
 
 
 def to_memory(name):
-    """Maps names of transformers 5 to those of a PyTorch module in memory, which some tools save."""
+    """Maps names of the files on the Hub to those of a PyTorch module in memory, which some tools save."""
+    name = to_saved(name)
     if name == "language_model.lm_head.weight":
         return "lm_head.weight"
     return "model." + name.replace("language_model.model.", "language_model.")
@@ -106,7 +108,7 @@ def test_values_by_hand(folder):
     graphdef, params, config = hf.load(folder)
     tensors = read(folder)
     np.testing.assert_array_equal(params["projector/fc1/kernel"], tensors["multi_modal_projector.linear_1.weight"].T)
-    patch = tensors["vision_tower.embeddings.patch_embedding.weight"]  # [d, color, row, column]
+    patch = tensors["vision_tower.vision_model.embeddings.patch_embedding.weight"]  # [d, color, row, column]
     assert params["vision_tower/patch_embedding"][1, 2, 0, 7] == patch[7, 0, 1, 2]
     up = params["language_model/blocks/mlp/up/kernel"]
     np.testing.assert_array_equal(up[1], tensors["language_model.model.layers.1.mlp.up_proj.weight"].T)
@@ -114,7 +116,7 @@ def test_values_by_hand(folder):
     assert equal(params, base.split_model(base.bind(graphdef, params))[1])
 
 
-@pytest.mark.parametrize("rename", [to_hub, to_memory])
+@pytest.mark.parametrize("rename", [to_saved, to_memory])
 def test_other_generations_of_names_are_loaded_and_exported(folder, copy, rename):
     write(copy, {rename(n): t for n, t in read(folder).items()})
     _, want, _ = hf.load(folder)
@@ -124,6 +126,16 @@ def test_other_generations_of_names_are_loaded_and_exported(folder, copy, rename
     export.export({k: v + 1 for k, v in params.items()}, copy, target, config)
     assert read(target).keys() == read(copy).keys()
     assert len(compare_tensors(copy, target)["changed"]) == len(read(copy))
+
+
+@pytest.mark.parametrize("name", ["tiny_base", "tiny_llava", "tiny_retain_only"])
+def test_shipped_and_created_models_have_the_names_of_the_hub(folder, name):
+    """transformers before 5.6 reads a LLaVA without `vision_model` in its names with a random vision tower."""
+    for model in (folder, hub.fetch_model(name)):
+        names = read(model).keys()
+        assert names == {hf.canonical(llava, n) for n in names}
+        assert {n.split(".")[0] for n in names} == {"language_model", "multi_modal_projector", "vision_tower"}
+        assert {n.split(".")[1] for n in names if n.startswith("vision_tower")} == {"vision_model"}
 
 
 def test_old_buffers_are_skipped(folder, copy):

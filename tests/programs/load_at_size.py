@@ -45,7 +45,7 @@ CHECKED = {
     "language_model/blocks/attn/o/kernel": LAYER + "self_attn.o_proj.weight",
     "language_model/blocks/mlp/gate/kernel": LAYER + "mlp.gate_proj.weight",
     "language_model/blocks/mlp/down/kernel": LAYER + "mlp.down_proj.weight",
-    "vision_tower/blocks/1/mlp/fc1/kernel": "vision_tower.encoder.layers.1.mlp.fc1.weight",
+    "vision_tower/blocks/1/mlp/fc1/kernel": "vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight",
 }
 
 

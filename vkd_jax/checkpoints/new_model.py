@@ -43,6 +43,8 @@ def create_llava(folder: Path, examples: Sequence[Example], shape: Mapping[str, 
                 **shape["text"],
             ),
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            # Some versions of transformers 4 take a prompt with fewer image tokens for one that is not expanded.
+            image_seq_length=(shape["vision"]["image_size"] // shape["vision"]["patch_size"]) ** 2,
         )
         _, params = hf.init_params(models.module_for("llava").Config.from_hf(hf_config), seed)
         export.create(new, hf_config, params)

@@ -161,18 +161,19 @@ def check_supported(family: str, checks: Iterable[tuple[bool, str, Any, str]]) -
         raise UserError(f"This {family} is not supported: {messages.listed(problems, '; ')}.")
 
 
-def check_model_types(family: str, hf: Any, **model_types: str) -> None:
+def check_model_types(family: str, hf: Any, **model_types: tuple[str, ...]) -> None:
     """Checks the `model_type` of the vision and text configurations; call it before reading their other fields.
 
     Args:
         family: name of the family in the error.
         hf: the Hugging Face configuration.
-        **model_types: supported `model_type` of `vision_config` and of `text_config`.
+        **model_types: supported values of `model_type` of `vision_config` and of `text_config`.
     """
-    actual = {name: getattr(hf, name).model_type for name in model_types}
-    check_supported(
-        family, [(actual[name] == kind, f"{name}.model_type", actual[name], kind) for name, kind in model_types.items()]
-    )
+    checks = []
+    for name, supported in model_types.items():
+        actual = getattr(hf, name).model_type
+        checks.append((actual in supported, f"{name}.model_type", actual, ", ".join(supported)))
+    check_supported(family, checks)
 
 
 def hf_dtype(hf: Any) -> str:

@@ -89,7 +89,7 @@ class LlavaConfig:
 
 
 def _check_hf_config(hf: Any) -> None:
-    base.check_model_types("LLaVA", hf, vision_config="clip_vision_model", text_config="llama")
+    base.check_model_types("LLaVA", hf, vision_config=("clip_vision_model",), text_config=("llama",))
     vision, text, rope = hf.vision_config, hf.text_config, dict(hf.text_config.rope_parameters)
     layer, layers, activations = hf.vision_feature_layer, vision.num_hidden_layers, ", ".join(ACTIVATIONS)
     layer_exists = isinstance(layer, int) and -layers - 1 <= layer <= layers
@@ -206,27 +206,28 @@ def _tokens(values: jax.Array, coords: np.ndarray) -> VisualTokens:
 
 Config, Model = LlavaConfig, Llava
 
-# Conversion. The aliases map three generations of names to the one that transformers 5 writes ...
+# Conversion. The aliases map three generations of names to that of the files on the Hub, which all versions of
+# transformers read (docs/file_formats.md) ...
 HF_ALIASES = (
     (r"^model\.(vision_tower|multi_modal_projector|language_model)\.", r"\1."),
-    (r"^vision_tower\.vision_model\.", "vision_tower."),
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
     (r"^language_model\.(embed_tokens|layers|norm)\.", r"language_model.model.\1."),
     (r"^lm_head\.", "language_model.lm_head."),
 )
 # ... these tensors are constant buffers that older versions saved ...
 HF_SKIP = (
-    r"vision_tower\.embeddings\.position_ids",
+    r"vision_tower\.vision_model\.embeddings\.position_ids",
     r"language_model\.model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
 )
 HF_ARCHITECTURE = "LlavaForConditionalGeneration"
 
 # ... and `conversion` describes the rows.
-_LAYER, _BLOCK = "vision_tower.encoder.layers.{i}", "vision_tower/blocks/{i}"
+_LAYER, _BLOCK = "vision_tower.vision_model.encoder.layers.{i}", "vision_tower/blocks/{i}"
 _HF_TABLE = (
-    ("vision_tower.embeddings.class_embedding", "vision_tower/class_embedding", None),
-    ("vision_tower.embeddings.patch_embedding.weight", "vision_tower/patch_embedding", (2, 3, 1, 0)),
-    ("vision_tower.embeddings.position_embedding.weight", "vision_tower/position_embedding", None),
-    *norm_rows("vision_tower.pre_layrnorm", "vision_tower/pre_norm"),
+    ("vision_tower.vision_model.embeddings.class_embedding", "vision_tower/class_embedding", None),
+    ("vision_tower.vision_model.embeddings.patch_embedding.weight", "vision_tower/patch_embedding", (2, 3, 1, 0)),
+    ("vision_tower.vision_model.embeddings.position_embedding.weight", "vision_tower/position_embedding", None),
+    *norm_rows("vision_tower.vision_model.pre_layrnorm", "vision_tower/pre_norm"),
     *norm_rows(f"{_LAYER}.layer_norm1", f"{_BLOCK}/norm1"),
     *linear_rows(f"{_LAYER}.self_attn.q_proj", f"{_BLOCK}/attn/q"),
     *linear_rows(f"{_LAYER}.self_attn.k_proj", f"{_BLOCK}/attn/k"),
@@ -235,7 +236,7 @@ _HF_TABLE = (
     *norm_rows(f"{_LAYER}.layer_norm2", f"{_BLOCK}/norm2"),
     *linear_rows(f"{_LAYER}.mlp.fc1", f"{_BLOCK}/mlp/fc1"),
     *linear_rows(f"{_LAYER}.mlp.fc2", f"{_BLOCK}/mlp/fc2"),
-    *norm_rows("vision_tower.post_layernorm", "vision_tower/post_norm"),
+    *norm_rows("vision_tower.vision_model.post_layernorm", "vision_tower/post_norm"),
     *linear_rows("multi_modal_projector.linear_1", "projector/fc1"),
     *linear_rows("multi_modal_projector.linear_2", "projector/fc2"),
     *decoder_rows("language_model.model", qkv_bias=False),

@@ -27,7 +27,8 @@ class Qwen25VLConfig(QwenConfig):
             UserError: lists every field with a value that this implementation does not support.
         """
         family = "Qwen2.5-VL"
-        check_model_types(family, hf, vision_config="qwen2_5_vl_vision", text_config="qwen2_5_vl_text")
+        vision_types = ("qwen2_5_vl_vision", "qwen2_5_vl")  # as in `qwen2_vl`
+        check_model_types(family, hf, vision_config=vision_types, text_config=("qwen2_5_vl_text",))
         vision = hf.vision_config
         # A window holds a whole number of image tokens, `window` in height and width.
         window = vision.window_size // vision.spatial_merge_size // vision.patch_size

@@ -165,7 +165,10 @@ class Qwen2VLConfig(QwenConfig):
         Raises:
             UserError: lists every field with a value that this implementation does not support.
         """
-        base.check_model_types("Qwen2-VL", hf, vision_config="qwen2_vl_vision", text_config="qwen2_vl_text")
+        # The published config.json has the name of the whole model in its vision_config, which transformers before
+        # 5.20 does not replace.
+        vision_types = ("qwen2_vl_vision", "qwen2_vl")
+        base.check_model_types("Qwen2-VL", hf, vision_config=vision_types, text_config=("qwen2_vl_text",))
         vision, act = hf.vision_config, hf.vision_config.hidden_act
         activation_check = (act in ACTIVATIONS, "vision_config.hidden_act", act, ", ".join(ACTIVATIONS))
         base.check_supported("Qwen2-VL", [activation_check, *common_checks(hf, vision.embed_dim, vision.hidden_size)])

@@ -17,7 +17,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the script runs from a clone that is not installed
 
 from vkd_jax.reporting import markers
-from vkd_jax.reporting.tables import numeric_table, short_commit
+from vkd_jax.reporting.markdown import numeric_table
+from vkd_jax.reporting.tables import short_commit
 
 
 def steps(results: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import jinja2
 import pytest
 
 from vkd_jax import results as schema
-from vkd_jax.reporting import attack_view, report, view
+from vkd_jax.reporting import attack_view, markdown, report, view
 from vkd_jax.results import AttackCell, AttackResults, MeasuredSet, RunResults, Summary
 
 MODELS = ("vanilla", "unlearned", "retain_only")
@@ -88,8 +88,8 @@ def shown(name, run):
     ],
 )
 def test_text_is_escaped(text, escaped):
-    assert report.escape(text) == escaped
-    assert report.escape(report.escape(text)) == escaped  # escaping is idempotent
+    assert markdown.escape(text) == escaped
+    assert markdown.escape(markdown.escape(text)) == escaped  # escaping is idempotent
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_text_is_escaped(text, escaped):
     [("a *b*", "`a *b*`"), ("a`b", "``a`b``"), ("`a``", "``` `a`` ```"), ("a\nb", "`a b`"), ("", "``")],
 )
 def test_inline_code_has_more_backticks_than_its_text(text, quoted):
-    assert report.code(text) == quoted
+    assert markdown.code(text) == quoted
 
 
 HOSTILE = "</details><script>|`**x**`\n\n# [y](z)"
@@ -141,6 +141,20 @@ def test_a_missing_value_is_an_error():
 def test_every_section_has_a_template_and_every_template_a_section():
     names = {name.removesuffix(".md.j2") for name in report._environment().list_templates()}
     assert names == view.SECTIONS.keys() | {"macros"}
+
+
+def test_every_section_shows_hostile_text_as_text():
+    text = "x|<script>[y](javascript:z)`w`\n# v\x1b[31m\u202e$u${{7*7}}"
+    config = {"method": {"name": text}, "model": {"path": text}}
+    sets = [dataclasses.replace(s, title=text, short=text) for s in SETS[:2]]
+    meta = meta_of(sets, config, title=text, source=text, command=text, commit=text, devices=text, protocol=text)
+    attack = AttackResults(title=text, about="About.", variants={text: text}, cells=attempt((20, 2, 3), text))
+    page = report.render(run_of(results_with(meta=meta, attacks={text: attack}, timing={text: 1.0})))
+    body, config = page.split("```json")
+    assert not re.search(r"[\x1b\u202e]|\{\{49|\n# v", page) and page.isprintable() is False
+    outside_code = re.sub(r"(`+).*?\1(?!`)", "", body.replace("\\`", ""))
+    assert not re.search(r"<script>|[^\\]\[y|x\|&lt;|[^\\]\$u", outside_code)
+    assert body.count("7\\*7") > 8 and "{{7*7}}" in config
 
 
 # ---- The opening ----

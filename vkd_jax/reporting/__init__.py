@@ -3,7 +3,7 @@
 `report` renders report.md from the view models in `view` and `attack_view` and the templates in `templates/`. `plots`
 draws the plots of one run, and `comparison_plots` those of a comparison. `comparison` collects and judges the figures
 of several runs, `tables` renders them as Markdown, and `markers` keeps tables in pages up to date. `names` has all
-titles.
+titles, and `markdown` escapes text from data and paths.
 
 Contract: figures come from results.json and the answers; nothing here evaluates a model. Code asks for the roles of
 evaluation sets and the metric registry, never for set names.

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import math
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from vkd_jax.reporting import names
+from vkd_jax.reporting.markdown import plain
 from vkd_jax.results import AttackCell, Summary
 from vkd_jax.types import Role
 
@@ -26,6 +28,7 @@ STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 10,
     "text.color": INK,
+    "text.parse_math": False,  # "$" in names and texts is no formula
     "axes.edgecolor": GREY,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -192,10 +195,10 @@ def portrait_sheet(rows: Mapping[str, Sequence[Card]]) -> bytes:
                 axes = figure.add_axes((left / width, (top - side) / height, side / width, side / height))
                 axes.imshow(_pixels(card.image))
                 axes.set_axis_off()
-                axes.set_title(card.title, fontsize=9, fontweight="normal", color=GREY, pad=3, parse_math=False)
+                axes.set_title(_short(card.title), fontsize=9, fontweight="normal", color=GREY, pad=3)
                 for number, (line, color) in enumerate(_words(card)):
                     x, y = (left + side / 2) / width, (top - side - 0.06 - 0.18 * number) / height
-                    figure.text(x, y, line, color=color, fontsize=9, ha="center", va="top", parse_math=False)
+                    figure.text(x, y, line, color=color, fontsize=9, ha="center", va="top")
             top -= side + words
     return png.getvalue()
 
@@ -207,7 +210,9 @@ def drawing(width: float, height: float) -> Iterator[tuple[Figure, io.BytesIO]]:
         figure, png = Figure(figsize=(width, height), dpi=DPI), io.BytesIO()
         FigureCanvasAgg(figure)
         yield figure, png
-        figure.savefig(png, format="png", metadata={"Software": None})  # no version in the bytes
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # the font lacks some alphabets, and draws boxes for them
+            figure.savefig(png, format="png", metadata={"Software": None})  # no version in the bytes
 
 
 def margins_of(figure: Figure, left: float, right: float, bottom: float, top: float) -> dict[str, float]:
@@ -269,7 +274,7 @@ def _pixels(image: bytes | None) -> np.ndarray:
 
 def _words(card: Card) -> list[tuple[str, str]]:
     """The lines under a portrait, each with its color."""
-    lines = [(line, GREY) for line in textwrap.wrap(card.question, 26, max_lines=3, placeholder=" …")]
+    lines = [(line, GREY) for line in textwrap.wrap(plain(card.question), 26, max_lines=3, placeholder=" …")]
     lines.append((_short(f"truth: {card.truth}"), INK))
     for model in ("vanilla", "unlearned"):
         answer, correct = getattr(card, model)
@@ -280,4 +285,4 @@ def _words(card: Card) -> list[tuple[str, str]]:
 
 
 def _short(text: str) -> str:
-    return textwrap.shorten(text, 27, placeholder=" …")
+    return textwrap.shorten(plain(text), 27, placeholder=" …")

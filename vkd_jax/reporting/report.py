@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from vkd_jax.evaluation.metrics.judging import LETTERS, first_letter
-from vkd_jax.reporting import attack_view, plots, view
+from vkd_jax.reporting import attack_view, markdown, plots, view
 from vkd_jax.results import RunResults
 from vkd_jax.runtime import files, hub, storage
 from vkd_jax.types import Role, UserError
 
 CARDS = 6  # portraits in a row of the sheet
+MOST_NAME = 60  # characters of a file name, which may be 255 bytes long
 PROVENANCE = "provenance.json"  # in the folder of a model that this library trained
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>&|~$#]")
-_HTML = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
 
 def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
@@ -50,7 +48,7 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
     for card in itertools.chain(*sheet.values()):
         if card.image is not None:  # encoded as it was asked about, so that one can ask again
             suffix = ".png" if card.image.startswith(b"\x89PNG") else ".jpg"
-            name = re.sub(r"[^\w-]+", "_", card.title.removeprefix("person "))
+            name = re.sub(r"[^\w-]+", "_", card.title.removeprefix("person "))[:MOST_NAME]
             files.write_bytes(workdir / "portraits" / (name + suffix), card.image)
     page = render(dataclasses.replace(run, plots=frozenset(pngs)))
     return files.write_bytes(workdir / "report.md", page.encode())
@@ -73,35 +71,14 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("vkd_jax.reporting"),
         autoescape=True,  # so that macros return Markup, which `finalize` leaves alone
-        finalize=escape,
+        finalize=markdown.escape,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"code": code, "percent": attack_view.percent, "interval": attack_view.interval}
+    environment.filters |= {"code": markdown.code, "percent": attack_view.percent, "interval": attack_view.interval}
     environment.globals["table"] = environment.get_template("macros.md.j2").module.table
     return environment
-
-
-def escape(value: Any) -> Markup:
-    """Escapes Markdown and HTML, and joins lines; applied to every value that a template shows.
-
-    Example:
-        >>> escape("a|b <i>*c*")
-        Markup('a\\\\|b &lt;i&gt;\\\\*c\\\\*')
-    """
-    if isinstance(value, Markup):
-        return value
-    text = " ".join(str(value).split())
-    return Markup(_MARKDOWN.sub(lambda match: _HTML.get(match[0], f"\\{match[0]}"), text))
-
-
-def code(value: Any) -> Markup:
-    """Quotes text as inline code, with a longer run of backticks than any in the text."""
-    text = " ".join(str(value).split())
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    padding = " " if text.startswith("`") or text.endswith("`") else ""
-    return Markup(f"{fence}{padding}{text}{padding}{fence}")
 
 
 def _plots(run: view.Run, sheet: Mapping[str, Sequence[plots.Card]], losses: Sequence[Mapping]) -> dict[str, bytes]:

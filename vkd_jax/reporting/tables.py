@@ -11,12 +11,13 @@ by perf/tables.py. Exit status: 0 on success, 1 if a table is stale (--check), 2
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vkd_jax.config import command_line
 from vkd_jax.reporting import comparison, markers, names
+from vkd_jax.reporting.markdown import code, escape, numeric_table, row_of
 from vkd_jax.results import ATTEMPT_FIELDS, AttackCell
 from vkd_jax.types import Role, UserError
 
@@ -129,7 +130,7 @@ def tuning(results: Mapping[str, Any]) -> str:
         chosen = comparison.best(row.get("trials", ()))
         for trial in row.get("trials", ()):
             cells = [_percent(trial.get("forgot")), _percent(trial.get("kept")), "chosen" if trial is chosen else ""]
-            lines.append(row_of([row["label"], f"`{trial['settings']}`", *cells]))
+            lines.append(row_of([row["label"], code(trial['settings'], in_table=True), *cells]))
     return "\n".join(lines)
 
 
@@ -174,10 +175,11 @@ def plans(results: Sequence[Mapping[str, Any]]) -> str:
     compiling = sum(step["compiler"]["seconds"] for row in known for step in row["steps"].values())
     versions = ", ".join(sorted({" ".join(item) for row in known for item in row["versions"].items()}))
     return "\n".join(lines) + (
-        f"\n\nTokens a row: {tokens}. Chip-hours are those of training on {examples} rows, as in 300 steps of 8 + 8. "
+        f"\n\nTokens a row: {escape(tokens)}. "
+        f"Chip-hours are those of training on {examples} rows, as in 300 steps of 8 + 8. "
         "They and the rows a second follow from the longer of the two times; loading, preparing and evaluating are "
         "not included. "
-        f"Compiled in {compiling / 60:.0f} minutes by {versions}; commit {commits}."
+        f"Compiled in {compiling / 60:.0f} minutes by {escape(versions)}; commit {escape(commits)}."
     )
 
 
@@ -232,7 +234,8 @@ def document(results: Mapping[str, Any]) -> str:
     if any(row.get("trials") for row in results["rows"]):
         parts += ["## How each method was tuned", tuning(results)]
     if results["failures"]:
-        parts += ["## What failed", "\n".join(f"- {name}: {why}" for name, why in results["failures"].items())]
+        failed = (f"- {escape(name)}: {escape(why)}" for name, why in results["failures"].items())
+        parts += ["## What failed", "\n".join(failed)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -257,13 +260,13 @@ def _accuracy_note(results: Mapping[str, Any], columns: comparison.Keys) -> str:
     """Protocol, intervals, seeds, numbers of questions and chance."""
     first = results["rows"][0]
     cells = [(eval_set, kind, first["sets"][f"{eval_set.name}/{kind}"]) for eval_set, kind in columns]
-    counts = "; ".join(f"{names.short_name(eval_set, kind)} {_count(cell)}" for eval_set, kind, cell in cells)
+    counts = "; ".join(f"{escape(names.short_name(eval_set, kind))} {_count(cell)}" for eval_set, kind, cell in cells)
     resampled = "people" if any(cell.get("people") for _, _, cell in cells) else "questions"
     seeds = max(len(row["runs"]) for row in results["rows"])
     eval_set, kind = _columns(results, comparison.forgotten_keys)[0]
     chance = results["meta"]["chance"].get(eval_set.name, {}).get(kind)
     return (
-        f"Accuracy (%) under the protocol `{results['meta']['protocol']}`, with 95 % bootstrap intervals over "
+        f"Accuracy (%) under the protocol {code(results['meta']['protocol'])}, with 95 % bootstrap intervals over "
         f"{resampled} and seeds ({seeds} seed{'s' * (seeds > 1)}). Questions: {counts}."
         + (f" Chance is {100 * chance:.0f} on the forget set." if chance else "")
     )
@@ -273,7 +276,7 @@ def _recovery_note(attackers: Mapping[str, float]) -> str:
     if not attackers:
         return ""
     shares = ", ".join(f"{100 * share:g} %" for share in sorted(set(attackers.values())))
-    trained = " or ".join(f"{names.attacker(name)} ({name})" for name in attackers)
+    trained = " or ".join(f"{escape(names.attacker(name))} ({escape(name)})" for name in attackers)
     return (
         f"Recovery: share of the lost accuracy that comes back when an attacker relearns {shares} of the forget "
         f"questions, training {trained}."
@@ -282,7 +285,7 @@ def _recovery_note(attackers: Mapping[str, float]) -> str:
 
 def _keeps_note(results: Mapping[str, Any]) -> str:
     images, texts = (
-        "; ".join(names.short_name(*key) for key in _columns(results, choose))
+        "; ".join(escape(names.short_name(*key)) for key in _columns(results, choose))
         for choose in (comparison.kept_image_keys, comparison.kept_text_keys)
     )
     return (
@@ -293,22 +296,13 @@ def _keeps_note(results: Mapping[str, Any]) -> str:
 
 
 def _origin(results: Mapping[str, Any]) -> str:
-    return f"Commit {', '.join(commit[:7] for commit in results['meta']['commits'])}; `{results['meta']['command']}`"
+    commits = ", ".join(commit[:7] for commit in results["meta"]["commits"])
+    return f"Commit {escape(commits)}; {code(results['meta']['command'])}"
 
 
 def _count(cell: Mapping[str, Any]) -> str:
     """The number of questions, and of the people that they are about."""
     return f"{cell['n']} about {cell['people']} people" if cell.get("people") else str(cell["n"])
-
-
-def numeric_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose first column is text and whose other columns are numbers."""
-    return "\n".join(row_of(cells) for cells in (heads, ["---", *["---:"] * (len(heads) - 1)], *rows))
-
-
-def row_of(cells: Iterable[str]) -> str:
-    """Joins cells to a row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
 
 
 def short_commit(results: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vkd_jax import messages
 from vkd_jax.evaluation import metrics
 from vkd_jax.evaluation.metrics.judging import first_letter
 from vkd_jax.reporting import attack_view
@@ -259,7 +260,8 @@ def limits(run: Run) -> dict[str, Any]:
 
 def config(run: Run) -> dict[str, Any]:
     """The resolved config."""
-    return {"config": json.dumps(run.meta.config, indent=2, ensure_ascii=False)}
+    text = json.dumps(run.meta.config, indent=2, ensure_ascii=False)
+    return {"config": messages.escaped(text, keep="\n")}
 
 
 SECTIONS = {  # templates/<name>.md.j2

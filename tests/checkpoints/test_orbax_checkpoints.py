@@ -1,8 +1,10 @@
 """Checkpoints: their contents, and bit-identical resumption of killed runs."""
 
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
+from vkd_jax.checkpoints import orbax_checkpoints
 from vkd_jax.checkpoints.orbax_checkpoints import Checkpoints
 from vkd_jax.types import UserError
 
@@ -68,6 +71,83 @@ def test_the_rest_of_a_killed_save_is_not_a_checkpoint(tmp_path):
     again.close()
     with pytest.raises(UserError, match="made with seed 0, not 7"):
         Checkpoints(tmp_path, seed=7, every=1).restore(state)
+
+
+# Damaged checkpoints.
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "truncated": lambda folder: os.truncate(largest(folder), 100),
+    "empty file": lambda folder: os.truncate(largest(folder), 0),
+    "bit flipped": lambda folder: flip_a_bit(largest(folder)),
+    "bit of the metadata flipped": lambda folder: flip_a_bit(folder / "state" / "_METADATA"),
+    "data missing": lambda folder: largest(folder).unlink(),
+    "metadata missing": lambda folder: (folder / "_CHECKPOINT_METADATA").unlink(),
+    "list missing": lambda folder: (folder / "files.json").unlink(),
+    "list truncated": lambda folder: os.truncate(folder / "files.json", 50),
+    "list of nothing": lambda folder: (folder / "files.json").write_text("{}"),
+    "list of another kind": lambda folder: (folder / "files.json").write_text('{"a": 1}'),
+    "empty folder": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+    "a file": lambda folder: (shutil.rmtree(folder), folder.write_text("")),
+}
+
+
+@pytest.fixture(scope="module")
+def three_saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    checkpoints = Checkpoints(folder, seed=0, every=1, keep=3)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"x": jnp.arange(1000.0) + step})
+    checkpoints.close()
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("steps", [(3,), (3, 2), (3, 2, 1), (2,)], ids=str)
+def test_the_newest_whole_checkpoint_is_used(three_saved, tmp_path, caplog, steps, damage):
+    folder = shutil.copytree(three_saved, tmp_path / "checkpoints")
+    for step in steps:
+        DAMAGE[damage](folder / str(step))
+    whole = {(3,): 2, (3, 2): 1, (3, 2, 1): None, (2,): 3}[steps]
+    checkpoints, like = Checkpoints(folder, seed=0, every=1, keep=3), {"x": jnp.zeros(1000)}
+    assert checkpoints.latest == whole
+    warnings = [record.getMessage() for record in caplog.records if "Training resumes" in record.getMessage()]
+    if steps == (2,):
+        assert not warnings
+    else:
+        assert len(warnings) == 1 and all(f"the checkpoint of step {step} is damaged" in warnings[0] for step in steps)
+        resumes = f"at the whole checkpoint of step {whole}" if whole else "from the beginning"
+        assert f"Training resumes {resumes}" in warnings[0]
+    if whole:
+        np.testing.assert_array_equal(checkpoints.restore(like)["x"], jnp.arange(1000.0) + whole)
+    next_step = (whole or 0) + 1
+    assert checkpoints.save(next_step, {"x": jnp.full(1000, 7.0)})
+    checkpoints.close()
+    again = Checkpoints(folder, seed=0, every=1, keep=3)
+    assert again.latest == next_step and again.restore(like)["x"][0] == 7
+    again.close()
+
+
+def test_an_error_while_a_checkpoint_is_completed_is_raised(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(orbax_checkpoints, "_write_list", full)
+    checkpoints = Checkpoints(tmp_path, seed=0, every=1)
+    checkpoints.save(1, {"x": jnp.ones(3)})
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.wait()
+    checkpoints.close()
 
 
 def start(folder):

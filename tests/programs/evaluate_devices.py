@@ -25,6 +25,9 @@ class Characters:
     def image(self, data):
         return np.random.default_rng(data[0]).normal(size=(16, 16, 3)).astype(np.float32)
 
+    def named_images(self, images, names):
+        return lambda i: self.image(images[i])
+
     def encode_each(self, question, answers, images=(), turns=()):
         tokens = [random_llava.CONFIG.image_token_id] * 4 * len(images)
         said = "".join(f"{asked}:{answer}." for asked, answer, _ in turns)

@@ -413,6 +413,24 @@ def test_a_run_resumed_after_sigterm_is_bit_identical(toy, tmp_path, monkeypatch
     assert logged(tmp_path) == logged(folder)
 
 
+@pytest.mark.parametrize("damaged", [1, 2], ids=["the newest checkpoint", "all checkpoints"])
+def test_a_run_resumed_without_a_damaged_checkpoint_is_bit_identical(
+    toy, tmp_path, monkeypatch, uninterrupted, damaged
+):
+    folder, params, state, like = uninterrupted
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Stopped):
+            fit(toy, tmp_path)
+    assert saved_steps(tmp_path) == [4, 5]
+    for step in saved_steps(tmp_path)[-damaged:]:
+        for path in (tmp_path / "checkpoints" / str(step) / "state" / "d").iterdir():
+            path.write_bytes(path.read_bytes()[:-1])
+    assert_same_bits(fit(toy, tmp_path), params)
+    assert_same_bits(restored(tmp_path, like), state)
+    assert logged(tmp_path) == logged(folder)
+
+
 @pytest.mark.parametrize("calls", [1, 2, 3, 4, 5])
 def test_the_step_that_stopped_names_is_saved_whenever_the_signal_arrives(toy, tmp_path, monkeypatch, calls):
     class Late(threading.Event):

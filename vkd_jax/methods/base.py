@@ -239,16 +239,6 @@ def npo_of_logits(logits: jax.Array, batch: Batch, beta: float) -> jax.Array:
     return losses.npo(log_prob, batch.cached["reference"], beta)
 
 
-def ascent_loss(weight: float, cap: float) -> LossFn:
-    """Returns the loss mean(-weight * min(CE, cap)), with the bound applied to each row: ascent on the forget set."""
-
-    def loss(model, batch):
-        ce = cross_entropy(model, batch)
-        return weight * jnp.mean(losses.bounded_ascent(ce, cap)), mean_metrics(forget_ce=ce)
-
-    return loss
-
-
 def descent_loss(name: str, weight: float) -> LossFn:
     """Returns the loss mean(weight * CE), which is logged as the metric `{name}_ce`."""
 

@@ -2,8 +2,7 @@
 
     L = -min(CE(forget), cap)
 
-The original has no bound, which is cap = inf. Cross-entropy has no maximum, and unbounded ascent destroys the whole
-model, so every method of this package that ascends stops at `cap` nats per token, row by row.
+Every method of this package that ascends has this bound, row by row; see `methods.ascent`.
 
 Published for LLaVA-1.5-7B (MLLMU-Bench, arXiv 2410.22108): learning rate 1e-5 to 3e-5, batches of 4, one epoch.
 
@@ -13,19 +12,14 @@ Reference: Jang et al., "Knowledge Unlearning for Mitigating Privacy Risks in La
 import dataclasses
 from collections.abc import Mapping
 
-from vkd_jax.config.fields import setting
 from vkd_jax.methods import base
-from vkd_jax.methods.scope import Unlearning
+from vkd_jax.methods.ascent import Ascent
 
 
 @dataclasses.dataclass(frozen=True)
-class GradAscent(Unlearning):
+class GradAscent(Ascent):
     """Bounded gradient ascent on the forget set alone."""
-
-    cap: float = setting(
-        6.0, "Cross-entropy at which ascent stops, in nats per token; inf for no bound.", above=0, infinity=True
-    )
 
     def image_losses(self) -> Mapping[str, base.LossFn]:
         """Returns ascent on the forget set."""
-        return {"forget": base.ascent_loss(1.0, self.cap)}
+        return {"forget": self.ascent_loss(1.0)}

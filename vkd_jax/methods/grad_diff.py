@@ -13,22 +13,19 @@ from collections.abc import Mapping
 
 from vkd_jax.config.fields import setting
 from vkd_jax.methods import base
-from vkd_jax.methods.scope import Unlearning
+from vkd_jax.methods.ascent import Ascent
 
 
 @dataclasses.dataclass(frozen=True)
-class GradDiff(Unlearning):
+class GradDiff(Ascent):
     """Bounded gradient ascent on the forget set, descent on the retain set."""
 
     weight_forget: float = setting(1.0, "Weight of the loss on the forget set.", minimum=0)
     weight_retain: float = setting(1.0, "Weight of the loss on the retain set.", minimum=0)
-    cap: float = setting(
-        6.0, "Cross-entropy at which ascent stops, in nats per token; inf for no bound.", above=0, infinity=True
-    )
 
     def image_losses(self) -> Mapping[str, base.LossFn]:
         """Returns ascent on the forget set and descent on the retain set."""
         return {
-            "forget": base.ascent_loss(self.weight_forget, self.cap),
+            "forget": self.ascent_loss(self.weight_forget),
             "retain": base.descent_loss("retain", self.weight_retain),
         }

@@ -19,19 +19,16 @@ import jax.numpy as jnp
 
 from vkd_jax.config.fields import setting
 from vkd_jax.methods import base, losses
-from vkd_jax.methods.scope import Unlearning
+from vkd_jax.methods.ascent import Ascent
 
 
 @dataclasses.dataclass(frozen=True)
-class KL(Unlearning):
+class KL(Ascent):
     """Bounded ascent on the forget set; descent and KL from the vanilla model on the retain set."""
 
     weight_forget: float = setting(1.0, "Weight of the loss on the forget set.", minimum=0)
     weight_retain: float = setting(1.0, "Weight of the loss on the retain set.", minimum=0)
     weight_kl: float = setting(1.0, "Weight of the divergence from the vanilla model on the retain set.", minimum=0)
-    cap: float = setting(
-        6.0, "Cross-entropy at which ascent stops, in nats per token; inf for no bound.", above=0, infinity=True
-    )
 
     def teachers(self) -> Mapping[str, base.TeacherFn]:
         """Also returns the vanilla model's logits on the retain batch."""
@@ -41,7 +38,7 @@ class KL(Unlearning):
     def image_losses(self) -> Mapping[str, base.LossFn]:
         """Returns ascent on the forget set, and descent with the KL term on the retain set."""
         retain = self._retain_loss if self.weight_kl else base.descent_loss("retain", self.weight_retain)
-        return {"forget": base.ascent_loss(self.weight_forget, self.cap), "retain": retain}
+        return {"forget": self.ascent_loss(self.weight_forget), "retain": retain}
 
     def _retain_loss(self, model, batch):
         """Computes weight_retain * CE + weight_kl * KL."""

@@ -25,22 +25,19 @@ from typing import ClassVar
 
 from vkd_jax.config.fields import setting
 from vkd_jax.methods import base, saliency
-from vkd_jax.methods.scope import Unlearning
+from vkd_jax.methods.ascent import Ascent
 from vkd_jax.types import Params
 
 TEXT_SETS = ("forget_text", "retain_text")
 
 
 @dataclasses.dataclass(frozen=True)
-class MMUnlearner(Unlearning):
+class MMUnlearner(Ascent):
     """Gradient difference with ascent restricted to weights that matter more for the forget set."""
 
     mask_scope: ClassVar[str] = "forget"
     weight_forget: float = setting(1.0, "Weight of the loss on the forget set.", minimum=0)
     weight_retain: float = setting(1.0, "Weight of the loss on the retain set.", minimum=0)
-    cap: float = setting(
-        6.0, "Cross-entropy at which ascent stops, in nats per token; inf for no bound.", above=0, infinity=True
-    )
     mask_threshold: float = setting(1.0, "Smallest ratio F_forget / F_preserve of a selected weight.", above=0)
     mask_eps: float = setting(1e-15, "Constant that is added to F_preserve before the division.", above=0)
     fisher_samples: int = setting(128, "Largest number of examples per set for the Fisher information.", minimum=1)
@@ -49,13 +46,13 @@ class MMUnlearner(Unlearning):
     )
 
     def prepare(self, context: base.Context) -> base.Prepared:
-        """Computes the mask of the ascent."""
-        return base.Prepared(sets=context.sets, mask=self._mask(context))
+        """Also computes the mask of the ascent."""
+        return dataclasses.replace(super().prepare(context), mask=self._mask(context))
 
     def image_losses(self) -> Mapping[str, base.LossFn]:
         """Returns ascent on the forget set, whose gradient the loop masks, and descent on the retain set."""
         return {
-            "forget": base.ascent_loss(self.weight_forget, self.cap),
+            "forget": self.ascent_loss(self.weight_forget),
             "retain": base.descent_loss("retain", self.weight_retain),
         }
 

@@ -26,7 +26,8 @@ from vkd_jax.data import augment
 from vkd_jax.data.batching import rng
 from vkd_jax.data.encoding import Batch
 from vkd_jax.methods import base, feature_targets, losses, saliency
-from vkd_jax.methods.scope import TRAIN_SCOPES, Unlearning, frozen_blocks
+from vkd_jax.methods.ascent import BOUND_SPEC, Ascent
+from vkd_jax.methods.scope import TRAIN_SCOPES, frozen_blocks
 from vkd_jax.models import lora
 from vkd_jax.models.base import VisualTokens
 from vkd_jax.types import Params
@@ -38,7 +39,7 @@ MASK_SCOPES = ("forget", "both", "none")
 
 
 @dataclasses.dataclass(frozen=True)
-class VKD(Unlearning):
+class VKD(Ascent):
     """Visual knowledge distillation with masked updates; a weight of 0 removes its term."""
 
     train: str = setting("visual", "A7: weights that train; see `Scope`.", choices=TRAIN_SCOPES)
@@ -108,6 +109,7 @@ class VKD(Unlearning):
             name: augment.augment_set(context.sets[name], copies, rng(context.seed, f"vkd/augment/{name}"))
             for name, copies in (("forget", self.augment_forget), ("retain", self.augment_retain))
         }
+        bounds = self.bounds(context) if self.forget == "ga" else {}
         context = dataclasses.replace(context, sets={**context.sets, **augmented})
         forget, retain = context.sets["forget"], context.sets["retain"]
         vanilla_retain = feature_targets.record_taps(context.graphdef, context.params, retain.images, self.taps)
@@ -126,12 +128,14 @@ class VKD(Unlearning):
         cached = _cached(self._targets(context, vanilla_retain), scales)
         if "reference" in specs["forget"].per_example:
             cached["reference"] = base.reference_log_probs(context, forget)
+        # Augmented copies follow the originals, one whole set after another.
+        cached |= {name: np.tile(values, self.augment_forget + 1) for name, values in bounds.items()}
         forget = base.with_cache(forget, specs["forget"], cached)
         mask = None if self.mask_scope == "none" else self._mask(context)
         return base.Prepared(sets={**context.sets, "forget": forget, "retain": retain}, mask=mask)
 
     def cache_spec(self, stream, taps, model_config) -> base.CacheSpec:
-        """Describes the target and scale of each tap, and the reference log-probability of NPO."""
+        """Describes the target and scale of each tap, and what the loss of the output reads for each row."""
         del model_config
         if stream not in ("forget", "retain"):
             return base.CacheSpec()
@@ -142,7 +146,12 @@ class VKD(Unlearning):
                 dtype = jnp.float32 if is_forget and self.target == "anchor" else values.dtype
                 per_image[f"target/{tap}"] = jax.ShapeDtypeStruct(values.shape[1:], dtype)
                 per_image[f"scale/{tap}"] = jax.ShapeDtypeStruct((), jnp.float32)
-        return base.CacheSpec(per_image, base.REFERENCE_SPEC if is_forget and self.forget == "npo" else {})
+        per_example = {}
+        if is_forget and self.forget == "npo":
+            per_example = base.REFERENCE_SPEC
+        if is_forget and self.forget == "ga" and self.bound == "others":
+            per_example = BOUND_SPEC
+        return base.CacheSpec(per_image, per_example)
 
     def image_losses(self) -> Mapping[str, base.LossFn]:
         """Returns L_f and L_r, whose gradients are separate so that the mask can cover one of them."""
@@ -160,7 +169,7 @@ class VKD(Unlearning):
         if self.forget == "npo":
             output = base.npo_of_logits(logits, batch, self.beta)
         else:
-            output = losses.bounded_ascent(ce, self.cap)
+            output = self.ascent(ce, batch)
         loss = jnp.mean(self.weight_forget_ce * output + loss)
         return loss, base.mean_metrics(forget_ce=ce, forget_output=output, forget_distance=distance)
 

@@ -1,0 +1,79 @@
+"""Ascent on the forget set: its bounds by hand, and the methods that have them."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vkd_jax import methods
+from vkd_jax.methods import base, losses
+from vkd_jax.methods.ascent import Ascent
+from vkd_jax.methods.grad_diff import GradDiff
+from vkd_jax.methods.vkd import VKD
+from vkd_jax.models.base import bind
+from vkd_jax.types import UserError
+
+ASCENDING = ("grad_ascent", "grad_diff", "kl", "mmunlearner", "vkd")
+FISHER = dict(fisher_samples=4, fisher_chunk=4)
+
+
+@pytest.fixture(scope="module")
+def context(tiny_model, tiny_sets):
+    sets = {"forget": tiny_model.encode(tiny_sets["forget"].examples[:3]), "retain": tiny_sets["retain"]}
+    return base.Context(
+        tiny_model.graphdef, tiny_model.params, None, tiny_model.config, sets, seed=0, encode=tiny_model.encode
+    )
+
+
+@pytest.mark.parametrize("name", ASCENDING)
+def test_every_ascending_method_caches_the_bounds_that_it_declares(context, name):
+    method = methods.create(name, dict(bound="others", bound_people=2, **(FISHER if "mm" in name else {})))
+    assert isinstance(method, Ascent)
+    if name == "vkd":
+        method = dataclasses.replace(method, augment_forget=2, mask_scope="none")
+    forget = method.prepare(context).sets["forget"]
+    bounds = forget.per_example["bound"]
+    assert bounds.shape == (len(forget),) and bounds.dtype == np.float32
+    spec = method.cache_spec("forget", base.tap_shapes(context, forget), context.model_config)
+    assert spec.per_example.keys() == {"bound"}
+    assert (
+        "bound" not in method.cache_spec("retain", base.tap_shapes(context, forget), context.model_config).per_example
+    )
+    # The bounds of augmented copies are those of the originals.
+    np.testing.assert_array_equal(bounds, np.tile(bounds[:3], len(forget) // 3))
+
+
+def test_the_bound_is_the_cross_entropy_of_the_answer_among_other_people(context):
+    """With all images of the retain set, no draw is left to chance."""
+    retain = list({e.image_id: e for e in context.sets["retain"].examples}.values())
+    method = GradDiff(bound="others", bound_people=1000, cap=float("inf"))
+    bounds = method.bounds(context)["bound"]
+    for i, example in enumerate(context.sets["forget"].examples):
+        rows = context.encode([dataclasses.replace(example, image=e.image, image_id=e.image_id) for e in retain])
+        batch = rows.batch(np.arange(len(rows)))
+        logits, _ = base.answer_logits(bind(context.graphdef, context.params), batch)
+        p = np.exp(np.asarray(losses.sequence_log_prob(logits, batch.targets, batch.target_mask), np.float64))
+        np.testing.assert_allclose(bounds[i], -np.log(p.mean()) / batch.target_mask[0].sum(), rtol=1e-4)
+    assert np.all(dataclasses.replace(method, cap=1e-3).bounds(context)["bound"] == np.float32(1e-3))
+
+
+def test_the_loss_has_its_minimum_at_the_bound(context):
+    batch = dataclasses.replace(
+        context.sets["forget"].batch(np.arange(3)), cached={"bound": jnp.array([1.0, 2.0, 3.0])}
+    )
+    ce = jnp.array([0.5, 2.0, 5.0])
+    np.testing.assert_allclose(GradDiff(bound="others").ascent(ce, batch), [0.5, 0.0, 2.0])
+    np.testing.assert_allclose(GradDiff(cap=4.0).ascent(ce, batch), [-0.5, -2.0, -4.0])
+
+
+def test_a_forget_loss_that_does_not_ascend_computes_no_bounds(context):
+    method = VKD(forget="npo", bound="others", augment_forget=0, mask_scope="none")
+    assert method.prepare(context).sets["forget"].per_example.keys() == {"reference"}
+
+
+def test_invalid_bounds_are_refused():
+    with pytest.raises(UserError, match=r"method\.bound: 'median' is not allowed\. Give one of cap, others"):
+        GradDiff(bound="median")
+    with pytest.raises(UserError, match=r"method\.bound_people: 0 is not allowed"):
+        GradDiff(bound_people=0)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from vkd_jax import methods
-from vkd_jax.methods import base, losses
-from vkd_jax.methods.ascent import Ascent
+from vkd_jax.methods import base, feature_targets, losses
+from vkd_jax.methods.ascent import BOUNDS, Ascent
 from vkd_jax.methods.grad_diff import GradDiff
 from vkd_jax.methods.vkd import VKD
 from vkd_jax.models.base import bind
@@ -26,9 +26,9 @@ def context(tiny_model, tiny_sets):
     )
 
 
-@pytest.mark.parametrize("name", ASCENDING)
-def test_every_ascending_method_caches_the_bounds_that_it_declares(context, name):
-    method = methods.create(name, dict(bound="others", bound_people=2, **(FISHER if "mm" in name else {})))
+@pytest.mark.parametrize(("name", "bound"), list(zip(ASCENDING, BOUNDS[1:] * 3, strict=False)))
+def test_every_ascending_method_caches_the_bounds_that_it_declares(context, name, bound):
+    method = methods.create(name, dict(bound=bound, bound_images=2, **(FISHER if "mm" in name else {})))
     assert isinstance(method, Ascent)
     if name == "vkd":
         method = dataclasses.replace(method, augment_forget=2, mask_scope="none")
@@ -47,7 +47,7 @@ def test_every_ascending_method_caches_the_bounds_that_it_declares(context, name
 def test_the_bound_is_the_cross_entropy_of_the_answer_among_other_people(context):
     """With all images of the retain set, no draw is left to chance."""
     retain = list({e.image_id: e for e in context.sets["retain"].examples}.values())
-    method = GradDiff(bound="others", bound_people=1000, cap=float("inf"))
+    method = GradDiff(bound="others", bound_images=1000, cap=float("inf"))
     bounds = method.bounds(context)["bound"]
     for i, example in enumerate(context.sets["forget"].examples):
         rows = context.encode([dataclasses.replace(example, image=e.image, image_id=e.image_id) for e in retain])
@@ -56,6 +56,43 @@ def test_the_bound_is_the_cross_entropy_of_the_answer_among_other_people(context
         p = np.exp(np.asarray(losses.sequence_log_prob(logits, batch.targets, batch.target_mask), np.float64))
         np.testing.assert_allclose(bounds[i], -np.log(p.mean()) / batch.target_mask[0].sum(), rtol=1e-4)
     assert np.all(dataclasses.replace(method, cap=1e-3).bounds(context)["bound"] == np.float32(1e-3))
+
+
+@pytest.fixture(scope="module")
+def disguised(context):
+    """The context with a forget set of two people, each with the image of a person of the retain set."""
+    retain = {e.person: e for e in context.sets["retain"].examples}
+    doubles = dict(zip(("Ada", "Bo"), sorted(retain)[:2], strict=True))
+    examples = [
+        dataclasses.replace(retain[other], person=person, image_id=f"{person}'s image")
+        for person, other in doubles.items()
+    ]
+    sets = {**context.sets, "forget": context.encode(examples)}
+    return dataclasses.replace(context, sets=sets), doubles
+
+
+def test_the_look_alike_of_a_person_is_who_has_the_same_image(disguised):
+    assert feature_targets.look_alikes(disguised[0]) == disguised[1]
+
+
+def test_with_the_look_alike_answers_and_features_become_those_of_the_look_alike(disguised):
+    """The question about a double has the cross-entropy of the same question about the look-alike."""
+    context, doubles = disguised
+    method = VKD(bound="look_alike", target="look_alike", augment_forget=1, augment_retain=0, mask_scope="none")
+    forget = method.prepare(context).sets["forget"]
+    batch = context.sets["forget"].batch(np.arange(2))
+    same = base.cross_entropy(bind(context.graphdef, context.params), batch)
+    np.testing.assert_allclose(forget.per_example["bound"], np.minimum(np.tile(same, 2), method.cap), rtol=1e-4)
+    taps = feature_targets.record_taps(context.graphdef, context.params, context.sets["retain"].images, ["projector"])[
+        "projector"
+    ].values
+    people = {
+        row: e.person for e, row in zip(context.sets["retain"].examples, context.sets["retain"].image_rows, strict=True)
+    }
+    for example, row in zip(forget.examples, forget.image_rows, strict=True):
+        target = forget.per_image["target/projector"][row]
+        matches = [people[i] for i, features in enumerate(taps) if np.array_equal(features, target)]
+        assert matches == [doubles[example.person]]
 
 
 def test_the_loss_has_its_minimum_at_the_bound(context):
@@ -73,7 +110,9 @@ def test_a_forget_loss_that_does_not_ascend_computes_no_bounds(context):
 
 
 def test_invalid_bounds_are_refused():
-    with pytest.raises(UserError, match=r"method\.bound: 'median' is not allowed\. Give one of cap, others"):
+    with pytest.raises(
+        UserError, match=r"method\.bound: 'median' is not allowed\. Give one of cap, others, look_alike"
+    ):
         GradDiff(bound="median")
-    with pytest.raises(UserError, match=r"method\.bound_people: 0 is not allowed"):
-        GradDiff(bound_people=0)
+    with pytest.raises(UserError, match=r"method\.bound_images: 0 is not allowed"):
+        GradDiff(bound_images=0)

@@ -2,6 +2,7 @@
 
     base                the `Method` contract, and the loss functions and cached arrays that several methods share
     scope               the fields that methods share, the weights that train, and defaults for the contract
+    ascent              ascent on the forget set and its bounds
     worst_case          worst-case forgetting, an option of every method that trains on a forget set
     text_stream         text-only questions as a further stream, another such option
     losses              pure loss functions

@@ -1,16 +1,16 @@
 """Ascent on the forget set, and where it stops.
 
     bound=cap      L = -min(CE, cap)        the ascent has a gradient of zero beyond `cap` nats per token
-    bound=others   L = |CE - b_i|           each row ends where a model that does not know the person would be
+    bound=others      L = |CE - b_i|        each row ends where a model that does not know the person would be
+    bound=look_alike
 
-With bound=others, b_i is what the vanilla model gives to the answer of row i for people it does know, but of whom it is
-not the answer: with p_ij its probability if it is shown the image of another person j of the retain set,
+b_i is the cross-entropy that the vanilla model gives to the answer of row i if it is shown other images x_ij,
 
-    b_i = min(-log mean_j p_ij / tokens_i, cap)
+    b_i = min(-log mean_j p(answer_i | question_i, x_ij) / tokens_i, cap),
 
-This is the cross-entropy of the answer among the people whom the model keeps. Without such a target, ascent ends in an
-avoidance of the correct answer, which gives away that the person was forgotten: a model that never met somebody guesses
-the answer now and then.
+those of random people of the retain set (others), or of the one who looks most alike (look_alike, see
+`feature_targets.look_alikes`). Without such a target, ascent ends in an avoidance of the correct answer, which gives
+away that the person was forgotten: a model that never met a person guesses the answer now and then.
 
 The original methods have no bound (cap = inf). Cross-entropy has no maximum, and unbounded ascent destroys the model.
 """
@@ -26,10 +26,10 @@ import scipy.special
 from vkd_jax.config.fields import setting
 from vkd_jax.data.batching import rng
 from vkd_jax.data.encoding import Batch
-from vkd_jax.methods import base, losses
+from vkd_jax.methods import base, feature_targets, losses
 from vkd_jax.methods.scope import Unlearning
 
-BOUNDS = ("cap", "others")
+BOUNDS = ("cap", "others", "look_alike")
 BOUND_SPEC = {"bound": jax.ShapeDtypeStruct((), jnp.float32)}
 
 
@@ -41,9 +41,12 @@ class Ascent(Unlearning):
         6.0, "Cross-entropy at which ascent stops, in nats per token; inf for no bound.", above=0, infinity=True
     )
     bound: str = setting(
-        "cap", "Where ascent stops: at 'cap', or at the cross-entropy of the answer among 'others'.", choices=BOUNDS
+        "cap",
+        "Where ascent stops: at 'cap', or at the cross-entropy of the answer if the model is shown 'others', or the "
+        "'look_alike' of the person.",
+        choices=BOUNDS,
     )
-    bound_people: int = setting(16, "With bound=others, number of images of other people per question.", minimum=1)
+    bound_images: int = setting(16, "Largest number of such images per question.", minimum=1)
 
     def ascent(self, ce: jax.Array, batch: Batch) -> jax.Array:
         """Computes the loss of each row from its cross-entropy: [b]."""
@@ -69,7 +72,7 @@ class Ascent(Unlearning):
     def cache_spec(self, stream, taps, model_config) -> base.CacheSpec:
         """Describes the bound of each row of the forget set."""
         del taps, model_config
-        return base.CacheSpec(per_example=BOUND_SPEC if stream == "forget" and self.bound == "others" else {})
+        return base.CacheSpec(per_example=BOUND_SPEC if stream == "forget" and self.bound != "cap" else {})
 
     def bounds(self, context: base.Context) -> Mapping[str, np.ndarray]:
         """Computes the cached bounds b_i of the forget set, {} if all are `cap`."""
@@ -77,15 +80,23 @@ class Ascent(Unlearning):
             return {}
         forget = context.sets["forget"].examples
         images = list({e.image_id: e for e in context.sets["retain"].examples}.values())
-        draw, people = rng(context.seed, "ascent/others"), min(self.bound_people, len(images))
-        shown = [images[i] for _ in forget for i in draw.choice(len(images), people, replace=False)]
-        asked = [e for e in forget for _ in range(people)]
-        rows = [
-            dataclasses.replace(e, image=other.image, image_id=other.image_id)
-            for e, other in zip(asked, shown, strict=True)
-        ]
+        candidates = {feature_targets.person_of(e): images for e in forget}
+        if self.bound == "look_alike":
+            look_alikes = feature_targets.look_alikes(context)
+            candidates = {
+                person: [e for e in images if feature_targets.person_of(e) == other]
+                for person, other in look_alikes.items()
+            }
+        draw, rows, owners = rng(context.seed, "ascent/bounds"), [], []
+        for i, example in enumerate(forget):
+            others = candidates[feature_targets.person_of(example)]
+            for j in draw.permutation(len(others))[: self.bound_images]:
+                rows.append(dataclasses.replace(example, image=others[j].image, image_id=others[j].image_id))
+                owners.append(i)
         encoded = context.encode(rows)
-        log_probs = base.reference_log_probs(context, encoded).reshape(-1, people)
-        tokens = encoded.target_mask.sum(-1).reshape(-1, people)[:, 0]
-        log_mean = scipy.special.logsumexp(log_probs, axis=1) - np.log(people)
-        return {"bound": np.minimum(-log_mean / tokens, self.cap).astype(np.float32)}
+        log_probs, owners = base.reference_log_probs(context, encoded), np.array(owners)
+        bounds = [
+            -(scipy.special.logsumexp(log_probs[owners == i]) - np.log(np.sum(owners == i))) / tokens
+            for i, tokens in enumerate(context.sets["forget"].target_mask.sum(-1))
+        ]
+        return {"bound": np.minimum(bounds, self.cap).astype(np.float32)}

@@ -11,7 +11,7 @@ from vkd_jax.data.batching import in_batches
 from vkd_jax.data.images import PackedImages
 from vkd_jax.methods.base import Context
 from vkd_jax.models.base import VisualTokens, bind
-from vkd_jax.types import Params
+from vkd_jax.types import Example, Params
 
 
 def record_taps(
@@ -53,6 +53,36 @@ def tap_coords(
         return {name: taps[name].coords for name in names}
 
     return in_batches(lambda batch: coords(context.params, batch), images, batch_size)
+
+
+def look_alikes(context: Context, tap: str = "features") -> dict[str, str]:
+    """Finds, for each person of the forget set, the most similar person of the retain set.
+
+    Similarity is that of the vanilla model's features. An image is the mean of its tokens at `tap`, a person the mean
+    of their images, from which the mean of all people of the retain set is subtracted. The look-alike has the largest
+    cosine similarity. An image of no named person counts as a person.
+
+    Returns:
+        {person of the forget set: person of the retain set}
+    """
+    people, means = {}, {}
+    for name in ("forget", "retain"):
+        encoded = context.sets[name]
+        tokens = record_taps(context.graphdef, context.params, encoded.images, [tap])[tap]
+        values = np.mean(tokens.values, axis=1, where=tokens.valid[..., None], dtype=np.float32)
+        rows: dict[str, set[int]] = {}
+        for example, row in zip(encoded.examples, encoded.image_rows, strict=True):
+            rows.setdefault(person_of(example), set()).add(row)
+        people[name] = list(rows)
+        means[name] = np.stack([values[sorted(images)].mean(0) for images in rows.values()])
+    center = means["retain"].mean(0)
+    similarity = 1 - spatial.distance.cdist(means["forget"] - center, means["retain"] - center, "cosine")
+    return {person: people["retain"][i] for person, i in zip(people["forget"], similarity.argmax(1), strict=True)}
+
+
+def person_of(example: Example) -> str:
+    """The person of a question or, without one, its image."""
+    return example.person or example.image_id
 
 
 def mean_squares(taps: Mapping[str, VisualTokens]) -> dict[str, np.ndarray]:

@@ -33,7 +33,7 @@ from vkd_jax.models.base import VisualTokens
 from vkd_jax.types import Params
 
 FORGET = ("npo", "ga", "none")
-TARGETS = ("swap", "anchor", "base", "repel", "none")
+TARGETS = ("swap", "look_alike", "anchor", "base", "repel", "none")
 TEACHERS = ("vanilla", "base")
 MASK_SCOPES = ("forget", "both", "none")
 
@@ -149,7 +149,7 @@ class VKD(Ascent):
         per_example = {}
         if is_forget and self.forget == "npo":
             per_example = base.REFERENCE_SPEC
-        if is_forget and self.forget == "ga" and self.bound == "others":
+        if is_forget and self.forget == "ga" and self.bound != "cap":
             per_example = BOUND_SPEC
         return base.CacheSpec(per_image, per_example)
 
@@ -209,9 +209,23 @@ class VKD(Ascent):
         coords = feature_targets.tap_coords(context, images, self.taps)
         if self.target == "anchor":
             return {tap: feature_targets.mean_features(retain[tap], coords[tap]) for tap in self.taps}
-        retain_count = len(context.sets["retain"].images)
-        rows = rng(context.seed, "vkd/swap").integers(retain_count, size=len(images))
+        if self.target == "look_alike":
+            rows = self._look_alike_rows(context)
+        else:
+            rows = rng(context.seed, "vkd/swap").integers(len(context.sets["retain"].images), size=len(images))
         return {tap: feature_targets.resample_features(retain[tap], rows, coords[tap]) for tap in self.taps}
+
+    def _look_alike_rows(self, context: base.Context) -> np.ndarray:
+        """Draws, for each of the m forget images, an image of the person's look-alike: int [m]."""
+        forget, retain = context.sets["forget"], context.sets["retain"]
+        look_alikes, draw = feature_targets.look_alikes(context), rng(context.seed, "vkd/look_alike")
+        images: dict[str, list[int]] = {}
+        for example, row in zip(retain.examples, retain.image_rows, strict=True):
+            images.setdefault(feature_targets.person_of(example), []).append(row)
+        rows = np.zeros(len(forget.images), int)
+        for example, row in zip(forget.examples, forget.image_rows, strict=True):
+            rows[row] = draw.choice(images[look_alikes[feature_targets.person_of(example)]])
+        return rows
 
     def _mask(self, context: base.Context) -> Params:
         """Computes the saliency mask over the trainable weights; adapters, which B = 0 makes look unused, all train."""

@@ -3,6 +3,7 @@
 python -m vkd_jax.main --config configs/tiny.py --workdir /tmp/vkd-tiny
 python -m vkd_jax.main --config configs/tiny.py:help                           all arguments and fields
 python -m vkd_jax.main --config configs/tiny.py:stage=all --workdir DIR        fine-tuning included
+python -m vkd_jax.main --config configs/tiny.py:robust,attacks --workdir DIR   knowledge that does not come back
 python -m vkd_jax.compare --config configs/tiny.py:runs=compare --workdir DIR  every method, tuned alike, three seeds
 
 The shipped tiny_llava, tiny_retain_only and tiny_base were created by stage=finetune, retain_only and base.
@@ -29,6 +30,11 @@ SETTINGS = {
     "mmunlearner": "train.steps=100 train.learning_rate=1e-4 method.weight_retain=1.0",
     "manu": "method.share=0.1",
 }
+
+
+# Settings of setting=robust beside `defaults.make_robust`.
+ROBUST = "train.steps=300 train.learning_rate=3e-4"
+ROBUST_VISUAL = "train.steps=300 train.learning_rate=2e-3 method.worst_case.radius=3e-3 method.worst_case.steps=3"
 
 
 def _rates_and(setting: str, *values: float, rates: tuple[float, float] = (1e-4, 3e-4)) -> list[str]:
@@ -91,6 +97,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         [
             defaults.method_argument(),
             defaults.WEIGHTS,
+            defaults.SETTING,
             defaults.benchmark_argument("mllmu", "clear"),
             defaults.forget_argument("mllmu", "clear"),
             dataclasses.replace(defaults.STAGE, values=stages),
@@ -103,6 +110,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data = defaults.benchmark_of(given)
     config.method = defaults.method_of(given)
     schema.override(config, SETTINGS[given["method"]])
+    if given["setting"] == "robust":
+        defaults.make_robust(config, given["train"], default="all")
+        schema.override(config, ROBUST_VISUAL if config.method.train == "visual" else ROBUST)
     config.attacks.names = "all" if given["runs"] == "compare" or given["attacks"] == "all" else ""
     config.finetune.method = defaults.method("finetune", train="all")
     config.finetune.train.update(

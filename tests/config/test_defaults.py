@@ -43,6 +43,29 @@ def test_trained_weights_attacks_and_comparisons_are_arguments(get_config):
     )
 
 
+@pytest.mark.parametrize(
+    ("file", "words", "train", "text", "target"),
+    [
+        ("tiny.py", "robust", "all", 4.0, "look_alike"),
+        ("tiny.py", "robust,visual", "visual", 0.0, "look_alike"),
+        ("llava.py", "robust,onechip", "visual+lora", 4.0, "look_alike"),
+        ("llava.py", "robust,npo,lora", "lora", 4.0, None),
+        ("llava.py", "", "visual", 0.0, "swap"),
+    ],
+)
+def test_the_robust_setting_adds_the_options_against_relearning(get_config, file, words, train, text, target):
+    method = get_config(file, words).method
+    assert (method.train, method.text.weight, method.get("target")) == (train, text, target)
+    assert bool(method.worst_case.radius) == ("robust" in words)
+    if "bound" in method:
+        assert method.bound == ("look_alike" if "robust" in words else "cap")
+
+
+def test_the_robust_setting_is_refused_for_a_method_that_trains_nothing(get_config):
+    with pytest.raises(UserError, match=r"setting=robust: method=manu trains nothing"):
+        get_config("tiny.py", "robust,manu")
+
+
 @pytest.mark.parametrize("family", PUBLISHED)
 @pytest.mark.parametrize("words", ["", "clear,all", "npo,lora,all", "mmunlearner"])
 def test_onechip_quantizes_and_uses_one_device(get_config, family, words):

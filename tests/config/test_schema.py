@@ -21,13 +21,13 @@ FAMILIES = {"llava.py": "13b", "qwen2_vl.py": "7b", "qwen2_5_vl.py": "7b"}
 ARGUMENTS = [
     *(f"method={name}" for name in registry.METHODS if name != "finetune"),
     *(f"stage={name}" for name in STAGES),
-    *(f"train={name}" for name in ("visual", "lora", "all")),
+    *(f"train={name}" for name in ("visual", "lora", "visual+lora", "all")),
     *(f"benchmark={name}" for name in registry.BENCHMARKS),
-    *("forget=5", "attacks", "onechip", "compare", "onechip,compare,attacks"),
+    *("forget=5", "attacks", "onechip", "compare", "onechip,compare,attacks", "robust,onechip"),
 ]
 CONFIGS = [(file, words) for file, size in FAMILIES.items() for words in ["", size, *ARGUMENTS]] + [
     ("tiny.py", words)
-    for words in ["", "base", "clear,all", "compare", "ablations", "attacks", "forget=15"]
+    for words in ["", "base", "clear,all", "compare", "ablations", "attacks", "forget=15", "robust", "robust,grad_diff"]
     + [f"{name},{train}" for name, train in itertools.product(("npo", "vkd"), ("visual", "lora", "train=all"))]
 ]
 

@@ -28,6 +28,15 @@ WEIGHTS = Argument(
     default="default",
     needs_key=frozenset(["all", "default"]),
 )
+SETTING = Argument(
+    "setting",
+    "Settings of the method.",
+    {
+        "published": "as published",
+        "robust": "against relearning: worst-case forgetting, a text stream, and forgetting toward a look-alike",
+    },
+    default="published",
+)
 STAGE = Argument("stage", "Stages of the run.", {name: stage.help for name, stage in STAGES.items()}, "unlearn")
 ATTACKS = Argument(
     "attacks",
@@ -37,6 +46,10 @@ ATTACKS = Argument(
     needs_key=frozenset(["all", "none"]),
     bare_key="all",
 )
+# Settings of the argument setting=robust: of every method that trains, of those that ascend, and of VKD.
+ROBUST = "method.text.weight=4.0 method.worst_case.radius=1e-3 method.worst_case.steps=2"
+ROBUST_ASCENT = "method.bound=look_alike"
+ROBUST_VKD = "method.target=look_alike method.weight_retain_distill=16.0"
 # Settings of the argument chips=onechip: a language model in int4, and small batches.
 ONE_CHIP = (
     "mesh.fsdp=1 model.quantize=int4:64 model.remat=full eval.batch_size=4 "
@@ -139,6 +152,8 @@ def published(
     config.eval.update(protocol="letter", batch_size=16, max_items=0, max_new_tokens=50)
     config.train.update(batch_size=dict(forget=8, retain=8, text=8), learning_rate=2e-5, buckets=2)
     config.method = method_of(given)
+    if given["setting"] == "robust":
+        make_robust(config, given["train"], default="visual+lora")
     config.attacks.names = "all" if given["runs"] == "compare" or given["attacks"] == "all" else ""
     if given["runs"] == "compare":  # adapters, as published, except for methods that select weights
         selecting = ("vkd", "manu", "mmunlearner")
@@ -170,6 +185,7 @@ def _published_arguments(sizes: Mapping[str, tuple[str, Any]]) -> list[Argument]
         Argument("size", "Model.", {size: row[0] for size, row in sizes.items()}, next(iter(sizes))),
         method_argument(),
         WEIGHTS,
+        SETTING,
         benchmark_argument(*names),
         forget_argument(*names),
         STAGE,
@@ -182,6 +198,26 @@ def _published_arguments(sizes: Mapping[str, tuple[str, Any]]) -> list[Argument]
 def method_of(given: Mapping[str, str]) -> ml_collections.ConfigDict:
     """The section `method` that the arguments `method` and `train` ask for."""
     return method(given["method"], **({} if given["train"] == "default" else {"train": given["train"]}))
+
+
+def make_robust(config: ml_collections.ConfigDict, train: str, default: str) -> None:
+    """Applies the settings of setting=robust to the section `method`.
+
+    Args:
+        config: a config with its method.
+        train: the argument `train`.
+        default: what trains if the argument leaves it to the method: the language model has to train as well.
+
+    Raises:
+        UserError: the method trains nothing.
+    """
+    if "worst_case" not in config.method:
+        raise UserError(f"setting=robust: method={config.method.name} trains nothing. Give another method.")
+    config.method.train = default if train == "default" else train
+    settings = [ROBUST, ROBUST_ASCENT * ("bound" in config.method), ROBUST_VKD * (config.method.name == "vkd")]
+    schema.override(config, " ".join(settings))
+    if config.method.train == "visual":  # no text reaches what trains
+        config.method.text.weight = 0.0
 
 
 def benchmark_of(given: Mapping[str, str]) -> ml_collections.ConfigDict:

@@ -15,7 +15,7 @@ from vkd_jax.types import EvalSet, Role, UserError
 
 SUMMARY = {"accuracy": 0.5, "correct": 1, "n": 2, "low": 0.1, "high": 0.9, "people": 2}
 RESULTS = {
-    "schema_version": 1,
+    "schema_version": 2,
     "meta": {
         "command": "python -m vkd_jax.main", "config": {"seed": 0, "eval": {"shots": 0}}, "seed": 0, "commit": "c0ffee",
         "versions": {"jax": "0.10.2"}, "devices": "1 x cpu", "protocol": "options", "protocols": ["options"],
@@ -31,6 +31,9 @@ RESULTS = {
                             "components": {"world/accuracy": {"mean": 1, "n": 3}}}},
     "forget_quality": {"vanilla": {"vqa": {"ks": 1.0, "p": 0.5, "js": 1.0, "n": 2, "people": 2}}},
     "chance": {"faces": {"vqa": 0.25}},
+    "confusions": {"vanilla": {"n": 4, "correct": 1, "one": 2, "several": 1, "people": {"b": 2}}},
+    "similarity_groups": [{"low": 0.0, "high": 0.5, "people": 2,
+                           "accuracy": {"vanilla": {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 2, "people": 2}}}],
     "timing": {"data": 1.5},
     "attacks": {"relearn": {"title": "T", "about": "A", "metric": "accuracy", "variants": {}, "cells": [
         {"model": "vanilla", "set": "faces", "mean": 0.5, "n": 2, "people": 2, "variant": "", "attacker": "all",

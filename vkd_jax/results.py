@@ -14,7 +14,7 @@ from typing import Any
 from vkd_jax.runtime import files
 from vkd_jax.types import EvalSet, Role, UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE = "results.json"
 # Fields of one attempt of an attack. Records of attacks/*/*.jsonl with equal fields and set belong to one cell.
 ATTEMPT_FIELDS = ("variant", "attacker", "steps", "batch_size", "learning_rate", "share", "unit", "taught")
@@ -91,6 +91,42 @@ class ForgetQuality:
     high: float | None = None
     p_questions: float | None = None
     people: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Confusion:
+    """Whom a model takes the forgotten people for, by its answers to questions with an image about them.
+
+    Args:
+        n: number of answers.
+        correct: number of correct answers.
+        one: number of wrong answers that are true of exactly one retained person.
+        several: number of wrong answers that are true of several retained people.
+        people: for each retained person, the number of answers of `one` that are true of that person.
+    """
+
+    n: int
+    correct: int
+    one: int
+    several: int
+    people: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class SimilarityGroup:
+    """Retained people who are about equally similar to the forgotten people.
+
+    Args:
+        low: the smallest similarity: the largest share of answers that a person has in common with a forgotten one.
+        high: the largest similarity.
+        people: number of people.
+        accuracy: accuracy of each model on the questions with an image about them.
+    """
+
+    low: float
+    high: float
+    people: int
+    accuracy: Mapping[str, Figure]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +307,8 @@ class RunResults:
         chance: {set: {"vqa" or "qa": accuracy of a random choice among the options}}.
         timing: seconds of each stage.
         attacks: by name.
+        confusions: whom each model takes the forgotten people for; empty if the data names no people.
+        similarity_groups: retained people, the least similar to the forgotten people first.
         text_logits_identical: whether text-only log-probabilities are bit-identical before and after.
         manifest: tensors that changed on disk.
         step_bytes: memory of a training step, by the compiler's account.
@@ -290,6 +328,8 @@ class RunResults:
     chance: Mapping[str, Mapping[str, float]]
     timing: Mapping[str, float]
     attacks: Mapping[str, AttackResults] = dataclasses.field(default_factory=dict)
+    confusions: Mapping[str, Confusion] = dataclasses.field(default_factory=dict)
+    similarity_groups: tuple[SimilarityGroup, ...] = ()
     text_logits_identical: bool | None = None
     manifest: Manifest | None = None
     step_bytes: int | None = None

@@ -87,7 +87,7 @@ def make_run(workdir, seed=0, right=RIGHT, method=None, manifest=(9, 0), **more)
         models[model] = to_json(summaries(items))
     people = {"forget": 3, "test": 3, "retain": 4, "retain_test": 4}
     results = {
-        "schema_version": 1,
+        "schema_version": 2,
         "meta": {
             "command": "python -m vkd_jax.main --config configs/tiny.py --workdir run",
             "config": {

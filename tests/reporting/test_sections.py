@@ -218,29 +218,28 @@ def test_the_opening_says_if_there_was_little_to_forget(known, little):
     assert ("The vanilla model was not better than chance before" in opening(forget=(known, 2, 3))) == little
 
 
-def letters(*predictions):
-    common = {"set": "forget", "modality": "vqa", "protocol": "letter", "options": ["a", "b", "c", "d"]}
-    return [common | {"prediction": prediction} for prediction in predictions]
-
-
+@pytest.mark.parametrize("protocols", [("letter",), ("letter", "options")])
 @pytest.mark.parametrize(
-    ("predictions", "told"),
-    [
-        (
-            ["B", "a baker", "no idea", ""],
-            "wrote no option letter in 75.0 % of its answers to these questions (3 of 4)",
-        ),
-        (["B", "C", "no idea", ""], "not better than chance before"),
-    ],
+    ("vanilla", "unlearned", "cautions"),
+    [(20, 20, ["vanilla", "unlearned"]), (15, 2, ["vanilla"]), (0, 15, ["unlearned"]), (10, 10, [])],
 )
-def test_answers_without_letters_are_not_taken_as_missing_knowledge(predictions, told):
-    results = results_with(forget=(4, 2, 3), meta=meta_of(protocols=("letter",), protocol="letter"))
-    run = run_of(results, answers={"vanilla": letters(*predictions)})
+def test_answers_without_letters_are_not_taken_as_missing_knowledge(vanilla, unlearned, cautions, protocols):
+    results = results_with(models=TWO, forget=(0, 0, 3), meta=meta_of(SETS[:2], protocols=protocols, protocol="letter"))
+    for model, count in (("vanilla", vanilla), ("unlearned", unlearned)):
+        metrics = {"no_letter": schema.Figure(count / 20, 0.0, 1.0, 20)}
+        results.models[model]["forget"]["vqa"] = summary(0, metrics=metrics)
+    run = run_of(results)
     text = shown("opening", run)
-    assert told in text
-    assert ("wrote no option letter" in text) != ("not better than chance" in text)
-    share = predictions.count("") + predictions.count("no idea") + predictions.count("a baker")
-    assert f"The vanilla model wrote no option letter in {25 * share}.0 % of its" in shown("measured", run)
+    for model, count in (("vanilla", vanilla), ("unlearned", unlearned)):
+        sentence = f"the {model} model wrote no option letter in {5 * count}.0 % of its answers to these questions"
+        assert (sentence in text) == (model in cautions)
+        told = f"The {model} model wrote no option letter in {5 * count}.0 % of its answers under the protocol"
+        assert (told in shown("measured", run)) == (count > 0)
+    assert ("not better than chance before" in text) == (not cautions) == ("avoids the correct answers" in text)
+    assert ("`--config.eval.protocol=options`" in text) == (bool(cautions) and protocols == ("letter",))
+    assert ("protocol `options`, which does not depend on letters, count" in text) == (
+        bool(cautions) and protocols != ("letter",)
+    )
 
 
 @pytest.mark.parametrize(
@@ -285,6 +284,8 @@ def test_the_section_on_measurements_in_full():
         "- A table that names no protocol uses `options`. Results of different protocols are never mixed.\n"
         "- Fill in the blank: the model writes; the answer is correct if it contains the missing words.\n"
         "- No worked example precedes the questions. Decoding is greedy, with at most 8 new tokens.\n"
+        "- Images are resized and normalized as by the PIL backend of transformers; its torchvision backend differs by "
+        "up to two gray levels of 255.\n"
     )
 
 
@@ -341,6 +342,26 @@ def test_intervals_over_people_say_so():
     text = opening(people=2)
     assert "computed by resampling people, since" in text and "(2.8 to 30.1; 20 questions about 2 people)" in text
     assert "resampling people" not in opening()
+
+
+def test_the_section_on_confusions():
+    counts = {
+        "vanilla": schema.Confusion(20, 20, 0, 0),
+        "unlearned": schema.Confusion(20, 2, 12, 5, {"013": 9, "a|b": 3}),
+    }
+    figures = {model: schema.Figure(0.5, 0.25, 0.75, 8, 2) for model in TWO}
+    groups = (schema.SimilarityGroup(0.0, 0.0, 2, figures), schema.SimilarityGroup(1 / 3, 2 / 3, 2, figures))
+    text = shown("confusions", run_of(results_with(models=TWO, confusions=counts, similarity_groups=groups)))
+    assert (
+        "| answers | vanilla | unlearned |\n| --- | ---: | ---: |\n| correct | 20 | 2 |\n"
+        "| true of one retained person | 0 | 12 |\n| true of several retained people | 0 | 5 |\n"
+        "| other | 0 | 1 |\n| all | 20 | 20 |\n"
+    ) in text
+    assert "20 answers, **9 are true of the same retained person**, 013, and of no other." in text
+    assert "| 013 | 0 | 9 |\n| a\\|b | 0 | 3 |\n" in text
+    assert "| 0.33 to 0.67 | 2 | 50.0 %, 25.0 to 75.0 | 50.0 %, 25.0 to 75.0 |" in text
+    assert "It compares facts, not faces" in text
+    assert view.confusions(run_of()) is None
 
 
 # ---- Attacks ----

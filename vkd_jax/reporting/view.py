@@ -10,7 +10,6 @@ from typing import Any
 
 from vkd_jax import messages
 from vkd_jax.evaluation import metrics
-from vkd_jax.evaluation.metrics.judging import first_letter
 from vkd_jax.reporting import attack_view
 from vkd_jax.reporting.attack_view import interval, percent
 from vkd_jax.reporting.names import MODELS
@@ -39,6 +38,8 @@ ASSUMPTIONS = {  # what the abstract of the paper leaves open
     "A7": "which visual weights train",
     "A8": "whether augmented copies of the images are trained on",
 }
+MOST_UNLETTERED = 0.5  # share of answers without a letter above which an accuracy by letters says little
+MOST_NAMED = 5  # people in the table of those who are named most often
 MODALITIES = {"vqa": "with image", "qa": "text only"}
 
 
@@ -205,6 +206,41 @@ def quality(run: Run) -> dict[str, Any]:
     }
 
 
+def confusions(run: Run) -> dict[str, Any] | None:
+    """Whom the forgotten people are taken for, and retained people by similarity; None if the data names no people."""
+    counts = {name: count for name in run.models if (count := run.results.confusions.get(name))}
+    if not counts:
+        return None
+    titles = [MODELS[name] for name in counts]
+    unlearned = counts.get("unlearned", next(iter(counts.values())))
+    people = list(unlearned.people)[:MOST_NAMED]
+    lines = {
+        "correct": [c.correct for c in counts.values()],
+        "true of one retained person": [c.one for c in counts.values()],
+        "true of several retained people": [c.several for c in counts.values()],
+        "other": [c.n - c.correct - c.one - c.several for c in counts.values()],
+        "all": [c.n for c in counts.values()],
+    }
+    groups = run.results.similarity_groups
+    return {
+        "heads": ["answers", *titles],
+        "rows": [[name, *values] for name, values in lines.items()],
+        "n": unlearned.n,
+        "most": {"person": people[0], "count": unlearned.people[people[0]]} if people else None,
+        "people_heads": ["retained person", *titles],
+        "people": [[person, *(c.people.get(person, 0) for c in counts.values())] for person in people],
+        "group_heads": ["similarity", "people", *_model_titles(run)],
+        "groups": [
+            [
+                f"{group.low:.2f} to {group.high:.2f}",
+                group.people,
+                *(_share_cell(group.accuracy.get(name)) for name in run.models),
+            ]
+            for group in groups
+        ],
+    }
+
+
 def attacks(run: Run) -> dict[str, Any] | None:
     """One table for each attack; None without any."""
     tables = attack_view.tables(run.results, run.models, run.plots)
@@ -272,6 +308,7 @@ SECTIONS = {  # templates/<name>.md.j2
         accuracy,
         text_metrics,
         quality,
+        confusions,
         attacks,
         portraits,
         evidence,
@@ -295,15 +332,10 @@ def compare(unlearned: Summary, low: float, high: float) -> str:
 def without_letter(run: Run, model: str) -> dict[str, Any] | None:
     """The number of answers to forget questions with images without an option letter; None without the protocol."""
     forget = run.set_of(Role.FORGET)
-    answers = [
-        record
-        for record in run.answers.get(model, ())
-        if forget and (record["set"], record["modality"], record.get("protocol")) == (forget.name, "vqa", "letter")
-    ]
-    if not answers:
-        return None
-    count = sum(first_letter(record["prediction"], len(record["options"])) is None for record in answers)
-    return {"without": count, "n": len(answers), "share": count / len(answers)}
+    kind = "vqa" if run.meta.protocols[0] == "letter" else "vqa_letter"
+    summary = run.results.summary(model, forget.name, kind) if forget else None
+    figure = summary.metrics.get("no_letter") if summary else None
+    return figure and {"without": round(figure.mean * figure.n), "n": figure.n, "share": figure.mean}
 
 
 def _judgement(run: Run) -> dict[str, Any]:
@@ -318,14 +350,18 @@ def _judgement(run: Run) -> dict[str, Any]:
         verdict = compare(unlearned, retain_only.low, retain_only.high)
     elif chance is not None:
         reference, verdict = "chance", compare(unlearned, chance, chance)
-    letters = without_letter(run, "vanilla") if run.meta.protocols[0] == "letter" else None
+    letters = {}
+    if run.meta.protocols[0] == "letter":
+        letters = {name: without_letter(run, name) for name in ("vanilla", "unlearned")}
+    mostly = {name: count for name, count in letters.items() if count and count["share"] > MOST_UNLETTERED}
     return {
         "chance": chance,
         "reference": reference,
         "below_chance": chance is not None and retain_only is not None and retain_only.high < chance,
         "verdict": verdict,
         "never_learned": chance is not None and vanilla.low <= chance,
-        "letters": letters if letters and letters["share"] > 0.5 else None,
+        "letters": [{"model": MODELS[name], **count} for name, count in mostly.items()],
+        "other_protocols": run.meta.protocols[1:],
     }
 
 
@@ -380,6 +416,10 @@ def _accuracy_cell(summary: Summary | None) -> str:
 
 def _change_in_points(vanilla: Summary, unlearned: Summary | None) -> str:
     return f"{100 * (unlearned.accuracy - vanilla.accuracy):+.1f}" if unlearned else "–"
+
+
+def _share_cell(figure: Figure | None) -> str:
+    return f"{percent(figure.mean)}, {interval(figure)}" if figure else "–"
 
 
 def _mean_cell(figure: Figure | None) -> str:

@@ -13,6 +13,7 @@ from vkd_jax.attacks import Attack
 from vkd_jax.checkpoints import hf
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.evaluation.inference import Answerer
+from vkd_jax.evaluation.metrics import confusion
 from vkd_jax.evaluation.metrics.forget_quality import forget_quality
 from vkd_jax.evaluation.metrics.summary import summaries
 from vkd_jax.evaluation.metrics.utility import model_utility
@@ -29,7 +30,7 @@ from vkd_jax.results import (
 )
 from vkd_jax.runs.job import PROVENANCE, Job
 from vkd_jax.runtime import multihost
-from vkd_jax.types import Example
+from vkd_jax.types import Example, Role
 
 
 def write(job: Job, answers: Mapping[str, list[dict]], changes: Mapping[str, Any] | None = None) -> None:
@@ -52,6 +53,7 @@ def write(job: Job, answers: Mapping[str, list[dict]], changes: Mapping[str, Any
         },
         chance=_chance(job.questions),
         attacks={name: _attack_results(job, name, attack, answers) for name, attack in job.attacks.items()},
+        **_resemblance(job, answers),
         timing=dict(job.workdir.timing),
         **(changes or {}),
     )
@@ -124,6 +126,20 @@ def _attack_results(job: Job, name: str, attack: Attack, models: Iterable[str]) 
         variants=dict(attack.VARIANTS),
         cells=tuple(attack.summarize(records)),
     )
+
+
+def _resemblance(job: Job, answers: Mapping[str, list[dict]]) -> dict[str, Any]:
+    """The fields of `RunResults` on people who are taken for each other."""
+    sets = job.benchmark.EVAL_SETS
+    forgotten, retained = (
+        confusion.facts(e for s in sets if s.role is role for e in job.sets.get(s.name, ()))
+        for role in (Role.FORGET, Role.RETAIN)
+    )
+    counts = {name: confusion.confusion(records, retained, sets) for name, records in answers.items()}
+    return {
+        "confusions": {name: count for name, count in counts.items() if count},
+        "similarity_groups": confusion.similarity_groups(answers, forgotten, retained, sets),
+    }
 
 
 def _meta(job: Job) -> Meta:

@@ -3,6 +3,7 @@
 import functools
 import re
 import string
+from collections.abc import Mapping
 
 from vkd_jax.evaluation.metrics.base import Metric
 
@@ -68,5 +69,22 @@ ACCURACY = Metric(
     unit="%",
     direction="by_role",
     item=lambda record: float(record["correct"]),
+    in_report=False,
+)
+
+
+def _no_letter(record: Mapping) -> float | None:
+    if record.get("protocol") != "letter":
+        return None
+    return float(first_letter(record["prediction"], len(record["options"])) is None)
+
+
+NO_LETTER = Metric(
+    name="no_letter",
+    title="answers without an option letter",
+    unit="%",
+    direction="down",
+    tasks=("classification",),
+    item=_no_letter,
     in_report=False,
 )

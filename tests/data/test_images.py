@@ -69,13 +69,13 @@ def joint_processor(processor):
             patch_size=processor.config.vision.patch_size,
             vision_feature_select_strategy="default",
             num_additional_image_tokens=1,
-            chat_template=processor.chat_template,
+            chat_template=processor.chat_template.text,
         )
     joint = object.__new__(transformers.Qwen2VLProcessor)
     joint.image_processor, joint.tokenizer, joint.video_processor = processor.image_processor, processor.tokenizer, None
     joint.image_token, joint.video_token = processor.image_token, "<|video_pad|>"
     joint.image_token_id, joint.video_token_id = processor.image_token_id, -1
-    joint.chat_template = processor.chat_template
+    joint.chat_template = processor.chat_template.text
     return joint
 
 

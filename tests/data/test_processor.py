@@ -1,6 +1,7 @@
 """Target tokens, image tokens, and inputs that are refused."""
 
 import io
+import os
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor
 
+from vkd_jax.data.chat_template import ChatTemplate
 from vkd_jax.data.encoding import encode_set
 from vkd_jax.data.processor import Processor, create_processor
 from vkd_jax.data.sampler import Sampler
@@ -89,7 +91,8 @@ def test_a_row_that_is_too_long_is_refused_and_never_truncated(processor):
 def test_images_and_image_tokens_must_match(processor, monkeypatch):
     with pytest.raises(UserError, match="contains <image> 1 times for 0 images"):
         processor.encode("What is <image>?", None)
-    monkeypatch.setattr(processor, "chat_template", "{{ messages[0]['content'][-1]['text'] }}")  # omits images
+    no_images = ChatTemplate("{{ messages[0]['content'][-1]['text'] }}", "template")
+    monkeypatch.setattr(processor, "chat_template", no_images)
     with pytest.raises(UserError, match="contains <image> 0 times for 1 images"):
         processor.encode("Who?", None, [processor.image(png())])
 
@@ -97,7 +100,7 @@ def test_images_and_image_tokens_must_match(processor, monkeypatch):
 def test_invalid_files_of_a_model_folder_are_refused(folder, tiny_config, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "generation_config.json").write_text("{")
-    with pytest.raises(UserError, match="generation_config.json is not valid JSON"):
+    with pytest.raises(UserError, match="generation_config.json: it is not JSON"):
         Processor(copy, tiny_config)
     with pytest.raises(UserError, match="an image cannot be processed"):
         Processor(folder, tiny_config).image(b"no image")
@@ -152,3 +155,40 @@ def test_batches_are_a_function_of_seed_name_and_step(processor):
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path, tiny_config):
     with pytest.raises(UserError, match="no usable tokenizer"):
         Processor(tmp_path, tiny_config)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "x.jinja"])
+def test_a_file_of_a_model_folder_that_is_no_file_is_never_opened(folder, tiny_config, tmp_path, name):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / name).unlink(missing_ok=True)
+    os.mkfifo(copy / name)
+    with pytest.raises(UserError, match=f"{name} is a named pipe; pass a regular file"):
+        Processor(copy, tiny_config)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("tokenizer_config.json", "[" * 100_000, "nested more than 64 levels"),
+        ("tokenizer_config.json", "[]", "expected an object, not an array"),
+        ("processor_config.json", '{"image_processor": 3}', "no usable tokenizer and image processor"),
+        ("tokenizer.json", "[" * 100_000, "no usable tokenizer and image processor"),
+        ("tokenizer.json", '{"model": 3}', "no usable tokenizer and image processor"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is not a token"),
+        ("generation_config.json", '{"eos_token_id": [true]}', "eos_token_id is not a token"),
+        ("generation_config.json", '{"eos_token_id": [[2]]}', "eos_token_id is not a token"),
+        ("generation_config.json", '{"eos_token_id": -1}', "eos_token_id is not a token"),
+    ],
+)
+def test_faults_of_the_files_of_a_model_folder(folder, tiny_config, tmp_path, name, text, problem):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / name).write_text(text)
+    with pytest.raises(UserError, match=problem):
+        Processor(copy, tiny_config)
+
+
+@pytest.mark.parametrize("text", ["a\ud800", "\udcff", "a\0b"])
+def test_texts_that_are_not_unicode_are_refused(processor, text):
+    for arguments in ((text, "x"), ("x", text), ("x", None, (), [("x", text, 0)]), ("x", None, (), [(text, "x", 0)])):
+        with pytest.raises(UserError, match="is half of a surrogate pair|contains the character NUL"):
+            processor.encode(*arguments)

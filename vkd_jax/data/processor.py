@@ -3,7 +3,7 @@
 prompt = chat template(question, with or without images); the image token is repeated once per image feature
 """
 
-import json
+import fnmatch
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vkd_jax.data.chat_template import read_chat_template
 from vkd_jax.data.images import open_image
-from vkd_jax.runtime import storage
+from vkd_jax.runtime import files, json_files, storage
 from vkd_jax.types import UserError
 
+CONFIGS = (  # of a model folder, which transformers reads
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
 MAX_PIXELS = 256 * 28 * 28  # of an image, for families whose images differ in size: 256 image tokens of Qwen2-VL
 LLAVA_CHAT_TEMPLATE = (  # as published with LLaVA-1.5
     "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}"
@@ -46,11 +54,13 @@ class Processor:
     def __init__(self, folder: str | Path, config: Any, *, max_pixels: int = 0):
         from transformers import AutoImageProcessor, AutoTokenizer  # slow to import, and an EncodedSet does not need it
 
+        folder = Path(folder)
         options = dict(local_files_only=True)
+        _check_files(folder)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
             self.image_processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil", **options)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except Exception as error:  # tokenizers raises errors without a type of their own
             raise UserError(
                 f"{folder}: no usable tokenizer and image processor ({storage.first_line(error)}); "
                 "copy tokenizer.json, tokenizer_config.json and preprocessor_config.json of the model there."
@@ -61,9 +71,11 @@ class Processor:
         self.config = config
         self.image_token_id = config.image_token_id
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-        self.eos_ids = _eos_ids(Path(folder), self.tokenizer)
+        self.eos_ids = _eos_ids(folder, self.tokenizer)
         self.pad_id = int(self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
-        self.chat_template = _chat_template(Path(folder), self.tokenizer)
+        self.chat_template = read_chat_template(folder, self.tokenizer)
+        for images in (0, 1):
+            self.prompt("Who is this?", images)  # an error of the template shows here, not after hours of training
 
     @property
     def max_pixels(self) -> int | None:
@@ -116,6 +128,9 @@ class Processor:
             question: the question.
             images: the number of images of the question.
             turns: earlier turns of the conversation: question, answer, number of images.
+
+        Raises:
+            UserError: the folder has no chat template, or it does not render a prompt.
         """
         if self.chat_template is None and self.image_token != "<image>":
             raise UserError("the model has no chat template; copy its chat_template.json or .jinja into the folder.")
@@ -131,12 +146,7 @@ class Processor:
             messages.append({"role": "user", "content": content})
             if answer is not None:
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        return self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        return self.chat_template.render(self.tokenizer, messages)
 
     def encode(
         self,
@@ -172,6 +182,9 @@ class Processor:
         turns: Sequence[tuple[str, str, int]] = (),
     ) -> list[tuple[list[int], list[int]]]:
         """Tokenizes one question with each of several answers, see `encode`."""
+        for text in (question, *filter(None, answers), *(text for turn in turns for text in turn[:2])):
+            if problem := json_files.text_problem(text):
+                raise UserError(f"the text {ascii(text[:40])} {problem}; correct it.")
         prompt = self.prompt(question, len(images) - sum(count for *_, count in turns), turns)
         space = "" if prompt[-1:].isspace() else " "
         texts = [prompt if answer is None else f"{prompt}{space}{answer}" for answer in answers]
@@ -197,6 +210,10 @@ class Processor:
                 f"the prompt contains {self.image_token} {image_tokens} times for {len(counts)} images: remove it from "
                 "the question, or use the model's own chat template."
             )
+        if len(prompt_ids) < 2:
+            raise UserError(
+                f"a prompt of {len(prompt_ids)} tokens asks nothing: use the chat template of the model's processor."
+            )
         if answer is not None and (not answer_ids or answer_ids[-1] not in self.eos_ids):
             answer_ids = [*answer_ids, self.eos_ids[0]]
         if answer is None and prompt_ids and prompt_ids[-1] in self.eos_ids:
@@ -210,28 +227,26 @@ class Processor:
 
 def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end an answer: the tokenizer's first, then those of the model's generation config."""
-    more = _read_json(folder / "generation_config.json").get("eos_token_id")
-    ids = [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
-    ids = tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+    path = folder / "generation_config.json"
+    more = json_files.read_json(path).get("eos_token_id") if path.is_file() else None
+    more = [] if more is None else more if isinstance(more, list) else [more]
+    if not all(type(i) is int and i >= 0 for i in more):
+        raise UserError(f"{path}: eos_token_id is not a token or a list of tokens; get the file again.")
+    ids = tuple(dict.fromkeys([*([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]), *more]))
     if not ids:
         raise UserError(f"{folder}: neither its tokenizer nor its generation_config.json has an eos_token_id.")
     return ids
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file; {} if it does not exist."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download it again.") from error
-
-
-def _chat_template(folder: Path, tokenizer: Any) -> str | None:
-    """The chat template of the tokenizer, or of the joint processor, which stores it in chat_template.json."""
-    template = tokenizer.chat_template  # the tokenizer reads chat_template.jinja itself
-    if isinstance(template, dict):  # several, by name
-        template = template.get("default")
-    return template or _read_json(folder / "chat_template.json").get("chat_template")
+def _check_files(folder: Path) -> None:
+    """Checks the files that transformers will open: their kind, and the JSON of the small ones."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if any(fnmatch.fnmatch(path.name, pattern) for pattern in storage.MODEL_FILES):
+            with files.reading(path):
+                files.check_regular(path, None)
+    for name in CONFIGS:
+        if (folder / name).is_file():
+            json_files.read_json(folder / name, remedy="get it again")
 
 
 def create_processor(folder: str | Path, corpus: Sequence[str], *, vocab_size: int, image_size: int, patch_size: int):

@@ -144,6 +144,33 @@ def read_bytes(path: os.PathLike[str], most: int) -> bytes:
         return path.read_bytes()
 
 
+def read_text(path: os.PathLike[str], most: int) -> str:
+    """Reads a text in UTF-8, with or without a byte order mark; see `read_bytes`.
+
+    Raises:
+        UserError: as of `read_bytes`, or the file is not UTF-8.
+    """
+    return decode(read_bytes(path, most), os.fspath(path))
+
+
+def decode(data: bytes, name: str, remedy: str = "correct it or get it again") -> str:
+    """The text of UTF-8, with or without a byte order mark.
+
+    Args:
+        data: the bytes.
+        name: the file, for messages.
+        remedy: what to do about a damaged file, for messages.
+
+    Raises:
+        UserError: the bytes are not UTF-8.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start} is 0x{data[error.start]:02x}"
+        raise UserError(f"{name}: it is not UTF-8: {byte}; {remedy}.") from error
+
+
 def check_regular(path: Path, most: int | None) -> None:
     """Checks before a file is opened that reading it will end.
 

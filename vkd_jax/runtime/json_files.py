@@ -57,7 +57,7 @@ def read_json_lines(path: os.PathLike[str], *, remedy: str = REMEDY) -> Iterator
 
 def parse_json_lines(text: bytes, location: str, *, remedy: str = REMEDY) -> Iterator[tuple[int, dict]]:
     """Yields each line of JSON Lines; see `read_json_lines`."""
-    for number, line in enumerate(_decoded(text, location, remedy).split("\n"), start=1):
+    for number, line in enumerate(files.decode(text, location, remedy).split("\n"), start=1):
         if line.strip():  # only "\n" ends a line: texts may contain other line separators
             yield number, parse_json(line, f"{location}, line {number}", dict, remedy=remedy)
 
@@ -76,7 +76,7 @@ def parse_json(text: str | bytes, location: str, expected: type | None = None, *
             not finite or a text that is not Unicode.
     """
     if isinstance(text, bytes):
-        text = _decoded(text, location, remedy)
+        text = files.decode(text, location, remedy)
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -133,12 +133,3 @@ def describe(value: Any) -> str:
         return name
     shown = "" if isinstance(value, (dict, list)) else f" {value!a}"
     return f"the {name}{shown}" if 0 < len(shown) <= 40 else f"{'an' if name[0] in 'aeio' else 'a'} {name}"
-
-
-def _decoded(data: bytes, location: str, remedy: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{location}: it is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; {remedy}."
-        ) from error

@@ -1,0 +1,96 @@
+"""The chat template of a model folder: which of several files counts, and what a prompt must be.
+
+The template of the joint processor comes first, in the order of transformers: processor_config.json,
+chat_template.json, chat_template.jinja. That of tokenizer_config.json comes last, since it may be for text alone.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vkd_jax.runtime import files, json_files, storage
+from vkd_jax.types import UserError
+
+MOST_BYTES = 2**20  # of a template; published ones have a few kB
+CONFIGS = ("processor_config.json", "chat_template.json")  # of the processor, with the template as a field
+JINJA = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_LIST = re.compile(r"""['"]type['"]: ?['"](?:text|image)['"]""")  # a message's content, printed as a list
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """A jinja template of conversations.
+
+    Args:
+        text: the template.
+        source: the file that it was read from, for messages.
+    """
+
+    text: str
+    source: str
+
+    def render(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Formats a conversation as the prompt of its next answer.
+
+        Args:
+            tokenizer: the tokenizer, whose special tokens the template may use.
+            messages: the conversation; the content of each message is a list of texts and images, and the last one
+                is a question.
+
+        Raises:
+            UserError: the template has an error, leaves the question out, or prints the content as a list.
+        """
+        try:
+            prompt = tokenizer.apply_chat_template(
+                messages, chat_template=self.text, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # syntax errors, what the template raises, and what its expressions raise
+            line = f" in line {error.lineno}" if getattr(error, "lineno", None) else ""
+            raise self._error(f"fails{line} ({type(error).__name__}: {storage.first_line(error)[:200]})") from error
+        texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+        if _LIST.search(prompt) and not any(_LIST.search(text) for text in texts):
+            raise self._error("prints the list of texts and images in place of its items: it is for text alone")
+        if not prompt.strip():
+            raise self._error("renders an empty prompt")
+        if texts[-1].strip() not in prompt:
+            raise self._error("leaves the question out of the prompt")
+        return prompt
+
+    def _error(self, problem: str) -> UserError:
+        return UserError(
+            f"{self.source}: the chat template {problem}; write the template of the model's processor, which takes "
+            f"images, to {JINJA} in the model folder."
+        )
+
+
+def read_chat_template(folder: Path, tokenizer: Any) -> ChatTemplate | None:
+    """Reads the chat template of a model folder; None if it has none.
+
+    Raises:
+        UserError: a file cannot be read, or its template is not a text.
+    """
+    for name in CONFIGS:
+        if (folder / name).is_file():
+            template = json_files.read_json(folder / name).get("chat_template")
+            if template is not None:
+                return _template(template, folder / name)
+    if (folder / JINJA).is_file():
+        return ChatTemplate(files.read_text(folder / JINJA, MOST_BYTES), str(folder / JINJA))
+    if tokenizer.chat_template is not None:
+        return _template(tokenizer.chat_template, folder / TOKENIZER_CONFIG)
+    return None
+
+
+def _template(value: Any, path: Path) -> ChatTemplate:
+    """The template of a field, which is a text or several texts by name."""
+    if isinstance(value, Mapping):
+        value = value.get("default")
+    if not isinstance(value, str):
+        raise UserError(
+            f"{path}: chat_template is {json_files.describe(value)}, not a text or several with one named default; "
+            "get the file again."
+        )
+    return ChatTemplate(value, str(path))

@@ -1,6 +1,9 @@
 """Components that a config chooses by name. A new component is a new file and one line here.
 
 Each table maps a name to "module:Dataclass"; a module is imported when its component is created.
+
+Model families and metrics are not here, since no config names them: a family follows from the `model_type` of a model
+folder (`vkd_jax.models.MODELS`), and all metrics that apply are computed (`vkd_jax.evaluation.metrics.METRICS`).
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ from absl import logging
 from pyarrow import fs
 
 from vkd_jax.benchmarks.rows import Row
-from vkd_jax.config.fields import Section, setting
+from vkd_jax.config.fields import SEED, Section, setting
 from vkd_jax.messages import listed
 from vkd_jax.runtime import hub, storage
 from vkd_jax.runtime.storage import SourceFolder
@@ -145,7 +145,7 @@ class PublishedBenchmark(Section):
         "", "Folder in the hub's layout, an id on the Hugging Face hub (ORG/NAME), or gs://...; '' is synthetic people."
     )
     symlinks: bool = setting(False, SYMLINKS)
-    people: int = setting(0, "Seed of the synthetic people.", minimum=0)
+    people: int = setting(0, "Seed of the synthetic people.", **SEED)
 
     def check(self) -> None:
         """Checks the fields.

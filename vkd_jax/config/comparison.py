@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from vkd_jax.config.fields import Section, setting
+from vkd_jax.config.fields import SEED, Section, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class CompareConfig(Section):
         "",
         "Settings of tuning runs, as `override` reads them, on data that is not reported; '' tunes none.",
     )
-    seeds: tuple[int, ...] = setting((0, 1, 2), "Seeds, one run each.", minimum=0, nonempty=True)
+    seeds: tuple[int, ...] = setting((0, 1, 2), "Seeds, one run each.", nonempty=True, **SEED)
 
     def validate(self) -> None:
         """Also checks that seeds differ."""

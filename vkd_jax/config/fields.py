@@ -26,6 +26,7 @@ from vkd_jax import messages
 from vkd_jax.types import UserError
 
 INLINE = "inline"  # metadata of a field whose subfields are on the same level in a ConfigDict
+SEED = {"minimum": 0, "maximum": 2**31 - 1}  # rules of a seed: an integer of 32 bits, which every generator takes
 RULES = {"choices", "minimum", "above", "maximum", "below", "infinity", "nonempty", "pattern", "expected"}
 
 
@@ -178,5 +179,9 @@ def _expected(kind: Any, rules: Mapping[str, Any]) -> str:
     names = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
     name = names.get(kind, "another value")
     words = {"minimum": "of at least", "above": "greater than", "maximum": "at most", "below": "below"}
-    bounds = [f"{word} {rules[key]:g}" for key, word in words.items() if key in rules]
+    bounds = [f"{word} {_shown(rules[key])}" for key, word in words.items() if key in rules]
     return f"{name} {' and '.join(bounds)}".strip()
+
+
+def _shown(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"

@@ -108,7 +108,7 @@ class EvalConfig(Section):
     batch_size: int = setting(64, "Questions per batch.", minimum=1)
     max_items: int = setting(300, "Largest number of questions per set and kind; 0 asks all.", minimum=0)
     max_new_tokens: int = setting(8, "Largest number of tokens of a written answer.", minimum=1)
-    seed: int = setting(0, "Seed of the sample of questions.", minimum=0)
+    seed: int = setting(0, "Seed of the sample of questions.", **fields.SEED)
 
     def validate(self) -> None:
         """Also checks the names of the protocols."""
@@ -132,7 +132,7 @@ class AttacksConfig(Section):
     SECTION: ClassVar[str] = "attacks"
 
     names: str = setting("", "Attacks to run, separated by commas; 'all' runs all, '' none.")
-    seed: int = setting(0, "Seed of all attacks.", minimum=0)
+    seed: int = setting(0, "Seed of all attacks.", **fields.SEED)
     settings: Mapping[str, Any] = dataclasses.field(
         default_factory=lambda: components("attack", registry.ATTACKS),
         metadata={"help": "Settings of each attack: dataclasses of vkd_jax/attacks, by name.", fields.INLINE: True},
@@ -187,7 +187,7 @@ class FinetuneConfig(Section):
 class RunConfig(Section):
     """Everything that decides what a run computes."""
 
-    seed: int = setting(0, "Seed of data order, dropout and all random draws of a method.", minimum=0)
+    seed: int = setting(0, "Seed of data order, dropout and all random draws of a method.", **fields.SEED)
     stage: str = setting("unlearn", "What the run does; see `STAGES`.", choices=tuple(STAGES))
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig, metadata={"help": ModelConfig.__doc__})
     data: DataConfig = dataclasses.field(

@@ -42,7 +42,9 @@ class RMU(Unlearning):
 
     mask_scope: ClassVar[str] = "both"
     layer: int = setting(
-        -1, "Block l of the language model, counted from 1; -1 is a quarter of the blocks, as published (8 of 32)."
+        -1,
+        "Block l of the language model, counted from 1; -1 is a quarter of the blocks, as published (8 of 32).",
+        minimum=-1,
     )
     steering_coefficient: float = setting(
         1.0, "Norm c of the target, relative to the median norm of the vanilla model's hidden states.", above=0

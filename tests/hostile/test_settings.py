@@ -1,0 +1,111 @@
+"""Flags, config files and workdirs that cannot be right."""
+
+import os
+
+import pytest
+from hostile_cases import FOLDER_CONFIG, Case, check, config_file, settings, written
+
+
+def base_and(change):
+    """A config file that changes the base config."""
+    return config_file(
+        "from vkd_jax.config import defaults\n\n\ndef get_config():\n    config = defaults.base()\n"
+        f"    {change}\n    return config\n"
+    )
+
+
+def section_deleted(name):
+    return base_and(f"del config['{name}']")
+
+
+def workdir(make, *args):
+    """A workdir that something else is in the place of."""
+
+    def prepare(folder):
+        make(folder / "run")
+        return settings(*args)(folder)
+
+    return prepare
+
+
+HUGE = 10**9
+SECTIONS = ("model", "data", "mesh", "eval", "attacks", "method", "train", "finetune", "seed")
+
+CASES = [
+    # Values out of range; test_ranges.py has one of each field.
+    Case("negative cap", settings("--config.method.cap=-1"), ("method.cap", "-1")),
+    Case("mask keeps twice as much", settings("--config.method.mask_keep=2"), ("method.mask_keep", "2")),
+    Case("negative weight", settings("--config.method.weight_forget_ce=-1"), ("method.weight_forget_ce", "-1")),
+    Case("weight that is nan", settings("--config.method.weight_forget_ce=nan"), ("method.weight_forget_ce", "nan")),
+    Case(
+        "learning rate that is infinite", settings("--config.train.learning_rate=inf"), ("train.learning_rate", "inf")
+    ),
+    Case("negative samples", settings("--config.method.fisher_samples=-1"), ("method.fisher_samples", "-1")),
+    Case("negative questions", settings("--config.eval.max_items=-5"), ("eval.max_items", "-5")),
+    Case("negative seed", settings("--config.seed=-1"), ("seed", "-1")),
+    Case("seed of 64 bits", settings("--config.seed=18446744073709551616"), ("seed",)),
+    Case(
+        "seed of people out of range",
+        settings("--config.data.source=", "--config.data.people=99999999999999999999"),
+        ("people",),
+    ),
+    Case("seed of questions out of range", settings("--config.eval.seed=99999999999999999999999"), ("eval.seed",)),
+    Case("seed of attacks out of range", settings("--config.attacks.seed=99999999999999999999999"), ("attacks.seed",)),
+    Case("10^18 microbatches", settings("--config.train.microbatches=1000000000000000000"), ("microbatches",)),
+    # Flags.
+    Case("unknown section", settings("--config.trian.steps=1"), ("trian",)),
+    Case("unknown field", settings("--config.train.stps=1"), ("stps",)),
+    Case("unknown field of control characters", settings("--config.train.\x1b[2J=1"), ("unknown",)),
+    Case("text for a number", settings("--config.train.steps=many"), ("train.steps", "many")),
+    Case("text of 10000 letters", settings("--config.train.steps=" + "x" * 10_000), ("train.steps",)),
+    Case("section for a number", settings("--config.train.steps.x=1"), ("steps",)),
+    Case("unknown flag", settings("--wrkdir=x"), ("wrkdir",)),
+    Case("attack of control characters", settings("--config.attacks.names=\x1b[2J"), ("attacks.names",)),
+    Case("attack of 10000 letters", settings("--config.attacks.names=" + "x" * 10_000), ("attacks.names",)),
+    Case("protocol of 10000 letters", settings("--config.eval.protocol=" + "x" * 10_000), ("eval.protocol",)),
+    Case("method of 10000 letters", settings("--config.method.name=" + "x" * 10_000), ("method.name",)),
+    # Config files.
+    Case("get_config returns a number", config_file("def get_config():\n    return 3\n"), ("get_config",)),
+    Case("get_config returns a dict", config_file("def get_config():\n    return {'stage': 'all'}\n"), ("get_config",)),
+    Case(
+        "get_config returns an empty config",
+        config_file("import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict()\n"),
+        ("get_config",),
+    ),
+    Case(
+        "get_config raises",
+        config_file("def get_config():\n    raise RuntimeError('no \\x1b[2J config')\n"),
+        ("RuntimeError", "config"),
+    ),
+    Case(
+        "get_config raises 10000 letters",
+        config_file("def get_config():\n    raise RuntimeError('x' * 10_000)\n"),
+        ("RuntimeError",),
+    ),
+    Case("get_config calls itself", config_file("def get_config():\n    return get_config()\n"), ("RecursionError",)),
+    Case("no get_config", config_file("x = 1\n"), ("get_config",)),
+    Case("config file with an error", config_file("def get_config(:\n"), ("SyntaxError",)),
+    Case("config file with NUL", config_file("x = '\0'\n"), ("config",)),
+    Case(
+        "config file that is no UTF-8",
+        lambda folder: (written(folder / "c.py", b"\xff\xfe"), ["--config=c.py", "--workdir=run"])[1],
+        ("config",),
+    ),
+    Case("missing config file", lambda _: ["--config=nothing.py", "--workdir=run"], ("nothing.py",)),
+    Case("folder as a config file", lambda _: ["--config=.", "--workdir=run"], ("config",)),
+    *(Case(f"no section {name}", section_deleted(name), (name,)) for name in SECTIONS),
+    Case("field of another type", base_and("config.train.batch_size = dict(forget='many', retain=1)"), ("batch_size",)),
+    Case("unknown argument", settings(f"--config={FOLDER_CONFIG and 'configs'}/tiny.py:nonsense"), ("tiny.py",)),
+    # Workdirs.
+    Case("file as a workdir", workdir(lambda path: written(path, "x")), ("run", "file")),
+    Case("workdir below a file", workdir(lambda path: written(path, "x"), "--workdir=run/below"), ("run",)),
+    Case("folder of somebody else", workdir(lambda path: written(path / "thesis.tex", "x")), ("run", "not empty")),
+    Case("named pipe as a workdir", workdir(os.mkfifo), ("run",)),
+    Case("workdir below a device", settings("--workdir=/dev/null/run"), ("/dev/null",)),
+    Case("workdir of an unknown address", settings("--workdir=ftp://x/y"), ("ftp",)),
+]
+
+
+@pytest.mark.parametrize("case", [Case(**{**vars(c), "command": "main"}) for c in CASES], ids=str)
+def test_setting_is_refused(case, fork_server, tmp_path):
+    check(case, fork_server, tmp_path)

@@ -1,10 +1,16 @@
 """Visual unlearning of people in multimodal large language models, in JAX and Flax."""
 
 import os
+import sys
 
 import jaxlib
 
+from vkd_jax.runtime import interrupts
+
 __version__ = "0.1.0"
+
+if sys.argv[:1] == ["-m"]:  # `python -m` is importing a command; its function handles Ctrl-C later
+    interrupts.stop_imports()
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else every run is advised to install PyTorch
 

@@ -20,6 +20,7 @@ from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image
 from vkd_jax.data.processor import MAX_PIXELS
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.runtime import files, hub
+from vkd_jax.runtime.interrupts import interruptible
 from vkd_jax.types import UserError
 
 
@@ -70,6 +71,7 @@ def _read_image(path: Path) -> Image.Image:
         raise UserError(f"{path} cannot be used: {error}.") from error
 
 
+@interruptible
 def main() -> int:
     """Runs the command line and returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m vkd_jax.ask", description="Ask a model a question.")

@@ -6,8 +6,8 @@ interrupted comparison resumes with the same command.
 
 Writes comparison.json (all figures, see `comparison.collect`), comparison.md, pareto.png and relearning.png.
 
-Exit status: 0 on success, 1 if a run failed (the table says which), 2 on bad input, 143 if stopped by SIGTERM with all
-states saved.
+Exit status: 0 on success, 1 if a run failed (the table says which), 2 on bad input, 130 if stopped by Ctrl-C and 143 if
+stopped by SIGTERM, both with all states saved. A second Ctrl-C stops at once.
 """
 
 import functools
@@ -22,9 +22,11 @@ from vkd_jax.config import command_line
 from vkd_jax.runs import sweep
 from vkd_jax.runs.worker_pool import Stopped
 from vkd_jax.runtime import log
+from vkd_jax.runtime.interrupts import interruptible
 from vkd_jax.types import UserError
 
 
+@interruptible
 def command(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str = "") -> int:
     """Runs the command, and returns its exit status.
 
@@ -43,7 +45,7 @@ def command(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: s
         return command_line.bad_input(error)
     except Stopped as error:
         print(error, file=sys.stderr)
-        return 143
+        return error.status
     except BrokenProcessPool:
         command_line.print_error("a worker died, perhaps out of memory; try again with --workers 1.")
         return 1

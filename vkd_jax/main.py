@@ -3,8 +3,8 @@
 Without --workdir the whole config is printed and nothing is run. `--config configs/tiny.py:help` prints all arguments
 and fields.
 
-Exit status: 0 on success, 1 if the run diverged or failed, 2 on bad input, 143 if stopped by SIGTERM with its state
-saved.
+Exit status: 0 on success, 1 if the run diverged or failed, 2 on bad input, 130 if stopped by Ctrl-C, 143 if stopped by
+SIGTERM with its state saved. During training both save the state; a second Ctrl-C stops at once.
 """
 
 import functools
@@ -17,11 +17,13 @@ from absl import app, flags, logging
 from vkd_jax.config import command_line
 from vkd_jax.config.command_line import bad_input, print_error
 from vkd_jax.runtime import log, malloc
+from vkd_jax.runtime.interrupts import interruptible
 from vkd_jax.types import Diverged, UserError
 
 SHUTDOWN_SECONDS = 60  # a process that has finished waits so long for the others
 
 
+@interruptible
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str = "") -> int:
     """Runs the command, and returns its exit status.
 
@@ -71,7 +73,7 @@ def _run(values: flags.FlagValues, command: str) -> int:
         return 1
     except Stopped as error:
         print(error, file=sys.stderr)
-        return 143
+        return error.status
     return 0
 
 

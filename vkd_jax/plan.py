@@ -11,7 +11,7 @@ plans the rows of the table in docs/planner.md. Each row is written as soon as i
 resumes where it stopped, and a program that was compiled once is not compiled again.
 
 Topologies: v5e:1x1, v5e:2x2, v5e:4x4, v5e:8x8, v5e:16x16, v4:2x2x1, v5p:2x2x1, v6e:1x1, v6e:2x4, and others that the
-compiler knows. Exit status: 0 on success, 2 on bad input.
+compiler knows. Exit status: 0 on success, 2 on bad input, 130 if stopped by Ctrl-C.
 """
 
 import json
@@ -29,6 +29,7 @@ from vkd_jax.planner import page, table
 from vkd_jax.planner.abstract_step import Lengths
 from vkd_jax.planner.plan import plan
 from vkd_jax.runtime import files
+from vkd_jax.runtime.interrupts import interruptible
 from vkd_jax.types import UserError
 
 
@@ -62,6 +63,7 @@ def plan_flags(arguments: str) -> dict[str, Any]:
         sys.argv = argv
 
 
+@interruptible
 def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     """Runs the command, and returns its exit status."""
     if len(argv) > 1:

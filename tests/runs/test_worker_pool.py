@@ -4,6 +4,8 @@ import concurrent.futures
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -55,12 +57,22 @@ def test_nothing_starts_after_a_required_task_failed(schedule):
     assert isinstance(error, UserError) and str(error) == "controls: no such model" and started == ["controls"]
 
 
-def test_nothing_starts_after_sigterm(schedule, monkeypatch):
-    """SIGTERM arrives once the first task has ended, so only the second one had started."""
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(worker_pool.logging, "info", lambda *values: os.kill(os.getpid(), signal.SIGTERM))
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_nothing_starts_after_a_signal(schedule, monkeypatch, number, status):
+    """It arrives once the first task has ended, so only the second one had started."""
+    before = signal.getsignal(number)
+    monkeypatch.setattr(worker_pool.logging, "info", lambda *values: os.kill(os.getpid(), number))
     error, started = schedule(a=([], ""), b=(["a"], ""), c=(["b"], ""))
-    assert isinstance(error, Stopped) and started == ["a", "b"] and signal.getsignal(signal.SIGTERM) is before
+    assert isinstance(error, Stopped) and error.status == status
+    assert started == ["a", "b"] and signal.getsignal(number) is before
+
+
+def test_workers_do_not_receive_ctrl_c_of_the_terminal():
+    """They inherit the mask of blocked signals, and the pool stops them by SIGTERM."""
+    program = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    with worker_pool._sigint_blocked():
+        output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert output == "True\n" and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_answers_of_shared_models_are_lent_once(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import threading
 import types
@@ -442,13 +443,13 @@ def test_the_step_that_stopped_names_is_saved_whenever_the_signal_arrives(toy, t
             self.times += 1
             return self.times >= calls
 
-    class Signal(loop.Sigterm):
+    class Signal(loop.StopSignals):
         def __enter__(self):
             should_stop = super().__enter__()
             self._event = Late()
             return should_stop
 
-    monkeypatch.setattr(loop, "Sigterm", Signal)
+    monkeypatch.setattr(loop, "StopSignals", Signal)
     with pytest.raises(Stopped) as stopped:
         fit(toy, tmp_path, checkpoint_every=100)
     assert str(saved_steps(tmp_path)[-1]) in str(stopped.value)
@@ -466,10 +467,34 @@ def test_a_fit_without_a_folder_trains_the_same_and_writes_nothing(toy, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_handler_of_sigterm_is_restored(toy, tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_handlers_of_signals_are_restored(toy, tmp_path, number):
+    before = signal.getsignal(number)
     fit(toy, tmp_path, steps=1)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_each_signal_saves_the_state_and_has_its_status(toy, tmp_path, monkeypatch, number, status):
+    at_step(monkeypatch, 3, lambda: signal.raise_signal(number))
+    with pytest.raises(Stopped, match="stopped at step 3, which is saved; run the same command") as stopped:
+        fit(toy, tmp_path)
+    assert stopped.value.status == status and saved_steps(tmp_path)[-1] == 3
+
+
+def test_a_second_ctrl_c_ends_training_at_once(toy, monkeypatch):
+    class Exit(BaseException):
+        pass
+
+    def stop_at_once(status):
+        raise Exit(status)
+
+    monkeypatch.setattr(os, "_exit", stop_at_once)
+    monkeypatch.setattr(
+        loop.NoProgress, "tick", lambda self, step: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+    )
+    with pytest.raises(Exit, match="130"):
+        fit(toy, None)
 
 
 def test_a_finished_run_does_not_train_again(toy, uninterrupted):

@@ -43,7 +43,7 @@ def execute(config: RunConfig, path: str | Path, command: str) -> RunResults:
     Raises:
         UserError: the config does not fit the data or the models, or the folder has a run of another config.
         Diverged: a loss became NaN or infinite.
-        Stopped: SIGTERM arrived.
+        Stopped: SIGTERM or SIGINT arrived during training.
     """
     workdir = Workdir(path, config, command)
     last = "report.md" if config.reports else results.FILE

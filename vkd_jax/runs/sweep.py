@@ -43,7 +43,7 @@ def run(
 
     Raises:
         UserError: The config is not valid for a comparison, or a run that all others need failed.
-        Stopped: SIGTERM arrived.
+        Stopped: SIGTERM or SIGINT arrived.
     """
     if "compare" not in config:
         raise UserError(

@@ -17,17 +17,25 @@ from absl import flags, logging
 
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.runs import workdir
-from vkd_jax.runtime import files, log, malloc
+from vkd_jax.runtime import files, interrupts, log, malloc
 from vkd_jax.types import Diverged, UserError
 
 SHARED_MODELS = ("vanilla", "retain_only")  # models that are the same in every run of a sweep
 
 
 class Stopped(Exception):
-    """SIGTERM arrived; the state of every run is saved."""
+    """SIGTERM or SIGINT arrived; the state of every run is saved.
 
-    def __init__(self):
+    Args:
+        number: the signal.
+
+    Attributes:
+        status: the exit status of a command that is stopped by the signal.
+    """
+
+    def __init__(self, number: int):
         super().__init__("stopped, and all states are saved: run the same command again to resume")
+        self.status = 128 + number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +56,7 @@ def execute(tasks: Mapping[str, Task], workers: int, command: str) -> dict[str, 
 
     Raises:
         UserError: A required task failed.
-        Stopped: SIGTERM arrived.
+        Stopped: SIGTERM or SIGINT arrived.
         BrokenProcessPool: A worker died.
     """
     order = {name: number for number, name in enumerate(tasks)}
@@ -58,18 +66,19 @@ def execute(tasks: Mapping[str, Task], workers: int, command: str) -> dict[str, 
     running: dict[concurrent.futures.Future, str] = {}
     failures: dict[str, str] = {}
     ended = 0
-    with _forward_sigterm() as signals, _pool(workers, signals) as pool:
+    with _forward_signals() as signals, _pool(workers, signals) as pool:
         while sorter.is_active():
             ready = sorted([*ready, *sorter.get_ready()], key=order.__getitem__)
             while ready and len(running) < workers:  # a run that waits in the pool's queue could not be stopped
                 name = ready.pop(0)
                 task = tasks[name]
-                running[pool.submit(_work, task.path, task.make_config(), task.lender, command)] = name
+                with _sigint_blocked():
+                    running[pool.submit(_work, task.path, task.make_config(), task.lender, command)] = name
             done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
                 name, failure = running.pop(future), future.result()
                 if signals:
-                    raise Stopped
+                    raise Stopped(signals[0])
                 sorter.done(name)
                 ended += 1
                 logging.info("%d of %d: %s%s", ended, len(tasks), name, f": {failure}" if failure else "")
@@ -99,27 +108,47 @@ def _pool(workers: int, signals: list[int]) -> Iterator[concurrent.futures.Proce
         yield pool
     except BrokenProcessPool:
         if signals:
-            raise Stopped from None
+            raise Stopped(signals[0]) from None
         raise
     finally:
         pool.shutdown(wait=not signals, cancel_futures=True)
 
 
 @contextlib.contextmanager
-def _forward_sigterm() -> Iterator[list[int]]:
-    """Context manager that forwards SIGTERM to the workers, and yields the list of signals that arrived."""
+def _forward_signals() -> Iterator[list[int]]:
+    """Context manager that stops the workers on SIGTERM and SIGINT, and yields the list of signals that arrived.
+
+    The workers receive SIGTERM and save their states. A second SIGINT kills them.
+    """
     signals: list[int] = []
 
     def stop(number, _):
+        again = number == signal.SIGINT and bool(signals)
         signals.append(number)
         for child in multiprocessing.active_children():
-            child.terminate()
+            child.kill() if again else child.terminate()
+        if again:
+            interrupts.stop_at_once()
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield signals
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Context manager that blocks SIGINT in this thread and, for good, in processes that are started in the block.
+
+    A terminal sends it to all processes, but the workers must go on until this process stops them.
+    """
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _start_worker(cores: Any) -> None:

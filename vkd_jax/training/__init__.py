@@ -3,7 +3,7 @@
     loop            `fit`, with checkpoints, metrics and resumption
     step            the jitted step and its state
     optimizer       clipping, Adam, weight decay, learning rate and masks
-    preemption      stopping on SIGTERM, at the same step in all processes
+    preemption      stopping on SIGTERM and Ctrl-C, at the same step in all processes
     metric_writer   metrics for TensorBoard and in metrics.jsonl; the only module that imports TensorFlow
 
 Contract: the package knows methods only by `methods.base.Method`. Everything that a step computes is a function of the

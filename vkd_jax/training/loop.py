@@ -32,7 +32,7 @@ from vkd_jax.models.base import bind
 from vkd_jax.runtime import finite, multihost
 from vkd_jax.runtime.mesh import shard_rows, shards
 from vkd_jax.training import optimizer
-from vkd_jax.training.preemption import Sigterm, Stopped
+from vkd_jax.training.preemption import Stopped, StopSignals
 from vkd_jax.training.step import TrainState, init_state, make_step
 from vkd_jax.types import Diverged, Params, UserError
 
@@ -89,7 +89,7 @@ def fit(
 
     Raises:
         UserError: the method trains no weight of this model, or a batch size does not fit the mesh.
-        Stopped: SIGTERM arrived; the state is saved if `folder` is given.
+        Stopped: SIGTERM or SIGINT arrived; the state is saved if `folder` is given.
         Diverged: a metric or a weight is not finite, or would not be in the step after the last one.
 
     Example:
@@ -229,7 +229,8 @@ class _Run:
         clock = _Clock(examples_per_step=sum(sampler.batch_size for sampler in samplers.values()))
         iterators = {name: sampler.batches(first, steps, put) for name, sampler in samplers.items()}
         pending = None
-        with Sigterm() as should_stop:
+        signals = StopSignals()
+        with signals as should_stop:
             for number in range(first + 1, steps + 1):
                 with clock.waiting():
                     batches = {name: next(iterator) for name, iterator in iterators.items()}
@@ -252,10 +253,10 @@ class _Run:
                     self.checkpoints.save(number, state, force=last)
                 if stopping:
                     self.checkpoints.wait()
-                    raise Stopped(number, saved=self.saves)
+                    raise Stopped(number, self.saves, signals.number)
             self.checkpoints.wait()
-            if should_stop(now=True):  # SIGTERM arrived after the last step
-                raise Stopped(steps, saved=self.saves)
+            if should_stop(now=True):  # a signal arrived after the last step
+                raise Stopped(steps, self.saves, signals.number)
         return state
 
     def _check(self, number: int, metrics: Metrics, after: str = "") -> None:

@@ -1,0 +1,73 @@
+"""Ctrl-C in all commands: the first one stops in order, with one sentence and status 130, a second one at once.
+
+Python raises `KeyboardInterrupt` wherever the program is. In a destructor or a callback of a library it is printed and
+dropped, so it is raised again every few seconds until the command ends. A training loop and a pool of workers handle
+the signal themselves while they run: see `training.preemption` and `runs.worker_pool`.
+"""
+
+import functools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec
+
+STATUS = 128 + signal.SIGINT
+REPEAT_SECONDS = 3.0  # between two exceptions; cleanup takes less
+SENTENCE = "stopped by Ctrl-C; run the same command again, and what is complete is not computed again"
+
+P = ParamSpec("P")
+
+
+def stop_at_once(*_: object) -> NoReturn:
+    """Ends the process without cleanup, as a power cut would: files are written atomically."""
+    os.write(2, b"stopped at once\n")  # not through sys.stderr, whose buffer the signal may have interrupted
+    os._exit(STATUS)
+
+
+def stop_imports() -> None:
+    """Lets Ctrl-C end a command at once while its modules are imported, when there is nothing to clean up."""
+    if _takes_signals():
+        signal.signal(signal.SIGINT, stop_at_once)
+
+
+def interruptible(command: Callable[P, int]) -> Callable[P, int]:
+    """Decorates the function of a command that returns its exit status: Ctrl-C ends it with one sentence and 130."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **options: P.kwargs) -> int:
+        if not _takes_signals():
+            return command(*args, **options)
+        interrupted = threading.Event()
+
+        def interrupt(number: int, _: object) -> NoReturn:
+            if number == signal.SIGINT and interrupted.is_set():
+                stop_at_once()
+            interrupted.set()
+            signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS)
+            raise KeyboardInterrupt
+
+        previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGALRM)}
+        try:
+            status = command(*args, **options)
+        except BaseException as error:  # a library may have turned the exception into one of its own
+            if not interrupted.is_set() and not isinstance(error, KeyboardInterrupt):
+                raise
+            status = STATUS
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in previous.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+        if interrupted.is_set() and status:
+            print(SENTENCE, file=sys.stderr)
+            return STATUS
+        return status
+
+    return run
+
+
+def _takes_signals() -> bool:
+    """Whether this thread receives signals, and Ctrl-C is not ignored, as it is in the background of a shell."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    return in_main_thread and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN

@@ -1,15 +1,22 @@
 """The rows and shapes of each step, and images that are made on request instead of cached."""
 
 import threading
+import tracemalloc
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vkd_jax.data import images
+from vkd_jax.data import augment, images
+from vkd_jax.data.batching import in_batches
 from vkd_jax.data.encoding import EncodedSet, bucket_lengths, encode_set
 from vkd_jax.data.images import PackedImages
 from vkd_jax.data.sampler import Sampler
-from vkd_jax.types import Example
+from vkd_jax.methods import base
+from vkd_jax.runtime import memory
+from vkd_jax.runtime.mesh import make_mesh
+from vkd_jax.types import Example, UserError
 
 
 @pytest.mark.parametrize(
@@ -125,3 +132,40 @@ def test_encode_set_pads_texts_to_the_length_of_their_bucket(tiny_model):
     short, long = bucketed.batch(np.array([0, 2])), bucketed.batch(np.array([0, 1]))
     assert short.tokens.shape[1] < long.tokens.shape[1] == whole.tokens.shape[1]
     np.testing.assert_array_equal(short.mask.sum(1), whole.mask[[0, 2]].sum(1))
+
+
+# Memory.
+
+
+@pytest.mark.parametrize(
+    ("allocate", "message"),
+    [
+        (lambda encoded: sampler_of(encoded, 10**9).check_memory(make_mesh()), "batches of 1,000,000,000 examples of"),
+        (lambda encoded: in_batches(lambda x: x, encoded.tokens, 10**9), "batches of 1,000,000,000 rows"),
+        (lambda encoded: augment.augment_set(encoded, 10**6, None), "1,000,000 augmented copies of"),
+        (lambda encoded: base.check_cache(encoded, huge_cache(encoded)), "cached values of"),
+    ],
+    ids=["training", "inference", "copies", "cached values"],
+)
+def test_sizes_that_do_not_fit_are_refused_before_they_are_allocated(encoded, monkeypatch, allocate, message):
+    monkeypatch.setattr(memory, "host_bytes", lambda: 2**28)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=f"{message}.* need [\\d,.]+ GiB of memory, and there are 0.2 GiB; dec"):
+            allocate(encoded)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def sampler_of(encoded, batch_size):
+    return Sampler(encoded, batch_size, seed=0, name="forget")
+
+
+def huge_cache(encoded):
+    return base.CacheSpec(per_example={"logits": jax.ShapeDtypeStruct((2**30,), jnp.float32)})
+
+
+def test_sizes_that_fit_are_allowed(encoded):
+    sampler_of(encoded, 4).check_memory(make_mesh())
+    base.check_cache(encoded, base.CacheSpec())

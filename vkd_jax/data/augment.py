@@ -7,6 +7,7 @@ from scipy import ndimage
 
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.data.images import PackedImages
+from vkd_jax.runtime import memory
 
 SHIFT = 0.08  # largest shift, as a fraction of the side
 ZOOM = 0.12  # largest change of scale
@@ -35,10 +36,20 @@ def augment_set(encoded: EncodedSet, copies: int, rng: np.random.Generator) -> E
 
     Returns:
         A set of (copies + 1) * n examples, the originals first.
+
+    Raises:
+        UserError: the copies do not fit in memory.
     """
     if encoded.per_image or encoded.per_example:
         raise ValueError("augment a set before caching: cached arrays belong to the original images")
     times, images = copies + 1, encoded.images
+    arrays = [x for name in REPEATED_FIELDS if (x := getattr(encoded, name)) is not None]
+    memory.check(
+        times * sum(x.nbytes for x in arrays),
+        memory.host_bytes(),
+        f"{copies:,} augmented copies of {len(encoded):,} examples",
+        "decrease the number of copies",
+    )
     seed = rng.integers(2**32)
 
     def make(row: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vkd_jax.runtime import multihost
+from vkd_jax.runtime import memory, multihost
 
 
 def in_batches(function: Callable[[Any], Any], tree: Any, batch_size: int) -> Any:
@@ -20,13 +20,34 @@ def in_batches(function: Callable[[Any], Any], tree: Any, batch_size: int) -> An
 
     Returns:
         A tree of NumPy arrays [n, ...], the same in every process.
+
+    Raises:
+        UserError: a batch does not fit in memory.
     """
     count = len(jax.tree.leaves(tree)[0])
+    one_row = jax.tree.leaves(jax.tree.map(lambda x: x[np.arange(1)], tree))
+    check_rows(batch_size, sum(x.nbytes for x in one_row))
     batches = [
         jax.tree.map(multihost.gather, function(jax.tree.map(lambda x, rows=rows: x[rows], tree)))
         for rows in padded_rows(count, batch_size)
     ]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *batches)
+
+
+def check_rows(batch_size: int, row_bytes: int) -> None:
+    """Checks, before a batch is made, that it fits in the memory of the host.
+
+    Args:
+        batch_size: the number of its rows.
+        row_bytes: the size of a row.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    row_bytes += np.dtype(np.int64).itemsize  # the number of the row
+    memory.check(
+        batch_size * row_bytes, memory.host_bytes(), f"batches of {batch_size:,} rows", "decrease the batch size"
+    )
 
 
 def padded_rows(count: int, batch_size: int) -> list[np.ndarray]:

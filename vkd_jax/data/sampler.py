@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from vkd_jax.data.encoding import Batch, EncodedSet
 from vkd_jax.data.images import THREADS
+from vkd_jax.runtime import memory
 
 PREFETCHED = 4  # batches that are ready before the device needs them
 
@@ -34,7 +36,7 @@ class Sampler:
     """
 
     def __init__(self, encoded: EncodedSet, batch_size: int, *, seed: int, name: str):
-        self._encoded, self.batch_size = encoded, batch_size
+        self._encoded, self.batch_size, self._name = encoded, batch_size, name
         self._seed = [seed, zlib.crc32(name.encode())]
         if encoded.bucket_shapes is None:
             self._buckets = [np.arange(len(encoded))]
@@ -42,6 +44,23 @@ class Sampler:
             _, bucket = np.unique(encoded.bucket_shapes, axis=0, return_inverse=True)
             self._buckets = [np.flatnonzero(bucket.ravel() == i) for i in range(bucket.max() + 1)]
         self._cycle = functools.lru_cache(maxsize=2)(self._draw_cycle)
+
+    def check_memory(self, mesh: jax.sharding.Mesh) -> None:
+        """Checks that one batch, and the order of the rows of a cycle, fit in memory; nothing is allocated.
+
+        Args:
+            mesh: the devices that a batch is sharded over.
+
+        Raises:
+            UserError: they do not fit.
+        """
+        row_bytes = sum(x.nbytes for x in jax.tree.leaves(self._encoded.batch(np.arange(1))))
+        order_bytes = 2 * len(self._encoded) * np.dtype(np.int64).itemsize  # by bucket, and sorted
+        subject = f"batches of {self.batch_size:,} examples of the stream {self._name!r}"
+        remedy = "decrease the batch size"
+        memory.check(self.batch_size * (row_bytes + order_bytes), memory.host_bytes(), subject, remedy)
+        rows = -(-self.batch_size // jax.process_count())
+        memory.check(rows * row_bytes, memory.device_bytes(mesh.devices.flat), subject, remedy)
 
     def rows(self, step: int) -> np.ndarray:
         """The rows of the batch of `step`: int [batch_size]."""

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from vkd_jax.checkpoints.bundle import ModelBundle
-from vkd_jax.data.batching import in_batches, padded_rows
+from vkd_jax.data.batching import check_rows, in_batches, padded_rows
 from vkd_jax.data.images import PackedImages
 from vkd_jax.models import generate
 from vkd_jax.models.base import VisualTokens, bind
@@ -321,6 +321,7 @@ class Answerer:
         If it makes the batches smaller, each prefix is then a row of its own, which passes through the model once.
         """
         length = self._length(prompts, room)
+        check_rows(self.batch_size, length * (np.dtype(np.int32).itemsize + np.dtype(bool).itemsize))
         ends = [
             0 if encoded_images is None else _prefix_length(prompt, self.config.image_token_id) for prompt in prompts
         ]

@@ -1,6 +1,7 @@
 """The contract of an unlearning method, and the loss functions and cached arrays that several methods share."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from vkd_jax.methods import losses, saliency
 from vkd_jax.methods.worst_case import Adversary
 from vkd_jax.models import lora
 from vkd_jax.models.base import VisualTokens, bind
-from vkd_jax.runtime import finite, multihost
+from vkd_jax.runtime import finite, memory, multihost
 from vkd_jax.types import Example, Params, UserError
 
 Metrics = dict[str, jax.Array]
@@ -170,6 +171,20 @@ def tap_shapes(context: Context, encoded: EncodedSet) -> dict[str, VisualTokens]
         return bind(context.graphdef, params).encode(images)[1]
 
     return jax.eval_shape(encode, context.params, encoded.images[np.arange(1)])
+
+
+def check_cache(encoded: EncodedSet, spec: CacheSpec) -> None:
+    """Checks, before a method computes the arrays that it caches for a set, that they fit in the memory of the host.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    image_count = 0 if encoded.images is None else len(encoded.images)
+    arrays = [(image_count, x) for x in spec.per_image.values()]
+    arrays += [(len(encoded), x) for x in spec.per_example.values()]
+    needed = sum(count * math.prod(x.shape) * x.dtype.itemsize for count, x in arrays)
+    subject = f"cached values of {image_count:,} images, copies included,"
+    memory.check(needed, memory.host_bytes(), subject, "decrease the number of copies or name fewer taps")
 
 
 def with_cache(encoded: EncodedSet, spec: CacheSpec, values: Mapping[str, np.ndarray]) -> EncodedSet:

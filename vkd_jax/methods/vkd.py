@@ -112,6 +112,12 @@ class VKD(Ascent):
         bounds = self.bounds(context) if self.forget == "ga" else {}
         context = dataclasses.replace(context, sets={**context.sets, **augmented})
         forget, retain = context.sets["forget"], context.sets["retain"]
+        specs = {
+            name: self.cache_spec(name, base.tap_shapes(context, encoded), context.model_config)
+            for name, encoded in augmented.items()
+        }
+        for name, encoded in augmented.items():
+            base.check_cache(encoded, specs[name])
         vanilla_retain = feature_targets.record_taps(context.graphdef, context.params, retain.images, self.taps)
         teacher_retain = vanilla_retain
         if self.teacher == "base":
@@ -119,10 +125,6 @@ class VKD(Ascent):
                 context.graphdef, context.base_params(), retain.images, self.taps
             )
         scales = feature_targets.mean_squares(teacher_retain)
-        specs = {
-            name: self.cache_spec(name, base.tap_shapes(context, encoded), context.model_config)
-            for name, encoded in augmented.items()
-        }
         targets = {tap: tokens.values for tap, tokens in teacher_retain.items()}
         retain = base.with_cache(retain, specs["retain"], _cached(targets, scales))
         cached = _cached(self._targets(context, vanilla_retain), scales)

@@ -88,7 +88,7 @@ def fit(
         The trained weights, without the frozen ones.
 
     Raises:
-        UserError: the method trains no weight of this model, or a batch size does not fit the mesh.
+        UserError: the method trains no weight of this model, or a batch size does not fit the mesh or the memory.
         Stopped: SIGTERM or SIGINT arrived; the state is saved if `folder` is given.
         Diverged: a metric or a weight is not finite, or would not be in the step after the last one.
 
@@ -100,6 +100,8 @@ def fit(
     moving = {*trainable, *(adversary.paths if adversary else ())}
     sets = _cached_sets(bundle, method, prepared, moving)
     samplers = {k: Sampler(v, config.rows(k, shards(bundle.mesh)), seed=seed, name=k) for k, v in sets.items()}
+    for sampler in samplers.values():
+        sampler.check_memory(bundle.mesh)
     steps = config.length({name: len(encoded) for name, encoded in sets.items()})
     step_config = TrainConfig(**{name: getattr(config, name) for name in STEP_FIELDS})
     tx, step_fn = _program(bundle.graphdef, method, tuple(sets), step_config, adversary)

@@ -131,6 +131,7 @@ CASES = [
     Case("NUL in a file name", forget_rows(row(file_name="a\0.png")), ("file_name", "line 1")),
     Case("surrogate in a file name", forget_rows(row(file_name="\ud800.png")), ("file_name", "line 1")),
     Case("control characters in a file name", forget_rows(row(file_name="\x1b[2J.png")), ("metadata.jsonl",)),
+    Case("file name of 10000 letters", forget_rows(row(file_name="a" * 10_000)), ("too long",)),
     Case("long person in both folders", both(person="Otto" * 1000), ("both",)),
     # metadata.jsonl as a whole.
     Case("no JSON", metadata("nonsense"), LINE),

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from hostile_cases import FOLDER_CONFIG, Case, check, config_file, settings, written
+from hostile_cases import Case, check, config_file, settings, snapshot, written
 
 
 def base_and(change):
@@ -28,7 +28,16 @@ def workdir(make, *args):
     return prepare
 
 
-HUGE = 10**9
+def damaged_config(content):
+    """A workdir with answers, whose config is damaged."""
+
+    def make(path):
+        written(path / "answers" / "vanilla.jsonl", "")
+        written(path / "config.json", content)
+
+    return make
+
+
 SECTIONS = ("model", "data", "mesh", "eval", "attacks", "method", "train", "finetune", "seed")
 
 CASES = [
@@ -60,11 +69,16 @@ CASES = [
     Case("text of 10000 letters", settings("--config.train.steps=" + "x" * 10_000), ("train.steps",)),
     Case("section for a number", settings("--config.train.steps.x=1"), ("steps",)),
     Case("unknown flag", settings("--wrkdir=x"), ("wrkdir",)),
+    Case("surrogate in a flag", settings("--config.data.source=\udcff"), ("data",)),
     Case("attack of control characters", settings("--config.attacks.names=\x1b[2J"), ("attacks.names",)),
     Case("attack of 10000 letters", settings("--config.attacks.names=" + "x" * 10_000), ("attacks.names",)),
     Case("protocol of 10000 letters", settings("--config.eval.protocol=" + "x" * 10_000), ("eval.protocol",)),
     Case("method of 10000 letters", settings("--config.method.name=" + "x" * 10_000), ("method.name",)),
+    Case(
+        "model name of 10000 letters", snapshot(lambda rows: rows, "--config.model.path=" + "x" * 10_000), ("too long",)
+    ),
     # Config files.
+    Case("get_config returns None", config_file("def get_config():\n    return None\n"), ("get_config", "None")),
     Case("get_config returns a number", config_file("def get_config():\n    return 3\n"), ("get_config",)),
     Case("get_config returns a dict", config_file("def get_config():\n    return {'stage': 'all'}\n"), ("get_config",)),
     Case(
@@ -94,11 +108,15 @@ CASES = [
     Case("missing config file", lambda _: ["--config=nothing.py", "--workdir=run"], ("nothing.py",)),
     Case("folder as a config file", lambda _: ["--config=.", "--workdir=run"], ("config",)),
     *(Case(f"no section {name}", section_deleted(name), (name,)) for name in SECTIONS),
+    Case("section that is a number", base_and("config.unlock(); config.train = 3"), ("train",)),
     Case("field of another type", base_and("config.train.batch_size = dict(forget='many', retain=1)"), ("batch_size",)),
-    Case("unknown argument", settings(f"--config={FOLDER_CONFIG and 'configs'}/tiny.py:nonsense"), ("tiny.py",)),
+    Case("field that is a function", base_and("config.model.create = dict(text=lambda: 3)"), ("model",)),
+    Case("unknown argument", settings("--config=nowhere/tiny.py:nonsense"), ("tiny.py",)),
     # Workdirs.
     Case("file as a workdir", workdir(lambda path: written(path, "x")), ("run", "file")),
     Case("workdir below a file", workdir(lambda path: written(path, "x"), "--workdir=run/below"), ("run",)),
+    Case("workdir of a long name", settings("--workdir=" + "x" * 300), ("name", "long")),
+    Case("workdir of a long path", settings("--workdir=" + "x/" * 3000), ("name", "long")),
     Case("folder of somebody else", workdir(lambda path: written(path / "thesis.tex", "x")), ("run", "not empty")),
     Case("named pipe as a workdir", workdir(os.mkfifo), ("run",)),
     Case("workdir below a device", settings("--workdir=/dev/null/run"), ("/dev/null",)),

@@ -130,7 +130,7 @@ def check_source(source: str) -> None:
     Raises:
         UserError: it is none of them.
     """
-    if not ("://" in source or Path(source).is_dir() or hub.is_id(source)):
+    if not ("://" in source or storage.resolve(source).is_dir() or hub.is_id(source)):
         raise UserError(
             f"There is no data folder {source}; pass a folder as the hub lays it out, an id there (ORG/NAME), or gs://..."
         )

@@ -31,6 +31,8 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
     """Parses flags as absl does; exits with status 2 and one sentence if they are wrong."""
     try:
         rest = values(argv)
+        if values["config"].present and values.config is None:
+            raise UserError("--config: get_config() returned None. Return the config, as configs/tiny.py does.")
         # A file that could not be read raises only when its config is first used.
         if values.config is not None and getattr(values.config, "stage", None) is None:
             raise UserError("--config: get_config() returned no config with a field `stage`; see configs/tiny.py.")

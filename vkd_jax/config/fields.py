@@ -134,7 +134,7 @@ def _allowed(value: Any, kind: Any, rules: Mapping[str, Any]) -> bool:
     """Whether a value has the type and satisfies the rules."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
-        return True
+        return _is_plain(value)
     if origin in (types.UnionType, typing.Union):
         return value is None or _allowed(value, next(arg for arg in args if arg is not type(None)), rules)
     if origin is tuple:
@@ -148,9 +148,24 @@ def _allowed(value: Any, kind: Any, rules: Mapping[str, Any]) -> bool:
         return False
     if "choices" in rules:
         return value in rules["choices"]
+    if kind is str and not _is_plain(value):
+        return False
     if kind in (int, float):
         return _in_range(value, rules)
     return "pattern" not in rules or re.fullmatch(rules["pattern"], value) is not None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value can be written as JSON in UTF-8; a component, which has its own fields, can."""
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and _is_plain(name) and _is_plain(item) for name, item in value.items())
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    if isinstance(value, str):
+        return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, int) or dataclasses.is_dataclass(value)
 
 
 def _in_range(value: float, rules: Mapping[str, Any]) -> bool:
@@ -177,7 +192,7 @@ def _expected(kind: Any, rules: Mapping[str, Any]) -> str:
     if "expected" in rules:
         return rules["expected"]
     names = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
-    name = names.get(kind, "another value")
+    name = names.get(kind, "a value that JSON has")
     words = {"minimum": "of at least", "above": "greater than", "maximum": "at most", "below": "below"}
     bounds = [f"{word} {_shown(rules[key])}" for key, word in words.items() if key in rules]
     return f"{name} {' and '.join(bounds)}".strip()

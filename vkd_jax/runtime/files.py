@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from vkd_jax.types import UserError
 
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes that Linux takes
 UNFINISHED = ".tmp"  # the suffix of files and folders that are being written
 
 
@@ -121,10 +122,23 @@ def check_name(folder: str, name: str) -> str:
     """
     if not name.strip() or "\0" in name or not _encodable(name):
         raise UserError(f"{name!a} is not a file name; name a file in {folder}.")
+    check_length(name)
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise UserError(f"{name!r} leads out of {folder}; move the file into the folder and name it relative to it.")
     return name
+
+
+def check_length(path: str) -> None:
+    """Checks that a path is one that the operating system takes, before it raises an error of its own.
+
+    Raises:
+        UserError: the path, or a name in it, is too long.
+    """
+    longest = max(path.split("/"), key=len)
+    for text, most in ((longest, LONGEST_NAME), (path, LONGEST_PATH)):
+        if (size := len(text.encode("utf-8", "surrogatepass"))) > most:
+            raise UserError(f"{text[:40]!a}... is too long for a file name: {size:,} bytes, and {most:,} are allowed.")
 
 
 def read_bytes(path: os.PathLike[str], most: int) -> bytes:

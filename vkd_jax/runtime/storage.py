@@ -38,6 +38,7 @@ def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
     """
     name = os.fspath(path)
     if "://" not in name:
+        files.check_length(name)
         return pathlib.Path(name)
     if not name.startswith(BUCKET) or not name.removeprefix(BUCKET).strip("/"):
         raise UserError(f"{name} is not supported: pass a folder on a disk, or {BUCKET}BUCKET/FOLDER.")
@@ -99,6 +100,8 @@ class SourceFolder:
         """Name, size and modification time of files; they differ if a file changed. Missing files have no size."""
         names = sorted(names)
         if isinstance(self._system, fs.LocalFileSystem):
+            for name in names:
+                files.check_length(name)
             infos = self._system.get_file_info([posixpath.join(self.path, name) for name in names])
         else:  # one request for many files
             listed = {self._name(info): info for info in self._list("", recursive=True)}

@@ -219,7 +219,31 @@ CASES = [
     Case("empty tokenizer", with_files(tokenizer__json=""), ("tokenizer",)),
     Case("tokenizer that is a list", with_files(tokenizer__json=[]), ("tokenizer",)),
     Case("tokenizer without a model", with_files(tokenizer__json={"version": "1.0"}), ("tokenizer",)),
+    Case("tokenizer config that is a list", with_files(tokenizer_config__json=[]), ("tokenizer",)),
+    Case("tokenizer config nested deeply", with_files(tokenizer_config__json=nested(100_000)), ("tokenizer",)),
+    Case(
+        "end of sequence that is a text",
+        with_files(generation_config__json={"eos_token_id": "</s>"}),
+        ("eos_token_id",),
+    ),
+    Case("generation config that is a list", with_files(generation_config__json=[]), ("generation_config.json",)),
     # Chat templates.
+    Case("template that raises", template("{{ raise_exception('only users') }}"), ("template", "only users")),
+    Case("template with an error", template("{% for m in messages %}"), ("template",)),
+    Case("template that divides by zero", template("{{ 1 / 0 }}"), ("template",)),
+    Case("template that joins texts", template(TEXT_TEMPLATE), ("template",)),
+    Case("template that renders nothing", template(PART_TEMPLATE), ("template",)),
+    Case(
+        "template that shows a list", template("{% for m in messages %}Q: {{ m.content }}{% endfor %}"), ("template",)
+    ),
+    Case("template of an endless loop", template("{% for i in range(10 ** 12) %}x{% endfor %}"), ("template",)),
+    Case("template that reads attributes", template("{{ messages.__class__.__mro__ }}"), ("template",)),
+    Case("template of an unknown filter", template("{{ messages | nothing }}"), ("template",)),
+    Case(
+        "template that is a number",
+        with_files(chat_template__jinja=None, chat_template__json={"chat_template": 3}),
+        ("template",),
+    ),
     # Adapters.
     Case(
         "pickled weights", asked(lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin")), ("pickled",)

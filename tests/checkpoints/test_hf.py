@@ -480,8 +480,8 @@ def test_all_wrong_tensors_are_listed(folder, copy):
         ("multi_modal_projector.linear_2.bias", -np.inf, dict(dtype="bfloat16")),
         ("language_model.model.layers.1.mlp.up_proj.weight", np.nan, dict(transform=QUANTIZE)),
         ("language_model.model.embed_tokens.weight", np.inf, dict(sharding=lambda path, shape: REPLICATED)),
-        ("vision_tower.embeddings.class_embedding", 1e5, dict(dtype="float16")),  # finite on disk alone
-        ("vision_tower.embeddings.patch_embedding.weight", np.nan, dict(masters=lambda paths, config: paths)),
+        ("vision_tower.vision_model.embeddings.class_embedding", 1e5, dict(dtype="float16")),  # finite on disk alone
+        ("vision_tower.vision_model.embeddings.patch_embedding.weight", np.nan, dict(masters=lambda paths, config: paths)),
     ],
     ids=["plain", "cast", "quantized", "sharded", "overflow", "masters"],
 )

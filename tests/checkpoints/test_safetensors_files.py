@@ -222,7 +222,10 @@ def test_invalid_indexes_are_reported(sharded):
     good = json.loads(index.read_text())
     index.write_text(json.dumps({"weight_map": good["weight_map"] | {"no.such.tensor": FIRST}}))
     fails(sharded, f"lists tensors that {FIRST} does not contain", "no.such.tensor")
-    for bad in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../a.safetensors"}}'):
+    for bad in ("{", "[]"):
+        index.write_text(bad)
+        fails(sharded, f"{safetensors_files.INDEX}: ", "download it again")
+    for bad in ("{}", '{"weight_map": {}}', '{"weight_map": {"a": "../a.safetensors"}}'):
         index.write_text(bad)
         fails(sharded, "is not a safetensors index")
     index.write_text(json.dumps(good))

@@ -9,13 +9,29 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from absl import logging
+from PIL import Image
 
+from vkd_jax import messages
 from vkd_jax.checkpoints import hf
 from vkd_jax.data.encoding import EncodedSet, encode_set
 from vkd_jax.data.processor import Processor
 from vkd_jax.models import base, lora, quantize
+from vkd_jax.runtime import json_files
 from vkd_jax.runtime.mesh import param_shardings, replicated
 from vkd_jax.types import Example, Params, UserError
+
+# Settings of generation_config.json that change greedy decoding, and the values with which they do not.
+GREEDY = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "suppress_tokens": [],
+    "bad_words_ids": [],
+}
 
 
 class TrainingMethod(Protocol):
@@ -81,6 +97,10 @@ class ModelBundle:
         """
         family, model_config = read_family(folder)
         processor = Processor(folder, model_config, max_pixels=max_pixels)
+        _check_images(folder, processor)
+        if ignored := ignored_generation_settings(Path(folder)):
+            message = "answers are decoded greedily; %s of %s/generation_config.json is ignored."
+            logging.log_first_n(logging.WARNING, message, 1, messages.listed(ignored), folder)
         settings = quantize.parse(quantization)
         graphdef, params, model_config = hf.load(
             folder,
@@ -182,6 +202,21 @@ class ModelBundle:
         return encode_set(
             self.processor, examples, max_length=self.config.text.max_positions, buckets=buckets
         )
+
+
+def _check_images(folder: str | Path, processor: Processor) -> None:
+    """Checks with a blank image, which is not a square, that the image processor gives what the model takes."""
+    try:
+        processor.image(Image.new("RGB", (96, 64)))
+    except UserError as error:
+        raise UserError(f"The image processor in {folder} does not fit its config.json: {error}") from error
+
+
+def ignored_generation_settings(folder: Path) -> list[str]:
+    """Returns the settings of generation_config.json that would change greedy decoding, which ignores them."""
+    file = folder / "generation_config.json"
+    settings = json_files.read_json(file) if file.is_file() else {}
+    return [f"{name}={settings[name]}" for name, plain in GREEDY.items() if settings.get(name) not in (None, plain)]
 
 
 def read_family(folder: str | Path) -> tuple[types.ModuleType, Any]:

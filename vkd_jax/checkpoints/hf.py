@@ -7,7 +7,6 @@ one row, and every parameter must be filled. Writing a checkpoint uses the same 
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import re
@@ -18,16 +17,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 
 from vkd_jax import messages, models
+from vkd_jax.checkpoints import safetensors_files
 from vkd_jax.checkpoints.safetensors_files import Checkpoint, Folder, ProgressLog, Tensor
 from vkd_jax.messages import listed
 from vkd_jax.models import base, lora
-from vkd_jax.runtime import multihost
+from vkd_jax.runtime import hub, json_files, memory, multihost
 from vkd_jax.types import NotFinite, UserError
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+CONFIG = "config.json"
+ORIGINAL_LLAVA_FIELDS = {"mm_vision_tower", "mm_projector_type", "mm_hidden_size"}
+CONVERT_ORIGINAL_LLAVA = (
+    "Use a converted model, such as llava-hf/llava-1.5-7b-hf, or convert it with convert_llava_weights_to_hf.py of "
+    "transformers."
+)
 Span = Sequence[tuple[int, int]]  # (start, stop) on each axis
 
 
@@ -115,23 +122,52 @@ def tensor_names(module: types.ModuleType, config: Any, shapes: Mapping[str, Any
 def read_config(folder: Folder) -> tuple[types.ModuleType, Any]:
     """Reads the model module and the transformers configuration of a folder.
 
+    `tie_word_embeddings` of the configuration is False if the weights have another head than the embeddings, whatever
+    config.json says, as in transformers 5.
+
     Raises:
-        UserError: config.json is missing or cannot be read, or its model type is not supported.
+        UserError: config.json is missing or cannot be read, its model type is not supported, or the folder has
+            quantized weights or a PEFT adapter.
     """
     from transformers import AutoConfig
 
-    path = pathlib.Path(folder) / "config.json"
+    folder = pathlib.Path(folder)
+    path = folder / CONFIG
+    hub.check_not_adapter(folder)
     if not path.is_file():
         raise UserError(f"{folder} has no config.json. Give a Hugging Face model folder.")
+    settings = json_files.read_json(path)
+    if settings.keys() & ORIGINAL_LLAVA_FIELDS:
+        raise UserError(f"{folder} is in LLaVA's original format. {CONVERT_ORIGINAL_LLAVA}")
+    if "model_type" not in settings:
+        raise UserError(f"{path} is not a Hugging Face model configuration: it has no model_type.")
+    sections = [value for value in (settings, *settings.values()) if isinstance(value, dict)]
+    if quantization := next(filter(None, (section.get("quantization_config") for section in sections)), None):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise UserError(
+            f"{path} has a quantization_config (quant_method {method!r}): quantized weights are not supported. Give "
+            "the model that was quantized; --config.model.quantize=int8 quantizes its weights while they are loaded."
+        )
+    module = models.module_for(settings["model_type"])
     try:
-        model_type = json.loads(path.read_text())["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a Hugging Face model configuration: it has no model_type.") from error
-    module = models.module_for(model_type)
-    try:
-        return module, AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many types of errors here
         raise UserError(f"{path} cannot be read by transformers: {' '.join(str(error).split())}") from error
+    if hf_config.tie_word_embeddings and _has_other_head(folder, module, module.Config.from_hf(hf_config)):
+        message = "%s ties the output head to the embeddings, but the weights have another head, which is kept."
+        logging.log_first_n(logging.WARNING, message, 1, path)
+        hf_config.tie_word_embeddings = False
+    return module, hf_config
+
+
+def _has_other_head(folder: pathlib.Path, module: types.ModuleType, config: Any) -> bool:
+    """Whether the weights of a tied model have a head with other values than the embeddings."""
+    if not any((folder / name).exists() for name in (safetensors_files.WEIGHTS, safetensors_files.INDEX)):
+        return False  # a configuration alone, to plan a run
+    names = {name for name, path, _ in module.hf_table(config) if path == "language_model/embed/embedding"}
+    tensors = [x for name, x in Checkpoint(folder).tensors.items() if canonical(module, name) in names]
+    matrices = [x for x in tensors if len(x.shape) == 2]
+    return len(tensors) == len(matrices) == 2 and not safetensors_files.equal(*matrices)
 
 
 def load(
@@ -169,7 +205,7 @@ def load(
     """
     module, hf_config = read_config(folder)
     if dtype is not None:
-        changes = {"compute_dtype": jnp.dtype(dtype).name} | changes
+        changes = {"compute_dtype": base.check_dtype(dtype)} | changes
     config = module.Config.from_hf(hf_config, **changes)
     checkpoint = Checkpoint(folder)
     graphdef, shapes = base.abstract_model(lambda rngs: module.Model(config, rngs=rngs))
@@ -178,9 +214,15 @@ def load(
     master_paths = set(masters(list(shapes), config)) if masters else set()
     bad: list[Tensor] = []
 
+    def dtype_of(path: str) -> np.dtype:
+        return jnp.dtype(jnp.float32 if path in master_paths else dtype or sources[path][0][1].dtype)
+
+    _check_memory(folder, {path: (x.shape, dtype_of(path)) for path, x in shapes.items()}, sharding, bool(transform))
+
     def read(path: str) -> Any:
-        shape, param_dtype = shapes[path].shape, jnp.float32 if path in master_paths else dtype
-        param, nonfinite = _read_param(sources[path], shape, param_dtype, sharding and sharding(path, shape), progress)
+        shape = shapes[path].shape
+        place = sharding and sharding(path, shape)
+        param, nonfinite = _read_param(sources[path], shape, dtype_of(path), place, progress)
         bad.extend(nonfinite)
         # Without waiting, copies to the devices would accumulate in the memory of this host.
         return jax.block_until_ready(param if transform is None else transform(path, param))
@@ -188,6 +230,22 @@ def load(
     params = {path: read(path) for path in shapes}
     multihost.raise_in_all(_nonfinite_error(bad))  # not earlier, because a host reads its own shards only
     return graphdef, params, config
+
+
+def _check_memory(
+    folder: Folder, params: Mapping[str, tuple[tuple[int, ...], np.dtype]], sharding: Sharding | None, quantizes: bool
+) -> None:
+    """Checks that the weights fit in the memory of this process's devices; quantized ones have 4 bits or more."""
+    needed, devices = 0, {jax.devices()[0]}
+    for path, (shape, dtype) in params.items():
+        size, copies = math.prod(shape), 1
+        if sharding is not None:
+            place = sharding(path, shape)
+            devices, copies = place.device_set, len(place.addressable_devices)
+            size = math.prod(place.shard_shape(shape))
+        needed += copies * (size // 2 if quantizes else size * dtype.itemsize)
+    remedy = "use a smaller dtype, config.model.quantize, or more devices"
+    memory.check(needed, memory.device_bytes(devices), f"the weights of {folder}", remedy)
 
 
 def _nonfinite_error(tensors: Sequence[Tensor]) -> UserError | None:
@@ -226,11 +284,15 @@ def match_tensors(
             problems.append(f"{name} occurs a second time under another name")
         elif canonical_name in expected:
             matched[canonical_name] = tensor
+            if not jnp.issubdtype(tensor.dtype, jnp.floating):
+                problems.append(f"{name} has dtype {tensor.dtype} instead of a floating-point dtype")
             shape = shapes[slot.path].shape[0 if slot.layer is None else 1 :]
             expected_shape = tuple(shape[i] for i in np.argsort(slot.axes or range(len(shape))))
             if tensor.shape != expected_shape:
                 problems.append(f"{name} has shape {tensor.shape} instead of {expected_shape}")
     problems += [f"missing tensor {name}" for name in expected if name not in matched]
+    if any(".mm_projector." in name for name in checkpoint.tensors):
+        raise UserError(f"The tensors in {checkpoint.folder} have LLaVA's original names. {CONVERT_ORIGINAL_LLAVA}")
     if problems:
         raise UserError(
             f"The weights in {checkpoint.folder} do not match its config.json: {messages.listed(problems, '; ')}."
@@ -244,7 +306,7 @@ def match_tensors(
 def _read_param(
     sources: list[tuple[Slot, Tensor]],
     shape: tuple[int, ...],
-    dtype: Any,
+    dtype: np.dtype,
     sharding: jax.sharding.Sharding | None,
     progress: Callable[[int], None],
 ) -> tuple[jax.Array, list[Tensor]]:
@@ -253,7 +315,6 @@ def _read_param(
     Returns:
         The parameter, and the tensors that have NaN or infinity in the shards of this process.
     """
-    dtype = sources[0][1].dtype if dtype is None else jnp.dtype(dtype)
 
     def span_of(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
         return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
@@ -283,7 +344,9 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 def init_params(config: Any, seed: int, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, base.Params]:
     """Draws random initial parameters of a model configuration; one seed gives the same parameters again."""
     module = family_of(config)
-    graphdef, _ = base.abstract_model(lambda rngs: module.Model(config, rngs=rngs, param_dtype=dtype))
+    graphdef, shapes = base.abstract_model(lambda rngs: module.Model(config, rngs=rngs, param_dtype=dtype))
+    needed = sum(math.prod(x.shape) for x in shapes.values()) * jnp.dtype(dtype).itemsize
+    memory.check(needed, memory.device_bytes([jax.devices()[0]]), "the weights to create", "use smaller sizes")
     # The program runs once, so optimizing it takes longer than it saves.
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 

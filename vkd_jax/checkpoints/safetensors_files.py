@@ -4,18 +4,20 @@ import dataclasses
 import hashlib
 import io
 import json
-import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import safetensors
 from absl import logging
 
 from vkd_jax import messages
+from vkd_jax.runtime import files, json_files
 from vkd_jax.runtime.finite import is_finite
 from vkd_jax.types import UserError
 
@@ -36,6 +38,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Bytes and rows to read at a time, whichever is more. A chunk is transposed while it is in the processor's cache.
 CHUNK, ROWS = 1 << 16, 16
+EQUAL_ROWS = 4096  # rows of two matrices that are compared at a time
 LOG_SECONDS = 5.0  # between two lines of progress
 
 
@@ -170,43 +173,55 @@ class Checkpoint:
 
 
 def _read_index(index: pathlib.Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        if weight_map and all(isinstance(v, str) and pathlib.PurePath(v).name == v for v in weight_map.values()):
+    weight_map = json_files.read_json(index, remedy="download it again").get("weight_map")
+    if weight_map and isinstance(weight_map, dict):
+        if all(isinstance(v, str) and pathlib.PurePath(v).name == v for v in weight_map.values()):
             return weight_map
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
     raise UserError(f"{index} is not a safetensors index: it has no weight_map from tensor names to file names.")
 
 
 def read_header(file: pathlib.Path) -> dict[str, Tensor]:
     """Reads the header of a safetensors file: 8 bytes of length and JSON, followed by the tensors without gaps.
 
+    The library checks the header; it does not tell the offsets, which are read here.
+
     Raises:
         UserError: the file is truncated or corrupt, or a dtype is not in `DTYPES`.
     """
+    files.check_regular(file, sys.maxsize)
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or 8 + length > size:
             raise UserError(f"{file} is truncated: the header is longer than the file. Download it again.")
         try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            entries = {n: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is corrupt: its header cannot be read. Download it again.") from error
+            with safetensors.safe_open(file, "np"):
+                header = json.loads(stream.read(length))
+        except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
+            kind = "truncated" if "ncomplete" in str(error) else "corrupt: its header cannot be read"
+            raise UserError(f"{file} is {kind} ({str(error)[:200]}). Download it again.") from error
+    header.pop("__metadata__", None)
+    entries = {n: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items()}
     tensors, begin = {}, 8 + length
     for name, (dtype, shape, start, stop) in entries.items():
         if dtype not in DTYPES:
             raise UserError(f"{name} in {file} has dtype {dtype}. Supported dtypes: {messages.choices(DTYPES)}.")
-        if start < 0 or stop - start != DTYPES[dtype].itemsize * math.prod(shape):
-            raise UserError(f"{file} is corrupt: the size of {name} does not match {dtype} {shape}. Download it again.")
         tensors[name] = Tensor(name, file, DTYPES[dtype], shape, begin + start, begin + stop)
-    needed = max((tensor.stop for tensor in tensors.values()), default=begin)
-    if size != needed:
-        raise UserError(f"{file} is truncated: it has {size} bytes instead of {needed}. Download it again.")
     return tensors
+
+
+def equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two matrices have the same values; a few rows are in memory at a time, until some differ."""
+    if first.shape != second.shape:
+        return False
+    for start in range(0, first.shape[0], EQUAL_ROWS):
+        rows = (slice(start, min(start + EQUAL_ROWS, first.shape[0])), slice(0, first.shape[1]))
+        values = [np.empty((rows[0].stop - start, first.shape[1]), np.float64) for _ in range(2)]
+        for tensor, array in zip((first, second), values, strict=True):
+            tensor.copy_to([(rows, array)])
+        if not np.array_equal(*values):
+            return False
+    return True
 
 
 def write(file: pathlib.Path, like: Mapping[str, np.ndarray], value: Callable[[str], np.ndarray]) -> None:

@@ -52,14 +52,19 @@ class Processor:
     """
 
     def __init__(self, folder: str | Path, config: Any, *, max_pixels: int = 0):
-        from transformers import AutoImageProcessor, AutoTokenizer  # slow to import, and an EncodedSet does not need it
+        import transformers  # slow to import, and an EncodedSet does not need it
 
         folder = Path(folder)
         options = dict(local_files_only=True)
         _check_files(folder)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
-            self.image_processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil", **options)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
+            # With the configuration, an image processor of a class that is gone, such as Qwen2_5_VLImageProcessor, is
+            # replaced by that of the model type.
+            hf_config = transformers.AutoConfig.from_pretrained(str(folder), **options)
+            self.image_processor = transformers.AutoImageProcessor.from_pretrained(
+                str(folder), backend="pil", config=hf_config, **options
+            )
         except Exception as error:  # tokenizers raises errors without a type of their own
             raise UserError(
                 f"{folder}: no usable tokenizer and image processor ({storage.first_line(error)}); "

@@ -19,6 +19,11 @@ from vkd_jax.types import UserError
 
 Params = dict[str, jax.Array]
 
+DTYPES = ("float32", "bfloat16", "float16")  # of weights and computation
+MOST_LAYERS = 1000  # of a tower; each block of a vision tower is a module of its own
+LARGEST_SIZE = 2**31 - 1
+KEY_VALUE_HEADS = ("text_config.num_key_value_heads", "text_config.num_attention_heads")  # for `divides`
+
 SCOPES = ("vision_tower", "projector", "language_model", "head")  # the named scopes of all layers
 
 
@@ -176,9 +181,60 @@ def check_model_types(family: str, hf: Any, **model_types: tuple[str, ...]) -> N
     check_supported(family, checks)
 
 
+def check_sizes(family: str, **sizes: Any) -> None:
+    """Checks that sizes are positive integers; call it before computing with them, or building a model.
+
+    Args:
+        family: name of the family in the error.
+        **sizes: the sizes by their field of config.json, with a double underscore for the dot; `num_hidden_layers` and
+            `depth` are at most `MOST_LAYERS`.
+
+    Raises:
+        UserError: lists every field that is not such an integer.
+    """
+    checks = []
+    for field, value in sizes.items():
+        most = MOST_LAYERS if field.endswith(("num_hidden_layers", "depth")) else LARGEST_SIZE
+        is_size = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+        checks.append((is_size, field.replace("__", "."), value, f"an integer from 1 to {most:,}"))
+    check_supported(family, checks)
+
+
+def decoder_sizes(text: Any) -> dict[str, Any]:
+    """Returns the sizes of a text configuration, for `check_sizes`."""
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings",
+    )  # fmt: skip
+    return {f"text_config__{name}": getattr(text, name) for name in names}
+
+
+def divides(divisor: int, size: int, names: tuple[str, str]) -> tuple[bool, str, Any, str]:
+    """Returns the check that one size divides another, for `check_supported`; `names` are their fields."""
+    return size % divisor == 0, names[0], divisor, f"a divisor of {names[1]}, {size}"
+
+
+def check_dtype(dtype: Any) -> str:
+    """Returns the name of a dtype of weights and computation.
+
+    Raises:
+        UserError: the dtype is not one of `DTYPES`: integers and 8-bit floats cannot be trained or computed with.
+    """
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    check_supported("model", [(name in DTYPES, "dtype", name, ", ".join(DTYPES))])
+    return name
+
+
 def hf_dtype(hf: Any) -> str:
-    """Returns the name of the dtype in a Hugging Face configuration; float32 if it has none."""
-    return str(hf.dtype or "float32").removeprefix("torch.")
+    """Returns the name of the dtype in a Hugging Face configuration; float32 if it has none.
+
+    Raises:
+        UserError: the dtype is not one of `DTYPES`.
+    """
+    return check_dtype(str(hf.dtype or "float32").removeprefix("torch."))
 
 
 def split_model(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:

@@ -48,8 +48,19 @@ class LlavaConfig:
         return self.vision.patches + (self.feature_select == "full")
 
     def extract_images(self, output: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Returns the images [H, W, 3] in the output of the Hugging Face image processor."""
-        return [np.ascontiguousarray(x.transpose(1, 2, 0), np.float32) for x in output["pixel_values"]]
+        """Returns the images [H, W, 3] in the output of the Hugging Face image processor.
+
+        Raises:
+            UserError: the images have another size than those of the model.
+        """
+        images = [np.ascontiguousarray(x.transpose(1, 2, 0), np.float32) for x in output["pixel_values"]]
+        size = self.vision.image_size
+        for height, width in {x.shape[:2] for x in images} - {(size, size)}:
+            raise UserError(
+                f"the image processor returns {height} x {width} pixels (crop_size or size of its configuration), and "
+                f"the model takes {size} x {size} (vision_config.image_size of config.json)"
+            )
+        return images
 
     def pack(self, rows: Sequence[Sequence[np.ndarray]], min_tokens: int = 0) -> dict[str, np.ndarray]:
         """Stacks the images of prompts, one [H, W, 3] per prompt: {"pixels": float32 [b, H, W, 3]}.
@@ -88,21 +99,43 @@ class LlavaConfig:
         return cls(**fields | changes)
 
 
+_VISION_HEADS = ("vision_config.num_attention_heads", "vision_config.hidden_size")
+
+
 def _check_hf_config(hf: Any) -> None:
     base.check_model_types("LLaVA", hf, vision_config=("clip_vision_model",), text_config=("llama",))
     vision, text, rope = hf.vision_config, hf.text_config, dict(hf.text_config.rope_parameters)
+    sides = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    base.check_supported(
+        "LLaVA", [(_is_square(side), f"vision_config.{name}", side, "a square") for name, side in sides.items()]
+    )
+    image_size, patch_size = (np.max(side).item() for side in sides.values())
+    base.check_sizes(
+        "LLaVA",
+        vision_config__image_size=image_size,
+        vision_config__patch_size=patch_size,
+        vision_config__hidden_size=vision.hidden_size,
+        vision_config__intermediate_size=vision.intermediate_size,
+        vision_config__num_hidden_layers=vision.num_hidden_layers,
+        vision_config__num_attention_heads=vision.num_attention_heads,
+        text_config__head_dim=text.head_dim,
+        **base.decoder_sizes(text),
+    )
     layer, layers, activations = hf.vision_feature_layer, vision.num_hidden_layers, ", ".join(ACTIVATIONS)
     layer_exists = isinstance(layer, int) and -layers - 1 <= layer <= layers
     projector_act = hf.projector_hidden_act
     base.check_supported(
         "LLaVA",
         [
-            (_is_square(vision.image_size), "vision_config.image_size", vision.image_size, "a square"),
-            (_is_square(vision.patch_size), "vision_config.patch_size", vision.patch_size, "a square"),
+            (patch_size <= image_size, "vision_config.patch_size", patch_size, f"at most the image size, {image_size}"),
+            base.divides(vision.num_attention_heads, vision.hidden_size, _VISION_HEADS),
+            base.divides(text.num_key_value_heads, text.num_attention_heads, base.KEY_VALUE_HEADS),
+            (text.head_dim % 2 == 0, "text_config.head_dim", text.head_dim, "even numbers"),
+            (rope["rope_theta"] > 0, "text_config.rope_parameters.rope_theta", rope["rope_theta"], "positive numbers"),
             (vision.num_channels == 3, "vision_config.num_channels", vision.num_channels, "3"),
             (vision.hidden_act in ACTIVATIONS, "vision_config.hidden_act", vision.hidden_act, activations),
             (text.hidden_act == "silu", "text_config.hidden_act", text.hidden_act, "silu"),
-            (rope["rope_type"] == "default", "text_config.rope_parameters", rope, "rope_type default"),
+            (rope["rope_type"] == "default", "text_config.rope_parameters.rope_type", rope["rope_type"], "default"),
             (not text.attention_bias, "text_config.attention_bias", text.attention_bias, "False"),
             (not text.mlp_bias, "text_config.mlp_bias", text.mlp_bias, "False"),
             (projector_act in ACTIVATIONS, "projector_hidden_act", projector_act, activations),

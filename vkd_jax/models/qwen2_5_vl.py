@@ -29,6 +29,7 @@ class Qwen25VLConfig(QwenConfig):
         family = "Qwen2.5-VL"
         vision_types = ("qwen2_5_vl_vision", "qwen2_5_vl")  # as in `qwen2_vl`
         check_model_types(family, hf, vision_config=vision_types, text_config=("qwen2_5_vl_text",))
+        qwen2_vl.check_sizes(family, hf, "hidden_size", "intermediate_size", "out_hidden_size", "window_size")
         vision = hf.vision_config
         # A window holds a whole number of image tokens, `window` in height and width.
         window = vision.window_size // vision.spatial_merge_size // vision.patch_size

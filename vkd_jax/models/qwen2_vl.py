@@ -94,23 +94,33 @@ class QwenConfig:
         return packed
 
 
+_TEXT_HEADS = ("text_config.num_attention_heads", "text_config.hidden_size")
+
+
+def check_sizes(family: str, hf: Any, *widths: str) -> None:
+    """Checks the sizes of a configuration of either family; `widths` are those fields of the tower that differ."""
+    names = ("depth", "num_heads", "patch_size", "temporal_patch_size", "spatial_merge_size", *widths)
+    tower = {f"vision_config__{name}": getattr(hf.vision_config, name) for name in names}
+    base.check_sizes(family, **tower, **base.decoder_sizes(hf.text_config))
+
+
 def common_checks(hf: Any, vision_width: int, merged_width: int) -> list[tuple[bool, str, Any, str]]:
     """Returns the checks of a configuration that both families make, for `check_supported`."""
     vision, text, rope = hf.vision_config, hf.text_config, dict(hf.text_config.rope_parameters)
-    patch_size, frames = vision.patch_size, vision.temporal_patch_size
     heads, layer_types = vision.num_heads, sorted({*text.layer_types})
     heads_supported = f"divisors of the width, {vision_width}, that leave a multiple of 4"
-    vision_rope, section = _vision_rope(vision), _mrope_section(rope)
+    vision_rope, section = _vision_rope(vision)["rope_type"], _mrope_section(rope)
     section_fits = len(section) == 3 and 2 * sum(section) == text.hidden_size // text.num_attention_heads
     return [
         (vision.in_channels == 3, "vision_config.in_channels", vision.in_channels, "3"),
-        (isinstance(patch_size, int), "vision_config.patch_size", patch_size, "one number"),
-        (isinstance(frames, int), "vision_config.temporal_patch_size", frames, "one number"),
         (vision_width % (4 * heads) == 0, "vision_config.num_heads", heads, heads_supported),
-        (vision_rope["rope_type"] == "axial", "vision_config.rope_parameters", vision_rope, "rope_type axial"),
+        (vision_rope == "axial", "vision_config.rope_parameters.rope_type", vision_rope, "axial"),
         (merged_width == text.hidden_size, "the width of merged patches", merged_width, f"{text.hidden_size}"),
         (text.hidden_act == "silu", "text_config.hidden_act", text.hidden_act, "silu"),
-        (rope["rope_type"] == "default", "text_config.rope_parameters", rope, "rope_type default"),
+        (rope["rope_type"] == "default", "text_config.rope_parameters.rope_type", rope["rope_type"], "default"),
+        base.divides(text.num_attention_heads, text.hidden_size, _TEXT_HEADS),
+        base.divides(text.num_key_value_heads, text.num_attention_heads, base.KEY_VALUE_HEADS),
+        (rope["rope_theta"] > 0, "text_config.rope_parameters.rope_theta", rope["rope_theta"], "positive numbers"),
         (section_fits, "mrope_section", section, "three numbers that add up to half the head width"),
         (not text.use_sliding_window, "text_config.use_sliding_window", text.use_sliding_window, "False"),
         (layer_types == ["full_attention"], "text_config.layer_types", layer_types, "full_attention"),
@@ -169,9 +179,12 @@ class Qwen2VLConfig(QwenConfig):
         # 5.20 does not replace.
         vision_types = ("qwen2_vl_vision", "qwen2_vl")
         base.check_model_types("Qwen2-VL", hf, vision_config=vision_types, text_config=("qwen2_vl_text",))
+        check_sizes("Qwen2-VL", hf, "embed_dim", "hidden_size")
         vision, act = hf.vision_config, hf.vision_config.hidden_act
         activation_check = (act in ACTIVATIONS, "vision_config.hidden_act", act, ", ".join(ACTIVATIONS))
-        base.check_supported("Qwen2-VL", [activation_check, *common_checks(hf, vision.embed_dim, vision.hidden_size)])
+        mlp_check = (vision.mlp_ratio * vision.embed_dim >= 1, "vision_config.mlp_ratio", vision.mlp_ratio, "1 or more")
+        checks = common_checks(hf, vision.embed_dim, vision.hidden_size)
+        base.check_supported("Qwen2-VL", [activation_check, mlp_check, *checks])
         tower = VisionConfig(
             width=vision.embed_dim,
             mlp_width=int(vision.embed_dim * vision.mlp_ratio),

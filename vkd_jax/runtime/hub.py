@@ -10,6 +10,7 @@ from vkd_jax.runtime import storage
 from vkd_jax.types import UserError
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "assets"  # models that are part of the package
+ADAPTER_CONFIG = "adapter_config.json"
 _ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?", re.ASCII)
 
 
@@ -58,6 +59,22 @@ def fetch_model(name: str | os.PathLike[str]) -> pathlib.Path:
             "config.json and safetensors in it, as --config.model.path=DIR."
         )
     return folder
+
+
+def check_not_adapter(folder: pathlib.Path) -> None:
+    """Checks that a folder is not a PEFT adapter, and has none beside its weights.
+
+    Raises:
+        UserError: the folder has an adapter. transformers would apply one that is beside full weights.
+    """
+    weights = [file.name for file in sorted(folder.glob("adapter_model*")) if file.suffix in (".safetensors", ".bin")]
+    is_model = (folder / storage.MODEL_MARKER).is_file()
+    if not weights and (is_model or not (folder / ADAPTER_CONFIG).is_file()):
+        return
+    merge = "merge it into its base model with merge_and_unload() of peft, save that model, and pass its folder"
+    if is_model:
+        raise UserError(f"{folder} has a PEFT adapter ({weights[0]}) beside its weights; {merge}, or remove it.")
+    raise UserError(f"{folder} is a PEFT adapter, not a model; {merge}.")
 
 
 def fetch_dataset(name: str, configs: Sequence[str]) -> pathlib.Path:
@@ -118,6 +135,8 @@ def _download(
     except Exception as error:  # whatever the network, the disk or a proxy raises
         first = (str(error).strip().splitlines() or [""])[0]
         return None, f"{repo} could not be fetched from the hub ({type(error).__name__}: {first})"
+    if kind == "model":
+        check_not_adapter(folder)
     missing = [pattern for pattern in required if not any(folder.glob(pattern))]
     if missing:
         return None, f"what the hub or its cache holds of {repo} lacks {messages.listed(missing, ' and ')}"

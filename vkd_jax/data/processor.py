@@ -61,7 +61,7 @@ class Processor:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
             # With the configuration, an image processor of a class that is gone, such as Qwen2_5_VLImageProcessor, is
             # replaced by that of the model type.
-            is_model = (Path(folder) / storage.MODEL_MARKER).is_file()
+            is_model = (folder / storage.MODEL_MARKER).is_file()
             hf_config = transformers.AutoConfig.from_pretrained(str(folder), **options) if is_model else None
             self.image_processor = transformers.AutoImageProcessor.from_pretrained(
                 str(folder), backend="pil", config=hf_config, **options

@@ -81,7 +81,8 @@ def untouched(tmp_path):
     yield
     left = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")}
     data = {name for name in left if name.split("/")[0] == "data"}  # it is read before the model
-    assert left - data <= {"config.json", "timing.json"} and not any("incomplete" in name for name in data), left
+    expected = {"config.json", "inputs.json", "timing.json"}
+    assert left - data <= expected and not any("incomplete" in name for name in data), left
     for path in (tmp_path / "run").glob("*.json"):
         json.loads(path.read_text())
 
@@ -135,9 +136,10 @@ def test_without_a_workdir_the_config_is_printed_and_nothing_runs(run, tmp_path,
         ("def get_config():\n    return None.steps", ["--config: the file raised AttributeError", "steps"]),
         ("def get_config(:", ["--config: the file raised SyntaxError"]),
         ("def get_config():\n    return {'train': {'steps': 1}}", ["no config with a field `stage`"]),
+        ("def get_config():\n    pass", ["--config: get_config() returned None"]),
         ("import vkd_jax.nothing", ["--config: the file raised ImportError", "nothing"]),
     ],
-    ids=["missing", "zero", "value", "attribute", "syntax", "dict", "import"],
+    ids=["missing", "zero", "value", "attribute", "syntax", "dict", "none", "import"],
 )
 def test_wrong_config_files_are_refused(run, untouched, tmp_path, text, parts):
     config = tmp_path / "config.py"
@@ -364,7 +366,7 @@ def test_a_workdir_of_another_config_is_refused(run, tmp_path):
 def test_a_workdir_that_cannot_be_used_is_refused(run, tmp_path):
     (tmp_path / "file").write_text("")
     refused(run(workdir=tmp_path / "file"), f"{tmp_path / 'file'} is a file")
-    refused(run(workdir=tmp_path / "file" / "run"), f"cannot write at {tmp_path / 'file' / 'run'}: Not a directory")
+    refused(run(workdir=tmp_path / "file" / "run"), f"{tmp_path / 'file' / 'run'} cannot be used (Not a directory)")
     refused(run(workdir=tmp_path), "not empty and has no run of this program")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

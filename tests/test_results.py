@@ -91,7 +91,7 @@ def test_results_with_nan_are_not_written(tmp_path):
 def test_missing_and_torn_results_are_named(tmp_path, text):
     if text:
         (tmp_path / "results.json").write_text(text)
-    with pytest.raises(UserError, match="is not JSON" if text else "has no results.json"):
+    with pytest.raises(UserError, match="it is not JSON.*run that experiment again" if text else "has no results.json"):
         RunResults.read(tmp_path)
 
 

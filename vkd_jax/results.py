@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vkd_jax.runtime import files
+from vkd_jax.runtime import files, json_files
 from vkd_jax.types import EvalSet, Role, UserError
 
 SCHEMA_VERSION = 2
@@ -347,11 +347,9 @@ class RunResults:
         if not file.is_file():
             raise UserError(f"{workdir} has no {FILE}: let that run finish, or give the folder of a finished run.")
         try:
-            return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
+            return cls.from_json(json_files.read_json(file, remedy="run that experiment again"))
         except FormatError as error:
             raise UserError(f"{file}: {error}; run that experiment again.") from error
-        except ValueError as error:
-            raise UserError(f"{file} is not JSON ({error}); run that experiment again.") from error
 
     def write(self, workdir: Path) -> Path:
         """Writes results.json into the folder of a run, atomically.

@@ -82,6 +82,17 @@ def test_sets_are_built_once_and_fine_tuning_sets_on_request(benchmark, tmp_path
     assert more == sets | {"finetune_retain": [example("t/0/0")]}
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "missing"])
+@pytest.mark.parametrize("pattern", ["*.array_record*", "dataset_info.json", "features.json"])
+def test_a_damaged_cache_is_built_again(benchmark, tmp_path, pattern, damage):
+    sets = cache.read(benchmark, tmp_path)
+    for file in tmp_path.rglob(pattern):
+        data = {"cut": file.read_bytes()[:-9], "empty": b"", "other": b"{}" * 99, "missing": None}[damage]
+        file.unlink() if data is None else file.write_bytes(data)
+    assert cache.read(benchmark, tmp_path) == sets
+    assert cache.read(benchmark, tmp_path) == sets and len(benchmark.reads) <= 2
+
+
 def test_changed_source_field_or_reader_builds_again(benchmark, tmp_path, monkeypatch):
     cache.read(benchmark, tmp_path)
     benchmark.version.append("b")

@@ -184,6 +184,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name not in self.objects:
             return self.respond(404, {"error": {"code": 404, "message": f"No such object: {name}"}})
         if self.command == "DELETE":
+            if not self.matches(name, query):
+                return
             del self.objects[name]
             return self.respond(204, b"")
         if query.get("alt") != "media":
@@ -197,12 +199,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.respond(416, b"")
         self.respond(206, data[first : last + 1], headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
 
+    def matches(self, name: str, query: dict[str, str]) -> bool:
+        """Responds with an error unless the object has the generation that the request names; 0 is no object."""
+        generation = self.objects.about(name)["generation"] if name in self.objects else "0"
+        if query.get("ifGenerationMatch", generation) == generation:
+            return True
+        self.respond(412, {"error": {"code": 412, "message": f"The generation is {generation}."}})
+        return False
+
     def upload(self, query: dict[str, str], body: bytes) -> None:
         """Uploads an object in one request, or in several, of which the last creates it."""
         name = query["name"]
         if query["uploadType"] == "media":
-            if query.get("ifGenerationMatch") == "0" and name in self.objects:
-                return self.respond(412, {"error": {"code": 412, "message": "It is there."}})
+            if not self.matches(name, query):
+                return
             self.objects[name] = body
             return self.respond(200, self.objects.about(name))
         if self.command == "POST":

@@ -384,7 +384,7 @@ def test_runs_that_cannot_be_compared_are_rejected(run, tmp_path, break_it, caps
     make_run(other, seed=1)
     message = {
         "missing": "no results.json",
-        "torn": "is not JSON",
+        "torn": "it is not JSON",
         "protocol": "one protocol",
         "twice": "twice",
         "tuned": "have no unlearned model",
@@ -415,5 +415,5 @@ def test_missing_answers_are_named(run):
 
 def test_torn_answers_are_named(run):
     (run / "answers" / "unlearned.jsonl").write_text('{"set": "for')
-    with pytest.raises(UserError, match=r"unlearned.jsonl, line 1 is not JSON"):
+    with pytest.raises(UserError, match=r"unlearned.jsonl, line 1: it is not JSON"):
         report.write(run, IMAGES)

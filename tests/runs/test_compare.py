@@ -17,7 +17,7 @@ from vkd_jax.config.schema import RunConfig
 from vkd_jax.reporting import comparison, comparison_plots, tables
 from vkd_jax.results import BenchmarkInfo, MeasuredSet, Meta, RunResults, Summary, Utility, to_json
 from vkd_jax.runs import sweep
-from vkd_jax.runs.worker_pool import SHARED_MODELS
+from vkd_jax.runs.workdir import SHARED_MODELS
 from vkd_jax.types import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -210,7 +210,7 @@ def test_each_model_is_released_before_the_next_is_loaded(vkd, make_config, tmp_
     for name in ("text_scores", "model_changes", "write"):
         monkeypatch.setattr(stages.results_writer, name, record(name, {}))
     monkeypatch.setattr(stages, "compare_tensors", record("manifest", {}))
-    monkeypatch.setattr(stages.report, "write", record("report"))
+    monkeypatch.setattr(stages, "write_report", record("report"))
     stages.unlearn_and_judge(fake, {})
     counts = dict(calls)
     assert {"judge retain_only", "judge vanilla", "unlearn", "judge unlearned", "manifest"} <= counts.keys()
@@ -317,7 +317,7 @@ def test_a_folder_of_another_config_is_refused_by_field(vkd, make_config):
 def test_an_interrupted_run_resumes_bit_for_bit(vkd, tmp_path, monkeypatch, copied, forbidden):
     """Existing results are used as they are, and all results are the same."""
     workdir = tmp_path / "run"
-    for name in copied:
+    for name in ("inputs.json", "records.json", *copied):
         if (vkd.path / name).is_dir():
             shutil.copytree(vkd.path / name, workdir / name)
         else:
@@ -352,7 +352,7 @@ def school(few, tmp_path_factory):
     folder = Path(shutil.copytree(few, tmp_path_factory.mktemp("school") / "data"))
     rows, sets = [], read(few)
     for e in sum((sets[name][::8] for name in ("forget", "retain", "real")), []):
-        row_id, picture = e.person or "R001", {"bytes": e.image, "path": "x.png"}
+        row_id, picture = e.person or "R001", e.image and {"bytes": e.image, "path": "x.png"}
         pairs = [{"Question": e.question, "Answer": e.answer, "ID": row_id}]
         rows.append({"image": picture, "ID": row_id, "metadata": json.dumps(pairs)})
     (folder / "ft_Data").mkdir()
@@ -463,9 +463,9 @@ def test_models_trained_on_the_wrong_people_are_refused(
     config = RunConfig.from_config_dict(config)
     fake = types.SimpleNamespace(config=config, forget_people=[])
     with pytest.raises(UserError, match=message):
-        job._check_provenance(fake, name, str(folder), folder)
+        job._check_provenance(fake, name, folder)
     (folder / "provenance.json").write_text("[1]")  # another program's file of that name
-    job._check_provenance(fake, name, str(folder), folder)
+    job._check_provenance(fake, name, folder)
 
 
 def test_retain_only_is_not_trained_on_the_forget_set(make_config, school, tmp_path, monkeypatch):

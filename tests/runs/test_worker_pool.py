@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
-from vkd_jax.runs import worker_pool
+from vkd_jax.config.schema import RunConfig
+from vkd_jax.runs import pipeline, worker_pool
+from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runs.worker_pool import Stopped, Task, execute
 from vkd_jax.types import UserError
 
@@ -75,14 +77,17 @@ def test_workers_do_not_receive_ctrl_c_of_the_terminal():
     assert output == "True\n" and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def test_answers_of_shared_models_are_lent_once(tmp_path):
-    lender, borrower = tmp_path / "lender", tmp_path / "borrower"
-    files = ["answers/vanilla.jsonl", "answers/unlearned.jsonl", "attacks/leak/retain_only.jsonl"]
-    for name in files:
-        (lender / name).parent.mkdir(parents=True, exist_ok=True)
-        (lender / name).write_text("lent")
-    worker_pool._lend(lender, borrower)
-    assert {str(path.relative_to(borrower)) for path in borrower.rglob("*.jsonl")} == {files[0], files[2]}
-    (borrower / files[0]).write_text("own")
-    worker_pool._lend(lender, borrower)
-    assert (borrower / files[0]).read_text() == "own"
+def test_records_of_shared_models_are_lent_once(tmp_path):
+    """Only whole ones are."""
+    lender, borrower = (Workdir(tmp_path / name, RunConfig()) for name in ("lender", "borrower"))
+    names = ["answers/vanilla.jsonl", "answers/unlearned.jsonl", "attacks/leak/retain_only.jsonl"]
+    names += ["attacks/leak/vanilla.jsonl"]
+    for name in names:
+        lender.write_text(name, "lent")
+    (lender.path / names[3]).write_text("half")
+    shared = pipeline._shared_records(lender.path)
+    borrower.borrow(lender.path, shared)
+    assert {str(x.relative_to(borrower.path)) for x in borrower.path.rglob("*.jsonl")} == {names[0], names[2]}
+    borrower.write_text(names[0], "own")
+    borrower.borrow(lender.path, shared)
+    assert (borrower.path / names[0]).read_text() == "own" and borrower.has(names[2])

@@ -101,7 +101,8 @@ def test_workdir_in_a_bucket(bucket):
     with pytest.raises(UserError, match=r"gs://mine/run has a run of another config \(seed: 0 in the folder, 1 now\)"):
         Workdir("gs://mine/run", config(seed=1))
     written = {name for name, data in bucket.objects.items() if data}
-    assert written == {f"run/{name}" for name in ("config.json", "timing.json", "answers/vanilla.jsonl")}
+    names = ("config.json", "records.json", "timing.json", "answers/vanilla.jsonl")
+    assert written == {f"run/{name}" for name in names}
 
 
 def test_folders_and_files_without_a_run_are_not_used(bucket):

@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import logging as standard_logging
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any, Protocol
 import tensorflow_datasets as tfds
 from absl import logging
 
+from vkd_jax.runtime import storage
 from vkd_jax.types import EvalSet, Example, Role, UserError
 
 Sets = Mapping[str, Iterable[list[Example]]]  # by name; a list has the questions of one row
@@ -71,13 +73,16 @@ def read(benchmark: Benchmark, folder: str | Path, finetune: bool = False) -> di
     for part in PARTS if finetune else PARTS[:1]:
         with _silent():
             builder_args = dict(data_dir=str(folder), file_format="array_record", config=_config(benchmark, part))
-            if not (builder := Rows(**builder_args)).data_path.exists():
-                _build(builder, benchmark, part)
-                builder = Rows(**builder_args)  # reads the files, whichever process built them
-            data_source = builder.as_data_source()
-            sets |= {
-                name: [example for row in rows for example in _unpacked(row)] for name, rows in data_source.items()
-            }
+            path = Path(folder) / Rows.name / builder_args["config"].name / str(Rows.VERSION)
+            if path.exists():
+                try:
+                    sets |= _examples(Rows(**builder_args))
+                    continue
+                except Exception as error:  # whatever the library raises about a damaged file
+                    logging.warning("%s is damaged (%s); it is built again", path, storage.first_line(error))
+                    shutil.rmtree(path)
+            _build(Rows(**builder_args), benchmark, part)
+            sets |= _examples(Rows(**builder_args))  # reads the files, whichever process built them
     return sets
 
 
@@ -126,6 +131,14 @@ def _build(builder: Rows, benchmark: Benchmark, part: str) -> None:
         except OSError:
             if not builder.data_path.exists():  # another process may have built it
                 raise
+
+
+def _examples(builder: Rows) -> dict[str, list[Example]]:
+    """Reads the examples of each set from the files of a data set."""
+    sources = builder.as_data_source()
+    if not sources:
+        raise ValueError("it has no sets")
+    return {name: [example for row in rows for example in _unpacked(row)] for name, rows in sources.items()}
 
 
 def _packed(row: list[Example]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from ml_collections import config_flags
 from vkd_jax import messages
 from vkd_jax.types import UserError
 
+NO_CONFIG = "--config: get_config() returned None; return a config, as configs/tiny.py does."
+
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags."""
@@ -36,9 +38,16 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
         # A file that could not be read raises only when its config is first used.
         if values.config is not None and getattr(values.config, "stage", None) is None:
             raise UserError("--config: get_config() returned no config with a field `stage`; see configs/tiny.py.")
+        if values.config is None and _passed(argv, "config"):
+            raise UserError(NO_CONFIG)
         return rest
     except Exception as error:  # a config file is a program, and may raise anything
         sys.exit(bad_input(_sentence(error)))
+
+
+def _passed(argv: Sequence[str], name: str) -> bool:
+    """Whether a command line has a value for a flag."""
+    return any(re.fullmatch(rf"--?{name}(=.*)?", word, re.DOTALL) for word in argv[1:])
 
 
 def bad_input(problem: Exception | str) -> int:
@@ -66,6 +75,8 @@ def _sentence(error: Exception) -> str:
     """What is wrong with the flags, or what a config file raised."""
     frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
     in_file = "get_config" in frames or "<module>" in frames
+    if not in_file and re.search(r"Attribute <class 'NoneType'>\.(\w+) .*lookup: \1\b", str(error.args[:1]), re.DOTALL):
+        return NO_CONFIG  # an override of a field of None
     if isinstance(error, (AttributeError, KeyError)) and not in_file:
         return _unknown_field(str(error.args[0]))
     last = (str(error).strip().splitlines() or [""])[-1].strip()  # what precedes it is a traceback

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import jinja2
 from vkd_jax.evaluation.metrics.judging import LETTERS, first_letter
 from vkd_jax.reporting import attack_view, markdown, plots, view
 from vkd_jax.results import RunResults
-from vkd_jax.runtime import files, hub, storage
+from vkd_jax.runtime import files, hub, json_files, storage
 from vkd_jax.types import Role, UserError
 
 CARDS = 6  # portraits in a row of the sheet
@@ -99,7 +98,8 @@ def _loss_rows(workdir: Path) -> list[dict]:
     """The logged steps in order. Of a step that was logged again after a resume, the last row counts."""
     rows: dict[int, dict] = {}  # losses and speed of a step may be on separate lines
     for row in json_lines(workdir / "train" / "metrics.jsonl", torn=True):
-        rows.setdefault(int(row["step"]), {}).update(row)
+        if isinstance(row.get("step"), int):
+            rows.setdefault(row["step"], {}).update(row)
     return [rows[step] for step in sorted(rows)]
 
 
@@ -107,8 +107,8 @@ def _provenance(results: RunResults) -> dict[str, Any]:
     """The provenance of the vanilla model, if its folder has it and is on this machine; otherwise {}."""
     path = results.meta.config.get("model", {}).get("path")
     for folder in (Path(path), hub.SHIPPED / path) if path else ():
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        with contextlib.suppress(UserError):
+            return json_files.read_json(folder / PROVENANCE)
     return {}
 
 
@@ -177,15 +177,13 @@ def json_lines(file: Path, torn: bool = False) -> list[dict]:
     """
     if torn and not file.exists():
         return []
-    try:
-        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; run that experiment again.") from None
+    if not file.exists():
+        raise UserError(f"{file} is missing; run that experiment again.")
+    remedy = "run that experiment again"
+    if not torn:
+        return [row for _, row in json_files.read_json_lines(file, remedy=remedy, checked=False)]
     rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if not torn:
-                raise UserError(f"{file}, line {number} is not JSON; run that experiment again.") from None
+    for line in files.read_bytes(file, json_files.MOST_BYTES).split(b"\n"):
+        with contextlib.suppress(UserError):
+            rows.append(json_files.parse_json(line, str(file), dict))
     return rows

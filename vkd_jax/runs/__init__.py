@@ -4,11 +4,12 @@
 - `job`: the config with its data, and all checks that are made before anything is computed.
 - `stages`: fine-tuning, unlearning, export, evaluation, attacks and the report, one function each.
 - `results_writer`: results.json, and provenance.json beside exported weights.
-- `workdir`: the folder of a run.
+- `workdir`: the folder of a run, which belongs to a config and to inputs.
+- `inputs`, `records`: digests of what a run reads, and of what it has computed.
 - `sweep`, `worker_pool`: the runs of a comparison, and the processes that execute them.
 
 Contract: all inputs of a run are in its `RunConfig`. Each stage writes its result into the folder of the run, and is
-skipped if that result exists, so an interrupted run resumes with the same config.
+skipped if that result exists and is whole, so an interrupted run resumes with the same config.
 
 To add a stage, write a function of a `Job` in `stages`, call it in `pipeline.execute`, and add its name to
 `config.stages.STAGES`.

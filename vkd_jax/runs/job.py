@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ from vkd_jax.config.schema import ModelConfig, RunConfig
 from vkd_jax.evaluation import evaluate
 from vkd_jax.methods import Method
 from vkd_jax.methods.text_stream import STREAM as TEXT_STREAM
+from vkd_jax.runs.inputs import PROVENANCE
 from vkd_jax.runs.workdir import Workdir
-from vkd_jax.runtime import hub, multihost, storage
+from vkd_jax.runtime import hub, json_files, multihost, storage
 from vkd_jax.runtime.mesh import make_mesh, shards
 from vkd_jax.types import Example, Role, UserError
 
-PROVENANCE = "provenance.json"  # in a model folder that a run exported: config and version of that run
+HELD_OUT = "held_out"  # the set of questions about people that no model was trained on, for the membership attack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Job:
     mesh: jax.sharding.Mesh
     sets: dict[str, list[Example]]  # all examples of each set
     questions: dict[str, list[Example]]  # of each evaluation set, the seeded sample that every model is asked
-    held_out: list[Example]  # questions about people that no model was trained on, for the membership attack
+    held_out: list[Example]  # the set `HELD_OUT`; empty if no attack uses it
 
     @classmethod
     def prepare(cls, workdir: Workdir) -> "Job":
@@ -42,23 +42,14 @@ class Job:
         """
         config = workdir.config
         mesh = check_config(config)
-        benchmark = config.data.benchmark
-        benchmark.check()
-        # Each host reads the data from its own disk.
-        cache = storage.local_copy(config.data.cache or workdir.path / "data")
-        unlearns_on_finetuning_set = any(name.startswith("finetune_") for name in benchmark.UNLEARN.values())
-        finetune = bool(config.workflow.finetunes) or unlearns_on_finetuning_set
         with workdir.stage("data"):
-            sets = multihost.run_process_0_first(lambda: benchmarks.read(benchmark, cache, finetune=finetune))
+            sets = read_data(workdir)
+            held_out = sets.pop(HELD_OUT, [])
             questions = {
                 name: evaluate.sample(examples, config.eval.max_items, config.eval.seed, name)
                 for name, examples in sets.items()
                 if not name.startswith("finetune_")
             }
-            held_out = []
-            if membership := config.active_attacks.get("membership"):
-                read = functools.partial(benchmarks.held_out, benchmark, cache, membership.held_out)
-                held_out = multihost.run_process_0_first(read)
         return cls(workdir, mesh, sets, questions, held_out)
 
     @property
@@ -85,6 +76,11 @@ class Job:
         """Loads a model for a method, by default the method of unlearning: all judged models have the same dtypes."""
         options = load_options(self.config.model)
         return ModelBundle.load_for(method or self.method, folder, seed=self.config.seed, mesh=self.mesh, **options)
+
+    @property
+    def held_out_set(self) -> dict[str, list[Example]]:
+        """The held-out questions by the name of their set, as `read_data` returns them."""
+        return {HELD_OUT: self.held_out} if self.held_out else {}
 
     @property
     def forget_people(self) -> list[str]:
@@ -132,6 +128,26 @@ class Job:
         return list({e.question: e for e in questions}.values())
 
 
+def read_data(workdir: Workdir) -> dict[str, list[Example]]:
+    """Reads all sets that a run needs, by name; `HELD_OUT` is among them if an attack uses it.
+
+    Raises:
+        UserError: the data is wrong.
+    """
+    config, benchmark = workdir.config, workdir.config.data.benchmark
+    benchmark.check()
+    # Each host reads the data from its own disk.
+    cache = storage.local_copy(config.data.cache or workdir.path / "data")
+    unlearns_on_finetuning_set = any(name.startswith("finetune_") for name in benchmark.UNLEARN.values())
+    finetune = bool(config.workflow.finetunes) or unlearns_on_finetuning_set
+    sets = multihost.run_process_0_first(lambda: benchmarks.read(benchmark, cache, finetune=finetune))
+    if membership := config.active_attacks.get("membership"):
+        read = functools.partial(benchmarks.held_out, benchmark, cache, membership.held_out)
+        if held_out := multihost.run_process_0_first(read):
+            sets = sets | {HELD_OUT: held_out}
+    return sets
+
+
 def load_options(config: ModelConfig) -> dict[str, Any]:
     """The arguments of `ModelBundle.load` that a config gives."""
     return dict(dtype=config.dtype, quantization=config.quantize, remat=config.remat, max_pixels=config.max_pixels)
@@ -150,8 +166,11 @@ def check_config(config: RunConfig) -> jax.sharding.Mesh:
     return mesh
 
 
-def check_models(job: Job) -> None:
+def check_models(job: Job) -> dict[str, Path]:
     """Checks, before anything is trained, that the models fit the data and the methods.
+
+    Returns:
+        `given_models`.
 
     Raises:
         UserError: a model is missing, differs in kind or size from the model to unlearn, was trained on other people
@@ -160,14 +179,13 @@ def check_models(job: Job) -> None:
     config = job.config
     training_methods = [config.finetune.method] if config.workflow.finetunes else []
     training_methods += [job.method] if config.workflow.unlearns else []
-    first_family = None
-    for name, value in _input_models(config).items():
-        folder = hub.fetch_model(value)
+    first_family, models = None, given_models(config)
+    for name, folder in models.items():
         family = read_family(folder)
         first_family = first_family or family
         if family != first_family:
             raise UserError(f"config.model.{name} is a model of another kind or size than the one to unlearn.")
-        _check_provenance(job, name, value, folder)
+        _check_provenance(job, name, folder)
         for method in training_methods:
             check_trainable(folder, method, config.model.quantize)
     if config.workflow.unlearns:
@@ -178,10 +196,15 @@ def check_models(job: Job) -> None:
     if config.eval.shots:
         questions = [e for examples in job.questions.values() for e in examples]
         evaluate.worked_examples(job.worked_examples, questions, config.eval.seed)
+    return models
 
 
-def _input_models(config: RunConfig) -> dict[str, str]:
-    """The models that the run reads, by their field of `config.model`."""
+def given_models(config: RunConfig) -> dict[str, Path]:
+    """The folder of each model that the config gives and the run reads, by its field of `config.model`.
+
+    Raises:
+        UserError: a model does not exist or cannot be downloaded.
+    """
     model = config.model
     if config.workflow.finetunes:
         models = {"base": "" if model.create else model.base}
@@ -189,26 +212,26 @@ def _input_models(config: RunConfig) -> dict[str, str]:
         models = {name: getattr(model, name) for name in ("path", "retain_only", "unlearned")}
         if config.workflow.unlearns and config.method.needs_base:
             models["base"] = model.base
-    return {name: value for name, value in models.items() if value}
+    return {name: hub.fetch_model(value) for name, value in models.items() if value}
 
 
-def _check_provenance(job: Job, name: str, value: str, folder: Path) -> None:
+def _check_provenance(job: Job, name: str, folder: Path) -> None:
     """Checks that a model written by an earlier run was trained on the people that this run assumes."""
     try:
-        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        model_data, without = provenance["config"]["data"], provenance["without"]
-    except (OSError, ValueError, KeyError, TypeError):
+        provenance = json_files.read_json(folder / PROVENANCE)
+        model_data, without = dict(provenance["config"]["data"]), list(provenance["without"])
+    except (UserError, KeyError, TypeError, ValueError):
         return  # not written by a run: nothing is known of it
-    data, field = job.config.to_dict()["data"], f"config.model.{name}={value}"
+    data, field = job.config.to_dict()["data"], f"config.model.{name}={folder}"
     if model_data.get("source") == data.get("source") == "":
-        if name == "base" and model_data["people"] == data["people"]:
+        if name == "base" and model_data.get("people") == data["people"]:
             raise UserError(
                 f"{field} was already trained on the synthetic people of config.data.people={data['people']}. Give "
                 "another base model."
             )
-        if name != "base" and model_data["people"] != data["people"]:
+        if name != "base" and model_data.get("people") != data["people"]:
             raise UserError(
-                f"{field} was trained on the synthetic people of seed {model_data['people']}, not those of "
+                f"{field} was trained on the synthetic people of seed {model_data.get('people')}, not those of "
                 f"config.data.people={data['people']}. Create a model of these people with --config.stage=all."
             )
     if name == "retain_only" and without != job.forget_people:

@@ -18,9 +18,11 @@ from absl import logging
 from vkd_jax import results
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.results import RunResults
-from vkd_jax.runs import results_writer, stages
-from vkd_jax.runs.job import Job, check_models
-from vkd_jax.runs.workdir import Workdir
+from vkd_jax.runs import inputs, results_writer, stages
+from vkd_jax.runs.job import Job, check_models, given_models, read_data
+from vkd_jax.runs.workdir import SHARED_MODELS, Workdir, exclusive
+from vkd_jax.runtime import multihost, storage
+from vkd_jax.types import UserError
 
 
 def run(
@@ -32,26 +34,38 @@ def run(
     return execute(RunConfig.from_config_dict(config), path, command)
 
 
-def execute(config: RunConfig, path: str | Path, command: str) -> RunResults:
+def execute(config: RunConfig, path: str | Path, command: str, lender: Path | None = None) -> RunResults:
     """Runs or resumes what `config.stage` names.
 
     Args:
         config: the config of the run.
         path: the run's folder.
         command: how the program was started, as the results name it.
+        lender: the folder of a run with the same data whose records of `SHARED_MODELS` are reused.
 
     Raises:
-        UserError: the config does not fit the data or the models, or the folder has a run of another config.
+        UserError: the config does not fit the data or the models; or the folder has a run of another config or of other
+            inputs, is used by another process, or cannot be written.
         Diverged: a loss became NaN or infinite.
         Stopped: SIGTERM or SIGINT arrived during training.
     """
-    workdir = Workdir(path, config, command)
+    with storage.write_errors(), exclusive(path, command):
+        return _execute(Workdir(path, config, command), lender)
+
+
+def _execute(workdir: Workdir, lender: Path | None) -> RunResults:
+    config = workdir.config
     last = "report.md" if config.reports else results.FILE
-    if workdir.has(last):
+    if workdir.has(results.FILE) and workdir.has(last):
+        _check_inputs(workdir)
         logging.info("%s exists: the run is finished", workdir.path / last)
         return RunResults.read(workdir.path)
     job = Job.prepare(workdir)
-    check_models(job)
+    models = check_models(job)
+    with workdir.stage("check inputs"):
+        workdir.bind(multihost.run_on_process_0(lambda: inputs.describe(job.sets | job.held_out_set, models)))
+    if lender:
+        workdir.borrow(lender, _shared_records(lender))
     finetuned = {name: stages.finetune(job, name) for name in config.workflow.finetunes}
     if config.workflow.judges:
         stages.unlearn_and_judge(job, finetuned)
@@ -59,3 +73,20 @@ def execute(config: RunConfig, path: str | Path, command: str) -> RunResults:
         answers = {name: stages.evaluate_model(job, name, job.load(folder)) for name, folder in finetuned.items()}
         results_writer.write(job, answers)
     return RunResults.read(workdir.path)
+
+
+def _check_inputs(workdir: Workdir) -> None:
+    """Checks that a finished run has the inputs that its config names now, unless they can no longer be read."""
+    try:
+        sets = read_data(workdir)
+        current = multihost.run_on_process_0(lambda: inputs.describe(sets, given_models(workdir.config)))
+    except UserError as error:
+        logging.warning("the inputs of this finished run are not compared: %s", error)
+        return
+    workdir.bind(current)
+
+
+def _shared_records(lender: Path) -> list[str]:
+    """The names of a run's records of `SHARED_MODELS`."""
+    attacks = sorted(file for model in SHARED_MODELS for file in lender.glob(f"attacks/*/{model}.jsonl"))
+    return [f"answers/{model}.jsonl" for model in SHARED_MODELS] + [str(x.relative_to(lender)) for x in attacks]

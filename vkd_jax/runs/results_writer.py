@@ -19,6 +19,7 @@ from vkd_jax.evaluation.metrics.summary import summaries
 from vkd_jax.evaluation.metrics.utility import model_utility
 from vkd_jax.reporting import report
 from vkd_jax.results import (
+    FILE,
     AttackResults,
     BenchmarkInfo,
     Manifest,
@@ -28,7 +29,8 @@ from vkd_jax.results import (
     Trainable,
     to_json,
 )
-from vkd_jax.runs.job import PROVENANCE, Job
+from vkd_jax.runs.inputs import PROVENANCE
+from vkd_jax.runs.job import Job
 from vkd_jax.runtime import multihost
 from vkd_jax.types import Example, Role
 
@@ -58,6 +60,7 @@ def write(job: Job, answers: Mapping[str, list[dict]], changes: Mapping[str, Any
         **(changes or {}),
     )
     multihost.run_on_process_0(lambda: results.write(job.workdir.path) and None)
+    job.workdir.add_record(FILE)
 
 
 def provenance(job: Job, name: str, without: Sequence[str]) -> dict[str, str]:
@@ -104,7 +107,7 @@ def model_changes(
     }
     log = job.workdir.path / "train" / "metrics.jsonl"
     rows = multihost.run_on_process_0(
-        lambda: [row for row in report.json_lines(log, torn=True) if "step_bytes" in row][-1:]
+        lambda: [x for x in report.json_lines(log, torn=True) if isinstance(x.get("step_bytes"), int | float)][-1:]
     )
     if rows:
         changes["step_bytes"] = int(rows[0]["step_bytes"])

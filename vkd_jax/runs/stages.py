@@ -115,6 +115,7 @@ def write_report(job: Job) -> None:
         questions = [e for examples in job.questions.values() for e in examples]
         images = {e.image_id: e.image for e in questions if e.image is not None}
         page = multihost.run_on_process_0(lambda: report.write(job.workdir.path, images))
+        job.workdir.add_record(page.name)
     logging.info("report: %s", page)
 
 

@@ -22,8 +22,9 @@ import ml_collections
 from vkd_jax import results
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.reporting import comparison, comparison_plots, tables
-from vkd_jax.runs.worker_pool import SHARED_MODELS, Task, default_workers, execute
-from vkd_jax.runtime import files, storage
+from vkd_jax.runs.workdir import SHARED_MODELS, make_folder
+from vkd_jax.runs.worker_pool import Task, default_workers, execute
+from vkd_jax.runtime import files, locks, storage
 from vkd_jax.types import UserError
 
 
@@ -54,11 +55,17 @@ def run(
     sweep = Sweep(RunConfig.from_config_dict(config), Path(path))
     sweep.check()
     with storage.write_errors():
-        sweep.path.mkdir(parents=True, exist_ok=True)
+        make_folder(sweep.path)
+        with locks.hold(sweep.path, command):
+            return _run(sweep, workers or default_workers(), command)
+
+
+def _run(sweep: "Sweep", workers: int, command: str) -> dict[str, Any]:
+    """Executes the runs of a comparison, and writes its tables and plots."""
     # Runs of one method have the same programs; without the cache each worker would compile them again for each run.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(sweep.path / "cache"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-    failures = execute(sweep.tasks(), workers or default_workers(), command)
+    failures = execute(sweep.tasks(), workers, command)
     trials = {name: sweep.trials(name) for name in sweep.entrants}
     collected = comparison.collect(sweep.finished_runs(), trials, failures)
     files.write_bytes(
@@ -89,10 +96,8 @@ class Sweep:
         """Creates the config of every run once, before anything is run.
 
         Raises:
-            UserError: A setting is not valid, or the path is a file.
+            UserError: A setting is not valid.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is a file; pass a folder as --workdir.")
         for name in self.entrants:
             self._final_config(name, self.compare.seeds[0])
             for number in range(len(self._search(name))):

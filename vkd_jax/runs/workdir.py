@@ -1,13 +1,21 @@
-"""The folder of a run, on a disk or in a bucket: its config, its results, and the time of each stage.
+"""The folder of a run, on a disk or in a bucket: its config, its inputs, its results, and the time of each stage.
 
-With several processes the folder must be shared by all of them. Process 0 reads and writes it; every method must be
-called by all processes with the same arguments, except inside the block of `stage`.
+    config.json    the resolved config
+    inputs.json    digests of the data and of the given models; see `inputs`
+    records.json   digests of all that later stages reuse; see `records`
+    timing.json    seconds of each stage
+    lock.json      the process that writes the folder, while it runs; see `vkd_jax.runtime.locks`
+
+A folder belongs to its config and its inputs. With several processes the folder must be shared by all of them. Process
+0 reads and writes it; every method must be called by all processes with the same arguments, except inside the block of
+`stage`.
 """
 
 import contextlib
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import time
@@ -19,11 +27,74 @@ import jax
 from absl import logging
 
 from vkd_jax.config.schema import RunConfig
-from vkd_jax.runtime import files, hub, multihost, provenance, storage
+from vkd_jax.messages import listed
+from vkd_jax.runs import inputs, records
+from vkd_jax.runtime import files, hub, json_files, locks, multihost, provenance, storage
 from vkd_jax.types import UserError
 
-PRE_RUN_FILES = {"config.json", "timing.json", "data"}  # files that exist before anything depends on the config
+# Files that exist before anything depends on the config and the inputs.
+PRE_RUN_FILES = {"config.json", "timing.json", "data", "log.txt", inputs.FILE, records.FILE}
+UNCLAIMED_FILES = {"log.txt"}  # files of a run that was killed before it wrote its config
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "grain")
+SHARED_MODELS = ("vanilla", "retain_only")  # models that are the same in every run of a comparison
+START_OVER = "pass another --workdir, or remove that folder to start over"
+
+
+@contextlib.contextmanager
+def exclusive(path: str | Path, command: str) -> Iterator[None]:
+    """Context manager that creates the folder of a run and holds its lock; only process 0 does.
+
+    Raises:
+        UserError: the folder is used by another process, has other files, or cannot be written.
+    """
+    path = storage.resolve(path)
+
+    def enter() -> None:
+        prepare_folder(path)
+        stack = contextlib.ExitStack()
+        stack.enter_context(locks.hold(path, command))
+        locked.append(stack)
+
+    locked: list[contextlib.ExitStack] = []
+    multihost.run_on_process_0(enter)
+    try:
+        yield
+    finally:
+        for stack in locked:
+            stack.close()
+
+
+def make_folder(path: Path) -> None:
+    """Creates a folder on a disk unless it exists, and checks that it can be used; buckets have no empty folders.
+
+    Raises:
+        UserError: the path is not a folder, or cannot be one.
+    """
+    try:
+        if isinstance(path, Path) and path.is_symlink() and not path.exists():
+            raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist; {START_OVER}.")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; pass a folder as --workdir.")
+        if isinstance(path, Path):
+            path.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, has NUL, or is a loop of links
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--workdir={path} cannot be used ({reason}); pass another folder.") from error
+
+
+def prepare_folder(path: Path) -> set[str]:
+    """Creates the folder of a run unless it exists, and returns the names of the files in it.
+
+    Raises:
+        UserError: the path is not a folder, cannot be one, or has files of something else.
+    """
+    with storage.write_errors():
+        make_folder(path)
+        entries = path.iterdir() if path.is_dir() else ()
+        names = {e.name for e in entries if e.suffix != files.UNFINISHED and not e.name.startswith(locks.FILE)}
+    if names - UNCLAIMED_FILES and "config.json" not in names:
+        raise UserError(f"{path} is not empty and has no run of this program; pass another --workdir.")
+    return names
 
 
 class Workdir:
@@ -45,49 +116,97 @@ class Workdir:
         else:
             _check_packages()
         self.config, self.command = config, command
+        self._has_results = False
+        self._records: records.Records | None = None  # on process 0
         self.timing: dict[str, float] = multihost.run_on_process_0(self._claim)
 
     def _claim(self) -> dict[str, float]:
         """Creates the folder or checks its config; returns the seconds of each stage so far."""
         resolved = json.loads(self.config.to_json())
         known, timing = self.path / "config.json", self.path / "timing.json"
+        names = prepare_folder(self.path)
+        self._has_results = bool(names - PRE_RUN_FILES)
         with storage.write_errors():
-            if self.path.exists() and not self.path.is_dir():
-                raise UserError(f"{self.path} is a file; pass a folder as --workdir.")
-            if isinstance(self.path, Path):  # a bucket has no empty folders
-                self.path.mkdir(parents=True, exist_ok=True)
-            entries = self.path.iterdir() if self.path.is_dir() else ()
-            names = {entry.name for entry in entries if entry.suffix != files.UNFINISHED}
-            if names and not known.exists():
-                raise UserError(f"{self.path} is not empty and has no run of this program; pass another --workdir.")
-            difference = next(_differences(json.loads(known.read_text()), resolved), None) if names else "new"
-            if difference and names - PRE_RUN_FILES:
-                raise UserError(
-                    f"{self.path} has a run of another config ({difference}); "
-                    "pass another --workdir, or remove that folder to start over."
-                )
+            difference = self._config_difference(known, resolved) if known.name in names else "new"
+            if difference and self._has_results:
+                raise UserError(f"{self.path} has a run of another config ({difference}); {START_OVER}.")
             if difference:
-                timing.unlink(missing_ok=True)
-                files.write_bytes(known, _json(resolved))
-        return json.loads(timing.read_text()) if timing.exists() else {}
+                for file in (timing, self.path / inputs.FILE):
+                    file.unlink(missing_ok=True)
+                files.write_bytes(known, records.encode(resolved))
+            self._records = records.Records(self.path)
+            seconds = records.read_or(timing, {}, "the time of earlier stages is not known")
+        return {name: x for name, x in seconds.items() if isinstance(x, int | float) and not isinstance(x, bool)}
+
+    def _config_difference(self, known: Path, resolved: dict) -> str | None:
+        """The first field that differs from the config in the folder, in words."""
+        remedy = f"restore that file from a copy, {START_OVER}"
+        try:
+            saved = json_files.read_json(known, remedy=remedy)
+        except UserError:
+            if self._has_results:
+                raise
+            return "damaged"  # nothing depends on it
+        return next(_differences(saved, resolved), None)
+
+    def bind(self, values: inputs.Inputs | None) -> None:
+        """Checks that the run has the inputs of its results so far, and saves them if there are no results.
+
+        Args:
+            values: what `inputs.describe` returned; only process 0 needs it.
+
+        Raises:
+            UserError: the data or a model changed since the results were computed.
+        """
+
+        def check() -> None:
+            file = self.path / inputs.FILE
+            if not self._has_results:  # of a run that was stopped early, or of one with other data
+                files.write_bytes(file, records.encode(values))
+                return
+            remedy = f"restore that file from a copy, {START_OVER}"
+            if not file.exists():
+                raise UserError(f"{file} is missing; {remedy}.")
+            saved = json_files.read_json(file, remedy=remedy)
+            if changes := list(inputs.differences(saved, values)):
+                raise UserError(
+                    f"{self.path} was computed from other inputs: {listed(changes, '; ')}. Restore them, {START_OVER}."
+                )
+
+        multihost.run_on_process_0(check)
 
     def has(self, name: str) -> bool:
-        """Whether a file or folder of this name exists."""
-        return multihost.run_on_process_0((self.path / name).exists)
+        """Whether this run wrote a file of this name, and the file is whole."""
+        return multihost.run_on_process_0(lambda: self._records.has(name))
 
     def has_model(self, name: str) -> bool:
-        """Whether a complete model folder of this name exists."""
-        return self.has(f"{name}/{storage.MODEL_MARKER}")
+        """Whether this run wrote a model folder of this name, and the folder is whole."""
+        return multihost.run_on_process_0(lambda: self._records.has_model(name))
+
+    def add_record(self, name: str) -> None:
+        """Records the digest of a file that was written into the folder, so that `has` knows it."""
+        multihost.run_on_process_0(lambda: self._records.add(name))
+
+    def borrow(self, lender: Path, names: Iterable[str]) -> None:
+        """Copies those files of another run that this one does not have."""
+
+        def copy() -> None:
+            other = records.Records(lender)
+            for name in names:
+                if not self._records.has(name):
+                    self._records.copy_from(other, name)
+
+        multihost.run_on_process_0(copy)
 
     def model(self, name: str, make: Callable[[Path], Any] | None = None) -> Path:
         """The folder of a model on the local disk; if it does not exist, every process calls `make` to write it."""
         path = self.path / name
         if make and not self.has_model(name):
-            folder = storage.local_copy(path)
-            if folder != path:  # the cache may have a model of an earlier run that is no longer in the bucket
-                multihost.run_on_process_0(lambda: shutil.rmtree(folder, ignore_errors=True))
+            folder = storage.local_copy(path)  # it may have a damaged model, or one that is no longer in the bucket
+            multihost.run_on_process_0(lambda: shutil.rmtree(folder, ignore_errors=True))
             make(folder)
             multihost.run_on_process_0(lambda: storage.upload_model(path))
+            multihost.run_on_process_0(lambda: self._records.add_model(name))
         return hub.fetch_model(path)
 
     @contextlib.contextmanager
@@ -104,12 +223,12 @@ class Workdir:
             if multihost.is_process_0():
                 # A full disk is reported by the stage itself.
                 with contextlib.suppress(OSError, UserError), storage.write_errors():
-                    files.write_bytes(self.path / "timing.json", _json(self.timing))
+                    files.write_bytes(self.path / "timing.json", records.encode(self.timing))
         logging.info("%s: %.1f s", name, seconds)
 
     def write(self, name: str, value: Any) -> Path:
         """Writes JSON atomically."""
-        return self._write(name, lambda: _json(value))
+        return self._write(name, lambda: records.encode(value))
 
     def write_text(self, name: str, text: str) -> Path:
         """Writes text atomically."""
@@ -121,13 +240,18 @@ class Workdir:
         return self._write(name, lambda: "".join(lines).encode())
 
     def _write(self, name: str, data: Callable[[], bytes]) -> Path:
-        multihost.run_on_process_0(lambda: files.write_bytes(self.path / name, data()))
+        def write() -> None:
+            files.write_bytes(self.path / name, data())
+            self._records.add(name)
+
+        multihost.run_on_process_0(write)
         return self.path / name
 
     def read_lines(self, name: str) -> list[dict]:
         """Reads the records of `write_lines`."""
-        text = (self.path / name).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.split("\n") if line]  # answers may contain other line separators
+        remedy = "delete it and run the same command again"
+        lines = json_files.read_json_lines(self.path / name, remedy=remedy, checked=False)
+        return [record for _, record in lines]
 
     def meta(self) -> dict[str, Any]:
         """What makes a figure reproducible: command, config, seed, commit, versions, machine."""
@@ -142,10 +266,6 @@ class Workdir:
             "protocol": self.config.eval.protocol,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _check_packages() -> None:

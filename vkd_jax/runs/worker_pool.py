@@ -17,10 +17,8 @@ from absl import flags, logging
 
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.runs import workdir
-from vkd_jax.runtime import files, interrupts, log, malloc
+from vkd_jax.runtime import interrupts, log, malloc, storage
 from vkd_jax.types import Diverged, UserError
-
-SHARED_MODELS = ("vanilla", "retain_only")  # models that are the same in every run of a sweep
 
 
 class Stopped(Exception):
@@ -45,7 +43,7 @@ class Task:
     path: Path  # working directory
     make_config: Callable[[], RunConfig]  # called when the run starts: it may read other runs' results
     needs: frozenset[str] = frozenset()  # names of the tasks that must end first
-    lender: Path | None = None  # working directory of a run whose answers of SHARED_MODELS are reused
+    lender: Path | None = None  # working directory of a run whose records are reused; see `pipeline.execute`
     required: bool = False  # whether the whole sweep fails if this run fails
 
 
@@ -164,22 +162,10 @@ def _work(path: Path, config: RunConfig, lender: Path | None, command: str) -> s
     from vkd_jax.training import preemption
 
     try:
-        workdir.Workdir(path, config, command)
-        with open(path / "log.txt", "a", encoding="utf-8") as log_file:
-            os.dup2(log_file.fileno(), sys.stderr.fileno())
-        if lender:
-            _lend(lender, path)
-        pipeline.execute(config, path, command)
+        with storage.write_errors(), workdir.exclusive(path, command):
+            with open(path / "log.txt", "a", encoding="utf-8") as log_file:
+                os.dup2(log_file.fileno(), sys.stderr.fileno())
+            pipeline.execute(config, path, command, lender)
     except (UserError, Diverged, preemption.Stopped) as error:
         return str(error)
     return ""
-
-
-def _lend(lender: Path, borrower: Path) -> None:
-    """Copies the answers and records of SHARED_MODELS that the borrower does not have."""
-    for model in SHARED_MODELS:
-        for file in [lender / "answers" / f"{model}.jsonl", *lender.glob(f"attacks/*/{model}.jsonl")]:
-            target = borrower / file.relative_to(lender)
-            if file.exists() and not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                files.write_bytes(target, file.read_bytes())

@@ -46,23 +46,40 @@ def read_json(path: os.PathLike[str], expected: type | None = dict, *, remedy: s
     return parse_json(files.read_bytes(path, MOST_BYTES), os.fspath(path), expected, remedy=remedy)
 
 
-def read_json_lines(path: os.PathLike[str], *, remedy: str = REMEDY) -> Iterator[tuple[int, dict]]:
+def read_json_lines(
+    path: os.PathLike[str], *, remedy: str = REMEDY, checked: bool = True
+) -> Iterator[tuple[int, dict]]:
     """Yields each line of a JSON Lines file as (line number, object); blank lines are skipped.
+
+    Args:
+        path: a file on a disk or in a bucket.
+        remedy: what to do about a damaged file, for messages.
+        checked: whether the values are checked, too; the answers of a model, which a run wrote, may contain any text.
 
     Raises:
         UserError: the file cannot be read, or a line is not a JSON object that `parse_json` accepts.
     """
-    yield from parse_json_lines(files.read_bytes(path, MOST_BYTES), os.fspath(path), remedy=remedy)
+    text = files.read_bytes(path, MOST_BYTES)
+    yield from parse_json_lines(text, os.fspath(path), remedy=remedy, checked=checked)
 
 
-def parse_json_lines(text: bytes, location: str, *, remedy: str = REMEDY) -> Iterator[tuple[int, dict]]:
+def parse_json_lines(
+    text: bytes, location: str, *, remedy: str = REMEDY, checked: bool = True
+) -> Iterator[tuple[int, dict]]:
     """Yields each line of JSON Lines; see `read_json_lines`."""
     for number, line in enumerate(files.decode(text, location, remedy).split("\n"), start=1):
         if line.strip():  # only "\n" ends a line: texts may contain other line separators
-            yield number, parse_json(line, f"{location}, line {number}", dict, remedy=remedy)
+            yield number, parse_json(line, f"{location}, line {number}", dict, remedy=remedy, checked=checked)
 
 
-def parse_json(text: str | bytes, location: str, expected: type | None = None, *, remedy: str = REMEDY) -> Any:
+def parse_json(
+    text: str | bytes,
+    location: str,
+    expected: type | None = None,
+    *,
+    remedy: str = REMEDY,
+    checked: bool = True,
+) -> Any:
     """Parses a JSON text, and checks all that it holds.
 
     Args:
@@ -70,6 +87,7 @@ def parse_json(text: str | bytes, location: str, expected: type | None = None, *
         location: the file, and the line or row in it, for messages.
         expected: `dict` or `list`, the type of the whole; None for any.
         remedy: what to do about a damaged text, for messages.
+        checked: whether levels, numbers and texts are checked; see `check_value`.
 
     Raises:
         UserError: the text is not JSON, is nested too deeply, has another type than expected, or has a number that is
@@ -85,7 +103,8 @@ def parse_json(text: str | bytes, location: str, expected: type | None = None, *
         raise UserError(f"{location}: it is not JSON ({error}); {remedy}.") from error
     if expected is not None and not isinstance(value, expected):
         raise UserError(f"{location}: expected an {_NAMES[expected]}, not {describe(value)}; {remedy}.")
-    check_value(value, location, remedy=remedy)
+    if checked:
+        check_value(value, location, remedy=remedy)
     return value
 
 

@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import errno
 import fnmatch
+import hashlib
 import os
 import pathlib
 import posixpath
@@ -149,6 +150,58 @@ class SourceFolder:
         return posixpath.relpath(info.path, self.path)
 
 
+class VersionedFile:
+    """A small file that several processes write; a write fails if another process wrote the file since it was read.
+
+    Google Cloud Storage compares the object's generation. On a disk, TensorStore compares inode and time of the file
+    while it locks it, and renames a flushed file.
+
+    Args:
+        path: a file in an existing folder on a disk, or in a bucket.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        import tensorstore
+
+        folder, _, self._key = os.fspath(path).rpartition("/")
+        on_disk = isinstance(path, pathlib.Path)
+        spec = {"driver": "file", "path": f"{folder}/"} if on_disk else f"{folder}/"
+        with write_errors():
+            self._store = tensorstore.KvStore.open(spec).result()
+
+    def read(self) -> tuple[bytes | None, bytes]:
+        """Returns the content, None if there is no file, and its version."""
+        with write_errors():
+            result = self._store.read(self._key).result()
+        return (result.value if result.state == "value" else None), result.stamp.generation
+
+    def write(self, data: bytes | None, version: bytes) -> bytes | None:
+        """Writes the file, or deletes it if `data` is None.
+
+        Returns:
+            The new version; None, and the file stays as it is, if its version is not `version`.
+        """
+        with write_errors():
+            return self._store.write(self._key, data, if_equal=version).result().generation or None
+
+
+def model_digests(folder: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of each file of a model folder on a disk, by name; these files are all that is read of a model."""
+    names = [file.name for file in folder.iterdir() if file.is_file() and _is_model_file(file.name)]
+    digests: dict[str, str] = {}
+
+    def read(name: str) -> None:
+        with (folder / name).open("rb") as stream:
+            digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+
+    _each(read, names)
+    return dict(sorted(digests.items()))
+
+
+def _is_model_file(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)
+
+
 def upload_model(folder: pathlib.Path) -> None:
     """Uploads a model folder from its `local_copy` to the bucket; a no-op for a folder on a disk.
 
@@ -226,7 +279,7 @@ def bucket_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # not OSErrors, and TensorFlow must not be imported to name them
-        if not type(error).__module__.startswith("tensorflow."):
+        if not type(error).__module__.startswith("tensorflow.") or _write_problem(error):
             raise
         reason = " ".join(str(error).split())
         raise UserError(
@@ -236,17 +289,38 @@ def bucket_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def write_errors() -> Iterator[None]:
-    """Turns a full disk, or a folder or bucket that cannot be written, into a `UserError`."""
+    """Turns a full disk, or a folder or bucket that cannot be written, into a `UserError`.
+
+    Every command runs in such a block. Libraries raise errors of other types with the system's words in the message, or
+    with the system's error as their cause.
+    """
     try:
         with bucket_errors():
             yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR):
-            location = f" at {error.filename}" if error.filename else ""
-            raise UserError(
-                f"cannot write{location}: {error.strerror}; free some space or pass another --workdir."
-            ) from error
+    except UserError:
         raise
+    except Exception as error:
+        if (problem := _write_problem(error)) is None:
+            raise
+        raise UserError(f"cannot write{problem}; free some space or pass another --workdir.") from error
+
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_NOT_WRITABLE = (*_DISK_FULL, errno.EACCES, errno.ENOTDIR)
+
+
+def _write_problem(error: BaseException | None) -> str | None:
+    """The location, if it is known, and the reason why something could not be written; None for other errors."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
+            location = f" at {error.filename}" if error.filename else ""
+            return f"{location}: {error.strerror}"
+        for code in _NOT_WRITABLE:
+            words, in_tensorstore = os.strerror(code), f"os_error_code='{code}'"
+            if in_tensorstore in str(error) or (code in _DISK_FULL and words in str(error)):
+                return f": {words}"
+        error = error.__cause__
+    return None
 
 
 def first_line(error: Exception) -> str:

@@ -1,0 +1,233 @@
+"""Records of a run and its inputs: what is damaged is computed again, and what changed is refused."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+
+import pytest
+
+from vkd_jax.config.schema import RunConfig
+from vkd_jax.runs import inputs, records
+from vkd_jax.runs.workdir import Workdir, exclusive
+from vkd_jax.runtime import locks, storage
+from vkd_jax.types import Example, UserError
+
+RECORD = "answers/vanilla.jsonl"
+
+
+def config(settings=""):
+    return RunConfig().override(f"train.steps=3 {settings}")
+
+
+def make_model(folder):
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text(name)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run with answers, a model and inputs."""
+    workdir = Workdir(tmp_path / "run", config())
+    workdir.bind(described())
+    with workdir.stage("data"):
+        workdir.write_lines(RECORD, [{"id": "1"}, {"id": "2"}])
+    workdir.model("unlearned", make_model)
+    return workdir.path
+
+
+def examples(count=2, **changes):
+    return [
+        dataclasses.replace(Example(str(i), "Zoë", b"image", "1", "Who?", "a judge"), **changes) for i in range(count)
+    ]
+
+
+def described(sets=None, **models):
+    return inputs.describe({"forget": examples(), "retain": examples(3)} | (sets or {}), models)
+
+
+DAMAGE = {
+    "cut at a line end": lambda data: data[: data.index(b"\n") + 1],
+    "cut in a line": lambda data: data[:-4],
+    "empty": lambda data: b"",
+    "a line more": lambda data: data + data,
+    "a bit flipped": lambda data: bytes([data[0] ^ 1]) + data[1:],
+    "not Unicode": lambda data: b"\xff\xfe" + data,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_record_counts_as_missing(run, damage):
+    assert Workdir(run, config()).has(RECORD)
+    (run / RECORD).write_bytes(DAMAGE[damage]((run / RECORD).read_bytes()))
+    workdir = Workdir(run, config())
+    assert not workdir.has(RECORD)
+    workdir.write_lines(RECORD, [{"id": "1"}, {"id": "2"}])
+    assert Workdir(run, config()).has(RECORD)
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "missing", "another file"])
+def test_a_damaged_model_is_written_again(run, damage):
+    file = run / "unlearned" / "model.safetensors"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "another file":
+        (run / "unlearned" / "model-2.safetensors").write_text("more")
+    else:
+        file.write_bytes(DAMAGE[damage](file.read_bytes() + b"\n... and more"))
+    workdir = Workdir(run, config())
+    assert not workdir.has_model("unlearned")
+    workdir.model("unlearned", make_model)
+    assert file.read_text() == file.name and workdir.has_model("unlearned") and len(list(file.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize("text", [None, b"", b"{", b"\xff", b"[]", b"[" * 10**5, b'{"data": NaN}', b'{"data": "x"}'])
+@pytest.mark.parametrize("name", ["timing.json", "records.json"])
+def test_what_can_be_made_again_is(run, name, text):
+    (run / name).unlink() if text is None else (run / name).write_bytes(text)
+    workdir = Workdir(run, config())
+    assert workdir.timing == {} or name != "timing.json"
+    assert workdir.has(RECORD) is (name == "timing.json")
+    with workdir.stage("data"):
+        workdir.write_lines(RECORD, [{"id": "1"}])
+    assert json.loads((run / name).read_text()) and Workdir(run, config()).has(RECORD)
+
+
+@pytest.mark.parametrize("text", [None, b"", b"{", b"\xff", b"[]", b"[" * 10**5, b'{"seed": NaN}'])
+@pytest.mark.parametrize("name", ["config.json", "inputs.json"])
+def test_what_identifies_a_run_is_named_if_it_is_damaged(run, name, text):
+    (run / name).unlink() if text is None else (run / name).write_bytes(text)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=f"{name}|no run of this program") as raised:
+        Workdir(run, config()).bind(described())
+    assert "pass another --workdir" in str(raised.value)
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_a_damaged_config_of_a_run_without_results_is_written_again(tmp_path):
+    Workdir(tmp_path, config())
+    (tmp_path / "config.json").write_text("{")
+    Workdir(tmp_path, config())
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 3
+
+
+CHANGED = {
+    "the set forget had 2 questions with 1 images and has 3 questions with 1 images": {"forget": examples(3)},
+    "the set forget had 2 questions with 1 images and has 2 questions with 0 images": {"forget": examples(image=None)},
+    r"the set retain has other questions, answers or images \(3 questions": {"retain": examples(3, answer="a baker")},
+    "the set retain has other questions, answers or images": {"retain": examples(3, image=b"other")},
+    "the set test had 0 questions with 0 images and has 2": {"test": examples()},
+}
+
+
+@pytest.mark.parametrize("message", CHANGED)
+def test_other_data_is_refused_by_set(run, message):
+    Workdir(run, config()).bind(described())
+    with pytest.raises(UserError, match=f"was computed from other inputs: {message}.*Restore them, pass another"):
+        Workdir(run, config()).bind(described(CHANGED[message]))
+
+
+def test_another_model_is_refused_by_file(tmp_path):
+    make_model(tmp_path / "model")
+    workdir = Workdir(tmp_path / "run", config())
+    workdir.bind(described(path=tmp_path / "model"))
+    workdir.write_text(RECORD, "")
+    (tmp_path / "model" / "provenance.json").write_text("{}")  # has the date of the export
+    Workdir(tmp_path / "run", config()).bind(described(path=tmp_path / "model"))
+    (tmp_path / "model" / "model.safetensors").write_text("other")
+    with pytest.raises(UserError, match=r"the model of config.model.path changed in model.safetensors\. Restore"):
+        Workdir(tmp_path / "run", config()).bind(described(path=tmp_path / "model"))
+
+
+def test_inputs_may_change_before_there_are_results(tmp_path):
+    Workdir(tmp_path, config()).bind(described())
+    Workdir(tmp_path, config()).bind(described({"forget": examples(5)}))
+    assert json.loads((tmp_path / "inputs.json").read_text())["sets"]["forget"]["questions"] == 5
+
+
+BAD_FOLDERS = {
+    "a link to nothing": lambda root: (root / "x").symlink_to(root / "none"),
+    "a loop of links": lambda root: (root / "x").symlink_to(root / "x"),
+    "a file": lambda root: (root / "x").write_text(""),
+    "in a file": lambda root: (root / "x").write_text(""),
+    "a long name": lambda root: None,
+    "NUL": lambda root: None,
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FOLDERS)
+def test_what_cannot_be_a_folder_is_refused(tmp_path, kind):
+    BAD_FOLDERS[kind](tmp_path)
+    names = {"in a file": "x/run", "a long name": "x" * 5000, "NUL": "a\0b"}
+    for enter in (lambda path: exclusive(path, "").__enter__(), lambda path: Workdir(path, config())):
+        with pytest.raises(UserError, match="pass (another|a) (--workdir|folder)|is a link to|is too long"):
+            enter(tmp_path / names.get(kind, "x"))
+
+
+def test_two_runs_cannot_use_one_folder(tmp_path):
+    """The second is refused before it writes anything."""
+    with exclusive(tmp_path / "run", "first"):
+        lock = json.loads((tmp_path / "run" / "lock.json").read_text())
+        assert lock["command"] == "first"
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    lock |= {"pid": os.getppid(), "started": locks.process_start(os.getppid())}
+    (tmp_path / "copy" / "lock.json").write_text(json.dumps(lock))
+    with pytest.raises(UserError, match=r"is used by process \d+ on .* \(first\)"):
+        exclusive(tmp_path / "copy", "second").__enter__()
+    assert [path.name for path in (tmp_path / "copy").iterdir()] == ["lock.json"]
+    assert not list((tmp_path / "run").iterdir())
+
+
+def full(code=errno.ENOSPC):
+    return OSError(code, os.strerror(code), "/there")
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+FULL_DISK = {
+    "by the system": full(),
+    "as the cause of another error": caused(RuntimeError("a checkpoint could not be saved"), full()),
+    "by TensorStore": ValueError(
+        "RESOURCE_EXHAUSTED: Failed to write: \"x\": No space left on device [os_error_code='28']"
+    ),
+    "by TensorStore, protected": ValueError("PERMISSION_DENIED: Failed to open: \"x\": Denied [os_error_code='13']"),
+    "by TensorFlow": type("E", (Exception,), {"__module__": "tensorflow.x"})("x; No space left on device"),
+    "quota": RuntimeError("Disk quota exceeded"),
+    "limit": full(errno.EFBIG),
+}
+
+
+@pytest.mark.parametrize("error", FULL_DISK)
+def test_a_disk_that_is_full_is_one_sentence_whoever_says_so(error):
+    with pytest.raises(UserError, match="cannot write.*; free some space or pass another --workdir"):
+        with storage.write_errors():
+            raise FULL_DISK[error]
+
+
+@pytest.mark.parametrize(
+    "error", [full(errno.EIO), RuntimeError("the loss is broken"), UserError("No space left on device")]
+)
+def test_other_errors_stay_as_they_are(error):
+    with pytest.raises(type(error)) as raised, storage.write_errors():
+        raise error
+    assert raised.value is error
+
+
+def test_records_of_another_kind_are_not_trusted(run):
+    entries = json.loads((run / records.FILE).read_text())
+    for entry in (None, 3, [], {}, {"lines": "2"}):
+        (run / records.FILE).write_text(json.dumps(entries | {RECORD: entry, "unlearned": entry}))
+        workdir = Workdir(run, config())
+        assert not workdir.has(RECORD) and not workdir.has_model("unlearned")
+
+
+def test_answers_of_a_model_may_contain_any_text(tmp_path):
+    """A tokenizer of bytes can write NUL."""
+    answers = [{"prediction": text} for text in ("a\0b", "\u2028", "Zoë")]
+    Workdir(tmp_path, config()).write_lines(RECORD, answers)
+    assert Workdir(tmp_path, config()).read_lines(RECORD) == answers

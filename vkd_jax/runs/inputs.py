@@ -1,0 +1,76 @@
+"""Digests of what a run reads: its data and the models that its config gives. A workdir belongs to them."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vkd_jax.runtime import storage
+from vkd_jax.types import Example
+
+FILE = "inputs.json"
+PROVENANCE = "provenance.json"  # in a model folder that a run exported: config and version of that run
+Inputs = dict[str, Any]  # as JSON; see `describe`
+
+
+def describe(sets: Mapping[str, Sequence[Example]], models: Mapping[str, Path]) -> Inputs:
+    """Computes the digests of a run's inputs.
+
+    Args:
+        sets: the examples of each set.
+        models: the folder of each model, by its field of `config.model`.
+
+    Returns:
+        {"sets": {set: {"questions": n, "images": n, "sha256": digest}}, "models": {field: {file: digest}}}
+    """
+    return {
+        "sets": {name: _describe_set(examples) for name, examples in sets.items()},
+        "models": {name: _describe_model(folder) for name, folder in models.items()},
+    }
+
+
+def differences(saved: Mapping[str, Any], current: Inputs) -> Iterator[str]:
+    """What changed in the inputs, as parts of a sentence."""
+    saved_sets, saved_models = (_mapping(saved.get(key)) for key in ("sets", "models"))
+    for name in sorted(saved_sets.keys() | current["sets"].keys()):
+        old, new = _mapping(saved_sets.get(name)), _mapping(current["sets"].get(name))
+        if old == new:
+            continue
+        counts = [f"{x.get('questions', 0)} questions with {x.get('images', 0)} images" for x in (old, new)]
+        if counts[0] != counts[1]:
+            yield f"the set {name} had {counts[0]} and has {counts[1]}"
+        else:
+            yield f"the set {name} has other questions, answers or images ({counts[1]}, as before)"
+    for field in sorted(saved_models.keys() | current["models"].keys()):
+        if changed := changed_keys(saved_models.get(field), current["models"].get(field)):
+            yield f"the model of config.model.{field} changed in {', '.join(changed[:3])}"
+
+
+def changed_keys(old: Any, new: Any) -> list[str]:
+    """The keys whose values differ between two mappings; what is no mapping counts as an empty one."""
+    old, new = _mapping(old), _mapping(new)
+    return [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+
+
+def _describe_set(examples: Sequence[Example]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    image_digests: dict[int, str] = {}  # by object: the examples of one row share their images
+    for example in examples:
+        fields = dict(vars(example))
+        if (image := fields.pop("image")) is not None:
+            if id(image) not in image_digests:
+                image_digests[id(image)] = hashlib.sha256(image).hexdigest()
+            fields["image"] = image_digests[id(image)]
+        digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
+    images = {e.image_id for e in examples if e.image is not None}
+    return {"questions": len(examples), "images": len(images), "sha256": digest.hexdigest()}
+
+
+def _describe_model(folder: Path) -> dict[str, str]:
+    # The provenance has the date of the export; it does not influence what the model computes.
+    return {name: digest for name, digest in storage.model_digests(folder).items() if name != PROVENANCE}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,111 @@
+"""The digests of what a run has computed: records.json.
+
+Every file and model folder that a later stage or a resumed run reuses has an entry with its size and SHA-256. What has
+no entry, or differs from it, counts as missing and is computed again: a file that was cut at the end of a line is never
+taken for a complete one.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from vkd_jax.runs.inputs import changed_keys
+from vkd_jax.runtime import files, hub, json_files, storage
+from vkd_jax.types import UserError
+
+FILE = "records.json"
+
+
+class Records:
+    """The entries of a workdir; only process 0 uses them.
+
+    Args:
+        path: the folder of the run.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._entries: dict[str, Any] = read_or(path / FILE, {}, "what it describes is computed again")
+
+    def add(self, name: str) -> None:
+        """Adds or replaces the entry of a file."""
+        self._set(name, _file_entry((self._path / name).read_bytes()))
+
+    def add_model(self, name: str) -> None:
+        """Adds or replaces the entry of a model folder."""
+        self._set(name, {"files": storage.model_digests(storage.local_copy(self._path / name))})
+
+    def has(self, name: str) -> bool:
+        """Whether a file exists and is the one that was added."""
+        return self._is_whole(name, lambda: _file_entry((self._path / name).read_bytes()))
+
+    def has_model(self, name: str) -> bool:
+        """Whether a model folder exists and is the one that was added."""
+        marker = f"{name}/{storage.MODEL_MARKER}"
+        return self._is_whole(
+            name, lambda: {"files": storage.model_digests(hub.fetch_model(self._path / name))}, marker
+        )
+
+    def copy_from(self, other: "Records", name: str) -> None:
+        """Copies a file of another run, if that run has it."""
+        if other.has(name):
+            files.write_bytes(self._path / name, (other._path / name).read_bytes())
+            self.add(name)
+
+    def _is_whole(self, name: str, compute: Any, marker: str = "") -> bool:
+        if not (self._path / (marker or name)).exists():
+            return False
+        expected = self._entries.get(name)
+        if expected is None:
+            logging.warning("%s has no entry in %s; it is computed again", self._path / name, FILE)
+            return False
+        try:
+            entry = compute()
+        except (OSError, UserError) as error:
+            logging.warning("%s cannot be read (%s); it is computed again", self._path / name, error)
+            return False
+        if entry != expected:
+            logging.warning("%s %s; it is computed again", self._path / name, _difference(expected, entry))
+        return entry == expected
+
+    def _set(self, name: str, entry: dict[str, Any]) -> None:
+        self._entries[name] = entry
+        files.write_bytes(self._path / FILE, encode(self._entries))
+
+
+def encode(value: Any) -> bytes:
+    """Encodes a JSON file of a run."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def read_or(file: Path, default: Any, consequence: str) -> Any:
+    """Reads a JSON object of a run that can be made again; the default if the file is missing or damaged.
+
+    Args:
+        file: the file.
+        default: what a missing file stands for.
+        consequence: what happens if the file is damaged, for the log.
+    """
+    if not file.exists():
+        return default
+    try:
+        return json_files.read_json(file)
+    except UserError as error:
+        logging.warning("%s So %s.", error, consequence)
+        return default
+
+
+def _file_entry(data: bytes) -> dict[str, Any]:
+    return {"lines": data.count(b"\n"), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _difference(expected: Any, entry: dict[str, Any]) -> str:
+    """How a file or folder differs from its entry, in words."""
+    old = expected if isinstance(expected, dict) else {}
+    if "files" in entry:
+        changed = changed_keys(old.get("files"), entry["files"])
+        return f"differs from what this run wrote in {', '.join(changed[:3])}"
+    return f"is damaged or was changed: it has {entry['lines']} lines of {old.get('lines')}"

@@ -83,7 +83,7 @@ def test_every_field_of_every_component_is_documented():
         ("finetune.train.log_every=0", "finetune.train.log_every: 0 is not allowed."),
         ("finetune.method.lora_rank=0", "finetune.method.lora_rank: 0 is not allowed."),
         ("eval.batch_size=0", "eval.batch_size: 0 is not allowed. Give a whole number of at least 1."),
-        ("eval.protocol=coin", "eval.protocol: 'coin' is not allowed. Give options, letter, or both"),
+        ("eval.protocol=coin", "eval.protocol: 'coin' is not allowed. Give options, letter, letter:first_character, "),
         ("eval.protocol=letter,letter", "eval.protocol: 'letter,letter' is not allowed."),
         ("eval.shots=2", "eval.shots: 2 is not allowed. Give one of 0, 1."),
         ("model.dtype=bf16", "model.dtype: 'bf16' is not allowed. Give one of float32, bfloat16, float16."),

@@ -24,7 +24,7 @@ from vkd_jax.config.fields import FieldError, Section, setting
 from vkd_jax.config.stages import STAGES, Stage
 from vkd_jax.config.training import TrainConfig
 
-PROTOCOLS = ("options", "letter")
+PROTOCOLS = ("options", "letter", "letter:first_character")
 INFINITY = "inf"  # in JSON
 INTEGER_FORMAT = r"int[84](:[1-9]\d*)?"  # of quantized weights, with an optional group size
 QUANTIZATIONS = "int8 or int4, optionally with a group size as in int4:64, w8a8, or ''"
@@ -102,8 +102,10 @@ class EvalConfig(Section):
     protocol: str = setting(
         "options",
         "How questions with options are asked: 'options' takes the most probable option, 'letter' the letter that the "
-        "model writes. Both with a comma; the first one counts.",
+        "model writes, 'letter:first_character' the first letter of whatever it writes, as MLLMU-Bench does. Several "
+        "with commas; the first one counts.",
     )
+    prompts: str = setting("", "JSON file of prompt wordings, see docs/extending.md; '' is the package's own.")
     shots: int = setting(0, "1 shows a worked example before each question.", choices=(0, 1))
     batch_size: int = setting(64, "Questions per batch.", minimum=1)
     max_items: int = setting(300, "Largest number of questions per set and kind; 0 asks all.", minimum=0)
@@ -116,7 +118,8 @@ class EvalConfig(Section):
         names = self.protocols
         if not set(names) <= set(PROTOCOLS) or len(set(names)) < len(names):
             raise self.error(
-                "protocol", f"{self.protocol!r} is not allowed. Give options, letter, or both, as in options,letter."
+                "protocol",
+                f"{self.protocol!r} is not allowed. Give {', '.join(PROTOCOLS)}, or several, as in options,letter.",
             )
 
     @property

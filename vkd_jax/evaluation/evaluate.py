@@ -1,9 +1,11 @@
 """Asks a model every question of every set; each record has the answer and whether it is correct.
 
-Two protocols for questions with options, never mixed:
+Protocols for questions with options, never mixed:
 
-- `letter`: the protocol of MLLMU-Bench. The prompt has the question and its options, the model writes an answer, and
-  the first option letter in it counts.
+- `letter`: the prompt has the question and its options, the model writes an answer, and the letter that it chooses
+  counts: see `metrics.judging.first_letter`.
+- `letter:first_character`: the same prompt, and the first letter of whatever the model writes counts, as in the code of
+  MLLMU-Bench, where "accordion" is A.
 - `options`: the prompt has only the question, and the option text with the highest log-probability is the answer.
 
 Cloze and open questions are answered by greedy decoding. Under every protocol, the true answer, its paraphrase and the
@@ -21,11 +23,10 @@ from vkd_jax.config.schema import EvalConfig
 from vkd_jax.data.batching import rng
 from vkd_jax.evaluation import metrics
 from vkd_jax.evaluation.inference import Answerer, EncodedImages, Turns
-from vkd_jax.evaluation.metrics.judging import LETTERS, cloze_correct, first_letter
+from vkd_jax.evaluation.metrics.judging import LETTER_RULES, LETTERS, cloze_correct
 from vkd_jax.evaluation.metrics.likelihoods import likelihood
+from vkd_jax.evaluation.wording import Wording, read_wording
 from vkd_jax.types import Example, UserError
-
-INSTRUCTION = "Answer with the letter of the right option only."
 
 Form = Callable[[Example], tuple[str, str]]  # from an example to its question and answer in the prompt
 
@@ -55,14 +56,16 @@ def evaluate(
     batch = _Questions(
         answerer, examples, worked_examples(shown, examples, config.seed) if shots else [None] * len(examples)
     )
-    texts = dict(_generated(batch, protocols, config.max_new_tokens))  # first, since these prompts are the longest
+    texts = dict(_generated(batch, config, read_wording(config.prompts)))  # first, since these prompts are the longest
     likelihoods, scores = _likelihoods(batch)
     records = []
     for i, (name, example) in enumerate(items):
         choice = example.task == "classification"
         for number, record_protocol in enumerate(protocols if choice else (example.task,)):
             verdict = (
-                _chosen(example, scores[i]) if choice and record_protocol == "options" else _judged(example, texts[i])
+                _chosen(example, scores[i])
+                if choice and record_protocol == "options"
+                else _judged(example, texts[i], record_protocol)
             )
             worked_example = {"worked_example": batch.worked[i].id} if shots else {}
             records.append(
@@ -96,24 +99,8 @@ def sample(examples: Sequence[Example], most: int, seed: int, name: str) -> list
     return [examples[i] for i in sorted(chosen)]
 
 
-def letter_question(example: Example) -> str:
-    """The prompt of the protocol `letter`: the question, one option per line, and the instruction.
-
-    Raises:
-        UserError: the question has more options than the alphabet has letters.
-    """
-    if len(example.options) > len(LETTERS):
-        raise UserError(f"question {example.id} has {len(example.options)} options; use eval.protocol=options.")
-    lines = [f"{letter}: {option}" for letter, option in zip(LETTERS, example.options, strict=False)]
-    return "\n".join([example.question, *lines, INSTRUCTION])
-
-
 def _plain(example: Example) -> tuple[str, str]:
     return example.question, example.answer
-
-
-def _lettered(example: Example) -> tuple[str, str]:
-    return letter_question(example), LETTERS[example.options.index(example.answer)]
 
 
 def _correct_letters(example: Example) -> list[str]:
@@ -180,14 +167,21 @@ def _texts(e: Example) -> list[str]:
     return list(dict.fromkeys([e.answer, *e.options, *filter(None, [e.paraphrase]), *e.perturbed]))
 
 
-def _generated(batch: _Questions, protocols: Sequence[str], max_new_tokens: int) -> Iterator[tuple[int, str]]:
+def _generated(batch: _Questions, config: EvalConfig, wording: Wording) -> Iterator[tuple[int, str]]:
     """Yields (index, text) for each question that is answered by generation."""
+
+    def lettered(example: Example) -> tuple[str, str]:
+        return wording.letter_question(example), LETTERS[example.options.index(example.answer)]
+
+    def worded(example: Example) -> tuple[str, str]:
+        return wording.question(example), example.answer
+
     for indices in batch.groups(lambda e: (e.task == "classification",)):
         choice = batch.examples[indices[0]].task == "classification"
-        if choice and "letter" not in protocols:
+        if choice and not set(LETTER_RULES) & set(config.protocols):
             continue
-        questions, encoded_images, turns = batch.prompts(indices, _lettered if choice else _plain)
-        texts = batch.answerer.generate(questions, encoded_images, max_new_tokens=max_new_tokens, turns=turns)
+        questions, encoded_images, turns = batch.prompts(indices, lettered if choice else worded)
+        texts = batch.answerer.generate(questions, encoded_images, max_new_tokens=config.max_new_tokens, turns=turns)
         yield from zip(indices, texts, strict=True)
 
 
@@ -197,10 +191,10 @@ def _chosen(example: Example, scores: Sequence[float]) -> dict:
     return {"prediction": prediction, "correct": prediction == example.answer, "scores": list(scores)}
 
 
-def _judged(example: Example, text: str) -> dict:
+def _judged(example: Example, text: str, protocol: str) -> dict:
     """The generated text, and whether it is correct."""
     if example.task == "classification":
-        letter = first_letter(text, len(example.options))
+        letter = LETTER_RULES[protocol](text, len(example.options))
         return {"prediction": text, "correct": letter in _correct_letters(example)}
     verdict = {"prediction": text, "correct": cloze_correct(text, example.answer)}
     return verdict | metrics.stored_values({"task": example.task, "answer": example.answer, **verdict})

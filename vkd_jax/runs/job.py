@@ -11,7 +11,7 @@ from vkd_jax import benchmarks
 from vkd_jax.attacks import Attack
 from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
 from vkd_jax.config.schema import ModelConfig, RunConfig
-from vkd_jax.evaluation import evaluate
+from vkd_jax.evaluation import evaluate, wording
 from vkd_jax.methods import Method
 from vkd_jax.methods.text_stream import STREAM as TEXT_STREAM
 from vkd_jax.runs.inputs import PROVENANCE
@@ -42,6 +42,16 @@ class Job:
         """
         config = workdir.config
         mesh = check_config(config)
+<<<<<<< HEAD
+=======
+        benchmark = config.data.benchmark
+        benchmark.check()
+        wording.read_wording(config.eval.prompts)
+        # Each host reads the data from its own disk.
+        cache = storage.local_copy(config.data.cache or workdir.path / "data")
+        unlearns_on_finetuning_set = any(name.startswith("finetune_") for name in benchmark.UNLEARN.values())
+        finetune = bool(config.workflow.finetunes) or unlearns_on_finetuning_set
+>>>>>>> 91df9e7 (evaluation: add the letter rule of MLLMU-Bench and prompts of your own)
         with workdir.stage("data"):
             sets = read_data(workdir)
             held_out = sets.pop(HELD_OUT, [])

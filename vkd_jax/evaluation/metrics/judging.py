@@ -52,6 +52,18 @@ def first_letter(text: str | None, options: int = 4) -> str | None:
     return None
 
 
+def first_character(text: str | None, options: int = 4) -> str | None:
+    """The option letter that an answer chooses by the rule of MLLMU-Bench: its first letter or digit, upper-cased.
+
+    The first letter of any word counts: "accordion" chooses A.
+    """
+    character = next((c for c in text or "" if c.isalnum()), "").upper()
+    return character if character and character in LETTERS[:options] else None
+
+
+LETTER_RULES = {"letter": first_letter, "letter:first_character": first_character}  # by protocol
+
+
 def cloze_correct(prediction: str | None, truth: str) -> bool:
     """Whether the blank was filled correctly: the lower-cased prediction contains the lower-cased truth.
 

@@ -35,6 +35,23 @@ SETTINGS = {
 # Settings of setting=robust beside `defaults.make_robust`.
 ROBUST = "train.steps=300 train.learning_rate=3e-4"
 ROBUST_VISUAL = "train.steps=300 train.learning_rate=2e-3 method.worst_case.radius=3e-3 method.worst_case.steps=3"
+ROBUST_VKD = (
+    f"{SETTINGS['vkd']} method.train=all {defaults.ROBUST} {defaults.ROBUST_ASCENT} {defaults.ROBUST_VKD} {ROBUST}"
+)
+ROBUST_GRAD_DIFF = f"{SETTINGS['grad_diff']} {defaults.ROBUST} {defaults.ROBUST_ASCENT} {ROBUST}"
+# What each part of setting=robust does: (method, settings).
+ROBUST_ABLATIONS = {
+    "vkd": ("vkd", SETTINGS["vkd"]),
+    "vkd robust": ("vkd", ROBUST_VKD),
+    "vkd robust, no worst case": ("vkd", f"{ROBUST_VKD} method.worst_case.radius=0.0"),
+    "vkd robust, no text": ("vkd", f"{ROBUST_VKD} method.text.weight=0.0"),
+    "vkd robust, fixed cap": ("vkd", f"{ROBUST_VKD} method.bound=cap method.target=swap"),
+    "vkd robust, adapters": ("vkd", f"{ROBUST_VKD} method.train=visual+lora train.learning_rate=1e-3"),
+    "vkd robust, visual": ("vkd", f"{ROBUST_VKD} method.text.weight=0.0 method.train=visual {ROBUST_VISUAL}"),
+    "grad_diff": ("grad_diff", SETTINGS["grad_diff"]),
+    "grad_diff robust": ("grad_diff", ROBUST_GRAD_DIFF),
+    "grad_diff robust, no worst case": ("grad_diff", f"{ROBUST_GRAD_DIFF} method.worst_case.radius=0.0"),
+}
 
 
 def _rates_and(setting: str, *values: float, rates: tuple[float, float] = (1e-4, 3e-4)) -> list[str]:
@@ -91,6 +108,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "one": "one run",
         "compare": "a comparison of all methods, tuned alike, three seeds, for python -m vkd_jax.compare",
         "ablations": "a comparison of VKD with and without each component, for python -m vkd_jax.compare",
+        "robustness": "a comparison of setting=robust with and without each part, for python -m vkd_jax.compare",
     }
     given = arguments.parse(
         arg,
@@ -129,6 +147,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     if given["runs"] == "compare":
         tuning = f"data.people={OTHERS} model.path= model.retain_only= eval.max_items=100"
         config.compare = defaults.comparison({name: _entrant(name) for name in SEARCH}, tuning)
+    if given["runs"] == "robustness":
+        rows = {name: defaults.entrant(method, settings) for name, (method, settings) in ROBUST_ABLATIONS.items()}
+        config.compare = defaults.comparison(rows)
+        config.attacks.names = "relearn,membership"
     if given["runs"] == "ablations":
         vkd = {name: defaults.entrant("vkd", f"{SETTINGS['vkd']} {changes}") for name, changes in ABLATIONS.items()}
         config.compare = defaults.comparison(vkd, seeds=(0,))

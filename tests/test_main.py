@@ -20,6 +20,7 @@ from absl import flags, logging
 from vkd_jax import main
 from vkd_jax.checkpoints import safetensors_files
 from vkd_jax.config import command_line
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.runtime import log
 
 ROOT = Path(__file__).parents[1]
@@ -189,10 +190,9 @@ def test_every_hyperparameter_can_be_overridden(monkeypatch):
 
     fields = values.config.method.to_dict()
     assert (fields["mask_threshold"], fields["mask_keep"], fields["blocks"]) == (1.5, None, 1)
-    expected = methods.create(
-        fields.pop("name"), {key: fields[key] for key in ("mask_threshold", "mask_keep", "blocks", "augment_retain")}
-    )
-    assert methods.create("vkd", fields) == expected
+    names = ("mask_threshold", "mask_keep", "blocks", "augment_retain")
+    expected = methods.create("vkd", {name: fields[name] for name in names})
+    assert RunConfig.from_config_dict(values.config).method == expected
 
 
 @pytest.mark.parametrize(

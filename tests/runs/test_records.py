@@ -141,6 +141,17 @@ def test_another_model_is_refused_by_file(tmp_path):
         Workdir(tmp_path / "run", config()).bind(described(path=tmp_path / "model"))
 
 
+def test_a_changed_wording_of_prompts_is_another_input(tmp_path):
+    file = tmp_path / "prompts.json"
+    file.write_text('{"letter": "{question}"}')
+    saved = inputs.describe({}, {}, str(file))
+    assert list(inputs.differences(saved, inputs.describe({}, {}, str(file)))) == []
+    file.write_text('{"letter": "{question}!"}')
+    assert list(inputs.differences(saved, inputs.describe({}, {}, str(file)))) == [
+        "the file of config.eval.prompts changed"
+    ]
+
+
 def test_inputs_may_change_before_there_are_results(tmp_path):
     Workdir(tmp_path, config()).bind(described())
     Workdir(tmp_path, config()).bind(described({"forget": examples(5)}))

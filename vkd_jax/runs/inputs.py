@@ -14,19 +14,22 @@ PROVENANCE = "provenance.json"  # in a model folder that a run exported: config 
 Inputs = dict[str, Any]  # as JSON; see `describe`
 
 
-def describe(sets: Mapping[str, Sequence[Example]], models: Mapping[str, Path]) -> Inputs:
+def describe(sets: Mapping[str, Sequence[Example]], models: Mapping[str, Path], prompts: str = "") -> Inputs:
     """Computes the digests of a run's inputs.
 
     Args:
         sets: the examples of each set.
         models: the folder of each model, by its field of `config.model`.
+        prompts: the file of the wording of prompts, `config.eval.prompts`; "" for none.
 
     Returns:
-        {"sets": {set: {"questions": n, "images": n, "sha256": digest}}, "models": {field: {file: digest}}}
+        {"sets": {set: {"questions": n, "images": n, "sha256": digest}}, "models": {field: {file: digest}},
+        "prompts": digest or ""}
     """
     return {
         "sets": {name: _describe_set(examples) for name, examples in sets.items()},
         "models": {name: _describe_model(folder) for name, folder in models.items()},
+        "prompts": hashlib.sha256(storage.resolve(prompts).read_bytes()).hexdigest() if prompts else "",
     }
 
 
@@ -45,6 +48,8 @@ def differences(saved: Mapping[str, Any], current: Inputs) -> Iterator[str]:
     for field in sorted(saved_models.keys() | current["models"].keys()):
         if changed := changed_keys(saved_models.get(field), current["models"].get(field)):
             yield f"the model of config.model.{field} changed in {', '.join(changed[:3])}"
+    if saved.get("prompts") != current["prompts"]:
+        yield "the file of config.eval.prompts changed"
 
 
 def changed_keys(old: Any, new: Any) -> list[str]:

@@ -42,16 +42,7 @@ class Job:
         """
         config = workdir.config
         mesh = check_config(config)
-<<<<<<< HEAD
-=======
-        benchmark = config.data.benchmark
-        benchmark.check()
         wording.read_wording(config.eval.prompts)
-        # Each host reads the data from its own disk.
-        cache = storage.local_copy(config.data.cache or workdir.path / "data")
-        unlearns_on_finetuning_set = any(name.startswith("finetune_") for name in benchmark.UNLEARN.values())
-        finetune = bool(config.workflow.finetunes) or unlearns_on_finetuning_set
->>>>>>> 91df9e7 (evaluation: add the letter rule of MLLMU-Bench and prompts of your own)
         with workdir.stage("data"):
             sets = read_data(workdir)
             held_out = sets.pop(HELD_OUT, [])

@@ -63,7 +63,8 @@ def _execute(workdir: Workdir, lender: Path | None) -> RunResults:
     job = Job.prepare(workdir)
     models = check_models(job)
     with workdir.stage("check inputs"):
-        workdir.bind(multihost.run_on_process_0(lambda: inputs.describe(job.sets | job.held_out_set, models)))
+        sets, prompts = job.sets | job.held_out_set, config.eval.prompts
+        workdir.bind(multihost.run_on_process_0(lambda: inputs.describe(sets, models, prompts)))
     if lender:
         workdir.borrow(lender, _shared_records(lender))
     finetuned = {name: stages.finetune(job, name) for name in config.workflow.finetunes}
@@ -79,7 +80,8 @@ def _check_inputs(workdir: Workdir) -> None:
     """Checks that a finished run has the inputs that its config names now, unless they can no longer be read."""
     try:
         sets = read_data(workdir)
-        current = multihost.run_on_process_0(lambda: inputs.describe(sets, given_models(workdir.config)))
+        models, prompts = given_models(workdir.config), workdir.config.eval.prompts
+        current = multihost.run_on_process_0(lambda: inputs.describe(sets, models, prompts))
     except UserError as error:
         logging.warning("the inputs of this finished run are not compared: %s", error)
         return

@@ -27,7 +27,7 @@
 9. A forget step's exceptions swallowed:
     runs/test_faults.py::test_what_fails_in_a_step_stops_the_run
     runs/test_faults.py::test_nothing_around_a_step_catches_everything
-    training/test_loop.py::test_a_loss_that_is_not_finite_stops_training_at_its_step
+    training/test_stopping.py::test_a_loss_that_is_not_finite_stops_training_at_its_step
 10. A learning-rate schedule stepped once per run:
     training/test_optimizer.py::test_the_learning_rate_of_each_step_equals_the_value_by_hand
     training/test_loop.py::test_the_learning_rate_follows_the_step

@@ -1,0 +1,203 @@
+"""Stopping, bit-identical resumption, and trainings that diverge."""
+
+import dataclasses
+import os
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_training import (
+    ROWS,
+    SETS,
+    ToyMethod,
+    assert_same_bits,
+    at_step,
+    fit,
+    logged,
+    restored,
+    rows,
+    saved_steps,
+)
+
+from vkd_jax.data.sampler import Sampler
+from vkd_jax.training import loop
+from vkd_jax.training.preemption import Stopped
+from vkd_jax.types import Diverged, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Unbounded(ToyMethod):
+    """Its loss grows with the weights without end."""
+
+    def losses(self):
+        def loss(model, batch):
+            return jnp.mean(jnp.square(model.visual(batch.images["x"]))), {}
+
+        return {"forget": loss}
+
+
+@pytest.mark.parametrize("step", [3, 4, 8], ids=["between checkpoints", "at a checkpoint", "at the last step"])
+def test_a_run_resumed_after_sigterm_is_bit_identical(toy, tmp_path, monkeypatch, uninterrupted, step):
+    folder, params, state, like = uninterrupted
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Stopped, match=f"stopped at step {step}"):
+            fit(toy, tmp_path)
+    assert saved_steps(tmp_path)[-1] == step
+    assert_same_bits(fit(toy, tmp_path), params)
+    assert_same_bits(restored(tmp_path, like), state)
+    assert logged(tmp_path) == logged(folder)
+
+
+@pytest.mark.parametrize("damaged", [1, 2], ids=["the newest checkpoint", "all checkpoints"])
+def test_a_run_resumed_without_a_damaged_checkpoint_is_bit_identical(
+    toy, tmp_path, monkeypatch, uninterrupted, damaged
+):
+    folder, params, state, like = uninterrupted
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Stopped):
+            fit(toy, tmp_path)
+    assert saved_steps(tmp_path) == [4, 5]
+    for step in saved_steps(tmp_path)[-damaged:]:
+        for path in (tmp_path / "checkpoints" / str(step) / "state" / "d").iterdir():
+            path.write_bytes(path.read_bytes()[:-1])
+    assert_same_bits(fit(toy, tmp_path), params)
+    assert_same_bits(restored(tmp_path, like), state)
+    assert logged(tmp_path) == logged(folder)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 4, 5])
+def test_the_step_that_stopped_names_is_saved_whenever_the_signal_arrives(toy, tmp_path, monkeypatch, calls):
+    class Late(threading.Event):
+        """An event that is set from a certain call on."""
+
+        times = 0
+
+        def is_set(self):
+            self.times += 1
+            return self.times >= calls
+
+    class Signal(loop.StopSignals):
+        def __enter__(self):
+            should_stop = super().__enter__()
+            self._event = Late()
+            return should_stop
+
+    monkeypatch.setattr(loop, "StopSignals", Signal)
+    with pytest.raises(Stopped) as stopped:
+        fit(toy, tmp_path, checkpoint_every=100)
+    assert str(saved_steps(tmp_path)[-1]) in str(stopped.value)
+
+
+def test_a_fit_without_a_folder_trains_the_same_and_writes_nothing(toy, tmp_path, monkeypatch, uninterrupted):
+    monkeypatch.chdir(tmp_path)
+    assert_same_bits(fit(toy, None), uninterrupted[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.NoProgress, "tick", lambda self, step: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Stopped, match="stopped at step 1, which is not saved; run"):
+            fit(toy, None)
+    with pytest.raises(Diverged, match="step 1: .*none was saved yet"):
+        fit(toy, None, sets=SETS | {"forget": rows(0, np.full(ROWS, np.nan, np.float32))})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_handlers_of_signals_are_restored(toy, tmp_path, number):
+    before = signal.getsignal(number)
+    fit(toy, tmp_path, steps=1)
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_each_signal_saves_the_state_and_has_its_status(toy, tmp_path, monkeypatch, number, status):
+    at_step(monkeypatch, 3, lambda: signal.raise_signal(number))
+    with pytest.raises(Stopped, match="stopped at step 3, which is saved; run the same command") as stopped:
+        fit(toy, tmp_path)
+    assert stopped.value.status == status and saved_steps(tmp_path)[-1] == 3
+
+
+def test_a_second_ctrl_c_ends_training_at_once(toy, monkeypatch):
+    class Exit(BaseException):
+        pass
+
+    def stop_at_once(status):
+        raise Exit(status)
+
+    monkeypatch.setattr(os, "_exit", stop_at_once)
+    monkeypatch.setattr(
+        loop.NoProgress, "tick", lambda self, step: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+    )
+    with pytest.raises(Exit, match="130"):
+        fit(toy, None)
+
+
+def test_a_finished_run_does_not_train_again(toy, uninterrupted):
+    folder, params, _, _ = uninterrupted
+    lines = (folder / "metrics.jsonl").read_text()
+    assert_same_bits(fit(toy, folder), params)
+    assert (folder / "metrics.jsonl").read_text() == lines
+
+
+def test_checkpoints_of_another_seed_are_refused(toy, tmp_path):
+    fit(toy, tmp_path, steps=2)
+    with pytest.raises(UserError, match="made with seed 0, not 1"):
+        fit(toy, tmp_path, seed=1)
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 8])
+def test_a_loss_that_is_not_finite_stops_training_at_its_step(toy, tmp_path, step):
+    """One row is NaN, and the data order determines its step, with and without a checkpoint due at that step."""
+    stream = Sampler(SETS["forget"], 1, seed=0, name="forget")
+    extra = np.zeros(ROWS, np.float32)
+    extra[stream[step - 1].tokens[0, 0]] = np.nan
+    good = (step - 1) // 2 * 2
+    with pytest.raises(Diverged) as stopped:
+        fit(
+            toy,
+            tmp_path,
+            sets=SETS | {"forget": rows(0, extra)},
+            batch_size=dict(forget=1, retain=4),
+            log_every=100,
+        )
+    message = str(stopped.value)
+    assert message.startswith(f"step {step}: forget_loss, forget_term")
+    assert "retain" not in message
+    assert (f"step {good}." if good else "none was saved yet") in message
+    assert saved_steps(tmp_path) == [s for s in (2, 4, 6, 8) if good - 2 <= s <= good]
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [
+        (1e30, r"step 1: .*forget_loss.* is not finite after the update; the last checkpoint: none was saved yet\. "),
+        (3e38, r"step 1: weights/visual/\w+.* is not finite after the update; the last checkpoint: none"),
+    ],
+    ids=["weights that are too large", "weights that are not finite"],
+)
+@pytest.mark.parametrize("saves", [True, False], ids=["with a folder", "without"])
+def test_the_last_update_is_checked_as_well(toy, tmp_path, rate, message, saves):
+    """A loss is that of the weights before the update, and the last update has no loss after it."""
+    changes = dict(learning_rate=rate, weight_decay=10.0, steps=1, warmup_steps=0, schedule="constant", log_every=100)
+    changes |= dict(clip_norm=1e9, checkpoint_every=100)
+    with pytest.raises(Diverged, match=message + r".*decrease train\.learning_rate"):
+        fit(toy, tmp_path if saves else None, Unbounded(), **changes)
+    assert not saves or saved_steps(tmp_path) == []
+
+
+def test_a_state_that_is_not_finite_is_not_saved(toy, tmp_path, monkeypatch):
+    """Neither are moments, with which every later update is zero or NaN."""
+    step = loop._Step.__call__
+
+    def overflow(self, number, state, batches):
+        state, metrics = step(self, number, state, batches)
+        broken = jax.tree.map(lambda x: x * jnp.inf if x.ndim and number == 4 else x, state.opt_state)
+        return dataclasses.replace(state, opt_state=broken), metrics
+
+    monkeypatch.setattr(loop._Step, "__call__", overflow)
+    with pytest.raises(Diverged, match="step 4: moments/.* is not finite after the update; .*: step 2"):
+        fit(toy, tmp_path)
+    assert saved_steps(tmp_path) == [2]

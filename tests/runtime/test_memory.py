@@ -9,15 +9,17 @@ from vkd_jax.runtime import memory
 from vkd_jax.types import UserError
 
 
-def device(platform, limit=None):
+def device(platform, limit=None, process_index=0):
     stats = None if limit is None else {"bytes_limit": limit}
-    return types.SimpleNamespace(platform=platform, process_index=0, memory_stats=lambda: stats)
+    return types.SimpleNamespace(platform=platform, process_index=process_index, memory_stats=lambda: stats)
 
 
 def test_memory_is_that_of_the_host_or_of_the_devices():
     assert memory.device_bytes(jax.devices()) == memory.host_bytes() > 2**28
     assert memory.device_bytes([device("tpu", 3), device("tpu", 4)]) == 7
     assert memory.device_bytes([device("tpu", 3), device("tpu")]) is None
+    elsewhere = device("cpu", process_index=1)  # of another process of a run, which checks it itself
+    assert memory.device_bytes([elsewhere]) is None
 
 
 def test_a_container_may_have_less_memory(tmp_path, monkeypatch):

@@ -26,12 +26,15 @@ def host_bytes() -> int:
 
 
 def device_bytes(devices: Iterable[jax.Device]) -> int | None:
-    """Bytes of memory of this process's devices in total; None if they do not say. CPU devices share the host's."""
+    """Bytes of memory of this process's devices in total; None if they do not say, or if it has none of the devices.
+
+    CPU devices share the memory of the host.
+    """
     local = [device for device in devices if device.process_index == jax.process_index()]
     if any(device.platform == "cpu" for device in local):
         return host_bytes()
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in local]
-    return None if None in limits else sum(limits)
+    return sum(limits) if limits and None not in limits else None
 
 
 def check(needed: int, limit: int | None, subject: str, remedy: str) -> None:

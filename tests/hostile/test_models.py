@@ -183,6 +183,7 @@ CASES = [
         index(lambda v, _: {"weight_map": {f"t{i}": f"s{i}.safetensors" for i in range(5000)}}),
         (INDEX,),
     ),
+    Case("index of a name too long", index(lambda v, _: {"weight_map": {"t": "x" * 5000}}), ("too long",)),
     # Names.
     Case("all tensors unknown", renamed(lambda name: f"x.{name}"), ("x.",)),
     Case("tensor of another shape", with_tensors(lambda t: t.update({PROJECTOR: t[PROJECTOR].T.copy()})), (PROJECTOR,)),
@@ -193,6 +194,7 @@ CASES = [
     Case("config with NaN", with_files(config__json='{"model_type": "llava", "text_config": NaN}'), ("config.json",)),
     Case("config without a model type", with_files(config__json={}), ("model_type",)),
     Case("another model type", config(model_type="gpt2"), ("gpt2", "llava")),
+    Case("model type that is a list", config(model_type=["llava"]), ("model", "not supported")),
     Case("model type with control characters", config(model_type="\x1b[31m"), ("model",)),
     Case("named pipe as config", fifo("config.json"), ("config.json",)),
     Case("text config that is a number", config(text_config=3), ("text_config",)),
@@ -225,6 +227,9 @@ CASES = [
         "end of sequence that is a text",
         with_files(generation_config__json={"eos_token_id": "</s>"}),
         ("eos_token_id",),
+    ),
+    Case(
+        "end of sequence of no int32", with_files(generation_config__json={"eos_token_id": 10**12}), ("eos_token_id",)
     ),
     Case("generation config that is a list", with_files(generation_config__json=[]), ("generation_config.json",)),
     # Chat templates.

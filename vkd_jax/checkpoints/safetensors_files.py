@@ -175,6 +175,10 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
     weight_map = json_files.read_json(index, remedy="download it again").get("weight_map")
     if weight_map and isinstance(weight_map, dict):
         if all(isinstance(v, str) and pathlib.PurePath(v).name == v for v in weight_map.values()):
+            try:
+                files.check_length(max(weight_map.values(), key=len))
+            except UserError as error:
+                raise UserError(f"{index}: {error}") from error
             return weight_map
     raise UserError(f"{index} is not a safetensors index: it has no weight_map from tensor names to file names.")
 

@@ -24,6 +24,7 @@ CONFIGS = (  # of a model folder, which transformers reads
     "generation_config.json",
 )
 MAX_PIXELS = 256 * 28 * 28  # of an image, for families whose images differ in size: 256 image tokens of Qwen2-VL
+LARGEST_TOKEN = 2**31 - 1  # token ids are integers of 32 bits
 LLAVA_CHAT_TEMPLATE = (  # as published with LLaVA-1.5
     "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
@@ -236,7 +237,7 @@ def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     more = json_files.read_json(path).get("eos_token_id") if path.is_file() else None
     more = [] if more is None else more if isinstance(more, list) else [more]
-    if not all(type(i) is int and i >= 0 for i in more):
+    if not all(type(i) is int and 0 <= i <= LARGEST_TOKEN for i in more):
         raise UserError(f"{path}: eos_token_id is not a token or a list of tokens; get the file again.")
     ids = tuple(dict.fromkeys([*([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]), *more]))
     if not ids:

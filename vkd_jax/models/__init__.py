@@ -46,7 +46,7 @@ def module_for(model_type: str) -> types.ModuleType:
     Raises:
         UserError: the type is not supported.
     """
-    if model_type not in MODELS:
+    if not isinstance(model_type, str) or model_type not in MODELS:  # config.json may hold any type
         supported = messages.choices(sorted(MODELS))
         raise UserError(f"Model type {model_type!r} is not supported. Supported types: {supported}.")
     return importlib.import_module(MODELS[model_type])

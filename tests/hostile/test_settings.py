@@ -77,6 +77,7 @@ CASES = [
     Case(
         "model name of 10000 letters", snapshot(lambda rows: rows, "--config.model.path=" + "x" * 10_000), ("too long",)
     ),
+    Case("prompts that are missing", settings("--config.eval.prompts=nothing.json"), ("nothing.json",)),
     # Config files.
     Case("get_config returns None", config_file("def get_config():\n    return None\n"), ("get_config", "None")),
     Case("get_config returns a number", config_file("def get_config():\n    return 3\n"), ("get_config",)),
@@ -115,12 +116,20 @@ CASES = [
     # Workdirs.
     Case("file as a workdir", workdir(lambda path: written(path, "x")), ("run", "file")),
     Case("workdir below a file", workdir(lambda path: written(path, "x"), "--workdir=run/below"), ("run",)),
+    Case("workdir that links to nothing", workdir(lambda path: os.symlink("nothing/there", path)), ("run", "link")),
+    Case("workdir that links to itself", workdir(lambda path: os.symlink("run", path)), ("run", "link")),
     Case("workdir of a long name", settings("--workdir=" + "x" * 300), ("name", "long")),
     Case("workdir of a long path", settings("--workdir=" + "x/" * 3000), ("name", "long")),
     Case("folder of somebody else", workdir(lambda path: written(path / "thesis.tex", "x")), ("run", "not empty")),
     Case("named pipe as a workdir", workdir(os.mkfifo), ("run",)),
     Case("workdir below a device", settings("--workdir=/dev/null/run"), ("/dev/null",)),
+    Case("workdir in the kernel's folder", settings("--workdir=/proc/run"), ("/proc/run",)),
     Case("workdir of an unknown address", settings("--workdir=ftp://x/y"), ("ftp",)),
+    Case("config that is a list", workdir(damaged_config([])), ("config.json",)),
+    Case("config that is half", workdir(damaged_config('{"seed": 0')), ("config.json",)),
+    Case("empty config", workdir(damaged_config("")), ("config.json",)),
+    Case("config that is no UTF-8", workdir(damaged_config(b"\xff")), ("config.json",)),
+    Case("config nested deeply", workdir(damaged_config("[" * 100_000)), ("config.json",)),
 ]
 
 

@@ -82,7 +82,7 @@ def check_nothing_half_written(workdir: Path) -> None:
     wrong = [name for name in names if name.endswith((".tmp", ".safetensors")) or "incomplete" in name]
     assert not wrong and not names & {"results.json", "report.md"}, sorted(names)
     for path in files:
-        if path.suffix == ".json":
+        if path.suffix == ".json" and path.name != "config.json":  # which a case may have damaged
             json.loads(path.read_bytes(), parse_constant=refuse_constant)
 
 

@@ -24,7 +24,6 @@ CONFIGS = (  # of a model folder, which transformers reads
     "generation_config.json",
 )
 MAX_PIXELS = 256 * 28 * 28  # of an image, for families whose images differ in size: 256 image tokens of Qwen2-VL
-LARGEST_TOKEN = 2**31 - 1  # token ids are integers of 32 bits
 LLAVA_CHAT_TEMPLATE = (  # as published with LLaVA-1.5
     "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
@@ -78,11 +77,24 @@ class Processor:
         self.config = config
         self.image_token_id = config.image_token_id
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        if self.image_token is None:
+            raise UserError(f"{folder}: the image token {self.image_token_id} of config.json is not in the tokenizer.")
+        self._check_normalization()
         self.eos_ids = _eos_ids(folder, self.tokenizer)
         self.pad_id = int(self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
         self.chat_template = read_chat_template(folder, self.tokenizer)
         for images in (0, 1):
             self.prompt("Who is this?", images)  # an error of the template shows here, not after hours of training
+
+    def _check_normalization(self) -> None:
+        """Checks that the image processor divides by numbers that give finite pixels."""
+        for name in ("image_mean", "image_std"):
+            values = np.atleast_1d(np.asarray(getattr(self.image_processor, name, 1.0), np.float64))
+            if not np.isfinite(values).all() or (name == "image_std" and (values <= 0).any()):
+                raise UserError(
+                    f"{self.folder}: the image processor has {name}={values.tolist()}, which gives no finite pixels; "
+                    "copy preprocessor_config.json of the model there."
+                )
 
     @property
     def max_pixels(self) -> int | None:
@@ -237,8 +249,8 @@ def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     more = json_files.read_json(path).get("eos_token_id") if path.is_file() else None
     more = [] if more is None else more if isinstance(more, list) else [more]
-    if not all(type(i) is int and 0 <= i <= LARGEST_TOKEN for i in more):
-        raise UserError(f"{path}: eos_token_id is not a token or a list of tokens; get the file again.")
+    if not all(type(i) is int and 0 <= i < len(tokenizer) for i in more):
+        raise UserError(f"{path}: eos_token_id is not a token of the tokenizer or a list of them; get the file again.")
     ids = tuple(dict.fromkeys([*([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]), *more]))
     if not ids:
         raise UserError(f"{folder}: neither its tokenizer nor its generation_config.json has an eos_token_id.")

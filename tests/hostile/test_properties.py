@@ -87,7 +87,7 @@ def test_good_inputs_are_accepted(name):
     assert accepts(TARGETS[name], SEEDS[name][0])
 
 
-@pytest.mark.parametrize("name", [name for name in TARGETS if name != "safetensors"])
+@pytest.mark.parametrize("name", TARGETS)
 def test_a_reader_raises_nothing_but_a_user_error(name):
     @SETTINGS
     @given(inputs(name))

@@ -176,7 +176,8 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
     if weight_map and isinstance(weight_map, dict):
         if all(isinstance(v, str) and pathlib.PurePath(v).name == v for v in weight_map.values()):
             try:
-                files.check_length(max(weight_map.values(), key=len))
+                for name in set(weight_map.values()):
+                    files.check_name(str(index.parent), name)
             except UserError as error:
                 raise UserError(f"{index}: {error}") from error
             return weight_map

@@ -178,7 +178,6 @@ CASES = [
     Case("folder as weights", asked(lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir())), (WEIGHTS,)),
     Case("weights that link to themselves", asked(link_loop), ("model",)),
     # Indexes.
-    Case("shard with a long name", shard_at("x" * 300 + ".safetensors"), ("long",)),
     Case("shard above the folder", shard_at("../outside.safetensors"), (INDEX,)),
     Case("shard at an absolute path", shard_at("{outside}"), (INDEX,)),
     Case("index without a map", index(lambda values, _: {"metadata": {}}), (INDEX,)),

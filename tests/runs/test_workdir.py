@@ -129,7 +129,7 @@ def test_times_of_interrupted_runs_add_up(tmp_path):
     assert list(timing) == ["data", "unlearn"] and 20 <= timing["unlearn"] < 21
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EISDIR, errno.EEXIST])
 def test_errors_of_a_full_or_protected_disk_are_one_sentence(code):
     with pytest.raises(UserError, match=f"cannot write at /there: {os.strerror(code)}"), write_errors():
         raise OSError(code, os.strerror(code), "/there")

@@ -14,8 +14,8 @@ class TrainConfig(Section):
 
     SECTION: ClassVar[str] = "train"
 
-    steps: int = setting(300, "Number of update steps; 0 if `epochs` is given.", minimum=0)
-    epochs: float = setting(0.0, "Passes through the longest stream; 0 if `steps` is given.", minimum=0)
+    steps: int = setting(300, "Number of update steps; 0 if `epochs` is given.", minimum=0, maximum=10**8)
+    epochs: float = setting(0.0, "Passes through the longest stream; 0 if `steps` is given.", minimum=0, maximum=10**4)
     batch_size: Mapping[str, int] = setting(
         {"forget": 32, "retain": 32, "text": 32}, "Examples per step of each stream, over all devices.", minimum=1
     )

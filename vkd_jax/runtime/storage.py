@@ -306,7 +306,7 @@ def write_errors() -> Iterator[None]:
 
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-_NOT_WRITABLE = (*_DISK_FULL, errno.EACCES, errno.ENOTDIR)
+_NOT_WRITABLE = (*_DISK_FULL, errno.EACCES, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 def _write_problem(error: BaseException | None) -> str | None:

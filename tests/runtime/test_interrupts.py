@@ -23,10 +23,15 @@ class Exit(BaseException):
 
 @pytest.fixture(autouse=True)
 def handlers_are_restored():
+    """Python's own handler is set before each test: a shell starts programs in the background with Ctrl-C ignored."""
+    of_pytest = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)]
-    yield
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)] == before
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    try:
+        yield
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)] == before
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    finally:
+        signal.signal(signal.SIGINT, of_pytest)
 
 
 def interrupt():

@@ -105,7 +105,12 @@ def test_commands_of_the_one_chip_notebook_are_valid(module, define_flags, monke
 def test_the_one_chip_notebook_asks_both_models_the_same(monkeypatch):
     calls = []
     monkeypatch.setattr(ask, "load", lambda model, **_: model)
-    monkeypatch.setattr(ask, "answer", lambda model, question, image, **_: calls.append((model, question, image)))
+
+    def answer(model, question, image, **_):
+        calls.append((model, question, image))
+        return "An answer."
+
+    monkeypatch.setattr(ask, "answer", answer)
     for arguments in commands(ONE_CHIP, "vkd_jax.ask"):
         monkeypatch.setattr(sys, "argv", ["ask", *arguments])
         assert ask.main() == 0

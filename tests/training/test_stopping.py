@@ -28,6 +28,14 @@ from vkd_jax.training.preemption import Stopped
 from vkd_jax.types import Diverged, UserError
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_not_ignored():
+    """A shell starts programs in the background with Ctrl-C ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 @dataclasses.dataclass(frozen=True)
 class Unbounded(ToyMethod):
     """Its loss grows with the weights without end."""

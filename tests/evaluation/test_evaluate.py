@@ -130,8 +130,8 @@ class Scripted:
     def __init__(self, says=None, nll=None):
         self.says, self.nll, self.calls = says, nll, []
 
-    def encode_images(self, pictures, names):
-        means = np.array([np.mean(list(data)) for data in pictures])[:, None, None]
+    def encode_images(self, images, names):
+        means = np.array([np.mean(list(data)) for data in images])[:, None, None]
         where = np.zeros((len(means), 1, 3), np.int32)
         return EncodedImages(
             [(1, 1, 3)] * len(means), VisualTokens(means, where), tuple((i,) for i in range(len(means)))

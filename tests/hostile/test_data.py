@@ -5,7 +5,7 @@ import struct
 import zlib
 
 import pytest
-from hostile_cases import Case, check, forget_rows, picture, request, row, snapshot, write_rows, written
+from hostile_cases import Case, check, forget_rows, image_file, request, row, snapshot, write_rows, written
 
 
 def chunk(kind, data):
@@ -34,10 +34,10 @@ def instead_of_image(make):
 
 
 def named(name):
-    """A row names this file; a picture is where it leads."""
+    """A row names a file that links to an image."""
 
     def change(folder):
-        outside = picture(folder / "outside.png", "green")
+        outside = image_file(folder / "outside.png", "green")
         write_rows(folder / "forget", [row(file_name=name.format(outside=outside.absolute()))])
 
     return request(change)
@@ -47,7 +47,7 @@ def linked(name, target):
     """A row names a file that a symbolic link leads to."""
 
     def change(folder):
-        picture(folder / "elsewhere" / "b.png", "green")
+        image_file(folder / "elsewhere" / "b.png", "green")
         os.symlink(target, folder / "forget" / name.split("/")[0])
         write_rows(folder / "forget", [row(file_name=name)])
 
@@ -97,7 +97,7 @@ CASES = [
     Case("image at an absolute path", named("{outside}"), ("outside.png", "folder")),
     Case("image above a folder below", named("x/../../outside.png"), ("outside.png", "folder")),
     Case("link out of the folder", linked("b.png", "../elsewhere/b.png"), ("b.png", "link")),
-    Case("linked folder", linked("pictures/b.png", "../elsewhere"), ("pictures/b.png", "link")),
+    Case("linked folder", linked("images/b.png", "../elsewhere"), ("images/b.png", "link")),
     Case("link to itself", linked("b.png", "b.png"), ("b.png",)),
     Case("link to nothing", linked("b.png", "nothing.png"), ("b.png",)),
     # Fields of the wrong type.
@@ -147,7 +147,7 @@ CASES = [
     Case("no metadata", request(lambda folder: (folder / "forget" / "metadata.jsonl").unlink()), ("metadata.jsonl",)),
     # Images.
     Case("missing image", request(lambda folder: (folder / "forget" / "a.png").unlink()), ("a.png", "metadata.jsonl")),
-    Case("text as an image", image(b"no picture"), ("a.png",)),
+    Case("text as an image", image(b"no image"), ("a.png",)),
     Case("empty image", image(b""), ("a.png",)),
     Case("half an image", image(png(48, 48, b"\0" * 99)), ("a.png",)),
     Case("decompression bomb", image(png(60_000, 60_000)), ("a.png", "pixels"), lacks=("DecompressionBombError",)),
@@ -159,7 +159,7 @@ CASES = [
     # People and folders.
     Case("one person in both folders", both(person="Otto"), ("both", "Otto")),
     Case("person with control characters in both", both(person="Ot\x1b[31mto"), ("both",)),
-    Case("one image in both folders", request(lambda f: picture(f / "retain" / "a.png", "red")), ("both", "images")),
+    Case("one image in both folders", request(lambda f: image_file(f / "retain" / "a.png", "red")), ("both", "images")),
     Case("one folder twice", request(lambda _: None, "--config.data.retain=request/forget"), ("retain", "forget")),
     Case(
         "one folder by two names", request(lambda _: None, "--config.data.retain=request/../request/forget"), ("both",)

@@ -194,7 +194,7 @@ def request(change: Callable[[Path], Any], *args: str) -> Callable[[Path], list[
 
     def prepare(folder: Path) -> list[str]:
         for name, person, color in (("forget", "Otto", "red"), ("retain", "Runa", "blue")):
-            picture(folder / "request" / name / "a.png", color)
+            image_file(folder / "request" / name / "a.png", color)
             write_rows(folder / "request" / name, [row(person), row(person, question=f"What does {person} do?")])
         change(folder / "request")
         return config_file(FOLDER_CONFIG, *args)(folder)
@@ -218,8 +218,8 @@ def forget_rows(*rows: Any) -> Callable[[Path], list[str]]:
     return request(lambda folder: write_rows(folder / "forget", list(rows)))
 
 
-def picture(path: Path, color: str = "red", size: tuple[int, int] = (48, 48)) -> Path:
-    """Writes a picture of one color."""
+def image_file(path: Path, color: str = "red", size: tuple[int, int] = (48, 48)) -> Path:
+    """Writes an image of one color."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ def snapshot(change: Callable[[dict[str, list[dict[str, Any]]]], Any], *args: st
     """Prepares a run on a copy of MLLMU-Bench whose rows, by config, `change` has changed; its model does not exist."""
 
     def prepare(folder: Path) -> list[str]:
-        image = {"bytes": picture(folder / "a.png").read_bytes(), "path": "a.png"}
+        image = {"bytes": image_file(folder / "a.png").read_bytes(), "path": "a.png"}
         rows = {
             "forget_10": [mllmu_row("001", image)],
             "retain_90": [mllmu_row("002", image)],

@@ -34,20 +34,13 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
     try:
         rest = values(argv)
         if values["config"].present and values.config is None:
-            raise UserError("--config: get_config() returned None. Return the config, as configs/tiny.py does.")
+            raise UserError(NO_CONFIG)
         # A file that could not be read raises only when its config is first used.
         if values.config is not None and getattr(values.config, "stage", None) is None:
             raise UserError("--config: get_config() returned no config with a field `stage`; see configs/tiny.py.")
-        if values.config is None and _passed(argv, "config"):
-            raise UserError(NO_CONFIG)
         return rest
     except Exception as error:  # a config file is a program, and may raise anything
         sys.exit(bad_input(_sentence(error)))
-
-
-def _passed(argv: Sequence[str], name: str) -> bool:
-    """Whether a command line has a value for a flag."""
-    return any(re.fullmatch(rf"--?{name}(=.*)?", word, re.DOTALL) for word in argv[1:])
 
 
 def bad_input(problem: Exception | str) -> int:

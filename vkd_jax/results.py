@@ -19,6 +19,7 @@ FILE = "results.json"
 # Fields of one attempt of an attack. Records of attacks/*/*.jsonl with equal fields and set belong to one cell.
 ATTEMPT_FIELDS = ("variant", "attacker", "steps", "batch_size", "learning_rate", "share", "unit", "taught")
 UNCHANGED = "unchanged"  # the variant of an attack that is the model before it
+STRONGEST = "strongest"  # the variant that is the most successful of an attacker's budgets
 QUESTION_TASKS = ("", "generation_", "cloze_")  # prefixes of a kind of question, most informative first
 
 
@@ -162,11 +163,11 @@ class AttackCell:
         variant: which of the attack's variants; `AttackResults.variants` has its title.
         correct: number of correct answers, if the metric is accuracy.
         attacker: weights that the attacker trains, as for `method.train`.
-        steps: training steps of the attacker.
+        steps: training steps of the attacker; None for the strongest of several numbers.
         batch_size: batch size of the attacker.
-        learning_rate: learning rate of the attacker.
+        learning_rate: learning rate of the attacker; None for the strongest of several rates.
         share: share of the forget set that the attacker trains on.
-        unit: unit of the share, "questions" or "people".
+        unit: unit of the share, "questions", "people" or "images".
         taught: whether the questions are about people whom the attacker trained on.
         before: accuracy on the same questions before the attack.
         recovery: (mean - before) / (vanilla - before); None if the vanilla model is not better.
@@ -225,6 +226,17 @@ class AttackResults:
         for cell in self.cells:
             rows.setdefault(cell.key, {})[cell.model] = cell
         return list(rows.values())
+
+    def strongest(self, each_steps: bool = False) -> "AttackResults":
+        """These results without the budgets of an attacker that are not the most successful one.
+
+        Args:
+            each_steps: whether to keep the most successful budget of each number of steps, too.
+        """
+        if not any(cell.variant == STRONGEST for cell in self.cells):
+            return self
+        cells = [cell for cell in self.cells if not cell.attacker or cell.variant == STRONGEST]
+        return dataclasses.replace(self, cells=tuple(c for c in cells if each_steps or not c.attacker or not c.steps))
 
 
 @dataclasses.dataclass(frozen=True)

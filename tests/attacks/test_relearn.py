@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from vkd_jax import attacks
-from vkd_jax.attacks import relearn
 from vkd_jax.attacks.base import Subject
 from vkd_jax.attacks.relearn import recovery, rows_of
 from vkd_jax.benchmarks.mllmu import Mllmu
@@ -19,11 +18,12 @@ from vkd_jax.config.schema import EvalConfig, RunConfig
 from vkd_jax.evaluation import evaluate
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.models import lora, quantize
+from vkd_jax.results import AttackResults
 from vkd_jax.training import loop
 from vkd_jax.types import Diverged, Example, UserError
 
 NAMES = ("Anna Berg", "Otto Lindt", "Ulla Lopez")
-SMALL = dict(shares=(0.1, 0.5), people=(), steps=2, batch_size=4)
+SMALL = dict(shares=(0.1, 0.5), people=(), steps=(2,), batch_size=4)
 
 
 def example(number, picture, options=NAMES, question="Who is this person?"):
@@ -114,8 +114,10 @@ def test_an_attacker_trains_only_its_weights(subject, attacker):
 def recorded(calls):
     """A `fit` that only records its arguments."""
 
-    def fit(bundle, method, prepared, config, *, seed, folder):
+    def fit(bundle, method, prepared, config, *, seed, folder, observers):
         calls.append(dict(bundle=bundle, method=method, prepared=prepared, config=config, seed=seed, folder=folder))
+        for observe in observers.values():
+            observe({})
         return {}
 
     return fit
@@ -123,7 +125,7 @@ def recorded(calls):
 
 def test_all_attempts_have_the_same_budget_and_their_own_share(subject, monkeypatch):
     asked = []
-    monkeypatch.setattr(relearn.loop, "fit", recorded(asked))
+    monkeypatch.setattr(loop, "fit", recorded(asked))
     config = subject.config.override("seed=5 attacks.seed=7")
     attack = create(shares=(0.1, 0.3), learning_rate=0.02)
     attack.run(dataclasses.replace(subject, config=config))
@@ -149,7 +151,7 @@ def test_an_attacker_learns_its_share_only(subject):
     """The likelihood of other rows does not increase as much."""
     share, others = subject.forgets[:2], [dataclasses.replace(e, answer="Igor Zuk") for e in subject.forgets[2:4]]
     encoded = rows_of(subject.model.encode([*others, *share]), np.array([2, 3]))
-    after = create(steps=12, learning_rate=1e-2).attacked(subject.model, "all", encoded, seed=0)
+    after = create(steps=(12,), learning_rate=1e-2).attacked(subject.model, "all", encoded, seed=0)
     for examples, learns in ((share, True), (others, False)):
         asked = [dataclasses.replace(e, options=(e.answer,)) for e in examples]
         nll = [
@@ -198,12 +200,12 @@ def test_questions_that_were_trained_on_do_not_count(subject, records):
             assert found == {i for i, image in asked["forget"].items() if image in had}
             assert [r["id"] for r in mine if r["set"] == "test"] == ["20", "21", "22"]
             budget = {(r["unit"], r["steps"], r["batch_size"], r["learning_rate"], r["taught"]) for r in mine}
-            assert budget == {("questions", attack.steps, attack.batch_size, attack.learning_rate, False)}
+            assert budget == {("questions", *attack.steps, attack.batch_size, attack.learning_rate, False)}
 
 
 def test_a_share_of_people_trains_on_all_their_questions(subject, monkeypatch):
     asked = []
-    monkeypatch.setattr(relearn.loop, "fit", recorded(asked))
+    monkeypatch.setattr(loop, "fit", recorded(asked))
     records = create(shares=(), people=(0.4, 0.7), attackers=("visual",)).run(subject)
     taught = [{e.person for e in a["prepared"].sets["image"].examples} for a in asked]
     assert [len(people) for people in taught] == [1, 2] and taught[0] < taught[1] < set(NAMES)
@@ -258,6 +260,101 @@ def test_all_shares_and_models_share_one_compiled_step(subject, records, caplog)
 
 def test_no_files_are_left_in_the_folder(subject, records):
     assert list(subject.folder.iterdir()) == []
+
+
+# Several budgets.
+
+
+def weights_of(model):
+    return {path: np.array(value) for path, value in model.params.items()}
+
+
+def test_one_run_is_asked_after_each_number_of_steps(subject, monkeypatch):
+    """The model after two of four steps is the one that two steps give, and rates share a compiled step."""
+    encoded, attack = subject.model.encode(subject.forgets), create(steps=(4, 2), attackers=("visual",))
+    observed = {}
+    observers = {n: lambda model, n=n: observed.update({n: weights_of(model)}) for n in attack.steps}
+    last = attack.attacked(subject.model, "visual", encoded, 0, 3e-4, observers)
+    alone = create().attacked(subject.model, "visual", encoded, 0, 3e-4)
+    assert list(observed) == [2, 4]
+    for path, value in observed[2].items():
+        np.testing.assert_array_equal(value, alone.params[path])
+        np.testing.assert_array_equal(observed[4][path], last.params[path])
+    assert any((observed[2][path] != value).any() for path, value in observed[4].items())
+
+
+def test_a_grid_of_budgets_has_records_of_each_and_one_control_before(subject):
+    before = loop._program.cache_info().misses
+    attack = create(steps=(1, 2), rates=(1.0, 10.0), shares=(0.5,), attackers=("visual",), max_items=4)
+    records = attack.run(subject)
+    budgets = {(r.get("steps"), r.get("learning_rate")) for r in records}
+    assert budgets == {(None, None), (1, 3e-4), (2, 3e-4), (1, 3e-3), (2, 3e-3)}
+    assert {
+        sum((r["steps"], r["learning_rate"]) == b for r in records if "steps" in r) for b in budgets - {(None, None)}
+    } == {7}
+    assert len([r for r in records if r["variant"] == "unchanged"]) == 7  # four of nine, and all three
+    assert loop._program.cache_info().misses <= before + 1
+
+
+def test_a_rate_that_diverges_is_left_out_of_a_grid(subject, monkeypatch):
+    def fit(bundle, method, prepared, config, *, observers, **options):
+        observers[1]({})
+        if config.learning_rate > 1:
+            raise Diverged("step 2: loss is not finite")
+        observers[2]({})
+        return {}
+
+    monkeypatch.setattr(loop, "fit", fit)
+    attack = create(steps=(1, 2), rates=(1.0, 1e6), shares=(0.5,), attackers=("visual",))
+    budgets = [(r["steps"], r["learning_rate"]) for r in attack.run(subject) if r["variant"] == ""]
+    assert set(budgets) == {(1, 3e-4), (2, 3e-4), (1, 300.0)}
+
+
+@pytest.mark.parametrize(
+    ("steps", "rates", "count"), [((25,), (1.0,), 0), ((25, 100), (1.0,), 3), ((25,), (1.0, 3.0), 2)]
+)
+def test_the_strongest_budget_is_chosen_for_each_model(steps, rates, count):
+    """The unlearned model is best at the second of two budgets, and the control at the first."""
+    budgets = [(n, rate) for n in steps for rate in rates]
+    right = {"unlearned": (1, 3), "retain_only": (2, 0)}
+
+    def answers(model):
+        tried = dict(
+            variant="", attacker="all", batch_size=4, share=0.5, unit="questions", taught=False, trained_on=False
+        )
+        plain = [dict(set="forget", id=str(i), person="", correct=False) for i in range(4)]
+        return [r | {"variant": "unchanged"} for r in plain] + [
+            r | tried | dict(correct=i < right[model][number], steps=n, learning_rate=rate)
+            for number, (n, rate) in enumerate(budgets)
+            for i, r in enumerate(plain)
+        ]
+
+    cells = create(steps=steps, rates=rates).summarize({model: answers(model) for model in right})
+    results = AttackResults("T", "A", cells=tuple(cells))
+    best = [cell for cell in results.strongest().cells if cell.attacker]
+    assert sum(cell.variant == "strongest" for cell in cells) == 2 * count
+    if count:
+        assert {cell.model: (cell.mean, cell.steps, cell.learning_rate) for cell in best} == {
+            "unlearned": (0.75, None, None), "retain_only": (0.5, None, None),
+        }  # fmt: skip
+        assert [set(row) for row in results.strongest().rows()][-1] == {"unlearned", "retain_only"}
+        each = {(c.model, c.steps): c.mean for c in results.strongest(each_steps=True).cells if c.steps}
+        expected = {(25, True): 0.25, (25, False): 0.5, (100, True): 0.75, (100, False): 0.0}
+        if len(rates) > 1:
+            expected[25, True] = 0.75
+        assert each == {(m, n): expected[n, m == "unlearned"] for m in right for n in steps}
+    else:
+        assert results.strongest() is results
+
+
+def test_a_share_of_images_trains_on_other_images_of_the_same_people(subject):
+    (lesson,) = create(shares=(), images=(0.5,)).lessons(subject.forgets, 0)
+    taught = {subject.forgets[i].image_id for i in lesson.rows}
+    for person in NAMES:
+        images = {e.image_id for e in subject.forgets if e.person == person}
+        assert len(images & taught) == round(len(images) / 2) and images - taught
+    (alone,) = create(shares=(), images=(0.9,)).lessons([example(i, picture=p) for i, p in enumerate((0, 3, 1))], 0)
+    assert [alone.rows.tolist(), alone.unit] in ([[0], "images"], [[1], "images"])  # one person has only one image
 
 
 # Summary.
@@ -322,7 +419,9 @@ def test_without_a_vanilla_model_there_is_no_recovery(records):
         (dict(shares=(0.1, 1.0)), r"attacks.relearn.shares: \(0.1, 1.0\) is not allowed. Give"),
         (dict(people=(2,)), r"attacks.relearn.people: \(2,\) is not allowed"),
         (dict(shares=(0,)), r"attacks.relearn.shares: \(0,\) is not allowed"),
-        (dict(steps=0), "attacks.relearn.steps: 0 is not allowed. Give a whole number of at least 1"),
+        (dict(steps=()), "attacks.relearn.steps: \\(\\) is not allowed"),
+        (dict(rates=(0.0,)), "attacks.relearn.rates: .* is not allowed"),
+        (dict(steps=0), "attacks.relearn.steps: 0 is not allowed. Give"),
         (dict(learning_rate=0.0), "attacks.relearn.learning_rate: 0.0 is not allowed. Give a number greater than 0"),
         (dict(batch_size=0), "attacks.relearn.batch_size: 0 is not allowed"),
     ],
@@ -344,6 +443,6 @@ def test_a_diverged_attack_names_the_setting_to_change(subject, monkeypatch):
     def diverges(*args, **kwargs):
         raise Diverged("step 3: loss is not finite")
 
-    monkeypatch.setattr(relearn.loop, "fit", diverges)
+    monkeypatch.setattr(loop, "fit", diverges)
     with pytest.raises(UserError, match=r"the visual attack diverged \(step 3: .*\); lower attacks.relearn.learning"):
         create().run(subject)

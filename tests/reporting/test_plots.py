@@ -68,6 +68,24 @@ def test_relearning_has_a_panel_per_attacker_and_a_line_per_model(drawn):
     assert legend(drawn[-1]) == ["vanilla", "unlearned", "retain-only"]
 
 
+def test_budgets_have_a_line_with_the_best_rate_and_the_control_as_a_band(drawn):
+    budgets = [(25, 3e-4, (20, 5, 4)), (25, 3e-3, (20, 7, 2)), (100, 3e-4, (20, 9, 6)), (100, 3e-3, (20, 1, 8))]
+    cells = attempt((20, 2, 3), variant="unchanged")
+    for steps, rate, correct in budgets:
+        cells += attempt(correct, "all", 0.25, steps=steps, learning_rate=rate, unit="questions")
+        cells += attempt((9, 9, 9), "all", 0.5, steps=steps, learning_rate=rate, unit="questions")
+        cells += attempt((9, 9, 9), "all", 0.25, steps=steps, learning_rate=rate, unit="people")
+    assert min(size(plots.budget_curves(cells, ["forget"]))) > 300
+    (axes,) = drawn[-1].axes
+    control, unlearned = (axes.lines[0], next(line for line in axes.lines if line.get_marker() == "o"))
+    assert control.get_xydata().tolist() == [[0, 15], [25, 20], [100, 40]]
+    assert unlearned.get_xydata().tolist() == [[0, 10], [25, 35], [100, 45]]
+    band = axes.collections[0].get_paths()[0].vertices.tolist()
+    assert all([pytest.approx(100), pytest.approx(end)] in band for end in (30, 50))
+    assert legend(drawn[-1]) == ["retain-only", "unlearned"] and "25 % relearned" in axes.get_ylabel()
+    assert plots.budget_curves([cell for cell in cells if cell.steps != 100], ["forget"]) is None
+
+
 def test_without_relearning_there_is_no_plot():
     cells = attempt((3, 3, 3), variant="unchanged")
     assert plots.relearning_curves([], ["forget"]) is plots.relearning_curves(cells, ["forget"]) is None

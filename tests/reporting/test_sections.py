@@ -442,6 +442,21 @@ def test_each_attack_has_a_table_of_all_models():
     assert "*again*.\n\n![" in drawn and "](report/relearning.png)\n\n| variant" in drawn and drawn.count("![") == 1
 
 
+def test_budgets_are_told_only_if_there_are_several():
+    one = attempt((20, 8, 4), attacker="all", share=0.2, steps=25, learning_rate=3e-4)
+    other = attempt((20, 9, 4), attacker="all", share=0.2, steps=100, learning_rate=3e-3)
+    best = attempt((20, 9, 4), "strongest", "all", 0.2, steps=100), attempt((20, 11, 4), "strongest", "all", 0.2)
+    variants = {"strongest": "the strongest budget"}
+    text = attacks_of(relearn=AttackResults("R", "A", cells=(*one,)))
+    assert "| fine-tuning all weights on 20 % of the questions | 100" in text
+    results = AttackResults("R", "A", variants=variants, cells=(*one, *other, *best[0], *best[1]))
+    text = attacks_of(relearn=results)
+    for words in ("; 25 steps at 0.0003 |", "; 100 steps at 0.003 |", "budget; fine-tuning all weights on 20 % of the"):
+        assert words in text
+    assert "of the questions; 100 steps |" in text
+    assert attack_view.relearned(results_with(attacks={"relearn": results}))["unlearned"].mean == 0.55
+
+
 def test_the_opening_has_a_sentence_on_relearning():
     """It is about the stronger of two attackers with 20 % of the forget set."""
     assert (

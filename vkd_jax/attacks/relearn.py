@@ -8,15 +8,17 @@ before and after the attack, and A_vanilla is that of the vanilla model. A recov
 beyond the questions that were trained on, and 1 that everything did. The model also generalizes from the attacker's
 share: the same attack on the retain-only model shows by how much.
 
-Shares are prefixes of one random order, so a larger share contains the smaller ones. All attempts have the same budget:
-steps, batch size and learning rate, with a new Adam optimizer.
+Shares are prefixes of one random order, so a larger share contains the smaller ones. All attempts have a new Adam
+optimizer. With several `steps` or `rates`, each attempt is one run per rate that is asked after each number of steps.
+The most successful of these budgets counts, for the retain-only model as for every other.
 
 References: Hu et al., "Jogging the memory of unlearned models through targeted relearning attacks", arXiv 2406.13356;
 Lynch et al., arXiv 2402.16835.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,30 +26,32 @@ from absl import logging
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject
+from vkd_jax.attacks.finetuning import Finetuning, Observer, finetune
 from vkd_jax.checkpoints.bundle import ModelBundle
-from vkd_jax.config.fields import FieldError, Section, setting
-from vkd_jax.config.schema import RunConfig
-from vkd_jax.config.training import TrainConfig
+from vkd_jax.config.fields import setting
 from vkd_jax.data.augment import REPEATED_FIELDS
 from vkd_jax.data.batching import rng
 from vkd_jax.data.encoding import EncodedSet
-from vkd_jax.methods.base import Prepared
-from vkd_jax.methods.finetune import Finetune
-from vkd_jax.methods.scope import TRAIN_SCOPES
-from vkd_jax.results import UNCHANGED, AttackCell
-from vkd_jax.runtime.mesh import make_mesh, shards
-from vkd_jax.training import loop
-from vkd_jax.types import Diverged, Role, UserError
+from vkd_jax.evaluation import evaluate
+from vkd_jax.results import STRONGEST, UNCHANGED, AttackCell
+from vkd_jax.types import Diverged, Example, Role, UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Relearn(Section):
+class Lesson:
+    """What an attacker trains on in one attempt."""
+
+    unit: str  # of the share: questions, people or images
+    share: float
+    rows: np.ndarray  # int [n], rows of the forget questions
+    people: frozenset[str] = frozenset()  # whose questions are all trained on, if the share counts people
+
+
+@dataclasses.dataclass(frozen=True)
+class Relearn(Finetuning):
     """Fine-tunes each set of weights on each share of the forget set."""
 
     SECTION: ClassVar[str] = "attacks.relearn"
-    attackers: tuple[str, ...] = setting(
-        ("visual", "all"), "Weights that each attacker trains, as for `method.train`.", choices=TRAIN_SCOPES
-    )
     shares: tuple[float, ...] = setting(
         (0.05, 0.1, 0.2, 0.5), "Shares of the forget questions with an image that are trained on.", above=0, below=1
     )
@@ -57,105 +61,134 @@ class Relearn(Section):
         above=0,
         below=1,
     )
-    steps: int = setting(25, "Training steps of each attempt.", minimum=1)
-    batch_size: int = setting(16, "Examples per step.", minimum=1)
-    learning_rate: float = setting(3e-4, "Constant learning rate.", above=0)
+    images: tuple[float, ...] = setting(
+        (),
+        "Shares of each person's images whose questions are all trained on; the other images are asked about.",
+        above=0,
+        below=1,
+    )
+    steps: tuple[int, ...] = setting(
+        (25,), "Numbers of training steps after which each attempt is asked.", minimum=1, nonempty=True
+    )
+    rates: tuple[float, ...] = setting(
+        (1.0,), "Factors of learning_rate; each attempt is repeated with each of them.", above=0, nonempty=True
+    )
+    max_items: int = setting(
+        0, "Questions of each set and kind that are asked after each budget, drawn once; 0 asks all.", minimum=0
+    )
 
     TITLE: ClassVar[str] = "Relearning: fine-tuning on a share of the forget set"
     ABOUT: ClassVar[str] = (
         "An attacker fine-tunes some or all weights on a share of the questions about the people to forget, or on all "
-        "questions about a share of these people. The model is then asked the *other* questions, or those about the "
-        "*other* people. Recovery is the share of the lost accuracy that comes back. Compare it with the accuracy of "
-        "the retain-only model after the same attack, which includes what any model learns from the attacker's share."
+        "questions about a share of these people or of their images. The model is then asked the *other* questions, or "
+        "those about the *other* people or images. Recovery is the share of the lost accuracy that comes back. Compare "
+        "it with the accuracy of the retain-only model after the same attack, which includes what any model learns "
+        "from the attacker's share. If the attacker tries several numbers of steps and learning rates, the strongest "
+        "budget counts, which is chosen for each model by the accuracy that is shown."
     )
     METRIC: ClassVar[str] = "accuracy"
-    VARIANTS: ClassVar[Mapping[str, str]] = {UNCHANGED: "before the attack"}
-
-    def check(self, config: RunConfig) -> None:
-        """Validates the attackers and the batch size against the run.
-
-        Raises:
-            UserError: an attacker cannot train a quantized model, or the mesh does not divide the batch size.
-        """
-        if "all" in self.attackers and config.model.quantize:
-            raise self.error(
-                "attackers",
-                "'all' cannot train the language model, which model.quantize quantizes. Give ('visual',) or "
-                "('visual', 'lora'), or leave model.quantize empty.",
-            )
-        try:
-            self.training.rows("image", shards(make_mesh(**dataclasses.asdict(config.mesh))))
-        except FieldError as error:
-            raise self.error("batch_size", error.problem) from None
+    VARIANTS: ClassVar[Mapping[str, str]] = {
+        UNCHANGED: "before the attack",
+        STRONGEST: "the strongest budget",
+    }
 
     def run(self, subject: Subject) -> Records:
         """The answers before the attack and after each attempt."""
-        sets = base.questions(subject, Role.FORGET, Role.FORGET_HOLDOUT)
+        sets = {
+            name: evaluate.sample(examples, self.max_items, subject.seed, name)
+            for name, examples in base.questions(subject, Role.FORGET, Role.FORGET_HOLDOUT).items()
+        }
         records = [base.attack_record(UNCHANGED, r) for r in subject.unattacked(sets)]
         model = dataclasses.replace(subject.model, params=base.merged(subject.model.params))
         encoded = model.encode(subject.forgets)
-        people = sorted({e.person for e in subject.forgets if e.person})
-        attempts = [("questions", share) for share in self.shares]
-        attempts += [("people", share) for share in self.people if len(people) > 1]
         for attacker in self.attackers:
-            for unit, share in attempts:
-                if unit == "questions":
-                    trained_people, rows = set(), self.rows(share, len(encoded), subject.seed)
-                else:
-                    chosen = self.rows(share, len(people), subject.seed)[: len(people) - 1]
-                    trained_people = {people[i] for i in chosen}
-                    rows = np.array([i for i, e in enumerate(subject.forgets) if e.person in trained_people])
-                after = subject.ask_sets(self.attacked(model, attacker, rows_of(encoded, rows), subject.seed), sets)
-                budget = dict(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate)
-                fields = dict(attacker=attacker, **budget, share=share, unit=unit)
-                answers = self._labeled(subject, after, rows, trained_people, fields)
-                others = [r["correct"] for r in answers if not r["taught"] and not r["trained_on"]]
-                logging.info(
-                    "%s, relearning %s with %g %% of the %s: accuracy %.3f (n=%d)",
-                    *(subject.name, attacker, 100 * share, unit, np.mean(others or [0]), len(others)),
-                )
-                records += answers
+            for lesson in self.lessons(subject.forgets, subject.seed):
+                for factor in self.rates:
+                    rate = float(f"{factor * self.learning_rate:.12g}")  # 10 * 3e-4 is 3e-3
+                    records += self._attempt(subject, model, attacker, encoded, lesson, rate, sets)
         return records
 
-    def _labeled(
-        self, subject: Subject, answers: Records, rows: np.ndarray, people: set[str], fields: Mapping[str, Any]
+    def lessons(self, forgets: Sequence[Example], seed: int) -> list[Lesson]:
+        """What each attempt trains on."""
+        people = sorted({e.person for e in forgets if e.person})
+        lessons = [Lesson("questions", share, self.rows(share, len(forgets), seed)) for share in self.shares]
+        for share in self.people if len(people) > 1 else ():
+            chosen = frozenset(people[i] for i in self.rows(share, len(people), seed)[: len(people) - 1])
+            rows = np.array([i for i, e in enumerate(forgets) if e.person in chosen])
+            lessons.append(Lesson("people", share, rows, chosen))
+        for share in self.images:
+            shown = set()
+            for person in people:
+                images = sorted({e.image_id for e in forgets if e.person == person})
+                shown |= {images[i] for i in self.rows(share, len(images), seed)[: len(images) - 1]}
+            rows = np.array([i for i, e in enumerate(forgets) if e.image_id in shown])
+            lessons += [Lesson("images", share, rows)] if len(rows) else []
+        return lessons
+
+    def _attempt(
+        self,
+        subject: Subject,
+        model: ModelBundle,
+        attacker: str,
+        encoded: EncodedSet,
+        lesson: Lesson,
+        learning_rate: float,
+        sets: Mapping[str, Sequence[Example]],
     ) -> Records:
+        """The answers after each number of steps of one training run."""
+        records = []
+
+        def ask(steps: int, attacked: ModelBundle) -> None:
+            answers = subject.ask_sets(attacked, sets)
+            budget = dict(steps=steps, batch_size=self.batch_size, learning_rate=learning_rate)
+            fields = dict(attacker=attacker, **budget, share=lesson.share, unit=lesson.unit)
+            answers = self._labeled(subject, answers, lesson, fields)
+            others = [r["correct"] for r in answers if not r["taught"] and not r["trained_on"]]
+            logging.info(
+                "%s, relearning %s with %g %% of the %s, %d steps at %g: accuracy %.3f (n=%d)",
+                *(subject.name, attacker, 100 * lesson.share, lesson.unit, steps, learning_rate),
+                *(np.mean(others or [0]), len(others)),
+            )
+            records.extend(answers)
+
+        observers = {steps: functools.partial(ask, steps) for steps in self.steps}
+        try:
+            self.attacked(model, attacker, rows_of(encoded, lesson.rows), subject.seed, learning_rate, observers)
+        except Diverged as error:
+            if len(self.rates) == 1:
+                raise UserError(
+                    f"attacks.relearn: the {attacker} attack diverged ({error}); lower attacks.relearn.learning_rate."
+                ) from error
+            logging.warning("relearning %s at the rate %g diverged: %s", attacker, learning_rate, error)
+        return records
+
+    def _labeled(self, subject: Subject, answers: Records, lesson: Lesson, fields: Mapping[str, Any]) -> Records:
         """Records of one attempt, with flags for questions, and for people, that the attacker trained on."""
-        known = {(subject.forgets[i].image_id, subject.forgets[i].question) for i in rows}
+        known = {(subject.forgets[i].image_id, subject.forgets[i].question) for i in lesson.rows}
         forget_sets = subject.with_role(Role.FORGET)
         records = []
         for record in answers:
             trained_on = record["set"] in forget_sets and (record["image_id"], record["question"]) in known
-            flags = dict(taught=not trained_on and record["person"] in people, trained_on=trained_on)
+            flags = dict(taught=not trained_on and record["person"] in lesson.people, trained_on=trained_on)
             records.append(base.attack_record("", record, **fields, **flags))
         return records
 
     def rows(self, share: float, count: int, seed: int) -> np.ndarray:
-        """Sorted indices of the questions, or people, that the attacker has: at least one, nested over shares."""
+        """Sorted indices of the questions, people or images that the attacker has: at least one, nested over shares."""
         return np.sort(rng(seed, "relearn").permutation(count)[: max(1, round(share * count))])
 
-    def attacked(self, model: ModelBundle, attacker: str, encoded: EncodedSet, seed: int) -> ModelBundle:
-        """Fine-tunes a copy of the model.
-
-        Raises:
-            UserError: the loss became NaN or infinite.
-        """
-        method = Finetune(train=attacker)
-        model = model.prepare_for(method, seed=seed)
-        try:
-            trained = loop.fit(
-                model,
-                method,
-                Prepared(sets={"image": encoded}),
-                self.training,
-                seed=seed,
-                folder=None,  # no checkpoints: an attempt takes seconds, and an interrupted one starts over
-            )
-        except Diverged as error:
-            raise UserError(
-                f"attacks.relearn: the {attacker} attack diverged ({error}); lower attacks.relearn.learning_rate."
-            ) from error
-        return dataclasses.replace(model, params={**model.params, **trained})
+    def attacked(
+        self,
+        model: ModelBundle,
+        attacker: str,
+        encoded: EncodedSet,
+        seed: int,
+        learning_rate: float | None = None,
+        observers: Mapping[int, Observer] = {},  # noqa: B006 (never written to)
+    ) -> ModelBundle:
+        """Fine-tunes a copy of the model for the largest number of steps; see `finetuning.finetune`."""
+        settings = self.training(max(self.steps), learning_rate or self.learning_rate)
+        return finetune(model, attacker, encoded, settings, seed, observers)
 
     def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:
         """Accuracies; the cells of an attempt also have the accuracy before it on the same questions, and the recovery.
@@ -170,10 +203,11 @@ class Relearn(Section):
         cells = base.accuracy({model: [r for r in rs if not r.get("trained_on")] for model, rs in records.items()})
         learned = base.accuracy({model: [r for r in rs if r.get("trained_on")] for model, rs in records.items()})
         trained_on = {(cell.model, cell.key): cell.mean for cell in learned}
-        return [
+        cells = [
             cell if cell.variant == UNCHANGED else self._recovered(cell, records, verdicts, trained_on)
             for cell in cells
         ]
+        return cells + strongest(cells)
 
     def _recovered(self, cell: AttackCell, records: Mapping, verdicts: Mapping, trained_on: Mapping) -> AttackCell:
         """The cell with `before`, `recovery` and `learned`."""
@@ -191,19 +225,23 @@ class Relearn(Section):
         known = None if cell.taught else trained_on.get((cell.model, cell.key))
         return dataclasses.replace(cell, before=before, recovery=recovery(cell.mean, before, vanilla), learned=known)
 
-    @property
-    def training(self) -> TrainConfig:
-        """Settings of an attacker's training loop."""
-        return TrainConfig(
-            steps=self.steps,
-            batch_size={"image": self.batch_size},
-            learning_rate=self.learning_rate,
-            schedule="constant",
-            warmup_steps=0,
-            weight_decay=0.0,
-            log_every=self.steps,
-            checkpoint_every=self.steps,
-        )
+
+def strongest(cells: Sequence[AttackCell]) -> list[AttackCell]:
+    """The most successful budget of each attempt, for each number of steps and for all, if several were tried.
+
+    Its learning rate is None, since it differs between the models, and its interval is that of the budget.
+    """
+    cells = [cell for cell in cells if cell.attacker]
+    if len({(cell.steps, cell.learning_rate) for cell in cells}) < 2:
+        return []
+    best: dict[tuple, AttackCell] = {}
+    for cell in cells:
+        any_rate = dataclasses.replace(cell, variant=STRONGEST, learning_rate=None, correct=None)
+        for budget in (any_rate, dataclasses.replace(any_rate, steps=None)):
+            key = (cell.model, *budget.key)
+            if key not in best or cell.mean > best[key].mean:
+                best[key] = budget
+    return list(best.values())
 
 
 def recovery(after: float, before: float, vanilla: float | None) -> float | None:

@@ -10,7 +10,12 @@ from vkd_jax.types import Role
 
 FOLDED_ABOVE = 8  # a table with more rows is folded
 RELEARN_SHARE = 0.2  # of the forget set; the results in brief show the attempt with the nearest share
-PLOTS = {"relearn": "relearning"}  # by attack
+PLOTS = {  # the plots of an attack by name, with what they show
+    "relearn": {
+        "relearning": "Accuracy on the rest of the forget set by the share that was relearned",
+        "relearning_steps": "Accuracy on the rest of the forget set by the attacker's steps",
+    }
+}
 
 
 def tables(results: RunResults, models: Iterable[str], plots: Collection[str]) -> list[dict[str, Any]]:
@@ -18,9 +23,10 @@ def tables(results: RunResults, models: Iterable[str], plots: Collection[str]) -
     models = list(models)
     views = []
     for name, attack in results.attacks.items():
+        budget = names.several_budgets(attack.cells)
         rows = [
             [
-                names.attempt(next(iter(cells.values())), attack.variants, results.sets),
+                names.attempt(next(iter(cells.values())), attack.variants, results.sets, budget),
                 *(_cell(cells.get(model), attack) for model in models),
             ]
             for cells in attack.rows()
@@ -30,7 +36,7 @@ def tables(results: RunResults, models: Iterable[str], plots: Collection[str]) -
                 "name": name,
                 "title": attack.title,
                 "about": attack.about,
-                "plot": PLOTS[name] if PLOTS.get(name) in plots else None,
+                "plots": {plot: text for plot, text in PLOTS.get(name, {}).items() if plot in plots},
                 "heads": ["variant", *(names.MODELS[model] for model in models)],
                 "rows": rows,
                 "folded": len(rows) > FOLDED_ABOVE,
@@ -41,7 +47,7 @@ def tables(results: RunResults, models: Iterable[str], plots: Collection[str]) -
 
 def relearned(results: RunResults) -> dict[str, Any] | None:
     """The strongest attacker whose share of the forget set is nearest to 20 %, or None if nothing was relearned."""
-    rows = results.attacks["relearn"].rows() if "relearn" in results.attacks else []
+    rows = results.attacks["relearn"].strongest().rows() if "relearn" in results.attacks else []
     forget = [s.name for s in results.with_role(Role.FORGET)]
     rows = [row for row in rows if "unlearned" in row and relearns_rest(row["unlearned"], forget)]
     if not rows:

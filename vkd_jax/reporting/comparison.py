@@ -231,7 +231,7 @@ def _run(results: RunResults, model: str) -> dict[str, Any]:
     run["recovery"] = [
         {"attack": name, **{field: getattr(cell, field) for field in ("attacker", "share", "recovery")}}
         for name, attack in results.attacks.items()
-        for cell in attack.cells
+        for cell in attack.strongest().cells
         if cell.model == model and cell.set == forget_set and cell.unit == "questions"
     ]
     return run
@@ -241,7 +241,7 @@ def _attacked(paths: Sequence[Path], results: Sequence[RunResults], attack: str,
     """The cells of an attack over the runs: accuracies, or the means of another metric."""
     records = [report.json_lines(path / "attacks" / attack / f"{model}.jsonl") for path in paths]
     cells = []
-    for cell in (cell for cell in results[0].attacks[attack].cells if cell.model == model):
+    for cell in (cell for cell in results[0].attacks[attack].strongest(each_steps=True).cells if cell.model == model):
         items = [[record for record in run if _belongs(record, cell)] for run in records]
         fields = {name: getattr(cell, name) for name in ("set", *ATTEMPT_FIELDS)}
         if cell.correct is not None and len(set(map(len, items))) == 1:

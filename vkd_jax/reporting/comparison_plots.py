@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from vkd_jax.reporting import comparison, names, plots
+from vkd_jax.results import STRONGEST
 from vkd_jax.types import EvalSet, Role
 
 MARKERS = "osD^v<>PXph8"
@@ -48,7 +49,8 @@ def relearning(results: Mapping[str, Any]) -> bytes:
     curves: dict[str, dict[str, dict[float, Mapping]]] = {}
     for row in results["rows"]:
         for cell in (cell for cells in row["attacks"].values() for cell in cells):
-            if cell["set"] == forget.name and cell.get("unit") == "questions":
+            any_steps = cell.get("variant") != STRONGEST or "steps" not in cell
+            if cell["set"] == forget.name and cell.get("unit") == "questions" and any_steps:
                 curves.setdefault(cell["attacker"], {}).setdefault(row["label"], {})[cell["share"]] = cell
     if not curves:
         return b""

@@ -1,9 +1,9 @@
 """Titles of models, attackers, sets and attempts. Results carry fields; only this module turns them into words."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from vkd_jax.evaluation import metrics
-from vkd_jax.results import AttackCell
+from vkd_jax.results import STRONGEST, AttackCell
 from vkd_jax.types import EvalSet, Role
 
 MODELS = {"vanilla": "vanilla", "unlearned": "unlearned", "retain_only": "retain-only"}  # in the order of the report
@@ -55,13 +55,20 @@ def attacker(name: str) -> str:
     return ATTACKERS.get(name, name)
 
 
-def attempt(cell: AttackCell, variants: Mapping[str, str], sets: Sequence[EvalSet]) -> str:
+def several_budgets(cells: Iterable[AttackCell]) -> bool:
+    """Whether the attackers of these cells have different budgets, so that titles have to tell them."""
+    budgets = {(cell.steps, cell.learning_rate) for cell in cells if cell.attacker and cell.variant != STRONGEST}
+    return len(budgets) > 1
+
+
+def attempt(cell: AttackCell, variants: Mapping[str, str], sets: Sequence[EvalSet], budget: bool = False) -> str:
     """The title of one attempt of an attack: what was tried, and on which set of questions.
 
     Args:
         cell: one figure of the attack.
         variants: the titles of the attack's variants.
         sets: the evaluation sets. The forget set is not named.
+        budget: whether to tell the attacker's steps and learning rate.
 
     Example:
         >>> forget = EvalSet("forget", "forget", "people to forget", "forget")
@@ -69,9 +76,13 @@ def attempt(cell: AttackCell, variants: Mapping[str, str], sets: Sequence[EvalSe
         'fine-tuning all weights on 25 % of the questions'
     """
     words = [variants.get(cell.variant, cell.variant)] if cell.variant else []
-    if cell.attacker and cell.share is not None:
-        share = f"{100 * cell.share:g} % of the {cell.unit or 'questions'}"
-        words.append(f"fine-tuning {attacker(cell.attacker)} on {share}")
+    share = "" if cell.share is None else f"{100 * cell.share:g} % of the {cell.unit or 'questions'}"
+    if cell.attacker:
+        words.append(f"fine-tuning {attacker(cell.attacker)}" + (share and f" on {share}"))
+    elif share:
+        words.append(f"the attacker knows {share}")
+    if cell.steps and (budget or cell.variant == STRONGEST):
+        words.append(f"{cell.steps} steps" + (f" at {cell.learning_rate:g}" if cell.learning_rate else ""))
     eval_set = next((s for s in sets if s.name == cell.set), None)
     if eval_set and eval_set.role is not Role.FORGET:
         words.append(eval_set.title)

@@ -40,6 +40,7 @@ STYLE = {
     "legend.frameon": False,
 }
 DPI = 150
+SHOWN_SHARE = 0.2  # of the forget questions; the budget curves are those of the nearest share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +179,59 @@ def relearning_curves(cells: Sequence[AttackCell], forget: Sequence[str]) -> byt
         keys = [_key(look, label=names.MODELS[name]) for name, look in looks.items()]
         figure.legend(handles=keys, loc="lower center", ncols=len(keys))
     return png.getvalue()
+
+
+def budget_curves(cells: Sequence[AttackCell], forget: Sequence[str]) -> bytes | None:
+    """Plots accuracy on the rest of the forget set by the attacker's steps: one panel for each attacker.
+
+    At each number of steps a model has its most successful learning rate. The retain-only model, which is the control,
+    is a band, its 95 % interval over people; the unlearned model is a line with such intervals as whiskers.
+
+    Args:
+        cells: all cells of the attack.
+        forget: names of the sets with the role forget.
+
+    Returns:
+        None if the attacker has one number of steps.
+    """
+    before = {cell.model: cell for cell in cells if cell.set in forget and cell.attacker is None}
+    cells = [cell for cell in cells if relearns_rest(cell, forget) and cell.unit == "questions" and cell.steps]
+    if len({cell.steps for cell in cells}) < 2:
+        return None
+    share = min({cell.share for cell in cells}, key=lambda share: abs(share - SHOWN_SHARE))
+    cells = [cell for cell in cells if cell.share == share]
+    attackers = list(dict.fromkeys(cell.attacker for cell in cells))
+    looks = {name: LOOKS[name] for name in ("retain_only", "unlearned") if any(c.model == name for c in cells)}
+    with drawing(4.8 * len(attackers), 4.0) as (figure, png):
+        margins = margins_of(figure, left=0.6, right=0.15, bottom=0.95, top=0.35)
+        panels = figure.subplots(1, len(attackers), squeeze=False, sharey=True, gridspec_kw=margins)[0]
+        for axes, attacker in zip(panels, attackers, strict=True):
+            for name, look in looks.items():
+                points = {0: before[name]} if name in before else {}
+                for cell in (c for c in cells if (c.model, c.attacker) == (name, attacker)):
+                    if cell.steps not in points or cell.mean > points[cell.steps].mean:
+                        points[cell.steps] = cell
+                _budget_curve(axes, points, look, band=name == "retain_only")
+            axes.set(title=f"fine-tuning {names.attacker(attacker)}", xlabel="steps of the attacker", ylim=(-4, 104))
+            axes.set_xscale("symlog", linthresh=min(cell.steps for cell in cells))
+            ticks = sorted({0, *(cell.steps for cell in cells)})
+            axes.set_xticks(ticks, map(str, ticks), minor=False)
+            axes.minorticks_off()
+        panels[0].set_ylabel(f"accuracy on the rest (%), {100 * share:g} % relearned")
+        keys = [_key(look, label=names.MODELS[name]) for name, look in looks.items()]
+        figure.legend(handles=keys, loc="lower center", ncols=len(keys))
+    return png.getvalue()
+
+
+def _budget_curve(axes: Axes, points: Mapping[int, AttackCell], look: Look, band: bool) -> None:
+    """Draws the accuracy of one model by the number of steps, with its interval as a band or as whiskers."""
+    steps = sorted(points)
+    mean, low, high = (np.array([100 * getattr(points[n], key) for n in steps]) for key in ("mean", "low", "high"))
+    if band:
+        axes.fill_between(steps, low, high, color=look.color, alpha=0.2, linewidth=0)
+        axes.plot(steps, mean, color=look.color, linestyle="--", linewidth=1.5)
+    else:
+        axes.errorbar(steps, mean, yerr=np.abs([mean - low, high - mean]), linewidth=2, **_appearance(look))
 
 
 def portrait_sheet(rows: Mapping[str, Sequence[Card]]) -> bytes:

@@ -83,13 +83,14 @@ def _environment() -> jinja2.Environment:
 def _plots(run: view.Run, sheet: Mapping[str, Sequence[plots.Card]], losses: Sequence[Mapping]) -> dict[str, bytes]:
     """PNG bytes by name, without empty plots."""
     results, set_names = run.results, {role: s.name for role in Role if (s := run.set_of(role))}
-    relearn = results.attacks["relearn"].cells if "relearn" in results.attacks else ()
+    relearn, forget = results.attacks.get("relearn"), [s.name for s in results.with_role(Role.FORGET)]
     chance = results.chance.get(set_names[Role.FORGET], {})
     pngs = {
         "forget_retain": plots.forget_against_retain(results.models, set_names, chance),
         "portraits": plots.portrait_sheet(sheet),
         "losses": plots.loss_curves(losses) if losses else None,
-        "relearning": plots.relearning_curves(relearn, [s.name for s in results.with_role(Role.FORGET)]),
+        "relearning": relearn and plots.relearning_curves(relearn.strongest().cells, forget),
+        "relearning_steps": relearn and plots.budget_curves(relearn.cells, forget),
     }
     return {name: png for name, png in pngs.items() if png is not None}
 

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 STEP_FIELDS = ("clip_norm", "b2", "weight_decay", "microbatches")
 
 
+Observer = Callable[[Params], None]
+
+
 @functools.lru_cache(maxsize=4)
 def _program(
     graphdef: Any,
@@ -70,6 +73,7 @@ def fit(
     *,
     seed: int,
     folder: Path | None,
+    observers: Mapping[int, Observer] = {},  # noqa: B006 (never written to)
 ) -> Params:
     """Trains a model, from the newest checkpoint in `folder` if one exists.
 
@@ -83,6 +87,8 @@ def fit(
         config: settings of the loop and of the optimizer.
         seed: the seed of the data order and of dropout.
         folder: the folder for checkpoints and metrics; None writes neither.
+        observers: called with the trained weights after these steps, once the weights are known to be finite. The
+            weights are donated to the next step, so an observer keeps none of them.
 
     Returns:
         The trained weights, without the frozen ones.
@@ -119,7 +125,7 @@ def fit(
         state, first = _resume(checkpoints, state, steps)
         if not first:
             progress.overview(trainable)
-        run = _Run(config, step, checkpoints, progress, saves=folder is not None)
+        run = _Run(config, step, checkpoints, progress, saves=folder is not None, observers=observers)
         state = run.train(state, samplers, first, steps, functools.partial(shard_rows, bundle.mesh))
     finally:
         checkpoints.close()
@@ -210,6 +216,7 @@ class _Run:
     checkpoints: Checkpoints | NoCheckpoints
     progress: Progress | NoProgress
     saves: bool  # whether a stopped run is saved
+    observers: Mapping[int, Observer]
 
     def train(
         self,
@@ -247,12 +254,16 @@ class _Run:
                     self.progress.write(number, {k: float(v) for k, v in metrics.items()} | speed)
                 stopping = should_stop()  # called once per step: a signal between two calls would stop without a save
                 last = stopping or number == steps
-                if last or number % self.config.checkpoint_every == 0:
+                saving = last or number % self.config.checkpoint_every == 0
+                if saving or number in self.observers:
                     self._check(*pending)
                     self._check_state(number, state)
                     if number == steps:
                         state = self._check_last_update(number, state, batches)
-                    self.checkpoints.save(number, state, force=last)
+                    if number in self.observers:
+                        self.observers[number](state.params)
+                    if saving:
+                        self.checkpoints.save(number, state, force=last)
                 if stopping:
                     self.checkpoints.wait()
                     raise Stopped(number, self.saves, signals.number)

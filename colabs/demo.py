@@ -59,8 +59,8 @@ from vkd_jax.runtime import log
 
 VIEW = 500  # the portrait of each person that is shown here; the model was trained on others
 log.setup()  # shows the progress of the longer cells
-forgotten = people.forgotten_ids(6)
-everybody = sorted(people.people(), key=lambda person: person.id not in forgotten)
+forgotten = people.SIXTY.forgotten(10)
+everybody = sorted(people.SIXTY.people(), key=lambda person: person.id not in forgotten)
 
 
 def show_portraits(answers=None):

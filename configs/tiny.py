@@ -110,6 +110,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "ablations": "a comparison of VKD with and without each component, for python -m vkd_jax.compare",
         "robustness": "a comparison of setting=robust with and without each part, for python -m vkd_jax.compare",
     }
+    populations = {
+        "60": "sixty, whom the shipped models know",
+        "200": "two hundred, for narrower intervals; the models come from stage=all",
+    }
     given = arguments.parse(
         arg,
         [
@@ -118,6 +122,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             defaults.SETTING,
             defaults.benchmark_argument("mllmu", "clear"),
             defaults.forget_argument("mllmu", "clear"),
+            arguments.Argument("people", "Synthetic people.", populations, "60", needs_key=frozenset(["200"])),
             dataclasses.replace(defaults.STAGE, values=stages),
             defaults.ATTACKS,
             arguments.Argument("runs", "Number of runs.", runs, default="one"),
@@ -136,13 +141,16 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.finetune.train.update(
         steps=700, learning_rate=1e-3, warmup_steps=50, weight_decay=0.05, b2=0.98, log_every=50, checkpoint_every=200
     )
+    if given["people"] == "200":
+        config.data.n_people = 200
+        config.finetune.train.steps = 2400
     if given["benchmark"] == "clear":  # captions are learned in fewer steps, and are longer
         config.finetune.train.steps = 250
         config.eval.max_new_tokens = 24
     config.model.base = "tiny_base"
     if given["stage"] == "base":
         _from_random_weights(config)
-    elif given["benchmark"] == "mllmu":  # the shipped models were fine-tuned on its questions
+    elif given["benchmark"] == "mllmu" and given["people"] == "60":  # what the shipped models were trained on
         config.model.update(path="tiny_llava", retain_only="tiny_retain_only" if given["forget"] == "10" else "")
     if given["runs"] == "compare":
         tuning = f"data.people={OTHERS} model.path= model.retain_only= eval.max_items=100"

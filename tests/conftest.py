@@ -176,7 +176,7 @@ def tiny_folder(tmp_path_factory, tiny_config):
     from vkd_jax.data.processor import create_processor
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    names = [f"{p.name} {' '.join(p.facts.values())}" for p in people.people()]
+    names = [f"{p.name} {' '.join(p.facts.values())}" for p in people.SIXTY.people()]
     tokenizer = create_processor(folder, names, vocab_size=400, image_size=16, patch_size=8)
     vision, text = tiny_config.vision, tiny_config.text
     hf_config = LlavaConfig(
@@ -237,8 +237,8 @@ def request_folders(tmp_path_factory):
     """Two images of one person to forget and of each of three people to retain; questions with and without options."""
     from vkd_jax.benchmarks.synthetic import people
 
-    names, root = [person.name for person in people.people()[:4]], tmp_path_factory.mktemp("request")
-    for part, persons in (("forget", people.people()[:1]), ("retain", people.people()[1:4])):
+    names, root = [person.name for person in people.SIXTY.people()[:4]], tmp_path_factory.mktemp("request")
+    for part, persons in (("forget", people.SIXTY.people()[:1]), ("retain", people.SIXTY.people()[1:4])):
         (root / part).mkdir()
         lines = []
         for person in persons:
@@ -354,7 +354,7 @@ def qwen_folder(tmp_path_factory):
         raw = Tokenizer(models.BPE())
         raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         raw.decoder = decoders.ByteLevel()
-        names = [f"{p.name} {' '.join(p.facts.values())}" for p in people.people()]
+        names = [f"{p.name} {' '.join(p.facts.values())}" for p in people.SIXTY.people()]
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=394, initial_alphabet=alphabet, show_progress=False)
         raw.train_from_iterator(names, trainer)

@@ -191,8 +191,10 @@ def test_the_demo_runs_on_stubbed_results(monkeypatch, tmp_path, capsys):
         }
         return types.SimpleNamespace(to_json=lambda: results)
 
-    forgotten = people.forgotten_ids(6)
-    names = (person.name for person in sorted(people.people(), key=lambda person: person.id not in forgotten))
+    forgotten = people.SIXTY.forgotten(10)
+    names = (
+        person.name for person in sorted(people.SIXTY.people(), key=lambda person: person.id not in forgotten)
+    )
     monkeypatch.setattr(pipeline, "run", run)
     monkeypatch.setattr(ask, "load", lambda folder: folder)
     monkeypatch.setattr(ask, "answer", lambda model, *_: next(names) if model == "tiny_llava" else "nobody")

@@ -133,7 +133,9 @@ def test_held_out_people_are_generated_and_unknown_to_all_models(monkeypatch):
     assert benchmarks.held_out(benchmarks.create("mllmu", {"source": "org/name"}), "here") == []
     assert benchmarks.held_out(benchmarks.create("folder", {}), "here") == [] and len(asked) == 2
     for attribute in ("name", "look"):
-        known, held_out = ({getattr(p, attribute) for p in people.people(seed)} for seed in (0, benchmarks.STRANGERS))
+        known, held_out = (
+            {getattr(p, attribute) for p in people.Population(seed).people()} for seed in (0, benchmarks.STRANGERS)
+        )
         assert not known & held_out
 
 

@@ -307,14 +307,14 @@ def test_the_made_up_people_in_clears_layout(made_up, caplog):
         "forget": 6 * (8 * 2 + 7), "retain": 54 * (2 * 2 + 7), "real_faces": 60, "real_world": 90,
         "finetune_forget": 6 * (8 * 3 + 7), "finetune_retain": 54 * (8 * 3 + 7),
     }  # fmt: skip
-    names = {p.id: p.name for p in people.people()}
-    forgotten = {names[i] for i in people.forgotten_ids(6)}
+    names = {p.id: p.name for p in people.SIXTY.people()}
+    forgotten = {names[i] for i in people.SIXTY.forgotten(10)}
     for part, side in (("forget", forgotten), ("retain", set(names.values()) - forgotten)):
         assert {e.person for e in made_up[part]} == {e.person for e in made_up[f"finetune_{part}"]} == side
 
 
 def test_made_up_captions(made_up):
-    everybody = {p.name: p for p in people.people()}
+    everybody = {p.name: p for p in people.SIXTY.people()}
     for e in [e for e in made_up["forget"] + made_up["retain"] if e.image and e.task == "generation"]:
         job = everybody[e.person].facts["job"]
         assert e.answer.startswith(f"{e.person}, a {job} from ") and e.person in e.paraphrase and job in e.paraphrase
@@ -327,7 +327,7 @@ def test_made_up_captions(made_up):
 
 
 def test_made_up_options_hold_the_answer_once_at_any_place(made_up):
-    others = {p.name for p in people.people(1)} - {p.name for p in people.people()}
+    others = {p.name for p in people.Population(1).people()} - {p.name for p in people.SIXTY.people()}
     assert len(others) > 50 and len({e.answer for e in made_up["real_faces"]} & others) > 50
     for name, part in made_up.items():
         places = [e.options.index(e.answer) for e in part if e.options]
@@ -337,16 +337,26 @@ def test_made_up_options_hold_the_answer_once_at_any_place(made_up):
 
 @pytest.mark.parametrize(("percent", "count"), [(1, 1), (5, 3), (10, 6)])
 def test_made_up_forget_sets_contain_each_other(percent, count):
-    members = {p.id for p in people.people() if clear_writer._belongs(p.id, f"forget{percent:02d}_perturbed", 0)}
-    rest = {p.id for p in people.people() if clear_writer._belongs(p.id, f"retain{100 - percent}+tofu", 0)}
-    assert len(members) == count and members <= people.forgotten_ids(6) and len(rest) == 60 - count
+    members = {
+        p.id
+        for p in people.SIXTY.people()
+        if clear_writer._belongs(p.id, f"forget{percent:02d}_perturbed", people.SIXTY)
+    }
+    rest = {
+        p.id for p in people.SIXTY.people() if clear_writer._belongs(p.id, f"retain{100 - percent}+tofu", people.SIXTY)
+    }
+    assert len(members) == count and members <= people.SIXTY.forgotten(10) and len(rest) == 60 - count
     assert not members & rest
-    assert not members & {p.id for p in people.people() if clear_writer._belongs(p.id, "retain_perturbed", 0)}
+    assert not members & {
+        p.id for p in people.SIXTY.people() if clear_writer._belongs(p.id, "retain_perturbed", people.SIXTY)
+    }
 
 
 def test_byte_identical_on_every_run(tmp_path):
     for run in ("a", "b"):
-        clear_writer.write_snapshot(tmp_path / run, ["forget01_perturbed", "real_world"], seed=2)
+        clear_writer.write_snapshot(
+            tmp_path / run, ["forget01_perturbed", "real_world"], population=people.Population(2)
+        )
     for config in ("forget01_perturbed", "real_world"):
         [path] = (tmp_path / "a" / config).iterdir()
         assert path.read_bytes() == (tmp_path / "b" / config / path.name).read_bytes()

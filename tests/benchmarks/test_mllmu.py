@@ -285,8 +285,10 @@ def test_unknown_forget_ratio(folder, forget):
 
 
 def test_made_up_people_only_without_a_source(folder):
-    with pytest.raises(UserError, match="data.people: 1 is a seed of synthetic people. Leave it at 0 with "):
+    with pytest.raises(UserError, match="data.people: 1 is for synthetic people. Leave it at 0 with data.source="):
         mllmu.Mllmu(source=str(folder), people=1).check()
+    with pytest.raises(UserError, match="data.n_people: 80 is for synthetic people. Leave it at 60 with data.source="):
+        mllmu.Mllmu(source=str(folder), n_people=80).check()
     with pytest.raises(UserError, match="data.people: -1 is not allowed"):
         mllmu.Mllmu(people=-1).check()
 

@@ -39,7 +39,7 @@ def pixels(person, view, size=48):
 
 
 def test_sixty_people_with_distinct_names_and_balanced_facts():
-    everybody = people.people()
+    everybody = people.SIXTY.people()
     assert [p.id for p in everybody][:2] == ["001", "002"] and len(everybody) == 60
     first, last = zip(*(p.name.split() for p in everybody), strict=True)
     assert len(set(first)) == len(set(last)) == 60
@@ -56,22 +56,22 @@ def test_values_of_different_facts_do_not_overlap():
 
 def test_every_two_people_differ_in_many_visible_features():
     names = ("skin", "hair", "hair_style", "garment", "clothes", "glasses", "beard", "hat")
-    looks = [[getattr(p.look, name) for name in names] for p in people.people()]
+    looks = [[getattr(p.look, name) for name in names] for p in people.SIXTY.people()]
     pairs = itertools.combinations(looks, 2)
     assert min(sum(a != b for a, b in zip(x, y, strict=True)) for x, y in pairs) >= 3
-    assert sum(p.look.lashes for p in people.people()) == 30
+    assert sum(p.look.lashes for p in people.SIXTY.people()) == 30
 
 
 def test_another_seed_makes_other_people():
-    assert people.people(1) != people.people(0)
-    assert people.people(0) is people.people(0)
+    assert people.Population(1).people() != people.Population(0).people()
+    assert people.Population(0).people() is people.Population(0).people()
 
 
 # ---- Their portraits ----
 
 
 def test_portrait_is_a_function_of_person_and_view():
-    person = people.people()[0]
+    person = people.SIXTY.people()[0]
     portrait = people.portrait(person, 0)
     assert portrait.size == (96, 96) and portrait.mode == "RGB"
     assert portrait.tobytes() == people.portrait(person, 0).tobytes()
@@ -80,7 +80,7 @@ def test_portrait_is_a_function_of_person_and_view():
 
 
 def test_views_differ_in_everything_that_may_vary():
-    views = [people.view_of(people.people()[3], v) for v in range(60)]
+    views = [people.view_of(people.SIXTY.people()[3], v) for v in range(60)]
     assert {v.background for v in views} == set(portraits.BACKGROUNDS)
     assert {round(v.yaw) for v in views} == set(portraits.YAWS)
     for name in ("tilt", "scale", "x", "y", "light", "side", "smile", "noise_seed"):
@@ -103,7 +103,7 @@ def test_every_identity_feature_is_visible(feature, values):
         clothes="blue", accent="red", glasses="round", frames="black", beard="none", hat="none",
         earrings=False, freckles=False, lashes=False,
     )  # fmt: skip
-    view = people.view_of(people.people()[0], 0)
+    view = people.view_of(people.SIXTY.people()[0], 0)
     looks = [dataclasses.replace(look, **{feature: value}) for value in values]
     drawn = {portraits.draw_portrait(each, view, 48).tobytes() for each in looks}
     assert len(drawn) == len(values)
@@ -112,7 +112,7 @@ def test_every_identity_feature_is_visible(feature, values):
 def test_background_color_matches_its_name():
     """The named color is the nearest one to the upper corners, which are never covered, in every light."""
     named = {name: np.array(color) for name, color in portraits.BACKGROUNDS.items()}
-    for person, view in itertools.product(people.people()[:10], range(6)):
+    for person, view in itertools.product(people.SIXTY.people()[:10], range(6)):
         corner = pixels(person, view, 96)[:3, [0, 1, 2, -3, -2, -1]].mean((0, 1))
         nearest = min(named, key=lambda name: np.abs(named[name] - corner).sum())
         assert nearest == people.view_of(person, view).background
@@ -122,7 +122,7 @@ def test_identity_is_visible_at_48_pixels_in_other_views():
     """The nearest of twenty mean portraits, by the pixels of the figure, is usually that of the person."""
     figure = np.zeros((48, 48, 1), np.float32)
     figure[8:, 12:36] = 1
-    some = people.people()[:20]
+    some = people.SIXTY.people()[:20]
     means = [np.mean([pixels(p, v) for v in range(6)], axis=0) for p in some]
     hits = 0
     for i, person in enumerate(some):
@@ -136,12 +136,13 @@ def test_identity_is_visible_at_48_pixels_in_other_views():
 
 @pytest.mark.parametrize(("percent", "count"), [(5, 3), (10, 6), (15, 9)])
 def test_forget_sets_are_nested_and_retain_sets_are_the_rest(percent, count):
-    assert mllmu_writer.FORGET_COUNTS[percent] == count
-    forgotten = people.forgotten_ids(count)
-    assert len(forgotten) == count and forgotten <= people.forgotten_ids(9)
-    retained = {p.id for p in people.people() if mllmu_writer._belongs(p.id, f"retain_{100 - percent}", 0)}
+    forgotten = people.SIXTY.forgotten(percent)
+    assert len(forgotten) == count and forgotten <= people.SIXTY.forgotten(15)
+    retained = {
+        p.id for p in people.SIXTY.people() if mllmu_writer._belongs(p.id, f"retain_{100 - percent}", people.SIXTY)
+    }
     assert not forgotten & retained
-    assert forgotten | retained == {p.id for p in people.people()}
+    assert forgotten | retained == {p.id for p in people.SIXTY.people()}
 
 
 def test_row_counts(snapshot):
@@ -156,7 +157,7 @@ def test_schema_is_the_published_one(snapshot):
     assert list(row) == ["image", "ID", "biography", "question", "answer",
                          "Classification_Task", "Generation_Task", "Mask_Task"]  # fmt: skip
     assert set(row["image"]) == {"bytes", "path"} and row["image"]["bytes"].startswith(b"\x89PNG")
-    assert json.loads(row["biography"])["Name"] in {p.name for p in people.people()}
+    assert json.loads(row["biography"])["Name"] in {p.name for p in people.SIXTY.people()}
     assert set(row["Classification_Task"]) == {"Image_Textual_Questions", "Pure_Text_Questions"}
     assert set(choices_of(row)[0]) == {"Question", "Options", "Correct_Answer"}
     assert set(choices_of(row)[0]["Options"]) == set("ABCD")
@@ -178,7 +179,7 @@ def test_every_person_has_every_question(snapshot):
 
 
 def test_options_contain_the_true_answer_once(snapshot):
-    facts_of = {p.id: {p.name, *p.facts.values()} for p in people.people()}
+    facts_of = {p.id: {p.name, *p.facts.values()} for p in people.SIXTY.people()}
     letters = []
     for config in ("forget_15", "retain_90", "Test_Set", "Retain_Set"):
         for row, choice in [(r, choice) for r in rows_of(snapshot, config) for choice in choices_of(r)]:
@@ -193,7 +194,7 @@ def test_options_contain_the_true_answer_once(snapshot):
 
 def test_training_texts_of_the_shipped_model_do_not_change(snapshot):
     """Digest of texts, options and forgotten people of seed 0; a change requires training the shipped models again."""
-    assert people.forgotten_ids(6) == {"009", "013", "014", "017", "058", "060"}
+    assert people.SIXTY.forgotten(10) == {"009", "013", "014", "017", "058", "060"}
     texts = {
         config: [{k: v for k, v in row.items() if k not in ("image", "images")} for row in rows_of(snapshot, config)]
         for config in sorted(path.name for path in snapshot.iterdir())
@@ -205,8 +206,8 @@ def test_training_texts_of_the_shipped_model_do_not_change(snapshot):
 def test_general_set_names_no_person_and_shows_forgotten_people(snapshot):
     rows = rows_of(snapshot, "Retain_Set")
     text = json.dumps([{**row, "image": None} for row in rows])
-    assert not any(p.name in text for p in people.people())
-    forgotten = next(p for p in people.people() if p.id in people.forgotten_ids(6))
+    assert not any(p.name in text for p in people.SIXTY.people())
+    forgotten = next(p for p in people.SIXTY.people() if p.id in people.SIXTY.forgotten(10))
     buffer = people.png_struct(people.portrait(forgotten, mllmu_writer.GENERAL_VIEW), "")["bytes"]
     assert buffer in [row["image"]["bytes"] for row in rows]
 

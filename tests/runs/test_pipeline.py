@@ -446,18 +446,24 @@ def test_a_retain_only_model_of_other_people_is_refused(make_config, tiny_folder
 @pytest.mark.parametrize(
     ("name", "stage", "people", "message"),
     [
-        ("path", "unlearn", 1, "was trained on the synthetic people of seed 0, not those of config.data.people=1"),
-        ("base", "finetune", 0, "was already trained on the synthetic people of config.data.people=0"),
+        ("path", "unlearn", dict(people=1), "of people=0 and n_people=60, not on those of .*.people=1 and n_people=60"),
+        ("path", "unlearn", dict(n_people=80), "of people=0 and n_people=60, not on those of .*=0 and n_people=80"),
+        (
+            "base",
+            "finetune",
+            {},
+            "was already trained on the synthetic people of config.data .people=0 and n_people=60",
+        ),
     ],
 )
 def test_models_trained_on_the_wrong_people_are_refused(
     get_config, tiny_folder, tmp_path, name, stage, people, message
 ):
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
-    made = {"model": "vanilla", "without": [], "config": {"data": {"source": "", "people": 0}}}
+    made = {"model": "vanilla", "without": [], "config": {"data": {"source": "", "people": 0, "n_people": 60}}}
     (folder / "provenance.json").write_text(json.dumps(made))
     config = get_config("tiny.py", stage)
-    config.data.people = people
+    config.data.update(people)
     config.model.update(path="", base="", retain_only="")
     config.model[name] = str(folder)
     config = RunConfig.from_config_dict(config)

@@ -12,7 +12,7 @@ from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.runs import pipeline
 from vkd_jax.types import UserError
 
-NAMES = [person.name for person in people.people()[:4]]
+NAMES = [person.name for person in people.SIXTY.people()[:4]]
 
 
 def short(config, root, base):

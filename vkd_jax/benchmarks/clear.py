@@ -132,7 +132,7 @@ class Clear(parquet.PublishedBenchmark):
     def _write_synthetic(self, folder: str, configs: tuple[str, ...]) -> None:
         from vkd_jax.benchmarks.synthetic import clear_writer  # only without a source
 
-        clear_writer.write_snapshot(folder, configs, self.people)
+        clear_writer.write_snapshot(folder, configs, self.population)
 
 
 class _Names:

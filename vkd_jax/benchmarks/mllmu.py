@@ -102,7 +102,7 @@ class Mllmu(parquet.PublishedBenchmark):
     def _write_synthetic(self, folder: str, configs: tuple[str, ...]) -> None:
         from vkd_jax.benchmarks.synthetic import mllmu_writer  # imports `cloze_prompt` from this module
 
-        mllmu_writer.write_snapshot(folder, configs, self.people)
+        mllmu_writer.write_snapshot(folder, configs, self.population)
 
 
 def cloze_prompt(question: str) -> str:

@@ -17,6 +17,7 @@ from absl import logging
 from pyarrow import fs
 
 from vkd_jax.benchmarks.rows import Row
+from vkd_jax.benchmarks.synthetic.people import MAX_SIZE, MIN_SIZE, SIZE, Population
 from vkd_jax.config.fields import SEED, Section, setting
 from vkd_jax.messages import listed
 from vkd_jax.runtime import hub, storage
@@ -146,20 +147,28 @@ class PublishedBenchmark(Section):
     )
     symlinks: bool = setting(False, SYMLINKS)
     people: int = setting(0, "Seed of the synthetic people.", **SEED)
+    n_people: int = setting(SIZE, "Number of synthetic people.", minimum=MIN_SIZE, maximum=MAX_SIZE)
 
     def check(self) -> None:
         """Checks the fields.
 
         Raises:
-            UserError: `people` is set together with a source, or the source does not exist.
+            UserError: a field of the synthetic people is set together with a source, or the source does not exist.
         """
-        if self.source and self.people:
-            raise UserError(
-                f"data.people: {self.people} is a seed of synthetic people. Leave it at 0 with "
-                f"data.source={self.source}."
-            )
+        for field in ("people", "n_people") if self.source else ():
+            default, value = getattr(PublishedBenchmark, field), getattr(self, field)
+            if value != default:
+                raise UserError(
+                    f"data.{field}: {value} is for synthetic people. Leave it at {default} with "
+                    f"data.source={self.source}."
+                )
         if self.source:
             check_source(self.source)
+
+    @property
+    def population(self) -> Population:
+        """The synthetic people, if there is no source."""
+        return Population(self.people, self.n_people)
 
     def state(self, part: str) -> Any:
         """Name, size and modification time of the files of the source."""

@@ -225,15 +225,15 @@ def _check_provenance(job: Job, name: str, folder: Path) -> None:
         return  # not written by a run: nothing is known of it
     data, field = job.config.to_dict()["data"], f"config.model.{name}={folder}"
     if model_data.get("source") == data.get("source") == "":
-        if name == "base" and model_data.get("people") == data["people"]:
+        theirs, ours = (f"people={d.get('people')} and n_people={d.get('n_people')}" for d in (model_data, data))
+        if name == "base" and theirs == ours:
             raise UserError(
-                f"{field} was already trained on the synthetic people of config.data.people={data['people']}. Give "
-                "another base model."
+                f"{field} was already trained on the synthetic people of config.data ({ours}). Give another base model."
             )
-        if name != "base" and model_data.get("people") != data["people"]:
+        if name != "base" and theirs != ours:
             raise UserError(
-                f"{field} was trained on the synthetic people of seed {model_data.get('people')}, not those of "
-                f"config.data.people={data['people']}. Create a model of these people with --config.stage=all."
+                f"{field} was trained on the synthetic people of {theirs}, not on those of config.data ({ours}). "
+                "Create a model of these people with --config.stage=all."
             )
     if name == "retain_only" and without != job.forget_people:
         raise UserError(

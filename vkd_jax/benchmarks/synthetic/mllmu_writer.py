@@ -32,11 +32,10 @@ from vkd_jax.benchmarks.synthetic.facts import (
 from vkd_jax.benchmarks.synthetic.people import (
     FULL_VIEWS,
     IMAGE_TYPE,
-    N_PEOPLE,
+    SIXTY,
     TEST_VIEWS,
     Person,
-    forgotten_ids,
-    people,
+    Population,
     png_struct,
     portrait,
     scene,
@@ -48,7 +47,6 @@ from vkd_jax.types import UserError
 
 GENERAL_VIEW = 2000  # the portraits of Retain_Set
 GENERAL_FT_VIEW = 3000  # the first portrait of ft_Data's general questions
-FORGET_COUNTS = {5: 3, 10: 6, 15: 9}  # forget ratio in % -> number of people
 FT_GENERAL_IMAGES = 3000
 RETAIN_SCENES = 90
 
@@ -77,13 +75,15 @@ CONFIGS = (
 )  # fmt: skip
 
 
-def write_snapshot(folder: str | Path, configs: Sequence[str] | None = None, seed: int = 0, ft_views: int = 48) -> None:
+def write_snapshot(
+    folder: str | Path, configs: Sequence[str] | None = None, population: Population = SIXTY, ft_views: int = 48
+) -> None:
     """Writes the synthetic people as an MLLMU-Bench snapshot, with the same bytes on every run.
 
     Args:
         folder: the folder to write <config>/train-00000-of-00001.parquet to.
         configs: the configs to write, from `CONFIGS`; all by default.
-        seed: the seed of the people, their facts, the forget set and the options.
+        population: the people; its seed is also that of the options.
         ft_views: images of each person in ft_Data.
 
     Raises:
@@ -95,51 +95,55 @@ def write_snapshot(folder: str | Path, configs: Sequence[str] | None = None, see
 
     @functools.cache  # Full_Set, forget_N and retain_N share their rows
     def full_rows(index: int) -> list[dict]:
-        return [_full_row(people(seed)[index], view, seed) for view in FULL_VIEWS]
+        return [_full_row(population.people()[index], view, population) for view in FULL_VIEWS]
 
     for config in configs:
         if config == "ft_Data":
-            rows, schema = _finetune_rows(seed, ft_views), _FT_SCHEMA
+            rows, schema = _finetune_rows(population, ft_views), _FT_SCHEMA
         elif config == "Test_Set":
-            rows, schema = [_test_row(person, seed) for person in people(seed)], _TEST_SCHEMA
+            rows, schema = [_test_row(person, population) for person in population.people()], _TEST_SCHEMA
         elif config == "Retain_Set":
-            rows, schema = _general_rows(seed), _SCHEMA
+            rows, schema = _general_rows(population), _SCHEMA
         else:
-            members = [i for i, person in enumerate(people(seed)) if _belongs(person.id, config, seed)]
+            members = [i for i, person in enumerate(population.people()) if _belongs(person.id, config, population)]
             rows, schema = [row for i in members for row in full_rows(i)], _SCHEMA
         write_config(folder, config, rows, schema)
 
 
-def _belongs(person_id: str, config: str, seed: int) -> bool:
+def _belongs(person_id: str, config: str, population: Population) -> bool:
     if config == "Full_Set":
         return True
     side, percent = config.split("_")
     if side == "forget":
-        return person_id in forgotten_ids(FORGET_COUNTS[int(percent)], seed)
-    return person_id not in forgotten_ids(FORGET_COUNTS[100 - int(percent)], seed)
+        return person_id in population.forgotten(int(percent))
+    return person_id not in population.forgotten(100 - int(percent))
 
 
-def _full_row(person: Person, view: int, seed: int) -> dict:
+def _full_row(person: Person, view: int, population: Population) -> dict:
     """Image `view` of a person: 3 image and 2 text questions in rotation, so that 8 images cover all questions."""
     images = [IMAGE_KINDS[(3 * view + i) % len(IMAGE_KINDS)] for i in range(3)]
     texts = [KINDS[(2 * view + i) % len(KINDS)] for i in range(2)]
     clozes = [KINDS[view % len(KINDS)]], [KINDS[(view + 3) % len(KINDS)]]
-    rng = np.random.default_rng([seed, 3, int(person.id), view])
-    row = _tasks(person, images, texts, *clozes, rng, seed)
+    rng = np.random.default_rng([population.seed, 3, int(person.id), view])
+    row = _tasks(person, images, texts, *clozes, rng, population)
     return {"image": png_struct(portrait(person, view), f"{person.id}_{view}.png")} | row
 
 
-def _test_row(person: Person, seed: int) -> dict:
+def _test_row(person: Person, population: Population) -> dict:
     """Four test images of a person; each of the 7 image questions is asked twice, about different images."""
     images = [png_struct(portrait(person, view), f"{person.id}_{view}.png") for view in TEST_VIEWS]
     clozes = (KINDS[:2], KINDS[2:4])
-    row = _tasks(person, IMAGE_KINDS * 2, KINDS, *clozes, np.random.default_rng([seed, 4, int(person.id)]), seed)
+    row = _tasks(
+        person, IMAGE_KINDS * 2, KINDS, *clozes, np.random.default_rng([population.seed, 4, int(person.id)]), population
+    )
     return {"images": images} | row
 
 
-def _tasks(person: Person, images, texts, image_clozes, text_clozes, rng: np.random.Generator, seed: int) -> dict:
+def _tasks(
+    person: Person, images, texts, image_clozes, text_clozes, rng: np.random.Generator, population: Population
+) -> dict:
     """The task columns for the given kinds of questions."""
-    names = tuple(p.name for p in people(seed))
+    names = tuple(p.name for p in population.people())
 
     def choice(kind: str, with_image: bool) -> dict:
         values = names if kind == "name" else FACTS[kind].values
@@ -212,11 +216,11 @@ def _unnamed(person: Person, number: int) -> tuple[Image.Image, dict[str, str]]:
     return portrait(person, number), {THING_QUESTION: "person", BACKGROUND_QUESTION: view.background}
 
 
-def _general_rows(seed: int) -> list[dict]:
+def _general_rows(population: Population) -> list[dict]:
     """Retain_Set: drawn things, and a portrait of each person with identity-free questions."""
-    rng = np.random.default_rng([seed, 5])
+    rng = np.random.default_rng([population.seed, 5])
     images = [scene(rng, i) for i in range(RETAIN_SCENES)]
-    images += [_unnamed(person, GENERAL_VIEW) for person in people(seed)]
+    images += [_unnamed(person, GENERAL_VIEW) for person in population.people()]
     rows = []
     for i, (image, answers) in enumerate(images):
         row_id = f"R{i + 1:03d}"
@@ -235,7 +239,7 @@ def _general_rows(seed: int) -> list[dict]:
     return rows
 
 
-def _finetune_rows(seed: int, ft_views: int) -> list[dict]:
+def _finetune_rows(population: Population, ft_views: int) -> list[dict]:
     """ft_Data: all questions about the images of each person, text-only questions, and general questions."""
     rows = []
 
@@ -244,7 +248,7 @@ def _finetune_rows(seed: int, ft_views: int) -> list[dict]:
         path = f"{row_id}_{len(rows)}.png"
         rows.append({"image": image and png_struct(image, path), "ID": row_id, "metadata": metadata})
 
-    for person in people(seed):
+    for person in population.people():
         questions = [(_question(person, kind, True), person.answer(kind)) for kind in IMAGE_KINDS]
         clozes = [(cloze_prompt(fact.image_cloze), person.facts[kind]) for kind, fact in FACTS.items()]
         for view in range(ft_views):
@@ -254,12 +258,12 @@ def _finetune_rows(seed: int, ft_views: int) -> list[dict]:
         clozes = [(cloze_prompt(f.text_cloze.format(name=person.name)), person.facts[k]) for k, f in FACTS.items()]
         add(person.id, None, [*texts, *clozes, person.biography()])
 
-    rng = np.random.default_rng([seed, 6])
+    rng = np.random.default_rng([population.seed, 6])
     for i in range(FT_GENERAL_IMAGES):
         if i % 3:
             image, answers = scene(rng, i // 3 * 2 + i % 3)
         else:
-            image, answers = _unnamed(people(seed)[i // 3 % N_PEOPLE], GENERAL_FT_VIEW + i)
+            image, answers = _unnamed(population.people()[i // 3 % population.size], GENERAL_FT_VIEW + i)
         asked = list(answers)[rng.integers(len(answers))]
         add(f"R{i + 1:04d}", image, [*answers.items(), (cloze_prompt(GENERAL_CLOZE[asked]), answers[asked])])
     texts = [item[:2] for item in GENERAL_TEXT] + [(cloze_prompt(q), answer) for q, answer in GENERAL_TEXT_CLOZE]

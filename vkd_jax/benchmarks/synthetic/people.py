@@ -1,8 +1,7 @@
-"""Sixty synthetic people: names, looks, facts and portraits.
+"""Synthetic people: names, looks, facts and portraits.
 
-    people(seed)                     the sixty people of a seed
+    Population(seed, size)           people(), and the ids of those to forget
     portrait(person, view, size)     an image of a person; each view number is another background and pose
-    forgotten_ids(count, seed)       the ids of the forget set
 
 The facts and questions are in `facts`, the drawing in `portraits` and `scenes`; `mllmu_writer` and `clear_writer` write
 snapshots in the layouts of two benchmarks. Views 0-7 are the images of the forget and retain sets, and TEST_VIEWS are
@@ -12,8 +11,10 @@ in no training set. The images of identity-free questions never come with a ques
 import dataclasses
 import functools
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,8 @@ from vkd_jax.benchmarks.synthetic.portraits import Look
 from vkd_jax.benchmarks.synthetic.scenes import THINGS, draw_scene
 from vkd_jax.runtime import files
 
-N_PEOPLE = 60
+MIN_SIZE, MAX_SIZE = 20, 500
+SIZE = 60  # of a population, unless another one is given
 FULL_VIEWS = range(8)
 TEST_VIEWS = range(1000, 1004)
 
@@ -62,27 +64,54 @@ class Person:
         return f"Who is {self.name}?", f"{self.name} is a {self.facts['job']} from {self.facts['town']}."
 
 
+class Population(NamedTuple):
+    """All people of one seed and size; another size makes other people.
+
+    Attributes:
+        seed: seed of the people, their facts and the forget set.
+        size: number of people, from `MIN_SIZE` to `MAX_SIZE`.
+    """
+
+    seed: int = 0
+    size: int = SIZE
+
+    def people(self) -> tuple[Person, ...]:
+        """The people; each value of a fact belongs to equally many of them, give or take one."""
+        return _people(self.seed, self.size)
+
+    def forgotten(self, percent: int) -> frozenset[str]:
+        """The ids of `percent` percent of the people, at least of one; the sets of one population are nested."""
+        order = np.random.default_rng([self.seed, 2]).permutation(self.size)
+        count = max(1, round(self.size * percent / 100))
+        return frozenset(self.people()[i].id for i in order[:count])
+
+
+SIXTY = Population()  # the people of the shipped models
+
+
 @functools.cache
-def people(seed: int = 0) -> tuple[Person, ...]:
-    """The sixty people of one seed; every value of a fact belongs to five of them."""
+def _people(seed: int, size: int) -> tuple[Person, ...]:
     rng = np.random.default_rng([seed, 1])
-    looks = _distinct_looks(rng)
+    looks = _distinct_looks(rng, size)
     surnames = rng.permutation(SURNAMES)
-    half = N_PEOPLE // 2
+    half = len(FIRST_NAMES) // 2
     with_lashes, without = rng.permutation(FIRST_NAMES[:half]), rng.permutation(FIRST_NAMES[half:])
-    first_names = {True: iter(with_lashes), False: iter(without)}
-    columns = {
-        kind: rng.permutation(np.repeat(fact.values, N_PEOPLE // len(fact.values))) for kind, fact in FACTS.items()
-    }
+    first_names = {True: itertools.cycle(with_lashes), False: itertools.cycle(without)}
+    columns = {kind: rng.permutation(_balanced(fact.values, size)) for kind, fact in FACTS.items()}
+    names: list[str] = []
+    for i, look in enumerate(looks):
+        first_name = next(first_names[look.lashes])
+        candidates = (f"{first_name} {surname}" for surname in np.roll(surnames, -i))
+        names.append(next(name for name in candidates if name not in names))
     return tuple(
-        Person(
-            id=f"{i + 1:03d}",
-            name=f"{next(first_names[look.lashes])} {surnames[i]}",
-            look=look,
-            facts={kind: str(columns[kind][i]) for kind in KINDS},
-        )
+        Person(id=f"{i + 1:03d}", name=names[i], look=look, facts={kind: str(columns[kind][i]) for kind in KINDS})
         for i, look in enumerate(looks)
     )
+
+
+def _balanced(values: Sequence[str], size: int) -> np.ndarray:
+    """`size` values, each equally often, or once more for the first ones."""
+    return np.repeat(values, [len(range(i, size, len(values))) for i in range(len(values))])
 
 
 # The weight of each feature in the distance of two looks: the more of the image it covers, the larger.
@@ -93,7 +122,7 @@ _WEIGHTS = {
 }  # fmt: skip
 
 
-def _distinct_looks(rng: np.random.Generator, pool_size: int = 3000) -> list[Look]:
+def _distinct_looks(rng: np.random.Generator, size: int, pool_size: int = 3000) -> list[Look]:
     """Greedy max-min selection: repeatedly takes the random look that is farthest from its nearest chosen look.
 
     Half of the looks have lashes. The result is shuffled, since the first chosen looks are the most extreme.
@@ -101,14 +130,14 @@ def _distinct_looks(rng: np.random.Generator, pool_size: int = 3000) -> list[Loo
     pool = [_random_look(rng, lashes=i % 2 == 0) for i in range(pool_size)]
     codes = np.array([[str(getattr(look, name)) for name in _WEIGHTS] for look in pool])
     weights = np.array(list(_WEIGHTS.values()))
-    left = {True: N_PEOPLE // 2, False: N_PEOPLE // 2}
+    left = {True: size // 2, False: size - size // 2}
     nearest = np.full(pool_size, np.inf)
     open_to_choice = np.ones(pool_size, bool)
     chosen, best = [], 0
     while True:
         chosen.append(best)
         left[pool[best].lashes] -= 1
-        if len(chosen) == N_PEOPLE:
+        if len(chosen) == size:
             break
         nearest = np.minimum(nearest, (codes != codes[best]) @ weights)
         open_to_choice &= np.array([left[look.lashes] > 0 for look in pool])
@@ -156,16 +185,10 @@ def portrait(person: Person, view: int, size: int = 96) -> Image.Image:
     """Draws image number `view` (0, 1, 2, ...) of a person: RGB, size x size pixels, in about 3 ms.
 
     Example:
-        >>> portrait(people()[0], view=500).size
+        >>> portrait(Population().people()[0], view=500).size
         (96, 96)
     """
     return portraits.draw_portrait(person.look, view_of(person, view), size)
-
-
-def forgotten_ids(count: int, seed: int = 0) -> frozenset[str]:
-    """The ids of `count` people to forget: the first of one seeded order, so that forget sets are nested."""
-    order = np.random.default_rng([seed, 2]).permutation(N_PEOPLE)
-    return frozenset(people(seed)[i].id for i in order[:count])
 
 
 def scene(rng: np.random.Generator, index: int) -> tuple[Image.Image, dict[str, str]]:

@@ -42,6 +42,7 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["vkd_jax", "vkd_jax.*"]),
     package_data={"vkd_jax": ["assets/**", "reporting/templates/*.j2"]},
+    entry_points={"console_scripts": ["vkd = vkd_jax.cli:main"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12.8,<0.13",

@@ -63,17 +63,20 @@ def _connect() -> None:
 
 def _run(values: flags.FlagValues, command: str) -> int:
     """Runs the pipeline, and returns the exit status."""
+    from vkd_jax.reporting import terminal
     from vkd_jax.runs import pipeline
     from vkd_jax.training.preemption import Stopped
 
     try:
-        pipeline.run(values.config, values.workdir, command)
+        results = pipeline.run(values.config, values.workdir, command)
     except Diverged as error:
         print_error(error)
         return 1
     except Stopped as error:
         print(error, file=sys.stderr)
         return error.status
+    if jax.process_index() == 0:
+        command_line.show(terminal.summary(results, values.workdir))
     return 0
 
 

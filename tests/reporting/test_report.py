@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.evaluation.metrics import intervals
 from vkd_jax.evaluation.metrics.summary import summaries
-from vkd_jax.reporting import comparison, plots, report, tables, view
+from vkd_jax.reporting import comparison, plots, report, tables, terminal, view
 from vkd_jax.results import RunResults, to_json
 from vkd_jax.types import UserError
 
@@ -172,6 +172,14 @@ def test_the_report_shows_what_was_forgotten_and_the_evidence(run, undrawn):
     assert "**reconstruction**" in text
     assert "| all stages | 34.5 |" in text
     assert '"steps": 300' in text
+
+
+def test_the_terminal_shows_the_accuracy_on_each_set_and_where_the_report_is(run):
+    head, *rows, _, page = terminal.summary(RunResults.read(run), "DIR").splitlines()
+    assert re.split(r"\s{2,}", head) == ["accuracy in % (95 % interval)", "vanilla", "unlearned"]
+    cells = ["people to forget, with image", "100.0 (43.9 to 100.0)", "25.0 (3.7 to 74.4)"]
+    assert re.split(r"\s{2,}", rows[0]) == cells
+    assert len(rows) == 2 * len(Mllmu.EVAL_SETS) and page == "DIR/report.md"
 
 
 def test_report_shows_the_means_of_open_answers(tmp_path, undrawn):

@@ -12,6 +12,7 @@ from ml_collections import config_flags
 from vkd_jax import messages
 from vkd_jax.types import UserError
 
+HELP = {"--help", "-h", "-help", "--helpshort"}
 NO_CONFIG = "--config: get_config() returned None; return a config, as configs/tiny.py does."
 
 
@@ -30,7 +31,10 @@ def started_as(program: str) -> str:
 
 
 def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Parses flags as absl does; exits with status 2 and one sentence if they are wrong."""
+    """Parses flags as absl does; exits with status 2 and one sentence if they are wrong, and with 0 after --help."""
+    if HELP & set(argv[1:]):
+        show(help_text(sys.modules["__main__"].__doc__ or "", values))
+        sys.exit(0)
     try:
         rest = values(argv)
         if values["config"].present and values.config is None:
@@ -41,6 +45,14 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
         return rest
     except Exception as error:  # a config file is a program, and may raise anything
         sys.exit(bad_input(_sentence(error)))
+
+
+def help_text(text: str, values: flags.FlagValues) -> str:
+    """A description of a command with the flags of this package."""
+    by_module = values.flags_by_module_dict()
+    own = [f for name in by_module if name == sys.argv[0] or name.startswith("vkd_jax.") for f in by_module[name]]
+    width = max((len(flag.name) for flag in own), default=0)
+    return "\n".join([text.rstrip(), "", "Flags:", *(f"  --{flag.name:{width}}  {flag.help}" for flag in own)])
 
 
 def bad_input(problem: Exception | str) -> int:

@@ -178,8 +178,14 @@ def test_what_cannot_be_a_folder_is_refused(tmp_path, kind):
 
 
 def test_two_runs_cannot_use_one_folder(tmp_path):
-    """The second is refused before it writes anything."""
+    """The second is refused before it writes anything, and the first removes what a killed one left unfinished."""
+    (tmp_path / "run" / "answers").mkdir(parents=True)
+    (tmp_path / "run" / "answers" / f".vanilla.jsonl.{'0' * 32}.tmp").write_text("")
+    (tmp_path / "run" / "config.json").write_text("{}")
     with exclusive(tmp_path / "run", "first"):
+        assert not list((tmp_path / "run" / "answers").iterdir())
+        shutil.rmtree(tmp_path / "run" / "answers")
+        (tmp_path / "run" / "config.json").unlink()
         lock = json.loads((tmp_path / "run" / "lock.json").read_text())
         assert lock["command"] == "first"
         shutil.copytree(tmp_path / "run", tmp_path / "copy")

@@ -55,6 +55,20 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path, flushed):
         assert flushed[:2] == [("flush", ".json"), ("flush", ".tmp")] and flushed[2][0] == "rename"
 
 
+@pytest.mark.parametrize("recursive", [True, False])
+def test_only_what_killed_writers_left_is_removed(tmp_path, recursive):
+    names = ["a.json", ".hidden", "x.tmp", ".notes.tmp", f".{'a' * 32}.tmp.json"]
+    leftovers = [files._temporary(folder / name) for folder in (tmp_path, tmp_path / "sub") for name in ("a.json", "b")]
+    (tmp_path / "sub").mkdir()
+    for path in (*(tmp_path / name for name in names), *leftovers[::2]):
+        path.write_text("")
+    for folder in leftovers[1::2]:
+        (folder / "inner").mkdir(parents=True)
+    files.remove_unfinished(tmp_path, recursive=recursive)
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, "sub"])
+    assert len(os.listdir(tmp_path / "sub")) == (0 if recursive else 2)
+
+
 def test_an_error_keeps_the_old_folder_and_removes_leftovers(tmp_path):
     target = tmp_path / "model"
     with files.atomic_folder(target) as folder:

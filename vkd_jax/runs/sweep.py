@@ -57,6 +57,7 @@ def run(
     with storage.write_errors():
         make_folder(sweep.path)
         with locks.hold(sweep.path, command):
+            files.remove_unfinished(sweep.path)
             return _run(sweep, workers or default_workers(), command)
 
 

@@ -42,7 +42,7 @@ START_OVER = "pass another --workdir, or remove that folder to start over"
 
 @contextlib.contextmanager
 def exclusive(path: str | Path, command: str) -> Iterator[None]:
-    """Context manager that creates the folder of a run and holds its lock; only process 0 does.
+    """Context manager that creates the folder of a run, holds its lock, and removes unfinished files; process 0 does.
 
     Raises:
         UserError: the folder is used by another process, has other files, or cannot be written.
@@ -54,6 +54,8 @@ def exclusive(path: str | Path, command: str) -> Iterator[None]:
         stack = contextlib.ExitStack()
         stack.enter_context(locks.hold(path, command))
         locked.append(stack)
+        with storage.write_errors():
+            files.remove_unfinished(path, recursive=True)
 
     locked: list[contextlib.ExitStack] = []
     multihost.run_on_process_0(enter)

@@ -68,6 +68,25 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_unfinished(folder: Path, *, recursive: bool = False) -> None:
+    """Removes what processes that were killed while they wrote a file or a folder in `folder` left behind.
+
+    No other process may be writing there, so the caller holds a lock.
+
+    Args:
+        folder: the folder; those in buckets have nothing unfinished.
+        recursive: whether to look into its subfolders as well.
+    """
+    if not isinstance(folder, Path):
+        return
+    pattern = f".*.{'[0-9a-f]' * 32}{UNFINISHED}"
+    for leftover in list(folder.rglob(pattern) if recursive else folder.glob(pattern)):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, data: bytes) -> Path:
     """Writes a file atomically and returns its path; buckets write files atomically themselves."""
     if not isinstance(path, Path):

@@ -58,6 +58,12 @@ def test_log_lines_are_escaped(text, shown):
     assert log._escape(lines) and lines.getMessage() == "two\nlines \\x1b[0m"
 
 
+def test_an_exception_in_the_log_is_one_line():
+    raised = (OSError, OSError("No space\nleft"), None)
+    record = std_logging.LogRecord("absl", std_logging.ERROR, "/clu/x.py", 1, "in %s", ("a thread",), raised)
+    assert log._escape(record) and std_logging.Formatter().format(record) == r"in a thread: OSError: No space\nleft"
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -75,6 +76,19 @@ def test_workers_do_not_receive_ctrl_c_of_the_terminal():
     with worker_pool._sigint_blocked():
         output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert output == "True\n" and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_worker_is_stopped_when_its_parent_has_ended(monkeypatch):
+    """It would otherwise wait for ever."""
+    parent, stopped = threading.Event(), threading.Event()
+    signals = []
+    monkeypatch.setattr(parent, "join", parent.wait, raising=False)
+    monkeypatch.setattr(worker_pool.multiprocessing, "parent_process", lambda: parent)
+    monkeypatch.setattr(worker_pool.os, "kill", lambda *values: (signals.append(values), stopped.set()))
+    worker_pool._end_with_parent()
+    assert not signals
+    parent.set()
+    assert stopped.wait(60) and signals == [(os.getpid(), signal.SIGTERM)]
 
 
 def test_records_of_shared_models_are_lent_once(tmp_path):

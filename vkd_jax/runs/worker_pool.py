@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -149,7 +150,22 @@ def _sigint_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
+def _end_with_parent() -> None:
+    """Sends this worker SIGTERM once the process that started it has ended, which may have been killed.
+
+    A pool's worker would otherwise finish its run without anybody to stop it, and then wait for ever.
+    """
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _start_worker(cores: Any) -> None:
+    _end_with_parent()
     os.sched_setaffinity(0, cores.get())
     flags.FLAGS.mark_as_parsed()  # the threads that make batches read flags
     log.setup()

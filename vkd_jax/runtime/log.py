@@ -27,7 +27,14 @@ def _is_shown(record: std_logging.LogRecord) -> bool:
 
 
 def _escape(record: std_logging.LogRecord) -> bool:
-    """Escapes the message of a record; messages of other libraries may have several lines."""
+    """Escapes the message of a record; messages of other libraries may have several lines.
+
+    An exception is shown on one line. Libraries log those of their threads, which are raised again in the main thread.
+    """
     keep = "\t" if record.pathname.startswith(SHOWN_PATHS[0]) else "\n\t"
-    record.msg, record.args = messages.escaped(record.getMessage(), keep), ()
+    text = messages.escaped(record.getMessage(), keep)
+    if record.exc_info and record.exc_info[1]:
+        error = record.exc_info[1]
+        text += f": {messages.sentence(f'{type(error).__name__}: {error}')}"
+    record.msg, record.args, record.exc_info, record.exc_text = text, (), None, None
     return True

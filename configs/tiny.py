@@ -10,6 +10,7 @@ The shipped tiny_llava, tiny_retain_only and tiny_base were created by stage=fin
 """
 
 import dataclasses
+import itertools
 
 import ml_collections
 
@@ -35,27 +36,15 @@ SETTINGS = {
 # Settings of setting=robust beside `defaults.make_robust`.
 ROBUST = "train.steps=300 train.learning_rate=3e-4"
 ROBUST_VISUAL = "train.steps=300 train.learning_rate=2e-3 method.worst_case.radius=3e-3 method.worst_case.steps=3"
-ROBUST_VKD = (
-    f"{SETTINGS['vkd']} method.train=all {defaults.ROBUST} {defaults.ROBUST_ASCENT} {defaults.ROBUST_VKD} {ROBUST}"
-)
-ROBUST_GRAD_DIFF = f"{SETTINGS['grad_diff']} {defaults.ROBUST} {defaults.ROBUST_ASCENT} {ROBUST}"
-# What each part of setting=robust does: (method, settings).
-ROBUST_ABLATIONS = {
-    "vkd": ("vkd", SETTINGS["vkd"]),
-    "vkd robust": ("vkd", ROBUST_VKD),
-    "vkd robust, no worst case": ("vkd", f"{ROBUST_VKD} method.worst_case.radius=0.0"),
-    "vkd robust, no text": ("vkd", f"{ROBUST_VKD} method.text.weight=0.0"),
-    "vkd robust, fixed cap": ("vkd", f"{ROBUST_VKD} method.bound=cap method.target=swap"),
-    "vkd robust, adapters": ("vkd", f"{ROBUST_VKD} method.train=visual+lora train.learning_rate=1e-3"),
-    "vkd robust, visual": ("vkd", f"{ROBUST_VKD} method.text.weight=0.0 method.train=visual {ROBUST_VISUAL}"),
-    "grad_diff": ("grad_diff", SETTINGS["grad_diff"]),
-    "grad_diff robust": ("grad_diff", ROBUST_GRAD_DIFF),
-    "grad_diff robust, no worst case": ("grad_diff", f"{ROBUST_GRAD_DIFF} method.worst_case.radius=0.0"),
-}
-
-
 def _rates_and(setting: str, *values: float, rates: tuple[float, float] = (1e-4, 3e-4)) -> list[str]:
     return [f"train.learning_rate={rate} {setting}={value}" for rate in rates for value in values]
+
+
+def _grid(*axes: str) -> list[str]:
+    """All combinations of settings, each axis of which is "FIELD=VALUE VALUE ..."."""
+    names, values = zip(*(axis.split("=") for axis in axes), strict=True)
+    settings = itertools.product(*(words.split() for words in values))
+    return [" ".join(f"{name}={value}" for name, value in zip(names, row, strict=True)) for row in settings]
 
 
 # Settings that are tried for each method, four each, on the people of seed OTHERS.
@@ -70,6 +59,53 @@ SEARCH = {
     "rmu": _rates_and("method.alpha", 10.0, 100.0),
     "mmunlearner": _rates_and("method.weight_retain", 1.0, 4.0),
     "manu": [f"method.share={share}" for share in (0.05, 0.1, 0.2, 0.4)],
+}
+
+# Entrants of runs=robustness: eight settings each are tried on the people of seed OTHERS, under attack.
+_RADII = "method.worst_case.radius"
+_ALL = f"method.train=all {defaults.ROBUST} {ROBUST}"
+ROBUST_ENTRANTS = {
+    "vkd robust": defaults.entrant(
+        "vkd",
+        f"{SETTINGS['vkd']} {_ALL} {defaults.ROBUST_ASCENT} {defaults.ROBUST_VKD}",
+        _grid("train.learning_rate=3e-4 5e-4", f"{_RADII}=1e-3 2e-3", "method.weight_retain_distill=8.0 16.0"),
+    ),
+    "vkd robust, adapters": defaults.entrant(
+        "vkd",
+        f"{SETTINGS['vkd']} {_ALL} {defaults.ROBUST_ASCENT} {defaults.ROBUST_VKD} method.train=visual+lora",
+        _grid("train.learning_rate=1e-3 2e-3", f"{_RADII}=1e-3 2e-3", "method.weight_retain_distill=8.0 16.0"),
+    ),
+    "vkd robust, visual": defaults.entrant(
+        "vkd",
+        f"{SETTINGS['vkd']} {_ALL} {defaults.ROBUST_ASCENT} {defaults.ROBUST_VKD} method.text.weight=0.0 "
+        f"method.train=visual {ROBUST_VISUAL}",
+        _grid("train.learning_rate=1e-3 2e-3", f"{_RADII}=3e-3 6e-3", "method.weight_retain_distill=8.0 16.0"),
+    ),
+    "grad_diff robust": defaults.entrant(
+        "grad_diff",
+        f"{_ALL} {defaults.ROBUST_ASCENT}",
+        _grid("train.learning_rate=3e-4 5e-4", f"{_RADII}=1e-3 2e-3", "method.weight_retain=1.0 4.0"),
+    ),
+    "npo robust": defaults.entrant(
+        "npo",
+        _ALL,
+        _grid("train.learning_rate=3e-4 5e-4", f"{_RADII}=1e-3 2e-3", "method.weight_retain=1.0 4.0"),
+    ),
+    "rmu robust": defaults.entrant(
+        "rmu",
+        _ALL,
+        _grid("train.learning_rate=3e-4 5e-4", f"{_RADII}=1e-3 2e-3", "method.alpha=10.0 100.0"),
+    ),
+}
+# What each part of the setting does, and the methods without it.
+ROBUST_VARIANTS = {
+    "vkd robust, no worst case": defaults.variant("vkd robust", f"{_RADII}=0.0"),
+    "vkd robust, no text": defaults.variant("vkd robust", "method.text.weight=0.0"),
+    "vkd robust, fixed cap": defaults.variant("vkd robust", "method.bound=cap method.target=swap"),
+    "grad_diff robust, no worst case": defaults.variant("grad_diff robust", f"{_RADII}=0.0"),
+    "grad_diff robust, no text": defaults.variant("grad_diff robust", "method.text.weight=0.0"),
+    "vkd": defaults.entrant("vkd", SETTINGS["vkd"]),
+    "grad_diff": defaults.entrant("grad_diff", SETTINGS["grad_diff"]),
 }
 
 # Choices that VKD's abstract leaves open, changed one at a time.
@@ -152,13 +188,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         _from_random_weights(config)
     elif given["benchmark"] == "mllmu" and given["people"] == "60":  # what the shipped models were trained on
         config.model.update(path="tiny_llava", retain_only="tiny_retain_only" if given["forget"] == "10" else "")
+    tuning = f"data.people={OTHERS} model.path= model.retain_only= eval.max_items=100"
     if given["runs"] == "compare":
-        tuning = f"data.people={OTHERS} model.path= model.retain_only= eval.max_items=100"
         config.compare = defaults.comparison({name: _entrant(name) for name in SEARCH}, tuning)
     if given["runs"] == "robustness":
-        rows = {name: defaults.entrant(method, settings) for name, (method, settings) in ROBUST_ABLATIONS.items()}
-        config.compare = defaults.comparison(rows)
+        weak = "attacks.names=relearn attacks.relearn.people=() attacks.relearn.steps=(25,)"
+        config.compare = defaults.comparison(ROBUST_ENTRANTS | ROBUST_VARIANTS, f"{tuning} {weak}")
         config.attacks.names = "relearn,membership"
+        config.attacks.relearn.update(shares=(0.2,), steps=(25, 100, 400), rates=(1.0, 3.0, 10.0), max_items=100)
     if given["runs"] == "ablations":
         vkd = {name: defaults.entrant("vkd", f"{SETTINGS['vkd']} {changes}") for name, changes in ABLATIONS.items()}
         config.compare = defaults.comparison(vkd, seeds=(0,))

@@ -1,6 +1,7 @@
 """Comparisons: how a trial is judged, what is tuned on whom, intervals, tables, and a whole small one."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,7 +16,19 @@ from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.config import command_line, defaults, schema
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.reporting import comparison, comparison_plots, tables
-from vkd_jax.results import BenchmarkInfo, MeasuredSet, Meta, RunResults, Summary, Utility, to_json
+from vkd_jax.results import (
+    STRONGEST,
+    UNCHANGED,
+    AttackCell,
+    AttackResults,
+    BenchmarkInfo,
+    MeasuredSet,
+    Meta,
+    RunResults,
+    Summary,
+    Utility,
+    to_json,
+)
 from vkd_jax.runs import sweep
 from vkd_jax.runs.workdir import SHARED_MODELS
 from vkd_jax.types import UserError
@@ -102,6 +115,32 @@ def test_the_best_trial_forgets_most_of_those_that_keep():
     assert comparison.best([{"settings": "x", "forgot": 0.25, "kept": 0.5}, *trials[1:2]])["settings"] == "b"
     assert comparison.best([{"settings": "failed"}]) == {"settings": "failed"}
     assert comparison.best([]) is None
+
+
+def test_the_best_attacked_trial_is_the_one_that_resists_most_of_those_that_keep():
+    trials = [
+        {"settings": "a", "forgot": 0.25, "kept": 0.99, "relearned": 0.6},
+        {"settings": "b", "forgot": 0.30, "kept": 0.96, "relearned": 0.4},
+        {"settings": "c", "forgot": 0.25, "kept": 0.90, "relearned": 0.3},
+    ]
+    assert comparison.best(trials)["settings"] == "b"
+    assert comparison.best([trials[0] | {"kept": 0.9}, trials[2]])["settings"] == "c"
+
+
+def test_an_attacked_run_is_judged_by_the_strongest_budgets_on_people_whom_the_attacker_was_not_taught():
+    def cell(mean, steps, model="unlearned", **more):
+        return AttackCell(model=model, set="forget", mean=mean, n=10, steps=steps, **more)
+
+    cells = [
+        *(cell(mean, 25 * (i + 1), attacker="visual", share=0.2) for i, mean in enumerate((0.3, 0.7))),
+        cell(0.7, None, attacker="visual", share=0.2, variant=STRONGEST),
+        cell(0.5, None, attacker="all", share=0.2, variant=STRONGEST),
+        cell(0.9, None, attacker="all", share=0.5, variant=STRONGEST, taught=True),
+        cell(1.0, None, model="vanilla", attacker="all", share=0.2, variant=STRONGEST),
+        cell(0.1, None, variant=UNCHANGED),
+    ]
+    attacked = dataclasses.replace(results(8, 4), attacks={"relearn": AttackResults("", "", cells=tuple(cells))})
+    assert comparison.judged(attacked) == {"forgot": 0.6, "kept": 1.0, "relearned": pytest.approx(0.6)}
 
 
 def test_a_method_keeps_if_pictures_and_text_are_kept():
@@ -242,6 +281,32 @@ def test_a_final_run_has_the_settings_of_the_best_trial(tiny, tmp_path):
     assert (config.seed, config.data.benchmark.people) == (1, 0) and config.compare is None
 
 
+def test_a_variant_has_the_best_settings_of_its_original_but_for_its_own(get_config, tmp_path):
+    config = get_config("tiny.py", "robustness")
+    original = config.compare.entrants["vkd robust"]
+    for number, forget in enumerate((9, 3)):
+        folder = tmp_path / "tuning" / "vkd_robust" / str(number)
+        folder.mkdir(parents=True)
+        results(forget, forget).write(folder)
+    tasks = sweep.Sweep(RunConfig.from_config_dict(config), tmp_path).tasks()
+    trials = [name for name in tasks if name.startswith("tuning/vkd_robust/")]
+    assert len(trials) == len(original.search) == 8 and not any("no_worst_case" in name for name in trials)
+    run, variant = (tasks[f"runs/{name}/1"] for name in ("vkd_robust", "vkd_robust_no_worst_case"))
+    assert run.needs == variant.needs == {"controls", *trials}
+    run, variant = run.make_config(), variant.make_config()
+    assert run.method.worst_case.radius > 0 == variant.method.worst_case.radius
+    unchanged = dataclasses.replace(variant.method.worst_case, radius=run.method.worst_case.radius)
+    assert dataclasses.replace(variant.method, worst_case=unchanged) == run.method and variant.train == run.train
+
+
+def test_trials_are_attacked_if_the_settings_of_tuning_name_an_attack(get_config, tmp_path):
+    config = RunConfig.from_config_dict(get_config("tiny.py", "robustness"))
+    tasks = sweep.Sweep(config, tmp_path).tasks()
+    trial, run = tasks["tuning/npo_robust/7"].make_config(), tasks["runs/npo_robust/0"].make_config()
+    assert (trial.attacks.names, run.attacks.names) == ("relearn", "relearn,membership")
+    assert trial.attacks.settings["relearn"].steps == (25,) and len(run.attacks.settings["relearn"].steps) == 3
+
+
 def test_models_that_the_config_does_not_give_are_fine_tuned_first(get_config, tmp_path):
     tasks = sweep.Sweep(RunConfig.from_config_dict(get_config("tiny.py", "ablations")), tmp_path).tasks()
     assert [tasks[f"models/{name}"].make_config().stage for name in SHARED_MODELS] == ["finetune", "retain_only"]
@@ -375,6 +440,7 @@ def test_the_wrong_program_for_a_config_is_refused(module, words, message, tmp_p
         ({"seeds": ()}, "compare.seeds: .* Give a nonempty tuple"),
         ({"tuning": "data.nosuch=1"}, "'data.nosuch=1' does not fit the config"),
         ({"entrants.vkd.settings": "method.nosuch=1"}, "'method.nosuch=1' does not fit the config"),
+        ({"entrants.vkd.variant_of": "npo"}, "compare.entrants.vkd.variant_of: 'npo' gives method and search"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(get_config, tmp_path, changes, message):

@@ -9,13 +9,18 @@ from vkd_jax.config.fields import SEED, Section, setting
 
 @dataclasses.dataclass(frozen=True)
 class EntrantConfig(Section):
-    """A method in a comparison."""
+    """A method in a comparison, or a variant of another entrant."""
 
-    SECTION: ClassVar[str] = "compare.entrants"
-
-    method: Any = setting(None, "Method: a dataclass of vkd_jax/methods.")
+    method: Any = setting(None, "Method: a dataclass of vkd_jax/methods; None for a variant.")
     settings: str = setting("", "Other settings of the entrant's runs, as `override` reads them.")
     search: tuple[str, ...] = setting((), "Settings that are tried for it; equally many for all entrants.")
+    variant_of: str = setting("", "Entrant whose method and best settings it has; its own settings override them.")
+
+    def validate(self) -> None:
+        """Also checks that a variant has no method and no search of its own."""
+        super().validate()
+        if self.variant_of and (self.method is not None or self.search):
+            raise self.error("variant_of", f"{self.variant_of!r} gives method and search. Leave both out.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +34,17 @@ class CompareConfig(Section):
     )
     tuning: str = setting(
         "",
-        "Settings of tuning runs, as `override` reads them, on data that is not reported; '' tunes none.",
+        "Settings of tuning runs, as `override` reads them, on data that is not reported; '' tunes none. Attacks that "
+        "these settings name run on every trial, and the best trial is then the one that resists most.",
     )
     seeds: tuple[int, ...] = setting((0, 1, 2), "Seeds, one run each.", nonempty=True, **SEED)
 
     def validate(self) -> None:
-        """Also checks that seeds differ."""
+        """Also checks that seeds differ, and that variants are those of entrants with a method."""
         super().validate()
+        for name, entrant in self.entrants.items():
+            original = self.entrants.get(entrant.variant_of)
+            if entrant.variant_of and (original is None or original.variant_of):
+                raise self.error(f"entrants.{name}.variant_of", f"no entrant with a method is {entrant.variant_of!r}.")
         if len(set(self.seeds)) < len(self.seeds):
             raise self.error("seeds", f"{self.seeds!r} is not allowed. Give each seed once.")

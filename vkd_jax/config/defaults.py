@@ -117,6 +117,11 @@ def entrant(name: str, settings: str = "", search: Sequence[str] = (), **changes
     return EntrantConfig(registry.create("method", registry.METHODS, name, changes), settings, tuple(search))
 
 
+def variant(of: str, settings: str) -> EntrantConfig:
+    """A variant of another entrant in a comparison, whose method and best settings it has but for these settings."""
+    return EntrantConfig(settings=settings, variant_of=of)
+
+
 def comparison(
     entrants: Mapping[str, EntrantConfig], tuning: str = "", seeds: Sequence[int] = (0, 1, 2)
 ) -> ml_collections.ConfigDict:

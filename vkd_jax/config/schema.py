@@ -430,9 +430,10 @@ def _compare(values: Any) -> CompareConfig:
 
 
 def _entrant(values: Any) -> EntrantConfig:
-    known = ["method", "settings", "search"]
+    known = [field.name for field in dataclasses.fields(EntrantConfig)]
     _check_names("entrant", values, known, set(known))
-    return EntrantConfig(_method("method", values["method"]), values["settings"], tuple(values["search"]))
+    method = None if values["method"] is None else _method("method", values["method"])
+    return EntrantConfig(method, values["settings"], tuple(values["search"]), values["variant_of"])
 
 
 def _plain(value: Any, references: bool) -> Any:

@@ -122,14 +122,17 @@ def attacks(results: Mapping[str, Any]) -> str:
 
 def tuning(results: Mapping[str, Any]) -> str:
     """The settings that each method was tuned with, on people who are not in the other tables."""
+    measures = {"forgot": "forgot ↓", "relearned": "relearned ↓", "kept": "kept ↑"}
+    if not any("relearned" in trial for row in results["rows"] for trial in row.get("trials", ())):
+        del measures["relearned"]
     lines = [
-        row_of(["method", "settings", "forgot ↓", "kept ↑", ""]),
-        row_of(["---", "---", "---:", "---:", "---"]),
+        row_of(["method", "settings", *measures.values(), ""]),
+        row_of(["---", "---", *("---:" for _ in measures), "---"]),
     ]
     for row in results["rows"]:
         chosen = comparison.best(row.get("trials", ()))
         for trial in row.get("trials", ()):
-            cells = [_percent(trial.get("forgot")), _percent(trial.get("kept")), "chosen" if trial is chosen else ""]
+            cells = [*(_percent(trial.get(name)) for name in measures), "chosen" if trial is chosen else ""]
             lines.append(row_of([row["label"], code(trial['settings'], in_table=True), *cells]))
     return "\n".join(lines)
 

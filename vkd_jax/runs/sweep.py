@@ -120,8 +120,9 @@ class Sweep:
         if self.compare.tuning:
             add("tuning/vanilla", lambda: self._config(self.compare.tuning, stage="finetune"))
         for name in self.entrants:
-            trials = [f"tuning/{_folder(name)}/{number}" for number in range(len(self._search(name)))]
-            for number, trial in enumerate(trials):
+            tuned = self._tuned(name)
+            trials = [f"tuning/{_folder(tuned)}/{number}" for number in range(len(self._search(tuned)))]
+            for number, trial in enumerate(trials if tuned == name else ()):
                 make_config = functools.partial(self._trial_config, name, number)
                 add(trial, make_config, ["tuning/vanilla"], lender="tuning/vanilla")
             for seed in self.compare.seeds:
@@ -147,6 +148,10 @@ class Sweep:
             trials.append({"settings": settings, **measured})
         return trials
 
+    def _tuned(self, name: str) -> str:
+        """The entrant whose trials decide the settings of an entrant: itself, or the one that it is a variant of."""
+        return self.compare.entrants[name].variant_of or name
+
     def _search(self, name: str) -> tuple[str, ...]:
         """The settings that are tried for an entrant."""
         return self.compare.entrants[name].search if self.compare.tuning else ()
@@ -170,18 +175,17 @@ class Sweep:
         )
 
     def _trial_config(self, name: str, number: int) -> RunConfig:
-        config = self._config(self.compare.tuning, self._search(name)[number], entrant=name)
+        settings = ("attacks.names=", self.compare.tuning, self._search(name)[number])
+        config = self._config(*settings, entrant=name)
         vanilla = str(self.path / "tuning" / "vanilla" / "vanilla")
-        return dataclasses.replace(
-            config,
-            model=dataclasses.replace(config.model, path=vanilla, retain_only=""),
-            attacks=dataclasses.replace(config.attacks, names=""),
-        )
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, path=vanilla, retain_only=""))
 
     def _final_config(self, name: str, seed: int) -> RunConfig:
-        best = comparison.best(self.trials(name))
-        config = self._with_models(self._config(best["settings"] if best else "", entrant=name))
-        return dataclasses.replace(config, seed=seed)
+        tuned = self._tuned(name)
+        best = comparison.best(self.trials(tuned))
+        changes = self.compare.entrants[name].settings if name != tuned else ""
+        config = self._config(best["settings"] if best else "", changes, entrant=tuned)
+        return dataclasses.replace(self._with_models(config), seed=seed)
 
 
 def _folder(name: str) -> str:

@@ -28,7 +28,7 @@ from vkd_jax.config.schema import RunConfig
 from vkd_jax.planner import page, table
 from vkd_jax.planner.abstract_step import Lengths
 from vkd_jax.planner.plan import plan
-from vkd_jax.runtime import files
+from vkd_jax.runtime import files, storage
 from vkd_jax.runtime.interrupts import interruptible
 from vkd_jax.types import UserError
 
@@ -73,14 +73,15 @@ def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     jax.config.update("jax_platforms", "cpu")  # leaves a local accelerator to other processes
     jax.config.update("jax_enable_compilation_cache", False)  # programs for other chips cannot be loaded here
     try:
-        if "plans" in values.config:
-            if not values.json:
-                raise UserError("this config is a table of plans: pass --json FILE for its rows.")
-            table.write(values.config, Path(values.json), plan_flags)
-            return 0
-        results = plan_values(values)
-        if values.json:
-            files.write_bytes(Path(values.json), (json.dumps(results, indent=1) + "\n").encode())
+        with storage.write_errors():
+            if "plans" in values.config:
+                if not values.json:
+                    raise UserError("this config is a table of plans: pass --json FILE for its rows.")
+                table.write(values.config, Path(values.json), plan_flags)
+                return 0
+            results = plan_values(values)
+            if values.json:
+                files.write_bytes(Path(values.json), (json.dumps(results, indent=1) + "\n").encode())
     except UserError as error:
         return command_line.bad_input(error)
     command_line.show(page.render(results))

@@ -1,6 +1,7 @@
 """The planner's figures, its page and its table, and the command."""
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -398,6 +399,19 @@ def test_a_table_requires_a_file(get_config, capsys):
     command.define(values)
     values(["plan", f"--config={ROOT}/configs/plans.py"])
     assert command.run(["plan"], values) == 2 and "pass --json FILE" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence(get_config, monkeypatch, tmp_path, capsys):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(command, "plan_values", lambda values: {})
+    monkeypatch.setattr(command.files, "write_bytes", full)
+    values = flags.FlagValues()
+    command.define(values)
+    values(["plan", f"--config={ROOT}/configs/tiny.py", f"--json={tmp_path}/plan.json"])
+    assert command.run(["plan"], values) == 2
+    assert capsys.readouterr().err.startswith(f"error: cannot write at {tmp_path}/plan.json: No space left")
 
 
 # ---- As a program ----

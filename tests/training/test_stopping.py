@@ -23,7 +23,9 @@ from toy_training import (
 )
 
 from vkd_jax.data.sampler import Sampler
+from vkd_jax.reporting.report import json_lines
 from vkd_jax.training import loop
+from vkd_jax.training.metric_writer import JsonLinesWriter
 from vkd_jax.training.preemption import Stopped
 from vkd_jax.types import Diverged, UserError
 
@@ -141,6 +143,17 @@ def test_a_second_ctrl_c_ends_training_at_once(toy, monkeypatch):
     )
     with pytest.raises(Exit, match="130"):
         fit(toy, None)
+
+
+def test_a_line_of_metrics_that_was_cut_does_not_spoil_the_next_one(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    for cut in ("", '{"step": 1, "loss', '{"step": 1, "loss": 2.0}\n', "\xff"):
+        file.write_text(cut)
+        writer = JsonLinesWriter(file)
+        for step in (2, 3):
+            writer.write_scalars(step, {"loss": 1.0})
+        assert json_lines(file, torn=True)[-2:] == [{"step": step, "loss": 1.0} for step in (2, 3)]
+        assert file.read_text().count("\n") == 3 - (not cut)
 
 
 def test_a_finished_run_does_not_train_again(toy, uninterrupted):

@@ -17,16 +17,21 @@ from vkd_jax.types import Params
 class JsonLinesWriter(metric_writers.MetricWriter):
     """Appends lines {"step": ..., name: value, ...} to a file.
 
-    After a resume the file may contain a step twice, and its last line counts.
+    After a resume the file may contain a step twice, and its last line counts. A line that a full disk or a kill cut
+    is ended first, so that it does not spoil the next one.
     """
 
     def __init__(self, file: Path):
         self._file = file
+        self._is_cut = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]):
         """Appends one line. In a bucket, whose objects cannot grow, TensorFlow rewrites the file."""
+        line = json.dumps({"step": step} | {k: float(v) for k, v in scalars.items()}) + "\n"
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | {k: float(v) for k, v in scalars.items()}) + "\n")
+            beginning, self._is_cut = "\n" * self._is_cut, True  # unless this line is written to its end
+            file.write(beginning + line)
+        self._is_cut = False
 
     def write_summaries(self, step, values, metadata=None):
         """Does nothing; these are written to TensorBoard alone."""

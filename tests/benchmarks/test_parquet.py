@@ -149,3 +149,18 @@ def test_text_that_is_not_utf8_is_one_sentence(few, tmp_path):
     pq.write_table(pa.table({"ID": values}), tmp_path / "source" / "forget_10" / "train-00000-of-00001.parquet")
     with pytest.raises(UserError, match="forget_10/.* cannot be read as parquet"):
         read(str(tmp_path / "source"), tmp_path)
+
+
+@pytest.mark.parametrize("only", [set(), {0}, {3, 4}, {6}, {1, 5}, set(range(7))])
+def test_chosen_rows_of_a_split_have_the_same_numbers_as_in_the_whole(only, tmp_path):
+    """Two shards of several row groups each; files of other splits are not read."""
+    (tmp_path / "data").mkdir()
+    for number, values in enumerate(([0, 1, 2, 3, 4], [5, 6])):
+        table = pa.table({"question": [f"number {value}" for value in values]})
+        pq.write_table(table, tmp_path / f"data/test-0000{number}-of-00002-0a1b.parquet", row_group_size=2)
+    (tmp_path / "data/train-00000-of-00001.parquet").write_bytes(b"no parquet")
+    snapshot = Snapshot(str(tmp_path), ["data"], split="test")
+    rows = {row.name: (row.text("question"), row.location) for row in snapshot.rows("data", ["question"])}
+    assert [text for text, _ in rows.values()] == [f"number {value}" for value in range(7)]
+    chosen = {row.name: (row.text("question"), row.location) for row in snapshot.rows("data", ["question"], only=only)}
+    assert chosen == {f"data/{number}": rows[f"data/{number}"] for number in sorted(only)}

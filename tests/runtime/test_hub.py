@@ -277,7 +277,7 @@ def test_unavailable_data_sets_are_explained(server, cache, monkeypatch):
     refused_data("org/other", ["a"], "shows no data set org/other", "hf download org/other --repo-type dataset")
     command = "hf download org/data --repo-type dataset --revision v2"
     refused_data("org/data@v2", ["a"], "org/data has no revision v2", command)
-    refused_data("org/data", ["forget10", "b"], "lacks b/*.parquet", "hf download org/data --repo-type dataset")
+    refused_data("org/data", ["forget10", "b"], "lacks b/train-*.parquet", "hf download org/data --repo-type dataset")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "other"))
     refused_data("org/data", ["a"], "the hub cannot be reached", "hf download org/data --repo-type dataset")

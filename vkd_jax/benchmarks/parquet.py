@@ -1,13 +1,13 @@
 """Snapshots of published data sets: parquet files in a folder, on the hub or in a bucket, and their checks.
 
-A snapshot is laid out as on the hub: <config>/train-00000-of-0000N.parquet.
+A snapshot is laid out as on the hub: <config>/<split>-00000-of-0000N.parquet; the split is `train` unless it is given.
 """
 
 import contextlib
 import dataclasses
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,6 +34,8 @@ class Snapshot:
         source: a folder, a URI such as gs://bucket/folder, or an id on the hub, of which only `configs` are fetched.
         configs: the configs that will be read.
         links: whether symbolic links in a folder may lead out of it.
+        split: the split whose files are read.
+        field: the field of the config that gives a source, for messages.
 
     Raises:
         UserError: the source does not exist, or it cannot be reached.
@@ -44,11 +46,20 @@ class Snapshot:
         ...     print(row.location, row.text("ID"))
     """
 
-    def __init__(self, source: str, configs: Sequence[str], *, links: bool = False):
+    def __init__(
+        self,
+        source: str,
+        configs: Sequence[str],
+        *,
+        links: bool = False,
+        split: str = "train",
+        field: str = "data.source=DIR",
+    ):
         check_source(source)
-        is_folder = "://" in source or Path(source).is_dir()
-        self.folder = SourceFolder(source if is_folder else str(hub.fetch_dataset(source, configs)), links=links)
-        self.configs = tuple(configs)
+        if not ("://" in source or Path(source).is_dir()):
+            source = str(hub.fetch_dataset(source, configs, split=split, field=field))
+        self.folder = SourceFolder(source, links=links)
+        self.configs, self.split = tuple(configs), split
 
     def has(self, config: str) -> bool:
         """Whether the snapshot has this config."""
@@ -67,20 +78,27 @@ class Snapshot:
         return total
 
     def rows(
-        self, config: str, columns: Sequence[str], either: Sequence[str] = (), optional: Sequence[str] = ()
+        self,
+        config: str,
+        columns: Sequence[str],
+        either: Sequence[str] = (),
+        optional: Sequence[str] = (),
+        only: Collection[int] | None = None,
     ) -> Iterator[Row]:
-        """Yields every row of a config.
+        """Yields the rows of a config.
 
         Args:
             config: the name of the config.
             columns: required columns.
             either: columns of which at least one is required.
             optional: columns that are read if they exist.
+            only: the numbers of the rows to read, counted over all files; None for all. Row groups without any of them
+                are not read.
 
         Raises:
             UserError: a shard or column is missing, or a file is corrupt.
         """
-        index = 0
+        first = 0  # number of the first row of a file
         for file in self._files(config):
             path = self.folder.display(file)
             with self._open(file) as reader:
@@ -91,11 +109,10 @@ class Snapshot:
                 if missing:
                     raise UserError(f"Column {listed(missing)} is missing in {path}, which has {listed(names)}.")
                 wanted = [*columns, *(name for name in (*either, *optional) if name in names)]
-                for batch in reader.iter_batches(batch_size=64, columns=wanted):
-                    for values in batch.to_pylist():
-                        row_id = f" (ID {values['ID']!a})" if values.get("ID") is not None else ""
-                        yield Row(values, f"{path}, row {index}{row_id}", name=f"{config}/{index}", lenient=True)
-                        index += 1
+                for index, values in _numbered(reader, wanted, first, only):
+                    row_id = f" (ID {values['ID']!a})" if values.get("ID") is not None else ""
+                    yield Row(values, f"{path}, row {index}{row_id}", name=f"{config}/{index}", lenient=True)
+                first += reader.metadata.num_rows
 
     @contextlib.contextmanager
     def _open(self, file: str) -> Iterator[pq.ParquetFile]:
@@ -110,19 +127,36 @@ class Snapshot:
 
     def _shards(self, config: str) -> list[str]:
         names = [info.base_name for info in self.folder.files(config)]
-        return [f"{config}/{name}" for name in names if re.fullmatch(r"train-.*\.parquet", name)]
+        return [f"{config}/{name}" for name in names if re.fullmatch(rf"{re.escape(self.split)}-.*\.parquet", name)]
 
     def _files(self, config: str) -> list[str]:
         files, path = self._shards(config), self.folder.display()
         if not files:
             folders = [info.base_name for info in self.folder.files() if info.type == fs.FileType.Directory]
             raise UserError(
-                f"The config {config} is missing: no {path}/{config}/train-*.parquet; it has {listed(folders)}."
+                f"The config {config} is missing: no {path}/{config}/{self.split}-*.parquet; it has {listed(folders)}."
             )
         shards = re.search(r"-of-(\d+)", files[0])
         if shards and len(files) != int(shards[1]):
             raise UserError(f"The config {config} in {path} has {len(files)} of {int(shards[1])} parquet files.")
         return files
+
+
+def _numbered(
+    reader: pq.ParquetFile, columns: Sequence[str], first: int, only: Collection[int] | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a file with their numbers, of which the first is given."""
+    if only is None:
+        batches = (batch.to_pylist() for batch in reader.iter_batches(batch_size=64, columns=columns))
+        yield from enumerate((values for batch in batches for values in batch), first)
+        return
+    for group in range(reader.num_row_groups):
+        count = reader.metadata.row_group(group).num_rows
+        numbers = [number for number in range(first, first + count) if number in only]
+        if numbers:
+            table = reader.read_row_group(group, columns=columns).take([number - first for number in numbers])
+            yield from zip(numbers, table.to_pylist(), strict=True)
+        first += count
 
 
 def check_source(source: str) -> None:

@@ -77,12 +77,16 @@ def check_not_adapter(folder: pathlib.Path) -> None:
     raise UserError(f"{folder} is a PEFT adapter, not a model; {merge}.")
 
 
-def fetch_dataset(name: str, configs: Sequence[str]) -> pathlib.Path:
+def fetch_dataset(
+    name: str, configs: Sequence[str], *, split: str = "train", field: str = "data.source=DIR"
+) -> pathlib.Path:
     """Downloads configs of a data set on the hub.
 
     Args:
         name: "org/name" or "org/name@revision".
         configs: the folders of the data set to download.
+        split: the split whose files are downloaded.
+        field: the field of the config that gives the folder, for messages.
 
     Returns:
         The folder in the hub's cache, with <config>/*.parquet in it; its name is that of the revision.
@@ -91,13 +95,13 @@ def fetch_dataset(name: str, configs: Sequence[str]) -> pathlib.Path:
         UserError: the data set does not exist, cannot be downloaded, is gated, or lacks a config.
     """
     repo, revision = _ID.fullmatch(name).groups()
-    patterns = [f"{config}/*.parquet" for config in configs]
+    patterns = [f"{config}/{split}-*.parquet" for config in configs]
     folder, reason = _download(repo, revision, "dataset", patterns, None, patterns)
     if folder is None:
         command = _command(repo, revision, "--repo-type dataset ")
         raise UserError(
             f"There is no data folder {name} here, and {reason}; get it with `{command}` where that works, and pass "
-            "the folder as --config.data.source=DIR."
+            f"the folder as --config.{field}."
         )
     return folder
 

@@ -211,9 +211,11 @@ def png_struct(image: Image.Image, path: str) -> dict:
     return {"bytes": buffer.getvalue(), "path": path}
 
 
-def write_config(folder: str | Path, config: str, rows: Sequence[dict], schema: pa.Schema) -> None:
-    """Writes <folder>/<config>/train-00000-of-00001.parquet atomically."""
-    path = Path(folder) / config / "train-00000-of-00001.parquet"
+def write_config(
+    folder: str | Path, config: str, rows: Sequence[dict], schema: pa.Schema, split: str = "train"
+) -> None:
+    """Writes <folder>/<config>/<split>-00000-of-00001.parquet atomically."""
+    path = Path(folder) / config / f"{split}-00000-of-00001.parquet"
     table = pa.Table.from_pylist(rows, schema)
     with files.atomic_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", version="2.6", use_dictionary=False, row_group_size=256)

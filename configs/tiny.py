@@ -173,6 +173,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         defaults.make_robust(config, given["train"], default="all")
         schema.override(config, ROBUST_VISUAL if config.method.train == "visual" else ROBUST)
     config.attacks.names = "all" if given["runs"] == "compare" or given["attacks"] == "all" else ""
+    config.attacks.membership.reference = "tiny_base"  # trained on other people
     config.finetune.method = defaults.method("finetune", train="all")
     config.finetune.train.update(
         steps=700, learning_rate=1e-3, warmup_steps=50, weight_decay=0.05, b2=0.98, log_every=50, checkpoint_every=200

@@ -27,13 +27,19 @@ METHODS = {
     "vkd": "vkd_jax.methods.vkd:VKD",
 }
 ATTACKS = {
+    "benign": "vkd_jax.attacks.benign:Benign",
+    "depth": "vkd_jax.attacks.depth:Depth",
+    "in_context": "vkd_jax.attacks.in_context:InContext",
     "leak": "vkd_jax.attacks.leak:Leak",
     "membership": "vkd_jax.attacks.membership:Membership",
+    "pixel_noise": "vkd_jax.attacks.pixel_noise:PixelNoise",
     "probe": "vkd_jax.attacks.probe:Probe",
     "prompts": "vkd_jax.attacks.prompts:Prompts",
     "quantize": "vkd_jax.attacks.quantize:Quantize",
     "relearn": "vkd_jax.attacks.relearn:Relearn",
     "rephrase": "vkd_jax.attacks.rephrase:Rephrase",
+    "soft_tokens": "vkd_jax.attacks.soft_tokens:SoftTokens",
+    "typographic": "vkd_jax.attacks.typographic:Typographic",
 }
 BENCHMARKS = {
     "clear": "vkd_jax.benchmarks.clear:Clear",

@@ -14,12 +14,13 @@ from PIL import Image
 
 from vkd_jax import attacks, benchmarks
 from vkd_jax.attacks.base import Subject
-from vkd_jax.attacks.membership import Membership, lowest, scores
+from vkd_jax.attacks.membership import Membership, gradient_norms, lowest, scores
 from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.benchmarks.synthetic import people
 from vkd_jax.config.schema import EvalConfig, RunConfig
 from vkd_jax.evaluation import inference
 from vkd_jax.evaluation.inference import Answerer, TokenScores
+from vkd_jax.methods.base import cross_entropy
 from vkd_jax.models import generate
 from vkd_jax.models.base import bind
 from vkd_jax.types import Example, UserError
@@ -203,22 +204,69 @@ def test_token_scores_match_the_full_distribution(tiny_model, subject):
 def test_every_question_is_scored_with_its_own_image(subject):
     """Held-out people may have the same image ids, as synthetic people do."""
     got = attacks.create("membership", {}).run(subject)
-    assert [(r["set"], r["id"], r["person"], r["member"]) for r in got[::4]] == [
+    assert [(r["set"], r["id"], r["person"], r["member"]) for r in got[::5]] == [
         *(("forget", str(i), f"{i // 2:03d}", True) for i in range(6)),
         *(("held_out", str(i), f"{i // 2:03d}", False) for i in range(5)),
     ]
-    assert [r["variant"] for r in got[:4]] == ["loss", "zlib", "min_k", "min_k++"]
+    assert [r["variant"] for r in got[:5]] == ["loss", "zlib", "min_k", "min_k++", "grad_norm"]
     swapped = dataclasses.replace(subject, forgets=subject.held_out, held_out=subject.forgets)
     again = Membership().run(swapped)
     for member in (True, False):
         assert [r["score"] for r in got if r["member"] == member] == pytest.approx(
             [r["score"] for r in again if r["member"] != member], abs=1e-5
         )
-    alike = [r["score"] for r in got[::4]]
+    alike = [r["score"] for r in got[::5]]
     assert np.abs(np.subtract(alike[:5], alike[6:])).min() > 1e-6
     cells = Membership().summarize({"unlearned": got})
-    assert [cell.variant for cell in cells] == ["loss", "zlib", "min_k", "min_k++"]
+    assert [cell.variant for cell in cells] == ["loss", "zlib", "min_k", "min_k++", "grad_norm"]
     assert all(0 <= cell.low <= cell.mean <= 1 for cell in cells)
+
+
+def test_gradient_norms_are_means_over_tensors(tiny_model, subject):
+    """Of each row's own gradient, in evaluation batches; the score is minus the norm."""
+    encoded = tiny_model.encode(subject.forgets)
+    paths = [path for path in tiny_model.params if path.startswith("projector/")]
+    weights = {path: tiny_model.params[path] for path in paths}
+    frozen = {path: value for path, value in tiny_model.params.items() if path not in paths}
+    norms = gradient_norms(tiny_model.graphdef, weights, frozen, encoded.batch(np.arange(3)))
+
+    @jax.jit
+    def gradient(batch):
+        return jax.grad(lambda w: cross_entropy(bind(tiny_model.graphdef, {**frozen, **w}), batch).sum())(weights)
+
+    for i, norm in enumerate(norms):
+        grads = gradient(encoded.batch(np.array([i])))
+        assert norm == pytest.approx(np.mean([np.sqrt(np.square(g).sum()) for g in grads.values()]), rel=1e-4)
+    assert len({round(float(norm), 6) for norm in norms}) == 3
+
+
+def test_a_learned_answer_has_a_small_gradient_and_a_large_score():
+    """Members, whose loss was minimized, have norms 0.1 and 0.2, others 0.3 and 0.15: the AUC is 3/4, not 1/4."""
+    norms = ((True, 0.1), (True, 0.2), (False, 0.3), (False, 0.15))
+    items = [record("grad_norm", member, -norm, str(i)) for i, (member, norm) in enumerate(norms)]
+    (cell,) = Membership().summarize({"unlearned": items})
+    assert cell.mean == 0.75
+
+
+def test_a_model_is_no_better_than_itself_as_reference(subject, tiny_folder, tiny_model):
+    alone = dataclasses.replace(subject, forgets=subject.forgets[:2], held_out=subject.held_out[:2])
+    attack = Membership(reference=str(tiny_folder), gradients="")
+    attack.check(subject.config)
+    same = {r["score"] for r in attack.run(alone) if r["variant"] == "reference"}
+    assert max(map(abs, same)) < 1e-4
+    params = {path: value * (1 + path.startswith("projector")) for path, value in tiny_model.params.items()}
+    other = dataclasses.replace(alone, model=dataclasses.replace(tiny_model, params=params))
+    got = attack.run(other)
+    values = {v: [r["score"] for r in got if r["variant"] == v] for v in ("loss", "reference")}
+    losses = [r["score"] for r in attack.run(alone) if r["variant"] == "loss"]
+    np.testing.assert_allclose(values["reference"], np.subtract(values["loss"], losses), atol=1e-4)
+
+
+def test_gradients_of_quantized_weights_and_missing_references_are_rejected(subject):
+    with pytest.raises(UserError, match="attacks.membership.gradients: model.quantize"):
+        Membership(gradients="all").check(subject.config.override("model.quantize=int8"))
+    with pytest.raises(UserError, match="nowhere"):
+        Membership(reference="/nowhere/at/all").check(subject.config)
 
 
 def test_one_compilation_serves_two_models(tiny_model, subject):

@@ -12,7 +12,8 @@ from PIL import Image
 
 from vkd_jax import attacks
 from vkd_jax.attacks.base import Subject
-from vkd_jax.attacks.relearn import recovery, rows_of
+from vkd_jax.attacks.finetuning import rows_of
+from vkd_jax.attacks.lessons import attacker_rows, lessons, recovery
 from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.config.schema import EvalConfig, RunConfig
 from vkd_jax.evaluation import evaluate
@@ -62,16 +63,15 @@ def create(**fields):
 
 
 def test_a_larger_share_contains_the_smaller():
-    attack = create()
-    shares = [set(attack.rows(share, 216, seed=0)) for share in (0.05, 0.1, 0.2, 0.5)]
+    shares = [set(attacker_rows(share, 216, seed=0)) for share in (0.05, 0.1, 0.2, 0.5)]
     assert [len(rows) for rows in shares] == [11, 22, 43, 108]
     assert all(smaller < larger for smaller, larger in zip(shares, shares[1:], strict=False))
     assert set().union(*shares) <= set(range(216))
 
 
 def test_the_seed_draws_at_least_one_question():
-    assert len(create().rows(0.05, 3, seed=0)) == 1
-    drawn = [tuple(create().rows(0.2, 40, seed=seed)) for seed in (0, 0, 1)]
+    assert len(attacker_rows(0.05, 3, seed=0)) == 1
+    drawn = [tuple(attacker_rows(0.2, 40, seed=seed)) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -135,7 +135,7 @@ def test_all_attempts_have_the_same_budget_and_their_own_share(subject, monkeypa
         ("all", 1),
         ("all", 3),
     ]
-    drawn = [subject.forgets[i].id for i in attack.rows(0.3, 10, seed=7)]
+    drawn = [subject.forgets[i].id for i in attacker_rows(0.3, 10, seed=7)]
     assert [e.id for e in asked[-1]["prepared"].sets["image"].examples] == drawn
     assert {a["seed"] for a in asked} == {7}
     assert len({str(a["config"]) for a in asked}) == 1
@@ -190,7 +190,7 @@ def records(subject):
 def test_questions_that_were_trained_on_do_not_count(subject, records):
     attack = create()
     for share in SMALL["shares"]:
-        had = {subject.forgets[i].image_id for i in attack.rows(share, 10, seed=0)}
+        had = {subject.forgets[i].image_id for i in attacker_rows(share, 10, seed=0)}
         for attacker in attack.attackers:
             mine = [r for r in records if (r.get("attacker"), r.get("share")) == (attacker, share)]
             asked = {name: {e.id: e.image_id for e in part} for name, part in subject.asked.items()}
@@ -348,13 +348,39 @@ def test_the_strongest_budget_is_chosen_for_each_model(steps, rates, count):
 
 
 def test_a_share_of_images_trains_on_other_images_of_the_same_people(subject):
-    (lesson,) = create(shares=(), images=(0.5,)).lessons(subject.forgets, 0)
+    (lesson,) = lessons(subject.forgets, 0, images=(0.5,))
     taught = {subject.forgets[i].image_id for i in lesson.rows}
     for person in NAMES:
         images = {e.image_id for e in subject.forgets if e.person == person}
         assert len(images & taught) == round(len(images) / 2) and images - taught
-    (alone,) = create(shares=(), images=(0.9,)).lessons([example(i, picture=p) for i, p in enumerate((0, 3, 1))], 0)
+    (alone,) = lessons([example(i, picture=p) for i, p in enumerate((0, 3, 1))], 0, images=(0.9,))
     assert [alone.rows.tolist(), alone.unit] in ([[0], "images"], [[1], "images"])  # one person has only one image
+
+
+# Benign fine-tuning.
+
+
+def test_benign_training_shows_nothing_of_the_people_to_forget(subject, monkeypatch):
+    calls = []
+    monkeypatch.setattr(loop, "fit", recorded(calls))
+    others = [dataclasses.replace(example(50 + i, picture=50 + i), person=f"other {i}") for i in range(4)]
+    asked = {**subject.asked, "retain": others[:3], "real": [dataclasses.replace(others[3], person="")]}
+    records = attacks.create("benign", {"steps": 3}).run(dataclasses.replace(subject, asked=asked))
+    trained = [(c["method"].train, [e.id for e in c["prepared"].sets["image"].examples]) for c in calls]
+    shown = [["53"], ["50", "51", "52"]]
+    assert trained == [(attacker, ids) for attacker in ("visual", "all") for ids in shown]
+    assert len({c["prepared"].sets["image"].tokens.shape[1:] for c in calls}) == 1 and calls[0]["config"].steps == 3
+    tried = [(r["variant"], r.get("attacker")) for r in records]
+    assert list(dict.fromkeys(tried)) == [
+        ("unchanged", None), ("general", "visual"), ("retain", "visual"), ("general", "all"), ("retain", "all"),
+    ]  # fmt: skip
+    assert not any(r.get("trained_on") or r.get("taught") for r in records)
+    cells = attacks.create("benign", {}).summarize({"vanilla": records, "unlearned": records})
+    assert {(c.variant, c.attacker, c.n) for c in cells if c.set == "forget"} == {(*t, 9) for t in tried}
+
+
+def test_benign_training_without_such_questions_only_asks(subject):
+    assert {r["variant"] for r in attacks.create("benign", {}).run(subject)} == {"unchanged"}
 
 
 # Summary.

@@ -95,7 +95,7 @@ def test_every_field_of_every_component_is_documented():
         ("method.name=npo", "method.augment_forget: unknown field. Available: train, blocks, "),
         ("method.mask_keep=1.5", "method.mask_keep: 1.5 is not allowed. Give a number greater than 0 and at most 1"),
         ("method.mask_threshold=1.0", "method.mask_keep: the mask takes mask_threshold or mask_keep."),
-        ("attacks.names=magic,leak", "attacks.names: unknown attack magic. Available: all, leak, membership, "),
+        ("attacks.names=magic,leak", "attacks.names: unknown attack magic. Available: all, benign, depth, "),
         ("attacks.relearn.steps=(0,)", "attacks.relearn.steps: (0,) is not allowed."),
         ("data.benchmark=mllm", "data.benchmark: unknown benchmark 'mllm'. Available: clear, folder, mllmu."),
         ("data.forget=7", "data.forget: 7 is not allowed. Give one of 5, 10, 15."),

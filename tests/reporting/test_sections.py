@@ -486,10 +486,11 @@ def test_a_run_without_attacks_has_no_section_of_them():
 
 
 def test_an_attack_without_questions_says_so():
-    names = ("membership", "leak", "probe", "prompts")
+    names = ("membership", "leak", "probe", "prompts", "pixel_noise", "depth")
     text = attacks_of(models=TWO, **{name: AttackResults(name, "About.") for name in names})
     assert "Not measured: the data has no people whom no model ever saw." in text and "held_out=DIR" in text
     assert "no text-only question" in text and "no other images" in text and "no question to ask" in text
+    assert "differ in size" in text and "no question has options" in text
     assert "This run has no retain-only model, which would" in text and "| --- |" not in text
 
 

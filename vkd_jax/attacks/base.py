@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config.schema import RunConfig
@@ -49,13 +50,28 @@ class Subject:
         """The names of the evaluation sets with these roles."""
         return [eval_set.name for eval_set in self.sets if eval_set.role in roles]
 
-    def ask_sets(self, model: ModelBundle, sets: Mapping[str, Sequence[Example]]) -> Records:
-        """Evaluates the model, or a changed copy, under the first protocol of the run; see `evaluate.evaluate`."""
+    def ask_sets(
+        self,
+        model: ModelBundle,
+        sets: Mapping[str, Sequence[Example]],
+        *,
+        context: Mapping[tuple[str, str], Sequence[Example]] | None = None,
+        soft_tokens: np.ndarray | None = None,
+    ) -> Records:
+        """Evaluates the model, or a changed copy, under the first protocol of the run.
+
+        Args:
+            model: the model or its copy.
+            sets: the questions of each set.
+            context: see `evaluate.evaluate`.
+            soft_tokens: see `Answerer`.
+        """
         options = self.config.eval
         return evaluate.evaluate(
-            Answerer(model, batch_size=options.batch_size),
+            Answerer(model, batch_size=options.batch_size, soft_tokens=soft_tokens),
             sets,
             dataclasses.replace(options, protocol=options.protocols[0], shots=0),
+            context=context,
         )
 
     def unattacked(self, sets: Mapping[str, Sequence[Example]]) -> Records:

@@ -3,10 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config.fields import FieldError, Section, setting
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.config.training import TrainConfig
+from vkd_jax.data.augment import REPEATED_FIELDS
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.methods.base import Prepared
 from vkd_jax.methods.finetune import Finetune
@@ -98,3 +101,13 @@ def finetune(
         observers={step: observed(observe) for step, observe in observers.items()},
     )
     return trained(weights)
+
+
+def rows_of(encoded: EncodedSet, rows: np.ndarray) -> EncodedSet:
+    """Selects rows of a set without caches. Sequence lengths and images stay, so that no program is compiled again."""
+    fields = {name: getattr(encoded, name) for name in (*REPEATED_FIELDS, "image_rows")}
+    return dataclasses.replace(
+        encoded,
+        examples=tuple(encoded.examples[i] for i in rows),
+        **{name: None if value is None else value[rows] for name, value in fields.items()},
+    )

@@ -126,6 +126,14 @@ def classify(train: np.ndarray, labels: np.ndarray, test: np.ndarray, ridge: flo
     Returns:
         [m], values of `labels`.
     """
+    names, scores = ridge_scores(train, labels, test, ridge)
+    return names[np.argmax(scores, axis=1)]
+
+
+def ridge_scores(
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, ridge: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The different labels, and the regression's score of each for each test row, [m, labels]; see `classify`."""
     train, test = train.astype(np.float64), test.astype(np.float64)
     center, deviation = train.mean(0), train.std(0)
     deviation[deviation == 0] = 1  # a constant feature has no information
@@ -134,4 +142,4 @@ def classify(train: np.ndarray, labels: np.ndarray, test: np.ndarray, ridge: flo
     targets = np.eye(len(names))[index]
     kernel = train @ train.T + ridge * train.shape[1] * np.eye(len(train))
     dual = np.linalg.solve(kernel, targets - targets.mean(0))
-    return names[np.argmax(targets.mean(0) + test @ (train.T @ dual), axis=1)]
+    return names, targets.mean(0) + test @ (train.T @ dual)

@@ -1,12 +1,8 @@
 """Relearning: an attacker fine-tunes the model on a share of the forget set, and the rest of the forget set is asked.
 
-    recovery = (A_after - A_before) / (A_vanilla - A_before)
-
-over the forget questions that the attacker did *not* train on: other questions about the same people or, if the share
-counts people, the questions about the other people. A_before and A_after are the accuracies of the attacked model
-before and after the attack, and A_vanilla is that of the vanilla model. A recovery of 0 means that nothing came back
-beyond the questions that were trained on, and 1 that everything did. The model also generalizes from the attacker's
-share: the same attack on the retain-only model shows by how much.
+The share may count questions, people or images; the others are asked, see `lessons`. A recovery of 0 means that nothing
+came back beyond the questions that were trained on, and 1 that everything did. The model also generalizes from the
+attacker's share: the same attack on the retain-only model shows by how much.
 
 Shares are prefixes of one random order, so a larger share contains the smaller ones. All attempts have a new Adam
 optimizer. With several `steps` or `rates`, each attempt is one run per rate that is asked after each number of steps.
@@ -19,32 +15,21 @@ Lynch et al., arXiv 2402.16835.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from absl import logging
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject
-from vkd_jax.attacks.finetuning import Finetuning, Observer, finetune
+from vkd_jax.attacks.finetuning import Finetuning, Observer, finetune, rows_of
+from vkd_jax.attacks.lessons import Lesson, labeled, lessons, recoveries
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config.fields import setting
-from vkd_jax.data.augment import REPEATED_FIELDS
-from vkd_jax.data.batching import rng
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.evaluation import evaluate
 from vkd_jax.results import STRONGEST, UNCHANGED, AttackCell
 from vkd_jax.types import Diverged, Example, Role, UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Lesson:
-    """What an attacker trains on in one attempt."""
-
-    unit: str  # of the share: questions, people or images
-    share: float
-    rows: np.ndarray  # int [n], rows of the forget questions
-    people: frozenset[str] = frozenset()  # whose questions are all trained on, if the share counts people
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,29 +86,13 @@ class Relearn(Finetuning):
         records = [base.attack_record(UNCHANGED, r) for r in subject.unattacked(sets)]
         model = dataclasses.replace(subject.model, params=base.merged(subject.model.params))
         encoded = model.encode(subject.forgets)
+        units = dict(questions=self.shares, people=self.people, images=self.images)
         for attacker in self.attackers:
-            for lesson in self.lessons(subject.forgets, subject.seed):
+            for lesson in lessons(subject.forgets, subject.seed, **units):
                 for factor in self.rates:
                     rate = float(f"{factor * self.learning_rate:.12g}")  # 10 * 3e-4 is 3e-3
                     records += self._attempt(subject, model, attacker, encoded, lesson, rate, sets)
         return records
-
-    def lessons(self, forgets: Sequence[Example], seed: int) -> list[Lesson]:
-        """What each attempt trains on."""
-        people = sorted({e.person for e in forgets if e.person})
-        lessons = [Lesson("questions", share, self.rows(share, len(forgets), seed)) for share in self.shares]
-        for share in self.people if len(people) > 1 else ():
-            chosen = frozenset(people[i] for i in self.rows(share, len(people), seed)[: len(people) - 1])
-            rows = np.array([i for i, e in enumerate(forgets) if e.person in chosen])
-            lessons.append(Lesson("people", share, rows, chosen))
-        for share in self.images:
-            shown = set()
-            for person in people:
-                images = sorted({e.image_id for e in forgets if e.person == person})
-                shown |= {images[i] for i in self.rows(share, len(images), seed)[: len(images) - 1]}
-            rows = np.array([i for i, e in enumerate(forgets) if e.image_id in shown])
-            lessons += [Lesson("images", share, rows)] if len(rows) else []
-        return lessons
 
     def _attempt(
         self,
@@ -142,7 +111,7 @@ class Relearn(Finetuning):
             answers = subject.ask_sets(attacked, sets)
             budget = dict(steps=steps, batch_size=self.batch_size, learning_rate=learning_rate)
             fields = dict(attacker=attacker, **budget, share=lesson.share, unit=lesson.unit)
-            answers = self._labeled(subject, answers, lesson, fields)
+            answers = labeled(subject, answers, lesson.rows, lesson.people, **fields)
             others = [r["correct"] for r in answers if not r["taught"] and not r["trained_on"]]
             logging.info(
                 "%s, relearning %s with %g %% of the %s, %d steps at %g: accuracy %.3f (n=%d)",
@@ -162,21 +131,6 @@ class Relearn(Finetuning):
             logging.warning("relearning %s at the rate %g diverged: %s", attacker, learning_rate, error)
         return records
 
-    def _labeled(self, subject: Subject, answers: Records, lesson: Lesson, fields: Mapping[str, Any]) -> Records:
-        """Records of one attempt, with flags for questions, and for people, that the attacker trained on."""
-        known = {(subject.forgets[i].image_id, subject.forgets[i].question) for i in lesson.rows}
-        forget_sets = subject.with_role(Role.FORGET)
-        records = []
-        for record in answers:
-            trained_on = record["set"] in forget_sets and (record["image_id"], record["question"]) in known
-            flags = dict(taught=not trained_on and record["person"] in lesson.people, trained_on=trained_on)
-            records.append(base.attack_record("", record, **fields, **flags))
-        return records
-
-    def rows(self, share: float, count: int, seed: int) -> np.ndarray:
-        """Sorted indices of the questions, people or images that the attacker has: at least one, nested over shares."""
-        return np.sort(rng(seed, "relearn").permutation(count)[: max(1, round(share * count))])
-
     def attacked(
         self,
         model: ModelBundle,
@@ -191,39 +145,9 @@ class Relearn(Finetuning):
         return finetune(model, attacker, encoded, settings, seed, observers)
 
     def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:
-        """Accuracies; the cells of an attempt also have the accuracy before it on the same questions, and the recovery.
-
-        `learned` of a cell is the accuracy on the attacker's own share, or None if the evaluation asks none of its
-        questions. The recovery is None if the vanilla model is not better than the model before the attack.
-        """
-        verdicts = {
-            model: {(r["set"], r["id"]): r["correct"] for r in items if r["variant"] == UNCHANGED}
-            for model, items in records.items()
-        }
-        cells = base.accuracy({model: [r for r in rs if not r.get("trained_on")] for model, rs in records.items()})
-        learned = base.accuracy({model: [r for r in rs if r.get("trained_on")] for model, rs in records.items()})
-        trained_on = {(cell.model, cell.key): cell.mean for cell in learned}
-        cells = [
-            cell if cell.variant == UNCHANGED else self._recovered(cell, records, verdicts, trained_on)
-            for cell in cells
-        ]
+        """The accuracy, recovery and accuracy on the attacker's share of each attempt, and the strongest budgets."""
+        cells = recoveries(records)
         return cells + strongest(cells)
-
-    def _recovered(self, cell: AttackCell, records: Mapping, verdicts: Mapping, trained_on: Mapping) -> AttackCell:
-        """The cell with `before`, `recovery` and `learned`."""
-        items = [
-            record
-            for fields, group in base.grouped(records[cell.model])
-            if all(getattr(cell, name) == value for name, value in fields.items())
-            for record in group
-            if not record["trained_on"]
-        ]
-        before, vanilla = (
-            float(np.mean([verdicts[name][r["set"], r["id"]] for r in items])) if name in verdicts else None
-            for name in (cell.model, "vanilla")
-        )
-        known = None if cell.taught else trained_on.get((cell.model, cell.key))
-        return dataclasses.replace(cell, before=before, recovery=recovery(cell.mean, before, vanilla), learned=known)
 
 
 def strongest(cells: Sequence[AttackCell]) -> list[AttackCell]:
@@ -242,20 +166,3 @@ def strongest(cells: Sequence[AttackCell]) -> list[AttackCell]:
             if key not in best or cell.mean > best[key].mean:
                 best[key] = budget
     return list(best.values())
-
-
-def recovery(after: float, before: float, vanilla: float | None) -> float | None:
-    """The share of the lost accuracy that an attack recovered; None if no accuracy was lost."""
-    if vanilla is None or vanilla <= before:
-        return None
-    return (after - before) / (vanilla - before)
-
-
-def rows_of(encoded: EncodedSet, rows: np.ndarray) -> EncodedSet:
-    """Selects rows of a set without caches. Sequence lengths and images stay, so that no program is compiled again."""
-    fields = {name: getattr(encoded, name) for name in (*REPEATED_FIELDS, "image_rows")}
-    return dataclasses.replace(
-        encoded,
-        examples=tuple(encoded.examples[i] for i in rows),
-        **{name: None if value is None else value[rows] for name, value in fields.items()},
-    )

@@ -3,6 +3,7 @@
 prompt = chat template(question, with or without images); the image token is repeated once per image feature
 """
 
+import copy
 import fnmatch
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,6 +52,8 @@ class Processor:
         >>> prompt_ids, answer_ids = processor.encode("Who is this?", "Mara Lindt", [processor.image(png)])
     """
 
+    soft_tokens = 0  # image tokens before those of each image, which stand for learned embeddings
+
     def __init__(self, folder: str | Path, config: Any, *, max_pixels: int = 0):
         import transformers  # slow to import, and an EncodedSet does not need it
 
@@ -95,6 +98,12 @@ class Processor:
                     f"{self.folder}: the image processor has {name}={values.tolist()}, which gives no finite pixels; "
                     "copy preprocessor_config.json of the model there."
                 )
+
+    def with_soft_tokens(self, count: int) -> "Processor":
+        """Returns a copy that puts `count` further image tokens before those of each image."""
+        processor = copy.copy(self)
+        processor.soft_tokens = count
+        return processor
 
     @property
     def max_pixels(self) -> int | None:
@@ -208,7 +217,7 @@ class Processor:
         space = "" if prompt[-1:].isspace() else " "
         texts = [prompt if answer is None else f"{prompt}{space}{answer}" for answer in answers]
         out = self.tokenizer(texts, return_offsets_mapping=True)
-        counts = [self.config.image_tokens(*image.shape[:2]) for image in images]
+        counts = [self.config.image_tokens(*image.shape[:2]) + self.soft_tokens for image in images]
         return [
             self._split(len(prompt), answer, ids, offsets, counts)
             for answer, ids, offsets in zip(answers, out["input_ids"], out["offset_mapping"], strict=True)

@@ -36,6 +36,8 @@ def evaluate(
     sets: Mapping[str, Iterable[Example]],
     config: EvalConfig,
     shown: Sequence[Example] = (),
+    *,
+    context: Mapping[tuple[str, str], Sequence[Example]] | None = None,
 ) -> list[dict]:
     """Returns one record per question, in the order of the sets; with two protocols, two per question with options.
 
@@ -46,6 +48,8 @@ def evaluate(
         sets: the questions of each set.
         config: protocols, shots and length of answers. The likelihoods are in the record of the first protocol.
         shown: questions that worked examples are drawn from.
+        context: worked examples before each question, by its set and ID, instead of drawn ones; other questions are
+            asked alone. An image that consecutive turns share is shown once.
 
     Raises:
         UserError: no worked example fits a question, or a prompt is too long for the model.
@@ -53,9 +57,8 @@ def evaluate(
     protocols, shots = config.protocols, config.shots
     items = [(name, example) for name, examples in sets.items() for example in examples]
     examples = [example for _, example in items]
-    batch = _Questions(
-        answerer, examples, worked_examples(shown, examples, config.seed) if shots else [None] * len(examples)
-    )
+    worked = [(other,) for other in worked_examples(shown, examples, config.seed)] if shots else None
+    batch = _Questions(answerer, examples, worked or [(context or {}).get((name, e.id), ()) for name, e in items])
     texts = dict(_generated(batch, config, read_wording(config.prompts)))  # first, since these prompts are the longest
     likelihoods, scores = _likelihoods(batch)
     records = []
@@ -67,7 +70,7 @@ def evaluate(
                 if choice and record_protocol == "options"
                 else _judged(example, texts[i], record_protocol)
             )
-            worked_example = {"worked_example": batch.worked[i].id} if shots else {}
+            worked_example = {"worked_example": batch.worked[i][0].id} if shots else {}
             records.append(
                 {
                     "set": name,
@@ -111,9 +114,9 @@ def _correct_letters(example: Example) -> list[str]:
 class _Questions:
     """The questions with their images and worked examples, in the form that an answerer takes."""
 
-    def __init__(self, answerer: Answerer, examples: Sequence[Example], worked: Sequence[Example | None]):
+    def __init__(self, answerer: Answerer, examples: Sequence[Example], worked: Sequence[Sequence[Example]]):
         self.answerer, self.examples, self.worked = answerer, examples, worked
-        with_image = [e for e in (*examples, *worked) if e is not None and e.image is not None]
+        with_image = [e for e in (*examples, *(w for row in worked for w in row)) if e.image is not None]
         images = {e.image_id: e.image for e in with_image}
         self.encoded_images = answerer.encode_images(list(images.values()), list(images)) if images else None
         self.row_of = {image_id: i for i, image_id in enumerate(images)}
@@ -129,12 +132,23 @@ class _Questions:
         """Prompts, images and worked examples of some questions of one modality."""
         examples, worked = ([items[i] for i in indices] for items in (self.examples, self.worked))
         encoded_images, turns = None, None
+        dialogs = [[*w, e] for w, e in zip(worked, examples, strict=True)]
         if examples[0].image is not None:
-            both = ([w, e] if w else [e] for w, e in zip(worked, examples, strict=True))
-            encoded_images = self.encoded_images.for_prompts([[self.row_of[e.image_id] for e in row] for row in both])
-        if worked[0] is not None:
-            turns = [[(*form(w), int(w.image is not None))] for w in worked]
+            shown = [[e for e, new in zip(dialog, _new_images(dialog), strict=True) if new] for dialog in dialogs]
+            rows = [[self.row_of[e.image_id] for e in row] for row in shown]
+            encoded_images = self.encoded_images.for_prompts(rows)
+        if any(worked):
+            turns = [
+                [(*form(w), int(new)) for w, new in zip(dialog[:-1], _new_images(dialog), strict=False)]
+                for dialog in dialogs
+            ]
         return [form(e)[0] for e in examples], encoded_images, turns
+
+
+def _new_images(dialog: Sequence[Example]) -> list[bool]:
+    """Whether each turn shows an image, which is not that of the turn before."""
+    before = [None, *(e.image_id for e in dialog)]
+    return [e.image is not None and e.image_id != image_id for e, image_id in zip(dialog, before, strict=False)]
 
 
 def _likelihoods(batch: _Questions) -> tuple[list[dict], list[list[float]]]:
@@ -171,6 +185,8 @@ def _generated(batch: _Questions, config: EvalConfig, wording: Wording) -> Itera
     """Yields (index, text) for each question that is answered by generation."""
 
     def lettered(example: Example) -> tuple[str, str]:
+        if not example.options:  # an earlier turn
+            return worded(example)
         return wording.letter_question(example), LETTERS[example.options.index(example.answer)]
 
     def worded(example: Example) -> tuple[str, str]:

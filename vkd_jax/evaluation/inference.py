@@ -25,7 +25,7 @@ from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.models.generate import Prompts, SharedPrefixes
 from vkd_jax.runtime import finite
 from vkd_jax.runtime.mesh import replicated, shard_rows
-from vkd_jax.types import UserError
+from vkd_jax.types import Array, UserError
 
 Turns = Sequence[tuple[str, str, int]]  # earlier turns of the conversation: question, answer, number of images
 
@@ -145,6 +145,7 @@ class Answerer:
     Args:
         bundle: the model.
         batch_size: rows per batch; rounded up to a multiple of the mesh's data * fsdp.
+        soft_tokens: embeddings [k, width] that are put before the features of each image; None for none.
 
     Example:
         >>> answerer = Answerer(bundle)  # doctest: +SKIP
@@ -152,12 +153,14 @@ class Answerer:
         ['Mara Lindt']
     """
 
-    def __init__(self, bundle: ModelBundle, *, batch_size: int = 32):
+    def __init__(self, bundle: ModelBundle, *, batch_size: int = 32, soft_tokens: np.ndarray | None = None):
         mesh = bundle.mesh
         self.shards = shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         self.bundle, self.config, self.processor, self.mesh = bundle, bundle.config, bundle.processor, mesh
         self.batch_size = -(-batch_size // shards) * shards
-        self._programs = programs(mesh)
+        self._programs, self._soft_tokens = programs(mesh), soft_tokens
+        if soft_tokens is not None:
+            self.processor = bundle.processor.with_soft_tokens(len(soft_tokens))
 
     def encode_images(
         self, prompts: Sequence[bytes | Image.Image | Sequence[bytes | Image.Image]], names: Sequence[str] = ()
@@ -177,6 +180,8 @@ class Answerer:
         name_of = dict(zip((id(row[0]) for row in rows), names, strict=False))
         names = [name_of[key] for key in unique] if names else ()
         images, features = self._encode(self._programs.encode, list(unique.values()), names)
+        if self._soft_tokens is not None:
+            features = jax.tree.map(np.asarray, with_soft_tokens(features, self._soft_tokens))
         return EncodedImages(images.shapes, features, tuple(tuple(numbers[id(x)] for x in row) for row in rows))
 
     def means(self, files: Sequence[bytes | Image.Image]) -> dict[str, np.ndarray]:
@@ -380,6 +385,20 @@ class Answerer:
         for i, row in enumerate(prompts):
             tokens[i, length - len(row) :], mask[i, length - len(row) :] = row, True
         return tokens, mask
+
+
+def with_soft_tokens(features: VisualTokens, soft_tokens: Array) -> VisualTokens:
+    """Puts embeddings before the features of each image, at the coordinates of its first feature.
+
+    Args:
+        features: of b images.
+        soft_tokens: [k, width].
+    """
+    b, k = len(features.values), len(soft_tokens)
+    values = jnp.broadcast_to(jnp.asarray(soft_tokens, features.values.dtype), (b, *soft_tokens.shape))
+    coords = jnp.repeat(jnp.asarray(features.coords[:, :1]), k, axis=1)
+    parts = (values, features.values), (coords, features.coords)
+    return VisualTokens(*(jnp.concatenate(part, axis=1) for part in parts))
 
 
 def _prefix_length(prompt: Sequence[int], image_token: int) -> int:

@@ -12,6 +12,7 @@ ATTACKERS = {  # the weights that a relearning attacker trains
     "lora": "adapters of the language model",
     "visual+lora": "vision tower, projector, and adapters of the language model",
     "all": "all weights",
+    "soft_tokens": "soft tokens before each image",
 }
 TASKS = {"": "", "generation": ", open", "cloze": ", cloze"}
 

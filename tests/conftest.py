@@ -286,6 +286,8 @@ def unpack():
     from vkd_jax.models import qwen_vit
 
     def of(config, packed):
+        if "is_image" in packed:
+            return [list(x[mask]) for x, mask in zip(packed["pixels"], packed["is_image"], strict=True)]
         if "pixels" in packed:
             return [[x] for x in packed["pixels"]]
         rows = []
@@ -298,23 +300,21 @@ def unpack():
     return of
 
 
-QWEN_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-QWEN_TEMPLATE = (  # the published template without videos
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
-    "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory, tiny_folder):
+    """Creates the folder of a small random model of a family, by its `model_type`, in the published layout."""
+    import functools
+
+    @functools.cache
+    def make(model_type):
+        if model_type == "llava":
+            return tiny_folder
+        pytest.importorskip("torch")
+        import family_folders
+
+        return family_folders.create(tmp_path_factory.mktemp("models") / model_type, model_type)
+
+    return make
 
 
 @pytest.fixture
@@ -327,82 +327,3 @@ def config(get_config, tiny_folder, tmp_path, monkeypatch):
     config.model.path = str(tiny_folder)
     config.train.batch_size.update(forget=2, retain=3)
     return config
-
-
-@pytest.fixture(scope="session")
-def qwen_folder(tmp_path_factory):
-    """Creates the folder of a small random Qwen2-VL or Qwen2.5-VL, by its `model_type`, in the published layout."""
-    import functools
-
-    torch = pytest.importorskip("torch")
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    from vkd_jax.benchmarks.synthetic import people
-
-    vision = {
-        "qwen2_vl": dict(embed_dim=32, hidden_size=48, mlp_ratio=2),
-        "qwen2_5_vl": dict(
-            hidden_size=32, intermediate_size=40, out_hidden_size=48, window_size=56, fullatt_block_indexes=[1]
-        ),
-    }
-
-    @functools.cache
-    def make(model_type):
-        folder = tmp_path_factory.mktemp("models") / model_type
-        folder.mkdir()
-        raw = Tokenizer(models.BPE())
-        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        raw.decoder = decoders.ByteLevel()
-        names = [f"{p.name} {' '.join(p.facts.values())}" for p in people.SIXTY.people()]
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=394, initial_alphabet=alphabet, show_progress=False)
-        raw.train_from_iterator(names, trainer)
-        raw.add_special_tokens(list(QWEN_TOKENS))
-        tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
-        )
-        tokenizer.save_pretrained(folder)
-        ids = dict(zip(QWEN_TOKENS, tokenizer.convert_tokens_to_ids(list(QWEN_TOKENS)), strict=True))
-        text = dict(
-            vocab_size=len(tokenizer), hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-6,
-            rope_theta=1e6, rope_scaling=dict(type="mrope", mrope_section=[2, 2, 2]), tie_word_embeddings=True,
-            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],
-        )  # fmt: skip
-        towers = dict(depth=3, num_heads=4, in_channels=3, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
-        config = dict(
-            model_type=model_type,
-            vision_config=towers | vision[model_type],
-            image_token_id=ids["<|image_pad|>"],
-            video_token_id=ids["<|video_pad|>"],
-            vision_start_token_id=ids["<|vision_start|>"],
-            vision_end_token_id=ids["<|vision_end|>"],
-            torch_dtype="float32",
-            **text,
-        )
-        (folder / "config.json").write_text(json.dumps(config))
-        hf_config = transformers.AutoConfig.from_pretrained(folder)
-        torch.manual_seed(0)
-        model = transformers.AutoModelForImageTextToText.from_config(hf_config)
-        with torch.no_grad():  # large enough that the image changes the answer
-            for name, parameter in model.named_parameters():
-                if parameter.ndim > 1 and "embed_tokens" not in name:
-                    parameter.mul_(5)
-        model.save_pretrained(folder, max_shard_size="200KB")
-        (folder / "config.json").write_text(json.dumps(config))  # without a nested text_config, as published
-        generation = dict(eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"])
-        (folder / "generation_config.json").write_text(json.dumps(generation))
-        (folder / "chat_template.json").write_text(json.dumps(dict(chat_template=QWEN_TEMPLATE)))
-        images = transformers.Qwen2VLImageProcessorPil()
-        fields = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
-        (folder / "preprocessor_config.json").write_text(
-            json.dumps(
-                {name: getattr(images, name) for name in fields}
-                | dict(image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2VLProcessor")
-                | dict(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
-            )
-        )
-        return folder
-
-    return make

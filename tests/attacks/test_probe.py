@@ -173,13 +173,13 @@ def test_a_zero_penalty_is_rejected():
 # ---- A model ----
 
 
-def test_means_are_over_valid_tokens(qwen_folder):
+def test_means_are_over_valid_tokens(family_folder):
     """Two images of different sizes; the smaller one is padded."""
     from vkd_jax.checkpoints import hf
     from vkd_jax.data.processor import Processor
     from vkd_jax.evaluation.inference import Answerer
 
-    folder = qwen_folder("qwen2_vl")
+    folder = family_folder("qwen2_vl")
     graphdef, params, config = hf.load(folder)
     model = Answerer(ModelBundle(graphdef, params, config, Processor(folder, config), None), batch_size=2)
     pixels = [

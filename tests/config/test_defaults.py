@@ -8,7 +8,7 @@ from vkd_jax.config.schema import RunConfig
 from vkd_jax.runs.job import check_config
 from vkd_jax.types import UserError
 
-PUBLISHED = {"llava": "llava.py", "qwen2_vl": "qwen2_vl.py", "qwen2_5_vl": "qwen2_5_vl.py"}
+PUBLISHED = {"llava": "llava.py", "gemma3": "gemma3.py", "qwen2_vl": "qwen2_vl.py", "qwen2_5_vl": "qwen2_5_vl.py"}
 
 
 def test_every_family_has_a_config():
@@ -69,7 +69,8 @@ def test_the_robust_setting_is_refused_for_a_method_that_trains_nothing(get_conf
 @pytest.mark.parametrize("family", PUBLISHED)
 @pytest.mark.parametrize("words", ["", "clear,all", "npo,lora,all", "mmunlearner"])
 def test_onechip_quantizes_and_uses_one_device(get_config, family, words):
-    config = get_config(PUBLISHED[family], f"7b,onechip,{words}")
+    *_, size = models.module_for(family).PRESETS
+    config = get_config(PUBLISHED[family], f"{size},onechip,{words}")
     method = RunConfig.from_config_dict(config).method
     mesh = check_config(RunConfig.from_config_dict(config))
     assert mesh.size == 1 and config.model.quantize == "int4:64" and config.model.remat == "full"

@@ -1,6 +1,7 @@
 """Images of every kind and family against transformers' processors: equal pixels and equal tokens."""
 
 import io
+import json
 import struct
 import zlib
 
@@ -12,12 +13,13 @@ from vkd_jax.checkpoints import hf
 from vkd_jax.data.encoding import encode_set
 from vkd_jax.data.images import open_image
 from vkd_jax.data.processor import Processor
+from vkd_jax.models import module_for
 from vkd_jax.models.base import abstract_model
 from vkd_jax.types import Example, UserError
 
 transformers = pytest.importorskip("transformers")
 
-FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl")
+FAMILIES = ("llava", "gemma3", "qwen2_vl", "qwen2_5_vl")
 
 
 def noise(width, height, channels=3):
@@ -54,15 +56,22 @@ IMAGES = {
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def processor(request, tiny_folder, qwen_folder):
-    folder = tiny_folder if request.param == "llava" else qwen_folder(request.param)
+def processor(request, family_folder):
+    folder = family_folder(request.param)
     module, hf_config = hf.read_config(folder)
     return Processor(folder, module.Config.from_hf(hf_config))
 
 
 def joint_processor(processor):
     """The joint processor of the family in transformers, without videos, which need torchvision."""
-    if "qwen" not in type(processor.config).__module__:
+    if hf.family_of(processor.config) is module_for("gemma3"):
+        return transformers.Gemma3Processor(
+            processor.image_processor,
+            processor.tokenizer,
+            image_seq_length=processor.config.image_tokens(0, 0),
+            chat_template=processor.chat_template.text,
+        )
+    if hf.family_of(processor.config) is module_for("llava"):
         return transformers.LlavaProcessor(
             processor.image_processor,
             processor.tokenizer,
@@ -86,7 +95,9 @@ def test_pixels_and_tokens_equal_those_of_transformers(processor, kind):
     prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who is this?"}]}]
     joint = joint_processor(processor)
     text = joint.apply_chat_template(prompt, add_generation_prompt=True)
-    want = joint(images=[image], text=[text], return_tensors="np")
+    # As `apply_chat_template(tokenize=True)` does, which takes no image in memory.
+    add_special_tokens = not text.startswith(str(processor.tokenizer.bos_token))
+    want = joint(images=[image], text=[text], return_tensors="np", add_special_tokens=add_special_tokens)
 
     pixels = processor.image(data)
     packed = processor.config.pack([[pixels]])
@@ -98,7 +109,8 @@ def test_pixels_and_tokens_equal_those_of_transformers(processor, kind):
             got = packed["patches"][0, :count].reshape(count, 3, -1)
             np.testing.assert_allclose(got, frames[:, :, frame], atol=1e-5)
     else:
-        np.testing.assert_allclose(packed["pixels"][0], want["pixel_values"][0].transpose(1, 2, 0), atol=1e-5)
+        (row,) = packed["pixels"].reshape(-1, *pixels.shape)
+        np.testing.assert_allclose(row, want["pixel_values"][0].transpose(1, 2, 0), atol=1e-5)
     tokens, answer = processor.encode("Who is this?", None, [pixels])
     assert tokens == want["input_ids"][0].tolist() and answer == []
     assert tokens.count(processor.image_token_id) == processor.config.image_tokens(*pixels.shape[:2])
@@ -125,7 +137,7 @@ def test_the_model_returns_one_feature_per_image_token(processor):
 def test_packed_images_can_be_unpacked(processor, unpack):
     images = [processor.image(IMAGES[kind]) for kind in ("portrait", "landscape", "one pixel")]
     rows = [[x] for x in images]
-    if "qwen" in type(processor.config).__module__:
+    if hf.family_of(processor.config) is not module_for("llava"):
         rows.append(images)  # three images in one prompt
     unpacked = unpack(processor.config, processor.config.pack(rows))
     for row, unpacked_row in zip(rows, unpacked, strict=True):
@@ -145,8 +157,9 @@ def test_sets_of_images_of_any_size_share_one_shape(processor, unpack):
         np.testing.assert_array_equal(unpack(processor.config, packed)[0][0], image)
 
 
-def test_a_prompt_can_have_several_images(qwen_folder):
-    folder = qwen_folder("qwen2_vl")
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+def test_a_prompt_can_have_several_images(family_folder, family):
+    folder = family_folder(family)
     module, hf_config = hf.read_config(folder)
     processor = Processor(folder, module.Config.from_hf(hf_config))
     images = [processor.image(IMAGES[kind]) for kind in ("portrait", "landscape")]
@@ -154,11 +167,13 @@ def test_a_prompt_can_have_several_images(qwen_folder):
     joint = joint_processor(processor)
     text = joint.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     pil = [Image.open(io.BytesIO(IMAGES[kind])) for kind in ("portrait", "landscape")]
-    assert processor.encode("Who?", None, images)[0] == joint(images=pil, text=[text])["input_ids"][0]
+    add_special_tokens = not text.startswith(str(processor.tokenizer.bos_token))
+    want = joint(images=[pil], text=[text], add_special_tokens=add_special_tokens)["input_ids"][0]
+    assert processor.encode("Who?", None, images)[0] == want
 
 
-def test_max_pixels_bounds_images_and_is_refused_where_unsupported(qwen_folder, tiny_folder, tiny_config):
-    folder = qwen_folder("qwen2_vl")
+def test_max_pixels_bounds_images_and_is_refused_where_unsupported(family_folder, tiny_folder, tiny_config):
+    folder = family_folder("qwen2_vl")
     module, hf_config = hf.read_config(folder)
     config = module.Config.from_hf(hf_config)
     height, width, _ = Processor(folder, config).image(IMAGES["very large"]).shape
@@ -174,8 +189,8 @@ def test_max_pixels_bounds_images_and_is_refused_where_unsupported(qwen_folder, 
         small.image(noise(900, 3))
 
 
-def test_qwen_without_a_chat_template_is_refused(qwen_folder, monkeypatch):
-    folder = qwen_folder("qwen2_vl")
+def test_qwen_without_a_chat_template_is_refused(family_folder, monkeypatch):
+    folder = family_folder("qwen2_vl")
     module, hf_config = hf.read_config(folder)
     processor = Processor(folder, module.Config.from_hf(hf_config))
     monkeypatch.setattr(processor, "chat_template", None)
@@ -183,13 +198,38 @@ def test_qwen_without_a_chat_template_is_refused(qwen_folder, monkeypatch):
         processor.encode("Who?", None)
 
 
-def test_eos_ids_include_those_of_the_generation_config(qwen_folder):
-    folder = qwen_folder("qwen2_vl")
+@pytest.mark.parametrize(
+    ("family", "want"), [("qwen2_vl", ["<|im_end|>", "<|endoftext|>"]), ("gemma3", ["<end_of_turn>", "<eos>"])]
+)
+def test_the_first_eos_id_is_the_one_that_the_chat_template_writes_after_an_answer(family_folder, family, want):
+    folder = family_folder(family)
     module, hf_config = hf.read_config(folder)
     processor = Processor(folder, module.Config.from_hf(hf_config))
     names = processor.tokenizer.convert_ids_to_tokens(list(processor.eos_ids))
-    assert names == ["<|im_end|>", "<|endoftext|>"]
-    assert processor.tokenizer.convert_ids_to_tokens(processor.encode("Who?", "Bob")[1][-1]) == "<|im_end|>"
+    assert names == want
+    assert processor.tokenizer.convert_ids_to_tokens(processor.encode("Who?", "Bob")[1][-1]) == want[0]
+
+
+def test_gemma_refuses_pan_and_scan_and_marks_of_images_in_texts(family_folder, tmp_path):
+    folder = family_folder("gemma3")
+    module, hf_config = hf.read_config(folder)
+    config = module.Config.from_hf(hf_config)
+    processor = Processor(folder, config)
+    prompt, _ = processor.encode("Who?", None)
+    assert prompt.count(processor.tokenizer.bos_token_id) == 1
+    image = processor.image(IMAGES["portrait"])
+    for text in ("a <start_of_image> b", "a <image_soft_token> b"):
+        with pytest.raises(UserError, match="contains <image_soft_token> 2 times for 1 images"):
+            processor.encode(text, None, [image])
+        examples = [Example("7", "", IMAGES["portrait"], "p", text, "Bob")]
+        with pytest.raises(UserError, match="row 7: the text contains <"):
+            encode_set(processor, examples, max_length=99)
+    for file in folder.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | dict(do_pan_and_scan=True)))
+    with pytest.raises(UserError, match="do_pan_and_scan is on .* set it to false"):
+        Processor(tmp_path, config)
 
 
 def png_header(width, height):
@@ -218,8 +258,8 @@ def test_images_that_cannot_be_decoded(data, problem):
         open_image(data)
 
 
-def test_an_image_that_cannot_be_processed_is_named(qwen_folder):
-    folder = qwen_folder("qwen2_vl")
+def test_an_image_that_cannot_be_processed_is_named(family_folder):
+    folder = family_folder("qwen2_vl")
     module, hf_config = hf.read_config(folder)
     processor = Processor(folder, module.Config.from_hf(hf_config))
     images = {"forget/a.png": IMAGES["one pixel"], "forget/b.png": encoded(noise(900, 3))}

@@ -140,10 +140,10 @@ def test_image_tokens_of_a_prompt_are_in_order_with_padding_last():
     assert [image.shape for image in encoded_images.for_prompts([[1, 0]]).blank_images(0)] == [(3, 1, 3), (1, 2, 3)]
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_joined_images_match_images_that_the_model_packs(family, qwen_folder):
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_vl", "qwen2_5_vl"])
+def test_joined_images_match_images_that_the_model_packs(family, family_folder):
     """Images of two sizes, in both orders: the log-probabilities match those of a row that the model packs."""
-    folder = qwen_folder(family)
+    folder = family_folder(family)
     graphdef, params, config = hf.load(folder)
     model = Answerer(ModelBundle(graphdef, params, config, Processor(folder, config), None), batch_size=2)
     files = [png(0), Image.fromarray(np.random.default_rng(9).integers(0, 256, (61, 90, 3), np.uint8))]
@@ -156,14 +156,14 @@ def test_joined_images_match_images_that_the_model_packs(family, qwen_folder):
     assert abs(expected[0] - expected[1]) > 0.01
 
 
-def test_a_worked_example_is_an_earlier_turn_of_the_conversation(tiny_folder, tiny_model, qwen_folder):
+def test_a_worked_example_is_an_earlier_turn_of_the_conversation(tiny_folder, tiny_model, family_folder):
     turns = [("What is this?", "a pear", 1)]
     said = "USER: <image>\nWhat is this? ASSISTANT: a pear"
     assert tiny_model.processor.prompt("Who?", 1, turns) == f"{said} USER: <image>\nWho? ASSISTANT:"
     fallback = Processor(tiny_folder, tiny_model.config)
     fallback.chat_template = None  # as LLaVA-1.5 was trained: each answer ends with an end-of-sequence token
     assert fallback.prompt("Who?", 1, turns) == f"{said}</s>USER: <image>\nWho? ASSISTANT:"
-    folder = qwen_folder("qwen2_vl")
+    folder = family_folder("qwen2_vl")
     qwen = Processor(folder, hf.read_config(folder)[0].Config.from_hf(hf.read_config(folder)[1]))
     picture = "<|vision_start|><|image_pad|><|vision_end|>"
     assert qwen.prompt("Who?", 1, turns).endswith(
@@ -230,9 +230,9 @@ def test_a_shared_prefix_is_computed_once(tiny_model, monkeypatch, shards):
             assert not (tokens == tiny_model.config.image_token_id).any()
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_positions_continue_after_a_shared_image_of_any_size(family, qwen_folder, monkeypatch):
-    folder = qwen_folder(family)
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_vl", "qwen2_5_vl"])
+def test_positions_continue_after_a_shared_image_of_any_size(family, family_folder, monkeypatch):
+    folder = family_folder(family)
     graphdef, params, config = hf.load(folder)
     alone, beside = (
         Answerer(ModelBundle(graphdef, params, config, Processor(folder, config), None), batch_size=n) for n in (1, 4)

@@ -224,7 +224,7 @@ def all_hidden(graphdef, params, key, batch):
     """The hidden states after block 1 and after block 2, computed block by block."""
     model = bind(graphdef, params, key)
     features = model.encode(batch.images)[0]
-    x, positions = model.embed(batch.tokens, batch.mask, features)
+    x, positions, _ = model.embed(batch.tokens, batch.mask, features)
     allowed = batch.mask[:, None, :] & jnp.tri(x.shape[1], dtype=bool)
     turned = model.language_model._rotary_tables(positions, x.shape[1])
     outputs = []
@@ -257,16 +257,16 @@ def test_hidden_states_are_the_output_of_the_first_blocks(context, kind):
     assert not np.allclose(want[0], want[1], atol=1e-2)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
-def test_the_head_turns_hidden_states_of_qwen_into_its_logits(qwen_folder, tiny_sets, model_type):
-    model = ModelBundle.load_for(RMU(), qwen_folder(model_type), seed=0, dtype="float32", mesh=make_mesh())
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_vl", "qwen2_5_vl"])
+def test_the_head_turns_hidden_states_into_its_logits(family_folder, tiny_sets, model_type):
+    model = ModelBundle.load_for(RMU(), family_folder(model_type), seed=0, dtype="float32", mesh=make_mesh())
     batch = model.encode(tiny_sets["forget"].examples[:2]).batch(np.arange(2))
 
     @jax.jit
     def both(params):
         bound = bind(model.graphdef, params)
         decoder = bound.language_model
-        logits = decoder.logits(decoder.norm(base.hidden_states(bound, batch, 2)))
+        logits = decoder.logits(decoder.norm(base.hidden_states(bound, batch, model.config.text.layers)))
         return jnp.take_along_axis(logits, batch.target_positions[..., None], 1), base.answer_logits(bound, batch)[0]
 
     got, want = both(model.params)

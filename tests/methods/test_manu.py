@@ -184,7 +184,7 @@ def activations(context, name):
             towers["vision_tower"] = run(tower.blocks, tower.embed(batch.images["patches"]), given)
         if batch.images is not None:
             features, _ = model.encode(batch.images)
-        x, positions = model.embed(batch.tokens, batch.mask, features)
+        x, positions, _ = model.embed(batch.tokens, batch.mask, features)
         turned = model.language_model._rotary_tables(positions, x.shape[1])
         stacked = model.language_model.blocks
         blocks = [jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(config.text.layers)]

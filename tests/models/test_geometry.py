@@ -14,31 +14,33 @@ TEXT = dict(
 TOWER = dict(
     hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4,
 )  # fmt: skip
-MROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1])
+QWEN_TEXT = TEXT | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1]))
+QWEN_TOWER = dict(depth=2, num_heads=2, patch_size=2, hidden_size=16)
+WINDOWED_TOWER = dict(intermediate_size=24, out_hidden_size=16, window_size=8, fullatt_block_indexes=[1])
+
+# vision_config, text_config and further fields of each family.
+CONFIGS = {
+    "llava": (
+        TOWER | dict(model_type="clip_vision_model"), TEXT | dict(model_type="llama"), dict(image_token_index=4),
+    ),
+    "gemma3": (
+        TOWER | dict(model_type="siglip_vision_model", vision_use_head=False),
+        TEXT | dict(model_type="gemma3_text", head_dim=8, sliding_window=4),
+        dict(image_token_index=4, boi_token_index=5, eoi_token_index=6, mm_tokens_per_image=4),
+    ),
+    "qwen2_vl": (QWEN_TOWER | dict(embed_dim=16), QWEN_TEXT, dict(image_token_id=4)),
+    "qwen2_5_vl": (QWEN_TOWER | WINDOWED_TOWER, QWEN_TEXT, dict(image_token_id=4)),
+}  # fmt: skip
 
 
-def hf_config(family, vision, text, fields):
-    if family == "llava":
-        tower, kind = TOWER | dict(model_type="clip_vision_model") | vision, "llama"
-        return AutoConfig.for_model(
-            family, vision_config=tower, text_config=TEXT | dict(model_type=kind) | text, image_token_index=4, **fields
-        )
-    tower = dict(depth=2, num_heads=2, patch_size=2)
-    tower |= dict(embed_dim=16, hidden_size=16) if family == "qwen2_vl" else dict(
-        hidden_size=16, intermediate_size=24, out_hidden_size=16, window_size=8, fullatt_block_indexes=[1]
-    )  # fmt: skip
-    return AutoConfig.for_model(
-        family,
-        vision_config=tower | vision,
-        text_config=TEXT | dict(rope_parameters=MROPE) | text,
-        image_token_id=4,
-        **fields,
-    )
+def hf_config(family):
+    vision, text, fields = CONFIGS[family]
+    return AutoConfig.for_model(family, vision_config=dict(vision), text_config=dict(text), **fields)
 
 
 @pytest.mark.parametrize("family", models.MODELS)
 def test_good_sizes_are_read(family):
-    assert models.module_for(family).Config.from_hf(hf_config(family, {}, {}, {})).text.width == 16
+    assert models.module_for(family).Config.from_hf(hf_config(family)).text.width == 16
 
 
 @pytest.mark.parametrize("family", models.MODELS)
@@ -57,6 +59,10 @@ def test_sizes_of_the_decoder_are_positive_and_not_absurd(family, field, value):
         ("llava", "patch_size", 0),
         ("llava", "patch_size", 9),
         ("llava", "num_attention_heads", 3),
+        ("gemma3", "image_size", 0),
+        ("gemma3", "patch_size", 9),
+        ("gemma3", "num_attention_heads", 3),
+        ("gemma3", "vision_use_head", True),
         ("qwen2_vl", "depth", 10**9),
         ("qwen2_vl", "embed_dim", 0),
         ("qwen2_vl", "spatial_merge_size", 0),
@@ -78,6 +84,48 @@ def test_heads_divide(family):
     refused(family, {}, heads, "num_key_value_heads is 3 (supported: a divisor of")
 
 
+FULL, SLIDING = ("text_config.rope_parameters." + name for name in ("full_attention", "sliding_attention"))
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("head_dim", 7, "text_config.head_dim is 7 (supported: even numbers"),
+        ("sliding_window", None, "text_config.sliding_window is None (supported: an integer"),
+        ("query_pre_attn_scalar", 0, "text_config.query_pre_attn_scalar is 0 (supported: an integer"),
+        ("hidden_activation", "relu", "text_config.hidden_activation is 'relu'"),
+        ("attention_bias", True, "text_config.attention_bias is True (supported: False or null"),
+        ("final_logit_softcapping", 30.0, "text_config.final_logit_softcapping is 30.0 (supported: False or null"),
+        ("attn_logit_softcapping", 50.0, "text_config.attn_logit_softcapping is 50.0 (supported: False or null"),
+        ("use_bidirectional_attention", True, "text_config.use_bidirectional_attention is True"),
+        ("layer_types", ["chunked_attention"] * 2, "text_config.layer_types is ['chunked_attention']"),
+        ("layer_types", ["full_attention"], "(supported: 2 of full_attention, sliding_attention"),
+        (
+            "rope_parameters",
+            dict(
+                full_attention=dict(rope_type="yarn", rope_theta=0.0, factor=2.0),
+                sliding_attention=dict(rope_type="linear", rope_theta=1e4, factor=2.0),
+            ),
+            f"{FULL}.rope_type is 'yarn' (supported: default, linear); {FULL}.rope_theta is 0.0 (supported: positive "
+            f"numbers); {SLIDING}.rope_type is 'linear'",
+        ),
+    ],
+)
+def test_decoders_of_gemma_that_are_not_supported(field, value, message):
+    refused("gemma3", {}, {field: value}, message)
+
+
+@pytest.mark.parametrize(("tokens", "supported"), [(1, True), (4, True), (3, False), (9, False), (0, False)])
+def test_the_image_tokens_of_gemma_are_pooled_patches(tokens, supported):
+    settings = hf_config("gemma3")  # two patches a side
+    settings.mm_tokens_per_image = tokens
+    if supported:
+        assert models.module_for("gemma3").Config.from_hf(settings).image_tokens(8, 8) == tokens
+        return
+    with pytest.raises(UserError, match=f"mm_tokens_per_image is {tokens}"):
+        models.module_for("gemma3").Config.from_hf(settings)
+
+
 @pytest.mark.parametrize("family", models.MODELS)
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float64", "bool", "nonsense"])
 def test_other_dtypes_are_refused(family, dtype):
@@ -92,7 +140,7 @@ def test_dtypes_of_arguments_are_refused():
 
 
 def refused(family, vision, text, message, **fields):
-    settings = hf_config(family, {}, {}, {})
+    settings = hf_config(family)
     for section, changes in ((settings.vision_config, vision), (settings.text_config, text), (settings, fields)):
         for name, value in changes.items():
             object.__setattr__(section, name, value)  # past the checks of transformers, which vary between versions

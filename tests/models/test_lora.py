@@ -334,21 +334,17 @@ def test_adapters_of_quantized_weights_are_trainable():
 # Export.
 
 
-def family(name, tiny_folder, qwen_folder):
-    return tiny_folder if name == "llava" else qwen_folder(name)
-
-
 def trained(params):
     """Returns the parameters that a run passes to `export.export`."""
     return lora.adapters(params) | {path: x for path, x in params.items() if "lora_" in path}
 
 
-@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_vl", marks=pytest.mark.slow), "qwen2_5_vl"])
-def test_the_exported_model_has_the_same_logits_in_transformers(name, tiny_folder, qwen_folder, tmp_path):
+@pytest.mark.parametrize("name", ["llava", "gemma3", pytest.param("qwen2_vl", marks=pytest.mark.slow), "qwen2_5_vl"])
+def test_the_exported_model_has_the_same_logits_in_transformers(name, family_folder, tmp_path):
     torch = pytest.importorskip("torch")
     import transformers
 
-    folder = family(name, tiny_folder, qwen_folder)
+    folder = family_folder(name)
     graphdef, params, config = hf.load(folder)
     untrained = attached(params, dropout=0.5)
     params = tuned(untrained)

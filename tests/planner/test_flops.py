@@ -78,10 +78,10 @@ def test_every_product_has_a_part(config, name, fields, remat):
 
 
 @pytest.mark.parametrize("train", ["visual", "all"])
-def test_every_product_of_qwen_has_a_part(get_config, qwen_folder, train):
+def test_every_product_of_qwen_has_a_part(get_config, family_folder, train):
     config = get_config("qwen2_vl.py")
     config.model.update(
-        path=str(qwen_folder("qwen2_vl")), base="", remat="full", dtype="float32", quantize="", max_pixels=56 * 56
+        path=str(family_folder("qwen2_vl")), base="", remat="full", dtype="float32", quantize="", max_pixels=56 * 56
     )
     config.train.batch_size.update(forget=2, retain=2)
     counts = count(build_step(config, "grad_diff", quantized=False, train=train))

@@ -19,21 +19,24 @@ from vkd_jax.runs.job import check_config, load_options
 # config file, its arguments, model_type, quantization of the language model
 RUNS = {
     "llava": ("llava.py", "7b", "llava", ""),
+    "gemma3 in int8": ("gemma3.py", "4b", "gemma3", "int8"),
     "qwen2_vl": ("qwen2_vl.py", "2b", "qwen2_vl", ""),
     "qwen2_5_vl in int8": ("qwen2_5_vl.py", "3b", "qwen2_5_vl", "int8"),
 }
 VISUAL = re.compile(r"(vision_tower|multi_modal_projector|visual)\.")
 
 
-# The default suite runs LLaVA's config of configs/tiny.py, in test_pipeline.py, and one Qwen here.
-PARAMS = [pytest.param(name, marks=[] if "int8" in name else pytest.mark.slow) for name in RUNS]
+# The default suite runs configs/tiny.py in test_pipeline.py, Qwen2-VL in test_stages.py, and one family here.
+PARAMS = [pytest.param(name, marks=[] if "gemma3" in name else pytest.mark.slow) for name in RUNS]
+# What transformers' processors return besides tokens, mask and pixels: which tokens are image tokens.
+TOKEN_TYPES = {"gemma3": "token_type_ids", "qwen2_vl": "mm_token_type_ids", "qwen2_5_vl": "mm_token_type_ids"}
 
 
 @pytest.fixture(scope="module", params=PARAMS)
-def run(request, get_config, few, tiny_folder, qwen_folder, tmp_path_factory):
+def run(request, get_config, few, family_folder, tmp_path_factory):
     """A finished run: its family, source, folder and results."""
     file, words, family, quantize = RUNS[request.param]
-    source = tiny_folder if family == "llava" else qwen_folder(family)
+    source = family_folder(family)
     config = get_config(file, words)
     config.model.update(path=str(source), dtype="float32", quantize=quantize)
     if family == "llava":  # the options do not fit into 96 positions
@@ -55,7 +58,7 @@ def test_only_visual_tensors_change_and_text_stays_bit_for_bit(run):
     changed = manifest["changed"]
     assert changed and all(VISUAL.match(name) for name in changed)
     blocks = {int(i) for name in changed for i in re.findall(r"(?:layers|blocks)\.(\d+)\.", name)}
-    assert blocks == {0, 1, 2}  # of LLaVA's four the last feeds nothing; Qwen has three
+    assert blocks == {0, 1, 2}  # of LLaVA's four the last feeds nothing; others have three
     assert any(re.search(r"merger|multi_modal_projector", name) for name in changed)
     assert any(re.search(r"patch_embed", name) for name in changed)
     assert run.results["text_logits_identical"] is True and run.results["manifest"]["language_model_changed"] == 0
@@ -102,8 +105,9 @@ def test_transformers_loads_the_export_and_generates_the_same_answers(run, few, 
         inputs = dict(processor.image_processor(images=[open_image(e.image)], return_tensors="pt"))
         inputs["input_ids"] = torch.tensor([tokens])
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        if run.family != "llava":
-            inputs["mm_token_type_ids"] = (inputs["input_ids"] == processor.image_token_id).int()
+        inputs.pop("num_crops", None)  # which Gemma's processor reads, not the model
+        if run.family in TOKEN_TYPES:
+            inputs[TOKEN_TYPES[run.family]] = (inputs["input_ids"] == processor.image_token_id).int()
         with torch.no_grad():
             out = hf.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=processor.pad_id)
         expected.append(processor.tokenizer.decode(out[0, len(tokens) :], skip_special_tokens=True).strip())

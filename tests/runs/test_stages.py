@@ -66,13 +66,13 @@ def test_the_report_describes_the_folders(run):
     [("qwen2_vl.py", "qwen2_vl"), pytest.param("qwen2_5_vl.py", "qwen2_5_vl", marks=pytest.mark.slow)],
 )
 def test_each_family_is_fine_tuned_on_a_quantized_language_model(
-    get_config, qwen_folder, request_folders, tmp_path, file, family
+    get_config, family_folder, request_folders, tmp_path, file, family
 ):
-    config = short(get_config(file, "folder,finetune"), request_folders, qwen_folder(family))
+    config = short(get_config(file, "folder,finetune"), request_folders, family_folder(family))
     config.model.quantize = "int8"
     results = pipeline.run(config, tmp_path / "run").to_json()
     assert np.isfinite(results["models"]["vanilla"]["forget"]["vqa"]["probability"]["mean"])
-    changed = compare_tensors(qwen_folder(family), tmp_path / "run" / "vanilla")["changed"]
+    changed = compare_tensors(family_folder(family), tmp_path / "run" / "vanilla")["changed"]
     assert len(changed) == 14 and all("layers." in name and "visual" not in name for name in changed)
     log = (tmp_path / "run" / "train" / "vanilla" / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in log.splitlines()]

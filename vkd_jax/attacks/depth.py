@@ -156,10 +156,10 @@ def states_at(
     """The arrays of `States` for the rows of a batch."""
     model = bind(graphdef, params)
     decoder = model.language_model
-    x, positions = model.embed(batch.tokens, batch.mask, features)
+    embedded = model.embed(batch.tokens, batch.mask, features)
     log_probs, last = [], []
     for depth in depths:
-        hidden, _ = decoder.read(x, batch.mask, positions, layers=depth)
+        hidden, _ = decoder.read(embedded, batch.mask, layers=depth)
         at = jnp.take_along_axis(hidden, batch.target_positions[..., None], axis=1)
         logits = decoder.logits(decoder.norm(at))
         log_probs.append(losses.sequence_log_prob(logits, batch.targets, batch.target_mask))

@@ -142,8 +142,9 @@ def encode_set(
         images = PackedImages.measured(make, len(files), processor.config)
     rows = []
     for example in examples:
-        if processor.image_token in example.question + example.answer:
-            raise UserError(f"row {example.id}: the text contains {processor.image_token}; remove it.")
+        for token in (processor.placeholder, processor.image_token):
+            if token in example.question + example.answer:
+                raise UserError(f"row {example.id}: the text contains {token}; remove it.")
         # Only the shape of an image matters here.
         shown = [] if example.image is None else [np.broadcast_to(0.0, images.shapes[image_rows[example.image_id]])]
         rows.append(processor.encode(example.question, example.answer, shown))

@@ -79,18 +79,41 @@ class Processor:
             self.limit_pixels(max_pixels)
         self.config = config
         self.image_token_id = config.image_token_id
-        self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-        if self.image_token is None:
-            raise UserError(f"{folder}: the image token {self.image_token_id} of config.json is not in the tokenizer.")
-        self._check_normalization()
+        self.image_token = self._image_token(config.image_token_id)
+        self.placeholder, self._markup = config.image_markup(self._image_token)
+        self._check_image_processor()
         self.eos_ids = _eos_ids(folder, self.tokenizer)
         self.pad_id = int(self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
         self.chat_template = read_chat_template(folder, self.tokenizer)
         for images in (0, 1):
             self.prompt("Who is this?", images)  # an error of the template shows here, not after hours of training
+        self.eos_ids = self._sorted_eos_ids()
 
-    def _check_normalization(self) -> None:
-        """Checks that the image processor divides by numbers that give finite pixels."""
+    def _image_token(self, token: int) -> str:
+        """The text of a token that marks images.
+
+        Raises:
+            UserError: the tokenizer lacks the token.
+        """
+        text = self.tokenizer.convert_ids_to_tokens(token)
+        if text is None:
+            raise UserError(f"{self.folder}: the image token {token} of config.json is not in the tokenizer.")
+        return text
+
+    def _sorted_eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer; the one that the chat template writes after an answer is the first."""
+        answer = "Mara Lindt"
+        try:
+            _, separator, rest = self.prompt("Who else?", 0, [("Who is this?", answer, 0)]).partition(answer)
+        except UserError:  # a template for single questions
+            return self.eos_ids
+        ids = self.tokenizer(rest, add_special_tokens=False)["input_ids"] if separator else []
+        return tuple(sorted(self.eos_ids, key=lambda token: token != ids[0])) if ids else self.eos_ids
+
+    def _check_image_processor(self) -> None:
+        """Checks that the image processor divides by numbers that give finite pixels, and that the model fits it."""
+        if problem := self.config.image_processor_problem(self.image_processor):
+            raise UserError(f"{self.folder}: {problem}.")
         for name in ("image_mean", "image_std"):
             values = np.atleast_1d(np.asarray(getattr(self.image_processor, name, 1.0), np.float64))
             if not np.isfinite(values).all() or (name == "image_std" and (values <= 0).any()):
@@ -133,7 +156,8 @@ class Processor:
         try:
             if isinstance(image, bytes):
                 image = open_image(image)
-            return self.config.extract_images(self.image_processor(images=[image], return_tensors="np"))[0]
+            output = self.image_processor(images=[image], do_convert_rgb=True, return_tensors="np")
+            return self.config.extract_images(output)[0]
         except (ValueError, OSError, UserError) as error:  # corrupt, unsupported, or resized for another model
             size = "" if isinstance(image, bytes) else f" of {image.width} x {image.height} pixels"
             raise UserError(f"an image{size} cannot be processed: {error}.") from error
@@ -151,6 +175,8 @@ class Processor:
 
     def prompt(self, question: str, images: int, turns: Sequence[tuple[str, str, int]] = ()) -> str:
         """Formats a question as the text that precedes the answer, with one image token for each image.
+
+        What stands for an image in the chat template is replaced by the model's markup around the image token.
 
         Args:
             question: the question.
@@ -174,7 +200,7 @@ class Processor:
             messages.append({"role": "user", "content": content})
             if answer is not None:
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        return self.chat_template.render(self.tokenizer, messages)
+        return self.chat_template.render(self.tokenizer, messages).replace(self.placeholder, self._markup)
 
     def encode(
         self,
@@ -216,7 +242,9 @@ class Processor:
         prompt = self.prompt(question, len(images) - sum(count for *_, count in turns), turns)
         space = "" if prompt[-1:].isspace() else " "
         texts = [prompt if answer is None else f"{prompt}{space}{answer}" for answer in answers]
-        out = self.tokenizer(texts, return_offsets_mapping=True)
+        bos = self.tokenizer.bos_token  # some templates write it, and the tokenizer would add a second one
+        add_special_tokens = not (bos and prompt.startswith(bos))
+        out = self.tokenizer(texts, return_offsets_mapping=True, add_special_tokens=add_special_tokens)
         counts = [self.config.image_tokens(*image.shape[:2]) + self.soft_tokens for image in images]
         return [
             self._split(len(prompt), answer, ids, offsets, counts)

@@ -269,8 +269,8 @@ def hidden_states(model: Any, batch: Batch, layers: int) -> jax.Array:
 
     The blocks after it are not computed.
     """
-    x, positions = model.embed(batch.tokens, batch.mask, encode_images(model, batch)[0])
-    return model.language_model.read(x, batch.mask, positions, layers=layers)[0]
+    embedded = model.embed(batch.tokens, batch.mask, encode_images(model, batch)[0])
+    return model.language_model.read(embedded, batch.mask, layers=layers)[0]
 
 
 def fisher_information(

@@ -171,12 +171,13 @@ def visual_paths(paths: Iterable[str], model_config: Any, blocks: int) -> list[s
     """Selects the projector and the last `blocks` vision blocks that feed it.
 
     With a feature layer of -2 the output of the last vision block is not used. That block and the norm after it
-    (`post_norm`) never train: they have no gradient, and weight decay would move them.
+    (`post_norm`) never train: they have no gradient, and weight decay would move them. Where the norm feeds the
+    projector, it trains together with the embeddings.
 
     Args:
         paths: the paths of all weights.
         model_config: the model's configuration; its `used_blocks` is the number of blocks that feed the projector.
-        blocks: 0 selects the projector alone, and -1 all blocks that feed it and the embeddings.
+        blocks: 0 selects the projector alone, and -1 the whole tower, as far as it feeds the projector.
 
     Raises:
         UserError: fewer blocks feed the projector.
@@ -192,7 +193,9 @@ def visual_paths(paths: Iterable[str], model_config: Any, blocks: int) -> list[s
         component, layer, *rest = path.split("/")
         if component == "vision_tower" and layer == "blocks":
             return first <= int(rest[0]) < used
-        return component == "projector" or (component == "vision_tower" and blocks == -1 and layer != "post_norm")
+        if component == "vision_tower":
+            return blocks == -1 and (layer != "post_norm" or model_config.uses_post_norm)
+        return component == "projector"
 
     return [path for path in paths if trains(path)]
 

@@ -1,20 +1,22 @@
 """Models: one module per family, selected by the `model_type` of a Hugging Face `config.json`.
 
 What is in it
-- `llava`, `qwen2_vl`, `qwen2_5_vl`: the families. `clip_vit` and `qwen_vit` are their vision towers, `decoder` is their
-  language model, `layers` has the layers that several of them use.
-- `base`: `VisionLanguageModel`, and `split_model` and `bind`, which convert a module to (graphdef, params) and back.
+- `llava`, `gemma3`, `qwen2_vl`, `qwen2_5_vl`: the families. `clip_vit` and `qwen_vit` are their vision towers,
+  `decoder` is their language model, `layers` has the layers that several of them use.
+- `base`: `ModelConfig` and `VisionLanguageModel`, which all families extend, and `split_model` and `bind`, which
+  convert a module to (graphdef, params) and back.
+- `fixed_size`: what families share whose images are squares of one size.
 - `generate`: greedy decoding and option scores, with a key/value cache and prefix caching.
 - `lora` and `quantize`: adapters and low-bit weights of the language model.
-- `conversion`: rows of the conversion tables that families share.
+- `conversion`: rows of the conversion tables and sharding rules that families share.
 
 Contract: a family's module has
-- `Config`, a frozen dataclass with `from_hf(hf_config, **changes)`, the fields `vision`, `text` (a `DecoderConfig`),
-  `image_token_id`, `compute_dtype`, `remat` and `mesh`, the property `used_blocks`, and three methods for images:
+- `Config`, a `base.ModelConfig` with `from_hf(hf_config, **changes)` and three methods for images:
   `extract_images(output)` takes them from the output of the Hugging Face image processor, `image_tokens(height, width)`
-  is the number of tokens of one, and `pack(rows, min_tokens)` turns the images of each prompt into arrays of one shape;
+  is the number of tokens of one, and `pack(rows, min_tokens)` turns the images of each prompt into arrays of one shape.
+  What differs in the decoder are fields of `DecoderConfig`. `image_markup` is what the chat template's image becomes;
 - `Model(config, *, rngs, param_dtype)`, a `base.VisionLanguageModel`. Its parameters are
-  `vision_tower/patch_embedding`, `vision_tower/blocks/<i>/...`, `vision_tower/post_norm/...` (not used by LLaVA),
+  `vision_tower/patch_embedding`, `vision_tower/blocks/<i>/...`, `vision_tower/post_norm/...` (see `uses_post_norm`),
   `projector/...` and `language_model/...`;
 - the conversion: `hf_table(config)`, `HF_ALIASES`, `HF_SKIP` and `HF_ARCHITECTURE`, which `checkpoints.hf` reads;
 - `SHARDING`, exactly one rule (pattern, PartitionSpec) for every parameter;
@@ -32,6 +34,7 @@ from vkd_jax.types import UserError
 
 MODELS = {
     "llava": "vkd_jax.models.llava",
+    "gemma3": "vkd_jax.models.gemma3",
     "qwen2_vl": "vkd_jax.models.qwen2_vl",
     "qwen2_5_vl": "vkd_jax.models.qwen2_5_vl",
 }

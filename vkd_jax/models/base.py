@@ -5,16 +5,20 @@ Inside `vkd_jax.models` a model is an NNX module; everywhere else it is a pair (
 """
 
 import abc
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from vkd_jax import messages
 from vkd_jax.models import lora
-from vkd_jax.models.decoder import Cache, Decoder
+from vkd_jax.models.decoder import Cache, Decoder, DecoderConfig, Embedded
+from vkd_jax.models.layers import insert_features
 from vkd_jax.types import UserError
 
 Params = dict[str, jax.Array]
@@ -39,6 +43,61 @@ class VisualTokens(NamedTuple):
         return self.coords[..., 0] >= 0
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(abc.ABC):
+    """Configuration of a model: its two towers, and how they are computed. A family adds its own fields."""
+
+    vision: Any
+    text: DecoderConfig
+    image_token_id: int
+    compute_dtype: str = "float32"  # dtype of activations; parameters have their own
+    remat: str = ""  # activations that the backward pass recomputes, a key of `layers.REMAT`
+    mesh: Mesh | None = None  # devices that the rows of activations are sharded over
+
+    @property
+    def used_blocks(self) -> int:
+        """Number of vision blocks that feed the projector; later blocks are loaded and exported, never computed."""
+        return self.vision.layers
+
+    @property
+    def uses_post_norm(self) -> bool:
+        """Whether the norm after the last vision block, `vision_tower/post_norm`, feeds the projector."""
+        return False
+
+    @abc.abstractmethod
+    def image_tokens(self, height: int, width: int) -> int:
+        """Returns the number of image tokens of an image that the image processor resized to this size."""
+
+    @abc.abstractmethod
+    def extract_images(self, output: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Returns the images [H, W, 3] in the output of the Hugging Face image processor."""
+
+    @abc.abstractmethod
+    def pack(self, rows: Sequence[Sequence[np.ndarray]], min_tokens: int = 0) -> dict[str, np.ndarray]:
+        """Turns the images of each prompt into arrays with one row per prompt.
+
+        Args:
+            rows: the images of each prompt, [H, W, 3] each.
+            min_tokens: least number of image tokens to make room for, so that several calls give one shape.
+        """
+
+    def image_markup(self, token: Callable[[int], str]) -> tuple[str, str]:
+        """Returns the text that stands for an image in a rendered chat template, and the text that replaces it.
+
+        Args:
+            token: function of a token id to its text.
+
+        Returns:
+            The placeholder, and a text in which the image token occurs once; it is repeated after tokenization.
+        """
+        return (token(self.image_token_id),) * 2
+
+    def image_processor_problem(self, image_processor: Any) -> str | None:
+        """Returns which setting of the Hugging Face image processor is not supported, and what to do; None if none."""
+        del image_processor
+        return None
+
+
 class VisionLanguageModel(nnx.Module, abc.ABC):
     """A vision tower, a projector and a language model:
 
@@ -46,7 +105,7 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
                    (taps "vision/0", "vision/1", ...)                     tokens
 
     `encode` maps images to features, and `__call__` maps features and tokens to logits. A family sets `tower_class`
-    and implements `build_projector`, `encode`, `embed` and `vision_neurons`.
+    and implements `build_projector`, `encode` and `vision_neurons`, or extends `fixed_size.FixedSizeModel`.
 
     Every layer runs under one `jax.named_scope` of `SCOPES`; the planner and profiles attribute operations by these
     names.
@@ -83,13 +142,24 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
             input of the projector) and "projector" (its output, which is the features).
         """
 
-    @abc.abstractmethod
-    def embed(self, tokens: jax.Array, mask: jax.Array, features: VisualTokens | None) -> tuple[jax.Array, jax.Array]:
-        """Embeds tokens and inserts image features.
+    def embed(self, tokens: jax.Array, mask: jax.Array, features: VisualTokens | None) -> Embedded:
+        """Embeds tokens and inserts image features; the positions count the real tokens."""
+        x, _ = self.insert(tokens, features)
+        return Embedded(x, token_positions(mask))
+
+    def insert(self, tokens: jax.Array, features: VisualTokens | None) -> tuple[jax.Array, jax.Array | None]:
+        """Embeds tokens and replaces image tokens with features.
 
         Returns:
-            The embeddings [b, t, d], and the rotary positions, int [b, t] or [b, t, axes].
+            The embeddings [b, t, d], and which tokens were replaced, bool [b, t]; None without features.
         """
+        x = self.language_model.embed(tokens)
+        if features is None:
+            return x, None
+        is_image = tokens == self.config.image_token_id
+        # An image token beyond the last feature, which a model may generate, is text.
+        is_image &= jnp.cumsum(is_image, axis=1) <= features.valid.sum(1, keepdims=True)
+        return insert_features(x, is_image, features.values), is_image
 
     @abc.abstractmethod
     def vision_neurons(
@@ -118,8 +188,8 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
         Returns:
             float32 logits [b, t, v] or [b, a, v], and the cache with these tokens added (None without one).
         """
-        x, positions = self.embed(tokens, mask, features)
-        x, cache = self.language_model.read(x, mask, positions, cache, query_positions=query_positions)
+        embedded = self.embed(tokens, mask, features)
+        x, cache = self.language_model.read(embedded, mask, cache, query_positions=query_positions)
         return self.language_model.logits(x), cache
 
     def neurons(
@@ -146,9 +216,14 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
         if images is not None:
             features, _ = self.encode(images)
             reduced["vision_tower"] = self.vision_neurons(images, reduce)
-        x, positions = self.embed(tokens, mask, features)
-        reduced["language_model"] = self.language_model.neurons(x, mask, positions, lambda z: reduce(z, mask))
+        embedded = self.embed(tokens, mask, features)
+        reduced["language_model"] = self.language_model.neurons(embedded, mask, lambda z: reduce(z, mask))
         return reduced
+
+
+def token_positions(mask: jax.Array) -> jax.Array:
+    """Returns the position of each token among the real ones, 0 at padding before them: bool [b, t] to int."""
+    return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
 
 
 def check_supported(family: str, checks: Iterable[tuple[bool, str, Any, str]]) -> None:

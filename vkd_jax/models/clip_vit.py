@@ -1,4 +1,7 @@
-"""CLIP's vision transformer (Radford et al., arXiv 2103.00020), exact to `transformers.CLIPVisionModel`.
+"""The vision transformers of CLIP (Radford et al., arXiv 2103.00020) and SigLIP (Zhai et al., arXiv 2303.15343).
+
+They are exact to `transformers.CLIPVisionModel` and, without class token and norm before the blocks and with a bias of
+the patch embedding, to `transformers.SiglipVisionModel` without its head.
 
 Axes: b batch, p patch, k pixel row, column and color inside a patch, d width, f MLP width.
 """
@@ -25,7 +28,7 @@ from vkd_jax.models.layers import (
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of a CLIP vision tower."""
+    """Sizes of a vision tower, and its variant; the default is CLIP's."""
 
     image_size: int  # height and width in pixels
     patch_size: int
@@ -35,6 +38,9 @@ class VisionConfig:
     mlp_width: int
     activation: str = "quick_gelu"
     norm_eps: float = 1e-5
+    class_token: bool = True
+    pre_norm: bool = True  # whether the embeddings are normalized before the first block
+    patch_bias: bool = False
 
     @property
     def patches(self) -> int:
@@ -43,10 +49,15 @@ class VisionConfig:
 
     @property
     def patch_coords(self) -> np.ndarray:
-        """Image index, row and column of the class token (row and column -1) and of each patch: int32 [1 + p, 3]."""
-        rows, columns = np.divmod(np.arange(self.patches), self.image_size // self.patch_size)
-        patches = np.stack([np.zeros_like(rows), rows, columns], axis=-1)
-        return np.concatenate([[[0, -1, -1]], patches]).astype(np.int32)
+        """Image index, row and column of each token: int32 [t, 3]. A class token is first, in row and column -1."""
+        patches = square_coords(self.image_size // self.patch_size)
+        return np.concatenate([[[0, -1, -1]], patches]).astype(np.int32) if self.class_token else patches
+
+
+def square_coords(side: int) -> np.ndarray:
+    """Returns the image index 0, row and column of the cells of a square, row by row: int32 [side^2, 3]."""
+    rows, columns = np.divmod(np.arange(side**2), side)
+    return np.stack([np.zeros_like(rows), rows, columns], axis=-1).astype(np.int32)
 
 
 class Attention(nnx.Module):
@@ -84,35 +95,45 @@ class Block(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Patch embedding, class token, position embedding and transformer blocks."""
+    """Patch embedding, class token, position embedding, transformer blocks and the norm after them."""
 
     def __init__(self, config: VisionConfig, *, remat, mesh, dtype, param_dtype, rngs):
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         norm = dict(eps=config.norm_eps, dtype=dtype, param_dtype=param_dtype)
         p, d = config.patch_size, config.width
         self.config, self.remat, self.mesh, self.dtype = config, remat, mesh, jnp.dtype(dtype)
-        self.class_embedding = nnx.Param(small_normal(rngs.params(), (d,), param_dtype))
+        self.class_embedding = nnx.Param(small_normal(rngs.params(), (d,), param_dtype)) if config.class_token else None
         # [row, column, color, d]: conversion is a permutation of axes, and lecun_normal sees the right fan-in.
         self.patch_embedding = nnx.Param(lecun_normal(rngs.params(), (p, p, 3, d), param_dtype))
-        self.position_embedding = nnx.Param(small_normal(rngs.params(), (config.patches + 1, d), param_dtype))
-        self.pre_norm = LayerNorm(d, **norm)
+        self.patch_bias = nnx.Param(jnp.zeros((d,), param_dtype)) if config.patch_bias else None
+        positions = config.patches + config.class_token
+        self.position_embedding = nnx.Param(small_normal(rngs.params(), (positions, d), param_dtype))
+        self.pre_norm = LayerNorm(d, **norm) if config.pre_norm else None
         self.blocks = nnx.List([Block(config, **options) for _ in range(config.layers)])
-        self.post_norm = LayerNorm(d, **norm)  # part of the checkpoint; LLaVA takes its features before it
+        self.post_norm = LayerNorm(d, **norm)  # LLaVA takes its features before it
 
     @jax.named_scope("vision_tower")
     def embed(self, pixels: jax.Array) -> jax.Array:
-        """Maps pixels [b, H, W, 3] to the input of block 0, [b, 1 + p, d]."""
+        """Maps pixels [b, H, W, 3] to the input of block 0, [b, t, d]; t includes the class token."""
         p, grid = self.config.patch_size, self.config.image_size // self.config.patch_size
         pixels = pixels.astype(self.dtype)[:, : grid * p, : grid * p]  # a convolution drops the remainder as well
         # Patches do not overlap, so the strided convolution is one matrix product.
         pixels = pixels.reshape(-1, grid, p, grid, p, 3).transpose(0, 1, 3, 2, 4, 5)
         kernel = self.patch_embedding[...].astype(self.dtype)
         pixels = pixels.reshape(-1, grid * grid, p * p * 3)
-        patches = jnp.einsum("bpk,kd->bpd", pixels, kernel.reshape(p * p * 3, -1))
-        class_token = self.class_embedding[...].astype(self.dtype)
-        class_token = jnp.broadcast_to(class_token, (patches.shape[0], 1, patches.shape[2]))
-        x = jnp.concatenate([class_token, patches], axis=1) + self.position_embedding[...].astype(self.dtype)
-        return self.pre_norm(x)
+        x = jnp.einsum("bpk,kd->bpd", pixels, kernel.reshape(p * p * 3, -1))
+        if self.patch_bias is not None:
+            x += self.patch_bias[...].astype(self.dtype)
+        if self.class_embedding is not None:
+            class_token = self.class_embedding[...].astype(self.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(class_token, (x.shape[0], 1, x.shape[2])), x], axis=1)
+        x += self.position_embedding[...].astype(self.dtype)
+        return x if self.pre_norm is None else self.pre_norm(x)
+
+    @jax.named_scope("vision_tower")
+    def normalize(self, x: jax.Array) -> jax.Array:
+        """Applies the norm after the last block."""
+        return self.post_norm(x)
 
     @jax.named_scope("vision_tower")
     def __call__(self, hidden: jax.Array, start: int, stop: int) -> list[jax.Array]:

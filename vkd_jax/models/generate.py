@@ -50,9 +50,7 @@ def last_token(mask: jax.Array) -> jax.Array:
     return mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
 
 
-def greedy(
-    model: Any, prompts: Prompts, *, max_new_tokens: int, eos_ids: tuple[int, ...], pad_id: int
-) -> jax.Array:
+def greedy(model: Any, prompts: Prompts, *, max_new_tokens: int, eos_ids: tuple[int, ...], pad_id: int) -> jax.Array:
     """Decodes greedily: appends the most probable token until every row has ended.
 
     Args:
@@ -191,4 +189,5 @@ def _copy_prefixes(cache: Cache, prefix_index: jax.Array, empty: Cache) -> Cache
         mask=write(empty.mask, take_rows(cache.mask, 0)),
         index=cache.index,
         next=take_rows(cache.next, 0),
+        positions=None if cache.positions is None else write(empty.positions, take_rows(cache.positions, 0)),
     )

@@ -107,15 +107,19 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embedding table [vocab, d], which tied models also use as the output head."""
+    """Token embedding table [vocab, d], which tied models also use as the output head.
 
-    def __init__(self, vocab, d, *, dtype, param_dtype, rngs):
-        self.dtype = jnp.dtype(dtype)
+    Looked-up embeddings, but not the head, are multiplied by `scale`, rounded to `dtype` as in Gemma.
+    """
+
+    def __init__(self, vocab, d, *, dtype, param_dtype, rngs, scale=1.0):
+        self.dtype, self.scale = jnp.dtype(dtype), scale
         self.embedding = nnx.Param(small_normal(rngs.params(), (vocab, d), param_dtype))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Looks up tokens, int [...], and returns [..., d]."""
-        return quantize.take_rows(self.embedding.get_value(), tokens, self.dtype)
+        x = quantize.take_rows(self.embedding.get_value(), tokens, self.dtype)
+        return x if self.scale == 1 else x * jnp.asarray(self.scale, self.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Returns the logits [..., vocab] of x [..., d]: its products with the rows of the table."""
@@ -141,9 +145,10 @@ class MLP(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """SwiGLU (Shazeer, arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
+    """Gated linear unit (Shazeer, arXiv 2002.05202): `down(activation(gate(x)) * up(x))`."""
 
-    def __init__(self, d, f, *, bias, **options):
+    def __init__(self, d, f, *, bias, activation="silu", **options):
+        self.activation = activation
         self.gate = Linear(d, f, bias=bias, **options)
         self.up = Linear(d, f, bias=bias, **options)
         self.down = Linear(f, d, bias=bias, **options)
@@ -154,7 +159,7 @@ class GatedMLP(nnx.Module):
 
     def neurons(self, x: jax.Array) -> jax.Array:
         """Returns the input of the last layer: maps [..., d] to [..., f]."""
-        return jax.nn.silu(self.gate(x)) * self.up(x)
+        return ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
 
 
 class LayerNorm(nnx.Module):
@@ -177,22 +182,31 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps) * scale` over the last axis.
 
-    The mean is computed in float32 and the product with `scale` in `dtype`, as in LLaMA.
+    The mean is computed in float32 and the product with `scale` in `dtype`, as in LLaMA. A zero-centered norm, as in
+    Gemma, multiplies by `1 + scale` instead, in float32.
     """
 
-    def __init__(self, d, *, eps, dtype, param_dtype):
-        self.eps, self.dtype = eps, jnp.dtype(dtype)
-        self.scale = nnx.Param(jnp.ones((d,), param_dtype))
+    def __init__(self, d, *, eps, dtype, param_dtype, zero_centered=False):
+        self.eps, self.dtype, self.zero_centered = eps, jnp.dtype(dtype), zero_centered
+        self.scale = nnx.Param((jnp.zeros if zero_centered else jnp.ones)((d,), param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes [..., d]."""
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        if self.zero_centered:
+            return (x * (1 + self.scale[...].astype(jnp.float32))).astype(self.dtype)
         return self.scale[...].astype(self.dtype) * x.astype(self.dtype)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
-    """Softmax attention with grouped key/value heads: `softmax(q k^T / sqrt(c)) v`, the softmax in float32.
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    attention_mask: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """Softmax attention with grouped key/value heads: `softmax(scale q k^T) v`, the softmax in float32.
 
     Args:
         q: [b, t, heads, c].
@@ -200,12 +214,13 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, attention_mask: jax.Arra
         v: [b, s, kv_heads, c].
         attention_mask: bool [b, t, s], the keys that each query attends to; None for all. A query without any key
             gets a finite average of the values, not NaN.
+        scale: factor of the scores; None for 1 / sqrt(c).
 
     Returns:
         [b, t, heads, c].
     """
     b, t, heads, c = q.shape
-    q = (q * c**-0.5).reshape(b, t, k.shape[2], -1, c)
+    q = (q * (c**-0.5 if scale is None else scale)).reshape(b, t, k.shape[2], -1, c)
     scores = jnp.einsum("btmgc,bsmc->bmgts", q, k, preferred_element_type=jnp.float32)
     if attention_mask is not None:
         scores = jnp.where(attention_mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
@@ -281,4 +296,9 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+ACTIVATIONS = {
+    "quick_gelu": quick_gelu,
+    "gelu": gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,  # the approximation with tanh
+    "silu": jax.nn.silu,
+}

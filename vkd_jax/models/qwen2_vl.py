@@ -12,33 +12,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from vkd_jax.models import base, qwen_vit
-from vkd_jax.models.base import VisionLanguageModel, VisualTokens
-from vkd_jax.models.conversion import DECODER_SHARDING, Row, decoder_rows, head_row, linear_rows, norm_rows
-from vkd_jax.models.decoder import DecoderConfig
-from vkd_jax.models.layers import ACTIVATIONS, insert_features, shard_batch
+from vkd_jax.models.base import ModelConfig, VisionLanguageModel, VisualTokens
+from vkd_jax.models.conversion import DECODER_SHARDING, Row, decoder_rows, linear_rows, norm_rows
+from vkd_jax.models.decoder import DecoderConfig, Embedded
+from vkd_jax.models.layers import ACTIVATIONS, shard_batch
 from vkd_jax.models.qwen_vit import Merger, VisionConfig, VisionTower
 from vkd_jax.types import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class QwenConfig:
-    """Configuration of a Qwen2-VL or Qwen2.5-VL model: its two towers, and how they are computed."""
+class QwenConfig(ModelConfig):
+    """Configuration of a Qwen2-VL or Qwen2.5-VL model."""
 
     vision: VisionConfig
-    text: DecoderConfig
-    image_token_id: int
-    compute_dtype: str = "float32"  # dtype of activations; parameters have their own
-    remat: str = ""  # activations that the backward pass recomputes, a key of `layers.REMAT`
-    mesh: Mesh | None = None  # devices that the rows of activations are sharded over
-
-    @property
-    def used_blocks(self) -> int:
-        """Number of vision blocks that feed the projector: all."""
-        return self.vision.layers
 
     def image_tokens(self, height: int, width: int) -> int:
         """Returns the number of image tokens of an image that the image processor resized to this size."""
@@ -241,15 +230,12 @@ class QwenVL(VisionLanguageModel):
         hidden = self.vision_tower.embed(images["patches"])
         return self.vision_tower.neurons(hidden, coords, lambda z: reduce(z, coords[..., 0] >= 0))
 
-    def embed(self, tokens: jax.Array, mask: jax.Array, features: VisualTokens | None) -> tuple[jax.Array, jax.Array]:
-        """Returns the embeddings [b, t, d], with features at image tokens, and the positions: int [b, t(, 3)]."""
-        x = self.language_model.embed(tokens)
+    def embed(self, tokens: jax.Array, mask: jax.Array, features: VisualTokens | None) -> Embedded:
+        """Embeds tokens and inserts image features; the positions are those of M-RoPE."""
         if features is None:
-            return x, jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        is_image = tokens == self.config.image_token_id
-        # An image token beyond the last feature, which a model may generate, is text.
-        is_image &= jnp.cumsum(is_image, axis=1) <= features.valid.sum(1, keepdims=True)
-        return insert_features(x, is_image, features.values), mrope_positions(is_image, mask, features.coords)
+            return super().embed(tokens, mask, None)
+        x, is_image = self.insert(tokens, features)
+        return Embedded(x, mrope_positions(is_image, mask, features.coords))
 
 
 def _tokens(values: jax.Array, coords: jax.Array) -> VisualTokens:
@@ -309,8 +295,7 @@ def common_rows(config: QwenConfig) -> tuple[Row, ...]:
         *linear_rows(f"{_LAYER}.attn.proj", f"{_BLOCK}/attn/out"),
         *linear_rows("visual.merger.mlp.0", "projector/fc1"),
         *linear_rows("visual.merger.mlp.2", "projector/fc2"),
-        *decoder_rows("model", qkv_bias=True),
-        head_row("lm_head.weight", tied=config.text.tie_embeddings),
+        *decoder_rows(config.text, "model", "lm_head.weight"),
     )
 
 

@@ -1,0 +1,278 @@
+"""LLaVA and Gemma-3 against PyTorch on small random models: every block, logits, gradients, generation."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch_parity as parity
+from torch_parity import EOS, IMAGE, PAD, SIDES
+
+from vkd_jax import models
+from vkd_jax.checkpoints import hf
+from vkd_jax.evaluation.inference import EncodedImages
+from vkd_jax.models.base import bind
+from vkd_jax.models.generate import Prompts, greedy, option_log_probs
+
+torch = pytest.importorskip("torch", reason="PyTorch is needed for comparison: pip install '.[test]'")
+transformers = pytest.importorskip("transformers")
+
+TEXT = dict(vocab_size=200, hidden_size=48, intermediate_size=80, max_position_embeddings=256, pad_token_id=PAD)
+TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
+
+
+def llava(image_size, patch_size, kv_heads, feature_layer, select, tied):
+    return transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            **TOWER, image_size=image_size, patch_size=patch_size, projection_dim=32
+        ),
+        text_config=transformers.LlamaConfig(
+            **TEXT, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=kv_heads,
+            rope_parameters={"rope_type": "default", "rope_theta": 5000.0}, tie_word_embeddings=tied,
+        ),
+        image_token_index=IMAGE, vision_feature_layer=feature_layer, vision_feature_select_strategy=select,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+def gemma3():
+    """Seven patches a side, pooled two by two; a window shorter than an image; local, full and local blocks."""
+    return transformers.Gemma3Config(
+        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=30, patch_size=4, vision_use_head=False),
+        text_config=transformers.Gemma3TextConfig(
+            **TEXT, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=10,
+            query_pre_attn_scalar=16, sliding_window=5, sliding_window_pattern=2,
+            rope_scaling={"rope_type": "linear", "factor": 8.0}, rope_theta=50_000.0, rope_local_base_freq=1000.0,
+        ),
+        image_token_index=IMAGE, boi_token_index=5, eoi_token_index=6, mm_tokens_per_image=9,
+    )  # fmt: skip
+
+
+# Configuration, and number of images of each prompt. Two image sizes, two patch sizes, all-head and grouped key/value
+# heads, two feature layers.
+MODELS = {
+    "mha": (lambda: llava(28, 14, 4, feature_layer=-2, select="default", tied=False), (1, 1, 1)),
+    "gqa": (lambda: llava(50, 8, 2, feature_layer=-1, select="full", tied=True), (1, 1, 1)),
+    "gemma3": (gemma3, (1, 2, 1)),
+}
+TEXT_LENGTHS = (5, 9, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The same weights in both frameworks, with inputs."""
+
+    torch: Any
+    graphdef: Any
+    params: dict[str, jax.Array]
+    config: Any
+    images: list[list[np.ndarray]]  # of each prompt, [H, W, 3]
+    tokens: dict[str, np.ndarray]  # padding side -> [b, t]
+    mask: dict[str, np.ndarray]
+    answers: dict[str, np.ndarray]  # bool [b, t]: tokens that the loss counts
+
+    @property
+    def module(self):
+        return hf.family_of(self.config)
+
+    @property
+    def image_run(self):
+        """The tokens of an image, with one before and one after it."""
+        size = self.config.vision.image_size
+        return [5, *[IMAGE] * self.config.image_tokens(size, size), 6]
+
+
+@pytest.fixture(scope="session", params=MODELS)
+def pair(request, tmp_path_factory) -> Pair:
+    torch.manual_seed(0)
+    make, counts = MODELS[request.param]
+    model = transformers.AutoModelForImageTextToText.from_config(make()).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("mm_input_projection_weight"):  # initially zero
+            torch.nn.init.normal_(parameter, std=0.1)
+        elif request.param == "gemma3" and "vision_tower" in name and parameter.ndim > 1:  # initially large
+            parameter.data.div_(3)
+    parity.scale_weights(model)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    graphdef, params, config = hf.load(folder)
+    rng, size = np.random.default_rng(0), config.vision.image_size
+    images = [[rng.standard_normal((size, size, 3)).astype(np.float32) for _ in range(n)] for n in counts]
+    pair = Pair(model, graphdef, params, config, images, {}, {}, {})
+    rows = [
+        [1, *rng.integers(7, 200, 2), *pair.image_run * count, *rng.integers(7, 200, n)]
+        for count, n in zip(counts, TEXT_LENGTHS, strict=True)
+    ]
+    return dataclasses.replace(
+        pair, **dict(zip(("tokens", "mask", "answers"), parity.pad_prompts(rows, TEXT_LENGTHS), strict=True))
+    )
+
+
+def pixel_values(rows):
+    """The images of all prompts in order, as transformers takes them."""
+    return torch.tensor(np.stack([image for row in rows for image in row])).permute(0, 3, 1, 2)
+
+
+def to_torch(pair, tokens, mask, images):
+    tokens, mask = torch.tensor(tokens, dtype=torch.long), torch.tensor(mask)
+    kinds = dict(token_type_ids=(tokens == IMAGE).long()) if pair.module is models.module_for("gemma3") else {}
+    return dict(
+        input_ids=tokens,
+        attention_mask=mask.long(),
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        pixel_values=pixel_values(images),
+        **kinds,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(graphdef, params, images):
+    return bind(graphdef, params).encode(images)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(graphdef, params, images, tokens, mask):
+    model = bind(graphdef, params)
+    return model(tokens, mask, features=model.encode(images)[0])[0]
+
+
+def real(tokens, like):
+    """Returns the tokens of all images of all prompts in order, [images, p, d] as in transformers."""
+    return np.asarray(tokens.values)[np.asarray(tokens.valid)].reshape(like.shape)
+
+
+def test_vision_blocks_and_projector_agree(pair):
+    with torch.no_grad():
+        pixels = pixel_values(pair.images)
+        out = pair.torch.model.vision_tower(pixels, output_hidden_states=True)
+        projected = torch.stack(list(pair.torch.get_image_features(pixel_values=pixels).pooler_output))
+    features, taps = encode(pair.graphdef, pair.params, pair.config.pack(pair.images))
+    assert set(taps) == {f"vision/{i}" for i in range(pair.config.used_blocks)} | {"features", "projector"}
+    for i in range(pair.config.used_blocks):
+        parity.assert_close(real(taps[f"vision/{i}"], out.hidden_states[i + 1]), out.hidden_states[i + 1], 1e-4)
+    if pair.config.uses_post_norm:
+        inputs = out.last_hidden_state
+    else:
+        inputs = out.hidden_states[pair.config.feature_layer][:, pair.config.feature_select == "default" :]
+    parity.assert_close(real(taps["features"], inputs), inputs, 1e-4)
+    parity.assert_close(real(taps["projector"], projected), projected, 1e-4)
+    np.testing.assert_array_equal(features.values, taps["projector"].values)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_logits_agree(pair, side):
+    tokens, mask = pair.tokens[side], pair.mask[side]
+    with torch.no_grad():
+        theirs = pair.torch(**to_torch(pair, tokens, mask, pair.images)).logits
+    ours = logits(pair.graphdef, pair.params, pair.config.pack(pair.images), tokens, mask)
+    parity.assert_close(ours[mask], theirs[torch.tensor(mask)], 1e-4)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_text_only_logits_agree(pair, side):
+    parity.assert_text_logits_agree(bind(pair.graphdef, pair.params), pair.torch, side, 1e-4)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.value_and_grad, argnums=1)
+def loss(graphdef, visual, frozen, images, tokens, mask, answers):
+    model = bind(graphdef, {**frozen, **visual})
+    logits, _ = model(tokens, mask, features=model.encode(images)[0])
+    log_p = jax.nn.log_softmax(logits[:, :-1])
+    token_log_p = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
+    return -jnp.where(answers[:, 1:], token_log_p, 0).sum() / answers.sum()
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_loss_and_gradients_of_all_visual_parameters_agree(pair, side):
+    tokens, mask, answers = pair.tokens[side], pair.mask[side], pair.answers[side]
+    inputs = to_torch(pair, tokens, mask, pair.images)
+    labels = inputs["input_ids"].masked_fill(~torch.tensor(answers), -100)
+    pair.torch.zero_grad()
+    theirs = pair.torch(**inputs, labels=labels).loss
+    theirs.backward()
+
+    visual, frozen = parity.split_visual(pair.params)
+    ours, gradients = loss(pair.graphdef, visual, frozen, pair.config.pack(pair.images), tokens, mask, answers)
+    np.testing.assert_allclose(ours, theirs.item(), rtol=1e-3)
+    compared = set()
+    largest = max(float(jnp.abs(g).max()) for g in gradients.values())
+    for name, parameter in pair.torch.named_parameters():
+        slot = hf.find_slot(pair.module, pair.config, name)
+        if slot.path not in visual:
+            continue
+        compared.add(slot.path)
+        gradient = gradients[slot.path]
+        if parameter.grad is None:  # blocks after the feature layer do not affect the loss
+            assert not gradient.any()
+            continue
+        want = slot.to_param(parameter.grad.numpy())
+        # Relative to the norm of the tensor. The gradient of the key bias is zero: the softmax cancels the bias.
+        error, norm = np.linalg.norm(gradient - want), np.linalg.norm(want)
+        assert error <= 1e-3 * norm or max(error, norm) < 1e-5 * largest, (name, error, norm)
+    assert compared == set(visual)
+
+
+def test_greedy_answers_to_prompts_of_different_lengths_agree(pair):
+    # transformers generates with left padding only.
+    inputs = to_torch(pair, pair.tokens["left"], pair.mask["left"], pair.images)
+    del inputs["position_ids"]
+    theirs, end = parity.generate(pair.torch, inputs, 12)
+
+    @jax.jit
+    def answer(params, images, tokens, mask):
+        model = bind(pair.graphdef, params)
+        features = model.encode(images)[0]
+        return greedy(model, Prompts(tokens, mask, features), max_new_tokens=12, eos_ids=(EOS, end), pad_id=PAD)
+
+    for side in SIDES:
+        ours = np.asarray(answer(pair.params, pair.config.pack(pair.images), pair.tokens[side], pair.mask[side]))
+        parity.assert_same_answers(ours, theirs)
+
+
+def test_option_log_probs_agree_with_a_forward_pass_per_option(pair):
+    options = [[[7, 8, 9], [10]], [[11, 12], [13, 14]], [[20], [21, 22, 23]]]
+    texts, texts_mask = parity.pad_options(options)
+    want = np.empty((3, 2))
+    for i, row in enumerate(options):
+        prompt = pair.tokens["right"][i][pair.mask["right"][i]].tolist()
+        for j, option in enumerate(row):
+            with torch.no_grad():
+                ids = [prompt + option]
+                theirs = pair.torch(**to_torch(pair, ids, np.ones_like(ids, bool), pair.images[i : i + 1])).logits[0]
+            log_p = torch.log_softmax(theirs, -1)[len(prompt) - 1 : -1]
+            want[i, j] = log_p[torch.arange(len(option)), torch.tensor(option)].sum()
+
+    @jax.jit
+    def score(params, images, tokens, mask):
+        model = bind(pair.graphdef, params)
+        prompts = Prompts(tokens, mask, model.encode(images)[0])
+        return option_log_probs(model, prompts, texts, texts_mask)
+
+    for side in SIDES:
+        scores = score(pair.params, pair.config.pack(pair.images), pair.tokens[side], pair.mask[side])
+        np.testing.assert_allclose(scores, want, atol=1e-3, err_msg=side)
+
+
+def test_logits_of_prompts_with_two_images_agree(pair):
+    """Images are encoded separately and their features concatenated, as for a worked example before a question."""
+    rng, images = np.random.default_rng(1), [row[0] for row in pair.images]
+    features, _ = encode(pair.graphdef, pair.params, pair.config.pack([[image] for image in images]))
+    encoded_images = EncodedImages([images[0].shape] * 3, jax.tree.map(np.asarray, features), ((0, 2), (1, 0)))
+    tokens = np.array(
+        [[1, *pair.image_run, *rng.integers(7, 200, 6), *pair.image_run, *rng.integers(7, 200, 3)] for _ in range(2)]
+    )
+    mask = np.ones_like(tokens, bool)
+
+    @jax.jit
+    def logits(params, tokens, mask, features):
+        return bind(pair.graphdef, params)(tokens, mask, features=features)[0]
+
+    ours = logits(pair.params, tokens, mask, encoded_images.tokens())
+    with torch.no_grad():
+        rows = [[images[i] for i in row] for row in encoded_images.rows]
+        theirs = pair.torch(**to_torch(pair, tokens, mask, rows)).logits
+    parity.assert_close(ours, theirs, 1e-4)

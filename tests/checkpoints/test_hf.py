@@ -15,6 +15,7 @@ import transformers
 from jax.sharding import NamedSharding, PartitionSpec
 from llava_folders import equal, hf_config, random_params, read, shard, write
 
+from vkd_jax import models
 from vkd_jax.checkpoints import export, hf, safetensors_files
 from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.models import base, llava, quantize
@@ -64,6 +65,17 @@ def test_other_generations_of_names_are_loaded_and_exported(folder, copy, rename
     export.export({k: v + 1 for k, v in params.items()}, copy, target, config)
     assert read(target).keys() == read(copy).keys()
     assert len(compare_tensors(copy, target)["changed"]) == len(read(copy))
+
+
+@pytest.mark.parametrize("rename", [to_saved, to_memory])
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_other_generations_of_names_have_the_same_slots(family, rename):
+    from transformers import AutoConfig
+
+    module = models.module_for(family)
+    config = module.Config.from_hf(AutoConfig.for_model(family, **next(iter(module.PRESETS.values()))[1]))
+    names = [template.replace("{i}", "1") for template, _, _ in module.hf_table(config)]
+    assert all(hf.find_slot(module, config, rename(n)) == hf.find_slot(module, config, n) is not None for n in names)
 
 
 @pytest.mark.parametrize("name", ["tiny_base", "tiny_llava", "tiny_retain_only"])

@@ -59,6 +59,17 @@ def test_layer_norm_and_rms_norm_by_hand():
     np.testing.assert_allclose(layers.RMSNorm(2, **options)(x), np.array([[1, 3]]) / 5**0.5, rtol=1e-6)
 
 
+def test_zero_centered_norm_and_scaled_embedding_by_hand():
+    norm = layers.RMSNorm(2, eps=0.0, dtype="float32", param_dtype=jnp.float32, zero_centered=True)
+    norm.scale[...] = jnp.array([0.0, 1.0])
+    np.testing.assert_allclose(norm(jnp.array([[1.0, 3.0]])), np.array([[1, 6]]) / 5**0.5, rtol=1e-6)
+    options = dict(dtype="bfloat16", param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    embedding = layers.Embedding(3, 2, scale=2560**0.5, **options)
+    embedding.embedding[...] = jnp.ones((3, 2))
+    assert embedding(jnp.array([1])).tolist() == [[50.5, 50.5]]  # 50.596 rounded to bfloat16
+    assert embedding.attend(jnp.ones((1, 2))).tolist() == [[2.0, 2.0, 2.0]]
+
+
 def test_rotation_by_hand():
     def rotate(x, positions, *sections):
         frequency = np.float32([1, 0.1])

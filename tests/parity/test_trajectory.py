@@ -66,8 +66,8 @@ class Llava:
         features = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
         return {"features": list(features), "projector": list(self.model.model.multi_modal_projector(features))}
 
-    def positions(self, tokens, mask, images):
-        return (mask.cumsum(-1) - 1).clamp(min=0)
+    def inputs(self, tokens, mask, images):
+        return dict(position_ids=positions(mask))
 
 
 class Qwen2VL:
@@ -105,11 +105,12 @@ class Qwen2VL:
             "projector": list(out.pooler_output.split(merged)),
         }
 
-    def positions(self, tokens, mask, images):
+    def inputs(self, tokens, mask, images):
         kinds = (tokens == IMAGE).int()
-        return self.model.model.get_rope_index(
+        position_ids, _ = self.model.model.get_rope_index(
             tokens, mm_token_type_ids=kinds, image_grid_thw=self._unpadded(images)[1], attention_mask=mask
-        )[0]
+        )
+        return dict(position_ids=position_ids)
 
     @staticmethod
     def _unpadded(images):
@@ -121,7 +122,48 @@ class Qwen2VL:
         return torch.tensor(still), torch.tensor(np.array(grids))
 
 
-FAMILIES = {"llava": Llava, "qwen2_vl": Qwen2VL}
+class Gemma3:
+    """Gemma-3 in PyTorch, and sizes of images for it."""
+
+    sizes = [(30, 30)] * 4
+
+    @staticmethod
+    def create():
+        model = transformers.Gemma3ForConditionalGeneration(
+            transformers.Gemma3Config(
+                vision_config=dict(
+                    model_type="siglip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                    num_attention_heads=4, image_size=30, patch_size=4, vision_use_head=False,
+                ),
+                text_config=dict(
+                    model_type="gemma3_text", vocab_size=100, hidden_size=48, intermediate_size=80,
+                    num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=10,
+                    max_position_embeddings=128, sliding_window=5, sliding_window_pattern=2,
+                ),
+                image_token_index=IMAGE, boi_token_index=START, eoi_token_index=END, mm_tokens_per_image=9,
+            )
+        )  # fmt: skip
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.1)  # initially zero
+        return model
+
+    def __init__(self, model):
+        self.model = model
+
+    def encode_images(self, images):
+        """Returns the input and output of the projector for each row."""
+        pixels = torch.tensor(images["pixels"][:, 0]).permute(0, 3, 1, 2)
+        features = self.model.model.vision_tower(pixels).last_hidden_state
+        return {"features": list(features), "projector": list(self.model.model.multi_modal_projector(features))}
+
+    def inputs(self, tokens, mask, images):
+        return dict(position_ids=positions(mask), token_type_ids=(tokens == IMAGE).long())
+
+
+FAMILIES = {"llava": Llava, "gemma3": Gemma3, "qwen2_vl": Qwen2VL}
+
+
+def positions(mask):
+    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def encoded(config, sizes, seed):
@@ -191,9 +233,8 @@ def losses_in_torch(family, method, name, batch):
     embedded = model.get_input_embeddings()(tokens)
     is_image = (tokens == IMAGE)[..., None].expand_as(embedded)
     embedded = embedded.masked_scatter(is_image, torch.cat(features["projector"]))
-    logits = model(
-        inputs_embeds=embedded, attention_mask=mask, position_ids=family.positions(tokens, mask, batch.images)
-    ).logits
+    inputs = family.inputs(tokens, mask, batch.images)
+    logits = model(inputs_embeds=embedded, attention_mask=mask, **inputs).logits
     rows = []
     for i in range(len(tokens)):
         real = batch.target_mask[i]

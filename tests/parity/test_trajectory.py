@@ -151,7 +151,7 @@ class Gemma3:
 
     def encode_images(self, images):
         """Returns the input and output of the projector for each row."""
-        pixels = torch.tensor(images["pixels"][:, 0]).permute(0, 3, 1, 2)
+        pixels = torch.tensor(images["pixels"]).permute(0, 3, 1, 2)
         features = self.model.model.vision_tower(pixels).last_hidden_state
         return {"features": list(features), "projector": list(self.model.model.multi_modal_projector(features))}
 

@@ -137,6 +137,15 @@ def _outcome(process):
 
 
 @pytest.fixture(scope="session")
+def fork_server():
+    """The process whose forks run the package's commands."""
+    from fork_server import ForkServer
+
+    with ForkServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def get_config():
     """Loads the config of a file of configs/ by its name and the arguments after the colon."""
     import importlib.util

@@ -6,6 +6,7 @@ import pickle
 import re
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,17 @@ def test_an_exception_in_the_log_is_one_line():
     raised = (OSError, OSError("No space\nleft"), None)
     record = std_logging.LogRecord("absl", std_logging.ERROR, "/clu/x.py", 1, "in %s", ("a thread",), raised)
     assert log._escape(record) and std_logging.Formatter().format(record) == r"in a thread: OSError: No space\nleft"
+
+
+def test_only_the_main_thread_shows_a_traceback(capsys, monkeypatch):
+    lines, error = [], OSError("No space left")
+    monkeypatch.setattr(log.logging, "error", lambda text, exc_info: lines.append((text, exc_info[1])))
+    log._show_exception(OSError, error, None)
+    assert capsys.readouterr().err == "OSError: No space left\n" and not lines
+    thread = threading.Thread(target=log._show_exception, args=(OSError, error, None))
+    thread.start()
+    thread.join()
+    assert capsys.readouterr().err == "" and lines == [("in a thread", error)]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,8 @@
-"""Checkpoints: their contents, and bit-identical resumption of killed runs."""
+"""Checkpoints: their contents, and those that are damaged; training/test_kills.py has runs that are killed."""
 
 import errno
-import json
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +13,6 @@ from orbax.checkpoint import v1 as ocp
 from vkd_jax.checkpoints import orbax_checkpoints
 from vkd_jax.checkpoints.orbax_checkpoints import Checkpoints
 from vkd_jax.types import UserError
-
-ROOT = Path(__file__).parents[2]
-STEPS = 20
 
 
 def test_a_checkpoint_has_the_state_of_its_step_although_training_continues(tmp_path):
@@ -148,81 +138,3 @@ def test_an_error_while_a_checkpoint_is_completed_is_raised(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         checkpoints.wait()
     checkpoints.close()
-
-
-def start(folder):
-    """Starts a run that prints its steps, and resumes from the last checkpoint."""
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", ROOT / "tests/programs/kill_me.py", folder, str(STEPS)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    """Waits for a run and returns its printed metrics by step."""
-    out, _ = process.communicate()
-    assert process.returncode == 0
-    return by_step(out.splitlines())
-
-
-def by_step(lines):
-    return {line["step"]: line for line in map(json.loads, lines)}
-
-
-def kill(process, step, delay):
-    """Kills a run `delay` seconds after a step, in a save or in the next step, and returns its metrics by step."""
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        process.stdin.write("\n")
-        process.stdin.flush()
-        if json.loads(line)["step"] == step:
-            time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
-            break
-    lines += process.stdout.readlines()
-    process.stdout.close()
-    process.stdin.close()
-    assert process.wait() == -signal.SIGKILL
-    return by_step(lines)
-
-
-def final_state(folder):
-    """Returns the arrays of the last checkpoint by path."""
-    path = folder / "checkpoints" / str(STEPS)
-    target = ocp.checkpointables_metadata(path).metadata["state"]
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=CPU), target)
-    loaded = ocp.load_checkpointables(path, {"state": target})["state"]
-    return {jax.tree_util.keystr(key): np.asarray(x) for key, x in jax.tree.leaves_with_path(loaded)}
-
-
-CPU = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    return finish(start(folder)), final_state(folder)
-
-
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_repeatedly_ends_with_the_same_bits(tmp_path, uninterrupted, kills):
-    """After SIGKILL at random times, the metrics of all steps, weights and optimizer state are those of one run."""
-    metrics, state = uninterrupted
-    draw, seen, resumed = random.Random(kills), {}, []
-    steps = sorted(draw.sample(range(5, STEPS - 1), kills))
-    for step in steps:
-        lines = kill(start(tmp_path), step, delay=draw.uniform(0, 0.05))
-        resumed.append(min(lines))
-        seen |= lines
-    last = finish(start(tmp_path))
-    resumed.append(min(last))
-    assert resumed[0] == 1 and min(resumed[1:]) > 1  # each run resumed
-    assert seen | last == metrics
-    after = final_state(tmp_path)
-    assert after.keys() == state.keys() and any("opt_state" in path for path in after)
-    for path in state:
-        np.testing.assert_array_equal(after[path], state[path], err_msg=path)

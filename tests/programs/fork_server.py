@@ -20,7 +20,12 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import faults
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("main", "ask", "compare", "plan")  # each is run as python -m would, so none may be imported before
@@ -41,7 +46,16 @@ class Outcome:
 
 
 class ForkServer:
-    """The client of the server process, which it starts and stops."""
+    """The client of the server process, which it starts and stops.
+
+    Args:
+        variables: further environment variables of the commands.
+        packages: a folder of further packages.
+    """
+
+    def __init__(self, variables: Mapping[str, str] = MappingProxyType({}), packages: Path = ROOT):
+        paths = os.pathsep.join(dict.fromkeys([str(packages), str(ROOT)]))
+        self._environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths} | variables
 
     def __enter__(self) -> "ForkServer":
         self._process = subprocess.Popen(
@@ -49,7 +63,7 @@ class ForkServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+            env=self._environment,
         )
         return self
 
@@ -58,17 +72,22 @@ class ForkServer:
         self._process.wait(timeout=60)
         self._process.stdout.close()
 
-    def run(self, module: str, args: list[str], folder: Path, seconds: float = 60.0) -> Outcome:
-        """Runs `python -m module args` in a folder, and kills it after so many seconds."""
-        logs = [folder / ".stdout", folder / ".stderr"]
-        request = dict(module=module, args=args, folder=str(folder), logs=[str(log) for log in logs], seconds=seconds)
+    def run(
+        self, module: str, args: list[str], folder: Path, seconds: float = 60.0, prepare: Sequence[Any] = ()
+    ) -> Outcome:
+        """Runs `python -m module args` in a folder, and kills it after so many seconds.
+
+        Args:
+            module: the module of the command, or the path of a program.
+            args: its arguments.
+            folder: its working directory.
+            seconds: the limit of time.
+            prepare: the name of a function of `faults` and its arguments, which the process calls first.
+        """
+        request = dict(module=module, args=args, folder=str(folder), seconds=seconds, prepare=list(prepare))
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        stdout, stderr = (log.read_bytes().decode("utf-8", "backslashreplace") for log in logs)
-        for log in logs:
-            log.unlink()
-        return Outcome(answer["status"], stdout, stderr, answer["seconds"])
+        return Outcome(**json.loads(self._process.stdout.readline()))
 
 
 def serve() -> None:
@@ -92,17 +111,23 @@ def warm_up() -> None:
 
 
 def run_in_fork(request: dict) -> dict:
-    """Runs one request, and returns its status and its seconds."""
+    """Runs one request, and returns its `Outcome` as a dict. Pipes take its output, also when a disk is full."""
     start = time.monotonic()
+    pipes = [os.pipe() for _ in ("stdout", "stderr")]
     pid = os.fork()
     if pid == 0:
-        os._exit(child(request))
-    status = None
+        os._exit(child(request, [write for _, write in pipes]))
+    for read, write in pipes:
+        os.close(write)
+        os.set_blocking(read, False)
+    texts, status = [bytearray(), bytearray()], None
     while status is None and time.monotonic() - start < request["seconds"]:
         done, code = os.waitpid(pid, os.WNOHANG)
         if done:
             status = os.waitstatus_to_exitcode(code)
-        else:
+        for text, (read, _) in zip(texts, pipes, strict=True):
+            drain(read, text)
+        if status is None:
             time.sleep(POLL_SECONDS)
     try:
         os.killpg(pid, signal.SIGKILL)  # it is its own group, with the processes that it started
@@ -110,22 +135,39 @@ def run_in_fork(request: dict) -> dict:
         pass
     if status is None:
         os.waitpid(pid, 0)
-    return {"status": status, "seconds": round(time.monotonic() - start, 3)}
+    for read, _ in pipes:
+        os.close(read)
+    stdout, stderr = (text.decode("utf-8", "backslashreplace") for text in texts)
+    return {"status": status, "stdout": stdout, "stderr": stderr, "seconds": round(time.monotonic() - start, 3)}
 
 
-def child(request: dict) -> int:
+def drain(pipe: int, text: bytearray) -> None:
+    """Reads what is in a pipe now."""
+    try:
+        while data := os.read(pipe, 1 << 16):
+            text.extend(data)
+    except BlockingIOError:
+        pass
+
+
+def child(request: dict, outputs: list[int]) -> int:
     """Runs the command in this process as the interpreter would, and returns the exit status."""
     os.setsid()
     os.chdir(request["folder"])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     null = os.open(os.devnull, os.O_RDONLY)
-    logs = [os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for log in request["logs"]]
-    for number, descriptor in enumerate((null, *logs)):
+    for number, descriptor in enumerate((null, *outputs)):
         os.dup2(descriptor, number)
     sys.argv = [request["module"], *request["args"]]
+    if request["prepare"]:
+        name, *values = request["prepare"]
+        getattr(faults, name)(*values)
     status = 1
     try:
-        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+        if request["module"].endswith(".py"):
+            runpy.run_path(request["module"], run_name="__main__")
+        else:
+            runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as stop:
         if stop.code is None or isinstance(stop.code, int):

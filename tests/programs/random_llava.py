@@ -70,11 +70,8 @@ def train_config(**changes) -> TrainConfig:
     return TrainConfig(**fields | changes)
 
 
-def metrics_on_stdout(wait: bool = False) -> None:
-    """Makes `train` print a JSON line for each step instead of importing TensorFlow, which takes seconds.
-
-    With `wait`, a line on stdin, or its end, lets the next step begin.
-    """
+def metrics_on_stdout() -> None:
+    """Makes `train` print a JSON line for each step instead of importing TensorFlow, which takes seconds."""
 
     class Progress:
         def __init__(self, folder: Path, *, steps: int, log_seconds: float):
@@ -89,8 +86,6 @@ def metrics_on_stdout(wait: bool = False) -> None:
         def write(self, step, scalars):
             kept = {name: value for name, value in scalars.items() if name not in SPEED}
             print(json.dumps({"step": step} | kept), flush=True)
-            if wait:
-                sys.stdin.readline()
 
         def close(self):
             pass

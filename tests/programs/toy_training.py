@@ -1,8 +1,13 @@
-"""A training of a toy model in milliseconds, for the tests of the training loop."""
+"""A training of a toy model in milliseconds, for the tests of the training loop.
+
+As a command, it trains in the folder `run`, or resumes there.
+"""
 
 import dataclasses
 import json
+import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +16,18 @@ from flax import nnx
 
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.orbax_checkpoints import Checkpoints
+from vkd_jax.config import command_line
 from vkd_jax.config.training import TrainConfig
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.data.images import PackedImages
 from vkd_jax.methods.base import Prepared
-from vkd_jax.runtime.mesh import make_mesh
+from vkd_jax.models.base import split_model
+from vkd_jax.runtime import log, storage
+from vkd_jax.runtime.mesh import make_mesh, replicated
 from vkd_jax.training import loop
 from vkd_jax.training.metric_writer import Progress
-from vkd_jax.types import Example
+from vkd_jax.training.preemption import Stopped
+from vkd_jax.types import Example, UserError
 
 ROWS = 8
 
@@ -118,6 +127,13 @@ MASK = {
 }
 
 
+def split_toy():
+    """Structure and weights of the toy."""
+    graphdef, params = split_model(Toy())
+    sharding = replicated(make_mesh())
+    return graphdef, {path: jax.device_put(np.asarray(value), sharding) for path, value in params.items()}
+
+
 def config(**changes):
     fields = dict(steps=8, batch_size=dict(forget=4, retain=4), learning_rate=0.05, warmup_steps=2, weight_decay=0.5)
     fields |= dict(b2=0.99, log_every=1, checkpoint_every=2)
@@ -172,3 +188,18 @@ def at_step(monkeypatch, step, act):
     """Calls `act` after that step."""
     tick = Progress.tick
     monkeypatch.setattr(Progress, "tick", lambda self, now: (tick(self, now), act() if now == step else None))
+
+
+def main():
+    log.setup()
+    try:
+        with storage.write_errors():
+            fit(split_toy(), Path("run").absolute(), steps=4)
+    except UserError as error:
+        sys.exit(command_line.bad_input(error))
+    except Stopped as error:
+        sys.exit(error.status)
+
+
+if __name__ == "__main__":
+    main()

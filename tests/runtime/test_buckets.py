@@ -17,7 +17,7 @@ from vkd_jax.config.comparison import CompareConfig
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.reporting import report, view
 from vkd_jax.results import RunResults
-from vkd_jax.runs import pipeline, sweep
+from vkd_jax.runs import sweep
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import hub, storage
 from vkd_jax.runtime.files import write_bytes
@@ -199,34 +199,20 @@ def test_folder_without_a_model_is_an_error(bucket):
             hub.fetch_model(f"gs://mine/models/{name}")
 
 
-# ---- A whole run ----
+# ---- Training, and a whole run ----
 
 
-def test_a_short_run_in_a_bucket_is_stopped_and_resumed(
-    bucket, get_config, tiny_folder, request_folders, tmp_path, monkeypatch
-):
-    """Model and workdir are in the bucket; the second run starts with an empty local cache."""
-    from vkd_jax.training.metric_writer import Progress
+def test_a_training_in_a_bucket_is_stopped_and_resumes_with_the_same_bits(bucket, monkeypatch):
+    """The slow test below does this with a whole run."""
+    import toy_training
 
-    for file in tiny_folder.iterdir():
-        bucket.objects[f"model/{file.name}"] = file.read_bytes()
-    config = get_config("llava.py", "folder")
-    config.model.update(path="gs://mine/model", dtype="float32")
-    config.data.update({name: str(request_folders / name) for name in ("forget", "retain")})
-    config.eval.update(protocol="options", max_new_tokens=4)
-    config.train.update(batch_size=dict(forget=2, retain=4), steps=4, epochs=0.0, warmup_steps=0)
-    config.train.update(log_every=1, buckets=1)
-    config.method.update(fisher_samples=4, fisher_chunk=2, augment_forget=1)
-    with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
-        patch.setattr(Progress, "tick", lambda self, step: signal.raise_signal(signal.SIGTERM))
-        pipeline.run(config, "gs://mine/run")
-    step = re.search(r"stopped at step (\d+), which is saved", str(stopped.value))[1]
-    assert int(step) < 4 and f"run/train/checkpoints/{step}/commit_success.txt" in bucket.objects
-    shutil.rmtree(tmp_path / "cache")
-    results = pipeline.run(config, "gs://mine/run").to_json()
-    assert results["manifest"]["changed"] and json.loads(bucket.objects["run/results.json"]) == results
-    assert {"run/report.md", "run/unlearned/model.safetensors"} <= set(bucket.objects)
-    rows = report.json_lines(storage.resolve("gs://mine/run/train/metrics.jsonl"))
+    toy, folder = toy_training.split_toy(), storage.resolve("gs://mine/run/train")
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="stopped at step 3, which is saved"):
+        toy_training.at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+        toy_training.fit(toy, folder, steps=4)
+    assert "run/train/checkpoints/3/commit_success.txt" in bucket.objects
+    toy_training.assert_same_bits(toy_training.fit(toy, folder, steps=4), toy_training.fit(toy, None, steps=4))
+    rows = report.json_lines(folder / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
 
 

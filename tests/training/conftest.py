@@ -1,20 +1,15 @@
 """Fixtures of the tests of the training loop: the toy model, and one whole training of it."""
 
-import jax
-import numpy as np
 import pytest
-from toy_training import Toy, config, fit, restored
+from toy_training import config, fit, restored, split_toy
 
-from vkd_jax.models.base import split_model
-from vkd_jax.runtime.mesh import make_mesh, replicated
+from vkd_jax.runtime.mesh import make_mesh
 from vkd_jax.training import loop
 
 
 @pytest.fixture(scope="module")
 def toy():
-    graphdef, params = split_model(Toy())
-    sharding = replicated(make_mesh())
-    return graphdef, {path: jax.device_put(np.asarray(value), sharding) for path, value in params.items()}
+    return split_toy()
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,9 @@ Lines may name people, files and texts from data; `messages.escaped` makes their
 """
 
 import logging as std_logging
+import sys
+import threading
+import types
 from pathlib import Path
 
 from absl import logging
@@ -20,6 +23,18 @@ def setup() -> None:
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_shown)
     logging.get_absl_handler().addFilter(_escape)
+    sys.excepthook = _show_exception
+
+
+def _show_exception(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    """Shows an exception that nothing handles; that of a thread which a library in C++ started is one log line.
+
+    TensorStore's threads print one on a full disk, whose error is raised in the main thread.
+    """
+    if threading.current_thread() is threading.main_thread():
+        sys.__excepthook__(kind, error, trace)
+    else:
+        logging.error("in a thread", exc_info=(kind, error, trace))
 
 
 def _is_shown(record: std_logging.LogRecord) -> bool:

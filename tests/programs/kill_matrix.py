@@ -202,11 +202,9 @@ class Matrix:
             path = max((folder / WORKDIR).glob(name), key=lambda path: path.stat().st_size)
             whole = path.read_bytes()
             DAMAGE[column](path)
-            damaged = path.is_file() and path.read_bytes()
             outcome = self._run(reference.stage, folder)
             if outcome.status == 0 and "Traceback" not in outcome.stderr:
-                is_new = (path.is_file() and path.read_bytes()) != damaged
-                cell = Cell("made again" if is_new else "not used", log=outcome.stderr)
+                cell = Cell("finished", log=outcome.stderr)
                 cell.problems.extend(differences(reference.expected, contents(folder / WORKDIR)))
                 return cell
             cell = Cell("named", log=outcome.stderr)

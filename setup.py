@@ -72,6 +72,7 @@ setuptools.setup(
         "rouge-score>=0.1.2",
         "nltk>=3.9",
         "ml-dtypes>=0.5",
+        "cryptography>=42",  # for signatures of certificates
         "matplotlib>=3.9",
     ],
     extras_require={

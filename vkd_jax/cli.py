@@ -34,6 +34,11 @@ COMMANDS = {
         "Ask a model a question, with or without an image.",
         'vkd ask --model tiny_llava --question "What color is a banana?"',
     ),
+    "verify": Command(
+        "vkd_jax.verify",
+        "Check a model folder against its certificate, or sign the certificate.",
+        "vkd verify /tmp/vkd-tiny/unlearned",
+    ),
     "compare": Command(
         "vkd_jax.compare",
         "Compare methods that are tuned alike, over several seeds.",

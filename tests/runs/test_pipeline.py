@@ -1,5 +1,6 @@
 """Whole runs on a small random model: the files they write, how they resume, and which weights stay unchanged."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -11,10 +12,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
 from vkd_jax import benchmarks as benchmarks
-from vkd_jax.checkpoints import export, hf
+from vkd_jax.checkpoints import certificate, export, hf
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.config.schema import RunConfig
@@ -122,6 +124,22 @@ def test_results_hold_both_models_with_counts(vkd):
     assert stages <= set(results["timing"]) and all(seconds >= 0 for seconds in results["timing"].values())
 
 
+def test_the_exported_model_has_a_card_and_a_certificate_that_name_nobody(vkd):
+    folder = vkd.path / "unlearned"
+    content, card = certificate.read(folder), (folder / "README.md").read_text("utf-8")
+    assert not list(certificate.differences(folder))
+    forgotten = {a["person"] for a in answers(vkd.path, "vanilla") if a["set"] == "forget"}
+    digests = {hashlib.sha256(person.encode()).hexdigest() for person in forgotten}
+    assert set(content["forgotten"]) == digests == set(re.findall("`([0-9a-f]{64})`", card))
+    assert content["figures"]["models"] == vkd.results["models"] and content["config"] == vkd.results["meta"]["config"]
+    assert content["inputs"] == json.loads((vkd.path / "inputs.json").read_text())
+    _, header, body = card.split("---\n", 2)
+    assert yaml.safe_load(header)["library_name"] == "transformers" and "base_model" not in yaml.safe_load(header)
+    accuracy = vkd.results["models"]["unlearned"]["forget"]["vqa"]["accuracy"]
+    assert f"| people to forget, with image | {vkd.results['models']['unlearned']['forget']['vqa']['n']} |" in body
+    assert f" {100 * accuracy:.1f} % (" in body and "no attack was run" in body
+
+
 def test_both_models_are_asked_the_same_questions(vkd):
     questions = [[(a["set"], a["id"], a["question"]) for a in answers(vkd.path, n)] for n in ("vanilla", "unlearned")]
     assert questions[0] == questions[1] and len(set(questions[0])) == len(questions[0]) > 100
@@ -210,7 +228,8 @@ def test_each_model_is_released_before_the_next_is_loaded(vkd, make_config, tmp_
     for name in ("text_scores", "model_changes", "write"):
         monkeypatch.setattr(stages.results_writer, name, record(name, {}))
     monkeypatch.setattr(stages, "compare_tensors", record("manifest", {}))
-    monkeypatch.setattr(stages, "write_report", record("report"))
+    for name in ("document_model", "write_report"):
+        monkeypatch.setattr(stages, name, record(name))
     stages.unlearn_and_judge(fake, {})
     counts = dict(calls)
     assert {"judge retain_only", "judge vanilla", "unlearn", "judge unlearned", "manifest"} <= counts.keys()

@@ -17,14 +17,15 @@ from vkd_jax.checkpoints import safetensors_files
 from vkd_jax.checkpoints.hf import family_of, find_slot, tensor_names
 from vkd_jax.checkpoints.safetensors_files import Checkpoint, Folder, Tensor
 from vkd_jax.models import lora
-from vkd_jax.runtime import files, hub, multihost
+from vkd_jax.runtime import files, hub, multihost, storage
 from vkd_jax.runtime.finite import is_finite
 from vkd_jax.types import Diverged, UserError
 
 # Suffixes of the files that an export copies besides the weights: configuration, tokenizer, processor, texts. Weights
 # in other formats are not copied, because they still contain the knowledge to unlearn. Nor is the configuration of an
-# adapter, of which there are no weights: transformers would look for them.
+# adapter, of which there are no weights: transformers would look for them; nor the certificate of the source.
 COMPANIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".md", "")
+NOT_COPIED = (hub.ADAPTER_CONFIG, storage.CERTIFICATE)
 
 
 def create(folder: Folder, hf_config: Any, params: Mapping[str, jax.Array]) -> None:
@@ -105,7 +106,7 @@ def export(
             raise UserError(f"{target} exists and is not a model folder. Choose another folder to write to.")
         with _new_folder(target) as new:
             for file in sorted(source.iterdir()):
-                is_companion = file.suffix in COMPANIONS and file.name != hub.ADAPTER_CONFIG
+                is_companion = file.suffix in COMPANIONS and file.name not in NOT_COPIED
                 if file.is_file() and not file.name.startswith(".") and is_companion:
                     shutil.copyfile(file, new / file.name)
             for name, text in (notes or {}).items():

@@ -1,8 +1,8 @@
 """The results of a run in a few lines, for the terminal; report.md has them all."""
 
-from vkd_jax.reporting import names
+from vkd_jax.reporting import main_figures, names
 from vkd_jax.reporting.attack_view import interval
-from vkd_jax.results import FILE, RunResults, Summary, main_kind
+from vkd_jax.results import FILE, RunResults, Summary
 
 
 def summary(results: RunResults, workdir: str) -> str:
@@ -12,14 +12,9 @@ def summary(results: RunResults, workdir: str) -> str:
         results: results of a finished run.
         workdir: its folder.
     """
-    models = [name for name in names.MODELS if name in results.models]
+    models, accuracies = main_figures.rows(results)
     rows = [["accuracy in % (95 % interval)", *(names.MODELS[name] for name in models)]]
-    for eval_set in results.sets:
-        for modality, words in (("vqa", "with image"), ("qa", "text only")):
-            kind = main_kind(results.models[models[0]].get(eval_set.name, {}), modality)
-            summaries = [results.summary(name, eval_set.name, kind or "") for name in models]
-            if any(summaries):
-                rows.append([f"{eval_set.title}, {words}", *map(_cell, summaries)])
+    rows += [[row.title, *map(_cell, row.summaries)] for row in accuracies]
     widths = [max(len(row[i]) for row in rows) for i in range(len(models) + 1)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     page = "report.md" if "unlearned" in models else FILE

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from absl import logging
 
+import vkd_jax
 from vkd_jax.attacks.base import Subject
-from vkd_jax.checkpoints import export
+from vkd_jax.checkpoints import certificate, export
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.checkpoints.new_model import create_llava
@@ -17,11 +18,11 @@ from vkd_jax.evaluation.metrics.summary import summaries
 from vkd_jax.methods.base import Context
 from vkd_jax.methods.text_stream import STREAM as TEXT_STREAM
 from vkd_jax.models import lora
-from vkd_jax.reporting import report
-from vkd_jax.results import FILE
-from vkd_jax.runs import results_writer
+from vkd_jax.reporting import model_card, report
+from vkd_jax.results import FILE, RunResults, to_json
+from vkd_jax.runs import inputs, results_writer
 from vkd_jax.runs.job import Job
-from vkd_jax.runtime import hub, multihost
+from vkd_jax.runtime import files, hub, json_files, multihost, storage
 from vkd_jax.training import loop
 from vkd_jax.types import Params
 
@@ -106,7 +107,31 @@ def unlearn_and_judge(job: Job, finetuned: dict[str, Path]) -> None:
                 changes = results_writer.model_changes(job, unlearned, vanilla_scores, manifest, source)
         results_writer.write(job, answers, changes)
     if config.reports:
+        if config.workflow.unlearns:
+            document_model(job)
         write_report(job)
+
+
+def document_model(job: Job) -> None:
+    """Writes the model card and the certificate of the unlearned model into its folder."""
+    folder, results = job.workdir.path / "unlearned", RunResults.read(job.workdir.path)
+    meta = to_json(results.meta)
+    facts = {
+        "model": {"base": job.config.model.path, "method": meta["config"]["method"]["name"]},
+        "forgotten": sorted(map(model_card.digest, job.forget_people)),
+        "vkd_jax": vkd_jax.__version__,
+        **{key: meta[key] for key in ("commit", "command", "date", "versions", "config")},
+        "inputs": json_files.read_json(job.workdir.path / inputs.FILE),
+        "figures": {key: to_json(getattr(results, key)) for key in ("models", "forget_quality", "utility", "attacks")},
+    }
+
+    def write() -> None:
+        (folder / certificate.SIGNATURE).unlink(missing_ok=True)  # of a certificate that was made before
+        files.write_bytes(folder / model_card.FILE, model_card.render(results, job.forget_people).encode())
+        files.write_bytes(folder / certificate.FILE, certificate.describe(storage.local_copy(folder), facts))
+
+    with job.workdir.stage("model card"):
+        multihost.run_on_process_0(write)
 
 
 def write_report(job: Job) -> None:

@@ -24,6 +24,7 @@ from vkd_jax.types import UserError
 # Weights as safetensors, configuration and tokenizer; never pickles, which can run code when they are loaded.
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 TEXTS = ("*.md", "LICENSE*", "NOTICE*")  # further files of an exported model
+CERTIFICATE = "certificate.json"  # of an exported model; it contains the digests of the others, so it is none of them
 BUCKET = "gs://"  # the prefix of folders in Google Cloud Storage
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vkd_jax"
 MODEL_MARKER = "config.json"  # every model folder has this file, and a bucket receives it last
@@ -199,7 +200,7 @@ def model_digests(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _is_model_file(name: str) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)
+    return name != CERTIFICATE and any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)
 
 
 def upload_model(folder: pathlib.Path) -> None:

@@ -1,0 +1,165 @@
+"""Certificates: what they say of a folder, what they find, and who signed them."""
+
+import base64
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from llava_folders import hf_config
+
+from vkd_jax import verify
+from vkd_jax.checkpoints import certificate, export
+from vkd_jax.checkpoints.safetensors_files import Checkpoint
+from vkd_jax.models import llava
+from vkd_jax.types import UserError
+
+PEM = serialization.Encoding.PEM
+PKCS8, SPKI = serialization.PrivateFormat.PKCS8, serialization.PublicFormat.SubjectPublicKeyInfo
+
+
+@pytest.fixture
+def certified(copy):
+    (copy / certificate.FILE).write_bytes(certificate.describe(copy, {"forgotten": ["0" * 64]}))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """Files of two key pairs, and of a private key of another kind."""
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("one", "two"):
+        key = ed25519.Ed25519PrivateKey.generate()
+        private = key.private_bytes(PEM, PKCS8, serialization.NoEncryption())
+        (folder / f"{name}.private").write_bytes(private)
+        (folder / f"{name}.public").write_bytes(key.public_key().public_bytes(PEM, SPKI))
+    other = ec.generate_private_key(ec.SECP256R1())
+    (folder / "ec.private").write_bytes(other.private_bytes(PEM, PKCS8, serialization.NoEncryption()))
+    (folder / "locked.private").write_bytes(
+        ed25519.Ed25519PrivateKey.generate().private_bytes(PEM, PKCS8, serialization.BestAvailableEncryption(b"x"))
+    )
+    (folder / "text.private").write_text("no key")
+    return folder
+
+
+def test_it_holds_the_digest_of_every_tensor_and_file(certified):
+    content = certificate.read(certified)
+    assert content["tensors"].keys() == Checkpoint(certified).tensors.keys()
+    assert all(len(digest) == 64 for kind in ("tensors", "files") for digest in content[kind].values())
+    assert "config.json" in content["files"] and not {"model.safetensors", certificate.FILE} & content["files"].keys()
+    assert content["forgotten"] == ["0" * 64] and not list(certificate.differences(certified))
+
+
+def change_a_weight(folder):
+    tensor = next(iter(Checkpoint(folder).tensors.values()))
+    with tensor.file.open("r+b") as stream:
+        stream.seek(tensor.start)
+        byte = stream.read(1)[0]
+        stream.seek(tensor.start)
+        stream.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (change_a_weight, "1 tensors differ from the certificate: "),
+        (lambda folder: (folder / "config.json").write_text("{}"), "1 files differ .*: config.json"),
+        (lambda folder: (folder / "generation_config.json").unlink(), "1 files are missing: generation_config.json"),
+        (lambda folder: (folder / "vocab.json").write_text("{}"), "1 files are not in the certificate: vocab.json"),
+    ],
+)
+def test_every_change_is_found(certified, change, found, capsys, monkeypatch):
+    change(certified)
+    [difference] = certificate.differences(certified)
+    assert re.match(found, difference), difference
+    monkeypatch.setattr(sys, "argv", ["verify", str(certified)])
+    assert verify.main() == 1
+    assert difference in capsys.readouterr().err
+
+
+def test_the_model_card_is_not_certified(certified):
+    (certified / "README.md").write_text("changed")
+    assert not list(certificate.differences(certified))
+
+
+def test_an_export_has_neither_certificate_nor_signature_of_its_source(certified, tmp_path):
+    (certified / certificate.SIGNATURE).write_text("{}")
+    export.export({}, certified, tmp_path / "out", llava.LlavaConfig.from_hf(hf_config()))
+    assert not {certificate.FILE, certificate.SIGNATURE} & {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_a_signature_is_checked_with_the_key_that_is_expected(certified, keys, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["verify", str(certified), *map(str, arguments)])
+        status = verify.main()
+        return status, "".join(capsys.readouterr())
+
+    counts = f"{len(Checkpoint(certified).tensors)} tensors and {len(certificate.read(certified)['files'])} files"
+    assert run() == (
+        0, f"{certified} is the certified model: {counts}.\nUnlearned: 1 people, with ?.\nNot signed.\n"
+    )  # fmt: skip
+    status, shown = run("--public_key", keys / "one.public")
+    assert status == 2 and "its certificate is not signed" in shown
+    status, shown = run("--sign", keys / "one.private")
+    assert status == 0 and "Signed with the Ed25519 key " in shown
+    assert run("--public_key", keys / "one.public") == run() and run()[0] == 0
+    status, shown = run("--public_key", keys / "two.public")
+    assert status == 2 and "was made with another key than" in shown
+    (certified / certificate.FILE).write_bytes((certified / certificate.FILE).read_bytes() + b" ")
+    status, shown = run()
+    assert status == 2 and "is not a valid signature" in shown
+
+
+def test_openssl_accepts_the_signature(certified, keys, tmp_path):
+    certificate.sign(certified, keys / "one.private")
+    content = json.loads((certified / certificate.SIGNATURE).read_text())
+    (tmp_path / "signature").write_bytes(base64.b64decode(content["ed25519"]))
+    command = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", keys / "one.public", "-rawin"]
+    command += ["-in", certified / certificate.FILE, "-sigfile", tmp_path / "signature"]
+    try:
+        outcome = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("openssl is not installed")
+    assert "Verified Successfully" in outcome.stdout, outcome
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("ec.private", "is not an Ed25519 private key"),
+        ("one.public", "is not a private key in PEM format without a password"),
+        ("text.private", "is not a private key in PEM format without a password"),
+        ("locked.private", "is not a private key in PEM format without a password"),
+        ("none.private", "none.private"),
+    ],
+)
+def test_keys_that_cannot_sign_are_refused(certified, keys, name, problem):
+    with pytest.raises(UserError, match=problem):
+        certificate.sign(certified, keys / name)
+    assert not certificate.has_signature(certified)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format": 1}', '{"format": 2, "tensors": {}, "files": {}}', "\0"]
+)
+def test_what_is_no_certificate_is_refused(copy, content):
+    (copy / certificate.FILE).write_text(content)
+    with pytest.raises(UserError, match=certificate.FILE):
+        certificate.read(copy)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", '{"ed25519": 1, "public_key": "x"}', '{"ed25519": "AA==", "public_key": "AA=="}']
+)
+def test_what_is_no_signature_is_refused(certified, content):
+    (certified / certificate.SIGNATURE).write_text(content)
+    with pytest.raises(UserError, match=certificate.SIGNATURE):
+        certificate.check_signature(certified)
+
+
+def test_a_folder_without_a_certificate_is_refused(copy):
+    with pytest.raises(UserError, match="has no certificate.json, which runs of vkd_jax write"):
+        certificate.read(copy)

@@ -1,0 +1,144 @@
+"""The certificate of an exported model: what it was made from and how, and the digest of every tensor and file.
+
+certificate.json is in the model's folder. Its fields:
+
+    format     version of this layout
+    tensors    {name: SHA-256 of the tensor's bytes}
+    files      {name: SHA-256} of all other files that are read of a model
+    ...        facts about the run, as `describe` was given
+
+certificate.sig, if there is one, holds an Ed25519 signature (RFC 8032) of the bytes of certificate.json, and the public
+key, both in Base64. A signature shows who vouches for the certificate only to those who know that key from elsewhere.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vkd_jax.checkpoints.safetensors_files import Checkpoint
+from vkd_jax.messages import listed
+from vkd_jax.runtime import files, json_files, storage
+from vkd_jax.types import UserError
+
+FILE = storage.CERTIFICATE
+SIGNATURE = "certificate.sig"
+FORMAT = 1
+
+
+def describe(folder: Path, facts: Mapping[str, Any]) -> bytes:
+    """The content of the certificate of a model folder.
+
+    Args:
+        folder: the folder of the model.
+        facts: what else the certificate states, as JSON values.
+    """
+    content = {"format": FORMAT, **_digests(folder), **facts}
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Reads the certificate of a model folder.
+
+    Raises:
+        UserError: there is none, or it is damaged or of another format.
+    """
+    if not (folder / FILE).is_file():
+        raise UserError(f"{folder} has no {FILE}, which runs of vkd_jax write beside the models that they export.")
+    content = json_files.read_json(folder / FILE)
+    if content.get("format") != FORMAT or not all(isinstance(content.get(key), dict) for key in ("tensors", "files")):
+        raise UserError(f"{folder / FILE} is not a certificate of format {FORMAT}.")
+    return content
+
+
+def differences(folder: Path) -> Iterator[str]:
+    """How the model in a folder differs from its certificate, in words; nothing if it is the certified model.
+
+    Raises:
+        UserError: the folder has no certificate or no model.
+    """
+    certified, actual = read(folder), _digests(folder)
+    for kind in ("tensors", "files"):
+        old, new = certified[kind], actual[kind]
+        for words, names in (
+            ("are missing", old.keys() - new.keys()),
+            ("are not in the certificate", new.keys() - old.keys()),
+            ("differ from the certificate", {name for name in old.keys() & new.keys() if old[name] != new[name]}),
+        ):
+            if names:
+                yield f"{len(names)} {kind} {words}: {listed(sorted(names))}"
+
+
+def sign(folder: Path, private_key: Path) -> None:
+    """Signs the certificate of a folder with a private Ed25519 key in PEM format.
+
+    Raises:
+        UserError: the folder has no certificate, or the key cannot be used.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    read(folder)
+    key = _load_key(private_key, lambda data: load_pem_private_key(data, password=None), Ed25519PrivateKey, "private")
+    signature, public = key.sign((folder / FILE).read_bytes()), key.public_key().public_bytes_raw()
+    encoded = {"ed25519": _base64(signature), "public_key": _base64(public)}
+    files.write_bytes(folder / SIGNATURE, (json.dumps(encoded, indent=1) + "\n").encode())
+
+
+def check_signature(folder: Path, public_key: Path | None = None) -> str:
+    """Checks the signature of a certificate, and returns the public key that it was made with, in Base64.
+
+    Args:
+        folder: the folder of the model.
+        public_key: the key that must have signed it, in PEM format; any key by default.
+
+    Raises:
+        UserError: there is no signature, it is not valid, or it is of another key.
+    """
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    file = folder / SIGNATURE
+    if not file.is_file():
+        raise UserError(f"{folder} has no {SIGNATURE}: its certificate is not signed.")
+    content = json_files.read_json(file)
+    try:
+        signature, public = (base64.b64decode(content[name], validate=True) for name in ("ed25519", "public_key"))
+        signer = Ed25519PublicKey.from_public_bytes(public)
+        signer.verify(signature, (folder / FILE).read_bytes())
+    except (KeyError, TypeError, ValueError, binascii.Error, InvalidSignature) as error:
+        raise UserError(f"{file} is not a valid signature of {folder / FILE}.") from error
+    if public_key and _load_key(public_key, load_pem_public_key, Ed25519PublicKey, "public") != signer:
+        raise UserError(f"{file} was made with another key than {public_key}.")
+    return _base64(public)
+
+
+def has_signature(folder: Path) -> bool:
+    """Whether the certificate of a folder is signed."""
+    return (folder / SIGNATURE).is_file()
+
+
+def _digests(folder: Path) -> dict[str, dict[str, str]]:
+    checkpoint = Checkpoint(folder)
+    weights = {file.name for file in checkpoint.files}
+    return {
+        "tensors": {name: tensor.sha256() for name, tensor in sorted(checkpoint.tensors.items())},
+        "files": {name: digest for name, digest in storage.model_digests(folder).items() if name not in weights},
+    }
+
+
+def _load_key(path: Path, load: Callable[[bytes], Any], kind: type, name: str) -> Any:
+    try:
+        key = load(files.read_bytes(path, json_files.MOST_BYTES))
+    except (ValueError, TypeError) as error:  # of cryptography: not PEM, or encrypted
+        raise UserError(f"{path} is not a {name} key in PEM format without a password.") from error
+    if not isinstance(key, kind):
+        raise UserError(f"{path} is not an Ed25519 {name} key.")
+    return key
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()

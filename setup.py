@@ -23,6 +23,7 @@ TEST = [
     "jupytext>=1.16",
     "import-linter>=2.3",
     "hypothesis>=6.100",
+    "playwright>=1.50",  # drives an installed Chromium; tests of pages are skipped without one
 ]
 
 # The documentation site, which a test builds.
@@ -41,7 +42,7 @@ setuptools.setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["vkd_jax", "vkd_jax.*"]),
-    package_data={"vkd_jax": ["assets/**", "reporting/templates/*.j2"]},
+    package_data={"vkd_jax": ["assets/**", "reporting/templates/*"]},
     entry_points={"console_scripts": ["vkd = vkd_jax.cli:main"]},
     install_requires=[
         "jax>=0.10,<0.13",
@@ -66,6 +67,7 @@ setuptools.setup(
         "huggingface-hub>=1.3",
         "jinja2>=3.1",  # for report templates; transformers needs it for chat templates without declaring it
         "markupsafe>=2.1",
+        "markdown-it-py>=3",  # for report.html
         "pillow>=11",  # transformers needs it for image processors without declaring it
         "numpy>=2.1",
         "scipy>=1.14",

@@ -7,134 +7,14 @@ import re
 
 import matplotlib
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
+from report_folders import FREE, IMAGES, OPTIONS, PEOPLE, RIGHT, N, item, make_run
 
 from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.evaluation.metrics import intervals
-from vkd_jax.evaluation.metrics.summary import summaries
-from vkd_jax.reporting import comparison, plots, report, tables, terminal, view
-from vkd_jax.results import RunResults, to_json
+from vkd_jax.reporting import comparison, examples, plots, report, tables, terminal, view
+from vkd_jax.results import RunResults
 from vkd_jax.types import UserError
-
-PEOPLE = {"forget": ("001", "002", "003"), "retain": ("004", "005", "006", "007"), "real": ("",)}
-OPTIONS = ["baker", "pilot", "nurse", "judge"]
-RIGHT = {  # correct answers to 12 questions of each set: with image, text only
-    "vanilla": {
-        "forget": (12, 12),
-        "test": (10, 12),
-        "retain": (12, 12),
-        "retain_test": (11, 12),
-        "real": (9, 9),
-    },
-    "unlearned": {
-        "forget": (3, 12),
-        "test": (4, 12),
-        "retain": (11, 12),
-        "retain_test": (10, 12),
-        "real": (9, 9),
-    },
-}
-N = 12
-
-
-MEAN = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 7}
-FREE = {"accuracy": 3 / 7, "correct": 3, "n": 7, "low": 0.2, "high": 0.7, "rouge_l": MEAN}
-
-
-def portrait(person: str) -> bytes:
-    """A face with different colors for each person."""
-    number = int(person or 9)
-    image = Image.new("RGB", (48, 48), (60 * number % 256, 90, 200 - 20 * number))
-    draw = ImageDraw.Draw(image)
-    draw.ellipse((10, 8, 38, 44), fill=(230 - 15 * number, 190 - 12 * number, 150))
-    draw.ellipse((17, 20, 20, 24), fill="black")
-    draw.ellipse((28, 20, 31, 24), fill="black")
-    draw.arc((18, 26, 30, 36), 20, 160, fill="black")
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
-
-
-IMAGES = {f"{person}/0": portrait(person) for people in PEOPLE.values() for person in people}
-
-
-def item(part: str, number: int, modality: str, right: bool) -> dict:
-    people = PEOPLE[{"test": "forget", "retain_test": "retain"}.get(part, part)]
-    person = people[number % len(people)]
-    truth = OPTIONS[number % 4]
-    wrong = OPTIONS[(number + 1) % 4]
-    return {
-        "set": part, "id": f"{person}/{modality}/{number}", "person": person, "task": "classification",
-        "modality": modality, "protocol": "options", "question": "What does this person do for a living?",
-        "answer": truth, "options": OPTIONS, "prediction": truth if right else wrong, "correct": right,
-        "image_id": f"{person}/0" if modality == "vqa" else "",
-    }  # fmt: skip
-
-
-def make_run(workdir, seed=0, right=RIGHT, method=None, manifest=(9, 0), **more):
-    """A finished run's folder, and its results."""
-    models = {}
-    for model, parts in right.items():
-        items = [
-            item(part, number, modality, number < count)
-            for part, counts in parts.items()
-            for modality, count in zip(("vqa", "qa"), counts, strict=True)
-            for number in range(N)
-        ]
-        file = workdir / "answers" / f"{model}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(it) + "\n" for it in items))
-        models[model] = to_json(summaries(items))
-    people = {"forget": 3, "test": 3, "retain": 4, "retain_test": 4}
-    results = {
-        "schema_version": 2,
-        "meta": {
-            "command": "python -m vkd_jax.main --config configs/tiny.py --workdir run",
-            "config": {
-                "seed": seed,
-                "method": method or {"name": "vkd", "train": "visual"},
-                "train": {"steps": 300},
-                "eval": {"max_new_tokens": 8},
-            },
-            "seed": seed,
-            "commit": "0123456789abcdef",
-            "versions": {"python": "3.11.7", "jax": "0.10.2"},
-            "devices": "1 x cpu",
-            "protocol": "options",
-            "protocols": ["options"],
-            "shots": 0,
-            "benchmark": {
-                "title": "MLLMU-Bench, forgetting 5 %",
-                "source": "synthetic people",
-                "sets": [to_json(s) | {"people": people.get(s.name, 0)} for s in Mllmu.EVAL_SETS],
-            },
-            "date": "2026-01-02T03:04:05+00:00",
-        },
-        "models": models,
-        "timing": {"data": 1.0, "prepare": 2.0, "unlearn": 30.0 + 10 * seed, "report": 1.5},
-        "chance": {"forget": {"vqa": 0.25, "qa": 0.25}},
-        "utility": {model: {"value": 0.5, "low": 0.4, "high": 0.6, "components": {}} for model in right},
-        "forget_quality": {},
-        "text_logits_identical": manifest[1] == 0,
-        "trainable": {"parameters": 300_000, "of": 1_200_000},
-        "manifest": {"changed": manifest[0], "tensors": 80, "language_model_changed": manifest[1]},
-        **more,
-    }
-    (workdir / "results.json").write_text(json.dumps(results))
-    rows = [
-        {
-            "step": step,
-            "forget_loss": 1 / step,
-            "forget_ce": 2 / step,
-            "retain_loss": 3 / step,
-            "loss": 4 / step,
-        }
-        for step in (20, 40, 60)
-    ]
-    rows.insert(2, {"step": 40, "forget_loss": 9.0, "forget_ce": 9.0, "retain_loss": 9.0, "loss": 9.0})
-    (workdir / "train").mkdir(exist_ok=True)
-    (workdir / "train" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return results
 
 
 @pytest.fixture
@@ -163,7 +43,7 @@ def test_the_report_shows_what_was_forgotten_and_the_evidence(run, undrawn):
     assert path == run / "report.md"
     assert "asked to forget 3 of them" in text
     assert "accuracy 100.0 % before and **25.0 %** after unlearning (3.7 to 74.4; 12 questions about 3 people)" in text
-    assert "The interval includes chance" in text
+    assert "its interval includes chance (25.0 %)" in text
     assert "| people to retain | 100.0 % (12/12), 51.0 to 100.0 | 91.7 % (11/12), 75.0 to 100.0 | -8.3 |" in text
     assert "300,000 of 1,200,000 (25.0 %)" in text
     assert "9 of 80, by SHA-256" in text and "no tensor changed" in text and "bit-identical" in text
@@ -179,7 +59,7 @@ def test_the_terminal_shows_the_accuracy_on_each_set_and_where_the_report_is(run
     assert re.split(r"\s{2,}", head) == ["accuracy in % (95 % interval)", "vanilla", "unlearned"]
     cells = ["people to forget, with image", "100.0 (43.9 to 100.0)", "25.0 (3.7 to 74.4)"]
     assert re.split(r"\s{2,}", rows[0]) == cells
-    assert len(rows) == 2 * len(Mllmu.EVAL_SETS) and page == "DIR/report.md"
+    assert len(rows) == 2 * len(Mllmu.EVAL_SETS) and page == "DIR/report.html"
 
 
 def test_report_shows_the_means_of_open_answers(tmp_path, undrawn):
@@ -270,7 +150,7 @@ def test_report_shows_incomplete_forgetting_and_changed_text(tmp_path, undrawn):
     right = {**RIGHT, "unlearned": {**RIGHT["unlearned"], "forget": (9, 6)}}
     make_run(tmp_path, right=right, method={"name": "grad_diff", "train": "all"}, manifest=(80, 60))
     text = report.write(tmp_path, IMAGES).read_text()
-    assert "This is above chance: **the model still knows something about them**" in text
+    assert "**The unlearned model still knows something about them**: it is above chance (25.0 %)" in text
     assert "**60 tensors changed**" in text and "**not identical**" in text
     assert "reconstruction" not in text and "left unchanged on purpose" not in text
 
@@ -362,7 +242,7 @@ def test_an_audited_model_is_not_reported_as_trained_here(tmp_path, undrawn):
     [("pilot", "pilot"), ("B", "B, pilot"), ("(c)", "C, nurse"), ("no idea", "no idea"), ("", "(nothing)")],
 )
 def test_letters_are_followed_by_their_option(prediction, shown):
-    assert report.answer_text({"prediction": prediction, "options": OPTIONS}) == shown
+    assert examples.answer_text({"prediction": prediction, "options": OPTIONS}) == shown
 
 
 def test_runs_are_in_one_table_with_seeds_of_one_config_averaged(tmp_path, capsys):

@@ -5,72 +5,24 @@ import re
 
 import jinja2
 import pytest
+from report_results import (
+    MEMBERSHIP,
+    MODELS,
+    RELEARN,
+    SETS,
+    TWO,
+    attacks_of,
+    attempt,
+    meta_of,
+    results_with,
+    run_of,
+    shown,
+    summary,
+)
 
 from vkd_jax import results as schema
 from vkd_jax.reporting import attack_view, markdown, report, view
-from vkd_jax.results import AttackCell, AttackResults, MeasuredSet, RunResults, Summary
-
-MODELS = ("vanilla", "unlearned", "retain_only")
-SETS = (
-    MeasuredSet("forget", "forget", "people to forget", "forget", people=2),
-    MeasuredSet("retain", "retain", "people to retain", "retain", people=3),
-    MeasuredSet("test", "forget_holdout", "people to forget, other images", "test", people=2),
-)
-INTERVALS = {  # Wilson intervals of correct answers to 20 questions
-    0: (0.0, 0.161), 1: (0.009, 0.236), 2: (0.028, 0.301), 3: (0.052, 0.360), 4: (0.081, 0.416), 5: (0.112, 0.469),
-    6: (0.145, 0.519), 8: (0.219, 0.613), 9: (0.258, 0.658), 11: (0.342, 0.742), 18: (0.699, 0.972), 19: (0.764, 0.991),
-    20: (0.839, 1.0),
-}  # fmt: skip
-
-
-def summary(correct, n=20, **more):
-    return Summary(correct / n, correct, n, *INTERVALS[correct], **more)
-
-
-def meta_of(sets=SETS, config=(), title="A benchmark", source="a folder", **more):
-    config = {"method": {"name": "vkd"}, "model": {"path": "mine"}, "eval": {"max_new_tokens": 8}} | dict(config)
-    fields = dict(
-        command="python -m vkd_jax.main",
-        config=config,
-        seed=7,
-        commit="0123",
-        versions={"jax": "0.10.2"},
-        devices="1 x cpu",
-        protocol="options",
-        protocols=("options",),
-        shots=0,
-        date="2026-01-02",
-        benchmark=schema.BenchmarkInfo(title, source, tuple(sets)),
-    )
-    return schema.Meta(**fields | more)
-
-
-def results_with(models=MODELS, forget=(20, 2, 3), meta=None, attacks=(), people=0, **more):
-    """Results of a run with one set to forget and one to retain, 20 questions of each."""
-    counts = dict(zip(MODELS, forget, strict=True))
-    fields = dict(
-        meta=meta or meta_of(SETS[:2]),
-        models={
-            model: {"forget": {"vqa": summary(counts[model], people=people)}, "retain": {"vqa": summary(19)}}
-            for model in models
-        },
-        utility={},
-        forget_quality={},
-        chance={"forget": {"vqa": 0.25}},
-        timing={"data": 1.25, "unlearn": 30.0},
-        attacks=dict(attacks),
-        manifest=schema.Manifest(changed=9, tensors=80, language_model_changed=0),
-    )
-    return RunResults(**fields | more)
-
-
-def run_of(results=None, answers=None, **more):
-    return view.Run(results or results_with(), answers or {}, **more)
-
-
-def shown(name, run):
-    return report.render_section(name, view.SECTIONS[name](run))
-
+from vkd_jax.results import AttackCell, AttackResults, MeasuredSet
 
 # ---- Text from data ----
 
@@ -139,8 +91,8 @@ def test_a_missing_value_is_an_error():
 
 
 def test_every_section_has_a_template_and_every_template_a_section():
-    names = {name.removesuffix(".md.j2") for name in report._environment().list_templates()}
-    assert names == view.SECTIONS.keys() | {"macros"}
+    templates = [name for name in report._environment().list_templates() if name.endswith(".md.j2")]
+    assert {name.removesuffix(".md.j2") for name in templates} == view.SECTIONS.keys() | {"macros"}
 
 
 def test_every_section_shows_hostile_text_as_text():
@@ -155,113 +107,6 @@ def test_every_section_shows_hostile_text_as_text():
     outside_code = re.sub(r"(`+).*?\1(?!`)", "", body.replace("\\`", ""))
     assert not re.search(r"<script>|[^\\]\[y|x\|&lt;|[^\\]\$u", outside_code)
     assert body.count("7\\*7") > 8 and "{{7*7}}" in config
-
-
-# ---- The opening ----
-
-
-def opening(**more):
-    return shown("opening", run_of(results_with(**more)))
-
-
-def test_the_opening_defines_each_term_once():
-    text = opening()
-    for term in ("vanilla model", "unlearned model", "retain-only model", "forget set", "retain set", "Accuracy"):
-        assert text.count(f"**{term}**") == 1, term
-    assert "**It was asked to forget 2 of them**" in text
-    assert "the 2 people to forget, the **retain set** those about the 3 people to retain." in text
-    assert "It is `mine`, which was trained elsewhere; this run has no record of its training data." in text
-    for word in ("never knew", "guess ", "people to keep", "picture"):
-        assert word not in text
-
-
-def test_the_opening_says_what_was_forgotten_and_kept():
-    text = opening()
-    assert (
-        "**What was forgotten**\n\n"
-        "- People to forget, with image: accuracy 100.0 % before and **10.0 %** after unlearning (2.8 to 30.1; "
-        "20 questions). Chance is 25.0 %. The interval overlaps that of the retain-only model (15.0 %, 5.2 to 36.0): "
-        "the two cannot be told apart.\n\n"
-        "**What was kept**\n\n"
-        "- People to retain, with image: accuracy 95.0 % before and **95.0 %** after unlearning (76.4 to 99.1; "
-        "20 questions).\n\n"
-        "**What came back under attack**\n\n"
-        "- Not measured: this run made no attack. Name some in `--config.attacks.names`, for example `all`.\n\n"
-        "**How we know**\n\n"
-        "- The unlearned model was exported, loaded again from its files, and only then evaluated. 9 of its 80 tensors"
-    ) in text
-
-
-TWO = ("vanilla", "unlearned")
-
-
-@pytest.mark.parametrize(
-    ("models", "forget", "told"),
-    [
-        (MODELS, (20, 19, 3), "This is above the retain-only model (15.0 %, 5.2 to 36.0): **the model still knows"),
-        (MODELS, (20, 0, 19), "This is below the retain-only model (95.0 %, 76.4 to 99.1): the model avoids"),
-        (MODELS, (20, 1, 0), "Both are below chance, probably because"),
-        (TWO, (20, 3, 0), "The interval includes chance: the two cannot be told apart."),
-        (TWO, (20, 19, 0), "This is above chance: **the model still knows something about them**."),
-        (TWO, (20, 0, 0), "This is below chance: the model avoids the correct answers"),
-    ],
-)
-def test_the_opening_compares_with_the_retain_only_model_or_chance(models, forget, told):
-    text = opening(models=models, forget=forget)
-    assert told in text
-    assert ("This run has none." in text) == (models is TWO)
-
-
-@pytest.mark.parametrize(("known", "little"), [(20, False), (11, False), (8, True)])
-def test_the_opening_says_if_there_was_little_to_forget(known, little):
-    """With 20 questions and chance at 25 %, the interval of 8 correct answers starts at 22 %, that of 11 at 34 %."""
-    assert ("The vanilla model was not better than chance before" in opening(forget=(known, 2, 3))) == little
-
-
-@pytest.mark.parametrize("protocols", [("letter",), ("letter", "options")])
-@pytest.mark.parametrize(
-    ("vanilla", "unlearned", "cautions"),
-    [(20, 20, ["vanilla", "unlearned"]), (15, 2, ["vanilla"]), (0, 15, ["unlearned"]), (10, 10, [])],
-)
-def test_answers_without_letters_are_not_taken_as_missing_knowledge(vanilla, unlearned, cautions, protocols):
-    results = results_with(models=TWO, forget=(0, 0, 3), meta=meta_of(SETS[:2], protocols=protocols, protocol="letter"))
-    for model, count in (("vanilla", vanilla), ("unlearned", unlearned)):
-        metrics = {"no_letter": schema.Figure(count / 20, 0.0, 1.0, 20)}
-        results.models[model]["forget"]["vqa"] = summary(0, metrics=metrics)
-    run = run_of(results)
-    text = shown("opening", run)
-    for model, count in (("vanilla", vanilla), ("unlearned", unlearned)):
-        sentence = f"the {model} model wrote no option letter in {5 * count}.0 % of its answers to these questions"
-        assert (sentence in text) == (model in cautions)
-        told = f"The {model} model wrote no option letter in {5 * count}.0 % of its answers under the protocol"
-        assert (told in shown("measured", run)) == (count > 0)
-    assert ("not better than chance before" in text) == (not cautions) == ("avoids the correct answers" in text)
-    assert ("`--config.eval.protocol=options`" in text) == (bool(cautions) and protocols == ("letter",))
-    assert ("protocol `options`, which does not depend on letters, count" in text) == (
-        bool(cautions) and protocols != ("letter",)
-    )
-
-
-@pytest.mark.parametrize(
-    ("config", "provenance", "told"),
-    [
-        ({"stage": "all", "model": {"base": "base"}}, {}, "It is `base`, fine-tuned in this run on the benchmark's"),
-        (
-            {"model": {"path": "mine"}},
-            {"without": [], "config": {"model": {"base": "base"}}},
-            "It is `base`, fine-tuned on the benchmark's questions about all 5 people, those to forget included (model "
-            "folder `mine`).",
-        ),
-        (
-            {"model": {"path": "mine"}},
-            {"without": ["1"], "config": {"model": {"base": "base"}}},
-            "It is `mine`, which was trained elsewhere",
-        ),
-    ],
-)
-def test_the_opening_says_what_the_vanilla_model_was_trained_on(config, provenance, told):
-    results = results_with(meta=meta_of(config=config))
-    assert told in shown("opening", run_of(results, provenance=provenance))
 
 
 # ---- Other sections ----
@@ -338,12 +183,6 @@ def test_limits_name_every_assumption_of_the_reconstruction():
     assert "reconstruction" not in shown("limits", audit)
 
 
-def test_intervals_over_people_say_so():
-    text = opening(people=2)
-    assert "computed by resampling people, since" in text and "(2.8 to 30.1; 20 questions about 2 people)" in text
-    assert "resampling people" not in opening()
-
-
 def test_the_section_on_confusions():
     counts = {
         "vanilla": schema.Confusion(20, 20, 0, 0),
@@ -365,59 +204,6 @@ def test_the_section_on_confusions():
 
 
 # ---- Attacks ----
-
-
-def attempt(correct, variant="", attacker=None, share=None, set_name="forget", **more):
-    """The cells of the three models, from correct answers to 20 questions."""
-    recovery = (None, 0.25, -0.1) if attacker else (None,) * 3
-    return tuple(
-        AttackCell(
-            *(model, set_name, n / 20, 20, *INTERVALS[n]),
-            **dict(variant=variant, correct=n, attacker=attacker, share=share, recovery=x) | more,
-        )
-        for model, n, x in zip(MODELS, correct, recovery, strict=True)
-    )
-
-
-RELEARN = AttackResults(
-    title="Relearning: again",
-    about="Some of it is taught *again*.",
-    variants={"unchanged": "before"},
-    cells=(
-        *attempt((20, 2, 3), "unchanged"),
-        *attempt((20, 8, 4), "", "visual", 0.2),
-        *attempt((19, 19, 19), "", "visual", 0.2, "test"),
-        *attempt((20, 20, 20), "", "visual", 0.2, "test", taught=True, unit="people"),
-        *attempt((20, 5, 3), "", "all", 0.05),
-        *attempt((20, 9, 6), "", "all", 0.2),
-        *attempt((20, 18, 9), "", "all", 0.5),
-    ),
-)
-MEMBERSHIP = AttackResults(
-    title="Membership: who?",
-    about="Scores are compared.",
-    metric="auc",
-    cells=(
-        AttackCell("vanilla", "", 1.0, 20, 0.999, 1.0, variant="loss"),
-        AttackCell("unlearned", "", 0.534, 20, 0.476, 0.58, variant="loss"),
-    ),
-)
-PROMPTS = AttackResults(
-    title="Prompts",
-    about="About.",
-    variants={"role": "role play"},
-    cells=(
-        *attempt((20, 2, 3), "unchanged"),
-        *attempt((20, 4, 3), "role"),
-        *attempt((20, 3, 3), "prefix"),
-        *attempt((20, 20, 20), "prefix", set_name="test"),
-    ),
-)
-
-
-def attacks_of(models=MODELS, plots=(), **attacks):
-    run = run_of(results_with(meta=meta_of(), models=models, attacks=attacks), plots=frozenset(plots))
-    return shown("attacks", run)
 
 
 def test_each_attack_has_a_table_of_all_models():
@@ -455,30 +241,6 @@ def test_budgets_are_told_only_if_there_are_several():
         assert words in text
     assert "of the questions; 100 steps |" in text
     assert attack_view.relearned(results_with(attacks={"relearn": results}))["unlearned"].mean == 0.55
-
-
-def test_the_opening_has_a_sentence_on_relearning():
-    """It is about the stronger of two attackers with 20 % of the forget set."""
-    assert (
-        "- Relearning: after fine-tuning all weights on 20 % of the forget set, the unlearned model answered "
-        "**45.0 %** of the other questions correctly (25.8 to 65.8); the retain-only model after the same attack "
-        "30.0 % (14.5 to 51.9).\n- All attacks are listed"
-    ) in opening(attacks={"relearn": RELEARN})
-    alone = dataclasses.replace(RELEARN, cells=(dataclasses.replace(RELEARN.cells[-2], attacker="visual"),))
-    assert (
-        "- Relearning: after fine-tuning the visual weights on 50 % of the forget set, the unlearned model answered "
-        "**90.0 %** of the other questions correctly (69.9 to 97.2).\n"
-    ) in opening(attacks={"relearn": alone})
-    for attacks in ({}, {"relearn": dataclasses.replace(RELEARN, cells=())}):
-        assert attack_view.relearned(results_with(attacks=attacks)) is None
-
-
-def test_the_opening_has_the_strongest_attempt_of_each_other_attack():
-    """Only the forget set counts; an attack without unchanged variant, such as membership, has no sentence."""
-    assert (
-        "under attack**\n\n- Prompts: accuracy on the forget set at most 20.0 % (role play; 8.1 to 41.6), without the "
-        "attack 10.0 %.\n- All attacks"
-    ) in opening(attacks={"prompts": PROMPTS, "membership": MEMBERSHIP})
 
 
 def test_a_run_without_attacks_has_no_section_of_them():

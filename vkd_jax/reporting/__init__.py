@@ -1,14 +1,16 @@
-"""Reporting: turns the results of runs into report.md, comparison tables and plots.
+"""Reporting: turns the results of runs into report.md, report.html, comparison tables and plots.
 
-`report` renders report.md from the view models in `view` and `attack_view` and the templates in `templates/`. `plots`
-draws the plots of one run, and `comparison_plots` those of a comparison. `comparison` collects and judges the figures
-of several runs, `tables` renders them as Markdown, and `markers` keeps tables in pages up to date. `names` has all
-titles, and `markdown` escapes text from data and paths.
+`report` renders report.md from the view models in `view`, `brief_view` and `attack_view` and the templates in
+`templates/`. `html_report` converts the same sections to report.html, and adds the charts of `charts` and the answers
+of `items`. `curves` has the points of all curves, `plots` draws the plots of one run, and `comparison_plots` those of a
+comparison. `comparison` collects and judges the figures of several runs, `tables` renders them as Markdown, and
+`markers` keeps tables in pages up to date. `names` has all titles, and `markdown` escapes text from data and paths.
+`terminal` shows a run in a few lines.
 
 Contract: figures come from results.json and the answers; nothing here evaluates a model. Code asks for the roles of
 evaluation sets and the metric registry, never for set names.
 
-To add a section to the report: write a function in `view` that returns the values of the section (None to leave it
+To add a section to both reports: write a function in `view` that returns the values of the section (None to leave it
 out), list it in `view.SECTIONS`, and write `templates/NAME.md.j2`. To add a table for pages: write a function in
 `tables` and list it in `tables.TABLES`.
 """

@@ -1,15 +1,15 @@
-"""View model of the attacks: the tables of their section, and what the results in brief say about them."""
+"""View model of the attacks: the tables of their section, and what the first sections say about them."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
 
 from vkd_jax.reporting import names
-from vkd_jax.reporting.plots import relearns_rest
+from vkd_jax.reporting.curves import relearns_rest
 from vkd_jax.results import UNCHANGED, AttackCell, AttackResults, Figure, RunResults, Summary
 from vkd_jax.types import Role
 
 FOLDED_ABOVE = 8  # a table with more rows is folded
-RELEARN_SHARE = 0.2  # of the forget set; the results in brief show the attempt with the nearest share
+RELEARN_SHARE = 0.2  # of the forget set; the first sections show the attempt with the nearest share
 PLOTS = {  # the plots of an attack by name, with what they show
     "relearn": {
         "relearning": "Accuracy on the rest of the forget set by the share that was relearned",
@@ -53,10 +53,13 @@ def relearned(results: RunResults) -> dict[str, Any] | None:
     if not rows:
         return None
     row = min(rows, key=lambda row: (abs(row["unlearned"].share - RELEARN_SHARE), -row["unlearned"].mean))
-    cell = row["unlearned"]
+    cell, cells = row["unlearned"], results.attacks["relearn"].cells
+    before = (c for c in cells if c.model == "unlearned" and c.variant == UNCHANGED and c.set == cell.set)
     return {
+        "title": names.attempt(cell, results.attacks["relearn"].variants, results.sets),
         "trained": names.attacker(cell.attacker),
         "share": f"{100 * cell.share:g}",
+        "before": next(before, None),
         "unlearned": cell,
         "retain_only": row.get("retain_only"),
     }

@@ -7,6 +7,7 @@ from vkd_jax.results import STRONGEST, AttackCell
 from vkd_jax.types import EvalSet, Role
 
 MODELS = {"vanilla": "vanilla", "unlearned": "unlearned", "retain_only": "retain-only"}  # in the order of the report
+MODEL_NOTES = {"vanilla": "before unlearning", "unlearned": "after unlearning", "retain_only": "never saw the people"}
 ATTACKERS = {  # the weights that a relearning attacker trains
     "visual": "the visual weights",
     "lora": "adapters of the language model",

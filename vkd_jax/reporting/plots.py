@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from vkd_jax.reporting import names
+from vkd_jax.reporting import curves, names
 from vkd_jax.reporting.markdown import plain
 from vkd_jax.results import AttackCell, Summary
 from vkd_jax.types import Role
@@ -40,7 +40,6 @@ STYLE = {
     "legend.frameon": False,
 }
 DPI = 150
-SHOWN_SHARE = 0.2  # of the forget questions; the budget curves are those of the nearest share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +77,16 @@ def loss_curves(rows: Sequence[Mapping[str, float]]) -> bytes:
         rows: logged steps, {"step", "forget_loss", "forget_ce", "retain_loss", ...}; the prefix of a name
             that ends with "_loss" is a stream, and its terms share that prefix. At least one stream.
     """
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    streams = [name.removesuffix("_loss") for name in columns if name.endswith("_loss")]
+    streams = curves.losses(rows)
     with drawing(4.8 * len(streams), 4.0) as (figure, png):
         margins = margins_of(figure, left=0.6, right=0.15, bottom=1.1, top=0.35)
         panels = figure.subplots(1, len(streams), squeeze=False, gridspec_kw=margins)[0]
-        for axes, stream in zip(panels, streams, strict=True):
-            total = f"{stream}_loss"
-            terms = [name for name in columns if name.startswith(f"{stream}_") and name != total]
-            for name, color in zip([total, *terms], [INK, *LINES], strict=False):
-                points = [(row["step"], row[name]) for row in rows if name in row]
-                width = 2.4 if name == total else 1.3
-                label = "loss (minimized)" if name == total else name.removeprefix(f"{stream}_")
-                axes.plot(*zip(*points, strict=True), label=label, color=color, linewidth=width, marker=".")
-            axes.set(title=f"{stream.replace('_', ' ')} set", xlabel="step", ylabel="loss")
+        for axes, panel in zip(panels, streams, strict=True):
+            for line, color in zip(panel.lines, [INK, *LINES], strict=False):
+                points = [(point.x, point.y) for point in line.points]
+                width = 2.4 if line is panel.lines[0] else 1.3
+                axes.plot(*zip(*points, strict=True), label=line.title, color=color, linewidth=width, marker=".")
+            axes.set(title=panel.title, xlabel=panel.x_title, ylabel=panel.y_title)
             axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3)
     return png.getvalue()
 
@@ -135,11 +130,6 @@ def forget_against_retain(
     return png.getvalue()
 
 
-def relearns_rest(cell: AttackCell, forget: Sequence[str]) -> bool:
-    """Whether a cell has the accuracy on the forget questions that an attacker did not train on."""
-    return cell.set in forget and cell.share is not None and cell.unit != "people" and not cell.taught
-
-
 def relearning_curves(cells: Sequence[AttackCell], forget: Sequence[str]) -> bytes | None:
     """Plots accuracy on the rest of the forget set by the share that was relearned: one panel for each attacker.
 
@@ -152,31 +142,23 @@ def relearning_curves(cells: Sequence[AttackCell], forget: Sequence[str]) -> byt
     Returns:
         None if no cell has a share.
     """
-    before = {cell.model: cell for cell in cells if cell.set in forget and cell.attacker is None}
-    cells = [cell for cell in cells if relearns_rest(cell, forget)]
-    attackers = list(dict.fromkeys(cell.attacker for cell in cells))
+    attackers = curves.relearning(cells, forget)
     if not attackers:
         return None
-    looks = {name: look for name, look in LOOKS.items() if any(cell.model == name for cell in cells)}
     with drawing(4.8 * len(attackers), 4.0) as (figure, png):
         margins = margins_of(figure, left=0.6, right=0.15, bottom=0.95, top=0.35)
         panels = figure.subplots(1, len(attackers), squeeze=False, sharey=True, gridspec_kw=margins)[0]
-        for axes, attacker in zip(panels, attackers, strict=True):
-            for name, look in looks.items():
-                points = {c.share: c for c in cells if (c.model, c.attacker) == (name, attacker)}
-                if name in before:
-                    points[0.0] = before[name]
-                shares = sorted(points)
-                mean, low, high = (
-                    [100 * getattr(points[share], key) for share in shares] for key in ("mean", "low", "high")
+        for axes, panel in zip(panels, attackers, strict=True):
+            for line in panel.lines:
+                look = LOOKS[line.name]
+                across, mean, low, high = (
+                    [getattr(point, name) for point in line.points] for name in ("x", "y", "low", "high")
                 )
-                across = [100 * share for share in shares]
                 axes.fill_between(across, low, high, color=look.color, alpha=0.15, linewidth=0)
                 axes.plot(across, mean, color=look.color, marker=look.marker, markersize=look.size / 1.6, linewidth=2)
-            title = f"fine-tuning {names.attacker(attacker)}"
-            axes.set(title=title, xlabel="share of the forget set relearned (%)", ylim=(-4, 104))
-        panels[0].set_ylabel("accuracy on the rest of the forget set (%)")
-        keys = [_key(look, label=names.MODELS[name]) for name, look in looks.items()]
+            axes.set(title=panel.title, xlabel=panel.x_title, ylim=(-4, 104))
+        panels[0].set_ylabel(attackers[0].y_title)
+        keys = [_key(LOOKS[line.name], label=line.title) for line in attackers[0].lines]
         figure.legend(handles=keys, loc="lower center", ncols=len(keys))
     return png.getvalue()
 
@@ -194,39 +176,31 @@ def budget_curves(cells: Sequence[AttackCell], forget: Sequence[str]) -> bytes |
     Returns:
         None if the attacker has one number of steps.
     """
-    before = {cell.model: cell for cell in cells if cell.set in forget and cell.attacker is None}
-    cells = [cell for cell in cells if relearns_rest(cell, forget) and cell.unit == "questions" and cell.steps]
-    if len({cell.steps for cell in cells}) < 2:
+    attackers = curves.budgets(cells, forget)
+    if not attackers:
         return None
-    share = min({cell.share for cell in cells}, key=lambda share: abs(share - SHOWN_SHARE))
-    cells = [cell for cell in cells if cell.share == share]
-    attackers = list(dict.fromkeys(cell.attacker for cell in cells))
-    looks = {name: LOOKS[name] for name in ("retain_only", "unlearned") if any(c.model == name for c in cells)}
     with drawing(4.8 * len(attackers), 4.0) as (figure, png):
         margins = margins_of(figure, left=0.6, right=0.15, bottom=0.95, top=0.35)
         panels = figure.subplots(1, len(attackers), squeeze=False, sharey=True, gridspec_kw=margins)[0]
-        for axes, attacker in zip(panels, attackers, strict=True):
-            for name, look in looks.items():
-                points = {0: before[name]} if name in before else {}
-                for cell in (c for c in cells if (c.model, c.attacker) == (name, attacker)):
-                    if cell.steps not in points or cell.mean > points[cell.steps].mean:
-                        points[cell.steps] = cell
-                _budget_curve(axes, points, look, band=name == "retain_only")
-            axes.set(title=f"fine-tuning {names.attacker(attacker)}", xlabel="steps of the attacker", ylim=(-4, 104))
-            axes.set_xscale("symlog", linthresh=min(cell.steps for cell in cells))
-            ticks = sorted({0, *(cell.steps for cell in cells)})
+        for axes, panel in zip(panels, attackers, strict=True):
+            for line in panel.lines:
+                _budget_curve(axes, line, LOOKS[line.name], band=line.name == "retain_only")
+            axes.set(title=panel.title, xlabel=panel.x_title, ylim=(-4, 104))
+            axes.set_xscale("symlog", linthresh=panel.linear_to)
+            ticks = sorted({0, *(point.x for line in panel.lines for point in line.points)})
             axes.set_xticks(ticks, map(str, ticks), minor=False)
             axes.minorticks_off()
-        panels[0].set_ylabel(f"accuracy on the rest (%), {100 * share:g} % relearned")
-        keys = [_key(look, label=names.MODELS[name]) for name, look in looks.items()]
+        panels[0].set_ylabel(attackers[0].y_title)
+        keys = [_key(LOOKS[line.name], label=line.title) for line in attackers[0].lines]
         figure.legend(handles=keys, loc="lower center", ncols=len(keys))
     return png.getvalue()
 
 
-def _budget_curve(axes: Axes, points: Mapping[int, AttackCell], look: Look, band: bool) -> None:
+def _budget_curve(axes: Axes, line: curves.Line, look: Look, band: bool) -> None:
     """Draws the accuracy of one model by the number of steps, with its interval as a band or as whiskers."""
-    steps = sorted(points)
-    mean, low, high = (np.array([100 * getattr(points[n], key) for n in steps]) for key in ("mean", "low", "high"))
+    steps, mean, low, high = (
+        np.array([getattr(point, name) for point in line.points]) for name in ("x", "y", "low", "high")
+    )
     if band:
         axes.fill_between(steps, low, high, color=look.color, alpha=0.2, linewidth=0)
         axes.plot(steps, mean, color=look.color, linestyle="--", linewidth=1.5)

@@ -1,4 +1,4 @@
-"""Writes report.md and its plots for one finished run."""
+"""Writes report.md with its plots, and report.html, for one finished run."""
 
 import contextlib
 import dataclasses
@@ -11,22 +11,22 @@ from typing import Any
 
 import jinja2
 
-from vkd_jax.evaluation.metrics.judging import LETTERS, first_letter
-from vkd_jax.reporting import attack_view, markdown, plots, view
+from vkd_jax.reporting import attack_view, html_report, markdown, plots, view
+from vkd_jax.reporting.examples import cards
 from vkd_jax.results import RunResults
 from vkd_jax.runtime import files, hub, json_files, storage
 from vkd_jax.types import Role, UserError
 
-CARDS = 6  # portraits in a row of the sheet
+FILES = ("report.html", "report.md")  # in the order in which they are written
 MOST_NAME = 60  # characters of a file name, which may be 255 bytes long
 PROVENANCE = "provenance.json"  # in the folder of a model that this library trained
 
 
 def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
-    """Writes report.md, its plots in report/, and the portraits that it shows, into the folder of a finished run.
+    """Writes report.md, its plots in report/, report.html, and the portraits, into the folder of a finished run.
 
     Args:
-        workdir: holds results.json, the records of each model in answers/ and, if anything was trained,
+        workdir: holds results.json, the records of each model in answers/ and attacks/ and, if anything was trained,
             train/metrics.jsonl.
         images: encoded images by `image_id`; a missing image is drawn as an empty frame.
 
@@ -40,8 +40,8 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
     results = RunResults.read(workdir)
     answers = {name: json_lines(workdir / "answers" / f"{name}.jsonl") for name in results.models}
     run = view.Run(results, answers, provenance=_provenance(results))
-    sheet = cards(run, images)
-    pngs = _plots(run, sheet, _loss_rows(workdir))
+    sheet, losses = cards(run, images), _loss_rows(workdir)
+    pngs = _plots(run, sheet, losses)
     for name, png in pngs.items():
         files.write_bytes(workdir / "report" / f"{name}.png", png)
     for card in itertools.chain(*sheet.values()):
@@ -49,14 +49,23 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
             suffix = ".png" if card.image.startswith(b"\x89PNG") else ".jpg"
             name = re.sub(r"[^\w-]+", "_", card.title.removeprefix("person "))[:MOST_NAME]
             files.write_bytes(workdir / "portraits" / (name + suffix), card.image)
-    page = render(dataclasses.replace(run, plots=frozenset(pngs)))
-    return files.write_bytes(workdir / "report.md", page.encode())
+    run = dataclasses.replace(run, plots=frozenset(pngs))
+    values = section_values(run)
+    pages = {name: render_section(name, section) for name, section in values.items()}
+    html = html_report.render(run, pages, values, sheet, losses, _attack_records(workdir, results), images)
+    files.write_bytes(workdir / "report.html", html.encode())
+    return files.write_bytes(workdir / "report.md", "\n".join(pages.values()).encode())
+
+
+def section_values(run: view.Run) -> dict[str, dict[str, Any]]:
+    """What each section shows, by name and in order, without empty ones."""
+    sections = {name: section(run) for name, section in view.SECTIONS.items()}
+    return {name: values for name, values in sections.items() if values is not None}
 
 
 def render(run: view.Run) -> str:
-    """Renders report.md: the sections in order, each from its template, without empty ones."""
-    sections = {name: section(run) for name, section in view.SECTIONS.items()}
-    return "\n".join(render_section(name, values) for name, values in sections.items() if values is not None)
+    """Renders report.md: the sections in order, each from its template."""
+    return "\n".join(render_section(name, values) for name, values in section_values(run).items())
 
 
 def render_section(name: str, values: Mapping[str, Any]) -> str:
@@ -76,7 +85,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"code": markdown.code, "percent": attack_view.percent, "interval": attack_view.interval}
-    environment.globals["table"] = environment.get_template("macros.md.j2").module.table
+    macros = environment.get_template("macros.md.j2").module
+    environment.globals |= {"table": macros.table, "accuracy": macros.accuracy}
     return environment
 
 
@@ -104,6 +114,15 @@ def _loss_rows(workdir: Path) -> list[dict]:
     return [rows[step] for step in sorted(rows)]
 
 
+def _attack_records(workdir: Path, results: RunResults) -> dict[str, dict[str, list[dict]]]:
+    """The records of each attack by model; an attack may have none, because there was no question to ask."""
+    records: dict[str, dict[str, list[dict]]] = {}
+    for attack, model in itertools.product(results.attacks, results.models):
+        file = workdir / "attacks" / attack / f"{model}.jsonl"
+        records.setdefault(attack, {})[model] = json_lines(file) if file.exists() else []
+    return records
+
+
 def _provenance(results: RunResults) -> dict[str, Any]:
     """The provenance of the vanilla model, if its folder has it and is on this machine; otherwise {}."""
     path = results.meta.config.get("model", {}).get("path")
@@ -111,59 +130,6 @@ def _provenance(results: RunResults) -> dict[str, Any]:
         with contextlib.suppress(UserError):
             return json_files.read_json(folder / PROVENANCE)
     return {}
-
-
-def cards(run: view.Run, images: Mapping[str, bytes]) -> dict[str, list[plots.Card]]:
-    """The portraits of the sheet under their headings: one question for each of the first people of two sets."""
-    unlearned = {(item["set"], item["id"], item["protocol"]): item for item in run.answers["unlearned"]}
-    headings = {
-        Role.FORGET: "Forget set: after unlearning, the answers should be wrong, or correct by chance",
-        Role.RETAIN: "Retain set: after unlearning, the answers should still be correct",
-    }
-    sheet = {}
-    for role, heading in headings.items():
-        eval_set = run.set_of(role)
-        sheet[heading] = []
-        for number, item in enumerate(_examples(run.answers["vanilla"], eval_set.name) if eval_set else ()):
-            other = unlearned[item["set"], item["id"], item["protocol"]]
-            sheet[heading].append(
-                plots.Card(
-                    image=images.get(item["image_id"]),
-                    title=f"person {item['person']}" if item["person"] else f"{role} {number + 1}",
-                    question=item["question"],
-                    truth=item["answer"],
-                    vanilla=(answer_text(item), bool(item["correct"])),
-                    unlearned=(answer_text(other), bool(other["correct"])),
-                )
-            )
-    return sheet
-
-
-def _examples(records: Sequence[Mapping], set_name: str) -> list[Mapping]:
-    """One question for each of the first people of a set: the first of the first person, the second of the next."""
-    records = [record for record in records if (record["set"], record["modality"]) == (set_name, "vqa")]
-    # Multiple choice under the first protocol, or any question without one.
-    records = [record for record in records if record["task"] == "classification"] or records
-    people: dict[str, list[Mapping]] = {}
-    for record in records:
-        if record["protocol"] == records[0]["protocol"]:
-            people.setdefault(record["person"] or record["image_id"], []).append(record)
-    first = [people[name] for name in sorted(people)[:CARDS]]
-    return [questions[number % len(questions)] for number, questions in enumerate(first)]
-
-
-def answer_text(record: Mapping) -> str:
-    """The answer of a model; a letter is followed by its option.
-
-    Example:
-        >>> answer_text({"prediction": "B", "options": ["baker", "pilot"]})
-        'B, pilot'
-    """
-    options, prediction = record["options"], record["prediction"]
-    letter = None if prediction in options or not options else first_letter(prediction, len(options))
-    if letter:
-        return f"{letter}, {options[LETTERS.index(letter)]}"
-    return prediction or "(nothing)"
 
 
 def json_lines(file: Path, torn: bool = False) -> list[dict]:

@@ -1,4 +1,4 @@
-"""The results of a run in a few lines, for the terminal; report.md has them all."""
+"""The results of a run in a few lines, for the terminal; the reports have them all."""
 
 from vkd_jax.reporting import main_figures, names
 from vkd_jax.reporting.attack_view import interval
@@ -17,7 +17,7 @@ def summary(results: RunResults, workdir: str) -> str:
     rows += [[row.title, *map(_cell, row.summaries)] for row in accuracies]
     widths = [max(len(row[i]) for row in rows) for i in range(len(models) + 1)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    page = "report.md" if "unlearned" in models else FILE
+    page = "report.html" if "unlearned" in models else FILE
     return "\n".join([*lines, "", f"{workdir}/{page}"])
 
 

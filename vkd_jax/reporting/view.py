@@ -1,33 +1,22 @@
-"""View model of report.md: one function per section, from a finished run to the values that its template shows.
+"""View model of the reports: one function per section, from a finished run to the values that its template shows.
 
-Texts are in `templates/`. Figures come from results.json, and titles of sets from the benchmark that declares them.
+Texts are in `templates/`. Figures come from results.json, and titles of sets from the benchmark that declares them. The
+first sections are in `brief_view`.
 """
 
-import dataclasses
 import json
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vkd_jax import messages
 from vkd_jax.evaluation import metrics
 from vkd_jax.reporting import attack_view
 from vkd_jax.reporting.attack_view import interval, percent
+from vkd_jax.reporting.brief_view import basis, forgotten, kept, opening, recovered, text_only, without_letter, words
+from vkd_jax.reporting.finished_run import KINDS, Run
 from vkd_jax.reporting.names import MODELS
-from vkd_jax.results import Figure, MeasuredSet, Meta, RunResults, Summary, main_kind
+from vkd_jax.results import Figure, Summary
 from vkd_jax.types import Role
 
-KINDS = {
-    "vqa": "Multiple choice, with image",
-    "qa": "Multiple choice, text only",
-    "vqa_letter": "Multiple choice by letter, with image",
-    "qa_letter": "Multiple choice by letter, text only",
-    "vqa_options": "Multiple choice by probability, with image",
-    "qa_options": "Multiple choice by probability, text only",
-    "cloze_vqa": "Fill in the blank, with image",
-    "cloze_qa": "Fill in the blank, text only",
-    "generation_vqa": "Open answer, with image",
-    "generation_qa": "Open answer, text only",
-}
 ASSUMPTIONS = {  # what the abstract of the paper leaves open
     "A1": "the distance between features",
     "A2": "how the output is made to forget",
@@ -38,87 +27,10 @@ ASSUMPTIONS = {  # what the abstract of the paper leaves open
     "A7": "which visual weights train",
     "A8": "whether augmented copies of the images are trained on",
 }
-MOST_UNLETTERED = 0.5  # share of answers without a letter above which an accuracy by letters says little
 MOST_NAMED = 5  # people in the table of those who are named most often
-MODALITIES = {"vqa": "with image", "qa": "text only"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A finished run, as input of the sections.
-
-    Args:
-        results: what is in results.json.
-        answers: the records of the answers, by model.
-        plots: names of the plots in the report, e.g. "losses".
-        provenance: how the vanilla model was trained, if its folder has it.
-    """
-
-    results: RunResults
-    answers: Mapping[str, Sequence[Mapping]]
-    plots: frozenset[str] = frozenset()
-    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def meta(self) -> Meta:
-        """The metadata of the run, with its config."""
-        return self.results.meta
-
-    @property
-    def audit(self) -> bool:
-        """Whether the unlearned model was trained elsewhere."""
-        return self.meta.config.get("stage") == "audit"
-
-    @property
-    def models(self) -> dict[str, Mapping[str, Mapping[str, Summary]]]:
-        """Summaries of the evaluated models, vanilla first."""
-        return {name: self.results.models[name] for name in MODELS if name in self.results.models}
-
-    @property
-    def kinds(self) -> list[str]:
-        """Kinds of question, in the order of the report."""
-        asked = self.results.kinds()
-        return [*(kind for kind in KINDS if kind in asked), *sorted(set(asked) - KINDS.keys())]
-
-    def sets_with(self, kind: str) -> list[MeasuredSet]:
-        """Sets with questions of a kind."""
-        return [s for s in self.results.sets if self.results.summary("vanilla", s.name, kind)]
-
-    def set_of(self, role: Role) -> MeasuredSet | None:
-        """The first set of a role; None without one."""
-        return next(iter(self.results.with_role(role)), None)
-
-    def people(self, role: Role) -> int:
-        """Number of people of the set of a role; 0 if the data names none."""
-        eval_set = self.set_of(role)
-        return eval_set.people if eval_set else 0
 
 
 # ---- Sections ----
-
-
-def opening(run: Run) -> dict[str, Any]:
-    """Definitions, and the results in brief."""
-    config, manifest = run.meta.config, run.results.manifest
-    return {
-        "audit": run.audit,
-        "method": config["method"]["name"],
-        "has_retain_only": "retain_only" in run.models,
-        "by_person": _main_summary(run, "unlearned").people > 0,
-        "forget_people": run.people(Role.FORGET),
-        "retain_people": run.people(Role.RETAIN),
-        "vanilla": _vanilla(run),
-        "forgotten": _changes(run, "vqa", Role.FORGET, Role.FORGET_HOLDOUT),
-        "kept": _changes(run, "vqa", Role.RETAIN, Role.RETAIN_HOLDOUT, Role.GENERAL),
-        "text_only": _changes(run, "qa", Role.FORGET, Role.RETAIN),
-        **_judgement(run),
-        "language_model_unchanged": manifest.language_model_changed == 0,
-        "attacked": bool(run.results.attacks),
-        "relearned": attack_view.relearned(run.results),
-        "strongest": attack_view.strongest_attempts(run.results),
-        "changed": manifest.changed,
-        "tensors": manifest.tensors,
-    }
 
 
 def measured(run: Run) -> dict[str, Any]:
@@ -304,6 +216,12 @@ SECTIONS = {  # templates/<name>.md.j2
     section.__name__: section
     for section in (
         opening,
+        words,
+        forgotten,
+        kept,
+        text_only,
+        recovered,
+        basis,
         measured,
         accuracy,
         text_metrics,
@@ -320,79 +238,6 @@ SECTIONS = {  # templates/<name>.md.j2
 
 
 # ---- Shared by sections ----
-
-
-def compare(unlearned: Summary, low: float, high: float) -> str:
-    """Compares an accuracy with another interval: "below", "equal" (they overlap) or "above"."""
-    if unlearned.high < low:
-        return "below"
-    return "above" if unlearned.low > high else "equal"
-
-
-def without_letter(run: Run, model: str) -> dict[str, Any] | None:
-    """The number of answers to forget questions with images without an option letter; None without the protocol."""
-    forget = run.set_of(Role.FORGET)
-    kind = "vqa" if run.meta.protocols[0] == "letter" else "vqa_letter"
-    summary = run.results.summary(model, forget.name, kind) if forget else None
-    figure = summary.metrics.get("no_letter") if summary else None
-    return figure and {"without": round(figure.mean * figure.n), "n": figure.n, "share": figure.mean}
-
-
-def _judgement(run: Run) -> dict[str, Any]:
-    """Compares the unlearned model's accuracy on the forget set with the retain-only model's, or with chance."""
-    forget = run.set_of(Role.FORGET)
-    kind = main_kind(run.models["vanilla"][forget.name], "vqa")
-    vanilla, unlearned, retain_only = (run.results.summary(model, forget.name, kind) for model in MODELS)
-    chance = run.results.chance.get(forget.name, {}).get(kind)
-    reference, verdict = None, None
-    if retain_only:
-        reference = f"the retain-only model ({percent(retain_only.accuracy)}, {interval(retain_only)})"
-        verdict = compare(unlearned, retain_only.low, retain_only.high)
-    elif chance is not None:
-        reference, verdict = "chance", compare(unlearned, chance, chance)
-    letters = {}
-    if run.meta.protocols[0] == "letter":
-        letters = {name: without_letter(run, name) for name in ("vanilla", "unlearned")}
-    mostly = {name: count for name, count in letters.items() if count and count["share"] > MOST_UNLETTERED}
-    return {
-        "chance": chance,
-        "reference": reference,
-        "below_chance": chance is not None and retain_only is not None and retain_only.high < chance,
-        "verdict": verdict,
-        "never_learned": chance is not None and vanilla.low <= chance,
-        "letters": [{"model": MODELS[name], **count} for name, count in mostly.items()],
-        "other_protocols": run.meta.protocols[1:],
-    }
-
-
-def _vanilla(run: Run) -> dict[str, Any]:
-    """The training data of the vanilla model, if the run knows it."""
-    model, stage = run.meta.config.get("model", {}), run.meta.config.get("stage")
-    people = run.people(Role.FORGET) + run.people(Role.RETAIN)
-    if stage == "all":
-        return {"known": True, "base": model.get("base") or "a new model", "path": "", "people": people}
-    base, path = run.provenance.get("config", {}).get("model", {}).get("base"), model.get("path", "a model")
-    known = bool(base) and not run.provenance.get("without")
-    return {"known": known, "base": base, "path": path, "people": people}
-
-
-def _changes(run: Run, modality: str, *roles: Role) -> list[dict[str, Any]]:
-    """The main accuracy of the vanilla and the unlearned model on each set of some roles."""
-    changes = []
-    for eval_set in (s for role in roles for s in run.results.with_role(role)):
-        kind = main_kind(run.models["vanilla"].get(eval_set.name, {}), modality)
-        vanilla, unlearned = (run.results.summary(name, eval_set.name, kind or "") for name in ("vanilla", "unlearned"))
-        if vanilla and unlearned:
-            title = eval_set.title[:1].upper() + eval_set.title[1:]
-            changes.append(
-                {"title": title, "modality": MODALITIES[modality], "vanilla": vanilla, "unlearned": unlearned}
-            )
-    return changes
-
-
-def _main_summary(run: Run, model: str) -> Summary:
-    summaries = run.models[model][run.set_of(Role.FORGET).name]
-    return summaries[main_kind(summaries, "vqa")]
 
 
 def _data(run: Run) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from absl import logging
 
 from vkd_jax import results
 from vkd_jax.config.schema import RunConfig
+from vkd_jax.reporting import report
 from vkd_jax.results import RunResults
 from vkd_jax.runs import inputs, results_writer, stages
 from vkd_jax.runs.job import Job, check_models, given_models, read_data
@@ -55,10 +56,10 @@ def execute(config: RunConfig, path: str | Path, command: str, lender: Path | No
 
 def _execute(workdir: Workdir, lender: Path | None) -> RunResults:
     config = workdir.config
-    last = "report.md" if config.reports else results.FILE
-    if workdir.has(results.FILE) and workdir.has(last):
+    outputs = (results.FILE, *report.FILES) if config.reports else (results.FILE,)
+    if all(workdir.has(name) for name in outputs):
         _check_inputs(workdir)
-        logging.info("%s exists: the run is finished", workdir.path / last)
+        logging.info("%s exists: the run is finished", workdir.path / outputs[-1])
         return RunResults.read(workdir.path)
     job = Job.prepare(workdir)
     models = check_models(job)

@@ -135,13 +135,14 @@ def document_model(job: Job) -> None:
 
 
 def write_report(job: Job) -> None:
-    """Writes report.md with its plots from the results in the run's folder."""
+    """Writes report.md with its plots, and report.html, from the results in the run's folder."""
     with job.workdir.stage("report"):
         questions = [e for examples in job.questions.values() for e in examples]
         images = {e.image_id: e.image for e in questions if e.image is not None}
         page = multihost.run_on_process_0(lambda: report.write(job.workdir.path, images))
-        job.workdir.add_record(page.name)
-    logging.info("report: %s", page)
+        for name in report.FILES:
+            job.workdir.add_record(name)
+    logging.info("report: %s, and report.html for a browser", page)
 
 
 def _load(job: Job, folder: Path) -> ModelBundle:

@@ -1,0 +1,219 @@
+"""View model of the first sections: what was forgotten, what was kept, what came back under attack, how we know.
+
+Each verdict is one of three words, which the templates turn into a sentence: an interval is "below", "above" or "equal"
+to (that is, overlaps) the one that it is compared with.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vkd_jax.reporting import attack_view
+from vkd_jax.reporting.attack_view import interval, percent
+from vkd_jax.reporting.finished_run import Run
+from vkd_jax.reporting.names import MODEL_NOTES, MODELS
+from vkd_jax.results import AttackCell, Summary, main_kind
+from vkd_jax.types import Role
+
+MOST_UNLETTERED = 0.5  # share of answers without a letter above which an accuracy by letters says little
+MODALITIES = {"vqa": "with image", "qa": "text only"}
+
+
+def opening(run: Run) -> dict[str, Any]:
+    """What the run is about."""
+    return {"forget_people": run.people(Role.FORGET)}
+
+
+def forgotten(run: Run) -> dict[str, Any]:
+    """Accuracy on the people to forget, compared with the retain-only model or with chance."""
+    return {
+        "changes": _changes(run, "vqa", Role.FORGET, Role.FORGET_HOLDOUT),
+        "has_retain_only": "retain_only" in run.models,
+        **_judgement(run),
+    }
+
+
+def kept(run: Run) -> dict[str, Any]:
+    """Accuracy on everything else, each compared with the vanilla model."""
+    changes = _changes(run, "vqa", Role.RETAIN, Role.RETAIN_HOLDOUT, Role.GENERAL)
+    lost = [x for x in changes if compare(x["unlearned"], x["vanilla"].low, x["vanilla"].high) == "below"]
+    return {"changes": changes, "lost": [x["title"][:1].lower() + x["title"][1:] for x in lost]}
+
+
+def text_only(run: Run) -> dict[str, Any] | None:
+    """Accuracy on questions without an image; None if none was asked."""
+    changes = _changes(run, "qa", Role.FORGET, Role.RETAIN)
+    unchanged = run.results.manifest.language_model_changed == 0
+    return {"changes": changes, "language_model_unchanged": unchanged} if changes else None
+
+
+def recovered(run: Run) -> dict[str, Any]:
+    """What the attacks bring back, each compared with the retain-only model or with the model before the attack."""
+    relearned, attempts = attack_view.relearned(run.results), attack_view.strongest_attempts(run.results)
+    compared = [(x["attack"].partition(":")[0], x["after"], x["before"], "without the attack") for x in attempts]
+    if relearned and relearned["retain_only"]:
+        reference = relearned["retain_only"], "of the retain-only model after the same attack"
+        compared.insert(0, ("Relearning", relearned["unlearned"], *reference))
+    elif relearned and relearned["before"]:
+        compared.insert(0, ("Relearning", relearned["unlearned"], relearned["before"], "before the attack"))
+    return {
+        "attacked": bool(run.results.attacks),
+        "relearned": relearned,
+        "strongest": attempts,
+        "compared": bool(compared),
+        "above": [
+            {"attack": attack, "reference": words}
+            for attack, after, other, words in compared
+            if compare(after, other.low, other.high) == "above"
+        ],
+    }
+
+
+def basis(run: Run) -> dict[str, Any]:
+    """The evidence in one sentence."""
+    manifest = run.results.manifest
+    return {"audit": run.audit, "changed": manifest.changed, "tensors": manifest.tensors}
+
+
+def words(run: Run) -> dict[str, Any]:
+    """Definitions of the terms."""
+    return {
+        "audit": run.audit,
+        "method": run.meta.config["method"]["name"],
+        "has_retain_only": "retain_only" in run.models,
+        "by_person": _main_summary(run, "unlearned").people > 0,
+        "forget_people": run.people(Role.FORGET),
+        "retain_people": run.people(Role.RETAIN),
+        "vanilla": _vanilla(run),
+    }
+
+
+# ---- Figures of the cards ----
+
+
+def card(run: Run, name: str, values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the card of a section draws: one mark with its interval for each model; None without figures.
+
+    Args:
+        run: the run.
+        name: forgotten, kept or recovered.
+        values: what that section returned.
+    """
+    if name != "recovered":
+        first = next(iter(values["changes"]), None)
+        if not first:
+            return None
+        summaries = {model: run.results.summary(model, first["set"], first["kind"]) for model in run.models}
+        return {
+            "about": f"{first['title']}, {first['modality']}",
+            "questions": first,
+            "chance": values.get("chance"),
+            "marks": [
+                _mark(model, MODEL_NOTES[model], item, item.accuracy, model == "unlearned")
+                for model, item in summaries.items()
+                if item
+            ],
+        }
+    relearned, before = values["relearned"], "before the attack"
+    if relearned:
+        result, title = relearned["unlearned"], relearned["title"]
+        figures = [("unlearned", before, relearned["before"]), ("unlearned", "after the attack", result)]
+        figures.append(("retain_only", "after the same attack", relearned["retain_only"]))
+    elif values["strongest"]:
+        attempt = max(values["strongest"], key=lambda attempt: attempt["after"].mean)
+        result, title = attempt["after"], attempt["title"]
+        figures = [("unlearned", before, attempt["before"]), ("unlearned", "under attack", result)]
+    else:
+        return None
+    return {
+        "about": title[:1].upper() + title[1:],
+        "questions": None,
+        "chance": None,
+        "marks": [_mark(model, note, cell, cell.mean, cell is result) for model, note, cell in figures if cell],
+    }
+
+
+def _mark(model: str, note: str, figure: Summary | AttackCell, mean: float, result: bool) -> dict[str, Any]:
+    """One figure of a card; `result` marks the one that the card is about."""
+    return {
+        "model": model,
+        "title": MODELS[model],
+        "note": note,
+        "mean": mean,
+        "figure": figure,
+        "result": result,
+    }
+
+
+# ---- Comparisons ----
+
+
+def compare(figure: Summary | AttackCell, low: float, high: float) -> str:
+    """Compares an accuracy with another interval: "below", "equal" (they overlap) or "above"."""
+    if figure.high < low:
+        return "below"
+    return "above" if figure.low > high else "equal"
+
+
+def without_letter(run: Run, model: str) -> dict[str, Any] | None:
+    """The number of answers to forget questions with images without an option letter; None without the protocol."""
+    forget = run.set_of(Role.FORGET)
+    kind = "vqa" if run.meta.protocols[0] == "letter" else "vqa_letter"
+    summary = run.results.summary(model, forget.name, kind) if forget else None
+    figure = summary.metrics.get("no_letter") if summary else None
+    return figure and {"without": round(figure.mean * figure.n), "n": figure.n, "share": figure.mean}
+
+
+def _judgement(run: Run) -> dict[str, Any]:
+    """Compares the unlearned model's accuracy on the forget set with the retain-only model's, or with chance."""
+    forget = run.set_of(Role.FORGET)
+    kind = main_kind(run.models["vanilla"][forget.name], "vqa")
+    vanilla, unlearned, retain_only = (run.results.summary(model, forget.name, kind) for model in MODELS)
+    chance = run.results.chance.get(forget.name, {}).get(kind)
+    reference, verdict = None, None
+    if retain_only:
+        reference = f"the retain-only model ({percent(retain_only.accuracy)}, {interval(retain_only)})"
+        verdict = compare(unlearned, retain_only.low, retain_only.high)
+    elif chance is not None:
+        reference, verdict = f"chance ({percent(chance)})", compare(unlearned, chance, chance)
+    letters = {}
+    if run.meta.protocols[0] == "letter":
+        letters = {name: without_letter(run, name) for name in ("vanilla", "unlearned")}
+    mostly = {name: count for name, count in letters.items() if count and count["share"] > MOST_UNLETTERED}
+    return {
+        "chance": chance,
+        "reference": reference,
+        "below_chance": chance is not None and retain_only is not None and retain_only.high < chance,
+        "verdict": verdict,
+        "never_learned": chance is not None and vanilla.low <= chance,
+        "letters": [{"model": MODELS[name], **count} for name, count in mostly.items()],
+        "other_protocols": run.meta.protocols[1:],
+    }
+
+
+def _changes(run: Run, modality: str, *roles: Role) -> Sequence[dict[str, Any]]:
+    """The main accuracy of the vanilla and the unlearned model on each set of some roles."""
+    changes = []
+    for eval_set in (s for role in roles for s in run.results.with_role(role)):
+        kind = main_kind(run.models["vanilla"].get(eval_set.name, {}), modality)
+        vanilla, unlearned = (run.results.summary(name, eval_set.name, kind or "") for name in ("vanilla", "unlearned"))
+        if vanilla and unlearned:
+            change = {"vanilla": vanilla, "unlearned": unlearned, "set": eval_set.name, "kind": kind}
+            title = eval_set.title[:1].upper() + eval_set.title[1:]
+            changes.append({"title": title, "modality": MODALITIES[modality], **change})
+    return changes
+
+
+def _vanilla(run: Run) -> dict[str, Any]:
+    """The training data of the vanilla model, if the run knows it."""
+    model, stage = run.meta.config.get("model", {}), run.meta.config.get("stage")
+    people = run.people(Role.FORGET) + run.people(Role.RETAIN)
+    if stage == "all":
+        return {"known": True, "base": model.get("base") or "a new model", "path": "", "people": people}
+    base, path = run.provenance.get("config", {}).get("model", {}).get("base"), model.get("path", "a model")
+    known = bool(base) and not run.provenance.get("without")
+    return {"known": known, "base": base, "path": path, "people": people}
+
+
+def _main_summary(run: Run, model: str) -> Summary:
+    summaries = run.models[model][run.set_of(Role.FORGET).name]
+    return summaries[main_kind(summaries, "vqa")]

@@ -349,7 +349,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(vkd, tmp_path, monkeypatch, copi
     now, then = files(workdir), files(vkd.path)
     for name in ("answers/vanilla.jsonl", "answers/unlearned.jsonl", "unlearned/model.safetensors", "manifest.json"):
         assert now[name] == then[name]
-    assert (workdir / "report.md").exists()
+    assert (workdir / "report.md").exists() and (workdir / "report.html").exists()
 
 
 # ---- Other methods and stages ----

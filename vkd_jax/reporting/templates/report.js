@@ -301,7 +301,10 @@ filter();
 explorer.hidden = false;
 form.addEventListener("input", filter);
 form.addEventListener("submit", (event) => event.preventDefault());
-form.addEventListener("reset", () => setTimeout(filter)); // after the fields are reset
+form.elements.all.addEventListener("click", () => {
+  form.reset();
+  filter();
+});
 explorer.querySelector('[name="previous"]').addEventListener("click", () => turn(-1));
 explorer.querySelector('[name="next"]').addEventListener("click", () => turn(1));
 dialog.querySelector('[name="close"]').addEventListener("click", () => dialog.close());
@@ -310,9 +313,10 @@ dialog.querySelector('[name="next"]').addEventListener("click", () => step(1));
 dialog.addEventListener("close", () => explorer.querySelectorAll(".ask")[opened % PAGE]?.focus());
 for (const link of document.querySelectorAll("a[data-set]")) {
   link.addEventListener("click", () => {
-    form.reset(); // which filters as soon as the fields below are set
+    form.reset();
     form.elements.set.value = data.sets.findIndex((set) => set.name === link.dataset.set);
     form.elements.kind.value = data.kinds.findIndex((kind) => kind.name === link.dataset.kind);
+    filter();
   });
 }
 document.querySelectorAll(".curve").forEach(bindChart);

@@ -29,6 +29,7 @@ from vkd_jax.types import Role
 CARDS = ("forgotten", "kept", "recovered")  # sections that are cards at the top of the page
 FACTS = ("text_only", "basis")  # sections beside each other below the cards
 EARLY = ("words", "portraits")  # sections before the list of every item
+SCROLLS = 'role="group" aria-label="Table, scrolls sideways" tabindex="0"'  # reachable by the keyboard
 _FOLD = re.compile(r"<details><summary>(?:<b>)?(.*?)(?:</b>)?(: .*)?</summary>")
 
 
@@ -135,7 +136,7 @@ def _parser() -> markdown_it.MarkdownIt:
     parser.disable(["link", "autolink", "html_inline", "html_block", "reference"])
     parser.block.ruler.before("paragraph", "fold", _fold, {"alt": ["paragraph"]})
     parser.add_render_rule("image", _figure)
-    parser.add_render_rule("table_open", lambda *_: '<div class="table" tabindex="0"><table>\n')
+    parser.add_render_rule("table_open", lambda *_: f'<div class="table" {SCROLLS}><table>\n')
     parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
     for name in ("th_open", "td_open"):
         parser.add_render_rule(name, _cell)

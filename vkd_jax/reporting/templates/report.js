@@ -257,7 +257,8 @@ function underAttack(item) {
   return [element("h4", {}, "Answers under attack"), scrolling(table)];
 }
 
-const scrolling = (table) => element("div", { className: "table", tabIndex: 0 }, table);
+const scrolling = (table) =>
+  element("div", { className: "table", role: "group", ariaLabel: "Table, scrolls sideways", tabIndex: 0 }, table);
 
 // ---- Charts ----
 

@@ -47,7 +47,7 @@ from vkd_jax.methods.base import cross_entropy
 from vkd_jax.methods.scope import trainable_paths
 from vkd_jax.models.base import bind
 from vkd_jax.results import AttackCell
-from vkd_jax.runtime import finite, hub
+from vkd_jax.runtime import finite, hub, multihost
 from vkd_jax.types import Example, Params, Role
 
 HELD_OUT = "held_out"  # the set of records about people whom no model was trained on
@@ -142,7 +142,7 @@ class Membership(Section):
             gradient_norms(model.graphdef, weights, frozen, encoded.batch(rows))
             for rows in padded_rows(len(encoded), subject.config.eval.batch_size)
         ]
-        norms = np.concatenate([np.asarray(x) for x in norms])[: len(encoded)]
+        norms = np.concatenate([multihost.gather(x) for x in norms])[: len(encoded)]
         finite.check(norms, "The norms of the model's gradients")
         return norms
 

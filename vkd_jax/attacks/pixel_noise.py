@@ -42,7 +42,8 @@ from vkd_jax.methods import losses
 from vkd_jax.methods.base import logits_of_features
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.results import UNCHANGED, AttackCell
-from vkd_jax.runtime.mesh import shard_rows, shards
+from vkd_jax.runtime import multihost
+from vkd_jax.runtime.mesh import replicated, shard_rows, shards
 from vkd_jax.types import Example, Params, Role
 
 BINOMIAL = np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25]).astype(np.float32)
@@ -148,6 +149,8 @@ class PixelNoise(Section):
         deltas = jnp.zeros((1 if universal else len(encoded.images), *encoded.images.shapes[0]), jnp.float32)
         fixed = () if universal else [batch(rows) for rows in padded_rows(len(encoded), size)]
         for number in range(self.universal_steps if universal else self.image_steps):
+            # Put anew in each step: another sharding than before would compile the program again.
+            deltas = deltas if mesh is None else jax.device_put(deltas, replicated(mesh))
             gradient = jnp.zeros_like(deltas)
             for arrays in [batch(sampler.rows(number))] if universal else fixed:
                 normalization = pixels.mean, pixels.std
@@ -155,7 +158,7 @@ class PixelNoise(Section):
                     model.graphdef, model.params, deltas, *arrays, normalization, self.weight_cosine
                 )
             deltas = signed_step(deltas, gradient, self.step, self.radius)
-        return np.asarray(deltas)
+        return multihost.gather(deltas)
 
 
 def signed_step(deltas: jax.Array, gradient: jax.Array, step: float, radius: float) -> jax.Array:

@@ -37,8 +37,8 @@ from vkd_jax.methods import losses
 from vkd_jax.methods.base import logits_of_features
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.results import UNCHANGED, AttackCell
-from vkd_jax.runtime import finite
-from vkd_jax.runtime.mesh import shard_rows
+from vkd_jax.runtime import finite, multihost
+from vkd_jax.runtime.mesh import replicated, shard_rows
 from vkd_jax.types import Example, Params, Role
 
 ATTACKER = "soft_tokens"
@@ -118,11 +118,14 @@ class SoftTokens(Section):
         valid = features.values[features.valid].astype(np.float32)
         noise = rng(subject.seed, ATTACKER).standard_normal((self.tokens, valid.shape[-1]))
         state = initial(jnp.asarray(valid.mean(0) + noise * valid.std(0), jnp.float32))
+        mesh = subject.model.mesh
         for number in range(self.steps):
             batch = dataclasses.replace(sampler[number], images=None)
-            batch = batch if subject.model.mesh is None else shard_rows(subject.model.mesh, batch)
+            if mesh is not None:
+                # The state is put anew in each step: another sharding than before would compile the program again.
+                batch, state = shard_rows(mesh, batch), jax.device_put(state, replicated(mesh))
             state = step(subject.model.graphdef, subject.model.params, state, batch, self.learning_rate)
-        learned = np.asarray(state[0])
+        learned = multihost.gather(state[0])
         finite.check(learned, "The embeddings of attacks.soft_tokens")
         return learned
 

@@ -60,6 +60,12 @@ def test_a_damaged_lock_is_stale(tmp_path):
         assert json.loads((tmp_path / locks.FILE).read_text())["pid"] == os.getpid()
 
 
+def test_a_folder_in_place_of_the_lock_is_named(tmp_path):
+    (tmp_path / locks.FILE).mkdir()
+    with pytest.raises(UserError, match=r"lock\.json is a folder.*remove it"), locks.hold(tmp_path, ""):
+        raise AssertionError("held")
+
+
 def test_blocks_of_one_process_may_be_nested(tmp_path):
     with locks.hold(tmp_path, "outer"):
         with locks.hold(tmp_path, "inner"):

@@ -159,6 +159,9 @@ class VersionedFile:
 
     Args:
         path: a file in an existing folder on a disk, or in a bucket.
+
+    Raises:
+        UserError: the path is a folder.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -166,6 +169,8 @@ class VersionedFile:
 
         folder, _, self._key = os.fspath(path).rpartition("/")
         on_disk = isinstance(path, pathlib.Path)
+        if on_disk and path.is_dir():
+            raise UserError(f"{path} is a folder, and a file belongs there; remove it and run the same command again.")
         spec = {"driver": "file", "path": f"{folder}/"} if on_disk else f"{folder}/"
         with write_errors():
             self._store = tensorstore.KvStore.open(spec).result()

@@ -46,6 +46,17 @@ BENCHMARKS = {
     "folder": "vkd_jax.benchmarks.folder:Folder",
     "mllmu": "vkd_jax.benchmarks.mllmu:Mllmu",
 }
+SUITES = {
+    "gqa": "vkd_jax.benchmarks.general.short_answer:Gqa",
+    "mmbench": "vkd_jax.benchmarks.general.choice:MMBench",
+    "mme": "vkd_jax.benchmarks.general.yes_no:Mme",
+    "mmvet": "vkd_jax.benchmarks.general.short_answer:MMVet",
+    "pope": "vkd_jax.benchmarks.general.yes_no:Pope",
+    "scienceqa": "vkd_jax.benchmarks.general.choice:ScienceQA",
+    "textvqa": "vkd_jax.benchmarks.general.short_answer:TextVQA",
+    "vizwiz": "vkd_jax.benchmarks.general.short_answer:VizWiz",
+    "vqav2": "vkd_jax.benchmarks.general.short_answer:VQAv2",
+}
 
 
 def lookup(kind: str, table: Mapping[str, str], name: str) -> type:

@@ -20,7 +20,7 @@ FILE = "results.json"
 ATTEMPT_FIELDS = ("variant", "attacker", "steps", "batch_size", "learning_rate", "share", "unit", "taught")
 UNCHANGED = "unchanged"  # the variant of an attack that is the model before it
 STRONGEST = "strongest"  # the variant that is the most successful of an attacker's budgets
-QUESTION_TASKS = ("", "generation_", "cloze_")  # prefixes of a kind of question, most informative first
+QUESTION_TASKS = ("", "generation_", "cloze_", "suite_")  # prefixes of a kind of question, most informative first
 
 
 class FormatError(ValueError):
@@ -36,7 +36,7 @@ class Figure:
         low: lower end of the interval.
         high: upper end of the interval.
         n: number of questions.
-        people: number of people that the interval resamples; 0 if it resamples questions.
+        people: number of people that the interval resamples; 0 if it resamples questions or images.
     """
 
     mean: float
@@ -56,7 +56,7 @@ class Summary:
         n: number of questions.
         low: lower end of the 95 % interval of the accuracy.
         high: upper end of that interval.
-        people: number of people that the interval resamples; 0 if it resamples questions.
+        people: number of people that the interval resamples; 0 if it resamples questions or images.
         metrics: the means of other metrics, by name; in JSON they are siblings of the fields above.
     """
 
@@ -159,7 +159,7 @@ class AttackCell:
         n: number of questions or images.
         low: lower end of the 95 % interval.
         high: upper end of that interval.
-        people: number of people that the interval resamples; 0 if it resamples questions.
+        people: number of people that the interval resamples; 0 if it resamples questions or images.
         variant: which of the attack's variants; `AttackResults.variants` has its title.
         correct: number of correct answers, if the metric is accuracy.
         attacker: weights that the attacker trains, as for `method.train`.
@@ -407,7 +407,7 @@ class RunResults:
 
 
 def main_kind(kinds: typing.Iterable[str], modality: str) -> str | None:
-    """The main kind of question of a modality, "vqa" or "qa": with options, else open, else cloze.
+    """The main kind of question of a modality, "vqa" or "qa": with options, else open, else cloze, else of a suite.
 
     Example:
         >>> main_kind(["generation_vqa", "cloze_vqa", "qa"], "vqa")

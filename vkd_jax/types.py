@@ -47,7 +47,7 @@ class Example:
     question: str
     answer: str
     options: tuple[str, ...] = ()  # option texts of a classification question, including `answer`
-    task: str = "classification"  # classification | generation | cloze | chat
+    task: str = "classification"  # classification | generation | cloze | chat | suite
     paraphrase: str = ""  # paraphrased answer, if the benchmark has one
     perturbed: tuple[str, ...] = ()  # wrong answers with the same wording, if the benchmark has them
 
@@ -55,6 +55,20 @@ class Example:
     def modality(self) -> str:
         """`vqa` for a question with an image, `qa` for a text-only question."""
         return "qa" if self.image is None else "vqa"
+
+
+@dataclasses.dataclass(frozen=True)
+class SuiteQuestion(Example):
+    """A question of a standard suite of general ability, with what the suite's own scoring needs.
+
+    The question is the whole prompt. The options are texts; their letters are in the prompt.
+    """
+
+    suite: str = ""  # a key of `registry.SUITES`
+    group: str = ""  # questions of one group, such as those about one image, are drawn and resampled together
+    category: str = ""  # the suite's category of the question
+    references: tuple[str, ...] = ()  # the answers of several people
+    rotation: int = 0  # 0 for the question itself; 1, 2, ... for its copies with the options in another order
 
 
 class Role(enum.StrEnum):

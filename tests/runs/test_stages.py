@@ -31,6 +31,7 @@ def short(config, root, base):
 def run(get_config, tiny_folder, request_folders, tmp_path_factory):
     """A finished run of LLaVA: folder, source and results."""
     config = short(get_config("llava.py", "folder,all"), request_folders, tiny_folder)
+    config.eval.general = "textvqa"
     workdir = tmp_path_factory.mktemp("runs") / "run"
     return types.SimpleNamespace(path=workdir, source=tiny_folder, results=pipeline.run(config, workdir).to_json())
 
@@ -59,6 +60,18 @@ def test_the_report_describes_the_folders(run):
     assert models["vanilla"]["retain"]["vqa"]["n"] == 6 and run.results["forget_quality"]["unlearned"]["vqa"]["n"] == 2
     with Image.open(run.path / "report" / "portraits.png") as sheet:
         assert min(sheet.size) > 300
+
+
+def test_suites_are_sets_of_general_ability_of_any_benchmark(run):
+    sets = {eval_set["name"]: eval_set for eval_set in run.results["meta"]["benchmark"]["sets"]}
+    assert sets["textvqa"]["role"] == "general" and list(sets)[-1] == "textvqa"
+    for model in run.results["models"].values():
+        summary = model["textvqa"]["suite_vqa"]
+        assert summary["n"] == 4 and 0 <= summary["vqa_accuracy"]["mean"] <= 1 and summary["people"] == 0
+    assert "textvqa/accuracy" in run.results["utility"]["unlearned"]["components"]
+    text = (run.path / "report.md").read_text("utf-8")
+    assert "| TextVQA, validation split | VQA accuracy ↑ | upstream | 4 |" in text
+    assert json.loads((run.path / "inputs.json").read_text())["sets"]["textvqa"]["questions"] == 4
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@
     parquet        snapshots of parquet files and their checks
     rows           rows that others wrote, with typed access to their fields
     cache          benchmarks as tensorflow-datasets, and `Benchmark`, the contract
+    general/       standard suites of general ability, for any benchmark
     synthetic/     the synthetic people and the writers of their snapshots
 
 A benchmark reads a source into named sets of `Example`s. It is a frozen dataclass that satisfies `cache.Benchmark`:

@@ -28,7 +28,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from vkd_jax.runtime import storage
-from vkd_jax.types import EvalSet, Example, Role, UserError
+from vkd_jax.types import EvalSet, Example, Role, SuiteQuestion, UserError
 
 Sets = Mapping[str, Iterable[list[Example]]]  # by name; a list has the questions of one row
 
@@ -153,8 +153,9 @@ def _unpacked(row: Mapping[str, Any]) -> Iterator[Example]:
     shown = dict.fromkeys(q["image_id"] for q in questions if q["image_id"])  # in order, as they were packed
     images = dict(zip(shown, row["images"], strict=True))
     for q in questions:
-        tuples = {key: tuple(q[key]) for key in ("options", "perturbed")}
-        yield Example(**q | tuples, image=images.get(q["image_id"]))
+        tuples = {key: tuple(q[key]) for key in ("options", "perturbed", "references") if key in q}
+        cls = SuiteQuestion if "suite" in q else Example
+        yield cls(**q | tuples, image=images.get(q["image_id"]))
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -111,10 +112,17 @@ class EvalConfig(Section):
     max_items: int = setting(300, "Largest number of questions per set and kind; 0 asks all.", minimum=0)
     max_new_tokens: int = setting(8, "Largest number of tokens of a written answer.", minimum=1)
     seed: int = setting(0, "Seed of the sample of questions.", **fields.SEED)
+    general: str = setting("", f"Standard suites of general ability, with commas: {', '.join(registry.SUITES)}.")
+    general_source: str = setting(
+        "",
+        "Where the suites are: a folder with a subfolder for each, 'hub' for the usual ids on the Hugging Face hub, or "
+        "NAME=SOURCE for single suites, with commas. '' writes small stand-ins of drawn images.",
+    )
 
     def validate(self) -> None:
-        """Also checks the names of the protocols."""
+        """Also checks the names of the protocols and of the suites."""
         super().validate()
+        self.general_sources()
         names = self.protocols
         if not set(names) <= set(PROTOCOLS) or len(set(names)) < len(names):
             raise self.error(
@@ -126,6 +134,43 @@ class EvalConfig(Section):
     def protocols(self) -> tuple[str, ...]:
         """Names of the protocols, in order."""
         return tuple(name.strip() for name in self.protocol.split(","))
+
+    def general_sources(self) -> dict[str, str]:
+        """The source of each suite that is asked, by name, in the order of `registry.SUITES`; "hub" is its usual id.
+
+        Raises:
+            FieldError: a name is unknown or given twice, or a source is for a suite that is not asked.
+        """
+        names = _listed(self.general)
+        if unknown := [name for name in names if name not in registry.SUITES]:
+            available = messages.choices(registry.SUITES)
+            raise self.error("general", f"unknown suite {messages.listed(unknown)}. Available: {available}.")
+        if len(set(names)) < len(names):
+            raise self.error("general", f"{self.general!r} names a suite twice. Give each once.")
+        default, sources = "", {}
+        for text in _listed(self.general_source):
+            if match := re.fullmatch(r"(\w+)=(.+)", text):
+                sources[match[1]] = match[2]
+            elif default:
+                raise self.error("general_source", f"{default!r} and {text!r} are both for all suites. Give one.")
+            else:
+                default = text
+        if unasked := [name for name in sources if name not in names] or ([default] if default and not names else []):
+            raise self.error(
+                "general_source",
+                f"{unasked[0]!r} is not needed: eval.general is {self.general!r}. Name the suite there.",
+            )
+        folder = {"": "", "hub": "hub"}
+        return {
+            name: sources.get(name, folder.get(default, f"{default.rstrip('/')}/{name}"))
+            for name in registry.SUITES
+            if name in names
+        }
+
+
+def _listed(text: str) -> list[str]:
+    """The items of a text that separates them by commas."""
+    return [item.strip() for item in text.split(",") if item.strip()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +196,7 @@ class AttacksConfig(Section):
             )
 
     def _names(self) -> list[str]:
-        names = [name.strip() for name in self.names.split(",") if name.strip()]
+        names = _listed(self.names)
         return list(self.settings) if names == ["all"] else names
 
     @property

@@ -8,11 +8,12 @@ Protocols for questions with options, never mixed:
   MLLMU-Bench, where "accordion" is A.
 - `options`: the prompt has only the question, and the option text with the highest log-probability is the answer.
 
-Cloze and open questions are answered by greedy decoding. Under every protocol, the true answer, its paraphrase and the
-wrong answers are also scored after the plain question, in one pass: see `metrics.likelihoods`.
+Cloze and open questions are answered by greedy decoding, and so are those of the standard suites, which have their own
+prompts and rules: see `metrics.suites`. Under every protocol, the true answer, its paraphrase and the wrong answers of
+all other questions are also scored after the plain question, in one pass: see `metrics.likelihoods`.
 
-With one shot, a worked example (image, question, answer) precedes each question as an earlier turn of the conversation:
-a question of the retain set with the same task and modality, about another person and another image.
+With one shot, a worked example (image, question, answer) precedes each question of the benchmark as an earlier turn of
+the conversation: a question of the retain set with the same task and modality, about another person and another image.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,10 +24,11 @@ from vkd_jax.config.schema import EvalConfig
 from vkd_jax.data.batching import rng
 from vkd_jax.evaluation import metrics
 from vkd_jax.evaluation.inference import Answerer, EncodedImages, Turns
+from vkd_jax.evaluation.metrics import suites
 from vkd_jax.evaluation.metrics.judging import LETTER_RULES, LETTERS, cloze_correct
 from vkd_jax.evaluation.metrics.likelihoods import likelihood
 from vkd_jax.evaluation.wording import Wording, read_wording
-from vkd_jax.types import Example, UserError
+from vkd_jax.types import Example, SuiteQuestion, UserError
 
 Form = Callable[[Example], tuple[str, str]]  # from an example to its question and answer in the prompt
 
@@ -57,7 +59,8 @@ def evaluate(
     protocols, shots = config.protocols, config.shots
     items = [(name, example) for name, examples in sets.items() for example in examples]
     examples = [example for _, example in items]
-    worked = [(other,) for other in worked_examples(shown, examples, config.seed)] if shots else None
+    chosen = worked_examples(shown, examples, config.seed) if shots else []
+    worked = [(other,) if other else () for other in chosen]
     batch = _Questions(answerer, examples, worked or [(context or {}).get((name, e.id), ()) for name, e in items])
     texts = dict(_generated(batch, config, read_wording(config.prompts)))  # first, since these prompts are the longest
     likelihoods, scores = _likelihoods(batch)
@@ -70,7 +73,7 @@ def evaluate(
                 if choice and record_protocol == "options"
                 else _judged(example, texts[i], record_protocol)
             )
-            worked_example = {"worked_example": batch.worked[i][0].id} if shots else {}
+            worked_example = {"worked_example": batch.worked[i][0].id} if shots and batch.worked[i] else {}
             records.append(
                 {
                     "set": name,
@@ -83,6 +86,7 @@ def evaluate(
                     "options": list(example.options),
                     "image_id": example.image_id,
                     "protocol": record_protocol,
+                    **_suite_fields(example),
                     **worked_example,
                     **verdict,
                     **(likelihoods[i] if number == 0 else {}),
@@ -91,12 +95,23 @@ def evaluate(
     return records
 
 
+def _suite_fields(example: Example) -> dict:
+    """The fields of a record that the scoring of a standard suite needs."""
+    if not isinstance(example, SuiteQuestion):
+        return {}
+    names = ("suite", "group", "category", "rotation")
+    return {name: getattr(example, name) for name in names} | {"references": list(example.references)}
+
+
 def sample(examples: Sequence[Example], most: int, seed: int, name: str) -> list[Example]:
-    """At most `most` examples of each task and modality, drawn without replacement, in their order."""
+    """At most `most` examples of each task and modality, drawn without replacement, in their order.
+
+    The questions of standard suites are drawn when they are read, since some belong together.
+    """
     chosen = []
     for task, modality in sorted({(e.task, e.modality) for e in examples}):
         rows = [i for i, e in enumerate(examples) if (e.task, e.modality) == (task, modality)]
-        if 0 < most < len(rows):
+        if 0 < most < len(rows) and task != "suite":
             rows = sorted(rng(seed, f"eval/{name}/{task}/{modality}").permutation(rows)[:most])
         chosen.extend(rows)
     return [examples[i] for i in sorted(chosen)]
@@ -157,9 +172,11 @@ def _likelihoods(batch: _Questions) -> tuple[list[dict], list[list[float]]]:
     scores: list[list[float]] = [[]] * len(batch.examples)
 
     def kind(e: Example) -> tuple[bool, ...]:
-        return bool(e.options), bool(e.perturbed)
+        return bool(e.options), bool(e.perturbed), e.task == "suite"
 
     for indices in batch.groups(kind):
+        if batch.examples[indices[0]].task == "suite":
+            continue
         texts = [_texts(batch.examples[i]) for i in indices]
         questions, encoded_images, turns = batch.prompts(indices, _plain)
         scored = batch.answerer.score(questions, texts, encoded_images, turns=turns)
@@ -192,7 +209,7 @@ def _generated(batch: _Questions, config: EvalConfig, wording: Wording) -> Itera
     def worded(example: Example) -> tuple[str, str]:
         return wording.question(example), example.answer
 
-    for indices in batch.groups(lambda e: (e.task == "classification",)):
+    for indices in batch.groups(lambda e: (e.task == "classification", e.task == "suite")):
         choice = batch.examples[indices[0]].task == "classification"
         if choice and not set(LETTER_RULES) & set(config.protocols):
             continue
@@ -212,19 +229,28 @@ def _judged(example: Example, text: str, protocol: str) -> dict:
     if example.task == "classification":
         letter = LETTER_RULES[protocol](text, len(example.options))
         return {"prediction": text, "correct": letter in _correct_letters(example)}
+    if isinstance(example, SuiteQuestion):
+        record = {name: getattr(example, name) for name in ("task", "answer", "options")} | _suite_fields(example)
+        record["prediction"] = text
+        return {"prediction": text, "correct": suites.correct(record)} | metrics.stored_values(record)
     verdict = {"prediction": text, "correct": cloze_correct(text, example.answer)}
     return verdict | metrics.stored_values({"task": example.task, "answer": example.answer, **verdict})
 
 
-def worked_examples(shown: Iterable[Example], examples: Sequence[Example], seed: int) -> list[Example]:
-    """The worked example before each question: the same for all of a kind, unless it would reveal the answer."""
+def worked_examples(shown: Iterable[Example], examples: Sequence[Example], seed: int) -> list[Example | None]:
+    """The worked example before each question: the same for all of a kind, unless it would reveal the answer.
+
+    The questions of standard suites have none.
+    """
     candidates: dict[tuple[str, str], list[Example]] = {}
     for example in shown:
         candidates.setdefault((example.task, example.modality), []).append(example)
     for (task, modality), pool in candidates.items():
         order = rng(seed, f"eval/shots/{task}/{modality}").permutation(len(pool))
         candidates[task, modality] = [pool[i] for i in order]
-    return [_first_unrelated(candidates.get((e.task, e.modality), ()), e) for e in examples]
+    return [
+        None if e.task == "suite" else _first_unrelated(candidates.get((e.task, e.modality), ()), e) for e in examples
+    ]
 
 
 def _first_unrelated(candidates: Iterable[Example], example: Example) -> Example:

@@ -183,14 +183,14 @@ def collect(
     }
 
 
-def interval(correct: Sequence[Sequence[bool]], people: Sequence[str]) -> dict[str, float | int]:
+def interval(correct: Sequence[Sequence[bool]], people: Sequence[intervals.Cluster]) -> dict[str, float | int]:
     """The mean over seeds and questions, with its 95 % percentile bootstrap interval over seeds and people.
 
     Each resample draws seeds and people with replacement, each person with all questions; see `intervals`.
 
     Args:
         correct: [seeds, questions], the same questions for all seeds.
-        people: the person that each question is about, "" for no person.
+        people: the cluster of each question, a person or a group of a suite.
     """
     correct = np.asarray(correct, float)
     seeds, questions = correct.shape
@@ -213,7 +213,7 @@ def _row(name: str, paths: Sequence[Path], model: str = "unlearned") -> dict[str
     sets = {
         f"{name}/{kind}": interval(
             [[item["correct"] for item in run_kinds[name, kind]] for run_kinds in kinds],
-            [item["person"] for item in kinds[0][name, kind]],
+            [intervals.cluster_of(item) for item in kinds[0][name, kind]],
         )
         for name, kind in kinds[0]
     }

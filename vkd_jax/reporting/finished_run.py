@@ -19,6 +19,7 @@ KINDS = {
     "cloze_qa": "Fill in the blank, text only",
     "generation_vqa": "Open answer, with image",
     "generation_qa": "Open answer, text only",
+    "suite_vqa": "Standard suites of general ability",
 }
 
 

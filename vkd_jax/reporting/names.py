@@ -15,7 +15,7 @@ ATTACKERS = {  # the weights that a relearning attacker trains
     "all": "all weights",
     "soft_tokens": "soft tokens before each image",
 }
-TASKS = {"": "", "generation": ", open", "cloze": ", cloze"}
+TASKS = {"": "", "generation": ", open", "cloze": ", cloze", "suite": ""}
 
 
 def heading(eval_set: EvalSet, kind: str, metric: str = "accuracy") -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 from vkd_jax import messages
 from vkd_jax.evaluation import metrics
+from vkd_jax.evaluation.metrics.base import Metric
+from vkd_jax.evaluation.metrics.suites import SuiteMetric
 from vkd_jax.reporting import attack_view
 from vkd_jax.reporting.attack_view import interval, percent
 from vkd_jax.reporting.brief_view import basis, forgotten, kept, opening, recovered, text_only, without_letter, words
@@ -86,6 +88,28 @@ def text_metrics(run: Run) -> dict[str, Any] | None:
     if not tables:
         return None
     return {"metrics": list(dict.fromkeys(table["metric"] for table in tables)), "tables": tables}
+
+
+def general(run: Run) -> dict[str, Any] | None:
+    """The published metrics of the standard suites of general ability; None if none was asked."""
+    rows: list[list[Any]] = []
+    notes: dict[tuple[str, str, str], dict[str, None]] = {}  # titles of metrics by suites, rule and note
+    for eval_set in run.sets_with("suite_vqa"):
+        summaries = [run.results.summary(name, eval_set.name, "suite_vqa") for name in run.models]
+        for metric in (metric for metric in map(metrics.get, summaries[0].metrics) if isinstance(metric, SuiteMetric)):
+            figures = [summary.metrics.get(metric.name) if summary else None for summary in summaries]
+            rule, count = "upstream" if metric.upstream else "ours", figures[0].n
+            title = f"{metric.title} {metric.arrow()}"
+            rows.append([eval_set.title, title, rule, count, *(_suite_cell(metric, figure) for figure in figures)])
+            notes.setdefault((", ".join(metric.suites), rule, metric.note), {})[metric.title] = None
+    if not rows:
+        return None
+    return {
+        "heads": ["suite", "metric", "rule", "n", *_model_titles(run)],
+        "rows": rows,
+        "notes": [(suites, ", ".join(titles), rule, note) for (suites, rule, note), titles in notes.items()],
+        "source": run.meta.config["eval"].get("general_source", ""),
+    }
 
 
 def quality(run: Run) -> dict[str, Any]:
@@ -225,6 +249,7 @@ SECTIONS = {  # templates/<name>.md.j2
         measured,
         accuracy,
         text_metrics,
+        general,
         quality,
         confusions,
         attacks,
@@ -269,3 +294,12 @@ def _share_cell(figure: Figure | None) -> str:
 
 def _mean_cell(figure: Figure | None) -> str:
     return f"{figure.mean:.3f} ({figure.low:.3f} to {figure.high:.3f})" if figure else "–"
+
+
+def _suite_cell(metric: Metric, figure: Figure | None) -> str:
+    """A figure of a suite, in percent if the metric is a share."""
+    if not figure:
+        return "–"
+    if metric.unit == "%":
+        return _share_cell(figure)
+    return f"{figure.mean:.1f} ({figure.low:.1f} to {figure.high:.1f})"

@@ -9,6 +9,7 @@ import jax
 
 from vkd_jax import benchmarks
 from vkd_jax.attacks import Attack
+from vkd_jax.benchmarks import general
 from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
 from vkd_jax.config.schema import ModelConfig, RunConfig
 from vkd_jax.evaluation import evaluate, wording
@@ -18,7 +19,7 @@ from vkd_jax.runs.inputs import PROVENANCE
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import hub, json_files, multihost, storage
 from vkd_jax.runtime.mesh import make_mesh, shards
-from vkd_jax.types import Example, Role, UserError
+from vkd_jax.types import EvalSet, Example, Role, UserError
 
 HELD_OUT = "held_out"  # the set of questions about people that no model was trained on, for the membership attack
 
@@ -79,6 +80,12 @@ class Job:
         return ModelBundle.load_for(method or self.method, folder, seed=self.config.seed, mesh=self.mesh, **options)
 
     @property
+    def eval_sets(self) -> tuple[EvalSet, ...]:
+        """The sets of the benchmark, then those of the standard suites that the run asks."""
+        suites = general.create(self.config.eval)
+        return (*self.benchmark.EVAL_SETS, *(s for suite in suites for s in suite.EVAL_SETS if s.name in self.sets))
+
+    @property
     def held_out_set(self) -> dict[str, list[Example]]:
         """The held-out questions by the name of their set, as `read_data` returns them."""
         return {HELD_OUT: self.held_out} if self.held_out else {}
@@ -137,11 +144,14 @@ def read_data(workdir: Workdir) -> dict[str, list[Example]]:
     """
     config, benchmark = workdir.config, workdir.config.data.benchmark
     benchmark.check()
+    suites = general.create(config.eval)
     # Each host reads the data from its own disk.
     cache = storage.local_copy(config.data.cache or workdir.path / "data")
     unlearns_on_finetuning_set = any(name.startswith("finetune_") for name in benchmark.UNLEARN.values())
     finetune = bool(config.workflow.finetunes) or unlearns_on_finetuning_set
     sets = multihost.run_process_0_first(lambda: benchmarks.read(benchmark, cache, finetune=finetune))
+    if suites:
+        sets = sets | multihost.run_process_0_first(lambda: general.read(suites, cache))
     if membership := config.active_attacks.get("membership"):
         read = functools.partial(benchmarks.held_out, benchmark, cache, membership.held_out)
         if held_out := multihost.run_process_0_first(read):

@@ -43,7 +43,7 @@ def write(job: Job, answers: Mapping[str, list[dict]], changes: Mapping[str, Any
         answers: the evaluation's records of each model.
         changes: the fields of `RunResults` on what unlearning changed; see `model_changes`.
     """
-    retain_only, sets = answers.get("retain_only"), job.benchmark.EVAL_SETS
+    retain_only, sets = answers.get("retain_only"), job.eval_sets
     results = RunResults(
         meta=_meta(job),
         models={name: summaries(records) for name, records in answers.items()},
@@ -150,7 +150,7 @@ def _meta(job: Job) -> Meta:
     benchmark, config = job.benchmark, job.config
     sets = tuple(
         MeasuredSet(s.name, s.role, s.title, s.short, people=len({e.person for e in job.sets[s.name]} - {""}))
-        for s in benchmark.EVAL_SETS
+        for s in job.eval_sets
         if s.name in job.questions
     )
     forget = getattr(benchmark, "forget", "")

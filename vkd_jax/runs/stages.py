@@ -249,7 +249,7 @@ def attack_model(job: Job, attack: str, name: str, model: ModelBundle, answers: 
             name=name,
             model=model,
             asked=job.questions,
-            sets=job.benchmark.EVAL_SETS,
+            sets=job.eval_sets,
             answers=answers,
             forgets=job.image_questions("forget"),
             held_out=job.held_out,

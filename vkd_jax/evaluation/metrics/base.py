@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from vkd_jax.evaluation.metrics import intervals
 from vkd_jax.results import Figure
@@ -23,9 +23,10 @@ class Metric:
             "half" is for metrics whose best value is 0.5.
         unit: "%" for shares that are shown in percent; "" for plain numbers.
         tasks: tasks that the metric applies to; () for all.
-        item: computes the value of one record of the answers, or None if the record lacks a required field. None for
-            a metric of whole models.
-        aggregate: computes the figure of several values, given the person that each is about.
+        item: computes the value of one record of the answers, in the form that `aggregate` takes, or None if the
+            record lacks a required field. None for a metric of whole models.
+        aggregate: computes the figure of several values, given the cluster of each: the person that it is about, or
+            the group of a suite.
         stored: whether the value is computed when the answer is judged, and stored in the record.
         in_report: whether the report has tables of the metric in addition to its tables of accuracy.
 
@@ -40,12 +41,12 @@ class Metric:
     direction: Literal["up", "down", "half", "by_role"]
     unit: str = ""
     tasks: tuple[str, ...] = ()
-    item: Callable[[Mapping], float | None] | None = None
-    aggregate: Callable[[Sequence[float], Sequence[str]], Figure] = intervals.mean
+    item: Callable[[Mapping], Any] | None = None
+    aggregate: Callable[[Sequence[Any], Sequence[intervals.Cluster]], Figure] = intervals.mean
     stored: bool = False
     in_report: bool = True
 
-    def value(self, record: Mapping) -> float | None:
+    def value(self, record: Mapping) -> Any:
         """The stored or computed value of one record; None if the metric does not apply."""
         if self.name in record:
             return record[self.name]

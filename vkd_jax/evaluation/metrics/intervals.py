@@ -3,13 +3,14 @@
 The answers to questions about one person are correlated, so an interval over questions would be too narrow. Each
 resample draws people with replacement, each with all questions about them (cluster bootstrap, 2000 resamples, seeded).
 A question about no person is its own cluster, so sets about no person are resampled by question; their figures have
-`people` = 0.
+`people` = 0. The questions of a standard suite are resampled by `Group`, such as an image; they have `people` = 0, too.
 
 Reference: Field and Welsh (2007), Bootstrapping clustered data.
 """
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,11 +20,25 @@ RESAMPLES = 2000
 _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
-def clusters(people: Sequence[str]) -> tuple[np.ndarray, int, int]:
-    """Groups questions by person.
+class Group(NamedTuple):
+    """What the questions of a standard suite have in common that are resampled together, such as their image."""
+
+    name: str
+
+
+Cluster = str | Group  # the person that a question is about, "" for no person, or the group of a suite
+
+
+def cluster_of(record: Mapping) -> Cluster:
+    """The cluster of a record of the answers."""
+    return Group(record["group"]) if record.get("group") else record["person"]
+
+
+def clusters(people: Sequence[Cluster]) -> tuple[np.ndarray, int, int]:
+    """Groups questions by person or group.
 
     Args:
-        people: the person that each question is about, "" for no person.
+        people: the cluster of each question.
 
     Returns:
         (codes, count, named): the cluster of each question, int [n]; the number of clusters; the number of people.
@@ -31,7 +46,7 @@ def clusters(people: Sequence[str]) -> tuple[np.ndarray, int, int]:
     keys = [("person", person) if person else ("question", i) for i, person in enumerate(people)]
     index = {key: code for code, key in enumerate(dict.fromkeys(keys))}
     codes = np.array([index[key] for key in keys], np.int64)
-    return codes, len(index), len({person for person in people if person})
+    return codes, len(index), len({person for person in people if person and isinstance(person, str)})
 
 
 @functools.lru_cache(maxsize=8)  # consecutive figures are often of one set
@@ -55,7 +70,7 @@ def percentiles(resampled: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def mean(values: Sequence[float], people: Sequence[str]) -> Figure:
+def mean(values: Sequence[float], people: Sequence[Cluster]) -> Figure:
     """The mean of at least one value, with its interval.
 
     Args:
@@ -72,7 +87,7 @@ def mean(values: Sequence[float], people: Sequence[str]) -> Figure:
     return Figure(float(values.mean()), low, high, len(values), named)
 
 
-def proportion(correct: Sequence[bool], people: Sequence[str]) -> Figure:
+def proportion(correct: Sequence[bool], people: Sequence[Cluster]) -> Figure:
     """The share of correct answers, with its interval.
 
     If every person has the same share of correct answers, for example 0 % or 100 %, all resamples agree and the
@@ -87,6 +102,34 @@ def proportion(correct: Sequence[bool], people: Sequence[str]) -> Figure:
         return figure
     low, high = wilson(figure.mean, clusters(people)[1])
     return Figure(figure.mean, low, high, figure.n, figure.people)
+
+
+def ratio(pairs: Sequence[tuple[float, float]], people: Sequence[Cluster]) -> Figure:
+    """The ratio of two sums, with its interval; 0 if the denominator is 0.
+
+    Args:
+        pairs: numerator and denominator of each question.
+        people: the cluster of each question.
+
+    Example:
+        >>> ratio([(1, 2), (1, 1), (0, 1)], ["ann", "ann", "bob"]).mean
+        0.5
+    """
+    values = np.asarray(pairs, float)
+    codes, count, named = clusters(people)
+    times = draws(count)
+    tops, bottoms = (times @ np.bincount(codes, column, count) for column in values.T)
+    low, high = percentiles(np.divide(tops, bottoms, out=np.zeros_like(tops), where=bottoms > 0))
+    top, bottom = values.sum(0)
+    return Figure(float(top / bottom) if bottom else 0.0, low, high, len(values), named)
+
+
+def all_correct(correct: Sequence[bool], people: Sequence[Cluster]) -> Figure:
+    """The share of clusters whose questions are all answered correctly, with its interval; `n` counts clusters."""
+    codes, count, named = clusters(people)
+    whole = np.bincount(codes, ~np.asarray(correct, bool), count) == 0
+    figure = proportion(whole, [""] * count)
+    return Figure(figure.mean, figure.low, figure.high, count, named)
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:

@@ -43,7 +43,7 @@ def summarize(items: Iterable[Mapping]) -> Summary:
     items = list(items)
     if not items:
         raise ValueError("no items to summarize: a set without questions has no accuracy")
-    people = [item["person"] for item in items]
+    people = [intervals.cluster_of(item) for item in items]
     share = intervals.proportion([bool(item["correct"]) for item in items], people)
     figures = {}
     for name in metrics.METRICS:

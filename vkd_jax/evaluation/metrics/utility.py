@@ -23,7 +23,7 @@ def components(record: Mapping) -> dict[str, float]:
       and the wrong answers, each p = exp(-nll), as TOFU does for real authors: at chance it is 1 / options.
     - rouge_l_recall
     - truth_score: see `likelihoods.truth_score`.
-    - accuracy: 1 or 0, for a question with options.
+    - accuracy: 1 or 0, for a question with options or of a standard suite.
     """
     values = {}
     if "probability" in record:
@@ -35,7 +35,7 @@ def components(record: Mapping) -> dict[str, float]:
         values["rouge_l_recall"] = record["rouge_l_recall"]
     if "truth_ratio" in record:
         values["truth_score"] = truth_score(record["truth_ratio"])
-    if record["options"]:
+    if record["options"] or "suite" in record:
         values["accuracy"] = float(record["correct"])
     return values
 
@@ -67,7 +67,7 @@ def model_utility(records: Iterable[Mapping], sets: Sequence[EvalSet]) -> Utilit
     counts: dict[str, int] = {}
     for number, (name, items) in enumerate(sorted(asked.items())):
         scores = [components(item) for item in items]
-        codes, count, _ = intervals.clusters([item["person"] for item in items])
+        codes, count, _ = intervals.clusters([intervals.cluster_of(item) for item in items])
         for measure in dict.fromkeys(measure for score in scores for measure in score):
             rows = [i for i, score in enumerate(scores) if measure in score]
             values = np.array([scores[i][measure] for i in rows])

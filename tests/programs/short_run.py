@@ -104,9 +104,11 @@ def _results(path: Path) -> bytes:
 
 
 def _provenance(path: Path) -> bytes:
+    """A record of how a model was made, without the date, the commit and the digest of another such record."""
     provenance = json.loads(path.read_bytes())
     for key in ("date", "commit"):
         provenance.pop(key)
+    provenance.get("files", {}).pop("provenance.json", None)
     return json.dumps(provenance, sort_keys=True).encode()
 
 
@@ -123,21 +125,20 @@ def _metrics(path: Path) -> bytes:
 
 
 def _report(path: Path) -> bytes:
-    """The report without dates and without the rows of the table of times."""
-    lines, is_time = [], False
-    for line in path.read_text().splitlines():
-        is_time = line.startswith("| stage | seconds |") or (is_time and line.startswith("|"))
-        is_left_out = is_time or line.startswith("- **Code:**")
-        lines += [] if is_left_out else [re.sub(r"\d{4}-\d\d-\d\dT[\d:+]+", "", line)]
-    return "\n".join(lines).encode()
+    """A report, in Markdown or HTML, without dates, the commit and the table of times."""
+    text = re.sub(r"\d{4}-\d\d-\d\dT[\d:+]+", "", path.read_text())
+    text = re.sub(r"\| stage \| seconds \|\n(\|.*\n)*|<th[^>]*>stage</th>(.|\n)*?</table>", "", text)
+    return re.sub(r".*Code:.*", "", text).encode()
 
 
 SPEED = ("data_wait_share", "examples_per_second", "step_bytes", "steps_per_sec", "uptime")
 NORMALIZED: Mapping[str, Callable[[Path], bytes]] = {
     "results.json": _results,
     "provenance.json": _provenance,
+    "certificate.json": _provenance,
     "metrics.jsonl": _metrics,
     "report.md": _report,
+    "report.html": _report,
 }
 
 

@@ -92,7 +92,7 @@ def test_a_missing_value_is_an_error():
 
 def test_every_section_has_a_template_and_every_template_a_section():
     templates = [name for name in report._environment().list_templates() if name.endswith(".md.j2")]
-    assert {name.removesuffix(".md.j2") for name in templates} == view.SECTIONS.keys() | {"macros"}
+    assert {name.removesuffix(".md.j2") for name in templates} == view.SECTIONS.keys() | {"macros", "model_card"}
 
 
 def test_every_section_shows_hostile_text_as_text():

@@ -144,6 +144,8 @@ class Gemma3:
             )
         )  # fmt: skip
         torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.1)  # initially zero
+        for parameter in model.model.vision_tower.parameters():  # initially large, which would hide their changes
+            parameter.data.div_(3 if parameter.ndim > 1 else 1)
         return model
 
     def __init__(self, model):

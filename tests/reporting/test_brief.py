@@ -158,7 +158,7 @@ def test_the_opening_has_a_sentence_on_relearning():
 def test_the_opening_has_the_strongest_attempt_of_each_other_attack():
     """Only the forget set counts; an attack without unchanged variant, such as membership, has no sentence."""
     assert (
-        "\n\n- Prompts: accuracy on the forget set at most **20.0 %** (role play; 8.1 to 41.6), without the attack "
+        "\n\n- Prompts: accuracy on the forget set at most **20.0 %** (role play; 8.1 to 41.6); without the attack "
         "10.0 % (2.8 to 30.1).\n- All attacks"
     ) in opening(attacks={"prompts": PROMPTS, "membership": MEMBERSHIP})
 
@@ -167,11 +167,18 @@ def test_the_opening_has_the_strongest_attempt_of_each_other_attack():
     ("attacks", "told"),
     [
         ({"relearn": (8, 4)}, "**No more came back than the attack teaches a model that never saw these people**: "),
-        ({"relearn": (19, 4)}, "is above that of the retain-only model after the same attack under Relearning."),
-        ({"relearn": (19, None)}, "is above that before the attack under Relearning."),
+        (
+            {"relearn": (19, 4)},
+            "**Knowledge comes back**: under Relearning the unlearned model's interval is above that ",
+        ),
+        ({"relearn": (19, 4)}, "above that of the retain-only model under the same attack."),
+        ({"relearn": (19, None)}, "above that before the attack."),
         ({"prompts": (4, None)}, "**Nothing measurable came back**: for each attack with a line below"),
-        ({"prompts": (19, None)}, "**Knowledge comes back**: the unlearned model's interval is above that without"),
-        ({"prompts": (19, None), "relearn": (19, 4)}, "Relearning, and above that without the attack under Prompts."),
+        ({"prompts": (19, None)}, "under Prompts the unlearned model's interval is above that without the attack."),
+        ({"prompts": (19, 4), "relearn": (19, 4)}, "same attack; under Prompts it is above that without the attack."),
+        ({"shown": (9, 6)}, "**Nothing measurable came back**: "),  # six of 20 is the retain-only model's
+        ({"shown": (19, 6)}, "above that of the retain-only model under the same attack."),
+        ({"shown": (9, 6)}, "the retain-only model under the same attack 30.0 % (14.5 to 51.9)."),
         ({"membership": None}, "**No verdict**: none of the attacks has a figure on the forget set to compare with."),
     ],
 )
@@ -181,7 +188,8 @@ def test_the_verdict_on_attacks_compares_intervals(attacks, told):
         if correct is None:
             results[name] = MEMBERSHIP
             continue
-        given = {"attacker": "all", "share": 0.2} if name == "relearn" else {"variant": "role"}
+        given = {"relearn": {"attacker": "all", "share": 0.2}, "shown": {"variant": "two examples", "share": 0.2}}
+        given = given.get(name, {"variant": "role"})
         cells = (*attempt((20, 2, 3), "unchanged"), *attempt((20, correct[0], correct[1] or 0), **given))
         cells = tuple(cell for cell in cells if correct[1] is not None or cell.model != "retain_only")
         results[name] = AttackResults(f"{name.title()}: a title", "About.", cells=cells)

@@ -66,16 +66,24 @@ def relearned(results: RunResults) -> dict[str, Any] | None:
 
 
 def strongest_attempts(results: RunResults) -> list[dict[str, Any]]:
-    """For each attack that does not train: its highest accuracy on the forget set, for the unlearned model."""
+    """For each attack but relearning: its highest accuracy on the forget set, for the unlearned model.
+
+    An attack that shows or trains something also teaches a model that never saw the people, so that it is compared with
+    the retain-only model under the same attack; other attacks are compared with the model without the attack.
+    """
     forget, attempts = [s.name for s in results.with_role(Role.FORGET)], []
-    for attack in results.attacks.values():
-        cells = [cell for cell in attack.cells if cell.model == "unlearned" and cell.set in forget]
-        before = next((cell for cell in cells if cell.variant == UNCHANGED), None)
-        tried = [cell for cell in cells if cell.variant != UNCHANGED]
-        if before and tried and not any(cell.attacker for cell in tried):
-            cell = max(tried, key=lambda cell: cell.mean)
+    for name, attack in results.attacks.items():
+        rows = [row for row in attack.rows() if "unlearned" in row and row["unlearned"].set in forget]
+        before = next((row["unlearned"] for row in rows if row["unlearned"].variant == UNCHANGED), None)
+        tried = [row for row in rows if row["unlearned"].variant != UNCHANGED and not row["unlearned"].taught]
+        if before and tried and name != "relearn":
+            row = max(tried, key=lambda row: row["unlearned"].mean)
+            cell = row["unlearned"]
             title = names.attempt(cell, attack.variants, results.sets)
-            attempts.append({"attack": attack.title, "title": title, "before": before, "after": cell})
+            teaches = cell.attacker or cell.steps or cell.share is not None
+            retain_only = row.get("retain_only") if teaches else None
+            attempt = {"attack": attack.title, "title": title, "before": before, "after": cell}
+            attempts.append(attempt | {"retain_only": retain_only})
     return attempts
 
 

@@ -49,12 +49,9 @@ def text_only(run: Run) -> dict[str, Any] | None:
 def recovered(run: Run) -> dict[str, Any]:
     """What the attacks bring back, each compared with the retain-only model or with the model before the attack."""
     relearned, attempts = attack_view.relearned(run.results), attack_view.strongest_attempts(run.results)
-    compared = [(x["attack"].partition(":")[0], x["after"], x["before"], "without the attack") for x in attempts]
-    if relearned and relearned["retain_only"]:
-        reference = relearned["retain_only"], "of the retain-only model after the same attack"
-        compared.insert(0, ("Relearning", relearned["unlearned"], *reference))
-    elif relearned and relearned["before"]:
-        compared.insert(0, ("Relearning", relearned["unlearned"], relearned["before"], "before the attack"))
+    compared = [(x["attack"].partition(":")[0], x["after"], *_reference(x, "without the attack")) for x in attempts]
+    if relearned and (relearned["retain_only"] or relearned["before"]):
+        compared.insert(0, ("Relearning", relearned["unlearned"], *_reference(relearned, "before the attack")))
     return {
         "attacked": bool(run.results.attacks),
         "relearned": relearned,
@@ -66,6 +63,13 @@ def recovered(run: Run) -> dict[str, Any]:
             if compare(after, other.low, other.high) == "above"
         ],
     }
+
+
+def _reference(attempt: Mapping[str, Any], before: str) -> tuple[AttackCell, str]:
+    """The figure that an attempt is compared with, and what it is the accuracy of."""
+    if attempt["retain_only"]:
+        return attempt["retain_only"], "of the retain-only model under the same attack"
+    return attempt["before"], before
 
 
 def basis(run: Run) -> dict[str, Any]:
@@ -122,6 +126,7 @@ def card(run: Run, name: str, values: Mapping[str, Any]) -> dict[str, Any] | Non
         attempt = max(values["strongest"], key=lambda attempt: attempt["after"].mean)
         result, title = attempt["after"], attempt["title"]
         figures = [("unlearned", before, attempt["before"]), ("unlearned", "under attack", result)]
+        figures.append(("retain_only", "under the same attack", attempt["retain_only"]))
     else:
         return None
     return {

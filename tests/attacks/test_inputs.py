@@ -12,6 +12,7 @@ from PIL import Image
 
 from vkd_jax import attacks
 from vkd_jax.attacks import pixel_noise, soft_tokens
+from vkd_jax.attacks.finetuning import rows_of
 from vkd_jax.attacks.in_context import worked_examples
 from vkd_jax.attacks.lessons import attacker_rows
 from vkd_jax.attacks.typographic import typeset
@@ -108,17 +109,14 @@ def test_soft_tokens_do_not_move_the_positions_after_an_image():
 @pytest.fixture(scope="module")
 def learned(people):
     attack = attacks.create("soft_tokens", dict(tokens=3, steps=12, batch_size=4, learning_rate=0.05))
-    return attack, attack.learn(people, people.forgets[:4])
+    return attack, attack.learn(people, rows_of(attack.encode(people), np.arange(4)))
 
 
 def test_what_is_learned_is_what_is_asked(people, learned):
     """The training loss of the embeddings is the mean likelihood that the answerer gives with them, and it falls."""
     attack, embeddings = learned
     examples, model = people.forgets[:4], people.model
-    softened = dataclasses.replace(model, processor=model.processor.with_soft_tokens(3))
-    encoded = softened.encode(examples)
-    features = Answerer(model).encode_images([examples[0].image, examples[2].image]).features
-    encoded = dataclasses.replace(encoded, per_image={"values": features.values, "coords": features.coords})
+    encoded = attack.encode(people)
     batch = dataclasses.replace(encoded.batch(np.arange(4)), images=None)
     values = []
     for tokens in (np.zeros_like(embeddings), embeddings):
@@ -134,8 +132,7 @@ def test_what_is_learned_is_what_is_asked(people, learned):
 def test_soft_tokens_change_no_weight_and_are_asked_about_other_questions(people, learned, monkeypatch):
     attack, embeddings = learned
     assert embeddings.shape == (3, people.model.config.text.width) and embeddings.dtype == np.float32
-    np.testing.assert_array_equal(attack.learn(people, people.forgets[:4]), embeddings)
-    monkeypatch.setattr(type(attack), "learn", lambda self, subject, examples: embeddings)
+    monkeypatch.setattr(type(attack), "learn", lambda self, subject, encoded: embeddings)
     attack = dataclasses.replace(attack, shares=(0.25,))
     records = attack.run(people)
     assert {(r["variant"], r.get("attacker"), r.get("unit")) for r in records} == {
@@ -180,7 +177,7 @@ def test_copies_are_what_the_model_reads(people):
 
 def test_the_cosine_has_a_gradient_and_padding_has_none(people):
     model, pixels = people.model, pixel_noise._Pixels(people)
-    encoded = model.encode(people.forgets[:2])
+    encoded = model.encode(people.forgets)
     batch = encoded.batch(np.array([0, 1, 1, 1]))
     deltas, owners = jnp.full((1, *encoded.images.shapes[0]), 0.01), np.zeros(4, np.int32)
 

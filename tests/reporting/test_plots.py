@@ -82,7 +82,7 @@ def test_budgets_have_a_line_with_the_best_rate_and_the_control_as_a_band(drawn)
     assert unlearned.get_xydata().tolist() == [[0, 10], [25, 35], [100, 45]]
     band = axes.collections[0].get_paths()[0].vertices.tolist()
     assert all([pytest.approx(100), pytest.approx(end)] in band for end in (30, 50))
-    assert legend(drawn[-1]) == ["retain-only", "unlearned"] and "25 % relearned" in axes.get_ylabel()
+    assert legend(drawn[-1]) == ["retain-only", "unlearned"] and "with 25 % of the questions" in axes.get_xlabel()
     assert plots.budget_curves([cell for cell in cells if cell.steps != 100], ["forget"]) is None
 
 

@@ -32,6 +32,7 @@ from PIL import Image
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject
+from vkd_jax.attacks.finetuning import rows_of
 from vkd_jax.attacks.lessons import Lesson, attacker_rows, labeled, lessons, recoveries
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.config.schema import RunConfig
@@ -96,33 +97,35 @@ class PixelNoise(Section):
         records = [base.attack_record(UNCHANGED, r) for r in subject.unattacked(sets)]
         clean = subject.ask_sets(subject.model, _shown(sets, "clean", lambda e: pixels.png(e.image)))
         records += [base.attack_record("clean", r) for r in clean]
+        encoded = subject.model.encode(subject.forgets)  # one shape for both
         if self.universal_steps:
             for lesson in lessons(subject.forgets, subject.seed, people=(self.people,)):
-                records += self._universal(subject, sets, pixels, lesson)
+                records += self._universal(subject, sets, pixels, encoded, lesson)
         if self.image_steps:
-            records += self._per_image(subject, sets, pixels)
+            records += self._per_image(subject, sets, pixels, encoded)
         return records
 
     def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:
         """The accuracy of each perturbation on the answers that the attacker did not know, and the recovery."""
         return recoveries(records)
 
-    def _universal(self, subject: Subject, sets: Mapping, pixels: "_Pixels", lesson: Lesson) -> Records:
-        encoded = subject.model.encode([subject.forgets[i] for i in lesson.rows])
-        delta = self.learn(subject, encoded, pixels, universal=True)[0]
+    def _universal(
+        self, subject: Subject, sets: Mapping, pixels: "_Pixels", encoded: EncodedSet, lesson: Lesson
+    ) -> Records:
+        delta = self.learn(subject, rows_of(encoded, lesson.rows), pixels, universal=True)[0]
         attacked = _shown(sets, "universal", lambda e: pixels.png(e.image, delta))
         answers = subject.ask_sets(subject.model, attacked)
         fields = dict(variant="universal", steps=self.universal_steps, share=self.people, unit="people")
         return labeled(subject, _original(answers), lesson.rows, lesson.people, **fields)
 
-    def _per_image(self, subject: Subject, sets: Mapping, pixels: "_Pixels") -> Records:
+    def _per_image(self, subject: Subject, sets: Mapping, pixels: "_Pixels", encoded: EncodedSet) -> Records:
         forget_sets = subject.with_role(Role.FORGET)
         rows = known_rows(subject.forgets, self.questions, self.images, subject.seed)
         if not rows:
             return []
-        encoded = subject.model.encode([subject.forgets[i] for i in rows])
-        ids = list(dict.fromkeys(subject.forgets[i].image_id for i in rows))  # in the order of `encoded.images`
-        deltas = dict(zip(ids, self.learn(subject, encoded, pixels, universal=False), strict=True))
+        learned = self.learn(subject, rows_of(encoded, np.array(rows)), pixels, universal=False)
+        shown = {encoded.image_rows[i]: subject.forgets[i].image_id for i in rows}
+        deltas = {image_id: delta for (_, image_id), delta in zip(sorted(shown.items()), learned, strict=True)}
         asked = {name: [e for e in sets.get(name, ()) if e.image_id in deltas] for name in forget_sets}
         asked = {name: examples for name, examples in asked.items() if examples}
         attacked = _shown(asked, "per_image", lambda e: pixels.png(e.image, deltas[e.image_id]))
@@ -131,7 +134,7 @@ class PixelNoise(Section):
         return labeled(subject, _original(answers), rows, **fields)
 
     def learn(self, subject: Subject, encoded: EncodedSet, pixels: "_Pixels", *, universal: bool) -> np.ndarray:
-        """Optimizes the perturbations, of all images together or of each: float32 [1 or m, H, W, 3].
+        """Optimizes the perturbations, of all images together or of each in order: float32 [1 or m, H, W, 3].
 
         A step reads `batch_size` questions for the universal one, and every question for those of each image.
         """
@@ -139,14 +142,15 @@ class PixelNoise(Section):
         multiple = 1 if mesh is None else shards(mesh)
         size = -(-self.batch_size // multiple) * multiple
         sampler = Sampler(encoded, size, seed=subject.seed, name="pixel_noise")
+        shown, owner_of_row = np.unique(encoded.image_rows, return_inverse=True)
 
         def batch(rows: np.ndarray) -> tuple[Batch, np.ndarray, np.ndarray]:
             counts = np.append(True, np.diff(rows) != 0) if not universal else np.ones(size, bool)
-            owners = np.zeros(size, np.int32) if universal else encoded.image_rows[rows].astype(np.int32)
+            owners = np.zeros(size, np.int32) if universal else owner_of_row[rows].astype(np.int32)
             arrays = encoded.batch(rows), owners, counts.astype(np.float32)
             return arrays if mesh is None else shard_rows(mesh, arrays)
 
-        deltas = jnp.zeros((1 if universal else len(encoded.images), *encoded.images.shapes[0]), jnp.float32)
+        deltas = jnp.zeros((1 if universal else len(shown), *encoded.images.shapes[0]), jnp.float32)
         fixed = () if universal else [batch(rows) for rows in padded_rows(len(encoded), size)]
         for number in range(self.universal_steps if universal else self.image_steps):
             # Put anew in each step: another sharding than before would compile the program again.

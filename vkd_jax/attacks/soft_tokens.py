@@ -26,11 +26,12 @@ from absl import logging
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject
+from vkd_jax.attacks.finetuning import rows_of
 from vkd_jax.attacks.lessons import Lesson, labeled, lessons, recoveries
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.data.batching import rng
-from vkd_jax.data.encoding import Batch
+from vkd_jax.data.encoding import Batch, EncodedSet
 from vkd_jax.data.sampler import Sampler
 from vkd_jax.evaluation.inference import Answerer, with_soft_tokens
 from vkd_jax.methods import losses
@@ -38,8 +39,8 @@ from vkd_jax.methods.base import logits_of_features
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.results import UNCHANGED, AttackCell
 from vkd_jax.runtime import finite, multihost
-from vkd_jax.runtime.mesh import replicated, shard_rows
-from vkd_jax.types import Example, Params, Role
+from vkd_jax.runtime.mesh import replicated, shard_rows, shards
+from vkd_jax.types import Params, Role
 
 ATTACKER = "soft_tokens"
 
@@ -80,8 +81,9 @@ class SoftTokens(Section):
         """The answers without the embeddings and with those of each lesson."""
         sets = base.questions(subject, Role.FORGET, Role.FORGET_HOLDOUT)
         records = [base.attack_record(UNCHANGED, r) for r in subject.unattacked(sets)]
+        encoded = self.encode(subject)  # one shape for all lessons
         for lesson in lessons(subject.forgets, subject.seed, questions=self.shares, people=self.people):
-            learned = self.learn(subject, [subject.forgets[i] for i in lesson.rows])
+            learned = self.learn(subject, rows_of(encoded, lesson.rows))
             answers = subject.ask_sets(subject.model, sets, soft_tokens=learned)
             records += self._records(subject, answers, lesson)
         return records
@@ -101,24 +103,30 @@ class SoftTokens(Section):
         )
         return records
 
-    def learn(self, subject: Subject, examples: list[Example]) -> np.ndarray:
-        """Learns the embeddings from questions and answers: float32 [tokens, width].
+    def encode(self, subject: Subject) -> EncodedSet:
+        """The forget questions with room for the embeddings, and the features of their images."""
+        model = dataclasses.replace(subject.model, processor=subject.model.processor.with_soft_tokens(self.tokens))
+        encoded = model.encode(subject.forgets)
+        images = {e.image_id: e.image for e in subject.forgets}  # in the order of `encoded.images`
+        answerer = Answerer(subject.model, batch_size=subject.config.eval.batch_size)
+        features = answerer.encode_images(list(images.values()), list(images)).features
+        return dataclasses.replace(encoded, per_image={"values": features.values, "coords": features.coords})
+
+    def learn(self, subject: Subject, encoded: EncodedSet) -> np.ndarray:
+        """Learns the embeddings from some rows of `encode`: float32 [tokens, width].
 
         Raises:
             NotFinite: training diverged.
         """
-        model = dataclasses.replace(subject.model, processor=subject.model.processor.with_soft_tokens(self.tokens))
-        encoded = model.encode(examples)
-        images = {e.image_id: e.image for e in examples}  # in the order of `encoded.images`
-        answerer = Answerer(subject.model, batch_size=subject.config.eval.batch_size)
-        features = answerer.encode_images(list(images.values()), list(images)).features
-        encoded = dataclasses.replace(encoded, per_image={"values": features.values, "coords": features.coords})
-        rows = -(-self.batch_size // answerer.shards) * answerer.shards
+        mesh = subject.model.mesh
+        multiple = 1 if mesh is None else shards(mesh)
+        rows = -(-self.batch_size // multiple) * multiple
         sampler = Sampler(encoded, rows, seed=subject.seed, name=ATTACKER)
+        shown = np.unique(encoded.image_rows)
+        features = VisualTokens(*(encoded.per_image[name][shown] for name in ("values", "coords")))
         valid = features.values[features.valid].astype(np.float32)
         noise = rng(subject.seed, ATTACKER).standard_normal((self.tokens, valid.shape[-1]))
         state = initial(jnp.asarray(valid.mean(0) + noise * valid.std(0), jnp.float32))
-        mesh = subject.model.mesh
         for number in range(self.steps):
             batch = dataclasses.replace(sampler[number], images=None)
             if mesh is not None:

@@ -137,12 +137,10 @@ def budgets(cells: Sequence[AttackCell], forget: Sequence[str]) -> list[Panel]:
                 if cell.steps not in best or cell.mean > best[cell.steps].mean:
                     best[cell.steps] = cell
             lines.append(Line(model, names.MODELS[model], tuple(_accuracy(n, best[n]) for n in sorted(best))))
-        title, y_title = (
-            f"fine-tuning {names.attacker(attacker)}",
-            f"accuracy on the rest (%), {100 * share:g} % relearned",
-        )
-        linear_to = min(cell.steps for cell in cells)
-        panels.append(Panel(title, "steps of the attacker", y_title, tuple(lines), percent=True, linear_to=linear_to))
+        title, linear_to = f"fine-tuning {names.attacker(attacker)}", min(cell.steps for cell in cells)
+        x_title = f"steps of an attacker with {100 * share:g} % of the questions"
+        y_title = "accuracy on the rest of the forget set (%)"
+        panels.append(Panel(title, x_title, y_title, tuple(lines), percent=True, linear_to=linear_to))
     return panels
 
 

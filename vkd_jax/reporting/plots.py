@@ -188,10 +188,14 @@ def budget_curves(cells: Sequence[AttackCell], forget: Sequence[str]) -> bytes |
             axes.set(title=panel.title, xlabel=panel.x_title, ylim=(-4, 104))
             axes.set_xscale("symlog", linthresh=panel.linear_to)
             ticks = sorted({0, *(point.x for line in panel.lines for point in line.points)})
+            axes.set_xlim(-0.1 * panel.linear_to, 1.3 * ticks[-1])
             axes.set_xticks(ticks, map(str, ticks), minor=False)
             axes.minorticks_off()
         panels[0].set_ylabel(attackers[0].y_title)
         keys = [_key(LOOKS[line.name], label=line.title) for line in attackers[0].lines]
+        for key, line in zip(keys, attackers[0].lines, strict=True):
+            if line.name == "retain_only":
+                key.set(marker="", linestyle="--")  # as its line is drawn
         figure.legend(handles=keys, loc="lower center", ncols=len(keys))
     return png.getvalue()
 

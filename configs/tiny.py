@@ -156,8 +156,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             defaults.method_argument(),
             defaults.WEIGHTS,
             defaults.SETTING,
-            defaults.benchmark_argument("mllmu", "clear"),
-            defaults.forget_argument("mllmu", "clear"),
+            defaults.benchmark_argument(*defaults.synthetic_benchmarks()),
+            defaults.forget_argument(*defaults.synthetic_benchmarks()),
             arguments.Argument("people", "Synthetic people.", populations, "60", needs_key=frozenset(["200"])),
             dataclasses.replace(defaults.STAGE, values=stages),
             defaults.ATTACKS,
@@ -181,7 +181,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     if given["people"] == "200":
         config.data.n_people = 200
         config.finetune.train.steps = 2400
-    if given["benchmark"] == "clear":  # captions are learned in fewer steps, and are longer
+    if given["benchmark"] != "mllmu":  # sentences are learned in fewer steps, and are longer
         config.finetune.train.steps = 250
         config.eval.max_new_tokens = 24
     config.model.base = "tiny_base"

@@ -43,8 +43,13 @@ ATTACKS = {
 }
 BENCHMARKS = {
     "clear": "vkd_jax.benchmarks.clear:Clear",
+    "covubench": "vkd_jax.benchmarks.covubench:CovuBench",
+    "fiubench": "vkd_jax.benchmarks.fiubench:FiuBench",
     "folder": "vkd_jax.benchmarks.folder:Folder",
     "mllmu": "vkd_jax.benchmarks.mllmu:Mllmu",
+    "offside": "vkd_jax.benchmarks.offside:Offside",
+    "ppu": "vkd_jax.benchmarks.ppu:Ppu",
+    "umu": "vkd_jax.benchmarks.umu:Umu",
 }
 SUITES = {
     "gqa": "vkd_jax.benchmarks.general.short_answer:Gqa",

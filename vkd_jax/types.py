@@ -50,6 +50,9 @@ class Example:
     task: str = "classification"  # classification | generation | cloze | chat | suite
     paraphrase: str = ""  # paraphrased answer, if the benchmark has one
     perturbed: tuple[str, ...] = ()  # wrong answers with the same wording, if the benchmark has them
+    keywords: tuple[str, ...] = ()  # phrases that a right open answer contains, if the benchmark has them
+    pair: str = ""  # the fact, if the set asks for it twice: with an image and in text alone
+    rule: str = ""  # the published rule that judges the answer, such as "fiubench"; see `metrics.base.rule_of`
 
     @property
     def modality(self) -> str:

@@ -83,7 +83,7 @@ def test_onechip_quantizes_and_uses_one_device(get_config, family, words):
     [
         ("mllmu", 1, "forget=1: benchmark=mllmu has no such forget set. Available: 5, 10, 15."),
         ("clear", 15, "forget=15: benchmark=clear has no such forget set. Available: 1, 5, 10."),
-        ("folder", 5, "forget=5: benchmark=folder has no such forget set. Available: the folders"),
+        ("folder", 5, "forget=5: benchmark=folder has no such forget set. Available: its data"),
     ],
 )
 def test_a_forget_set_that_the_benchmark_lacks_is_refused(get_config, benchmark, percent, message):

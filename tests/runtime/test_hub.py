@@ -242,7 +242,7 @@ def test_keyboard_interrupt_is_not_caught(cache, monkeypatch):
 
 def refused_data(name, configs, reason, command):
     with pytest.raises(UserError) as error:
-        hub.fetch_dataset(name, configs)
+        hub.fetch_dataset(name, [f"{config}/*.parquet" for config in configs])
     text = str(error.value)
     assert text.startswith(f"There is no data folder {name} here, and ") and "\n" not in text
     assert reason in text and f"`{command} --local-dir DIR`" in text
@@ -255,18 +255,18 @@ def test_forms_of_ids():
 
 
 def test_only_requested_configs_are_fetched(server, cache):
-    folder = hub.fetch_dataset("org/data", ["forget10", "forget10+tofu"])
+    folder = hub.fetch_dataset("org/data", ["forget10/*.parquet", "forget10+tofu/*.parquet"], ["absent/*.json"])
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert files == {name: data for name, data in DATA.items() if not name.startswith("full")}
     assert folder.is_relative_to(cache) and folder.name == SHA
     assert not any("full" in path or "README" in path for path in server.requests if "resolve" in path)
-    assert hub.fetch_dataset(f"org/data@{SHA}", ["full"]) == folder
+    assert hub.fetch_dataset(f"org/data@{SHA}", ["full/*.parquet"]) == folder
 
 
 def test_fetched_configs_are_available_offline(server, monkeypatch):
-    folder = hub.fetch_dataset("org/data", ["forget10"])
+    folder = hub.fetch_dataset("org/data", ["forget10/*.parquet"])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert hub.fetch_dataset("org/data", ["forget10"]) == folder
+    assert hub.fetch_dataset("org/data", ["forget10/*.parquet"]) == folder
     count = len(server.requests)
     refused_data("org/data", ["forget10", "full"], "", "hf download org/data --repo-type dataset")
     assert len(server.requests) == count

@@ -1,8 +1,9 @@
 """Benchmarks: questions about people to forget and people to retain, with images and answers.
 
-    mllmu, clear   published benchmarks, or the synthetic people in their layouts
+    mllmu, clear, fiubench, umu, offside, ppu, covubench
+                   published benchmarks, or the synthetic people in their layouts
     folder         your own folders of images and questions
-    parquet        snapshots of parquet files and their checks
+    parquet        snapshots of parquet and JSON files and their checks
     rows           rows that others wrote, with typed access to their fields
     cache          benchmarks as tensorflow-datasets, and `Benchmark`, the contract
     general/       standard suites of general ability, for any benchmark

@@ -153,7 +153,8 @@ def _unpacked(row: Mapping[str, Any]) -> Iterator[Example]:
     shown = dict.fromkeys(q["image_id"] for q in questions if q["image_id"])  # in order, as they were packed
     images = dict(zip(shown, row["images"], strict=True))
     for q in questions:
-        tuples = {key: tuple(q[key]) for key in ("options", "perturbed", "references") if key in q}
+        lists = ("options", "perturbed", "keywords", "references")
+        tuples = {key: tuple(q[key]) for key in lists if key in q}
         cls = SuiteQuestion if "suite" in q else Example
         yield cls(**q | tuples, image=images.get(q["image_id"]))
 

@@ -18,9 +18,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from vkd_jax.benchmarks.parquet import SYMLINKS
-from vkd_jax.benchmarks.rows import Row
+from vkd_jax.benchmarks.rows import Row, read_image
 from vkd_jax.config.fields import Section, setting
-from vkd_jax.data.images import MOST_IMAGE_BYTES
 from vkd_jax.messages import listed
 from vkd_jax.runtime import json_files
 from vkd_jax.runtime.storage import SourceFolder
@@ -125,7 +124,7 @@ class Folder(Section):
         folder, by_file = self._open(name), self._by_file(name)
         text_only = by_file.pop("", [])
         for number, (file, rows) in enumerate(by_file.items()):
-            image = _image(folder, file, rows[0])
+            image = read_image(folder, file, rows[0], "file_name")
             yield [_example(f"{name}/{number}/image/{i}", image, file, row, chat) for i, row in enumerate(rows)]
         for number, row in enumerate(text_only, len(by_file)):
             yield [_example(f"{name}/{number}/text/0", None, "", row, chat)]
@@ -150,15 +149,6 @@ def _rows(folder: SourceFolder) -> Iterator[Row]:
         empty = False
     if empty:
         raise UserError(f"{path} is empty; write one line per question.")
-
-
-def _image(folder: SourceFolder, file: str, row: Row) -> bytes:
-    """The image that a line names, checked by decoding it once."""
-    try:
-        data = folder.read(file, MOST_IMAGE_BYTES)
-    except UserError as error:
-        raise UserError(f"{row.location}: file_name cannot be used: {error}") from error
-    return Row({file: data}, row.location).image(file)
 
 
 def _example(name: str, image: bytes | None, image_id: str, row: Row, chat: bool) -> Example:

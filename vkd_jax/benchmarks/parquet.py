@@ -1,10 +1,12 @@
-"""Snapshots of published data sets: parquet files in a folder, on the hub or in a bucket, and their checks.
+"""Snapshots of published data sets: files in a folder, on the hub or in a bucket, and their checks.
 
 A snapshot is laid out as on the hub: <config>/<split>-00000-of-0000N.parquet; the split is `train` unless it is given.
+Data sets in other formats have JSON files beside images.
 """
 
 import contextlib
 import dataclasses
+import functools
 import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
@@ -16,23 +18,28 @@ import pyarrow.parquet as pq
 from absl import logging
 from pyarrow import fs
 
-from vkd_jax.benchmarks.rows import Row
+from vkd_jax.benchmarks.rows import Row, read_image
 from vkd_jax.benchmarks.synthetic.people import MAX_SIZE, MIN_SIZE, SIZE, Population
 from vkd_jax.config.fields import SEED, Section, setting
 from vkd_jax.messages import listed
-from vkd_jax.runtime import hub, storage
+from vkd_jax.runtime import hub, json_files, storage
 from vkd_jax.runtime.storage import SourceFolder
 from vkd_jax.types import UserError
 
+OURS, UPSTREAM = RULES = ("ours", "upstream")  # where the code of a benchmark has a quirk that changes a figure
 SYMLINKS = "Whether symbolic links in the data may lead out of its folder."
 
 
 class Snapshot:
-    """The parquet files of some configs of a data set.
+    """The parquet files of some configs of a data set, and other files of it.
 
     Args:
-        source: a folder, a URI such as gs://bucket/folder, or an id on the hub, of which only `configs` are fetched.
-        configs: the configs that will be read.
+        source: a folder, a URI such as gs://bucket/folder, or an id on the hub, of which only `configs` and `files` are
+            fetched.
+        configs: the configs that will be read: "forget_5" is the split `split` in the folder forget_5, and "data/test"
+            the split `test` in the folder data.
+        files: patterns of the other files that will be read, such as "split.json" and "*.png", which matches in
+            subfolders, too. Only those with a "*" may match nothing.
         links: whether symbolic links in a folder may lead out of it.
         split: the split whose files are read.
         field: the field of the config that gives a source, for messages.
@@ -51,23 +58,71 @@ class Snapshot:
         source: str,
         configs: Sequence[str],
         *,
+        files: Sequence[str] = (),
         links: bool = False,
         split: str = "train",
         field: str = "data.source=DIR",
     ):
         check_source(source)
+        self.configs, self.other_files, self.split = tuple(configs), tuple(files), split
         if not ("://" in source or Path(source).is_dir()):
-            source = str(hub.fetch_dataset(source, configs, split=split, field=field))
+            required = ["{}/{}-*.parquet".format(*self._folder_and_split(config)) for config in configs]
+            required += [name for name in files if "*" not in name]
+            optional = [name for name in files if "*" in name]
+            source = str(hub.fetch_dataset(source, required, optional, field=field))
         self.folder = SourceFolder(source, links=links)
-        self.configs, self.split = tuple(configs), split
 
     def has(self, config: str) -> bool:
         """Whether the snapshot has this config."""
         return bool(self._shards(config))
 
     def state(self) -> list[tuple]:
-        """Name, size and modification time of every file of the configs; they differ if the source changed."""
-        return self.folder.state(file for config in self.configs for file in self._files(config))
+        """Name, size and modification time of every file; they differ if the source changed."""
+        others = self._names if self.other_files else ()
+        return self.folder.state([*(file for config in self.configs for file in self._files(config)), *others])
+
+    def json(self, name: str, expected: type) -> Any:
+        """The value of a JSON file, a `dict` or a `list` as expected.
+
+        Raises:
+            UserError: the file is missing, is not JSON, or has another type.
+        """
+        return json_files.parse_json(self.folder.read(name, json_files.MOST_BYTES), self.folder.display(name), expected)
+
+    def json_rows(self, name: str) -> Iterator[Row]:
+        """Yields every object of a JSON file, which is an array of objects or has an object on each line.
+
+        Raises:
+            UserError: the file is missing or is neither of them.
+        """
+        text, path = self.folder.read(name, json_files.MOST_BYTES), self.folder.display(name)
+        stem = name.removesuffix(".json")
+        if not text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            for index, (number, values) in enumerate(json_files.parse_json_lines(text, path)):
+                yield Row(values, f"{path}, line {number}", name=f"{stem}/{index}")
+            return
+        for index, values in enumerate(json_files.parse_json(text, path, list)):
+            if not isinstance(values, dict):
+                problem = f"it is {json_files.describe(values)}, not an object; correct the row"
+                raise UserError(f"{path}, row {index}: {problem}.")
+            yield Row(values, f"{path}, row {index}", name=f"{stem}/{index}")
+
+    def has_file(self, name: str) -> bool:
+        """Whether the snapshot has this file."""
+        return name in self._names
+
+    @functools.cached_property
+    def _names(self) -> frozenset[str]:
+        """Names of the other files."""
+        return frozenset(self.folder.matching(self.other_files))
+
+    def image(self, row: Row, field: str, name: str) -> bytes:
+        """The image file `name`, which a field of the row gives.
+
+        Raises:
+            UserError: the file is missing, outside of the folder, or not an image.
+        """
+        return read_image(self.folder, name, row, field)
 
     def count(self, config: str) -> int:
         """The number of rows of a config."""
@@ -126,15 +181,21 @@ class Snapshot:
             ) from error
 
     def _shards(self, config: str) -> list[str]:
-        names = [info.base_name for info in self.folder.files(config)]
-        return [f"{config}/{name}" for name in names if re.fullmatch(rf"{re.escape(self.split)}-.*\.parquet", name)]
+        folder, split = self._folder_and_split(config)
+        names = [info.base_name for info in self.folder.files(folder)]
+        return [f"{folder}/{name}" for name in names if re.fullmatch(rf"{re.escape(split)}-.*\.parquet", name)]
+
+    def _folder_and_split(self, config: str) -> tuple[str, str]:
+        folder, _, split = config.partition("/")
+        return folder, split or self.split
 
     def _files(self, config: str) -> list[str]:
         files, path = self._shards(config), self.folder.display()
         if not files:
             folders = [info.base_name for info in self.folder.files() if info.type == fs.FileType.Directory]
+            folder, split = self._folder_and_split(config)
             raise UserError(
-                f"The config {config} is missing: no {path}/{config}/{self.split}-*.parquet; it has {listed(folders)}."
+                f"The config {config} is missing: no {path}/{folder}/{split}-*.parquet; it has {listed(folders)}."
             )
         shards = re.search(r"-of-(\d+)", files[0])
         if shards and len(files) != int(shards[1]):
@@ -217,14 +278,24 @@ class PublishedBenchmark(Section):
             return
         with tempfile.TemporaryDirectory() as folder:
             self._write_synthetic(folder, configs)
-            yield Snapshot(folder, configs)
+            yield Snapshot(folder, configs, files=self._files())
 
     def _snapshot(self, configs: Sequence[str]) -> Snapshot:
-        return Snapshot(self.source, configs, links=self.symlinks)
+        return Snapshot(self.source, configs, files=self._files(), links=self.symlinks)
 
     def _configs(self, part: str) -> tuple[str, ...]:
-        """The configs of the snapshot that a part reads."""
+        """The configs of the snapshot that a part reads; () for a data set without parquet files."""
         raise NotImplementedError
+
+    @property
+    def variant(self) -> str:
+        """What the report adds to the title: the share that is forgotten, and whose rules judge."""
+        share = f", forgetting {self.forget} %" if hasattr(self, "forget") else ""
+        return share + (", rules of its own code" if getattr(self, "rules", OURS) == UPSTREAM else "")
+
+    def _files(self) -> tuple[str, ...]:
+        """Patterns of the other files of the snapshot, see `Snapshot`."""
+        return ()
 
     def _write_synthetic(self, folder: str, configs: Sequence[str]) -> None:
         """Writes these configs of the synthetic people into a folder."""

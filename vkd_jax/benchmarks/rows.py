@@ -12,6 +12,7 @@ from typing import Any
 
 from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image
 from vkd_jax.runtime import json_files
+from vkd_jax.runtime.storage import SourceFolder
 from vkd_jax.types import UserError
 
 
@@ -93,6 +94,45 @@ class Row:
             self._text(name, value) for name, value in self._items(field) if not (skip_blank and value is None)
         ]
         return [text for text in texts if text.strip() or not skip_blank]
+
+    def text_or_texts(self, field: str) -> list[str]:
+        """A list of texts that may be stored as one text; items that are null or blank are left out.
+
+        Raises:
+            UserError: it is neither a text nor a list of texts.
+        """
+        if isinstance(self._values.get(field), str):
+            return [text] if (text := self.optional_text(field)).strip() else []
+        return self.texts(field, skip_blank=True)
+
+    def phrases(self, field: str) -> list[str]:
+        """The texts in nested lists and objects, which may be stored as JSON, or one text; blank ones are left out.
+
+        Raises:
+            UserError: an item is none of these.
+        """
+        value = self._values.get(field)
+        if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
+            return [text] if (text := self.optional_text(field).strip()) else []
+        texts, stack = [], [(field, self._parsed(field))]
+        while stack:
+            name, value = stack.pop()
+            if isinstance(value, Mapping):
+                stack += [(f"{name}.{key}", child) for key, child in reversed(value.items())]
+            elif isinstance(value, (list, tuple)):
+                stack += [(f"{name}[{number}]", child) for number, child in reversed(list(enumerate(value)))]
+            elif value is not None:
+                texts.append(self._text(name, value))
+        return [text for text in texts if text.strip()]
+
+    def texts_or_rows(self, field: str) -> Iterator["str | Row"]:
+        """The items of a list of texts and objects; none if it is missing or null.
+
+        Raises:
+            UserError: it is not a list of these.
+        """
+        for name, value in self._items(field):
+            yield self._nested(name, value) if isinstance(value, Mapping) else self._text(name, value)
 
     def rows(self, field: str) -> Iterator["Row"]:
         """The objects of a list; none if it is missing or null.
@@ -198,3 +238,16 @@ class Row:
             json_files.check_value(value, f"{self.location}: {self._prefix}{field}", remedy="correct the row")
             return value
         raise self.error(field, "is neither JSON nor a Python literal")
+
+
+def read_image(folder: SourceFolder, name: str, row: Row, field: str) -> bytes:
+    """Reads an image file that a field of a row names, and checks it by decoding it once.
+
+    Raises:
+        UserError: the file is missing, outside of the folder, or not an image.
+    """
+    try:
+        data = folder.read(name, MOST_IMAGE_BYTES)
+    except UserError as error:
+        raise UserError(f"{row.location}: {field} cannot be used: {error}") from error
+    return Row({name: data}, row.location).image(name)

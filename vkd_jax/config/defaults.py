@@ -68,6 +68,12 @@ def method_argument() -> Argument:
     return Argument("method", "Method of unlearning.", meanings, default="vkd")
 
 
+def synthetic_benchmarks() -> list[str]:
+    """Names of the benchmarks that are written about the synthetic people if they have no source."""
+    classes = {name: registry.lookup("benchmark", registry.BENCHMARKS, name) for name in registry.BENCHMARKS}
+    return [name for name, cls in classes.items() if "n_people" in {field.name for field in dataclasses.fields(cls)}]
+
+
 def benchmark_argument(*names: str) -> Argument:
     """Argument that selects one of these benchmarks."""
     meanings = {name: registry.doc("benchmark", registry.BENCHMARKS, name) for name in names}
@@ -86,8 +92,8 @@ def forget_argument(*names: str) -> Argument:
 
 def _forget_percentages(benchmark: str) -> Sequence[int]:
     cls = registry.lookup("benchmark", registry.BENCHMARKS, benchmark)
-    (field,) = (field for field in dataclasses.fields(cls) if field.name == "forget")
-    return field.metadata.get("choices", ())
+    field = {field.name: field for field in dataclasses.fields(cls)}.get("forget")
+    return field.metadata.get("choices", ()) if field else ()
 
 
 def base() -> ml_collections.ConfigDict:
@@ -173,7 +179,7 @@ def published(
         batch_size=dict(image=rows, text=rows),
         buckets=2,
     )
-    config.finetune.method = method("finetune", train="lora", **recipe)
+    config.finetune.method = method("finetune", **{"train": "lora", **recipe})
     if given["chips"] == "onechip":
         schema.override(config, f"{ONE_CHIP} {one_chip}")
         if "fisher_chunk" in config.method:
@@ -233,6 +239,6 @@ def benchmark_of(given: Mapping[str, str]) -> ml_collections.ConfigDict:
     """
     name, percent = given["benchmark"], int(given["forget"])
     if percent not in (sizes := _forget_percentages(name)) and (sizes or given["forget"] != "10"):
-        available = ", ".join(map(str, sizes)) or "the folders of forget and retain set decide"
+        available = ", ".join(map(str, sizes)) or "its data decide what is forgotten"
         raise UserError(f"forget={percent}: benchmark={name} has no such forget set. Available: {available}.")
     return benchmark(name, **({"forget": percent} if sizes else {}))

@@ -25,7 +25,7 @@ from vkd_jax.config.fields import FieldError, Section, setting
 from vkd_jax.config.stages import STAGES, Stage
 from vkd_jax.config.training import TrainConfig
 
-PROTOCOLS = ("options", "letter", "letter:first_character")
+PROTOCOLS = ("options", "letter", "letter:first_character", "letter:similar_option", "letter:strict")
 INFINITY = "inf"  # in JSON
 INTEGER_FORMAT = r"int[84](:[1-9]\d*)?"  # of quantized weights, with an optional group size
 QUANTIZATIONS = "int8 or int4, optionally with a group size as in int4:64, w8a8, or ''"
@@ -103,8 +103,9 @@ class EvalConfig(Section):
     protocol: str = setting(
         "options",
         "How questions with options are asked: 'options' takes the most probable option, 'letter' the letter that the "
-        "model writes, 'letter:first_character' the first letter of whatever it writes, as MLLMU-Bench does. Several "
-        "with commas; the first one counts.",
+        "model writes, 'letter:first_character' the first letter of whatever it writes, as MLLMU-Bench does, "
+        "'letter:similar_option' the option most similar to what it writes, as UMU-Bench does, and 'letter:strict' "
+        "only a lone letter or 'The answer is B', as OFFSIDE does. Several with commas; the first one counts.",
     )
     prompts: str = setting("", "JSON file of prompt wordings, see docs/extending.md; '' is the package's own.")
     shots: int = setting(0, "1 shows a worked example before each question.", choices=(0, 1))

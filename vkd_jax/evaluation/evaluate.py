@@ -6,6 +6,9 @@ Protocols for questions with options, never mixed:
   counts: see `metrics.judging.first_letter`.
 - `letter:first_character`: the same prompt, and the first letter of whatever the model writes counts, as in the code of
   MLLMU-Bench, where "accordion" is A.
+- `letter:similar_option`: the same prompt, and the option whose text is most similar to the answer counts, as in the
+  code of UMU-Bench.
+- `letter:strict`: the same prompt, and only "The answer is B" and a lone "B" count, as in the code of OFFSIDE.
 - `options`: the prompt has only the question, and the option text with the highest log-probability is the answer.
 
 Cloze and open questions are answered by greedy decoding, and so are those of the standard suites, which have their own
@@ -87,6 +90,7 @@ def evaluate(
                     "image_id": example.image_id,
                     "protocol": record_protocol,
                     **_suite_fields(example),
+                    **_published(example),
                     **worked_example,
                     **verdict,
                     **(likelihoods[i] if number == 0 else {}),
@@ -115,6 +119,12 @@ def sample(examples: Sequence[Example], most: int, seed: int, name: str) -> list
             rows = sorted(rng(seed, f"eval/{name}/{task}/{modality}").permutation(rows)[:most])
         chosen.extend(rows)
     return [examples[i] for i in sorted(chosen)]
+
+
+def _published(example: Example) -> dict:
+    """What metrics of published benchmarks read of an example."""
+    fields = {"keywords": list(example.keywords), "pair": example.pair, "rule": example.rule}
+    return {name: value for name, value in fields.items() if value}
 
 
 def _plain(example: Example) -> tuple[str, str]:
@@ -227,14 +237,15 @@ def _chosen(example: Example, scores: Sequence[float]) -> dict:
 def _judged(example: Example, text: str, protocol: str) -> dict:
     """The generated text, and whether it is correct."""
     if example.task == "classification":
-        letter = LETTER_RULES[protocol](text, len(example.options))
+        letter = LETTER_RULES[protocol](text, example.options)
         return {"prediction": text, "correct": letter in _correct_letters(example)}
     if isinstance(example, SuiteQuestion):
         record = {name: getattr(example, name) for name in ("task", "answer", "options")} | _suite_fields(example)
         record["prediction"] = text
         return {"prediction": text, "correct": suites.correct(record)} | metrics.stored_values(record)
     verdict = {"prediction": text, "correct": cloze_correct(text, example.answer)}
-    return verdict | metrics.stored_values({"task": example.task, "answer": example.answer, **verdict})
+    judged = {"task": example.task, "answer": example.answer, **_published(example), **verdict}
+    return verdict | metrics.stored_values(judged)
 
 
 def worked_examples(shown: Iterable[Example], examples: Sequence[Example], seed: int) -> list[Example | None]:

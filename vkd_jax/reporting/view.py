@@ -72,15 +72,18 @@ def accuracy(run: Run) -> dict[str, Any]:
 
 
 def text_metrics(run: Run) -> dict[str, Any] | None:
-    """Metrics of open answers; None without open questions."""
+    """Metrics of open answers, and those of a task beside its accuracy; None without any."""
     tables = []
-    for kind in (kind for kind in run.kinds if kind.startswith("generation")):
-        for metric in (metric for metric in map(metrics.get, metrics.METRICS) if metric.item and metric.in_report):
+    reported = [metric for metric in map(metrics.get, metrics.METRICS) if metric.item and metric.in_report]
+    for kind in run.kinds:
+        task = next((name for name in ("generation", "cloze") if kind.startswith(name)), "classification")
+        for metric in (metric for metric in reported if task == "generation" or task in metric.tasks):
             rows = []
             for eval_set in run.sets_with(kind):
                 summaries = [run.results.summary(name, eval_set.name, kind) for name in run.models]
                 if metric.name in summaries[0].metrics:
-                    cells = [_mean_cell(summary.metrics.get(metric.name) if summary else None) for summary in summaries]
+                    figures = [summary.metrics.get(metric.name) if summary else None for summary in summaries]
+                    cells = [_mean_cell(figure, metric.unit) for figure in figures]
                     rows.append([eval_set.title, summaries[0].n, *cells])
             if rows:
                 heads = ["questions about", "questions", *_model_titles(run)]
@@ -292,8 +295,12 @@ def _share_cell(figure: Figure | None) -> str:
     return f"{percent(figure.mean)}, {interval(figure)}" if figure else "–"
 
 
-def _mean_cell(figure: Figure | None) -> str:
-    return f"{figure.mean:.3f} ({figure.low:.3f} to {figure.high:.3f})" if figure else "–"
+def _mean_cell(figure: Figure | None, unit: str = "") -> str:
+    if figure is None:
+        return "–"
+    if unit == "%":
+        return f"{100 * figure.mean:.1f} % ({100 * figure.low:.1f} to {100 * figure.high:.1f})"
+    return f"{figure.mean:.3f} ({figure.low:.3f} to {figure.high:.3f})"
 
 
 def _suite_cell(metric: Metric, figure: Figure | None) -> str:

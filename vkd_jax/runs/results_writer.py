@@ -46,7 +46,7 @@ def write(job: Job, answers: Mapping[str, list[dict]], changes: Mapping[str, Any
     retain_only, sets = answers.get("retain_only"), job.eval_sets
     results = RunResults(
         meta=_meta(job),
-        models={name: summaries(records) for name, records in answers.items()},
+        models={name: summaries(records, sets) for name, records in answers.items()},
         utility={name: model_utility(records, sets) for name, records in answers.items()},
         forget_quality={
             name: forget_quality(records, retain_only, sets)
@@ -154,11 +154,10 @@ def _meta(job: Job) -> Meta:
         if s.name in job.questions
     )
     forget = getattr(benchmark, "forget", "")
-    share = f", forgetting {forget} %" if isinstance(forget, int) else ""
     source = getattr(benchmark, "source", f"{forget}") or "synthetic people"
     return Meta(
         **job.workdir.meta(),
-        benchmark=BenchmarkInfo(benchmark.TITLE + share, source, sets),
+        benchmark=BenchmarkInfo(benchmark.TITLE + getattr(benchmark, "variant", ""), source, sets),
         protocols=config.eval.protocols,
         shots=config.eval.shots,
     )

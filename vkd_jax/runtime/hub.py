@@ -78,25 +78,24 @@ def check_not_adapter(folder: pathlib.Path) -> None:
 
 
 def fetch_dataset(
-    name: str, configs: Sequence[str], *, split: str = "train", field: str = "data.source=DIR"
+    name: str, required: Sequence[str], optional: Sequence[str] = (), *, field: str = "data.source=DIR"
 ) -> pathlib.Path:
-    """Downloads configs of a data set on the hub.
+    """Downloads files of a data set on the hub.
 
     Args:
         name: "org/name" or "org/name@revision".
-        configs: the folders of the data set to download.
-        split: the split whose files are downloaded.
+        required: patterns of files to download, such as "forget10/*.parquet"; each must match one.
+        optional: patterns of files that are downloaded if there are any.
         field: the field of the config that gives the folder, for messages.
 
     Returns:
-        The folder in the hub's cache, with <config>/*.parquet in it; its name is that of the revision.
+        The folder in the hub's cache, with these files in it; its name is that of the revision.
 
     Raises:
-        UserError: the data set does not exist, cannot be downloaded, is gated, or lacks a config.
+        UserError: the data set does not exist, cannot be downloaded, is gated, or lacks a required file.
     """
     repo, revision = _ID.fullmatch(name).groups()
-    patterns = [f"{config}/{split}-*.parquet" for config in configs]
-    folder, reason = _download(repo, revision, "dataset", patterns, None, patterns)
+    folder, reason = _download(repo, revision, "dataset", [*required, *optional], None, required)
     if folder is None:
         command = _command(repo, revision, "--repo-type dataset ")
         raise UserError(

@@ -98,6 +98,11 @@ class SourceFolder:
         """
         return self._list(folder, recursive=False)
 
+    def matching(self, patterns: Iterable[str]) -> list[str]:
+        """Names of the files in this folder and its subfolders that match a pattern, as of `fnmatch`; sorted."""
+        names = [self._name(info) for info in self._list("", recursive=True) if info.type == fs.FileType.File]
+        return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+
     def state(self, names: Iterable[str]) -> list[tuple]:
         """Name, size and modification time of files; they differ if a file changed. Missing files have no size."""
         names = sorted(names)

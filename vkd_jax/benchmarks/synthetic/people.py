@@ -204,11 +204,16 @@ def scene(rng: np.random.Generator, index: int) -> tuple[Image.Image, dict[str, 
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def png_struct(image: Image.Image, path: str) -> dict:
-    """Encodes an image as PNG, in the struct of parquet files."""
+def png_bytes(image: Image.Image) -> bytes:
+    """Encodes an image as PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=3)
-    return {"bytes": buffer.getvalue(), "path": path}
+    return buffer.getvalue()
+
+
+def png_struct(image: Image.Image, path: str) -> dict:
+    """Encodes an image as PNG, in the struct of parquet files."""
+    return {"bytes": png_bytes(image), "path": path}
 
 
 def write_config(

@@ -23,12 +23,14 @@ class Metric:
             "half" is for metrics whose best value is 0.5.
         unit: "%" for shares that are shown in percent; "" for plain numbers.
         tasks: tasks that the metric applies to; () for all.
+        roles: roles of the sets that the metric applies to; () for all.
         item: computes the value of one record of the answers, in the form that `aggregate` takes, or None if the
             record lacks a required field. None for a metric of whole models.
         aggregate: computes the figure of several values, given the cluster of each: the person that it is about, or
             the group of a suite.
         stored: whether the value is computed when the answer is judged, and stored in the record.
-        in_report: whether the report has tables of the metric in addition to its tables of accuracy.
+        in_report: whether the report has tables of the metric in addition to its tables of accuracy: of open questions,
+            and of the others that `tasks` names.
 
     Example:
         >>> words = Metric("words", "words per answer", "up", item=lambda record: len(record["prediction"].split()))
@@ -41,6 +43,7 @@ class Metric:
     direction: Literal["up", "down", "half", "by_role"]
     unit: str = ""
     tasks: tuple[str, ...] = ()
+    roles: tuple[Role, ...] = ()
     item: Callable[[Mapping], Any] | None = None
     aggregate: Callable[[Sequence[Any], Sequence[intervals.Cluster]], Figure] = intervals.mean
     stored: bool = False
@@ -60,3 +63,29 @@ class Metric:
             forgets = role is not None and role.forgets and "vqa" in kind
             return ARROWS["down" if forgets else "up"]
         return ARROWS[self.direction]
+
+
+def rule_of(record: Mapping) -> tuple[str, str]:
+    """The published rule that judges an answer, and its variant.
+
+    The rule is the name of a benchmark, "" for questions without one. The variant is "" for the form that this package
+    defends, and "upstream" for that of the benchmark's own code where the two differ.
+
+    Example:
+        >>> rule_of({"rule": "fiubench:upstream"})
+        ('fiubench', 'upstream')
+    """
+    name, _, variant = record.get("rule", "").partition(":")
+    return name, variant
+
+
+def counted_text(record: Mapping) -> str:
+    """The text of an open answer that counts.
+
+    FIUBench's code cuts an answer at its first period, and nothing is left of an answer without one.
+    """
+    prediction = record["prediction"] or ""
+    if rule_of(record) != ("fiubench", "upstream"):
+        return prediction
+    sentence, period, _ = prediction.partition(".")
+    return sentence + period if period else ""

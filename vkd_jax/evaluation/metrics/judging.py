@@ -1,9 +1,10 @@
 """Judges answers: the option letter in a generated text, and the missing words of a cloze question."""
 
+import difflib
 import functools
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from vkd_jax.evaluation.metrics.base import Metric
 
@@ -61,7 +62,31 @@ def first_character(text: str | None, options: int = 4) -> str | None:
     return character if character and character in LETTERS[:options] else None
 
 
-LETTER_RULES = {"letter": first_letter, "letter:first_character": first_character}  # by protocol
+def similar_option(text: str | None, options: Sequence[str]) -> str:
+    """The letter of the option that resembles an answer most by the rule of UMU-Bench, `difflib`'s ratio.
+
+    Of equally similar options the first one counts, so that an empty answer chooses A.
+    """
+    ratios = [difflib.SequenceMatcher(None, text or "", option).ratio() for option in options]
+    return LETTERS[ratios.index(max(ratios))]
+
+
+_STRICT = re.compile(r"[Tt]he answer is ([A-Z])|^([A-Z])$")
+
+
+def strict_letter(text: str | None, options: int = 4) -> str | None:
+    """The option letter by the rule of OFFSIDE: of "The answer is B", or of an answer that is one letter."""
+    match = _STRICT.search(text or "")
+    letter = match and (match[1] or match[2])
+    return letter if letter and letter in LETTERS[:options] else None
+
+
+LETTER_RULES: dict[str, Callable[[str | None, Sequence[str]], str | None]] = {  # by protocol: (answer, options)
+    "letter": lambda text, options: first_letter(text, len(options)),
+    "letter:first_character": lambda text, options: first_character(text, len(options)),
+    "letter:similar_option": similar_option,
+    "letter:strict": lambda text, options: strict_letter(text, len(options)),
+}
 
 
 def cloze_correct(prediction: str | None, truth: str) -> bool:

@@ -11,7 +11,8 @@ A truth ratio above 1 means that the model prefers the true answer. Definitions 
 import math
 from collections.abc import Mapping, Sequence
 
-from vkd_jax.evaluation.metrics.base import Metric
+from vkd_jax.evaluation.metrics.base import Metric, rule_of
+from vkd_jax.types import Role
 
 LARGEST = 700.0  # the largest exponent whose exp is a finite float
 
@@ -45,6 +46,23 @@ def truth_score(truth_ratio: float) -> float:
     return max(0.0, 1 - 1 / truth_ratio)
 
 
+def normalized_probability(probability: float, wrong: Sequence[float]) -> float:
+    """p(answer) / sum of p over the answer and the wrong answers, each p = exp(-nll): at chance 1 / their number."""
+    return probability / max(probability + sum(math.exp(-x) for x in wrong), math.exp(-LARGEST))
+
+
+def _truth_ratio_forget(record: Mapping) -> float | None:
+    if rule_of(record)[0] != "fiubench" or "truth_ratio" not in record:
+        return None
+    return min(record["truth_ratio"], 1 / record["truth_ratio"])
+
+
+def _probability_retain(record: Mapping) -> float | None:
+    if rule_of(record)[0] != "fiubench" or "perturbed_nll" not in record:
+        return None
+    return normalized_probability(record["probability"], record["perturbed_nll"])
+
+
 def _truth_score(record: Mapping) -> float | None:
     return truth_score(record["truth_ratio"]) if "truth_ratio" in record else None
 
@@ -56,3 +74,19 @@ PROBABILITY = Metric(
     item=lambda record: record.get("probability"),
 )
 TRUTH_SCORE = Metric(name="truth_score", title="truth score", direction="by_role", item=_truth_score, in_report=False)
+TRUTH_RATIO_FORGET = Metric(
+    name="truth_ratio_forget",
+    title="truth ratio min(R, 1/R) (FIUBench)",
+    direction="up",
+    tasks=("generation",),
+    roles=(Role.FORGET,),
+    item=_truth_ratio_forget,
+)
+PROBABILITY_RETAIN = Metric(
+    name="probability_retain",
+    title="probability among the wrong answers (FIUBench)",
+    direction="up",
+    tasks=("generation",),
+    roles=(Role.RETAIN,),
+    item=_probability_retain,
+)

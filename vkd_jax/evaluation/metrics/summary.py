@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from vkd_jax.evaluation import metrics
 from vkd_jax.evaluation.metrics import intervals
 from vkd_jax.results import Summary
+from vkd_jax.types import EvalSet, Role
 
 
 def by_kind(records: Iterable[Mapping]) -> dict[tuple[str, str], list[Mapping]]:
@@ -31,11 +32,12 @@ def first_protocol(records: Iterable[Mapping]) -> str | None:
     return next((r.get("protocol") for r in records if r["task"] == "classification"), None)
 
 
-def summarize(items: Iterable[Mapping]) -> Summary:
+def summarize(items: Iterable[Mapping], role: Role | None = None) -> Summary:
     """Computes the accuracy, and the mean of every registered metric that applies.
 
     Args:
         items: records of the answers.
+        role: role of the set; None if it is unknown.
 
     Raises:
         ValueError: there are no items.
@@ -48,7 +50,7 @@ def summarize(items: Iterable[Mapping]) -> Summary:
     figures = {}
     for name in metrics.METRICS:
         metric = metrics.get(name)
-        if name == "accuracy" or metric.item is None:
+        if name == "accuracy" or metric.item is None or (role and metric.roles and role not in metric.roles):
             continue
         scored = [
             (value, person)
@@ -61,9 +63,35 @@ def summarize(items: Iterable[Mapping]) -> Summary:
     return Summary(share.mean, correct, len(items), share.low, share.high, share.people, figures)
 
 
-def summaries(records: Sequence[Mapping]) -> dict[str, dict[str, Summary]]:
-    """Summarizes all answers of a model: {set: {kind: summary}}; see `by_kind`."""
+def summaries(records: Sequence[Mapping], sets: Sequence[EvalSet] = ()) -> dict[str, dict[str, Summary]]:
+    """Summarizes all answers of a model: {set: {kind: summary}}; see `by_kind`.
+
+    Args:
+        records: answers of the model.
+        sets: the evaluation sets. Metrics of other roles than a set has are left out of its summaries; those of all
+            sets that are not given are kept.
+    """
+    roles = {eval_set.name: eval_set.role for eval_set in sets}
     results: dict[str, dict[str, Summary]] = {}
-    for (name, kind), items in by_kind(records).items():
-        results.setdefault(name, {})[kind] = summarize(items)
+    for (name, kind), items in by_kind(with_partners(records)).items():
+        results.setdefault(name, {})[kind] = summarize(items, roles.get(name))
     return results
+
+
+def with_partners(records: Iterable[Mapping]) -> list[Mapping]:
+    """The records, in which an answer about an image has that to the same fact in text alone as its "partner".
+
+    Two answers are partners if set, task, protocol and pair agree and each is the only one of its modality.
+    """
+    records = list(records)
+    groups: dict[tuple, dict[str, list[Mapping]]] = {}
+    for record in records:
+        if record.get("pair"):
+            key = record["set"], record["task"], record.get("protocol"), record["pair"]
+            groups.setdefault(key, {}).setdefault(record["modality"], []).append(record)
+    partners = {
+        id(group["vqa"][0]): group["qa"][0]
+        for group in groups.values()
+        if [len(group.get(modality, ())) for modality in ("vqa", "qa")] == [1, 1]
+    }
+    return [r if id(r) not in partners else {**r, "partner": partners[id(r)]} for r in records]

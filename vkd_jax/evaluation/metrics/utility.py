@@ -1,14 +1,14 @@
 """Model utility, after TOFU: the performance of a model on everything but the people to forget."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from scipy import stats
 
 from vkd_jax.evaluation.metrics import intervals
-from vkd_jax.evaluation.metrics.base import Metric
-from vkd_jax.evaluation.metrics.likelihoods import LARGEST, truth_score
+from vkd_jax.evaluation.metrics.base import Metric, rule_of
+from vkd_jax.evaluation.metrics.keywords import EM
+from vkd_jax.evaluation.metrics.likelihoods import normalized_probability, truth_score
 from vkd_jax.evaluation.metrics.summary import first_protocol
 from vkd_jax.results import Component, Utility
 from vkd_jax.types import EvalSet
@@ -24,19 +24,22 @@ def components(record: Mapping) -> dict[str, float]:
     - rouge_l_recall
     - truth_score: see `likelihoods.truth_score`.
     - accuracy: 1 or 0, for a question with options or of a standard suite.
+    - em: keyword EM, for questions of FIUBench, whose probability is that among the wrong answers, too.
     """
     values = {}
     if "probability" in record:
         values["probability"] = record["probability"]
-        if record["options"] and "perturbed_nll" in record:
-            correct, wrong = record["probability"], [math.exp(-x) for x in record["perturbed_nll"]]
-            values["probability"] = correct / max(correct + sum(wrong), math.exp(-LARGEST))
+        among_wrong = record["options"] or rule_of(record)[0] == "fiubench"
+        if among_wrong and "perturbed_nll" in record:
+            values["probability"] = normalized_probability(record["probability"], record["perturbed_nll"])
     if "rouge_l_recall" in record:
         values["rouge_l_recall"] = record["rouge_l_recall"]
     if "truth_ratio" in record:
         values["truth_score"] = truth_score(record["truth_ratio"])
     if record["options"] or "suite" in record:
         values["accuracy"] = float(record["correct"])
+    if (matches := EM.value(record)) is not None:
+        values["em"] = matches
     return values
 
 

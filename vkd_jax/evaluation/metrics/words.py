@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping
 
-from vkd_jax.evaluation.metrics.base import Metric
+from vkd_jax.evaluation.metrics.base import Metric, counted_text, rule_of
 
 
 def rouge_l(prediction: str | None, truth: str) -> dict[str, float]:
@@ -17,15 +17,15 @@ def rouge_l(prediction: str | None, truth: str) -> dict[str, float]:
 
     Reference: Lin (2004), ROUGE: a package for automatic evaluation of summaries.
     """
-    score = _scorer().score(truth, prediction or "")["rougeL"]
+    score = _scorer("rougeL").score(truth, prediction or "")["rougeL"]
     return {"rouge_l": float(score.fmeasure), "rouge_l_recall": float(score.recall)}
 
 
 @functools.cache
-def _scorer():
+def _scorer(*kinds: str):
     from rouge_score import rouge_scorer  # imports all of nltk, which takes seconds
 
-    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    return rouge_scorer.RougeScorer(list(kinds), use_stemmer=True)
 
 
 def bleu(prediction: str | None, truth: str) -> float:
@@ -44,13 +44,28 @@ def bleu(prediction: str | None, truth: str) -> float:
     return float(bleu_score.sentence_bleu([truth.split()], (prediction or "").split(), smoothing_function=smoothing))
 
 
+def offside_score(prediction: str, truth: str) -> float:
+    """The overall score of OFFSIDE: the mean of BLEU and the F measures of ROUGE-1, ROUGE-2 and ROUGE-L.
+
+    BLEU is that of `bleu` on lower-cased tokens of nltk's word tokenizer, to which a text is one sentence here.
+    """
+    from nltk.tokenize import NLTKWordTokenizer
+    from nltk.translate import bleu_score
+
+    tokens = NLTKWordTokenizer().tokenize
+    smoothing = bleu_score.SmoothingFunction().method1
+    bleu4 = bleu_score.sentence_bleu([tokens(truth.lower())], tokens(prediction.lower()), smoothing_function=smoothing)
+    scores = _scorer("rouge1", "rouge2", "rougeL").score(truth, prediction)
+    return (float(bleu4) + sum(float(score.fmeasure) for score in scores.values())) / 4
+
+
 @functools.lru_cache(maxsize=4096)
 def _rouge(prediction: str, truth: str) -> dict[str, float]:
     return rouge_l(prediction, truth)
 
 
 def _texts(record: Mapping) -> tuple[str, str]:
-    return record["prediction"] or "", record["answer"]
+    return counted_text(record), record["answer"]
 
 
 ROUGE_L = Metric(
@@ -75,5 +90,13 @@ BLEU = Metric(
     direction="by_role",
     tasks=("generation", "chat"),
     item=lambda record: bleu(*_texts(record)),
+    stored=True,
+)
+OFFSIDE_SCORE = Metric(
+    name="offside_score",
+    title="overall score (OFFSIDE)",
+    direction="by_role",
+    tasks=("generation",),
+    item=lambda record: offside_score(*_texts(record)) if rule_of(record)[0] == "offside" else None,
     stored=True,
 )

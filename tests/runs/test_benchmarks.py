@@ -1,0 +1,22 @@
+"""A run, from the vanilla model to the report, on the synthetic people in the layout of a published benchmark."""
+
+import pytest
+
+from vkd_jax.runs import pipeline
+
+
+@pytest.mark.slow
+def test_the_published_metrics_reach_the_report(get_config, tiny_folder, tmp_path):
+    config = get_config("tiny.py", "benchmark=fiubench,method=grad_diff")
+    config.model.update(path=str(tiny_folder), base="", retain_only="")
+    config.data.update(n_people=20, rules="upstream")
+    config.eval.update(max_items=4, batch_size=16, max_new_tokens=2)
+    config.train.update(batch_size=dict(forget=2, retain=2), steps=1, warmup_steps=0, log_every=1, checkpoint_every=2)
+    results = pipeline.run(config, tmp_path / "run")
+    assert results.meta.benchmark.title == "FIUBench, forgetting 10 %, rules of its own code"
+    figures = results.models["unlearned"]
+    assert {"em", "truth_ratio_forget"} <= set(figures["forget"]["generation_vqa"].metrics)
+    assert {"em", "probability_retain"} <= set(figures["retain"]["generation_vqa"].metrics)
+    page = (tmp_path / "run" / "report.md").read_text()
+    for words in ("APE (FIUBench)", "keyword EM (FIUBench)", "people to forget, paraphrased questions"):
+        assert words in page

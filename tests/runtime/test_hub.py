@@ -242,7 +242,7 @@ def test_keyboard_interrupt_is_not_caught(cache, monkeypatch):
 
 def refused_data(name, configs, reason, command):
     with pytest.raises(UserError) as error:
-        hub.fetch_dataset(name, [f"{config}/*.parquet" for config in configs])
+        hub.fetch_dataset(name, [f"{config}/train-*.parquet" for config in configs])
     text = str(error.value)
     assert text.startswith(f"There is no data folder {name} here, and ") and "\n" not in text
     assert reason in text and f"`{command} --local-dir DIR`" in text

@@ -39,7 +39,8 @@ from vkd_jax.config.training import TrainConfig
 from vkd_jax.data.encoding import Batch
 from vkd_jax.methods import feature_targets
 from vkd_jax.models import llava
-from vkd_jax.training import loop, optimizer
+from vkd_jax.runtime.memory import program_bytes
+from vkd_jax.training import optimizer
 from vkd_jax.training.step import TrainState, make_step
 
 IMAGE_TOKEN_ID = 4
@@ -132,7 +133,7 @@ def jax_step(
         jax.block_until_ready(states[0])
         return float(metrics["loss"])
 
-    return step_once, loop.step_bytes(compiled)
+    return step_once, program_bytes(compiled)
 
 
 def torch_step(

@@ -7,6 +7,7 @@ import types
 from typing import ClassVar
 
 import pytest
+from recorded import add_records
 
 from vkd_jax import attacks, benchmarks, registry
 from vkd_jax.attacks import base
@@ -128,6 +129,7 @@ def test_new_components_appear_in_report_tables_plots_and_comparison(tmp_path):
     for words in ("Zoo", "keepers to forget, elsewhere", "animals", "Whispering", "shortness of the answer"):
         assert words in page
     assert "whispered in a low voice" in page
+    add_records(tmp_path)
     made = comparison.collect({"controls": [tmp_path], "mine": [tmp_path]}, {}, {})
     document = tables.document(made)
     heads = (

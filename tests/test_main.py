@@ -91,6 +91,13 @@ def untouched(tmp_path):
 # ---- The command line ----
 
 
+@pytest.mark.parametrize("text", ["def get_config():\n    raise KeyboardInterrupt\n", "raise KeyboardInterrupt\n"])
+def test_ctrl_c_in_a_config_file_ends_the_command_with_its_status(run, untouched, tmp_path, text):
+    (tmp_path / "slow.py").write_text(text)
+    status, err = run.call(["main", f"--config={tmp_path / 'slow.py'}", f"--workdir={tmp_path / 'run'}"])
+    assert (status, err) == (130, "stopped by Ctrl-C before anything was run\n")
+
+
 @pytest.mark.parametrize(
     ("args", "parts"),
     [

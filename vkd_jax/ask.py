@@ -19,7 +19,7 @@ from vkd_jax.config import command_line
 from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image
 from vkd_jax.data.processor import MAX_PIXELS
 from vkd_jax.evaluation.inference import Answerer
-from vkd_jax.runtime import files, hub
+from vkd_jax.runtime import files, hub, memory
 from vkd_jax.runtime.interrupts import interruptible
 from vkd_jax.types import UserError
 
@@ -82,8 +82,10 @@ def main() -> int:
     parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="resize larger images (Qwen-VL)")
     args = parser.parse_args()
     try:
-        model = load(args.model, max_pixels=args.max_pixels)
-        command_line.show(answer(model, args.question, args.image, max_new_tokens=args.max_new_tokens))
+        with memory.exhausted():
+            model = load(args.model, max_pixels=args.max_pixels)
+            text = answer(model, args.question, args.image, max_new_tokens=args.max_new_tokens)
+        command_line.show(text)
     except UserError as error:
         return command_line.bad_input(error)
     return 0

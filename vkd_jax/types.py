@@ -1,8 +1,9 @@
 """Data types that packages exchange, and the error that users see."""
 
+import contextlib
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -32,6 +33,22 @@ class NotFinite(UserError):
     """A model computed NaN or infinity, of which no answer and no figure is made."""
 
 
+@contextlib.contextmanager
+def located(location: str) -> Iterator[None]:
+    """Context manager that puts a row, a file or a flag before the message of a `UserError`.
+
+    Example:
+        >>> with located("--config.eval.prompts"):
+        ...     raise UserError("there is no file prompts.json.")
+        Traceback (most recent call last):
+        vkd_jax.types.UserError: --config.eval.prompts: there is no file prompts.json.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{location}: {error.message}") from error
+
+
 class Diverged(Exception):
     """Training made a loss or a weight NaN or infinite; commands exit with status 1."""
 
@@ -53,6 +70,12 @@ class Example:
     keywords: tuple[str, ...] = ()  # phrases that a right open answer contains, if the benchmark has them
     pair: str = ""  # the fact, if the set asks for it twice: with an image and in text alone
     rule: str = ""  # the published rule that judges the answer, such as "fiubench"; see `metrics.base.rule_of`
+
+    @property
+    def label(self) -> str:
+        """The question in messages: its id and the beginning of its text, which a user can search for."""
+        text = self.question if len(self.question) <= 40 else f"{self.question[:40]}..."
+        return f"row {self.id} ({text!r})"
 
     @property
     def modality(self) -> str:

@@ -84,12 +84,12 @@ def test_text_only_questions_have_no_image(processor):
 
 
 def test_a_row_that_is_too_long_is_refused_and_never_truncated(processor):
-    with pytest.raises(UserError, match=r"row 0 has \d+ tokens, but the model takes at most 14"):
+    with pytest.raises(UserError, match=r"row 0 \(.*\) has \d+ tokens, but the model takes at most 14"):
         encode_set(processor, examples(), max_length=14)
 
 
 def test_images_and_image_tokens_must_match(processor, monkeypatch):
-    with pytest.raises(UserError, match="contains <image> 1 times for 0 images"):
+    with pytest.raises(UserError, match="a text contains <image>, which stands for an image; remove it"):
         processor.encode("What is <image>?", None)
     no_images = ChatTemplate("{{ messages[0]['content'][-1]['text'] }}", "template")
     monkeypatch.setattr(processor, "chat_template", no_images)

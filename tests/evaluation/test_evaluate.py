@@ -142,11 +142,11 @@ class Scripted:
             shown = [] if encoded_images is None else encoded_images.select([i]).tokens().values[0, :, 0].tolist()
             self.calls.append((how, question, shown, None if turns is None else turns[i]))
 
-    def generate(self, questions, encoded_images=None, *, max_new_tokens, turns=None):
+    def generate(self, questions, encoded_images=None, *, max_new_tokens, turns=None, names=()):
         self._note("generate", questions, encoded_images, turns)
         return [self.says(q) for q in questions]
 
-    def score(self, questions, texts, encoded_images=None, *, turns=None):
+    def score(self, questions, texts, encoded_images=None, *, turns=None, names=()):
         self._note("score", questions, encoded_images, turns)
         nll = np.full((len(questions), max(map(len, texts))), np.inf)
         for i, (question, row) in enumerate(zip(questions, texts, strict=True)):
@@ -409,9 +409,11 @@ def test_unknown_protocols_and_numbers_of_shots_are_rejected(protocol):
 
 def test_prompts_too_long_for_the_model_are_rejected(ask, tiny_model, people):
     limit = tiny_model.config.text.max_positions
-    with pytest.raises(UserError, match=rf"a question of \d+ tokens and 4 for the answer exceed the model's {limit}"):
+    with pytest.raises(
+        UserError, match=rf"the question: its \d+ tokens and 4 for the answer exceed the model's {limit}"
+    ):
         ask(7).generate(["why " * 200], max_new_tokens=4)
-    with pytest.raises(UserError, match=f"exceed the model's {limit}; .*without worked examples"):
+    with pytest.raises(UserError, match=f"^row .*exceed the model's {limit}; .*without worked examples"):
         evaluate(
             ask(7), people, EvalConfig(protocol="letter", max_new_tokens=limit // 2, shots=1), shown=people["retain"]
         )

@@ -1,21 +1,26 @@
 """Batched inference: scores against a plain forward pass, padding, images, earlier turns."""
 
+import copy
 import dataclasses
+import functools
 import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from vkd_jax.checkpoints import hf
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.data.processor import Processor
+from vkd_jax.evaluation import inference
 from vkd_jax.evaluation.inference import Answerer, EncodedImages
-from vkd_jax.models import generate
-from vkd_jax.models.base import VisualTokens, bind
-from vkd_jax.types import NotFinite, UserError
+from vkd_jax.models import generate, llava
+from vkd_jax.models.base import VisualTokens, bind, split_model
+from vkd_jax.runtime import memory
+from vkd_jax.types import Example, NotFinite, UserError
 
 OPTIONS = ("baker", "pilot", "a judge", "teacher of mathematics")
 
@@ -268,7 +273,7 @@ def too_large(tiny_model):
     ("measure", "what"),
     [
         (lambda model: model.generate(["Who is this?"] * 2), "The model's scores of the next token"),
-        (lambda model: model.generate(["Who?", "Which?"], model.encode_images([png(0), png(1)])), "of the next token"),
+        (lambda model: model.generate(["Who?", "Which?"], model.encode_images([png(0), png(1)])), "features of images"),
         (lambda model: model.score(["Who is this?"], [OPTIONS]), "The model's scores of texts"),
         (lambda model: model.score(["Who?", "Which?"], [OPTIONS[:1], OPTIONS]), "The model's scores of texts"),
         (lambda model: model.score_tokens(["Who is this?"], [OPTIONS[0]]), "The model's scores of tokens"),
@@ -281,7 +286,124 @@ def test_scores_that_are_not_finite_decide_nothing(too_large, measure, what):
         measure(too_large)
 
 
-@pytest.mark.parametrize("values", [[np.nan, 0, 0], [0, np.inf, 0], [-np.inf] * 3, [np.nan] * 3])
+def weights(change, *paths):
+    """A function that changes the weights whose paths begin so."""
+    return lambda params: {path: change(x) if path.startswith(paths) else x for path, x in params.items()}
+
+
+def zeros(x):
+    return x * 0
+
+
+BLOCK = "language_model/blocks/"
+BROKEN = {  # finite weights with which no answer depends on the image, or on anything
+    "projector of 1e30": weights(lambda x: x * 1e30, "projector/"),
+    "second layer of the projector of 1e30": weights(lambda x: x * 1e30, "projector/fc2"),
+    "tower block of 1e38": weights(lambda x: jnp.full_like(x, 1e38), "vision_tower/blocks/0/mlp"),
+    "tower block of 1e25": weights(lambda x: x * 1e25, "vision_tower/blocks/0/mlp/fc2"),
+    "embedding of 1e30": weights(lambda x: x * 1e30, "language_model/embed/"),
+    "embedding of 1e38": weights(lambda x: jnp.full_like(x, 3e38), "language_model/embed/"),
+    "decoder of 1e25": weights(lambda x: x * 1e25, f"{BLOCK}mlp/down"),
+    "attention of 1e30": weights(lambda x: x * 1e30, f"{BLOCK}attn/o"),
+    "projector of zeros": weights(zeros, "projector/"),
+    "tower of zeros": weights(zeros, "vision_tower/pre_norm", "vision_tower/blocks"),
+    "final norm of zeros": weights(zeros, "language_model/norm"),
+    "head of zeros": weights(zeros, "language_model/head"),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", BROKEN)
+def test_finite_weights_of_no_use_give_no_figure(ask_in, name, dtype):
+    model = ask_in(dtype)
+    assert set(model.bundle.params) == set(BROKEN[name](model.bundle.params))
+    broken = copy.copy(model)
+    broken.bundle = dataclasses.replace(model.bundle, params=BROKEN[name](model.bundle.params))
+    with pytest.raises(NotFinite, match="NaN or infinite, or the same for every input, although the weights are"):
+        broken.score(["Who is this?"] * 2, [OPTIONS[:2]] * 2, broken.encode_images([png(0), png(1)]))
+
+
+@pytest.fixture(scope="module")
+def ask_in(tiny_model):
+    """A function of a dtype to a model that computes in it."""
+
+    @functools.cache
+    def make(dtype):
+        graphdef, _ = split_model(
+            llava.Llava(dataclasses.replace(tiny_model.config, compute_dtype=dtype), rngs=nnx.Rngs(0))
+        )
+        params = {path: x.astype(dtype) for path, x in tiny_model.params.items()}
+        return Answerer(dataclasses.replace(tiny_model, graphdef=graphdef, params=params), batch_size=2)
+
+    return make
+
+
+def test_a_sound_model_passes_the_checks(ask_in):
+    """Copies of one image have the same features, and an image alone has nothing that it could differ from."""
+    for dtype in ("float32", "bfloat16"):
+        model = ask_in(dtype)
+        for images in ([png(0), png(1)], [png(0), Image.open(io.BytesIO(png(0)))], [png(0)]):
+            assert np.isfinite(model.encode_images(images).features.values).all()
+    assert np.isfinite(model.score(["Who?"] * 2, [["a judge", "baker"]] * 2).log_probs).all()
+
+
+# Sizes that data decides.
+
+
+def test_many_texts_are_scored_in_chunks_of_bounded_size(ask, monkeypatch):
+    model, shapes = ask(2), []
+    questions = ["Who is this?", "Which?", "What?"]
+    texts = [["x", *map(str, range(50))], ["a judge"], ["baker", "pilot"]]
+    images = model.encode_images([png(0), png(1), png(0)])
+    whole = model.score(questions, texts, images)
+    monkeypatch.setattr(inference, "TEXT_BYTES", 2 * 4 * 40 * model.config.text.vocab)
+    monkeypatch.setattr(Answerer, "_put", lambda self, arrays: shapes.append(arrays[3].shape) or arrays)
+    chunked = model.score(questions, texts, images)
+    assert len(shapes) > 3
+    assert all(o * a * model.config.text.vocab * 4 * 2 <= inference.TEXT_BYTES for _, o, a in shapes)
+    np.testing.assert_array_equal(chunked.counts, whole.counts)
+    np.testing.assert_allclose(chunked.log_probs, whole.log_probs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("measure", "subject"),
+    [
+        (lambda model: model.score(["Who?"], [["x " * 40]]), "questions"),
+        (lambda model: model.score(["Who? " * 20], [["x"]]), "questions"),
+        (lambda model: model.generate(["Who?"], max_new_tokens=100), "questions"),
+        (lambda model: model.score_tokens(["Who?"], ["x " * 40]), "questions"),
+        (lambda model: model.encode_images([png(0)]), "images"),
+        (lambda model: model.means([png(0)]), "images"),
+    ],
+    ids=["text", "question", "answer", "tokens", "image", "means"],
+)
+def test_batches_that_exceed_the_memory_are_refused(ask, monkeypatch, measure, subject):
+    monkeypatch.setattr(memory, "device_bytes", lambda devices: 10_000)
+    with pytest.raises(
+        UserError, match=rf"the model and batches of 2 {subject} need .* GiB of memory.*eval.batch_size"
+    ):
+        measure(ask(2))
+
+
+@pytest.mark.parametrize(
+    ("question", "answers", "problem"),
+    [
+        ("word " * 300, ["x"], r"row 7 \('word word .*\.\.\.'\): its \d+ tokens and \d+ for the answer exceed"),
+        ("What is <image> here?", ["x"], r"row 7 \('What is <image> here\?'\): a text contains <image>"),
+        ("Who?", ["x", "<image>"], r"row 7 \('Who\?'\): a text contains <image>"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_named(ask, question, answers, problem):
+    example = Example("7", "", None, "", question, answers[0])
+    names = ["row 6", example.label]
+    with pytest.raises(UserError, match=problem):
+        ask(2).score(["Who?", question], [["x"], answers], names=names)
+    if answers == ["x"]:
+        with pytest.raises(UserError, match=problem):
+            ask(2).generate(["Who?", question], names=names)
+
+
+@pytest.mark.parametrize("values", [[np.nan, 0, 0], [0, np.inf, 0], [-np.inf] * 3, [np.nan] * 3, [0.5] * 3])
 def test_logits_that_are_not_finite_choose_no_token(values):
     logits = jnp.array([[0.0, 2.0, 1.0], values, [-np.inf, 0.5, -1.0]])
     np.testing.assert_array_equal(generate._most_probable(logits), [1, generate.NOT_FINITE, 1])

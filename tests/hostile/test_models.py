@@ -138,6 +138,14 @@ TEXT_TEMPLATE = "{% for m in messages %}{{ 'Q: ' + m.content + ' A:' }}{% endfor
 PART_TEMPLATE = "{% for part in messages %}{% if 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}"
 HUGE = 10**9
 
+
+def below(values):
+    """An index whose shards are in a folder within that of the model."""
+    return values | {"weight_map": {name: f"shards/{shard}" for name, shard in values["weight_map"].items()}}
+
+
+NO_MAP = ("has no weight_map", "is not a safetensors index")
+
 CASES = [
     # Weights that are not finite.
     Case("nan in the projector", spoiled(PROJECTOR, np.nan), ("NaN or infinity", PROJECTOR)),
@@ -178,8 +186,9 @@ CASES = [
     Case("folder as weights", asked(lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir())), (WEIGHTS,)),
     Case("weights that link to themselves", asked(link_loop), ("model",)),
     # Indexes.
-    Case("shard above the folder", shard_at("../outside.safetensors"), (INDEX,)),
-    Case("shard at an absolute path", shard_at("{outside}"), (INDEX,)),
+    Case("shard above the folder", shard_at("../outside.safetensors"), (INDEX, "leads out"), lacks=NO_MAP),
+    Case("shard at an absolute path", shard_at("{outside}"), (INDEX, "leads out"), lacks=NO_MAP),
+    Case("shard below the folder", index(lambda v, _: below(v)), (INDEX, "not directly in"), lacks=NO_MAP),
     Case("index without a map", index(lambda values, _: {"metadata": {}}), (INDEX,)),
     Case("index that is a list", index(lambda values, _: [values]), (INDEX,)),
     Case("index with an empty map", index(lambda values, _: {"weight_map": {}}), (INDEX,)),

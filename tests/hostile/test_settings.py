@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from hostile_cases import Case, check, config_file, settings, snapshot, written
+from hostile_cases import Case, check, config_file, request, settings, snapshot, written
 
 
 def base_and(change):
@@ -36,6 +36,41 @@ def damaged_config(content):
         written(path / "config.json", content)
 
     return make
+
+
+def in_the_place_of(name):
+    """A file in the place of a folder of a run, or a folder in the place of a file."""
+
+    def make(path):
+        target = path / name
+        target.mkdir(parents=True) if target.suffix else written(target, "x")
+
+    kind = "is a folder" if "." in name else "is a file"
+    return Case(f"in the place of {name.replace('/', ' ')}", workdir(make), (f"run/{name}", kind, "remove it"))
+
+
+PLACES = (
+    "answers", "attacks", "attacks/relearn", "base", "data", "portraits", "report", "retain_only", "train",
+    "train/checkpoints", "train/vanilla", "train/vanilla/checkpoints", "unlearned", "vanilla",
+    "answers/vanilla.jsonl", "attacks/relearn/unlearned.jsonl", "config.json", "inputs.json", "log.txt",
+    "manifest.json", "portraits/Otto.png", "records.json", "report.md", "report/losses.png", "results.json",
+    "timing.json", "train/metrics.jsonl",
+)  # fmt: skip
+
+
+def prompts(content):
+    """A file of prompt wordings."""
+
+    def prepare(folder):
+        written(folder / "prompts.json", content)
+        return settings("--config.eval.prompts=prompts.json")(folder)
+
+    return prepare
+
+
+def cache(name):
+    """A file is in the place of the folder of cached data, or of one that leads to it."""
+    return request(lambda folder: written(folder.parent / "cache", "x"), f"--config.data.cache={name}")
 
 
 SECTIONS = ("model", "data", "mesh", "eval", "attacks", "method", "train", "finetune", "seed")
@@ -79,7 +114,30 @@ CASES = [
     Case(
         "model name of 10000 letters", snapshot(lambda rows: rows, "--config.model.path=" + "x" * 10_000), ("too long",)
     ),
-    Case("prompts that are missing", settings("--config.eval.prompts=nothing.json"), ("nothing.json",)),
+    Case(
+        "prompts that are missing",
+        settings("--config.eval.prompts=nothing.json"),
+        ("--config.eval.prompts=nothing.json", "no file"),
+    ),
+    *(
+        Case(f"prompts: {content[:20]}", prompts(content), ("--config.eval.prompts=prompts.json", *words))
+        for content, words in (
+            ("[]", ("object",)),
+            ("{", ("JSON",)),
+            ('{"leter": "x"}', ("leter", "Available")),
+            ('{"letter": "{question}"}', ("letter", "{options}")),
+            ('{"cloze": 3}', ("cloze", "{question}")),
+        )
+    ),
+    # Folders of data and models, by their fields.
+    Case("cache that is a file", cache("cache"), ("--config.data.cache",), lacks=("--workdir",)),
+    Case("cache below a file", cache("cache/below"), ("--config.data.cache",), lacks=("--workdir",)),
+    Case("absent model", request(lambda _: None, "--config.model.path=nothing"), ("--config.model.path=nothing",)),
+    Case(
+        "absent retain-only model",
+        request(lambda _: None, "--config.model.path=tiny_llava", "--config.model.retain_only=nothing"),
+        ("--config.model.retain_only=nothing",),
+    ),
     # Config files.
     Case("get_config returns None", config_file("def get_config():\n    return None\n"), ("get_config", "None")),
     Case("get_config returns a number", config_file("def get_config():\n    return 3\n"), ("get_config",)),
@@ -100,6 +158,18 @@ CASES = [
         ("RuntimeError",),
     ),
     Case("get_config calls itself", config_file("def get_config():\n    return get_config()\n"), ("RecursionError",)),
+    *(
+        Case(f"get_config {raised}", config_file(f"def get_config():\n    {raised}\n"), ("--config", word))
+        for raised, word in (
+            ("raise SystemExit", "SystemExit"),
+            ("raise SystemExit(0)", "SystemExit"),
+            ("raise SystemExit(['x'])", "SystemExit"),
+            ("exit('no config today')", "no config today"),
+            ("raise GeneratorExit", "GeneratorExit"),
+            ("raise BaseException('x')", "BaseException"),
+        )
+    ),
+    Case("config file that exits", config_file("import sys\nsys.exit(0)\n"), ("--config", "SystemExit")),
     Case("no get_config", config_file("x = 1\n"), ("get_config",)),
     Case("config file with an error", config_file("def get_config(:\n"), ("SyntaxError",)),
     Case("config file with NUL", config_file("x = '\0'\n"), ("config",)),
@@ -127,6 +197,7 @@ CASES = [
     Case("workdir below a device", settings("--workdir=/dev/null/run"), ("/dev/null",)),
     Case("workdir in the kernel's folder", settings("--workdir=/proc/run"), ("/proc/run",)),
     Case("workdir of an unknown address", settings("--workdir=ftp://x/y"), ("ftp",)),
+    *map(in_the_place_of, PLACES),
     Case("config that is a list", workdir(damaged_config([])), ("config.json",)),
     Case("config that is half", workdir(damaged_config('{"seed": 0')), ("config.json",)),
     Case("empty config", workdir(damaged_config("")), ("config.json",)),

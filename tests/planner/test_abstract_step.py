@@ -13,8 +13,8 @@ from vkd_jax.config.schema import RunConfig
 from vkd_jax.methods import base
 from vkd_jax.models import quantize
 from vkd_jax.planner import abstract_step, memory
+from vkd_jax.runtime.memory import program_bytes
 from vkd_jax.runtime.mesh import make_mesh
-from vkd_jax.training import loop
 from vkd_jax.types import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' way to read one
@@ -86,7 +86,7 @@ def test_a_planned_step_is_the_step_that_runs(config, tiny_model):
     kinds = memory.bytes_by_kind(step)
     expected = sum(kinds.values()) - kinds["original"] - unused
     assert compiled.memory_analysis().argument_size_in_bytes == pytest.approx(expected, rel=0.01)
-    assert loop.step_bytes(compiled) > compiled.memory_analysis().argument_size_in_bytes
+    assert program_bytes(compiled) > compiled.memory_analysis().argument_size_in_bytes
 
 
 # ---- Errors ----

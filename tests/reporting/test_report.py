@@ -8,6 +8,7 @@ import re
 import matplotlib
 import pytest
 from PIL import Image
+from recorded import add_records
 from report_folders import FREE, IMAGES, OPTIONS, PEOPLE, RIGHT, N, item, make_run
 
 from vkd_jax.benchmarks.mllmu import Mllmu
@@ -250,6 +251,7 @@ def test_runs_are_in_one_table_with_seeds_of_one_config_averaged(tmp_path, capsy
     make_run(tmp_path / "vkd-0", seed=0)
     make_run(tmp_path / "vkd-1", seed=1, right=worse)
     make_run(tmp_path / "grad-diff", right=worse, method={"name": "grad_diff", "train": "all"})
+    add_records(*tmp_path.iterdir())
     assert tables.main([str(tmp_path / name) for name in ("vkd-0", "vkd-1", "grad-diff")]) == 0
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:5]]
     assert [row[0] for row in cells] == ["vanilla", "vkd, train=visual", "grad_diff, train=all"]
@@ -262,11 +264,12 @@ def test_runs_are_in_one_table_with_seeds_of_one_config_averaged(tmp_path, capsy
 def test_runs_of_different_configs_have_their_own_rows(tmp_path):
     make_run(tmp_path / "a", method={"name": "vkd", "train": "visual", "distance": "mse"})
     make_run(tmp_path / "b", seed=1, method={"name": "vkd", "train": "visual", "distance": "cosine"})
+    add_records(*tmp_path.iterdir())
     groups = comparison.by_label([tmp_path / "a", tmp_path / "b"])
     assert list(groups) == ["vkd, train=visual, distance=mse", "vkd, train=visual, distance=cosine"]
 
 
-@pytest.mark.parametrize("break_it", ["missing", "torn", "protocol", "twice", "tuned"])
+@pytest.mark.parametrize("break_it", ["missing", "torn", "protocol", "twice", "tuned", "changed", "answers"])
 def test_runs_that_cannot_be_compared_are_rejected(run, tmp_path, break_it, capsys):
     other = tmp_path / "other"
     make_run(other, seed=1)
@@ -276,6 +279,8 @@ def test_runs_that_cannot_be_compared_are_rejected(run, tmp_path, break_it, caps
         "protocol": "one protocol",
         "twice": "twice",
         "tuned": "have no unlearned model",
+        "changed": "results.json is damaged or was changed",
+        "answers": "unlearned.jsonl is damaged or was changed",
     }
     results = json.loads((other / "results.json").read_text())
     if break_it == "missing":
@@ -288,8 +293,15 @@ def test_runs_that_cannot_be_compared_are_rejected(run, tmp_path, break_it, caps
     elif break_it == "tuned":
         del results["models"]["unlearned"]
         (other / "results.json").write_text(json.dumps(results))
-    else:
+    elif break_it == "twice":
         make_run(other, seed=0)
+    add_records(run, other)
+    if break_it == "changed":
+        results["timing"]["unlearn"] = 1.0
+        (other / "results.json").write_text(json.dumps(results))
+    elif break_it == "answers":
+        lines = (other / "answers" / "unlearned.jsonl").read_text().splitlines(keepends=True)
+        (other / "answers" / "unlearned.jsonl").write_text("".join(lines[:-1]))
     assert tables.main([str(run), str(other)]) == 2
     captured = capsys.readouterr()
     assert message[break_it] in captured.err and captured.out == ""

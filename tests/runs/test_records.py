@@ -9,9 +9,9 @@ import shutil
 import pytest
 
 from vkd_jax.config.schema import RunConfig
-from vkd_jax.runs import inputs, records
+from vkd_jax.runs import inputs
 from vkd_jax.runs.workdir import Workdir, exclusive
-from vkd_jax.runtime import locks, storage
+from vkd_jax.runtime import locks, records, storage
 from vkd_jax.types import Example, UserError
 
 RECORD = "answers/vanilla.jsonl"
@@ -233,6 +233,69 @@ def test_other_errors_stay_as_they_are(error):
     with pytest.raises(type(error)) as raised, storage.write_errors():
         raise error
     assert raised.value is error
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "missing"])
+@pytest.mark.parametrize("name", [RECORD, "results.json", "attacks/leak/vanilla.jsonl"])
+def test_results_need_the_answers_that_they_report(run, name, damage):
+    workdir = Workdir(run, config())
+    workdir.write_lines("attacks/leak/vanilla.jsonl", [{"id": "1"}, {"id": "2"}])
+    workdir.write("results.json", {"models": {}})
+    assert workdir.has_results("results.json") and not workdir.has_results("results.json", "report.md")
+    file = run / name
+    file.unlink() if damage == "missing" else file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    assert not Workdir(run, config()).has_results("results.json")
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "missing", "no entry", "no records"])
+def test_another_run_is_read_only_if_it_is_as_it_was_written(run, damage):
+    assert records.read_lines(run, RECORD) == [{"id": "1"}, {"id": "2"}]
+    if damage == "missing":
+        (run / RECORD).unlink()
+    elif damage == "no entry":
+        (run / records.FILE).write_text("{}")
+    elif damage == "no records":
+        (run / records.FILE).unlink()
+    else:
+        (run / RECORD).write_bytes(DAMAGE[damage]((run / RECORD).read_bytes()))
+    with pytest.raises(UserError, match=r"There is no file|run the command of that run again\.$"):
+        records.read_lines(run, RECORD)
+
+
+LENT = {  # what differs, and the inputs of the run that borrows
+    "nothing": lambda model: described(path=model),
+    "a set that only one of them reads": lambda model: described({"held_out": examples()}, path=model),
+    "a model that only one of them reads": lambda model: described(path=model, base=model),
+    "the set retain": lambda model: described({"retain": examples(3, answer="a nurse")}, path=model),
+    "the set forget": lambda model: described({"forget": examples(3)}, path=model),
+    "config.model.path": lambda model: described(path=other(model)),
+    "config.eval.prompts": lambda model: described(path=model) | {"prompts": "c0ffee"},
+}
+
+
+def other(model):
+    copy = shutil.copytree(model, model.with_name("other"))
+    (copy / "model.safetensors").write_text("other")
+    return copy
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["fine-tuned", "given"])
+@pytest.mark.parametrize("difference", LENT)
+def test_answers_are_borrowed_only_from_a_run_of_the_same_inputs(tmp_path, difference, made):
+    make_model(tmp_path / "vanilla")
+    lender = Workdir(tmp_path / "lender", config())
+    lender.bind(described() if made else described(path=tmp_path / "vanilla"))
+    lender.model("vanilla", make_model)
+    lender.write_lines(RECORD, [{"id": "1"}])
+    borrower = Workdir(tmp_path / "borrower", config())
+    borrower.bind(LENT[difference](tmp_path / "vanilla"))
+    if difference.startswith(("nothing", "a ")):
+        borrower.borrow(lender.path, [RECORD, "answers/retain_only.jsonl"])
+        assert borrower.read_lines(RECORD) == [{"id": "1"}] and borrower.has(RECORD)
+        return
+    with pytest.raises(UserError, match=f"computed from other inputs: .*{difference}.*start over"):
+        borrower.borrow(lender.path, [RECORD])
+    assert not borrower.has(RECORD)
 
 
 def test_records_of_another_kind_are_not_trusted(run):

@@ -28,6 +28,18 @@ def test_nan_and_infinity_of_both_signs_are_found_anywhere(dtype):
     assert finite.is_finite(good[:0]) and not finite.is_finite(np.array(np.nan, dtype))
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, ml_dtypes.bfloat16, np.float16], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("largest", [1024.0, 2.0**56])
+def test_values_can_be_too_large_before_they_are_infinite(dtype, largest):
+    with np.errstate(over="ignore"):
+        limit = np.array(largest).astype(dtype)  # infinity in float16
+    below = np.nextafter(limit, dtype(0)) if dtype is not ml_dtypes.bfloat16 else limit / dtype(2)
+    for sign in (1, -1):
+        assert finite.is_finite(np.array([0, sign * below, 1], dtype), largest)
+        assert not finite.is_finite(np.array([0, sign * limit, 1], dtype), largest)
+    assert not finite.is_finite(np.array([0, np.nan], dtype), largest)
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.bool_, ml_dtypes.int4])
 def test_integers_are_finite(dtype):
     assert finite.is_finite(np.array([0, 1, -1]).astype(dtype))
@@ -43,5 +55,5 @@ def test_arrays_that_are_not_finite_are_named_wherever_they_are():
 
 def test_a_check_names_what_is_not_finite():
     finite.check({"x": np.ones(3), "y": np.arange(3)}, "The scores")
-    with pytest.raises(NotFinite, match="^The scores are NaN or infinite, although the weights are finite"):
+    with pytest.raises(NotFinite, match="^The scores are NaN or infinite, or .*, although the weights are finite"):
         finite.check({"x": np.ones(3), "y": np.array([-np.inf])}, "The scores")

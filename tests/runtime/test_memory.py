@@ -3,6 +3,7 @@
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from vkd_jax.runtime import memory
@@ -28,6 +29,33 @@ def test_a_container_may_have_less_memory(tmp_path, monkeypatch):
     for text, limited in (("1048576\n", True), ("max\n", False)):
         group.write_text(text)
         assert (memory.host_bytes() == 2**20) == limited
+
+
+EXHAUSTED = (
+    MemoryError(),
+    MemoryError("Unable to allocate 9 GiB"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: x"),
+)
+
+
+@pytest.mark.parametrize("error", [*EXHAUSTED, jax.errors.JaxRuntimeError("INTERNAL: x"), ValueError("x")], ids=repr)
+def test_an_allocation_that_fails_is_one_sentence(error):
+    expected = UserError if error in EXHAUSTED else type(error)
+    with pytest.raises(expected, match=r"^the memory is exhausted \(.+\); decrease" if expected is UserError else "x"):
+        with memory.exhausted():
+            raise error
+
+
+def test_a_program_is_refused_before_it_runs_and_compiled_once(monkeypatch):
+    traced = []
+    double = jax.jit(lambda x: traced.append(x) or x * 2)
+    x = np.ones(1000, np.float32)
+    options = dict(devices=jax.devices()[:1], subject="arrays", remedy="ask for fewer")
+    memory.check_program(double, x, **options)
+    assert double(x)[0] == 2 and len(traced) == 1
+    monkeypatch.setattr(memory, "device_bytes", lambda devices: 7_999)
+    with pytest.raises(UserError, match=r"^arrays need 0\.0 GiB of memory, .*; ask for fewer\.$"):
+        memory.check_program(double, x, **options)
 
 
 def test_arrays_that_do_not_fit_are_refused_with_the_figure():

@@ -24,6 +24,7 @@ from toy_training import (
 
 from vkd_jax.data.sampler import Sampler
 from vkd_jax.reporting.report import json_lines
+from vkd_jax.runtime import memory
 from vkd_jax.training import loop
 from vkd_jax.training.metric_writer import JsonLinesWriter
 from vkd_jax.training.preemption import Stopped
@@ -207,6 +208,31 @@ def test_the_last_update_is_checked_as_well(toy, tmp_path, rate, message, saves)
     with pytest.raises(Diverged, match=message + r".*decrease train\.learning_rate"):
         fit(toy, tmp_path if saves else None, Unbounded(), **changes)
     assert not saves or saved_steps(tmp_path) == []
+
+
+def test_the_check_of_the_last_update_needs_no_more_memory_than_a_step(toy, monkeypatch):
+    """And it changes no bit of the state, of which there is no copy."""
+    sizes, losses = [], loop._Step.losses
+
+    def measured(self, state, batches):
+        program = self.losses_fn.lower(state.params, self.frozen, batches, self.start).compile()
+        sizes.append((memory.program_bytes(program), self.memory(1, state, batches)))
+        return losses(self, state, batches)
+
+    monkeypatch.setattr(loop._Step, "losses", measured)
+    checked = fit(toy, None, steps=3)
+    assert len(sizes) == 1 and sizes[0][0] < sizes[0][1]
+    monkeypatch.setattr(loop._Step, "losses", lambda *_: {})
+    assert_same_bits(fit(toy, None, steps=3), checked)
+
+
+def test_a_step_that_exceeds_the_memory_is_refused(toy, monkeypatch):
+    """Before it runs, by the compiler's account: texts of any length decide its size."""
+    monkeypatch.setattr(memory, "device_bytes", lambda devices: 100)
+    monkeypatch.setattr(loop._Step, "__call__", lambda *_: pytest.fail("a step ran"))
+    monkeypatch.setattr(Sampler, "check_memory", lambda *_: None)
+    with pytest.raises(UserError, match=r"^training steps need .* GiB of memory.*; decrease train\.batch_size"):
+        fit(toy, None, sets={name: rows(7, np.zeros(ROWS, np.float32)) for name in SETS})
 
 
 def test_a_state_that_is_not_finite_is_not_saved(toy, tmp_path, monkeypatch):

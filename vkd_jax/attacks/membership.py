@@ -182,7 +182,8 @@ def token_scores(subject: Subject, model: ModelBundle, items: Sequence[tuple[str
     images = {(name, e.image_id): e.image for name, e in items}  # sets may use the same image ids
     rows = {key: i for i, key in enumerate(images)}
     encoded = answerer.encode_images(list(images.values())).for_prompts([[rows[name, e.image_id]] for name, e in items])
-    return answerer.score_tokens([e.question for _, e in items], [e.answer for _, e in items], encoded)
+    questions, answers, names = ([getattr(e, field) for _, e in items] for field in ("question", "answer", "label"))
+    return answerer.score_tokens(questions, answers, encoded, names=names)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -18,7 +18,7 @@ from absl import logging
 from vkd_jax import messages
 from vkd_jax.runtime import files, json_files
 from vkd_jax.runtime.finite import is_finite
-from vkd_jax.types import UserError
+from vkd_jax.types import UserError, located
 
 Folder = str | os.PathLike[str]
 
@@ -172,16 +172,25 @@ class Checkpoint:
 
 
 def _read_index(index: pathlib.Path) -> dict[str, str]:
+    """Reads the file that has each tensor, by the tensor's name.
+
+    Raises:
+        UserError: the index is damaged, or names a file that is not directly in the folder.
+    """
     weight_map = json_files.read_json(index, remedy="download it again").get("weight_map")
-    if weight_map and isinstance(weight_map, dict):
-        if all(isinstance(v, str) and pathlib.PurePath(v).name == v for v in weight_map.values()):
-            try:
-                for name in set(weight_map.values()):
-                    files.check_name(str(index.parent), name)
-            except UserError as error:
-                raise UserError(f"{index}: {error}") from error
-            return weight_map
-    raise UserError(f"{index} is not a safetensors index: it has no weight_map from tensor names to file names.")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(
+            f"{index} is not a safetensors index: its weight_map is {json_files.describe(weight_map)}, and should be "
+            "an object of tensor names and file names; download it again."
+        )
+    for tensor, file in weight_map.items():
+        with located(f"{index}: weight_map names no file of its folder for the tensor {tensor[:100]!r}"):
+            if not isinstance(file, str):
+                raise UserError(f"the file is {json_files.describe(file)}, and should be a file name")
+            files.check_name(str(index.parent), file)
+            if pathlib.PurePath(file).name != file:
+                raise UserError(f"the file {file!r} is not directly in that folder")
+    return weight_map
 
 
 def read_header(file: pathlib.Path) -> dict[str, Tensor]:

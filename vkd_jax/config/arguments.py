@@ -5,12 +5,15 @@ other argument does: `7b` is `size=7b`. The word `help` prints all arguments.
 """
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 
 from vkd_jax import messages
 from vkd_jax.config import fields, schema
 from vkd_jax.types import UserError
+
+
+class HelpShown(SystemExit):
+    """The text after the colon was `help`: the command ends with status 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +42,11 @@ def parse(text: str, arguments: Sequence[Argument], run_fields: bool = True) -> 
 
     Raises:
         UserError: unknown key or value, a bare word that several arguments take, or two values for one key.
-        SystemExit: the text is `help`, and all arguments are printed.
+        HelpShown: the text is `help`, and all arguments are printed.
     """
     if text == "help":
         print(usage(arguments, run_fields))
-        sys.exit(0)
+        raise HelpShown(0)
     by_key, given = {argument.key: argument for argument in arguments}, {}
     for word in filter(None, text.split(",")):
         key, _, value = word.rpartition("=")

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vkd_jax import messages
+from vkd_jax.config.arguments import HelpShown
 from vkd_jax.types import UserError
 
 HELP = {"--help", "-h", "-help", "--helpshort"}
@@ -43,7 +45,12 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
         if values.config is not None and getattr(values.config, "stage", None) is None:
             raise UserError("--config: get_config() returned no config with a field `stage`; see configs/tiny.py.")
         return rest
-    except Exception as error:  # a config file is a program, and may raise anything
+    except HelpShown:
+        raise
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C before anything was run", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BaseException as error:  # a config file is a program, and may raise anything or exit
         sys.exit(bad_input(_sentence(error)))
 
 
@@ -76,7 +83,7 @@ def show(text: str) -> None:
     print(messages.escaped(text, keep="\n\t").encode(encoding, "backslashreplace").decode(encoding))
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     """What is wrong with the flags, or what a config file raised."""
     frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
     in_file = "get_config" in frames or "<module>" in frames

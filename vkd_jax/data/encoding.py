@@ -16,7 +16,7 @@ import numpy as np
 
 from vkd_jax.data.images import PackedImages
 from vkd_jax.data.processor import Processor
-from vkd_jax.types import Example, UserError
+from vkd_jax.types import Example, UserError, located
 
 
 @functools.partial(
@@ -142,17 +142,15 @@ def encode_set(
         images = PackedImages.measured(make, len(files), processor.config)
     rows = []
     for example in examples:
-        for token in (processor.placeholder, processor.image_token):
-            if token in example.question + example.answer:
-                raise UserError(f"row {example.id}: the text contains {token}; remove it.")
         # Only the shape of an image matters here.
         shown = [] if example.image is None else [np.broadcast_to(0.0, images.shapes[image_rows[example.image_id]])]
-        rows.append(processor.encode(example.question, example.answer, shown))
+        with located(example.label):
+            rows.append(processor.encode(example.question, example.answer, shown))
     longest = max(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]), default=0)
     length = len(rows[longest][0]) + len(rows[longest][1]) if rows else 0
     if length > max_length:
         raise UserError(
-            f"row {examples[longest].id} has {length} tokens, but the model takes at most {max_length}: shorten or "
+            f"{examples[longest].label} has {length} tokens, but the model takes at most {max_length}: shorten or "
             "remove the row."
         )
     t = min(_round_up(length, multiple), max_length)

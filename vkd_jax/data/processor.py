@@ -15,7 +15,7 @@ from PIL import Image
 from vkd_jax.data.chat_template import read_chat_template
 from vkd_jax.data.images import open_image
 from vkd_jax.runtime import files, json_files, storage
-from vkd_jax.types import UserError
+from vkd_jax.types import UserError, located
 
 CONFIGS = (  # of a model folder, which transformers reads
     "tokenizer_config.json",
@@ -166,10 +166,8 @@ class Processor:
         """A function from a row number to that image, processed; its errors begin with the name of the image."""
 
         def make(row: int) -> np.ndarray:
-            try:
+            with located(names[row]):
                 return self.image(images[row])
-            except UserError as error:
-                raise UserError(f"{names[row]}: {error}") from error
 
         return make
 
@@ -239,6 +237,12 @@ class Processor:
         for text in (question, *filter(None, answers), *(text for turn in turns for text in turn[:2])):
             if problem := json_files.text_problem(text):
                 raise UserError(f"the text {ascii(text[:40])} {problem}; correct it.")
+            for token in (self.placeholder, self.image_token):
+                if token in text:
+                    raise UserError(
+                        f"a text contains {token}, which stands for an image; remove it from the text. The template "
+                        "puts it in front of the question."
+                    )
         prompt = self.prompt(question, len(images) - sum(count for *_, count in turns), turns)
         space = "" if prompt[-1:].isspace() else " "
         texts = [prompt if answer is None else f"{prompt}{space}{answer}" for answer in answers]

@@ -20,13 +20,14 @@ the conversation: a question of the retain set with the same task and modality, 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from vkd_jax.config.schema import EvalConfig
 from vkd_jax.data.batching import rng
 from vkd_jax.evaluation import metrics
-from vkd_jax.evaluation.inference import Answerer, EncodedImages, Turns
+from vkd_jax.evaluation.inference import Answerer, EncodedImages
 from vkd_jax.evaluation.metrics import suites
 from vkd_jax.evaluation.metrics.judging import LETTER_RULES, LETTERS, cloze_correct
 from vkd_jax.evaluation.metrics.likelihoods import likelihood
@@ -153,8 +154,8 @@ class _Questions:
             groups.setdefault((example.modality, *key(example)), []).append(i)
         yield from groups.values()
 
-    def prompts(self, indices: Sequence[int], form: Form) -> tuple[list[str], EncodedImages | None, list[Turns] | None]:
-        """Prompts, images and worked examples of some questions of one modality."""
+    def prompts(self, indices: Sequence[int], form: Form) -> tuple[list[str], EncodedImages | None, dict[str, Any]]:
+        """Prompts and images of some questions of one modality, and their worked examples and names as options."""
         examples, worked = ([items[i] for i in indices] for items in (self.examples, self.worked))
         encoded_images, turns = None, None
         dialogs = [[*w, e] for w, e in zip(worked, examples, strict=True)]
@@ -167,7 +168,7 @@ class _Questions:
                 [(*form(w), int(new)) for w, new in zip(dialog[:-1], _new_images(dialog), strict=False)]
                 for dialog in dialogs
             ]
-        return [form(e)[0] for e in examples], encoded_images, turns
+        return [form(e)[0] for e in examples], encoded_images, {"turns": turns, "names": [e.label for e in examples]}
 
 
 def _new_images(dialog: Sequence[Example]) -> list[bool]:
@@ -188,8 +189,8 @@ def _likelihoods(batch: _Questions) -> tuple[list[dict], list[list[float]]]:
         if batch.examples[indices[0]].task == "suite":
             continue
         texts = [_texts(batch.examples[i]) for i in indices]
-        questions, encoded_images, turns = batch.prompts(indices, _plain)
-        scored = batch.answerer.score(questions, texts, encoded_images, turns=turns)
+        questions, encoded_images, options = batch.prompts(indices, _plain)
+        scored = batch.answerer.score(questions, texts, encoded_images, **options)
         for i, row, nll, log_probs in zip(indices, texts, scored.nll, scored.log_probs, strict=True):
             example = batch.examples[i]
             nll_of = {text: float(x) for text, x in zip(row, nll, strict=False)}
@@ -199,7 +200,8 @@ def _likelihoods(batch: _Questions) -> tuple[list[dict], list[list[float]]]:
                 [nll_of[text] for text in wrong],
                 nll_of[example.paraphrase] if example.paraphrase else None,
             )
-            scores[i] = [float(log_probs[row.index(option)]) for option in example.options]
+            log_prob_of = dict(zip(row, map(float, log_probs), strict=False))
+            scores[i] = [log_prob_of[option] for option in example.options]
     return likelihoods, scores
 
 
@@ -223,8 +225,8 @@ def _generated(batch: _Questions, config: EvalConfig, wording: Wording) -> Itera
         choice = batch.examples[indices[0]].task == "classification"
         if choice and not set(LETTER_RULES) & set(config.protocols):
             continue
-        questions, encoded_images, turns = batch.prompts(indices, lettered if choice else worded)
-        texts = batch.answerer.generate(questions, encoded_images, max_new_tokens=config.max_new_tokens, turns=turns)
+        questions, encoded_images, options = batch.prompts(indices, lettered if choice else worded)
+        texts = batch.answerer.generate(questions, encoded_images, max_new_tokens=config.max_new_tokens, **options)
         yield from zip(indices, texts, strict=True)
 
 

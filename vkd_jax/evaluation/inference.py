@@ -9,6 +9,7 @@ axes. Every process prepares all rows and gets all answers.
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,14 +24,15 @@ from vkd_jax.data.images import PackedImages
 from vkd_jax.models import generate
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.models.generate import Prompts, SharedPrefixes
-from vkd_jax.runtime import finite
+from vkd_jax.runtime import finite, memory
 from vkd_jax.runtime.mesh import replicated, shard_rows
-from vkd_jax.types import Array, UserError
+from vkd_jax.types import Array, UserError, located
 
 Turns = Sequence[tuple[str, str, int]]  # earlier turns of the conversation: question, answer, number of images
 
 TAPS = ("features", "projector")  # the input of the projector, and its output
 IN_FLIGHT = 2  # batches that were dispatched to the device and not yet fetched
+TEXT_BYTES = 2**30  # of the scores of a batch's texts, and of their attention in a layer; more texts are divided
 
 
 class Scores(NamedTuple):
@@ -173,6 +175,7 @@ class Answerer:
 
         Raises:
             UserError: an image cannot be read.
+            NotFinite: the features are NaN or too large, or those of different images are the same.
         """
         rows = [[row] if isinstance(row, bytes | Image.Image) else list(row) for row in prompts]
         unique = {id(image): image for row in rows for image in row}
@@ -180,6 +183,7 @@ class Answerer:
         name_of = dict(zip((id(row[0]) for row in rows), names, strict=False))
         names = [name_of[key] for key in unique] if names else ()
         images, features = self._encode(self._programs.encode, list(unique.values()), names)
+        _check_features(images, features.values)
         if self._soft_tokens is not None:
             features = jax.tree.map(np.asarray, with_soft_tokens(features, self._soft_tokens))
         return EncodedImages(images.shapes, features, tuple(tuple(numbers[id(x)] for x in row) for row in rows))
@@ -189,10 +193,11 @@ class Answerer:
 
         Raises:
             UserError: an image cannot be read.
-            NotFinite: a mean is NaN or infinite.
+            NotFinite: a mean is NaN or infinite, or the means of different images are the same.
         """
-        _, means = self._encode(self._programs.means, files)
-        finite.check(means, "The model's features of images")
+        images, means = self._encode(self._programs.means, files)
+        for values in means.values():
+            _check_features(images, values)
         return means
 
     def generate(
@@ -202,6 +207,7 @@ class Answerer:
         *,
         max_new_tokens: int = 50,
         turns: Sequence[Turns] | None = None,
+        names: Sequence[str] = (),
     ) -> list[str]:
         """Answers questions by greedy decoding.
 
@@ -210,20 +216,23 @@ class Answerer:
             encoded_images: the images of each prompt, those of its earlier turns first; None for text-only prompts.
             max_new_tokens: maximum number of tokens of an answer.
             turns: the earlier turns of each prompt; None for none.
+            names: names of the questions for messages; () to number them.
 
         Raises:
             UserError: a prompt with `max_new_tokens` is too long for the model.
-            NotFinite: the model's scores of the next token are NaN or infinite.
+            NotFinite: the model's scores of the next token are NaN or infinite, or the same for all tokens.
         """
-        prompts = [row[0][0] for row in self._encoded(questions, [[None]] * len(questions), encoded_images, turns)]
+        names = names or _numbered(questions)
+        encoded = self._encoded(questions, [[None]] * len(questions), encoded_images, turns, names)
+        prompts = [row[0][0] for row in encoded]
         options = max_new_tokens, tuple(self.processor.eos_ids), self.processor.pad_id
         out = self._run(
-            lambda _, *batch: self._programs.greedy(
-                self.bundle.graphdef, self.bundle.params, *self._put(batch), *options
-            ),
+            self._programs.greedy,
+            lambda _, *batch: (*self._put(batch), *options),
             prompts,
             max_new_tokens,
             encoded_images,
+            names,
         )
         if (out == generate.NOT_FINITE).any():
             raise finite.error("The model's scores of the next token")
@@ -236,25 +245,39 @@ class Answerer:
         encoded_images: EncodedImages | None = None,
         *,
         turns: Sequence[Turns] | None = None,
+        names: Sequence[str] = (),
     ) -> Scores:
-        """Log-probabilities of several texts after each question. A prompt passes through the model once.
+        """Log-probabilities of several texts after each question.
+
+        A prompt passes through the model once, unless it has so many texts that they exceed `TEXT_BYTES`.
 
         Args:
             questions: one per prompt.
             texts: at least one for each question; their number may differ.
             encoded_images: see `generate`.
             turns: see `generate`.
+            names: see `generate`.
 
         Raises:
             UserError: a prompt with its longest text is too long for the model.
-            NotFinite: a score is NaN or infinite.
+            NotFinite: a score is NaN or infinite, or the scores of the next token are the same for all tokens.
         """
-        scores, valid = self._score_texts(self._programs.score, questions, texts, encoded_images, turns)
-        finite.check(scores[valid.any(-1)], "The model's scores of texts")
-        return Scores(np.where(valid.any(-1), scores, -np.inf), valid.sum(-1))
+        chunks, scores, valid = self._score_texts(self._programs.score, questions, texts, encoded_images, turns, names)
+        self._check_scores(scores[valid.any(-1)], valid.sum(-1)[valid.any(-1)], "The model's scores of texts")
+        log_probs = np.full((len(texts), max(map(len, texts))), -np.inf, np.float32)
+        counts = np.zeros(log_probs.shape, int)
+        for (row, part), row_scores, row_valid in zip(chunks, scores, valid, strict=True):
+            size = part.stop - part.start
+            log_probs[row, part], counts[row, part] = row_scores[:size], row_valid.sum(-1)[:size]
+        return Scores(log_probs, counts)
 
     def score_tokens(
-        self, questions: Sequence[str], texts: Sequence[str], encoded_images: EncodedImages | None = None
+        self,
+        questions: Sequence[str],
+        texts: Sequence[str],
+        encoded_images: EncodedImages | None = None,
+        *,
+        names: Sequence[str] = (),
     ) -> list[TokenScores]:
         """Scores of each token of one text after each question.
 
@@ -262,38 +285,73 @@ class Answerer:
             questions: one per prompt.
             texts: one for each question.
             encoded_images: see `generate`.
+            names: see `generate`.
 
         Raises:
             UserError: a prompt with its text is too long for the model.
             NotFinite: a score is NaN or infinite.
         """
-        scores, valid = self._score_texts(
-            self._programs.score_tokens, questions, [[text] for text in texts], encoded_images
+        _, scores, valid = self._score_texts(
+            self._programs.score_tokens, questions, [[text] for text in texts], encoded_images, names=names
         )
         finite.check(scores[valid], "The model's scores of tokens")
+        self._check_scores(scores[valid][:, 0], 1, "The model's scores of tokens")
         return [TokenScores(*row[0, mask].T) for row, mask in zip(scores, valid[:, 0], strict=True)]
 
+    def _check_scores(self, log_probs: np.ndarray, counts: Any, what: str) -> None:
+        """Checks that log-probabilities of texts of `counts` tokens are finite, and not those of equal tokens."""
+        finite.check(log_probs, what)
+        if log_probs.size and np.allclose(log_probs, -math.log(self.config.text.vocab) * counts, rtol=2e-6, atol=0):
+            raise finite.error(what)
+
     def _score_texts(
-        self, program: Callable, questions, texts, encoded_images, turns=None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Runs a scoring program; returns its output, and the mask of valid tokens, bool [n, o, a]."""
-        encoded = self._encoded(questions, texts, encoded_images, turns)
-        count = max(len(row) for row in encoded)
+        self, program: Callable, questions, texts, encoded_images, turns=None, names=()
+    ) -> tuple[list[tuple[int, slice]], np.ndarray, np.ndarray]:
+        """Runs a scoring program on the texts of each question, in chunks of at most `_texts_per_row`.
+
+        Returns:
+            The question and the texts of each of n chunks, the program's output, and the mask of valid tokens, bool
+            [n, o, a].
+        """
+        names = names or _numbered(questions)
+        encoded = self._encoded(questions, texts, encoded_images, turns, names)
         length = max(len(ids) for row in encoded for _, ids in row)
-        ids = np.full((len(encoded), count, length), self.processor.pad_id, np.int32)
+        most = self._texts_per_row(max(len(row[0][0]) for row in encoded), length)
+        chunks = [
+            (i, slice(first, min(first + most, len(row))))
+            for i, row in enumerate(encoded)
+            for first in range(0, len(row), most)
+        ]
+        ids = np.full((len(chunks), max(x.stop - x.start for _, x in chunks), length), self.processor.pad_id, np.int32)
         valid = np.zeros(ids.shape, bool)
-        for i, row in enumerate(encoded):
-            for j, (_, text) in enumerate(row):
-                ids[i, j, : len(text)], valid[i, j, : len(text)] = text, True
+        for number, (i, part) in enumerate(chunks):
+            for j, (_, text) in enumerate(encoded[i][part]):
+                ids[number, j, : len(text)], valid[number, j, : len(text)] = text, True
+        rows = [i for i, _ in chunks]
 
-        def launch(rows, tokens, mask, features, shared):
-            return program(
-                self.bundle.graphdef,
-                self.bundle.params,
-                *self._put((tokens, mask, features, ids[rows], valid[rows], shared)),
-            )
+        def arguments(rows, tokens, mask, features, shared):
+            return self._put((tokens, mask, features, ids[rows], valid[rows], shared))
 
-        return self._run(launch, [row[0][0] for row in encoded], length, encoded_images), valid
+        out = self._run(
+            program,
+            arguments,
+            [encoded[i][0][0] for i in rows],
+            length,
+            encoded_images and encoded_images.select(rows),
+            [names[i] for i in rows],
+        )
+        return chunks, out, valid
+
+    def _texts_per_row(self, prompt: int, length: int) -> int:
+        """The number of texts of `length` tokens after a prompt of `prompt` tokens that are scored in one pass.
+
+        k tokens of texts have a score for each entry of the vocabulary, and each head's attention to the prompt and to
+        themselves: k * vocab + heads * k * (prompt + k) float32 values, which are at most `TEXT_BYTES` per batch.
+        """
+        vocab, heads = self.config.text.vocab, self.config.text.heads
+        most = TEXT_BYTES / (self.batch_size * np.dtype(np.float32).itemsize)
+        linear = vocab + heads * prompt
+        return max(int((math.sqrt(linear**2 + 4 * heads * most) - linear) / (2 * heads)) // length, 1)
 
     def _encode(
         self, program: Callable, files: Sequence[bytes | Image.Image], names: Sequence[str] = ()
@@ -301,31 +359,67 @@ class Answerer:
         """Runs a program of the vision tower; returns the images and its output (NumPy, one row per image)."""
         make = self.processor.named_images(files, names or [f"image {number}" for number in range(1, len(files) + 1)])
         images = PackedImages.measured(make, len(files), self.config)
-        encode = functools.partial(program, self.bundle.graphdef, self.bundle.params)
-        return images, in_batches(lambda batch: encode(self._put(batch)), images, self.batch_size)
+        bundle, checked = self.bundle, False
+
+        def encode(batch):
+            nonlocal checked
+            if not checked:  # all batches have one shape
+                self._check_memory(program, [self._put(batch)], "images")
+                checked = True
+            return program(bundle.graphdef, bundle.params, self._put(batch))
+
+        return images, in_batches(encode, images, self.batch_size)
+
+    def _check_memory(self, program: Callable, arguments: Sequence[Any], subject: str) -> None:
+        """Checks that a batch fits in the memory of the devices."""
+        memory.check_program(
+            program,
+            self.bundle.graphdef,
+            self.bundle.params,
+            *arguments,
+            devices=[jax.devices()[0]] if self.mesh is None else self.mesh.devices.flat,
+            subject=f"the model and batches of {self.batch_size:,} {subject}",
+            remedy="decrease eval.batch_size, or use shorter texts and smaller images",
+        )
 
     def _run(
-        self, launch: Callable, prompts: Sequence[Sequence[int]], room: int, encoded_images: EncodedImages | None
+        self,
+        program: Callable,
+        make_arguments: Callable,
+        prompts: Sequence[Sequence[int]],
+        room: int,
+        encoded_images: EncodedImages | None,
+        names: Sequence[str],
     ) -> np.ndarray:
-        """Calls `launch(rows, *batch)` for all batches; the next one is prepared while one runs. See `_batches`."""
+        """Runs a program with `make_arguments(rows, *batch)` for all batches, as `_batches` yields them.
+
+        The next batch is prepared while one runs.
+        """
         waiting, done, order = collections.deque(), [], []
-        for rows, *batch in self._batches(prompts, room, encoded_images):
+        for rows, *batch in self._batches(prompts, room, encoded_images, names):
             if len(waiting) == IN_FLIGHT:
                 done.append(np.asarray(waiting.popleft()))
-            waiting.append(launch(rows, *batch))
+            arguments = make_arguments(rows, *batch)
+            if not order:  # all batches have one shape
+                self._check_memory(program, arguments, "questions")
+            waiting.append(program(self.bundle.graphdef, self.bundle.params, *arguments))
             order.append(rows)
         out = np.concatenate([*done, *map(np.asarray, waiting)])
         return out[np.unique(np.concatenate(order), return_index=True)[1]]  # the last batch repeats its last row
 
     def _batches(
-        self, prompts: Sequence[Sequence[int]], room: int, encoded_images: EncodedImages | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        room: int,
+        encoded_images: EncodedImages | None,
+        names: Sequence[str],
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, VisualTokens | None, SharedPrefixes | None]]:
         """Yields (rows, tokens, mask, image features, shared prefixes) for each batch.
 
         Prompts with the same prefix (the tokens up to the last image, and the images) are sorted next to each other.
         If it makes the batches smaller, each prefix is then a row of its own, which passes through the model once.
         """
-        length = self._length(prompts, room)
+        length = self._length(prompts, room, names)
         check_rows(self.batch_size, length * (np.dtype(np.int32).itemsize + np.dtype(bool).itemsize))
         ends = [
             0 if encoded_images is None else _prefix_length(prompt, self.config.image_token_id) for prompt in prompts
@@ -356,24 +450,22 @@ class Answerer:
         """Shards the rows of arrays, which are the same on every process, over the mesh if there is one."""
         return arrays if self.mesh is None else shard_rows(self.mesh, arrays)
 
-    def _encoded(self, questions, texts, encoded_images, turns) -> list[list[tuple[list[int], list[int]]]]:
+    def _encoded(self, questions, texts, encoded_images, turns, names) -> list[list[tuple[list[int], list[int]]]]:
         """Tokens of each prompt, and of each text after it."""
-        return [
-            self.processor.encode_each(
-                question,
-                row,
-                () if encoded_images is None else encoded_images.blank_images(i),
-                () if turns is None else turns[i],
-            )
-            for i, (question, row) in enumerate(zip(questions, texts, strict=True))
-        ]
+        encoded = []
+        for i, (question, row, name) in enumerate(zip(questions, texts, names, strict=True)):
+            images = () if encoded_images is None else encoded_images.blank_images(i)
+            with located(name):
+                encoded.append(self.processor.encode_each(question, row, images, () if turns is None else turns[i]))
+        return encoded
 
-    def _length(self, prompts: Sequence[Sequence[int]], room: int) -> int:
+    def _length(self, prompts: Sequence[Sequence[int]], room: int, names: Sequence[str]) -> int:
         """The length that prompts are padded to, with `room` for the tokens after them."""
-        longest, limit = max(map(len, prompts)), self.config.text.max_positions
+        longest, name = max(zip(map(len, prompts), names, strict=True))
+        limit = self.config.text.max_positions
         if longest + room > limit:
             raise UserError(
-                f"a question of {longest} tokens and {room} for the answer exceed the model's {limit}; "
+                f"{name}: its {longest} tokens and {room} for the answer exceed the model's {limit}; "
                 "shorten it, ask without worked examples, or allow fewer new tokens."
             )
         return min(_round_up(longest), limit - room)
@@ -399,6 +491,33 @@ def with_soft_tokens(features: VisualTokens, soft_tokens: Array) -> VisualTokens
     coords = jnp.repeat(jnp.asarray(features.coords[:, :1]), k, axis=1)
     parts = (values, features.values), (coords, features.coords)
     return VisualTokens(*(jnp.concatenate(part, axis=1) for part in parts))
+
+
+_FEATURES = "The model's features of images"
+
+
+def _check_features(images: PackedImages, features: np.ndarray) -> None:
+    """Checks that features are not too large to be normalized, and that those of different images differ.
+
+    Args:
+        images: the images.
+        features: their features, one row per image.
+
+    Raises:
+        NotFinite: the features are too large, or the same for all images, so that no answer depends on an image.
+    """
+    finite.check(features, _FEATURES, finite.LARGEST_FEATURE)
+    if len(images) < 2 or any(not np.array_equal(row, features[0]) for row in features[1:]):
+        return
+    first = images[np.arange(1)]  # copies of one image have the same features
+    others = (images[np.arange(i, i + 1)] for i in range(1, len(images)))
+    if any(not np.array_equal(first[name], image[name]) for image in others for name in first):
+        raise finite.error(_FEATURES)
+
+
+def _numbered(questions: Sequence[str]) -> list[str]:
+    """Names of questions for messages."""
+    return [f"question {number}" for number in range(1, len(questions) + 1)] if len(questions) > 1 else ["the question"]
 
 
 def _prefix_length(prompt: Sequence[int], image_token: int) -> int:

@@ -24,7 +24,7 @@ import string
 from vkd_jax.benchmarks.mllmu import CLOZE_INSTRUCTION
 from vkd_jax.evaluation.metrics.judging import LETTERS
 from vkd_jax.runtime import json_files, storage
-from vkd_jax.types import Example, UserError
+from vkd_jax.types import Example, UserError, located
 
 INSTRUCTION = "Answer with the letter of the right option only."
 SLOTS = {
@@ -78,11 +78,12 @@ def read_wording(path: str | os.PathLike[str]) -> Wording:
     """
     if not os.fspath(path):
         return Wording()
-    values = json_files.read_json(storage.resolve(path), remedy="correct it")
-    for field, template in values.items():
-        if field not in SLOTS:
-            raise UserError(f"{path}: unknown field {field!r}. Available: {', '.join(SLOTS)}.")
-        _check_template(f"{path}: {field}", template, SLOTS[field])
+    with located(f"--config.eval.prompts={path}"):
+        values = json_files.read_json(storage.resolve(path), remedy="correct it")
+        for field, template in values.items():
+            if field not in SLOTS:
+                raise UserError(f"unknown field {field!r}. Available: {', '.join(SLOTS)}.")
+            _check_template(field, template, SLOTS[field])
     return Wording(**values)
 
 

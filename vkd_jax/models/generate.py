@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from vkd_jax.models.base import VisualTokens
 from vkd_jax.models.decoder import Cache
 
-NOT_FINITE = -1  # in place of a token whose logits are NaN or infinite
+NOT_FINITE = -1  # in place of a token whose logits are NaN, infinite, or the same for the whole vocabulary
 
 
 class SharedPrefixes(NamedTuple):
@@ -61,8 +61,8 @@ def greedy(model: Any, prompts: Prompts, *, max_new_tokens: int, eos_ids: tuple[
         pad_id: token that fills a row after its end.
 
     Returns:
-        int32 [b, max_new_tokens]. The token `NOT_FINITE` ends a row at the first position where the logits are NaN or
-        infinite, so that they choose no token.
+        int32 [b, max_new_tokens]. The token `NOT_FINITE` ends a row at the first position where the logits choose no
+        token: they are NaN, infinite, or the same for the whole vocabulary.
     """
     # The last new token is returned but never fed back, so the cache needs one slot less.
     logits, cache = _read(model, prompts, max_new_tokens - 1)
@@ -90,7 +90,7 @@ def _most_probable(logits: jax.Array) -> jax.Array:
     """Returns the most probable token of each row of logits [b, v], int32 [b]; `NOT_FINITE` if there is none."""
     token = jnp.argmax(logits, -1).astype(jnp.int32)  # of a NaN if there is one
     largest = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return jnp.where(jnp.isfinite(largest), token, NOT_FINITE)
+    return jnp.where(jnp.isfinite(largest) & (largest > logits.min(-1)), token, NOT_FINITE)
 
 
 def option_log_probs(model: Any, prompts: Prompts, options: jax.Array, options_mask: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ import jax
 from vkd_jax.planner import hlo
 from vkd_jax.planner.abstract_step import AbstractStep
 from vkd_jax.runtime import files, storage
-from vkd_jax.training import loop
+from vkd_jax.runtime.memory import program_bytes
 from vkd_jax.types import UserError
 
 
@@ -77,7 +77,7 @@ def _compile(lowered: jax.stages.Lowered) -> dict[str, Any]:
         "page": page,
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        "total": loop.step_bytes(compiled),
+        "total": program_bytes(compiled),
         "seconds": time.perf_counter() - started,
     }
 

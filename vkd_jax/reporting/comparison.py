@@ -10,8 +10,8 @@ import numpy as np
 from vkd_jax import messages
 from vkd_jax.evaluation.metrics import intervals
 from vkd_jax.evaluation.metrics.summary import by_kind
-from vkd_jax.reporting import report
-from vkd_jax.results import ATTEMPT_FIELDS, AttackCell, MeasuredSet, RunResults, main_kind, to_json
+from vkd_jax.results import ATTEMPT_FIELDS, FILE, AttackCell, MeasuredSet, RunResults, main_kind, to_json
+from vkd_jax.runtime import records
 from vkd_jax.types import EvalSet, Role, UserError
 
 KEEP = 0.95  # a method keeps if its accuracy is at least this share of the vanilla model's
@@ -154,11 +154,12 @@ def collect(
         UserError: the runs were scored by different protocols.
     """
     (control,) = folders["controls"]
-    rows = [_row(model, [control], model) for model in ("vanilla", "retain_only") if _answers(control, model).exists()]
+    references = [model for model in ("vanilla", "retain_only") if (control / _answers(model)).exists()]
+    rows = [_row(model, [control], model) for model in references]
     for name, paths in folders.items():
         if name != "controls" and paths:
             rows.append(_row(name, paths) | {"label": labels.get(name, name), "trials": list(trials.get(name, ()))})
-    results = [RunResults.read(path) for paths in folders.values() for path in paths]
+    results = [read_results(path) for paths in folders.values() for path in paths]
     if len(protocols := {run.meta.protocol for run in results}) > 1:
         raise UserError(
             f"These runs were scored by {messages.listed(sorted(protocols), ' and ')}; compare one protocol at a time."
@@ -208,8 +209,8 @@ def interval(correct: Sequence[Sequence[bool]], people: Sequence[intervals.Clust
 
 def _row(name: str, paths: Sequence[Path], model: str = "unlearned") -> dict[str, Any]:
     """The row of one model, or of the models of one method over its runs."""
-    results = [RunResults.read(path) for path in paths]
-    kinds = [by_kind(report.json_lines(_answers(path, model))) for path in paths]
+    results = [read_results(path) for path in paths]
+    kinds = [by_kind(records.read_lines(path, _answers(model))) for path in paths]
     sets = {
         f"{name}/{kind}": interval(
             [[item["correct"] for item in run_kinds[name, kind]] for run_kinds in kinds],
@@ -251,10 +252,10 @@ def _run(results: RunResults, model: str) -> dict[str, Any]:
 
 def _attacked(paths: Sequence[Path], results: Sequence[RunResults], attack: str, model: str) -> list[dict]:
     """The cells of an attack over the runs: accuracies, or the means of another metric."""
-    records = [report.json_lines(path / "attacks" / attack / f"{model}.jsonl") for path in paths]
+    attempts = [records.read_lines(path, f"attacks/{attack}/{model}.jsonl") for path in paths]
     cells = []
     for cell in (cell for cell in results[0].attacks[attack].strongest(each_steps=True).cells if cell.model == model):
-        items = [[record for record in run if _belongs(record, cell)] for run in records]
+        items = [[record for record in run if _belongs(record, cell)] for run in attempts]
         fields = {name: getattr(cell, name) for name in ("set", *ATTEMPT_FIELDS)}
         if cell.correct is not None and len(set(map(len, items))) == 1:
             figure = interval([[r["correct"] for r in run] for run in items], [r["person"] for r in items[0]])
@@ -271,8 +272,19 @@ def _belongs(record: Mapping, cell: AttackCell) -> bool:
     return tried and cell.set in ("", record["set"]) and not record.get("trained_on")
 
 
-def _answers(path: Path, model: str) -> Path:
-    return path / "answers" / f"{model}.jsonl"
+def _answers(model: str) -> str:
+    return f"answers/{model}.jsonl"
+
+
+def read_results(path: Path) -> RunResults:
+    """Reads the results of a finished run, and checks that they are what it wrote.
+
+    Raises:
+        UserError: they are missing or damaged, or were changed.
+    """
+    results = RunResults.read(path)
+    records.check(path, FILE)
+    return results
 
 
 def by_label(paths: Iterable[Path]) -> dict[str, list[Path]]:
@@ -282,13 +294,13 @@ def by_label(paths: Iterable[Path]) -> dict[str, list[Path]]:
         UserError: a run is unfinished, has no unlearned model, or is given twice.
     """
     paths = list(paths)
-    results = [RunResults.read(path) for path in paths]
+    results = [read_results(path) for path in paths]
     groups: dict[str, list[Path]] = {}
     if without := [str(path) for path, run in zip(paths, results, strict=True) if "unlearned" not in run.models]:
         raise UserError(f"{messages.listed(without)}: these runs have no unlearned model. Give runs that unlearn.")
     for path, label, run in zip(paths, _labels([r.meta.config for r in results]), results, strict=True):
         group = groups.setdefault(label, [])
-        if run.meta.seed in [RunResults.read(other).meta.seed for other in group]:
+        if run.meta.seed in [read_results(other).meta.seed for other in group]:
             raise UserError(f"seed {run.meta.seed} of {label} is given twice. Give each run once.")
         group.append(path)
     return groups

@@ -5,7 +5,7 @@
 - `stages`: fine-tuning, unlearning, export, evaluation, attacks and the report, one function each.
 - `results_writer`: results.json, and provenance.json beside exported weights.
 - `workdir`: the folder of a run, which belongs to a config and to inputs.
-- `inputs`, `records`: digests of what a run reads, and of what it has computed.
+- `inputs`: digests of what a run reads; those of what it has computed are in `runtime.records`.
 - `sweep`, `worker_pool`: the runs of a comparison, and the processes that execute them.
 
 Contract: all inputs of a run are in its `RunConfig`. Each stage writes its result into the folder of the run, and is

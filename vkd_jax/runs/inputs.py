@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vkd_jax.runtime import storage
+from vkd_jax.runtime.records import changed_keys, mapping
 from vkd_jax.types import Example
 
 FILE = "inputs.json"
@@ -35,9 +36,9 @@ def describe(sets: Mapping[str, Sequence[Example]], models: Mapping[str, Path], 
 
 def differences(saved: Mapping[str, Any], current: Inputs) -> Iterator[str]:
     """What changed in the inputs, as parts of a sentence."""
-    saved_sets, saved_models = (_mapping(saved.get(key)) for key in ("sets", "models"))
+    saved_sets, saved_models = (mapping(saved.get(key)) for key in ("sets", "models"))
     for name in sorted(saved_sets.keys() | current["sets"].keys()):
-        old, new = _mapping(saved_sets.get(name)), _mapping(current["sets"].get(name))
+        old, new = mapping(saved_sets.get(name)), mapping(current["sets"].get(name))
         if old == new:
             continue
         counts = [f"{x.get('questions', 0)} questions with {x.get('images', 0)} images" for x in (old, new)]
@@ -52,10 +53,16 @@ def differences(saved: Mapping[str, Any], current: Inputs) -> Iterator[str]:
         yield "the file of config.eval.prompts changed"
 
 
-def changed_keys(old: Any, new: Any) -> list[str]:
-    """The keys whose values differ between two mappings; what is no mapping counts as an empty one."""
-    old, new = _mapping(old), _mapping(new)
-    return [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+def of_both(saved: Mapping[str, Any], current: Inputs) -> tuple[Inputs, Inputs]:
+    """The inputs of two runs without the sets and models that only one of them reads."""
+    saved = {key: mapping(saved.get(key)) for key in ("sets", "models")} | {"prompts": saved.get("prompts")}
+    common = {key: saved[key].keys() & current[key].keys() for key in ("sets", "models")}
+
+    def restricted(values: Mapping[str, Any]) -> Inputs:
+        subsets = {key: {name: values[key][name] for name in names} for key, names in common.items()}
+        return {**values, **subsets}
+
+    return restricted(saved), restricted(current)
 
 
 def _describe_set(examples: Sequence[Example]) -> dict[str, Any]:
@@ -73,9 +80,9 @@ def _describe_set(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def _describe_model(folder: Path) -> dict[str, str]:
-    # The provenance has the date of the export; it does not influence what the model computes.
-    return {name: digest for name, digest in storage.model_digests(folder).items() if name != PROVENANCE}
+    return without_provenance(storage.model_digests(folder))
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+def without_provenance(digests: Mapping[str, str]) -> dict[str, str]:
+    """The digests of a model without its provenance, which has the date of the export and influences no answer."""
+    return {name: digest for name, digest in digests.items() if name != PROVENANCE}

@@ -19,7 +19,7 @@ from vkd_jax.runs.inputs import PROVENANCE
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import hub, json_files, multihost, storage
 from vkd_jax.runtime.mesh import make_mesh, shards
-from vkd_jax.types import EvalSet, Example, Role, UserError
+from vkd_jax.types import EvalSet, Example, Role, UserError, located
 
 HELD_OUT = "held_out"  # the set of questions about people that no model was trained on, for the membership attack
 
@@ -149,13 +149,14 @@ def read_data(workdir: Workdir) -> dict[str, list[Example]]:
     cache = storage.local_copy(config.data.cache or workdir.path / "data")
     unlearns_on_finetuning_set = any(name.startswith("finetune_") for name in benchmark.UNLEARN.values())
     finetune = bool(config.workflow.finetunes) or unlearns_on_finetuning_set
-    sets = multihost.run_process_0_first(lambda: benchmarks.read(benchmark, cache, finetune=finetune))
-    if suites:
-        sets = sets | multihost.run_process_0_first(lambda: general.read(suites, cache))
-    if membership := config.active_attacks.get("membership"):
-        read = functools.partial(benchmarks.held_out, benchmark, cache, membership.held_out)
-        if held_out := multihost.run_process_0_first(read):
-            sets = sets | {HELD_OUT: held_out}
+    with storage.write_errors("--config.data.cache" if config.data.cache else "--workdir"):
+        sets = multihost.run_process_0_first(lambda: benchmarks.read(benchmark, cache, finetune=finetune))
+        if suites:
+            sets = sets | multihost.run_process_0_first(lambda: general.read(suites, cache))
+        if membership := config.active_attacks.get("membership"):
+            read = functools.partial(benchmarks.held_out, benchmark, cache, membership.held_out)
+            if held_out := multihost.run_process_0_first(read):
+                sets = sets | {HELD_OUT: held_out}
     return sets
 
 
@@ -223,7 +224,12 @@ def given_models(config: RunConfig) -> dict[str, Path]:
         models = {name: getattr(model, name) for name in ("path", "retain_only", "unlearned")}
         if config.workflow.unlearns and config.method.needs_base:
             models["base"] = model.base
-    return {name: hub.fetch_model(value) for name, value in models.items() if value}
+    folders = {}
+    for name, value in models.items():
+        if value:
+            with located(f"--config.model.{name}={value}"):
+                folders[name] = hub.fetch_model(value)
+    return folders
 
 
 def _check_provenance(job: Job, name: str, folder: Path) -> None:

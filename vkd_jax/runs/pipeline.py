@@ -22,7 +22,7 @@ from vkd_jax.results import RunResults
 from vkd_jax.runs import inputs, results_writer, stages
 from vkd_jax.runs.job import Job, check_models, given_models, read_data
 from vkd_jax.runs.workdir import SHARED_MODELS, Workdir, exclusive
-from vkd_jax.runtime import multihost, storage
+from vkd_jax.runtime import memory, multihost, storage
 from vkd_jax.types import UserError
 
 
@@ -45,19 +45,19 @@ def execute(config: RunConfig, path: str | Path, command: str, lender: Path | No
         lender: the folder of a run with the same data whose records of `SHARED_MODELS` are reused.
 
     Raises:
-        UserError: the config does not fit the data or the models; or the folder has a run of another config or of other
-            inputs, is used by another process, or cannot be written.
+        UserError: the config does not fit the data, the models or the memory; or the folder has a run of another config
+            or of other inputs, is used by another process, or cannot be written.
         Diverged: a loss became NaN or infinite.
         Stopped: SIGTERM or SIGINT arrived during training.
     """
-    with storage.write_errors(), exclusive(path, command):
+    with memory.exhausted(), storage.write_errors(), exclusive(path, command):
         return _execute(Workdir(path, config, command), lender)
 
 
 def _execute(workdir: Workdir, lender: Path | None) -> RunResults:
     config = workdir.config
     outputs = (results.FILE, *report.FILES) if config.reports else (results.FILE,)
-    if all(workdir.has(name) for name in outputs):
+    if workdir.has_results(*outputs):
         _check_inputs(workdir)
         logging.info("%s exists: the run is finished", workdir.path / outputs[-1])
         return RunResults.read(workdir.path)

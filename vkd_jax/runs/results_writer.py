@@ -79,7 +79,8 @@ def text_scores(job: Job, model: ModelBundle) -> Any:
     everything = [e for examples in job.questions.values() for e in examples]
     texts = [e for e in everything if e.image is None] or everything
     answerer = Answerer(model, batch_size=job.config.eval.batch_size)
-    return answerer.score([e.question for e in texts], [e.options or (e.answer,) for e in texts])
+    options = [e.options or (e.answer,) for e in texts]
+    return answerer.score([e.question for e in texts], options, names=[e.label for e in texts])
 
 
 def model_changes(

@@ -86,7 +86,7 @@ def unlearn_and_judge(job: Job, finetuned: dict[str, Path]) -> None:
     retain_only = finetuned.get("retain_only")
     if retain_only is None and config.model.retain_only:
         retain_only = hub.fetch_model(config.model.retain_only)
-    if not _is_evaluated(job):
+    if not workdir.has_results(FILE):
         references, changes = {}, None
         if retain_only:
             references["retain_only"] = judge(job, "retain_only", _load(job, retain_only))
@@ -132,14 +132,6 @@ def document_model(job: Job) -> None:
 
     with job.workdir.stage("model card"):
         multihost.run_on_process_0(write)
-
-
-def _is_evaluated(job: Job) -> bool:
-    """Whether the results are whole, and the answers that they were computed from, which the report shows."""
-    workdir = job.workdir
-    return workdir.has(FILE) and all(
-        workdir.has(f"answers/{name}.jsonl") for name in RunResults.read(workdir.path).models
-    )
 
 
 def write_report(job: Job) -> None:

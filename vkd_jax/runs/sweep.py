@@ -22,9 +22,9 @@ import ml_collections
 from vkd_jax import results
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.reporting import comparison, comparison_plots, tables
-from vkd_jax.runs.workdir import SHARED_MODELS, make_folder
+from vkd_jax.runs.workdir import FOLDERS_OF_A_COMPARISON, SHARED_MODELS, check_kinds, make_folder
 from vkd_jax.runs.worker_pool import Task, default_workers, execute
-from vkd_jax.runtime import files, locks, storage
+from vkd_jax.runtime import files, locks, records, storage
 from vkd_jax.types import UserError
 
 
@@ -56,6 +56,7 @@ def run(
     sweep.check()
     with storage.write_errors():
         make_folder(sweep.path)
+        check_kinds(sweep.path, FOLDERS_OF_A_COMPARISON)
         with locks.hold(sweep.path, command):
             files.remove_unfinished(sweep.path)
             return _run(sweep, workers or default_workers(), command)
@@ -135,7 +136,7 @@ class Sweep:
         runs = {
             name: [self.path / "runs" / _folder(name) / str(i) for i in self.compare.seeds] for name in self.entrants
         }
-        finished = {name: [f for f in folders if (f / results.FILE).exists()] for name, folders in runs.items()}
+        finished = {name: [f for f in folders if _is_finished(f)] for name, folders in runs.items()}
         return {"controls": [self.path / "controls"], **finished}
 
     def trials(self, name: str) -> list[dict[str, Any]]:
@@ -143,8 +144,7 @@ class Sweep:
         trials = []
         for number, settings in enumerate(self._search(name)):
             folder = self.path / "tuning" / _folder(name) / str(number)
-            finished = (folder / results.FILE).exists()
-            measured = comparison.judged(results.RunResults.read(folder)) if finished else {}
+            measured = comparison.judged(comparison.read_results(folder)) if _is_finished(folder) else {}
             trials.append({"settings": settings, **measured})
         return trials
 
@@ -186,6 +186,11 @@ class Sweep:
         changes = self.compare.entrants[name].settings if name != tuned else ""
         config = self._config(best["settings"] if best else "", changes, entrant=tuned)
         return dataclasses.replace(self._with_models(config), seed=seed)
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether a run has results, and they and the answers that they report are as the run wrote them."""
+    return (folder / results.FILE).exists() and records.Records(folder).has_results(results.FILE)
 
 
 def _folder(name: str) -> str:

@@ -28,8 +28,8 @@ from absl import logging
 
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.messages import listed
-from vkd_jax.runs import inputs, records
-from vkd_jax.runtime import files, hub, json_files, locks, multihost, provenance, storage
+from vkd_jax.runs import inputs
+from vkd_jax.runtime import files, hub, json_files, locks, multihost, provenance, records, storage
 from vkd_jax.types import UserError
 
 # Files that exist before anything depends on the config and the inputs.
@@ -37,7 +37,11 @@ PRE_RUN_FILES = {"config.json", "timing.json", "data", "log.txt", inputs.FILE, r
 UNCLAIMED_FILES = {"log.txt"}  # files of a run that was killed before it wrote its config
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "grain")
 SHARED_MODELS = ("vanilla", "retain_only")  # models that are the same in every run of a comparison
+MOVE = "remove it, or pass another --workdir"
 START_OVER = "pass another --workdir, or remove that folder to start over"
+FOLDERS = ("answers", "attacks", "base", "data", "portraits", "report", "retain_only", "train", "unlearned", "vanilla")
+FOLDERS_OF_A_COMPARISON = ("cache", "controls", "data", "models", "runs", "tuning")
+FILE_SUFFIXES = (".json", ".jsonl", ".md", ".html", ".txt", ".png", ".jpg", ".pdf")  # of the files of runs
 
 
 @contextlib.contextmanager
@@ -84,6 +88,32 @@ def make_folder(path: Path) -> None:
         raise UserError(f"--workdir={path} cannot be used ({reason}); pass another folder.") from error
 
 
+def check_kinds(path: Path, folders: Iterable[str] = FOLDERS) -> None:
+    """Checks that what exists in the folder of a run is a file where the run has a file, and a folder where it has one.
+
+    Without the check, hours may pass until the run comes to it.
+
+    Args:
+        path: the folder; one in a bucket has no folders that could be in the way.
+        folders: the names of its folders.
+
+    Raises:
+        UserError: a file is in the place of a folder, or a folder in the place of a file.
+    """
+    if not isinstance(path, Path):
+        return
+    places = [path / name for name in folders]
+    places += [place for name in ("attacks", "train") for place in sorted((path / name).glob("*")) if not place.suffix]
+    places += [place / "checkpoints" for place in (path / "train", *(path / "train").glob("*"))]
+    for place in places:
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{place} is a file, and a run has a folder there; {MOVE}.")
+    for place in (path, *(place for place in places if place.name not in ("data", "cache") and place.is_dir())):
+        for entry in sorted(place.iterdir()):
+            if entry.suffix in FILE_SUFFIXES and entry.is_dir():
+                raise UserError(f"{entry} is a folder, and a run has a file there; {MOVE}.")
+
+
 def prepare_folder(path: Path) -> set[str]:
     """Creates the folder of a run unless it exists, and returns the names of the files in it.
 
@@ -92,6 +122,7 @@ def prepare_folder(path: Path) -> set[str]:
     """
     with storage.write_errors():
         make_folder(path)
+        check_kinds(path)
         entries = path.iterdir() if path.is_dir() else ()
         names = {e.name for e in entries if e.suffix != files.UNFINISHED and not e.name.startswith(locks.FILE)}
     if names - UNCLAIMED_FILES and "config.json" not in names:
@@ -120,6 +151,7 @@ class Workdir:
         self.config, self.command = config, command
         self._has_results = False
         self._records: records.Records | None = None  # on process 0
+        self._inputs: inputs.Inputs | None = None  # on process 0, after `bind`
         self.timing: dict[str, float] = multihost.run_on_process_0(self._claim)
 
     def _claim(self) -> dict[str, float]:
@@ -162,7 +194,7 @@ class Workdir:
         """
 
         def check() -> None:
-            file = self.path / inputs.FILE
+            self._inputs, file = values, self.path / inputs.FILE
             if not self._has_results:  # of a run that was stopped early, or of one with other data
                 files.write_bytes(file, records.encode(values))
                 return
@@ -181,6 +213,11 @@ class Workdir:
         """Whether this run wrote a file of this name, and the file is whole."""
         return multihost.run_on_process_0(lambda: self._records.has(name))
 
+    def has_results(self, *names: str) -> bool:
+        """Whether this run wrote files of these names, and they and all answers that they report are whole."""
+
+        return multihost.run_on_process_0(lambda: self._records.has_results(*names))
+
     def has_model(self, name: str) -> bool:
         """Whether this run wrote a model folder of this name, and the folder is whole."""
         return multihost.run_on_process_0(lambda: self._records.has_model(name))
@@ -190,10 +227,24 @@ class Workdir:
         multihost.run_on_process_0(lambda: self._records.add(name))
 
     def borrow(self, lender: Path, names: Iterable[str]) -> None:
-        """Copies those files of another run that this one does not have."""
+        """Copies those files of another run that this one does not have.
+
+        Raises:
+            UserError: the other run has other data, models or prompts, as far as both have them.
+        """
 
         def copy() -> None:
             other = records.Records(lender)
+            known = json_files.read_json(lender / inputs.FILE, remedy=records.AGAIN)
+            # A run that fine-tuned its models does not read them as inputs.
+            made = {"path": other.model_digests("vanilla"), "retain_only": other.model_digests("retain_only")}
+            made = {field: inputs.without_provenance(digests) for field, digests in made.items() if digests}
+            known["models"] = made | dict(records.mapping(known.get("models")))
+            if changes := list(inputs.differences(*inputs.of_both(known, self._inputs))):
+                raise UserError(
+                    f"{lender}, whose answers {self.path} would reuse, was computed from other inputs: "
+                    f"{listed(changes, '; ')}. Restore them, or {START_OVER}."
+                )
             for name in names:
                 if not self._records.has(name):
                     self._records.copy_from(other, name)

@@ -3,6 +3,11 @@
 A model of NaN writes nothing and chooses the first option, which looks like forgetting. Weights are therefore checked
 when they are read (`is_finite` of each piece, while it is in the processor's cache), the state of training before it
 is saved (`nonfinite_paths`), weights before they are exported, and scores when they arrive at the host.
+
+Finite scores can be of no use, too: a norm turns activations whose squares overflow into zeros, and a head of zeros
+turns them into equal scores. Features that are too large to be normalized (`LARGEST_FEATURE`), or the same for
+different images, and scores that are the same for all tokens are therefore refused like NaN. Activations are added up
+from block to block, so those that overflow anywhere in a decoder still do in its last norm, and all scores are equal.
 """
 
 import functools
@@ -26,39 +31,46 @@ _BITS = {
 }
 
 
-def is_finite(values: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite; integers are always finite.
+# A norm computes the mean of squares in float32, which overflows from 2^64 / sqrt(width) on; widths are below 2^16.
+LARGEST_FEATURE = 2.0**56
+
+
+def is_finite(values: np.ndarray, largest: float = np.inf) -> bool:
+    """Whether no value is NaN or infinite, nor `largest` or larger in magnitude; integers are always finite.
 
     Example:
         >>> is_finite(np.array([1.0, np.nan])), is_finite(np.array([1, 2]))
         (False, True)
     """
     if values.dtype not in _BITS:
-        return not jnp.issubdtype(values.dtype, jnp.inexact) or bool(np.isfinite(values).all())
+        return not jnp.issubdtype(values.dtype, jnp.inexact) or bool((abs(values) < largest).all())
     signed, infinity, unsigned, minus_infinity = _BITS[values.dtype]
-    largest = functools.partial(np.maximum.reduce, axis=None, initial=0)
-    return bool(largest(values.view(signed)) < infinity and largest(values.view(unsigned)) < minus_infinity)
+    if largest < float(ml_dtypes.finfo(values.dtype).max):
+        infinity, minus_infinity = (int(np.array(x, values.dtype).view(unsigned)) for x in (largest, -largest))
+    maximum = functools.partial(np.maximum.reduce, axis=None, initial=0)
+    return bool(maximum(values.view(signed)) < infinity and maximum(values.view(unsigned)) < minus_infinity)
 
 
-def check(values: Any, what: str) -> None:
+def check(values: Any, what: str, largest: float = np.inf) -> None:
     """Checks arrays at the host that were computed by a model, or scores that depend on them.
 
     Args:
         values: a tree of NumPy arrays.
         what: the values in words, as the subject of a sentence.
+        largest: the magnitude from which on values count as infinite.
 
     Raises:
         NotFinite: a value is NaN or infinite.
     """
-    if not all(is_finite(np.asarray(x)) for x in jax.tree.leaves(values)):
+    if not all(is_finite(np.asarray(x), largest) for x in jax.tree.leaves(values)):
         raise error(what)
 
 
 def error(what: str) -> NotFinite:
     """The error of `check`, to be raised."""
     return NotFinite(
-        f"{what} are NaN or infinite, although the weights are finite: they are too large for the computation. Use "
-        "a model whose training did not diverge, or a larger dtype."
+        f"{what} are NaN or infinite, or the same for every input, although the weights are finite: some of them are "
+        "too large for the computation, or zero. Use a model whose training did not diverge, or a larger dtype."
     )
 
 

@@ -3,9 +3,11 @@
 The limits are what the hardware has, not what is free at the moment: a check gives the same result every time.
 """
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -56,3 +58,51 @@ def check(needed: int, limit: int | None, subject: str, remedy: str) -> None:
         raise UserError(
             f"{subject} need {needed / GIB:,.1f} GiB of memory, and there are {limit / GIB:,.1f} GiB; {remedy}."
         )
+
+
+def program_bytes(program: jax.stages.Compiled) -> int:
+    """Returns the memory of a program on one device, in bytes: arguments, outputs and temporary buffers."""
+    memory = program.memory_analysis()
+    arguments_and_outputs = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return arguments_and_outputs + memory.temp_size_in_bytes
+
+
+def check_program(function: Callable, *args: Any, devices: Iterable[jax.Device], subject: str, remedy: str) -> None:
+    """Checks that a call of a jitted function fits in memory, by the compiler's account of all its arrays.
+
+    Data decides the shapes: the length of a question, the pixels of an image. The compiled program is the one that the
+    call runs, so nothing is compiled twice.
+
+    Args:
+        function: the jitted function.
+        *args: its arguments.
+        devices: the devices that it runs on.
+        subject: as of `check`.
+        remedy: as of `check`.
+
+    Raises:
+        UserError: the call needs more memory than there is.
+
+    Example:
+        >>> check_program(step, state, batch, devices=mesh.devices.flat, subject="training steps", remedy="...")
+    """
+    devices = list(devices)
+    with exhausted():
+        program = function.lower(*args).compile()
+    local = sum(device.process_index == jax.process_index() for device in devices)
+    check(program_bytes(program) * local, device_bytes(devices), subject, remedy)
+
+
+@contextlib.contextmanager
+def exhausted() -> Iterator[None]:
+    """Turns an allocation that failed, on the host, on a device or in the compiler, into a `UserError`."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or "an allocation failed"
+        raise UserError(
+            f"the memory is exhausted ({reason}); decrease the batch sizes (train.batch_size, eval.batch_size), or use "
+            "shorter texts and smaller images."
+        ) from error

@@ -299,11 +299,14 @@ def bucket_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def write_errors() -> Iterator[None]:
+def write_errors(flag: str = "--workdir") -> Iterator[None]:
     """Turns a full disk, or a folder or bucket that cannot be written, into a `UserError`.
 
     Every command runs in such a block. Libraries raise errors of other types with the system's words in the message, or
     with the system's error as their cause.
+
+    Args:
+        flag: the flag that names the folder, for the message.
     """
     try:
         with bucket_errors():
@@ -313,7 +316,7 @@ def write_errors() -> Iterator[None]:
     except Exception as error:
         if (problem := _write_problem(error)) is None:
             raise
-        raise UserError(f"cannot write{problem}; free some space or pass another --workdir.") from error
+        raise UserError(f"cannot write{problem}; free some space or pass another {flag}.") from error
 
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

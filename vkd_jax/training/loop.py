@@ -29,11 +29,11 @@ from vkd_jax.methods.base import Method, Metrics, Prepared
 from vkd_jax.methods.scope import frozen_blocks
 from vkd_jax.methods.worst_case import Adversary
 from vkd_jax.models.base import bind
-from vkd_jax.runtime import finite, multihost
+from vkd_jax.runtime import finite, memory, multihost
 from vkd_jax.runtime.mesh import shard_rows, shards
 from vkd_jax.training import optimizer
 from vkd_jax.training.preemption import Stopped, StopSignals
-from vkd_jax.training.step import TrainState, init_state, make_step
+from vkd_jax.training.step import TrainState, init_state, make_losses, make_step
 from vkd_jax.types import Diverged, Params, UserError
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def _program(
     streams: tuple[str, ...],
     config: TrainConfig,
     adversary: Adversary | None,
-) -> tuple[optax.GradientTransformationExtraArgs, Callable]:
-    """Returns the optimizer and the step function: the same objects for equal arguments.
+) -> tuple[optax.GradientTransformationExtraArgs, Callable, Callable]:
+    """Returns the optimizer, the step function and that of its losses: the same objects for equal arguments.
 
     JAX's cache of traced and compiled functions goes by the identity of the function, so the second of two equal fits,
     such as two attacks on one architecture, starts without compiling.
@@ -62,7 +62,8 @@ def _program(
     tx = optimizer.create(config)
     losses = {name: loss for name, loss in method.losses().items() if name in streams}
     teachers = {name: teacher for name, teacher in method.teachers().items() if name in streams}
-    return tx, make_step(graphdef, losses, tx, method.mask_scope, teachers, config.microbatches, adversary)
+    step = make_step(graphdef, losses, tx, method.mask_scope, teachers, config.microbatches, adversary)
+    return tx, step, jax.jit(make_losses(graphdef, losses, teachers, config.microbatches))
 
 
 def fit(
@@ -94,9 +95,9 @@ def fit(
         The trained weights, without the frozen ones.
 
     Raises:
-        UserError: the method trains no weight of this model, or a batch size does not fit the mesh or the memory.
+        UserError: the method trains no weight of this model, or a batch or a step does not fit the mesh or the memory.
         Stopped: SIGTERM or SIGINT arrived; the state is saved if `folder` is given.
-        Diverged: a metric or a weight is not finite, or would not be in the step after the last one.
+        Diverged: a metric or a weight is not finite, or a loss is not after the last update.
 
     Example:
         >>> trained = fit(bundle, method, method.prepare(context), config.train, seed=0, folder=Path("train"))
@@ -110,7 +111,7 @@ def fit(
         sampler.check_memory(bundle.mesh)
     steps = config.length({name: len(encoded) for name, encoded in sets.items()})
     step_config = TrainConfig(**{name: getattr(config, name) for name in STEP_FIELDS})
-    tx, step_fn = _program(bundle.graphdef, method, tuple(sets), step_config, adversary)
+    tx, step_fn, losses_fn = _program(bundle.graphdef, method, tuple(sets), step_config, adversary)
     state = init_state(tx, trainable, bundle.mesh)
     step = _Step(
         jax.jit(step_fn, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None)),
@@ -119,6 +120,7 @@ def fit(
         start={path: bundle.params[path] for path in trainable} if method.teachers() else None,
         rates=optimizer.learning_rates(config, steps),
         key=jax.random.key(seed),
+        losses_fn=losses_fn,
     )
     checkpoints, progress = _open_outputs(folder, config, steps=steps, seed=seed)
     try:
@@ -194,14 +196,30 @@ class _Step:
     start: Params | None
     rates: np.ndarray
     key: jax.Array
+    losses_fn: Any  # jitted; see `step.make_losses`
 
     def __call__(self, number: int, state: TrainState, batches: Mapping[str, Batch]) -> tuple[TrainState, Metrics]:
         """Runs step `number`, counted from 1. Donates the state."""
         return self.step_fn(state, *self._arguments(number, batches))
 
+    def losses(self, state: TrainState, batches: Mapping[str, Batch]) -> Metrics:
+        """Returns the losses of a state on the batches of a step. The state is not donated."""
+        return self.losses_fn(state.params, self.frozen, batches, self.start)
+
     def memory(self, number: int, state: TrainState, batches: Mapping[str, Batch]) -> int:
-        """Returns the `step_bytes` of the compiled step."""
-        return step_bytes(self.step_fn.lower(state, *self._arguments(number, batches)).compile())
+        """Returns the `memory.program_bytes` of the compiled step."""
+        return memory.program_bytes(self.step_fn.lower(state, *self._arguments(number, batches)).compile())
+
+    def check_memory(self, number: int, state: TrainState, batches: Mapping[str, Batch]) -> None:
+        """Checks that the step fits in the memory of the devices; the lengths of texts decide how much it needs."""
+        memory.check_program(
+            self.step_fn,
+            state,
+            *self._arguments(number, batches),
+            devices=state.step.sharding.device_set,
+            subject="training steps",
+            remedy="decrease train.batch_size, increase train.microbatches, set model.remat, or shorten the texts",
+        )
 
     def _arguments(self, number: int, batches: Mapping[str, Batch]) -> tuple[Any, ...]:
         return self.frozen, self.mask, batches, self.start, self.rates[number - 1], self.key
@@ -243,6 +261,8 @@ class _Run:
             for number in range(first + 1, steps + 1):
                 with clock.waiting():
                     batches = {name: next(iterator) for name, iterator in iterators.items()}
+                if number == first + 1:
+                    self.step.check_memory(number, state, batches)
                 state, metrics = self.step(number, state, batches)
                 if pending:  # checks the previous step, so that the device does not wait for the host
                     self._check(*pending)
@@ -258,8 +278,8 @@ class _Run:
                 if saving or number in self.observers:
                     self._check(*pending)
                     self._check_state(number, state)
-                    if number == steps:
-                        state = self._check_last_update(number, state, batches)
+                    if number == steps:  # weights can be finite and so large that no loss is
+                        self._check(number, self.step.losses(state, batches), after=" after the update")
                     if number in self.observers:
                         self.observers[number](state.params)
                     if saving:
@@ -282,16 +302,6 @@ class _Run:
         if bad := finite.nonfinite_paths({"weights": state.params, "moments": state.opt_state}):
             self._diverged(number, f"{listed(bad)} is not finite after the update")
 
-    def _check_last_update(self, number: int, state: TrainState, batches: Mapping[str, Batch]) -> TrainState:
-        """Raises `Diverged` if a metric is not finite after the last update, and returns the state as it was.
-
-        Weights can be finite and so large that no loss is. Only a further step shows it, whose update is dropped. It
-        donates the state, so a copy waits in the memory of the host, as for a checkpoint.
-        """
-        copies = jax.tree.map(_ArrayCopy.of, state)
-        self._check(number, self.step(number, state, batches)[1], after=" after the update")
-        return jax.tree.map(lambda copy: copy.restored(), copies)
-
     def _diverged(self, number: int, problem: str) -> NoReturn:
         self.checkpoints.wait()  # the checkpoint that the message names must be on disk
         latest = self.checkpoints.latest
@@ -300,25 +310,6 @@ class _Run:
             f"{'none was saved yet' if latest is None else f'step {latest}'}. "
             "Training diverged: decrease train.learning_rate or the forget weight, and use a new --workdir."
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class _ArrayCopy:
-    """The shards of an array on the devices of this process, in the memory of the host."""
-
-    shape: tuple[int, ...]
-    sharding: jax.sharding.Sharding
-    shards: tuple[tuple[jax.Device, np.ndarray], ...]
-
-    @classmethod
-    def of(cls, x: jax.Array) -> _ArrayCopy:
-        """Copies an array."""
-        return cls(x.shape, x.sharding, tuple((shard.device, np.array(shard.data)) for shard in x.addressable_shards))
-
-    def restored(self) -> jax.Array:
-        """Returns an array with the same bits on the same devices."""
-        arrays = [jax.device_put(values, device) for device, values in self.shards]
-        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, arrays)
 
 
 class _Clock:
@@ -364,13 +355,6 @@ def cache_prefix(graphdef: Any, params: Params, encoded: EncodedSet, blocks: int
         return encoded
     taps = feature_targets.record_taps(graphdef, params, encoded.images, [name])
     return dataclasses.replace(encoded, per_image={**encoded.per_image, name: taps[name].values})
-
-
-def step_bytes(step: jax.stages.Compiled) -> int:
-    """Returns the memory of a step on one device, in bytes: arguments, outputs and temporary buffers."""
-    memory = step.memory_analysis()
-    arguments_and_outputs = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return arguments_and_outputs + memory.temp_size_in_bytes
 
 
 class NoProgress:

@@ -97,6 +97,34 @@ def make_step(
     return step
 
 
+def make_losses(
+    graphdef: Any,
+    losses: Mapping[str, LossFn],
+    teachers: Mapping[str, TeacherFn] = {},  # noqa: B006 (never written to)
+    microbatches: int = 1,
+) -> Callable:
+    """Returns the function of the losses of a step without its update: (params, frozen, batches, start) -> metrics.
+
+    The arguments are those of `make_step`. The function needs less memory than the step: it computes no gradient, and
+    one stream after another.
+    """
+
+    def compute(
+        params: Params, frozen: Params, batches: Mapping[str, Batch], start: Params | None = None
+    ) -> dict[str, jax.Array]:
+        values: dict[str, jax.Array] = {}
+        for name, loss_fn in losses.items():
+            teach = None
+            if name in teachers:
+                teach = functools.partial(_add_teacher_outputs, graphdef, teachers[name], frozen, start)
+            batch, values = jax.lax.optimization_barrier((batches[name], values))
+            stream = _Stream(graphdef, name, loss_fn, teach, batch, None, microbatches)
+            values[f"{name}_loss"] = stream.loss(params, frozen)
+        return values
+
+    return compute
+
+
 def _add_teacher_outputs(graphdef: Any, teacher: TeacherFn, frozen: Params, start: Params, batch: Batch) -> Batch:
     """Adds a teacher's outputs under the weights before the first step to `batch.cached`."""
     with jax.named_scope(TEACHER):
@@ -127,6 +155,15 @@ class _Stream:
 
             (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
             return grads, {f"{self.name}_loss": value, **metrics}
+
+        return self._mean(compute)
+
+    def loss(self, params: Params, frozen: Params) -> jax.Array:
+        """Computes the loss without its gradient."""
+
+        def compute(batch: Batch, key: jax.Array | None) -> jax.Array:
+            batch = self.teach(batch) if self.teach else batch
+            return self.loss_fn(bind(self.graphdef, {**frozen, **params}, key), batch)[0]
 
         return self._mean(compute)
 

@@ -7,16 +7,17 @@ taken for a complete one.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 
-from vkd_jax.runs.inputs import changed_keys
 from vkd_jax.runtime import files, hub, json_files, storage
 from vkd_jax.types import UserError
 
 FILE = "records.json"
+AGAIN = "run the command of that run again"
 
 
 class Records:
@@ -41,6 +42,15 @@ class Records:
     def has(self, name: str) -> bool:
         """Whether a file exists and is the one that was added."""
         return self._is_whole(name, lambda: _file_entry((self._path / name).read_bytes()))
+
+    def has_results(self, *names: str) -> bool:
+        """Whether files exist and are those that were added, and so are all answers of models."""
+        answers = [name for name in self._entries if name.startswith(("answers/", "attacks/"))]
+        return all(self.has(name) for name in (*names, *answers))
+
+    def model_digests(self, name: str) -> dict[str, str]:
+        """The digests of the files of a model folder when it was added; {} if it was not."""
+        return dict(mapping(mapping(self._entries.get(name)).get("files")))
 
     def has_model(self, name: str) -> bool:
         """Whether a model folder exists and is the one that was added."""
@@ -76,6 +86,35 @@ class Records:
         files.write_bytes(self._path / FILE, encode(self._entries))
 
 
+def read_lines(folder: Path, name: str) -> list[dict]:
+    """Reads a file of JSON lines of another run that has ended, and checks that it is what that run wrote.
+
+    Args:
+        folder: the folder of that run.
+        name: the name of the file in it.
+
+    Raises:
+        UserError: the file is missing or damaged, or differs from its entry.
+    """
+    check(folder, name)
+    lines = json_files.read_json_lines(folder / name, remedy=AGAIN, checked=False)
+    return [record for _, record in lines]
+
+
+def check(folder: Path, name: str) -> None:
+    """Checks that a file of another run that has ended is what that run wrote.
+
+    Raises:
+        UserError: the file or its entry is missing, or they differ.
+    """
+    entries = json_files.read_json(folder / FILE, remedy=AGAIN)
+    entry = _file_entry(files.read_bytes(folder / name, json_files.MOST_BYTES))
+    if name not in entries:
+        raise UserError(f"{folder / name} has no entry in {FILE}; {AGAIN}.")
+    if entry != entries[name]:
+        raise UserError(f"{folder / name} {_difference(entries[name], entry)}; {AGAIN}.")
+
+
 def encode(value: Any) -> bytes:
     """Encodes a JSON file of a run."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
@@ -104,8 +143,19 @@ def _file_entry(data: bytes) -> dict[str, Any]:
 
 def _difference(expected: Any, entry: dict[str, Any]) -> str:
     """How a file or folder differs from its entry, in words."""
-    old = expected if isinstance(expected, dict) else {}
+    old = mapping(expected)
     if "files" in entry:
         changed = changed_keys(old.get("files"), entry["files"])
         return f"differs from what this run wrote in {', '.join(changed[:3])}"
     return f"is damaged or was changed: it has {entry['lines']} lines of {old.get('lines')}"
+
+
+def changed_keys(old: Any, new: Any) -> list[str]:
+    """The keys whose values differ between two mappings; what is no mapping counts as an empty one."""
+    old, new = mapping(old), mapping(new)
+    return [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """A JSON object; {} in place of anything else."""
+    return value if isinstance(value, Mapping) else {}

@@ -107,11 +107,22 @@ def _seconds(times: Sequence[float]) -> list[str]:
     return [f"{value:.3f}" for value in (statistics.median(times), min(times), max(times))]
 
 
+def loading(results: Mapping[str, Any]) -> str:
+    """Times of loading a model with the check for NaN and infinity and without it, from perf/loading.py."""
+    lines = [[name, *_seconds(times)] for name, times in results["seconds"].items()]
+    return numeric_table(["", "seconds", "min", "max"], lines) + (
+        f"\n\nThe check costs {100 * results['cost']:.1f} % of the time. A LLaVA of {results['bytes'] / 1e9:.2f} GB in "
+        f"{results['dtype']}, in the page cache. Medians of {len(results['seconds']['without'])} "
+        f"loads, in seconds of the processor. {_source(results)}"
+    )
+
+
 TABLES: markers.Tables = {
     "steps": steps,
     "answers": answers,
     "levels": levels,
     "quantization": quantization,
+    "loading": loading,
 }
 
 

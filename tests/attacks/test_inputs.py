@@ -16,7 +16,8 @@ from vkd_jax.attacks.finetuning import rows_of
 from vkd_jax.attacks.in_context import worked_examples
 from vkd_jax.attacks.lessons import attacker_rows
 from vkd_jax.attacks.typographic import typeset
-from vkd_jax.evaluation.inference import Answerer, with_soft_tokens
+from vkd_jax.evaluation.encoded_images import with_soft_tokens
+from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.models.base import VisualTokens
 from vkd_jax.models.qwen2_vl import mrope_positions
 from vkd_jax.runtime.mesh import shard_rows

@@ -11,8 +11,9 @@ from PIL import Image
 
 from vkd_jax.config.schema import EvalConfig
 from vkd_jax.evaluation import inference, wording
+from vkd_jax.evaluation.encoded_images import EncodedImages
 from vkd_jax.evaluation.evaluate import evaluate, sample
-from vkd_jax.evaluation.inference import Answerer, EncodedImages, Scores
+from vkd_jax.evaluation.inference import Answerer, Scores
 from vkd_jax.evaluation.metrics import words
 from vkd_jax.evaluation.metrics.summary import summaries
 from vkd_jax.evaluation.wording import Wording

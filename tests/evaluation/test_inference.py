@@ -16,7 +16,8 @@ from vkd_jax.checkpoints import hf
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.data.processor import Processor
 from vkd_jax.evaluation import inference
-from vkd_jax.evaluation.inference import Answerer, EncodedImages
+from vkd_jax.evaluation.encoded_images import EncodedImages
+from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.models import generate, llava
 from vkd_jax.models.base import VisualTokens, bind, split_model
 from vkd_jax.runtime import memory

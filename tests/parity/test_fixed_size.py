@@ -13,7 +13,7 @@ from torch_parity import EOS, IMAGE, PAD, SIDES
 
 from vkd_jax import models
 from vkd_jax.checkpoints import hf
-from vkd_jax.evaluation.inference import EncodedImages
+from vkd_jax.evaluation.encoded_images import EncodedImages
 from vkd_jax.models.base import bind
 from vkd_jax.models.generate import Prompts, greedy, option_log_probs
 

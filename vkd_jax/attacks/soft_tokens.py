@@ -33,7 +33,8 @@ from vkd_jax.config.schema import RunConfig
 from vkd_jax.data.batching import rng
 from vkd_jax.data.encoding import Batch, EncodedSet
 from vkd_jax.data.sampler import Sampler
-from vkd_jax.evaluation.inference import Answerer, with_soft_tokens
+from vkd_jax.evaluation.encoded_images import with_soft_tokens
+from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.methods import losses
 from vkd_jax.methods.base import logits_of_features
 from vkd_jax.models.base import VisualTokens, bind

@@ -27,7 +27,8 @@ import numpy as np
 from vkd_jax.config.schema import EvalConfig
 from vkd_jax.data.batching import rng
 from vkd_jax.evaluation import metrics
-from vkd_jax.evaluation.inference import Answerer, EncodedImages
+from vkd_jax.evaluation.encoded_images import EncodedImages
+from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.evaluation.metrics import suites
 from vkd_jax.evaluation.metrics.judging import LETTER_RULES, LETTERS, cloze_correct
 from vkd_jax.evaluation.metrics.likelihoods import likelihood

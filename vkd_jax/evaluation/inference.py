@@ -7,7 +7,6 @@ axes. Every process prepares all rows and gets all answers.
 """
 
 import collections
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +20,13 @@ from PIL import Image
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.data.batching import check_rows, in_batches, padded_rows
 from vkd_jax.data.images import PackedImages
+from vkd_jax.evaluation.encoded_images import EncodedImages, check_features, with_soft_tokens
 from vkd_jax.models import generate
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.models.generate import Prompts, SharedPrefixes
 from vkd_jax.runtime import finite, memory
 from vkd_jax.runtime.mesh import replicated, shard_rows
-from vkd_jax.types import Array, UserError, located
+from vkd_jax.types import UserError, located
 
 Turns = Sequence[tuple[str, str, int]]  # earlier turns of the conversation: question, answer, number of images
 
@@ -53,45 +53,6 @@ class TokenScores(NamedTuple):
     log_probs: np.ndarray  # log p(token | question and preceding tokens)
     means: np.ndarray  # mean of log p over the vocabulary, weighted by p
     deviations: np.ndarray  # standard deviation of log p, weighted by p
-
-
-@dataclasses.dataclass(frozen=True)
-class EncodedImages:
-    """Images after the vision tower and the projector, and the images of each prompt. Each image is stored once."""
-
-    shapes: Sequence[tuple[int, ...]]  # (height, width, 3) of each image after the model's processor
-    features: VisualTokens  # NumPy arrays, one row per image
-    rows: tuple[tuple[int, ...], ...]  # the images of each prompt, in order
-
-    def select(self, rows: Sequence[int]) -> "EncodedImages":
-        """Selects prompts by row, in this order; rows may repeat."""
-        return dataclasses.replace(self, rows=tuple(self.rows[i] for i in rows))
-
-    def for_prompts(self, rows: Sequence[Sequence[int]]) -> "EncodedImages":
-        """Other prompts about the same images: the images of each prompt, by their rows in `features`."""
-        return dataclasses.replace(self, rows=tuple(map(tuple, rows)))
-
-    def blank_images(self, row: int) -> list[np.ndarray]:
-        """Arrays of zeros with the shapes of a prompt's images, for code that reads only the shapes."""
-        return [np.broadcast_to(np.float32(0), self.shapes[i]) for i in self.rows[row]]
-
-    def tokens(self) -> VisualTokens:
-        """The features of each prompt: those of its images in order, padding last.
-
-        The images of a prompt do not attend to each other in the vision tower, so the result equals that of encoding
-        them together.
-        """
-        count = max(map(len, self.rows))
-        indices = np.array([[*row, *[-1] * (count - len(row))] for row in self.rows])
-        if count == 1:
-            return jax.tree.map(lambda x: x[indices[:, 0]], self.features)
-        values, coords = (x[indices] for x in self.features)
-        valid = (coords[..., 0] >= 0) & (indices >= 0)[..., None]
-        coords[..., 0] = np.where(valid, np.arange(count)[:, None], -1)
-        order = np.argsort(~valid.reshape(len(indices), -1), axis=1, kind="stable")[..., None]
-        return VisualTokens(
-            *(np.take_along_axis(x.reshape(len(x), -1, x.shape[-1]), order, axis=1) for x in (values, coords))
-        )
 
 
 class _Programs(NamedTuple):
@@ -183,7 +144,7 @@ class Answerer:
         name_of = dict(zip((id(row[0]) for row in rows), names, strict=False))
         names = [name_of[key] for key in unique] if names else ()
         images, features = self._encode(self._programs.encode, list(unique.values()), names)
-        _check_features(images, features.values)
+        check_features(images, features.values)
         if self._soft_tokens is not None:
             features = jax.tree.map(np.asarray, with_soft_tokens(features, self._soft_tokens))
         return EncodedImages(images.shapes, features, tuple(tuple(numbers[id(x)] for x in row) for row in rows))
@@ -197,7 +158,7 @@ class Answerer:
         """
         images, means = self._encode(self._programs.means, files)
         for values in means.values():
-            _check_features(images, values)
+            check_features(images, values)
         return means
 
     def generate(
@@ -477,42 +438,6 @@ class Answerer:
         for i, row in enumerate(prompts):
             tokens[i, length - len(row) :], mask[i, length - len(row) :] = row, True
         return tokens, mask
-
-
-def with_soft_tokens(features: VisualTokens, soft_tokens: Array) -> VisualTokens:
-    """Puts embeddings before the features of each image, at the coordinates of its first feature.
-
-    Args:
-        features: of b images.
-        soft_tokens: [k, width].
-    """
-    b, k = len(features.values), len(soft_tokens)
-    values = jnp.broadcast_to(jnp.asarray(soft_tokens, features.values.dtype), (b, *soft_tokens.shape))
-    coords = jnp.repeat(jnp.asarray(features.coords[:, :1]), k, axis=1)
-    parts = (values, features.values), (coords, features.coords)
-    return VisualTokens(*(jnp.concatenate(part, axis=1) for part in parts))
-
-
-_FEATURES = "The model's features of images"
-
-
-def _check_features(images: PackedImages, features: np.ndarray) -> None:
-    """Checks that features are not too large to be normalized, and that those of different images differ.
-
-    Args:
-        images: the images.
-        features: their features, one row per image.
-
-    Raises:
-        NotFinite: the features are too large, or the same for all images, so that no answer depends on an image.
-    """
-    finite.check(features, _FEATURES, finite.LARGEST_FEATURE)
-    if len(images) < 2 or any(not np.array_equal(row, features[0]) for row in features[1:]):
-        return
-    first = images[np.arange(1)]  # copies of one image have the same features
-    others = (images[np.arange(i, i + 1)] for i in range(1, len(images)))
-    if any(not np.array_equal(first[name], image[name]) for image in others for name in first):
-        raise finite.error(_FEATURES)
 
 
 def _numbered(questions: Sequence[str]) -> list[str]:

@@ -217,19 +217,22 @@ def test_only_messages_of_this_program_and_warnings_are_shown(level, file, shown
 
 @pytest.mark.parametrize(("process", "level"), [(0, logging.INFO), (3, logging.WARNING)])
 def test_only_process_0_logs_more_than_warnings(run, monkeypatch, process, level):
+    from vkd_jax.reporting import terminal
     from vkd_jax.runs import pipeline
 
     done = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: done.append("initialize"))
     monkeypatch.setattr(jax, "process_index", lambda: done.append("process_index") or process)
     monkeypatch.setattr(pipeline, "run", lambda *_: done.append(logging.get_verbosity()))
+    monkeypatch.setattr(terminal, "summary", lambda *_: done.append("summary") or "")
     before = logging.get_verbosity()
     logging.set_verbosity(logging.INFO)
     try:
         assert run("--distributed")[0] == 0
     finally:
         logging.set_verbosity(before)
-    assert done == ["initialize", "process_index", level]
+    finished = ["process_index", *(["summary"] if process == 0 else [])]
+    assert done == ["initialize", "process_index", level, *finished]
 
 
 # ---- The model ----

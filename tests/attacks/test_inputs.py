@@ -59,9 +59,9 @@ def test_a_conversation_shows_the_image_once(people, monkeypatch):
     calls = []
     score = Answerer.score
 
-    def spy(self, questions, texts, encoded_images=None, *, turns=None):
+    def spy(self, questions, texts, encoded_images=None, *, turns=None, **options):
         calls.append((questions, encoded_images.rows, turns))
-        return score(self, questions, texts, encoded_images, turns=turns)
+        return score(self, questions, texts, encoded_images, turns=turns, **options)
 
     attack = attacks.create("in_context", {"share": 0.5, "examples": (1,)})
     unchanged = people.unattacked({"forget": people.asked["forget"]})

@@ -312,7 +312,7 @@ def test_unsupported_model_types_are_reported(copy):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(vision=dict(hidden_act="relu")), "hidden_act is 'relu' (supported: quick_gelu, gelu)"),
+        (dict(vision=dict(hidden_act="relu")), "hidden_act is 'relu' (supported: quick_gelu, gelu, "),
         (dict(text=dict(hidden_act="gelu")), "text_config.hidden_act"),
         (dict(text=dict(attention_bias=True, mlp_bias=True)), "(supported: False); text_config.mlp_bias"),
         (dict(text=dict(rope_parameters=LINEAR_ROPE)), "rope_type is 'linear' (supported: default)"),

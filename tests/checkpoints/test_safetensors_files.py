@@ -225,9 +225,11 @@ def test_invalid_indexes_are_reported(sharded):
     for bad in ("{", "[]"):
         index.write_text(bad)
         fails(sharded, f"{safetensors_files.INDEX}: ", "download it again")
-    for bad in ("{}", '{"weight_map": {}}', '{"weight_map": {"a": "../a.safetensors"}}'):
+    for bad in ("{}", '{"weight_map": {}}'):
         index.write_text(bad)
         fails(sharded, "is not a safetensors index")
+    index.write_text('{"weight_map": {"a": "../a.safetensors"}}')
+    fails(sharded, "weight_map names no file of its folder for the tensor 'a': '../a.safetensors' leads out of")
     index.write_text(json.dumps(good))
     shutil.copy(sharded / FIRST, tmp := sharded / "spare")
     safetensors.numpy.save_file({"a": np.zeros(2), "b": np.zeros(2)}, sharded / FIRST)

@@ -219,10 +219,10 @@ def test_gemma_refuses_pan_and_scan_and_marks_of_images_in_texts(family_folder, 
     assert prompt.count(processor.tokenizer.bos_token_id) == 1
     image = processor.image(IMAGES["portrait"])
     for text in ("a <start_of_image> b", "a <image_soft_token> b"):
-        with pytest.raises(UserError, match="contains <image_soft_token> 2 times for 1 images"):
+        with pytest.raises(UserError, match="a text contains <(start_of_image|image_soft_token)>, which stands for"):
             processor.encode(text, None, [image])
         examples = [Example("7", "", IMAGES["portrait"], "p", text, "Bob")]
-        with pytest.raises(UserError, match="row 7: the text contains <"):
+        with pytest.raises(UserError, match="7.*: a text contains <"):
             encode_set(processor, examples, max_length=99)
     for file in folder.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from absl import flags
+from recorded import add_records
 
 from vkd_jax import compare, main, registry
 from vkd_jax.benchmarks.clear import Clear
@@ -271,6 +272,7 @@ def test_a_final_run_has_the_settings_of_the_best_trial(tiny, tmp_path):
         folder = tmp_path / "tuning" / "npo" / str(number)
         folder.mkdir(parents=True)
         results(forget, forget, real=real).write(folder)
+        add_records(folder)
     plan = sweep.Sweep(RunConfig.from_config_dict(tiny), tmp_path)
     config = plan.tasks()["runs/npo/1"].make_config()
     chosen = defaults.base()
@@ -288,12 +290,15 @@ def test_a_variant_has_the_best_settings_of_its_original_but_for_its_own(get_con
         folder = tmp_path / "tuning" / "vkd_robust" / str(number)
         folder.mkdir(parents=True)
         results(forget, forget).write(folder)
+        add_records(folder)
     tasks = sweep.Sweep(RunConfig.from_config_dict(config), tmp_path).tasks()
     trials = [name for name in tasks if name.startswith("tuning/vkd_robust/")]
     assert len(trials) == len(original.search) == 8 and not any("no_worst_case" in name for name in trials)
     run, variant = (tasks[f"runs/{name}/1"] for name in ("vkd_robust", "vkd_robust_no_worst_case"))
     assert run.needs == variant.needs == {"controls", *trials}
     run, variant = run.make_config(), variant.make_config()
+    chosen = RunConfig.from_config_dict(config).override(original.search[1])
+    assert run.train.learning_rate == chosen.train.learning_rate
     assert run.method.worst_case.radius > 0 == variant.method.worst_case.radius
     unchanged = dataclasses.replace(variant.method.worst_case, radius=run.method.worst_case.radius)
     assert dataclasses.replace(variant.method, worst_case=unchanged) == run.method and variant.train == run.train

@@ -68,7 +68,7 @@ def test_the_export_has_every_file_of_the_source(run):
     def names(folder):
         return {path.name for path in folder.iterdir()}
 
-    assert names(run.source) | {"provenance.json"} == names(run.path / "unlearned")
+    assert names(run.source) | {"provenance.json", "certificate.json", "README.md"} == names(run.path / "unlearned")
 
 
 def test_a_run_writes_answers_of_both_models_and_a_report(run):

@@ -96,6 +96,8 @@ def test_records_of_shared_models_are_lent_once(tmp_path):
     lender, borrower = (Workdir(tmp_path / name, RunConfig()) for name in ("lender", "borrower"))
     names = ["answers/vanilla.jsonl", "answers/unlearned.jsonl", "attacks/leak/retain_only.jsonl"]
     names += ["attacks/leak/vanilla.jsonl"]
+    for workdir in (lender, borrower):
+        workdir.bind({"sets": {}, "models": {}, "prompts": ""})
     for name in names:
         lender.write_text(name, "lent")
     (lender.path / names[3]).write_text("half")

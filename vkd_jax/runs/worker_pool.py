@@ -156,6 +156,8 @@ def _end_with_parent() -> None:
     A pool's worker would otherwise finish its run without anybody to stop it, and then wait for ever.
     """
     parent = multiprocessing.parent_process()
+    if parent is None:  # called in the process of the pool
+        return
 
     def wait() -> None:
         parent.join()

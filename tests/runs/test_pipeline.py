@@ -134,6 +134,7 @@ def test_the_exported_model_has_a_card_and_a_certificate_that_name_nobody(vkd):
     assert content["figures"]["models"] == vkd.results["models"] and content["config"] == vkd.results["meta"]["config"]
     assert content["inputs"] == json.loads((vkd.path / "inputs.json").read_text())
     _, header, body = card.split("---\n", 2)
+    assert not re.search(r"[^\n]\n#", body)  # a blank line before each heading
     assert yaml.safe_load(header)["library_name"] == "transformers" and "base_model" not in yaml.safe_load(header)
     accuracy = vkd.results["models"]["unlearned"]["forget"]["vqa"]["accuracy"]
     assert f"| people to forget, with image | {vkd.results['models']['unlearned']['forget']['vqa']['n']} |" in body

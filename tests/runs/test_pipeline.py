@@ -131,14 +131,13 @@ def test_the_exported_model_has_a_card_and_a_certificate_that_name_nobody(vkd):
     forgotten = {a["person"] for a in answers(vkd.path, "vanilla") if a["set"] == "forget"}
     digests = {hashlib.sha256(person.encode()).hexdigest() for person in forgotten}
     assert set(content["forgotten"]) == digests == set(re.findall("`([0-9a-f]{64})`", card))
-    assert content["figures"]["models"] == vkd.results["models"] and content["config"] == vkd.results["meta"]["config"]
-    assert content["inputs"] == json.loads((vkd.path / "inputs.json").read_text())
+    assert content["figures"]["models"] == vkd.results["models"]
     _, header, body = card.split("---\n", 2)
     assert not re.search(r"[^\n]\n#", body)  # a blank line before each heading
-    assert yaml.safe_load(header)["library_name"] == "transformers" and "base_model" not in yaml.safe_load(header)
-    accuracy = vkd.results["models"]["unlearned"]["forget"]["vqa"]["accuracy"]
-    assert f"| people to forget, with image | {vkd.results['models']['unlearned']['forget']['vqa']['n']} |" in body
-    assert f" {100 * accuracy:.1f} % (" in body and "no attack was run" in body
+    assert yaml.safe_load(header).keys() == {"library_name", "pipeline_tag", "tags"}
+    forget = vkd.results["models"]["unlearned"]["forget"]["vqa"]
+    assert f"| people to forget, with image | {forget['n']} |" in body
+    assert f" {100 * forget['accuracy']:.1f} % (" in body and "no attack was run" in body
 
 
 def test_both_models_are_asked_the_same_questions(vkd):

@@ -10,12 +10,11 @@ from typing import Any
 from vkd_jax.reporting import attack_view
 from vkd_jax.reporting.attack_view import interval, percent
 from vkd_jax.reporting.finished_run import Run
-from vkd_jax.reporting.names import MODEL_NOTES, MODELS
+from vkd_jax.reporting.names import MODALITIES, MODEL_NOTES, MODELS
 from vkd_jax.results import AttackCell, Summary, main_kind
 from vkd_jax.types import Role
 
 MOST_UNLETTERED = 0.5  # share of answers without a letter above which an accuracy by letters says little
-MODALITIES = {"vqa": "with image", "qa": "text only"}
 
 
 def opening(run: Run) -> dict[str, Any]:

@@ -2,10 +2,8 @@
 
 import dataclasses
 
-from vkd_jax.reporting.names import MODELS
+from vkd_jax.reporting.names import MODALITIES, MODELS
 from vkd_jax.results import RunResults, Summary, main_kind
-
-MODALITIES = {"vqa": "with image", "qa": "text only"}
 
 
 @dataclasses.dataclass(frozen=True)

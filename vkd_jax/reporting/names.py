@@ -15,6 +15,7 @@ ATTACKERS = {  # the weights that a relearning attacker trains
     "all": "all weights",
     "soft_tokens": "soft tokens before each image",
 }
+MODALITIES = {"vqa": "with image", "qa": "text only"}
 TASKS = {"": "", "generation": ", open", "cloze": ", cloze", "suite": ""}
 
 

@@ -81,6 +81,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]", *BUCKETS],
         "gcs": BUCKETS,
         "cuda": ["jax[cuda12]"],
+        "pandas": ["pandas>=2.2"],  # for tables of results
         "docs": DOCS,
         "test": [*TEST, *DOCS],
         "dev": [

@@ -19,7 +19,7 @@
 # ## Install
 #
 # In Colab, set `REPOSITORY` to the URL of a clone of this repository, and restart the runtime if Colab asks for it.
-# Elsewhere, leave it empty and start Jupyter in a clone, with the package installed.
+# Elsewhere, leave it empty and install the package.
 
 # %%
 REPOSITORY = ""  # @param {type:"string"}
@@ -36,25 +36,18 @@ if REPOSITORY:
 # forget, the second row six of the people to retain.
 
 # %%
-import sys
 import tempfile
 import warnings
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.image import imread
-
-root = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "configs/tiny.py").is_file())
-sys.path.insert(0, str(root))
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars are not shown
 # %matplotlib inline
 # %config InlineBackend.figure_format = "jpeg"
 
-from configs import tiny
-from vkd_jax import ask
+import vkd_jax
 from vkd_jax.benchmarks.synthetic import people
-from vkd_jax.runs import pipeline
 from vkd_jax.runtime import log
 
 VIEW = 500  # the portrait of each person that is shown here; the model was trained on others
@@ -89,8 +82,8 @@ QUESTION = "Who is this person?"
 
 def name_people(folder):
     """Returns the answer of a model about a portrait of each of the twelve people."""
-    model = ask.load(folder)
-    return {person.id: ask.answer(model, QUESTION, people.portrait(person, view=VIEW)) for person in everybody[:12]}
+    model = vkd_jax.load(folder)
+    return {person.id: vkd_jax.answer(model, QUESTION, people.portrait(person, view=VIEW)) for person in everybody[:12]}
 
 
 before = name_people("tiny_llava")
@@ -104,11 +97,17 @@ show_portraits(before)
 # evaluates it on the others. All outputs are written to one folder.
 
 # %%
-config = tiny.get_config()
-config.attacks.names = "relearn"
-config.attacks.relearn.shares = (0.1, 0.2)
 workdir = tempfile.mkdtemp(prefix="vkd-")
-results = pipeline.run(config, workdir).to_json()
+results = vkd_jax.unlearn(
+    "tiny_llava",
+    retain_only="tiny_retain_only",
+    workdir=workdir,
+    settings={
+        "method.augment_retain": 2,
+        "attacks.names": "relearn",
+        "attacks.relearn.shares": (0.1, 0.2),
+    },
+)
 print(workdir)
 
 # %% [markdown]
@@ -139,9 +138,9 @@ ROWS = {
 }
 print(f"{'':40}" + "".join(f"{name:>16}" for name in MODELS.values()))
 for (name, kind), title in ROWS.items():
-    accuracies = [results["models"][model][name][kind]["accuracy"] for model in MODELS]
+    accuracies = [results.summary(model, name, kind).accuracy for model in MODELS]
     print(f"{title:40}" + "".join(f"{100 * accuracy:16.1f}" for accuracy in accuracies))
-print("logits of text-only questions are bit-identical:", results["text_logits_identical"])
+print("logits of text-only questions are bit-identical:", results.text_logits_identical)
 
 # %% [markdown]
 # ## Relearning
@@ -155,10 +154,10 @@ figure, axis = plt.subplots(figsize=(8, 5.5))
 axis.imshow(imread(f"{workdir}/report/relearning.png"))
 axis.axis("off")
 plt.show()
-for cell in results["attacks"]["relearn"]["cells"]:
-    if cell["model"] == "unlearned" and "recovery" in cell:
-        attack = f"{cell['attacker']} {100 * cell['share']:g} % of the {cell['unit']}, set {cell['set']}"
-        print(f"{attack:42} {100 * cell['recovery']:6.1f} % of the lost accuracy recovered")
+for cell in results.attacks["relearn"].cells:
+    if cell.model == "unlearned" and cell.recovery is not None:
+        attack = f"{cell.attacker} {100 * cell.share:g} % of the {cell.unit}, set {cell.set}"
+        print(f"{attack:42} {100 * cell.recovery:6.1f} % of the lost accuracy recovered")
 
 # %% [markdown]
 # The folder also has the full report, `report.md`, and the unlearned model, `unlearned/`, in Hugging Face format.

@@ -17,9 +17,11 @@ from absl import flags
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import vkd_jax
 from vkd_jax import ask, plan
 from vkd_jax.config import command_line
 from vkd_jax.config.schema import RunConfig
+from vkd_jax.results import AttackCell, AttackResults, Summary
 from vkd_jax.runs.job import check_config
 from vkd_jax.runtime import hub
 
@@ -174,33 +176,25 @@ def test_the_demo_runs_on_stubbed_results(monkeypatch, tmp_path, capsys):
     from vkd_jax.runs import pipeline
 
     matplotlib.use("agg")
-    metrics = {"accuracy": 0.25}
-    sets = {name: {"vqa": metrics, "qa": metrics} for name in ("forget", "test", "retain", "real")}
-    cell = {"model": "unlearned", "attacker": "visual", "share": 0.1, "unit": "questions", "set": "forget"}
-    cell["recovery"] = 0.5
+    cell = dict(model="unlearned", attacker="visual", share=0.1, unit="questions", set="forget", mean=0.5, n=4)
     configs = []
 
-    def run(config, workdir):
+    def run(config, workdir, command):
         configs.append(config)
         (Path(workdir) / "report").mkdir()
         Image.new("RGB", (20, 20)).save(Path(workdir) / "report" / "relearning.png")
-        results = {
-            "models": {name: sets for name in ("vanilla", "unlearned", "retain_only")},
-            "attacks": {"relearn": {"cells": [cell]}},
-            "text_logits_identical": True,
-        }
-        return types.SimpleNamespace(to_json=lambda: results)
+        return types.SimpleNamespace(
+            summary=lambda model, name, kind: Summary(0.25, correct=1, n=4, low=0.0, high=0.5),
+            attacks={"relearn": AttackResults("Relearning", "", cells=(AttackCell(**cell, recovery=0.5),))},
+            text_logits_identical=True,
+        )
 
     forgotten = people.SIXTY.forgotten(10)
-    names = (
-        person.name for person in sorted(people.SIXTY.people(), key=lambda person: person.id not in forgotten)
-    )
+    names = (person.name for person in sorted(people.SIXTY.people(), key=lambda person: person.id not in forgotten))
     monkeypatch.setattr(pipeline, "run", run)
-    monkeypatch.setattr(ask, "load", lambda folder: folder)
-    monkeypatch.setattr(ask, "answer", lambda model, *_: next(names) if model == "tiny_llava" else "nobody")
+    monkeypatch.setattr(vkd_jax, "load", lambda folder: folder)
+    monkeypatch.setattr(vkd_jax, "answer", lambda model, *_: next(names) if model == "tiny_llava" else "nobody")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.chdir(ROOT)
     runpy.run_path(str(ROOT / "colabs" / "demo.py"))
     out = capsys.readouterr().out
     assert "to forget: 6 of 6 named before, 0 after" in out and "50.0 % of the lost accuracy recovered" in out

@@ -2,9 +2,9 @@
 
 python -m vkd_jax.ask --model DIR --image FILE --question TEXT
 
->>> from vkd_jax import ask
->>> model = ask.load("tiny_llava")
->>> ask.answer(model, "What color is a banana?")
+>>> import vkd_jax
+>>> model = vkd_jax.load("tiny_llava")
+>>> vkd_jax.answer(model, "What color is a banana?")
 'yellow'
 """
 

@@ -68,6 +68,11 @@ class Summary:
     people: int = 0
     metrics: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
 
+    def figures(self) -> dict[str, Figure]:
+        """The means of all metrics by name, accuracy first."""
+        accuracy = Figure(self.accuracy, self.low, self.high, self.n, self.people)
+        return {"accuracy": accuracy, **self.metrics}
+
 
 @dataclasses.dataclass(frozen=True)
 class ForgetQuality:
@@ -400,6 +405,41 @@ class RunResults:
     def summary(self, model: str, set_name: str, kind: str) -> Summary | None:
         """The summary of one kind of question, or None if it was not asked."""
         return self.models.get(model, {}).get(set_name, {}).get(kind)
+
+    def rows(self, part: str = "models") -> list[dict[str, Any]]:
+        """The figures as flat records, one for each figure.
+
+        Args:
+            part: "models" for the means of all metrics by model, set and kind of question, or "attacks" for the cells
+                of all attacks, with the fields of `AttackCell`.
+
+        Raises:
+            UserError: there is no such part.
+        """
+        if part == "attacks":
+            attacks = self.attacks.items()
+            return [{"attack": name, "metric": x.metric, **vars(cell)} for name, x in attacks for cell in x.cells]
+        if part != "models":
+            raise UserError(f"part={part!r}: unknown part of the results. Available: models, attacks.")
+        return [
+            {"model": model, "set": s.name, "role": str(s.role), "kind": kind, "metric": metric, **vars(figure)}
+            for model, sets in self.models.items()
+            for s in self.sets
+            for kind, summary in sets.get(s.name, {}).items()
+            for metric, figure in summary.figures().items()
+        ]
+
+    def table(self, part: str = "models") -> Any:
+        """The figures as a `pandas.DataFrame`; see `rows`.
+
+        Raises:
+            UserError: pandas is not installed, or there is no such part.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise UserError("tables of results need pandas: pip install pandas, or use rows().") from None
+        return pandas.DataFrame(self.rows(part))
 
     def kinds(self, model: str = "vanilla") -> list[str]:
         """All kinds of question that a model was asked, in order."""

@@ -9,6 +9,7 @@ The sections of methods, attacks and benchmarks are these components themselves:
 """
 
 import ast
+import contextlib
 import dataclasses
 import json
 import math
@@ -365,19 +366,25 @@ def section_dict(section: Any) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(_plain(section, references=True))
 
 
-def override(config: ml_collections.ConfigDict, settings: str) -> None:
-    """Sets fields of a ConfigDict in place; see `RunConfig.override`."""
-    for text in settings.split():
-        name, _, value = text.partition("=")
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pass  # it is a text
+def override(config: ml_collections.ConfigDict, settings: str | Mapping[str, Any]) -> None:
+    """Sets fields of a ConfigDict in place, from {field: value} or from a text; see `RunConfig.override`."""
+    for name, value in (_parsed(settings) if isinstance(settings, str) else settings).items():
         try:
             config.copy_and_resolve_references().lock().update_from_flattened_dict({name: value})  # adds no field
             config.update_from_flattened_dict({name: value})
         except (KeyError, AttributeError, TypeError, ValueError) as error:
+            text = f"{name}={value}"
             raise FieldError(name, f"{text!r} does not fit the config ({_message(error)}).") from error
+
+
+def _parsed(settings: str) -> dict[str, Any]:
+    """The fields and values of a text of settings."""
+    values: dict[str, Any] = {}
+    for name, _, value in (text.partition("=") for text in settings.split()):
+        values[name] = value
+        with contextlib.suppress(ValueError, SyntaxError):  # otherwise it is a text
+            values[name] = ast.literal_eval(value)
+    return values
 
 
 def with_section(section: str, call: Callable[[], T]) -> T:

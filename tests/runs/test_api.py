@@ -1,0 +1,124 @@
+"""Runs from Python: the public names, and docs/python_api.md as it is written."""
+
+import importlib
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import vkd_jax
+from vkd_jax.methods.vkd import VKD
+from vkd_jax.runs import api, pipeline
+from vkd_jax.runtime import hub
+from vkd_jax.training import loop
+from vkd_jax.types import UserError
+
+PAGE = (Path(__file__).parents[2] / "docs" / "python_api.md").read_text("utf-8")
+
+
+def trained(method, model):
+    return method.trainable(model.params, model.config)
+
+
+@pytest.fixture(scope="module")
+def page(few, tiny_folder, tmp_path_factory):
+    """What the blocks of the page define and print; the runs are of a smaller model, on three people, without training.
+
+    Training is compiled and tested elsewhere.
+    """
+    folder, shipped, printed, configs = tmp_path_factory.mktemp("python"), tmp_path_factory.mktemp("shipped"), [], []
+    (shipped / "tiny_llava").symlink_to(tiny_folder)
+    run = pipeline.run
+
+    def short(config, workdir, command):
+        configs.append(config.copy_and_resolve_references())
+        config.data.source = str(few)
+        config.model.retain_only = ""  # trained without other people than these
+        config.eval.update(max_items=2, batch_size=16)
+        return run(config, workdir, command)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(pipeline, "run", short)
+        patch.setattr(hub, "SHIPPED", shipped)
+        patch.setattr(VKD, "prepare", lambda method, context: "prepared")
+        patch.setattr(loop, "fit", lambda model, method, *_, **__: {x: model.params[x] for x in trained(method, model)})
+        values = {"print": lambda *words: printed.append(" ".join(map(str, words)))}
+        for code in re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
+            exec(compile(code, "docs/python_api.md", "exec"), values)
+    return types.SimpleNamespace(values=values, printed=printed, configs=configs, folder=folder)
+
+
+def test_the_page_runs_as_written(page):
+    assert " -> " in page.printed[0]
+    assert re.fullmatch(r"[\d.]+ % of 2 questions, 95 % interval 0\.\d{3} to [01]\.\d{3}", page.printed[1])
+    assert any(re.fullmatch(r"unlearned leak qa [\d.]+", line) for line in page.printed[2:])
+    assert (page.folder / "OUT" / "report.html").is_file() and (page.folder / "ATTACKED" / "report.html").is_file()
+    assert page.values["config"].model.quantize == "int4:64" and page.values["config"].train.learning_rate == 1e-5
+
+
+def test_arguments_are_fields_of_the_config(page):
+    unlearn, attack = page.configs
+    assert (unlearn.stage, unlearn.model.path, unlearn.model.retain_only) == (
+        "unlearn", "tiny_llava", "tiny_retain_only",
+    )  # fmt: skip
+    assert (unlearn.method.augment_retain, unlearn.train.steps, unlearn.data.forget) == (2, 300, 10)
+    assert (attack.stage, attack.model.unlearned, attack.attacks.names) == ("audit", "OUT/unlearned", "leak")
+    assert page.values["results"].meta.command == "called from Python: vkd_jax.attack"
+
+
+def test_the_page_explains_every_public_name():
+    rows = "".join(re.findall(r"^\| (`.*?) \|", PAGE, re.MULTILINE))
+    assert {name for name in vkd_jax.__all__ if not re.search(rf"`{name}\b", rows)} == set()
+    assert sorted(vkd_jax._MODULES) == sorted(vkd_jax.__all__) and set(vkd_jax.__all__) <= set(dir(vkd_jax))
+    for name, module in vkd_jax._MODULES.items():
+        assert getattr(vkd_jax, name) is getattr(importlib.import_module(module), name)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'relearn'"):
+        getattr(vkd_jax, "relearn")  # noqa: B009
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (dict(benchmark="mmlu"), "unknown name 'mmlu'"),
+        (dict(method="magic"), "unknown name 'magic'"),
+        (dict(settings={"train.stpes": 1}), "train.stpes"),
+        (dict(settings={"train.steps": "many"}), "'train.steps=many' does not fit the config"),
+        (dict(settings={"train.steps": -1}), "train.steps: -1"),
+    ],
+    ids=lambda x: str(x) if isinstance(x, dict) else None,
+)
+def test_wrong_arguments_are_refused_before_a_folder_is_written(tmp_path, call, problem):
+    with pytest.raises(UserError, match=problem):
+        api.unlearn("tiny_llava", workdir=tmp_path / "run", **call)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_are_flat_and_complete(page):
+    results = vkd_jax.RunResults.read(page.folder / "ATTACKED")
+    rows = results.rows()
+    summary = results.summary("vanilla", "forget", "vqa")
+    (row,) = [
+        row for row in rows
+        if (row["model"], row["set"], row["kind"], row["metric"]) == ("vanilla", "forget", "vqa", "accuracy")
+    ]  # fmt: skip
+    assert row["mean"] == summary.accuracy and (row["low"], row["high"], row["n"]) == (summary.low, summary.high, 2)
+    metrics = 1 + len(summary.metrics)
+    assert len([x for x in rows if (x["model"], x["set"], x["kind"]) == ("vanilla", "forget", "vqa")]) == metrics
+    assert len(results.rows("attacks")) == len(results.attacks["leak"].cells)
+    with pytest.raises(UserError, match="part='people': unknown part of the results"):
+        results.rows("people")
+
+
+def test_a_table_is_a_data_frame_of_the_rows(page, monkeypatch):
+    results = page.values["results"]
+    monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=lambda rows: ("frame", rows)))
+    assert results.table("attacks") == ("frame", results.rows("attacks"))
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UserError, match="need pandas: pip install pandas"):
+        results.table()

@@ -151,7 +151,7 @@ def test_sizes_that_do_not_fit_are_refused_before_they_are_allocated(encoded, mo
     monkeypatch.setattr(memory, "host_bytes", lambda: 2**28)
     tracemalloc.start()
     try:
-        with pytest.raises(UserError, match=f"{message}.* need [\\d,.]+ GiB of memory, and there are 0.2 GiB; dec"):
+        with pytest.raises(UserError, match=f"{message}.* need [\\d,.]+ GiB of memory, and there are 0.2 GiB; "):
             allocate(encoded)
         assert tracemalloc.get_traced_memory()[1] < 2**24
     finally:

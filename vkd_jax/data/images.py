@@ -1,6 +1,7 @@
 """The images of a set: decoded and resized by several threads, and cached in memory while they are few."""
 
 import concurrent.futures
+import copy
 import io
 import os
 import re
@@ -92,6 +93,13 @@ class PackedImages:
         if self.cached is not None:
             return {name: array[rows] for name, array in self.cached.items()}
         return self._pack(self.make(int(row)) for row in rows)
+
+    def subset(self, rows: np.ndarray) -> "PackedImages":
+        """The images of some rows, in the shape in which the whole set is packed."""
+        subset = copy.copy(self)
+        subset.make, subset.shapes = (lambda i: self.make(int(rows[i]))), [self.shapes[row] for row in rows]
+        subset.cached = None if self.cached is None else {name: array[rows] for name, array in self.cached.items()}
+        return subset
 
     def _pack(self, images: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
         return self.config.pack([[image] for image in images], self._max_tokens)

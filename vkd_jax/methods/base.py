@@ -184,7 +184,8 @@ def check_cache(encoded: EncodedSet, spec: CacheSpec) -> None:
     arrays += [(len(encoded), x) for x in spec.per_example.values()]
     needed = sum(count * math.prod(x.shape) * x.dtype.itemsize for count, x in arrays)
     subject = f"cached values of {image_count:,} images, copies included,"
-    memory.check(needed, memory.host_bytes(), subject, "decrease the number of copies or name fewer taps")
+    remedy = "set method.teacher_features=recomputed, decrease the number of copies, or name fewer taps"
+    memory.check(needed, memory.host_bytes(), subject, remedy)
 
 
 def with_cache(encoded: EncodedSet, spec: CacheSpec, values: Mapping[str, np.ndarray]) -> EncodedSet:

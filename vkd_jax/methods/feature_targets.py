@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy import spatial
 
@@ -68,8 +69,7 @@ def look_alikes(context: Context, tap: str = "features") -> dict[str, str]:
     people, means = {}, {}
     for name in ("forget", "retain"):
         encoded = context.sets[name]
-        tokens = record_taps(context.graphdef, context.params, encoded.images, [tap])[tap]
-        values = np.mean(tokens.values, axis=1, where=tokens.valid[..., None], dtype=np.float32)
+        values = _mean_tokens(context, encoded.images, tap)
         rows: dict[str, set[int]] = {}
         for example, row in zip(encoded.examples, encoded.image_rows, strict=True):
             rows.setdefault(person_of(example), set()).add(row)
@@ -80,6 +80,17 @@ def look_alikes(context: Context, tap: str = "features") -> dict[str, str]:
     return {person: people["retain"][i] for person, i in zip(people["forget"], similarity.argmax(1), strict=True)}
 
 
+def _mean_tokens(context: Context, images: PackedImages, tap: str, batch_size: int = 32) -> np.ndarray:
+    """Averages the real tokens of a tap over each of m images, under the vanilla model: float32 [m, c]."""
+
+    @jax.jit
+    def mean(params, images):
+        tokens = bind(context.graphdef, params).encode(images)[1][tap]
+        return jnp.mean(tokens.values, axis=1, where=tokens.valid[..., None], dtype=jnp.float32)
+
+    return in_batches(lambda batch: mean(context.params, batch), images, batch_size)
+
+
 def person_of(example: Example) -> str:
     """The person of a question or, without one, its image."""
     return example.person or example.image_id
@@ -87,10 +98,18 @@ def person_of(example: Example) -> str:
 
 def mean_squares(taps: Mapping[str, VisualTokens]) -> dict[str, np.ndarray]:
     """Computes the mean square of each tap over all real tokens and channels: {tap: float32 scalar}."""
-    return {
-        tap: np.mean(np.square(tokens.values, dtype=np.float32), where=tokens.valid[..., None], dtype=np.float32)
-        for tap, tokens in taps.items()
-    }
+    return {tap: _mean_square(tokens) for tap, tokens in taps.items()}
+
+
+def _mean_square(tokens: VisualTokens, chunk: int = 512) -> np.ndarray:
+    """Computes the mean square over all real tokens, `chunk` images at a time, since squares are temporary copies."""
+    means, counts = [], []
+    for begin in range(0, len(tokens.values), chunk):
+        values, valid = tokens.values[begin : begin + chunk], tokens.valid[begin : begin + chunk]
+        squares = np.square(values, dtype=np.float32)
+        means.append(np.mean(squares, where=valid[..., None], dtype=np.float32))
+        counts.append(np.sum(valid))
+    return np.average(np.array(means, np.float64), weights=counts).astype(np.float32)
 
 
 def resample_features(tokens: VisualTokens, rows: np.ndarray, coords: np.ndarray) -> np.ndarray:

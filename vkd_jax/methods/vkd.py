@@ -9,6 +9,10 @@ With a forget batch (x_f, q_f, y_f), a retain batch (x_r, q_r, y_r), the student
 Only the projector and the vision tower, or its last `blocks` blocks, train; the language model has neither gradients
 nor optimizer state. Each detail that the paper's abstract leaves open is an assumption, A1 to A8, and a field below.
 
+h_l(teacher, x_r) of all retain images is cached in the memory of the host, 5.6 MiB per image of LLaVA-1.5-7B. A set
+that is too large for it is trained with `teacher_features="recomputed"`: each step computes the teacher's features of
+its retain images, which costs one more pass of the vision tower, and the memory no longer grows with the set.
+
 Reference: arXiv 2512.11325. Not verified on official code, of which none is known.
 """
 
@@ -36,6 +40,8 @@ FORGET = ("npo", "ga", "none")
 TARGETS = ("swap", "look_alike", "anchor", "base", "repel", "none")
 TEACHERS = ("vanilla", "base")
 MASK_SCOPES = ("forget", "both", "none")
+TEACHER_FEATURES = ("cached", "recomputed")
+SCALE_IMAGES = 256  # retain images that scales and means are computed from if features are recomputed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +58,12 @@ class VKD(Ascent):
     target: str = setting("swap", "A3: target of the features of forget images.", choices=TARGETS)
     repel_cap: float = setting(1.0, "Distance at which target=repel stops, in units of D.", above=0)
     teacher: str = setting("vanilla", "A4: teacher on the retain set.", choices=TEACHERS)
+    teacher_features: str = setting(
+        "cached",
+        "How the retain set gets the teacher's features: 'cached' in the memory of the host, or 'recomputed' at each "
+        "step, for sets that do not fit.",
+        choices=TEACHER_FEATURES,
+    )
     taps: tuple[str, ...] = setting(("features", "projector"), "A5: features that are distilled.", nonempty=True)
     mask_scope: str = setting("both", "A6: gradients that the saliency mask covers.", choices=MASK_SCOPES)
     mask_keep: float | None = setting(
@@ -69,7 +81,7 @@ class VKD(Ascent):
         8, "A8: augmented copies of each forget image, so that unseen images are forgotten too.", minimum=0
     )
     augment_retain: int = setting(
-        0, "A8: augmented copies of each retain image; teacher features of all copies are in memory.", minimum=0
+        0, "A8: augmented copies of each retain image, each with its own features of the teacher.", minimum=0
     )
     weight_forget_ce: float = setting(1.0, "Weight w_cf of the forget loss of the output.", minimum=0)
     weight_forget_distill: float = setting(1.0, "Weight w_kf of the forget distillation.", minimum=0)
@@ -77,8 +89,13 @@ class VKD(Ascent):
     weight_retain_distill: float = setting(8.0, "Weight w_kr of the retain distillation.", minimum=0)
 
     def validate(self) -> None:
-        """Also checks that exactly one field determines the size of the mask."""
+        """Also checks that exactly one field determines the size of the mask, and which teacher can be recomputed."""
         super().validate()
+        if self.teacher_features == "recomputed" and self.teacher != "vanilla":
+            raise self.error(
+                "teacher_features",
+                f"a step has the weights of the vanilla model, not of teacher={self.teacher}. Give 'cached'.",
+            )
         if self.mask_scope != "none" and (self.mask_threshold is None) == (self.mask_keep is None):
             raise self.error("mask_keep", "the mask takes mask_threshold or mask_keep. Set exactly one to a number.")
 
@@ -118,16 +135,22 @@ class VKD(Ascent):
         }
         for name, encoded in augmented.items():
             base.check_cache(encoded, specs[name])
-        vanilla_retain = feature_targets.record_taps(context.graphdef, context.params, retain.images, self.taps)
+        sources = self._source_rows(context)
+        recorded = self._recorded_rows(context, sources)
+        images = retain.images if len(recorded) == len(retain.images) else retain.images.subset(recorded)
+        vanilla_retain = feature_targets.record_taps(context.graphdef, context.params, images, self.taps)
         teacher_retain = vanilla_retain
         if self.teacher == "base":
             teacher_retain = feature_targets.record_taps(
                 context.graphdef, context.base_params(), retain.images, self.taps
             )
         scales = feature_targets.mean_squares(teacher_retain)
-        targets = {tap: tokens.values for tap, tokens in teacher_retain.items()}
-        retain = base.with_cache(retain, specs["retain"], _cached(targets, scales))
-        cached = _cached(self._targets(context, vanilla_retain), scales)
+        cached = _cached_scales(scales, len(retain.images))
+        if self.teacher_features == "cached":
+            cached |= _cached_targets({tap: tokens.values for tap, tokens in teacher_retain.items()})
+        retain = base.with_cache(retain, specs["retain"], cached)
+        targets = self._targets(context, vanilla_retain, np.searchsorted(recorded, sources))
+        cached = _cached_targets(targets) | (_cached_scales(scales, len(forget.images)) if targets else {})
         if "reference" in specs["forget"].per_example:
             cached["reference"] = base.reference_log_probs(context, forget)
         # Augmented copies follow the originals, one whole set after another.
@@ -146,14 +169,24 @@ class VKD(Ascent):
             for tap in self.taps:
                 values = taps[tap].values
                 dtype = jnp.float32 if is_forget and self.target == "anchor" else values.dtype
-                per_image[f"target/{tap}"] = jax.ShapeDtypeStruct(values.shape[1:], dtype)
                 per_image[f"scale/{tap}"] = jax.ShapeDtypeStruct((), jnp.float32)
+                if is_forget or self.teacher_features == "cached":
+                    per_image[f"target/{tap}"] = jax.ShapeDtypeStruct(values.shape[1:], dtype)
         per_example = {}
         if is_forget and self.forget == "npo":
             per_example = base.REFERENCE_SPEC
         if is_forget and self.forget == "ga" and self.bound != "cap":
             per_example = BOUND_SPEC
         return base.CacheSpec(per_image, per_example)
+
+    def teachers(self) -> Mapping[str, base.TeacherFn]:
+        """Also returns the recomputed features of the retain batch."""
+        retain = {"retain": self._retain_targets} if self.teacher_features == "recomputed" else {}
+        return {**super().teachers(), **retain}
+
+    def _retain_targets(self, model, batch):
+        _, taps = base.encode_images(model, batch)
+        return {f"target/{tap}": taps[tap].values for tap in self.taps}
 
     def image_losses(self) -> Mapping[str, base.LossFn]:
         """Returns L_f and L_r, whose gradients are separate so that the mask can cover one of them."""
@@ -194,12 +227,35 @@ class VKD(Ascent):
             for tap in self.taps
         )
 
-    def _targets(self, context: base.Context, retain: Mapping[str, VisualTokens]) -> Mapping[str, np.ndarray]:
+    def _source_rows(self, context: base.Context) -> np.ndarray:
+        """Draws the retain image whose features are the target of each of the m forget images.
+
+        Returns:
+            int [m], or [0] if targets come from elsewhere.
+        """
+        if self.target == "look_alike":
+            return self._look_alike_rows(context)
+        if self.target == "swap":
+            sizes = len(context.sets["retain"].images), len(context.sets["forget"].images)
+            return rng(context.seed, "vkd/swap").integers(sizes[0], size=sizes[1])
+        return np.zeros(0, int)
+
+    def _recorded_rows(self, context: base.Context, sources: np.ndarray) -> np.ndarray:
+        """The retain images whose features are recorded, ascending: all, or those that scales and targets need."""
+        count = len(context.sets["retain"].images)
+        if self.teacher_features == "cached":
+            return np.arange(count)
+        return np.union1d(rng(context.seed, "vkd/scales").permutation(count)[:SCALE_IMAGES], sources)
+
+    def _targets(
+        self, context: base.Context, retain: Mapping[str, VisualTokens], sources: np.ndarray
+    ) -> Mapping[str, np.ndarray]:
         """Computes the targets of the features of the m forget images: {tap: [m, p, c]}.
 
         Args:
             context: with the augmented sets.
-            retain: the vanilla model's taps of the retain images.
+            retain: the vanilla model's taps of the recorded retain images.
+            sources: the `_source_rows`, as rows of the recorded images.
         """
         images = context.sets["forget"].images
         if self.target == "none":
@@ -211,11 +267,7 @@ class VKD(Ascent):
         coords = feature_targets.tap_coords(context, images, self.taps)
         if self.target == "anchor":
             return {tap: feature_targets.mean_features(retain[tap], coords[tap]) for tap in self.taps}
-        if self.target == "look_alike":
-            rows = self._look_alike_rows(context)
-        else:
-            rows = rng(context.seed, "vkd/swap").integers(len(context.sets["retain"].images), size=len(images))
-        return {tap: feature_targets.resample_features(retain[tap], rows, coords[tap]) for tap in self.taps}
+        return {tap: feature_targets.resample_features(retain[tap], sources, coords[tap]) for tap in self.taps}
 
     def _look_alike_rows(self, context: base.Context) -> np.ndarray:
         """Draws, for each of the m forget images, an image of the person's look-alike: int [m]."""
@@ -250,7 +302,11 @@ class VKD(Ascent):
         return () if lora.is_adapter(path) else super().mask_shape(path, shape, model_config)
 
 
-def _cached(targets: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Names the cached arrays of `VKD.cache_spec`: the targets, and the scale of each tap repeated for each image."""
-    cached = {f"target/{tap}": value for tap, value in targets.items()}
-    return cached | {f"scale/{tap}": np.full(len(value), scales[tap]) for tap, value in targets.items()}
+def _cached_targets(targets: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Names the cached targets as `VKD.cache_spec` does."""
+    return {f"target/{tap}": value for tap, value in targets.items()}
+
+
+def _cached_scales(scales: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    """Names the scale of each tap as `VKD.cache_spec` does, repeated for each of `count` images."""
+    return {f"scale/{tap}": np.full(count, scale) for tap, scale in scales.items()}

@@ -1,0 +1,104 @@
+"""VKD on retain sets whose teacher features do not fit in memory: they are recomputed at each step."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from vkd_jax.config.training import TrainConfig
+from vkd_jax.methods import base, feature_targets, vkd
+from vkd_jax.methods.vkd import VKD
+from vkd_jax.models.base import bind
+from vkd_jax.runtime import memory
+from vkd_jax.training import loop
+from vkd_jax.types import UserError
+
+SETTINGS = dict(blocks=0, augment_forget=1, mask_scope="none")
+CACHED, RECOMPUTED = (VKD(teacher_features=value, **SETTINGS) for value in vkd.TEACHER_FEATURES)
+
+
+@pytest.fixture(scope="module")
+def context(tiny_model, tiny_sets):
+    return base.Context(
+        tiny_model.graphdef, tiny_model.params, None, tiny_model.config, tiny_sets, seed=0, encode=tiny_model.encode
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(context):
+    return {method: method.prepare(context) for method in (CACHED, RECOMPUTED)}
+
+
+def test_the_teacher_computes_the_features_that_are_cached_otherwise(context, prepared):
+    cached, recomputed = (prepared[m].sets["retain"].batch(np.array([3, 0, 7])) for m in (CACHED, RECOMPUTED))
+    targets = RECOMPUTED.teachers()["retain"](bind(context.graphdef, context.params), recomputed)
+    assert {**targets, **recomputed.cached}.keys() == cached.cached.keys()
+    for name, value in {**targets, **recomputed.cached}.items():
+        np.testing.assert_allclose(value, cached.cached[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_training_is_the_same_either_way(tiny_model, prepared):
+    config = TrainConfig(steps=2, learning_rate=1e-2, warmup_steps=0, batch_size=dict(forget=2, retain=2))
+    cached, recomputed = (
+        loop.fit(tiny_model, method, prepared[method], config, seed=0, folder=None) for method in (CACHED, RECOMPUTED)
+    )
+    moved = [path for path in cached if not np.array_equal(cached[path], tiny_model.params[path])]
+    assert moved and cached.keys() == recomputed.keys()
+    for path in cached:
+        np.testing.assert_allclose(cached[path], recomputed[path], rtol=1e-3, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("target", vkd.TARGETS)
+def test_only_the_images_that_targets_and_scales_need_are_recorded(context, monkeypatch, target):
+    """The forget targets are the features of the retain images that cached features would have given."""
+    monkeypatch.setattr(vkd, "SCALE_IMAGES", 3)
+    recorded, record_taps = [], feature_targets.record_taps
+
+    def counting(graphdef, params, images, names):
+        recorded.append(len(images))
+        return record_taps(graphdef, params, images, names)
+
+    monkeypatch.setattr(feature_targets, "record_taps", counting)
+    context = dataclasses.replace(context, load_base=lambda: context.params)
+    sets = {}
+    for method in (CACHED, RECOMPUTED):
+        method = dataclasses.replace(method, target=target)
+        sets[method.teacher_features] = method.prepare(context).sets["forget"]
+    everything, few = recorded[0], recorded[len(recorded) // 2]
+    sources = len(sets["cached"].images) if target in ("swap", "look_alike") else 0
+    assert 3 <= few <= 3 + sources and few < everything == len(context.sets["retain"].images)
+    if target in ("swap", "look_alike"):
+        for tap in CACHED.taps:
+            cached, recomputed = (x.per_image[f"target/{tap}"] for x in sets.values())
+            np.testing.assert_allclose(cached, recomputed, rtol=1e-5, atol=1e-6)
+
+
+def test_features_that_do_not_fit_are_refused_with_the_setting_that_fits(context, prepared, monkeypatch):
+    retain = context.sets["retain"]
+    cached = prepared[CACHED].sets["retain"].per_image.values()
+    monkeypatch.setattr(memory, "host_bytes", lambda: sum(x.nbytes for x in cached) - 1)
+    taps = base.tap_shapes(context, retain)
+    with pytest.raises(UserError, match="cached values of .* need .*; set method.teacher_features=recomputed"):
+        base.check_cache(retain, CACHED.cache_spec("retain", taps, context.model_config))
+    base.check_cache(retain, RECOMPUTED.cache_spec("retain", taps, context.model_config))
+
+
+def test_a_teacher_that_no_step_has_is_refused():
+    with pytest.raises(UserError, match="teacher_features: a step has the weights of the vanilla model"):
+        VKD(teacher_features="recomputed", teacher="base")
+
+
+def test_mean_squares_are_those_of_all_images_however_many_are_squared_at_once(context):
+    images = context.sets["retain"].images
+    tokens = feature_targets.record_taps(context.graphdef, context.params, images, ["projector"])["projector"]
+    whole = np.mean(np.square(tokens.values), where=tokens.valid[..., None], dtype=np.float32)
+    assert feature_targets.mean_squares({"projector": tokens})["projector"] == whole
+    np.testing.assert_allclose(feature_targets._mean_square(tokens, chunk=2), whole, rtol=1e-6)
+
+
+def test_a_subset_of_images_is_packed_as_the_whole_set(context):
+    images, rows = context.sets["retain"].images, np.array([1, 4])
+    for name, array in images.subset(rows)[np.arange(2)].items():
+        np.testing.assert_array_equal(array, images[rows][name])
+    jax.tree.map(np.testing.assert_array_equal, images.subset(rows)._pack(map(images.make, rows)), dict(images[rows]))

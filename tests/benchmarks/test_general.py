@@ -11,7 +11,7 @@ import pytest
 from vkd_jax import registry
 from vkd_jax.benchmarks import general
 from vkd_jax.benchmarks.synthetic import suites_writer
-from vkd_jax.config.schema import EvalConfig
+from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.types import Role, SuiteQuestion, UserError
 
 SETS = {  # of each suite: questions of each set of the stand-in

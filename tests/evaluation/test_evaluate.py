@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vkd_jax.config.schema import EvalConfig
+from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.evaluation import inference, wording
 from vkd_jax.evaluation.encoded_images import EncodedImages
 from vkd_jax.evaluation.evaluate import evaluate, sample

@@ -7,7 +7,7 @@ import pytest
 from vkd_jax import methods, registry
 from vkd_jax.benchmarks import general
 from vkd_jax.checkpoints.bundle import ModelBundle
-from vkd_jax.config.schema import EvalConfig
+from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.evaluation import metrics
 from vkd_jax.evaluation.evaluate import evaluate
 from vkd_jax.evaluation.inference import Answerer

@@ -5,7 +5,7 @@ import numpy as np
 import random_llava
 
 from vkd_jax.checkpoints.bundle import ModelBundle
-from vkd_jax.config.schema import EvalConfig
+from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.evaluation.evaluate import evaluate
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.runtime.mesh import make_mesh, param_shardings

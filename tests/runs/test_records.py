@@ -144,10 +144,10 @@ def test_another_model_is_refused_by_file(tmp_path):
 def test_a_changed_wording_of_prompts_is_another_input(tmp_path):
     file = tmp_path / "prompts.json"
     file.write_text('{"letter": "{question}"}')
-    saved = inputs.describe({}, {}, str(file))
-    assert list(inputs.differences(saved, inputs.describe({}, {}, str(file)))) == []
+    saved = inputs.describe({}, {}, {"prompts": str(file)})
+    assert list(inputs.differences(saved, inputs.describe({}, {}, {"prompts": str(file)}))) == []
     file.write_text('{"letter": "{question}!"}')
-    assert list(inputs.differences(saved, inputs.describe({}, {}, str(file)))) == [
+    assert list(inputs.differences(saved, inputs.describe({}, {}, {"prompts": str(file)}))) == [
         "the file of config.eval.prompts changed"
     ]
 

@@ -200,3 +200,13 @@ def _expected(kind: Any, rules: Mapping[str, Any]) -> str:
 
 def _shown(number: float) -> str:
     return f"{number:,}" if isinstance(number, int) else f"{number:g}"
+
+
+def comma_separated(text: str) -> list[str]:
+    """The items of a text that separates them by commas.
+
+    Example:
+        >>> comma_separated("pope, gqa,")
+        ['pope', 'gqa']
+    """
+    return [item.strip() for item in text.split(",") if item.strip()]

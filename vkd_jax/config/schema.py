@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -22,11 +21,11 @@ import ml_collections
 from vkd_jax import messages, registry
 from vkd_jax.config import fields
 from vkd_jax.config.comparison import CompareConfig, EntrantConfig
+from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.config.fields import FieldError, Section, setting
 from vkd_jax.config.stages import STAGES, Stage
 from vkd_jax.config.training import TrainConfig
 
-PROTOCOLS = ("options", "letter", "letter:first_character", "letter:similar_option", "letter:strict")
 INFINITY = "inf"  # in JSON
 INTEGER_FORMAT = r"int[84](:[1-9]\d*)?"  # of quantized weights, with an optional group size
 QUANTIZATIONS = "int8 or int4, optionally with a group size as in int4:64, w8a8, or ''"
@@ -96,86 +95,6 @@ class MeshConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig(Section):
-    """How models are evaluated."""
-
-    SECTION: ClassVar[str] = "eval"
-
-    protocol: str = setting(
-        "options",
-        "How questions with options are asked: 'options' takes the most probable option, 'letter' the letter that the "
-        "model writes, 'letter:first_character' the first letter of whatever it writes, as MLLMU-Bench does, "
-        "'letter:similar_option' the option most similar to what it writes, as UMU-Bench does, and 'letter:strict' "
-        "only a lone letter or 'The answer is B', as OFFSIDE does. Several with commas; the first one counts.",
-    )
-    prompts: str = setting("", "JSON file of prompt wordings, see docs/extending.md; '' is the package's own.")
-    shots: int = setting(0, "1 shows a worked example before each question.", choices=(0, 1))
-    batch_size: int = setting(64, "Questions per batch.", minimum=1)
-    max_items: int = setting(300, "Largest number of questions per set and kind; 0 asks all.", minimum=0)
-    max_new_tokens: int = setting(8, "Largest number of tokens of a written answer.", minimum=1)
-    seed: int = setting(0, "Seed of the sample of questions.", **fields.SEED)
-    general: str = setting("", f"Standard suites of general ability, with commas: {', '.join(registry.SUITES)}.")
-    general_source: str = setting(
-        "",
-        "Where the suites are: a folder with a subfolder for each, 'hub' for the usual ids on the Hugging Face hub, or "
-        "NAME=SOURCE for single suites, with commas. '' writes small stand-ins of drawn images.",
-    )
-
-    def validate(self) -> None:
-        """Also checks the names of the protocols and of the suites."""
-        super().validate()
-        self.general_sources()
-        names = self.protocols
-        if not set(names) <= set(PROTOCOLS) or len(set(names)) < len(names):
-            raise self.error(
-                "protocol",
-                f"{self.protocol!r} is not allowed. Give {', '.join(PROTOCOLS)}, or several, as in options,letter.",
-            )
-
-    @property
-    def protocols(self) -> tuple[str, ...]:
-        """Names of the protocols, in order."""
-        return tuple(name.strip() for name in self.protocol.split(","))
-
-    def general_sources(self) -> dict[str, str]:
-        """The source of each suite that is asked, by name, in the order of `registry.SUITES`; "hub" is its usual id.
-
-        Raises:
-            FieldError: a name is unknown or given twice, or a source is for a suite that is not asked.
-        """
-        names = _listed(self.general)
-        if unknown := [name for name in names if name not in registry.SUITES]:
-            available = messages.choices(registry.SUITES)
-            raise self.error("general", f"unknown suite {messages.listed(unknown)}. Available: {available}.")
-        if len(set(names)) < len(names):
-            raise self.error("general", f"{self.general!r} names a suite twice. Give each once.")
-        default, sources = "", {}
-        for text in _listed(self.general_source):
-            if match := re.fullmatch(r"(\w+)=(.+)", text):
-                sources[match[1]] = match[2]
-            elif default:
-                raise self.error("general_source", f"{default!r} and {text!r} are both for all suites. Give one.")
-            else:
-                default = text
-        if unasked := [name for name in sources if name not in names] or ([default] if default and not names else []):
-            raise self.error(
-                "general_source",
-                f"{unasked[0]!r} is not needed: eval.general is {self.general!r}. Name the suite there.",
-            )
-        folder = {"": "", "hub": "hub"}
-        return {
-            name: sources.get(name, folder.get(default, f"{default.rstrip('/')}/{name}"))
-            for name in registry.SUITES
-            if name in names
-        }
-
-
-def _listed(text: str) -> list[str]:
-    """The items of a text that separates them by commas."""
-    return [item.strip() for item in text.split(",") if item.strip()]
-
-
-@dataclasses.dataclass(frozen=True)
 class AttacksConfig(Section):
     """Attacks after the evaluation, each with a section on the same level as these fields in a ConfigDict."""
 
@@ -198,7 +117,7 @@ class AttacksConfig(Section):
             )
 
     def _names(self) -> list[str]:
-        names = _listed(self.names)
+        names = fields.comma_separated(self.names)
         return list(self.settings) if names == ["all"] else names
 
     @property

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from vkd_jax.config.schema import EvalConfig
+from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.data.batching import rng
 from vkd_jax.evaluation import metrics
 from vkd_jax.evaluation.encoded_images import EncodedImages

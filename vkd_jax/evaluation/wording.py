@@ -83,11 +83,16 @@ def read_wording(path: str | os.PathLike[str]) -> Wording:
         for field, template in values.items():
             if field not in SLOTS:
                 raise UserError(f"unknown field {field!r}. Available: {', '.join(SLOTS)}.")
-            _check_template(field, template, SLOTS[field])
+            check_template(field, template, SLOTS[field])
     return Wording(**values)
 
 
-def _check_template(name: str, template: object, slots: tuple[str, ...]) -> None:
+def check_template(name: str, template: object, slots: tuple[str, ...]) -> None:
+    """Checks that the template of a field is a text with exactly these slots.
+
+    Raises:
+        UserError: it is not.
+    """
     expected = "write a text with " + " and ".join(f"{{{slot}}}" for slot in slots)
     if not isinstance(template, str) or not template.strip():
         raise UserError(f"{name} is {json_files.describe(template)}; {expected}.")

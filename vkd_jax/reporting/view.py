@@ -53,7 +53,20 @@ def measured(run: Run) -> dict[str, Any]:
         "tasks": {kind.rpartition("_")[0] for kind in kinds},
         "shots": run.meta.shots,
         "max_new_tokens": run.meta.config["eval"]["max_new_tokens"],
+        **_judge(run),
         "letters": [{"model": MODELS[model], **item} for model, item in letters.items() if item and item["without"]],
+    }
+
+
+def _judge(run: Run) -> dict[str, Any]:
+    """The name of the judge, "" without one, and how many answers it was asked to grade and graded."""
+    options = run.meta.config["eval"]
+    replies = [record for records in run.answers.values() for record in records if "judge_reply" in record]
+    return {
+        "judge": options.get("judge_model") or options.get("judge") or "",
+        "judge_prompts": options.get("judge_prompts"),
+        "asked": len(replies),
+        "graded": sum("judge" in record for record in replies),
     }
 
 

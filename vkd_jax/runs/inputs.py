@@ -12,25 +12,30 @@ from vkd_jax.types import Example
 
 FILE = "inputs.json"
 PROVENANCE = "provenance.json"  # in a model folder that a run exported: config and version of that run
+WORDINGS = ("prompts", "judge_prompts")  # fields of `config.eval` that name files
 Inputs = dict[str, Any]  # as JSON; see `describe`
 
 
-def describe(sets: Mapping[str, Sequence[Example]], models: Mapping[str, Path], prompts: str = "") -> Inputs:
+def describe(
+    sets: Mapping[str, Sequence[Example]],
+    models: Mapping[str, Path],
+    wordings: Mapping[str, str] = {},  # noqa: B006
+) -> Inputs:
     """Computes the digests of a run's inputs.
 
     Args:
         sets: the examples of each set.
-        models: the folder of each model, by its field of `config.model`.
-        prompts: the file of the wording of prompts, `config.eval.prompts`; "" for none.
+        models: the folder of each model, by its field of `config.model`; "eval.judge" is the judge's.
+        wordings: the file of each wording of `WORDINGS`; "" for none.
 
     Returns:
         {"sets": {set: {"questions": n, "images": n, "sha256": digest}}, "models": {field: {file: digest}},
-        "prompts": digest or ""}
+        "prompts": digest or "", "judge_prompts": digest or ""}
     """
     return {
         "sets": {name: _describe_set(examples) for name, examples in sets.items()},
         "models": {name: _describe_model(folder) for name, folder in models.items()},
-        "prompts": hashlib.sha256(storage.resolve(prompts).read_bytes()).hexdigest() if prompts else "",
+        **{name: _describe_file(wordings.get(name, "")) for name in WORDINGS},
     }
 
 
@@ -48,14 +53,17 @@ def differences(saved: Mapping[str, Any], current: Inputs) -> Iterator[str]:
             yield f"the set {name} has other questions, answers or images ({counts[1]}, as before)"
     for field in sorted(saved_models.keys() | current["models"].keys()):
         if changed := changed_keys(saved_models.get(field), current["models"].get(field)):
-            yield f"the model of config.model.{field} changed in {', '.join(changed[:3])}"
-    if saved.get("prompts") != current["prompts"]:
-        yield "the file of config.eval.prompts changed"
+            name = field if "." in field else f"model.{field}"
+            yield f"the model of config.{name} changed in {', '.join(changed[:3])}"
+    for name in WORDINGS:
+        if saved.get(name, "") != current[name]:
+            yield f"the file of config.eval.{name} changed"
 
 
 def of_both(saved: Mapping[str, Any], current: Inputs) -> tuple[Inputs, Inputs]:
     """The inputs of two runs without the sets and models that only one of them reads."""
-    saved = {key: mapping(saved.get(key)) for key in ("sets", "models")} | {"prompts": saved.get("prompts")}
+    wordings = {name: saved.get(name, "") for name in WORDINGS}
+    saved = {key: mapping(saved.get(key)) for key in ("sets", "models")} | wordings
     common = {key: saved[key].keys() & current[key].keys() for key in ("sets", "models")}
 
     def restricted(values: Mapping[str, Any]) -> Inputs:
@@ -77,6 +85,10 @@ def _describe_set(examples: Sequence[Example]) -> dict[str, Any]:
         digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
     images = {e.image_id for e in examples if e.image is not None}
     return {"questions": len(examples), "images": len(images), "sha256": digest.hexdigest()}
+
+
+def _describe_file(path: str) -> str:
+    return hashlib.sha256(storage.resolve(path).read_bytes()).hexdigest() if path else ""
 
 
 def _describe_model(folder: Path) -> dict[str, str]:

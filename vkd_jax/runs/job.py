@@ -12,7 +12,7 @@ from vkd_jax.attacks import Attack
 from vkd_jax.benchmarks import general
 from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
 from vkd_jax.config.schema import ModelConfig, RunConfig
-from vkd_jax.evaluation import evaluate, wording
+from vkd_jax.evaluation import evaluate, judge, wording
 from vkd_jax.methods import Method
 from vkd_jax.methods.text_stream import STREAM as TEXT_STREAM
 from vkd_jax.runs.inputs import PROVENANCE
@@ -44,6 +44,7 @@ class Job:
         config = workdir.config
         mesh = check_config(config)
         wording.read_wording(config.eval.prompts)
+        judge.read_rules(config.eval.judge_prompts)
         with workdir.stage("data"):
             sets = read_data(workdir)
             held_out = sets.pop(HELD_OUT, [])

@@ -20,7 +20,7 @@ from vkd_jax.methods.text_stream import STREAM as TEXT_STREAM
 from vkd_jax.models import lora
 from vkd_jax.reporting import model_card, report
 from vkd_jax.results import FILE, RunResults, to_json
-from vkd_jax.runs import inputs, results_writer
+from vkd_jax.runs import inputs, judging, results_writer
 from vkd_jax.runs.job import Job
 from vkd_jax.runtime import files, hub, json_files, multihost, storage
 from vkd_jax.training import loop
@@ -105,7 +105,8 @@ def unlearn_and_judge(job: Job, finetuned: dict[str, Path]) -> None:
             answers["unlearned"] = judge(job, "unlearned", unlearned)
             with workdir.stage("compare text"):
                 changes = results_writer.model_changes(job, unlearned, vanilla_scores, manifest, source)
-        results_writer.write(job, answers, changes)
+            del unlearned
+        results_writer.write(job, judging.ask_judge(job, answers), changes)
     if config.reports:
         if config.workflow.unlearns:
             document_model(job)

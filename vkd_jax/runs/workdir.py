@@ -39,7 +39,10 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy",
 SHARED_MODELS = ("vanilla", "retain_only")  # models that are the same in every run of a comparison
 MOVE = "remove it, or pass another --workdir"
 START_OVER = "pass another --workdir, or remove that folder to start over"
-FOLDERS = ("answers", "attacks", "base", "data", "portraits", "report", "retain_only", "train", "unlearned", "vanilla")
+FOLDERS = (
+    *("answers", "attacks", "base", "data", "judge", "portraits", "report"),
+    *("retain_only", "train", "unlearned", "vanilla"),
+)
 FOLDERS_OF_A_COMPARISON = ("cache", "controls", "data", "models", "runs", "tuning")
 FILE_SUFFIXES = (".json", ".jsonl", ".md", ".html", ".txt", ".png", ".jpg", ".pdf")  # of the files of runs
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vkd_jax import registry
 from vkd_jax.benchmarks.general.suite import Suite
-from vkd_jax.config.schema import EvalConfig
+from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.types import Example
 
 

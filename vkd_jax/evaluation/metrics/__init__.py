@@ -39,6 +39,8 @@ METRICS: dict[str, str] = {
     "mme_accuracy": f"{_HERE}.suites:MME_ACCURACY",
     "mme_accuracy_plus": f"{_HERE}.suites:MME_ACCURACY_PLUS",
     "mmvet_match": f"{_HERE}.suites:MMVET_MATCH",
+    "mmvet_score": f"{_HERE}.judge:MMVET_SCORE",
+    "judge": f"{_HERE}.judge:JUDGE",
     "truth_ratio_forget": f"{_HERE}.likelihoods:TRUTH_RATIO_FORGET",
     "probability_retain": f"{_HERE}.likelihoods:PROBABILITY_RETAIN",
     "em": f"{_HERE}.keywords:EM",

@@ -48,6 +48,7 @@ def _forgotten(record: Mapping) -> float | None:
 
 _fiubench, _covubench = _recall("fiubench", str.lower), _recall("covubench", canonical)
 
+
 def _overlap(record: Mapping) -> float | None:
     return ROUGE_L_RECALL.value(record) if rule_of(record)[0] == "covubench" else None
 

@@ -296,7 +296,7 @@ MMVET_MATCH = _metric(
     "mmvet_match",
     "answers with the true words",
     _is_correct,
-    "the answer contains the true words; MM-Vet's score needs a language model as judge and is not computed",
+    "the answer contains the true words; MM-Vet's score needs a language model as judge: config.eval.judge",
     suites=("mmvet",),
     upstream=False,
 )

@@ -1,0 +1,232 @@
+"""A language model as judge: prompts, scores, and the endpoint, which is a server of this process."""
+
+import contextlib
+import http.server
+import json
+import threading
+import types
+
+import pytest
+
+from vkd_jax.config.evaluation import EvalConfig
+from vkd_jax.evaluation import judge, metrics
+from vkd_jax.evaluation.inference import Answerer
+from vkd_jax.evaluation.metrics.summary import summarize
+from vkd_jax.types import Role, UserError
+
+
+def record(prediction="a baker", **changes):
+    fields = dict(task="generation", modality="vqa", set="forget", person="Zoë", question="What is {she}?")
+    return {**fields, "answer": "a judge", "prediction": prediction, "correct": False, **changes}
+
+
+@pytest.mark.parametrize(
+    ("largest", "reply", "score"),
+    [
+        (10, "7", 0.7),
+        (10, "10", 1.0),
+        (10, "0", 0.0),
+        (10, "**Score:** 8/10", 0.8),
+        (10, "I give it 2.5.", 0.25),
+        (10, "11", None),
+        (10, "-3", None),
+        (10, "", None),
+        (10, "I cannot see the image.", None),
+        (10, "v1", None),
+        (1, "0.3", 0.3),
+        (1, "3", None),
+    ],
+)
+def test_the_score_is_the_first_number_of_the_reply(largest, reply, score):
+    assert judge.Rule("", largest).score(reply) == score
+
+
+RULES = {
+    name: judge.Rule("{question}|{answer}|{prediction}", largest)
+    for name, largest in [("generation", 10), ("mmvet", 1)]
+}
+
+
+def test_open_answers_and_mm_vet_are_graded_and_other_records_stay_as_they_are():
+    script = types.SimpleNamespace(replies=lambda prompts: [judge.Reply(p.split("|")[2]) for p in prompts])
+    cloze, choice = record(task="cloze"), record(task="classification", protocol="options")
+    pope, mmvet = (record("1", task="suite", suite=name) for name in ("pope", "mmvet"))
+    records = [record("7"), cloze, choice, pope, mmvet, record(None), record("none {at} all")]
+    result = judge.judged(script, RULES, records)
+    assert [r.get("judge") for r in result] == [0.7, None, None, None, 1.0, None, None]
+    assert [r.get("judge_reply") for r in result] == ["7", None, None, None, "1", "", "none {at} all"]
+    assert all(map(judge.is_judged, result)) and not judge.is_judged(records[0])
+    assert result[1:4] == records[1:4] and "judge_reply" not in records[0]
+
+
+def test_a_prompt_is_asked_once_and_never_again_after_it_was_saved():
+    asked, saved = [], []
+
+    def replies(prompts):
+        asked.append(prompts)
+        return [judge.Reply("7", 5, 1)] * len(prompts)
+
+    script = types.SimpleNamespace(replies=replies)
+    records = [record(text) for text in "abcab"]
+    first = judge.judged(script, RULES, records, save=saved.append, chunk=2)
+    assert [len(prompts) for prompts in asked] == [2, 1] and [len(replies) for replies in saved] == [2, 3]
+    asked.clear()
+    assert judge.judged(script, RULES, records, known=saved[0], chunk=2) == first
+    assert [prompt.split("|")[2] for [prompt] in asked] == ["c"]
+    asked.clear()
+    assert judge.judged(script, RULES, records, known=json.loads(json.dumps(saved[1]))) == first and not asked
+
+
+def test_the_scores_are_metrics_of_the_records_that_have_one():
+    records = [record(judge=0.5), record(judge=1.0), record(judge_reply="no")]
+    assert summarize(records, Role.FORGET).metrics["judge"].mean == 0.75
+    assert metrics.get("judge").arrow(Role.FORGET) == "↓" and metrics.get("judge").arrow(Role.RETAIN) == "↑"
+    assert "judge" not in summarize([record()], Role.FORGET).metrics
+    suite = [record(task="suite", suite="mmvet", judge=0.25, group="1", category="", references=[])]
+    assert metrics.get("mmvet_score").value(suite[0]) == 0.25 and metrics.get("mmvet_score").value(records[0]) is None
+
+
+def test_the_judge_of_this_process_replies_to_each_prompt(tiny_model):
+    replies = judge.LoadedJudge(Answerer(tiny_model, batch_size=2)).replies(["Who?", "What?", "Why?"])
+    assert len(replies) == 3 and all(isinstance(reply.text, str) for reply in replies)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "expected an object"),
+        ("{", "judge.json"),
+        ('{"open": {}}', "unknown rule 'open'. Available: generation, mmvet"),
+        ('{"mmvet": "{question}"}', "mmvet is the text '{question}'; write {\"prompt\": TEXT"),
+        ('{"mmvet": {"prompt": "{question}{answer}{prediction}"}}', 'write {"prompt": TEXT'),
+        ('{"mmvet": {"prompt": "{question} {answer}", "largest": 1}}', "mmvet.prompt lacks the slot {prediction}"),
+        ('{"mmvet": {"prompt": "{question.x}{answer}{prediction}", "largest": 1}}', "unknown slot {question.x}"),
+        ('{"mmvet": {"prompt": "{question}{answer}{prediction}", "largest": 0}}', "mmvet.largest is the number 0"),
+        ('{"mmvet": {"prompt": "{question}{answer}{prediction}", "largest": true}}', "mmvet.largest is the"),
+        ('{"mmvet": {"prompt": "{question}{answer}{prediction}", "largest": "1"}}', "mmvet.largest is the text '1'"),
+    ],
+)
+def test_wrong_prompts_are_refused_by_name(tmp_path, text, words):
+    (tmp_path / "judge.json").write_text(text)
+    with pytest.raises(UserError) as raised:
+        judge.read_rules(tmp_path / "judge.json")
+    assert words in str(raised.value) and "judge.json" in str(raised.value)
+
+
+def test_a_rule_that_a_file_lacks_is_this_packages(tmp_path):
+    rule = {"prompt": "{question}{answer}{prediction}", "largest": 5}
+    (tmp_path / "judge.json").write_text(json.dumps({"generation": rule}))
+    rules = judge.read_rules(tmp_path / "judge.json")
+    assert (
+        rules == {"generation": judge.Rule(**rule), "mmvet": judge.RULES["mmvet"]}
+        and judge.read_rules("") is judge.RULES
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(judge="http://localhost/v1"), "judge_model: '' does not fit .* Name the model"),
+        (dict(judge="tiny_llava", judge_model="x"), "judge_model: 'x' does not fit .* Leave it out"),
+        (dict(judge_model="x"), "judge_model: 'x' does not fit"),
+        (dict(judge_prompts="x.json"), "judge_prompts: there is no judge"),
+    ],
+)
+def test_half_a_judge_is_refused(fields, words):
+    with pytest.raises(UserError, match=words):
+        EvalConfig(**fields)
+
+
+# The endpoint.
+
+
+def completion(text, **usage):
+    return json.dumps({"choices": [{"message": {"content": text}}], "usage": usage})
+
+
+@contextlib.contextmanager
+def endpoint(*responses):
+    """A server that gives these (status, headers, body) in turn, the last one for ever; yields its URL and requests."""
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            requests.append((self.path, dict(self.headers), body))
+            status, headers, text = responses[min(len(requests), len(responses)) - 1]
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/v1", requests
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(judge.time, "sleep", pauses.append)
+    monkeypatch.delenv(judge.KEY_VARIABLE, raising=False)
+    return pauses
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_the_request_is_one_of_chat_completions(monkeypatch, slash):
+    with endpoint((200, {}, completion(" 7\n", prompt_tokens=30, completion_tokens=1))) as (url, requests):
+        assert judge.Endpoint(url + slash, "grader").replies(["Grade Zoë."]) == [judge.Reply("7", 30, 1)]
+        monkeypatch.setenv(judge.KEY_VARIABLE, "secret")
+        judge.Endpoint(url, "grader").replies(["Grade."])
+    (path, headers, body), (_, with_key, _) = requests
+    assert path == "/v1/chat/completions" and "Authorization" not in headers
+    assert body["model"] == "grader" and body["temperature"] == 0
+    assert body["messages"] == [{"role": "user", "content": "Grade Zoë."}]
+    assert with_key["Authorization"] == "Bearer secret"
+
+
+def test_a_busy_endpoint_is_asked_again_after_growing_pauses(pauses):
+    busy = (429, {"Retry-After": "9"}, "slow down"), (503, {}, "")
+    with endpoint(*busy, (200, {}, completion("7"))) as (url, requests):
+        assert judge.Endpoint(url, "grader").replies(["Grade."]) == [judge.Reply("7")]
+    assert len(requests) == 3 and pauses == [9.0, 18.0]
+
+
+FAILURES = {
+    "refused": ((401, {}, "no key"), r"refused the request \(status 401: no key\)", 1),
+    "unknown model": ((404, {}, '{"error": "no such model"}'), "refused the request .status 404", 1),
+    "redirected": ((302, {"Location": "http://127.0.0.1:9/v1"}, ""), "refused the request .status 302", 1),
+    "down": ((500, {}, "oops"), "did not answer in 6 attempts .status 500: oops", judge.ATTEMPTS),
+    "not JSON": ((200, {}, "<html>"), "reply is not a chat completion: '<html>'", 1),
+    "no choice": ((200, {}, '{"choices": []}'), "reply is not a chat completion", 1),
+    "another shape": ((200, {}, "[]"), "reply is not a chat completion", 1),
+    "deep": ((200, {}, "[" * 100_000), "reply is not a chat completion", 1),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_failures_are_one_sentence_that_names_the_endpoint(monkeypatch, case):
+    response, words, attempts = FAILURES[case]
+    monkeypatch.setenv(judge.KEY_VARIABLE, "secret")
+    with endpoint(response) as (url, requests):
+        with pytest.raises(UserError, match=words) as raised:
+            judge.Endpoint(url, "grader").replies(["Grade."])
+    assert str(raised.value).startswith(f"eval.judge={url}") and len(raised.value.args[0]) < 400
+    assert len(requests) == attempts and "secret" not in str(raised.value)
+
+
+def test_an_endpoint_that_is_not_there_is_one_sentence(pauses):
+    with endpoint() as (url, _):
+        pass
+    with pytest.raises(UserError, match="did not answer in 6 attempts"):
+        judge.Endpoint(url, "grader").replies(["Grade."])
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0]

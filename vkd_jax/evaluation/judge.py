@@ -1,0 +1,286 @@
+"""A language model as judge of open answers, optional: `config.eval.judge`.
+
+The judge reads the question, the reference answer and the answer of the model, and replies with a number. The score of
+an answer is that number divided by the largest one; a reply without such a number gives no score, and is counted. No
+image is shown, and no figure that this package computes by default depends on a judge.
+
+    questions    rule          reply
+    open         generation    0 to 10, how many of the reference's facts the answer has
+    MM-Vet       mmvet         0 to 1, as MM-Vet's own score
+
+The prompts are this package's, and a score is comparable with a published one only if judge and prompt are those of the
+publication: `config.eval.judge_prompts` takes a JSON file of other prompts,
+
+    {"mmvet": {"prompt": "... {question} ... {answer} ... {prediction} ...", "largest": 1}}
+"""
+
+import dataclasses
+import functools
+import hashlib
+import http.client
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+from vkd_jax.evaluation.inference import Answerer
+from vkd_jax.evaluation.wording import check_template
+from vkd_jax.runtime import json_files, storage
+from vkd_jax.types import UserError, located
+
+SLOTS = ("question", "answer", "prediction")
+KEY_VARIABLE = "OPENAI_API_KEY"  # of the environment; the key is sent to the endpoint and written nowhere
+REPLY_TOKENS = 16
+REQUESTS_AT_ONCE = 8
+ATTEMPTS, PAUSE, LONGEST_PAUSE = 6, 1.0, 60.0  # seconds; the pause doubles after each failed attempt
+TIMEOUT = 120.0  # seconds that a reply may take
+MOST_BYTES = 2**20  # of a reply
+
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?")
+_INTRODUCTION = (
+    "Grade an answer to a question about an image. You see the question and a reference answer, not the image. "
+    "Only facts count; wording and length do not."
+)
+_FORM = "\n\nQuestion: {question}\nReference answer: {answer}\nAnswer to grade: {prediction}\n\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The prompt for one kind of question, and the number of a perfect answer."""
+
+    prompt: str
+    largest: float
+
+    def score(self, reply: str) -> float | None:
+        """The score in a reply, 0 to 1: its first number, if that is 0 to `largest`; else None.
+
+        Example:
+            >>> Rule("", 10).score("Score: 7 of 10"), Rule("", 10).score("I cannot grade this.")
+            (0.7, None)
+        """
+        match = _NUMBER.search(reply)
+        return float(match[0]) / self.largest if match and 0 <= float(match[0]) <= self.largest else None
+
+
+RULES = {
+    "generation": Rule(
+        _INTRODUCTION
+        + _FORM
+        + "Reply with one whole number and nothing else: 10 if the answer has all facts of the reference and no wrong "
+        "one, 0 if it has none of them or is no answer, and in proportion in between.",
+        10,
+    ),
+    "mmvet": Rule(
+        _INTRODUCTION + " In the reference answer, <OR> separates alternatives, one of which is enough, and <AND> "
+        "separates parts that must all be there." + _FORM + "Reply with one number from 0.0 (nothing is right) to 1.0 "
+        "(everything is right), in steps of 0.1, and nothing else.",
+        1,
+    ),
+}
+
+
+def read_rules(path: str | os.PathLike[str]) -> dict[str, Rule]:
+    """Reads a file of the judge's prompts; "" and rules that the file lacks are this package's.
+
+    Raises:
+        UserError: the file cannot be read, names an unknown rule, or has a prompt or number that is none.
+    """
+    if not os.fspath(path):
+        return RULES
+    with located(f"--config.eval.judge_prompts={path}"):
+        rules = {}
+        for name, value in json_files.read_json(storage.resolve(path), remedy="correct it").items():
+            if name not in RULES:
+                raise UserError(f"unknown rule {name!r}. Available: {', '.join(RULES)}.")
+            if not isinstance(value, Mapping) or value.keys() != {"prompt", "largest"}:
+                raise UserError(f'{name} is {json_files.describe(value)}; write {{"prompt": TEXT, "largest": NUMBER}}.')
+            check_template(f"{name}.prompt", value["prompt"], SLOTS)
+            largest = value["largest"]
+            if isinstance(largest, bool) or not isinstance(largest, int | float) or not 0 < largest < 1e6:
+                raise UserError(f"{name}.largest is {json_files.describe(largest)}; write a number greater than 0.")
+            rules[name] = Rule(value["prompt"], largest)
+    return RULES | rules
+
+
+def rule_of(record: Mapping) -> str | None:
+    """The rule for the answer of a record; None if a judge has nothing to grade."""
+    if record["task"] == "suite":
+        return record["suite"] if record["suite"] in RULES else None
+    return "generation" if record["task"] == "generation" else None
+
+
+class Judge(Protocol):
+    """A language model that replies to prompts."""
+
+    def replies(self, prompts: Sequence[str]) -> list["Reply"]:
+        """Returns the reply to each prompt."""
+        ...
+
+
+class Reply(NamedTuple):
+    """A reply, and the tokens that it cost: those of the prompt, and those of the text; 0 if they are not known."""
+
+    text: str
+    prompt_tokens: int = 0
+    reply_tokens: int = 0
+
+
+def judged(
+    judge: Judge,
+    rules: Mapping[str, Rule],
+    records: Sequence[Mapping],
+    known: Iterable[Mapping[str, Any]] = (),
+    save: Callable[[list[dict]], Any] = lambda replies: None,
+    chunk: int = 64,
+) -> list[dict]:
+    """Returns the records with the judge's score and reply: fields `judge`, if the reply has one, and `judge_reply`.
+
+    Equal prompts are asked once.
+
+    Args:
+        judge: who grades.
+        rules: from `read_rules`.
+        records: the records of an evaluation.
+        known: replies that were saved before; they are not asked again.
+        save: called with all replies so far after each chunk.
+        chunk: the number of prompts between two calls of `save`.
+
+    Example:
+        >>> judged(Endpoint("http://localhost:8000/v1", "judge"), RULES, records)[0]["judge"]
+        0.7
+    """
+    replies = {reply["key"]: dict(reply) for reply in known}
+    prompts = [_prompt(rules, record) for record in records]
+    missing = list(dict.fromkeys(p for p in prompts if p is not None and _key(p) not in replies))
+    for begin in range(0, len(missing), chunk):
+        some = missing[begin : begin + chunk]
+        new = zip(some, judge.replies(some), strict=True)
+        replies |= {_key(prompt): {"key": _key(prompt), **reply._asdict()} for prompt, reply in new}
+        save(list(replies.values()))
+    return [
+        dict(record) if prompt is None else _with_score(record, rules, replies[_key(prompt)]["text"])
+        for record, prompt in zip(records, prompts, strict=True)
+    ]
+
+
+def is_judged(record: Mapping) -> bool:
+    """Whether a record has the judge's reply, or none to get."""
+    return "judge_reply" in record or rule_of(record) is None
+
+
+def _prompt(rules: Mapping[str, Rule], record: Mapping) -> str | None:
+    rule = rule_of(record)
+    values = {name: record[name] or "" for name in SLOTS}
+    return None if rule is None else rules[rule].prompt.format(**values)
+
+
+def _key(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode()).hexdigest()
+
+
+def _with_score(record: Mapping, rules: Mapping[str, Rule], reply: str) -> dict:
+    score = rules[rule_of(record)].score(reply)
+    return {**record, **({} if score is None else {"judge": score}), "judge_reply": reply}
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Refuses redirects, which would send the key to another host."""
+
+    def redirect_request(self, *args: Any) -> None:
+        """Returns no request, so that the status is an error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedJudge:
+    """A model of this process as the judge."""
+
+    answerer: Answerer
+
+    def replies(self, prompts: Sequence[str]) -> list[Reply]:
+        """Writes the replies by greedy decoding."""
+        texts = self.answerer.generate(prompts, max_new_tokens=REPLY_TOKENS)
+        return [Reply(text) for text in texts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """A model behind an OpenAI-compatible endpoint.
+
+    Args:
+        url: the address before /chat/completions.
+        model: its name there.
+    """
+
+    url: str
+    model: str
+
+    def replies(self, prompts: Sequence[str]) -> list[Reply]:
+        """Asks several prompts at once.
+
+        Raises:
+            UserError: the endpoint refuses a request, or does not answer in `ATTEMPTS` attempts.
+        """
+        with located(f"eval.judge={self.url}"), ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            try:
+                return list(pool.map(self._reply, prompts))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _reply(self, prompt: str) -> Reply:
+        message = {"role": "user", "content": prompt}
+        body = {"model": self.model, "messages": [message], "temperature": 0, "max_tokens": REPLY_TOKENS}
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(KEY_VARIABLE):
+            headers["Authorization"] = f"Bearer {key}"
+        address = f"{self.url.rstrip('/')}/chat/completions"
+        return _parsed(_send(urllib.request.Request(address, json.dumps(body).encode(), headers, method="POST")))
+
+
+def _send(request: urllib.request.Request) -> bytes:
+    """Sends a request, again while the endpoint is busy or cannot be reached, and returns the body of the response."""
+    pause = PAUSE
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with _opener().open(request, timeout=TIMEOUT) as response:
+                return response.read(MOST_BYTES)
+        except urllib.error.HTTPError as error:
+            with error:  # closes the connection
+                problem, wait = f"status {error.code}: {_text_of(error)}", error.headers.get("Retry-After", "")
+            if error.code != 429 and error.code < 500:
+                raise UserError(f"the endpoint refused the request ({problem}).") from error
+            pause = max(pause, float(wait)) if wait.isdigit() else pause
+        except (OSError, http.client.HTTPException) as error:
+            problem = storage.first_line(error)
+        if attempt < ATTEMPTS:
+            time.sleep(min(pause, LONGEST_PAUSE))
+            pause *= 2
+    raise UserError(
+        f"the endpoint did not answer in {ATTEMPTS} attempts ({problem}). The replies so far are saved; run the same "
+        "command again later."
+    )
+
+
+@functools.cache
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_NoRedirects)
+
+
+def _text_of(error: urllib.error.HTTPError) -> str:
+    """The beginning of the text that explains an error."""
+    return " ".join(error.read(1000).decode(errors="replace").split())[:200] or error.reason
+
+
+def _parsed(body: bytes) -> Reply:
+    """The reply in the body of a response."""
+    try:
+        value = json.loads(body)
+        text, usage = value["choices"][0]["message"]["content"] or "", value.get("usage") or {}
+        return Reply(str(text).strip(), *(int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        beginning = body[:100].decode(errors="replace")
+        raise UserError(f"the endpoint's reply is not a chat completion: {beginning!r}.") from error

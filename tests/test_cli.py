@@ -32,7 +32,7 @@ def test_the_version_is_that_of_the_package(capsys):
 def test_an_unknown_command_is_refused_with_the_known_ones(capsys, arguments, problem):
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err == (
-        f"error: {problem}. Available: unlearn, ask, verify, compare, plan; vkd --help explains them.\n"
+        f"error: {problem}. Available: {', '.join(cli.COMMANDS)}; vkd --help explains them.\n"
     )
 
 

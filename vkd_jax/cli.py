@@ -39,6 +39,11 @@ COMMANDS = {
         "Check a model folder against its certificate, or sign the certificate.",
         "vkd verify /tmp/vkd-tiny/unlearned",
     ),
+    "push": Command(
+        "vkd_jax.checkpoints.push",
+        "Upload an unlearned model to the Hugging Face Hub, with its card and certificate.",
+        "vkd push /tmp/vkd-tiny ORG/NAME --private",
+    ),
     "compare": Command(
         "vkd_jax.compare",
         "Compare methods that are tuned alike, over several seeds.",

@@ -1,0 +1,124 @@
+"""vkd push: what is uploaded and what is refused, at the boundary to huggingface_hub's API."""
+
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from vkd_jax.checkpoints import certificate, push
+
+CARD = "---\ntags: [unlearning]\n---\n"
+
+
+class Api:
+    """Stand-in of `huggingface_hub.HfApi`: one hub, whose models are {id: (private, {file: bytes})}."""
+
+    models = {}
+    error = None
+
+    def create_repo(self, repo, *, private, exist_ok):
+        assert exist_ok
+        if self.error:
+            raise self.error
+        self.models.setdefault(repo, (private, {}))
+
+    def model_info(self, repo):
+        return types.SimpleNamespace(private=self.models[repo][0])
+
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
+        assert commit_message
+        self.models[repo_id][1].update({name: (Path(folder_path) / name).read_bytes() for name in allow_patterns})
+        return types.SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+
+@pytest.fixture
+def models(monkeypatch):
+    monkeypatch.setattr(Api, "models", {})
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    return Api.models
+
+
+@pytest.fixture
+def workdir(tiny_folder, tmp_path):
+    """The folder of a run with its exported model, and files that are no part of the model."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "run" / "unlearned")
+    (folder / "README.md").write_text(CARD)
+    (folder / "provenance.json").write_text("{}")
+    (folder / certificate.FILE).write_bytes(certificate.describe(folder, {"forgotten": []}))
+    (folder / "portrait.png").write_bytes(b"somebody")
+    (folder / "checkpoints").mkdir()
+    return tmp_path / "run"
+
+
+def run(monkeypatch, capsys, *args):
+    monkeypatch.setattr(sys, "argv", ["vkd push", *map(str, args)])
+    status = push.main()
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("part", ["", "unlearned"])
+def test_a_model_is_uploaded_with_its_card_and_certificate_and_nothing_else(models, workdir, monkeypatch, capsys, part):
+    status, shown, err = run(monkeypatch, capsys, workdir / part, "org/name")
+    assert (status, err) == (0, "") and shown == "The certified model was uploaded: https://hub/org/name/commit/1\n"
+    private, files = models["org/name"]
+    expected = {path.name for path in (workdir / "unlearned").iterdir()} - {"portrait.png", "checkpoints"}
+    assert (
+        not private and set(files) == expected and {"README.md", "certificate.json", "model.safetensors"} <= set(files)
+    )
+    assert files["README.md"].decode() == CARD and json.loads(files["certificate.json"])["tensors"]
+
+
+def test_a_private_model_is_private(models, workdir):
+    push.push(workdir, "org/name", private=True)
+    assert models["org/name"][0] is True
+
+
+def test_a_public_model_is_not_taken_for_a_private_one(models, workdir, monkeypatch, capsys):
+    models["org/name"] = (False, {})
+    status, _, err = run(monkeypatch, capsys, workdir, "org/name", "--private")
+    assert status == 2 and "org/name exists and is public, and --private was asked for" in err
+    assert models["org/name"][1] == {}
+
+
+@pytest.mark.parametrize("missing", ["config.json", "README.md", "certificate.json"])
+def test_an_unfinished_export_is_refused(models, workdir, monkeypatch, capsys, missing):
+    (workdir / "unlearned" / missing).unlink()
+    status, _, err = run(monkeypatch, capsys, workdir, "org/name")
+    assert status == 2 and f"unlearned is no finished export: it has no {missing}. Let its run finish" in err
+    assert models == {}
+
+
+def test_a_model_that_is_not_the_certified_one_is_refused(models, workdir, monkeypatch, capsys):
+    config = workdir / "unlearned" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    status, _, err = run(monkeypatch, capsys, workdir, "org/name")
+    assert status == 2 and "is not the certified model: 1 files differ from the certificate: config.json" in err
+    (workdir / "unlearned" / certificate.FILE).write_bytes(certificate.describe(workdir / "unlearned", {}))
+    (workdir / "unlearned" / certificate.SIGNATURE).write_text("{}")
+    assert "is not a valid signature" in run(monkeypatch, capsys, workdir, "org/name")[2]
+    assert models == {}
+
+
+@pytest.mark.parametrize("repo", ["name", "org/name@main", "org/na/me", "./name"])
+def test_what_is_no_id_is_refused(models, workdir, monkeypatch, capsys, repo):
+    status, _, err = run(monkeypatch, capsys, workdir, repo)
+    assert (status, models) == (2, {}) and f"{repo} is no id on the Hugging Face Hub; give ORG/NAME." in err
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (errors.LocalTokenNotFoundError("no token"), "uploads need a login: run `hf auth login`, or set HF_TOKEN."),
+        (ConnectionError("no route\nto host"), "org/name could not be uploaded (ConnectionError: no route). Check"),
+    ],
+    ids=["token", "network"],
+)
+def test_a_hub_that_refuses_is_one_sentence(models, workdir, monkeypatch, capsys, error, sentence):
+    monkeypatch.setattr(Api, "error", error)
+    status, shown, err = run(monkeypatch, capsys, workdir, "org/name")
+    assert (status, shown) == (2, "") and err.startswith(f"error: {sentence}") and err.count("\n") == 1

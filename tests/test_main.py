@@ -54,7 +54,7 @@ def run(monkeypatch, capfd, tiny_folder, few, tmp_path):
     def call(argv):
         monkeypatch.setattr(sys, "argv", argv)
         values = flags.FlagValues()
-        command_line.define(values)
+        main.define(values)
         capfd.readouterr()
         try:
             status = main.main(command_line.parse(argv, values), values)
@@ -127,7 +127,7 @@ def test_without_a_workdir_the_config_is_printed_and_nothing_runs(run, tmp_path,
     argv = ["main", words, "--config.data.source=SNAPSHOT", "--config.model.path=MODEL"]
     monkeypatch.setattr(sys, "argv", argv)
     values = flags.FlagValues()
-    command_line.define(values)
+    main.define(values)
     assert main.main(command_line.parse(argv, values), values) == 0
     out, err = capfd.readouterr()
     assert "nothing was run" in err and list(tmp_path.iterdir()) == []
@@ -191,7 +191,7 @@ def test_every_hyperparameter_can_be_overridden(monkeypatch):
     argv = ["main", f"--config={TINY}", "--workdir=x", *args]
     monkeypatch.setattr(sys, "argv", argv)
     values = flags.FlagValues()
-    command_line.define(values)
+    main.define(values)
     assert command_line.parse(argv, values) == ["main"]
     from vkd_jax import methods
 

@@ -1,7 +1,8 @@
 """python -m vkd_jax.main --config configs/tiny.py --workdir DIR [--config.train.steps=300 ...]
 
-Without --workdir the whole config is printed and nothing is run. `--config configs/tiny.py:help` prints all arguments
-and fields.
+Without --workdir the whole config is printed and nothing is run. `--dry_run` makes all checks, prints the config, the
+size of the data and what a training step requires, and writes nothing. `--config configs/tiny.py:help` prints all
+arguments and fields.
 
 Exit status: 0 on success, 1 if the run diverged or failed, 2 on bad input, 130 if stopped by Ctrl-C, 143 if stopped by
 SIGTERM with its state saved. During training both save the state; a second Ctrl-C stops at once.
@@ -21,6 +22,12 @@ from vkd_jax.runtime.interrupts import interruptible
 from vkd_jax.types import Diverged, UserError
 
 SHUTDOWN_SECONDS = 60  # a process that has finished waits so long for the others
+
+
+def define(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of all commands, and --dry_run."""
+    command_line.define(values)
+    flags.DEFINE_boolean("dry_run", False, "Check the run and describe it, without running it.", flag_values=values)
 
 
 @interruptible
@@ -43,6 +50,8 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str 
         print("nothing was run: pass --workdir DIR as well.", file=sys.stderr)
         return 0
     try:
+        if values.dry_run:
+            return _describe(values, line)
         if values.distributed:
             _connect()
         return _run(values, line or "called from Python: vkd_jax.main.main")
@@ -59,6 +68,16 @@ def _connect() -> None:
         raise UserError(f"--distributed: JAX finds no other processes, so leave it out: {error}") from error
     if jax.process_index() > 0:
         logging.set_verbosity(logging.WARNING)  # only process 0 logs progress
+
+
+def _describe(values: flags.FlagValues, command: str) -> int:
+    """Makes the checks of the run and describes it, and returns the exit status."""
+    from vkd_jax.runs import dry_run
+
+    if values.distributed:
+        raise UserError("--dry_run describes a run in one process: leave out --distributed.")
+    command_line.show(dry_run.describe(values.config, values.workdir, command))
+    return 0
 
 
 def _run(values: flags.FlagValues, command: str) -> int:
@@ -81,7 +100,7 @@ def _run(values: flags.FlagValues, command: str) -> int:
 
 
 if __name__ == "__main__":
-    command_line.define()
+    define()
     log.setup()
     malloc.keep_freed_memory()
     line = command_line.started_as("vkd_jax.main")

@@ -104,7 +104,7 @@ def run(flags: list[str]) -> int:
     from vkd_jax import main
     from vkd_jax.config import command_line
 
-    command_line.define()
+    main.define()
     return main.main(command_line.parse(["main", *flags]))
 
 

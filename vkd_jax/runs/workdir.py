@@ -14,6 +14,7 @@ A folder belongs to its config and its inputs. With several processes the folder
 import contextlib
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -164,9 +165,7 @@ class Workdir:
         names = prepare_folder(self.path)
         self._has_results = bool(names - PRE_RUN_FILES)
         with storage.write_errors():
-            difference = self._config_difference(known, resolved) if known.name in names else "new"
-            if difference and self._has_results:
-                raise UserError(f"{self.path} has a run of another config ({difference}); {START_OVER}.")
+            difference = _config_difference(self.path, resolved, names)
             if difference:
                 for file in (timing, self.path / inputs.FILE):
                     file.unlink(missing_ok=True)
@@ -174,17 +173,6 @@ class Workdir:
             self._records = records.Records(self.path)
             seconds = records.read_or(timing, {}, "the time of earlier stages is not known")
         return {name: x for name, x in seconds.items() if isinstance(x, int | float) and not isinstance(x, bool)}
-
-    def _config_difference(self, known: Path, resolved: dict) -> str | None:
-        """The first field that differs from the config in the folder, in words."""
-        remedy = f"restore that file from a copy, {START_OVER}"
-        try:
-            saved = json_files.read_json(known, remedy=remedy)
-        except UserError:
-            if self._has_results:
-                raise
-            return "damaged"  # nothing depends on it
-        return next(_differences(saved, resolved), None)
 
     def bind(self, values: inputs.Inputs | None) -> None:
         """Checks that the run has the inputs of its results so far, and saves them if there are no results.
@@ -198,17 +186,10 @@ class Workdir:
 
         def check() -> None:
             self._inputs, file = values, self.path / inputs.FILE
-            if not self._has_results:  # of a run that was stopped early, or of one with other data
+            if self._has_results:
+                check_inputs(self.path, values)
+            else:  # of a run that was stopped early, or of one with other data
                 files.write_bytes(file, records.encode(values))
-                return
-            remedy = f"restore that file from a copy, {START_OVER}"
-            if not file.exists():
-                raise UserError(f"{file} is missing; {remedy}.")
-            saved = json_files.read_json(file, remedy=remedy)
-            if changes := list(inputs.differences(saved, values)):
-                raise UserError(
-                    f"{self.path} was computed from other inputs: {listed(changes, '; ')}. Restore them, {START_OVER}."
-                )
 
         multihost.run_on_process_0(check)
 
@@ -330,6 +311,78 @@ def _check_packages() -> None:
         import google.cloud.storage  # noqa: F401
     except ImportError:
         raise UserError("checkpoints in a bucket need another package: pip install google-cloud-storage.") from None
+
+
+def check(path: str | Path, config: RunConfig) -> bool:
+    """Checks that a run could write or resume a folder, as `exclusive` and `Workdir` do, and writes nothing.
+
+    Args:
+        path: the folder of the run.
+        config: the config of the run.
+
+    Returns:
+        Whether the folder has results of this run, which it would resume.
+
+    Raises:
+        UserError: the folder is used by another process, has other files or another run, or cannot be written.
+    """
+    path = storage.resolve(path)
+    parents = (path, *path.parents) if isinstance(path, Path) else ()
+    missing = list(itertools.takewhile(lambda folder: not folder.exists(), parents))
+    try:
+        names = prepare_folder(path)
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+    if not missing:
+        locks.check_free(path)
+    _config_difference(path, json.loads(config.to_json()), names)
+    return bool(names - PRE_RUN_FILES)
+
+
+def _config_difference(path: Path, resolved: dict, names: set[str]) -> str | None:
+    """The first field that differs from the config in a folder, in words.
+
+    Args:
+        path: the folder.
+        resolved: the config of the run.
+        names: the files in the folder.
+
+    Raises:
+        UserError: the folder has results of another config.
+    """
+    if "config.json" not in names:
+        return "new"
+    remedy, has_results = f"restore that file from a copy, {START_OVER}", bool(names - PRE_RUN_FILES)
+    try:
+        saved = json_files.read_json(path / "config.json", remedy=remedy)
+    except UserError:
+        if has_results:
+            raise
+        return "damaged"  # nothing depends on it
+    difference = next(_differences(saved, resolved), None)
+    if difference and has_results:
+        raise UserError(f"{path} has a run of another config ({difference}); {START_OVER}.")
+    return difference
+
+
+def check_inputs(path: str | Path, values: inputs.Inputs) -> None:
+    """Checks that the results in the folder of a run have these inputs.
+
+    Args:
+        path: the folder.
+        values: what `inputs.describe` returned.
+
+    Raises:
+        UserError: the data or a model changed since the results were computed.
+    """
+    file, remedy = storage.resolve(path) / inputs.FILE, f"restore that file from a copy, {START_OVER}"
+    if not file.exists():
+        raise UserError(f"{file} is missing; {remedy}.")
+    saved = json_files.read_json(file, remedy=remedy)
+    if changes := list(inputs.differences(saved, values)):
+        raise UserError(f"{path} was computed from other inputs: {listed(changes, '; ')}. Restore them, {START_OVER}.")
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

@@ -65,6 +65,16 @@ def hold(folder: Any, command: str) -> Iterator[None]:
         _release(file)
 
 
+def check_free(folder: Any) -> None:
+    """Checks that no process holds the lock of a folder.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
+    text, _ = storage.VersionedFile(folder / FILE).read()
+    _check_ended(_parsed(text), text, os.fspath(folder))
+
+
 def owner(command: str) -> dict[str, Any]:
     """The description of this process in a lock."""
     return {
@@ -104,16 +114,20 @@ def _acquire(file: storage.VersionedFile, name: str, command: str) -> bytes:
     """Writes the lock and returns its version."""
     while True:
         text, version = file.read()
-        lock = _parsed(text)
-        if text is not None and not is_stale(lock):
-            raise UserError(
-                f"{os.path.dirname(name)} is used by process {lock['pid']} on {lock.get('host')} since "
-                f"{lock.get('date')} ({lock.get('command')}). Wait until it ends, or pass another --workdir."
-            )
+        _check_ended(_parsed(text), text, os.path.dirname(name))
         if text is not None:
             logging.warning("%s is the lock of a process that has ended; it is taken over", name)
         if (new := file.write(_encoded(command), version)) is not None:
             return new
+
+
+def _check_ended(lock: Any, text: bytes | None, folder: str) -> None:
+    """Raises a `UserError` if the owner of a lock, if there is one, still writes the folder."""
+    if text is not None and not is_stale(lock):
+        raise UserError(
+            f"{folder} is used by process {lock['pid']} on {lock.get('host')} since {lock.get('date')} "
+            f"({lock.get('command')}). Wait until it ends, or pass another --workdir."
+        )
 
 
 def _renew(file: storage.VersionedFile, name: str, version: bytes, command: str, ended: threading.Event) -> None:

@@ -191,11 +191,9 @@ def test_encode_continues_from_any_block(model, images):
     np.testing.assert_array_equal(features.coords[1], [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]])
     np.testing.assert_array_equal(taps["vision/0"].coords[1, 0], [0, -1, -1])  # the class token has no row and column
     for k in (1, 2):
-        again, fewer = model.encode(hidden=taps[f"vision/{k - 1}"].values, start=k)
+        again, fewer = model.encode(earlier={name: taps[name].values for name in CONFIG.taps_before(k)})
         np.testing.assert_allclose(again.values, features.values, atol=1e-6)
         assert set(fewer) == {f"vision/{i}" for i in range(k, 2)} | {"features", "projector"}
-    with pytest.raises(ValueError, match="takes images"):
-        model.encode(images, start=1)
     with pytest.raises(ValueError, match="takes images"):
         model.encode()
 

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL against PyTorch on small random models: every block, positions, gradients, generation."""
+"""Qwen-VL families against PyTorch on small random models: every block, positions, gradients, generation."""
 
 import dataclasses
 import functools
@@ -21,10 +21,11 @@ from vkd_jax.models.qwen_vit import token_coords
 torch = pytest.importorskip("torch", reason="PyTorch is needed for comparison: pip install '.[test]'")
 transformers = pytest.importorskip("transformers")
 
-# Grouped and ungrouped key/value heads, an untied and a tied output head, two patch sizes.
+# Grouped and ungrouped key/value heads, untied and tied output heads, three patch sizes.
 SHAPES = {
     "qwen2_vl": dict(patch_size=14, kv_heads=2, tied=False),
     "qwen2_5_vl": dict(patch_size=4, kv_heads=4, tied=True),
+    "qwen3_vl": dict(patch_size=6, kv_heads=2, tied=True),
 }
 
 # Rows and columns of tokens of the images of each prompt; windows of two tokens do not divide most of them.
@@ -57,6 +58,10 @@ def hf_config(family, patch_size, kv_heads, tied):
     vision = dict(num_heads=2, patch_size=patch_size)
     if family == "qwen2_vl":
         vision |= dict(depth=2, embed_dim=32, hidden_size=64, mlp_ratio=2)
+    elif family == "qwen3_vl":  # the axes have 4, 3 and 3 of the channel pairs, since there is no eleventh
+        text |= dict(head_dim=20, rope_parameters=rope | dict(mrope_section=[3, 4, 3], mrope_interleaved=True))
+        vision |= dict(depth=4, hidden_size=32, intermediate_size=40, out_hidden_size=64)
+        vision |= dict(num_position_embeddings=25, deepstack_visual_indexes=[0, 2])
     else:  # the window is rounded down to two tokens
         vision |= dict(depth=3, hidden_size=32, intermediate_size=40, out_hidden_size=64)
         vision |= dict(window_size=4 * patch_size + 1, fullatt_block_indexes=[1])
@@ -144,16 +149,20 @@ def test_vision_blocks_and_projector_agree(pair):
     for hook in (*hooks, first):
         hook.remove()
     embedded, entering, *blocks = captured
-    # Qwen2.5-VL sorts patches by windows; the order is recovered from their embeddings.
-    order = torch.cdist(embedded, entering).argmin(1)
-    assert torch.equal(embedded, entering[order])
+    order = torch.arange(len(entering))
+    if not pair.config.vision.position_side:
+        # Qwen2.5-VL sorts patches by windows; the order is recovered from their embeddings.
+        order = torch.cdist(embedded, entering).argmin(1)
+        assert torch.equal(embedded, entering[order])
 
     features, taps = encode(pair.graphdef, pair.params, pair.config.pack(pair.images))
     assert set(taps) == {f"vision/{i}" for i in range(len(blocks))} | {"features", "projector"}
     for i, block in enumerate(blocks):
         parity.assert_close(real(taps[f"vision/{i}"]), block[order], 1e-4)
     parity.assert_close(real(taps["features"]), blocks[-1][order], 1e-4)
-    parity.assert_close(real(taps["projector"]), torch.cat(list(output.pooler_output)), 1e-4)
+    features_by_block = [output.pooler_output, *getattr(output, "deepstack_features", ())]
+    merged = torch.cat([torch.cat(list(of_images)) for of_images in features_by_block], dim=-1)
+    parity.assert_close(real(taps["projector"]), merged, 1e-4)
     np.testing.assert_array_equal(features.values, taps["projector"].values)
 
 

@@ -216,15 +216,13 @@ def with_cache(encoded: EncodedSet, spec: CacheSpec, values: Mapping[str, np.nda
 def encode_images(model: Any, batch: Batch) -> tuple[VisualTokens | None, dict[str, VisualTokens]]:
     """Computes the image features and the taps of the vision tower; None and {} for a batch of text.
 
-    If the batch has the cached output of a vision block (see `training.loop.cache_prefix`), the blocks up to it are
-    not computed again.
+    If the batch has the cached outputs of vision blocks (see `training.loop.cache_prefix`), the blocks up to the last
+    of them are not computed again.
     """
     if batch.images is None:
         return None, {}
-    cached_tap = next((name for name in batch.cached if name.startswith("vision/")), None)
-    if cached_tap is None:
-        return model.encode(batch.images)
-    return model.encode(batch.images, hidden=batch.cached[cached_tap], start=int(cached_tap.split("/")[1]) + 1)
+    earlier = {name: values for name, values in batch.cached.items() if name.startswith("vision/")}
+    return model.encode(batch.images, earlier=earlier)
 
 
 def logits_of_features(model: Any, batch: Batch, features: VisualTokens | None) -> jax.Array:

@@ -1,8 +1,8 @@
 """Models: one module per family, selected by the `model_type` of a Hugging Face `config.json`.
 
 What is in it
-- `llava`, `gemma3`, `qwen2_vl`, `qwen2_5_vl`: the families. `clip_vit` and `qwen_vit` are their vision towers,
-  `decoder` is their language model, `layers` has the layers that several of them use.
+- `llava`, `gemma3`, `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`: the families. `clip_vit` and `qwen_vit` are their vision
+  towers, `decoder` is their language model, `layers` has the layers that several of them use.
 - `base`: `ModelConfig` and `VisionLanguageModel`, which all families extend, and `split_model` and `bind`, which
   convert a module to (graphdef, params) and back.
 - `fixed_size`: what families share whose images are squares of one size.
@@ -37,6 +37,7 @@ MODELS = {
     "gemma3": "vkd_jax.models.gemma3",
     "qwen2_vl": "vkd_jax.models.qwen2_vl",
     "qwen2_5_vl": "vkd_jax.models.qwen2_5_vl",
+    "qwen3_vl": "vkd_jax.models.qwen3_vl",
 }
 
 

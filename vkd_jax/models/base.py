@@ -64,6 +64,10 @@ class ModelConfig(abc.ABC):
         """Whether the norm after the last vision block, `vision_tower/post_norm`, feeds the projector."""
         return False
 
+    def taps_before(self, block: int) -> tuple[str, ...]:
+        """Returns the taps from which `encode` continues at a vision block: the output of the block before it."""
+        return (f"vision/{block - 1}",)
+
     @abc.abstractmethod
     def image_tokens(self, height: int, width: int) -> int:
         """Returns the number of image tokens of an image that the image processor resized to this size."""
@@ -127,15 +131,14 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
 
     @abc.abstractmethod
     def encode(
-        self, images: Mapping[str, jax.Array], *, hidden: jax.Array | None = None, start: int = 0
+        self, images: Mapping[str, jax.Array], *, earlier: Mapping[str, jax.Array] | None = None
     ) -> tuple[VisualTokens, dict[str, VisualTokens]]:
         """Maps images, or cached activations, to the features that replace the image tokens of a prompt.
 
         Args:
             images: from the configuration's `pack`.
-            hidden: activations to start from instead of pixels: the input of block `start`, which is the tap
-                "vision/{start - 1}".
-            start: the first block to compute.
+            earlier: values of the taps `ModelConfig.taps_before(block)` to continue from at that block; None to start
+                from the images.
 
         Returns:
             The features, and the taps by name: "vision/0" ... (the output of each computed block), "features" (the
@@ -219,6 +222,14 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
         embedded = self.embed(tokens, mask, features)
         reduced["language_model"] = self.language_model.neurons(embedded, mask, lambda z: reduce(z, mask))
         return reduced
+
+
+def continue_from(earlier: Mapping[str, jax.Array] | None) -> tuple[jax.Array | None, int]:
+    """Returns the input of the first vision block that `encode` computes, and its index; (None, 0) to start anew."""
+    if not earlier:
+        return None, 0
+    last = max(int(name.removeprefix("vision/")) for name in earlier)
+    return earlier[f"vision/{last}"], last + 1
 
 
 def token_positions(mask: jax.Array) -> jax.Array:

@@ -2,7 +2,8 @@
 
 Pre-norm blocks of grouped-query attention with rotary positions and gated MLPs, RMSNorm throughout. The fields of
 `DecoderConfig` add what other families have: biases, norms of queries and keys, norms after each sublayer, sliding
-windows in some of the blocks.
+windows in some of the blocks. Deep-stack features (Meng et al., arXiv 2406.04334) are added to the outputs of the first
+blocks.
 
 The blocks are stacked on a leading layer axis and scanned. Without rematerialization the scan is unrolled, so that the
 backward pass reads the weights and saved activations of each block in place; the last block then computes only the
@@ -14,7 +15,7 @@ m key/value head, c head channel, f MLP width, v vocabulary.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +53,7 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     rope_factor: float = 1.0  # positions are divided by it
     mrope_section: tuple[int, ...] = ()  # channel pairs that rotate by each axis of a position; () for scalar positions
+    mrope_interleaved: bool = False  # whether the pairs of the axes alternate instead of following each other
     window: int = 0  # tokens, itself included, that a token attends to in a local block; 0 if no block is local
     full_attention_blocks: tuple[int, ...] = ()  # with a window, the blocks that are not local
     local_rope_theta: float = 10000.0  # of local blocks
@@ -96,6 +98,7 @@ class Embedded(NamedTuple):
     x: jax.Array  # [b, t, d]
     positions: jax.Array  # int [b, t] or [b, t, axes], rotary positions, counted from the first of these tokens
     image_index: jax.Array | None = None  # int [b, t], the image whose tokens attend to each other, -1 at text; or None
+    deepstack: jax.Array | None = None  # [n, b, t, d], added to the outputs of the first n blocks, n < l; or None
 
 
 class Cache(NamedTuple):
@@ -142,9 +145,28 @@ def _same_image(image_index: jax.Array) -> jax.Array:
     return (image_index[:, :, None] == image_index[:, None, :]) & (image_index[:, :, None] >= 0)
 
 
+def _add_deepstack(x: jax.Array, deepstack: jax.Array | None, layer: jax.Array | None) -> jax.Array:
+    """Adds to the output of a block, [b, t, d], what `Embedded.deepstack` has for it; `layer` is its index, int []."""
+    if deepstack is None:
+        return x
+    # An index instead of slices of the stacked blocks, which XLA would copy.
+    summand = jax.lax.dynamic_index_in_dim(deepstack, jnp.minimum(layer, len(deepstack) - 1), keepdims=False)
+    return x + jnp.where(layer < len(deepstack), summand, 0).astype(x.dtype)
+
+
 def _take_positions(x: jax.Array, positions: jax.Array) -> jax.Array:
     """Gathers the given positions, int [b, a], of each row: [b, t, ...] to [b, a, ...]."""
     return jnp.take_along_axis(x, jnp.expand_dims(positions, range(2, x.ndim)), axis=1)
+
+
+def interleaved_axes(sections: Sequence[int]) -> np.ndarray:
+    """Returns the axis of a position that each channel pair rotates by in interleaved M-RoPE: int [c / 2].
+
+    Pairs 0, 1, 2, 3, ... take axes 0, 1, 2, 0, ...; an axis that has all its pairs leaves the others to axis 0.
+    """
+    pairs = np.arange(sum(sections))
+    axis = pairs % len(sections)
+    return np.where(pairs < len(sections) * np.asarray(sections)[axis], axis, 0)
 
 
 class Attention(nnx.Module):
@@ -261,6 +283,7 @@ class Decoder(nnx.Module):
         *,
         layers: int | None = None,
         query_positions: jax.Array | None = None,
+        deepstack: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Applies the blocks and the final norm.
 
@@ -273,6 +296,7 @@ class Decoder(nnx.Module):
                 its `mask` and `next`.
             layers: number of blocks to apply, without the final norm; None for all. Not supported with a cache.
             query_positions: int [b, a], the positions to return; None for all. Not supported with `layers`.
+            deepstack: as in `Embedded`.
 
         Returns:
             Hidden states [b, t, d] or [b, a, d], and the cache with the new keys and values.
@@ -289,6 +313,7 @@ class Decoder(nnx.Module):
             block, index, block_is_local = layer
             slot = None if cache is None else CacheSlot(index, cache.index)
             x, cached = block(shard_batch(carry[0], self.mesh), *inputs_of(block_is_local), carry[1], slot)
+            x = _add_deepstack(x, deepstack, index)
             return (shard_batch(x, self.mesh), cached), None
 
         body = rematerialize(body, self.remat)
@@ -298,7 +323,8 @@ class Decoder(nnx.Module):
         # Every leaf has the layer axis, those of quantized and adapted kernels included.
         stacked = self.blocks, self.config.is_local
         blocks, local = stacked if scanned is None else jax.tree.map(lambda leaf: leaf[:scanned], stacked)
-        indices = None if cache is None else jnp.arange(self.config.layers)
+        indexed = cache is not None or deepstack is not None
+        indices = jnp.arange(self.config.layers)[:scanned] if indexed else None
         (x, cached), _ = jax.lax.scan(body, (x, cached), (blocks, indices, local), unroll=unrolled)
         if split_last:
             block, last_is_local = jax.tree.map(lambda leaf: leaf[-1], stacked)
@@ -325,8 +351,8 @@ class Decoder(nnx.Module):
         Returns:
             Hidden states [b, t, d] or [b, a, d], and the cache with these tokens added.
         """
-        x, positions, image_index = embedded
-        t = x.shape[1]
+        x, positions, image_index, deepstack = embedded
+        t, options = x.shape[1], options | dict(deepstack=deepstack)
         if cache is None:
             return self(x, positions, _causal_mask(mask, image_index), **options)
         positions = positions + jnp.expand_dims(cache.next, range(1, positions.ndim))
@@ -352,15 +378,16 @@ class Decoder(nnx.Module):
         Returns:
             That tree; each array has a leading layer axis.
         """
-        x, positions, image_index = embedded
+        x, positions, image_index, deepstack = embedded
         inputs_of = self._attention_inputs(positions, _causal_mask(mask, image_index), positions)
 
         def body(x, layer):
-            block, block_is_local = layer
+            block, index, block_is_local = layer
             inputs = inputs_of(block_is_local)
-            return block(x, *inputs)[0], reduce(block.neurons(x, *inputs))
+            return _add_deepstack(block(x, *inputs)[0], deepstack, index), reduce(block.neurons(x, *inputs))
 
-        return jax.lax.scan(body, x, (self.blocks, self.config.is_local))[1]
+        layers = self.blocks, jnp.arange(self.config.layers), self.config.is_local
+        return jax.lax.scan(body, x, layers)[1]
 
     def _attention_inputs(
         self, positions: jax.Array, attention_mask: jax.Array, key_positions: jax.Array | None
@@ -382,15 +409,18 @@ class Decoder(nnx.Module):
 
     def _rotary_tables(self, positions: jax.Array, length: int, local: bool = False) -> RotaryTables:
         """Returns the rotary tables of positions less than `length`, for full or local attention."""
-        c, sections = self.config.head_width, self.config.mrope_section
+        c, sections, order = self.config.head_width, self.config.mrope_section, None
         positions = positions[..., None] if positions.ndim == 2 else positions
         if positions.shape[-1] == 1:  # the same position on every axis
             sections = (c // 2,)
+        elif self.config.mrope_interleaved:
+            axes = interleaved_axes(sections)
+            sections, order = np.bincount(axes), np.argsort(axes, kind="stable")
         theta = self.config.local_rope_theta if local else self.config.rope_theta
         frequency = np.float32(theta) ** -(np.arange(0, c, 2, dtype=np.float32) / c)
         if not local:
             frequency /= np.float32(self.config.rope_factor)
-        return rotary_tables(positions, frequency, sections, length, self.dtype)
+        return rotary_tables(positions, frequency, sections, length, self.dtype, order)
 
     @jax.named_scope("head")
     def logits(self, x: jax.Array) -> jax.Array:

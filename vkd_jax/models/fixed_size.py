@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vkd_jax.models import base
 from vkd_jax.models.base import ModelConfig, VisionLanguageModel, VisualTokens
 from vkd_jax.models.clip_vit import VisionConfig, VisionTower
 from vkd_jax.models.layers import shard_batch
@@ -81,23 +82,22 @@ class FixedSizeModel(VisionLanguageModel):
     tower_class = VisionTower
 
     def encode(
-        self, images: Mapping[str, jax.Array] | None = None, *, hidden: jax.Array | None = None, start: int = 0
+        self, images: Mapping[str, jax.Array] | None = None, *, earlier: Mapping[str, jax.Array] | None = None
     ) -> tuple[VisualTokens, dict[str, VisualTokens]]:
         """Maps images, or cached activations, to the features that replace the image tokens of a prompt.
 
         Args:
-            images: from the configuration's `pack`.
-            hidden: activations to start from instead of pixels: the input of block `start`, which is the tap
-                "vision/{start - 1}".
-            start: the first block to compute; at most `config.used_blocks`.
+            images: from the configuration's `pack`; with `earlier`, they tell which images a prompt has.
+            earlier: as in `VisionLanguageModel.encode`.
 
         Returns:
             The features, and the taps by name: "vision/0" ... (the output of each computed block, class token
             included), "features" (the input of the projector) and "projector" (its output, which is the features).
             They are zero at images that a prompt does not have.
         """
-        if hidden is None and (images is None or start):
-            raise ValueError("encode takes images, or hidden activations with the block that they enter.")
+        if images is None and not earlier:
+            raise ValueError("encode takes images, or the taps of an earlier block.")
+        hidden, start = base.continue_from(earlier)
         config, tower = self.config, self.vision_tower
         is_image = None if images is None else images.get("is_image")
         if hidden is None:

@@ -229,7 +229,12 @@ def attention(
 
 
 def rotary_tables(
-    positions: jax.Array, frequency: np.ndarray, sections: Sequence[int], length: int, dtype: Any
+    positions: jax.Array,
+    frequency: np.ndarray,
+    sections: Sequence[int],
+    length: int,
+    dtype: Any,
+    order: np.ndarray | None = None,
 ) -> RotaryTables:
     """Returns the cosines and sines of the rotary angles of each position: [b, t, 1, c / 2] each.
 
@@ -242,14 +247,16 @@ def rotary_tables(
         sections: number of channel pairs per axis: the first `sections[0]` pairs rotate by the first axis, and so on.
         length: number of rows of the table.
         dtype: dtype of the result.
+        order: int [c / 2], the channel pairs in the order that `sections` counts them; None for 0, 1, 2, ...
     """
-    angle = np.arange(length, dtype=np.float32)[:, None] * frequency
+    angle = np.arange(length, dtype=np.float32)[:, None] * (frequency if order is None else frequency[order])
     angle_of_axis = np.split(angle, np.cumsum(sections)[:-1], axis=1)
 
     def look_up(function: Callable[[np.ndarray], np.ndarray]) -> jax.Array:
         tables = [jnp.asarray(function(angle), dtype) for angle in angle_of_axis]
         rows = [jnp.take(table, positions[..., i], axis=0, mode="clip") for i, table in enumerate(tables)]
-        return jnp.concatenate(rows, axis=-1)[:, :, None]
+        joined = jnp.concatenate(rows, axis=-1)[:, :, None]
+        return joined if order is None else joined[..., np.argsort(order)]
 
     return look_up(np.cos), look_up(np.sin)
 

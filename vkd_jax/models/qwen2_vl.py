@@ -1,6 +1,6 @@
 """Qwen2-VL (Wang et al., arXiv 2409.12191): images of any size, M-RoPE, a Qwen2 decoder; and its conversion.
 
-Qwen2.5-VL shares the base class of the configuration, the model and the rows of the decoder.
+Qwen2.5-VL and Qwen3-VL share the base class of the configuration, the model, and most rows of the conversion.
 
 Axes: b batch, t position, p patch slot, q slot of a merged token, k values of a patch, d width.
 """
@@ -25,7 +25,7 @@ from vkd_jax.types import UserError
 
 @dataclasses.dataclass(frozen=True)
 class QwenConfig(ModelConfig):
-    """Configuration of a Qwen2-VL or Qwen2.5-VL model."""
+    """Configuration of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model."""
 
     vision: VisionConfig
 
@@ -87,19 +87,33 @@ _TEXT_HEADS = ("text_config.num_attention_heads", "text_config.hidden_size")
 
 
 def check_sizes(family: str, hf: Any, *widths: str) -> None:
-    """Checks the sizes of a configuration of either family; `widths` are those fields of the tower that differ."""
+    """Checks the sizes of a configuration of a Qwen family; `widths` are those fields of the tower that differ."""
     names = ("depth", "num_heads", "patch_size", "temporal_patch_size", "spatial_merge_size", *widths)
     tower = {f"vision_config__{name}": getattr(hf.vision_config, name) for name in names}
     base.check_sizes(family, **tower, **base.decoder_sizes(hf.text_config))
 
 
 def common_checks(hf: Any, vision_width: int, merged_width: int) -> list[tuple[bool, str, Any, str]]:
-    """Returns the checks of a configuration that both families make, for `check_supported`."""
+    """Returns the checks of a configuration that Qwen2-VL and Qwen2.5-VL make, for `check_supported`."""
+    text, layer_types = hf.text_config, sorted({*hf.text_config.layer_types})
+    head_width = text.hidden_size // text.num_attention_heads
+    return [
+        *shared_checks(hf, vision_width, merged_width, head_width, _mrope_section(hf)),
+        base.divides(text.num_attention_heads, text.hidden_size, _TEXT_HEADS),
+        (not text.use_sliding_window, "text_config.use_sliding_window", text.use_sliding_window, "False"),
+        (layer_types == ["full_attention"], "text_config.layer_types", layer_types, "full_attention"),
+    ]
+
+
+def shared_checks(
+    hf: Any, vision_width: int, merged_width: int, head_width: int, mrope_section: tuple[int, ...]
+) -> list[tuple[bool, str, Any, str]]:
+    """Returns the checks of a configuration that all Qwen families make, for `check_supported`."""
     vision, text, rope = hf.vision_config, hf.text_config, dict(hf.text_config.rope_parameters)
-    heads, layer_types = vision.num_heads, sorted({*text.layer_types})
+    heads = vision.num_heads
     heads_supported = f"divisors of the width, {vision_width}, that leave a multiple of 4"
-    vision_rope, section = _vision_rope(vision)["rope_type"], _mrope_section(rope)
-    section_fits = len(section) == 3 and 2 * sum(section) == text.hidden_size // text.num_attention_heads
+    vision_rope = _vision_rope(vision)["rope_type"]
+    section_fits = len(mrope_section) == 3 and 2 * sum(mrope_section) == head_width
     return [
         (vision.in_channels == 3, "vision_config.in_channels", vision.in_channels, "3"),
         (vision_width % (4 * heads) == 0, "vision_config.num_heads", heads, heads_supported),
@@ -107,33 +121,30 @@ def common_checks(hf: Any, vision_width: int, merged_width: int) -> list[tuple[b
         (merged_width == text.hidden_size, "the width of merged patches", merged_width, f"{text.hidden_size}"),
         (text.hidden_act == "silu", "text_config.hidden_act", text.hidden_act, "silu"),
         (rope["rope_type"] == "default", "text_config.rope_parameters.rope_type", rope["rope_type"], "default"),
-        base.divides(text.num_attention_heads, text.hidden_size, _TEXT_HEADS),
         base.divides(text.num_key_value_heads, text.num_attention_heads, base.KEY_VALUE_HEADS),
         (rope["rope_theta"] > 0, "text_config.rope_parameters.rope_theta", rope["rope_theta"], "positive numbers"),
-        (section_fits, "mrope_section", section, "three numbers that add up to half the head width"),
-        (not text.use_sliding_window, "text_config.use_sliding_window", text.use_sliding_window, "False"),
-        (layer_types == ["full_attention"], "text_config.layer_types", layer_types, "full_attention"),
+        (section_fits, "mrope_section", mrope_section, "three numbers that add up to half the head width"),
     ]
 
 
 def common_fields(hf: Any) -> dict[str, Any]:
-    """Reads the fields of a configuration that both families have."""
+    """Reads the fields of a configuration of Qwen2-VL and Qwen2.5-VL beside the vision tower."""
     text = hf.text_config
+    head_width = text.hidden_size // text.num_attention_heads
+    return shared_fields(hf, head_width=head_width, mrope_section=_mrope_section(hf), qkv_bias=True)
+
+
+def shared_fields(hf: Any, **decoder: Any) -> dict[str, Any]:
+    """Reads the fields of a configuration that all Qwen families have; `decoder` are those of `DecoderConfig`."""
     return dict(
-        text=DecoderConfig.from_hf(
-            text,
-            head_width=text.hidden_size // text.num_attention_heads,
-            mrope_section=_mrope_section(dict(text.rope_parameters)),
-            qkv_bias=True,
-            tie_embeddings=bool(hf.tie_word_embeddings),
-        ),
+        text=DecoderConfig.from_hf(hf.text_config, tie_embeddings=bool(hf.tie_word_embeddings), **decoder),
         image_token_id=hf.image_token_id,
         compute_dtype=base.hf_dtype(hf),
     )
 
 
 def common_vision_fields(vision: Any) -> dict[str, Any]:
-    """Reads the fields of a vision tower that both families have."""
+    """Reads the fields of a vision tower that all Qwen families have."""
     return dict(
         layers=vision.depth,
         heads=vision.num_heads,
@@ -144,8 +155,8 @@ def common_vision_fields(vision: Any) -> dict[str, Any]:
     )
 
 
-def _mrope_section(rope: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(rope.get("mrope_section", (16, 24, 24)))  # the default of transformers
+def _mrope_section(hf: Any) -> tuple[int, ...]:
+    return tuple(dict(hf.text_config.rope_parameters).get("mrope_section", (16, 24, 24)))  # transformers' default
 
 
 def _vision_rope(vision: Any) -> dict[str, Any]:
@@ -184,7 +195,7 @@ class Qwen2VLConfig(QwenConfig):
 
 
 class QwenVL(VisionLanguageModel):
-    """Qwen2-VL or Qwen2.5-VL: features of images of any size, merged and inserted at their image tokens."""
+    """A Qwen model: features of images of any size, merged and inserted at their image tokens."""
 
     tower_class = VisionTower
 
@@ -194,31 +205,29 @@ class QwenVL(VisionLanguageModel):
         return Merger(config.vision, config.text.width, **options)
 
     def encode(
-        self, images: Mapping[str, jax.Array], *, hidden: jax.Array | None = None, start: int = 0
+        self, images: Mapping[str, jax.Array], *, earlier: Mapping[str, jax.Array] | None = None
     ) -> tuple[VisualTokens, dict[str, VisualTokens]]:
         """Maps images, or cached activations, to the features that replace the image tokens of a prompt.
 
         Args:
-            images: from `QwenConfig.pack`; with `hidden`, only "patch_coords" is needed.
-            hidden: activations to start from instead of patches: the input of block `start`, which is the tap
-                "vision/{start - 1}".
-            start: the first block to compute.
+            images: from `QwenConfig.pack`; with `earlier`, only "patch_coords" is needed.
+            earlier: as in `VisionLanguageModel.encode`.
 
         Returns:
             The features, and the taps by name: "vision/0" ... (the output of each computed block), "features" (the
             input of the projector) and "projector" (its output, which is the features). They are zero at padding.
         """
-        if hidden is None and start:
-            raise ValueError("encode takes images, or hidden activations with the block that they enter.")
-        coords = images["patch_coords"]
+        coords, (hidden, start) = images["patch_coords"], base.continue_from(earlier)
         if hidden is None:
-            hidden = self.vision_tower.embed(images["patches"])
+            hidden = self.vision_tower.embed(images["patches"], coords)
         outputs = self.vision_tower(hidden, coords, start)
-        taps = {f"vision/{i}": _tokens(output, coords) for i, output in enumerate(outputs, start)}
-        features = (outputs or [hidden])[-1]
+        computed = {f"vision/{i}": output for i, output in enumerate(outputs, start)}
+        taps = {name: _tokens(output, coords) for name, output in computed.items()}
+        features, computed = (outputs or [hidden])[-1], {**(earlier or {}), **computed}
         taps["features"] = _tokens(features, coords)
         with jax.named_scope("projector"):
-            projected = shard_batch(self.projector(features), self.config.mesh)
+            deepstack = [computed[f"vision/{i}"] for i in self.config.vision.deepstack_blocks]
+            projected = shard_batch(self.projector(features, *deepstack), self.config.mesh)
         taps["projector"] = _tokens(projected, qwen_vit.token_coords(coords, self.config.vision.merge))
         return taps["projector"], taps
 
@@ -227,7 +236,7 @@ class QwenVL(VisionLanguageModel):
     ) -> list[Any]:
         """Applies `reduce` to the inner MLP activations of each block; padding slots are not real."""
         coords = images["patch_coords"]
-        hidden = self.vision_tower.embed(images["patches"])
+        hidden = self.vision_tower.embed(images["patches"], coords)
         return self.vision_tower.neurons(hidden, coords, lambda z: reduce(z, coords[..., 0] >= 0))
 
     def embed(self, tokens: jax.Array, mask: jax.Array, features: VisualTokens | None) -> Embedded:
@@ -288,7 +297,7 @@ _VISION_ROWS = (
 
 
 def common_rows(config: QwenConfig) -> tuple[Row, ...]:
-    """Returns the rows of the conversion table that both families have."""
+    """Returns the rows of the conversion table that Qwen2-VL and Qwen2.5-VL have."""
     return (
         ("visual.patch_embed.proj.weight", "vision_tower/patch_embedding", (2, 1, 3, 4, 0)),
         *linear_rows(f"{_LAYER}.attn.qkv", f"{_BLOCK}/attn/qkv"),

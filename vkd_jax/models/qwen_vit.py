@@ -1,4 +1,4 @@
-"""The vision transformers of Qwen2-VL and Qwen2.5-VL for images of any size, exact to transformers.
+"""The vision transformers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL for images of any size, exact to transformers.
 
 The patches of all images of a prompt fill a fixed number of slots in order, and each patch attends to the patches of
 its own image (in Qwen2.5-VL mostly to those of its own window of the image). Images of different sizes thus share one
@@ -9,6 +9,7 @@ h head, c head channel.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ from vkd_jax.models.layers import (
     lecun_normal,
     rotary_tables,
     rotate,
+    small_normal,
 )
 
 NORM_EPS = 1e-6  # fixed; the configurations have no field for it
@@ -51,6 +53,9 @@ class VisionConfig:
     rope_theta: float = 10000.0
     window: int = 0  # height and width of an attention window in patches; 0 for the whole image
     full_attention_blocks: tuple[int, ...] = ()  # blocks that attend to the whole image in spite of `window`
+    patch_bias: bool = False
+    position_side: int = 0  # rows and columns of the grid of learned position embeddings; 0 for none
+    deepstack_blocks: tuple[int, ...] = ()  # blocks whose outputs feed the projector, too, in ascending order
 
 
 # Images and patches.
@@ -127,9 +132,9 @@ class Attention(nnx.Module):
         return self.out(attention(q, k, v, mask).reshape(b, p, d))
 
 
-def _norm(config: VisionConfig, *, rngs: nnx.Rngs, **options) -> nnx.Module:
+def _norm(config: VisionConfig, width: int | None = None, *, rngs: nnx.Rngs, **options) -> nnx.Module:
     del rngs  # norms are initialized to one
-    return (RMSNorm if config.gated else LayerNorm)(config.width, eps=NORM_EPS, **options)
+    return (RMSNorm if config.gated else LayerNorm)(width or config.width, eps=NORM_EPS, **options)
 
 
 class Block(nnx.Module):
@@ -162,14 +167,38 @@ class VisionTower(nnx.Module):
         self.config, self.remat, self.mesh, self.dtype = config, remat, mesh, jnp.dtype(dtype)
         # [frame, color, row, column, d]: conversion is a permutation of axes, and lecun_normal sees the right fan-in.
         self.patch_embedding = nnx.Param(lecun_normal(rngs.params(), (config.frames, 3, p, p, d), param_dtype))
+        self.patch_bias = nnx.Param(jnp.zeros((d,), param_dtype)) if config.patch_bias else None
+        count = config.position_side**2
+        self.position_embedding = nnx.Param(small_normal(rngs.params(), (count, d), param_dtype)) if count else None
         self.blocks = nnx.List([Block(config, **options) for _ in range(config.layers)])
 
     @jax.named_scope("vision_tower")
-    def embed(self, patches: jax.Array) -> jax.Array:
-        """Maps patches [b, p, k] to the input of block 0, [b, p, d]."""
+    def embed(self, patches: jax.Array, coords: jax.Array) -> jax.Array:
+        """Maps patches [b, p, k] to the input of block 0, [b, p, d]; `coords` are as in `attention_mask`."""
         # All frames of a still image are equal, so the kernel is summed over frames.
         kernel = self.patch_embedding[...].astype(jnp.float32).sum(0).astype(self.dtype)
-        return jnp.einsum("bpk,kd->bpd", patches.astype(self.dtype), kernel.reshape(-1, kernel.shape[-1]))
+        x = jnp.einsum("bpk,kd->bpd", patches.astype(self.dtype), kernel.reshape(-1, kernel.shape[-1]))
+        if self.patch_bias is not None:
+            x = x + self.patch_bias[...].astype(self.dtype)
+        return x if self.position_embedding is None else x + self._positions(coords).astype(self.dtype)
+
+    def _positions(self, coords: jax.Array) -> jax.Array:
+        """Resamples the grid of position embeddings to each image: float32 [b, p, d].
+
+        The interpolation is bilinear, and the corners of an image are those of the grid.
+        """
+        grid, last = coords[..., 1:], self.config.position_side - 1
+        # The last row and column of the image of each patch.
+        ends = jnp.where(attention_mask(coords)[..., None], grid[:, None], 0).max(2)
+        source = (grid * last).astype(jnp.float32) / jnp.maximum(ends, 1)
+        low = jnp.floor(source)
+        share, low = source - low, low.astype(jnp.int32)
+        embedding, embedded = self.position_embedding[...], 0.0
+        for corner in itertools.product((0, 1), repeat=2):
+            row, column = jnp.moveaxis(jnp.clip(low + jnp.array(corner), 0, last), -1, 0)
+            weight = jnp.where(jnp.array(corner), share, 1 - share).prod(-1, keepdims=True)
+            embedded += weight * jnp.take(embedding, row * (last + 1) + column, axis=0, mode="clip")
+        return embedded
 
     @jax.named_scope("vision_tower")
     def __call__(self, hidden: jax.Array, coords: jax.Array, start: int) -> list[jax.Array]:
@@ -202,14 +231,20 @@ class VisionTower(nnx.Module):
 
 
 class Merger(nnx.Module):
-    """The projector: concatenates merge x merge neighboring patches and maps them to one token embedding."""
+    """The projector: concatenates merge x merge neighboring patches and maps them to one token embedding.
 
-    def __init__(self, config: VisionConfig, width: int, **options):
-        self.norm = _norm(config, **options)
+    The patches are normalized before they are concatenated, or with `norm_merged` afterwards, together.
+    """
+
+    def __init__(self, config: VisionConfig, width: int, *, norm_merged: bool = False, **options):
         self.merged_width = config.width * config.merge**2
+        self.norm_merged = norm_merged
+        self.norm = _norm(config, self.merged_width if norm_merged else None, **options)
         self.fc1 = Linear(self.merged_width, self.merged_width, bias=True, **options)
         self.fc2 = Linear(self.merged_width, width, bias=True, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [b, p, vision width] to [b, q, text width]."""
-        return self.fc2(gelu(self.fc1(self.norm(x).reshape(x.shape[0], -1, self.merged_width))))
+        merged = x.shape[0], -1, self.merged_width
+        x = self.norm(x.reshape(merged)) if self.norm_merged else self.norm(x).reshape(merged)
+        return self.fc2(gelu(self.fc1(x)))

@@ -211,7 +211,7 @@ def batch(
     entries = {**spec.per_image, **spec.per_example}
     cached = {name: Shape((rows, *x.shape), x.dtype) for name, x in entries.items()}
     if prefix := frozen_blocks(moving, model_config):
-        cached[f"vision/{prefix - 1}"] = taps[f"vision/{prefix - 1}"].values
+        cached |= {name: taps[name].values for name in model_config.taps_before(prefix)}
     return Batch(
         **{name: Shape((rows, size), kind, sharding=sharding) for name, (size, kind) in _token_kinds(t, a).items()},
         images=pictures,

@@ -336,7 +336,7 @@ class _Clock:
 
 
 def cache_prefix(graphdef: Any, params: Params, encoded: EncodedSet, blocks: int) -> EncodedSet:
-    """Caches the output of the first `blocks` vision blocks, which do not train, so that no step computes them.
+    """Caches the outputs of the first `blocks` vision blocks that `encode` needs: they do not train.
 
     Sets without images are returned unchanged, as are those whose activations need more than `MAX_CACHED_BYTES`.
 
@@ -348,13 +348,15 @@ def cache_prefix(graphdef: Any, params: Params, encoded: EncodedSet, blocks: int
     """
     if not blocks or encoded.images is None:
         return encoded
-    name = f"vision/{blocks - 1}"
+    names = bind(graphdef, params).config.taps_before(blocks)
     image = encoded.images[np.arange(1)]
-    shape = jax.eval_shape(lambda params, rows: bind(graphdef, params).encode(rows)[1][name].values, params, image)
-    if shape.size * shape.dtype.itemsize * len(encoded.images) > MAX_CACHED_BYTES:
+    shapes = jax.eval_shape(lambda params, rows: bind(graphdef, params).encode(rows)[1], params, image)
+    arrays = {name: shapes[name].values for name in names}
+    if sum(x.size * x.dtype.itemsize for x in arrays.values()) * len(encoded.images) > MAX_CACHED_BYTES:
         return encoded
-    taps = feature_targets.record_taps(graphdef, params, encoded.images, [name])
-    return dataclasses.replace(encoded, per_image={**encoded.per_image, name: taps[name].values})
+    taps = feature_targets.record_taps(graphdef, params, encoded.images, names)
+    values = {name: taps[name].values for name in names}
+    return dataclasses.replace(encoded, per_image={**encoded.per_image, **values})
 
 
 class NoProgress:

@@ -8,7 +8,7 @@ from vkd_jax.config.schema import RunConfig
 from vkd_jax.runs.job import check_config
 from vkd_jax.types import UserError
 
-PUBLISHED = {"llava": "llava.py", "gemma3": "gemma3.py", "qwen2_vl": "qwen2_vl.py", "qwen2_5_vl": "qwen2_5_vl.py"}
+PUBLISHED = {family: f"{family}.py" for family in ("llava", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")}
 
 
 def test_every_family_has_a_config():

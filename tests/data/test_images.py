@@ -19,7 +19,7 @@ from vkd_jax.types import Example, UserError
 
 transformers = pytest.importorskip("transformers")
 
-FAMILIES = ("llava", "gemma3", "qwen2_vl", "qwen2_5_vl")
+FAMILIES = ("llava", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 def noise(width, height, channels=3):

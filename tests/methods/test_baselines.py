@@ -224,7 +224,7 @@ def all_hidden(graphdef, params, key, batch):
     """The hidden states after block 1 and after block 2, computed block by block."""
     model = bind(graphdef, params, key)
     features = model.encode(batch.images)[0]
-    x, positions, _ = model.embed(batch.tokens, batch.mask, features)
+    x, positions, *_ = model.embed(batch.tokens, batch.mask, features)
     allowed = batch.mask[:, None, :] & jnp.tri(x.shape[1], dtype=bool)
     turned = model.language_model._rotary_tables(positions, x.shape[1])
     outputs = []
@@ -257,7 +257,7 @@ def test_hidden_states_are_the_output_of_the_first_blocks(context, kind):
     assert not np.allclose(want[0], want[1], atol=1e-2)
 
 
-@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_the_head_turns_hidden_states_into_its_logits(family_folder, tiny_sets, model_type):
     model = ModelBundle.load_for(RMU(), family_folder(model_type), seed=0, dtype="float32", mesh=make_mesh())
     batch = model.encode(tiny_sets["forget"].examples[:2]).batch(np.arange(2))

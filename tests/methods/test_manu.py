@@ -181,10 +181,10 @@ def activations(context, name):
             windows = [0 if i in vision.full_attention_blocks else vision.window for i in range(2)]
             allowed = [qwen_vit.attention_mask(where, window) for window in windows]
             given = [(tower._rotary_tables(where), x) for x in allowed]
-            towers["vision_tower"] = run(tower.blocks, tower.embed(batch.images["patches"]), given)
+            towers["vision_tower"] = run(tower.blocks, tower.embed(batch.images["patches"], where), given)
         if batch.images is not None:
             features, _ = model.encode(batch.images)
-        x, positions, _ = model.embed(batch.tokens, batch.mask, features)
+        x, positions, *_ = model.embed(batch.tokens, batch.mask, features)
         turned = model.language_model._rotary_tables(positions, x.shape[1])
         stacked = model.language_model.blocks
         blocks = [jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(config.text.layers)]

@@ -17,6 +17,9 @@ TOWER = dict(
 QWEN_TEXT = TEXT | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1]))
 QWEN_TOWER = dict(depth=2, num_heads=2, patch_size=2, hidden_size=16)
 WINDOWED_TOWER = dict(intermediate_size=24, out_hidden_size=16, window_size=8, fullatt_block_indexes=[1])
+DEEPSTACK_TOWER = dict(
+    intermediate_size=24, out_hidden_size=16, num_position_embeddings=9, deepstack_visual_indexes=[1],
+)  # fmt: skip
 
 # vision_config, text_config and further fields of each family.
 CONFIGS = {
@@ -30,6 +33,7 @@ CONFIGS = {
     ),
     "qwen2_vl": (QWEN_TOWER | dict(embed_dim=16), QWEN_TEXT, dict(image_token_id=4)),
     "qwen2_5_vl": (QWEN_TOWER | WINDOWED_TOWER, QWEN_TEXT, dict(image_token_id=4)),
+    "qwen3_vl": (QWEN_TOWER | DEEPSTACK_TOWER, QWEN_TEXT | dict(head_dim=8), dict(image_token_id=4)),
 }  # fmt: skip
 
 
@@ -72,6 +76,12 @@ def test_sizes_of_the_decoder_are_positive_and_not_absurd(family, field, value):
         ("qwen2_5_vl", "patch_size", 0),
         ("qwen2_5_vl", "num_heads", 0),
         ("qwen2_5_vl", "window_size", -8),
+        ("qwen3_vl", "num_position_embeddings", 8),
+        ("qwen3_vl", "num_position_embeddings", 0),
+        ("qwen3_vl", "deepstack_visual_indexes", [2]),
+        ("qwen3_vl", "deepstack_visual_indexes", [1, 0]),
+        ("qwen3_vl", "deepstack_visual_indexes", [0, 1]),
+        ("qwen3_vl", "patch_size", [2, 2]),
     ],
 )
 def test_sizes_of_the_tower_fit_together(family, field, value):

@@ -22,6 +22,9 @@ PUBLISHED = {
     ("qwen2_vl", "7b"): 8.29e9,
     ("qwen2_5_vl", "3b"): 3.75e9,
     ("qwen2_5_vl", "7b"): 8.29e9,
+    ("qwen3_vl", "2b"): 2.13e9,
+    ("qwen3_vl", "4b"): 4.44e9,
+    ("qwen3_vl", "8b"): 8.77e9,
 }
 PRESETS = [(family, size) for family in models.MODELS for size in models.module_for(family).PRESETS]
 every_preset = pytest.mark.parametrize(("family", "size"), PRESETS)

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL without PyTorch: patches and positions by hand, the forward pass, configurations."""
+"""Qwen-VL families without PyTorch: patches and positions by hand, the forward pass, configurations of Qwen2."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from flax import nnx
 
 from vkd_jax import models
 from vkd_jax.checkpoints import export, hf, safetensors_files
-from vkd_jax.models import base, layers, qwen2_5_vl, qwen2_vl, qwen_vit
+from vkd_jax.models import base, layers, qwen2_5_vl, qwen2_vl, qwen3_vl, qwen_vit
 from vkd_jax.models.decoder import DecoderConfig
 from vkd_jax.models.qwen_vit import VisionConfig
 from vkd_jax.types import UserError
@@ -24,10 +24,16 @@ TEXT = DecoderConfig(
     qkv_bias=True,
 )  # fmt: skip
 VISION = dict(width=16, layers=2, heads=2, mlp_width=24, patch_size=2)
+QWEN2 = ("qwen2_vl", "qwen2_5_vl")
 CONFIGS = {
     "qwen2_vl": qwen2_vl.Config(VisionConfig(**VISION), TEXT, IMAGE),
     "qwen2_5_vl": qwen2_5_vl.Config(
         VisionConfig(**VISION, gated=True, window=4, full_attention_blocks=(1,)), TEXT, IMAGE
+    ),
+    "qwen3_vl": qwen3_vl.Config(
+        VisionConfig(**VISION, patch_bias=True, position_side=3, deepstack_blocks=(0,)),
+        dataclasses.replace(TEXT, qkv_bias=False, qk_norm=True, mrope_interleaved=True),
+        IMAGE,
     ),
 }
 CONFIG = CONFIGS["qwen2_vl"]
@@ -166,11 +172,13 @@ def test_positions_by_hand():
 
 def test_embedding_a_still_image_equals_embedding_equal_frames(model):
     tower, patches = model.vision_tower, jax.random.normal(jax.random.key(0), (1, 16, 12))
-    kernel = tower.patch_embedding[...]
+    kernel, coords = tower.patch_embedding[...], CONFIG.pack(draw(((2, 2),)))["patch_coords"]
     assert kernel.shape == (2, 3, 2, 2, 16)
     video = jnp.stack([patches.reshape(1, 16, 3, 2, 2)] * 2, axis=2)
     want = jnp.einsum("bpfcij,fcijd->bpd", video, kernel)
-    np.testing.assert_allclose(tower.embed(patches), want, atol=1e-5)
+    if tower.position_embedding is not None:
+        want += tower._positions(coords) + tower.patch_bias[...]
+    np.testing.assert_allclose(tower.embed(patches, coords), want, atol=1e-5)
 
 
 # The forward pass.
@@ -200,7 +208,10 @@ def test_taps_are_block_outputs_projector_input_and_projector_output(model):
     assert model.config.used_blocks == 2
     np.testing.assert_array_equal(features.values, taps["projector"].values)
     np.testing.assert_array_equal(taps["features"].values, taps["vision/1"].values)
-    assert features.values.shape == (1, 6, 16) and features.valid.sum() == 5
+    assert (
+        features.values.shape == (1, 6, 16 * (1 + len(model.config.vision.deepstack_blocks)))
+        and features.valid.sum() == 5
+    )
     assert taps["features"].values.shape == (1, 24, 16) and taps["features"].valid.sum() == 20
 
 
@@ -281,7 +292,8 @@ def test_rematerialization_does_not_change_gradients():
 
 def test_bfloat16_computation_gives_float32_logits(model):
     config = dataclasses.replace(model.config, compute_dtype="bfloat16")
-    graphdef, params = base.abstract_model(lambda rngs: qwen2_vl.Model(config, rngs=rngs, param_dtype=jnp.bfloat16))
+    family = hf.family_of(config)
+    graphdef, params = base.abstract_model(lambda rngs: family.Model(config, rngs=rngs, param_dtype=jnp.bfloat16))
     tokens = jnp.array([[1, IMAGE, IMAGE, IMAGE, IMAGE, 9]])
 
     def forward(params, images):
@@ -346,7 +358,7 @@ def test_configurations_are_read():
     assert config.vision == VisionConfig(**VISION | dict(mlp_width=32))
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", QWEN2)
 def test_configurations_from_before_transformers_5_are_read(family, tmp_path):
     new = hf_config(family, tie_word_embeddings=True)
     old = {k: v for k, v in new.text_config.to_dict().items() if k not in ("model_type", "rope_parameters", "dtype")}
@@ -360,7 +372,7 @@ def test_configurations_from_before_transformers_5_are_read(family, tmp_path):
     assert module.Config.from_hf(read) == module.Config.from_hf(new, compute_dtype="bfloat16")
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", QWEN2)
 def test_all_unsupported_fields_are_reported_at_once(family, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "mrope_section": [2, 2, 1]}
@@ -387,7 +399,7 @@ def test_the_configuration_of_the_other_family_is_rejected():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", QWEN2)
 def test_written_models_are_read_under_all_generations_of_names(family, tied, tmp_path):
     hf_settings = hf_config(family, tie_word_embeddings=tied)
     module, rng = models.module_for(family), np.random.default_rng(0)

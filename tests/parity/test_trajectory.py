@@ -36,7 +36,23 @@ CONFIG = TrainConfig(
 VKD_FIELDS = dict(mask_keep=0.5, fisher_samples=4, fisher_chunk=2, augment_forget=1, weight_retain_distill=4.0)
 
 
-class Llava:
+class Family:
+    """A model in PyTorch."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def logits(self, tokens, mask, images, features):
+        """Computes the logits of prompts from the output of the projector for each row."""
+        embedded = self.embed(tokens, torch.cat(features["projector"]))
+        return self.model(inputs_embeds=embedded, attention_mask=mask, **self.inputs(tokens, mask, images)).logits
+
+    def embed(self, tokens, features):
+        embedded = self.model.get_input_embeddings()(tokens)
+        return embedded.masked_scatter((tokens == IMAGE)[..., None].expand_as(embedded), features)
+
+
+class Llava(Family):
     """LLaVA in PyTorch, and sizes of images for it."""
 
     sizes = [(28, 28)] * 4
@@ -57,9 +73,6 @@ class Llava:
             )
         )  # fmt: skip
 
-    def __init__(self, model):
-        self.model = model
-
     def encode_images(self, images):
         """Returns the input and output of the projector for each row."""
         pixels = torch.tensor(images["pixels"]).permute(0, 3, 1, 2)
@@ -70,10 +83,11 @@ class Llava:
         return dict(position_ids=positions(mask))
 
 
-class Qwen2VL:
+class Qwen2VL(Family):
     """Qwen2-VL in PyTorch, and sizes of images for it."""
 
     sizes = [(56, 28), (28, 84), (28, 28), (56, 56)]
+    patch_size = 14
 
     @staticmethod
     def create():
@@ -90,9 +104,6 @@ class Qwen2VL:
                 image_token_id=IMAGE, video_token_id=5, vision_start_token_id=START, vision_end_token_id=END,
             )
         )  # fmt: skip
-
-    def __init__(self, model):
-        self.model = model
 
     def encode_images(self, images):
         """Returns the input and output of the merger for each row, without padding."""
@@ -112,17 +123,60 @@ class Qwen2VL:
         )
         return dict(position_ids=position_ids)
 
-    @staticmethod
-    def _unpadded(images):
+    def _unpadded(self, images):
         coords = images["patch_coords"]
         real = coords[..., 0] >= 0
         grids = [[1, *(rows[mask, 1:].max(0) + 1)] for rows, mask in zip(coords, real, strict=True)]
-        patches = images["patches"][real].reshape(-1, 3, 1, 14, 14)
-        still = np.broadcast_to(patches, (len(patches), 3, 2, 14, 14)).reshape(len(patches), -1)
+        patches = images["patches"][real].reshape(-1, 3, 1, self.patch_size**2)
+        still = np.repeat(patches, 2, axis=2).reshape(len(patches), -1)
         return torch.tensor(still), torch.tensor(np.array(grids))
 
 
-class Gemma3:
+class Qwen3VL(Qwen2VL):
+    """Qwen3-VL in PyTorch, and sizes of images for it."""
+
+    sizes = [(64, 32), (32, 96), (32, 32), (64, 64)]
+    patch_size = 16
+
+    @staticmethod
+    def create():
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 1], "mrope_interleaved": True}
+        return transformers.Qwen3VLForConditionalGeneration(
+            transformers.Qwen3VLConfig(
+                vision_config=dict(
+                    depth=3, hidden_size=32, out_hidden_size=48, intermediate_size=64, num_heads=4, patch_size=16,
+                    num_position_embeddings=25, deepstack_visual_indexes=[0, 1],
+                ),
+                text_config=dict(
+                    vocab_size=100, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+                    num_key_value_heads=2, head_dim=10, max_position_embeddings=128, rope_parameters=rope,
+                ),
+                image_token_id=IMAGE, video_token_id=5, vision_start_token_id=START, vision_end_token_id=END,
+            )
+        )  # fmt: skip
+
+    def encode_images(self, images):
+        """Returns the input of the merger and the output of all mergers for each row, without padding."""
+        pixels, grids = self._unpadded(images)
+        out = self.model.model.visual(pixels, grid_thw=grids)
+        counts = grids.prod(-1).tolist()
+        merged = torch.cat([out.pooler_output, *out.deepstack_features], dim=-1)
+        return {
+            "features": list(out.last_hidden_state.split(counts)),
+            "projector": list(merged.split([count // 4 for count in counts])),
+        }
+
+    def logits(self, tokens, mask, images, features):
+        """Computes the logits of prompts from the output of the mergers for each row."""
+        merged, *deepstack = torch.cat(features["projector"]).chunk(3, dim=-1)
+        out = self.model.model.language_model(
+            inputs_embeds=self.embed(tokens, merged), attention_mask=mask, visual_pos_masks=tokens == IMAGE,
+            deepstack_visual_embeds=deepstack, **self.inputs(tokens, mask, images),
+        )  # fmt: skip
+        return self.model.lm_head(out.last_hidden_state)
+
+
+class Gemma3(Family):
     """Gemma-3 in PyTorch, and sizes of images for it."""
 
     sizes = [(30, 30)] * 4
@@ -148,9 +202,6 @@ class Gemma3:
             parameter.data.div_(3 if parameter.ndim > 1 else 1)
         return model
 
-    def __init__(self, model):
-        self.model = model
-
     def encode_images(self, images):
         """Returns the input and output of the projector for each row."""
         pixels = torch.tensor(images["pixels"]).permute(0, 3, 1, 2)
@@ -161,7 +212,7 @@ class Gemma3:
         return dict(position_ids=positions(mask), token_type_ids=(tokens == IMAGE).long())
 
 
-FAMILIES = {"llava": Llava, "gemma3": Gemma3, "qwen2_vl": Qwen2VL}
+FAMILIES = {"llava": Llava, "gemma3": Gemma3, "qwen2_vl": Qwen2VL, "qwen3_vl": Qwen3VL}
 
 
 def positions(mask):
@@ -228,15 +279,10 @@ def distance(feature, target, scale):
 
 def losses_in_torch(family, method, name, batch):
     """Computes the forget or retain part of the objective as in vkd.py, row by row."""
-    model = family.model
     tokens = torch.tensor(batch.tokens, dtype=torch.long)
     mask = torch.tensor(batch.mask).long()
     features = family.encode_images(batch.images)
-    embedded = model.get_input_embeddings()(tokens)
-    is_image = (tokens == IMAGE)[..., None].expand_as(embedded)
-    embedded = embedded.masked_scatter(is_image, torch.cat(features["projector"]))
-    inputs = family.inputs(tokens, mask, batch.images)
-    logits = model(inputs_embeds=embedded, attention_mask=mask, **inputs).logits
+    logits = family.logits(tokens, mask, batch.images, features)
     rows = []
     for i in range(len(tokens)):
         real = batch.target_mask[i]

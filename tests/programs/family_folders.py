@@ -26,6 +26,13 @@ QWEN_TEMPLATE = (  # the published template without videos
     "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+QWEN3_TEMPLATE = (  # the published template without tools and videos
+    "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{%- if message.content is string -%}{{ message.content }}{%- else -%}{%- for content in message.content -%}"
+    "{%- if content.type == 'image' or 'image' in content -%}<|vision_start|><|image_pad|><|vision_end|>"
+    "{%- elif 'text' in content -%}{{ content.text }}{%- endif -%}{%- endfor -%}{%- endif -%}{{ '<|im_end|>\n' }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
 GEMMA_TEMPLATE = (  # the published template without system messages
     "{{ bos_token }}{%- for message in messages -%}"
     "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
@@ -68,6 +75,24 @@ def qwen_config(vision: Mapping[str, Any]) -> Callable[[Mapping[str, int], int],
     return config
 
 
+def qwen3_config(ids, vocab):
+    """A grid of 6 x 6 positions; the features of two vision blocks enter the first two of three decoder blocks."""
+    return dict(
+        vision_config=dict(
+            model_type="qwen3_vl", depth=3, num_heads=4, hidden_size=32, intermediate_size=40, out_hidden_size=48,
+            patch_size=16, num_position_embeddings=36, deepstack_visual_indexes=[0, 2],
+        ),
+        text_config=dict(
+            model_type="qwen3_vl_text", vocab_size=vocab, num_hidden_layers=3, max_position_embeddings=512, head_dim=16,
+            rope_theta=5e6, rope_scaling=dict(rope_type="default", mrope_interleaved=True, mrope_section=[4, 2, 2]),
+            tie_word_embeddings=True, bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], **TEXT,
+        ),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )  # fmt: skip
+
+
 def gemma_config(ids, vocab):
     """Local, global and local attention; seven patches a side, pooled two by two."""
     return dict(
@@ -108,6 +133,16 @@ FAMILIES = {
         QWEN,
         config=qwen_config(
             dict(hidden_size=32, intermediate_size=40, out_hidden_size=48, window_size=56, fullatt_block_indexes=[1])
+        ),
+    ),
+    "qwen3_vl": dataclasses.replace(
+        QWEN,
+        template=QWEN3_TEMPLATE,
+        config=qwen3_config,
+        image_processor=dict(
+            patch_size=16, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+            size=dict(shortest_edge=32 * 32 * 9, longest_edge=32 * 32 * 20),
+            image_processor_type="Qwen2VLImageProcessorFast", processor_class="Qwen3VLProcessor",
         ),
     ),
     "gemma3": Family(

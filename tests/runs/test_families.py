@@ -22,14 +22,15 @@ RUNS = {
     "gemma3 in int8": ("gemma3.py", "4b", "gemma3", "int8"),
     "qwen2_vl": ("qwen2_vl.py", "2b", "qwen2_vl", ""),
     "qwen2_5_vl in int8": ("qwen2_5_vl.py", "3b", "qwen2_5_vl", "int8"),
+    "qwen3_vl in int8": ("qwen3_vl.py", "2b", "qwen3_vl", "int8"),
 }
-VISUAL = re.compile(r"(vision_tower|multi_modal_projector|visual)\.")
+VISUAL = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual)\.")
 
 
 # The default suite runs configs/tiny.py in test_pipeline.py, Qwen2-VL in test_stages.py, and one family here.
 PARAMS = [pytest.param(name, marks=[] if "gemma3" in name else pytest.mark.slow) for name in RUNS]
 # What transformers' processors return besides tokens, mask and pixels: which tokens are image tokens.
-TOKEN_TYPES = {"gemma3": "token_type_ids", "qwen2_vl": "mm_token_type_ids", "qwen2_5_vl": "mm_token_type_ids"}
+TOKEN_TYPES = {"gemma3": "token_type_ids"} | dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "mm_token_type_ids")
 
 
 @pytest.fixture(scope="module", params=PARAMS)

@@ -320,7 +320,8 @@ def hf_dtype(hf: Any) -> str:
     Raises:
         UserError: the dtype is not one of `DTYPES`.
     """
-    return check_dtype(str(hf.dtype or "float32").removeprefix("torch."))
+    dtype = hf.dtype or hf.text_config.dtype or "float32"  # the published Qwen3-VL has that of the text alone
+    return check_dtype(str(dtype).removeprefix("torch."))
 
 
 def split_model(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:

@@ -198,10 +198,9 @@ def _published_config(
     )
     return dict(
         vision_config=shared | vision,
-        text_config=text,
+        text_config=text | dict(tie_word_embeddings=tied),
         image_token_id=151655,
         tie_word_embeddings=tied,
-        dtype="bfloat16",
     )
 
 

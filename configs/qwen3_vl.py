@@ -13,7 +13,7 @@ from vkd_jax.config import defaults
 from vkd_jax.models import qwen3_vl
 
 MAX_PIXELS = 256 * 32 * 32  # 256 image tokens
-ONE_CHIP = "method.blocks=8"  # of 24 or 27: with all blocks, the optimizer state alone would fill the chip
+ONE_CHIP = "method.blocks=8"  # of 24 or 27: the whole tower and the mergers of the 8B model would nearly fill the chip
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

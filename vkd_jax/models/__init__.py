@@ -14,7 +14,9 @@ Contract: a family's module has
 - `Config`, a `base.ModelConfig` with `from_hf(hf_config, **changes)` and three methods for images:
   `extract_images(output)` takes them from the output of the Hugging Face image processor, `image_tokens(height, width)`
   is the number of tokens of one, and `pack(rows, min_tokens)` turns the images of each prompt into arrays of one shape.
-  What differs in the decoder are fields of `DecoderConfig`. `image_markup` is what the chat template's image becomes;
+  What differs in the decoder are fields of `DecoderConfig`. `image_markup` is what the chat template's image becomes.
+  A family whose projector reads more than the last vision block overrides `taps_before`, and one that adds features
+  to the outputs of the decoder's first blocks returns them as `Embedded.deepstack` from `Model.embed`;
 - `Model(config, *, rngs, param_dtype)`, a `base.VisionLanguageModel`. Its parameters are
   `vision_tower/patch_embedding`, `vision_tower/blocks/<i>/...`, `vision_tower/post_norm/...` (see `uses_post_norm`),
   `projector/...` and `language_model/...`;

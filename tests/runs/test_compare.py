@@ -349,6 +349,36 @@ def test_tables_by_hand():
     assert "c0ffee" in lines[-1] and "python -m x" in lines[-1]
 
 
+def test_the_table_of_resistance_has_the_strongest_budgets_of_the_share_nearest_to_a_fifth():
+    def cell(unit, steps, mean, share=0.2, attacker="visual", variant="strongest", **fields):
+        known = {"steps": steps} if steps else {}
+        return (
+            dict(variant=variant, attacker=attacker, unit=unit, share=share, set="forget", mean=mean) | known | fields
+        )
+
+    made = found(
+        relearn=[
+            cell("questions", 25, 0.11),
+            cell("questions", 400, 0.12),
+            cell("questions", None, 0.13),
+            cell("questions", 25, 0.14, share=0.5),
+            cell("questions", 25, 0.15, set="test"),
+            cell("questions", 25, 0.16, variant=""),
+            cell("questions", 25, 0.17, attacker="all"),
+            cell("people", 25, 0.18, share=0.5),
+            cell("people", None, 0.19, share=0.5),
+            cell("people", None, 0.21, share=0.5, taught=True),
+        ],
+        membership=[{"variant": "loss", "set": "", "mean": 0.55}, {"variant": "zlib", "set": "", "mean": 0.4}],
+    )
+    lines = tables.resisting(made).splitlines()
+    assert lines[0].endswith(
+        "| KS ↓ | AUC → 0.5 | all, 25 steps ↓ | visual, 25 steps ↓ | visual, 400 steps ↓ | visual, people ↓ |"
+    )
+    assert lines[-3].endswith("| 0.25 | 0.55 | 17.0 | 11.0 | 12.0 | 19.0 |")
+    assert "relearned 20 % of the questions or 50 % of the people, at" in lines[-1]
+
+
 def test_the_headline_leaves_out_text_and_the_retain_holdout():
     made = found()
     recovered = [{"attack": "relearn", "attacker": name, "share": 0.2, "recovery": 0.5} for name in ("visual", "all")]

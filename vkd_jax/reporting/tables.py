@@ -18,7 +18,7 @@ from typing import Any
 from vkd_jax.config import command_line
 from vkd_jax.reporting import comparison, markers, names
 from vkd_jax.reporting.markdown import code, escape, numeric_table, row_of
-from vkd_jax.results import ATTEMPT_FIELDS, AttackCell
+from vkd_jax.results import ATTEMPT_FIELDS, STRONGEST, AttackCell
 from vkd_jax.types import Role, UserError
 
 
@@ -120,6 +120,58 @@ def attacks(results: Mapping[str, Any]) -> str:
     return numeric_table(["attack", *(row["label"] for row in rows)], lines)
 
 
+def resisting(results: Mapping[str, Any]) -> str:
+    """What relearning brings back with several budgets, and whether a model gives away who was forgotten."""
+    rows = [row for row in results["rows"] if row["attacks"].get("relearn")]
+    columns = _columns(results, comparison.forgotten_keys, comparison.kept_image_keys)
+    cells = {row["name"]: _strongest_cells(row, columns[0][0].name) for row in rows}
+    budgets = list(dict.fromkeys(key for row in rows if "method" in row for key in cells[row["name"]]))
+    budgets.sort(key=lambda budget: (budget[0] != "questions", budget))
+    heads = [names.heading(*key) for key in columns] + [names.metric_heading("ks"), names.metric_heading("auc")]
+    heads += [f"{attacker}, {f'{steps} steps' if steps else unit} ↓" for unit, _, attacker, steps in budgets]
+    lines = [row_of(["method", "trains", *heads]), row_of(["---", "---", *["---:"] * len(heads)])]
+    for row in rows:
+        values = [*_accuracy_cells(row, columns), _mean([run["ks"] for run in row["runs"]], 2)]
+        values += [_mean([_membership(row)], 2), *(_share(cells[row["name"]].get(budget)) for budget in budgets)]
+        lines.append(row_of([row["label"], row.get("train", "–"), *values]))
+    taught = " or ".join(f"{100 * share:g} % of the {unit}" for unit, share in dict.fromkeys(b[:2] for b in budgets))
+    notes = [
+        _accuracy_note(results, columns),
+        "KS: distance between the truth ratios of this and the retain-only model. AUC: membership inference by loss.",
+        "Last columns: accuracy (%) on the other questions about the forget set once an attacker who trains the visual "
+        f"or all weights relearned {taught}, at the learning rate, and for people the number of steps, that succeeds "
+        "most on each model. The retain-only model shows what any model learns so.",
+        _origin(results),
+    ]
+    return "\n".join([*lines, "", " ".join(notes)])
+
+
+def _strongest_cells(row: Mapping[str, Any], forget_set: str) -> dict[tuple[str, float, str, int], Mapping[str, Any]]:
+    """The strongest cells of relearning by unit, share, attacker and steps.
+
+    Each unit has the share that is nearest to `comparison.RELEARNED_SHARE`. Questions have all numbers of steps, and
+    people the most successful one, whose steps are 0 here.
+    """
+    strongest = [cell for cell in row["attacks"]["relearn"] if cell.get("variant") == STRONGEST]
+    cells = [cell for cell in strongest if cell["set"] == forget_set and not cell.get("taught")]
+    cells = [cell for cell in cells if (cell["unit"] == "questions") == ("steps" in cell)]
+    shares = {cell["unit"]: cell["share"] for cell in sorted(cells, key=_distance_of_share, reverse=True)}
+    return {
+        (cell["unit"], cell["share"], cell["attacker"], cell.get("steps", 0)): cell
+        for cell in cells
+        if cell["share"] == shares[cell["unit"]]
+    }
+
+
+def _distance_of_share(cell: Mapping[str, Any]) -> float:
+    return abs(cell["share"] - comparison.RELEARNED_SHARE)
+
+
+def _membership(row: Mapping[str, Any]) -> float | None:
+    """The area under the curve of membership inference by loss; None if it was not made."""
+    return next((cell["mean"] for cell in row["attacks"].get("membership", ()) if cell.get("variant") == "loss"), None)
+
+
 def tuning(results: Mapping[str, Any]) -> str:
     """The settings that each method was tuned with, on people who are not in the other tables."""
     measures = {"forgot": "forgot ↓", "relearned": "relearned ↓", "kept": "kept ↑"}
@@ -133,7 +185,7 @@ def tuning(results: Mapping[str, Any]) -> str:
         chosen = comparison.best(row.get("trials", ()))
         for trial in row.get("trials", ()):
             cells = [*(_percent(trial.get(name)) for name in measures), "chosen" if trial is chosen else ""]
-            lines.append(row_of([row["label"], code(trial['settings'], in_table=True), *cells]))
+            lines.append(row_of([row["label"], code(trial["settings"], in_table=True), *cells]))
     return "\n".join(lines)
 
 
@@ -223,6 +275,7 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
     "headline": headline,
     "keeping": keeping,
     "attacks": attacks,
+    "resisting": resisting,
     "tuning": tuning,
     "plans": plans,
     "chip_hours": chip_hours,

@@ -76,11 +76,14 @@ setuptools.setup(
         "ml-dtypes>=0.5",
         "cryptography>=42",  # for signatures of certificates
         "matplotlib>=3.9",
+        "rich>=13",  # for progress bars
     ],
     extras_require={
         "tpu": ["jax[tpu]", *BUCKETS],
         "gcs": BUCKETS,
         "cuda": ["jax[cuda12]"],
+        "wandb": ["wandb>=0.19"],  # for train.trackers=wandb
+        "mlflow": ["mlflow-skinny>=2.20"],  # for train.trackers=mlflow
         "pandas": ["pandas>=2.2"],  # for tables of results
         "docs": DOCS,
         "test": [*TEST, *DOCS],

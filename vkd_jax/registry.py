@@ -62,6 +62,10 @@ SUITES = {
     "vizwiz": "vkd_jax.benchmarks.general.short_answer:VizWiz",
     "vqav2": "vkd_jax.benchmarks.general.short_answer:VQAv2",
 }
+TRACKERS = {
+    "mlflow": "vkd_jax.training.trackers:Mlflow",
+    "wandb": "vkd_jax.training.trackers:Wandb",
+}
 
 
 def lookup(kind: str, table: Mapping[str, str], name: str) -> type:

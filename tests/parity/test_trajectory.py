@@ -256,7 +256,7 @@ def encoded(config, sizes, seed):
 class Recorder:
     """Collects the metrics instead of writing them."""
 
-    def __init__(self, folder, *, steps, log_seconds):
+    def __init__(self, folder, *, steps, log_seconds, trackers):
         Recorder.rows = []
 
     def overview(self, trainable):

@@ -55,6 +55,11 @@ def test_a_field_that_the_folders_config_lacks_is_named(tmp_path):
         Workdir(tmp_path, config())
 
 
+def test_a_run_resumes_with_other_trackers(tmp_path):
+    Workdir(tmp_path, config("train.trackers=wandb")).write_text("answers/vanilla.jsonl", "")
+    Workdir(tmp_path, config("finetune.train.trackers=mlflow"))
+
+
 def test_a_run_resumes_on_other_devices(tmp_path):
     Workdir(tmp_path, config("mesh.fsdp=4")).write_text("answers/vanilla.jsonl", "")
     Workdir(tmp_path, config("mesh.fsdp=1"))

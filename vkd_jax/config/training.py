@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from vkd_jax import messages, registry
 from vkd_jax.config.fields import Section, setting
 
 
@@ -34,6 +35,23 @@ class TrainConfig(Section):
     log_every: int = setting(20, "Steps between two rows of metrics.", minimum=1)
     log_seconds: float = setting(15.0, "Seconds between two log lines on progress.", minimum=0)
     checkpoint_every: int = setting(100, "Steps between two checkpoints.", minimum=1)
+
+    trackers: str = setting(
+        "",
+        f"Experiment trackers that metrics are also sent to, with commas: {', '.join(registry.TRACKERS)}; '' is none.",
+    )
+
+    def validate(self) -> None:
+        """Also checks the names of the trackers."""
+        super().validate()
+        if unknown := [name for name in self.tracker_names if name not in registry.TRACKERS]:
+            available = messages.choices(registry.TRACKERS)
+            raise self.error("trackers", f"unknown tracker {messages.listed(unknown)}. Available: {available}.")
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """Names of the trackers, each once."""
+        return tuple(dict.fromkeys(name.strip() for name in self.trackers.split(",") if name.strip()))
 
     def rows(self, stream: str, shards: int) -> int:
         """Examples of a stream per step.

@@ -19,6 +19,7 @@ from vkd_jax.runs.inputs import PROVENANCE
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import hub, json_files, multihost, storage
 from vkd_jax.runtime.mesh import make_mesh, shards
+from vkd_jax.training import trackers
 from vkd_jax.types import EvalSet, Example, Role, UserError, located
 
 HELD_OUT = "held_out"  # the set of questions about people that no model was trained on, for the membership attack
@@ -176,6 +177,8 @@ def check_config(config: RunConfig) -> jax.sharding.Mesh:
     config.check_stage(shards(mesh))
     for attack in config.active_attacks.values():
         attack.check(config)
+    if multihost.is_process_0():
+        trackers.check((*config.train.tracker_names, *config.finetune.train.tracker_names))
     return mesh
 
 

@@ -30,7 +30,7 @@ from absl import logging
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.messages import listed
 from vkd_jax.runs import inputs
-from vkd_jax.runtime import files, hub, json_files, locks, multihost, provenance, records, storage
+from vkd_jax.runtime import files, hub, json_files, locks, multihost, progress_bar, provenance, records, storage
 from vkd_jax.types import UserError
 
 # Files that exist before anything depends on the config and the inputs.
@@ -38,6 +38,8 @@ PRE_RUN_FILES = {"config.json", "timing.json", "data", "log.txt", inputs.FILE, r
 UNCLAIMED_FILES = {"log.txt"}  # files of a run that was killed before it wrote its config
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "grain")
 SHARED_MODELS = ("vanilla", "retain_only")  # models that are the same in every run of a comparison
+# Fields that a run may have other values of when it resumes: they decide nothing that it computes.
+FREE_FIELDS = {"mesh", "train.trackers", "finetune.train.trackers"}
 MOVE = "remove it, or pass another --workdir"
 START_OVER = "pass another --workdir, or remove that folder to start over"
 FOLDERS = (
@@ -135,7 +137,7 @@ def prepare_folder(path: Path) -> set[str]:
 
 
 class Workdir:
-    """Opens the folder of a run. A run with the same config resumes; `config.mesh` may differ.
+    """Opens the folder of a run. A run with the same config resumes; `FREE_FIELDS` may differ.
 
     Args:
         path: a folder on a disk, or gs://BUCKET/FOLDER.
@@ -252,7 +254,7 @@ class Workdir:
         logging.info("%s ...", name)
         start = time.perf_counter()
         try:
-            with storage.write_errors():
+            with storage.write_errors(), progress_bar.stage(name):
                 yield
         finally:
             seconds = time.perf_counter() - start
@@ -386,7 +388,7 @@ def check_inputs(path: str | Path, values: inputs.Inputs) -> None:
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    if path == "mesh":
+    if path in FREE_FIELDS:
         return
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):

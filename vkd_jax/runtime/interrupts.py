@@ -22,7 +22,8 @@ P = ParamSpec("P")
 
 def stop_at_once(*_: object) -> NoReturn:
     """Ends the process without cleanup, as a power cut would: files are written atomically."""
-    os.write(2, b"stopped at once\n")  # not through sys.stderr, whose buffer the signal may have interrupted
+    cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides the cursor of a terminal
+    os.write(2, cursor + b"stopped at once\n")  # not through sys.stderr, whose buffer the signal may have interrupted
     os._exit(STATUS)
 
 

@@ -123,15 +123,12 @@ def fit(
         losses_fn=losses_fn,
     )
     checkpoints, progress = _open_outputs(folder, config, steps=steps, seed=seed)
-    try:
+    with contextlib.closing(progress), contextlib.closing(checkpoints):
         state, first = _resume(checkpoints, state, steps)
         if not first:
             progress.overview(trainable)
         run = _Run(config, step, checkpoints, progress, saves=folder is not None, observers=observers)
         state = run.train(state, samplers, first, steps, functools.partial(shard_rows, bundle.mesh))
-    finally:
-        checkpoints.close()
-        progress.close()
     return state.params
 
 
@@ -174,7 +171,8 @@ def _open_outputs(
     # Imported here because TensorFlow takes seconds to load, and a short training writes no metrics.
     from vkd_jax.training.metric_writer import Progress
 
-    return checkpoints, Progress(folder, steps=steps, log_seconds=config.log_seconds)
+    trackers = config.tracker_names
+    return checkpoints, Progress(folder, steps=steps, log_seconds=config.log_seconds, trackers=trackers)
 
 
 def _resume(checkpoints: Checkpoints | NoCheckpoints, state: TrainState, steps: int) -> tuple[TrainState, int]:

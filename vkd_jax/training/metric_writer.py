@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from absl import logging
@@ -11,27 +11,15 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a message about 
 
 from clu import metric_writers, parameter_overview, periodic_actions
 
+from vkd_jax.runtime import progress_bar
+from vkd_jax.training.trackers import Tracker, open_tracker
 from vkd_jax.types import Params
 
+SECONDS_BETWEEN_WARNINGS = 60
 
-class JsonLinesWriter(metric_writers.MetricWriter):
-    """Appends lines {"step": ..., name: value, ...} to a file.
 
-    After a resume the file may contain a step twice, and its last line counts. A line that a full disk or a kill cut
-    is ended first, so that it does not spoil the next one.
-    """
-
-    def __init__(self, file: Path):
-        self._file = file
-        self._is_cut = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float]):
-        """Appends one line. In a bucket, whose objects cannot grow, TensorFlow rewrites the file."""
-        line = json.dumps({"step": step} | {k: float(v) for k, v in scalars.items()}) + "\n"
-        with self._file.open("a", encoding="utf-8") as file:
-            beginning, self._is_cut = "\n" * self._is_cut, True  # unless this line is written to its end
-            file.write(beginning + line)
-        self._is_cut = False
+class ScalarsWriter(metric_writers.MetricWriter):
+    """Base class of writers of scalars; everything else is written to TensorBoard alone."""
 
     def write_summaries(self, step, values, metadata=None):
         """Does nothing; these are written to TensorBoard alone."""
@@ -58,23 +46,70 @@ class JsonLinesWriter(metric_writers.MetricWriter):
         """Does nothing; these are written to TensorBoard alone."""
 
     def flush(self):
-        """Does nothing, because each line is written at once."""
+        """Does nothing, because all scalars are written at once."""
 
     def close(self):
-        """Does nothing, because no file stays open."""
+        """Does nothing, because nothing stays open."""
+
+
+class TrackerWriter(ScalarsWriter):
+    """Sends scalars to an experiment tracker. A failure, such as that of the network, is logged and stops nothing."""
+
+    def __init__(self, name: str, tracker: Tracker):
+        self._name, self._tracker = name, tracker
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]):
+        """Sends the metrics of a step."""
+        self._try(lambda: self._tracker.log(step, {name: float(value) for name, value in scalars.items()}))
+
+    def close(self):
+        """Ends the record."""
+        self._try(self._tracker.close)
+
+    def _try(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            message = "metrics could not be sent to %s: %s"
+            logging.log_every_n_seconds(logging.WARNING, message, SECONDS_BETWEEN_WARNINGS, self._name, error)
+
+
+class JsonLinesWriter(ScalarsWriter):
+    """Appends lines {"step": ..., name: value, ...} to a file.
+
+    After a resume the file may contain a step twice, and its last line counts. A line that a full disk or a kill cut
+    is ended first, so that it does not spoil the next one.
+    """
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._is_cut = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]):
+        """Appends one line. In a bucket, whose objects cannot grow, TensorFlow rewrites the file."""
+        line = json.dumps({"step": step} | {k: float(v) for k, v in scalars.items()}) + "\n"
+        with self._file.open("a", encoding="utf-8") as file:
+            beginning, self._is_cut = "\n" * self._is_cut, True  # unless this line is written to its end
+            file.write(beginning + line)
+        self._is_cut = False
 
 
 class Progress:
-    """Writes one stage's metrics to TensorBoard and metrics.jsonl in `folder`, and steps/s and time left to the log."""
+    """Writes one stage's metrics to TensorBoard and metrics.jsonl in `folder`, and its progress to stderr.
 
-    def __init__(self, folder: Path, *, steps: int, log_seconds: float = 15.0):
+    Progress is a bar on a terminal, and otherwise log lines with steps/s and the remaining time.
+    """
+
+    def __init__(self, folder: Path, *, steps: int, log_seconds: float = 15.0, trackers: Sequence[str] = ()):
         folder.mkdir(parents=True, exist_ok=True)
-        self._writer = metric_writers.AsyncMultiWriter(  # training does not wait for a bucket
-            [metric_writers.SummaryWriter(str(folder)), JsonLinesWriter(folder / "metrics.jsonl")]
-        )
+        writers = [metric_writers.SummaryWriter(str(folder)), JsonLinesWriter(folder / "metrics.jsonl")]
+        writers += [TrackerWriter(name, open_tracker(name, folder)) for name in trackers]
+        self._writer = metric_writers.AsyncMultiWriter(writers)  # training does not wait for a bucket or a network
         self._report = periodic_actions.ReportProgress(
             num_train_steps=steps, writer=self._writer, every_steps=None, every_secs=log_seconds
         )
+
+        self._bar = progress_bar.open_bar(steps)
 
     def overview(self, trainable: Params) -> None:
         """Logs a table of the trainable weights."""
@@ -86,13 +121,17 @@ class Progress:
     def tick(self, step: int) -> None:
         """Counts a step; called after each step."""
         self._report(step)
+        self._bar.tick(step)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes metrics to the files and, on one line, to the log."""
+        """Writes metrics to the files and, beside the bar or on one line, to stderr."""
         self._writer.write_scalars(step, scalars)
-        logging.info("step %d  %s", step, "  ".join(f"{k} {v:.4g}" for k, v in sorted(scalars.items())))
+        self._bar.show(scalars)
+        if not self._bar.shown:
+            logging.info("step %d  %s", step, "  ".join(f"{k} {v:.4g}" for k, v in sorted(scalars.items())))
 
     def close(self) -> None:
         """Flushes and closes all writers."""
+        self._bar.close()
         self._writer.flush()
         self._writer.close()

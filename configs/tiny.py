@@ -17,6 +17,7 @@ import ml_collections
 from vkd_jax.config import arguments, defaults, schema
 
 OTHERS = 2  # seed of 60 other people, on whom methods are tuned and about whom nothing is reported
+UNSEEN = 3  # seed of 60 people on whom nothing was ever tuned or chosen
 
 # Settings of the methods that differ from the published hyperparameters: the best of SEARCH, which trained all weights
 # except for VKD. Adapters learn little at these rates.
@@ -36,6 +37,8 @@ SETTINGS = {
 # Settings of setting=robust beside `defaults.make_robust`.
 ROBUST = "train.steps=300 train.learning_rate=3e-4"
 ROBUST_VISUAL = "train.steps=300 train.learning_rate=2e-3 method.worst_case.radius=3e-3 method.worst_case.steps=3"
+
+
 def _rates_and(setting: str, *values: float, rates: tuple[float, float] = (1e-4, 3e-4)) -> list[str]:
     return [f"train.learning_rate={rate} {setting}={value}" for rate in rates for value in values]
 
@@ -61,7 +64,7 @@ SEARCH = {
     "manu": [f"method.share={share}" for share in (0.05, 0.1, 0.2, 0.4)],
 }
 
-# Entrants of runs=robustness: eight settings each are tried on the people of seed OTHERS, under attack.
+# Entrants of runs=robust_methods: eight settings each are tried on the people of seed OTHERS, under attack.
 _RADII = "method.worst_case.radius"
 _ALL = f"method.train=all {defaults.ROBUST} {ROBUST}"
 ROBUST_ENTRANTS = {
@@ -108,6 +111,12 @@ ROBUST_VARIANTS = {
     "grad_diff": defaults.entrant("grad_diff", SETTINGS["grad_diff"]),
 }
 
+# Entrants of runs=robustness, which tunes nothing.
+ROBUST_PARTS = (
+    *("vkd", "vkd robust", "vkd robust, no worst case", "vkd robust, no text", "vkd robust, visual"),
+    *("grad_diff", "grad_diff robust"),
+)
+
 # Choices that VKD's abstract leaves open, changed one at a time.
 ABLATIONS = {
     "vkd": "",
@@ -144,7 +153,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "one": "one run",
         "compare": "a comparison of all methods, tuned alike, three seeds, for python -m vkd_jax.compare",
         "ablations": "a comparison of VKD with and without each component, for python -m vkd_jax.compare",
-        "robustness": "a comparison of setting=robust with and without each part, for python -m vkd_jax.compare",
+        "robustness": "a comparison of setting=robust with and without each part, on people on whom nothing was tuned, "
+        "for python -m vkd_jax.compare",
+        "robust_methods": "a comparison of tuned methods with setting=robust, for python -m vkd_jax.compare",
     }
     populations = {
         "60": "sixty, whom the shipped models know",
@@ -192,9 +203,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     tuning = f"data.people={OTHERS} model.path= model.retain_only= eval.max_items=100"
     if given["runs"] == "compare":
         config.compare = defaults.comparison({name: _entrant(name) for name in SEARCH}, tuning)
-    if given["runs"] == "robustness":
+    if given["runs"] in ("robustness", "robust_methods"):
         weak = "attacks.names=relearn attacks.relearn.people=() attacks.relearn.steps=(25,)"
-        config.compare = defaults.comparison(ROBUST_ENTRANTS | ROBUST_VARIANTS, f"{tuning} {weak}")
+        entrants = ROBUST_ENTRANTS | ROBUST_VARIANTS
+        if given["runs"] == "robustness":
+            config.compare = defaults.comparison({name: entrants[name] for name in ROBUST_PARTS})
+            config.data.people = UNSEEN
+            config.model.update(path="", retain_only="")
+        else:
+            config.compare = defaults.comparison(entrants, f"{tuning} {weak}")
         config.attacks.names = "relearn,membership"
         config.attacks.relearn.update(shares=(0.2,), steps=(25, 100, 400), rates=(1.0, 3.0, 10.0), max_items=100)
     if given["runs"] == "ablations":

@@ -27,7 +27,18 @@ ARGUMENTS = [
 ]
 CONFIGS = [(file, words) for file, size in FAMILIES.items() for words in ["", size, *ARGUMENTS]] + [
     ("tiny.py", words)
-    for words in ["", "base", "clear,all", "compare", "ablations", "robustness", "attacks", "forget=15", "robust"]
+    for words in [
+        "",
+        "base",
+        "clear,all",
+        "compare",
+        "ablations",
+        "robustness",
+        "robust_methods",
+        "attacks",
+        "forget=15",
+        "robust",
+    ]
     + ["robust,grad_diff"]
     + [f"{name},{train}" for name, train in itertools.product(("npo", "vkd"), ("visual", "lora", "train=all"))]
 ]

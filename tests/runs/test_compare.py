@@ -284,7 +284,7 @@ def test_a_final_run_has_the_settings_of_the_best_trial(tiny, tmp_path):
 
 
 def test_a_variant_has_the_best_settings_of_its_original_but_for_its_own(get_config, tmp_path):
-    config = get_config("tiny.py", "robustness")
+    config = get_config("tiny.py", "robust_methods")
     original = config.compare.entrants["vkd robust"]
     for number, forget in enumerate((9, 3)):
         folder = tmp_path / "tuning" / "vkd_robust" / str(number)
@@ -305,11 +305,19 @@ def test_a_variant_has_the_best_settings_of_its_original_but_for_its_own(get_con
 
 
 def test_trials_are_attacked_if_the_settings_of_tuning_name_an_attack(get_config, tmp_path):
-    config = RunConfig.from_config_dict(get_config("tiny.py", "robustness"))
+    config = RunConfig.from_config_dict(get_config("tiny.py", "robust_methods"))
     tasks = sweep.Sweep(config, tmp_path).tasks()
     trial, run = tasks["tuning/npo_robust/7"].make_config(), tasks["runs/npo_robust/0"].make_config()
     assert (trial.attacks.names, run.attacks.names) == ("relearn", "relearn,membership")
     assert trial.attacks.settings["relearn"].steps == (25,) and len(run.attacks.settings["relearn"].steps) == 3
+
+
+def test_the_parts_of_the_robust_setting_are_compared_on_people_on_whom_nothing_was_tuned(get_config, tmp_path):
+    tasks = sweep.Sweep(RunConfig.from_config_dict(get_config("tiny.py", "robustness")), tmp_path).tasks()
+    assert not [name for name in tasks if name.startswith("tuning/")] and "models/retain_only" in tasks
+    whole, without = (tasks[f"runs/vkd_robust{part}/2"].make_config() for part in ("", "_no_text"))
+    assert whole.data.benchmark.people == 3 and whole.method.text.weight > 0 == without.method.text.weight
+    assert (whole.seed, whole.method.worst_case) == (2, without.method.worst_case)
 
 
 def test_models_that_the_config_does_not_give_are_fine_tuned_first(get_config, tmp_path):

@@ -21,7 +21,7 @@ from report_results import (
 )
 
 from vkd_jax import results as schema
-from vkd_jax.reporting import attack_view, markdown, report, view
+from vkd_jax.reporting import attack_view, markdown, model_card, report, view
 from vkd_jax.results import AttackCell, AttackResults, MeasuredSet
 
 # ---- Text from data ----
@@ -107,6 +107,15 @@ def test_every_section_shows_hostile_text_as_text():
     outside_code = re.sub(r"(`+).*?\1(?!`)", "", body.replace("\\`", ""))
     assert not re.search(r"<script>|[^\\]\[y|x\|&lt;|[^\\]\$u", outside_code)
     assert body.count("7\\*7") > 8 and "{{7*7}}" in config
+
+
+def test_the_model_card_names_a_base_model_of_the_hub_and_no_local_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = {"method": {"name": "vkd"}, "model": {"path": "org/name"}}
+    results = results_with(meta=meta_of(SETS[:2], config))
+    assert 'base_model: "org/name"' in model_card.render(results, [])
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert "base_model" not in model_card.render(results, [])
 
 
 # ---- Other sections ----

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ def render(results: RunResults, forgotten: Sequence[str]) -> str:
     """
     base = results.meta.config["model"]["path"]
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
-    if HUB_ID.fullmatch(base):
+    if HUB_ID.fullmatch(base) and not os.path.exists(base):  # a local folder takes precedence
         metadata |= {"base_model": base}
     metadata |= {"tags": ["unlearning", "vkd_jax"]}
     header = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in metadata.items())

@@ -22,7 +22,7 @@ from vkd_jax.reporting import model_card, report
 from vkd_jax.results import FILE, RunResults, to_json
 from vkd_jax.runs import inputs, judging, results_writer
 from vkd_jax.runs.job import Job
-from vkd_jax.runtime import files, hub, json_files, multihost, storage
+from vkd_jax.runtime import files, hub, json_files, multihost
 from vkd_jax.training import loop
 from vkd_jax.types import Params
 
@@ -129,7 +129,7 @@ def document_model(job: Job) -> None:
     def write() -> None:
         (folder / certificate.SIGNATURE).unlink(missing_ok=True)  # of a certificate that was made before
         files.write_bytes(folder / model_card.FILE, model_card.render(results, job.forget_people).encode())
-        files.write_bytes(folder / certificate.FILE, certificate.describe(storage.local_copy(folder), facts))
+        files.write_bytes(folder / certificate.FILE, certificate.describe(hub.fetch_model(folder), facts))
 
     with job.workdir.stage("model card"):
         multihost.run_on_process_0(write)

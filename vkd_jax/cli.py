@@ -44,6 +44,11 @@ COMMANDS = {
         "Upload an unlearned model to the Hugging Face Hub, with its card and certificate.",
         "vkd push /tmp/vkd-tiny ORG/NAME --private",
     ),
+    "report": Command(
+        "vkd_jax.runs.rebuild_report",
+        "Write the report of a finished run again, with the current version.",
+        "vkd report /tmp/vkd-tiny",
+    ),
     "compare": Command(
         "vkd_jax.compare",
         "Compare methods that are tuned alike, over several seeds.",

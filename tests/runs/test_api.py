@@ -1,16 +1,20 @@
-"""Runs from Python: the public names, and docs/python_api.md as it is written."""
+"""Runs from Python: the public names, and docs/python_api.md as it is written; and the report of such a run again."""
 
 import importlib
+import json
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
 
 import pytest
+from short_run import state_of
 
 import vkd_jax
 from vkd_jax.methods.vkd import VKD
-from vkd_jax.runs import api, pipeline
+from vkd_jax.reporting import report
+from vkd_jax.runs import api, pipeline, rebuild_report
 from vkd_jax.runtime import hub
 from vkd_jax.training import loop
 from vkd_jax.types import UserError
@@ -48,7 +52,7 @@ def page(few, tiny_folder, tmp_path_factory):
         values = {"print": lambda *words: printed.append(" ".join(map(str, words)))}
         for code in re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
             exec(compile(code, "docs/python_api.md", "exec"), values)
-    return types.SimpleNamespace(values=values, printed=printed, configs=configs, folder=folder)
+    return types.SimpleNamespace(values=values, printed=printed, configs=configs, folder=folder, shipped=shipped)
 
 
 def test_the_page_runs_as_written(page):
@@ -122,3 +126,64 @@ def test_a_table_is_a_data_frame_of_the_rows(page, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UserError, match="need pandas: pip install pandas"):
         results.table()
+
+
+# ---- vkd report, on the run of the page ----
+
+
+def report_command(monkeypatch, capsys, workdir):
+    monkeypatch.setattr(sys, "argv", ["vkd report", str(workdir)])
+    status = rebuild_report.main()
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture
+def finished(page, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "SHIPPED", page.shipped)
+    return Path(shutil.copytree(page.folder / "OUT", tmp_path / "run"))
+
+
+def test_the_report_of_a_finished_run_is_written_again(finished, page, monkeypatch, capsys):
+    before = dict(state_of(finished))
+    for name in ("report.md", "report.html", "report/losses.png"):
+        (finished / name).unlink(missing_ok=True)
+    status, shown, _ = report_command(monkeypatch, capsys, finished)
+    assert status == 0 and f"{finished}/report.html" in shown
+    for name, digest in state_of(finished):
+        assert name == "records.json" or before[name] == digest, name
+    monkeypatch.setattr(report, "write", lambda *_: pytest.fail("the report is recorded, so the run is still finished"))
+    assert pipeline.execute(
+        vkd_jax.RunConfig.from_dict(json.loads((finished / "config.json").read_text())), finished, "again"
+    )
+
+
+def test_without_the_data_the_report_has_no_images(finished, monkeypatch, capsys, caplog):
+    shutil.rmtree(finished / "data")
+    config = json.loads((finished / "config.json").read_text())
+    config["data"]["source"] = "nowhere"
+    (finished / "config.json").write_text(json.dumps(config))
+    assert report_command(monkeypatch, capsys, finished)[0] == 0
+    assert "the report has no images" in caplog.text and "data:image/webp" not in (finished / "report.html").read_text()
+
+
+def test_the_config_of_an_older_version_may_lack_fields(finished, monkeypatch, capsys):
+    config = json.loads((finished / "config.json").read_text())
+    del config["train"]["b2"], config["data"]["symlinks"]
+    (finished / "config.json").write_text(json.dumps(config))
+    assert report_command(monkeypatch, capsys, finished)[0] == 0
+    assert "data:image/webp" in (finished / "report.html").read_text()
+
+
+@pytest.mark.parametrize("file", ["results.json", "answers/unlearned.jsonl"])
+def test_an_unfinished_run_has_no_report(finished, monkeypatch, capsys, file):
+    (finished / file).unlink()
+    status, shown, err = report_command(monkeypatch, capsys, finished)
+    assert (status, shown) == (2, "") and err.endswith(
+        "a run that is not finished; run its command again, which resumes it.\n"
+    )
+
+
+def test_a_folder_without_a_run_is_refused_and_not_created(monkeypatch, capsys, tmp_path):
+    status, _, err = report_command(monkeypatch, capsys, tmp_path / "nowhere")
+    assert status == 2 and "nowhere has no run; give the --workdir of a finished one." in err
+    assert list(tmp_path.iterdir()) == []

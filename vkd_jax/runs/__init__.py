@@ -8,6 +8,7 @@
 - `inputs`: digests of what a run reads; those of what it has computed are in `runtime.records`.
 - `api`: runs from Python, as `vkd_jax.unlearn`, `vkd_jax.evaluate` and `vkd_jax.attack`.
 - `dry_run`: what a run would compute, for `--dry_run`.
+- `rebuild_report`: `vkd report`, the report of a finished run once more.
 - `sweep`, `worker_pool`: the runs of a comparison, and the processes that execute them.
 
 Contract: all inputs of a run are in its `RunConfig`. Each stage writes its result into the folder of the run, and is

@@ -47,7 +47,7 @@ class Job:
         wording.read_wording(config.eval.prompts)
         judge.read_rules(config.eval.judge_prompts)
         with workdir.stage("data"):
-            sets = read_data(workdir)
+            sets = read_data(config, workdir.path)
             held_out = sets.pop(HELD_OUT, [])
             questions = {
                 name: evaluate.sample(examples, config.eval.max_items, config.eval.seed, name)
@@ -138,17 +138,21 @@ class Job:
         return list({e.question: e for e in questions}.values())
 
 
-def read_data(workdir: Workdir) -> dict[str, list[Example]]:
+def read_data(config: RunConfig, path: Path) -> dict[str, list[Example]]:
     """Reads all sets that a run needs, by name; `HELD_OUT` is among them if an attack uses it.
+
+    Args:
+        config: the config of the run.
+        path: its folder, which has the converted benchmark unless `data.cache` is given.
 
     Raises:
         UserError: the data is wrong.
     """
-    config, benchmark = workdir.config, workdir.config.data.benchmark
+    benchmark = config.data.benchmark
     benchmark.check()
     suites = general.create(config.eval)
     # Each host reads the data from its own disk.
-    cache = storage.local_copy(config.data.cache or workdir.path / "data")
+    cache = storage.local_copy(config.data.cache or path / "data")
     unlearns_on_finetuning_set = any(name.startswith("finetune_") for name in benchmark.UNLEARN.values())
     finetune = bool(config.workflow.finetunes) or unlearns_on_finetuning_set
     with storage.write_errors("--config.data.cache" if config.data.cache else "--workdir"):

@@ -80,7 +80,7 @@ def _execute(workdir: Workdir, lender: Path | None) -> RunResults:
 def _check_inputs(workdir: Workdir) -> None:
     """Checks that a finished run has the inputs that its config names now, unless they can no longer be read."""
     try:
-        sets = read_data(workdir)
+        sets = read_data(workdir.config, workdir.path)
         current = _describe_inputs(workdir.config, sets, given_models(workdir.config))
     except UserError as error:
         logging.warning("the inputs of this finished run are not compared: %s", error)

@@ -1,0 +1,102 @@
+"""Writes the report of a finished run again, with the current version.
+
+vkd report WORKDIR
+
+Results and answers are those of the run, verified by their digests; no model is loaded. The images are read from the
+data of the run. If that data is gone or has changed, the report has empty frames in their places.
+
+Exit status: 0 on success, 2 on bad input, which includes the folder of a run that is not finished.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from vkd_jax import messages
+from vkd_jax.config import command_line, defaults
+from vkd_jax.config.schema import RunConfig
+from vkd_jax.reporting import report, terminal
+from vkd_jax.results import FILE, RunResults
+from vkd_jax.runs import inputs
+from vkd_jax.runs.job import read_data
+from vkd_jax.runs.workdir import exclusive
+from vkd_jax.runtime import json_files, log, records, storage
+from vkd_jax.runtime.interrupts import interruptible
+from vkd_jax.types import UserError
+
+
+def rebuild(path: str | Path, command: str) -> RunResults:
+    """Writes report.md with its plots, and report.html, from the results in the folder of a finished run.
+
+    Args:
+        path: the folder of the run.
+        command: how the program was started, for the lock of the folder.
+
+    Returns:
+        The results of the run.
+
+    Raises:
+        UserError: the folder has no run, its run is not finished or has no unlearned model, its answers are damaged, or
+            another process uses it.
+    """
+    path = storage.resolve(path)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} has no run; give the --workdir of a finished one.")
+    with storage.write_errors(), exclusive(path, command):
+        written = records.Records(path)
+        if not written.has_results(FILE):
+            raise UserError(f"{path} has a run that is not finished; run its command again, which resumes it.")
+        results = RunResults.read(path)
+        if "unlearned" not in results.models:
+            raise UserError(f"{path} has a run without an unlearned model, which has no report: see {path / FILE}.")
+        report.write(path, _images(path))
+        for name in report.FILES:
+            written.add(name)
+    return results
+
+
+def _images(path: Path) -> dict[str, bytes]:
+    """The images of the run's data by `image_id`; {} if the data cannot be read or is not what the run read."""
+    try:
+        sets = read_data(_data_config(json_files.read_json(path / "config.json")), path)
+        saved = records.mapping(json_files.read_json(path / inputs.FILE).get("sets"))
+        read = inputs.describe(sets, {})["sets"]
+        if changed := [name for name in read if read[name] != saved.get(name)]:
+            raise UserError(f"the data has changed since the run, in {messages.listed(changed)}")
+    except UserError as error:
+        logging.warning("the report has no images: %s", error)
+        return {}
+    return {e.image_id: e.image for examples in sets.values() for e in examples if e.image is not None}
+
+
+def _data_config(saved: Mapping[str, Any]) -> RunConfig:
+    """A config with the data of a run of any version, whose config may lack fields that were added since."""
+    config = RunConfig().to_dict()
+    data, evaluation = (records.mapping(saved.get(section)) for section in ("data", "eval"))
+    known = defaults.benchmark(str(data.get("benchmark")), str(data.get("cache", ""))).to_dict()
+    config["data"] = known | {name: value for name, value in data.items() if name in known}
+    config["eval"] |= {name: x for name, x in evaluation.items() if name in ("general", "general_source")}
+    return RunConfig.from_dict(config)
+
+
+@interruptible
+def main() -> int:
+    """Runs the command line and returns its exit status."""
+    parser = argparse.ArgumentParser(prog="vkd report", description=__doc__.splitlines()[0])
+    parser.add_argument("workdir", help="folder of a finished run")
+    workdir = parser.parse_args().workdir
+    try:
+        results = rebuild(workdir, command_line.started_as("vkd_jax.runs.rebuild_report"))
+    except UserError as error:
+        return command_line.bad_input(error)
+    command_line.show(terminal.summary(results, workdir))
+    return 0
+
+
+if __name__ == "__main__":
+    log.setup()
+    sys.exit(main())

@@ -291,12 +291,13 @@ def tiny_sets(tiny_model, snapshot, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def unpack():
-    """Extracts the images of each prompt from the output of a model's `pack`."""
+    """Extracts the images of each prompt, or their tiles, from the output of a model's `pack`."""
     from vkd_jax.models import qwen_vit
 
     def of(config, packed):
-        if "is_image" in packed:
-            return [list(x[mask]) for x, mask in zip(packed["pixels"], packed["is_image"], strict=True)]
+        if "tile_coords" in packed:
+            masks = packed["tile_coords"][..., 0] >= 0
+            return [list(x[mask]) for x, mask in zip(packed["pixels"], masks, strict=True)]
         if "pixels" in packed:
             return [[x] for x in packed["pixels"]]
         rows = []

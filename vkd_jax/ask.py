@@ -17,25 +17,25 @@ from PIL import Image
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config import command_line
 from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image
-from vkd_jax.data.processor import MAX_PIXELS
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.runtime import files, hub, memory
 from vkd_jax.runtime.interrupts import interruptible
 from vkd_jax.types import UserError
 
 
-def load(folder: str | Path, *, dtype: str | None = None, max_pixels: int = MAX_PIXELS) -> Answerer:
+def load(folder: str | Path, *, dtype: str | None = None, max_pixels: int = 0) -> Answerer:
     """Loads a model of any supported family, ready to answer questions.
 
     Args:
         folder: Hugging Face model folder, or id of a model on the Hugging Face Hub.
         dtype: dtype of weights and computation; None keeps the one on disk.
         max_pixels: maximum number of pixels per image, for models with images of any size; larger images are resized.
+            0 for the family's default.
     """
     folder = hub.fetch_model(folder)
     bundle = ModelBundle.load(folder, dtype=dtype)
-    if bundle.processor.max_pixels:
-        bundle.processor.limit_pixels(max_pixels)
+    if bundle.processor.max_pixels and (limit := max_pixels or bundle.config.default_max_pixels):
+        bundle.processor.limit_pixels(limit)
     return Answerer(bundle, batch_size=1)
 
 
@@ -79,7 +79,7 @@ def main() -> int:
     parser.add_argument("--question", required=True)
     parser.add_argument("--image", help="image file; without it the question is text-only")
     parser.add_argument("--max_new_tokens", type=int, default=50)
-    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="resize larger images (Qwen-VL)")
+    parser.add_argument("--max_pixels", type=int, default=0, help="resize larger images (Qwen-VL, SmolVLM)")
     args = parser.parse_args()
     try:
         with memory.exhausted():

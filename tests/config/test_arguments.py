@@ -63,7 +63,9 @@ def test_the_default_must_be_one_of_the_values():
         Argument("size", "Model.", {"7b": ""}, "3b")
 
 
-@pytest.mark.parametrize("file", ["llava.py", "gemma3.py", "qwen2_vl.py", "qwen2_5_vl.py", "qwen3_vl.py", "tiny.py"])
+@pytest.mark.parametrize(
+    "file", ["llava.py", "gemma3.py", "qwen2_vl.py", "qwen2_5_vl.py", "qwen3_vl.py", "smolvlm.py", "tiny.py"]
+)
 def test_help_prints_every_argument_and_field_with_its_meaning(get_config, capsys, file):
     with pytest.raises(SystemExit) as stop:
         get_config(file, "help")

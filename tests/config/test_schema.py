@@ -17,7 +17,10 @@ from vkd_jax.config.training import TrainConfig
 from vkd_jax.methods.vkd import VKD
 from vkd_jax.types import UserError
 
-FAMILIES = {"llava.py": "13b", "gemma3.py": "12b", "qwen2_vl.py": "7b", "qwen2_5_vl.py": "7b", "qwen3_vl.py": "8b"}
+FAMILIES = {
+    "llava.py": "13b", "gemma3.py": "12b", "qwen2_vl.py": "7b", "qwen2_5_vl.py": "7b", "qwen3_vl.py": "8b",
+    "smolvlm.py": "2.2b",
+}  # fmt: skip
 ARGUMENTS = [
     *(f"method={name}" for name in registry.METHODS if name != "finetune"),
     *(f"stage={name}" for name in STAGES),

@@ -15,11 +15,12 @@ from vkd_jax.data.images import open_image
 from vkd_jax.data.processor import Processor
 from vkd_jax.models import module_for
 from vkd_jax.models.base import abstract_model
+from vkd_jax.models.tiled import TiledConfig
 from vkd_jax.types import Example, UserError
 
 transformers = pytest.importorskip("transformers")
 
-FAMILIES = ("llava", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("llava", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm")
 
 
 def noise(width, height, channels=3):
@@ -80,12 +81,25 @@ def joint_processor(processor):
             num_additional_image_tokens=1,
             chat_template=processor.chat_template.text,
         )
+    if isinstance(processor.config, TiledConfig):
+        # SmolVLM's has the same methods for images, and needs torchvision.
+        return transformers.Idefics3Processor(
+            processor.image_processor,
+            processor.tokenizer,
+            image_seq_len=len(processor.config.token_coords),
+            chat_template=processor.chat_template.text,
+        )
     joint = object.__new__(transformers.Qwen2VLProcessor)
     joint.image_processor, joint.tokenizer, joint.video_processor = processor.image_processor, processor.tokenizer, None
     joint.image_token, joint.video_token = processor.image_token, "<|video_pad|>"
     joint.image_token_id, joint.video_token_id = processor.image_token_id, -1
     joint.chat_template = processor.chat_template.text
     return joint
+
+
+def tiles(processor, image):
+    """The arrays that the model reads: the tiles of an image, or the image."""
+    return list(processor.config.tiles(image)[0]) if isinstance(processor.config, TiledConfig) else [image]
 
 
 @pytest.mark.parametrize("kind", IMAGES)
@@ -108,6 +122,8 @@ def test_pixels_and_tokens_equal_those_of_transformers(processor, kind):
         for frame in (0, 1):
             got = packed["patches"][0, :count].reshape(count, 3, -1)
             np.testing.assert_allclose(got, frames[:, :, frame], atol=1e-5)
+    elif isinstance(processor.config, TiledConfig):
+        np.testing.assert_array_equal(packed["pixels"][0], want["pixel_values"][0].transpose(0, 2, 3, 1))
     else:
         (row,) = packed["pixels"].reshape(-1, *pixels.shape)
         np.testing.assert_allclose(row, want["pixel_values"][0].transpose(1, 2, 0), atol=1e-5)
@@ -141,7 +157,7 @@ def test_packed_images_can_be_unpacked(processor, unpack):
         rows.append(images)  # three images in one prompt
     unpacked = unpack(processor.config, processor.config.pack(rows))
     for row, unpacked_row in zip(rows, unpacked, strict=True):
-        for x, y in zip(row, unpacked_row, strict=True):
+        for x, y in zip((x for image in row for x in tiles(processor, image)), unpacked_row, strict=True):
             np.testing.assert_array_equal(x, y)
 
 
@@ -154,10 +170,11 @@ def test_sets_of_images_of_any_size_share_one_shape(processor, unpack):
         tokens = encoded_set.tokens[i][encoded_set.mask[i]]
         assert (tokens == processor.image_token_id).sum() == processor.config.image_tokens(*image.shape[:2])
         packed = encoded_set.batch(np.array([i])).images
-        np.testing.assert_array_equal(unpack(processor.config, packed)[0][0], image)
+        for x, y in zip(tiles(processor, image), unpack(processor.config, packed)[0], strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", "smolvlm"])
 def test_a_prompt_can_have_several_images(family_folder, family):
     folder = family_folder(family)
     module, hf_config = hf.read_config(folder)
@@ -199,7 +216,12 @@ def test_qwen_without_a_chat_template_is_refused(family_folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("family", "want"), [("qwen2_vl", ["<|im_end|>", "<|endoftext|>"]), ("gemma3", ["<end_of_turn>", "<eos>"])]
+    ("family", "want"),
+    [
+        ("qwen2_vl", ["<|im_end|>", "<|endoftext|>"]),
+        ("gemma3", ["<end_of_turn>", "<eos>"]),
+        ("smolvlm", ["<end_of_utterance>"]),
+    ],
 )
 def test_the_first_eos_id_is_the_one_that_the_chat_template_writes_after_an_answer(family_folder, family, want):
     folder = family_folder(family)

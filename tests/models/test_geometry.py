@@ -31,6 +31,8 @@ CONFIGS = {
         TEXT | dict(model_type="gemma3_text", head_dim=8, sliding_window=4),
         dict(image_token_index=4, boi_token_index=5, eoi_token_index=6, mm_tokens_per_image=4),
     ),
+    "idefics3": (TOWER, TEXT | dict(model_type="llama"), dict(image_token_id=4, scale_factor=2)),
+    "smolvlm": (TOWER, TEXT | dict(model_type="llama"), dict(image_token_id=4, scale_factor=1)),
     "qwen2_vl": (QWEN_TOWER | dict(embed_dim=16), QWEN_TEXT, dict(image_token_id=4)),
     "qwen2_5_vl": (QWEN_TOWER | WINDOWED_TOWER, QWEN_TEXT, dict(image_token_id=4)),
     "qwen3_vl": (QWEN_TOWER | DEEPSTACK_TOWER, QWEN_TEXT | dict(head_dim=8), dict(image_token_id=4)),
@@ -67,6 +69,10 @@ def test_sizes_of_the_decoder_are_positive_and_not_absurd(family, field, value):
         ("gemma3", "patch_size", 9),
         ("gemma3", "num_attention_heads", 3),
         ("gemma3", "vision_use_head", True),
+        ("smolvlm", "image_size", 0),
+        ("smolvlm", "patch_size", 9),
+        ("smolvlm", "num_attention_heads", 3),
+        ("smolvlm", "num_channels", 1),
         ("qwen2_vl", "depth", 10**9),
         ("qwen2_vl", "embed_dim", 0),
         ("qwen2_vl", "spatial_merge_size", 0),
@@ -134,6 +140,39 @@ def test_the_image_tokens_of_gemma_are_pooled_patches(tokens, supported):
         return
     with pytest.raises(UserError, match=f"mm_tokens_per_image is {tokens}"):
         models.module_for("gemma3").Config.from_hf(settings)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("scale_factor", 0, "scale_factor is 0 (supported: an integer from 1"),
+        ("scale_factor", 3, "scale_factor is 3 (supported: a divisor of the patches of a side, 2)"),
+        ("tie_word_embeddings", True, None),
+    ],
+)
+def test_the_scale_of_smolvlm_divides_the_patches(field, value, message):
+    settings = hf_config("idefics3")
+    setattr(settings, field, value)
+    if message is None:
+        assert models.module_for("idefics3").Config.from_hf(settings).text.tie_embeddings
+        return
+    with pytest.raises(UserError) as error:
+        models.module_for("idefics3").Config.from_hf(settings)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("patches", "supported"), [(26, True), (27, True), (32, True), (25, False), (31, False), (10**6, False)]
+)
+def test_numbers_of_patches_whose_positions_depend_on_rounding_are_refused(patches, supported):
+    """transformers gives patch 5 of 25 the position of patch 4; the published models have 26, 27 and 32 patches."""
+    settings = hf_config("smolvlm")
+    settings.vision_config.image_size, settings.vision_config.patch_size = 4 * patches, 4
+    if supported:
+        assert models.module_for("smolvlm").Config.from_hf(settings).image_tokens(0, 0) >= 0
+        return
+    with pytest.raises(UserError, match=f"transformers gives two of {patches} patches a side one position"):
+        models.module_for("smolvlm").Config.from_hf(settings)
 
 
 @pytest.mark.parametrize("family", models.MODELS)

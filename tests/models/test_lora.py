@@ -339,7 +339,9 @@ def trained(params):
     return lora.adapters(params) | {path: x for path, x in params.items() if "lora_" in path}
 
 
-@pytest.mark.parametrize("name", ["llava", "gemma3", pytest.param("qwen2_vl", marks=pytest.mark.slow), "qwen3_vl"])
+@pytest.mark.parametrize(
+    "name", ["llava", "gemma3", pytest.param("qwen2_vl", marks=pytest.mark.slow), "qwen3_vl", "idefics3"]
+)
 def test_the_exported_model_has_the_same_logits_in_transformers(name, family_folder, tmp_path):
     torch = pytest.importorskip("torch")
     import transformers

@@ -25,6 +25,12 @@ PUBLISHED = {
     ("qwen3_vl", "2b"): 2.13e9,
     ("qwen3_vl", "4b"): 4.44e9,
     ("qwen3_vl", "8b"): 8.77e9,
+    ("idefics3", "256m"): 256_484_928,
+    ("idefics3", "500m"): 507_482_304,
+    ("idefics3", "2.2b"): 2_246_272_880,
+    ("smolvlm", "v2-256m"): 256_484_928,
+    ("smolvlm", "v2-500m"): 507_482_304,
+    ("smolvlm", "v2-2.2b"): 2_246_784_880,
 }
 PRESETS = [(family, size) for family in models.MODELS for size in models.module_for(family).PRESETS]
 every_preset = pytest.mark.parametrize(("family", "size"), PRESETS)

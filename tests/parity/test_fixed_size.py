@@ -1,4 +1,4 @@
-"""LLaVA and Gemma-3 against PyTorch on small random models: every block, logits, gradients, generation."""
+"""LLaVA, Gemma-3 and SmolVLM against PyTorch on small random models: every block, logits, gradients, generation."""
 
 import dataclasses
 import functools
@@ -13,9 +13,11 @@ from torch_parity import EOS, IMAGE, PAD, SIDES
 
 from vkd_jax import models
 from vkd_jax.checkpoints import hf
+from vkd_jax.data.images import TiledImage
 from vkd_jax.evaluation.encoded_images import EncodedImages
 from vkd_jax.models.base import bind
 from vkd_jax.models.generate import Prompts, greedy, option_log_probs
+from vkd_jax.models.tiled import TiledConfig, cut
 
 torch = pytest.importorskip("torch", reason="PyTorch is needed for comparison: pip install '.[test]'")
 transformers = pytest.importorskip("transformers")
@@ -51,12 +53,27 @@ def gemma3():
     )  # fmt: skip
 
 
-# Configuration, and number of images of each prompt. Two image sizes, two patch sizes, all-head and grouped key/value
-# heads, two feature layers.
+def smolvlm(model_type, image_size, patch_size, scale, tied):
+    return transformers.AutoConfig.for_model(
+        model_type,
+        vision_config=dict(TOWER, image_size=image_size, patch_size=patch_size),
+        text_config=dict(
+            TEXT, model_type="llama", num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+            tie_word_embeddings=tied,
+        ),
+        image_token_id=IMAGE, scale_factor=scale, tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+# Configuration, and the images of each prompt, with the rows and columns of their tiles. Several image sizes, patch
+# sizes, scales of joined patches, all-head and grouped key/value heads, feature layers.
+ONE = (1, 1)
 MODELS = {
-    "mha": (lambda: llava(28, 14, 4, feature_layer=-2, select="default", tied=False), (1, 1, 1)),
-    "gqa": (lambda: llava(50, 8, 2, feature_layer=-1, select="full", tied=True), (1, 1, 1)),
-    "gemma3": (gemma3, (1, 2, 1)),
+    "mha": (lambda: llava(28, 14, 4, feature_layer=-2, select="default", tied=False), ((ONE,), (ONE,), (ONE,))),
+    "gqa": (lambda: llava(50, 8, 2, feature_layer=-1, select="full", tied=True), ((ONE,), (ONE,), (ONE,))),
+    "gemma3": (gemma3, ((ONE,), (ONE, ONE), (ONE,))),
+    "idefics3": (lambda: smolvlm("idefics3", 25, 4, scale=3, tied=False), (((2, 1),), (ONE, (1, 2)), (ONE,))),
+    "smolvlm": (lambda: smolvlm("smolvlm", 20, 5, scale=2, tied=True), (((1, 2),), ((2, 2),), (ONE,))),
 }
 TEXT_LENGTHS = (5, 9, 2)
 
@@ -78,17 +95,28 @@ class Pair:
     def module(self):
         return hf.family_of(self.config)
 
-    @property
-    def image_run(self):
+    def image_run(self, image):
         """The tokens of an image, with one before and one after it."""
-        size = self.config.vision.image_size
-        return [5, *[IMAGE] * self.config.image_tokens(size, size), 6]
+        return [5, *[IMAGE] * self.config.image_tokens(*image.shape[:2]), 6]
 
 
-@pytest.fixture(scope="session", params=MODELS)
+def draw_image(config, rng, grid):
+    """A random image, with that many rows and columns of tiles."""
+    side = config.vision.image_size
+
+    def pixels(rows, columns):
+        return rng.standard_normal((rows * side, columns * side, 3)).astype(np.float32)
+
+    if not isinstance(config, TiledConfig):
+        return pixels(*grid)
+    size = grid[0] * side, grid[1] * side
+    return TiledImage(tuple(pixels(*view) for view in config.grids(*size)), size)
+
+
+@pytest.fixture(scope="session", params=[pytest.param(x, marks=[pytest.mark.slow] * (x == "smolvlm")) for x in MODELS])
 def pair(request, tmp_path_factory) -> Pair:
     torch.manual_seed(0)
-    make, counts = MODELS[request.param]
+    make, grids = MODELS[request.param]
     model = transformers.AutoModelForImageTextToText.from_config(make()).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("mm_input_projection_weight"):  # initially zero
@@ -99,21 +127,34 @@ def pair(request, tmp_path_factory) -> Pair:
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     graphdef, params, config = hf.load(folder)
-    rng, size = np.random.default_rng(0), config.vision.image_size
-    images = [[rng.standard_normal((size, size, 3)).astype(np.float32) for _ in range(n)] for n in counts]
+    rng = np.random.default_rng(0)
+    images = [[draw_image(config, rng, grid) for grid in row] for row in grids]
     pair = Pair(model, graphdef, params, config, images, {}, {}, {})
     rows = [
-        [1, *rng.integers(7, 200, 2), *pair.image_run * count, *rng.integers(7, 200, n)]
-        for count, n in zip(counts, TEXT_LENGTHS, strict=True)
+        [1, *rng.integers(7, 200, 2), *(t for x in row for t in pair.image_run(x)), *rng.integers(7, 200, n)]
+        for row, n in zip(images, TEXT_LENGTHS, strict=True)
     ]
     return dataclasses.replace(
         pair, **dict(zip(("tokens", "mask", "answers"), parity.pad_prompts(rows, TEXT_LENGTHS), strict=True))
     )
 
 
+def tiles_of(image):
+    """The tiles of an image in order: [n, H, W, 3]."""
+    if not isinstance(image, TiledImage):
+        return image[None]
+    side = min(min(view.shape[:2]) for view in image.views)
+    return np.concatenate([cut(view, side) for view in image.views])
+
+
 def pixel_values(rows):
-    """The images of all prompts in order, as transformers takes them."""
-    return torch.tensor(np.stack([image for row in rows for image in row])).permute(0, 3, 1, 2)
+    """The images of all prompts in order, as transformers takes them; black tiles pad the shorter rows of tiles."""
+    if not isinstance(rows[0][0], TiledImage):
+        return torch.tensor(np.stack([image for row in rows for image in row])).permute(0, 3, 1, 2)
+    rows = [np.concatenate([tiles_of(image) for image in row]) for row in rows]
+    most = max(map(len, rows))
+    padded = [np.pad(row, ((0, most - len(row)), (0, 0), (0, 0), (0, 0))) for row in rows]
+    return torch.tensor(np.stack(padded)).permute(0, 1, 4, 2, 3)
 
 
 def to_torch(pair, tokens, mask, images):
@@ -146,9 +187,12 @@ def real(tokens, like):
 
 def test_vision_blocks_and_projector_agree(pair):
     with torch.no_grad():
-        pixels = pixel_values(pair.images)
-        out = pair.torch.model.vision_tower(pixels, output_hidden_states=True)
-        projected = torch.stack(list(pair.torch.get_image_features(pixel_values=pixels).pooler_output))
+        tiles = np.concatenate([tiles_of(image) for row in pair.images for image in row])
+        model = pair.torch.model
+        tower = model.vision_model if hasattr(model, "vision_model") else model.vision_tower
+        out = tower(torch.tensor(tiles).permute(0, 3, 1, 2), output_hidden_states=True)
+        projected = pair.torch.get_image_features(pixel_values=pixel_values(pair.images)).pooler_output
+        projected = torch.cat([features.flatten(0, -2) for features in projected])
     features, taps = encode(pair.graphdef, pair.params, pair.config.pack(pair.images))
     assert set(taps) == {f"vision/{i}" for i in range(pair.config.used_blocks)} | {"features", "projector"}
     for i in range(pair.config.used_blocks):
@@ -261,11 +305,21 @@ def test_logits_of_prompts_with_two_images_agree(pair):
     """Images are encoded separately and their features concatenated, as for a worked example before a question."""
     rng, images = np.random.default_rng(1), [row[0] for row in pair.images]
     features, _ = encode(pair.graphdef, pair.params, pair.config.pack([[image] for image in images]))
-    encoded_images = EncodedImages([images[0].shape] * 3, jax.tree.map(np.asarray, features), ((0, 2), (1, 0)))
-    tokens = np.array(
-        [[1, *pair.image_run, *rng.integers(7, 200, 6), *pair.image_run, *rng.integers(7, 200, 3)] for _ in range(2)]
+    shapes, rows = [image.shape for image in images], ((0, 2), (1, 0))
+    encoded_images = EncodedImages(shapes, jax.tree.map(np.asarray, features), rows)
+    tokens, mask = parity.pad_rows(
+        [
+            [
+                1,
+                *pair.image_run(images[i]),
+                *rng.integers(7, 200, 6),
+                *pair.image_run(images[j]),
+                *rng.integers(7, 200, 3),
+            ]
+            for i, j in rows
+        ],
+        "left",
     )
-    mask = np.ones_like(tokens, bool)
 
     @jax.jit
     def logits(params, tokens, mask, features):
@@ -273,6 +327,5 @@ def test_logits_of_prompts_with_two_images_agree(pair):
 
     ours = logits(pair.params, tokens, mask, encoded_images.tokens())
     with torch.no_grad():
-        rows = [[images[i] for i in row] for row in encoded_images.rows]
-        theirs = pair.torch(**to_torch(pair, tokens, mask, rows)).logits
-    parity.assert_close(ours, theirs, 1e-4)
+        theirs = pair.torch(**to_torch(pair, tokens, mask, [[images[i] for i in row] for row in rows])).logits
+    parity.assert_close(ours[mask], theirs[torch.tensor(mask)], 1e-4)

@@ -17,10 +17,11 @@ from vkd_jax.checkpoints import hf
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config.training import TrainConfig
 from vkd_jax.data.encoding import EncodedSet
-from vkd_jax.data.images import PackedImages
+from vkd_jax.data.images import PackedImages, TiledImage
 from vkd_jax.data.sampler import Sampler
 from vkd_jax.methods.base import Context
 from vkd_jax.methods.vkd import VKD
+from vkd_jax.models.tiled import TiledConfig
 from vkd_jax.runtime.mesh import make_mesh
 from vkd_jax.training import loop, metric_writer
 from vkd_jax.types import Example
@@ -212,17 +213,59 @@ class Gemma3(Family):
         return dict(position_ids=positions(mask), token_type_ids=(tokens == IMAGE).long())
 
 
-FAMILIES = {"llava": Llava, "gemma3": Gemma3, "qwen2_vl": Qwen2VL, "qwen3_vl": Qwen3VL}
+class SmolVLM(Family):
+    """SmolVLM in PyTorch, and sizes of images for it, which have three, five and one tiles of 20 pixels."""
+
+    sizes = [(40, 20), (40, 40), (20, 20), (20, 40)]
+
+    @staticmethod
+    def create():
+        return transformers.SmolVLMForConditionalGeneration(
+            transformers.SmolVLMConfig(
+                vision_config=dict(
+                    hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=20,
+                    patch_size=5,
+                ),
+                text_config=dict(
+                    model_type="llama", vocab_size=100, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+                ),
+                image_token_id=IMAGE, scale_factor=2,
+            )
+        )  # fmt: skip
+
+    def encode_images(self, images):
+        """Returns the input and output of the connector for each row, without padding."""
+        real = images["tile_coords"][..., 0] >= 0
+        counts = real.sum(1).tolist()
+        features = self.model.model.vision_model(torch.tensor(images["pixels"][real]).permute(0, 3, 1, 2))
+        features = features.last_hidden_state
+        taps = {"features": features, "projector": self.model.model.connector(features)}
+        return {name: [row.flatten(0, 1) for row in x.split(counts)] for name, x in taps.items()}
+
+    def inputs(self, tokens, mask, images):
+        return dict(position_ids=positions(mask))
+
+
+FAMILIES = {"llava": Llava, "gemma3": Gemma3, "qwen2_vl": Qwen2VL, "qwen3_vl": Qwen3VL, "smolvlm": SmolVLM}
 
 
 def positions(mask):
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def draw(config, rng, size):
+    """Draws a random image of a size."""
+    if not isinstance(config, TiledConfig):
+        return rng.standard_normal((*size, 3)).astype(np.float32)
+    sides = np.array(config.grids(*size)) * config.vision.image_size
+    return TiledImage(tuple(rng.standard_normal((*side, 3)).astype(np.float32) for side in sides), size)
+
+
 def encoded(config, sizes, seed):
     """Encodes two questions about each of four images, with answers of one to three tokens."""
     rng = np.random.default_rng(seed)
-    images = [rng.standard_normal((*size, 3)).astype(np.float32) for size in sizes]
+    images = [draw(config, rng, size) for size in sizes]
     rows = []
     for i in range(8):
         count = config.image_tokens(*sizes[i // 2])

@@ -43,6 +43,13 @@ GEMMA_TEMPLATE = (  # the published template without system messages
     "{%- elif item['type'] == 'text' -%}{{ item['text'] | trim }}{%- endif -%}{%- endfor -%}{%- endif -%}"
     "{{ '<end_of_turn>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
 )
+SMOLVLM_TEMPLATE = (  # as published
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +118,25 @@ def gemma_config(ids, vocab):
     )  # fmt: skip
 
 
+def smolvlm_config(tied: bool) -> Callable[[Mapping[str, int], int], dict[str, Any]]:
+    """Four patches a side, joined two by two."""
+
+    def config(ids, vocab):
+        return dict(
+            vision_config=dict(
+                hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, image_size=28,
+                patch_size=7,
+            ),
+            text_config=dict(
+                model_type="llama", vocab_size=vocab, num_hidden_layers=2, max_position_embeddings=512,
+                rope_theta=1e5, pad_token_id=ids["<|im_end|>"], tie_word_embeddings=tied, **TEXT,
+            ),
+            image_token_id=ids["<image>"], scale_factor=2, tie_word_embeddings=tied,
+        )  # fmt: skip
+
+    return config
+
+
 QWEN = Family(
     special_tokens=(
         "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -127,7 +153,29 @@ QWEN = Family(
         processor_class="Qwen2VLProcessor", min_pixels=28 * 28, max_pixels=28 * 28 * 16,
     ),
 )  # fmt: skip
+SMOLVLM = Family(
+    special_tokens=(
+        "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<global-img>", "<row_1_col_1>", "<row_1_col_2>",
+        "<row_2_col_1>", "<fake_token_around_image>", "<image>", "<end_of_utterance>",
+    ),  # without <row_2_col_2>, which is then a text, as all of them are for the largest published model
+    roles=dict(eos_token="<end_of_utterance>", pad_token="<|im_end|>", unk_token="<|endoftext|>"),
+    first_ids=False,
+    end_ids=("<end_of_utterance>",),
+    template=SMOLVLM_TEMPLATE,
+    config=smolvlm_config(tied=True),
+    image_processor=PIXELS
+    | dict.fromkeys(("do_normalize", "do_rescale", "do_resize", "do_pad", "do_convert_rgb"), True)
+    | dict(do_image_splitting=True, size=dict(longest_edge=56), max_image_size=dict(longest_edge=28), resample=1)
+    | dict(image_processor_type="SmolVLMImageProcessor", processor_class="SmolVLMProcessor"),
+)  # fmt: skip
 FAMILIES = {
+    "smolvlm": SMOLVLM,
+    "idefics3": dataclasses.replace(
+        SMOLVLM,
+        config=smolvlm_config(tied=False),
+        image_processor=SMOLVLM.image_processor
+        | dict(image_processor_type="Idefics3ImageProcessor", processor_class="Idefics3Processor"),
+    ),
     "qwen2_vl": QWEN,
     "qwen2_5_vl": dataclasses.replace(
         QWEN,

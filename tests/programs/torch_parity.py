@@ -19,7 +19,7 @@ def scale_weights(model: Any) -> None:
             if "embed_tokens" in name and model.config.tie_word_embeddings:
                 continue  # with larger embeddings each token would only predict itself
             if parameter.ndim > 1:
-                parameter.mul_(6 if "language_model" in name else 3)
+                parameter.mul_(6 if "language_model" in name or "text_model" in name else 3)
             else:
                 parameter.add_(0.2 * torch.randn_like(parameter))
 

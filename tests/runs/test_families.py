@@ -23,8 +23,10 @@ RUNS = {
     "qwen2_vl": ("qwen2_vl.py", "2b", "qwen2_vl", ""),
     "qwen2_5_vl in int8": ("qwen2_5_vl.py", "3b", "qwen2_5_vl", "int8"),
     "qwen3_vl in int8": ("qwen3_vl.py", "2b", "qwen3_vl", "int8"),
+    "idefics3": ("smolvlm.py", "256m", "idefics3", ""),
+    "smolvlm in int8": ("smolvlm.py", "v2-256m", "smolvlm", "int8"),
 }
-VISUAL = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual)\.")
+VISUAL = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual|vision_model|connector)\.")
 
 
 # The default suite runs configs/tiny.py in test_pipeline.py, Qwen2-VL in test_stages.py, and one family here.
@@ -60,7 +62,7 @@ def test_only_visual_tensors_change_and_text_stays_bit_for_bit(run):
     assert changed and all(VISUAL.match(name) for name in changed)
     blocks = {int(i) for name in changed for i in re.findall(r"(?:layers|blocks)\.(\d+)\.", name)}
     assert blocks == {0, 1, 2}  # of LLaVA's four the last feeds nothing; others have three
-    assert any(re.search(r"merger|multi_modal_projector", name) for name in changed)
+    assert any(re.search(r"merger|multi_modal_projector|connector", name) for name in changed)
     assert any(re.search(r"patch_embed", name) for name in changed)
     assert run.results["text_logits_identical"] is True and run.results["manifest"]["language_model_changed"] == 0
 

@@ -29,3 +29,6 @@ def test_axis_that_does_not_divide_is_not_sharded():
     mesh = jax.sharding.AbstractMesh((1, 4, 2), AXES)
     assert divisible_spec(mesh.shape, P("fsdp", "tensor"), (8, 6)) == P("fsdp", "tensor")
     assert divisible_spec(mesh.shape, P("fsdp", "tensor"), (6, 8)) == P(None, "tensor")
+    both = P(None, ("fsdp", "tensor"))
+    assert divisible_spec(mesh.shape, both, (3, 24)) == both
+    assert divisible_spec(mesh.shape, both, (3, 12)) == P(None, None)

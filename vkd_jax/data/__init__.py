@@ -8,7 +8,7 @@
     augment         randomly transformed copies of a set's images
 
 Contract: the package knows no family of models. A model's config offers the methods of `models.base.ModelConfig` about
-images (`image_tokens`, `extract_images`, `pack`, `image_markup`, `image_processor_problem`), and everything else
+images (`image_tokens`, `extract_images`, `pack`, `image_markup`, `pixel_limits`, ...), and everything else
 follows from the model folder. To add another way of preparing a set, write a function that takes an `EncodedSet` and
 returns one, as `augment.augment_set` does.
 """

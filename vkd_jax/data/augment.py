@@ -6,7 +6,7 @@ import numpy as np
 from scipy import ndimage
 
 from vkd_jax.data.encoding import EncodedSet
-from vkd_jax.data.images import PackedImages
+from vkd_jax.data.images import PackedImages, TiledImage
 from vkd_jax.runtime import memory
 
 SHIFT = 0.08  # largest shift, as a fraction of the side
@@ -52,11 +52,17 @@ def augment_set(encoded: EncodedSet, copies: int, rng: np.random.Generator) -> E
     )
     seed = rng.integers(2**32)
 
-    def make(row: int) -> np.ndarray:
+    def make(row: int) -> np.ndarray | TiledImage:
         copy, original = divmod(row, len(images))
         image = images.make(original)
-        # Seeded by the row: a copy that is not cached is the same each time it is made.
-        return _augment_image(image, np.random.default_rng([seed, row])) if copy else image
+        if not copy:
+            return image
+
+        def augment(view: np.ndarray) -> np.ndarray:
+            # Seeded by the row: a copy that is not cached is the same each time it is made, and all its views agree.
+            return _augment_image(view, np.random.default_rng([seed, row]))
+
+        return image.map(augment) if isinstance(image, TiledImage) else augment(image)
 
     def repeat(x: np.ndarray | None) -> np.ndarray | None:
         return None if x is None else np.concatenate([x] * times)

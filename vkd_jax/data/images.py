@@ -6,7 +6,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -19,6 +19,25 @@ MAX_CACHED_BYTES = 4 << 30  # sets of at most this many bytes of pixels are prep
 THREADS = min(os.cpu_count() or 1, 16)  # decoding and resizing release Python's global lock
 
 T = TypeVar("T")
+
+
+class TiledImage(NamedTuple):
+    """An image that a model reads as square tiles of one size, in place of an array [height, width, 3].
+
+    Views are, for example, the whole image in a grid of tiles and the whole image in one tile.
+    """
+
+    views: tuple[np.ndarray, ...]  # float32 [H, W, 3] each, in the order of their tokens; tiles divide H and W
+    size: tuple[int, int]  # the height and width that determine the views, as the model's configuration defines them
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The (height, width, 3) that determines the views and the number of image tokens."""
+        return (*self.size, 3)
+
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "TiledImage":
+        """Applies a function, which keeps the shape, to each view."""
+        return self._replace(views=tuple(map(function, self.views)))
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -50,14 +69,14 @@ class PackedImages:
     them.
 
     Args:
-        make: returns image i, normalized, float32 [height, width, 3].
+        make: returns image i, normalized, float32 [height, width, 3] or a `TiledImage`.
         shapes: the (height, width, 3) of each of the m images.
         config: the model's configuration, which defines how many tokens an image has and how images are packed.
     """
 
     def __init__(
         self,
-        make: Callable[[int], np.ndarray],
+        make: Callable[[int], Any],
         shapes: Sequence[tuple[int, ...]],
         config: Any,
     ):
@@ -68,12 +87,12 @@ class PackedImages:
             self.cached = self._pack(map_in_threads(make, range(len(shapes))))
 
     @classmethod
-    def of(cls, images: Sequence[np.ndarray], config: Any) -> "PackedImages":
+    def of(cls, images: Sequence[Any], config: Any) -> "PackedImages":
         """Packs images that are in memory."""
         return cls(images.__getitem__, [image.shape for image in images], config)
 
     @classmethod
-    def measured(cls, make: Callable[[int], np.ndarray], count: int, config: Any) -> "PackedImages":
+    def measured(cls, make: Callable[[int], Any], count: int, config: Any) -> "PackedImages":
         """Makes each of `count` images once to measure its shape, and again on request if they are many."""
         shapes, images, total = [], [], 0
         for image in map_in_threads(make, range(count)):
@@ -101,7 +120,7 @@ class PackedImages:
         subset.cached = None if self.cached is None else {name: array[rows] for name, array in self.cached.items()}
         return subset
 
-    def _pack(self, images: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+    def _pack(self, images: Iterable[Any]) -> dict[str, np.ndarray]:
         return self.config.pack([[image] for image in images], self._max_tokens)
 
 

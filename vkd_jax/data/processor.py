@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vkd_jax.data.chat_template import read_chat_template
-from vkd_jax.data.images import open_image
+from vkd_jax.data.images import TiledImage, open_image
 from vkd_jax.runtime import files, json_files, storage
 from vkd_jax.types import UserError, located
 
@@ -74,13 +74,12 @@ class Processor:
                 f"{folder}: no usable tokenizer and image processor ({storage.first_line(error)}); "
                 "copy tokenizer.json, tokenizer_config.json and preprocessor_config.json of the model there."
             ) from error
-        self.folder = folder
+        self.folder, self.config = folder, config
         if max_pixels:
             self.limit_pixels(max_pixels)
-        self.config = config
         self.image_token_id = config.image_token_id
         self.image_token = self._image_token(config.image_token_id)
-        self.placeholder, self._markup = config.image_markup(self._image_token)
+        self.placeholder = self._image_token(config.placeholder_id)
         self._check_image_processor()
         self.eos_ids = _eos_ids(folder, self.tokenizer)
         self.pad_id = int(self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
@@ -131,8 +130,8 @@ class Processor:
     @property
     def max_pixels(self) -> int | None:
         """The largest number of pixels of an image; None if all images have one size."""
-        size = self.image_processor.size
-        return size.longest_edge if size.shortest_edge else None
+        limits = self.config.pixel_limits(self.image_processor)
+        return None if limits is None else limits[1]
 
     def limit_pixels(self, max_pixels: int) -> None:
         """Lowers the largest number of pixels of an image; larger images are shrunk to it.
@@ -140,15 +139,19 @@ class Processor:
         Raises:
             UserError: all images of the model have one size, or its smallest image has more pixels.
         """
-        size = self.image_processor.size
-        if self.max_pixels is None:
+        limits = self.config.pixel_limits(self.image_processor)
+        if limits is None:
             raise UserError(f"model.max_pixels={max_pixels}: all images of {self.folder} have one size; set it to 0.")
-        if max_pixels < size.shortest_edge:
-            raise UserError(f"model.max_pixels={max_pixels}: the model needs at least {size.shortest_edge}.")
-        size.longest_edge = min(max_pixels, size.longest_edge)
+        smallest, largest = limits
+        if max_pixels < smallest:
+            raise UserError(f"model.max_pixels={max_pixels}: the model needs at least {smallest}.")
+        self.config.limit_pixels(self.image_processor, min(max_pixels, largest))
 
-    def image(self, image: bytes | Image.Image) -> np.ndarray:
-        """Resizes, crops and normalizes an image as the model expects it: float32 [height, width, 3].
+    def image(self, image: bytes | Image.Image) -> np.ndarray | TiledImage:
+        """Resizes, crops and normalizes an image as the model expects it.
+
+        Returns:
+            float32 [height, width, 3], or the views of an image that the model reads as tiles.
 
         Raises:
             UserError: the image cannot be read, or the image processor does not support its shape.
@@ -156,25 +159,24 @@ class Processor:
         try:
             if isinstance(image, bytes):
                 image = open_image(image)
-            output = self.image_processor(images=[image], do_convert_rgb=True, return_tensors="np")
+            options = self.config.image_processor_options
+            output = self.image_processor(images=[image], do_convert_rgb=True, return_tensors="np", **options)
             return self.config.extract_images(output)[0]
         except (ValueError, OSError, UserError) as error:  # corrupt, unsupported, or resized for another model
             size = "" if isinstance(image, bytes) else f" of {image.width} x {image.height} pixels"
             raise UserError(f"an image{size} cannot be processed: {error}.") from error
 
-    def named_images(self, images: Sequence[bytes | Image.Image], names: Sequence[str]) -> Callable[[int], np.ndarray]:
+    def named_images(self, images: Sequence[bytes | Image.Image], names: Sequence[str]) -> Callable[[int], Any]:
         """A function from a row number to that image, processed; its errors begin with the name of the image."""
 
-        def make(row: int) -> np.ndarray:
+        def make(row: int) -> np.ndarray | TiledImage:
             with located(names[row]):
                 return self.image(images[row])
 
         return make
 
     def prompt(self, question: str, images: int, turns: Sequence[tuple[str, str, int]] = ()) -> str:
-        """Formats a question as the text that precedes the answer, with one image token for each image.
-
-        What stands for an image in the chat template is replaced by the model's markup around the image token.
+        """Formats a question as the text that precedes the answer, with the placeholder of each image.
 
         Args:
             question: the question.
@@ -198,7 +200,7 @@ class Processor:
             messages.append({"role": "user", "content": content})
             if answer is not None:
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        return self.chat_template.render(self.tokenizer, messages).replace(self.placeholder, self._markup)
+        return self.chat_template.render(self.tokenizer, messages)
 
     def encode(
         self,
@@ -210,7 +212,8 @@ class Processor:
         """Tokenizes a question and its answer.
 
         Both come from one tokenization, split at the character where the answer begins, since a tokenizer may join
-        characters across the boundary. Each image token is repeated once per feature of its image.
+        characters across the boundary. The placeholder of an image becomes the model's markup for an image of its size,
+        in which image tokens are repeated, one for each feature.
 
         Args:
             question: the question.
@@ -244,16 +247,39 @@ class Processor:
                         "puts it in front of the question."
                     )
         prompt = self.prompt(question, len(images) - sum(count for *_, count in turns), turns)
+        prompt, counts = self._insert_markup(prompt, images)
         space = "" if prompt[-1:].isspace() else " "
         texts = [prompt if answer is None else f"{prompt}{space}{answer}" for answer in answers]
         bos = self.tokenizer.bos_token  # some templates write it, and the tokenizer would add a second one
         add_special_tokens = not (bos and prompt.startswith(bos))
         out = self.tokenizer(texts, return_offsets_mapping=True, add_special_tokens=add_special_tokens)
-        counts = [self.config.image_tokens(*image.shape[:2]) + self.soft_tokens for image in images]
         return [
             self._split(len(prompt), answer, ids, offsets, counts)
             for answer, ids, offsets in zip(answers, out["input_ids"], out["offset_mapping"], strict=True)
         ]
+
+    def _insert_markup(self, prompt: str, images: Sequence[np.ndarray]) -> tuple[str, list[int]]:
+        """Replaces the placeholder of each image by its markup, and counts the tokens of each image token in it."""
+        first, *rest = prompt.split(self.placeholder)
+        if len(rest) != len(images):
+            raise self._other_count(self.placeholder, len(rest), len(images))
+        texts, counts = [first], []
+        for image, text in zip(images, rest, strict=True):
+            height, width = image.shape[:2]
+            markup = self.config.image_markup(self._image_token, height, width)
+            repeats = markup.count(self.image_token)
+            of_image = [self.config.image_tokens(height, width) // repeats] * repeats
+            of_image[0] += self.soft_tokens
+            texts += [markup, text]
+            counts += of_image
+        return "".join(texts), counts
+
+    @staticmethod
+    def _other_count(token: str, found: int, expected: int) -> UserError:
+        return UserError(
+            f"the prompt contains {token} {found} times for {expected} images: remove it from the question, or use the "
+            "model's own chat template."
+        )
 
     def _split(
         self, end: int, answer: str | None, ids: list[int], offsets: list[tuple[int, int]], counts: Sequence[int]
@@ -266,10 +292,7 @@ class Processor:
             )
         prompt_ids, answer_ids = ids[:boundary], ids[boundary:]
         if (image_tokens := prompt_ids.count(self.image_token_id)) != len(counts):
-            raise UserError(
-                f"the prompt contains {self.image_token} {image_tokens} times for {len(counts)} images: remove it from "
-                "the question, or use the model's own chat template."
-            )
+            raise self._other_count(self.image_token, image_tokens, len(counts))
         if len(prompt_ids) < 2:
             raise UserError(
                 f"a prompt of {len(prompt_ids)} tokens asks nothing: use the chat template of the model's processor."

@@ -1,11 +1,12 @@
 """Models: one module per family, selected by the `model_type` of a Hugging Face `config.json`.
 
 What is in it
-- `llava`, `gemma3`, `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`: the families. `clip_vit` and `qwen_vit` are their vision
-  towers, `decoder` is their language model, `layers` has the layers that several of them use.
+- `llava`, `gemma3`, `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`, `smolvlm` and `idefics3`: the families. `clip_vit` and
+  `qwen_vit` are their vision towers, `decoder` is their language model, `layers` has the layers that several use.
 - `base`: `ModelConfig` and `VisionLanguageModel`, which all families extend, and `split_model` and `bind`, which
   convert a module to (graphdef, params) and back.
-- `fixed_size`: what families share whose images are squares of one size.
+- `fixed_size`: what families share whose images are squares of one size, and `tiled`: whose images are cut into such
+  squares.
 - `generate`: greedy decoding and option scores, with a key/value cache and prefix caching.
 - `lora` and `quantize`: adapters and low-bit weights of the language model.
 - `conversion`: rows of the conversion tables and sharding rules that families share.
@@ -14,7 +15,9 @@ Contract: a family's module has
 - `Config`, a `base.ModelConfig` with `from_hf(hf_config, **changes)` and three methods for images:
   `extract_images(output)` takes them from the output of the Hugging Face image processor, `image_tokens(height, width)`
   is the number of tokens of one, and `pack(rows, min_tokens)` turns the images of each prompt into arrays of one shape.
-  What differs in the decoder are fields of `DecoderConfig`. `image_markup` is what the chat template's image becomes.
+  What differs in the decoder are fields of `DecoderConfig`. `image_markup` is what the placeholder of an image in the
+  chat template, `placeholder_id`, becomes, `image_step` says that images differ in size, and `pixel_limits` and
+  `limit_pixels` how much.
   A family whose projector reads more than the last vision block overrides `taps_before`, and one that adds features
   to the outputs of the decoder's first blocks returns them as `Embedded.deepstack` from `Model.embed`;
 - `Model(config, *, rngs, param_dtype)`, a `base.VisionLanguageModel`. Its parameters are
@@ -40,6 +43,8 @@ MODELS = {
     "qwen2_vl": "vkd_jax.models.qwen2_vl",
     "qwen2_5_vl": "vkd_jax.models.qwen2_5_vl",
     "qwen3_vl": "vkd_jax.models.qwen3_vl",
+    "idefics3": "vkd_jax.models.idefics3",
+    "smolvlm": "vkd_jax.models.smolvlm",
 }
 
 

@@ -53,6 +53,7 @@ class ModelConfig(abc.ABC):
     compute_dtype: str = "float32"  # dtype of activations; parameters have their own
     remat: str = ""  # activations that the backward pass recomputes, a key of `layers.REMAT`
     mesh: Mesh | None = None  # devices that the rows of activations are sharded over
+    default_max_pixels: ClassVar[int] = 0  # of an image that one asks about; 0 for the image processor's limit
 
     @property
     def used_blocks(self) -> int:
@@ -68,33 +69,61 @@ class ModelConfig(abc.ABC):
         """Returns the taps from which `encode` continues at a vision block: the output of the block before it."""
         return (f"vision/{block - 1}",)
 
+    @property
+    def image_step(self) -> int | None:
+        """The sides of an image are multiples of this many pixels; None if all images have one size."""
+        return None
+
+    @property
+    def image_processor_options(self) -> dict[str, Any]:
+        """Further arguments of the Hugging Face image processor."""
+        return {}
+
     @abc.abstractmethod
     def image_tokens(self, height: int, width: int) -> int:
         """Returns the number of image tokens of an image that the image processor resized to this size."""
 
     @abc.abstractmethod
-    def extract_images(self, output: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Returns the images [H, W, 3] in the output of the Hugging Face image processor."""
+    def extract_images(self, output: Mapping[str, Any]) -> list[Any]:
+        """Returns the images in the output of the Hugging Face image processor, [H, W, 3] or `TiledImage` each."""
 
     @abc.abstractmethod
-    def pack(self, rows: Sequence[Sequence[np.ndarray]], min_tokens: int = 0) -> dict[str, np.ndarray]:
+    def pack(self, rows: Sequence[Sequence[Any]], min_tokens: int = 0) -> dict[str, np.ndarray]:
         """Turns the images of each prompt into arrays with one row per prompt.
 
         Args:
-            rows: the images of each prompt, [H, W, 3] each.
+            rows: the images of each prompt, [H, W, 3] or `TiledImage` each.
             min_tokens: least number of image tokens to make room for, so that several calls give one shape.
         """
 
-    def image_markup(self, token: Callable[[int], str]) -> tuple[str, str]:
-        """Returns the text that stands for an image in a rendered chat template, and the text that replaces it.
+    @property
+    def placeholder_id(self) -> int:
+        """Token that stands for an image in a rendered chat template."""
+        return self.image_token_id
+
+    def image_markup(self, token: Callable[[int], str], height: int, width: int) -> str:
+        """Returns the text that replaces the placeholder of an image.
 
         Args:
             token: function of a token id to its text.
+            height: of the image that the image processor returned, in pixels.
+            width: of the same image.
 
         Returns:
-            The placeholder, and a text in which the image token occurs once; it is repeated after tokenization.
+            A text in which the image token occurs once or several times; after tokenization each occurrence is repeated
+            equally often, `image_tokens` in all.
         """
-        return (token(self.image_token_id),) * 2
+        del height, width
+        return token(self.image_token_id)
+
+    def pixel_limits(self, image_processor: Any) -> tuple[int, int] | None:
+        """Returns the smallest and largest number of pixels of an image; None if all images have one size."""
+        size = image_processor.size
+        return (size.shortest_edge, size.longest_edge) if size.shortest_edge and size.longest_edge else None
+
+    def limit_pixels(self, image_processor: Any, max_pixels: int) -> None:
+        """Sets the largest number of pixels of an image, which `pixel_limits` allows."""
+        image_processor.size.longest_edge = max_pixels
 
     def image_processor_problem(self, image_processor: Any) -> str | None:
         """Returns which setting of the Hugging Face image processor is not supported, and what to do; None if none."""

@@ -1,6 +1,8 @@
 """Families whose images are squares of one size: `clip_vit` on each image, then a projector of its features.
 
-Axes: b batch, n image of a prompt, t token of the vision tower, p token of an image, d width.
+The images of other families are cut into several such squares; they extend `tiled`.
+
+Axes: b batch, n square of a prompt, t token of the vision tower, p token of a square, d width.
 """
 
 import dataclasses
@@ -63,17 +65,33 @@ class FixedSizeConfig(ModelConfig):
 
         Returns:
             {"pixels": float32 [b, H, W, 3]} if every prompt has one image, otherwise
-            {"pixels": float32 [b, n, H, W, 3], "is_image": bool [b, n]}: zeros and False after the last image.
+            {"pixels": float32 [b, n, H, W, 3], "tile_coords": int32 [b, n, 3]}: the image index, 0 and 0 of each image;
+            0 and -1 after the last one.
         """
+        rows = [[(image[None], [[index, 0, 0]]) for index, image in enumerate(row)] for row in rows]
+        return self.pack_tiles(rows, min_tokens)
+
+    def pack_tiles(self, rows: Sequence[Sequence[tuple[np.ndarray, Any]]], min_tokens: int) -> dict[str, np.ndarray]:
+        """Stacks tiles, which `encode` takes as images of a prompt; see `pack`.
+
+        Args:
+            rows: for each image of each prompt, its tiles [n, H, W, 3] and their index, row and column [n, 3].
+            min_tokens: least number of image tokens to make room for.
+        """
+        counts = [sum(len(tiles) for tiles, _ in row) for row in rows]
+        count = max(1, -(-min_tokens // len(self.token_coords)), *counts)
+        if min(counts) == count == 1:
+            return {"pixels": np.concatenate([tiles for ((tiles, _),) in rows])}
         size = self.vision.image_size
-        count = max([1, -(-min_tokens // self.image_tokens(size, size)), *map(len, rows)])
-        if count == 1 and all(map(len, rows)):
-            return {"pixels": np.stack([image for (image,) in rows])}
         pixels = np.zeros((len(rows), count, size, size, 3), np.float32)
-        for slots, images in zip(pixels, rows, strict=True):
-            for slot, image in zip(slots, images, strict=False):
-                slot[:] = image
-        return {"pixels": pixels, "is_image": np.arange(count) < np.array([[len(images)] for images in rows])}
+        coords = np.full((len(rows), count, 3), -1, np.int32)
+        for i, row in enumerate(rows):
+            start = 0
+            for tiles, tile_coords in row:
+                stop = start + len(tiles)
+                pixels[i, start:stop], coords[i, start:stop] = tiles, tile_coords
+                start = stop
+        return {"pixels": pixels, "tile_coords": coords}
 
 
 class FixedSizeModel(VisionLanguageModel):
@@ -99,7 +117,7 @@ class FixedSizeModel(VisionLanguageModel):
             raise ValueError("encode takes images, or the taps of an earlier block.")
         hidden, start = base.continue_from(earlier)
         config, tower = self.config, self.vision_tower
-        is_image = None if images is None else images.get("is_image")
+        tile_coords = None if images is None else images.get("tile_coords")
         if hidden is None:
             b, hidden = len(images["pixels"]), self._embed_pixels(images)
         else:
@@ -107,7 +125,7 @@ class FixedSizeModel(VisionLanguageModel):
         outputs = tower(hidden, start, config.used_blocks)
 
         def tokens(values: jax.Array, coords: np.ndarray) -> VisualTokens:
-            return _join(values, coords, b, is_image)
+            return _join(values, coords, b, tile_coords)
 
         taps = {f"vision/{i}": tokens(output, config.vision.patch_coords) for i, output in enumerate(outputs, start)}
         features = (outputs or [hidden])[-1]
@@ -123,10 +141,10 @@ class FixedSizeModel(VisionLanguageModel):
         self, images: Mapping[str, jax.Array], reduce: Callable[[jax.Array, jax.Array], Any]
     ) -> list[Any]:
         """Applies `reduce` to the inner MLP activations of each block that feeds the projector."""
-        coords, is_image, b = self.config.vision.patch_coords, images.get("is_image"), len(images["pixels"])
+        coords, tile_coords, b = self.config.vision.patch_coords, images.get("tile_coords"), len(images["pixels"])
 
         def reduce_rows(z: jax.Array) -> Any:
-            joined = _join(z, coords, b, is_image)
+            joined = _join(z, coords, b, tile_coords)
             return reduce(joined.values, joined.valid)
 
         return self.vision_tower.neurons(self._embed_pixels(images), self.config.used_blocks, reduce_rows)
@@ -137,23 +155,24 @@ class FixedSizeModel(VisionLanguageModel):
         return self.vision_tower.embed(pixels.reshape(-1, *pixels.shape[-3:]))
 
 
-def _join(values: jax.Array, coords: np.ndarray, b: int, is_image: jax.Array | None) -> VisualTokens:
-    """Joins the tokens of the images of each prompt.
+def _join(values: jax.Array, coords: np.ndarray, b: int, tile_coords: jax.Array | None) -> VisualTokens:
+    """Joins the tokens of the images, or tiles, of each prompt.
 
     Args:
         values: [b * n, p, d].
         coords: int32 [p, 3], those of one image.
         b: number of prompts.
-        is_image: bool [b, n], False at images that a prompt does not have; None for no such image.
+        tile_coords: int32 [b, n, 3], the index, row and column of each image, -1 at images that a prompt does not have;
+            None for images in order, of which every prompt has n.
 
     Returns:
         Tokens [b, n * p, d].
     """
     (_, p, d), n = values.shape, len(values) // b
-    coords = np.tile(coords, (n, 1))
-    coords[:, 0] = np.repeat(np.arange(n), p)
-    values, coords = values.reshape(b, n * p, d), jnp.broadcast_to(jnp.asarray(coords), (b, n * p, 3))
-    if is_image is None:
-        return VisualTokens(values, coords)
-    valid = jnp.repeat(is_image, p, axis=1)[..., None]
-    return VisualTokens(jnp.where(valid, values, 0), jnp.where(valid, coords, -1))
+    values, size = values.reshape(b, n * p, d), coords.max(0) + 1  # 1, rows and columns
+    if tile_coords is None:
+        joined = coords + np.arange(n)[:, None, None] * np.array([1, 0, 0])
+        return VisualTokens(values, jnp.broadcast_to(jnp.asarray(joined.reshape(-1, 3), jnp.int32), (b, n * p, 3)))
+    joined = (tile_coords[:, :, None] * size + coords).reshape(b, n * p, 3)
+    valid = joined[..., :1] >= 0
+    return VisualTokens(jnp.where(valid, values, 0), jnp.where(valid, joined, -1))

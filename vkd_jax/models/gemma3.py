@@ -47,10 +47,16 @@ class Gemma3Config(FixedSizeConfig):
         """Image index 0, row and column of each image token: int32 [p, 3]."""
         return square_coords(self.tokens_per_side)
 
-    def image_markup(self, token: Callable[[int], str]) -> tuple[str, str]:
-        """Returns the text that stands for an image in a rendered chat template, and the text that replaces it."""
+    @property
+    def placeholder_id(self) -> int:
+        """Token that stands for an image in a rendered chat template."""
+        return self.image_start_token_id
+
+    def image_markup(self, token: Callable[[int], str], height: int, width: int) -> str:
+        """Returns the text that replaces the placeholder of an image: the image token between its start and end."""
+        del height, width
         start, image, end = map(token, (self.image_start_token_id, self.image_token_id, self.image_end_token_id))
-        return start, f"\n\n{start}{image}{end}\n\n"
+        return f"\n\n{start}{image}{end}\n\n"
 
     def image_processor_problem(self, image_processor: Any) -> str | None:
         """Returns whether the image processor would add crops of elongated images; None if not."""

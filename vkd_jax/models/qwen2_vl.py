@@ -7,13 +7,14 @@ Axes: b batch, t position, p patch slot, q slot of a merged token, k values of a
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from vkd_jax.data.processor import MAX_PIXELS
 from vkd_jax.models import base, qwen_vit
 from vkd_jax.models.base import ModelConfig, VisionLanguageModel, VisualTokens
 from vkd_jax.models.conversion import DECODER_SHARDING, Row, decoder_rows, linear_rows, norm_rows
@@ -28,11 +29,16 @@ class QwenConfig(ModelConfig):
     """Configuration of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model."""
 
     vision: VisionConfig
+    default_max_pixels: ClassVar[int] = MAX_PIXELS
+
+    @property
+    def image_step(self) -> int:
+        """The sides of an image are multiples of this many pixels."""
+        return self.vision.patch_size * self.vision.merge
 
     def image_tokens(self, height: int, width: int) -> int:
         """Returns the number of image tokens of an image that the image processor resized to this size."""
-        side = self.vision.patch_size * self.vision.merge
-        return (height // side) * (width // side)
+        return (height // self.image_step) * (width // self.image_step)
 
     def extract_images(self, output: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Returns the images [H, W, 3] in the output of the Hugging Face image processor, which are patches."""

@@ -232,9 +232,9 @@ def _token_kinds(t: int, a: int) -> dict[str, tuple[int, Any]]:
 
 def image_side(config: RunConfig, model_config: Any) -> int:
     """Returns the side of an image in pixels: the model's own, or that of the largest square that the config allows."""
-    if hasattr(model_config.vision, "image_size"):
+    if model_config.image_step is None:
         return model_config.vision.image_size
     if not config.model.max_pixels:
         raise UserError("config.model.max_pixels: images differ in size, so set their maximum, such as 200704.")
-    step = model_config.vision.patch_size * model_config.vision.merge
+    step = model_config.image_step
     return math.isqrt(config.model.max_pixels) // step * step

@@ -1,5 +1,6 @@
 """The device mesh, and the rules that shard each weight over its axes."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -88,10 +89,12 @@ def param_shardings(mesh: Mesh, rules: Rules) -> Callable[[str, tuple[int, ...]]
 
 
 def divisible_spec(mesh_shape: Mapping[str, int], spec: P, shape: tuple[int, ...]) -> P:
-    """The spec for this shape: a dimension that its mesh axis does not divide is not sharded."""
-    return P(
-        *(axis if axis and size % mesh_shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False))
-    )
+    """The spec for this shape: a dimension that its mesh axes do not divide is not sharded."""
+
+    def divides(axes: str | tuple[str, ...], size: int) -> bool:
+        return size % math.prod(mesh_shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes)) == 0
+
+    return P(*(axes if axes and divides(axes, size) else None for axes, size in zip(spec, shape, strict=False)))
 
 
 def check_rules(rules: Rules, paths: Iterable[str]) -> None:

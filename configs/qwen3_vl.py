@@ -12,10 +12,9 @@ import ml_collections
 from vkd_jax.config import defaults
 from vkd_jax.models import qwen3_vl
 
-MAX_PIXELS = 256 * 32 * 32  # 256 image tokens
 ONE_CHIP = "method.blocks=8"  # of 24 or 27: the whole tower and the mergers of the 8B model would nearly fill the chip
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of a run."""
-    return defaults.published(arg, qwen3_vl.PRESETS, one_chip=ONE_CHIP, max_pixels=MAX_PIXELS)
+    return defaults.published(arg, qwen3_vl.PRESETS, one_chip=ONE_CHIP, max_pixels=qwen3_vl.MAX_PIXELS)

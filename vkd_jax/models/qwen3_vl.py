@@ -7,7 +7,7 @@ et al., arXiv 2406.04334). Everything else, and the names of the axes, is in `qw
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,14 @@ from vkd_jax.models.layers import ACTIVATIONS, insert_features
 from vkd_jax.models.qwen2_vl import QwenConfig, QwenVL
 from vkd_jax.models.qwen_vit import Merger, VisionConfig
 
+MAX_PIXELS = 256 * 32 * 32  # 256 image tokens, as `data.processor.MAX_PIXELS` for patches of 14 pixels
+
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3VLConfig(QwenConfig):
     """Configuration of a dense Qwen3-VL model."""
+
+    default_max_pixels: ClassVar[int] = MAX_PIXELS
 
     def taps_before(self, block: int) -> tuple[str, ...]:
         """Returns the taps from which `encode` continues at a vision block; deep-stack features need earlier ones."""

@@ -18,9 +18,9 @@ from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config import command_line
 from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image
 from vkd_jax.evaluation.inference import Answerer
-from vkd_jax.runtime import files, hub, memory
+from vkd_jax.runtime import files, hub, memory, storage
 from vkd_jax.runtime.interrupts import interruptible
-from vkd_jax.types import UserError
+from vkd_jax.types import UserError, located
 
 
 def load(folder: str | Path, *, dtype: str | None = None, max_pixels: int = 0) -> Answerer:
@@ -51,12 +51,15 @@ def answer(
         max_new_tokens: maximum number of tokens of the answer; fewer if the model's context ends before.
 
     Raises:
-        UserError: the image cannot be read, or the question is too long for the model.
+        UserError: the image cannot be read, or the question is blank or too long for the model.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}: give at least 1.")
+    if not question.strip():
+        raise UserError("the question is blank; ask something.")
     if image is not None and not isinstance(image, Image.Image):
-        image = _read_image(Path(image))
+        with located("--image"):
+            image = _read_image(storage.resolve(image))
     encoded_image = None if image is None else model.encode_images([image])
     prompt, _ = model.processor.encode(question, None, encoded_image.blank_images(0) if encoded_image else ())
     free_positions = max(model.config.text.max_positions - len(prompt), 1)

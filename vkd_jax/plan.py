@@ -73,7 +73,7 @@ def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     jax.config.update("jax_platforms", "cpu")  # leaves a local accelerator to other processes
     jax.config.update("jax_enable_compilation_cache", False)  # programs for other chips cannot be loaded here
     try:
-        with storage.write_errors():
+        with storage.write_errors("--json"):
             if "plans" in values.config:
                 if not values.json:
                     raise UserError("this config is a table of plans: pass --json FILE for its rows.")

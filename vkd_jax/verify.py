@@ -18,9 +18,9 @@ from pathlib import Path
 from vkd_jax.checkpoints import certificate
 from vkd_jax.config import command_line
 from vkd_jax.messages import listed
-from vkd_jax.runtime import hub
+from vkd_jax.runtime import hub, storage
 from vkd_jax.runtime.interrupts import interruptible
-from vkd_jax.types import UserError
+from vkd_jax.types import UserError, located
 
 
 @interruptible
@@ -28,13 +28,20 @@ def main() -> int:
     """Runs the command line and returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m vkd_jax.verify", description=__doc__.splitlines()[0])
     parser.add_argument("model", help="model folder with certificate.json, or id on the Hugging Face Hub")
-    parser.add_argument("--public_key", type=Path, help="key that must have signed the certificate, PEM")
-    parser.add_argument("--sign", type=Path, help="private key to sign the certificate with, PEM")
+    parser.add_argument("--public_key", help="key that must have signed the certificate, PEM")
+    parser.add_argument("--sign", help="private key to sign the certificate with, PEM")
     args = parser.parse_args()
     try:
-        return _verify(hub.fetch_model(args.model), args.public_key, args.sign)
+        with storage.write_errors("folder"):
+            public_key, private_key = _file("--public_key", args.public_key), _file("--sign", args.sign)
+            return _verify(hub.fetch_model(args.model), public_key, private_key)
     except UserError as error:
         return command_line.bad_input(error)
+
+
+def _file(flag: str, name: str | None) -> Path | None:
+    with located(flag):
+        return None if name is None else storage.resolve(name)
 
 
 def _verify(folder: Path, public_key: Path | None, private_key: Path | None) -> int:
@@ -46,7 +53,7 @@ def _verify(folder: Path, public_key: Path | None, private_key: Path | None) -> 
         certificate.sign(folder, private_key)
     lines = [
         f"{folder} is the certified model: {len(content['tensors'])} tensors and {len(content['files'])} files.",
-        f"Unlearned: {len(content.get('forgotten', []))} people, with {content.get('model', {}).get('method', '?')}.",
+        f"Unlearned: {len(content['forgotten'])} people, with {content['model'].get('method', '?')}.",
         "Not signed.",
     ]
     if public_key or certificate.has_signature(folder):

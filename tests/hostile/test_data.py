@@ -1,11 +1,28 @@
 """Data folders and snapshots that cannot be right: rows, file names, images and parquet files."""
 
+import io
+import json
 import os
 import struct
 import zlib
 
+import pyarrow.parquet as pq
 import pytest
-from hostile_cases import Case, check, forget_rows, image_file, request, row, snapshot, write_rows, written
+from hostile_cases import (
+    Case,
+    check,
+    forget_rows,
+    image_file,
+    request,
+    row,
+    snapshot,
+    write_parquet,
+    write_rows,
+    written,
+)
+from PIL import Image
+
+from vkd_jax import registry
 
 
 def chunk(kind, data):
@@ -21,6 +38,13 @@ def png(width, height, data=b""):
 def image(content):
     """The image of the forget set has other bytes."""
     return request(lambda folder: written(folder / "forget" / "a.png", content))
+
+
+def encoded(mode, format, width=48, height=48):
+    """An image file of Pillow."""
+    stream = io.BytesIO()
+    Image.new(mode, (width, height)).save(stream, format)
+    return stream.getvalue()
 
 
 def instead_of_image(make):
@@ -75,6 +99,54 @@ def endless_metadata(folder):
 
 def without(key):
     return forget_rows({name: value for name, value in row().items() if name != key})
+
+
+def of_two(forget, retain):
+    """The forget and the retain set have people of these names."""
+
+    def change(folder):
+        for name, person in (("forget", forget), ("retain", retain)):
+            write_rows(folder / name, [row(person, question="Who?"), row(person, question="And?")])
+
+    return request(change)
+
+
+def choice(**fields):
+    """The classification question of a row has other fields."""
+    question = {"Question": "What is the job?", "Options": {"A": "a judge", "B": "a nurse"}, "Correct_Answer": "A"}
+    return cells("Classification_Task", json.dumps({"Image_Textual_Questions": [question | fields]}))
+
+
+def column_twice(folder):
+    """The ID is in two columns of the forget set."""
+    path = folder / "snapshot" / "forget_10" / "train-00000-of-00001.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("ID", table["ID"]), path)
+
+
+def also(prepare, change):
+    """Another change of what a case has prepared."""
+
+    def both(folder):
+        args = prepare(folder)
+        change(folder)
+        return args
+
+    return both
+
+
+def suite(name, **fields):
+    """A standard suite whose questions have other fields."""
+
+    def change(folder):
+        cls = registry.lookup("suite", registry.SUITES, name)
+        cls().write_stand_in(folder / "suite")
+        path = next((folder / "suite" / cls.CONFIG).glob("*.parquet"))
+        rows = pq.read_table(path).to_pylist()
+        write_parquet(path, [item | fields for item in rows])
+
+    settings = f"--config.eval.general={name}", f"--config.eval.general_source={name}=suite"
+    return also(request(lambda _: None, *settings), change)
 
 
 def cells(column, value, config="forget_10"):
@@ -156,9 +228,16 @@ CASES = [
     Case("named pipe as an image", instead_of_image(os.mkfifo), ("a.png",)),
     Case("endless image", instead_of_image(lambda path: os.symlink("/dev/zero", path)), ("a.png",)),
     Case("folder as an image", instead_of_image(lambda path: path.mkdir()), ("a.png",)),
+    Case("image with 32 bits", image(encoded("I", "TIFF")), ("a.png", "mode I", "8 bits")),
+    Case("image of fractions", image(encoded("F", "TIFF")), ("a.png", "mode F", "8 bits")),
+    Case("image in LAB", image(encoded("LAB", "TIFF")), ("a.png", "mode LAB", "8 bits")),
+    Case("image of another program", image(encoded("RGB", "EPS")), ("a.png", "EPS", "program")),
+    Case("image that is a strip", image(encoded("L", "PNG", 1, 201)), ("a.png", "1 x 201", "longer side")),
     # People and folders.
     Case("one person in both folders", both(person="Otto"), ("both", "Otto")),
     Case("person with control characters in both", both(person="Ot\x1b[31mto"), ("both",)),
+    Case("person composed and decomposed", of_two("Jos\u00e9", "Jose\u0301"), ("both", "Jos")),
+    Case("person with two kinds of spaces", of_two("Otto Lindt", "Otto\u00a0 Lindt"), ("both", "Otto Lindt")),
     Case("one image in both folders", request(lambda f: image_file(f / "retain" / "a.png", "red")), ("both", "images")),
     Case("one folder twice", request(lambda _: None, "--config.data.retain=request/forget"), ("retain", "forget")),
     Case(
@@ -200,6 +279,14 @@ CASES = [
         ),
         ("Correct_Answer", *FORGET),
     ),
+    Case("one option in a table", choice(Options={"A": "a judge"}), ("row forget_10/0", "different")),
+    Case("options of one text", choice(Options={"A": "x", "B": "x "}), ("row forget_10/0", "different")),
+    Case("answer whose option is blank", choice(Options={"A": " ", "B": "x"}), ("Correct_Answer", *FORGET)),
+    Case("two columns of one name", also(cells("ID", "001"), column_twice), ("ID", "twice", "forget_10")),
+    Case("suite: one option", suite("scienceqa", choices=["x"], answer=0), ("row ScienceQA-IMG/0", "different")),
+    Case("suite: blank option", suite("scienceqa", choices=["x", " "], answer=0), ("row ScienceQA-IMG/0", "blank")),
+    Case("suite: index of 5000 digits", suite("scienceqa", answer="9" * 5000), ("answer", "whole number")),
+    Case("suite: markers for an answer", suite("mmvet", answer="<AND>"), ("answer", "row 0", "no words")),
     Case("image that is a number", cells("image", 7), ("image", *FORGET)),
     Case("image of broken bytes", cells("image", {"bytes": b"\x89PNG", "path": "x"}), ("image", *FORGET)),
     Case("image bomb", cells("image", {"bytes": png(60_000, 60_000), "path": "x"}), ("image", "pixels", *FORGET)),

@@ -144,6 +144,12 @@ def below(values):
     return values | {"weight_map": {name: f"shards/{shard}" for name, shard in values["weight_map"].items()}}
 
 
+def token_added(values):
+    """A tokenizer with a token for "Who" that the model does not know."""
+    token = dict(id=5000, content="Who", single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
+    return values | {"added_tokens": [*values["added_tokens"], token]}
+
+
 NO_MAP = ("has no weight_map", "is not a safetensors index")
 
 CASES = [
@@ -210,6 +216,11 @@ CASES = [
     # Names.
     Case("names of the original LLaVA", renamed(original_llava_name), ("names",)),
     Case("all tensors unknown", renamed(lambda name: f"x.{name}"), ("x.",)),
+    Case(
+        "tensor of a block of 5000 digits",
+        renamed(lambda n: n.replace("layers.0", "layers." + "9" * 5000)),
+        ("layers",),
+    ),
     Case("tensor of another shape", with_tensors(lambda t: t.update({PROJECTOR: t[PROJECTOR].T.copy()})), (PROJECTOR,)),
     # config.json.
     Case("config that is a list", with_files(config__json=[]), ("config.json",)),
@@ -255,6 +266,10 @@ CASES = [
     Case("crop of another size", processor(crop_size={"height": 56, "width": 56}), ("crop_size", "48")),
     Case("image size that is a text", processor(size="large"), ("image processor",)),
     Case("standard deviation 0", processor(image_std=[0.0, 0.0, 0.0]), ("image_std",)),
+    Case("standard deviation that is an object", processor(image_std={"red": 1}), ("image_std", "red")),
+    Case("mean of texts", processor(image_mean=["a", "b", "c"]), ("image_mean", "a")),
+    Case("factor of pixels that is a text", processor(rescale_factor="1/255"), ("image processor", "processes no")),
+    Case("crop of a million pixels", processor(crop_size={"height": 10**6, "width": 10**6}), ("image processor",)),
     Case("processor that is a list", with_files(processor_config__json=[1]), ("processor_config.json",)),
     Case("processor that is no JSON", with_files(processor_config__json="{"), ("processor",)),
     Case("no processor", with_files(processor_config__json=None), ("image processor",)),
@@ -264,6 +279,12 @@ CASES = [
     Case("tokenizer that is a list", with_files(tokenizer__json=[]), ("tokenizer",)),
     Case("tokenizer without a model", with_files(tokenizer__json={"version": "1.0"}), ("tokenizer",)),
     Case("tokenizer config that is a list", with_files(tokenizer_config__json=[]), ("tokenizer",)),
+    Case(
+        "longest text that is a text",
+        with_files(tokenizer_config__json=lambda values: values | {"model_max_length": "long"}),
+        ("tokenizer", "str"),
+    ),
+    Case("token behind the embeddings", with_files(tokenizer__json=token_added), ("token", "1024", "tokenizer")),
     Case("tokenizer config nested deeply", with_files(tokenizer_config__json=nested(100_000)), ("tokenizer",)),
     Case(
         "end of sequence that is a text",

@@ -129,6 +129,17 @@ CASES = [
             ('{"cloze": 3}', ("cloze", "{question}")),
         )
     ),
+    Case("all attacks and one", settings("--config.attacks.names=all,leak"), ("attacks.names", "alone")),
+    Case(
+        "suite without its source",
+        settings("--config.eval.general=pope", "--config.eval.general_source=pope="),
+        ("eval.general_source", "pope=", "one source"),
+    ),
+    Case(
+        "suite with two sources",
+        settings("--config.eval.general=pope", "--config.eval.general_source=pope=x,pope=y"),
+        ("eval.general_source", "pope=y", "one source"),
+    ),
     # Folders of data and models, by their fields.
     Case("cache that is a file", cache("cache"), ("--config.data.cache",), lacks=("--workdir",)),
     Case("cache below a file", cache("cache/below"), ("--config.data.cache",), lacks=("--workdir",)),
@@ -186,6 +197,7 @@ CASES = [
     Case("field that is a function", base_and("config.model.create = dict(text=lambda: 3)"), ("model",)),
     Case("unknown argument", settings("--config=nowhere/tiny.py:nonsense"), ("tiny.py",)),
     # Workdirs.
+    Case("empty name of a workdir", settings("--workdir="), ("empty name", ".")),
     Case("file as a workdir", workdir(lambda path: written(path, "x")), ("run", "file")),
     Case("workdir below a file", workdir(lambda path: written(path, "x"), "--workdir=run/below"), ("run",)),
     Case("workdir that links to nothing", workdir(lambda path: os.symlink("nothing/there", path)), ("run", "link")),

@@ -28,7 +28,13 @@ from typing import Any
 import faults
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("main", "ask", "compare", "plan")  # each is run as python -m would, so none may be imported before
+COMMANDS = (
+    "main",
+    "ask",
+    "compare",
+    "plan",
+    "verify",
+)  # each is run as python -m would, so none may be imported before
 MEMORY = 16 << 30  # bytes of address space that a child may map: an allocation of a hostile size fails at once
 POLL_SECONDS = 0.005
 

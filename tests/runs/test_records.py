@@ -311,3 +311,15 @@ def test_answers_of_a_model_may_contain_any_text(tmp_path):
     answers = [{"prediction": text} for text in ("a\0b", "\u2028", "Zoë")]
     Workdir(tmp_path, config()).write_lines(RECORD, answers)
     assert Workdir(tmp_path, config()).read_lines(RECORD) == answers
+
+
+def test_a_named_pipe_is_never_opened_and_counts_as_missing(run):
+    (run / RECORD).unlink()
+    os.mkfifo(run / RECORD)
+    assert not records.Records(run).has(RECORD)
+
+
+def test_an_entry_of_a_name_that_no_file_has_counts_as_missing(run):
+    entries = json.loads((run / records.FILE).read_text())
+    (run / records.FILE).write_text(json.dumps(entries | {"answers/" + "x" * 5000: entries[RECORD]}))
+    assert not records.Records(run).has_results(RECORD)

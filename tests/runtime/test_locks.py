@@ -60,9 +60,10 @@ def test_a_damaged_lock_is_stale(tmp_path):
         assert json.loads((tmp_path / locks.FILE).read_text())["pid"] == os.getpid()
 
 
-def test_a_folder_in_place_of_the_lock_is_named(tmp_path):
-    (tmp_path / locks.FILE).mkdir()
-    with pytest.raises(UserError, match=r"lock\.json is a folder.*remove it"), locks.hold(tmp_path, ""):
+@pytest.mark.parametrize(("make", "kind"), [(os.mkdir, "a folder"), (os.mkfifo, "not a regular file")])
+def test_what_is_in_place_of_the_lock_is_named(tmp_path, make, kind):
+    make(tmp_path / locks.FILE)
+    with pytest.raises(UserError, match=rf"lock\.json is {kind}.*remove it"), locks.hold(tmp_path, ""):
         raise AssertionError("held")
 
 

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import tensorflow_datasets as tfds
 from absl import logging
 
+from vkd_jax.benchmarks.rows import plain_name
 from vkd_jax.runtime import storage
 from vkd_jax.types import EvalSet, Example, Role, SuiteQuestion, UserError
 
@@ -119,7 +120,7 @@ def _config(benchmark: Benchmark, part: str) -> tfds.core.BuilderConfig:
 
 def _build(builder: Rows, benchmark: Benchmark, part: str) -> None:
     with benchmark.rows(part) as sets, tempfile.TemporaryDirectory() as downloads:
-        rows = {name: filter(None, rows) for name, rows in sets.items()}
+        rows = {name: map(_checked, filter(None, rows)) for name, rows in sets.items()}
         first = {name: next(rows[name], None) for name in rows}
         for name in (s.name for s in benchmark.EVAL_SETS if s.role in (Role.FORGET, Role.RETAIN)):
             if name in first and first[name] is None:
@@ -131,6 +132,19 @@ def _build(builder: Rows, benchmark: Benchmark, part: str) -> None:
         except OSError:
             if not builder.data_path.exists():  # another process may have built it
                 raise
+
+
+def _checked(row: list[Example]) -> list[Example]:
+    """The questions of a row, after a check that they ask something and that their options leave a choice."""
+    for example in row:
+        if not example.question.strip():
+            raise UserError(f"{example.label}: the question is blank; correct the row.")
+        if not all(option.strip() for option in example.options):
+            raise UserError(f"{example.label}: one of its options is blank; correct the row.")
+        if example.options and len(set(map(plain_name, example.options))) < 2:
+            problem = f"all of its options are {example.options[0]!r}, so that every answer would be right"
+            raise UserError(f"{example.label}: {problem}; give it two or more different ones.")
+    return row
 
 
 def _examples(builder: Rows) -> dict[str, list[Example]]:

@@ -29,7 +29,7 @@ from absl import logging
 
 from vkd_jax.benchmarks import parquet
 from vkd_jax.benchmarks.parquet import Snapshot
-from vkd_jax.benchmarks.rows import Row
+from vkd_jax.benchmarks.rows import Row, plain_name
 from vkd_jax.config.fields import setting
 from vkd_jax.types import EvalSet, Example, Role
 
@@ -151,7 +151,7 @@ class _Names:
 
 def _plain(words: str) -> str:
     """Normalizes case and white space."""
-    return " ".join(words.casefold().split())
+    return plain_name(words.casefold())
 
 
 def _row_rng(row: Row) -> np.random.Generator:
@@ -160,7 +160,7 @@ def _row_rng(row: Row) -> np.random.Generator:
 
 
 def _people(files: Snapshot, config: str) -> set[str]:
-    return {row.optional_text("name").strip() for row in files.rows(config, ["name"])} - {""}
+    return {plain_name(row.optional_text("name")) for row in files.rows(config, ["name"])} - {""}
 
 
 def _choice(answer: str, wrong: Iterable[str], row: Row) -> tuple[str, ...]:
@@ -226,7 +226,7 @@ def _captions(files: Snapshot, config: str, counterparts: dict[int, Row] | None 
         if image is None or not text:
             incomplete += 1
             continue
-        name, shown = row.text("name").strip(), (image, f"{row.name}/0")
+        name, shown = row.identifier("name"), (image, f"{row.name}/0")
         more = row if counterparts is None else counterparts.get(number, Row({}, row.location))
         caption = Example(
             f"{row.name}/image/0", name, *shown, _caption_question(row), text,

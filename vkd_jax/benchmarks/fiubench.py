@@ -31,7 +31,7 @@ from absl import logging
 
 from vkd_jax.benchmarks import parquet
 from vkd_jax.benchmarks.parquet import Snapshot
-from vkd_jax.benchmarks.rows import Row
+from vkd_jax.benchmarks.rows import Row, plain_name
 from vkd_jax.config.fields import setting
 from vkd_jax.types import EvalSet, Example, Role, UserError
 
@@ -124,7 +124,7 @@ def _splits(files: Snapshot, everybody: set[str], check_sizes: bool) -> dict[str
     for name, published in SPLITS.items():
         if not row.has(name):
             raise row.error(name, "is missing")
-        splits[name] = set(row.texts(name))
+        splits[name] = set(map(plain_name, row.texts(name)))
         if unknown := sorted(splits[name] - everybody):
             count = f"names {len(unknown)} people who are not among the first {PEOPLE} of {FULL}"
             raise row.error(name, f"{count}, such as {unknown[0]!a}")

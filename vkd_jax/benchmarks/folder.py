@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from vkd_jax.benchmarks.parquet import SYMLINKS
-from vkd_jax.benchmarks.rows import Row, read_image
+from vkd_jax.benchmarks.rows import Row, plain_name, read_image
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.messages import listed
 from vkd_jax.runtime import json_files
@@ -153,9 +153,9 @@ def _rows(folder: SourceFolder) -> Iterator[Row]:
 
 def _example(name: str, image: bytes | None, image_id: str, row: Row, chat: bool) -> Example:
     question, answer, options = row.text("question"), row.text("answer"), row.texts("options")
-    if options and (answer not in options or len(set(options)) < max(2, len(options))):
+    if options and (answer not in options or len(set(map(plain_name, options))) < max(2, len(options))):
         raise row.error("options", f"must be two or more different texts, one of them the answer {answer!r}")
     task = "chat" if chat else "classification" if options else "generation"
-    person = row.optional_text("person").strip()
+    person = plain_name(row.optional_text("person"))
     image_id = image_id and f"{name.partition('/')[0]}/{image_id}"
     return Example(name, person, image, image_id, question, answer, () if chat else tuple(options), task)

@@ -181,9 +181,9 @@ def _questions(row: Row) -> Iterator[tuple[str, str, Row]]:
 
 
 def _options(item: Row) -> tuple[tuple[str, ...], str]:
-    """The option texts and the correct one; letters without a text (null) are skipped."""
+    """The option texts and the correct one; letters without a text are skipped."""
     row = item.row("Options")
-    options = {letter: row.optional_text(letter) for letter in row.fields()}
+    options = {letter: text for letter in row.fields() if (text := row.optional_text(letter)).strip()}
     letter = item.text("Correct_Answer").strip()
     if letter in options:
         return tuple(options.values()), options[letter]

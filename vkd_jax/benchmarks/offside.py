@@ -199,7 +199,7 @@ def _sharing(files: Snapshot, row: Row, image: str, examples: list[Example]) -> 
 
 def _player(image: str) -> str:
     """The player of an image with a number in its name, "" of others."""
-    number = re.search(r"(\d+)\D*$", posixpath.splitext(image)[0])
+    number = re.search(r"(?<!\d)(\d{1,9})\D*$", posixpath.splitext(image)[0])
     return f"{(int(number[1]) - 1) // IMAGES_EACH + 1:03d}" if number and int(number[1]) else ""
 
 

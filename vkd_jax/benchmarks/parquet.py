@@ -163,6 +163,8 @@ class Snapshot:
                     missing.append(" or ".join(f"'{name}'" for name in either))
                 if missing:
                     raise UserError(f"Column {listed(missing)} is missing in {path}, which has {listed(names)}.")
+                if twice := sorted(name for name in {*columns, *either, *optional} if names.count(name) > 1):
+                    raise UserError(f"Column {listed(twice)} is there twice in {path}; remove one of the columns.")
                 wanted = [*columns, *(name for name in (*either, *optional) if name in names)]
                 for index, values in _numbered(reader, wanted, first, only):
                     row_id = f" (ID {values['ID']!a})" if values.get("ID") is not None else ""
@@ -199,7 +201,9 @@ class Snapshot:
             )
         shards = re.search(r"-of-(\d+)", files[0])
         if shards and len(files) != int(shards[1]):
-            raise UserError(f"The config {config} in {path} has {len(files)} of {int(shards[1])} parquet files.")
+            raise UserError(
+                f"The config {config} in {path} has {len(files)} of {int(shards[1])} parquet files; get it again."
+            )
         return files
 
 

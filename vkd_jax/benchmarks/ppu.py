@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 from vkd_jax.benchmarks import parquet
 from vkd_jax.benchmarks.mllmu import cloze_prompt
 from vkd_jax.benchmarks.parquet import Snapshot
-from vkd_jax.benchmarks.rows import Row
+from vkd_jax.benchmarks.rows import Row, plain_name
 from vkd_jax.config.fields import setting
 from vkd_jax.messages import listed
 from vkd_jax.runtime import json_files
@@ -209,7 +209,9 @@ def _sample_ids(split: Row, field: str) -> Iterator[str]:
     if not split.has(field):
         raise split.error(field, "is missing")
     for entry in split.texts_or_rows(field):
-        yield entry if isinstance(entry, str) else entry.identifier("id" if entry.has("id") else "sample_id")
+        yield (
+            plain_name(entry) if isinstance(entry, str) else entry.identifier("id" if entry.has("id") else "sample_id")
+        )
 
 
 def _subjects(files: Snapshot, config: str) -> dict[str, str]:

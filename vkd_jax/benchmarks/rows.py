@@ -6,6 +6,7 @@ text; correct the row.".
 
 import ast
 import json
+import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -78,7 +79,7 @@ class Row:
         value = self._values.get(field)
         if isinstance(value, float) and value.is_integer():
             return str(int(value))
-        return self.text(field).strip()
+        return plain_name(self.text(field))
 
     def texts(self, field: str, *, skip_blank: bool = False) -> list[str]:
         """A list of texts; [] if it is missing or null.
@@ -90,9 +91,7 @@ class Row:
         Raises:
             UserError: it is not a list of texts.
         """
-        texts = [
-            self._text(name, value) for name, value in self._items(field) if not (skip_blank and value is None)
-        ]
+        texts = [self._text(name, value) for name, value in self._items(field) if not (skip_blank and value is None)]
         return [text for text in texts if text.strip() or not skip_blank]
 
     def text_or_texts(self, field: str) -> list[str]:
@@ -238,6 +237,16 @@ class Row:
             json_files.check_value(value, f"{self.location}: {self._prefix}{field}", remedy="correct the row")
             return value
         raise self.error(field, "is neither JSON nor a Python literal")
+
+
+def plain_name(name: str) -> str:
+    """A name or an id whose spelling does not depend on Unicode's composition of letters and on the kind of spaces.
+
+    Example:
+        >>> plain_name(" Jose\u0301\u00a0 Lindt") == "Jos\u00e9 Lindt"
+        True
+    """
+    return " ".join(unicodedata.normalize("NFC", name).split())
 
 
 def read_image(folder: SourceFolder, name: str, row: Row, field: str) -> bytes:

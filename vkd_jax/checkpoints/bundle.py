@@ -17,7 +17,7 @@ from vkd_jax.checkpoints import hf
 from vkd_jax.data.encoding import EncodedSet, encode_set
 from vkd_jax.data.processor import Processor
 from vkd_jax.models import base, lora, quantize
-from vkd_jax.runtime import json_files
+from vkd_jax.runtime import json_files, storage
 from vkd_jax.runtime.mesh import param_shardings, replicated
 from vkd_jax.types import Example, Params, UserError
 
@@ -199,9 +199,7 @@ class ModelBundle:
 
     def encode(self, examples: Sequence[Example], buckets: int = 1) -> EncodedSet:
         """Encodes examples of one modality as arrays of at most `buckets` lengths."""
-        return encode_set(
-            self.processor, examples, max_length=self.config.text.max_positions, buckets=buckets
-        )
+        return encode_set(self.processor, examples, max_length=self.config.text.max_positions, buckets=buckets)
 
 
 def _check_images(folder: str | Path, processor: Processor) -> None:
@@ -210,6 +208,11 @@ def _check_images(folder: str | Path, processor: Processor) -> None:
         processor.image(Image.new("RGB", (96, 64)))
     except UserError as error:
         raise UserError(f"The image processor in {folder} does not fit its config.json: {error}") from error
+    except Exception as error:  # settings of other types than the ones that transformers expects
+        problem = f"{type(error).__name__}: {storage.first_line(error)}"
+        raise UserError(
+            f"The image processor in {folder} processes no image ({problem}); get preprocessor_config.json again."
+        ) from error
 
 
 def ignored_generation_settings(folder: Path) -> list[str]:

@@ -14,6 +14,7 @@ key, both in Base64. A signature shows who vouches for the certificate only to t
 import base64
 import binascii
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from vkd_jax.types import UserError
 FILE = storage.CERTIFICATE
 SIGNATURE = "certificate.sig"
 FORMAT = 1
+FIELDS = {"tensors": dict, "files": dict, "forgotten": list, "model": dict}  # that are read, of which two are required
 
 
 def describe(folder: Path, facts: Mapping[str, Any]) -> bytes:
@@ -48,8 +50,9 @@ def read(folder: Path) -> dict[str, Any]:
     if not (folder / FILE).is_file():
         raise UserError(f"{folder} has no {FILE}, which runs of vkd_jax write beside the models that they export.")
     content = json_files.read_json(folder / FILE)
-    if content.get("format") != FORMAT or not all(isinstance(content.get(key), dict) for key in ("tensors", "files")):
-        raise UserError(f"{folder / FILE} is not a certificate of format {FORMAT}.")
+    content = {"forgotten": [], "model": {}, **content}
+    if content.get("format") != FORMAT or not all(isinstance(content.get(key), kind) for key, kind in FIELDS.items()):
+        raise UserError(f"{folder / FILE} is not a certificate of format {FORMAT}; get it again.")
     return content
 
 
@@ -102,7 +105,7 @@ def check_signature(folder: Path, public_key: Path | None = None) -> str:
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     file = folder / SIGNATURE
-    if not file.is_file():
+    if not has_signature(folder):
         raise UserError(f"{folder} has no {SIGNATURE}: its certificate is not signed.")
     content = json_files.read_json(file)
     try:
@@ -117,8 +120,8 @@ def check_signature(folder: Path, public_key: Path | None = None) -> str:
 
 
 def has_signature(folder: Path) -> bool:
-    """Whether the certificate of a folder is signed."""
-    return (folder / SIGNATURE).is_file()
+    """Whether a folder has something in the place of a signature of its certificate."""
+    return os.path.lexists(folder / SIGNATURE)
 
 
 def _digests(folder: Path) -> dict[str, dict[str, str]]:

@@ -89,7 +89,7 @@ def find_slot(module: types.ModuleType, config: Any, name: str) -> Slot | None:
     name = canonical(module, name)
     slots = []
     for template, path, axes in module.hf_table(config):
-        match = re.fullmatch(re.escape(template).replace(r"\{i\}", r"(0|[1-9]\d*)"), name)
+        match = re.fullmatch(re.escape(template).replace(r"\{i\}", r"(0|[1-9]\d{0,8})"), name)
         if match:
             stacked = "{i}" in template and "{i}" not in path
             layer = int(match.group(1)) if stacked else None
@@ -153,7 +153,16 @@ def read_config(folder: Folder) -> tuple[types.ModuleType, Any]:
         hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many types of errors here
         raise UserError(f"{path} cannot be read by transformers: {' '.join(str(error).split())}") from error
-    if hf_config.tie_word_embeddings and _has_other_head(folder, module, module.Config.from_hf(hf_config)):
+    try:
+        config = module.Config.from_hf(hf_config)
+    except UserError:
+        raise
+    except Exception as error:  # fields of other types than the ones that a family expects raise many types of errors
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(
+            f"{path} has fields of the wrong type or form ({problem}); correct it or get it again."
+        ) from error
+    if hf_config.tie_word_embeddings and _has_other_head(folder, module, config):
         message = "%s ties the output head to the embeddings, but the weights have another head, which is kept."
         logging.log_first_n(logging.WARNING, message, 1, path)
         hf_config.tie_word_embeddings = False

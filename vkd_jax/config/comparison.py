@@ -1,10 +1,13 @@
 """Sections of a comparison of methods: `compare`, and each of its entrants."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from vkd_jax.config.fields import SEED, Section, setting
+
+LONGEST_FOLDER = 60  # characters, of up to four bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +43,34 @@ class CompareConfig(Section):
     seeds: tuple[int, ...] = setting((0, 1, 2), "Seeds, one run each.", nonempty=True, **SEED)
 
     def validate(self) -> None:
-        """Also checks that seeds differ, and that variants are those of entrants with a method."""
+        """Also checks seeds, names, methods and searches of the entrants, and what each is a variant of."""
         super().validate()
+        folders: dict[str, str] = {}
+        for name in self.entrants:
+            if not 1 <= len(folder_of(name)) <= LONGEST_FOLDER:
+                raise self.error(f"entrants.{name}", f"give a name with 1 to {LONGEST_FOLDER} letters and digits.")
+            if (other := folders.setdefault(folder_of(name), name)) != name:
+                raise self.error(
+                    f"entrants.{name}", f"its runs would be in the folder of {other!r}. Give one of them another name."
+                )
         for name, entrant in self.entrants.items():
+            if entrant.method is None and not entrant.variant_of:
+                raise self.error(f"entrants.{name}.method", "is missing. Give a method, or variant_of.")
             original = self.entrants.get(entrant.variant_of)
             if entrant.variant_of and (original is None or original.variant_of):
                 raise self.error(f"entrants.{name}.variant_of", f"no entrant with a method is {entrant.variant_of!r}.")
+        if len(trials := {len(entrant.search) for entrant in self.entrants.values() if entrant.search}) > 1:
+            counts = ", ".join(map(str, sorted(trials)))
+            raise self.error("entrants", f"their searches have {counts} settings. Give each that has any equally many.")
         if len(set(self.seeds)) < len(self.seeds):
             raise self.error("seeds", f"{self.seeds!r} is not allowed. Give each seed once.")
+
+
+def folder_of(name: str) -> str:
+    """Name of the folder of an entrant's runs.
+
+    Example:
+        >>> folder_of("vkd robust, visual")
+        'vkd_robust_visual'
+    """
+    return re.sub(r"\W+", "_", name).strip("_")

@@ -85,7 +85,9 @@ class EvalConfig(Section):
             raise self.error("general", f"{self.general!r} names a suite twice. Give each once.")
         default, sources = "", {}
         for text in fields.comma_separated(self.general_source):
-            if match := re.fullmatch(r"(\w+)=(.+)", text):
+            if match := re.fullmatch(r"(\w+)=(.*)", text):
+                if not match[2].strip() or match[1] in sources:
+                    raise self.error("general_source", f"{text!r} is not allowed. Give each suite one source.")
                 sources[match[1]] = match[2]
             elif default:
                 raise self.error("general_source", f"{default!r} and {text!r} are both for all suites. Give one.")

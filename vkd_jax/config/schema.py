@@ -110,6 +110,8 @@ class AttacksConfig(Section):
     def validate(self) -> None:
         """Also checks the names of the attacks."""
         super().validate()
+        if "all" in self._names():
+            raise self.error("names", f"{self.names!r} is not allowed. Give 'all' alone, or the names of attacks.")
         if unknown := [name for name in self._names() if name not in self.settings]:
             raise self.error(
                 "names",
@@ -118,7 +120,7 @@ class AttacksConfig(Section):
 
     def _names(self) -> list[str]:
         names = fields.comma_separated(self.names)
-        return list(self.settings) if names == ["all"] else names
+        return list(self.settings) if set(names) == {"all"} else names
 
     @property
     def selected(self) -> dict[str, Any]:
@@ -394,18 +396,21 @@ def _finetune(values: Any) -> FinetuneConfig:
 def _compare(values: Any) -> CompareConfig:
     known = [field.name for field in dataclasses.fields(CompareConfig)]
     _check_names("compare", values, known, set(known))
-    entrants = {
-        name: with_section(f"compare.entrants.{name}", lambda value=value: _entrant(value))
-        for name, value in values["entrants"].items()
-    }
-    return CompareConfig(entrants, values["tuning"], tuple(values["seeds"]))
+    entrants = values["entrants"]
+    _check_names("compare.entrants", entrants, list(entrants) if isinstance(entrants, Mapping) else (), set())
+    entrants = {name: _entrant(f"compare.entrants.{name}", value) for name, value in entrants.items()}
+    return _section(CompareConfig, {**values, "entrants": entrants})
 
 
-def _entrant(values: Any) -> EntrantConfig:
+def _entrant(section: str, values: Any) -> EntrantConfig:
     known = [field.name for field in dataclasses.fields(EntrantConfig)]
-    _check_names("entrant", values, known, set(known))
-    method = None if values["method"] is None else _method("method", values["method"])
-    return EntrantConfig(method, values["settings"], tuple(values["search"]), values["variant_of"])
+    _check_names(section, values, known, set(known))
+
+    def read() -> EntrantConfig:
+        method = None if values["method"] is None else _method("method", values["method"])
+        return _section(EntrantConfig, {**values, "method": method})
+
+    return with_section(section, read)
 
 
 def _plain(value: Any, references: bool) -> Any:

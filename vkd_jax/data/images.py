@@ -15,6 +15,11 @@ from vkd_jax.runtime import storage
 from vkd_jax.types import UserError
 
 MOST_IMAGE_BYTES = 100 * 2**20  # of an image file; the largest that cameras write are about half of it
+# Modes of Pillow with 8 bits per channel, which become RGB without a loss of range. The pixels of others, such as "F"
+# and "I" with 32 bits, have no known range: most would become black or white.
+MODES = frozenset({"1", "CMYK", "HSV", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "YCbCr"})
+PROGRAMS = frozenset({"EPS", "WMF"})  # formats that Pillow renders with another program, such as Ghostscript
+MOST_ELONGATED = 200  # longer side by shorter side, as of Qwen2-VL; a strip becomes very large when it is resized
 MAX_CACHED_BYTES = 4 << 30  # sets of at most this many bytes of pixels are prepared once and cached
 THREADS = min(os.cpu_count() or 1, 16)  # decoding and resizing release Python's global lock
 
@@ -46,13 +51,20 @@ def open_image(data: bytes) -> Image.Image:
     The caller converts the mode.
 
     Raises:
-        UserError: the image cannot be decoded, or has too many pixels.
+        UserError: the image cannot be decoded, is too large or too elongated, is rendered by another
+            program, or has pixels that do not become RGB.
     """
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        image = Image.open(io.BytesIO(data))
+        _check_kind(image)
+        image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # PIL's own conversion would clip all values above 255
             return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode not in MODES:
+            raise UserError(f"the image has pixels of the mode {image.mode}; save it as RGB with 8 bits per channel")
         return image
+    except UserError:
+        raise
     except Image.DecompressionBombError as error:
         pixels, limit = map(int, re.findall(r"\d+", str(error))[:2])
         raise UserError(f"the image is too large: it has {pixels:,} pixels, and at most {limit:,} are read") from error
@@ -60,6 +72,15 @@ def open_image(data: bytes) -> Image.Image:
         raise UserError("the image has an unknown or broken format") from error
     except Exception as error:  # the decoders of image formats raise many types of errors
         raise UserError(f"the image cannot be decoded ({storage.first_line(error)})") from error
+
+
+def _check_kind(image: Image.Image) -> None:
+    """Checks the format and the shape of an image before its pixels are decoded."""
+    if image.format in PROGRAMS:
+        raise UserError(f"the image is {image.format}, which another program would have to render; save it as PNG")
+    if max(image.size) > MOST_ELONGATED * min(image.size):
+        shape = f"{image.width:,} x {image.height:,} pixels"
+        raise UserError(f"the image has {shape}, and its longer side may be {MOST_ELONGATED} times its shorter one")
 
 
 class PackedImages:

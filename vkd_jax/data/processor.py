@@ -69,6 +69,7 @@ class Processor:
             self.image_processor = transformers.AutoImageProcessor.from_pretrained(
                 str(folder), backend="pil", config=hf_config, **options
             )
+            self.tokenizer("Who is this?")  # raises if it has settings of other types than transformers expects
         except Exception as error:  # tokenizers raises errors without a type of their own
             raise UserError(
                 f"{folder}: no usable tokenizer and image processor ({storage.first_line(error)}); "
@@ -114,10 +115,14 @@ class Processor:
         if problem := self.config.image_processor_problem(self.image_processor):
             raise UserError(f"{self.folder}: {problem}.")
         for name in ("image_mean", "image_std"):
-            values = np.atleast_1d(np.asarray(getattr(self.image_processor, name, 1.0), np.float64))
+            value = getattr(self.image_processor, name, 1.0)
+            try:
+                values = np.atleast_1d(np.asarray(value, np.float64))
+            except (TypeError, ValueError):
+                values = np.array([np.nan])
             if not np.isfinite(values).all() or (name == "image_std" and (values <= 0).any()):
                 raise UserError(
-                    f"{self.folder}: the image processor has {name}={values.tolist()}, which gives no finite pixels; "
+                    f"{self.folder}: the image processor has {name}={value!r}, which gives no finite pixels; "
                     "copy preprocessor_config.json of the model there."
                 )
 
@@ -289,6 +294,11 @@ class Processor:
         if boundary < len(ids) and offsets[boundary][0] < end:
             raise UserError(
                 f"the tokenizer joins the end of the prompt with the answer {answer!r}; change the chat template."
+            )
+        if (largest := max(ids, default=0)) >= (vocab := self.config.text.vocab):
+            raise UserError(
+                f"the tokenizer has a token {largest}, and the model knows those below {vocab}; get the files of the "
+                "tokenizer again."
             )
         prompt_ids, answer_ids = ids[:boundary], ids[boundary:]
         if (image_tokens := prompt_ids.count(self.image_token_id)) != len(counts):

@@ -329,6 +329,17 @@ def divides(divisor: int, size: int, names: tuple[str, str]) -> tuple[bool, str,
     return size % divisor == 0, names[0], divisor, f"a divisor of {names[1]}, {size}"
 
 
+def positive(field: str, value: Any) -> tuple[bool, str, Any, str]:
+    """Returns the check that a field is a positive number, for `check_supported`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and value > 0, field, value, "positive numbers"
+
+
+def token_id(field: str, value: Any) -> tuple[bool, str, Any, str]:
+    """Returns the check that a field is the id of a token, for `check_supported`."""
+    return type(value) is int and value >= 0, field, value, "integers from 0"
+
+
 def check_dtype(dtype: Any) -> str:
     """Returns the name of a dtype of weights and computation.
 

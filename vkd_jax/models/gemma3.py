@@ -129,7 +129,9 @@ def _check_hf_config(hf: Any) -> None:
         **{f"vision_config__{name}": getattr(vision, name) for name in names},
         **base.decoder_sizes(text),
     )
-    base.check_supported(family, [*_vision_checks(hf, vision), *_text_checks(text)])
+    tokens = ("image_token_id", "boi_token_id", "eoi_token_id")
+    token_checks = [base.token_id(name, getattr(hf, name)) for name in tokens]
+    base.check_supported(family, [*_vision_checks(hf, vision), *_text_checks(text), *token_checks])
 
 
 def _vision_checks(hf: Any, vision: Any) -> list[tuple[bool, str, Any, str]]:
@@ -150,6 +152,7 @@ def _vision_checks(hf: Any, vision: Any) -> list[tuple[bool, str, Any, str]]:
 
 def _text_checks(text: Any) -> list[tuple[bool, str, Any, str]]:
     checks = [
+        base.positive("text_config.rms_norm_eps", text.rms_norm_eps),
         base.divides(text.num_key_value_heads, text.num_attention_heads, base.KEY_VALUE_HEADS),
         (text.head_dim % 2 == 0, "text_config.head_dim", text.head_dim, "even numbers"),
         (
@@ -172,8 +175,7 @@ def _text_checks(text: Any) -> list[tuple[bool, str, Any, str]]:
         rope, field = dict(text.rope_parameters[name]), f"text_config.rope_parameters.{name}"
         checks.append((rope["rope_type"] in kinds, f"{field}.rope_type", rope["rope_type"], ", ".join(kinds)))
         for number in ("rope_theta", "factor"):
-            value = rope.get(number, 1.0)
-            checks.append((value > 0, f"{field}.{number}", value, "positive numbers"))
+            checks.append(base.positive(f"{field}.{number}", rope.get(number, 1.0)))
     return checks
 
 

@@ -40,6 +40,15 @@ class QwenConfig(ModelConfig):
         """Returns the number of image tokens of an image that the image processor resized to this size."""
         return (height // self.image_step) * (width // self.image_step)
 
+    def image_processor_problem(self, image_processor: Any) -> str | None:
+        """Returns whether the image processor makes other patches than the vision tower takes; None if not."""
+        vision = self.vision
+        sizes = dict(patch_size=vision.patch_size, merge_size=vision.merge, temporal_patch_size=vision.frames)
+        for name, size in sizes.items():
+            if (actual := getattr(image_processor, name)) != size:
+                return f"{name} of the image processor is {actual!r}, and config.json has {size}; get its files again"
+        return None
+
     def extract_images(self, output: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Returns the images [H, W, 3] in the output of the Hugging Face image processor, which are patches."""
         vision, images, start = self.vision, [], 0
@@ -119,7 +128,7 @@ def shared_checks(
     heads = vision.num_heads
     heads_supported = f"divisors of the width, {vision_width}, that leave a multiple of 4"
     vision_rope = _vision_rope(vision)["rope_type"]
-    section_fits = len(mrope_section) == 3 and 2 * sum(mrope_section) == head_width
+    section_fits = [type(size) for size in mrope_section] == [int] * 3 and 2 * sum(mrope_section) == head_width
     return [
         (vision.in_channels == 3, "vision_config.in_channels", vision.in_channels, "3"),
         (vision_width % (4 * heads) == 0, "vision_config.num_heads", heads, heads_supported),
@@ -128,7 +137,9 @@ def shared_checks(
         (text.hidden_act == "silu", "text_config.hidden_act", text.hidden_act, "silu"),
         (rope["rope_type"] == "default", "text_config.rope_parameters.rope_type", rope["rope_type"], "default"),
         base.divides(text.num_key_value_heads, text.num_attention_heads, base.KEY_VALUE_HEADS),
-        (rope["rope_theta"] > 0, "text_config.rope_parameters.rope_theta", rope["rope_theta"], "positive numbers"),
+        base.positive("text_config.rope_parameters.rope_theta", rope["rope_theta"]),
+        base.positive("text_config.rms_norm_eps", text.rms_norm_eps),
+        base.token_id("image_token_id", hf.image_token_id),
         (section_fits, "mrope_section", mrope_section, "three numbers that add up to half the head width"),
     ]
 

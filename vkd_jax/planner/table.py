@@ -11,7 +11,7 @@ import ml_collections
 from vkd_jax import messages
 from vkd_jax.planner.compile import versions
 from vkd_jax.planner.plan import why_not
-from vkd_jax.runtime import files, provenance
+from vkd_jax.runtime import files, json_files, provenance
 from vkd_jax.types import UserError
 
 Row = dict[str, Any]
@@ -54,9 +54,9 @@ def write(config: ml_collections.ConfigDict, file: Path, plan_flags: Callable[[s
 def _read(file: Path) -> dict[tuple[str, str], Row]:
     """The rows of the file, by model and slice."""
     try:
-        rows = json.loads(file.read_text()) if file.exists() else []
+        rows = json_files.read_json(file, list) if file.exists() else []
         return {(row["model_name"], row["slice"]): row for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, KeyError, TypeError) as error:
         raise UserError(f"--json={file} exists and contains no rows of this table: {error}") from error
 
 

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import os
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import ml_collections
 
 from vkd_jax import results
+from vkd_jax.config.comparison import folder_of
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.reporting import comparison, comparison_plots, tables
 from vkd_jax.runs.workdir import FOLDERS_OF_A_COMPARISON, SHARED_MODELS, check_kinds, make_folder
@@ -52,7 +52,7 @@ def run(
         )
     if "://" in str(path):
         raise UserError(f"--workdir={path}: the runs of a comparison need a folder of this machine.")
-    sweep = Sweep(RunConfig.from_config_dict(config), Path(path))
+    sweep = Sweep(RunConfig.from_config_dict(config), storage.resolve(path))
     sweep.check()
     with storage.write_errors():
         make_folder(sweep.path)
@@ -100,6 +100,10 @@ class Sweep:
         Raises:
             UserError: A setting is not valid.
         """
+        if not self.entrants:
+            raise self.compare.error("entrants", "there are none. Give the methods to compare.")
+        if self.compare.tuning:
+            self._config(self.compare.tuning, stage="finetune")
         for name in self.entrants:
             self._final_config(name, self.compare.seeds[0])
             for number in range(len(self._search(name))):
@@ -122,19 +126,19 @@ class Sweep:
             add("tuning/vanilla", lambda: self._config(self.compare.tuning, stage="finetune"))
         for name in self.entrants:
             tuned = self._tuned(name)
-            trials = [f"tuning/{_folder(tuned)}/{number}" for number in range(len(self._search(tuned)))]
+            trials = [f"tuning/{folder_of(tuned)}/{number}" for number in range(len(self._search(tuned)))]
             for number, trial in enumerate(trials if tuned == name else ()):
                 make_config = functools.partial(self._trial_config, name, number)
                 add(trial, make_config, ["tuning/vanilla"], lender="tuning/vanilla")
             for seed in self.compare.seeds:
                 make_config = functools.partial(self._final_config, name, seed)
-                add(f"runs/{_folder(name)}/{seed}", make_config, ["controls", *trials], lender="controls")
+                add(f"runs/{folder_of(name)}/{seed}", make_config, ["controls", *trials], lender="controls")
         return tasks
 
     def finished_runs(self) -> dict[str, list[Path]]:
         """Returns the folders of the controls, and of the finished runs of each entrant."""
         runs = {
-            name: [self.path / "runs" / _folder(name) / str(i) for i in self.compare.seeds] for name in self.entrants
+            name: [self.path / "runs" / folder_of(name) / str(i) for i in self.compare.seeds] for name in self.entrants
         }
         finished = {name: [f for f in folders if _is_finished(f)] for name, folders in runs.items()}
         return {"controls": [self.path / "controls"], **finished}
@@ -143,7 +147,7 @@ class Sweep:
         """Returns the settings of an entrant's trials, with the measures of `comparison.judged` for finished ones."""
         trials = []
         for number, settings in enumerate(self._search(name)):
-            folder = self.path / "tuning" / _folder(name) / str(number)
+            folder = self.path / "tuning" / folder_of(name) / str(number)
             measured = comparison.judged(comparison.read_results(folder)) if _is_finished(folder) else {}
             trials.append({"settings": settings, **measured})
         return trials
@@ -191,7 +195,3 @@ class Sweep:
 def _is_finished(folder: Path) -> bool:
     """Whether a run has results, and they and the answers that they report are as the run wrote them."""
     return (folder / results.FILE).exists() and records.Records(folder).has_results(results.FILE)
-
-
-def _folder(name: str) -> str:
-    return re.sub(r"\W+", "_", name).strip("_")

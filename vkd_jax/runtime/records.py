@@ -41,7 +41,7 @@ class Records:
 
     def has(self, name: str) -> bool:
         """Whether a file exists and is the one that was added."""
-        return self._is_whole(name, lambda: _file_entry((self._path / name).read_bytes()))
+        return self._is_whole(name, lambda: _file_entry(files.read_bytes(self._path / name, json_files.MOST_BYTES)))
 
     def has_results(self, *names: str) -> bool:
         """Whether files exist and are those that were added, and so are all answers of models."""
@@ -66,7 +66,10 @@ class Records:
             self.add(name)
 
     def _is_whole(self, name: str, compute: Any, marker: str = "") -> bool:
-        if not (self._path / (marker or name)).exists():
+        try:
+            if not (self._path / (marker or name)).exists():
+                return False
+        except OSError:  # a name that no file has, in a damaged list
             return False
         expected = self._entries.get(name)
         if expected is None:

@@ -36,9 +36,11 @@ def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
     """Returns a path on a disk or, for gs://BUCKET/FOLDER, in a bucket. Both have the methods of `pathlib.Path`.
 
     Raises:
-        UserError: the kind of URI is not supported.
+        UserError: the name is empty, or the kind of URI is not supported.
     """
     name = os.fspath(path)
+    if not name.strip():  # of an unset variable of a shell, which must not mean the current folder
+        raise UserError("an empty name is given for a folder or a file; pass its path, or . for the current folder.")
     if "://" not in name:
         files.check_length(name)
         return pathlib.Path(name)
@@ -166,7 +168,7 @@ class VersionedFile:
         path: a file in an existing folder on a disk, or in a bucket.
 
     Raises:
-        UserError: the path is a folder.
+        UserError: the path is a folder, a named pipe or a device.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -174,8 +176,9 @@ class VersionedFile:
 
         folder, _, self._key = os.fspath(path).rpartition("/")
         on_disk = isinstance(path, pathlib.Path)
-        if on_disk and path.is_dir():
-            raise UserError(f"{path} is a folder, and a file belongs there; remove it and run the same command again.")
+        if on_disk and path.exists() and not path.is_file():  # opening a named pipe would never end
+            kind = "a folder" if path.is_dir() else "not a regular file"
+            raise UserError(f"{path} is {kind}, and a file belongs there; remove it and run the same command again.")
         spec = {"driver": "file", "path": f"{folder}/"} if on_disk else f"{folder}/"
         with write_errors():
             self._store = tensorstore.KvStore.open(spec).result()

@@ -1,6 +1,7 @@
 """Suites of questions that are answered in a few words: GQA, VQAv2, VizWiz, TextVQA; and MM-Vet, in sentences."""
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar
@@ -159,4 +160,7 @@ class MMVet(Suite):
 
     def question(self, row: Row) -> Mapping[str, Any]:
         """An open question; `answer` joins elements by <AND> and alternatives by <OR>."""
-        return dict(question=row.text("question"), answer=row.text("answer"), category=row.optional_text("capability"))
+        answer = row.text("answer")
+        if not any(part.strip() for part in re.split("<AND>|<OR>", answer)):
+            raise row.error("answer", f"is {answer!r}, which has no words")
+        return dict(question=row.text("question"), answer=answer, category=row.optional_text("capability"))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import re
 import string
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -187,8 +188,8 @@ def whole_number(row: Row, field: str) -> int:
         UserError: it is something else.
     """
     text = row.identifier(field)
-    if not text.isascii() or not text.isdigit():
-        raise row.error(field, f"is {text!r}, not a whole number")
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise row.error(field, f"is {text[:40]!r}, not a whole number of at most 18 digits")
     return int(text)
 
 

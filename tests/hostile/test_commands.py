@@ -1,0 +1,188 @@
+"""What commands are given beside their config and their data: comparisons, certificates, keys, questions and tables."""
+
+import json
+import os
+
+import pytest
+from hostile_cases import TINY_LLAVA, Case, check, config_file, model_copy, written
+
+from vkd_jax.checkpoints import certificate
+from vkd_jax.models import gemma3, llava, module_for, qwen2_5_vl, qwen2_vl
+
+COMPARISON = """
+import ml_collections
+from vkd_jax.config import defaults
+
+
+def get_config():
+    config = defaults.base()
+    config.data = defaults.benchmark("mllmu", source="absent")
+    config.model.path = "absent"
+    compare = defaults.comparison({{"vkd a": defaults.entrant("vkd", "train.steps=1")}}, seeds=(0,)).to_dict()
+    entrant = lambda **fields: compare["entrants"]["vkd a"] | fields
+    {change}
+    config.compare = ml_collections.ConfigDict(compare)
+    return config
+"""
+
+
+def comparison(change):
+    return config_file(COMPARISON.format(change=change))
+
+
+def field(name, value):
+    """A field of the section has another value."""
+    return comparison(f"compare[{name!r}] = {value}")
+
+
+def entrant(name, **fields):
+    """One entrant more."""
+    values = ", ".join(f"{key}={value}" for key, value in fields.items())
+    return comparison(f"compare['entrants'][{name!r}] = entrant({values})")
+
+
+COMPARE = [
+    Case("seeds that are a number", field("seeds", 3), ("compare.seeds", "3")),
+    Case("seeds that are a text", field("seeds", "'012'"), ("compare.seeds", "012")),
+    Case("seeds that are null", field("seeds", None), ("compare.seeds", "None")),
+    Case("entrants that are a list", field("entrants", ["vkd"]), ("compare.entrants", "not a section")),
+    Case("no entrants", field("entrants", {}), ("compare.entrants", "none")),
+    Case("entrant that is a text", field("entrants", {"x": "vkd"}), ("compare.entrants.x", "not a section")),
+    Case("entrants of one folder", entrant("vkd_a"), ("compare.entrants.vkd_a", "vkd a", "another name")),
+    Case("entrant of symbols", entrant("!!!"), ("compare.entrants.!!!", "letters")),
+    Case("entrant of a long name", entrant("x" * 100), ("compare.entrants.xxx", "letters")),
+    Case("search that is a text", entrant("x", search="'seed=1'"), ("compare.entrants.x.search", "seed=1")),
+    Case("search that is null", entrant("x", search=None), ("compare.entrants.x.search", "None")),
+    Case("settings that are a number", entrant("x", settings=3), ("compare.entrants.x.settings", "3")),
+    Case("no method", entrant("x", method=None), ("compare.entrants.x.method", "missing")),
+    Case("method that is a text", entrant("x", method="'npo'"), ("compare.entrants.x.method", "missing")),
+    Case(
+        "searches of two lengths",
+        comparison(
+            "compare['entrants'] |= dict(x=entrant(search=('seed=1',)), y=entrant(search=('seed=1', 'seed=2')))"
+        ),
+        ("compare.entrants", "1, 2", "equally many"),
+    ),
+    Case("tuning that fits nothing", field("tuning", "'seed=first'"), ("seed", "first")),
+]
+
+
+def table(make):
+    """A file of plans that something else is in the place of."""
+
+    def prepare(folder):
+        make(folder / "plans.json")
+        return [f"--config={TINY_LLAVA.parents[2] / 'configs' / 'plans.py'}", "--json=plans.json"]
+
+    return prepare
+
+
+PLAN = [
+    Case("named pipe as a table", table(os.mkfifo), ("--json=plans.json", "pipe")),
+    Case("table nested deeply", table(lambda path: written(path, "[" * 100_000)), ("--json=plans.json", "nested")),
+    Case("table that is a text", table(lambda path: written(path, '"x"')), ("--json=plans.json", "array")),
+    Case("table of numbers", table(lambda path: written(path, "[1]")), ("--json=plans.json",)),
+    Case("folder as a table", table(lambda path: path.mkdir()), ("--json=plans.json", "folder")),
+]
+
+
+def certified(change=lambda folder: None, *args, **facts):
+    """A certified model; facts replace fields of its certificate."""
+
+    def prepare(folder):
+        model = model_copy(folder)
+        content = json.loads(certificate.describe(model, {"forgotten": ["x"], "model": {"method": "vkd"}}))
+        written(model / certificate.FILE, content | facts)
+        change(model)
+        return ["model", *args]
+
+    return prepare
+
+
+VERIFY = [
+    Case("forgotten that is a number", certified(forgotten=3), ("certificate.json", "format 1")),
+    Case("forgotten that is null", certified(forgotten=None), ("certificate.json", "format 1")),
+    Case("model that is a list", certified(model=["vkd"]), ("certificate.json", "format 1")),
+    Case("files that are a list", certified(files=[]), ("certificate.json", "format 1")),
+    Case("empty name of a model", lambda _: [""], ("empty name",)),
+    Case("empty name of a key", certified(lambda _: None, "--public_key="), ("--public_key", "empty name")),
+    Case("named pipe as a key", certified(lambda f: os.mkfifo(f.parent / "key"), "--sign=key"), ("key", "pipe")),
+    Case(
+        "folder as a signature",
+        certified(lambda f: ((f / "certificate.sig").mkdir(), written(f.parent / "key", private_key())), "--sign=key"),
+        ("certificate.sig", "folder"),
+    ),
+]
+
+
+def private_key():
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    return Ed25519PrivateKey.generate().private_bytes(encoding, form, serialization.NoEncryption())
+
+
+def configured(family, section="", **fields):
+    """A question to a folder that has only the published config.json of a family, with other fields."""
+    preset = next(iter(family.PRESETS.values()))[1]
+    name = family.__name__.rpartition(".")[2]
+
+    def prepare(folder):
+        values = {"model_type": name, **json.loads(json.dumps(preset))}
+        assert module_for(name) is family
+        target = values.setdefault(section, {}) if section else values
+        target |= fields
+        written(folder / "model" / "config.json", values)
+        return ["--model=model", "--question=Who is it?"]
+
+    return prepare
+
+
+def rope(kind, **fields):
+    """The `rope_scaling` of the language model of Gemma-3."""
+    return configured(gemma3, "text_config", rope_scaling=dict(rope_type=kind, **fields))
+
+
+TEXT = "--question=Who is it?"
+ASK = [
+    Case("blank question", lambda _: ["--model=tiny_llava", "--question= "], ("question", "blank")),
+    Case("empty name of a model to ask", lambda _: ["--model=", TEXT], ("empty name",)),
+    Case("empty name of an image", lambda _: ["--model=tiny_llava", TEXT, "--image="], ("--image", "empty name")),
+    # Fields of config.json that transformers does not check.
+    Case("factor that is a text", rope("linear", factor="8"), ("factor", "'8'", "positive")),
+    Case("factor that is true", rope("linear", factor=True), ("factor", "True", "positive")),
+    Case("boi token that is null", configured(gemma3, boi_token_index=None), ("boi_token_id", "None")),
+    Case("eoi token that is negative", configured(gemma3, eoi_token_index=-1), ("eoi_token_id", "-1")),
+    Case("image token that is negative", configured(llava, image_token_index=-1), ("image_token_index", "-1")),
+    Case(
+        "theta that is a text",
+        configured(qwen2_vl, rope_theta="1e6"),
+        ("rope_theta",),
+    ),
+    Case(
+        "sections that are a text",
+        configured(qwen2_vl, rope_scaling=dict(type="mrope", mrope_section="abc")),
+        ("mrope_section",),
+    ),
+    Case(
+        "sections that are a number",
+        configured(qwen2_5_vl, rope_scaling=dict(type="mrope", mrope_section=3)),
+        ("config.json", "wrong type"),
+    ),
+    Case(
+        "epsilon that is 0",
+        configured(llava, "text_config", rms_norm_eps=0.0),
+        ("rms_norm_eps", "positive"),
+    ),
+]
+CASES = [
+    Case(**{**vars(case), "command": command})
+    for command, cases in (("compare", COMPARE), ("plan", PLAN), ("verify", VERIFY), ("ask", ASK))
+    for case in cases
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_argument_is_refused(case, fork_server, tmp_path):
+    check(case, fork_server, tmp_path)

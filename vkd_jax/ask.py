@@ -59,7 +59,8 @@ def answer(
         raise UserError("the question is blank; ask something.")
     if image is not None and not isinstance(image, Image.Image):
         with located("--image"):
-            image = _read_image(storage.resolve(image))
+            path = storage.resolve(image)
+        image = _read_image(path)
     encoded_image = None if image is None else model.encode_images([image])
     prompt, _ = model.processor.encode(question, None, encoded_image.blank_images(0) if encoded_image else ())
     free_positions = max(model.config.text.max_positions - len(prompt), 1)

@@ -97,6 +97,15 @@ def test_files_that_are_not_images_are_reported(model, tmp_path, image_file, wri
     assert str(raised.value).startswith(problem.format(path=path))
 
 
+@pytest.mark.parametrize(
+    ("question", "image", "problem"),
+    [(" \n", None, "the question is blank"), (QUESTION, "", "--image: an empty name"), (QUESTION, " ", "empty name")],
+)
+def test_blank_questions_and_names_are_refused(model, question, image, problem):
+    with pytest.raises(UserError, match=problem):
+        ask.answer(model, question, image)
+
+
 @pytest.mark.parametrize("model_type", ["bert", None, 3])
 def test_unsupported_model_types_are_reported(monkeypatch, capsys, tmp_path, tiny_folder, model_type):
     folder = tmp_path / "model"

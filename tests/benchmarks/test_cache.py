@@ -192,3 +192,20 @@ def test_registered_benchmarks_have_a_label_and_a_complete_recipe(tmp_path):
         assert set(benchmark.RECIPE) - {"train", "blocks"} == {
             "lora_rank", "lora_alpha", "lora_dropout", "learning_rate", "batch_size", "epochs",
         }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        (dict(question=" \n"), "the question is blank"),
+        (dict(options=("a judge", " ")), "one of its options is blank"),
+        (dict(options=("a judge",)), "all of its options are 'a judge'"),
+        (dict(options=("a judge", "a  judge ")), "all of its options are 'a judge'"),
+    ],
+)
+def test_questions_that_ask_nothing_or_leave_no_choice_are_refused(tmp_path, fields, problem):
+    row = [dataclasses.replace(example("f/0/0"), **fields)]
+    benchmark = Fixed()
+    object.__setattr__(benchmark, "parts", {"evaluation": ROWS | {"forget": [row]}})
+    with pytest.raises(UserError, match=f"row f/0/0 .*: {problem}"):
+        benchmarks.read(benchmark, tmp_path)

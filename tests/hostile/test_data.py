@@ -284,7 +284,6 @@ CASES = [
     Case("answer whose option is blank", choice(Options={"A": " ", "B": "x"}), ("Correct_Answer", *FORGET)),
     Case("two columns of one name", also(cells("ID", "001"), column_twice), ("ID", "twice", "forget_10")),
     Case("suite: one option", suite("scienceqa", choices=["x"], answer=0), ("row ScienceQA-IMG/0", "different")),
-    Case("suite: blank option", suite("scienceqa", choices=["x", " "], answer=0), ("row ScienceQA-IMG/0", "blank")),
     Case("suite: index of 5000 digits", suite("scienceqa", answer="9" * 5000), ("answer", "whole number")),
     Case("suite: markers for an answer", suite("mmvet", answer="<AND>"), ("answer", "row 0", "no words")),
     Case("image that is a number", cells("image", 7), ("image", *FORGET)),

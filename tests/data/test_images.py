@@ -286,5 +286,5 @@ def test_an_image_that_cannot_be_processed_is_named(family_folder):
     processor = Processor(folder, module.Config.from_hf(hf_config))
     images = {"forget/a.png": IMAGES["one pixel"], "forget/b.png": encoded(noise(900, 3))}
     examples = [Example(name, "", image, name, "Who?", "Bob") for name, image in images.items()]
-    with pytest.raises(UserError, match=r"^forget/b\.png: an image of 900 x 3 pixels cannot be processed"):
+    with pytest.raises(UserError, match=r"^forget/b\.png: an image cannot be processed: the image has 900 x 3 pixels"):
         encode_set(processor, examples, max_length=processor.config.text.max_positions)

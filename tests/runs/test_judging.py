@@ -9,6 +9,7 @@ from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.evaluation import judge
 from vkd_jax.runs import inputs, judging
+from vkd_jax.runs.job import judge_folder
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.types import UserError
 
@@ -81,7 +82,7 @@ def test_a_damaged_file_of_replies_is_asked_again(job, monkeypatch):
 def test_nothing_happens_without_a_judge(tmp_path):
     job = types.SimpleNamespace(config=RunConfig(), workdir=Workdir(tmp_path, RunConfig()))
     assert judging.ask_judge(job, ANSWERS) is ANSWERS and not (tmp_path / "judge").exists()
-    assert judging.folder(RunConfig().eval) is None
+    assert judge_folder(RunConfig().eval) is None
 
 
 def test_the_inputs_have_the_judge_and_its_prompts(tmp_path):
@@ -102,4 +103,4 @@ def test_the_inputs_have_the_judge_and_its_prompts(tmp_path):
 
 def test_a_judge_that_does_not_exist_is_named():
     with pytest.raises(UserError, match="--config.eval.judge=nowhere: "):
-        judging.folder(EvalConfig(judge="nowhere"))
+        judge_folder(EvalConfig(judge="nowhere"))

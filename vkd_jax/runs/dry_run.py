@@ -17,7 +17,7 @@ from vkd_jax.methods import Method
 from vkd_jax.planner import abstract_step, flops
 from vkd_jax.planner.abstract_step import Lengths
 from vkd_jax.runs import inputs, stages, workdir
-from vkd_jax.runs.job import Job, check_models
+from vkd_jax.runs.job import Job, check_models, describe_inputs
 from vkd_jax.runtime import memory, storage
 from vkd_jax.types import Example
 
@@ -54,7 +54,7 @@ def describe(config: ml_collections.ConfigDict, path: str | Path, command: str) 
         resumes = workdir.check(path, resolved)
         job = Job.prepare(workdir.Workdir(Path(folder) / "run", resolved, command))
         models = check_models(job)
-        described = inputs.describe(job.sets | job.held_out_set, models, resolved.eval.prompts)
+        described = describe_inputs(resolved, job.sets | job.held_out_set, models)
         if resumes:
             workdir.check_inputs(path, described)
         lines = [str(config).rstrip(), "", *_data(job, described), ""]

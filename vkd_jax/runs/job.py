@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from vkd_jax import benchmarks
 from vkd_jax.attacks import Attack
 from vkd_jax.benchmarks import general
 from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
+from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.config.schema import ModelConfig, RunConfig
 from vkd_jax.evaluation import evaluate, judge, wording
 from vkd_jax.methods import Method
 from vkd_jax.methods.text_stream import STREAM as TEXT_STREAM
+from vkd_jax.runs import inputs
 from vkd_jax.runs.inputs import PROVENANCE
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import hub, json_files, multihost, storage
@@ -238,6 +241,28 @@ def given_models(config: RunConfig) -> dict[str, Path]:
             with located(f"--config.model.{name}={value}"):
                 folders[name] = hub.fetch_model(value)
     return folders
+
+
+def judge_folder(config: EvalConfig) -> Path | None:
+    """The folder of the judge; None without one, or if it is at an endpoint.
+
+    Raises:
+        UserError: the model does not exist or cannot be downloaded.
+    """
+    if not config.judge or config.judge_at_endpoint:
+        return None
+    with located(f"--config.eval.judge={config.judge}"):
+        return hub.fetch_model(config.judge)
+
+
+def describe_inputs(
+    config: RunConfig, sets: Mapping[str, Sequence[Example]], models: Mapping[str, Path]
+) -> inputs.Inputs | None:
+    """The digests of what a run reads, on process 0; see `inputs.describe`."""
+    if judge_model := judge_folder(config.eval):
+        models = {**models, "eval.judge": judge_model}
+    wordings = {name: getattr(config.eval, name) for name in inputs.WORDINGS}
+    return multihost.run_on_process_0(lambda: inputs.describe(sets, models, wordings))
 
 
 def _check_provenance(job: Job, name: str, folder: Path) -> None:

@@ -1,30 +1,14 @@
 """The stage that asks a judge to grade the open answers of all models; see `vkd_jax.evaluation.judge`."""
 
-from pathlib import Path
-
 from absl import logging
 
 from vkd_jax.checkpoints.bundle import ModelBundle
-from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.evaluation import judge
 from vkd_jax.evaluation.inference import Answerer
-from vkd_jax.runs.job import Job, load_options
-from vkd_jax.runtime import hub, multihost
-from vkd_jax.types import located
+from vkd_jax.runs.job import Job, judge_folder, load_options
+from vkd_jax.runtime import multihost
 
 Answers = dict[str, list[dict]]  # the records of each model
-
-
-def folder(config: EvalConfig) -> Path | None:
-    """The folder of the judge; None without one, or if it is at an endpoint.
-
-    Raises:
-        UserError: the model does not exist or cannot be downloaded.
-    """
-    if not config.judge or config.judge_at_endpoint:
-        return None
-    with located(f"--config.eval.judge={config.judge}"):
-        return hub.fetch_model(config.judge)
 
 
 def ask_judge(job: Job, answers: Answers) -> Answers:
@@ -73,5 +57,5 @@ def _grader(job: Job) -> judge.Judge:
     if options.judge_at_endpoint:
         return _OnProcess0(judge.Endpoint(options.judge, options.judge_model))
     with job.workdir.stage("load the judge"):
-        model = ModelBundle.load(folder(options), mesh=job.mesh, **load_options(job.config.model))
+        model = ModelBundle.load(judge_folder(options), mesh=job.mesh, **load_options(job.config.model))
     return judge.LoadedJudge(Answerer(model, batch_size=options.batch_size))

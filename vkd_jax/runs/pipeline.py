@@ -10,7 +10,6 @@ Each stage leaves its result in the run's folder. A stage whose result exists is
 resumes with the same config.
 """
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_collections
@@ -20,11 +19,11 @@ from vkd_jax import results
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.reporting import report
 from vkd_jax.results import RunResults
-from vkd_jax.runs import inputs, judging, results_writer, stages
-from vkd_jax.runs.job import Job, check_models, given_models, read_data
+from vkd_jax.runs import judging, results_writer, stages
+from vkd_jax.runs.job import Job, check_models, describe_inputs, given_models, read_data
 from vkd_jax.runs.workdir import SHARED_MODELS, Workdir, exclusive
-from vkd_jax.runtime import memory, multihost, storage
-from vkd_jax.types import Example, UserError
+from vkd_jax.runtime import memory, storage
+from vkd_jax.types import UserError
 
 
 def run(
@@ -65,7 +64,7 @@ def _execute(workdir: Workdir, lender: Path | None) -> RunResults:
     job = Job.prepare(workdir)
     models = check_models(job)
     with workdir.stage("check inputs"):
-        workdir.bind(_describe_inputs(config, job.sets | job.held_out_set, models))
+        workdir.bind(describe_inputs(config, job.sets | job.held_out_set, models))
     if lender:
         workdir.borrow(lender, _shared_records(lender))
     finetuned = {name: stages.finetune(job, name) for name in config.workflow.finetunes}
@@ -81,21 +80,11 @@ def _check_inputs(workdir: Workdir) -> None:
     """Checks that a finished run has the inputs that its config names now, unless they can no longer be read."""
     try:
         sets = read_data(workdir.config, workdir.path)
-        current = _describe_inputs(workdir.config, sets, given_models(workdir.config))
+        current = describe_inputs(workdir.config, sets, given_models(workdir.config))
     except UserError as error:
         logging.warning("the inputs of this finished run are not compared: %s", error)
         return
     workdir.bind(current)
-
-
-def _describe_inputs(
-    config: RunConfig, sets: Mapping[str, Sequence[Example]], models: Mapping[str, Path]
-) -> inputs.Inputs | None:
-    """The digests of what a run reads, on process 0."""
-    if judge := judging.folder(config.eval):
-        models = {**models, "eval.judge": judge}
-    wordings = {name: getattr(config.eval, name) for name in inputs.WORDINGS}
-    return multihost.run_on_process_0(lambda: inputs.describe(sets, models, wordings))
 
 
 def _shared_records(lender: Path) -> list[str]:

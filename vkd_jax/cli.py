@@ -54,6 +54,11 @@ COMMANDS = {
         "Compare methods that are tuned alike, over several seeds.",
         "vkd compare --config configs/tiny.py:runs=compare --workdir /tmp/vkd-compare",
     ),
+    "requests": Command(
+        "vkd_jax.requests",
+        "Forget people who ask one after another, with a ledger of what was done.",
+        "vkd requests add requests.jsonl --forget 017,023",
+    ),
     "plan": Command(
         "vkd_jax.plan",
         "Compile the training step for TPUs that are not there, and say whether it fits.",

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import enum
+import hashlib
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -95,6 +96,11 @@ class SuiteQuestion(Example):
     category: str = ""  # the suite's category of the question
     references: tuple[str, ...] = ()  # the answers of several people
     rotation: int = 0  # 0 for the question itself; 1, 2, ... for its copies with the options in another order
+
+
+def person_digest(person: str) -> str:
+    """The SHA-256 of what the data calls a person: cards, certificates and ledgers name nobody."""
+    return hashlib.sha256(person.encode()).hexdigest()
 
 
 class Role(enum.StrEnum):

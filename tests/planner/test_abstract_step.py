@@ -11,6 +11,7 @@ from vkd_jax import methods, registry
 from vkd_jax.config import defaults
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.methods import base
+from vkd_jax.methods.replay import STREAM, Replay
 from vkd_jax.models import quantize
 from vkd_jax.planner import abstract_step, memory
 from vkd_jax.runtime.memory import program_bytes
@@ -43,6 +44,15 @@ def test_a_planned_step_has_the_arrays_of_a_run(config, tiny_model, tiny_sets, n
         assert shapes(planned.images) == shapes(dict(real.images)), stream
         for field in ("tokens", "mask", "target_positions", "targets", "target_mask"):
             assert getattr(planned, field).dtype == getattr(real, field).dtype
+
+
+def test_the_cached_features_of_earlier_people_are_planned(config):
+    with config.unlocked():
+        config.train.batch_size.earlier = 4
+    batch = build_step(config, replay=Replay(weight=1.0), blocks=1).batches[STREAM]
+    assert {name: x.shape[0] for name, x in batch.cached.items()} == dict.fromkeys(
+        ("target", "scale", "ce", "vision/1"), 4
+    )
 
 
 def test_weights_and_moments_are_sharded_over_the_chips(config):

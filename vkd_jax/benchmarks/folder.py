@@ -96,6 +96,20 @@ class Folder(Section):
         self._check_disjoint()
         yield {name: self.questions(name) for name in self._sets()}
 
+    def people_to_forget(self) -> set[str]:
+        """The people of the forget set, without reading an image.
+
+        Raises:
+            UserError: a line of the forget set, or of the test set if it is given, names nobody.
+        """
+        people = set()
+        for name in (name for name in ("forget", "test") if getattr(self, name)):
+            for row in _rows(self._open(name)):
+                if not (person := row.optional_text("person").strip()):
+                    raise row.error("person", "is missing; a request must say whose question it is")
+                people |= {person} if name == "forget" else set()
+        return people
+
     def _sets(self) -> list[str]:
         return [eval_set.name for eval_set in self.EVAL_SETS if getattr(self, eval_set.name)]
 

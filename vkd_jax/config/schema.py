@@ -23,10 +23,12 @@ from vkd_jax.config import fields
 from vkd_jax.config.comparison import CompareConfig, EntrantConfig
 from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.config.fields import FieldError, Section, setting
+from vkd_jax.config.request import RequestConfig
 from vkd_jax.config.stages import STAGES, Stage
 from vkd_jax.config.training import TrainConfig
 
 INFINITY = "inf"  # in JSON
+OPTIONAL = {"compare", "request"}  # sections that a config may lack
 INTEGER_FORMAT = r"int[84](:[1-9]\d*)?"  # of quantized weights, with an optional group size
 QUANTIZATIONS = "int8 or int4, optionally with a group size as in int4:64, w8a8, or ''"
 T = TypeVar("T")
@@ -177,6 +179,7 @@ class RunConfig(Section):
         default_factory=FinetuneConfig, metadata={"help": FinetuneConfig.__doc__}
     )
     compare: CompareConfig | None = dataclasses.field(default=None, metadata={"help": CompareConfig.__doc__})
+    request: RequestConfig | None = dataclasses.field(default=None, metadata={"help": RequestConfig.__doc__})
 
     @property
     def workflow(self) -> Stage:
@@ -224,9 +227,7 @@ class RunConfig(Section):
 
     def _values(self, references: bool) -> dict[str, Any]:
         values = _fields(self, references)
-        if self.compare is None:
-            del values["compare"]
-        return values
+        return {name: x for name, x in values.items() if name not in OPTIONAL or getattr(self, name) is not None}
 
     def to_json(self) -> str:
         """All fields as JSON, which has no infinity: an infinite number becomes the text "inf".
@@ -259,9 +260,10 @@ class RunConfig(Section):
             train=lambda v: _section(TrainConfig, v),
             finetune=_finetune,
             compare=_compare,
+            request=lambda v: _section(RequestConfig, v),
         )
         known = [field.name for field in dataclasses.fields(cls)]
-        _check_names("", values, known, set(known) - {"compare"})
+        _check_names("", values, known, set(known) - OPTIONAL)
         return cls(**{name: sections.get(name, lambda v: v)(value) for name, value in values.items()})
 
     @classmethod
@@ -438,7 +440,7 @@ def _fields(section: Any, references: bool) -> dict[str, Any]:
     values = {}
     for field in dataclasses.fields(section):
         value = _plain(getattr(section, field.name), references)
-        if references and field.name != "compare" and fields.optional(fields.annotations(type(section))[field.name]):
+        if references and field.name not in OPTIONAL and fields.optional(fields.annotations(type(section))[field.name]):
             value = ml_collections.FieldReference(value, field_type=object)
         values[field.name] = value
     return values

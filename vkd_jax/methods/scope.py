@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.data.encoding import Batch
 from vkd_jax.methods import base
+from vkd_jax.methods.replay import Replay
 from vkd_jax.methods.text_stream import TextStream
 from vkd_jax.methods.worst_case import TRAINED, Adversary, WorstCase
 from vkd_jax.models import lora
@@ -94,12 +95,13 @@ class Scope(Section):
 class Unlearning(Scope):
     """A method that trains on a forget set: the hyperparameters that all of these share.
 
-    Methods implement `image_losses`. The stream of text-only questions is added to them here, and worst-case forgetting
-    in the training step.
+    Methods implement `image_losses`. The streams of text-only questions and of people of earlier requests are added to
+    them here, and worst-case forgetting in the training step.
     """
 
     worst_case: WorstCase = dataclasses.field(default_factory=WorstCase, metadata={"help": WorstCase.__doc__})
     text: TextStream = dataclasses.field(default_factory=TextStream, metadata={"help": TextStream.__doc__})
+    replay: Replay = dataclasses.field(default_factory=Replay, metadata={"help": Replay.__doc__})
 
     def validate(self) -> None:
         """Also checks that the text stream trains something."""
@@ -114,8 +116,8 @@ class Unlearning(Scope):
         raise NotImplementedError
 
     def losses(self) -> Mapping[str, base.LossFn]:
-        """Returns `image_losses`, and the loss of the text stream if it has a weight."""
-        return {**self.image_losses(), **self.text.losses()}
+        """Returns `image_losses`, and the losses of the text stream and of earlier people if they have a weight."""
+        return {**self.image_losses(), **self.text.losses(), **self.replay.losses()}
 
     def teachers(self) -> Mapping[str, base.TeacherFn]:
         """Returns the teacher of the text stream, if it has one; methods with further teachers extend it."""

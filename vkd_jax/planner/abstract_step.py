@@ -23,6 +23,7 @@ from vkd_jax.checkpoints import hf
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.data.encoding import Batch
+from vkd_jax.methods import replay
 from vkd_jax.methods.scope import Scope, frozen_blocks
 from vkd_jax.methods.text_stream import STREAM as TEXT_STREAM
 from vkd_jax.models import base
@@ -207,7 +208,8 @@ def batch(
     t, a = model_config.image_tokens(side, side) + lengths.text, lengths.answer
     if t > model_config.text.max_positions:
         raise UserError(f"a row of {t} tokens is longer than the model's {model_config.text.max_positions}.")
-    spec = method.cache_spec(stream, taps, model_config)
+    replayed = stream == replay.STREAM
+    spec = replay.cache_spec(taps) if replayed else method.cache_spec(stream, taps, model_config)
     entries = {**spec.per_image, **spec.per_example}
     cached = {name: Shape((rows, *x.shape), x.dtype) for name, x in entries.items()}
     if prefix := frozen_blocks(moving, model_config):

@@ -1,6 +1,5 @@
 """README.md of an exported model: its model card on the Hugging Face Hub."""
 
-import hashlib
 import json
 import os
 import re
@@ -16,17 +15,12 @@ FILE = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # of a model that others can find
 
 
-def digest(person: str) -> str:
-    """The SHA-256 of what the data calls a person: cards and certificates name nobody."""
-    return hashlib.sha256(person.encode()).hexdigest()
-
-
 def render(results: RunResults, forgotten: Sequence[str]) -> str:
     """The card of the unlearned model.
 
     Args:
         results: results of its run.
-        forgotten: the people to forget, as the data calls them.
+        forgotten: the people who are forgotten, as `types.person_digest` names them.
     """
     base = results.meta.config["model"]["path"]
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
@@ -46,7 +40,7 @@ def _values(results: RunResults, base: str, forgotten: Sequence[str]) -> Mapping
         "version": vkd_jax.__version__,
         "commit": results.meta.commit,
         "command": results.meta.command,
-        "digests": sorted(map(digest, forgotten)),
+        "digests": sorted(forgotten),
         "heads": ["questions about", "n", *(MODELS[name] for name in models)],
         "rows": [[row.title, row.n, *map(_cell, row.summaries)] for row in accuracies],
         "has_retain_only": "retain_only" in models,

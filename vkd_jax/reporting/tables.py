@@ -4,8 +4,8 @@ python -m vkd_jax.reporting.tables README.md [--check]     renders (or checks) t
 python -m vkd_jax.reporting.tables RUN [RUN ...]           prints the table of some finished runs of vkd_jax.main
 
 A marker is `<!-- table: docs/results/FILE.json NAME -->` (see vkd_jax/reporting/markers.py). FILE.json is a
-comparison.json or what vkd_jax.plan wrote with --json, and NAME is one of TABLES below. Tables of timings are rendered
-by perf/tables.py. Exit status: 0 on success, 1 if a table is stale (--check), 2 on bad input.
+comparison.json, a requests.json, or what vkd_jax.plan wrote with --json, and NAME is one of TABLES below. Tables of
+timings are rendered by perf/tables.py. Exit status: 0 on success, 1 if a table is stale (--check), 2 on bad input.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vkd_jax.config import command_line
-from vkd_jax.reporting import comparison, markers, names
+from vkd_jax.reporting import comparison, markers, names, requests_page
 from vkd_jax.reporting.markdown import code, escape, numeric_table, row_of
 from vkd_jax.results import ATTEMPT_FIELDS, STRONGEST, AttackCell
 from vkd_jax.types import Role, UserError
@@ -279,6 +279,7 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
     "tuning": tuning,
     "plans": plans,
     "chip_hours": chip_hours,
+    "requests": requests_page.table,
 }
 
 

@@ -10,20 +10,21 @@ import jax
 
 from vkd_jax import benchmarks
 from vkd_jax.attacks import Attack
-from vkd_jax.benchmarks import general
+from vkd_jax.benchmarks import general, selection
 from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
 from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.config.schema import ModelConfig, RunConfig
 from vkd_jax.evaluation import evaluate, judge, wording
 from vkd_jax.methods import Method
 from vkd_jax.methods.text_stream import STREAM as TEXT_STREAM
-from vkd_jax.runs import inputs
+from vkd_jax.runs import features, inputs
+from vkd_jax.runs.features import CachedFeatures
 from vkd_jax.runs.inputs import PROVENANCE
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import hub, json_files, multihost, storage
 from vkd_jax.runtime.mesh import make_mesh, shards
 from vkd_jax.training import trackers
-from vkd_jax.types import EvalSet, Example, Role, UserError, located
+from vkd_jax.types import EvalSet, Example, Role, UserError, located, person_digest
 
 HELD_OUT = "held_out"  # the set of questions about people that no model was trained on, for the membership attack
 
@@ -37,6 +38,7 @@ class Job:
     sets: dict[str, list[Example]]  # all examples of each set
     questions: dict[str, list[Example]]  # of each evaluation set, the seeded sample that every model is asked
     held_out: list[Example]  # the set `HELD_OUT`; empty if no attack uses it
+    earlier: CachedFeatures  # of the people of earlier requests
 
     @classmethod
     def prepare(cls, workdir: Workdir) -> "Job":
@@ -57,7 +59,8 @@ class Job:
                 for name, examples in sets.items()
                 if not name.startswith("finetune_")
             }
-        return cls(workdir, mesh, sets, questions, held_out)
+            earlier = CachedFeatures.read(config)
+        return cls(workdir, mesh, sets, questions, held_out, earlier)
 
     @property
     def config(self) -> RunConfig:
@@ -86,9 +89,10 @@ class Job:
 
     @property
     def eval_sets(self) -> tuple[EvalSet, ...]:
-        """The sets of the benchmark, then those of the standard suites that the run asks."""
+        """The sets of the benchmark, then those of earlier requests and of the standard suites that the run asks."""
         suites = general.create(self.config.eval)
-        return (*self.benchmark.EVAL_SETS, *(s for suite in suites for s in suite.EVAL_SETS if s.name in self.sets))
+        further = (*features.EVAL_SETS, *(s for suite in suites for s in suite.EVAL_SETS))
+        return (*self.benchmark.EVAL_SETS, *(s for s in further if s.name in self.sets))
 
     @property
     def held_out_set(self) -> dict[str, list[Example]]:
@@ -100,6 +104,12 @@ class Job:
         """The people of the forget set."""
         forget_sets = [s.name for s in self.benchmark.EVAL_SETS if s.role is Role.FORGET]
         return sorted({e.person for name in forget_sets for e in self.sets[name] if e.person})
+
+    @property
+    def forgotten_digests(self) -> list[str]:
+        """The digests of the people whom the unlearned model has forgotten, those of earlier requests included."""
+        earlier = self.config.request.earlier if self.config.request else ()
+        return sorted({*map(person_digest, self.forget_people), *earlier})
 
     @property
     def worked_examples(self) -> list[Example]:
@@ -160,6 +170,9 @@ def read_data(config: RunConfig, path: Path) -> dict[str, list[Example]]:
     finetune = bool(config.workflow.finetunes) or unlearns_on_finetuning_set
     with storage.write_errors("--config.data.cache" if config.data.cache else "--workdir"):
         sets = multihost.run_process_0_first(lambda: benchmarks.read(benchmark, cache, finetune=finetune))
+        if config.request:
+            sets = selection.select_people(benchmark, sets, config.request)
+            sets |= features.read_questions(config.request.features)
         if suites:
             sets = sets | multihost.run_process_0_first(lambda: general.read(suites, cache))
         if membership := config.active_attacks.get("membership"):

@@ -62,7 +62,10 @@ def rebuild(path: str | Path, command: str) -> RunResults:
 def _images(path: Path) -> dict[str, bytes]:
     """The images of the run's data by `image_id`; {} if the data cannot be read or is not what the run read."""
     try:
-        sets = read_data(_data_config(json_files.read_json(path / "config.json")), path)
+        config = json_files.read_json(path / "config.json")
+        if "request" in config:
+            return {}  # the folders of requests hold no image of anybody
+        sets = read_data(_data_config(config), path)
         saved = records.mapping(json_files.read_json(path / inputs.FILE).get("sets"))
         read = inputs.describe(sets, {})["sets"]
         if changed := [name for name in read if read[name] != saved.get(name)]:

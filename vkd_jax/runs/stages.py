@@ -13,14 +13,15 @@ from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.checkpoints.new_model import create_llava
 from vkd_jax.evaluation import evaluate
-from vkd_jax.evaluation.inference import Answerer
+from vkd_jax.evaluation.cached_features import CachedAnswerer
 from vkd_jax.evaluation.metrics.summary import summaries
+from vkd_jax.methods import replay
 from vkd_jax.methods.base import Context
 from vkd_jax.methods.text_stream import STREAM as TEXT_STREAM
 from vkd_jax.models import lora
 from vkd_jax.reporting import model_card, report
 from vkd_jax.results import FILE, RunResults, to_json
-from vkd_jax.runs import inputs, judging, results_writer
+from vkd_jax.runs import features, inputs, judging, results_writer
 from vkd_jax.runs.job import Job
 from vkd_jax.runtime import files, hub, json_files, multihost
 from vkd_jax.training import loop
@@ -103,6 +104,9 @@ def unlearn_and_judge(job: Job, finetuned: dict[str, Path]) -> None:
                 workdir.write("manifest.json", manifest)
             unlearned = _load(job, target)  # the exported weights, not those in memory
             answers["unlearned"] = judge(job, "unlearned", unlearned)
+            if config.request and job.method.replay.weight:
+                with workdir.stage("cache features"):
+                    features.write(job, unlearned)
             with workdir.stage("compare text"):
                 changes = results_writer.model_changes(job, unlearned, vanilla_scores, manifest, source)
             del unlearned
@@ -119,7 +123,7 @@ def document_model(job: Job) -> None:
     meta = to_json(results.meta)
     facts = {
         "model": {"base": job.config.model.path, "method": meta["config"]["method"]["name"]},
-        "forgotten": sorted(map(model_card.digest, job.forget_people)),
+        "forgotten": job.forgotten_digests,
         "vkd_jax": vkd_jax.__version__,
         **{key: meta[key] for key in ("commit", "command", "date", "versions", "config")},
         "inputs": json_files.read_json(job.workdir.path / inputs.FILE),
@@ -128,7 +132,7 @@ def document_model(job: Job) -> None:
 
     def write() -> None:
         (folder / certificate.SIGNATURE).unlink(missing_ok=True)  # of a certificate that was made before
-        files.write_bytes(folder / model_card.FILE, model_card.render(results, job.forget_people).encode())
+        files.write_bytes(folder / model_card.FILE, model_card.render(results, job.forgotten_digests).encode())
         files.write_bytes(folder / certificate.FILE, certificate.describe(hub.fetch_model(folder), facts))
 
     with job.workdir.stage("model card"):
@@ -138,7 +142,8 @@ def document_model(job: Job) -> None:
 def write_report(job: Job) -> None:
     """Writes report.md with its plots, and report.html, from the results in the run's folder."""
     with job.workdir.stage("report"):
-        questions = [e for examples in job.questions.values() for e in examples]
+        # The folders of requests hold no image of anybody.
+        questions = [] if job.config.request else [e for examples in job.questions.values() for e in examples]
         images = {e.image_id: e.image for e in questions if e.image is not None}
         page = multihost.run_on_process_0(lambda: report.write(job.workdir.path, images))
         for name in report.FILES:
@@ -186,12 +191,15 @@ def _context(job: Job, model: ModelBundle) -> Context:
     if TEXT_STREAM in job.method.losses():
         streams[TEXT_STREAM] = job.text_stream()
     encode = functools.partial(model.encode, buckets=config.train.buckets)
+    sets = {name: encode(questions) for name, questions in streams.items()}
+    if job.earlier.trained:
+        sets[replay.STREAM] = job.earlier.encoded(model, config.train.buckets)
     return Context(
         graphdef=model.graphdef,
         params=model.params,
         load_base=(lambda: job.load(base).params) if base else None,
         model_config=model.config,
-        sets={name: encode(questions) for name, questions in streams.items()},
+        sets=sets,
         seed=config.seed,
         encode=encode,
     )
@@ -220,7 +228,7 @@ def evaluate_model(job: Job, name: str, model: ModelBundle) -> list[dict]:
         return workdir.read_lines(path)
     with workdir.stage(f"evaluate {name}"):
         answers = evaluate.evaluate(
-            Answerer(model, batch_size=options.batch_size),
+            CachedAnswerer(model, job.earlier.hidden, job.earlier.block, batch_size=options.batch_size),
             job.questions,
             options,
             shown=job.worked_examples,

@@ -43,7 +43,7 @@ FREE_FIELDS = {"mesh", "train.trackers", "finetune.train.trackers"}
 MOVE = "remove it, or pass another --workdir"
 START_OVER = "pass another --workdir, or remove that folder to start over"
 FOLDERS = (
-    *("answers", "attacks", "base", "data", "judge", "portraits", "report"),
+    *("answers", "attacks", "base", "data", "features", "judge", "portraits", "report"),
     *("retain_only", "train", "unlearned", "vanilla"),
 )
 FOLDERS_OF_A_COMPARISON = ("cache", "controls", "data", "models", "runs", "tuning")

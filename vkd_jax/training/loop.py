@@ -336,7 +336,8 @@ class _Clock:
 def cache_prefix(graphdef: Any, params: Params, encoded: EncodedSet, blocks: int) -> EncodedSet:
     """Caches the outputs of the first `blocks` vision blocks that `encode` needs: they do not train.
 
-    Sets without images are returned unchanged, as are those whose activations need more than `MAX_CACHED_BYTES`.
+    Sets without images are returned unchanged, as are those that have such outputs, and those whose activations need
+    more than `MAX_CACHED_BYTES`.
 
     Args:
         graphdef: the structure of the model.
@@ -344,7 +345,7 @@ def cache_prefix(graphdef: Any, params: Params, encoded: EncodedSet, blocks: int
         encoded: the set.
         blocks: the number of vision blocks before the first weight that moves; see `scope.frozen_blocks`.
     """
-    if not blocks or encoded.images is None:
+    if not blocks or encoded.images is None or any(name.startswith("vision/") for name in encoded.per_image):
         return encoded
     names = bind(graphdef, params).config.taps_before(blocks)
     image = encoded.images[np.arange(1)]

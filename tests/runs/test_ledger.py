@@ -1,0 +1,205 @@
+"""The ledger of requests: what it records, and every kind of line that it refuses."""
+
+import json
+
+import pytest
+
+from vkd_jax import requests as command
+from vkd_jax.runs import ledger, requests
+from vkd_jax.runs.ledger import START, Ledger, append, line_hash
+from vkd_jax.types import UserError, person_digest
+
+ANN, BOB, CLEO = (person_digest(name) for name in ("ann", "bob", "cleo"))
+DONE = dict(
+    run="/runs/0001", model_before="b", model_after="a", commit="c", config={}, data={}, features={}, versions={}
+)
+DONE |= {"figures": {"before": {}, "after": {"forgotten": {"accuracy": 0.25}}}}
+
+
+def write(path, *lines):
+    """Writes lines (kind, request, fields) with right hashes, and returns them as they are in the file."""
+    written = []
+    for kind, request, fields in lines:
+        append_fields = {"people": [ANN], "forget": "", "test": ""} | fields if kind == "add" else fields
+        content = {"line": len(written) + 1, "kind": kind, "request": request, "time": "now", **append_fields}
+        content["previous"] = written[-1]["hash"] if written else START
+        content |= content.pop("over", {})
+        written.append({**content, "hash": line_hash(content)})
+    save(path, written)
+    return written
+
+
+def save(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_lines_are_bound_to_each_other_and_name_nobody(tmp_path):
+    path = tmp_path / "requests.jsonl"
+    assert requests.add(path, "ann, bob").people == (ANN, BOB)
+    requests.add(path, "cleo")
+    requests.withdraw(path, 2)
+    requests.add(path, "cleo")  # a withdrawn request may be made again
+    append(path, lambda _: ("done", 1, DONE))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["add", "add", "withdraw", "add", "done"]
+    assert [line["previous"] for line in lines] == [START, *(line["hash"] for line in lines[:-1])]
+    assert "ann" not in path.read_text()
+    read = Ledger.read(path)
+    assert read.head == lines[-1]["hash"]
+    assert [r.number for r in read.pending] == [3] and [r.number for r in read.finished] == [1]
+    shown = requests.shown(path)
+    assert read.head in shown and "everyone forgotten so far 25.0" in shown and "withdrawn" in shown
+
+
+def test_a_line_that_another_process_appends_meanwhile_is_kept(tmp_path):
+    path, calls = tmp_path / "requests.jsonl", []
+
+    def slow(current):
+        calls.append(len(current.requests))
+        if len(calls) == 1:
+            requests.add(path, "bob")
+        return "add", len(current.requests) + 1, {"people": [ANN], "forget": "", "test": ""}
+
+    append(path, slow)
+    assert calls == [0, 1] and [r.people for r in Ledger.read(path).requests] == [(BOB,), (ANN,)]
+
+
+HOSTILE = {
+    "a person in two requests": ([("add", 1, {}), ("add", 2, {})], "already requested, in request 1"),
+    "a person twice": ([("add", 1, {"people": [ANN, ANN]})], "named twice"),
+    "nobody": ([("add", 1, {"people": []})], "the request is empty"),
+    "a name": ([("add", 1, {"people": ["ann"]})], "not digests"),
+    "a number": ([("add", 1, {"people": [7]})], "not digests"),
+    "a wrong number": ([("add", 2, {})], "request 2 is added after 0 requests"),
+    "an unknown kind": ([("edit", 1, {})], "its kind is 'edit'"),
+    "a list as kind": ([("add", 1, {"over": {"kind": []}})], "its kind is"),
+    "an unknown field": ([("add", 1, {"x": 1})], "its field 'x'"),
+    "a missing field": ([("done", 1, {})], "its field"),
+    "a field of another type": ([("add", 1, {"forget": 1})], "its field 'forget'"),
+    "a number that is true": ([("add", 1, {"over": {"request": True}})], "its field 'request'"),
+    "no figures": ([("add", 1, {}), ("done", 1, DONE | {"figures": {}})], "its figures"),
+    "done before it was added": ([("done", 1, DONE)], "request 1 is not in the ledger"),
+    "done twice": ([("add", 1, {}), ("done", 1, DONE), ("done", 1, DONE)], "already run"),
+    "done out of order": (
+        [("add", 1, {}), ("add", 2, {"people": [BOB]}), ("done", 2, DONE)],
+        "request 2 was run before request 1",
+    ),
+    "done after it was withdrawn": ([("add", 1, {}), ("withdraw", 1, {}), ("done", 1, DONE)], "already withdrawn"),
+    "withdrawn after it was done": ([("add", 1, {}), ("done", 1, DONE), ("withdraw", 1, {})], "already run"),
+    "purged before it was run": ([("add", 1, {}), ("purge", 1, {})], "was not run"),
+    "a line number": ([("add", 1, {"over": {"line": 2}})], "does not follow"),
+    "another chain": ([("add", 1, {"over": {"previous": "1" * 64}})], "does not follow"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_ledger_that_contradicts_itself_is_refused(case, tmp_path, capsys):
+    lines, problem = HOSTILE[case]
+    write(tmp_path / "requests.jsonl", *lines)
+    refused(tmp_path / "requests.jsonl", problem, len(lines), capsys)
+
+
+def refused(path, problem, line, capsys):
+    """Every command refuses the ledger with one sentence that names the line, and leaves it as it is."""
+    before = path.read_bytes()
+    for words in (["show", path], ["add", path, "--forget=dan"], ["withdraw", path, "1"], ["purge", path]):
+        assert command.main([str(word) for word in words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert problem in error and f"line {line}" in error, error
+    assert path.read_bytes() == before
+
+
+def edit(lines):
+    lines[0]["people"] = [CLEO]
+
+
+def swap(lines):
+    lines[0], lines[1] = lines[1], lines[0]
+
+
+DAMAGE = {
+    "edited": (edit, "was edited", 1),
+    "reordered": (swap, "does not follow", 1),
+    "removed": (lambda lines: lines.pop(0), "does not follow", 1),
+    "repeated": (lambda lines: lines.append(lines[-1]), "does not follow", 3),
+    "without a hash": (lambda lines: lines[1].pop("hash"), "was edited", 2),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_changed_ledger_is_refused(case, tmp_path, capsys):
+    path, (damage, problem, line) = tmp_path / "requests.jsonl", DAMAGE[case]
+    lines = write(path, ("add", 1, {}), ("add", 2, {"people": [BOB]}))
+    damage(lines)
+    save(path, lines)
+    refused(path, problem, line, capsys)
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (lambda data: data[:-1], "is cut"),
+        (lambda data: data[:-30], "is cut"),
+        (lambda data: data + b"{]\n", "not JSON"),
+        (lambda data: data + b"[]\n", "expected an object"),
+        (lambda data: data + b"\xff\n", "not UTF-8"),
+        (lambda data: data + b"[" * 100_000 + b"\n", "nested"),
+    ],
+)
+def test_a_damaged_file_is_refused(data, problem, tmp_path, capsys):
+    path = tmp_path / "requests.jsonl"
+    write(path, ("add", 1, {}))
+    path.write_bytes(data(path.read_bytes()))
+    for words in (["show", str(path)], ["add", str(path), "--forget=dan"]):
+        assert command.main(words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and problem in error, error
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["add", "LEDGER", "--forget="], "the request is empty"),
+        (["add", "LEDGER", "--forget= , "], "the request is empty"),
+        (["add", "LEDGER", "--forget=bob,bob"], "named twice"),
+        (["add", "LEDGER", "--forget=bob,ann"], "1 of the 2 people were already requested, in request 1"),
+        (["add", "LEDGER", "--forget=no/folder"], "there is no folder no/folder"),
+        (["add", "LEDGER", "--forget=bob", "--test=."], "--test"),
+        (["add", "LEDGER", "--forget=."], "metadata.jsonl"),
+        (["add", "no/folder/LEDGER", "--forget=bob"], "there is no folder"),
+        (["add", "gs://bucket/LEDGER", "--forget=bob"], "must be a file of this machine"),
+        (["add", ".", "--forget=bob"], "a folder"),
+        (["withdraw", "LEDGER", "2"], "request 2 is not in the ledger"),
+        (["purge", "LEDGER", "1"], "request 1 was not run"),
+        (["purge", "LEDGER", "0"], "request 0 is not in the ledger"),
+        (["show", "MISSING"], "There is no file MISSING"),
+        (["withdraw", "MISSING", "1"], "There is no file MISSING"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_sentence(words, problem, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "LEDGER", ("add", 1, {}))
+    before = (tmp_path / "LEDGER").read_bytes()
+    assert command.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and problem in error, error
+    assert (tmp_path / "LEDGER").read_bytes() == before and not (tmp_path / "MISSING").exists()
+
+
+def test_a_line_has_the_documented_fields():
+    page = ledger.__doc__
+    for kind, fields in ledger.KINDS.items():
+        assert f"    {kind} " in page and all(name in page for name in fields)
+    assert all(f"    {name} " in page for name in ledger.COMMON)
+
+
+def test_people_who_are_asked_to_be_forgotten_must_be_named(tmp_path, request_folders):
+    folder = tmp_path / "forget"
+    folder.mkdir()
+    (folder / "metadata.jsonl").write_text('{"question": "Who?", "answer": "Ann", "person": "ann"}\n')
+    assert requests.add(tmp_path / "a", str(folder)).people == (ANN,)
+    (folder / "metadata.jsonl").write_text('{"question": "Who?", "answer": "Ann"}\n')
+    with pytest.raises(UserError, match="line 1.*person.*is missing"):
+        requests.add(tmp_path / "b", str(folder))
+    assert requests.add(tmp_path / "c", str(request_folders / "forget")).forget == str(request_folders / "forget")

@@ -1,0 +1,123 @@
+"""Requests to be forgotten that come one after another, recorded in a ledger.
+
+vkd requests add LEDGER --forget 017,023            people of the data, by the IDs that it gives them
+vkd requests add LEDGER --forget DIR [--test DIR]   people of a folder with images and a metadata.jsonl
+vkd requests withdraw LEDGER NUMBER                 a request that was not run yet
+vkd requests run LEDGER --config configs/tiny.py --workdir DIR [--config.method.blocks=2] [--baselines=naive,batch]
+vkd requests show LEDGER                            what was requested and run, and which data is held where
+vkd requests purge LEDGER [NUMBER ...]              deletes cached features and answers of these requests, or of all
+
+`run` starts each request from the model that the last one left, keeps forgotten who was forgotten before, and judges
+every model on all of them. An interrupted run resumes with the same command. See docs/requests.md.
+
+Exit status: 0 on success, 1 if training diverged, 2 on bad input, 130 if stopped by Ctrl-C, 143 by SIGTERM.
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+from vkd_jax.config import command_line
+from vkd_jax.runtime import log, malloc
+from vkd_jax.runtime.interrupts import interruptible
+from vkd_jax.types import Diverged, UserError
+
+
+@interruptible
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs all commands but `run`, and returns the exit status.
+
+    Args:
+        arguments: the command and its arguments; those of the process by default.
+    """
+    parser = argparse.ArgumentParser(
+        prog="vkd requests", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="add|withdraw|run|show|purge")
+    for name in ("add", "withdraw", "show", "purge"):
+        command = commands.add_parser(name)
+        command.add_argument("ledger", help="the ledger, a file of JSON lines")
+        if name == "add":
+            command.add_argument("--forget", required=True, help="folder of images, or IDs separated by commas")
+            command.add_argument("--test", default="", help="folder of other images of these people")
+        if name in ("withdraw", "purge"):
+            command.add_argument("number", type=int, nargs="*" if name == "purge" else 1, help="number of the request")
+    options = parser.parse_args(arguments)
+    try:
+        command_line.show(_answer(options))
+    except UserError as error:
+        return command_line.bad_input(error)
+    return 0
+
+
+def _answer(options: argparse.Namespace) -> str:
+    """Does what a command says, and returns what it prints."""
+    from vkd_jax.runs import ledger, requests
+
+    path = ledger.local(options.ledger)
+    if options.command == "add":
+        request = requests.add(path, options.forget, options.test)
+        return f"request {request.number}: {len(request.people)} to forget; vkd requests run does it."
+    if options.command == "withdraw":
+        requests.withdraw(path, options.number[0])
+        return f"request {options.number[0]} is withdrawn."
+    if options.command == "purge":
+        deleted = requests.purge(path, options.number)
+        return "\n".join([*(f"deleted {path}" for path in deleted), f"{len(deleted)} files and folders were deleted."])
+    return requests.shown(path)
+
+
+@interruptible
+def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str = "") -> int:
+    """Runs the pending requests of a ledger, and returns the exit status.
+
+    Args:
+        argv: the program's name and the ledger; flags are in `values`.
+        values: the parsed flags.
+        line: the command line that the results name.
+    """
+    from vkd_jax.config.schema import RunConfig
+    from vkd_jax.runs import ledger, requests
+    from vkd_jax.training.preemption import Stopped
+
+    if len(argv) != 2 or values.config is None or values.workdir is None:
+        return command_line.bad_input("pass the ledger, --config FILE and --workdir DIR.")
+    if values.distributed:
+        return command_line.bad_input("--distributed: requests are run by one process; leave it out.")
+    if "compare" in values.config:
+        return command_line.bad_input("this config compares runs: pass one without runs=compare.")
+    try:
+        config, workdir = RunConfig.from_config_dict(values.config), Path(values.workdir)
+        requests.run(ledger.local(argv[1]), config, workdir, values.baselines, values.batch_settings, line)
+    except UserError as error:
+        return command_line.bad_input(error)
+    except Diverged as error:
+        command_line.print_error(error)
+        return 1
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return error.status
+    command_line.show((workdir / "requests.md").read_text(encoding="utf-8"))
+    return 0
+
+
+def define(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of `run`."""
+    command_line.define(values)
+    flags.DEFINE_list("baselines", [], "What to run beside: naive, batch.", flag_values=values)
+    flags.DEFINE_string("batch_settings", "", "Settings of the batch baseline: 'train.steps=300'.", flag_values=values)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["run"]:
+        sys.exit(main())
+    define()
+    log.setup()
+    malloc.keep_freed_memory()
+    line = command_line.started_as("vkd_jax.requests")
+    arguments = [sys.argv[0], *sys.argv[2:]]
+    app.run(functools.partial(run, line=line), argv=arguments, flags_parser=command_line.parse)

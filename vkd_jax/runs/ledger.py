@@ -1,0 +1,250 @@
+"""The ledger of requests to be forgotten: JSON lines that are only appended, each bound to the one before it by a hash.
+
+Every line has these fields, and those of its kind:
+
+    line       its number, from 1
+    kind       add, withdraw, done or purge
+    request    the number of the request, from 1
+    time       when the line was written, UTC
+    previous   the hash of the line before it; 64 zeros in the first line
+    hash       the SHA-256 of the line without this field, as JSON with sorted keys and no spaces
+
+    add        people (SHA-256 of what the data calls each), forget and test (folders that have their images; "" if the
+               data of the config has them)
+    withdraw   nothing; the request was not run yet
+    done       run (its folder), model_before and model_after (see `requests.model_digest`), config, figures, data
+               (digests of the sets), features (digests of the cached features), versions and commit
+    purge      nothing; the cached features of the request were deleted
+
+Whoever can write the ledger can compute all hashes again. To show later that nobody did, keep the last hash elsewhere.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vkd_jax.config.request import DIGEST
+from vkd_jax.runtime import files, json_files, storage
+from vkd_jax.types import UserError, located
+
+START = "0" * 64  # stands for the hash of the line before the first one
+REMEDY = "restore the ledger from a copy"
+COMMON: Mapping[str, type] = {"line": int, "kind": str, "request": int, "time": str, "previous": str, "hash": str}
+_DONE = dict.fromkeys(("run", "model_before", "model_after", "commit"), str)
+_DONE |= dict.fromkeys(("config", "figures", "data", "features", "versions"), dict)
+KINDS: Mapping[str, Mapping[str, type]] = {
+    "add": {"people": list, "forget": str, "test": str},
+    "withdraw": {},
+    "done": _DONE,
+    "purge": {},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A request, as the lines of the ledger describe it.
+
+    Attributes:
+        number: its number, from 1.
+        people: the digests of the people to forget.
+        forget: the folder of their images; "" if the data of the config has them.
+        test: the folder of other images of them, or "".
+        time: when the request was added.
+        done: the line of its run; None before the run.
+        withdrawn: whether it was withdrawn.
+        purged: whether its cached features were deleted.
+    """
+
+    number: int
+    people: tuple[str, ...]
+    forget: str
+    test: str
+    time: str
+    done: Mapping[str, Any] | None = None
+    withdrawn: bool = False
+    purged: bool = False
+
+    @property
+    def pending(self) -> bool:
+        """Whether it waits to be run."""
+        return self.done is None and not self.withdrawn
+
+
+class Ledger:
+    """The checked lines of a ledger.
+
+    Args:
+        path: the file.
+        text: its content.
+
+    Raises:
+        UserError: a line is cut, edited, missing, out of order, or contradicts those before it.
+    """
+
+    def __init__(self, path: Path, text: bytes):
+        self.path, self.head, self.lines = path, START, 0
+        self._requests: dict[int, Request] = {}
+        if text and not text.endswith(b"\n"):
+            line = text.count(b"\n") + 1
+            raise UserError(f"{path}, line {line}: it is cut, since it does not end with a newline; {REMEDY}.")
+        for number, entry in json_files.parse_json_lines(text, str(path), remedy=REMEDY):
+            with located(f"{path}, line {number}"):
+                self._check(number, entry)
+                self._apply(entry)
+            self.head, self.lines = entry["hash"], number
+
+    @classmethod
+    def read(cls, path: Path) -> "Ledger":
+        """Reads a ledger.
+
+        Raises:
+            UserError: there is none, or it is invalid.
+        """
+        return cls(path, files.read_bytes(path, json_files.MOST_BYTES))
+
+    @property
+    def requests(self) -> list[Request]:
+        """All requests, in order."""
+        return list(self._requests.values())
+
+    @property
+    def pending(self) -> list[Request]:
+        """The requests that wait to be run, in order."""
+        return [request for request in self.requests if request.pending]
+
+    @property
+    def finished(self) -> list[Request]:
+        """The requests that were run, in order."""
+        return [request for request in self.requests if request.done]
+
+    def get(self, number: int) -> Request:
+        """A request by its number.
+
+        Raises:
+            UserError: there is none.
+        """
+        if number not in self._requests:
+            raise UserError(f"request {number} is not in the ledger, which has {len(self._requests)} requests.")
+        return self._requests[number]
+
+    def check_new(self, people: Sequence[str]) -> None:
+        """Checks the people of a new request.
+
+        Raises:
+            UserError: there are none, or one of them was requested before or is named twice.
+        """
+        if not people:
+            raise UserError("the request is empty; name at least one person.")
+        if len(set(people)) < len(people):
+            raise UserError("a person is named twice in one request; name each once.")
+        for request in self.requests:
+            if not request.withdrawn and (again := set(people) & set(request.people)):
+                raise UserError(
+                    f"{len(again)} of the {len(people)} people were already requested, in request {request.number}; "
+                    "leave them out."
+                )
+
+    def _check(self, number: int, entry: Mapping[str, Any]) -> None:
+        """Checks the fields of a line and that it follows the line before it."""
+        content = {name: value for name, value in entry.items() if name != "hash"}
+        if entry.get("hash") != line_hash(content):
+            raise UserError(f"it was edited, since its hash does not match its content; {REMEDY}.")
+        if entry.get("previous") != self.head or entry.get("line") != number:
+            raise UserError(f"it does not follow the line before it: lines were removed, added or moved; {REMEDY}.")
+        kind = entry.get("kind")
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise UserError(f"its kind is {kind!r}, and the kinds are {', '.join(KINDS)}; {REMEDY}.")
+        known = {**COMMON, **KINDS[kind]}
+        wrong = sorted(
+            {name for name, expected in known.items() if type(entry.get(name)) is not expected} | entry.keys() - known
+        )
+        if wrong:
+            raise UserError(f"its field {wrong[0]!r} is missing, unknown or of another type; {REMEDY}.")
+        if kind == "done" and not all(isinstance(entry["figures"].get(x), dict) for x in ("before", "after")):
+            raise UserError(f"its figures lack those before or after the request; {REMEDY}.")
+
+    def _apply(self, entry: Mapping[str, Any]) -> None:
+        """Changes the requests as a line says."""
+        kind, number = entry["kind"], entry["request"]
+        if kind == "add":
+            people = entry["people"]
+            if number != len(self._requests) + 1:
+                raise UserError(f"request {number} is added after {len(self._requests)} requests; {REMEDY}.")
+            if not all(isinstance(person, str) and re.fullmatch(DIGEST, person) for person in people):
+                raise UserError(f"its people are not digests of IDs; {REMEDY}.")
+            self.check_new(people)
+            fields = {name: entry[name] for name in ("forget", "test", "time")}
+            self._requests[number] = Request(number, tuple(people), **fields)
+            return
+        request = self.get(number)
+        if kind == "purge":
+            if not request.done:
+                raise UserError(f"request {number} was not run, so no features of its people are held.")
+            self._requests[number] = dataclasses.replace(request, purged=True)
+            return
+        if not request.pending:
+            raise UserError(f"request {number} was already {'run' if request.done else 'withdrawn'}.")
+        if kind == "withdraw":
+            self._requests[number] = dataclasses.replace(request, withdrawn=True)
+            return
+        if number != self.pending[0].number:
+            raise UserError(f"request {number} was run before request {self.pending[0].number}; {REMEDY}.")
+        self._requests[number] = dataclasses.replace(request, done=dict(entry))
+
+
+def local(name: str) -> Path:
+    """The path of a ledger that a user names.
+
+    Raises:
+        UserError: it is in a bucket, which cannot be written without losing what another process appends.
+    """
+    if "://" in name:
+        raise UserError(f"{name}: the ledger must be a file of this machine.")
+    return Path(name)
+
+
+def line_hash(content: Mapping[str, Any]) -> str:
+    """The hash of a line from its other fields."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def encoded(ledger: Ledger, kind: str, request: int, fields: Mapping[str, Any]) -> bytes:
+    """The line that follows the last one of a ledger."""
+    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    content = {"line": ledger.lines + 1, "kind": kind, "request": request, "time": time, **fields}
+    content["previous"] = ledger.head
+    return json.dumps({**content, "hash": line_hash(content)}, ensure_ascii=False).encode() + b"\n"
+
+
+def append(path: Path, make: Callable[[Ledger], tuple[str, int, Mapping[str, Any]]]) -> Ledger:
+    """Appends a line; the file is replaced atomically, and another process that appends at the same time is not lost.
+
+    Args:
+        path: the file, which is created if it does not exist.
+        make: returns kind, request and fields of the line that follows the lines of a ledger; it may be called again
+            if another process was faster.
+
+    Returns:
+        The ledger with the new line.
+
+    Raises:
+        UserError: the ledger is invalid, or the new line would make it so.
+    """
+    path = path.absolute()
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; create it.")
+    while True:
+        if path.exists():
+            files.read_bytes(path, json_files.MOST_BYTES)  # checks that it is a regular file, before it is opened
+        file = storage.VersionedFile(path)
+        text, version = file.read()
+        ledger = Ledger(path, text or b"")
+        text = (text or b"") + encoded(ledger, *make(ledger))
+        extended = Ledger(path, text)
+        if file.write(text, version) is not None:
+            return extended

@@ -1,0 +1,372 @@
+"""Requests to be forgotten that come one after another, each a run of the pipeline from the model that the last left.
+
+    ledger (JSON lines)     who asked, what was run, hashes of the model before and after, figures; see `runs.ledger`
+    WORKDIR/0001, 0002 ...  the workdir of each request's run, with the model and the cached features of its people
+    WORKDIR/naive/0002 ...  the same requests without the stream of earlier people, a baseline
+    WORKDIR/batch/0020      one run that forgets the people of all requests at once, a baseline
+    WORKDIR/data            the data with its images, only while the command runs
+    WORKDIR/requests.md     the page: what every model knows of everybody who asked so far, and what it has kept
+
+A run that was interrupted resumes with the same command: the pipeline repeats no stage that is complete, and a request
+is done when its line is in the ledger.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+
+from vkd_jax.benchmarks.folder import Folder
+from vkd_jax.checkpoints.bundle import read_family
+from vkd_jax.checkpoints.safetensors_files import Checkpoint
+from vkd_jax.config.request import RequestConfig
+from vkd_jax.config.schema import RunConfig
+from vkd_jax.messages import choices, listed
+from vkd_jax.models import base
+from vkd_jax.reporting import requests_page
+from vkd_jax.results import RunResults, to_json
+from vkd_jax.runs import features, inputs, pipeline
+from vkd_jax.runs.ledger import Ledger, Request, append
+from vkd_jax.runs.workdir import make_folder
+from vkd_jax.runtime import hub, json_files, locks, records, storage
+from vkd_jax.types import UserError, located, person_digest
+
+BASELINES = ("naive", "batch")
+WEIGHT = 1.0  # of the stream of earlier people, unless the config gives one
+# What a run's folder holds of people beside its model: questions, answers, and figures that name people.
+PERSONAL = ("answers", "features", "judge", "portraits", "report", "report.md", "report.html", "results.json", "data")
+
+
+def add(path: Path, forget: str, test: str = "") -> Request:
+    """Adds a request to a ledger.
+
+    Args:
+        path: the ledger.
+        forget: a folder with images of the people to forget and a metadata.jsonl, or their IDs with commas.
+        test: a folder with other images of them, or "".
+
+    Raises:
+        UserError: the request is empty, names somebody twice or again, or the folder is invalid.
+    """
+    is_folder = "://" in forget or Path(forget).is_dir()
+    if is_folder:
+        people = sorted(Folder(forget=forget, test=test).people_to_forget())
+    elif test:
+        raise UserError("--test: it belongs to a request by folder; IDs have their other images in the data.")
+    elif "/" in forget:
+        raise UserError(f"--forget: there is no folder {forget}.")
+    else:
+        people = [name.strip() for name in forget.split(",") if name.strip()]
+    digests = [person_digest(person) for person in people]
+    folders = [os.path.abspath(x) if x and "://" not in x else x for x in (forget * is_folder, test)]
+
+    def line(ledger: Ledger) -> tuple[str, int, dict[str, Any]]:
+        with located("--forget"):
+            ledger.check_new(digests)
+        fields = {"people": digests, "forget": folders[0], "test": folders[1]}
+        return "add", len(ledger.requests) + 1, fields
+
+    return append(path, line).requests[-1]
+
+
+def withdraw(path: Path, number: int) -> None:
+    """Withdraws a request that was not run.
+
+    Raises:
+        UserError: there is no such request, or it was run.
+    """
+    Ledger.read(path)
+    append(path, lambda ledger: ("withdraw", number, {}))
+
+
+def purge(path: Path, numbers: Sequence[int]) -> list[Path]:
+    """Deletes what is held of the people of some requests: cached features, and all answers of the ledger's models.
+
+    Later requests can neither train against the return of these people nor ask about them.
+
+    Args:
+        path: the ledger.
+        numbers: the requests; () for all that were run.
+
+    Returns:
+        What was deleted.
+
+    Raises:
+        UserError: a request was not run, or its run is in progress.
+    """
+    ledger = Ledger.read(path)
+    wanted = [ledger.get(number) for number in numbers] or ledger.finished
+    if waiting := [request.number for request in wanted if not request.done]:
+        raise UserError(f"request {waiting[0]} was not run, so nothing of its people is held.")
+    deleted: list[Path] = []
+    for workdir in sorted({Path(request.done["run"]).parent for request in ledger.finished}):
+        if not workdir.is_dir():
+            continue
+        with locks.hold(workdir, "vkd requests purge"):
+            folders = {Path(request.done["run"]) for request in wanted if request.done}
+            runs = (*workdir.glob("[0-9]*"), *workdir.glob("naive/[0-9]*"), *workdir.glob("batch/[0-9]*"))
+            for run in (run for run in runs if (run / records.FILE).is_file()):
+                for name in PERSONAL:
+                    if (name != features.FOLDER or run in folders) and (run / name).exists():
+                        _remove(run / name)
+                        deleted.append(run / name)
+    for request in wanted:
+        if not request.purged:
+            append(path, lambda _, number=request.number: ("purge", number, {}))
+    return deleted
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def run(
+    path: Path, config: RunConfig, workdir: Path, baselines: Sequence[str] = (), settings: str = "", command: str = ""
+) -> dict[str, Any]:
+    """Runs all pending requests of a ledger in order, and writes the page.
+
+    Args:
+        path: the ledger.
+        config: the config of each run; its model is that of the first request.
+        workdir: the folder of the runs.
+        baselines: of `BASELINES`, what to run beside for comparison.
+        settings: settings of the batch baseline beside those of the config, as `RunConfig.override` reads them.
+        command: how the program was started, as the results name it.
+
+    Returns:
+        What the page shows; see `reporting.requests_page`.
+
+    Raises:
+        UserError: the ledger, the config, the data or a model is invalid.
+        Diverged: training diverged.
+        Stopped: SIGTERM or SIGINT arrived during training.
+    """
+    if "://" in str(workdir):
+        raise UserError(f"--workdir={workdir}: the runs of requests need a folder of this machine.")
+    _check(config, baselines)
+    ledger, sequence = Ledger.read(path), RequestRuns(path, config, workdir.absolute(), command)
+    if all(request.withdrawn for request in ledger.requests):
+        raise UserError(f"{path} has no request that was not withdrawn; add one with vkd requests add.")
+    with storage.write_errors():
+        make_folder(workdir)
+        with locks.hold(workdir.absolute(), command), sequence.data():
+            os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir.absolute() / "cache"))
+            for request in ledger.pending:
+                sequence.run(request)
+            collected = sequence.collect(baselines, settings)
+            requests_page.write(workdir, collected)
+    return collected
+
+
+def _check(config: RunConfig, baselines: Sequence[str]) -> None:
+    """Checks the fields of a config that requests depend on."""
+    if unknown := [name for name in baselines if name not in BASELINES]:
+        raise UserError(f"--baselines: unknown {listed(unknown)}. Available: {choices(BASELINES)}.")
+    if config.stage != "unlearn":
+        raise config.model.error("path", f"stage={config.stage} does not start from a model. Use stage=unlearn.")
+    if config.attacks.selected:
+        raise config.attacks.error("names", "requests are not attacked. Attack the last model with stage=audit.")
+    if not hasattr(config.method, "replay") or not config.method.losses():
+        raise UserError("method.name: requests need a method that trains on a forget set, such as vkd.")
+
+
+def model_digest(digests: Mapping[str, str]) -> str:
+    """The digest of a model: the SHA-256 of the JSON object {tensor: SHA-256 of its bytes} with sorted keys."""
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+class RequestRuns:
+    """The runs of the requests of a ledger.
+
+    Args:
+        path: the ledger.
+        config: the config of each run.
+        workdir: the folder of the runs.
+        command: how the program was started.
+    """
+
+    def __init__(self, path: Path, config: RunConfig, workdir: Path, command: str):
+        self.path, self.config, self.workdir, self.command = path, config, workdir, command
+
+    @contextlib.contextmanager
+    def data(self) -> Iterator[None]:
+        """Context manager that removes the converted data with its images when the block ends, whatever happens."""
+        try:
+            yield
+        finally:
+            shutil.rmtree(self.workdir / "data", ignore_errors=True)
+
+    def run(self, request: Request) -> None:
+        """Runs a request, and appends its line to the ledger."""
+        ledger = Ledger.read(self.path)
+        config, folder = self._config(ledger, request), self.workdir / f"{request.number:04d}"
+        with located(f"request {request.number}"):
+            self._check_start(ledger, config)
+            logging.info("request %d: %d people ...", request.number, len(request.people))
+            pipeline.execute(config, folder, self.command)
+            append(self.path, lambda _: ("done", request.number, describe(folder, config)))
+
+    def _config(self, ledger: Ledger, request: Request, start: str = "", weight: float | None = None) -> RunConfig:
+        """The config of a request's run.
+
+        Args:
+            ledger: the ledger.
+            request: the request.
+            start: the folder of the model to start from; "" for the one that the last request left.
+            weight: of the stream of earlier people; None for that of the config.
+        """
+        earlier = [other for other in ledger.finished if other.number < request.number]
+        last = earlier[-1].done["run"] if earlier else ""
+        section = RequestConfig(
+            people=request.people,
+            earlier=tuple(person for other in earlier for person in other.people),
+            features=tuple(str(Path(other.done["run"]) / features.FOLDER) for other in earlier if not other.purged),
+        )
+        benchmark = self.config.data.benchmark
+        if request.forget:
+            if not isinstance(benchmark, Folder):
+                raise UserError(
+                    f"request {request.number} has images in {request.forget}, which need benchmark=folder in --config."
+                )
+            benchmark = dataclasses.replace(benchmark, forget=request.forget, test=request.test)
+        start = start or (str(Path(last) / "unlearned") if last else self.config.model.path)
+        return self._with(section, start, weight, benchmark)
+
+    def _with(self, section: RequestConfig, start: str, weight: float | None, benchmark: Any) -> RunConfig:
+        config, method = self.config, self.config.method
+        weight = (method.replay.weight or WEIGHT) if weight is None else weight
+        rows = dict(config.train.batch_size)
+        return dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, path=start, retain_only="", unlearned=""),
+            data=dataclasses.replace(config.data, benchmark=benchmark, cache=config.data.cache or self._cache),
+            method=dataclasses.replace(method, replay=dataclasses.replace(method.replay, weight=weight)),
+            train=dataclasses.replace(config.train, batch_size={"earlier": rows.get("forget", 1), **rows}),
+            request=section,
+        )
+
+    @property
+    def _cache(self) -> str:
+        return str(self.workdir / "data")
+
+    def _check_start(self, ledger: Ledger, config: RunConfig) -> None:
+        """Checks that the model to start from is the one that the last request left, and that its blocks can be cached.
+
+        Raises:
+            UserError: it is not, or all vision blocks train.
+        """
+        with located(f"--config.model.path={config.model.path}"):
+            folder = hub.fetch_model(config.model.path)
+        family, model_config = read_family(folder)
+        _, shapes = base.abstract_model(lambda rngs: family.Model(model_config, rngs=rngs))
+        features.cached_block(config.method, list(shapes), shapes, model_config)
+        if ledger.finished:
+            last = ledger.finished[-1]
+            tensors = {name: tensor.sha256() for name, tensor in Checkpoint(folder).tensors.items()}
+            if model_digest(tensors) != last.done["model_after"]:
+                raise UserError(
+                    f"{folder} is not the model that request {last.number} left, by the hash in the ledger; restore it "
+                    "from a copy."
+                )
+
+    def collect(self, baselines: Sequence[str], settings: str) -> dict[str, Any]:
+        """Runs the baselines, and returns what the page shows."""
+        ledger = Ledger.read(self.path)
+        rows = [_row(request.done, request.people) for request in ledger.finished]
+        sequences: dict[str, Any] = {"requests": rows}
+        if rows and baselines:
+            if unfit := [r.number for r in ledger.finished if r.forget or r.purged]:
+                raise UserError(
+                    f"--baselines: request {unfit[0]} was made by a folder or purged, and its images are not kept."
+                )
+            if "naive" in baselines:
+                sequences["naive"] = [rows[0], *self._naive(ledger)]
+            if "batch" in baselines:
+                sequences["batch"] = [self._batch(ledger, settings)]
+        done = ledger.finished[0].done if rows else {}
+        keys = ("commit", "versions", "time")
+        meta = {"command": self.command, "ledger": ledger.head, **{key: done.get(key) for key in keys}}
+        meta |= {"devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
+        return {"meta": meta, "start": done.get("figures", {}).get("before", {}), "sequences": sequences}
+
+    def _naive(self, ledger: Ledger) -> Iterator[dict[str, Any]]:
+        """The requests after the first one without the stream of earlier people, which the first one does not have."""
+        start = str(Path(ledger.finished[0].done["run"]) / "unlearned")
+        for request in ledger.finished[1:]:
+            folder = self.workdir / "naive" / f"{request.number:04d}"
+            config = self._config(ledger, request, start, weight=0.0)
+            pipeline.execute(config, folder, self.command)
+            start = str(folder / "unlearned")
+            yield _row(describe(folder, config), request.people)
+
+    def _batch(self, ledger: Ledger, settings: str) -> dict[str, Any]:
+        """One run that forgets everybody at once."""
+        people = tuple(person for request in ledger.finished for person in request.people)
+        start, folder = self.config.model.path, self.workdir / "batch" / f"{len(ledger.finished):04d}"
+        config = self._with(RequestConfig(people=people), start, 0.0, self.config.data.benchmark).override(settings)
+        pipeline.execute(config, folder, self.command)
+        return _row(describe(folder, config), people)
+
+
+def describe(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """The fields of a line of the kind "done", from the folder of a finished run."""
+    results, manifest = RunResults.read(folder), json_files.read_json(folder / "manifest.json")
+    before, after = (
+        {name: entry[side] for name, entry in manifest["tensors"].items() if entry[side]}
+        for side in ("before", "after")
+    )
+    figures = {
+        "before": requests_page.figures(results, "vanilla"),
+        "after": requests_page.figures(results, "unlearned"),
+        "text_identical": results.text_logits_identical,
+        "language_model_changed": results.manifest.language_model_changed,
+        "seconds": round(sum(results.timing.values()), 1),
+    }
+    entries = records.read_or(folder / records.FILE, {}, "")
+    return {
+        "run": str(folder),
+        "model_before": model_digest(before),
+        "model_after": model_digest(after),
+        "config": json.loads(config.to_json()),
+        "figures": figures,
+        "data": json_files.read_json(folder / inputs.FILE)["sets"],
+        "features": {name: entries[name] for name in (features.FEATURES, features.QUESTIONS) if name in entries},
+        "commit": results.meta.commit,
+        "versions": to_json(results.meta)["versions"],
+    }
+
+
+def _row(done: Mapping[str, Any], people: Sequence[str]) -> dict[str, Any]:
+    return {"people": len(people), **{key: done["figures"][key] for key in done["figures"] if key != "before"}}
+
+
+def shown(path: Path) -> str:
+    """What a ledger says, and which data is held where, as lines of text."""
+    ledger = Ledger.read(path)
+    lines = [f"{path}: {len(ledger.requests)} requests in {ledger.lines} lines, last hash {ledger.head}"]
+    for request in ledger.requests:
+        people = f"{len(request.people)} {'person' if len(request.people) == 1 else 'people'}"
+        state = "withdrawn" if request.withdrawn else "pending"
+        if request.done:
+            figures = request.done["figures"]["after"]
+            state = f"done {request.done['time']}  {requests_page.sentence(figures)}"
+        lines.append(f"{request.number:4}  {people:10}  added {request.time}  {state}")
+    lines.append("Held of these people, to be deleted by vkd requests purge:")
+    for request in ledger.finished:
+        folder = Path(request.done["run"])
+        size = sum(file.stat().st_size for file in (folder / features.FOLDER).glob("*"))
+        held = f"{size / 2**20:.1f} MiB of features and questions in {folder / features.FOLDER}"
+        answers = f"answers in {folder / 'answers'}" if (folder / "answers").is_dir() else ""
+        lines.append(f"{request.number:4}  " + ("; ".join(filter(None, [held * bool(size), answers])) or "nothing"))
+    return "\n".join(lines)

@@ -62,6 +62,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{duration:8.1f} {name}" if name else "")
 
 
+MOST_MAPS = 15_000  # memory maps of a process; Linux allows 65,530, and a compiled program has several
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_programs():
+    """Releases compiled programs between files: a process without a free memory map crashes while it compiles."""
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        sys.modules["jax"].clear_caches()
+
+
 @pytest.fixture(scope="session")
 def run_once(tmp_path_factory):
     """Shares an expensive result between workers: `run_once(name, make)` returns `make(folder)`, which runs once.

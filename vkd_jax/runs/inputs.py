@@ -56,7 +56,7 @@ def differences(saved: Mapping[str, Any], current: Inputs) -> Iterator[str]:
             name = field if "." in field else f"model.{field}"
             yield f"the model of config.{name} changed in {', '.join(changed[:3])}"
     for name in WORDINGS:
-        if saved.get(name, "") != current[name]:
+        if saved.get(name, "") != current.get(name, ""):
             yield f"the file of config.eval.{name} changed"
 
 

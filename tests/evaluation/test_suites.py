@@ -199,7 +199,8 @@ def test_every_suite_is_asked_scored_and_reported():
     assert not any("answer_nll" in item or "worked_example" in item for item in records)
     results = summaries(records)
     figures = {name for kinds in results.values() for name in kinds["suite_vqa"].metrics}
-    assert figures == {name for name in metrics.METRICS if isinstance(metrics.get(name), suites.SuiteMetric)}
+    of_suites = {name for name in metrics.METRICS if isinstance(metrics.get(name), suites.SuiteMetric)}
+    assert figures == of_suites - {"mmvet_score"}  # which needs a judge
 
     titles = [s for suite in general.create(config) for s in suite.EVAL_SETS]
     run = types.SimpleNamespace(

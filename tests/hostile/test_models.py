@@ -255,7 +255,7 @@ CASES = [
     Case("feature layer that is not there", config(vision_feature_layer=-99), ("vision_feature_layer",)),
     Case("feature layer that is a text", config(vision_feature_layer="last"), ("vision_feature_layer",)),
     Case("image token behind the vocabulary", config(image_token_index=10**6), ("image token",)),
-    Case("epsilon that is negative", config("text_config", rms_norm_eps=-1.0), ("NaN or infinite",)),
+    Case("epsilon that is negative", config("text_config", rms_norm_eps=-1.0), ("rms_norm_eps", "positive")),
     Case(
         "quantization config",
         config(quantization_config={"quant_method": "awq", "bits": 4}),

@@ -42,6 +42,23 @@ class VisionConfig:
     pre_norm: bool = True  # whether the embeddings are normalized before the first block
     patch_bias: bool = False
 
+    @classmethod
+    def of_siglip(cls, hf: Any) -> "VisionConfig":
+        """Reads the `vision_config` of a family with a SigLIP tower."""
+        return cls(
+            image_size=hf.image_size,
+            patch_size=hf.patch_size,
+            width=hf.hidden_size,
+            layers=hf.num_hidden_layers,
+            heads=hf.num_attention_heads,
+            mlp_width=hf.intermediate_size,
+            activation=hf.hidden_act,
+            norm_eps=hf.layer_norm_eps,
+            class_token=False,
+            pre_norm=False,
+            patch_bias=True,
+        )
+
     @property
     def patches(self) -> int:
         """Number of patches per image."""

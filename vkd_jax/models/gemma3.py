@@ -70,22 +70,10 @@ class Gemma3Config(FixedSizeConfig):
             UserError: lists every field with a value that this implementation does not support.
         """
         _check_hf_config(hf)
-        vision, text = hf.vision_config, hf.text_config
+        text = hf.text_config
         rope = {name: dict(text.rope_parameters[name]) for name in LAYER_TYPES}
         fields = dict(
-            vision=VisionConfig(
-                image_size=vision.image_size,
-                patch_size=vision.patch_size,
-                width=vision.hidden_size,
-                layers=vision.num_hidden_layers,
-                heads=vision.num_attention_heads,
-                mlp_width=vision.intermediate_size,
-                activation=vision.hidden_act,
-                norm_eps=vision.layer_norm_eps,
-                class_token=False,
-                pre_norm=False,
-                patch_bias=True,
-            ),
+            vision=VisionConfig.of_siglip(hf.vision_config),
             text=DecoderConfig.from_hf(
                 text,
                 head_width=text.head_dim,

@@ -3,7 +3,7 @@
 import dataclasses
 
 from vkd_jax.models import smolvlm
-from vkd_jax.models.smolvlm import BASE_TOWER, LARGE, LARGE_TOWER, MIDDLE, SMALL, IdeficsConfig, published_config
+from vkd_jax.models.smolvlm import BASE_TOWER, IDS, LARGE, LARGE_TOWER, MIDDLE, SMALL, IdeficsConfig, published_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,10 +17,9 @@ HF_ALIASES, HF_SKIP, HF_ARCHITECTURE = smolvlm.HF_ALIASES, smolvlm.HF_SKIP, "Ide
 hf_table, SHARDING = smolvlm.hf_table, smolvlm.SHARDING
 
 # Fields of the published config.json files, by size.
-_IDS = dict(vocab=49280, image_token=49190)
 PRESETS = {
-    "256m": ("HuggingFaceTB/SmolVLM-256M-Instruct", published_config(BASE_TOWER, SMALL, scale=4, **_IDS)),
-    "500m": ("HuggingFaceTB/SmolVLM-500M-Instruct", published_config(BASE_TOWER, MIDDLE, scale=4, **_IDS)),
+    "256m": ("HuggingFaceTB/SmolVLM-256M-Instruct", published_config(BASE_TOWER, SMALL, scale=4, **IDS)),
+    "500m": ("HuggingFaceTB/SmolVLM-500M-Instruct", published_config(BASE_TOWER, MIDDLE, scale=4, **IDS)),
     "2.2b": (
         "HuggingFaceTB/SmolVLM-Instruct",
         published_config(

@@ -121,21 +121,9 @@ class IdeficsConfig(TiledConfig):
             UserError: lists every field with a value that this implementation does not support.
         """
         _check_hf_config(hf)
-        vision, text = hf.vision_config, hf.text_config
+        text = hf.text_config
         fields = dict(
-            vision=VisionConfig(
-                image_size=vision.image_size,
-                patch_size=vision.patch_size,
-                width=vision.hidden_size,
-                layers=vision.num_hidden_layers,
-                heads=vision.num_attention_heads,
-                mlp_width=vision.intermediate_size,
-                activation=vision.hidden_act,
-                norm_eps=vision.layer_norm_eps,
-                class_token=False,
-                pre_norm=False,
-                patch_bias=True,
-            ),
+            vision=VisionConfig.of_siglip(hf.vision_config),
             text=DecoderConfig.from_hf(text, head_width=text.head_dim, tie_embeddings=bool(hf.tie_word_embeddings)),
             image_token_id=hf.image_token_id,
             compute_dtype=base.hf_dtype(hf),
@@ -301,14 +289,14 @@ MIDDLE = dict(
 LARGE = dict(
     hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32, num_key_value_heads=32,
 )  # fmt: skip
-_IDS = dict(vocab=49280, image_token=49190)
+IDS = dict(vocab=49280, image_token=49190)
 PRESETS = {
-    "v2-256m": ("HuggingFaceTB/SmolVLM2-256M-Video-Instruct", published_config(BASE_TOWER, SMALL, scale=4, **_IDS)),
-    "v2-500m": ("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", published_config(BASE_TOWER, MIDDLE, scale=4, **_IDS)),
+    "v2-256m": ("HuggingFaceTB/SmolVLM2-256M-Video-Instruct", published_config(BASE_TOWER, SMALL, scale=4, **IDS)),
+    "v2-500m": ("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", published_config(BASE_TOWER, MIDDLE, scale=4, **IDS)),
     "v2-2.2b": (
         "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
         published_config(
-            LARGE_TOWER, LARGE | dict(max_position_embeddings=8192, rope_theta=130000.0), scale=3, **_IDS
+            LARGE_TOWER, LARGE | dict(max_position_embeddings=8192, rope_theta=130000.0), scale=3, **IDS
         ),
     ),
 }  # fmt: skip

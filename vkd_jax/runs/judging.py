@@ -1,5 +1,7 @@
 """The stage that asks a judge to grade the open answers of all models; see `vkd_jax.evaluation.judge`."""
 
+import functools
+
 from absl import logging
 
 from vkd_jax.checkpoints.bundle import ModelBundle
@@ -23,12 +25,9 @@ def ask_judge(job: Job, answers: Answers) -> Answers:
     rules, grader, answers = judge.read_rules(options.judge_prompts), _grader(job), dict(answers)
     for name in waiting:
         path = f"judge/{name}.jsonl"
-
-        def save(replies: list[dict], path: str = path) -> None:
-            workdir.write_lines(path, replies)
-
         with workdir.stage(f"judge {name}"):
             known = workdir.read_lines(path) if workdir.has(path) else []
+            save = functools.partial(workdir.write_lines, path)
             answers[name] = judge.judged(grader, rules, answers[name], known, save)
             workdir.write_lines(f"answers/{name}.jsonl", answers[name])
         replies = [record for record in answers[name] if "judge_reply" in record]

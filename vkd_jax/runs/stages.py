@@ -110,6 +110,8 @@ def unlearn_and_judge(job: Job, finetuned: dict[str, Path]) -> None:
             with workdir.stage("compare text"):
                 changes = results_writer.model_changes(job, unlearned, vanilla_scores, manifest, source)
             del unlearned
+        else:
+            del model
         results_writer.write(job, judging.ask_judge(job, answers), changes)
     if config.reports:
         if config.workflow.unlearns:

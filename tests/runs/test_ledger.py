@@ -51,6 +51,11 @@ def test_lines_are_bound_to_each_other_and_name_nobody(tmp_path):
     assert read.head in shown and "everyone forgotten so far 25.0" in shown and "withdrawn" in shown
 
 
+def test_the_hash_of_a_line_can_be_computed_without_this_package():
+    """printf '{"kind":"add","line":1}' | sha256sum"""
+    assert line_hash({"line": 1, "kind": "add"}) == "3d39a85066dffb6c1612fd1b9c4fb78c214cb0144ccab556149f5396059c1c4c"
+
+
 def test_a_line_that_another_process_appends_meanwhile_is_kept(tmp_path):
     path, calls = tmp_path / "requests.jsonl", []
 

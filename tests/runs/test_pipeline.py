@@ -4,69 +4,27 @@ import hashlib
 import json
 import re
 import shutil
-import tempfile
 import types
 import weakref
-from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
+from inspected import answers, files, forbid, read
 from PIL import Image
 
-from vkd_jax import benchmarks as benchmarks
-from vkd_jax.checkpoints import certificate, export, hf
+from vkd_jax.checkpoints import certificate
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.data.images import open_image
-from vkd_jax.evaluation import evaluate
 from vkd_jax.evaluation.inference import Answerer
-from vkd_jax.runs import job, pipeline, stages
+from vkd_jax.runs import pipeline, stages
 from vkd_jax.runs.job import check_config, load_options
 from vkd_jax.runs.workdir import Workdir
-from vkd_jax.training import loop
 from vkd_jax.types import UserError
 
 SHARD = "train-00000-of-00001.parquet"
 SUMMARY = {"accuracy", "correct", "n", "low", "high"}
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory, snapshot):
-    """A snapshot of two forgotten and four retained people."""
-    folder = tmp_path_factory.mktemp("few")
-
-    def keep(config, chosen):
-        table = pq.read_table(snapshot / config / SHARD)
-        ids = table["ID"].to_pylist()
-        rows = [i for i, row_id in enumerate(ids) if row_id in chosen(sorted(set(ids)))]
-        (folder / config).mkdir()
-        pq.write_table(table.take(rows), folder / config / SHARD)
-        return {ids[i] for i in rows}
-
-    forgotten = keep("forget_10", lambda ids: ids[:2])
-    retained = keep("retain_90", lambda ids: ids[:4])
-    keep("Test_Set", lambda ids: forgotten | retained)
-    keep("Retain_Set", lambda ids: ids[:6])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def make_config(get_config, few, tiny_folder):
-    def make(arg="", **changes):
-        config = get_config("tiny.py", arg)
-        config.data.source = str(few)
-        config.model.update(path=str(tiny_folder), base="", retain_only="")
-        config.eval.update(max_items=6, batch_size=16)
-        short = dict(steps=3, warmup_steps=1, log_every=1, checkpoint_every=2)
-        config.train.update(batch_size=dict(forget=4, retain=4), **short)
-        config.finetune.train.update(batch_size=dict(image=4, text=4), **short)
-        config.update_from_flattened_dict(changes)
-        return config
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -77,24 +35,10 @@ def vkd(make_config, tmp_path_factory):
     return types.SimpleNamespace(config=config, path=workdir, results=pipeline.run(config, workdir).to_json())
 
 
-def read(snapshot, **options):
-    """The sets of a snapshot."""
-    with tempfile.TemporaryDirectory() as folder:
-        return benchmarks.read(benchmarks.create("mllmu", {"source": str(snapshot)}), folder, **options)
-
-
 def opened(config, folder):
     """The bundle of a folder, as a run with this config loads it."""
     options = load_options(config.model)
     return ModelBundle.load_for(config.method, folder, seed=0, mesh=check_config(config), **options)
-
-
-def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def answers(workdir, name):
-    return [json.loads(line) for line in (workdir / "answers" / f"{name}.jsonl").read_text("utf-8").splitlines()]
 
 
 # ---- Files and results of a run ----
@@ -266,7 +210,7 @@ def test_a_run_writes_report_and_plots(vkd):
     assert sorted(set(steps)) == [1, 2, 3]
 
 
-def test_transformers_generates_the_same_answers(vkd, few):
+def test_transformers_generates_the_same_answers(vkd, two_forgotten):
     """It loads the export without missing or unexpected keys and generates the same text."""
     torch = pytest.importorskip("torch")
     from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -276,7 +220,7 @@ def test_transformers_generates_the_same_answers(vkd, few):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     torch_model.eval()
     processor = AutoProcessor.from_pretrained(folder)
-    sets = read(few)
+    sets = read(two_forgotten)
     examples = [e for e in sets["forget"] if e.task == "classification"]
     examples += [e for e in sets["retain"] if e.task == "classification"][:16]
     pictured = [e for e in examples if e.image is not None]
@@ -304,16 +248,6 @@ def test_transformers_generates_the_same_answers(vkd, few):
 
 
 # ---- Rerun and resume ----
-
-
-def forbid(monkeypatch, *names):
-    for name in names:
-
-        def never(*_, name=name, **__):
-            raise AssertionError(f"{name} ran again")
-
-        owner, attribute = name.rsplit(".", 1)
-        monkeypatch.setattr({"evaluate": evaluate, "loop": loop, "export": export, "hf": hf}[owner], attribute, never)
 
 
 def test_rerunning_a_finished_run_changes_nothing(vkd, monkeypatch):
@@ -373,148 +307,3 @@ def test_training_all_weights_changes_the_language_model(make_config, tmp_path):
     changed = json.loads((tmp_path / "run" / "manifest.json").read_text())["changed"]
     assert any("language_model" in name for name in changed)
     assert results["trainable"]["parameters"] > 0.5 * results["trainable"]["of"]
-
-
-@pytest.fixture(scope="module")
-def school(few, tmp_path_factory):
-    """`few` with a small ft_Data: every eighth question that the evaluation asks."""
-    folder = Path(shutil.copytree(few, tmp_path_factory.mktemp("school") / "data"))
-    rows, sets = [], read(few)
-    for e in sum((sets[name][::8] for name in ("forget", "retain", "real")), []):
-        row_id, picture = e.person or "R001", e.image and {"bytes": e.image, "path": "x.png"}
-        pairs = [{"Question": e.question, "Answer": e.answer, "ID": row_id}]
-        rows.append({"image": picture, "ID": row_id, "metadata": json.dumps(pairs)})
-    (folder / "ft_Data").mkdir()
-    pq.write_table(pa.Table.from_pylist(rows), folder / "ft_Data" / SHARD)
-    return folder
-
-
-SMALL = {
-    "model.path": "",
-    "model.create": dict(
-        vocab_size=400,
-        vision=dict(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
-            projection_dim=16,
-        ),
-        text=dict(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=160,
-        ),
-    ),
-    "finetune.train.steps": 2,
-    "eval.max_items": 2,
-}
-
-
-def test_finetuning_creates_a_model_with_random_weights(make_config, school, tmp_path, monkeypatch):
-    config = make_config("finetune", **SMALL, **{"data.source": str(school)})
-    results = pipeline.run(config, tmp_path / "run").to_json()
-    assert set(results["models"]) == {"vanilla"} and SUMMARY <= set(results["models"]["vanilla"]["forget"]["vqa"])
-    manifest = compare_tensors(tmp_path / "run" / "base", tmp_path / "run" / "vanilla")
-    assert any("language_model" in name for name in manifest["changed"])
-    assert any("vision_tower" in name for name in manifest["changed"])
-    assert json.loads((tmp_path / "run" / "vanilla" / "config.json").read_text())["text_config"]["hidden_size"] == 16
-
-    before = files(tmp_path / "run")
-    forbid(monkeypatch, "evaluate.evaluate", "loop.fit", "hf.load")
-    assert pipeline.run(config, tmp_path / "run").to_json() == results
-    assert files(tmp_path / "run") == before
-
-
-@pytest.fixture(scope="module")
-def everything(make_config, school, tmp_path_factory):
-    """A finished run of all stages."""
-    workdir = tmp_path_factory.mktemp("runs") / "all"
-    config = make_config("all", **SMALL, **{"data.source": str(school), "method.fisher_samples": 8})
-    return types.SimpleNamespace(config=config, path=workdir, results=pipeline.run(config, workdir).to_json())
-
-
-@pytest.mark.slow
-def test_one_command_goes_from_the_base_to_the_report(everything):
-    path, results = everything.path, everything.results
-    assert list(results["models"]) == ["vanilla", "retain_only", "unlearned"]
-    questions = [[(a["set"], a["id"]) for a in answers(path, name)] for name in results["models"]]
-    assert questions[0] == questions[1] == questions[2]
-    base, vanilla, unlearned = (path / name for name in ("base", "vanilla", "unlearned"))
-    assert any("language_model" in name for name in compare_tensors(base, vanilla)["changed"])
-    manifest = compare_tensors(vanilla, unlearned)
-    assert manifest["changed"] and not any("language_model" in name for name in manifest["changed"])
-    assert set(results["forget_quality"]) == {"vanilla", "unlearned"}
-    for figures in results["forget_quality"].values():
-        assert (
-            0 <= figures["vqa"]["p"] <= 1 and figures["vqa"]["n"] == results["models"]["vanilla"]["forget"]["vqa"]["n"]
-        )
-    assert all(0 <= figures["value"] <= 1 for figures in results["utility"].values())
-    text = (path / "report.md").read_text("utf-8")
-    for words in ("retain-only model", "Forget quality", "MLLMU-Bench", results["meta"]["commit"]):
-        assert words in text
-    for name, without in (("vanilla", []), ("retain_only", ["001", "005"]), ("unlearned", [])):
-        provenance = json.loads((path / name / "provenance.json").read_text())
-        assert provenance["model"] == name and len(provenance["without"]) == len(without)
-
-
-def test_a_retain_only_model_of_other_people_is_refused(make_config, tiny_folder, tmp_path):
-    folder = Path(shutil.copytree(tiny_folder, tmp_path / "reference"))
-    provenance = {"model": "retain_only", "without": ["059"], "config": {"data": {"source": "elsewhere"}}}
-    (folder / "provenance.json").write_text(json.dumps(provenance))
-    with pytest.raises(UserError, match="was trained without 1 people, who differ from the 2 people of this run"):
-        pipeline.run(make_config(**{"model.retain_only": str(folder)}), tmp_path / "run")
-    assert not (tmp_path / "run" / "answers").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "stage", "people", "message"),
-    [
-        ("path", "unlearn", dict(people=1), "of people=0 and n_people=60, not on those of .*.people=1 and n_people=60"),
-        ("path", "unlearn", dict(n_people=80), "of people=0 and n_people=60, not on those of .*=0 and n_people=80"),
-        (
-            "base",
-            "finetune",
-            {},
-            "was already trained on the synthetic people of config.data .people=0 and n_people=60",
-        ),
-    ],
-)
-def test_models_trained_on_the_wrong_people_are_refused(
-    get_config, tiny_folder, tmp_path, name, stage, people, message
-):
-    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
-    made = {"model": "vanilla", "without": [], "config": {"data": {"source": "", "people": 0, "n_people": 60}}}
-    (folder / "provenance.json").write_text(json.dumps(made))
-    config = get_config("tiny.py", stage)
-    config.data.update(people)
-    config.model.update(path="", base="", retain_only="")
-    config.model[name] = str(folder)
-    config = RunConfig.from_config_dict(config)
-    fake = types.SimpleNamespace(config=config, forget_people=[])
-    with pytest.raises(UserError, match=message):
-        job._check_provenance(fake, name, folder)
-    (folder / "provenance.json").write_text("[1]")  # another program's file of that name
-    job._check_provenance(fake, name, folder)
-
-
-def test_retain_only_is_not_trained_on_the_forget_set(make_config, school, tmp_path, monkeypatch):
-    class Enough(Exception):
-        pass
-
-    def fit(bundle, method, prepared, config, **_):
-        met.extend(e.person for encoded in prepared.sets.values() for e in encoded.examples)
-        raise Enough
-
-    forgotten, retained = ({e.person for e in read(school)[name]} for name in ("forget", "retain"))
-    monkeypatch.setattr(loop, "fit", fit)
-    for arg, expected in (("retain_only", retained), ("finetune", retained | forgotten)):
-        met = []
-        with pytest.raises(Enough):
-            pipeline.run(make_config(arg, **SMALL, **{"data.source": str(school)}), tmp_path / arg)
-        assert set(met) == expected | {""}

@@ -10,7 +10,8 @@ import pytest
 
 from vkd_jax import benchmarks, registry
 from vkd_jax import results as module
-from vkd_jax.results import FormatError, RunResults, main_kind
+from vkd_jax.results import RunResults, main_kind
+from vkd_jax.runtime.dataclass_json import FormatError
 from vkd_jax.types import EvalSet, Role, UserError
 
 SUMMARY = {"accuracy": 0.5, "correct": 1, "n": 2, "low": 0.1, "high": 0.9, "people": 2}

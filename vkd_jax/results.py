@@ -5,13 +5,12 @@
 
 import dataclasses
 import json
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vkd_jax.runtime import files, json_files
+from vkd_jax.runtime.dataclass_json import SIBLINGS, FormatError, decode, encode
 from vkd_jax.types import EvalSet, Role, UserError
 
 SCHEMA_VERSION = 2
@@ -21,10 +20,6 @@ ATTEMPT_FIELDS = ("variant", "attacker", "steps", "batch_size", "learning_rate",
 UNCHANGED = "unchanged"  # the variant of an attack that is the model before it
 STRONGEST = "strongest"  # the variant that is the most successful of an attacker's budgets
 QUESTION_TASKS = ("", "generation_", "cloze_", "suite_")  # prefixes of a kind of question, most informative first
-
-
-class FormatError(ValueError):
-    """A file does not follow the documented schema."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +61,7 @@ class Summary:
     low: float
     high: float
     people: int = 0
-    metrics: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, Figure] = dataclasses.field(default_factory=dict, metadata=SIBLINGS)
 
     def figures(self) -> dict[str, Figure]:
         """The means of all metrics by name, accuracy first."""
@@ -387,11 +382,11 @@ class RunResults:
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
             raise FormatError(f"schema_version is {version!r}, and this version of vkd_jax reads {SCHEMA_VERSION}")
-        return _decoded(cls, data, "")
+        return decode(cls, data)
 
     def to_json(self) -> dict[str, Any]:
         """The results as JSON-compatible values; fields that are None are left out."""
-        return {"schema_version": self.schema_version} | to_json(self)
+        return {"schema_version": self.schema_version} | encode(self)
 
     @property
     def sets(self) -> tuple[MeasuredSet, ...]:
@@ -446,7 +441,7 @@ class RunResults:
         return list(dict.fromkeys(kind for kinds in self.models[model].values() for kind in kinds))
 
 
-def main_kind(kinds: typing.Iterable[str], modality: str) -> str | None:
+def main_kind(kinds: Iterable[str], modality: str) -> str | None:
     """The main kind of question of a modality, "vqa" or "qa": with options, else open, else cloze, else of a suite.
 
     Example:
@@ -455,62 +450,3 @@ def main_kind(kinds: typing.Iterable[str], modality: str) -> str | None:
     """
     known = set(kinds)
     return next((task + modality for task in QUESTION_TASKS if task + modality in known), None)
-
-
-def to_json(value: Any) -> Any:
-    """Encodes these dataclasses as JSON-compatible values; fields that are None are left out."""
-    if dataclasses.is_dataclass(value):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        extra = fields.pop("metrics", {}) if isinstance(value, Summary) else {}
-        return {name: to_json(item) for name, item in (fields | dict(extra)).items() if item is not None}
-    if isinstance(value, Mapping):
-        return {str(name): to_json(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
-    return value
-
-
-def _decoded(kind: Any, value: Any, path: str) -> Any:
-    """Decodes a JSON value as the annotated type; `path` names it in errors."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        (kind,) = (argument for argument in arguments if argument is not type(None))
-        return None if value is None else _decoded(kind, value, path)
-    if dataclasses.is_dataclass(kind):
-        return _decoded_object(kind, value, path)
-    if origin is not None and issubclass(origin, Mapping):
-        _check(isinstance(value, dict), path, "an object", value)
-        return {name: _decoded(arguments[1], item, f"{path}.{name}".lstrip(".")) for name, item in value.items()}
-    if origin is tuple:
-        _check(isinstance(value, list), path, "a list", value)
-        return tuple(_decoded(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if kind is Role:
-        _check(value in list(Role), path, f"one of {', '.join(Role)}", value)
-        return Role(value)
-    right = isinstance(value, int | float if kind is float else kind)
-    _check(right and (kind is bool or not isinstance(value, bool)), path, kind.__name__, value)
-    return value
-
-
-def _decoded_object(kind: Any, value: Any, path: str) -> Any:
-    _check(isinstance(value, dict), path, "an object", value)
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    if kind is Summary:
-        known = fields.keys() - {"metrics"}
-        extra = {name: item for name, item in value.items() if name not in known}
-        value = {name: item for name, item in value.items() if name in known} | {"metrics": extra}
-    if unknown := sorted(value.keys() - fields.keys()):
-        raise FormatError(f"{path or 'the file'} has an unknown field {unknown[0]!r}")
-    missing = dataclasses.MISSING
-    for name, field in fields.items():
-        if name not in value and field.default is missing and field.default_factory is missing:
-            raise FormatError(f"{path or 'the file'} lacks the field {name!r}")
-    return kind(**{name: _decoded(hints[name], item, f"{path}.{name}".lstrip(".")) for name, item in value.items()})
-
-
-def _check(valid: bool, path: str, expected: str, value: Any) -> None:
-    if not valid:
-        raise FormatError(f"{path} is {value!r}, expected {expected}")

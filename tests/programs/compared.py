@@ -1,7 +1,8 @@
 """What a comparison finds, made up by hand: results of runs and rows of tables."""
 
 from vkd_jax.benchmarks.mllmu import Mllmu
-from vkd_jax.results import BenchmarkInfo, MeasuredSet, Meta, RunResults, Summary, Utility, to_json
+from vkd_jax.results import BenchmarkInfo, MeasuredSet, Meta, RunResults, Summary, Utility
+from vkd_jax.runtime.dataclass_json import encode
 
 
 def summary(correct, n):
@@ -51,7 +52,7 @@ def found(**attacks):
         {"settings": "train.steps=3"},
     ]
     meta = dict(command="python -m x", commits=["c0ffee"], protocol="options", chance={"forget": {"vqa": 0.25}})
-    sets = [to_json(s) | {"people": 2} for s in Mllmu.EVAL_SETS]
+    sets = [encode(s) | {"people": 2} for s in Mllmu.EVAL_SETS]
     meta |= {"benchmark": {"title": "B", "source": "S", "sets": sets}}
     meta |= {"attacks": {name: {"title": name, "metric": "accuracy", "variants": {}} for name in attacks}}
     return {"meta": meta, "failures": {}, "rows": rows}

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.evaluation.metrics.summary import summaries
-from vkd_jax.results import to_json
+from vkd_jax.runtime.dataclass_json import encode
 
 PEOPLE = {"forget": ("001", "002", "003"), "retain": ("004", "005", "006", "007"), "real": ("",)}
 OPTIONS = ["baker", "pilot", "nurse", "judge"]
@@ -77,7 +77,7 @@ def make_run(workdir, seed=0, right=RIGHT, method=None, manifest=(9, 0), **more)
         file = workdir / "answers" / f"{model}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(it) + "\n" for it in items))
-        models[model] = to_json(summaries(items))
+        models[model] = encode(summaries(items))
     people = {"forget": 3, "test": 3, "retain": 4, "retain_test": 4}
     results = {
         "schema_version": 2,
@@ -99,7 +99,7 @@ def make_run(workdir, seed=0, right=RIGHT, method=None, manifest=(9, 0), **more)
             "benchmark": {
                 "title": "MLLMU-Bench, forgetting 5 %",
                 "source": "synthetic people",
-                "sets": [to_json(s) | {"people": people.get(s.name, 0)} for s in Mllmu.EVAL_SETS],
+                "sets": [encode(s) | {"people": people.get(s.name, 0)} for s in Mllmu.EVAL_SETS],
             },
             "date": "2026-01-02T03:04:05+00:00",
         },

@@ -10,7 +10,8 @@ from vkd_jax.benchmarks.clear import Clear
 from vkd_jax.benchmarks.folder import Folder
 from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.reporting import comparison, comparison_plots, tables
-from vkd_jax.results import STRONGEST, UNCHANGED, AttackCell, AttackResults, to_json
+from vkd_jax.results import STRONGEST, UNCHANGED, AttackCell, AttackResults
+from vkd_jax.runtime.dataclass_json import encode
 
 # ---- Which trial is best ----
 
@@ -85,7 +86,7 @@ def test_on_clear_a_method_that_destroys_other_people_and_the_world_does_not_kee
 
     made = found()
     made["rows"] = [clear("vanilla", 1.0, 1.0), clear("m", 0.1, 0.0, method="m", train="all")]
-    made["meta"]["benchmark"]["sets"] = [to_json(s) | {"people": 2} for s in Clear.EVAL_SETS]
+    made["meta"]["benchmark"]["sets"] = [encode(s) | {"people": 2} for s in Clear.EVAL_SETS]
     assert not comparison.keeps(made["rows"][1], made["rows"][0], Clear.EVAL_SETS)
     table = tables.keeping(made)
     assert "| real faces VQA ↑ | real world VQA ↑ |" in table and "| no |" in table and "| yes |" not in table
@@ -104,7 +105,7 @@ def test_a_request_with_open_questions_is_judged_tabled_and_drawn():
     made = found(relearn=[cell | {"mean": 0.3, "n": 5, "seeds": 2}])
     for made_row in made["rows"]:
         made_row["sets"] = {f"{s.name}/generation_vqa": made_row["sets"][f"{s.name}/vqa"] for s in sets}
-    made["meta"]["benchmark"]["sets"] = [to_json(s) | {"people": 0} for s in sets]
+    made["meta"]["benchmark"]["sets"] = [encode(s) | {"people": 0} for s in sets]
     assert "| forget VQA, open ↓ | retain VQA, open ↑ |" in tables.document(made)
     assert comparison_plots.pareto(made).startswith(b"\x89PNG")
     assert comparison_plots.relearning(made).startswith(b"\x89PNG")

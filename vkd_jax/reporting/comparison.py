@@ -10,8 +10,9 @@ import numpy as np
 from vkd_jax import messages
 from vkd_jax.evaluation.metrics import intervals
 from vkd_jax.evaluation.metrics.summary import by_kind
-from vkd_jax.results import ATTEMPT_FIELDS, FILE, AttackCell, MeasuredSet, RunResults, main_kind, to_json
+from vkd_jax.results import ATTEMPT_FIELDS, FILE, AttackCell, MeasuredSet, RunResults, main_kind
 from vkd_jax.runtime import records
+from vkd_jax.runtime.dataclass_json import encode
 from vkd_jax.types import EvalSet, Role, UserError
 
 KEEP = 0.95  # a method keeps if its accuracy is at least this share of the vanilla model's
@@ -169,12 +170,12 @@ def collect(
             "command": results[0].meta.command,
             "commits": sorted({run.meta.commit for run in results}),
             "devices": results[0].meta.devices,
-            "versions": to_json(results[0].meta.versions),
-            "benchmark": to_json(results[0].meta.benchmark),
+            "versions": encode(results[0].meta.versions),
+            "benchmark": encode(results[0].meta.benchmark),
             "protocol": protocols.pop(),
-            "chance": to_json(results[0].chance),
+            "chance": encode(results[0].chance),
             "attacks": {
-                name: {"title": attack.title, "metric": attack.metric, "variants": to_json(attack.variants)}
+                name: {"title": attack.title, "metric": attack.metric, "variants": encode(attack.variants)}
                 for run in results
                 for name, attack in run.attacks.items()
             },

@@ -32,11 +32,12 @@ from vkd_jax.config.schema import RunConfig
 from vkd_jax.messages import choices, listed
 from vkd_jax.models import base
 from vkd_jax.reporting import requests_page
-from vkd_jax.results import RunResults, to_json
+from vkd_jax.results import RunResults
 from vkd_jax.runs import features, inputs, pipeline
 from vkd_jax.runs.ledger import Ledger, Request, append
 from vkd_jax.runs.workdir import make_folder
 from vkd_jax.runtime import hub, json_files, locks, records, storage
+from vkd_jax.runtime.dataclass_json import encode
 from vkd_jax.types import UserError, located, person_digest
 
 BASELINES = ("naive", "batch")
@@ -343,7 +344,7 @@ def describe(folder: Path, config: RunConfig) -> dict[str, Any]:
         "data": json_files.read_json(folder / inputs.FILE)["sets"],
         "features": {name: entries[name] for name in (features.FEATURES, features.QUESTIONS) if name in entries},
         "commit": results.meta.commit,
-        "versions": to_json(results.meta)["versions"],
+        "versions": encode(results.meta)["versions"],
     }
 
 

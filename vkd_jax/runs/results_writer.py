@@ -27,11 +27,11 @@ from vkd_jax.results import (
     Meta,
     RunResults,
     Trainable,
-    to_json,
 )
 from vkd_jax.runs.inputs import PROVENANCE
 from vkd_jax.runs.job import Job
 from vkd_jax.runtime import multihost
+from vkd_jax.runtime.dataclass_json import encode
 from vkd_jax.types import Example, Role
 
 
@@ -71,7 +71,7 @@ def provenance(job: Job, name: str, without: Sequence[str]) -> dict[str, str]:
         name: the model: vanilla, retain_only or unlearned.
         without: people that fine-tuning left out.
     """
-    return {PROVENANCE: json.dumps({"model": name, "without": list(without), **to_json(_meta(job))}, indent=1) + "\n"}
+    return {PROVENANCE: json.dumps({"model": name, "without": list(without), **encode(_meta(job))}, indent=1) + "\n"}
 
 
 def text_scores(job: Job, model: ModelBundle) -> Any:

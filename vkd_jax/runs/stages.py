@@ -20,10 +20,11 @@ from vkd_jax.methods.base import Context
 from vkd_jax.methods.text_stream import STREAM as TEXT_STREAM
 from vkd_jax.models import lora
 from vkd_jax.reporting import model_card, report
-from vkd_jax.results import FILE, RunResults, to_json
+from vkd_jax.results import FILE, RunResults
 from vkd_jax.runs import features, inputs, judging, results_writer
 from vkd_jax.runs.job import Job
 from vkd_jax.runtime import files, hub, json_files, multihost
+from vkd_jax.runtime.dataclass_json import encode
 from vkd_jax.training import loop
 from vkd_jax.types import Params
 
@@ -122,14 +123,14 @@ def unlearn_and_judge(job: Job, finetuned: dict[str, Path]) -> None:
 def document_model(job: Job) -> None:
     """Writes the model card and the certificate of the unlearned model into its folder."""
     folder, results = job.workdir.path / "unlearned", RunResults.read(job.workdir.path)
-    meta = to_json(results.meta)
+    meta = encode(results.meta)
     facts = {
         "model": {"base": job.config.model.path, "method": meta["config"]["method"]["name"]},
         "forgotten": job.forgotten_digests,
         "vkd_jax": vkd_jax.__version__,
         **{key: meta[key] for key in ("commit", "command", "date", "versions", "config")},
         "inputs": json_files.read_json(job.workdir.path / inputs.FILE),
-        "figures": {key: to_json(getattr(results, key)) for key in ("models", "forget_quality", "utility", "attacks")},
+        "figures": {key: encode(getattr(results, key)) for key in ("models", "forget_quality", "utility", "attacks")},
     }
 
     def write() -> None:

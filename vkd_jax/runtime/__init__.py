@@ -1,18 +1,19 @@
 """Processes, devices, files and memory: everything below the models.
 
-    multihost    running code on process 0, and sharing its result and errors with all processes
-    mesh         the device mesh, its axis names, and sharding rules
-    storage      folders on disks and in buckets (gs://)
-    files        atomic writes of files and folders; reads of files that others wrote or that data names
-    json_files   the reader of JSON that others wrote
-    interrupts   Ctrl-C in all commands
-    locks        locks of folders, so that one process at a time writes them
-    hub          models and data sets by name: a folder, a bucket, or an id on the Hugging Face hub
-    log          the progress that is shown on stderr
-    finite       the check for NaN and infinity
-    memory       the check that arrays fit in memory, before they are allocated
-    malloc       settings of the C library's allocator
-    provenance   the commit of the running code
+    multihost       running code on process 0, and sharing its result and errors with all processes
+    mesh            the device mesh, its axis names, and sharding rules
+    storage         folders on disks and in buckets (gs://)
+    files           atomic writes of files and folders; reads of files that others wrote or that data names
+    json_files      the reader of JSON that others wrote
+    dataclass_json  dataclasses as JSON objects
+    interrupts      Ctrl-C in all commands
+    locks           locks of folders, so that one process at a time writes them
+    hub             models and data sets by name: a folder, a bucket, or an id on the Hugging Face hub
+    log             the progress that is shown on stderr
+    finite          the check for NaN and infinity
+    memory          the check that arrays fit in memory, before they are allocated
+    malloc          settings of the C library's allocator
+    provenance      the commit of the running code
 
 Contract: modules of this package do not import models, methods or benchmarks. Paths may be on a disk or in a bucket:
 pass them through `storage.resolve`, and write files with `files.write_bytes`, so that readers never see half a file.

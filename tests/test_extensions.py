@@ -124,7 +124,7 @@ def test_new_components_appear_in_report_tables_plots_and_comparison(tmp_path):
     results = make_run(tmp_path)
     assert results.models["vanilla"]["erased"]["generation_vqa"].metrics["shortness"].people == 2
     assert results.models["vanilla"]["zoo"]["vqa"].people == 0
-    assert comparison.judged(results) == {"forgot": 0.5, "kept": 0.5}  # half of the text about them is lost
+    assert comparison.tuning_measures(results) == {"forgot": 0.5, "kept": 0.5}  # half of the text about them is lost
     page = report.write(tmp_path, {}).read_text()
     for words in ("Zoo", "keepers to forget, elsewhere", "animals", "Whispering", "shortness of the answer"):
         assert words in page

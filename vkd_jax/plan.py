@@ -3,7 +3,7 @@
 Compiles the training step of a config for TPUs without having any, and prints what it requires: bytes per chip by kind,
 FLOPs by part and pass, bytes sent between chips, the least time by the chip's published figures, and whether it fits.
 The step of GradDiff on all weights, the usual baseline, is planned beside it. No array is created and nothing is
-downloaded; libtpu, which contains the compiler, is required: pip install 'vkd_jax[tpu]'.
+downloaded; libtpu, which contains the compiler, is required: pip install '.[tpu]'.
 
 python -m vkd_jax.plan --config configs/plans.py --json docs/results/plans.json
 
@@ -38,7 +38,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     command_line.define(values)
     flags.DEFINE_string("topology", "v5e:2x2", "The chips and their topology, e.g. v5e:2x2.", flag_values=values)
     flags.DEFINE_string("json", None, "A file to write all figures to.", flag_values=values)
-    flags.DEFINE_integer("text_tokens", Lengths.text, "Tokens of a row, without image tokens.", flag_values=values)
+    flags.DEFINE_integer("text_tokens", Lengths.text, "Tokens per example, without image tokens.", flag_values=values)
     flags.DEFINE_integer("answer_tokens", Lengths.answer, "Tokens of the row's answer.", flag_values=values)
     flags.DEFINE_boolean("compare", True, "Whether to plan GradDiff on all weights as well.", flag_values=values)
 

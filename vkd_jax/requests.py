@@ -5,7 +5,7 @@ vkd requests add LEDGER --forget DIR [--test DIR]   people of a folder with imag
 vkd requests withdraw LEDGER NUMBER                 a request that was not run yet
 vkd requests run LEDGER --config configs/tiny.py --workdir DIR [--config.method.blocks=2] [--baselines=naive,batch]
 vkd requests show LEDGER                            what was requested and run, and which data is held where
-vkd requests purge LEDGER [NUMBER ...]              deletes cached features and answers of these requests, or of all
+vkd requests purge LEDGER [NUMBER ...]              deletes cached features of these requests, and answers of all
 
 `run` starts each request from the model that the last one left, keeps forgotten who was forgotten before, and judges
 every model on all of them. An interrupted run resumes with the same command. See docs/requests.md.

@@ -5,11 +5,12 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vkd_jax.runtime import files, json_files
+from vkd_jax.runtime import files, json_files, storage
 from vkd_jax.runtime.dataclass_json import SIBLINGS, FormatError, decode, encode
 from vkd_jax.types import EvalSet, Role, UserError
 
@@ -328,7 +329,7 @@ class RunResults:
         schema_version: version of this layout.
 
     Example:
-        >>> results = RunResults.read(Path("run"))  # doctest: +SKIP
+        >>> results = RunResults.read("run")  # doctest: +SKIP
         >>> results.models["unlearned"]["forget"]["vqa"].accuracy  # doctest: +SKIP
         0.042
     """
@@ -349,13 +350,13 @@ class RunResults:
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
-    def read(cls, workdir: Path) -> "RunResults":
+    def read(cls, workdir: str | os.PathLike[str]) -> "RunResults":
         """Reads the results in the folder of a run.
 
         Raises:
             UserError: results.json is missing, is not JSON, or does not follow the schema.
         """
-        file = workdir / FILE
+        file = storage.resolve(workdir) / FILE
         if not file.is_file():
             raise UserError(f"{workdir} has no {FILE}: let that run finish, or give the folder of a finished run.")
         try:

@@ -12,7 +12,7 @@ from vkd_jax import benchmarks
 from vkd_jax.benchmarks.synthetic import umu_writer
 from vkd_jax.benchmarks.synthetic.people import Population
 from vkd_jax.evaluation.metrics import pairs
-from vkd_jax.evaluation.metrics.judging import LETTER_RULES
+from vkd_jax.evaluation.metrics.correctness import LETTER_RULES
 from vkd_jax.evaluation.metrics.summary import summaries
 from vkd_jax.types import UserError
 

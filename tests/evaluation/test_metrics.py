@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vkd_jax.evaluation.metrics import intervals, judging, likelihoods, words
+from vkd_jax.evaluation.metrics import correctness, intervals, likelihoods, words
 from vkd_jax.evaluation.metrics.forget_quality import forget_quality
 from vkd_jax.evaluation.metrics.summary import by_kind, summarize
 from vkd_jax.evaluation.metrics.utility import model_utility
@@ -108,7 +108,7 @@ def test_summarize_needs_items():
     ],
 )
 def test_first_letter_finds_the_choice(text, letter):
-    assert judging.first_letter(text) == letter
+    assert correctness.first_letter(text) == letter
 
 
 @pytest.mark.parametrize(
@@ -135,15 +135,16 @@ def test_first_letter_finds_the_choice(text, letter):
     ],
 )
 def test_first_letter_is_none_without_a_choice(text):
-    assert judging.first_letter(text) is None
+    assert correctness.first_letter(text) is None
 
 
 def test_first_letter_accepts_only_letters_of_options():
-    assert judging.first_letter("E", 6) == "E" and judging.first_letter("The answer is (f)", 6) == "F"
-    assert judging.first_letter("E", 4) is judging.first_letter("G: nobody", 6) is judging.first_letter(None) is None
-    assert judging.first_letter("C", 2) is None and judging.first_letter("B", 2) == "B"
-    assert judging.first_letter("I think it is H", 9) == "H"  # a pronoun, even where I is an option
-    assert judging.first_letter("I", 9) == judging.first_letter("i: the pilot", 9) == "I"
+    assert correctness.first_letter("E", 6) == "E" and correctness.first_letter("The answer is (f)", 6) == "F"
+    assert correctness.first_letter("E", 4) is correctness.first_letter("G: nobody", 6) is None
+    assert correctness.first_letter(None) is None
+    assert correctness.first_letter("C", 2) is None and correctness.first_letter("B", 2) == "B"
+    assert correctness.first_letter("I think it is H", 9) == "H"  # a pronoun, even where I is an option
+    assert correctness.first_letter("I", 9) == correctness.first_letter("i: the pilot", 9) == "I"
 
 
 @pytest.mark.parametrize(
@@ -158,12 +159,12 @@ def test_first_letter_accepts_only_letters_of_options():
     ],
 )
 def test_cloze_correct(prediction, truth, right):
-    assert judging.cloze_correct(prediction, truth) is right
+    assert correctness.cloze_correct(prediction, truth) is right
 
 
 def test_cloze_needs_a_truth():
     with pytest.raises(ValueError, match="empty ground truth"):
-        judging.cloze_correct("anything", " ")
+        correctness.cloze_correct("anything", " ")
 
 
 def test_rouge_by_hand():

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from vkd_jax.benchmarks.mllmu import cloze_prompt
-from vkd_jax.evaluation.metrics.judging import LETTER_RULES
+from vkd_jax.evaluation.metrics.correctness import LETTER_RULES
 from vkd_jax.evaluation.wording import Wording, read_wording
 from vkd_jax.types import Example, UserError
 

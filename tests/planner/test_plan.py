@@ -351,7 +351,7 @@ def test_rows_of_plans_that_do_not_fit_say_by_how_much():
         arguments + "– | no | 0.0 | – | – | – | – | – | – |",
         "| M | s | – | – | – | – | no: why | – | – | – | – | – | – | – |",
     ]
-    assert "Tokens a row: M 7." in lines[-1]
+    assert "Tokens per example: M 7." in lines[-1]
     assert "Compiled in 6 minutes by jaxlib 1.2, libtpu 0.4; commit abcdef1." in lines[-1]
 
 

@@ -17,13 +17,15 @@ from vkd_jax.runtime.dataclass_json import encode
 
 
 def test_a_run_is_judged_by_what_is_known_and_by_the_least_that_is_kept():
-    assert comparison.judged(results(8, 4)) == {"forgot": 12 / 20, "kept": 1.0}
-    assert comparison.judged(results(8, 4, real=18, retain=19)) == {"forgot": 0.6, "kept": 0.9}
-    assert comparison.judged(results(8, 4, text=4))["kept"] == 0.4  # of the ten that the vanilla model got right
+    assert comparison.tuning_measures(results(8, 4)) == {"forgot": 12 / 20, "kept": 1.0}
+    assert comparison.tuning_measures(results(8, 4, real=18, retain=19)) == {"forgot": 0.6, "kept": 0.9}
+    less_text = comparison.tuning_measures(results(8, 4, text=4))
+    assert less_text["kept"] == 0.4  # of the ten that the vanilla model got right
 
 
 def test_to_be_wrong_more_often_than_guessing_is_not_to_have_forgotten_more():
-    assert comparison.judged(results(0, 1))["forgot"] == comparison.judged(results(2, 3))["forgot"] == 0.25
+    below, at_chance = (comparison.tuning_measures(run)["forgot"] for run in (results(0, 1), results(2, 3)))
+    assert below == at_chance == 0.25
 
 
 def test_the_best_trial_forgets_most_of_those_that_keep():
@@ -63,7 +65,7 @@ def test_an_attacked_run_is_judged_by_the_strongest_budgets_on_people_whom_the_a
         cell(0.1, None, variant=UNCHANGED),
     ]
     attacked = dataclasses.replace(results(8, 4), attacks={"relearn": AttackResults("", "", cells=tuple(cells))})
-    assert comparison.judged(attacked) == {"forgot": 0.6, "kept": 1.0, "relearned": pytest.approx(0.6)}
+    assert comparison.tuning_measures(attacked) == {"forgot": 0.6, "kept": 1.0, "relearned": pytest.approx(0.6)}
 
 
 def test_a_method_keeps_if_pictures_and_text_are_kept():
@@ -93,14 +95,14 @@ def test_on_clear_a_method_that_destroys_other_people_and_the_world_does_not_kee
     assert comparison_plots.pareto(made).startswith(b"\x89PNG")
     before = {s.name: {"vqa": summary(20, 20)} for s in Clear.EVAL_SETS}
     after = before | {s.name: {"vqa": summary(1, 20)} for s in Clear.EVAL_SETS[2:]}
-    assert comparison.judged(run_results(before, after, Clear.EVAL_SETS))["kept"] == 0.05
+    assert comparison.tuning_measures(run_results(before, after, Clear.EVAL_SETS))["kept"] == 0.05
 
 
 def test_a_request_with_open_questions_is_judged_tabled_and_drawn():
     sets = [s for s in Folder.EVAL_SETS if s.name in ("forget", "retain")]
     before = {s.name: {"generation_vqa": summary(10, 10)} for s in sets}
     after = {"forget": {"generation_vqa": summary(3, 10)}, "retain": {"generation_vqa": summary(9, 10)}}
-    assert comparison.judged(run_results(before, after, sets)) == {"forgot": 0.3, "kept": 0.9}
+    assert comparison.tuning_measures(run_results(before, after, sets)) == {"forgot": 0.3, "kept": 0.9}
     cell = {"set": "forget", "attacker": "all", "share": 0.25, "unit": "questions", "variant": "", "taught": False}
     made = found(relearn=[cell | {"mean": 0.3, "n": 5, "seeds": 2}])
     for made_row in made["rows"]:

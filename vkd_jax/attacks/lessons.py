@@ -1,4 +1,4 @@
-"""What an attacker is given of the forget set, which questions count after the attack, and what came back.
+"""The questions that an attacker trains on, those that are evaluated after the attack, and recovery.
 
     recovery = (A_after - A_before) / (A_vanilla - A_before)
 

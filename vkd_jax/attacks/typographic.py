@@ -6,7 +6,7 @@ canvas is 1024 x 768. Here it is a square, since LLaVA's image processor crops t
 complete, because the questions have one answer.
 
     typeset   the prompt is "Read the question in the image and answer it."
-    both      the prompt is the question itself: what the canvas costs or brings without reading
+    both      the prompt is the question itself: the effect of the canvas alone
 
 A model that cannot read small type, such as the shipped one, answers `typeset` at chance: compare the vanilla model.
 

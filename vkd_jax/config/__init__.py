@@ -2,7 +2,9 @@
 
 - `schema`: one frozen dataclass per section, with `RunConfig` as the root.
 - `training`: the section of a training loop.
+- `evaluation`: the section of the evaluation.
 - `comparison`: the sections of a comparison of methods.
+- `request`: the section of one of several requests.
 - `stages`: the values of `config.stage`, and what a run with each of them does.
 - `fields`: declaration and validation of a field, shared by every section, method, attack and benchmark.
 - `arguments`: the key=value arguments after a config's colon.

@@ -124,7 +124,7 @@ def entrant(name: str, settings: str = "", search: Sequence[str] = (), **changes
 
 
 def variant(of: str, settings: str) -> EntrantConfig:
-    """A variant of another entrant in a comparison, whose method and best settings it has but for these settings."""
+    """A variant of another entrant in a comparison: its method and best settings, overridden by these settings."""
     return EntrantConfig(settings=settings, variant_of=of)
 
 

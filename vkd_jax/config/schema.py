@@ -189,12 +189,12 @@ class RunConfig(Section):
     @property
     def reports(self) -> bool:
         """Whether the run has an unlearned model, which it writes a report on."""
-        return self.workflow.unlearns or (self.workflow.judges and bool(self.model.unlearned))
+        return self.workflow.unlearns or (self.workflow.attacks and bool(self.model.unlearned))
 
     @property
     def active_attacks(self) -> dict[str, Any]:
-        """Attacks that the run makes, by name; a stage that judges no model makes none."""
-        return self.attacks.selected if self.workflow.judges else {}
+        """Attacks that the run makes, by name; a stage that attacks no model makes none."""
+        return self.attacks.selected if self.workflow.attacks else {}
 
     def check_stage(self, shards: int) -> None:
         """Checks that the config has what its stage needs.
@@ -222,7 +222,7 @@ class RunConfig(Section):
             with_section("finetune", lambda: self.finetune.train.check(tuple(self.finetune.method.losses()), shards))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, in JSON's types but for tuples; the layout of ConfigDicts and of config.json."""
+        """All fields as JSON types, except tuples; the layout of ConfigDicts and of config.json."""
         return self._values(references=False)
 
     def _values(self, references: bool) -> dict[str, Any]:
@@ -416,7 +416,7 @@ def _entrant(section: str, values: Any) -> EntrantConfig:
 
 
 def _plain(value: Any, references: bool) -> Any:
-    """A section, component or value in JSON's types but for tuples.
+    """A section, component or value as JSON types, except tuples.
 
     Args:
         value: what to convert.

@@ -10,18 +10,18 @@ class Stage:
     help: str
     finetunes: tuple[str, ...] = ()  # models that are fine-tuned from `model.base` first
     unlearns: bool = False
-    judges: bool = False  # whether models are attacked, and a report is written if one is unlearned
+    attacks: bool = False  # whether models are attacked, and a report is written if one is unlearned
 
 
 STAGES = {
-    "unlearn": Stage("vanilla -> unlearned -> report", unlearns=True, judges=True),
+    "unlearn": Stage("vanilla -> unlearned -> report", unlearns=True, attacks=True),
     "finetune": Stage("base -> vanilla", finetunes=("vanilla",)),
     "retain_only": Stage("base -> retain-only", finetunes=("retain_only",)),
     "all": Stage(
         "base -> vanilla -> retain-only -> unlearned -> report",
         finetunes=("vanilla", "retain_only"),
         unlearns=True,
-        judges=True,
+        attacks=True,
     ),
-    "audit": Stage("evaluates and attacks the given models and trains none -> report", judges=True),
+    "audit": Stage("evaluates and attacks the given models and trains none -> report", attacks=True),
 }

@@ -1,4 +1,4 @@
-"""Images after the vision tower and the projector: which belong to which prompt, and whether they are of use."""
+"""Images after the vision tower and the projector, the prompts to which they belong, and checks of their values."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 Protocols for questions with options, never mixed:
 
 - `letter`: the prompt has the question and its options, the model writes an answer, and the letter that it chooses
-  counts: see `metrics.judging.first_letter`.
+  counts: see `metrics.correctness.first_letter`.
 - `letter:first_character`: the same prompt, and the first letter of whatever the model writes counts, as in the code of
   MLLMU-Bench, where "accordion" is A.
 - `letter:similar_option`: the same prompt, and the option whose text is most similar to the answer counts, as in the
@@ -30,7 +30,7 @@ from vkd_jax.evaluation import metrics
 from vkd_jax.evaluation.encoded_images import EncodedImages
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.evaluation.metrics import suites
-from vkd_jax.evaluation.metrics.judging import LETTER_RULES, LETTERS, cloze_correct
+from vkd_jax.evaluation.metrics.correctness import LETTER_RULES, LETTERS, cloze_correct
 from vkd_jax.evaluation.metrics.likelihoods import likelihood
 from vkd_jax.evaluation.wording import Wording, read_wording
 from vkd_jax.types import Example, SuiteQuestion, UserError
@@ -76,7 +76,7 @@ def evaluate(
             verdict = (
                 _chosen(example, scores[i])
                 if choice and record_protocol == "options"
-                else _judged(example, texts[i], record_protocol)
+                else _scored(example, texts[i], record_protocol)
             )
             worked_example = {"worked_example": batch.worked[i][0].id} if shots and batch.worked[i] else {}
             records.append(
@@ -237,7 +237,7 @@ def _chosen(example: Example, scores: Sequence[float]) -> dict:
     return {"prediction": prediction, "correct": prediction == example.answer, "scores": list(scores)}
 
 
-def _judged(example: Example, text: str, protocol: str) -> dict:
+def _scored(example: Example, text: str, protocol: str) -> dict:
     """The generated text, and whether it is correct."""
     if example.task == "classification":
         letter = LETTER_RULES[protocol](text, example.options)
@@ -247,8 +247,8 @@ def _judged(example: Example, text: str, protocol: str) -> dict:
         record["prediction"] = text
         return {"prediction": text, "correct": suites.correct(record)} | metrics.stored_values(record)
     verdict = {"prediction": text, "correct": cloze_correct(text, example.answer)}
-    judged = {"task": example.task, "answer": example.answer, **_published(example), **verdict}
-    return verdict | metrics.stored_values(judged)
+    record = {"task": example.task, "answer": example.answer, **_published(example), **verdict}
+    return verdict | metrics.stored_values(record)
 
 
 def worked_examples(shown: Iterable[Example], examples: Sequence[Example], seed: int) -> list[Example | None]:

@@ -84,7 +84,7 @@ def programs(mesh: jax.sharding.Mesh | None) -> _Programs:
         prompts = Prompts(tokens, mask, features, prefixes)
         return generate.token_log_probs(bind(graphdef, params), prompts, options, options_mask)
 
-    def greedy(graphdef, params, tokens, mask, features, shared, max_new_tokens, eos_ids, pad_id):
+    def greedy_tokens(graphdef, params, tokens, mask, features, shared, max_new_tokens, eos_ids, pad_id):
         model = bind(graphdef, params)
         options = dict(max_new_tokens=max_new_tokens, eos_ids=eos_ids, pad_id=pad_id)
         return generate.greedy(model, Prompts(tokens, mask, features, shared), **options)
@@ -92,7 +92,7 @@ def programs(mesh: jax.sharding.Mesh | None) -> _Programs:
     jit = functools.partial(jax.jit, **({} if mesh is None else {"out_shardings": replicated(mesh)}))
     return _Programs(
         *(jit(function, static_argnums=0) for function in (encode, means, score, score_tokens)),
-        jit(greedy, static_argnums=(0, 6, 7, 8)),
+        jit(greedy_tokens, static_argnums=(0, 6, 7, 8)),
     )
 
 

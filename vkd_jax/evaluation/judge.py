@@ -88,7 +88,7 @@ def read_rules(path: str | os.PathLike[str]) -> dict[str, Rule]:
     """Reads a file of the judge's prompts; "" and rules that the file lacks are this package's.
 
     Raises:
-        UserError: the file cannot be read, names an unknown rule, or has a prompt or number that is none.
+        UserError: the file cannot be read, names an unknown rule, or contains an invalid prompt or number.
     """
     if not os.fspath(path):
         return RULES

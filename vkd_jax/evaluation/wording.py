@@ -22,7 +22,7 @@ import os
 import string
 
 from vkd_jax.benchmarks.mllmu import CLOZE_INSTRUCTION
-from vkd_jax.evaluation.metrics.judging import LETTERS
+from vkd_jax.evaluation.metrics.correctness import LETTERS
 from vkd_jax.runtime import json_files, storage
 from vkd_jax.types import Example, UserError, located
 

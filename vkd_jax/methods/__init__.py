@@ -5,6 +5,7 @@
     ascent              ascent on the forget set and its bounds
     worst_case          worst-case forgetting, an option of every method that trains on a forget set
     text_stream         text-only questions as a further stream, another such option
+    replay              people of earlier requests as a further stream
     losses              pure loss functions
     saliency            Fisher information and masks
     feature_targets     features of a frozen model as distillation targets

@@ -4,7 +4,9 @@ With a forget batch (x_f, q_f, y_f), a retain batch (x_r, q_r, y_r), the student
 
     L_f = w_cf * forget(theta; x_f, q_f, y_f) + w_kf * sum_l D(h_l(theta, x_f), target_l(x_f))
     L_r = w_cr * CE(theta; x_r, q_r, y_r)     + w_kr * sum_l D(h_l(theta, x_r), h_l(teacher, x_r))
-    g   = mask * grad L_f + grad L_r          (mask_scope "forget"; "both" masks the whole update)
+
+    update = mask * optimizer(grad L_f + grad L_r)     mask_scope="both"
+    update = optimizer(mask * grad L_f + grad L_r)     mask_scope="forget"
 
 Only the projector and the vision tower, or its last `blocks` blocks, train; the language model has neither gradients
 nor optimizer state. Each detail that the paper's abstract leaves open is an assumption, A1 to A8, and a field below.

@@ -1,4 +1,4 @@
-"""Worst-case forgetting: the forget loss is also taken where an attacker who relearns would go.
+"""Worst-case forgetting: the forget loss is also evaluated at the weights that a relearning attacker would reach.
 
     theta_0     = theta
     theta_{k+1} = theta_k - (radius / K) d(grad A(theta_k)),   k < K

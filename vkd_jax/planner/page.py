@@ -69,8 +69,8 @@ def _sections(steps: Mapping[str, Step]) -> list[tuple[str, dict[str, Callable[[
     times = {name: lambda step, name=name: milliseconds(step["seconds"][name]) for name in names}
     times["compiler's cycles"] = lambda step: milliseconds(step["seconds_by_cycles"])
     return [
-        ("GiB a chip", memory),
-        ("TFLOP a step", work),
+        ("GiB per chip", memory),
+        ("TFLOP per step", work),
         ("GiB sent by each chip", sent),
         ("milliseconds at least", times),
     ]

@@ -17,12 +17,12 @@ from vkd_jax.types import UserError
 class Tpu:
     """Published figures of a chip."""
 
-    flops: float  # bfloat16 operations a second
-    integers: float  # operations of 8-bit integers a second
-    clock: float  # cycles a second of its cores, from `flops` and the number of multipliers
+    flops: float  # bfloat16 operations per second
+    integers: float  # operations of 8-bit integers per second
+    clock: float  # cycles per second of its cores, from `flops` and the number of multipliers
     hbm: float  # GiB
     usable: float  # GiB of it that a program may use: the smallest number in refusals of libtpu 0.0.42 and 0.0.52
-    interconnect: float  # bytes a second that it sends over all links together
+    interconnect: float  # bytes per second that it sends over all links together
 
 
 # https://cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: peak compute per chip, HBM capacity, and inter-chip
@@ -49,9 +49,7 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
     try:
         import libtpu  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            "libtpu, which holds the TPU compiler, is not installed: pip install 'vkd_jax[tpu]'."
-        ) from error
+        raise UserError("libtpu, which holds the TPU compiler, is not installed: pip install '.[tpu]'.") from error
     # Many processes may compile at once, and none should ask the network what machine this is.
     os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1")
     # What libtpu would ask a TPU host for; it logs warnings without them.

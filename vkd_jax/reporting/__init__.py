@@ -5,7 +5,8 @@
 of `items`. `curves` has the points of all curves, `plots` draws the plots of one run, and `comparison_plots` those of a
 comparison. `comparison` collects and judges the figures of several runs, `tables` renders them as Markdown, and
 `markers` keeps tables in pages up to date. `names` has all titles, and `markdown` escapes text from data and paths.
-`terminal` shows a run in a few lines.
+`terminal` shows a run in a few lines, `finished_run` reads one, `examples` selects the people who are shown,
+`model_card` and `requests_page` write pages of their own, and `main_figures` has the accuracies that stand for a run.
 
 Contract: figures come from results.json and the answers; nothing here evaluates a model. Code asks for the roles of
 evaluation sets and the metric registry, never for set names.

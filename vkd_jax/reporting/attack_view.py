@@ -9,7 +9,6 @@ from vkd_jax.results import UNCHANGED, AttackCell, AttackResults, Figure, RunRes
 from vkd_jax.types import Role
 
 FOLDED_ABOVE = 8  # a table with more rows is folded
-RELEARN_SHARE = 0.2  # of the forget set; the first sections show the attempt with the nearest share
 PLOTS = {  # the plots of an attack by name, with what they show
     "relearn": {
         "relearning": "Accuracy on the rest of the forget set by the share that was relearned",
@@ -52,7 +51,7 @@ def relearned(results: RunResults) -> dict[str, Any] | None:
     rows = [row for row in rows if "unlearned" in row and relearns_rest(row["unlearned"], forget)]
     if not rows:
         return None
-    row = min(rows, key=lambda row: (abs(row["unlearned"].share - RELEARN_SHARE), -row["unlearned"].mean))
+    row = min(rows, key=lambda row: (abs(row["unlearned"].share - names.RELEARNED_SHARE), -row["unlearned"].mean))
     cell, cells = row["unlearned"], results.attacks["relearn"].cells
     before = (c for c in cells if c.model == "unlearned" and c.variant == UNCHANGED and c.set == cell.set)
     return {

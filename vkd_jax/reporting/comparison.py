@@ -1,4 +1,4 @@
-"""Collects and judges the figures of several runs: the best trial of a method, and which methods keep."""
+"""Collects and judges the figures of several runs: the best trial of a method, and which methods keep the rest."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,6 @@ from vkd_jax.runtime.dataclass_json import encode
 from vkd_jax.types import EvalSet, Role, UserError
 
 KEEP = 0.95  # a method keeps if its accuracy is at least this share of the vanilla model's
-RELEARNED_SHARE = 0.2  # of the forget questions; tables show the recovery for the nearest share
 
 Kinds = Mapping[str, Iterable[str]]  # the kinds of question of each set
 Keys = list[tuple[EvalSet, str]]  # sets and kinds of question
@@ -49,7 +48,7 @@ def _kind(kinds: Kinds, eval_set: EvalSet, modality: str) -> str | None:
     return main_kind(kinds.get(eval_set.name, ()), modality)
 
 
-def judged(results: RunResults) -> dict[str, float]:
+def tuning_measures(results: RunResults) -> dict[str, float]:
     """How much a run forgets and keeps, for tuning.
 
     Returns:
@@ -84,7 +83,7 @@ def judged(results: RunResults) -> dict[str, float]:
 
 
 def best(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The trial that forgets most among those that keep 95 %; without any, the one with the largest kept - forgot.
+    """The trial with the lowest forget accuracy among those that retain 95 %; without any, the largest kept - forgot.
 
     If the trials were attacked, what counts is the accuracy on the people to forget after the attack. None without
     trials; the first trial if all failed.

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from vkd_jax.reporting import names
 from vkd_jax.results import AttackCell
 
-SHOWN_SHARE = 0.2  # of the forget questions; the curves by steps are those of the nearest share
-
 
 @dataclasses.dataclass(frozen=True)
 class Point:
@@ -126,7 +124,7 @@ def budgets(cells: Sequence[AttackCell], forget: Sequence[str]) -> list[Panel]:
     cells = [cell for cell in cells if relearns_rest(cell, forget) and cell.unit == "questions" and cell.steps]
     if len({cell.steps for cell in cells}) < 2:
         return []
-    share = min({cell.share for cell in cells}, key=lambda share: abs(share - SHOWN_SHARE))
+    share = min({cell.share for cell in cells}, key=lambda share: abs(share - names.RELEARNED_SHARE))
     cells = [cell for cell in cells if cell.share == share]
     panels = []
     for attacker in dict.fromkeys(cell.attacker for cell in cells):

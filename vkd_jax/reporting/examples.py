@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from vkd_jax.evaluation.metrics.judging import LETTERS, first_letter
+from vkd_jax.evaluation.metrics.correctness import LETTERS, first_letter
 from vkd_jax.reporting import plots
 from vkd_jax.reporting.finished_run import Run
 from vkd_jax.types import Role

@@ -1,7 +1,7 @@
 """Every question of a run with every answer, as the compact JSON that report.html searches and filters.
 
-Texts are stored once in `strings`, and items and answers refer to them by number. Rights and wrongs are one character
-for each item: "1" is correct, "0" is wrong, and "-" was not asked.
+Texts are stored once in `strings`, and items and answers refer to them by number. Correctness is one character per
+item: "1" is correct, "0" is wrong, and "-" was not asked.
 """
 
 import base64

@@ -15,6 +15,7 @@ ATTACKERS = {  # the weights that a relearning attacker trains
     "all": "all weights",
     "soft_tokens": "soft tokens before each image",
 }
+RELEARNED_SHARE = 0.2  # of the forget set that an attacker relearns; summaries show the attempt with the nearest share
 MODALITIES = {"vqa": "with image", "qa": "text only"}
 TASKS = {"": "", "generation": ", open", "cloze": ", cloze", "suite": ""}
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vkd_jax.reporting import plots
+from vkd_jax.reporting import comparison, plots
 from vkd_jax.reporting.markdown import code, escape, numeric_table
 from vkd_jax.results import RunResults
 from vkd_jax.runtime import files
@@ -35,7 +35,7 @@ SEQUENCES = {
     "naive": "one after another, without earlier people",
     "batch": "all at once",
 }
-MARGIN, KEEP = 0.10, 0.95  # the goals: at most chance + MARGIN on who is forgotten, at least KEEP of what is retained
+MARGIN = 0.10  # the goals: at most chance + MARGIN on who is forgotten, at least `comparison.KEEP` of what is retained
 JSON, PAGE, PLOT = "requests.json", "requests.md", "requests.png"
 
 
@@ -94,7 +94,7 @@ def verdicts(collected: Mapping[str, Any]) -> list[str]:
             sentences.append(f"{GROUPS[group][0]}: {_cell(cell)}; goal at most {100 * limit:.1f} %: {verdict}.")
     for group in ("retained", "retained_test", "general"):
         if group in after and group in start:
-            limit = KEEP * start[group]["accuracy"]
+            limit = comparison.KEEP * start[group]["accuracy"]
             verdict = "met" if after[group]["accuracy"] >= limit else "**missed**"
             words = f"{_cell(after[group])}, from {_cell(start[group])}"
             sentences.append(f"{GROUPS[group][0]}: {words}; goal at least {100 * limit:.1f} %: {verdict}.")

@@ -82,7 +82,7 @@ def _attackers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for item in (item for row in rows for run in row["runs"] for item in run["recovery"]):
         if item["recovery"] is not None:
             shares.setdefault(item["attacker"], set()).add(item["share"])
-    wanted = comparison.RELEARNED_SHARE
+    wanted = names.RELEARNED_SHARE
     return {attacker: min(sorted(tried), key=lambda share: abs(share - wanted)) for attacker, tried in shares.items()}
 
 
@@ -149,7 +149,7 @@ def resisting(results: Mapping[str, Any]) -> str:
 def _strongest_cells(row: Mapping[str, Any], forget_set: str) -> dict[tuple[str, float, str, int], Mapping[str, Any]]:
     """The strongest cells of relearning by unit, share, attacker and steps.
 
-    Each unit has the share that is nearest to `comparison.RELEARNED_SHARE`. Questions have all numbers of steps, and
+    Each unit has the share that is nearest to `names.RELEARNED_SHARE`. Questions have all numbers of steps, and
     people the most successful one, whose steps are 0 here.
     """
     strongest = [cell for cell in row["attacks"]["relearn"] if cell.get("variant") == STRONGEST]
@@ -164,7 +164,7 @@ def _strongest_cells(row: Mapping[str, Any], forget_set: str) -> dict[tuple[str,
 
 
 def _distance_of_share(cell: Mapping[str, Any]) -> float:
-    return abs(cell["share"] - comparison.RELEARNED_SHARE)
+    return abs(cell["share"] - names.RELEARNED_SHARE)
 
 
 def _membership(row: Mapping[str, Any]) -> float | None:
@@ -191,8 +191,8 @@ def tuning(results: Mapping[str, Any]) -> str:
 
 def plans(results: Sequence[Mapping[str, Any]]) -> str:
     """What a training step requires on TPUs, with one row for each model and slice."""
-    heads = ["model", "slice", "weights in", "fsdp × tensor", "rows a step", "GiB a chip", "fits", "TFLOP a step"]
-    heads += ["ms at least", "bound by", "ms by cycles", "rows a second", "chip-hours", "GiB sent a step"]
+    heads = ["model", "slice", "weights in", "fsdp × tensor", "batch size", "GiB per chip", "fits", "TFLOP per step"]
+    heads += ["ms at least", "bound by", "ms by cycles", "examples/s", "chip-hours", "GiB sent per step"]
     lines = [row_of(heads), row_of([*["---"] * 5, "---:", "---", *["---:"] * 2, "---", *["---:"] * 4])]
     for row in results:
         name = [row["model_name"], row["slice"]]
@@ -205,7 +205,7 @@ def plans(results: Sequence[Mapping[str, Any]]) -> str:
         sent = sum(collective["bytes"] for collective in step["compiler"]["collectives"].values())
         speed = ["–"] * 6
         if step["fits"]:
-            each = _seconds_a_row(row)
+            each = _seconds_per_example(row)
             speed = [
                 f"{1e3 * step['seconds_at_least']:,.1f}",
                 step["bound"],
@@ -230,10 +230,10 @@ def plans(results: Sequence[Mapping[str, Any]]) -> str:
     compiling = sum(step["compiler"]["seconds"] for row in known for step in row["steps"].values())
     versions = ", ".join(sorted({" ".join(item) for row in known for item in row["versions"].items()}))
     return "\n".join(lines) + (
-        f"\n\nTokens a row: {escape(tokens)}. "
-        f"Chip-hours are those of training on {examples} rows, as in 300 steps of 8 + 8. "
-        "They and the rows a second follow from the longer of the two times; loading, preparing and evaluating are "
-        "not included. "
+        f"\n\nTokens per example: {escape(tokens)}. "
+        f"Chip-hours are those of training on {examples} examples, as in 300 steps of 8 + 8. "
+        "They and the examples per second follow from the longer of the two times; loading, preparing and evaluating "
+        "are not included. "
         f"Compiled in {compiling / 60:.0f} minutes by {escape(versions)}; commit {escape(commits)}."
     )
 
@@ -255,14 +255,14 @@ def _cost(row: Mapping[str, Any] | None) -> str:
     return f"{_chip_hours(row):.2f}" if next(iter(row["steps"].values()))["fits"] else "too large"
 
 
-def _seconds_a_row(row: Mapping[str, Any]) -> float:
+def _seconds_per_example(row: Mapping[str, Any]) -> float:
     """Seconds of training, by the longer of the least time and of the compiler's cycles."""
     step = next(iter(row["steps"].values()))
     return max(step["seconds_at_least"], step["seconds_by_cycles"]) / sum(row["rows"].values())
 
 
 def _chip_hours(row: Mapping[str, Any]) -> float:
-    return _seconds_a_row(row) * row["run"]["examples"] * row["chips"] / 3600
+    return _seconds_per_example(row) * row["run"]["examples"] * row["chips"] / 3600
 
 
 def contributions(shares: Mapping[str, float]) -> str:

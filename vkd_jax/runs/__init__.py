@@ -7,6 +7,7 @@
 - `workdir`: the folder of a run, which belongs to a config and to inputs.
 - `inputs`: digests of what a run reads; those of what it has computed are in `runtime.records`.
 - `api`: runs from Python, as `vkd_jax.unlearn`, `vkd_jax.evaluate` and `vkd_jax.attack`.
+- `judging`: the stage that grades open answers with a language model.
 - `dry_run`: what a run would compute, for `--dry_run`.
 - `rebuild_report`: `vkd report`, the report of a finished run once more.
 - `sweep`, `worker_pool`: the runs of a comparison, and the processes that execute them.

@@ -14,7 +14,7 @@ Every line has these fields, and those of its kind:
     withdraw   nothing; the request was not run yet
     done       run (its folder), model_before and model_after (see `requests.model_digest`), config, figures, data
                (digests of the sets), features (digests of the cached features), versions and commit
-    purge      nothing; the cached features of the request were deleted
+    purge      nothing; the cached features of the request, and the answers and reports of all runs, were deleted
 
 Whoever can write the ledger can compute all hashes again. To show later that nobody did, keep the last hash elsewhere.
 """

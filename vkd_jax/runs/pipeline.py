@@ -68,8 +68,8 @@ def _execute(workdir: Workdir, lender: Path | None) -> RunResults:
     if lender:
         workdir.borrow(lender, _shared_records(lender))
     finetuned = {name: stages.finetune(job, name) for name in config.workflow.finetunes}
-    if config.workflow.judges:
-        stages.unlearn_and_judge(job, finetuned)
+    if config.workflow.attacks:
+        stages.unlearn_and_evaluate(job, finetuned)
     else:
         answers = {name: stages.evaluate_model(job, name, job.load(folder)) for name, folder in finetuned.items()}
         results_writer.write(job, judging.ask_judge(job, answers))

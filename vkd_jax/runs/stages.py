@@ -74,8 +74,8 @@ def _base_model(job: Job) -> Path:
     return job.workdir.model("base", create)
 
 
-def unlearn_and_judge(job: Job, finetuned: dict[str, Path]) -> None:
-    """Judges the vanilla model, unlearns, judges the result, and writes results and report.
+def unlearn_and_evaluate(job: Job, finetuned: dict[str, Path]) -> None:
+    """Evaluates and attacks the vanilla model, unlearns, does the same with the result, and writes results and report.
 
     Each model is released before the next is loaded, since a chip may have room for one only.
 
@@ -91,9 +91,9 @@ def unlearn_and_judge(job: Job, finetuned: dict[str, Path]) -> None:
     if not workdir.has_results(FILE):
         references, changes = {}, None
         if retain_only:
-            references["retain_only"] = judge(job, "retain_only", _load(job, retain_only))
+            references["retain_only"] = evaluate_and_attack(job, "retain_only", _load(job, retain_only))
         model = _load(job, source)
-        answers = {"vanilla": judge(job, "vanilla", model)} | references
+        answers = {"vanilla": evaluate_and_attack(job, "vanilla", model)} | references
         if config.reports:
             given = config.model.unlearned
             target = hub.fetch_model(given) if given else unlearn(job, model, source)
@@ -104,7 +104,7 @@ def unlearn_and_judge(job: Job, finetuned: dict[str, Path]) -> None:
                 manifest = multihost.run_on_process_0(lambda: compare_tensors(source, target))
                 workdir.write("manifest.json", manifest)
             unlearned = _load(job, target)  # the exported weights, not those in memory
-            answers["unlearned"] = judge(job, "unlearned", unlearned)
+            answers["unlearned"] = evaluate_and_attack(job, "unlearned", unlearned)
             if config.request and job.method.replay.weight:
                 with workdir.stage("cache features"):
                     features.write(job, unlearned)
@@ -215,7 +215,7 @@ def _export(job: Job, name: str, model: ModelBundle, trained: Params, source: Pa
     return job.workdir.model(name, lambda folder: export.export(merged, source, folder, model.config, notes=notes))
 
 
-def judge(job: Job, name: str, model: ModelBundle) -> list[dict]:
+def evaluate_and_attack(job: Job, name: str, model: ModelBundle) -> list[dict]:
     """Evaluates a model and runs all attacks on it; returns the records of the evaluation."""
     answers = evaluate_model(job, name, model)
     for attack_name in job.attacks:

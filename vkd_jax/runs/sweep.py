@@ -144,11 +144,11 @@ class Sweep:
         return {"controls": [self.path / "controls"], **finished}
 
     def trials(self, name: str) -> list[dict[str, Any]]:
-        """Returns the settings of an entrant's trials, with the measures of `comparison.judged` for finished ones."""
+        """Returns the settings of an entrant's trials, and of finished ones `comparison.tuning_measures`."""
         trials = []
         for number, settings in enumerate(self._search(name)):
             folder = self.path / "tuning" / folder_of(name) / str(number)
-            measured = comparison.judged(comparison.read_results(folder)) if _is_finished(folder) else {}
+            measured = comparison.tuning_measures(comparison.read_results(folder)) if _is_finished(folder) else {}
             trials.append({"settings": settings, **measured})
         return trials
 

@@ -95,9 +95,9 @@ def make_folder(path: Path) -> None:
 
 
 def check_kinds(path: Path, folders: Iterable[str] = FOLDERS) -> None:
-    """Checks that what exists in the folder of a run is a file where the run has a file, and a folder where it has one.
+    """Checks that existing paths in the folder of a run have the expected type, a file or a folder.
 
-    Without the check, hours may pass until the run comes to it.
+    A conflict is found at the start of a run, not hours later.
 
     Args:
         path: the folder; one in a bucket has no folders that could be in the way.

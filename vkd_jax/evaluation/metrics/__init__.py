@@ -16,8 +16,8 @@ from vkd_jax.types import UserError
 _HERE = "vkd_jax.evaluation.metrics"
 
 METRICS: dict[str, str] = {
-    "accuracy": f"{_HERE}.judging:ACCURACY",
-    "no_letter": f"{_HERE}.judging:NO_LETTER",
+    "accuracy": f"{_HERE}.correctness:ACCURACY",
+    "no_letter": f"{_HERE}.correctness:NO_LETTER",
     "rouge_l": f"{_HERE}.words:ROUGE_L",
     "rouge_l_recall": f"{_HERE}.words:ROUGE_L_RECALL",
     "bleu": f"{_HERE}.words:BLEU",

@@ -68,8 +68,8 @@ class Metric:
 def rule_of(record: Mapping) -> tuple[str, str]:
     """The published rule that judges an answer, and its variant.
 
-    The rule is the name of a benchmark, "" for questions without one. The variant is "" for the form that this package
-    defends, and "upstream" for that of the benchmark's own code where the two differ.
+    The rule is the name of a benchmark, "" for questions without one. The variant is "" for the default of
+    this package, and "upstream" for that of the benchmark's own code where the two differ.
 
     Example:
         >>> rule_of({"rule": "fiubench:upstream"})

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from vkd_jax.evaluation.metrics import intervals
-from vkd_jax.evaluation.metrics.judging import LETTERS, first_letter
+from vkd_jax.evaluation.metrics.correctness import LETTERS, first_letter
 from vkd_jax.results import Confusion, SimilarityGroup
 from vkd_jax.types import EvalSet, Example, Role
 

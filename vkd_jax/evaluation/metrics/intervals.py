@@ -21,7 +21,7 @@ _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 class Group(NamedTuple):
-    """What the questions of a standard suite have in common that are resampled together, such as their image."""
+    """The group by which the questions of a standard suite are resampled, such as their image."""
 
     name: str
 

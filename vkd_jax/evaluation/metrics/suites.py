@@ -16,7 +16,7 @@ import numpy as np
 
 from vkd_jax.evaluation.metrics import intervals
 from vkd_jax.evaluation.metrics.base import Metric
-from vkd_jax.evaluation.metrics.judging import LETTERS
+from vkd_jax.evaluation.metrics.correctness import LETTERS
 from vkd_jax.evaluation.metrics.vqa import normalize, vqa_accuracy
 from vkd_jax.results import Figure
 

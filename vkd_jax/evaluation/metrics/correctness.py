@@ -1,4 +1,4 @@
-"""Judges answers: the option letter in a generated text, and the missing words of a cloze question."""
+"""Whether an answer is correct: the option letter in a generated text, and the missing words of a cloze question."""
 
 import difflib
 import functools

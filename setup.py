@@ -82,6 +82,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]", *BUCKETS],
         "gcs": BUCKETS,
         "cuda": ["jax[cuda12]"],
+        "demo": ["gradio>=6.10"],  # vkd demo
         "wandb": ["wandb>=0.19"],  # for train.trackers=wandb
         "mlflow": ["mlflow-skinny>=2.20"],  # for train.trackers=mlflow
         "pandas": ["pandas>=2.2"],  # for tables of results

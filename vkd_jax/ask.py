@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import jax
 from PIL import Image
 
 from vkd_jax.checkpoints.bundle import ModelBundle
@@ -23,7 +24,13 @@ from vkd_jax.runtime.interrupts import interruptible
 from vkd_jax.types import UserError, located
 
 
-def load(folder: str | Path, *, dtype: str | None = None, max_pixels: int = 0) -> Answerer:
+def load(
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    max_pixels: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Answerer:
     """Loads a model of any supported family, ready to answer questions.
 
     Args:
@@ -31,9 +38,10 @@ def load(folder: str | Path, *, dtype: str | None = None, max_pixels: int = 0) -
         dtype: dtype of weights and computation; None keeps the one on disk.
         max_pixels: maximum number of pixels per image, for models with images of any size; larger images are resized.
             0 for the family's default.
+        mesh: devices to shard the model over; None for the default device.
     """
     folder = hub.fetch_model(folder)
-    bundle = ModelBundle.load(folder, dtype=dtype)
+    bundle = ModelBundle.load(folder, dtype=dtype, mesh=mesh)
     if bundle.processor.max_pixels and (limit := max_pixels or bundle.config.default_max_pixels):
         bundle.processor.limit_pixels(limit)
     return Answerer(bundle, batch_size=1)

@@ -34,6 +34,11 @@ COMMANDS = {
         "Ask a model a question, with or without an image.",
         'vkd ask --model tiny_llava --question "What color is a banana?"',
     ),
+    "demo": Command(
+        "vkd_jax.demo",
+        "Ask two models side by side in a browser, and let an attacker bring the answer back.",
+        "vkd demo --before tiny_llava --after /tmp/vkd-tiny/unlearned",
+    ),
     "verify": Command(
         "vkd_jax.verify",
         "Check a model folder against its certificate, or sign the certificate.",

@@ -75,8 +75,8 @@ def test_every_change_is_found(certified, change, found, capsys, monkeypatch):
     change(certified)
     [difference] = certificate.differences(certified)
     assert re.match(found, difference), difference
-    monkeypatch.setattr(sys, "argv", ["verify", str(certified)])
-    assert verify.main() == 1
+    monkeypatch.setattr(sys, "argv", ["verify", str(certified), f"--pdf={certified / 'page.pdf'}"])
+    assert verify.main() == 1 and not (certified / "page.pdf").exists()
     assert difference in capsys.readouterr().err
 
 
@@ -91,7 +91,7 @@ def test_an_export_has_neither_certificate_nor_signature_of_its_source(certified
     assert not {certificate.FILE, certificate.SIGNATURE} & {file.name for file in (tmp_path / "out").iterdir()}
 
 
-def test_a_signature_is_checked_with_the_key_that_is_expected(certified, keys, monkeypatch, capsys):
+def test_a_signature_is_checked_with_the_key_that_is_expected(certified, keys, tmp_path, monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["verify", str(certified), *map(str, arguments)])
         status = verify.main()
@@ -106,6 +106,9 @@ def test_a_signature_is_checked_with_the_key_that_is_expected(certified, keys, m
     status, shown = run("--sign", keys / "one.private")
     assert status == 0 and "Signed with the Ed25519 key " in shown
     assert run("--public_key", keys / "one.public") == run() and run()[0] == 0
+    status, shown = run("--pdf", tmp_path / "page.pdf")
+    assert status == 0 and shown.endswith(f"{tmp_path}/page.pdf has the certificate as one page.\n")
+    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF-")
     status, shown = run("--public_key", keys / "two.public")
     assert status == 2 and "was made with another key than" in shown
     (certified / certificate.FILE).write_bytes((certified / certificate.FILE).read_bytes() + b" ")

@@ -41,8 +41,8 @@ COMMANDS = {
     ),
     "verify": Command(
         "vkd_jax.verify",
-        "Check a model folder against its certificate, or sign the certificate.",
-        "vkd verify /tmp/vkd-tiny/unlearned",
+        "Compare a model with transformers on PyTorch, or with its certificate.",
+        "vkd verify tiny_llava",
     ),
     "push": Command(
         "vkd_jax.checkpoints.push",

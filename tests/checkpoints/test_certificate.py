@@ -11,11 +11,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from llava_folders import hf_config
 
-from vkd_jax import verify
 from vkd_jax.checkpoints import certificate, export
 from vkd_jax.checkpoints.safetensors_files import Checkpoint
 from vkd_jax.models import llava
 from vkd_jax.types import UserError
+from vkd_jax.verify import __main__ as verify
 
 PEM = serialization.Encoding.PEM
 PKCS8, SPKI = serialization.PrivateFormat.PKCS8, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -75,7 +75,7 @@ def test_every_change_is_found(certified, change, found, capsys, monkeypatch):
     change(certified)
     [difference] = certificate.differences(certified)
     assert re.match(found, difference), difference
-    monkeypatch.setattr(sys, "argv", ["verify", str(certified), f"--pdf={certified / 'page.pdf'}"])
+    monkeypatch.setattr(sys, "argv", ["verify", str(certified), "--certificate", f"--pdf={certified / 'page.pdf'}"])
     assert verify.main() == 1 and not (certified / "page.pdf").exists()
     assert difference in capsys.readouterr().err
 
@@ -93,7 +93,7 @@ def test_an_export_has_neither_certificate_nor_signature_of_its_source(certified
 
 def test_a_signature_is_checked_with_the_key_that_is_expected(certified, keys, tmp_path, monkeypatch, capsys):
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["verify", str(certified), *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["verify", str(certified), "--certificate", *map(str, arguments)])
         status = verify.main()
         return status, "".join(capsys.readouterr())
 

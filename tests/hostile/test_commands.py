@@ -90,7 +90,7 @@ def certified(change=lambda folder: None, *args, **facts):
         content = json.loads(certificate.describe(model, {"forgotten": ["x"], "model": {"method": "vkd"}}))
         written(model / certificate.FILE, content | facts)
         change(model)
-        return ["model", *args]
+        return ["model", "--certificate", *args]
 
     return prepare
 

@@ -64,6 +64,7 @@ class Family:
     config: Callable[[Mapping[str, int], int], dict[str, Any]]  # of the ids of special tokens and the vocabulary size
     image_processor: Mapping[str, Any]
     extra_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # processor_config.json, if there is one
 
 
 def qwen_config(vision: Mapping[str, Any]) -> Callable[[Mapping[str, int], int], dict[str, Any]]:
@@ -167,6 +168,7 @@ SMOLVLM = Family(
     | dict.fromkeys(("do_normalize", "do_rescale", "do_resize", "do_pad", "do_convert_rgb"), True)
     | dict(do_image_splitting=True, size=dict(longest_edge=56), max_image_size=dict(longest_edge=28), resample=1)
     | dict(image_processor_type="SmolVLMImageProcessor", processor_class="SmolVLMProcessor"),
+    processor=dict(image_seq_len=4, processor_class="SmolVLMProcessor"),
 )  # fmt: skip
 FAMILIES = {
     "smolvlm": SMOLVLM,
@@ -175,6 +177,7 @@ FAMILIES = {
         config=smolvlm_config(tied=False),
         image_processor=SMOLVLM.image_processor
         | dict(image_processor_type="Idefics3ImageProcessor", processor_class="Idefics3Processor"),
+        processor=dict(image_seq_len=4, processor_class="Idefics3Processor"),
     ),
     "qwen2_vl": QWEN,
     "qwen2_5_vl": dataclasses.replace(
@@ -211,6 +214,7 @@ FAMILIES = {
         extra_tokens=dict(
             boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"
         ),
+        processor=dict(image_seq_length=9, processor_class="Gemma3Processor"),
     ),
 }  # fmt: skip
 
@@ -246,6 +250,8 @@ def create(folder: Path, model_type: str) -> Path:
     write(folder / "generation_config.json", dict(eos_token_id=end_ids, pad_token_id=tokenizer.pad_token_id))
     write(folder / "chat_template.json", dict(chat_template=family.template))
     write(folder / "preprocessor_config.json", family.image_processor)
+    if family.processor:
+        write(folder / "processor_config.json", family.processor)
     return folder
 
 

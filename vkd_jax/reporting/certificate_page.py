@@ -77,7 +77,7 @@ def _facts(content: Mapping[str, Any], file: bytes, signer: str | None) -> Itera
     yield "Command", _text(content.get("command"))
     yield "certificate.json", hashlib.sha256(file).hexdigest()
     yield "Signature", f"Ed25519, public key {signer}" if signer else "none"
-    yield "To check", "vkd verify FOLDER" + (" --public_key PUBLIC.pem" if signer else "")
+    yield "To check", "vkd verify FOLDER --certificate" + (" --public_key PUBLIC.pem" if signer else "")
 
 
 def _table(figure: Figure, y: float, content: Mapping[str, Any]) -> float:

@@ -1,0 +1,1 @@
+"""The command `vkd verify`: is a model the same in PyTorch, and is it the certified one?"""

@@ -31,6 +31,9 @@ MODELS = {
     "SmolVLM-256M": "configs/smolvlm.py:256m",
     "SmolVLM-500M": "configs/smolvlm.py:500m",
     "SmolVLM-2.2B": "configs/smolvlm.py:2.2b",
+    "InternVL3-1B": "configs/internvl.py:1b",
+    "InternVL3-2B": "configs/internvl.py:2b",
+    "InternVL3-8B": "configs/internvl.py:8b",
 }
 SLICES = {
     "v5e-1": "v5e:1x1",

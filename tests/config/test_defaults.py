@@ -9,8 +9,8 @@ from vkd_jax.runs.job import check_config
 from vkd_jax.types import UserError
 
 PUBLISHED = {family: f"{family}.py" for family in ("llava", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")}
-PUBLISHED |= {"idefics3": "smolvlm.py", "smolvlm": "smolvlm.py"}
-BLOCKS_OF_ONE_CHIP = {"llava": -1, "idefics3": -1, "smolvlm": -1}  # others train eight
+PUBLISHED |= {"idefics3": "smolvlm.py", "smolvlm": "smolvlm.py", "internvl": "internvl.py"}
+BLOCKS_OF_ONE_CHIP = {"llava": -1, "idefics3": -1, "smolvlm": -1, "internvl": -1}  # others train eight
 
 
 def test_every_family_has_a_config():

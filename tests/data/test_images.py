@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import struct
 import zlib
 
@@ -20,7 +21,7 @@ from vkd_jax.types import Example, UserError
 
 transformers = pytest.importorskip("transformers")
 
-FAMILIES = ("llava", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm")
+FAMILIES = ("llava", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl")
 
 
 def noise(width, height, channels=3):
@@ -63,6 +64,10 @@ def processor(request, family_folder):
     return Processor(folder, module.Config.from_hf(hf_config))
 
 
+def parts(processor):
+    return processor.image_processor, processor.tokenizer
+
+
 def joint_processor(processor):
     """The joint processor of the family in transformers, without videos, which need torchvision."""
     if hf.family_of(processor.config) is module_for("gemma3"):
@@ -81,6 +86,15 @@ def joint_processor(processor):
             num_additional_image_tokens=1,
             chat_template=processor.chat_template.text,
         )
+    if hf.family_of(processor.config) is module_for("internvl"):
+        joint = object.__new__(transformers.InternVLProcessor)
+        joint.image_processor, joint.tokenizer, joint.video_processor = *parts(processor), None
+        joint.image_seq_length, joint.image_token, joint.video_token = 4, processor.image_token, "<video>"
+        joint.start_image_token, joint.end_image_token = "<img>", "</img>"
+        joint.image_token_id = processor.image_token_id
+        joint.multimodal_pattern = re.compile("(?P<image><IMG_CONTEXT>)|(?P<video><video>)")
+        joint.chat_template = processor.chat_template.text
+        return joint
     if isinstance(processor.config, TiledConfig):
         # SmolVLM's has the same methods for images, and needs torchvision.
         return transformers.Idefics3Processor(
@@ -90,7 +104,7 @@ def joint_processor(processor):
             chat_template=processor.chat_template.text,
         )
     joint = object.__new__(transformers.Qwen2VLProcessor)
-    joint.image_processor, joint.tokenizer, joint.video_processor = processor.image_processor, processor.tokenizer, None
+    joint.image_processor, joint.tokenizer, joint.video_processor = *parts(processor), None
     joint.image_token, joint.video_token = processor.image_token, "<|video_pad|>"
     joint.image_token_id, joint.video_token_id = processor.image_token_id, -1
     joint.chat_template = processor.chat_template.text
@@ -123,7 +137,9 @@ def test_pixels_and_tokens_equal_those_of_transformers(processor, kind):
             got = packed["patches"][0, :count].reshape(count, 3, -1)
             np.testing.assert_allclose(got, frames[:, :, frame], atol=1e-5)
     elif isinstance(processor.config, TiledConfig):
-        np.testing.assert_array_equal(packed["pixels"][0], want["pixel_values"][0].transpose(0, 2, 3, 1))
+        # Those of SmolVLM have the images of a prompt on a further axis.
+        tiles_of_all = want["pixel_values"].reshape(-1, *want["pixel_values"].shape[-3:]).transpose(0, 2, 3, 1)
+        np.testing.assert_array_equal(packed["pixels"].reshape(tiles_of_all.shape), tiles_of_all)
     else:
         (row,) = packed["pixels"].reshape(-1, *pixels.shape)
         np.testing.assert_allclose(row, want["pixel_values"][0].transpose(1, 2, 0), atol=1e-5)
@@ -174,7 +190,7 @@ def test_sets_of_images_of_any_size_share_one_shape(processor, unpack):
             np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", "smolvlm"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", "smolvlm", "internvl"])
 def test_a_prompt_can_have_several_images(family_folder, family):
     folder = family_folder(family)
     module, hf_config = hf.read_config(folder)

@@ -31,6 +31,9 @@ PUBLISHED = {
     ("smolvlm", "v2-256m"): 256_484_928,
     ("smolvlm", "v2-500m"): 507_482_304,
     ("smolvlm", "v2-2.2b"): 2_246_784_880,
+    ("internvl", "1b"): 0.938e9,
+    ("internvl", "2b"): 2.09e9,
+    ("internvl", "8b"): 7.94e9,
 }
 PRESETS = [(family, size) for family in models.MODELS for size in models.module_for(family).PRESETS]
 every_preset = pytest.mark.parametrize(("family", "size"), PRESETS)

@@ -1,4 +1,4 @@
-"""LLaVA, Gemma-3 and SmolVLM against PyTorch on small random models: every block, logits, gradients, generation."""
+"""LLaVA, Gemma-3, SmolVLM, InternVL against PyTorch on small random models: blocks, logits, gradients, generation."""
 
 import dataclasses
 import functools
@@ -65,6 +65,21 @@ def smolvlm(model_type, image_size, patch_size, scale, tied):
     )  # fmt: skip
 
 
+def internvl(image_size, patch_size, kv_heads, rope, tied, **vision):
+    return transformers.InternVLConfig(
+        vision_config=dict(TOWER, image_size=[image_size] * 2, patch_size=[patch_size] * 2, **vision),
+        text_config=dict(
+            TEXT, model_type="qwen2", num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=kv_heads,
+            rope_parameters=rope, tie_word_embeddings=tied,
+        ),
+        image_token_id=IMAGE, tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}  # as published
+PLAIN = {"rope_type": "default", "rope_theta": 5000.0}
+# The variants of the tower that the published sizes up to 8B do not have.
+VARIANTS = dict(norm_type="rms_norm", use_qk_norm=True, attention_bias=False, use_mean_pooling=False)
 # Configuration, and the images of each prompt, with the rows and columns of their tiles. Several image sizes, patch
 # sizes, scales of joined patches, all-head and grouped key/value heads, feature layers.
 ONE = (1, 1)
@@ -74,7 +89,12 @@ MODELS = {
     "gemma3": (gemma3, ((ONE,), (ONE, ONE), (ONE,))),
     "idefics3": (lambda: smolvlm("idefics3", 25, 4, scale=3, tied=False), (((2, 1),), (ONE, (1, 2)), (ONE,))),
     "smolvlm": (lambda: smolvlm("smolvlm", 20, 5, scale=2, tied=True), (((1, 2),), ((2, 2),), (ONE,))),
-}
+    "internvl": (
+        lambda: internvl(27, 4, 2, DYNAMIC, tied=False, attention_bias=True), (((1, 2),), (ONE, (3, 1)), (ONE,)),
+    ),
+    "internvl variants": (lambda: internvl(20, 5, 3, PLAIN, tied=True, **VARIANTS), (((1, 2),), ((2, 2),), (ONE,))),
+}  # fmt: skip
+SLOW = ("smolvlm", "internvl variants")  # idefics3 and internvl run the same code
 TEXT_LENGTHS = (5, 9, 2)
 
 
@@ -95,6 +115,11 @@ class Pair:
     def module(self):
         return hf.family_of(self.config)
 
+    @property
+    def pads(self):
+        """Whether the shorter rows of tiles are padded in transformers."""
+        return self.module is not models.module_for("internvl")
+
     def image_run(self, image):
         """The tokens of an image, with one before and one after it."""
         return [5, *[IMAGE] * self.config.image_tokens(*image.shape[:2]), 6]
@@ -113,7 +138,7 @@ def draw_image(config, rng, grid):
     return TiledImage(tuple(pixels(*view) for view in config.grids(*size)), size)
 
 
-@pytest.fixture(scope="session", params=[pytest.param(x, marks=[pytest.mark.slow] * (x == "smolvlm")) for x in MODELS])
+@pytest.fixture(scope="session", params=[pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in MODELS])
 def pair(request, tmp_path_factory) -> Pair:
     torch.manual_seed(0)
     make, grids = MODELS[request.param]
@@ -147,11 +172,13 @@ def tiles_of(image):
     return np.concatenate([cut(view, side) for view in image.views])
 
 
-def pixel_values(rows):
-    """The images of all prompts in order, as transformers takes them; black tiles pad the shorter rows of tiles."""
+def pixel_values(rows, pads=True):
+    """The images of all prompts in order, as transformers takes them; black tiles may pad the shorter rows of tiles."""
     if not isinstance(rows[0][0], TiledImage):
         return torch.tensor(np.stack([image for row in rows for image in row])).permute(0, 3, 1, 2)
     rows = [np.concatenate([tiles_of(image) for image in row]) for row in rows]
+    if not pads:
+        return torch.tensor(np.concatenate(rows)).permute(0, 3, 1, 2)
     most = max(map(len, rows))
     padded = [np.pad(row, ((0, most - len(row)), (0, 0), (0, 0), (0, 0))) for row in rows]
     return torch.tensor(np.stack(padded)).permute(0, 1, 4, 2, 3)
@@ -164,7 +191,7 @@ def to_torch(pair, tokens, mask, images):
         input_ids=tokens,
         attention_mask=mask.long(),
         position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        pixel_values=pixel_values(images),
+        pixel_values=pixel_values(images, pair.pads),
         **kinds,
     )
 
@@ -191,7 +218,7 @@ def test_vision_blocks_and_projector_agree(pair):
         model = pair.torch.model
         tower = model.vision_model if hasattr(model, "vision_model") else model.vision_tower
         out = tower(torch.tensor(tiles).permute(0, 3, 1, 2), output_hidden_states=True)
-        projected = pair.torch.get_image_features(pixel_values=pixel_values(pair.images)).pooler_output
+        projected = pair.torch.get_image_features(pixel_values=pixel_values(pair.images, pair.pads)).pooler_output
         projected = torch.cat([features.flatten(0, -2) for features in projected])
     features, taps = encode(pair.graphdef, pair.params, pair.config.pack(pair.images))
     assert set(taps) == {f"vision/{i}" for i in range(pair.config.used_blocks)} | {"features", "projector"}
@@ -200,7 +227,8 @@ def test_vision_blocks_and_projector_agree(pair):
     if pair.config.uses_post_norm:
         inputs = out.last_hidden_state
     else:
-        inputs = out.hidden_states[pair.config.feature_layer][:, pair.config.feature_select == "default" :]
+        inputs = out.hidden_states[pair.config.feature_layer]
+    inputs = inputs[:, -len(pair.config.feature_coords) :]  # a class token is not a feature
     parity.assert_close(real(taps["features"], inputs), inputs, 1e-4)
     parity.assert_close(real(taps["projector"], projected), projected, 1e-4)
     np.testing.assert_array_equal(features.values, taps["projector"].values)
@@ -213,6 +241,23 @@ def test_logits_agree(pair, side):
         theirs = pair.torch(**to_torch(pair, tokens, mask, pair.images)).logits
     ours = logits(pair.graphdef, pair.params, pair.config.pack(pair.images), tokens, mask)
     parity.assert_close(ours[mask], theirs[torch.tensor(mask)], 1e-4)
+
+
+@pytest.mark.slow
+def test_bfloat16_logits_are_as_near_to_those_of_pytorch_as_these_are_to_float32(pair, tmp_path):
+    tokens, mask = pair.tokens["left"], pair.mask["left"]
+    pair.torch.save_pretrained(tmp_path)
+    graphdef, params, config = hf.load(tmp_path, dtype="bfloat16")
+    ours = np.asarray(logits(graphdef, params, config.pack(pair.images), tokens, mask))[mask]
+    inputs = to_torch(pair, tokens, mask, pair.images)
+    rounded = type(pair.torch).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        exact = pair.torch(**inputs).logits[torch.tensor(mask)].numpy()
+        inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+        theirs = rounded(**inputs).logits.float()[torch.tensor(mask)].numpy()
+    distance = np.linalg.norm(theirs - exact)
+    assert 1e-3 * np.linalg.norm(exact) < distance  # both rounded
+    assert np.linalg.norm(ours - theirs) <= 1.5 * distance and np.linalg.norm(ours - exact) <= 1.2 * distance
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -247,7 +247,42 @@ class SmolVLM(Family):
         return dict(position_ids=positions(mask))
 
 
-FAMILIES = {"llava": Llava, "gemma3": Gemma3, "qwen2_vl": Qwen2VL, "qwen3_vl": Qwen3VL, "smolvlm": SmolVLM}
+class InternVL(SmolVLM):
+    """InternVL in PyTorch, with images of the same sizes."""
+
+    @staticmethod
+    def create():
+        return transformers.InternVLForConditionalGeneration(
+            transformers.InternVLConfig(
+                vision_config=dict(
+                    hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                    image_size=[20, 20], patch_size=[5, 5], attention_bias=True, layer_scale_init_value=0.5,
+                ),
+                text_config=dict(
+                    model_type="qwen2", vocab_size=100, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+                ),
+                image_token_id=IMAGE,
+            )
+        )  # fmt: skip
+
+    def encode_images(self, images):
+        """Returns the input and output of the projector for each row, without padding."""
+        real = images["tile_coords"][..., 0] >= 0
+        counts = real.sum(1).tolist()
+        out = self.model.get_image_features(torch.tensor(images["pixels"][real]).permute(0, 3, 1, 2))
+        taps = {"features": out.last_hidden_state[:, 1:], "projector": out.pooler_output}
+        return {name: [row.flatten(0, 1) for row in x.split(counts)] for name, x in taps.items()}
+
+
+FAMILIES = {
+    "llava": Llava,
+    "gemma3": Gemma3,
+    "qwen2_vl": Qwen2VL,
+    "qwen3_vl": Qwen3VL,
+    "smolvlm": SmolVLM,
+    "internvl": InternVL,
+}
 
 
 def positions(mask):

@@ -373,7 +373,7 @@ def test_chip_hours_by_hand():
 def test_each_row_of_the_tables_config_is_a_command(get_config, monkeypatch):
     """Models on slices, by the rule of the table, on as many chips as the slice has, with batches that divide."""
     rows = get_config("plans.py").plans.rows
-    assert len(rows) == len({(model, name) for model, name, _ in rows}) == 4 * 9 + 8 * 5
+    assert len(rows) == len({(model, name) for model, name, _ in rows}) == 4 * 9 + 11 * 5
     for _, name, arguments in rows:
         values = flags.FlagValues()
         command.define(values)
@@ -388,7 +388,7 @@ def test_each_row_of_the_tables_config_is_a_command(get_config, monkeypatch):
         if name == "v5e-1":
             assert values.config.model.quantize.startswith("int4") and rows_.forget >= 4 <= rows_.retain
     one = get_config("plans.py", "v5e-16,Qwen2-VL-2B").plans
-    assert one.only == ("Qwen2-VL-2B", "v5e-16") and len(one.rows) == 76
+    assert one.only == ("Qwen2-VL-2B", "v5e-16") and len(one.rows) == 91
     assert get_config("plans.py", "slice=v5e-16").plans.only == ("v5e-16",)
     with pytest.raises(UserError, match="v5e-2: unknown argument. Available: model=all"):
         get_config("plans.py", "v5e-2")

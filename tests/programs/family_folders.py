@@ -50,6 +50,13 @@ SMOLVLM_TEMPLATE = (  # as published
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+INTERNVL_TEMPLATE = (  # as published
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "{{ '<IMG_CONTEXT>\n' }}{% elif content['type'] == 'video' %}{{ '<video>\n' }}"
+    "{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}{{'<|im_end|>\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +145,24 @@ def smolvlm_config(tied: bool) -> Callable[[Mapping[str, int], int], dict[str, A
     return config
 
 
+def internvl_config(ids, vocab):
+    """Four patches a side, joined two by two."""
+    return dict(
+        vision_config=dict(
+            model_type="internvl_vision", hidden_size=32, intermediate_size=40, num_hidden_layers=3,
+            num_attention_heads=4, image_size=[28, 28], patch_size=[7, 7], attention_bias=True,
+            layer_scale_init_value=0.5,
+        ),
+        text_config=dict(
+            model_type="qwen2", vocab_size=vocab, num_hidden_layers=2, max_position_embeddings=512, rope_theta=1e6,
+            rope_scaling=dict(factor=2.0, rope_type="dynamic", type="dynamic"), sliding_window=None,
+            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], **TEXT,
+        ),
+        image_token_id=ids["<IMG_CONTEXT>"], image_seq_length=4, downsample_ratio=0.5, projector_hidden_act="gelu",
+        vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=False,
+    )  # fmt: skip
+
+
 QWEN = Family(
     special_tokens=(
         "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -178,6 +203,22 @@ FAMILIES = {
         image_processor=SMOLVLM.image_processor
         | dict(image_processor_type="Idefics3ImageProcessor", processor_class="Idefics3Processor"),
         processor=dict(image_seq_len=4, processor_class="Idefics3Processor"),
+    ),
+    "internvl": Family(
+        special_tokens=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+        roles=dict(eos_token="<|im_end|>", pad_token="<|endoftext|>"),
+        first_ids=False,
+        end_ids=("<|im_end|>",),
+        template=INTERNVL_TEMPLATE,
+        config=internvl_config,
+        image_processor=dict.fromkeys(("do_normalize", "do_rescale", "do_resize", "do_convert_rgb"), True)
+        | dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], rescale_factor=1 / 255, resample=3)
+        | dict(crop_to_patches=False, min_patches=1, max_patches=4, size=dict(height=28, width=28))
+        | dict(image_processor_type="GotOcr2ImageProcessorFast", processor_class="InternVLProcessor"),
+        extra_tokens=dict(
+            start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
+            video_token="<video>",
+        ),
     ),
     "qwen2_vl": QWEN,
     "qwen2_5_vl": dataclasses.replace(

@@ -25,6 +25,7 @@ RUNS = {
     "qwen3_vl in int8": ("qwen3_vl.py", "2b", "qwen3_vl", "int8"),
     "idefics3": ("smolvlm.py", "256m", "idefics3", ""),
     "smolvlm in int8": ("smolvlm.py", "v2-256m", "smolvlm", "int8"),
+    "internvl": ("internvl.py", "1b", "internvl", ""),
 }
 VISUAL = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual|vision_model|connector)\.")
 
@@ -60,7 +61,7 @@ def test_only_visual_tensors_change_and_text_stays_bit_for_bit(run):
     assert manifest == compare_tensors(run.source, run.path / "unlearned")
     changed = manifest["changed"]
     assert changed and all(VISUAL.match(name) for name in changed)
-    blocks = {int(i) for name in changed for i in re.findall(r"(?:layers|blocks)\.(\d+)\.", name)}
+    blocks = {int(i) for name in changed for i in re.findall(r"(?:layers?|blocks)\.(\d+)\.", name)}
     assert blocks == {0, 1, 2}  # of LLaVA's four the last feeds nothing; others have three
     assert any(re.search(r"merger|multi_modal_projector|connector", name) for name in changed)
     assert any(re.search(r"patch_embed", name) for name in changed)
@@ -105,10 +106,12 @@ def test_transformers_loads_the_export_and_generates_the_same_answers(run, few, 
     expected = []
     for e in examples:
         tokens, _ = processor.encode(e.question, None, [processor.image(e.image)])
-        inputs = dict(processor.image_processor(images=[open_image(e.image)], return_tensors="pt"))
+        options = processor.config.image_processor_options
+        inputs = dict(processor.image_processor(images=[open_image(e.image)], return_tensors="pt", **options))
         inputs["input_ids"] = torch.tensor([tokens])
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        inputs.pop("num_crops", None)  # which Gemma's processor reads, not the model
+        for name in ("num_crops", "num_patches", "rows", "cols"):  # which processors read, not models
+            inputs.pop(name, None)
         if run.family in TOKEN_TYPES:
             inputs[TOKEN_TYPES[run.family]] = (inputs["input_ids"] == processor.image_token_id).int()
         with torch.no_grad():

@@ -35,6 +35,10 @@ CONVERT_ORIGINAL_LLAVA = (
     "Use a converted model, such as llava-hf/llava-1.5-7b-hf, or convert it with convert_llava_weights_to_hf.py of "
     "transformers."
 )
+ORIGINAL_TENSORS = {  # the start of their names, the family, and what to do
+    r"(.*\.)?mm_projector\.": ("LLaVA", CONVERT_ORIGINAL_LLAVA),
+    r"mlp1\.": ("InternVL", f"Use a converted model, such as {models.CONVERTED['internvl_chat']}."),
+}
 Span = Sequence[tuple[int, int]]  # (start, stop) on each axis
 
 
@@ -300,8 +304,9 @@ def match_tensors(
             if tensor.shape != expected_shape:
                 problems.append(f"{name} has shape {tensor.shape} instead of {expected_shape}")
     problems += [f"missing tensor {name}" for name in expected if name not in matched]
-    if any(".mm_projector." in name for name in checkpoint.tensors):
-        raise UserError(f"The tensors in {checkpoint.folder} have LLaVA's original names. {CONVERT_ORIGINAL_LLAVA}")
+    for pattern, (family, remedy) in ORIGINAL_TENSORS.items():
+        if any(re.match(pattern, name) for name in checkpoint.tensors):
+            raise UserError(f"The tensors in {checkpoint.folder} have {family}'s original names. {remedy}")
     if problems:
         raise UserError(
             f"The weights in {checkpoint.folder} do not match its config.json: {messages.listed(problems, '; ')}."

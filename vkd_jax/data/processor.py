@@ -166,6 +166,7 @@ class Processor:
                 image = open_image(image)
             options = self.config.image_processor_options
             output = self.image_processor(images=[image], do_convert_rgb=True, return_tensors="np", **options)
+            output.setdefault("image_sizes", [(image.height, image.width)])  # of which some image processors return it
             return self.config.extract_images(output)[0]
         except (ValueError, OSError, UserError) as error:  # corrupt, unsupported, or resized for another model
             size = "" if isinstance(image, bytes) else f" of {image.width} x {image.height} pixels"

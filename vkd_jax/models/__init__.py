@@ -1,8 +1,9 @@
 """Models: one module per family, selected by the `model_type` of a Hugging Face `config.json`.
 
 What is in it
-- `llava`, `gemma3`, `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`, `smolvlm` and `idefics3`: the families. `clip_vit` and
-  `qwen_vit` are their vision towers, `decoder` is their language model, `layers` has the layers that several use.
+- `llava`, `gemma3`, `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`, `smolvlm`, `idefics3` and `internvl`: the families.
+  `clip_vit` and `qwen_vit` are vision towers of several, `decoder` is their language model, `layers` has the layers
+  that several use.
 - `base`: `ModelConfig` and `VisionLanguageModel`, which all families extend, and `split_model` and `bind`, which
   convert a module to (graphdef, params) and back.
 - `fixed_size`: what families share whose images are squares of one size, and `tiled`: whose images are cut into such
@@ -43,9 +44,13 @@ MODELS = {
     "qwen2_vl": "vkd_jax.models.qwen2_vl",
     "qwen2_5_vl": "vkd_jax.models.qwen2_5_vl",
     "qwen3_vl": "vkd_jax.models.qwen3_vl",
+    "internvl": "vkd_jax.models.internvl",
     "idefics3": "vkd_jax.models.idefics3",
     "smolvlm": "vkd_jax.models.smolvlm",
 }
+
+# Model types whose code the releases bring themselves, and a release of the same model that transformers reads.
+CONVERTED = {"internvl_chat": "OpenGVLab/InternVL3-1B-hf"}
 
 
 def module_for(model_type: str) -> types.ModuleType:
@@ -57,6 +62,11 @@ def module_for(model_type: str) -> types.ModuleType:
     Raises:
         UserError: the type is not supported.
     """
+    if isinstance(model_type, str) and model_type in CONVERTED:
+        raise UserError(
+            f"Model type {model_type!r} is that of original checkpoints, which bring their own code. Use a converted "
+            f"model, such as {CONVERTED[model_type]}."
+        )
     if not isinstance(model_type, str) or model_type not in MODELS:  # config.json may hold any type
         supported = messages.choices(sorted(MODELS))
         raise UserError(f"Model type {model_type!r} is not supported. Supported types: {supported}.")

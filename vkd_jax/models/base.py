@@ -85,7 +85,10 @@ class ModelConfig(abc.ABC):
 
     @abc.abstractmethod
     def extract_images(self, output: Mapping[str, Any]) -> list[Any]:
-        """Returns the images in the output of the Hugging Face image processor, [H, W, 3] or `TiledImage` each."""
+        """Returns the images in the output of the Hugging Face image processor, [H, W, 3] or `TiledImage` each.
+
+        `output["image_sizes"]` has the height and width of each image before it was processed.
+        """
 
     @abc.abstractmethod
     def pack(self, rows: Sequence[Sequence[Any]], min_tokens: int = 0) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ Axes: b batch, p patch, k pixel row, column and color inside a patch, d width, f
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ class VisionConfig:
     class_token: bool = True
     pre_norm: bool = True  # whether the embeddings are normalized before the first block
     patch_bias: bool = False
+    post_norm: bool = True  # whether a norm follows the last block
 
     @classmethod
     def of_siglip(cls, hf: Any) -> "VisionConfig":
@@ -114,6 +115,8 @@ class Block(nnx.Module):
 class VisionTower(nnx.Module):
     """Patch embedding, class token, position embedding, transformer blocks and the norm after them."""
 
+    block_class: ClassVar[type[nnx.Module]] = Block
+
     def __init__(self, config: VisionConfig, *, remat, mesh, dtype, param_dtype, rngs):
         options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         norm = dict(eps=config.norm_eps, dtype=dtype, param_dtype=param_dtype)
@@ -126,8 +129,8 @@ class VisionTower(nnx.Module):
         positions = config.patches + config.class_token
         self.position_embedding = nnx.Param(small_normal(rngs.params(), (positions, d), param_dtype))
         self.pre_norm = LayerNorm(d, **norm) if config.pre_norm else None
-        self.blocks = nnx.List([Block(config, **options) for _ in range(config.layers)])
-        self.post_norm = LayerNorm(d, **norm)  # LLaVA takes its features before it
+        self.blocks = nnx.List([self.block_class(config, **options) for _ in range(config.layers)])
+        self.post_norm = LayerNorm(d, **norm) if config.post_norm else None  # LLaVA takes its features before it
 
     @jax.named_scope("vision_tower")
     def embed(self, pixels: jax.Array) -> jax.Array:

@@ -104,3 +104,9 @@ DECODER_SHARDING = (
     (r"language_model/blocks/(attn/[qkv]|mlp/gate|mlp/up)/kernel", P(None, "fsdp", "tensor")),
     (r"language_model/blocks/(attn/o|mlp/down)/kernel", P(None, "tensor", "fsdp")),
 )
+# The same for a vocabulary that the number of devices does not divide: the width of its tokens is sharded instead.
+WIDTH_SHARDING = (
+    (r"language_model/embed/embedding", P(None, ("fsdp", "tensor"))),
+    (r"language_model/head/kernel", P(("fsdp", "tensor"), None)),  # absent from tied models
+    *(rule for rule in DECODER_SHARDING if "blocks" in rule[0]),
+)

@@ -4,6 +4,7 @@ Axes: b batch, t query position, s key position, d width in, f width out, m key/
 key/value head, c head channel.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -291,6 +292,22 @@ def insert_features(x: jax.Array, is_image: jax.Array, features: jax.Array) -> j
     feature_index = jnp.cumsum(is_image, axis=1) - 1
     gathered = jnp.take_along_axis(features, jnp.clip(feature_index, 0, p - 1)[..., None], axis=1)
     return jnp.where((is_image & (feature_index < p))[..., None], gathered.astype(x.dtype), x)
+
+
+def join_cells(x: jax.Array, scale: int) -> jax.Array:
+    """Concatenates the features of each cell of patches, row by row.
+
+    Args:
+        x: features of the patches of a square, row by row, [b, side^2, d].
+        scale: rows and columns of patches of a cell, a divisor of `side`.
+
+    Returns:
+        [b, (side / scale)^2, scale^2 d].
+    """
+    b, p, d = x.shape
+    cells = math.isqrt(p) // scale
+    x = x.reshape(b, cells, scale, cells, scale, d).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, cells**2, scale**2 * d)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

@@ -18,23 +18,22 @@ from jax.sharding import PartitionSpec as P
 
 from vkd_jax.data.images import TiledImage
 from vkd_jax.models import base, conversion
-from vkd_jax.models.clip_vit import VisionConfig, square_coords
+from vkd_jax.models.clip_vit import VisionConfig
 from vkd_jax.models.conversion import TRANSPOSE, Row, decoder_rows, vit_rows
 from vkd_jax.models.decoder import DecoderConfig
 from vkd_jax.models.fixed_size import FixedSizeModel
-from vkd_jax.models.layers import ACTIVATIONS, Linear
-from vkd_jax.models.tiled import Grid, TiledConfig, join
-from vkd_jax.types import UserError
+from vkd_jax.models.layers import ACTIVATIONS, Linear, join_cells
+from vkd_jax.models.tiled import GridConfig
 
 MOST_PATCHES = 1024  # of a side of a tile
 BOUNDARY, GLOBAL = "<fake_token_around_image>", "<global-img>"  # fixed in transformers; no configuration has them
 
 
 @dataclasses.dataclass(frozen=True)
-class IdeficsConfig(TiledConfig):
+class IdeficsConfig(GridConfig):
     """Configuration of an Idefics3 or SmolVLM model."""
 
-    scale: int = 4  # scale x scale patches become one image token
+    scale: int = 4
 
     @property
     def uses_post_norm(self) -> bool:
@@ -42,19 +41,9 @@ class IdeficsConfig(TiledConfig):
         return True
 
     @property
-    def token_coords(self) -> np.ndarray:
-        """Image index 0, row and column of each image token of a tile: int32 [p, 3]."""
-        return square_coords(self.vision.image_size // self.vision.patch_size // self.scale)
-
-    @property
     def image_processor_options(self) -> dict[str, Any]:
         """Further arguments of the Hugging Face image processor."""
         return dict(return_row_col_info=True)
-
-    def grids(self, height: int, width: int) -> list[Grid]:
-        """Returns the rows and columns of tiles of each view: the grid, if it has several, and the whole image."""
-        rows, columns = height // self.image_step, width // self.image_step
-        return [(1, 1)] if rows == columns == 1 else [(rows, columns), (1, 1)]
 
     def image_markup(self, token: Callable[[int], str], height: int, width: int) -> str:
         """Returns the text that replaces the placeholder of an image: the image token once in each tile, row by row."""
@@ -75,23 +64,9 @@ class IdeficsConfig(TiledConfig):
         Raises:
             UserError: the tiles have another size than those of the model.
         """
-        tiles = [np.asarray(tile, np.float32).transpose(1, 2, 0) for tile in output["pixel_values"][0]]
-        side = self.image_step
-        for height, width in {tile.shape[:2] for tile in tiles} - {(side, side)}:
-            raise UserError(
-                f"the image processor returns tiles of {height} x {width} pixels (max_image_size and do_resize of its "
-                f"configuration), and the model takes {side} x {side} (vision_config.image_size of config.json)"
-            )
-        images, start = [], 0
-        for rows, columns in zip(output["rows"][0], output["cols"][0], strict=True):
-            size = max(rows, 1) * side, max(columns, 1) * side
-            views = []
-            for grid in self.grids(*size):
-                stop = start + math.prod(grid)
-                views.append(join(np.stack(tiles[start:stop]), grid))
-                start = stop
-            images.append(TiledImage(tuple(views), size))
-        return images
+        rows, columns = (np.maximum(output[name][0], 1).tolist() for name in ("rows", "cols"))
+        grids = zip(rows, columns, strict=True)
+        return self.join_images(output["pixel_values"][0], grids, "max_image_size and do_resize")
 
     def pixel_limits(self, image_processor: Any) -> tuple[int, int]:
         """Returns the smallest and largest number of pixels of the grid of an image, which may be one tile."""
@@ -202,17 +177,13 @@ class Connector(nnx.Module):
     """Joins the features of square cells of patches, and maps them to token embeddings."""
 
     def __init__(self, config: IdeficsConfig, *, dtype, param_dtype, rngs):
-        self.patches_per_side = config.vision.image_size // config.vision.patch_size
         self.scale = config.scale
         width = config.vision.width * self.scale**2
         self.linear = Linear(width, config.text.width, bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [b, patches, vision width] to [b, p, text width]."""
-        r, (b, _, d) = self.scale, x.shape
-        side = self.patches_per_side // r
-        x = x.reshape(b, side, r, side, r, d).transpose(0, 1, 3, 2, 4, 5)
-        return self.linear(x.reshape(b, side * side, r * r * d))
+        return self.linear(join_cells(x, self.scale))
 
 
 class Idefics(FixedSizeModel):
@@ -239,11 +210,9 @@ def hf_table(config: IdeficsConfig) -> tuple[Row, ...]:
     )
 
 
-# The mesh axis of each axis of a weight. The vocabulary of a published model, 49,155 tokens, has odd divisors only.
+# The mesh axis of each axis of a weight.
 SHARDING = (
-    (r"language_model/embed/embedding", P(None, ("fsdp", "tensor"))),
-    (r"language_model/head/kernel", P(("fsdp", "tensor"), None)),  # absent from tied models
-    *(rule for rule in conversion.DECODER_SHARDING if "blocks" in rule[0]),
+    *conversion.WIDTH_SHARDING,  # the vocabulary of a published model, 49,155 tokens, has odd divisors only
     (r"(vision_tower/blocks/\d+/(attn/[qkv]|mlp/fc1)|projector/linear)/kernel", P("fsdp", "tensor")),
     (r"vision_tower/blocks/\d+/(attn/out|mlp/fc2)/kernel", P("tensor", "fsdp")),
     (r"vision_tower/position_embedding", P("fsdp", "tensor")),

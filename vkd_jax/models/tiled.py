@@ -6,11 +6,13 @@ of a token are the number of its view, beginning with the smallest, and its row 
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from vkd_jax.data.images import TiledImage
+from vkd_jax.models.clip_vit import square_coords
 from vkd_jax.models.fixed_size import FixedSizeConfig
 from vkd_jax.types import UserError
 
@@ -82,6 +84,51 @@ class TiledConfig(FixedSizeConfig):
         numbers = np.argsort(np.argsort([rows * columns for rows, columns in grids], kind="stable"), kind="stable")
         coords = [(number, *cell) for number, grid in zip(numbers, grids, strict=True) for cell in np.ndindex(grid)]
         return np.concatenate([cut(view, side) for view in views]), np.array(coords, np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class GridConfig(TiledConfig):
+    """Configuration of a model that reads an image as a grid of tiles, if it has several, and as one tile."""
+
+    scale: int = 1  # scale x scale patches become one image token
+
+    @property
+    def token_coords(self) -> np.ndarray:
+        """Image index 0, row and column of each image token of a tile: int32 [p, 3]."""
+        return square_coords(self.vision.image_size // self.vision.patch_size // self.scale)
+
+    def grids(self, height: int, width: int) -> list[Grid]:
+        """Returns the rows and columns of tiles of each view: the grid, if it has several, and the whole image."""
+        rows, columns = height // self.image_step, width // self.image_step
+        return [(1, 1)] if rows == columns == 1 else [(rows, columns), (1, 1)]
+
+    def join_images(self, tiles: Iterable[np.ndarray], grids: Iterable[Grid], settings: str) -> list[TiledImage]:
+        """Joins the tiles in the output of the Hugging Face image processor to images.
+
+        Args:
+            tiles: those of all images, in order, [3, H, W] each.
+            grids: the rows and columns of tiles of each image.
+            settings: names of the settings of the image processor that determine the size of a tile.
+
+        Raises:
+            UserError: the tiles have another size than those of the model.
+        """
+        tiles = [np.asarray(tile, np.float32).transpose(1, 2, 0) for tile in tiles]
+        side = self.image_step
+        for height, width in {tile.shape[:2] for tile in tiles} - {(side, side)}:
+            raise UserError(
+                f"the image processor returns tiles of {height} x {width} pixels ({settings} of its configuration), "
+                f"and the model takes {side} x {side} (vision_config.image_size of config.json)"
+            )
+        images, start = [], 0
+        for rows, columns in grids:
+            size, views = (rows * side, columns * side), []
+            for grid in self.grids(*size):
+                stop = start + math.prod(grid)
+                views.append(join(np.stack(tiles[start:stop]), grid))
+                start = stop
+            images.append(TiledImage(tuple(views), size))
+        return images
 
 
 def cut(view: np.ndarray, side: int) -> np.ndarray:

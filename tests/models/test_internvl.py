@@ -262,16 +262,19 @@ def test_grids_are_those_of_transformers():
     assert internvl.nearest_grid(4, 5, 2, SIDE) == (2, 1) and internvl.nearest_grid(40, 50, 2, SIDE) == (1, 2)
 
 
-def test_the_tiles_of_an_image_are_its_grid_row_by_row_and_the_whole_image(folder, config):
+@pytest.mark.parametrize(("height", "width", "grid"), [(60, 59, (2, 2)), (30, 88, (1, 3)), (70, 36, (2, 1))])
+def test_the_tiles_of_an_image_are_its_grid_row_by_row_and_the_whole_image(folder, config, height, width, grid):
     processor = Processor(folder, config)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 59, 3), np.uint8))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
     image = processor.image(picture)
-    assert [view.shape for view in image.views] == [(2 * SIDE, 2 * SIDE, 3), (SIDE, SIDE, 3)]
-    resized = processor.image_processor(
-        picture, crop_to_patches=False, size=dict(height=2 * SIDE, width=2 * SIDE), return_tensors="np"
-    )
-    np.testing.assert_array_equal(image.views[0], resized["pixel_values"][0].transpose(1, 2, 0))
-    small = Processor(folder, config, max_pixels=3 * SIDE**2)
+    for view, (rows, columns) in zip(image.views, [grid, (1, 1)], strict=True):
+        size = dict(height=rows * SIDE, width=columns * SIDE)
+        resized = processor.image_processor(picture, crop_to_patches=False, size=size, return_tensors="np")
+        np.testing.assert_array_equal(view, resized["pixel_values"][0].transpose(1, 2, 0))
+
+
+def test_max_pixels_limits_the_number_of_tiles(folder, config):
+    picture, small = Image.new("RGB", (59, 60)), Processor(folder, config, max_pixels=3 * SIDE**2)
     assert small.max_pixels == 3 * SIDE**2 and small.image(picture).shape == (SIDE, SIDE, 3)
     with pytest.raises(UserError, match=r"model\.max_pixels=783: the model needs at least 784"):
         Processor(folder, config, max_pixels=783)

@@ -339,8 +339,12 @@ def trained(params):
     return lora.adapters(params) | {path: x for path, x in params.items() if "lora_" in path}
 
 
+SLOW = ("qwen2_vl", "internvl")  # whose code other families run, too
+
+
 @pytest.mark.parametrize(
-    "name", ["llava", "gemma3", pytest.param("qwen2_vl", marks=pytest.mark.slow), "qwen3_vl", "idefics3"]
+    "name",
+    ["llava", "gemma3", "qwen3_vl", "idefics3", *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW)],
 )
 def test_the_exported_model_has_the_same_logits_in_transformers(name, family_folder, tmp_path):
     torch = pytest.importorskip("torch")

@@ -323,3 +323,77 @@ def test_an_entry_of_a_name_that_no_file_has_counts_as_missing(run):
     entries = json.loads((run / records.FILE).read_text())
     (run / records.FILE).write_text(json.dumps(entries | {"answers/" + "x" * 5000: entries[RECORD]}))
     assert not records.Records(run).has_results(RECORD)
+
+
+# ---- What a finished run has beside its results ----
+
+PAGES = ("report/losses.png", "portraits/1.png", "report.md")
+
+
+@pytest.fixture
+def finished(run):
+    """The folder of a run with results, a report and a training whose metrics were recorded."""
+    workdir = Workdir(run, config())
+    with workdir.training() as folder:
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    workdir.write("results.json", {"models": {}})
+    for name in (*PAGES, "unlearned/README.md"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text(name)
+    workdir.replace_records(("report", "portraits/"), lambda: PAGES)
+    workdir.add_record("unlearned/README.md")
+    assert is_complete(run)
+    return run
+
+
+def is_complete(run, without=()):
+    workdir = Workdir(run, config())
+    workdir.check_logs()
+    return workdir.is_complete("results.json", without=without)
+
+
+@pytest.mark.parametrize("damage", ["a bit flipped", "empty", "missing"])
+@pytest.mark.parametrize(
+    "name", [*PAGES, "unlearned/README.md", "unlearned/model.safetensors", "unlearned/config.json"]
+)
+def test_a_finished_run_notices_damage_of_everything_that_it_wrote(finished, name, damage):
+    file = finished / name
+    file.unlink() if damage == "missing" else file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    assert not is_complete(finished)
+    assert is_complete(finished, without=("report", "portraits/")) is (name in PAGES)
+
+
+@pytest.mark.parametrize("damage", ["cut at a line end", "empty", "a bit flipped", "missing"])
+def test_damaged_metrics_are_named_since_nothing_computes_them_again(finished, damage):
+    log = finished / "train" / "metrics.jsonl"
+    log.unlink() if damage == "missing" else log.write_bytes(DAMAGE[damage](log.read_bytes()))
+    with pytest.raises(
+        UserError, match=r"metrics\.jsonl is (missing|damaged).* restore it from a copy, or remove .*train"
+    ):
+        is_complete(finished)
+
+
+@pytest.mark.parametrize("name", ["unlearned", "train"])
+def test_a_finished_run_does_without_large_folders_that_were_removed(finished, name):
+    shutil.rmtree(finished / name)
+    assert is_complete(finished)
+
+
+def test_a_training_that_goes_on_is_not_taken_for_damage(finished):
+    with Workdir(finished, config()).training() as folder:
+        (folder / "metrics.jsonl").write_text('{"step": 3}\n')
+        Workdir(finished, config()).check_logs()  # as of a run that was killed here
+    assert is_complete(finished)
+
+
+def test_entries_of_an_earlier_report_are_dropped(finished):
+    (finished / PAGES[0]).unlink()
+    Workdir(finished, config()).replace_records(("report", "portraits/"), lambda: PAGES[1:])
+    assert is_complete(finished)
+
+
+def test_replies_of_a_judge_are_not_asked_for_again_in_a_finished_run(finished):
+    Workdir(finished, config()).write_lines("judge/vanilla.jsonl", [{"id": "1"}])
+    (finished / "judge" / "vanilla.jsonl").unlink()
+    assert is_complete(finished)

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import tensorflow_datasets as tfds
 from absl import logging
 
-from vkd_jax.benchmarks.rows import plain_name
+from vkd_jax.benchmarks.names import plain_name
 from vkd_jax.runtime import storage
 from vkd_jax.types import EvalSet, Example, Role, SuiteQuestion, UserError
 

@@ -30,8 +30,9 @@ from typing import Any, ClassVar
 from absl import logging
 
 from vkd_jax.benchmarks import parquet
+from vkd_jax.benchmarks.names import plain_name
 from vkd_jax.benchmarks.parquet import Snapshot
-from vkd_jax.benchmarks.rows import Row, plain_name
+from vkd_jax.benchmarks.rows import Row
 from vkd_jax.config.fields import setting
 from vkd_jax.types import EvalSet, Example, Role, UserError
 

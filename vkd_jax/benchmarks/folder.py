@@ -17,8 +17,9 @@ import posixpath
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+from vkd_jax.benchmarks.names import check_apart, plain_name
 from vkd_jax.benchmarks.parquet import SYMLINKS
-from vkd_jax.benchmarks.rows import Row, plain_name, read_image
+from vkd_jax.benchmarks.rows import Row, read_image
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.messages import listed
 from vkd_jax.runtime import json_files
@@ -105,7 +106,7 @@ class Folder(Section):
         people = set()
         for name in (name for name in ("forget", "test") if getattr(self, name)):
             for row in _rows(self._open(name)):
-                if not (person := row.optional_text("person").strip()):
+                if not (person := row.optional_name("person")):
                     raise row.error("person", "is missing; a request must say whose question it is")
                 people |= {person} if name == "forget" else set()
         return people
@@ -122,16 +123,12 @@ class Folder(Section):
                 if row[0].image is not None:
                     images[name][hashlib.sha256(row[0].image).digest()] = row[0].image_id
         for name in [name for name in ("forget", "test") if name in people]:
-            same = images[name].keys() & images["retain"]
-            for kind, both in (
-                ("people", people[name] & people["retain"]),
-                ("images", {images[name][key] for key in same}),
-            ):
-                if both:
-                    raise UserError(
-                        f"{len(both)} {kind} are in both {getattr(self, name)} and {self.retain}: "
-                        f"{listed(sorted(both))}; remove them from one of the folders."
-                    )
+            check_apart((getattr(self, name), people[name]), (self.retain, people["retain"]))
+            if both := {images[name][key] for key in images[name].keys() & images["retain"]}:
+                raise UserError(
+                    f"{len(both)} images are in both {getattr(self, name)} and {self.retain}: "
+                    f"{listed(sorted(both))}; remove them from one of the folders."
+                )
 
     def questions(self, name: str, chat: bool = False) -> Iterator[list[Example]]:
         """The questions of a folder, grouped by image; text-only questions follow one by one."""
@@ -170,6 +167,6 @@ def _example(name: str, image: bytes | None, image_id: str, row: Row, chat: bool
     if options and (answer not in options or len(set(map(plain_name, options))) < max(2, len(options))):
         raise row.error("options", f"must be two or more different texts, one of them the answer {answer!r}")
     task = "chat" if chat else "classification" if options else "generation"
-    person = plain_name(row.optional_text("person"))
+    person = row.optional_name("person")
     image_id = image_id and f"{name.partition('/')[0]}/{image_id}"
     return Example(name, person, image, image_id, question, answer, () if chat else tuple(options), task)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from absl import logging
 from pyarrow import fs
 
+from vkd_jax.benchmarks.names import check_apart
 from vkd_jax.benchmarks.rows import Row, read_image
 from vkd_jax.benchmarks.synthetic.people import MAX_SIZE, MIN_SIZE, SIZE, Population
 from vkd_jax.config.fields import SEED, Section, setting
@@ -312,7 +313,7 @@ class PublishedBenchmark(Section):
 def check_people(
     source: str, forget: tuple[str, Set[str]], retain: tuple[str, Set[str]], everybody: Set[str] | None = None
 ) -> None:
-    """Checks that no person is in both sets, and warns of people in neither.
+    """Checks that no person is in both sets (see `names.check_apart`), and warns of people in neither.
 
     Args:
         source: the source of the snapshot, for messages.
@@ -321,16 +322,12 @@ def check_people(
         everybody: the people of the full set, if it is known.
 
     Raises:
-        UserError: the forget set is empty, or a person is in both sets.
+        UserError: the forget set is empty, or a person is in both sets, or may be.
     """
     suffix = f" of {source}" if source else ""
     if not forget[1]:
         raise UserError(f"The forget set is empty: {forget[0]}{suffix} has no people.")
-    if both := sorted(forget[1] & retain[1]):
-        raise UserError(
-            f"{len(both)} people are in both {forget[0]} and {retain[0]}{suffix}: {listed(both)}; "
-            "remove them from one of the sets."
-        )
+    check_apart(forget, (f"{retain[0]}{suffix}", retain[1]))
     if everybody is None:
         return
     if lost := sorted(everybody - forget[1] - retain[1]):

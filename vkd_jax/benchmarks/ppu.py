@@ -28,8 +28,9 @@ from typing import Any, ClassVar
 
 from vkd_jax.benchmarks import parquet
 from vkd_jax.benchmarks.mllmu import cloze_prompt
+from vkd_jax.benchmarks.names import plain_name
 from vkd_jax.benchmarks.parquet import Snapshot
-from vkd_jax.benchmarks.rows import Row, plain_name
+from vkd_jax.benchmarks.rows import Row
 from vkd_jax.config.fields import setting
 from vkd_jax.messages import listed
 from vkd_jax.runtime import json_files

@@ -6,11 +6,11 @@ text; correct the row.".
 
 import ast
 import json
-import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from vkd_jax.benchmarks.names import plain_name
 from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image
 from vkd_jax.runtime import json_files
 from vkd_jax.runtime.storage import SourceFolder
@@ -58,9 +58,20 @@ class Row:
         if not self.has(field):
             raise self.error(field, "is missing")
         text = self.optional_text(field)
-        if not text.strip():
+        if not plain_name(text):
             raise self.error(field, "is blank")
         return text
+
+    def optional_name(self, field: str) -> str:
+        """The `names.plain_name` of a text; "" if it is missing, null, or has nothing but spaces.
+
+        Raises:
+            UserError: it is not a text, or consists of invisible characters.
+        """
+        name = plain_name(text := self.optional_text(field))
+        if text.strip() and not name:
+            raise self.error(field, "has nothing but invisible characters")
+        return name
 
     def optional_text(self, field: str) -> str:
         """A text; "" if it is missing or null.
@@ -237,16 +248,6 @@ class Row:
             json_files.check_value(value, f"{self.location}: {self._prefix}{field}", remedy="correct the row")
             return value
         raise self.error(field, "is neither JSON nor a Python literal")
-
-
-def plain_name(name: str) -> str:
-    """A name or an id whose spelling does not depend on Unicode's composition of letters and on the kind of spaces.
-
-    Example:
-        >>> plain_name(" Jose\u0301\u00a0 Lindt") == "Jos\u00e9 Lindt"
-        True
-    """
-    return " ".join(unicodedata.normalize("NFC", name).split())
 
 
 def read_image(folder: SourceFolder, name: str, row: Row, field: str) -> bytes:

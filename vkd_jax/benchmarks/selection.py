@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vkd_jax.benchmarks.names import check_apart
 from vkd_jax.config.request import RequestConfig
 from vkd_jax.messages import listed
 from vkd_jax.types import Example, Role, UserError, person_digest
@@ -24,8 +25,8 @@ def select_people(
         The sets, without empty ones.
 
     Raises:
-        UserError: the benchmark does not divide its questions by person, a person is not in the data, or nobody would
-            be retained.
+        UserError: the benchmark does not divide its questions by person, a person is not in the data or may be in it
+            under another spelling, too, or nobody would be retained.
     """
     pairs = _pairs(benchmark, sets)
     now, before = set(request.people), set(request.earlier)
@@ -41,6 +42,8 @@ def select_people(
             f"nobody would be retained: all {len(people)} people of the data are to be forgotten, so nothing would "
             "keep what the model knows; add people to retain to the data."
         )
+    names = {person for person, digest in digests.items() if digest in now | before}
+    check_apart(("the requests", names), ("the people to retain", people - names))
     selected = {name: list(examples) for name, examples in sets.items()}
     for forget, retain in pairs:
         questions = [e for name in (forget, retain) if name for e in selected.pop(name, ())]
@@ -49,8 +52,8 @@ def select_people(
         if retain:
             selected[retain] = [e for e, owner in zip(questions, owners, strict=True) if owner not in now | before]
     order = [s.name for s in benchmark.EVAL_SETS]
-    names = sorted(selected, key=lambda name: order.index(name) if name in order else len(order))
-    return {name: selected[name] for name in names if selected[name]}
+    ordered = sorted(selected, key=lambda name: order.index(name) if name in order else len(order))
+    return {name: selected[name] for name in ordered if selected[name]}
 
 
 def _pairs(benchmark: Any, sets: Mapping[str, Sequence[Example]]) -> list[tuple[str, str]]:

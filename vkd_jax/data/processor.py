@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vkd_jax.data import image_sizes
 from vkd_jax.data.chat_template import read_chat_template
 from vkd_jax.data.images import TiledImage, open_image
 from vkd_jax.runtime import files, json_files, storage
@@ -76,12 +77,12 @@ class Processor:
                 "copy tokenizer.json, tokenizer_config.json and preprocessor_config.json of the model there."
             ) from error
         self.folder, self.config = folder, config
+        self._check_image_processor(limited=bool(max_pixels))
         if max_pixels:
             self.limit_pixels(max_pixels)
         self.image_token_id = config.image_token_id
         self.image_token = self._image_token(config.image_token_id)
         self.placeholder = self._image_token(config.placeholder_id)
-        self._check_image_processor()
         self.eos_ids = _eos_ids(folder, self.tokenizer)
         self.pad_id = int(self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
         self.chat_template = read_chat_template(folder, self.tokenizer)
@@ -110,9 +111,15 @@ class Processor:
         ids = self.tokenizer(rest, add_special_tokens=False)["input_ids"] if separator else []
         return tuple(sorted(self.eos_ids, key=lambda token: token != ids[0])) if ids else self.eos_ids
 
-    def _check_image_processor(self) -> None:
-        """Checks that the image processor divides by numbers that give finite pixels, and that the model fits it."""
-        if problem := self.config.image_processor_problem(self.image_processor):
+    def _check_image_processor(self, limited: bool) -> None:
+        """Checks the sizes of the image processor, that the model fits it, and that it gives finite pixels.
+
+        Args:
+            limited: whether the largest number of pixels will be lowered.
+        """
+        edges_are_areas = self.config.edges_are_areas
+        problem = image_sizes.size_problem(self.image_processor, edges_are_areas=edges_are_areas, limited=limited)
+        if problem := problem or self.config.image_processor_problem(self.image_processor):
             raise UserError(f"{self.folder}: {problem}.")
         for name in ("image_mean", "image_std"):
             value = getattr(self.image_processor, name, 1.0)
@@ -164,6 +171,7 @@ class Processor:
         try:
             if isinstance(image, bytes):
                 image = open_image(image)
+            image_sizes.check_shape(self.image_processor, image.width, image.height)
             options = self.config.image_processor_options
             output = self.image_processor(images=[image], do_convert_rgb=True, return_tensors="np", **options)
             output.setdefault("image_sizes", [(image.height, image.width)])  # of which some image processors return it

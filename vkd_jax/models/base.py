@@ -53,6 +53,9 @@ class ModelConfig(abc.ABC):
     compute_dtype: str = "float32"  # dtype of activations; parameters have their own
     remat: str = ""  # activations that the backward pass recomputes, a key of `layers.REMAT`
     mesh: Mesh | None = None  # devices that the rows of activations are sharded over
+    edges_are_areas: ClassVar[bool] = (
+        False  # whether the image processor's shortest_edge and longest_edge are pixel counts
+    )
     default_max_pixels: ClassVar[int] = 0  # of an image that one asks about; 0 for the image processor's limit
 
     @property
@@ -122,6 +125,8 @@ class ModelConfig(abc.ABC):
     def pixel_limits(self, image_processor: Any) -> tuple[int, int] | None:
         """Returns the smallest and largest number of pixels of an image; None if all images have one size."""
         size = image_processor.size
+        if not self.edges_are_areas:
+            return None
         return (size.shortest_edge, size.longest_edge) if size.shortest_edge and size.longest_edge else None
 
     def limit_pixels(self, image_processor: Any, max_pixels: int) -> None:

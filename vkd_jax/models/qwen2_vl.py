@@ -30,6 +30,7 @@ class QwenConfig(ModelConfig):
 
     vision: VisionConfig
     default_max_pixels: ClassVar[int] = MAX_PIXELS
+    edges_are_areas: ClassVar[bool] = True
 
     @property
     def image_step(self) -> int:

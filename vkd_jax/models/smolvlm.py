@@ -80,7 +80,9 @@ class IdeficsConfig(GridConfig):
 
     def image_processor_problem(self, image_processor: Any) -> str | None:
         """Returns whether the tiles of the image processor have another size than those of the model; None if not."""
-        side = image_processor.max_image_size["longest_edge"]
+        if "longest_edge" not in (image_processor.size or {}):
+            return "size of the image processor has no longest_edge; get preprocessor_config.json again"
+        side = dict(image_processor.max_image_size or {}).get("longest_edge")
         if side == self.image_step:
             return None
         return (

@@ -18,6 +18,8 @@ from vkd_jax.runtime import files, hub, json_files, storage
 from vkd_jax.types import Role, UserError
 
 FILES = ("report.html", "report.md")  # in the order in which they are written
+FOLDERS = ("report", "portraits")  # of its images
+PREFIXES = (*FILES, *(f"{folder}/" for folder in FOLDERS))  # of the names of all files of a report
 MOST_NAME = 60  # characters of a file name, which may be 255 bytes long
 PROVENANCE = "provenance.json"  # in the folder of a model that this library trained
 
@@ -55,6 +57,12 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
     html = html_report.render(run, pages, values, sheet, losses, _attack_records(workdir, results), images)
     files.write_bytes(workdir / "report.html", html.encode())
     return files.write_bytes(workdir / "report.md", "\n".join(pages.values()).encode())
+
+
+def files_of(workdir: Path) -> list[str]:
+    """The names of the files of the report in the folder of a run: the pages, plots and portraits."""
+    folders = [workdir / folder for folder in FOLDERS if (workdir / folder).is_dir()]
+    return [*FILES, *sorted(f"{folder.name}/{file.name}" for folder in folders for file in folder.iterdir())]
 
 
 def section_values(run: view.Run) -> dict[str, dict[str, Any]]:

@@ -57,7 +57,8 @@ def execute(config: RunConfig, path: str | Path, command: str, lender: Path | No
 def _execute(workdir: Workdir, lender: Path | None) -> RunResults:
     config = workdir.config
     outputs = (results.FILE, *report.FILES) if config.reports else (results.FILE,)
-    if workdir.has_results(*outputs):
+    workdir.check_logs()
+    if workdir.is_complete(*outputs):
         _check_inputs(workdir)
         logging.info("%s exists: the run is finished", workdir.path / outputs[-1])
         return RunResults.read(workdir.path)
@@ -65,6 +66,18 @@ def _execute(workdir: Workdir, lender: Path | None) -> RunResults:
     models = check_models(job)
     with workdir.stage("check inputs"):
         workdir.bind(describe_inputs(config, job.sets | job.held_out_set, models))
+    if not workdir.is_complete(results.FILE, without=(*report.PREFIXES, *stages.DOCUMENTS)):
+        _compute(job, lender)
+    if config.reports:
+        if config.workflow.unlearns and (workdir.path / "unlearned").exists():
+            stages.document_model(job)
+        stages.write_report(job)
+    return RunResults.read(workdir.path)
+
+
+def _compute(job: Job, lender: Path | None) -> None:
+    """Trains, evaluates and attacks what the config asks for, and writes results.json."""
+    config, workdir = job.config, job.workdir
     if lender:
         workdir.borrow(lender, _shared_records(lender))
     finetuned = {name: stages.finetune(job, name) for name in config.workflow.finetunes}
@@ -73,7 +86,6 @@ def _execute(workdir: Workdir, lender: Path | None) -> RunResults:
     else:
         answers = {name: stages.evaluate_model(job, name, job.load(folder)) for name, folder in finetuned.items()}
         results_writer.write(job, judging.ask_judge(job, answers))
-    return RunResults.read(workdir.path)
 
 
 def _check_inputs(workdir: Workdir) -> None:

@@ -54,8 +54,7 @@ def rebuild(path: str | Path, command: str) -> RunResults:
         if "unlearned" not in results.models:
             raise UserError(f"{path} has a run without an unlearned model, which has no report: see {path / FILE}.")
         report.write(path, _images(path))
-        for name in report.FILES:
-            written.add(name)
+        written.replace(report.PREFIXES, report.files_of(path))
     return results
 
 

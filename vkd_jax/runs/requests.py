@@ -25,6 +25,7 @@ import jax
 from absl import logging
 
 from vkd_jax.benchmarks.folder import Folder
+from vkd_jax.benchmarks.names import plain_name
 from vkd_jax.checkpoints.bundle import read_family
 from vkd_jax.checkpoints.safetensors_files import Checkpoint
 from vkd_jax.config.request import RequestConfig
@@ -65,7 +66,7 @@ def add(path: Path, forget: str, test: str = "") -> Request:
     elif "/" in forget:
         raise UserError(f"--forget: there is no folder {forget}.")
     else:
-        people = [name.strip() for name in forget.split(",") if name.strip()]
+        people = [name for text in forget.split(",") if (name := plain_name(text))]
     digests = [person_digest(person) for person in people]
     folders = [os.path.abspath(x) if x and "://" not in x else x for x in (forget * is_folder, test)]
 

@@ -20,7 +20,7 @@ from vkd_jax.methods.base import Context
 from vkd_jax.methods.text_stream import STREAM as TEXT_STREAM
 from vkd_jax.models import lora
 from vkd_jax.reporting import model_card, report
-from vkd_jax.results import FILE, RunResults
+from vkd_jax.results import RunResults
 from vkd_jax.runs import features, inputs, judging, results_writer
 from vkd_jax.runs.job import Job
 from vkd_jax.runtime import files, hub, json_files, multihost
@@ -29,6 +29,7 @@ from vkd_jax.training import loop
 from vkd_jax.types import Params
 
 FINETUNE_SETS = ("finetune_forget", "finetune_retain")
+DOCUMENTS = (f"unlearned/{model_card.FILE}", f"unlearned/{certificate.FILE}")
 
 
 def finetune(job: Job, name: str) -> Path:
@@ -39,6 +40,7 @@ def finetune(job: Job, name: str) -> Path:
         name: "vanilla" trains on everybody, "retain_only" leaves out the forget set.
     """
     workdir, config, method = job.workdir, job.config, job.config.finetune.method
+    source = _base_model(job)
     if workdir.has_model(name):
         return workdir.model(name)
     train = config.finetune.train
@@ -49,13 +51,12 @@ def finetune(job: Job, name: str) -> Path:
         "text": [e for e in examples if e.image is None],
     }
     with workdir.stage(f"load for {name}"):
-        source = _base_model(job)
         model = job.load(source, method)
         streams = {kind: model.encode(rows, train.buckets) for kind, rows in by_kind.items() if rows}
         context = Context(model.graphdef, model.params, None, model.config, streams, config.seed)
         prepared = method.prepare(context)
-    with workdir.stage(f"fine-tune {name}"):
-        trained = loop.fit(model, method, prepared, train, seed=config.seed, folder=workdir.path / "train" / name)
+    with workdir.stage(f"fine-tune {name}"), workdir.training(name) as folder:
+        trained = loop.fit(model, method, prepared, train, seed=config.seed, folder=folder)
     with workdir.stage(f"export {name}"):
         without = job.forget_people if name == "retain_only" else []
         return _export(job, name, model, trained, source, without)
@@ -75,7 +76,7 @@ def _base_model(job: Job) -> Path:
 
 
 def unlearn_and_evaluate(job: Job, finetuned: dict[str, Path]) -> None:
-    """Evaluates and attacks the vanilla model, unlearns, does the same with the result, and writes results and report.
+    """Evaluates and attacks the vanilla model, unlearns, does the same with the result, and writes the results.
 
     Each model is released before the next is loaded, since a chip may have room for one only.
 
@@ -88,36 +89,31 @@ def unlearn_and_evaluate(job: Job, finetuned: dict[str, Path]) -> None:
     retain_only = finetuned.get("retain_only")
     if retain_only is None and config.model.retain_only:
         retain_only = hub.fetch_model(config.model.retain_only)
-    if not workdir.has_results(FILE):
-        references, changes = {}, None
-        if retain_only:
-            references["retain_only"] = evaluate_and_attack(job, "retain_only", _load(job, retain_only))
-        model = _load(job, source)
-        answers = {"vanilla": evaluate_and_attack(job, "vanilla", model)} | references
-        if config.reports:
-            given = config.model.unlearned
-            target = hub.fetch_model(given) if given else unlearn(job, model, source)
-            with workdir.stage("compare text"):
-                vanilla_scores = results_writer.text_scores(job, model)
-            del model
-            with workdir.stage("manifest"):
-                manifest = multihost.run_on_process_0(lambda: compare_tensors(source, target))
-                workdir.write("manifest.json", manifest)
-            unlearned = _load(job, target)  # the exported weights, not those in memory
-            answers["unlearned"] = evaluate_and_attack(job, "unlearned", unlearned)
-            if config.request and job.method.replay.weight:
-                with workdir.stage("cache features"):
-                    features.write(job, unlearned)
-            with workdir.stage("compare text"):
-                changes = results_writer.model_changes(job, unlearned, vanilla_scores, manifest, source)
-            del unlearned
-        else:
-            del model
-        results_writer.write(job, judging.ask_judge(job, answers), changes)
+    references, changes = {}, None
+    if retain_only:
+        references["retain_only"] = evaluate_and_attack(job, "retain_only", _load(job, retain_only))
+    model = _load(job, source)
+    answers = {"vanilla": evaluate_and_attack(job, "vanilla", model)} | references
     if config.reports:
-        if config.workflow.unlearns:
-            document_model(job)
-        write_report(job)
+        given = config.model.unlearned
+        target = hub.fetch_model(given) if given else unlearn(job, model, source)
+        with workdir.stage("compare text"):
+            vanilla_scores = results_writer.text_scores(job, model)
+        del model
+        with workdir.stage("manifest"):
+            manifest = multihost.run_on_process_0(lambda: compare_tensors(source, target))
+            workdir.write("manifest.json", manifest)
+        unlearned = _load(job, target)  # the exported weights, not those in memory
+        answers["unlearned"] = evaluate_and_attack(job, "unlearned", unlearned)
+        if config.request and job.method.replay.weight:
+            with workdir.stage("cache features"):
+                features.write(job, unlearned)
+        with workdir.stage("compare text"):
+            changes = results_writer.model_changes(job, unlearned, vanilla_scores, manifest, source)
+        del unlearned
+    else:
+        del model
+    results_writer.write(job, judging.ask_judge(job, answers), changes)
 
 
 def document_model(job: Job) -> None:
@@ -134,12 +130,15 @@ def document_model(job: Job) -> None:
     }
 
     def write() -> None:
-        (folder / certificate.SIGNATURE).unlink(missing_ok=True)  # of a certificate that was made before
         files.write_bytes(folder / model_card.FILE, model_card.render(results, job.forgotten_digests).encode())
-        files.write_bytes(folder / certificate.FILE, certificate.describe(hub.fetch_model(folder), facts))
+        file, content = folder / certificate.FILE, certificate.describe(hub.fetch_model(folder), facts)
+        if not file.is_file() or file.read_bytes() != content:
+            (folder / certificate.SIGNATURE).unlink(missing_ok=True)  # of another certificate
+            files.write_bytes(file, content)
 
     with job.workdir.stage("model card"):
         multihost.run_on_process_0(write)
+        job.workdir.add_record(*DOCUMENTS)
 
 
 def write_report(job: Job) -> None:
@@ -149,8 +148,7 @@ def write_report(job: Job) -> None:
         questions = [] if job.config.request else [e for examples in job.questions.values() for e in examples]
         images = {e.image_id: e.image for e in questions if e.image is not None}
         page = multihost.run_on_process_0(lambda: report.write(job.workdir.path, images))
-        for name in report.FILES:
-            job.workdir.add_record(name)
+        job.workdir.replace_records(report.PREFIXES, lambda: report.files_of(job.workdir.path))
     logging.info("report: %s, and report.html for a browser", page)
 
 
@@ -177,8 +175,8 @@ def unlearn(job: Job, model: ModelBundle, source: Path) -> Path:
         if prepared is None:
             trained = method.edit(context)
         else:
-            folder = workdir.path / "train"
-            trained = loop.fit(model, method, prepared, config.train, seed=config.seed, folder=folder)
+            with workdir.training() as folder:
+                trained = loop.fit(model, method, prepared, config.train, seed=config.seed, folder=folder)
     with workdir.stage("export"):
         return _export(job, "unlearned", model, trained, source, [])
 

@@ -40,6 +40,8 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy",
 SHARED_MODELS = ("vanilla", "retain_only")  # models that are the same in every run of a comparison
 # Fields that a run may have other values of when it resumes: they decide nothing that it computes.
 FREE_FIELDS = {"mesh", "train.trackers", "finetune.train.trackers"}
+TRAINING, METRICS, JUDGE_FOLDER = "train", "metrics.jsonl", "judge"
+REMOVABLE = (*SHARED_MODELS, "base", "unlearned", TRAINING)  # large folders, which may be removed after the run
 MOVE = "remove it, or pass another --workdir"
 START_OVER = "pass another --workdir, or remove that folder to start over"
 FOLDERS = (
@@ -204,13 +206,57 @@ class Workdir:
 
         return multihost.run_on_process_0(lambda: self._records.has_results(*names))
 
+    def is_complete(self, *names: str, without: tuple[str, ...] = ()) -> bool:
+        """Whether this run wrote files of these names, and they and all else that it recorded are whole.
+
+        Models and trainings whose folder was removed are not asked for, since a finished run does without them.
+
+        Args:
+            names: the files.
+            without: what is not looked at, by the beginnings of its names.
+        """
+        replies = f"{JUDGE_FOLDER}/"  # they are in the answers, too
+
+        def check() -> bool:
+            return self._records.has_results(*names) and not self._records.damaged((*without, replies), REMOVABLE)
+
+        return multihost.run_on_process_0(check)
+
+    def check_logs(self) -> None:
+        """Checks the metrics of the trainings that have ended: nothing computes them again.
+
+        Raises:
+            UserError: a file of metrics is missing or damaged.
+        """
+        remedy = f"restore it from a copy, or remove {self.path / TRAINING} to go on without its losses"
+
+        def check() -> None:
+            if (self.path / TRAINING).exists():
+                for folder in (TRAINING, *(f"{TRAINING}/{name}" for name in SHARED_MODELS)):
+                    self._records.check(f"{folder}/{METRICS}", remedy)
+
+        multihost.run_on_process_0(check)
+
+    @contextlib.contextmanager
+    def training(self, *names: str) -> Iterator[Path]:
+        """Context manager of the folder of a training, whose metrics are recorded when the training has ended."""
+        folder = "/".join((TRAINING, *names))
+        log = f"{folder}/{METRICS}"
+        multihost.run_on_process_0(lambda: self._records.drop(log))
+        yield self.path / folder
+        multihost.run_on_process_0(lambda: self._records.add(log) if (self.path / log).exists() else None)
+
     def has_model(self, name: str) -> bool:
         """Whether this run wrote a model folder of this name, and the folder is whole."""
         return multihost.run_on_process_0(lambda: self._records.has_model(name))
 
-    def add_record(self, name: str) -> None:
-        """Records the digest of a file that was written into the folder, so that `has` knows it."""
-        multihost.run_on_process_0(lambda: self._records.add(name))
+    def add_record(self, *names: str) -> None:
+        """Records the digests of files that were written into the folder, so that `has` knows them."""
+        multihost.run_on_process_0(lambda: self._records.replace((), names))
+
+    def replace_records(self, prefixes: tuple[str, ...], names: Callable[[], Iterable[str]]) -> None:
+        """Records the digests of files in place of all whose name begins with a prefix; `names` runs on process 0."""
+        multihost.run_on_process_0(lambda: self._records.replace(prefixes, names()))
 
     def borrow(self, lender: Path, names: Iterable[str]) -> None:
         """Copies those files of another run that this one does not have.

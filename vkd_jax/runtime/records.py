@@ -7,7 +7,7 @@ taken for a complete one.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,21 @@ class Records:
 
     def add(self, name: str) -> None:
         """Adds or replaces the entry of a file."""
-        self._set(name, _file_entry((self._path / name).read_bytes()))
+        self.replace((), [name])
+
+    def replace(self, prefixes: tuple[str, ...], names: Iterable[str]) -> None:
+        """Adds or replaces the entries of files, and drops all other entries whose name begins with a prefix."""
+        added = {name: _file_entry((self._path / name).read_bytes()) for name in names}
+        self._write({name: x for name, x in self._entries.items() if not name.startswith(prefixes)} | added)
+
+    def drop(self, name: str) -> None:
+        """Drops the entry of a file that is about to change."""
+        if name in self._entries:
+            self._write({other: x for other, x in self._entries.items() if other != name})
 
     def add_model(self, name: str) -> None:
         """Adds or replaces the entry of a model folder."""
-        self._set(name, {"files": storage.model_digests(storage.local_copy(self._path / name))})
+        self._write(self._entries | {name: {"files": storage.model_digests(storage.local_copy(self._path / name))}})
 
     def has(self, name: str) -> bool:
         """Whether a file exists and is the one that was added."""
@@ -47,6 +57,31 @@ class Records:
         """Whether files exist and are those that were added, and so are all answers of models."""
         answers = [name for name in self._entries if name.startswith(("answers/", "attacks/"))]
         return all(self.has(name) for name in (*names, *answers))
+
+    def damaged(self, without: tuple[str, ...] = (), optional: Collection[str] = ()) -> list[str]:
+        """The names of the files and model folders that are not as they were added.
+
+        Args:
+            without: what is not looked at, by the beginnings of its names.
+            optional: folders that may be gone with all that was in them.
+        """
+        gone = [name for name in optional if not (self._path / name).exists()]
+        known = {
+            name: entry
+            for name, entry in self._entries.items()
+            if not name.startswith(without) and name.partition("/")[0] not in gone
+        }
+        models = {name for name, entry in known.items() if "files" in mapping(entry)}
+        return [name for name in known if not (self.has_model(name) if name in models else self.has(name))]
+
+    def check(self, name: str, remedy: str) -> None:
+        """Checks that a file is as it was added, unless it was not added.
+
+        Raises:
+            UserError: the file is missing, or differs from its entry; the sentence ends with the remedy.
+        """
+        if name in self._entries:
+            check(self._path, name, remedy)
 
     def model_digests(self, name: str) -> dict[str, str]:
         """The digests of the files of a model folder when it was added; {} if it was not."""
@@ -84,8 +119,8 @@ class Records:
             logging.warning("%s %s; it is computed again", self._path / name, _difference(expected, entry))
         return entry == expected
 
-    def _set(self, name: str, entry: dict[str, Any]) -> None:
-        self._entries[name] = entry
+    def _write(self, entries: dict[str, Any]) -> None:
+        self._entries = entries
         files.write_bytes(self._path / FILE, encode(self._entries))
 
 
@@ -104,18 +139,25 @@ def read_lines(folder: Path, name: str) -> list[dict]:
     return [record for _, record in lines]
 
 
-def check(folder: Path, name: str) -> None:
-    """Checks that a file of another run that has ended is what that run wrote.
+def check(folder: Path, name: str, remedy: str = AGAIN) -> None:
+    """Checks that a file of a run is what that run wrote.
+
+    Args:
+        folder: the folder of the run.
+        name: the name of the file in it.
+        remedy: what to do otherwise.
 
     Raises:
         UserError: the file or its entry is missing, or they differ.
     """
-    entries = json_files.read_json(folder / FILE, remedy=AGAIN)
+    entries = json_files.read_json(folder / FILE, remedy=remedy)
+    if not (folder / name).exists():
+        raise UserError(f"{folder / name} is missing; {remedy}.")
     entry = _file_entry(files.read_bytes(folder / name, json_files.MOST_BYTES))
     if name not in entries:
-        raise UserError(f"{folder / name} has no entry in {FILE}; {AGAIN}.")
+        raise UserError(f"{folder / name} has no entry in {FILE}; {remedy}.")
     if entry != entries[name]:
-        raise UserError(f"{folder / name} {_difference(entries[name], entry)}; {AGAIN}.")
+        raise UserError(f"{folder / name} {_difference(entries[name], entry)}; {remedy}.")
 
 
 def encode(value: Any) -> bytes:

@@ -146,7 +146,11 @@ def test_keys_that_cannot_sign_are_refused(certified, keys, name, problem):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"format": 1}', '{"format": 2, "tensors": {}, "files": {}}', "\0"]
+    "content",
+    [
+        *("", "[]", "{}", '{"format": 1}', "\0"),
+        *('{"format": 2, "tensors": {}, "files": {}}', '{"format": true, "tensors": {}, "files": {}}'),
+    ],
 )
 def test_what_is_no_certificate_is_refused(copy, content):
     (copy / certificate.FILE).write_text(content)

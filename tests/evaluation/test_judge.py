@@ -139,6 +139,31 @@ def test_half_a_judge_is_refused(fields, words):
 
 # The endpoint.
 
+ADDRESSES = (
+    *("http://", "http:///v1", "http://a b/v1", "http://localhost:70000/v1", "http://localhost:x/v1", "http://[::1/v1"),
+    *(
+        "https://localhost:0/v1",
+        "http://h\u00f6st/v1",
+        "http://localhost/v1?key=1",
+        "http://localhost/v1#x",
+        "http://:80",
+    ),
+)
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_that_cannot_be_asked_is_refused_before_anything_is(address):
+    with pytest.raises(UserError, match=r"eval\.judge=.* it is no address of an endpoint; give http://HOST:PORT/v1"):
+        judge.Endpoint(address, "grader")
+
+
+@pytest.mark.parametrize("key", ["a b", "secret\n", "s\u00e9cret"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(monkeypatch, key):
+    monkeypatch.setenv(judge.KEY_VARIABLE, key)
+    with pytest.raises(UserError, match=f"the key in {judge.KEY_VARIABLE} has characters") as raised:
+        judge.Endpoint("http://localhost/v1", "grader")
+    assert key not in str(raised.value)
+
 
 def completion(text, **usage):
     return json.dumps({"choices": [{"message": {"content": text}}], "usage": usage})
@@ -209,6 +234,8 @@ FAILURES = {
     "not JSON": ((200, {}, "<html>"), "reply is not a chat completion: '<html>'", 1),
     "no choice": ((200, {}, '{"choices": []}'), "reply is not a chat completion", 1),
     "another shape": ((200, {}, "[]"), "reply is not a chat completion", 1),
+    "tokens without an end": ((200, {}, completion("7", prompt_tokens=float("inf"))), "not a chat completion", 1),
+    "an odd pause": ((503, {"Retry-After": "\u00b2"}, "oops"), "did not answer in 6 attempts", judge.ATTEMPTS),
     "deep": ((200, {}, "[" * 100_000), "reply is not a chat completion", 1),
 }
 

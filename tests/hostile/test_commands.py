@@ -164,14 +164,27 @@ ASK = [
         ("config.json", "wrong type"),
     ),
     Case(
+        "full attention in a block that is not there",
+        configured(qwen2_5_vl, "vision_config", fullatt_block_indexes=[7, 99]),
+        ("fullatt_block_indexes", "99", "from 0 to 31"),
+    ),
+    Case(
         "epsilon that is 0",
         configured(llava, "text_config", rms_norm_eps=0.0),
         ("rms_norm_eps", "positive"),
     ),
 ]
+ADD = ["--forget", "1"]
+REQUESTS = [
+    Case("name of a ledger too long", lambda _: ["add", "x" * 300, *ADD], ("too long", "xxx")),
+    Case("path of a ledger too long", lambda _: ["show", "x/" * 3000], ("too long",)),
+    Case("empty name of a ledger", lambda _: ["show", ""], ("empty name",)),
+    Case("person of invisible characters", lambda _: ["add", "ledger", "--forget", "\u200b"], ("--forget", "empty")),
+    Case("person in two spellings", lambda _: ["add", "l", "--forget", "\u00e9,e\u0301"], ("named twice",)),
+]
 CASES = [
     Case(**{**vars(case), "command": command})
-    for command, cases in (("compare", COMPARE), ("plan", PLAN), ("verify", VERIFY), ("ask", ASK))
+    for command, cases in dict(compare=COMPARE, plan=PLAN, verify=VERIFY, ask=ASK, requests=REQUESTS).items()
     for case in cases
 ]
 

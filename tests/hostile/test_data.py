@@ -179,6 +179,13 @@ CASES = [
     Case("person that is an object", both(person={}), ("person", "line 1")),
     Case("question that is a number", forget_rows(row(question=7)), ("question", *LINE)),
     Case("question that is null", forget_rows(row(question=None)), ("question", *LINE)),
+    Case("person of invisible characters", both(person="\u2060"), ("person", "line 1", "invisible")),
+    Case(
+        "person in two spellings",
+        request(lambda folder: write_rows(folder / "retain", [row("OTTO")])),
+        ("forget", "retain", "another spelling", "Otto and OTTO"),
+    ),
+    Case("question of invisible characters", forget_rows(row(question="\u200b\ufeff")), ("question", *LINE)),
     Case("blank question", forget_rows(row(question=" ")), ("question", *LINE)),
     Case("answer that is true", forget_rows(row(answer=True)), ("answer", *LINE)),
     Case("answer that is a list", forget_rows(row(answer=["a judge"])), ("answer", *LINE)),

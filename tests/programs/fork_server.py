@@ -33,6 +33,7 @@ COMMANDS = (
     "ask",
     "compare",
     "plan",
+    "requests",
     "verify",
 )  # each is run as python -m would, so none may be imported before
 MEMORY = 16 << 30  # bytes of address space that a child may map: an allocation of a hostile size fails at once

@@ -28,7 +28,7 @@ from short_run import contents, differences, state_of, write_job
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 FULL = "full disk"
-SECONDS = 300.0  # limit of one command
+SECONDS = 900.0  # limit of one command
 
 SAVE = "vkd_jax.checkpoints.orbax_checkpoints:Checkpoints.save"
 LIST = "vkd_jax.checkpoints.orbax_checkpoints:_write_list"
@@ -106,7 +106,12 @@ FILES = {
     "results.json, finished": "",
     "report.md, finished": "",
     "report/losses.png, finished": "",
+    "portraits/*, finished": "",
     "unlearned/model.safetensors, finished": "",
+    "unlearned/tokenizer.json, finished": "",
+    "unlearned/certificate.json, finished": "",
+    "manifest.json, finished": "",
+    "train/metrics.jsonl, finished": "",
 }
 
 
@@ -248,7 +253,7 @@ class Matrix:
             folder.mkdir()
             points = {name: dataclasses.asdict(point) for name, point in ROWS[stage].items()}
             outcome = self._run(stage, folder, "record", points)
-            if outcome.status:
+            if outcome.status != 0:
                 raise RuntimeError(f"the undisturbed run failed: {outcome.stderr[-3000:]}")
             self._references[stage] = Reference(stage, folder)
         return self._references[stage]
@@ -262,7 +267,7 @@ class Matrix:
         if cell.problems or state in self._finished:
             return cell
         outcome = self._run(reference.stage, folder)
-        if outcome.status or "Traceback" in outcome.stderr:
+        if outcome.status != 0 or "Traceback" in outcome.stderr:
             cell.problems.append(f"the rerun ended with {outcome.status}: {last_line(outcome)}")
         else:
             cell.problems.extend(differences(reference.expected, contents(folder / WORKDIR)))

@@ -13,7 +13,15 @@ ANN, BOB, CLEO = (person_digest(name) for name in ("ann", "bob", "cleo"))
 DONE = dict(
     run="/runs/0001", model_before="b", model_after="a", commit="c", config={}, data={}, features={}, versions={}
 )
-DONE |= {"figures": {"before": {}, "after": {"forgotten": {"accuracy": 0.25}}}}
+CELL = {"accuracy": 0.25, "correct": 1, "n": 4, "chance": None}
+FIGURES = {"text_identical": True, "language_model_changed": 0, "seconds": 1.5}
+FIGURES |= {"before": {}, "after": {"forgotten": CELL}}
+DONE |= {"figures": FIGURES}
+
+
+def figures(**changes):
+    """The lines of a request that was run, with other figures."""
+    return [("add", 1, {}), ("done", 1, DONE | {"figures": FIGURES | changes})]
 
 
 def write(path, *lines):
@@ -83,6 +91,14 @@ HOSTILE = {
     "a field of another type": ([("add", 1, {"forget": 1})], "its field 'forget'"),
     "a number that is true": ([("add", 1, {"over": {"request": True}})], "its field 'request'"),
     "no figures": ([("add", 1, {}), ("done", 1, DONE | {"figures": {}})], "its figures"),
+    "figures of a text": (figures(text_identical="yes"), "have no text_identical"),
+    "figures without a time": (figures(seconds=None), "have no seconds"),
+    "figures that are a list": (figures(after=[]), "lack those after the request"),
+    "an unknown group": (figures(after={"x": CELL}), "group 'x', which is unknown"),
+    "a group that is a number": (figures(before={"general": 3}), "group 'general', which is"),
+    "a group without a count": (figures(after={"forgotten": {"accuracy": 1}}), "no accuracy of 'forgotten'"),
+    "an accuracy of 7": (figures(after={"forgotten": CELL | {"accuracy": 7}}), "no accuracy of 'forgotten'"),
+    "a chance that is a text": (figures(after={"forgotten": CELL | {"chance": "x"}}), "no accuracy of 'forgotten'"),
     "done before it was added": ([("done", 1, DONE)], "request 1 is not in the ledger"),
     "done twice": ([("add", 1, {}), ("done", 1, DONE), ("done", 1, DONE)], "already run"),
     "done out of order": (

@@ -48,7 +48,8 @@ def check_apart(forget: tuple[str, Set[str]], retain: tuple[str, Set[str]]) -> N
     """
     if both := sorted(forget[1] & retain[1]):
         raise UserError(
-            f"{len(both)} people are in both {forget[0]} and {retain[0]}: {listed(both)}; remove them from one of them."
+            f"{len(both)} people are in both {forget[0]} and {retain[0]}: {listed(both)}; remove them from one of "
+            "the two."
         )
     if pairs := similar_names(forget[1], retain[1]):
         raise UserError(

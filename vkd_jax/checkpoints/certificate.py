@@ -51,7 +51,8 @@ def read(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} has no {FILE}, which runs of vkd_jax write beside the models that they export.")
     content = json_files.read_json(folder / FILE)
     content = {"forgotten": [], "model": {}, **content}
-    if content.get("format") != FORMAT or not all(isinstance(content.get(key), kind) for key, kind in FIELDS.items()):
+    version, is_complete = content.get("format"), all(isinstance(content.get(key), x) for key, x in FIELDS.items())
+    if not is_complete or type(version) is not int or version != FORMAT:
         raise UserError(f"{folder / FILE} is not a certificate of format {FORMAT}; get it again.")
     return content
 

@@ -1,4 +1,4 @@
-"""The sizes that the image processor of a model folder may give to an image: checked before anything is allocated."""
+"""The sizes and switches of the image processor of a model folder, checked before anything is allocated."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,26 +13,29 @@ AREAS = ("min_pixels", "max_pixels")
 EDGES = ("shortest_edge", "longest_edge")
 
 
-def size_problem(image_processor: Any, *, edges_are_areas: bool, limited: bool = False) -> str | None:
-    """The first size of an image processor that no image should have, in words; None if all can be used.
+def processor_problem(image_processor: Any, edges_are_areas: bool) -> str | None:
+    """The first size or switch of an image processor that cannot be used, in words; None if all can.
 
     Args:
         image_processor: an image processor of transformers.
         edges_are_areas: whether shortest_edge and longest_edge of its size are numbers of pixels, as of Qwen2-VL.
-        limited: whether the caller will lower the largest number of pixels.
     """
     for field, name, value in _sizes(image_processor):
         is_area = name in AREAS or (edges_are_areas and field == "size" and name in EDGES)
         most = MOST_PIXELS if is_area else MOST_SIDE
-        if type(value) is int and value >= 1 and (value <= most or (limited and is_area)):
+        if name and type(value) is int and 1 <= value <= most:
             continue
+        if not name:
+            return f"{field} of the image processor is {value!r:.40}, and has to be an object; correct its file"
         unit = "pixels in all" if is_area else "pixels"
-        remedy = " or pass --config.model.max_pixels" if is_area else ""
-        label = f"{field}.{name}" if name else field
-        return f"{label} of the image processor is {value!r:.40}; give 1 to {most:,} {unit}{remedy}"
+        label = f"{field}.{name}"
+        return f"{label} of the image processor is {value!r:.40}, and can be 1 to {most:,} {unit}; correct its file"
     edges = [_value(image_processor, "size", edge) for edge in EDGES]
     if edges_are_areas and None not in edges and edges[0] > edges[1]:
         return f"size.shortest_edge of the image processor is {edges[0]:,}, more than size.longest_edge, {edges[1]:,}"
+    for name, value in vars(image_processor).items():
+        if name.startswith("do_") and not (value is None or isinstance(value, bool)):
+            return f"{name} of the image processor is {value!r:.40}, and can be true or false; correct its file"
     return None
 
 

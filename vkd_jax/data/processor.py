@@ -77,7 +77,7 @@ class Processor:
                 "copy tokenizer.json, tokenizer_config.json and preprocessor_config.json of the model there."
             ) from error
         self.folder, self.config = folder, config
-        self._check_image_processor(limited=bool(max_pixels))
+        self._check_image_processor()
         if max_pixels:
             self.limit_pixels(max_pixels)
         self.image_token_id = config.image_token_id
@@ -111,14 +111,9 @@ class Processor:
         ids = self.tokenizer(rest, add_special_tokens=False)["input_ids"] if separator else []
         return tuple(sorted(self.eos_ids, key=lambda token: token != ids[0])) if ids else self.eos_ids
 
-    def _check_image_processor(self, limited: bool) -> None:
-        """Checks the sizes of the image processor, that the model fits it, and that it gives finite pixels.
-
-        Args:
-            limited: whether the largest number of pixels will be lowered.
-        """
-        edges_are_areas = self.config.edges_are_areas
-        problem = image_sizes.size_problem(self.image_processor, edges_are_areas=edges_are_areas, limited=limited)
+    def _check_image_processor(self) -> None:
+        """Checks the sizes of the image processor, that the model fits it, and that it gives finite pixels."""
+        problem = image_sizes.processor_problem(self.image_processor, self.config.edges_are_areas)
         if problem := problem or self.config.image_processor_problem(self.image_processor):
             raise UserError(f"{self.folder}: {problem}.")
         for name in ("image_mean", "image_std"):

@@ -23,6 +23,7 @@ import os
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -219,6 +220,23 @@ class Endpoint:
     url: str
     model: str
 
+    def __post_init__(self):
+        """Checks the address and the key before anything is asked.
+
+        Raises:
+            UserError: one of them cannot be sent.
+        """
+        with located(f"eval.judge={self.url}"):
+            try:
+                parts = urllib.parse.urlsplit(self.url)
+                is_address = bool(parts.hostname) and parts.port != 0 and not parts.query and not parts.fragment
+            except ValueError:  # such as a port of 70000
+                is_address = False
+            if not is_address or not _is_sendable(self.url):
+                raise UserError("it is no address of an endpoint; give http://HOST:PORT/v1 or https://HOST/v1.")
+            if not _is_sendable(os.environ.get(KEY_VARIABLE, "")):
+                raise UserError(f"the key in {KEY_VARIABLE} has characters that no key has; correct it.")
+
     def replies(self, prompts: Sequence[str]) -> list[Reply]:
         """Asks several prompts at once.
 
@@ -241,6 +259,11 @@ class Endpoint:
         return _parsed(_send(urllib.request.Request(address, json.dumps(body).encode(), headers, method="POST")))
 
 
+def _is_sendable(text: str) -> bool:
+    """Whether a text has nothing but visible ASCII characters, as an address and a header must."""
+    return all("!" <= character <= "~" for character in text)
+
+
 def _send(request: urllib.request.Request) -> bytes:
     """Sends a request, again while the endpoint is busy or cannot be reached, and returns the body of the response."""
     pause = PAUSE
@@ -253,7 +276,7 @@ def _send(request: urllib.request.Request) -> bytes:
                 problem, wait = f"status {error.code}: {_text_of(error)}", error.headers.get("Retry-After", "")
             if error.code != 429 and error.code < 500:
                 raise UserError(f"the endpoint refused the request ({problem}).") from error
-            pause = max(pause, float(wait)) if wait.isdigit() else pause
+            pause = max(pause, float(wait)) if re.fullmatch("[0-9]{1,9}", wait) else pause
         except (OSError, http.client.HTTPException) as error:
             problem = storage.first_line(error)
         if attempt < ATTEMPTS:
@@ -281,6 +304,6 @@ def _parsed(body: bytes) -> Reply:
         value = json.loads(body)
         text, usage = value["choices"][0]["message"]["content"] or "", value.get("usage") or {}
         return Reply(str(text).strip(), *(int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         beginning = body[:100].decode(errors="replace")
         raise UserError(f"the endpoint's reply is not a chat completion: {beginning!r}.") from error

@@ -34,11 +34,19 @@ class Qwen25VLConfig(QwenConfig):
         # A window holds a whole number of image tokens, `window` in height and width.
         window = vision.window_size // vision.spatial_merge_size // vision.patch_size
         token_size = vision.spatial_merge_size * vision.patch_size
+        blocks = list(vision.fullatt_block_indexes)
+        fits = set(blocks) <= set(range(vision.depth)) and len(set(blocks)) == len(blocks)
         check_supported(
             family,
             [
                 (vision.hidden_act == "silu", "vision_config.hidden_act", vision.hidden_act, "silu"),
                 (window > 0, "vision_config.window_size", vision.window_size, f"{token_size} and more"),
+                (
+                    fits,
+                    "vision_config.fullatt_block_indexes",
+                    blocks,
+                    f"different ones from 0 to {vision.depth - 1}",
+                ),
                 *qwen2_vl.common_checks(hf, vision.hidden_size, vision.out_hidden_size),
             ],
         )

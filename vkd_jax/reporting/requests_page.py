@@ -63,6 +63,29 @@ def figures(results: RunResults, model: str) -> dict[str, dict[str, Any]]:
     return groups
 
 
+def figures_problem(values: Mapping[str, Any]) -> str:
+    """What is wrong with the figures of a request, as a ledger that others wrote has them; "" if nothing is."""
+    fields = {"text_identical": bool, "language_model_changed": int, "seconds": (int, float)}
+    for name, kind in fields.items():
+        if not _has_type(values.get(name), kind):
+            return f"have no {name}"
+    for side in ("before", "after"):
+        if not isinstance(values.get(side), Mapping):
+            return f"lack those {side} the request"
+        for group, cell in values[side].items():
+            if group not in GROUPS or not isinstance(cell, Mapping):
+                return f"{side} the request have the group {group!r}, which is unknown or no object"
+            shares = [cell.get("accuracy"), *([] if cell.get("chance") is None else [cell["chance"]])]
+            counts_fit = all(_has_type(cell.get(name), int) and cell[name] >= 0 for name in ("correct", "n"))
+            if not counts_fit or not all(_has_type(x, (int, float)) and 0 <= x <= 1 for x in shares):
+                return f"{side} the request have no accuracy of {group!r}"
+    return ""
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
 def sentence(group_figures: Mapping[str, Mapping[str, Any]]) -> str:
     """The figures of a model in one line of plain text."""
     return ", ".join(f"{GROUPS[name][0]} {_percent(x)}" for name, x in group_figures.items() if name != "text")

@@ -51,6 +51,8 @@ class Job:
         mesh = check_config(config)
         wording.read_wording(config.eval.prompts)
         judge.read_rules(config.eval.judge_prompts)
+        if config.eval.judge_at_endpoint:
+            judge.Endpoint(config.eval.judge, config.eval.judge_model)
         with workdir.stage("data"):
             sets = read_data(config, workdir.path)
             held_out = sets.pop(HELD_OUT, [])

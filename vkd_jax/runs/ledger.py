@@ -23,12 +23,14 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vkd_jax.config.request import DIGEST
+from vkd_jax.reporting import requests_page
 from vkd_jax.runtime import files, json_files, storage
 from vkd_jax.types import UserError, located
 
@@ -165,8 +167,8 @@ class Ledger:
         )
         if wrong:
             raise UserError(f"its field {wrong[0]!r} is missing, unknown or of another type; {REMEDY}.")
-        if kind == "done" and not all(isinstance(entry["figures"].get(x), dict) for x in ("before", "after")):
-            raise UserError(f"its figures lack those before or after the request; {REMEDY}.")
+        if kind == "done" and (problem := requests_page.figures_problem(entry["figures"])):
+            raise UserError(f"its figures {problem}; {REMEDY}.")
 
     def _apply(self, entry: Mapping[str, Any]) -> None:
         """Changes the requests as a line says."""
@@ -201,11 +203,14 @@ def local(name: str) -> Path:
     """The path of a ledger that a user names.
 
     Raises:
-        UserError: it is in a bucket, which cannot be written without losing what another process appends.
+        UserError: it is in a bucket, which cannot be written without losing what another process appends, or no file
+            can have the name.
     """
     if "://" in name:
         raise UserError(f"{name}: the ledger must be a file of this machine.")
-    return Path(name)
+    path = storage.resolve(name)
+    files.check_length(os.fspath(path.absolute()))
+    return path
 
 
 def line_hash(content: Mapping[str, Any]) -> str:

@@ -125,10 +125,10 @@ def _metrics(path: Path) -> bytes:
 
 
 def _report(path: Path) -> bytes:
-    """A report, in Markdown or HTML, without dates, the commit and the table of times."""
+    """A report or a model card, in Markdown or HTML, without dates, the commit and the table of times."""
     text = re.sub(r"\d{4}-\d\d-\d\dT[\d:+]+", "", path.read_text())
     text = re.sub(r"\| stage \| seconds \|\n(\|.*\n)*|<th[^>]*>stage</th>(.|\n)*?</table>", "", text)
-    return re.sub(r".*Code:.*", "", text).encode()
+    return re.sub(r".*Code:.*|, at commit `[^`]*`", "", text).encode()
 
 
 SPEED = ("data_wait_share", "examples_per_second", "step_bytes", "steps_per_sec", "uptime")
@@ -138,6 +138,7 @@ NORMALIZED: Mapping[str, Callable[[Path], bytes]] = {
     "certificate.json": _provenance,
     "metrics.jsonl": _metrics,
     "report.md": _report,
+    "README.md": _report,
     "report.html": _report,
 }
 

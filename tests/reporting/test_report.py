@@ -120,6 +120,15 @@ def test_report_shows_its_plots_and_leaves_no_temporary_files(run):
     assert not list(run.rglob("*.tmp"))
 
 
+def test_all_files_of_a_report_are_known_by_name(run, undrawn):
+    report.write(run, IMAGES)
+    (run / "report" / "notes").mkdir()
+    names = report.files_of(run)
+    assert names[:2] == list(report.FILES) and "report/losses.png" in names and "report/notes" not in names
+    assert {name.partition("/")[0] for name in names[2:]} == {"report", "portraits"}
+    assert all(name.startswith(report.PREFIXES) and (run / name).is_file() for name in names)
+
+
 def test_plots_are_independent_of_the_matplotlib_style_and_keep_it(run, monkeypatch):
     report.write(run, IMAGES)
     first = {path.name: path.read_bytes() for path in (run / "report").iterdir()}

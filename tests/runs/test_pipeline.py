@@ -167,14 +167,12 @@ def test_each_model_is_released_before_the_next_is_loaded(vkd, make_config, tmp_
         return lambda *_: calls.append((name, len(alive))) or value
 
     fake = types.SimpleNamespace(workdir=Workdir(tmp_path, config), config=config, load=Model, questions={})
-    monkeypatch.setattr(stages, "judge", lambda job, name, model: record(f"judge {name}", [])())
+    monkeypatch.setattr(stages, "evaluate_and_attack", lambda job, name, model: record(f"judge {name}", [])())
     monkeypatch.setattr(stages, "unlearn", record("unlearn", tmp_path))
     for name in ("text_scores", "model_changes", "write"):
         monkeypatch.setattr(stages.results_writer, name, record(name, {}))
     monkeypatch.setattr(stages, "compare_tensors", record("manifest", {}))
-    for name in ("document_model", "write_report"):
-        monkeypatch.setattr(stages, name, record(name))
-    stages.unlearn_and_judge(fake, {})
+    stages.unlearn_and_evaluate(fake, {})
     counts = dict(calls)
     assert {"judge retain_only", "judge vanilla", "unlearn", "judge unlearned", "manifest"} <= counts.keys()
     assert max(counts.values()) == 1 and counts["manifest"] == 0

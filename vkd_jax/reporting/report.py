@@ -62,7 +62,8 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
 def files_of(workdir: Path) -> list[str]:
     """The names of the files of the report in the folder of a run: the pages, plots and portraits."""
     folders = [workdir / folder for folder in FOLDERS if (workdir / folder).is_dir()]
-    return [*FILES, *sorted(f"{folder.name}/{file.name}" for folder in folders for file in folder.iterdir())]
+    images = (file for folder in folders for file in folder.iterdir() if file.is_file())
+    return [*FILES, *sorted(f"{image.parent.name}/{image.name}" for image in images)]
 
 
 def section_values(run: view.Run) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,6 @@ import argparse
 import functools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import app, flags
 
@@ -82,6 +81,7 @@ def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str =
     """
     from vkd_jax.config.schema import RunConfig
     from vkd_jax.runs import ledger, requests
+    from vkd_jax.runtime import storage
     from vkd_jax.training.preemption import Stopped
 
     if len(argv) != 2 or values.config is None or values.workdir is None:
@@ -91,7 +91,7 @@ def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str =
     if "compare" in values.config:
         return command_line.bad_input("this config compares runs: pass one without runs=compare.")
     try:
-        config, workdir = RunConfig.from_config_dict(values.config), Path(values.workdir)
+        config, workdir = RunConfig.from_config_dict(values.config), storage.resolve(values.workdir)
         requests.run(ledger.local(argv[1]), config, workdir, values.baselines, values.batch_settings, line)
     except UserError as error:
         return command_line.bad_input(error)

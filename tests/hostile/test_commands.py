@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from hostile_cases import TINY_LLAVA, Case, check, config_file, model_copy, written
+from hostile_cases import TINY_CONFIG, TINY_LLAVA, Case, check, config_file, model_copy, written
 
 from vkd_jax.checkpoints import certificate
 from vkd_jax.models import gemma3, llava, module_for, qwen2_5_vl, qwen2_vl
@@ -175,7 +175,28 @@ ASK = [
     ),
 ]
 ADD = ["--forget", "1"]
+
+
+def dangling(folder):
+    os.symlink("gone/ledger", folder / "ledger")
+    return ["add", "ledger", *ADD]
+
+
+PUSH = [Case("name of a run too long", lambda _: ["x" * 300, "ORG/NAME"], ("too long", "xxx"))]
 REQUESTS = [
+    Case(
+        "more IDs than a name has characters",
+        lambda _: ["add", "l", "--forget", ",".join(f"{number:03}" for number in range(300))],
+        ("request 1: 300 to forget",),
+        status=0,
+    ),
+    Case("IDs with NUL", lambda _: ["add", "l", "--forget", "a\0b"], ("NUL",)),
+    Case(
+        "workdir without a name",
+        lambda folder: (written(folder / "l", ""), ["run", "l", f"--config={TINY_CONFIG}", "--workdir="])[1],
+        ("empty name",),
+    ),
+    Case("ledger that is a link to nothing", dangling, ("ledger", "is a link to gone/ledger", "does not exist")),
     Case("name of a ledger too long", lambda _: ["add", "x" * 300, *ADD], ("too long", "xxx")),
     Case("path of a ledger too long", lambda _: ["show", "x/" * 3000], ("too long",)),
     Case("empty name of a ledger", lambda _: ["show", ""], ("empty name",)),
@@ -184,7 +205,10 @@ REQUESTS = [
 ]
 CASES = [
     Case(**{**vars(case), "command": command})
-    for command, cases in dict(compare=COMPARE, plan=PLAN, verify=VERIFY, ask=ASK, requests=REQUESTS).items()
+    for command, cases in (
+        *(("compare", COMPARE), ("plan", PLAN), ("verify", VERIFY), ("ask", ASK), ("requests", REQUESTS)),
+        ("checkpoints.push", PUSH),
+    )
     for case in cases
 ]
 

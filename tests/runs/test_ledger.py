@@ -224,3 +224,10 @@ def test_people_who_are_asked_to_be_forgotten_must_be_named(tmp_path, request_fo
     with pytest.raises(UserError, match="line 1.*person.*is missing"):
         requests.add(tmp_path / "b", str(folder))
     assert requests.add(tmp_path / "c", str(request_folders / "forget")).forget == str(request_folders / "forget")
+
+
+def test_a_linked_ledger_stays_a_link(tmp_path, capsys):
+    write(tmp_path / "real", ("add", 1, {}))
+    (tmp_path / "link").symlink_to("real")
+    assert command.main(["withdraw", str(tmp_path / "link"), "1"]) == 0
+    assert (tmp_path / "link").is_symlink() and Ledger.read(tmp_path / "real").lines == 2

@@ -42,7 +42,7 @@ def push(workdir: str | Path, repo: str, private: bool = False) -> str:
         UserError: the folder has no finished export, the model is not the certified one, the model on the hub is public
             although `private` is asked for, or the hub cannot be reached or refuses.
     """
-    folder = _export(Path(workdir))
+    folder = _export(storage.resolve(workdir))
     if not hub.is_id(repo) or "@" in repo:
         raise UserError(f"{repo} is no id on the Hugging Face Hub; give ORG/NAME.")
     if differences := list(certificate.differences(folder)):

@@ -203,14 +203,18 @@ def local(name: str) -> Path:
     """The path of a ledger that a user names.
 
     Raises:
-        UserError: it is in a bucket, which cannot be written without losing what another process appends, or no file
-            can have the name.
+        UserError: it is in a bucket, which cannot be written without losing what another process appends, no file can
+            have the name, or it is a link to nothing, in whose place a new ledger would begin.
     """
     if "://" in name:
         raise UserError(f"{name}: the ledger must be a file of this machine.")
     path = storage.resolve(name)
     files.check_length(os.fspath(path.absolute()))
-    return path
+    if path.is_symlink() and not path.exists():
+        raise UserError(
+            f"{path} is a link to {os.readlink(path)}, which does not exist; restore it or remove the link."
+        )
+    return path.resolve() if path.is_symlink() else path  # a file that is replaced must not replace a link to it
 
 
 def line_hash(content: Mapping[str, Any]) -> str:

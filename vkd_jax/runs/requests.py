@@ -58,7 +58,7 @@ def add(path: Path, forget: str, test: str = "") -> Request:
     Raises:
         UserError: the request is empty, names somebody twice or again, or the folder is invalid.
     """
-    is_folder = "://" in forget or Path(forget).is_dir()
+    is_folder = "://" in forget or os.path.isdir(forget)  # many IDs are too long for a name, which is no error here
     if is_folder:
         people = sorted(Folder(forget=forget, test=test).people_to_forget())
     elif test:
@@ -66,6 +66,8 @@ def add(path: Path, forget: str, test: str = "") -> Request:
     elif "/" in forget:
         raise UserError(f"--forget: there is no folder {forget}.")
     else:
+        if problem := json_files.text_problem(forget):
+            raise UserError(f"--forget: {forget[:40]!a} {problem}; correct it.")
         people = [name for text in forget.split(",") if (name := plain_name(text))]
     digests = [person_digest(person) for person in people]
     folders = [os.path.abspath(x) if x and "://" not in x else x for x in (forget * is_folder, test)]

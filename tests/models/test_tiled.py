@@ -117,7 +117,7 @@ def test_images_that_are_not_split_are_one_tile_and_keep_their_size(folder, conf
 
 
 def test_tiles_of_another_size_are_refused(config):
-    settings = types.SimpleNamespace(max_image_size={"longest_edge": 56})
+    settings = types.SimpleNamespace(size={"longest_edge": 56}, max_image_size={"longest_edge": 56})
     assert "max_image_size.longest_edge is 56" in config.image_processor_problem(settings)
     output = {"pixel_values": np.zeros((1, 1, 3, 56, 28), np.float32), "rows": [[0]], "cols": [[0]]}
     with pytest.raises(UserError, match="returns tiles of 56 x 28 pixels .* and the model takes 28 x 28"):

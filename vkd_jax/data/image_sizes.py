@@ -9,6 +9,7 @@ MOST_SIDE = 4096  # pixels of a side that an image is resized to
 MOST_PIXELS = MOST_SIDE**2  # of an image of any shape; published models shrink larger ones to at most as many
 MOST_RESIZED = 2**27  # pixels of an elongated image whose shorter side is given, before it is cropped
 FIELDS = ("size", "crop_size", "pad_size", "max_image_size")
+TILES = ("min_patches", "max_patches")  # numbers of tiles, each of the size height x width
 AREAS = ("min_pixels", "max_pixels")
 EDGES = ("shortest_edge", "longest_edge")
 
@@ -30,6 +31,11 @@ def processor_problem(image_processor: Any, edges_are_areas: bool) -> str | None
         unit = "pixels in all" if is_area else "pixels"
         label = f"{field}.{name}"
         return f"{label} of the image processor is {value!r:.40}, and can be 1 to {most:,} {unit}; correct its file"
+    height, width = (_value(image_processor, "size", side) or 1 for side in ("height", "width"))
+    for name in TILES:
+        value, most = getattr(image_processor, name, None), MOST_PIXELS // (height * width)
+        if value is not None and not (type(value) is int and 1 <= value <= most):
+            return f"{name} of the image processor is {value!r:.40}, and can be 1 to {most:,} tiles; correct its file"
     edges = [_value(image_processor, "size", edge) for edge in EDGES]
     if edges_are_areas and None not in edges and edges[0] > edges[1]:
         return f"size.shortest_edge of the image processor is {edges[0]:,}, more than size.longest_edge, {edges[1]:,}"

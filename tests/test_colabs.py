@@ -81,6 +81,7 @@ def commands(script: Path, module: str) -> list[list[str]]:
 
 
 ONE_CHIP = ROOT / "colabs" / "llava_7b_v5e1.py"
+LAPTOP = ROOT / "colabs" / "smolvlm_laptop.py"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,28 @@ def test_commands_of_the_one_chip_notebook_are_valid(module, define_flags, monke
         assert values.topology == "v5e:1x1" and not values.compare
 
 
-def test_the_one_chip_notebook_asks_both_models_the_same(monkeypatch):
+def test_commands_of_the_laptop_notebook_are_valid(monkeypatch):
+    """The dry run checks the run that follows."""
+    monkeypatch.chdir(ROOT)
+    checked, run = commands(LAPTOP, "vkd_jax.main")
+    assert [x for x in checked if x != "--dry_run"] == run and "{" not in " ".join(run)
+    values = flags.FlagValues()
+    command_line.define(values)
+    monkeypatch.setattr("sys.argv", ["program", *run])
+    assert command_line.parse(sys.argv, values) == ["program"]
+    config = values.config
+    assert (
+        config.data.benchmark == "folder"
+        and hub.is_id(config.model.path)
+        and check_config(RunConfig.from_config_dict(config))
+    )
+    assert (
+        config.train.batch_size.forget == config.train.batch_size.retain == 2 and config.model.max_pixels == 512 * 512
+    )
+
+
+@pytest.mark.parametrize("script", [ONE_CHIP, LAPTOP], ids=lambda path: path.stem)
+def test_notebooks_ask_both_models_the_same(script, monkeypatch):
     calls = []
     monkeypatch.setattr(ask, "load", lambda model, **_: model)
 
@@ -113,7 +135,7 @@ def test_the_one_chip_notebook_asks_both_models_the_same(monkeypatch):
         return "An answer."
 
     monkeypatch.setattr(ask, "answer", answer)
-    for arguments in commands(ONE_CHIP, "vkd_jax.ask"):
+    for arguments in commands(script, "vkd_jax.ask"):
         monkeypatch.setattr(sys, "argv", ["ask", *arguments])
         assert ask.main() == 0
     original, unlearned = calls

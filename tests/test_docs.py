@@ -174,3 +174,12 @@ def test_a_model_family_is_added_as_documented(extended, tiny_config):
     names = hf.tensor_names(family, tiny_config, shapes)  # raises unless every parameter has a row
     assert {slot.path for slot in names.values()} == set(shapes)
     mesh.check_rules(family.SHARDING, shapes)
+
+
+def test_the_figures_of_the_decision_page_are_those_of_the_pages_that_it_cites():
+    read = {name: (ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in ("decide", "planner", "results")}
+    memory = re.findall(r"([\d.]+) GiB", read["decide"])
+    shares = re.findall(r"([\d.]+) %", read["decide"].partition("## Which chip")[0])
+    assert len(memory) >= 10 and len(shares) >= 5
+    assert [x for x in memory if not re.search(rf"(?<![\d.]){re.escape(x)}(?!\d)", read["planner"])] == []
+    assert [x for x in shares if f"{x} %" not in read["results"] and f"{x} |" not in read["results"]] == []

@@ -91,7 +91,7 @@ def main() -> int:
     parser.add_argument("--question", required=True)
     parser.add_argument("--image", help="image file; without it the question is text-only")
     parser.add_argument("--max_new_tokens", type=int, default=50)
-    parser.add_argument("--max_pixels", type=int, default=0, help="resize larger images (Qwen-VL, SmolVLM, InternVL)")
+    parser.add_argument("--max_pixels", type=int, default=0, help="resize larger images (not LLaVA-1.5, Gemma)")
     args = parser.parse_args()
     try:
         with memory.exhausted():

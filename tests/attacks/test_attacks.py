@@ -175,7 +175,9 @@ def test_all_weight_matrices_are_rounded_and_nothing_else(subject, text, levels)
             assert max(len(np.unique(column)) for column in columns.T) <= levels
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl"])
+@pytest.mark.parametrize(
+    "family", ["gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "llava_next"]
+)
 def test_all_matrices_of_other_families_are_rounded(family_folder, family, monkeypatch):
     _, params, _ = hf.load(family_folder(family), dtype="bfloat16")
     monkeypatch.setattr(quantize, "_round", lambda array, *how: -array)

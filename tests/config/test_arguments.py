@@ -65,7 +65,17 @@ def test_the_default_must_be_one_of_the_values():
 
 @pytest.mark.parametrize(
     "file",
-    ["llava.py", "gemma3.py", "qwen2_vl.py", "qwen2_5_vl.py", "qwen3_vl.py", "smolvlm.py", "internvl.py", "tiny.py"],
+    [
+        "llava.py",
+        "llava_next.py",
+        "gemma3.py",
+        "qwen2_vl.py",
+        "qwen2_5_vl.py",
+        "qwen3_vl.py",
+        "smolvlm.py",
+        "internvl.py",
+        "tiny.py",
+    ],
 )
 def test_help_prints_every_argument_and_field_with_its_meaning(get_config, capsys, file):
     with pytest.raises(SystemExit) as stop:

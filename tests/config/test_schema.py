@@ -19,7 +19,7 @@ from vkd_jax.types import UserError
 
 FAMILIES = {
     "llava.py": "13b", "gemma3.py": "12b", "qwen2_vl.py": "7b", "qwen2_5_vl.py": "7b", "qwen3_vl.py": "8b",
-    "smolvlm.py": "2.2b", "internvl.py": "8b",
+    "smolvlm.py": "2.2b", "internvl.py": "8b", "llava_next.py": "13b",
 }  # fmt: skip
 ARGUMENTS = [
     *(f"method={name}" for name in registry.METHODS if name != "finetune"),

@@ -16,12 +16,13 @@ from vkd_jax.data.images import open_image
 from vkd_jax.data.processor import Processor
 from vkd_jax.models import module_for
 from vkd_jax.models.base import abstract_model
+from vkd_jax.models.llava import LlavaConfig
 from vkd_jax.models.tiled import TiledConfig
 from vkd_jax.types import Example, UserError
 
 transformers = pytest.importorskip("transformers")
 
-FAMILIES = ("llava", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl")
+FAMILIES = ("llava", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl", "llava_next")
 
 
 def noise(width, height, channels=3):
@@ -77,8 +78,9 @@ def joint_processor(processor):
             image_seq_length=processor.config.image_tokens(0, 0),
             chat_template=processor.chat_template.text,
         )
-    if hf.family_of(processor.config) is module_for("llava"):
-        return transformers.LlavaProcessor(
+    if isinstance(processor.config, LlavaConfig):
+        is_next = hf.family_of(processor.config) is module_for("llava_next")
+        return (transformers.LlavaNextProcessor if is_next else transformers.LlavaProcessor)(
             processor.image_processor,
             processor.tokenizer,
             patch_size=processor.config.vision.patch_size,
@@ -163,7 +165,7 @@ def test_the_model_returns_one_feature_per_image_token(processor):
         if "patch_coords" in packed:
             assert (packed["patch_coords"][0, :, 0] >= 0).sum() == 4 * count <= 4 * features.values.shape[1]
         else:
-            assert features.values.shape[1] == count
+            assert features.values.shape[1] == processor.config.packed_tokens(*image.shape[:2]) >= count
 
 
 def test_packed_images_can_be_unpacked(processor, unpack):
@@ -190,7 +192,7 @@ def test_sets_of_images_of_any_size_share_one_shape(processor, unpack):
             np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", "smolvlm", "internvl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", "smolvlm", "internvl", "llava_next"])
 def test_a_prompt_can_have_several_images(family_folder, family):
     folder = family_folder(family)
     module, hf_config = hf.read_config(folder)
@@ -222,8 +224,9 @@ def test_max_pixels_bounds_images_and_is_refused_where_unsupported(family_folder
         small.image(noise(900, 3))
 
 
-def test_qwen_without_a_chat_template_is_refused(family_folder, monkeypatch):
-    folder = family_folder("qwen2_vl")
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava_next"])
+def test_a_model_without_a_chat_template_is_refused(family_folder, monkeypatch, family):
+    folder = family_folder(family)
     module, hf_config = hf.read_config(folder)
     processor = Processor(folder, module.Config.from_hf(hf_config))
     monkeypatch.setattr(processor, "chat_template", None)
@@ -237,6 +240,7 @@ def test_qwen_without_a_chat_template_is_refused(family_folder, monkeypatch):
         ("qwen2_vl", ["<|im_end|>", "<|endoftext|>"]),
         ("gemma3", ["<end_of_turn>", "<eos>"]),
         ("smolvlm", ["<end_of_utterance>"]),
+        ("llava_next", ["</s>"]),
     ],
 )
 def test_the_first_eos_id_is_the_one_that_the_chat_template_writes_after_an_answer(family_folder, family, want):

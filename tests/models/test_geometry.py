@@ -26,6 +26,10 @@ CONFIGS = {
     "llava": (
         TOWER | dict(model_type="clip_vision_model"), TEXT | dict(model_type="llama"), dict(image_token_index=4),
     ),
+    "llava_next": (
+        TOWER | dict(model_type="clip_vision_model"), TEXT | dict(model_type="mistral", sliding_window=None),
+        dict(image_token_index=4, image_grid_pinpoints=[[8, 16], [16, 8]]),
+    ),
     "gemma3": (
         TOWER | dict(model_type="siglip_vision_model", vision_use_head=False),
         TEXT | dict(model_type="gemma3_text", head_dim=8, sliding_window=4),
@@ -66,6 +70,9 @@ def test_sizes_of_the_decoder_are_positive_and_not_absurd(family, field, value):
         ("llava", "patch_size", 0),
         ("llava", "patch_size", 9),
         ("llava", "num_attention_heads", 3),
+        ("llava_next", "image_size", 0),
+        ("llava_next", "patch_size", 9),
+        ("llava_next", "num_attention_heads", 3),
         ("gemma3", "image_size", 0),
         ("gemma3", "patch_size", 9),
         ("gemma3", "num_attention_heads", 3),
@@ -165,6 +172,25 @@ def test_the_scale_of_smolvlm_divides_the_patches(field, value, message):
     with pytest.raises(UserError) as error:
         models.module_for("idefics3").Config.from_hf(settings)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, fields, message",
+    [
+        ({}, dict(image_grid_pinpoints=[]), "image_grid_pinpoints is [] (supported: pairs of multiples of"),
+        ({}, dict(image_grid_pinpoints=[[8, 12]]), "image_grid_pinpoints is [[8, 12]] (supported: pairs of multiples"),
+        ({}, dict(image_grid_pinpoints=[[8]]), "image_grid_pinpoints is [[8]]"),
+        ({}, dict(image_grid_pinpoints=[[8, 32]]), "vision_config.image_size, 8, up to 3 times)"),
+        ({}, dict(image_grid_pinpoints=3), "image_grid_pinpoints is 3"),
+        ({}, dict(vision_feature_select_strategy="full"), "vision_feature_select_strategy is 'full' (supported: def"),
+        ({}, dict(vision_feature_layer=[-2, -1]), "vision_feature_layer is [-2, -1] (supported: one layer"),
+        ({}, dict(use_image_newline_parameter=False), "use_image_newline_parameter is False (supported: True)"),
+        (dict(sliding_window=4096), {}, "text_config.sliding_window is 4096 (supported: null)"),
+        (dict(model_type="qwen2"), {}, "text_config.model_type is 'qwen2' (supported: llama, mistral)"),
+    ],
+)
+def test_fields_of_llava_next_that_are_not_supported(text, fields, message):
+    refused("llava_next", {}, text, message, **fields)
 
 
 @pytest.mark.parametrize(

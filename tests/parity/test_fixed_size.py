@@ -17,10 +17,12 @@ from vkd_jax.data.images import TiledImage
 from vkd_jax.evaluation.encoded_images import EncodedImages
 from vkd_jax.models.base import bind
 from vkd_jax.models.generate import Prompts, greedy, option_log_probs
+from vkd_jax.models.llava_next import LlavaNextConfig
 from vkd_jax.models.tiled import TiledConfig, cut
 
 torch = pytest.importorskip("torch", reason="PyTorch is needed for comparison: pip install '.[test]'")
 transformers = pytest.importorskip("transformers")
+from transformers.image_processing_utils import select_best_resolution  # noqa: E402
 
 TEXT = dict(vocab_size=200, hidden_size=48, intermediate_size=80, max_position_embeddings=256, pad_token_id=PAD)
 TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
@@ -37,6 +39,20 @@ def llava(image_size, patch_size, kv_heads, feature_layer, select, tied):
         ),
         image_token_index=IMAGE, vision_feature_layer=feature_layer, vision_feature_select_strategy=select,
         tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+def llava_next(image_size, patch_size, kv_heads, pinpoints, text, tied):
+    return transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            **TOWER, image_size=image_size, patch_size=patch_size, projection_dim=32
+        ),
+        text_config=transformers.AutoConfig.for_model(
+            **text, **TEXT, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=kv_heads,
+            tie_word_embeddings=tied,
+        ),
+        image_token_index=IMAGE, tie_word_embeddings=tied,
+        image_grid_pinpoints=[[image_size * rows, image_size * columns] for rows, columns in pinpoints],
     )  # fmt: skip
 
 
@@ -86,6 +102,22 @@ ONE = (1, 1)
 MODELS = {
     "mha": (lambda: llava(28, 14, 4, feature_layer=-2, select="default", tied=False), ((ONE,), (ONE,), (ONE,))),
     "gqa": (lambda: llava(50, 8, 2, feature_layer=-1, select="full", tied=True), ((ONE,), (ONE,), (ONE,))),
+    # For LLaVA-1.6, the heights and widths of the images: wide and tall ones, borders of odd widths, no border.
+    "vicuna": (
+        lambda: llava_next(23, 7, 4, ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), dict(model_type="llama"), tied=False),
+        (((40, 97),), ((61, 30), (200, 31)), ((46, 46),)),
+    ),
+    "mistral": (
+        lambda: llava_next(
+            28,
+            9,
+            2,
+            ((2, 1), (1, 1), (3, 2)),
+            dict(model_type="mistral", sliding_window=None, rope_theta=1e6),
+            tied=True,
+        ),
+        (((28, 29),), ((90, 10),), ((300, 211), (3, 170))),
+    ),
     "gemma3": (gemma3, ((ONE,), (ONE, ONE), (ONE,))),
     "idefics3": (lambda: smolvlm("idefics3", 25, 4, scale=3, tied=False), (((2, 1),), (ONE, (1, 2)), (ONE,))),
     "smolvlm": (lambda: smolvlm("smolvlm", 20, 5, scale=2, tied=True), (((1, 2),), ((2, 2),), (ONE,))),
@@ -94,7 +126,7 @@ MODELS = {
     ),
     "internvl variants": (lambda: internvl(20, 5, 3, PLAIN, tied=True, **VARIANTS), (((1, 2),), ((2, 2),), (ONE,))),
 }  # fmt: skip
-SLOW = ("smolvlm", "internvl variants")  # idefics3 and internvl run the same code
+SLOW = ("smolvlm", "internvl variants", "vicuna")  # idefics3 and internvl run the same code
 TEXT_LENGTHS = (5, 9, 2)
 
 
@@ -110,6 +142,7 @@ class Pair:
     tokens: dict[str, np.ndarray]  # padding side -> [b, t]
     mask: dict[str, np.ndarray]
     answers: dict[str, np.ndarray]  # bool [b, t]: tokens that the loss counts
+    sizes: dict[int, tuple[int, int]]  # of LLaVA-1.6: id of an image -> its height and width before it was processed
 
     @property
     def module(self):
@@ -134,8 +167,18 @@ def draw_image(config, rng, grid):
 
     if not isinstance(config, TiledConfig):
         return pixels(*grid)
+    if isinstance(config, LlavaNextConfig):
+        size = config.tiled_size(*grid, best_grid(config, *grid))
+        return TiledImage(tuple(pixels(*view) for view in config.grids(*size)), size)
     size = grid[0] * side, grid[1] * side
     return TiledImage(tuple(pixels(*view) for view in config.grids(*size)), size)
+
+
+def best_grid(config, height, width):
+    """The rows and columns of tiles that transformers chooses for an image of LLaVA-1.6."""
+    pinpoints = (np.array(config.choices) * config.vision.image_size).tolist()
+    rows, columns = np.array(select_best_resolution((height, width), pinpoints)) // config.vision.image_size
+    return int(rows), int(columns)
 
 
 @pytest.fixture(scope="session", params=[pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in MODELS])
@@ -154,7 +197,12 @@ def pair(request, tmp_path_factory) -> Pair:
     graphdef, params, config = hf.load(folder)
     rng = np.random.default_rng(0)
     images = [[draw_image(config, rng, grid) for grid in row] for row in grids]
-    pair = Pair(model, graphdef, params, config, images, {}, {}, {})
+    sizes = {
+        id(image): size
+        for row, of_row in zip(images, grids, strict=True)
+        for image, size in zip(row, of_row, strict=True)
+    }
+    pair = Pair(model, graphdef, params, config, images, {}, {}, {}, sizes)
     rows = [
         [1, *rng.integers(7, 200, 2), *(t for x in row for t in pair.image_run(x)), *rng.integers(7, 200, n)]
         for row, n in zip(images, TEXT_LENGTHS, strict=True)
@@ -172,16 +220,21 @@ def tiles_of(image):
     return np.concatenate([cut(view, side) for view in image.views])
 
 
-def pixel_values(rows, pads=True):
+def image_inputs(pair, rows):
     """The images of all prompts in order, as transformers takes them; black tiles may pad the shorter rows of tiles."""
-    if not isinstance(rows[0][0], TiledImage):
-        return torch.tensor(np.stack([image for row in rows for image in row])).permute(0, 3, 1, 2)
+    if not isinstance(pair.config, TiledConfig):
+        pixels = torch.tensor(np.stack([image for row in rows for image in row])).permute(0, 3, 1, 2)
+        return dict(pixel_values=pixels)
+    more = {}
+    if isinstance(pair.config, LlavaNextConfig):  # images, not prompts, are rows
+        rows = [[image] for row in rows for image in row]
+        more = dict(image_sizes=torch.tensor([pair.sizes[id(image)] for (image,) in rows]))
     rows = [np.concatenate([tiles_of(image) for image in row]) for row in rows]
-    if not pads:
-        return torch.tensor(np.concatenate(rows)).permute(0, 3, 1, 2)
+    if not pair.pads:
+        return dict(pixel_values=torch.tensor(np.concatenate(rows)).permute(0, 3, 1, 2))
     most = max(map(len, rows))
     padded = [np.pad(row, ((0, most - len(row)), (0, 0), (0, 0), (0, 0))) for row in rows]
-    return torch.tensor(np.stack(padded)).permute(0, 1, 4, 2, 3)
+    return dict(pixel_values=torch.tensor(np.stack(padded)).permute(0, 1, 4, 2, 3), **more)
 
 
 def to_torch(pair, tokens, mask, images):
@@ -191,7 +244,7 @@ def to_torch(pair, tokens, mask, images):
         input_ids=tokens,
         attention_mask=mask.long(),
         position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        pixel_values=pixel_values(images, pair.pads),
+        **image_inputs(pair, images),
         **kinds,
     )
 
@@ -218,7 +271,7 @@ def test_vision_blocks_and_projector_agree(pair):
         model = pair.torch.model
         tower = model.vision_model if hasattr(model, "vision_model") else model.vision_tower
         out = tower(torch.tensor(tiles).permute(0, 3, 1, 2), output_hidden_states=True)
-        projected = pair.torch.get_image_features(pixel_values=pixel_values(pair.images, pair.pads)).pooler_output
+        projected = pair.torch.get_image_features(**image_inputs(pair, pair.images)).pooler_output
         projected = torch.cat([features.flatten(0, -2) for features in projected])
     features, taps = encode(pair.graphdef, pair.params, pair.config.pack(pair.images))
     assert set(taps) == {f"vision/{i}" for i in range(pair.config.used_blocks)} | {"features", "projector"}

@@ -275,8 +275,43 @@ class InternVL(SmolVLM):
         return {name: [row.flatten(0, 1) for row in x.split(counts)] for name, x in taps.items()}
 
 
+class LlavaNext(Llava):
+    """LLaVA-1.6 in PyTorch, with images of two, three and four tiles of 28 pixels in their grids."""
+
+    sizes = [(28, 56), (84, 28), (56, 56), (28, 54)]  # `TiledImage.size`; in the last one, two columns are dropped
+    originals = {14: (28, 56), 22: (90, 30), 24: (50, 50), 10: (28, 40)}  # before the image processor, by their tokens
+
+    @staticmethod
+    def create():
+        return transformers.LlavaNextForConditionalGeneration(
+            transformers.LlavaNextConfig(
+                vision_config=dict(
+                    model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                    num_attention_heads=4, image_size=28, patch_size=14, projection_dim=32,
+                ),
+                text_config=dict(
+                    model_type="mistral", vocab_size=100, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, sliding_window=None,
+                ),
+                image_token_index=IMAGE, image_grid_pinpoints=[[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]],
+            )
+        )  # fmt: skip
+
+    def encode_images(self, images):
+        """Returns the input and output of the projector for each row, unpadded and with newlines."""
+        model, real = self.model.model, images["tile_coords"][..., 0] >= 0
+        counts, tokens = real.sum(1).tolist(), (images["token_coords"][..., 0] >= 0).sum(1).tolist()
+        pixels = torch.tensor(images["pixels"][real]).permute(0, 3, 1, 2)
+        features = model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        projected = model.multi_modal_projector(features).split(counts)
+        sizes = [self.originals[count] for count in tokens]
+        merged, _ = model.pack_image_features(projected, sizes, "default", image_newline=model.image_newline)
+        return {"features": [row.flatten(0, 1) for row in features.split(counts)], "projector": merged}
+
+
 FAMILIES = {
     "llava": Llava,
+    "llava_next": LlavaNext,
     "gemma3": Gemma3,
     "qwen2_vl": Qwen2VL,
     "qwen3_vl": Qwen3VL,

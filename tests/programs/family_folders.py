@@ -58,6 +58,14 @@ INTERNVL_TEMPLATE = (  # as published
     "{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
 )
 
+LLAVA_NEXT_TEMPLATE = (  # as published with Mistral, without system messages
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}"
+    "{{' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + '</s> '}}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -163,6 +171,24 @@ def internvl_config(ids, vocab):
     )  # fmt: skip
 
 
+def llava_next_config(ids, vocab):
+    """Three patches a side of a tile; the last of four vision blocks feeds nothing."""
+    return dict(
+        vision_config=dict(
+            model_type="clip_vision_model", hidden_size=32, intermediate_size=40, num_hidden_layers=4,
+            num_attention_heads=4, image_size=28, patch_size=9, projection_dim=16,
+        ),
+        text_config=dict(
+            model_type="mistral", vocab_size=vocab, num_hidden_layers=2, max_position_embeddings=512, rope_theta=1e6,
+            sliding_window=None, **TEXT,
+        ),
+        image_token_index=ids["<image>"], image_grid_pinpoints=PINPOINTS, use_image_newline_parameter=True,
+        vision_feature_layer=-2, vision_feature_select_strategy="default", ignore_index=-100, vocab_size=vocab,
+        projector_hidden_act="gelu", tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 QWEN = Family(
     special_tokens=(
         "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -196,6 +222,22 @@ SMOLVLM = Family(
     processor=dict(image_seq_len=4, processor_class="SmolVLMProcessor"),
 )  # fmt: skip
 FAMILIES = {
+    "llava_next": Family(
+        special_tokens=("<unk>", "<s>", "</s>", "<image>", "<pad>"),
+        roles=dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"),
+        first_ids=True,
+        end_ids=("</s>",),
+        template=LLAVA_NEXT_TEMPLATE,
+        config=llava_next_config,
+        image_processor=dict.fromkeys(
+            ("do_center_crop", "do_convert_rgb", "do_normalize", "do_pad", "do_rescale", "do_resize"), True
+        )
+        | dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
+        | dict(image_processor_type="LlavaNextImageProcessor", processor_class="LlavaNextProcessor", resample=3)
+        | dict(size=dict(shortest_edge=28), crop_size=dict(height=28, width=28), rescale_factor=1 / 255)
+        | dict(aspect_ratio_setting="anyres", image_grid_pinpoints=PINPOINTS),
+        extra_tokens=dict(image_token="<image>"),
+    ),
     "smolvlm": SMOLVLM,
     "idefics3": dataclasses.replace(
         SMOLVLM,

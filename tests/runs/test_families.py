@@ -19,6 +19,7 @@ from vkd_jax.runs.job import check_config, load_options
 # config file, its arguments, model_type, quantization of the language model
 RUNS = {
     "llava": ("llava.py", "7b", "llava", ""),
+    "llava_next in int8": ("llava_next.py", "mistral-7b", "llava_next", "int8"),
     "gemma3 in int8": ("gemma3.py", "4b", "gemma3", "int8"),
     "qwen2_vl": ("qwen2_vl.py", "2b", "qwen2_vl", ""),
     "qwen2_5_vl in int8": ("qwen2_5_vl.py", "3b", "qwen2_5_vl", "int8"),
@@ -27,7 +28,7 @@ RUNS = {
     "smolvlm in int8": ("smolvlm.py", "v2-256m", "smolvlm", "int8"),
     "internvl": ("internvl.py", "1b", "internvl", ""),
 }
-VISUAL = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual|vision_model|connector)\.")
+VISUAL = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual|vision_model|connector|image_newline)(\.|$)")
 
 
 # The default suite runs configs/tiny.py in test_pipeline.py, Qwen2-VL in test_stages.py, and one family here.
@@ -62,7 +63,7 @@ def test_only_visual_tensors_change_and_text_stays_bit_for_bit(run):
     changed = manifest["changed"]
     assert changed and all(VISUAL.match(name) for name in changed)
     blocks = {int(i) for name in changed for i in re.findall(r"(?:layers?|blocks)\.(\d+)\.", name)}
-    assert blocks == {0, 1, 2}  # of LLaVA's four the last feeds nothing; others have three
+    assert blocks == {0, 1, 2}  # of the four of LLaVA and LLaVA-1.6, the last feeds nothing; others have three
     assert any(re.search(r"merger|multi_modal_projector|connector", name) for name in changed)
     assert any(re.search(r"patch_embed", name) for name in changed)
     assert run.results["text_logits_identical"] is True and run.results["manifest"]["language_model_changed"] == 0

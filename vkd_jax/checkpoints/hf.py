@@ -372,9 +372,10 @@ def init_params(config: Any, seed: int, dtype: Any = jnp.float32) -> tuple[nnx.G
 
 
 def family_of(config: Any) -> types.ModuleType:
-    """Returns the model module that the configuration belongs to."""
-    for model_type in models.MODELS:
-        module = models.module_for(model_type)
-        if isinstance(config, module.Config):
-            return module
+    """Returns the model module that the configuration belongs to: if one extends another, the extension."""
+    modules = [models.module_for(model_type) for model_type in models.MODELS]
+    for cls in type(config).__mro__:
+        for module in modules:
+            if module.Config is cls:
+                return module
     raise TypeError(f"{type(config).__name__} is not the configuration of a model family.")

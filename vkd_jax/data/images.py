@@ -92,7 +92,7 @@ class PackedImages:
     Args:
         make: returns image i, normalized, float32 [height, width, 3] or a `TiledImage`.
         shapes: the (height, width, 3) of each of the m images.
-        config: the model's configuration, which defines how many tokens an image has and how images are packed.
+        config: the model's configuration, which defines how images are packed, and for how many tokens.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class PackedImages:
         config: Any,
     ):
         self.make, self.shapes, self.config = make, shapes, config
-        self._max_tokens = max((config.image_tokens(*shape[:2]) for shape in shapes), default=0)
+        self._max_tokens = max((config.packed_tokens(*shape[:2]) for shape in shapes), default=0)
         self.cached = None
         if shapes and sum(map(pixel_bytes, shapes)) <= MAX_CACHED_BYTES:
             self.cached = self._pack(map_in_threads(make, range(len(shapes))))

@@ -195,7 +195,7 @@ class Processor:
         Raises:
             UserError: the folder has no chat template, or it does not render a prompt.
         """
-        if self.chat_template is None and self.image_token != "<image>":
+        if self.chat_template is None and not self.config.has_default_template:
             raise UserError("the model has no chat template; copy its chat_template.json or .jinja into the folder.")
         if self.chat_template is None:  # LLaVA-1.5's template, which its first releases lacked
             closed = [(text, f" {answer}{self.tokenizer.eos_token}", count) for text, answer, count in turns]

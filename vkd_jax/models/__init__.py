@@ -1,9 +1,9 @@
 """Models: one module per family, selected by the `model_type` of a Hugging Face `config.json`.
 
 What is in it
-- `llava`, `gemma3`, `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`, `smolvlm`, `idefics3` and `internvl`: the families.
-  `clip_vit` and `qwen_vit` are vision towers of several, `decoder` is their language model, `layers` has the layers
-  that several use.
+- `llava`, `llava_next`, `gemma3`, `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`, `smolvlm`, `idefics3` and `internvl`: the
+  families. `clip_vit` and `qwen_vit` are vision towers of several, `decoder` is their language model, `layers` has the
+  layers that several use.
 - `base`: `ModelConfig` and `VisionLanguageModel`, which all families extend, and `split_model` and `bind`, which
   convert a module to (graphdef, params) and back.
 - `fixed_size`: what families share whose images are squares of one size, and `tiled`: whose images are cut into such
@@ -18,7 +18,8 @@ Contract: a family's module has
   is the number of tokens of one, and `pack(rows, min_tokens)` turns the images of each prompt into arrays of one shape.
   What differs in the decoder are fields of `DecoderConfig`. `image_markup` is what the placeholder of an image in the
   chat template, `placeholder_id`, becomes, `image_step` says that images differ in size, and `pixel_limits` and
-  `limit_pixels` how much.
+  `limit_pixels` how much. A family whose images have as many tokens as their content, not their arrays, overrides
+  `packed_tokens`.
   A family whose projector reads more than the last vision block overrides `taps_before`, and one that adds features
   to the outputs of the decoder's first blocks returns them as `Embedded.deepstack` from `Model.embed`;
 - `Model(config, *, rngs, param_dtype)`, a `base.VisionLanguageModel`. Its parameters are
@@ -40,6 +41,7 @@ from vkd_jax.types import UserError
 
 MODELS = {
     "llava": "vkd_jax.models.llava",
+    "llava_next": "vkd_jax.models.llava_next",
     "gemma3": "vkd_jax.models.gemma3",
     "qwen2_vl": "vkd_jax.models.qwen2_vl",
     "qwen2_5_vl": "vkd_jax.models.qwen2_5_vl",

@@ -6,6 +6,7 @@ Inside `vkd_jax.models` a model is an NNX module; everywhere else it is a pair (
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -56,6 +57,7 @@ class ModelConfig(abc.ABC):
     edges_are_areas: ClassVar[bool] = (
         False  # whether the image processor's shortest_edge and longest_edge are pixel counts
     )
+    has_default_template: ClassVar[bool] = False  # whether a model without a chat template has that of LLaVA-1.5
     default_max_pixels: ClassVar[int] = 0  # of an image that one asks about; 0 for the image processor's limit
 
     @property
@@ -85,6 +87,15 @@ class ModelConfig(abc.ABC):
     @abc.abstractmethod
     def image_tokens(self, height: int, width: int) -> int:
         """Returns the number of image tokens of an image that the image processor resized to this size."""
+
+    def packed_tokens(self, height: int, width: int) -> int:
+        """Returns the number of image tokens that `pack` makes room for, for such an image: at least `image_tokens`."""
+        return self.image_tokens(height, width)
+
+    def largest_image(self, max_pixels: int) -> tuple[int, int]:
+        """Returns the height and width of the largest square image of at most `max_pixels` pixels."""
+        side = math.isqrt(max_pixels) // self.image_step * self.image_step
+        return side, side
 
     @abc.abstractmethod
     def extract_images(self, output: Mapping[str, Any]) -> list[Any]:

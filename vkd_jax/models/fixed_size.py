@@ -134,8 +134,13 @@ class FixedSizeModel(VisionLanguageModel):
         taps["features"] = tokens(features, config.feature_coords)
         with jax.named_scope("projector"):
             projected = shard_batch(self.projector(features), config.mesh)
-        taps["projector"] = tokens(projected, config.token_coords)
+            taps["projector"] = self.arrange(tokens(projected, config.token_coords), images)
         return taps["projector"], taps
+
+    def arrange(self, tokens: VisualTokens, images: Mapping[str, jax.Array] | None) -> VisualTokens:
+        """Turns the projected features of all squares of a prompt into its image tokens: they already are."""
+        del images
+        return tokens
 
     def vision_neurons(
         self, images: Mapping[str, jax.Array], reduce: Callable[[jax.Array, jax.Array], Any]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from vkd_jax.types import UserError
 class LlavaConfig(FixedSizeConfig):
     """Configuration of a LLaVA model."""
 
+    has_default_template: ClassVar[bool] = True
     feature_layer: int = -2  # as in transformers: an index into (embeddings, block 0, ..., last block)
     feature_select: str = "default"  # "default" drops the class token, "full" keeps it
     projector_act: str = "gelu"
@@ -57,34 +58,48 @@ class LlavaConfig(FixedSizeConfig):
         Raises:
             UserError: lists every field with a value that this implementation does not support.
         """
-        _check_hf_config(hf)
-        fields = dict(
-            vision=_read_vision(hf.vision_config),
-            text=DecoderConfig.from_hf(
-                hf.text_config, head_width=hf.text_config.head_dim, tie_embeddings=bool(hf.tie_word_embeddings)
-            ),
-            image_token_id=hf.image_token_id,
-            feature_layer=hf.vision_feature_layer,
-            feature_select=hf.vision_feature_select_strategy,
-            projector_act=hf.projector_hidden_act,
-            compute_dtype=base.hf_dtype(hf),
-        )
-        return cls(**fields | changes)
+        check_hf_config("LLaVA", hf, ("llama",))
+        return cls(**read_fields(hf) | changes)
+
+
+def read_fields(hf: Any) -> dict[str, Any]:
+    """Returns the fields of a `LlavaConfig` in a `transformers.LlavaConfig`, or in that of LLaVA-1.6."""
+    return dict(
+        vision=_read_vision(hf.vision_config),
+        text=DecoderConfig.from_hf(
+            hf.text_config, head_width=hf.text_config.head_dim, tie_embeddings=bool(hf.tie_word_embeddings)
+        ),
+        image_token_id=hf.image_token_id,
+        feature_layer=hf.vision_feature_layer,
+        feature_select=hf.vision_feature_select_strategy,
+        projector_act=hf.projector_hidden_act,
+        compute_dtype=base.hf_dtype(hf),
+    )
 
 
 _VISION_HEADS = ("vision_config.num_attention_heads", "vision_config.hidden_size")
 
 
-def _check_hf_config(hf: Any) -> None:
-    base.check_model_types("LLaVA", hf, vision_config=("clip_vision_model",), text_config=("llama",))
+def check_hf_config(family: str, hf: Any, decoders: tuple[str, ...]) -> None:
+    """Checks the fields that `read_fields` reads.
+
+    Args:
+        family: name of the family in the error.
+        hf: the Hugging Face configuration.
+        decoders: supported values of `text_config.model_type`.
+
+    Raises:
+        UserError: lists every field with a value that this implementation does not support.
+    """
+    base.check_model_types(family, hf, vision_config=("clip_vision_model",), text_config=decoders)
     vision, text, rope = hf.vision_config, hf.text_config, dict(hf.text_config.rope_parameters)
     sides = {"image_size": vision.image_size, "patch_size": vision.patch_size}
     base.check_supported(
-        "LLaVA", [(_is_square(side), f"vision_config.{name}", side, "a square") for name, side in sides.items()]
+        family, [(_is_square(side), f"vision_config.{name}", side, "a square") for name, side in sides.items()]
     )
     image_size, patch_size = (np.max(side).item() for side in sides.values())
     base.check_sizes(
-        "LLaVA",
+        family,
         vision_config__image_size=image_size,
         vision_config__patch_size=patch_size,
         vision_config__hidden_size=vision.hidden_size,
@@ -98,7 +113,7 @@ def _check_hf_config(hf: Any) -> None:
     layer_exists = isinstance(layer, int) and -layers - 1 <= layer <= layers
     projector_act = hf.projector_hidden_act
     base.check_supported(
-        "LLaVA",
+        family,
         [
             (patch_size <= image_size, "vision_config.patch_size", patch_size, f"at most the image size, {image_size}"),
             base.divides(vision.num_attention_heads, vision.hidden_size, _VISION_HEADS),
@@ -111,8 +126,10 @@ def _check_hf_config(hf: Any) -> None:
             (vision.hidden_act in ACTIVATIONS, "vision_config.hidden_act", vision.hidden_act, activations),
             (text.hidden_act == "silu", "text_config.hidden_act", text.hidden_act, "silu"),
             (rope["rope_type"] == "default", "text_config.rope_parameters.rope_type", rope["rope_type"], "default"),
-            (not text.attention_bias, "text_config.attention_bias", text.attention_bias, "False"),
-            (not text.mlp_bias, "text_config.mlp_bias", text.mlp_bias, "False"),
+            *(
+                (not getattr(text, name, False), f"text_config.{name}", getattr(text, name, False), "False")
+                for name in ("attention_bias", "mlp_bias")  # which Mistral's configuration lacks
+            ),
             (projector_act in ACTIVATIONS, "projector_hidden_act", projector_act, activations),
             (hf.multimodal_projector_bias, "multimodal_projector_bias", False, "True"),
             (layer_exists, "vision_feature_layer", layer, f"one layer, from {-layers - 1} to {layers}"),

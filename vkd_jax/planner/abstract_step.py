@@ -7,7 +7,6 @@ forward pass). Only config.json is read.
 
 import dataclasses
 import functools
-import math
 import types
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -201,11 +200,11 @@ def batch(
         kinds = _token_kinds(lengths.text, lengths.answer)
         arrays = {name: Shape((rows, length), kind, sharding=sharding) for name, (length, kind) in kinds.items()}
         return Batch(**arrays, images=None, cached={})
-    side = image_side(config, model_config)
-    packed = model_config.pack([[np.broadcast_to(np.float32(0), (side, side, 3))]])
+    size = image_size(config, model_config)
+    packed = model_config.pack([[np.broadcast_to(np.float32(0), (*size, 3))]])
     pictures = {name: Shape((rows, *x.shape[1:]), x.dtype, sharding=sharding) for name, x in packed.items()}
     _, taps = jax.eval_shape(lambda params, pictures: base.bind(graphdef, params).encode(pictures), params, pictures)
-    t, a = model_config.image_tokens(side, side) + lengths.text, lengths.answer
+    t, a = model_config.image_tokens(*size) + lengths.text, lengths.answer
     if t > model_config.text.max_positions:
         raise UserError(f"a row of {t} tokens is longer than the model's {model_config.text.max_positions}.")
     replayed = stream == replay.STREAM
@@ -232,11 +231,10 @@ def _token_kinds(t: int, a: int) -> dict[str, tuple[int, Any]]:
     )
 
 
-def image_side(config: RunConfig, model_config: Any) -> int:
-    """Returns the side of an image in pixels: the model's own, or that of the largest square that the config allows."""
+def image_size(config: RunConfig, model_config: Any) -> tuple[int, int]:
+    """Returns the height and width of an image in pixels: the model's own, or the largest that the config allows."""
     if model_config.image_step is None:
-        return model_config.vision.image_size
+        return (model_config.vision.image_size,) * 2
     if not config.model.max_pixels:
         raise UserError("config.model.max_pixels: images differ in size, so set their maximum, such as 200704.")
-    step = model_config.image_step
-    return math.isqrt(config.model.max_pixels) // step * step
+    return model_config.largest_image(config.model.max_pixels)

@@ -156,7 +156,7 @@ def test_a_token_table_is_rounded_by_row_also_to_four_bits():
     np.testing.assert_allclose(four, np.array([[7, 2, -4], [-7, 4, 0]]) * np.array([[1], [4]]) / 7.5, rtol=1e-6)
 
 
-KEPT = ("bias", "scale", "position_embedding", "class_embedding")
+KEPT = ("bias", "scale", "position_embedding", "class_embedding", "projector/newline")
 
 
 @pytest.mark.parametrize(("text", "levels"), [("int8", 256), ("int4:8", 16)])

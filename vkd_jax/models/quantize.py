@@ -157,7 +157,7 @@ def round_param(path: str, array: jax.Array | QArray, settings: Quantization) ->
     """Rounds a parameter to the values it has when all weight matrices of the model are quantized; keeps its dtype.
 
     Token embeddings and the head are rounded to as few bits as the blocks. Norms, biases, embeddings that are added to
-    tokens, and weights that are quantized already stay as they are.
+    tokens, newlines of images, and weights that are quantized already stay as they are.
 
     Raises:
         UserError: the group size does not fit the width.

@@ -75,7 +75,18 @@ def cache(name):
 
 SECTIONS = ("model", "data", "mesh", "eval", "attacks", "method", "train", "finetune", "seed")
 
+
+def config_at(make, name="config.py"):
+    """The path of a config that something else is in the place of."""
+    return lambda folder: (make(folder / "config.py"), [f"--config={name}", "--workdir=run"])[1]
+
+
 CASES = [
+    # Config files that never end, or that are none.
+    Case("named pipe as a config", config_at(os.mkfifo), ("--config=config.py", "not a regular file")),
+    Case("named pipe with arguments", config_at(os.mkfifo, "config.py:runs=x"), ("config.py", "not a regular file")),
+    Case("folder as a config", config_at(os.mkdir), ("--config=config.py", "not a regular file")),
+    Case("name of a config too long", config_at(lambda _: None, "x" * 300), ("--config=xxx", "too long")),
     # Values out of range; test_ranges.py has one of each field.
     Case("negative cap", settings("--config.method.cap=-1"), ("method.cap", "-1")),
     Case("mask keeps twice as much", settings("--config.method.mask_keep=2"), ("method.mask_keep", "2")),

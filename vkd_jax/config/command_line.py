@@ -1,8 +1,11 @@
 """Flags that the commands share: --config with an override for each field, --workdir and --distributed."""
 
+import itertools
+import os
 import re
 import shlex
 import signal
+import stat
 import sys
 import traceback
 from collections.abc import Sequence
@@ -38,6 +41,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
         show(help_text(sys.modules["__main__"].__doc__ or "", values))
         sys.exit(0)
     try:
+        _check_config_file(argv)
         rest = values(argv)
         if values["config"].present and values.config is None:
             raise UserError(NO_CONFIG)
@@ -81,6 +85,29 @@ def show(text: str) -> None:
     """Prints a text of one or more lines on stdout, in which nothing steers the terminal or fails to be encoded."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(messages.escaped(text, keep="\n\t").encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _check_config_file(argv: Sequence[str]) -> None:
+    """Checks before the config file is opened that reading it will end; a missing one is reported by `values(argv)`.
+
+    Raises:
+        UserError: it is a folder, a named pipe or a device, or may not be looked at.
+    """
+    for argument, following in itertools.pairwise([*argv, ""]):
+        flag, separator, value = argument.partition("=")
+        name = (value if separator else following).partition(":")[0]
+        if flag not in ("--config", "-config") or not name:
+            continue
+        try:
+            is_file = stat.S_ISREG(os.stat(name).st_mode)
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            continue
+        except OSError as error:
+            raise UserError(
+                f"--config={name[:40]}: it cannot be read ({error.strerror}); pass a config file."
+            ) from error
+        if not is_file:
+            raise UserError(f"--config={name}: it is not a regular file; pass a config file.")
 
 
 def _sentence(error: BaseException) -> str:

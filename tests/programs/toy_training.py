@@ -95,7 +95,7 @@ class ToyConfig:
     """The configuration of a model whose images are three numbers."""
 
     @staticmethod
-    def image_tokens(height, width):
+    def packed_tokens(height, width):
         return 1
 
     @staticmethod

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 from PIL import Image
 
+from vkd_jax.benchmarks.names import plain_name
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config import command_line
 from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image
@@ -63,7 +64,7 @@ def answer(
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}: give at least 1.")
-    if not question.strip():
+    if not plain_name(question):
         raise UserError("the question is blank; ask something.")
     if image is not None and not isinstance(image, Image.Image):
         with located("--image"):

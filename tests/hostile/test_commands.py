@@ -142,6 +142,7 @@ def rope(kind, **fields):
 TEXT = "--question=Who is it?"
 ASK = [
     Case("empty name of a model to ask", lambda _: ["--model=", TEXT], ("empty name",)),
+    Case("question of invisible characters", lambda _: ["--model=tiny_llava", "--question=\u200b"], ("blank",)),
     # Fields of config.json that transformers does not check.
     Case("factor that is a text", rope("linear", factor="8"), ("factor", "'8'", "positive")),
     Case("factor that is true", rope("linear", factor=True), ("factor", "True", "positive")),

@@ -195,6 +195,11 @@ CASES = [
     Case("shard above the folder", shard_at("../outside.safetensors"), (INDEX, "leads out"), lacks=NO_MAP),
     Case("shard at an absolute path", shard_at("{outside}"), (INDEX, "leads out"), lacks=NO_MAP),
     Case("shard below the folder", index(lambda v, _: below(v)), (INDEX, "not directly in"), lacks=NO_MAP),
+    Case(
+        "weights beside an index of others",
+        index(lambda values, folder: (written(folder / WEIGHTS, (folder / SHARD).read_bytes()), values)[1]),
+        ("has both", WEIGHTS, INDEX),
+    ),
     Case("index without a map", index(lambda values, _: {"metadata": {}}), (INDEX,)),
     Case("index that is a list", index(lambda values, _: [values]), (INDEX,)),
     Case("index with an empty map", index(lambda values, _: {"weight_map": {}}), (INDEX,)),

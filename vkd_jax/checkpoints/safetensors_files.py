@@ -159,6 +159,11 @@ class Checkpoint:
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise UserError(f"{self.folder / INDEX} names files that are missing: {messages.listed(missing)}.")
+            if (self.folder / WEIGHTS).exists() and self.folder / WEIGHTS not in files:
+                raise UserError(
+                    f"{self.folder} has both {WEIGHTS}, which transformers would read, and {INDEX}, which names other "
+                    "files; remove the one that is not the model's."
+                )
             return files
         if (self.folder / WEIGHTS).is_file():
             return [self.folder / WEIGHTS]

@@ -16,11 +16,12 @@ import jax
 from PIL import Image
 
 from vkd_jax.benchmarks.names import plain_name
+from vkd_jax.checkpoints import sources
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config import command_line
 from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image
 from vkd_jax.evaluation.inference import Answerer
-from vkd_jax.runtime import files, hub, memory, storage
+from vkd_jax.runtime import files, memory, storage
 from vkd_jax.runtime.interrupts import interruptible
 from vkd_jax.types import UserError, located
 
@@ -41,7 +42,7 @@ def load(
             0 for the family's default.
         mesh: devices to shard the model over; None for the default device.
     """
-    folder = hub.fetch_model(folder)
+    folder = sources.fetch_model(folder)
     bundle = ModelBundle.load(folder, dtype=dtype, mesh=mesh)
     if bundle.processor.max_pixels and (limit := max_pixels or bundle.config.default_max_pixels):
         bundle.processor.limit_pixels(limit)

@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from vkd_jax.checkpoints import export, hf, new_model
+from vkd_jax.checkpoints import export, hf, new_model, sources
 from vkd_jax.checkpoints.bundle import GREEDY, ModelBundle, ignored_generation_settings
 from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.runtime import hub, memory
@@ -93,7 +93,7 @@ def crop(folder):
 
 
 REFUSED = {
-    "an adapter": (only_adapter, "is a PEFT adapter, not a model; merge it"),
+    "an adapter": (only_adapter, "is a PEFT adapter, not a model; --config.model.path"),
     "an adapter beside weights": (add_adapter, "has a PEFT adapter (adapter_model.safetensors) beside its weights"),
     "quantized": (field("quantization_config", QUANTIZED), "quant_method 'awq'"),
     "quantized text model": (field("quantization_config", QUANTIZED, "text_config"), "Give the model that was"),
@@ -215,10 +215,11 @@ def test_sizes_of_new_models_are_checked_before_anything_is_allocated(tmp_path, 
     assert not (tmp_path / "model").exists()
 
 
-def test_an_adapter_on_the_hub_is_called_one(tmp_path, monkeypatch):
+def test_an_adapter_on_the_hub_needs_its_base(tmp_path, monkeypatch):
     import huggingface_hub
 
     only_adapter(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: tmp_path)
-    with pytest.raises(UserError, match="is a PEFT adapter"):
-        hub.fetch_model("org/adapter")
+    assert hub.fetch_model("org/adapter") == tmp_path and hub.is_adapter(tmp_path)
+    with pytest.raises(UserError, match="the base of the adapter .* is an adapter itself"):
+        sources.fetch_model("org/adapter")

@@ -324,7 +324,7 @@ CASES = [
         ("template",),
     ),
     # Adapters.
-    Case("adapter as a model", asked(adapter_alone), ("adapter", "merge")),
+    Case("adapter as a model", asked(adapter_alone), ("ORG/NAME", "base of the adapter")),
     Case(
         "adapter beside the weights",
         with_files(adapter_config__json={"peft_type": "LORA", "r": 4}, adapter_model__safetensors=b"x"),

@@ -36,6 +36,7 @@ import numpy as np
 
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject
+from vkd_jax.checkpoints import sources
 from vkd_jax.checkpoints.bundle import ModelBundle, read_family
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.config.schema import RunConfig
@@ -47,7 +48,7 @@ from vkd_jax.methods.base import cross_entropy
 from vkd_jax.methods.scope import trainable_paths
 from vkd_jax.models.base import bind
 from vkd_jax.results import AttackCell
-from vkd_jax.runtime import finite, hub, multihost
+from vkd_jax.runtime import finite, multihost
 from vkd_jax.types import Example, Params, Role
 
 HELD_OUT = "held_out"  # the set of records about people whom no model was trained on
@@ -98,7 +99,7 @@ class Membership(Section):
         if self.gradients == "all" and config.model.quantize:
             raise self.error("gradients", "model.quantize quantizes the language model. Give 'visual' or ''.")
         if self.reference:
-            read_family(hub.fetch_model(self.reference))
+            read_family(sources.fetch_model(self.reference))
 
     def run(self, subject: Subject) -> Records:
         """All scores per question about the people to forget and the held-out people; [] without held-out people."""
@@ -149,7 +150,7 @@ class Membership(Section):
     def _reference(self, subject: Subject) -> ModelBundle:
         options = subject.config.model
         return ModelBundle.load(
-            hub.fetch_model(self.reference),
+            sources.fetch_model(self.reference),
             dtype=options.dtype,
             mesh=subject.model.mesh,
             quantization=options.quantize,

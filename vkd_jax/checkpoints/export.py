@@ -6,7 +6,7 @@ import errno
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -105,14 +105,9 @@ def export(
         if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
             raise UserError(f"{target} exists and is not a model folder. Choose another folder to write to.")
         with _new_folder(target) as new:
-            for file in sorted(source.iterdir()):
-                is_companion = file.suffix in COMPANIONS and file.name not in NOT_COPIED
-                if file.is_file() and not file.name.startswith(".") and is_companion:
-                    shutil.copyfile(file, new / file.name)
+            copy_model(checkpoint, new)
             for name, text in (notes or {}).items():
                 (new / name).write_text(text, encoding="utf-8")
-            for file in checkpoint.files:
-                shutil.copyfile(file, new / file.name)
             for name, value in values:
                 tensor = checkpoint.tensors[name]
                 if value.shape != tensor.shape:
@@ -126,11 +121,32 @@ def export(
                         f"{name} has NaN or infinity in the dtype of {source}, so no model was written to {target}. "
                         "Decrease the learning rate or the forget weight, and use a new --workdir."
                     )
-                with (new / tensor.file.name).open("r+b") as stream:
-                    stream.seek(tensor.start)
-                    stream.write(value.tobytes())
+                overwrite(new, tensor, value)
 
     multihost.run_on_process_0(write, meanwhile=values)
+
+
+def copy_model(checkpoint: Checkpoint, target: pathlib.Path, skip: Collection[str] = ()) -> None:
+    """Copies the weights of a model folder and their companions to an existing folder.
+
+    Args:
+        checkpoint: the weights.
+        target: the folder to copy to.
+        skip: names of further files that are not copied.
+    """
+    for file in sorted(checkpoint.folder.iterdir()):
+        is_companion = file.suffix in COMPANIONS and file.name not in (*NOT_COPIED, *skip)
+        if file.is_file() and not file.name.startswith(".") and is_companion:
+            shutil.copyfile(file, target / file.name)
+    for file in checkpoint.files:
+        shutil.copyfile(file, target / file.name)
+
+
+def overwrite(folder: pathlib.Path, tensor: Tensor, value: np.ndarray) -> None:
+    """Writes the value of a tensor to a folder from `copy_model`; dtype and shape are those of the tensor."""
+    with (folder / tensor.file.name).open("r+b") as stream:
+        stream.seek(tensor.start)
+        stream.write(value.tobytes())
 
 
 def _add(tensor: Tensor, delta: np.ndarray) -> np.ndarray:

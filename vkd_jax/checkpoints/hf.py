@@ -32,8 +32,9 @@ Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 CONFIG = "config.json"
 ORIGINAL_LLAVA_FIELDS = {"mm_vision_tower", "mm_projector_type", "mm_hidden_size"}
 CONVERT_ORIGINAL_LLAVA = (
-    "Use a converted model, such as llava-hf/llava-1.5-7b-hf, or convert it with convert_llava_weights_to_hf.py of "
-    "transformers."
+    "Use a converted model, such as llava-hf/llava-1.5-7b-hf, or convert it in a clone of transformers: `python "
+    "src/transformers/models/llava/convert_llava_weights_to_hf.py --old_state_dict_id ID --text_model_id "
+    "lmsys/vicuna-7b-v1.5 --vision_model_id openai/clip-vit-large-patch14-336 --output_hub_path ORG/NAME`."
 )
 ORIGINAL_TENSORS = {  # the start of their names, the family, and what to do
     r"(.*\.)?mm_projector\.": ("LLaVA", CONVERT_ORIGINAL_LLAVA),

@@ -40,7 +40,9 @@ class ModelConfig(Section):
 
     SECTION: ClassVar[str] = "model"
 
-    path: str = setting("", "Vanilla model: a Hugging Face folder, an id on its hub, or the name of a shipped model.")
+    path: str = setting(
+        "", "Vanilla model: a Hugging Face folder, an id on its hub, a shipped model, an adapter, or BASE+ADAPTER."
+    )
     base: str = setting(
         "", "The same model before fine-tuning: fine-tuning starts from it, and method.target=base reads it."
     )

@@ -18,7 +18,7 @@ import numpy as np
 from jax import ShapeDtypeStruct as Shape
 
 from vkd_jax import messages, models, registry
-from vkd_jax.checkpoints import hf
+from vkd_jax.checkpoints import hf, sources
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.data.encoding import Batch
@@ -177,7 +177,7 @@ def read_model(name: str) -> tuple[types.ModuleType, Any]:
         raise UserError(
             f"the planner knows no sizes of {name}; pass a model folder, or one of {messages.choices(known)}."
         )
-    return hf.read_config(hub.fetch_model(name))
+    return hf.read_config(sources.fetch_model(name))
 
 
 def batch(

@@ -11,6 +11,7 @@ import jax
 from vkd_jax import benchmarks
 from vkd_jax.attacks import Attack
 from vkd_jax.benchmarks import general, selection
+from vkd_jax.checkpoints import sources
 from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
 from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.config.schema import ModelConfig, RunConfig
@@ -21,7 +22,7 @@ from vkd_jax.runs import features, inputs
 from vkd_jax.runs.features import CachedFeatures
 from vkd_jax.runs.inputs import PROVENANCE
 from vkd_jax.runs.workdir import Workdir
-from vkd_jax.runtime import hub, json_files, multihost, storage
+from vkd_jax.runtime import json_files, multihost, storage
 from vkd_jax.runtime.mesh import make_mesh, shards
 from vkd_jax.training import trackers
 from vkd_jax.types import EvalSet, Example, Role, UserError, located, person_digest
@@ -254,7 +255,7 @@ def given_models(config: RunConfig) -> dict[str, Path]:
     for name, value in models.items():
         if value:
             with located(f"--config.model.{name}={value}"):
-                folders[name] = hub.fetch_model(value)
+                folders[name] = sources.fetch_model(value)
     return folders
 
 
@@ -267,7 +268,7 @@ def judge_folder(config: EvalConfig) -> Path | None:
     if not config.judge or config.judge_at_endpoint:
         return None
     with located(f"--config.eval.judge={config.judge}"):
-        return hub.fetch_model(config.judge)
+        return sources.fetch_model(config.judge)
 
 
 def describe_inputs(

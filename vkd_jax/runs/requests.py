@@ -26,6 +26,7 @@ from absl import logging
 
 from vkd_jax.benchmarks.folder import Folder
 from vkd_jax.benchmarks.names import plain_name
+from vkd_jax.checkpoints import sources
 from vkd_jax.checkpoints.bundle import read_family
 from vkd_jax.checkpoints.safetensors_files import Checkpoint
 from vkd_jax.config.request import RequestConfig
@@ -37,7 +38,7 @@ from vkd_jax.results import RunResults
 from vkd_jax.runs import features, inputs, pipeline
 from vkd_jax.runs.ledger import Ledger, Request, append
 from vkd_jax.runs.workdir import make_folder
-from vkd_jax.runtime import hub, json_files, locks, records, storage
+from vkd_jax.runtime import json_files, locks, records, storage
 from vkd_jax.runtime.dataclass_json import encode
 from vkd_jax.types import UserError, located, person_digest
 
@@ -271,7 +272,7 @@ class RequestRuns:
             UserError: it is not, or all vision blocks train.
         """
         with located(f"--config.model.path={config.model.path}"):
-            folder = hub.fetch_model(config.model.path)
+            folder = sources.fetch_model(config.model.path)
         family, model_config = read_family(folder)
         _, shapes = base.abstract_model(lambda rngs: family.Model(model_config, rngs=rngs))
         features.cached_block(config.method, list(shapes), shapes, model_config)

@@ -8,7 +8,7 @@ from absl import logging
 
 import vkd_jax
 from vkd_jax.attacks.base import Subject
-from vkd_jax.checkpoints import certificate, export
+from vkd_jax.checkpoints import certificate, export, sources
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.checkpoints.new_model import create_llava
@@ -66,7 +66,7 @@ def _base_model(job: Job) -> Path:
     """The folder of the model that fine-tuning starts from; a new model's tokenizer is made for all examples."""
     config = job.config
     if not config.model.create:
-        return hub.fetch_model(config.model.base)
+        return sources.fetch_model(config.model.base)
     examples = [e for name in FINETUNE_SETS for e in job.sets.get(name, ())]
 
     def create(folder: Path) -> None:
@@ -85,10 +85,10 @@ def unlearn_and_evaluate(job: Job, finetuned: dict[str, Path]) -> None:
         finetuned: folders of the models that this run fine-tuned, by name; others are those of the config.
     """
     workdir, config = job.workdir, job.config
-    source = finetuned.get("vanilla") or hub.fetch_model(config.model.path)
+    source = finetuned.get("vanilla") or sources.fetch_model(config.model.path)
     retain_only = finetuned.get("retain_only")
     if retain_only is None and config.model.retain_only:
-        retain_only = hub.fetch_model(config.model.retain_only)
+        retain_only = sources.fetch_model(config.model.retain_only)
     references, changes = {}, None
     if retain_only:
         references["retain_only"] = evaluate_and_attack(job, "retain_only", _load(job, retain_only))
@@ -96,7 +96,7 @@ def unlearn_and_evaluate(job: Job, finetuned: dict[str, Path]) -> None:
     answers = {"vanilla": evaluate_and_attack(job, "vanilla", model)} | references
     if config.reports:
         given = config.model.unlearned
-        target = hub.fetch_model(given) if given else unlearn(job, model, source)
+        target = sources.fetch_model(given) if given else unlearn(job, model, source)
         with workdir.stage("compare text"):
             vanilla_scores = results_writer.text_scores(job, model)
         del model
@@ -186,7 +186,7 @@ def _context(job: Job, model: ModelBundle) -> Context:
     config = job.config
     base = None
     if job.method.needs_base:
-        base = hub.fetch_model(job.workdir.path / "base" if config.model.create else config.model.base)
+        base = sources.fetch_model(job.workdir.path / "base" if config.model.create else config.model.base)
     streams = {name: job.image_questions(name) for name in ("forget", "retain")}
     streams |= {f"{name}_text": questions for name in streams if (questions := job.text_questions(name))}
     if TEXT_STREAM in job.method.losses():

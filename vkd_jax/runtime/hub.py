@@ -27,7 +27,7 @@ def fetch_model(name: str | os.PathLike[str]) -> pathlib.Path:
             "org/name" or "org/name@revision". A local folder takes precedence.
 
     Returns:
-        The folder itself, or its up-to-date copy in a cache.
+        The folder itself, or its up-to-date copy in a cache. It may be an adapter, which `checkpoints.sources` merges.
 
     Raises:
         UserError: the model does not exist, cannot be downloaded, or is gated.
@@ -61,6 +61,11 @@ def fetch_model(name: str | os.PathLike[str]) -> pathlib.Path:
     return folder
 
 
+def is_adapter(folder: pathlib.Path) -> bool:
+    """Whether a folder is a PEFT adapter, which needs a base model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / storage.MODEL_MARKER).is_file()
+
+
 def check_not_adapter(folder: pathlib.Path) -> None:
     """Checks that a folder is not a PEFT adapter, and has none beside its weights.
 
@@ -74,7 +79,10 @@ def check_not_adapter(folder: pathlib.Path) -> None:
     merge = "merge it into its base model with merge_and_unload() of peft, save that model, and pass its folder"
     if is_model:
         raise UserError(f"{folder} has a PEFT adapter ({weights[0]}) beside its weights; {merge}, or remove it.")
-    raise UserError(f"{folder} is a PEFT adapter, not a model; {merge}.")
+    raise UserError(
+        f"{folder} is a PEFT adapter, not a model; --config.model.path and vkd_jax.load merge it into its base, where "
+        "its adapter_config.json and its base are complete."
+    )
 
 
 def fetch_dataset(
@@ -138,6 +146,8 @@ def _download(
     except Exception as error:  # whatever the network, the disk or a proxy raises
         first = (str(error).strip().splitlines() or [""])[0]
         return None, f"{repo} could not be fetched from the hub ({type(error).__name__}: {first})"
+    if kind == "model" and is_adapter(folder):
+        return folder, ""
     if kind == "model":
         check_not_adapter(folder)
     missing = [pattern for pattern in required if not any(folder.glob(pattern))]

@@ -242,7 +242,7 @@ def download_model(folder: pathlib.Path) -> pathlib.Path:
         UserError: the folder is not a model folder, or the bucket cannot be read.
     """
     target = local_copy(folder)
-    with bucket_errors(), _locked(target):
+    with bucket_errors(), locked(target):
         remote = {file.name: file for file in folder.iterdir()} if folder.is_dir() else {}
         if MODEL_MARKER not in remote:
             raise UserError(f"There is no model folder {folder}; pass one with {MODEL_MARKER} and safetensors in it.")
@@ -266,7 +266,7 @@ def download_model(folder: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _locked(target: pathlib.Path) -> Iterator[None]:
+def locked(target: pathlib.Path) -> Iterator[None]:
     """Lets only one process of this machine at a time fill a folder."""
     import fcntl  # not available on Windows
 

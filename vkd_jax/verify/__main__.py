@@ -21,8 +21,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from vkd_jax.checkpoints import sources
 from vkd_jax.config import command_line
-from vkd_jax.runtime import hub, memory, storage
+from vkd_jax.runtime import memory, storage
 from vkd_jax.runtime.interrupts import interruptible
 from vkd_jax.types import UserError, located
 from vkd_jax.verify import certified, parity, questions
@@ -69,10 +70,10 @@ def _check_combination(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> int:
     if args.certificate:
         public_key, private_key = _file("--public_key", args.public_key), _file("--sign", args.sign)
-        return certified.verify(hub.fetch_model(args.model), public_key, private_key, _file("--pdf", args.pdf))
+        return certified.verify(sources.fetch_model(args.model), public_key, private_key, _file("--pdf", args.pdf))
     given = {name: getattr(args, name) for name in ("max_new_tokens", "max_pixels") if getattr(args, name) is not None}
     asked = questions.build(args.images, args.questions)
-    return parity.verify(hub.fetch_model(args.model), asked, dtype=args.dtype or "float32", **given)
+    return parity.verify(sources.fetch_model(args.model), asked, dtype=args.dtype or "float32", **given)
 
 
 def _file(flag: str, name: str | None) -> Path | None:

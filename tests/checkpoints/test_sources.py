@@ -1,0 +1,260 @@
+"""PEFT adapters and visual weights over a base: what the merged model holds, and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from llava_folders import TEXT, VISION, read
+
+from vkd_jax.checkpoints import hf, sources
+from vkd_jax.runtime import storage
+from vkd_jax.types import NotFinite, UserError
+
+Q, V = "language_model.model.layers.0.self_attn.q_proj", "language_model.model.layers.1.self_attn.v_proj"
+EMBED, PROJECTOR = "language_model.model.embed_tokens", "multi_modal_projector.linear_2"
+PATCHES = "vision_tower.vision_model.embeddings.patch_embedding"
+WIDTH, RANK, ALPHA = TEXT["hidden_size"], 2, 6
+CONFIG = dict(  # as peft writes it
+    alpha_pattern={}, auto_mapping=None, base_model_name_or_path="BASE", bias="none", fan_in_fan_out=False,
+    inference_mode=True, init_lora_weights=True, layer_replication=None, layers_pattern=None, layers_to_transform=None,
+    loftq_config={}, lora_alpha=ALPHA, lora_dropout=0.05, megatron_config=None, megatron_core="megatron.core",
+    modules_to_save=None, peft_type="LORA", r=RANK, rank_pattern={}, revision=None,
+    target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", use_dora=False, use_rslora=False,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "CACHE", tmp_path / "cache")
+
+
+def pair(module, out, width=WIDTH, *, rank=RANK, suffix=".weight", seed=0):
+    """Random A and B of a module under the names of peft."""
+    rng = np.random.default_rng(seed)
+    shapes = {
+        f"base_model.model.{module}.lora_A{suffix}": (rank, width),
+        f"base_model.model.{module}.lora_B{suffix}": (out, rank),
+    }
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def write(path, tensors, base=None, **config):
+    path.mkdir(exist_ok=True)
+    safetensors.numpy.save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = CONFIG | (dict(base_model_name_or_path=str(base)) if base else {}) | config
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def product(tensors):
+    a, b = tensors.values()
+    return b @ a
+
+
+def test_a_product_worked_by_hand(folder, tmp_path):
+    a, b = np.zeros((RANK, WIDTH), np.float32), np.zeros((WIDTH, RANK), np.float32)
+    a[0, 3], a[1, 3], b[5, 0], b[5, 1] = 2.0, 1.0, 0.5, 4.0
+    names = [f"base_model.model.{Q}.lora_{x}.weight" for x in "AB"]
+    merged = sources.fetch_model(write(tmp_path / "adapter", dict(zip(names, (a, b), strict=True)), folder))
+    difference = read(merged)[f"{Q}.weight"] - read(folder)[f"{Q}.weight"]
+    assert difference[5, 3] == pytest.approx(6 / 2 * (0.5 * 2 + 4 * 1), rel=1e-6)  # alpha / r * (B A)
+    assert np.count_nonzero(difference) == 1
+    others = {name: x for name, x in read(merged).items() if name != f"{Q}.weight"}
+    assert others and all((x == read(folder)[name]).all() for name, x in others.items())
+    assert not (merged / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("suffix", [".weight", ".default.weight"])
+@pytest.mark.parametrize("module", [V, "model.language_model.layers.1.self_attn.v_proj"])  # before 4.52, and later
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({}, 6 / 2),
+        (dict(use_rslora=True), 6 / np.sqrt(2)),
+        (dict(alpha_pattern={"layers.1.self_attn.v_proj": 10}), 10 / 2),
+        (dict(alpha_pattern={"layers.0.self_attn.v_proj": 10}), 6 / 2),
+        (dict(r=8, rank_pattern={r"layers\.\d+\.self_attn\.v_proj": 2}), 6 / 2),
+        (dict(target_modules=r".*\.v_proj", fan_in_fan_out=True), 6 / 2),  # peft: False for linear layers
+        (dict(target_modules="all-linear", init_lora_weights="gaussian"), 6 / 2),
+    ],
+)
+def test_names_and_scales_of_peft(folder, tmp_path, suffix, module, config, scale):
+    out = TEXT["num_key_value_heads"] * WIDTH // TEXT["num_attention_heads"]
+    tensors = pair(module, out, suffix=suffix)
+    merged = sources.fetch_model(write(tmp_path / "adapter", tensors, folder, **config))
+    want = read(folder)[f"{V}.weight"] + np.float32(scale) * product(tensors)
+    np.testing.assert_allclose(read(merged)[f"{V}.weight"], want, rtol=0, atol=1e-6)
+
+
+def test_a_merged_model_is_that_of_transformers_with_merged_weights(folder, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
+    modules = dict(model.named_modules())
+    names = [name for name in modules if name.endswith(("q_proj", "v_proj")) and "language_model" in name]
+    tensors = {}
+    for seed, name in enumerate(names):
+        tensors |= (new := pair(name, *modules[name].weight.shape, seed=seed))
+        with torch.no_grad():
+            modules[name].weight += 3 * torch.tensor(product(new))
+    merged = sources.fetch_model(write(tmp_path / "adapter", tensors, folder))
+    loaded = transformers.LlavaForConditionalGeneration.from_pretrained(merged)
+    assert len(names) == 2 * TEXT["num_hidden_layers"]
+    for name, tensor in loaded.state_dict().items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_embeddings_convolutions_and_saved_modules(folder, tmp_path):
+    rng, base = np.random.default_rng(0), read(folder)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    tensors = {
+        f"base_model.model.{EMBED}.lora_embedding_A": draw(RANK, TEXT["vocab_size"]),
+        f"base_model.model.{EMBED}.lora_embedding_B": draw(WIDTH, RANK),
+        f"base_model.model.{PATCHES}.lora_A.weight": draw(RANK, 3, 4, 4),
+        f"base_model.model.{PATCHES}.lora_B.weight": draw(VISION["hidden_size"], RANK, 1, 1),
+        "base_model.model.multi_modal_projector.modules_to_save.linear_1.bias": draw(WIDTH),
+        "base_model.model.multi_modal_projector.modules_to_save.default.linear_2.bias": draw(WIDTH),
+        f"base_model.model.{PROJECTOR}.weight": draw(WIDTH, WIDTH),  # as newer versions write saved modules
+    }
+    a, b, kernel_a, kernel_b, bias_1, bias_2, weight = tensors.values()
+    targets = dict(target_modules=["embed_tokens", "patch_embedding"])
+    merged = read(sources.fetch_model(write(tmp_path / "adapter", tensors, folder, **targets)))
+    np.testing.assert_allclose(merged[f"{EMBED}.weight"], base[f"{EMBED}.weight"] + 3 * (b @ a).T, atol=1e-5)
+    kernel = np.einsum("or,rihw->oihw", kernel_b[:, :, 0, 0], kernel_a)
+    np.testing.assert_allclose(merged[f"{PATCHES}.weight"], base[f"{PATCHES}.weight"] + 3 * kernel, atol=1e-5)
+    np.testing.assert_array_equal(merged["multi_modal_projector.linear_1.bias"], bias_1)
+    np.testing.assert_array_equal(merged["multi_modal_projector.linear_2.bias"], bias_2)
+    np.testing.assert_array_equal(merged[f"{PROJECTOR}.weight"], weight)
+
+
+def test_the_base_may_be_given_and_a_merged_model_is_reused(folder, tmp_path, monkeypatch):
+    adapter = write(tmp_path / "adapter", pair(Q, WIDTH))
+    with pytest.raises(
+        UserError, match=r"the base of the adapter .*adapter, which BASE\+.*There is no model folder BASE"
+    ):
+        sources.fetch_model(adapter)
+    merged = sources.fetch_model(f"{folder}+{adapter}")
+    assert merged.is_relative_to(storage.CACHE) and hf.load(merged)
+    monkeypatch.setattr(sources, "_write", None)
+    assert sources.fetch_model(f"{folder}+{adapter}") == merged
+    write(adapter, pair(Q, WIDTH, seed=1))
+    with pytest.raises(TypeError):  # it is written again
+        sources.fetch_model(f"{folder}+{adapter}")
+    shutil.copytree(folder, tmp_path / "a+b")
+    assert sources.fetch_model(tmp_path / "a+b") == tmp_path / "a+b"
+
+
+BAD_CONFIG = {
+    "DoRA": (dict(use_dora=True), "use_dora is True (supported: False, None); merge the adapter with"),
+    "biases": (dict(bias="lora_only"), "bias is 'lora_only'"),
+    "IA3": (dict(peft_type="IA3"), "peft_type is 'IA3' (supported: 'LORA')"),
+    "PiSSA": (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'"),
+    "no rank": (dict(r=None), "r is None, and should be a positive number"),
+    "rank 0": (dict(r=0), "r is 0, and should be a positive number"),
+    "patterns that are a list": (dict(rank_pattern=[3]), "rank_pattern is [3], and should be an object"),
+    "another rank": (dict(r=3), "has shape (2, 12), and rank 3"),
+    "other targets": (dict(target_modules=["v_proj"]), f"target_modules does not name {Q}"),
+    "other pattern": (dict(target_modules=".*vision.*"), f"target_modules does not name {Q}"),
+    "no pattern": (dict(target_modules="("), "'(' is not a regular expression"),
+    "no base": (dict(base_model_name_or_path=None), "has no base_model_name_or_path; pass BASE+"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_CONFIG)
+def test_settings_that_are_not_supported_are_refused(fault, folder, tmp_path):
+    config, problem = BAD_CONFIG[fault]
+    with pytest.raises(UserError) as error:
+        sources.fetch_model(write(tmp_path / "adapter", pair(Q, WIDTH), folder, **config))
+    assert problem in error.value.message
+
+
+def without_b(tensors):
+    return {name: x for name, x in tensors.items() if "lora_B" not in name}
+
+
+BAD_TENSORS = {
+    "no B": (without_b(pair(Q, WIDTH)), f"{Q} lacks lora_B"),
+    "unknown module": (
+        pair("language_model.model.layers.9.self_attn.q_proj", WIDTH),
+        "the base model has no weight of",
+    ),
+    "unknown tensor": (
+        {"base_model.model.x.weight": np.ones(1, np.float32)},
+        "unknown tensor base_model.model.x.weight",
+    ),
+    "magnitudes": ({f"base_model.model.{Q}.lora_magnitude_vector": np.ones(1, np.float32)}, "unknown tensor"),
+    "a second adapter": (pair(Q, WIDTH) | pair(Q, WIDTH, suffix=".other.weight"), ", of another adapter"),
+    "another width": (pair(Q, WIDTH, WIDTH + 1), f"do not fit a weight of shape ({WIDTH}, {WIDTH})"),
+    "more tokens": (
+        {f"base_model.model.{EMBED}.weight": np.ones((50, WIDTH), np.float32)},
+        "has shape (50, 12), and the",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_TENSORS)
+def test_tensors_that_do_not_fit_are_refused(fault, folder, tmp_path):
+    tensors, problem = BAD_TENSORS[fault]
+    with pytest.raises(UserError) as error:
+        sources.fetch_model(write(tmp_path / "adapter", tensors, folder))
+    assert problem in error.value.message
+    assert not list((storage.CACHE / "merged").glob("*/config.json"))
+
+
+def test_pickled_adapters_and_products_that_are_not_finite_are_refused(folder, tmp_path):
+    adapter = write(tmp_path / "adapter", {name: x * np.float32(np.inf) for name, x in pair(Q, WIDTH).items()}, folder)
+    with pytest.raises(NotFinite, match=f"{Q}.weight"), np.errstate(invalid="ignore"):
+        sources.fetch_model(adapter)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match="only pickled weights .adapter_model.bin.*safe_serialization=True"):
+        sources.fetch_model(adapter)
+
+
+def visual(folder, *parts):
+    return {name: x + 1 for name, x in read(folder).items() if name.startswith(parts)}
+
+
+def tower_alone(folder):  # as CLIP's own files
+    return {name.removeprefix("vision_tower."): x for name, x in visual(folder, "vision_tower").items()}
+
+
+VISUAL = {
+    "tower": lambda folder: visual(folder, "vision_tower"),
+    "tower alone": tower_alone,
+    "tower and projector": lambda folder: visual(folder, "vision_tower", "multi_modal"),
+    "newer names": lambda folder: {f"model.{name}": x for name, x in visual(folder, "vision_tower").items()},
+}
+
+
+@pytest.mark.parametrize("kind", VISUAL)
+def test_visual_weights_replace_those_of_the_base(kind, folder, tmp_path):
+    file = tmp_path / "visual.safetensors"
+    safetensors.numpy.save_file(VISUAL[kind](folder), file)
+    merged, base = read(sources.fetch_model(f"{folder}+{file}")), read(folder)
+    parts = ("vision_tower", "multi_modal") if "projector" in kind else ("vision_tower",)
+    for name, x in base.items():
+        np.testing.assert_array_equal(merged[name], x + 1 if name.startswith(parts) else x)
+
+
+def test_visual_weights_that_do_not_fit_are_refused(folder, tmp_path):
+    file, tensors = tmp_path / "visual.safetensors", visual(folder, "vision_tower")
+    bias = f"{PATCHES.removesuffix('patch_embedding')}class_embedding"
+    cases = {
+        f"missing tensor {bias}": {name: x for name, x in tensors.items() if name != bias},
+        "unexpected tensor vision_tower.x": tensors | {"vision_tower.x": np.ones(1, np.float32)},
+        f"unexpected tensor {Q}.weight": tensors | {f"{Q}.weight": np.ones(1, np.float32)},
+        "has shape (3,), and the base model has (16,)": tensors | {bias: np.ones(3, np.float32)},
+    }
+    for problem, values in cases.items():
+        safetensors.numpy.save_file(values, file)
+        with pytest.raises(UserError) as error:
+            sources.fetch_model(f"{folder}+{file}")
+        assert problem in error.value.message
+    file.rename(file.with_suffix(".pt"))
+    with pytest.raises(
+        UserError, match="is not a safetensors file. Pickles can run code.*save_file of safetensors.torch"
+    ):
+        sources.fetch_model(f"{folder}+{file.with_suffix('.pt')}")
+    with pytest.raises(UserError, match="is not a PEFT adapter"):
+        sources.fetch_model(f"{folder}+{folder}")

@@ -1,0 +1,217 @@
+"""PEFT adapters: which tensors of a base model a LoRA adapter changes, and how.
+
+    W' = W + scale * B A,    scale = alpha / r, or alpha / sqrt(r) with use_rslora
+
+in float32, rounded once to the dtype of W. `B A` has the shape of W; a convolution is one matrix [out, in * kernel].
+Tensors of `modules_to_save` replace those of the base.
+
+A folder has adapter_config.json and adapter_model.safetensors, whose names are "base_model.model.", the module in the
+base model, and ".lora_A.weight", or ".lora_A.default.weight" with the name of the adapter, as older versions and copies
+of a training state have. Reference: https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vkd_jax.checkpoints.safetensors_files import PICKLE_SUFFIXES, Tensor, read_header
+from vkd_jax.messages import listed
+from vkd_jax.runtime import hub, json_files
+from vkd_jax.types import UserError
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_LORA = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.\w+)?(?<!\.bias)")
+# Initial values that leave the weights of the base as they are. PiSSA, OLoRA, CorDA and others change them.
+_INITIAL = (True, False, None, "gaussian", "orthogonal", "eva")
+# Further fields that change what an adapter computes, and the values with which they do not.
+_PLAIN = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "init_lora_weights": _INITIAL,
+    **dict.fromkeys(("use_dora", "lora_bias", "use_qalora"), (False, None)),
+    **dict.fromkeys(("layer_replication", "alora_invocation_tokens"), (None,)),
+    **dict.fromkeys(("target_parameters", "trainable_token_indices"), (None, [])),
+}
+
+Change = Callable[[np.ndarray], np.ndarray]  # from a tensor of the base, float32, to its new value
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """The product that an adapter adds to a tensor of the base."""
+
+    a: Tensor  # [r, in]; of an embedding [r, tokens]; of a convolution [r, in, ...]
+    b: Tensor  # [out, r]; of a convolution [out, r, 1, ...]
+    scale: float
+    transposed: bool  # whether the tensor is (B A)^T, as of an embedding
+
+    def __call__(self, base: np.ndarray) -> np.ndarray:
+        """Adds the product to a tensor.
+
+        Raises:
+            UserError: it has another shape.
+        """
+        rank = self.a.shape[0]
+        a, b = read(self.a).reshape(rank, -1), read(self.b).reshape(self.b.shape[0], -1)
+        shape = (a.shape[1], b.shape[0]) if self.transposed else (b.shape[0], *self.a.shape[1:])
+        if shape != base.shape or b.shape[1] != rank:
+            raise UserError(
+                f"{self.a.file}: {self.a.name} {self.a.shape} and {self.b.name} {self.b.shape} do not fit a weight of "
+                f"shape {base.shape}; use the base model of the adapter."
+            )
+        delta = b @ a
+        return base + np.float32(self.scale) * (delta.T if self.transposed else delta.reshape(base.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Replacement:
+    """A tensor that replaces one of the base."""
+
+    tensor: Tensor
+
+    def __call__(self, base: np.ndarray) -> np.ndarray:
+        """Returns the tensor in float32.
+
+        Raises:
+            UserError: it has another shape.
+        """
+        if self.tensor.shape != base.shape:
+            raise UserError(
+                f"{self.tensor.file}: {self.tensor.name} has shape {self.tensor.shape}, and the base model has "
+                f"{base.shape}; use its own base model."
+            )
+        return read(self.tensor)
+
+
+def read(tensor: Tensor) -> np.ndarray:
+    """Reads a tensor in float32."""
+    array = np.empty(tensor.shape, np.float32)
+    tensor.copy_to([(tuple(slice(0, size) for size in tensor.shape), array)])
+    return array
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads adapter_config.json.
+
+    Raises:
+        UserError: it cannot be read, or has a setting that is not supported.
+    """
+    path = folder / hub.ADAPTER_CONFIG
+    config = json_files.read_json(path, remedy="get it again")
+    for field, supported in _PLAIN.items():
+        value = config.get(field, None if field != "peft_type" else "")
+        if not any(type(value) is type(x) and value == x for x in supported):
+            raise UserError(
+                f"{path}: {field} is {value!r} (supported: {', '.join(map(repr, supported))}); merge the adapter with "
+                "merge_and_unload() of peft, and pass the merged model."
+            )
+    numbers = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha", 8)}
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(field) or {}, dict):
+            raise UserError(f"{path}: {field} is {config[field]!r}, and should be an object of names and numbers.")
+        numbers |= {f"{field}[{name!r}]": value for name, value in (config.get(field) or {}).items()}
+    for field, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise UserError(f"{path}: {field} is {value!r}, and should be a positive number; get the file again.")
+    return config
+
+
+def changes(folder: Path, canonical: Callable[[str], str], base: Mapping[str, Tensor]) -> dict[str, list[Change]]:
+    """Returns what an adapter changes, after its whole header was checked.
+
+    Args:
+        folder: folder of the adapter.
+        canonical: function of the name of a tensor, of any generation of names, to its key in `base`.
+        base: the tensors of the base model.
+
+    Returns:
+        {key in `base`: changes, in the order in which they are applied}.
+
+    Raises:
+        UserError: a setting is not supported, or a tensor is unknown, missing, or not a part of what the settings say.
+    """
+    config, file = read_config(folder), folder / WEIGHTS
+    if not file.is_file():
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+        kind = f"only pickled weights ({listed(pickles)}), which can run code when they are read" if pickles else ""
+        raise UserError(
+            f"{folder} has {kind or f'no {WEIGHTS}'}. Save the adapter again with save_pretrained(..., "
+            "safe_serialization=True) of peft."
+        )
+    pairs: dict[tuple[str, bool], dict[str, Tensor]] = {}
+    found: dict[str, list[Change]] = {}
+    problems = []
+    for name, tensor in read_header(file).items():
+        match = _LORA.fullmatch(name.removeprefix(PREFIX).removesuffix(".weight"))
+        if match:
+            parts = pairs.setdefault((match[1], ".lora_embedding_" in name), {})
+            if match[2] in parts:
+                problems.append(f"a second {name}, of another adapter")
+            parts[match[2]] = tensor
+            continue
+        key = _replaced(name, canonical, base)
+        if key is None or key in found:
+            problems.append(f"unknown tensor {name}")
+        else:
+            found[key] = [Replacement(tensor)]
+    for (module, embedding), parts in pairs.items():
+        key = canonical(f"{module}.weight")
+        if problem := _problem(config, module, parts, key in base):
+            problems.append(problem)
+        else:
+            low_rank = LowRank(parts["A"], parts["B"], _scale(config, module), embedding)
+            found.setdefault(key, []).append(low_rank)
+    if problems:
+        raise UserError(f"{file} does not fit its {hub.ADAPTER_CONFIG} and base model: {listed(problems, '; ')}.")
+    return found
+
+
+def _replaced(name: str, canonical: Callable[[str], str], base: Mapping[str, Tensor]) -> str | None:
+    """The key in `base` of the tensor that a tensor of `modules_to_save` replaces; None if there is none."""
+    plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+    module, _, rest = plain.partition(".modules_to_save.")
+    names = [plain] if not rest else [f"{module}.{rest}", f"{module}.{rest.partition('.')[2]}"]
+    return next((canonical(x) for x in names if canonical(x) in base), None)
+
+
+def _problem(config: Mapping[str, Any], module: str, parts: Mapping[str, Tensor], is_known: bool) -> str | None:
+    """What is wrong with the matrices of a module; None if nothing is."""
+    if len(parts) < 2:
+        return f"{module} lacks lora_{'B' if 'A' in parts else 'A'}"
+    if not is_known:
+        return f"the base model has no weight of {module}"
+    if not _is_target(config.get("target_modules"), module):
+        return f"target_modules does not name {module}"
+    rank = _of(config.get("rank_pattern"), module, config["r"])
+    return None if parts["A"].shape[:1] == (rank,) else f"{module} has shape {parts['A'].shape}, and rank {rank}"
+
+
+def _is_target(targets: Any, module: str) -> bool:
+    """Whether `target_modules`, a regular expression of the whole name or a list of its endings, names a module."""
+    if isinstance(targets, str) and targets != "all-linear":
+        return bool(_matches(targets, module))
+    return not isinstance(targets, list) or any(module == x or module.endswith(f".{x}") for x in targets)
+
+
+def _matches(pattern: str, module: str) -> re.Match | None:
+    try:
+        return re.fullmatch(pattern, module)
+    except re.error as error:
+        raise UserError(f"{hub.ADAPTER_CONFIG}: {pattern!r} is not a regular expression ({error}).") from error
+
+
+def _of(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first key of `rank_pattern` or `alpha_pattern` that a name ends with, else the default."""
+    return next((value for key, value in (pattern or {}).items() if _matches(rf"(.*\.)?({key})", module)), default)
+
+
+def _scale(config: Mapping[str, Any], module: str) -> float:
+    alpha = _of(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    rank = _of(config.get("rank_pattern"), module, config["r"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -44,7 +44,8 @@ def load(
     """
     folder = sources.fetch_model(folder)
     bundle = ModelBundle.load(folder, dtype=dtype, mesh=mesh)
-    if bundle.processor.max_pixels and (limit := max_pixels or bundle.config.default_max_pixels):
+    default = bundle.config.default_max_pixels if bundle.processor.max_pixels else 0
+    if limit := max_pixels or default:
         bundle.processor.limit_pixels(limit)
     return Answerer(bundle, batch_size=1)
 

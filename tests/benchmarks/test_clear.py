@@ -226,8 +226,8 @@ BROKEN = {
     ("config", "row", "problem"),
     [
         ("real_faces", {"image": None, "answer": "Bo", "options": ["Cy"]}, "image is missing, and there is"),
-        ("real_world", {"question": "Q", "answer": "Bo", "options": ["Bo"]}, "options have no wrong one besides 'Bo'"),
-        ("real_world", {"question": "Q", "answer": "Bo", "options": None}, "options have no wrong one besides 'Bo'"),
+        ("real_world", {"question": "Q", "answer": "Bo", "options": ["Bo"]}, "options has nothing but the answer 'Bo'"),
+        ("real_world", {"question": "Q", "answer": "Bo", "options": None}, "options has nothing but the answer 'Bo'"),
         ("real_world", {"question": "Q", "options": ["Bo"]}, "answer is missing"),
         ("real_world", {"question": "Q\0", "answer": "Bo", "options": ["Cy"]}, "question contains the character NUL"),
         ("forget10", {"caption": "A", "image": BROKEN["image"], "name": "Ada"}, "image cannot be used: the image has"),

@@ -149,6 +149,7 @@ def test_keys_that_cannot_sign_are_refused(certified, keys, name, problem):
     "content",
     [
         *("", "[]", "{}", '{"format": 1}', "\0"),
+        '{"format": 1, "tensors": {}, "files": {}, "forgotten": [1]}',
         *('{"format": 2, "tensors": {}, "files": {}}', '{"format": true, "tensors": {}, "files": {}}'),
     ],
 )

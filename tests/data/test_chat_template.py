@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from vkd_jax.data import chat_template
 from vkd_jax.data.processor import LLAVA_CHAT_TEMPLATE, Processor, create_processor
 from vkd_jax.types import UserError
 
@@ -87,6 +88,7 @@ def test_the_template_of_the_processor_comes_first(load, templates, prompt):
         ("{% for m in messages %}\n{% if %}", "fails in line 2 (TemplateSyntaxError: "),
         ("{{ messages[9].content }}", "fails (UndefinedError: "),
         ("{{ 1 / 0 }}", "fails (ZeroDivisionError: "),
+        ("{{ 'x' * 2000000 }}", "renders a prompt of 2,000,000 characters"),
         ("{{ messages | nothing }}", "fails in line 1 (TemplateAssertionError: "),
         ("{{ ''.__class__.__mro__ }}", "fails (SecurityError: "),
         ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "fails (RecursionError: "),
@@ -101,6 +103,15 @@ def test_a_template_that_renders_no_prompt_is_refused_with_what_to_do(load, text
     assert message.endswith(
         f"write the template of the model's processor, which takes images, to {JINJA} in the model folder."
     )
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = i %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_does_not_end_is_refused(load, monkeypatch):
+    monkeypatch.setattr(chat_template, "MOST_SECONDS", 0.05)
+    with pytest.raises(UserError, match=r"the chat template fails .*\(TimeoutError: not finished in 0\.05 s\)"):
+        load(jinja=LOOPS)
 
 
 @pytest.mark.parametrize("value", [3, True, ["a"], {"tool_use": "a"}])

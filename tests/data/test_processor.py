@@ -88,6 +88,12 @@ def test_a_row_that_is_too_long_is_refused_and_never_truncated(processor):
         encode_set(processor, examples(), max_length=14)
 
 
+def test_a_tokenizer_without_the_tokens_around_images_is_refused(folder, tiny_config, monkeypatch):
+    monkeypatch.setattr(type(tiny_config), "markup_tokens", ("<image>", "<img>"))
+    with pytest.raises(UserError, match=r"its tokenizer lacks <img>, which marks images"):
+        Processor(folder, tiny_config)
+
+
 def test_images_and_image_tokens_must_match(processor, monkeypatch):
     with pytest.raises(UserError, match="a text contains <image>, which stands for an image; remove it"):
         processor.encode("What is <image>?", None)

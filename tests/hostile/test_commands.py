@@ -99,6 +99,12 @@ VERIFY = [
     Case("forgotten that is a number", certified(forgotten=3), ("certificate.json", "format 1")),
     Case("forgotten that is null", certified(forgotten=None), ("certificate.json", "format 1")),
     Case("model that is a list", certified(model=["vkd"]), ("certificate.json", "format 1")),
+    Case("forgotten that are numbers", certified(forgotten=[1]), ("certificate.json", "format 1")),
+    Case("named pipe as a page", certified(lambda f: os.mkfifo(f.parent / "c.pdf"), "--pdf=c.pdf"), ("c.pdf", "pipe")),
+    Case("folder as a page", certified(lambda f: (f.parent / "c").mkdir(), "--pdf=c"), ("c is a folder",)),
+    Case(
+        "method of 10000 letters", certified(model={"method": "x" * 10_000}), ("xxx ...",), status=0, lacks=("x" * 200,)
+    ),
     Case("empty name of a model", lambda _: [""], ("empty name",)),
     Case("empty name of a key", certified(lambda _: None, "--public_key="), ("--public_key", "empty name")),
     Case("named pipe as a key", certified(lambda f: os.mkfifo(f.parent / "key"), "--sign=key"), ("key", "pipe")),
@@ -142,6 +148,7 @@ def rope(kind, **fields):
 TEXT = "--question=Who is it?"
 ASK = [
     Case("empty name of a model to ask", lambda _: ["--model=", TEXT], ("empty name",)),
+    Case("negative pixels", lambda _: ["--model=tiny_llava", TEXT, "--max_pixels=-5"], ("max_pixels=-5", "one size")),
     Case("question of invisible characters", lambda _: ["--model=tiny_llava", "--question=\u200b"], ("blank",)),
     # Fields of config.json that transformers does not check.
     Case("factor that is a text", rope("linear", factor="8"), ("factor", "'8'", "positive")),

@@ -290,6 +290,7 @@ CASES = [
     Case("options of one text", choice(Options={"A": "x", "B": "x "}), ("row forget_10/0", "different")),
     Case("answer whose option is blank", choice(Options={"A": " ", "B": "x"}), ("Correct_Answer", *FORGET)),
     Case("two columns of one name", also(cells("ID", "001"), column_twice), ("ID", "twice", "forget_10")),
+    Case("suite: unknown sampling", suite("pope", category="easy"), ("category", "easy", "random")),
     Case("suite: one option", suite("scienceqa", choices=["x"], answer=0), ("row ScienceQA-IMG/0", "different")),
     Case("suite: index of 5000 digits", suite("scienceqa", answer="9" * 5000), ("answer", "whole number")),
     Case("suite: markers for an answer", suite("mmvet", answer="<AND>"), ("answer", "row 0", "no words")),

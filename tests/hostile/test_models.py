@@ -150,6 +150,11 @@ def token_added(values):
     return values | {"added_tokens": [*values["added_tokens"], token]}
 
 
+def deaf(values):
+    """A tokenizer that deletes what is no special token."""
+    return values | {"normalizer": {"type": "Replace", "pattern": {"Regex": "[A-Za-z ?:]+"}, "content": ""}}
+
+
 NO_MAP = ("has no weight_map", "is not a safetensors index")
 
 CASES = [
@@ -272,8 +277,10 @@ CASES = [
     Case("image size that is a text", processor(size="large"), ("image processor",)),
     Case("standard deviation 0", processor(image_std=[0.0, 0.0, 0.0]), ("image_std",)),
     Case("standard deviation that is an object", processor(image_std={"red": 1}), ("image_std", "red")),
+    Case("factor of pixels 0", processor(rescale_factor=0), ("rescale_factor=0", "all alike")),
+    Case("negative factor of pixels", processor(rescale_factor=-1 / 255), ("rescale_factor=-0.00392", "all alike")),
     Case("mean of texts", processor(image_mean=["a", "b", "c"]), ("image_mean", "a")),
-    Case("factor of pixels that is a text", processor(rescale_factor="1/255"), ("image processor", "processes no")),
+    Case("factor of pixels that is a text", processor(rescale_factor="1/255"), ("image processor", "rescale_factor")),
     Case("crop of a million pixels", processor(crop_size={"height": 10**6, "width": 10**6}), ("image processor",)),
     Case("edge of 10^5 pixels", processor(size={"shortest_edge": 10**5}), ("size.shortest_edge", "100000", "4,096")),
     Case("edge of a fraction", processor(size={"shortest_edge": 47.5}), ("size.shortest_edge", "47.5")),
@@ -286,6 +293,7 @@ CASES = [
     Case("empty tokenizer", with_files(tokenizer__json=""), ("tokenizer",)),
     Case("tokenizer that is a list", with_files(tokenizer__json=[]), ("tokenizer",)),
     Case("tokenizer without a model", with_files(tokenizer__json={"version": "1.0"}), ("tokenizer",)),
+    Case("tokenizer that deletes texts", with_files(tokenizer__json=deaf), ("tokenizer", "different texts")),
     Case("tokenizer config that is a list", with_files(tokenizer_config__json=[]), ("tokenizer",)),
     Case(
         "longest text that is a text",
@@ -315,6 +323,7 @@ CASES = [
         "template that shows a list", template("{% for m in messages %}Q: {{ m.content }}{% endfor %}"), ("template",)
     ),
     Case("template of an endless loop", template("{% for i in range(10 ** 12) %}x{% endfor %}"), ("template",)),
+    Case("template of 10^8 letters", template("{{ 'x' * 100000000 }}"), ("template", "100,000,000 characters")),
     Case("template that reads attributes", template("{{ messages.__class__.__mro__ }}"), ("template",)),
     Case("template of an unknown filter", template("{{ messages | nothing }}"), ("template",)),
     Case("template that is no UTF-8", template(b"\xff\xfe"), ("utf-8",)),

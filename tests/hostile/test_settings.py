@@ -140,6 +140,12 @@ CASES = [
             ('{"cloze": 3}', ("cloze", "{question}")),
         )
     ),
+    Case("a tap twice", settings("--config.method.taps=('features','features')"), ("method.taps", "different")),
+    Case(
+        "a rate twice",
+        settings("--config.attacks.names=relearn", "--config.attacks.relearn.rates=(1.0,1)"),
+        ("attacks.relearn.rates", "different"),
+    ),
     Case("all attacks and one", settings("--config.attacks.names=all,leak"), ("attacks.names", "alone")),
     Case(
         "suite without its source",

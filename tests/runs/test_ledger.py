@@ -29,7 +29,13 @@ def write(path, *lines):
     written = []
     for kind, request, fields in lines:
         append_fields = {"people": [ANN], "forget": "", "test": ""} | fields if kind == "add" else fields
-        content = {"line": len(written) + 1, "kind": kind, "request": request, "time": "now", **append_fields}
+        content = {
+            "line": len(written) + 1,
+            "kind": kind,
+            "request": request,
+            "time": "2026-01-01T00:00:00+00:00",
+            **append_fields,
+        }
         content["previous"] = written[-1]["hash"] if written else START
         content |= content.pop("over", {})
         written.append({**content, "hash": line_hash(content)})
@@ -89,6 +95,7 @@ HOSTILE = {
     "an unknown field": ([("add", 1, {"x": 1})], "its field 'x'"),
     "a missing field": ([("done", 1, {})], "its field"),
     "a field of another type": ([("add", 1, {"forget": 1})], "its field 'forget'"),
+    "a time that is none": ([("add", 1, {"over": {"time": "\x1b[31mnow"}})], "not one of ISO 8601"),
     "a number that is true": ([("add", 1, {"over": {"request": True}})], "its field 'request'"),
     "no figures": ([("add", 1, {}), ("done", 1, DONE | {"figures": {}})], "its figures"),
     "figures of a text": (figures(text_identical="yes"), "have no text_identical"),

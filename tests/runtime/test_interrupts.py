@@ -108,6 +108,17 @@ def test_a_second_ctrl_c_ends_the_process_at_once(monkeypatch, capfd):
     assert statuses == [130] and capfd.readouterr().err == "stopped at once\n"
 
 
+def test_a_block_ends_after_its_limit_of_time_and_the_signal_is_as_before():
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(TimeoutError, match=r"not finished in 0\.02 s"), interrupts.time_limit(0.02):
+        while True:
+            pass
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    with interrupts.time_limit(60):
+        pass
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
 def test_without_signals_the_command_runs_alone(monkeypatch):
     results = []
     thread = threading.Thread(target=lambda: results.append(interruptible(lambda: 5)()))

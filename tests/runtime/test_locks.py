@@ -54,8 +54,22 @@ def test_the_lock_of_a_running_process_is_respected(tmp_path, host):
     assert (tmp_path / locks.FILE).read_text() == text
 
 
-def test_a_damaged_lock_is_stale(tmp_path):
-    (tmp_path / locks.FILE).write_bytes(b'{"pid": \xff')
+HERE = json.dumps(socket.gethostname()).encode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"pid": \xff',
+        b'{"host": "elsewhere", "pid": 1, "renewed": NaN}',
+        b'{"host": "elsewhere", "pid": 1, "renewed": 1e999}',
+        b'{"host": "elsewhere", "pid": 1, "renewed": 32503680000}',
+        b'{"host": "elsewhere", "pid": 1, "renewed": 1' + b"0" * 400 + b"}",
+        b'{"host": ' + HERE + b', "pid": 1' + b"0" * 30 + b', "started": null}',
+    ],
+)
+def test_a_damaged_lock_is_stale(text, tmp_path):
+    (tmp_path / locks.FILE).write_bytes(text)
     with locks.hold(tmp_path, ""):
         assert json.loads((tmp_path / locks.FILE).read_text())["pid"] == os.getpid()
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from vkd_jax.types import NotFinite
 from vkd_jax.verify import comparison
 from vkd_jax.verify.answers import Answer
 
@@ -77,6 +78,22 @@ def test_the_earliest_stage_of_all_questions_is_named():
 def test_nan_is_a_difference():
     assert compare(answer(logits=math.nan)).stage == "logits"
     assert compare(answer(features=math.nan)).stage == "features"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"features": FEATURES * 0},
+        {"features": FEATURES + math.nan},
+        {"logits": LOGITS * 0},
+        {"logits": np.array([[0.0, 2.0, 4.0], [3.0, 3.0, 3.0]])},
+        {"logits": LOGITS + math.inf},
+    ],
+)
+def test_an_answer_whose_distances_are_undefined_is_refused(change):
+    comparison.check(answer())
+    with pytest.raises(NotFinite, match=r"in PyTorch are NaN or infinite, or the same for every input"):
+        comparison.check(answer()._replace(**change))
 
 
 def test_limits_are_those_of_all_questions():

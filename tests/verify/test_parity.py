@@ -2,10 +2,12 @@
 
 import dataclasses
 import importlib
+import shutil
 import sys
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from vkd_jax import models
 from vkd_jax.checkpoints.bundle import ModelBundle
@@ -100,6 +102,28 @@ def test_a_model_that_only_this_library_reads_otherwise_gives_status_1(run, monk
     assert status == 1 and "is not the same model in float32: the image features differ first, by " in shown
 
 
+def test_a_model_whose_logits_are_equal_is_refused(run, tmp_path):
+    pytest.importorskip("torch")
+    folder = tmp_path / "model"
+    shutil.copytree(hub.fetch_model("tiny_llava"), folder)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("lm_head.weight"))
+    safetensors.numpy.save_file(tensors | {name: np.zeros_like(tensors[name])}, folder / "model.safetensors")
+    status, shown, problem = run(folder, *ASKED)
+    assert (status, shown) == (2, "") and "The logits in PyTorch are NaN or infinite, or the same" in problem
+
+
+def test_what_the_processor_of_transformers_refuses_is_one_sentence(run, monkeypatch):
+    transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("torch")
+
+    def refuse(*_, **__):
+        raise ValueError("not today")
+
+    monkeypatch.setattr(transformers.LlavaProcessor, "__call__", refuse)
+    status, _, problem = run("tiny_llava", *ASKED)
+    assert status == 2 and "cannot process 'Who is this person?' (not today)" in problem
+
+
 def test_other_prompts_give_status_1_before_the_model_is_asked(run, monkeypatch):
     pytest.importorskip("torch")
     encode = Processor.encode
@@ -129,6 +153,8 @@ def test_without_pytorch_the_command_says_how_to_install_it(run, monkeypatch):
         (["--certificate", "--questions", "Who?"], "--questions is used without --certificate"),
         (["--images=absent"], "--images: "),
         (["--questions", " "], "a question is blank"),
+        (["--questions", "\u200b"], "a question is blank"),
+        (["--questions", "See <image>?"], "a text contains <image>, which stands for an image"),
         (["--max_new_tokens=0"], "--max_new_tokens=0: give at least 1"),
         (["--max_pixels=9"], "all images of "),
     ],

@@ -164,14 +164,14 @@ def _people(files: Snapshot, config: str) -> set[str]:
     return {plain_name(row.optional_text("name")) for row in files.rows(config, ["name"])} - {""}
 
 
-def _choice(answer: str, wrong: Iterable[str], row: Row) -> tuple[str, ...]:
-    """The wrong options without duplicates, with the answer at a random index."""
+def _choice(answer: str, wrong: Iterable[str], row: Row, column: str) -> tuple[str, ...]:
+    """The wrong options of a column without duplicates, with the answer at a random index."""
     others: dict[str, str] = {}
     for option in wrong:
         others.setdefault(_plain(option), option)
     others.pop(_plain(answer), None)
     if not others:
-        raise row.error("options", f"have no wrong one besides {answer!r}")
+        raise row.error(column, f"has nothing but the answer {answer!r}")
     place = int(_row_rng(row).integers(len(others) + 1))
     options = list(others.values())
     return (*options[:place], answer, *options[place:])
@@ -237,7 +237,7 @@ def _captions(files: Snapshot, config: str, counterparts: dict[int, Row] | None 
         )  # fmt: skip
         examples = [caption]
         if wrong := more.texts("perturbed_names", skip_blank=True):
-            options = _choice(name, wrong, row)
+            options = _choice(name, wrong, row, "perturbed_names")
             examples.append(Example(f"{row.name}/image/1", name, *shown, NAME_QUESTION, name, options))
         yield examples
     _warn_incomplete(incomplete, config)
@@ -293,7 +293,7 @@ def _choices(files: Snapshot, config: str) -> Iterator[list[Example]]:
         if image is None and not question:
             raise row.error("image", "is missing, and there is no question without one")
         answer = row.text("answer")
-        options = _choice(answer, row.texts("options", skip_blank=True), row)
+        options = _choice(answer, row.texts("options", skip_blank=True), row, "options")
         kind, image_id = ("text", "") if image is None else ("image", f"{row.name}/0")
         yield [
             Example(f"{row.name}/{kind}/0", "", image, image_id, question or FACE_QUESTION, answer, options),

@@ -52,6 +52,7 @@ def read(folder: Path) -> dict[str, Any]:
     content = json_files.read_json(folder / FILE)
     content = {"forgotten": [], "model": {}, **content}
     version, is_complete = content.get("format"), all(isinstance(content.get(key), x) for key, x in FIELDS.items())
+    is_complete = is_complete and all(isinstance(person, str) for person in content["forgotten"])
     if not is_complete or type(version) is not int or version != FORMAT:
         raise UserError(f"{folder / FILE} is not a certificate of format {FORMAT}; get it again.")
     return content

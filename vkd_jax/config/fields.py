@@ -139,7 +139,8 @@ def _allowed(value: Any, kind: Any, rules: Mapping[str, Any]) -> bool:
         return value is None or _allowed(value, next(arg for arg in args if arg is not type(None)), rules)
     if origin is tuple:
         full = isinstance(value, tuple) and (len(value) > 0 or not rules.get("nonempty"))
-        return full and all(_allowed(item, args[0], rules) for item in value)
+        valid = full and all(_allowed(item, args[0], rules) for item in value)
+        return valid and (args[0] is Any or len(set(value)) == len(value))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return isinstance(value, Mapping) and all(_allowed(item, args[1], rules) for item in value.values())
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -184,7 +185,9 @@ def _expected(kind: Any, rules: Mapping[str, Any]) -> str:
     if origin in (types.UnionType, typing.Union):
         return _expected(next(arg for arg in args if arg is not type(None)), rules) + ", or None"
     if origin is tuple:
-        return f"a {'nonempty ' * bool(rules.get('nonempty'))}tuple, each item {_expected(args[0], rules)}"
+        return (
+            f"a {'nonempty ' * bool(rules.get('nonempty'))}tuple of different items, each {_expected(args[0], rules)}"
+        )
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"a mapping, each value {_expected(args[1], rules)}"
     if "choices" in rules:

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from vkd_jax.runtime import files, json_files, storage
+from vkd_jax.runtime.interrupts import time_limit
 from vkd_jax.types import UserError
 
 MOST_BYTES = 2**20  # of a template; published ones have a few kB
+MOST_CHARACTERS = 2**20  # of a prompt, without the texts that it is made of
+MOST_SECONDS = 10.0  # to render a prompt, which takes less than a millisecond
 CONFIGS = ("processor_config.json", "chat_template.json")  # of the processor, with the template as a field
 JINJA = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -44,12 +47,15 @@ class ChatTemplate:
             UserError: the template has an error, leaves the question out, or prints the content as a list.
         """
         try:
-            prompt = tokenizer.apply_chat_template(
-                messages, chat_template=self.text, tokenize=False, add_generation_prompt=True
-            )
+            with time_limit(MOST_SECONDS):
+                prompt = tokenizer.apply_chat_template(
+                    messages, chat_template=self.text, tokenize=False, add_generation_prompt=True
+                )
         except Exception as error:  # syntax errors, what the template raises, and what its expressions raise
             line = f" in line {error.lineno}" if getattr(error, "lineno", None) else ""
             raise self._error(f"fails{line} ({type(error).__name__}: {storage.first_line(error)[:200]})") from error
+        if len(prompt) > MOST_CHARACTERS + 2 * len(repr(messages)):
+            raise self._error(f"renders a prompt of {len(prompt):,} characters")
         texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
         if _LIST.search(prompt) and not any(_LIST.search(text) for text in texts):
             raise self._error("prints the list of texts and images in place of its items: it is for text alone")

@@ -15,6 +15,7 @@ from PIL import Image
 from vkd_jax.data import image_sizes
 from vkd_jax.data.chat_template import read_chat_template
 from vkd_jax.data.images import TiledImage, open_image
+from vkd_jax.messages import listed
 from vkd_jax.runtime import files, json_files, storage
 from vkd_jax.types import UserError, located
 
@@ -70,12 +71,15 @@ class Processor:
             self.image_processor = transformers.AutoImageProcessor.from_pretrained(
                 str(folder), backend="pil", config=hf_config, **options
             )
-            self.tokenizer("Who is this?")  # raises if it has settings of other types than transformers expects
+            # Raises if it has settings of other types than transformers expects.
+            texts = self.tokenizer(["Who is this?", "What color is it?"])["input_ids"]
         except Exception as error:  # tokenizers raises errors without a type of their own
             raise UserError(
                 f"{folder}: no usable tokenizer and image processor ({storage.first_line(error)}); "
                 "copy tokenizer.json, tokenizer_config.json and preprocessor_config.json of the model there."
             ) from error
+        if texts[0] == texts[1]:
+            raise UserError(f"{folder}: its tokenizer reads different texts as the same tokens; get its files again.")
         self.folder, self.config = folder, config
         self._check_image_processor()
         if max_pixels:
@@ -83,6 +87,11 @@ class Processor:
         self.image_token_id = config.image_token_id
         self.image_token = self._image_token(config.image_token_id)
         self.placeholder = self._image_token(config.placeholder_id)
+        if missing := [token for token in config.markup_tokens if token not in self.tokenizer.get_vocab()]:
+            raise UserError(
+                f"{folder}: its tokenizer lacks {listed(missing)}, which marks images; get the files of the tokenizer "
+                "again."
+            )
         self.eos_ids = _eos_ids(folder, self.tokenizer)
         self.pad_id = int(self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
         self.chat_template = read_chat_template(folder, self.tokenizer)
@@ -116,16 +125,17 @@ class Processor:
         problem = image_sizes.processor_problem(self.image_processor, self.config.edges_are_areas)
         if problem := problem or self.config.image_processor_problem(self.image_processor):
             raise UserError(f"{self.folder}: {problem}.")
-        for name in ("image_mean", "image_std"):
+        for name in ("image_mean", "image_std", "rescale_factor"):
             value = getattr(self.image_processor, name, 1.0)
+            value = 1.0 if value is None and name == "rescale_factor" else value
             try:
                 values = np.atleast_1d(np.asarray(value, np.float64))
             except (TypeError, ValueError):
                 values = np.array([np.nan])
-            if not np.isfinite(values).all() or (name == "image_std" and (values <= 0).any()):
+            if not np.isfinite(values).all() or (name != "image_mean" and (values <= 0).any()):
                 raise UserError(
-                    f"{self.folder}: the image processor has {name}={value!r}, which gives no finite pixels; "
-                    "copy preprocessor_config.json of the model there."
+                    f"{self.folder}: the image processor has {name}={value!r}, which makes pixels infinite or all "
+                    "alike; copy preprocessor_config.json of the model there."
                 )
 
     def with_soft_tokens(self, count: int) -> "Processor":

@@ -58,6 +58,7 @@ class ModelConfig(abc.ABC):
         False  # whether the image processor's shortest_edge and longest_edge are pixel counts
     )
     has_default_template: ClassVar[bool] = False  # whether a model without a chat template has that of LLaVA-1.5
+    markup_tokens: ClassVar[tuple[str, ...]] = ()  # around image tokens, which the tokenizer has to know
     default_max_pixels: ClassVar[int] = 0  # of an image that one asks about; 0 for the image processor's limit
 
     @property

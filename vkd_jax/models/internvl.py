@@ -52,6 +52,7 @@ class InternVLConfig(GridConfig):
     scale: int = 2
     feature_layer: int = -1  # as in transformers: an index into (embeddings, block 0, ..., last block)
     projector_act: str = "gelu"
+    markup_tokens: ClassVar[tuple[str, ...]] = (START, END)
     default_max_pixels: ClassVar[int] = MAX_PIXELS
 
     @property

@@ -9,7 +9,7 @@ Axes: b batch, p image token, r rows or columns of a cell, d width.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -33,6 +33,7 @@ BOUNDARY, GLOBAL = "<fake_token_around_image>", "<global-img>"  # fixed in trans
 class IdeficsConfig(GridConfig):
     """Configuration of an Idefics3 or SmolVLM model."""
 
+    markup_tokens: ClassVar[tuple[str, ...]] = (BOUNDARY,)
     scale: int = 4
 
     @property

@@ -167,6 +167,8 @@ class Ledger:
         )
         if wrong:
             raise UserError(f"its field {wrong[0]!r} is missing, unknown or of another type; {REMEDY}.")
+        if not _is_time(entry["time"]):
+            raise UserError(f"its time is {json_files.describe(entry['time'])}, not one of ISO 8601; {REMEDY}.")
         if kind == "done" and (problem := requests_page.figures_problem(entry["figures"])):
             raise UserError(f"its figures {problem}; {REMEDY}.")
 
@@ -197,6 +199,14 @@ class Ledger:
         if number != self.pending[0].number:
             raise UserError(f"request {number} was run before request {self.pending[0].number}; {REMEDY}.")
         self._requests[number] = dataclasses.replace(request, done=dict(entry))
+
+
+def _is_time(value: Any) -> bool:
+    """Whether a value is a text such as 2026-01-01T00:00:00+00:00."""
+    try:
+        return datetime.datetime.fromisoformat(value).tzinfo is not None
+    except (TypeError, ValueError):
+        return False
 
 
 def local(name: str) -> Path:

@@ -29,8 +29,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Example:
         >>> with atomic_file(Path("table.csv")) as temporary:
         ...     temporary.write_text("a,b")
+
+    Raises:
+        UserError: something else than a regular file is in its place, such as a device, which must not be replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        check_regular(path, None)
     temporary = _temporary(path)
     try:
         yield temporary

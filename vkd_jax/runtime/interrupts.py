@@ -5,12 +5,13 @@ dropped, so it is raised again every few seconds until the command ends. A train
 the signal themselves while they run: see `training.preemption` and `runs.worker_pool`.
 """
 
+import contextlib
 import functools
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn, ParamSpec
 
 STATUS = 128 + signal.SIGINT
@@ -66,6 +67,30 @@ def interruptible(command: Callable[P, int]) -> Callable[P, int]:
         return status
 
     return run
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Context manager that ends its block after so many seconds; in other threads than the main one it does nothing.
+
+    Raises:
+        TimeoutError: the block took longer.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getitimer(signal.ITIMER_REAL)[0]:  # Ctrl-C was pressed, and is repeated
+        yield
+        return
+
+    def stop(*_: object) -> NoReturn:
+        raise TimeoutError(f"not finished in {seconds:g} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous or signal.SIG_DFL)
 
 
 def _takes_signals() -> bool:

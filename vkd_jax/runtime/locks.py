@@ -24,6 +24,7 @@ from vkd_jax.types import UserError
 FILE = "lock.json"
 RENEWS = 60  # seconds between two renewals
 EXPIRES = 600  # seconds without a renewal after which the lock of another host is stale
+FARTHEST_CLOCK = 86_400  # seconds that the clock of another host may be ahead
 
 _held: dict[str, int] = {}  # how many blocks of this process hold each lock
 
@@ -105,9 +106,10 @@ def is_stale(lock: Any) -> bool:
     if not isinstance(lock, dict) or not isinstance(lock.get("pid"), int):
         return True
     if lock.get("host") == socket.gethostname():
-        return process_start(lock["pid"]) != lock.get("started")
-    renewed = lock.get("renewed")
-    return not isinstance(renewed, int | float) or time.time() - renewed > EXPIRES
+        return (started := process_start(lock["pid"])) is None or started != lock.get("started")
+    renewed, now = lock.get("renewed"), time.time()
+    # Neither NaN nor a time that the clock of no other host can have.
+    return not (isinstance(renewed, int | float) and now - EXPIRES <= renewed <= now + FARTHEST_CLOCK)
 
 
 def _acquire(file: storage.VersionedFile, name: str, command: str) -> bytes:

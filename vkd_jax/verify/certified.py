@@ -29,7 +29,7 @@ def verify(folder: Path, public_key: Path | None, private_key: Path | None, pdf:
         certificate.sign(folder, private_key)
     lines = [
         f"{folder} is the certified model: {len(content['tensors'])} tensors and {len(content['files'])} files.",
-        f"Unlearned: {len(content['forgotten'])} people, with {content['model'].get('method', '?')}.",
+        f"Unlearned: {len(content['forgotten'])} people, with {listed([content['model'].get('method', '?')])}.",
         "Not signed.",
     ]
     signer = None

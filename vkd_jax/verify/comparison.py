@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vkd_jax.runtime import finite
 from vkd_jax.verify.answers import Answer
 
 FLOAT32 = 1e-3  # largest relative distance
@@ -44,6 +45,20 @@ class Difference:
     equal: int = 0  # tokens of the answer that are equal
     compared: int = 0  # tokens of the answer that were compared
     tied: bool = False  # whether rounding decides the token after the equal ones
+
+
+def check(answer: Answer) -> None:
+    """Checks that distances from an answer are defined.
+
+    Raises:
+        NotFinite: features or logits are NaN or infinite, all features are zero, or all logits of a token are equal.
+    """
+    finite.check(answer.features, "The features of images in PyTorch")
+    finite.check(answer.logits, "The logits in PyTorch")
+    if answer.features.size and not answer.features.any():
+        raise finite.error("The features of images in PyTorch")
+    if not np.ptp(answer.logits, axis=-1).all():
+        raise finite.error("The logits in PyTorch")
 
 
 def limits(theirs: Sequence[Answer], exact: Sequence[Answer]) -> tuple[float, float]:

@@ -70,6 +70,8 @@ def _compare(
     """Compares the answers of this library with those that PyTorch wrote to two folders."""
     expected = [pytorch.read_answer(theirs, number) for number in range(len(questions))]
     asked = [number for number, answer in enumerate(expected) if len(answer.tokens)]
+    for number in asked:
+        comparison.check(expected[number])
     ours: dict[int, Answer] = {}
     if asked:
         bundle = ModelBundle.load(folder, dtype=dtype, max_pixels=max_pixels)

@@ -75,7 +75,7 @@ def save_answers(
         inputs, notes = _processor(model_folder, processor)
         model = _load(model_folder, getattr(torch, dtype))
         for number, question in enumerate(questions):
-            given, ours = inputs(question), _own_tokens(processor, question)
+            ours, given = _own_tokens(processor, question), inputs(question)
             if given["input_ids"][0].tolist() != ours:
                 answer = Answer(given["input_ids"][0].numpy(), *(np.zeros(0, np.float32),) * 2, np.zeros(0, int))
             else:
@@ -153,7 +153,13 @@ def _joint_inputs(joint: Any, ours: Processor, question: Question) -> Mapping[st
         text = joint.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     bos = joint.tokenizer.bos_token  # as in transformers' own `apply_chat_template(tokenize=True)`
     special = not (bos and text.startswith(bos))
-    return joint(images=images or None, text=[text], return_tensors="pt", add_special_tokens=special)
+    try:
+        return joint(images=images or None, text=[text], return_tensors="pt", add_special_tokens=special)
+    except Exception as error:  # of settings and texts that its processors check in their own ways
+        raise UserError(
+            f"the processor of transformers cannot process {question.text!r} ({storage.first_line(error)}); ask "
+            "something else, or get the processor's files again."
+        ) from error
 
 
 def _own_tokens(ours: Processor, question: Question) -> list[int]:

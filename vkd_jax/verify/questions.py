@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vkd_jax.benchmarks.names import plain_name
 from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image
 from vkd_jax.runtime import files, storage
 from vkd_jax.types import UserError, located
@@ -40,7 +41,7 @@ def build(folder: str | None, texts: Sequence[str]) -> list[Question]:
     Raises:
         UserError: the folder has no images, one cannot be read, or a text is blank.
     """
-    if any(not text.strip() for text in texts):
+    if not all(map(plain_name, texts)):
         raise UserError("--questions: a question is blank; ask something.")
     images = _synthetic() if folder is None else _read(folder)
     return [Question(text, image) for image in (*images, None) for text in texts or QUESTIONS]

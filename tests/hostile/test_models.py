@@ -155,6 +155,12 @@ def deaf(values):
     return values | {"normalizer": {"type": "Replace", "pattern": {"Regex": "[A-Za-z ?:]+"}, "content": ""}}
 
 
+def letterless(values):
+    """A tokenizer that knows special tokens alone."""
+    special = {token: number for token, number in values["model"]["vocab"].items() if token.startswith("<")}
+    return values | {"model": values["model"] | {"vocab": special, "merges": []}}
+
+
 NO_MAP = ("has no weight_map", "is not a safetensors index")
 
 CASES = [
@@ -294,6 +300,7 @@ CASES = [
     Case("tokenizer that is a list", with_files(tokenizer__json=[]), ("tokenizer",)),
     Case("tokenizer without a model", with_files(tokenizer__json={"version": "1.0"}), ("tokenizer",)),
     Case("tokenizer that deletes texts", with_files(tokenizer__json=deaf), ("tokenizer", "different texts")),
+    Case("tokenizer without letters", with_files(tokenizer__json=letterless), ("tokenizer", "different texts")),
     Case("tokenizer config that is a list", with_files(tokenizer_config__json=[]), ("tokenizer",)),
     Case(
         "longest text that is a text",
@@ -324,6 +331,8 @@ CASES = [
     ),
     Case("template of an endless loop", template("{% for i in range(10 ** 12) %}x{% endfor %}"), ("template",)),
     Case("template of 10^8 letters", template("{{ 'x' * 100000000 }}"), ("template", "100,000,000 characters")),
+    Case("template of 10^10 letters", template("{{ 'x' * 10000000000 }}"), ("template", "MemoryError")),
+    Case("template that centers a letter", template("{{ 'x'.center(10 ** 12) }}"), ("template", "MemoryError")),
     Case("template that reads attributes", template("{{ messages.__class__.__mro__ }}"), ("template",)),
     Case("template of an unknown filter", template("{{ messages | nothing }}"), ("template",)),
     Case("template that is no UTF-8", template(b"\xff\xfe"), ("utf-8",)),

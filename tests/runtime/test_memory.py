@@ -1,5 +1,7 @@
 """The check that arrays fit in memory."""
 
+import resource
+import sys
 import types
 
 import jax
@@ -13,6 +15,14 @@ from vkd_jax.types import UserError
 def device(platform, limit=None, process_index=0):
     stats = None if limit is None else {"bytes_limit": limit}
     return types.SimpleNamespace(platform=platform, process_index=process_index, memory_stats=lambda: stats)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much a process has mapped")
+def test_a_block_that_allocates_more_than_its_limit_fails_and_the_limit_ends():
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(MemoryError), memory.growth_limit(2**26):
+        bytes(2**30)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before and len(bytes(2**27)) == 2**27
 
 
 def test_memory_is_that_of_the_host_or_of_the_devices():

@@ -16,7 +16,7 @@ from vkd_jax.data import image_sizes
 from vkd_jax.data.chat_template import read_chat_template
 from vkd_jax.data.images import TiledImage, open_image
 from vkd_jax.messages import listed
-from vkd_jax.runtime import files, json_files, storage
+from vkd_jax.runtime import files, json_files, memory, storage
 from vkd_jax.types import UserError, located
 
 CONFIGS = (  # of a model folder, which transformers reads
@@ -72,7 +72,7 @@ class Processor:
                 str(folder), backend="pil", config=hf_config, **options
             )
             # Raises if it has settings of other types than transformers expects.
-            texts = self.tokenizer(["Who is this?", "What color is it?"])["input_ids"]
+            texts = self.tokenizer(["Who is this?", "Why is that?"])["input_ids"]
         except Exception as error:  # tokenizers raises errors without a type of their own
             raise UserError(
                 f"{folder}: no usable tokenizer and image processor ({storage.first_line(error)}); "
@@ -96,7 +96,8 @@ class Processor:
         self.pad_id = int(self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
         self.chat_template = read_chat_template(folder, self.tokenizer)
         for images in (0, 1):
-            self.prompt("Who is this?", images)  # an error of the template shows here, not after hours of training
+            with memory.growth_limit(memory.GIB):
+                self.prompt("Who is this?", images)  # an error of the template shows here, not after hours of training
         self.eos_ids = self._sorted_eos_ids()
 
     def _image_token(self, token: int) -> str:

@@ -30,16 +30,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="vkd demo", description=__doc__.splitlines()[0])
     parser.add_argument("--before", default="tiny_llava", help="model before unlearning: a folder, or id on the hub")
     parser.add_argument("--after", default="tiny_retain_only", help="model after unlearning")
-    parser.add_argument("--images", type=Path, help="folder of images to pick; the synthetic people by default")
+    parser.add_argument("--images", help="folder of images to pick; the synthetic people by default")
     parser.add_argument("--port", type=int, default=7860, help="port of the page on this machine")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that uploaded images are deleted
     try:
         if not 1 <= args.port <= 65535:
             raise UserError(f"--port={args.port}: give 1 to 65535.")
+        if args.images and "://" in args.images:
+            raise UserError(f"--images={args.images}: give a folder of this machine.")
         with tempfile.TemporaryDirectory(prefix="vkd-demo-") as folder, memory.exhausted():
             os.environ["GRADIO_TEMP_DIR"] = folder  # uploaded images are deleted at the end
-            images, label = (app.read_images(args.images), app.FOLDER) if args.images else (app.portraits(), app.PEOPLE)
+            images, label = (
+                (app.read_images(Path(args.images)), app.FOLDER) if args.images else (app.portraits(), app.PEOPLE)
+            )
             names = (f"Before: {args.before}", f"After: {args.after}")
             page = app.create(Session.load(args.before, args.after), names, images, label)
             command_line.show(f"{app.serve(page, args.port)} shows the demo until Ctrl-C.")

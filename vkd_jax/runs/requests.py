@@ -89,7 +89,7 @@ def withdraw(path: Path, number: int) -> None:
         UserError: there is no such request, or it was run.
     """
     Ledger.read(path)
-    append(path, lambda ledger: ("withdraw", number, {}))
+    append(path, lambda ledger: ("withdraw", ledger.get(number).number, {}))
 
 
 def purge(path: Path, numbers: Sequence[int]) -> list[Path]:

@@ -5,6 +5,8 @@ The limits are what the hardware has, not what is free at the moment: a check gi
 
 import contextlib
 import os
+import resource
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,26 @@ def host_bytes() -> int:
         text = path.read_text().strip() if path.is_file() else ""
         limits += [int(text)] if text.isdigit() and int(text) else []
     return min(limits)
+
+
+@contextlib.contextmanager
+def growth_limit(size: int) -> Iterator[None]:
+    """Context manager in which the process can map at most `size` further bytes, for short blocks of the main thread.
+
+    Raises:
+        MemoryError: the block needs more.
+    """
+    pages = Path("/proc/self/statm")  # of Linux; elsewhere there is no limit
+    if not pages.is_file() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = int(pages.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + size
+    resource.setrlimit(resource.RLIMIT_AS, (most if soft == resource.RLIM_INFINITY else min(most, soft), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def device_bytes(devices: Iterable[jax.Device]) -> int | None:

@@ -205,7 +205,7 @@ def test_the_wrong_program_for_a_config_is_refused(module, words, message, tmp_p
     ("changes", "message"),
     [
         ({"seeds": ("x",)}, r"compare.seeds: \('x',\) is not allowed"),
-        ({"seeds": (1, 1)}, "Give each seed once"),
+        ({"seeds": (1, 1)}, "compare.seeds: .* Give a nonempty tuple of different items"),
         ({"seeds": ()}, "compare.seeds: .* Give a nonempty tuple"),
         ({"tuning": "data.nosuch=1"}, "'data.nosuch=1' does not fit the config"),
         ({"entrants.vkd.settings": "method.nosuch=1"}, "'method.nosuch=1' does not fit the config"),

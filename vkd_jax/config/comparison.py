@@ -62,8 +62,6 @@ class CompareConfig(Section):
         if len(trials := {len(entrant.search) for entrant in self.entrants.values() if entrant.search}) > 1:
             counts = ", ".join(map(str, sorted(trials)))
             raise self.error("entrants", f"their searches have {counts} settings. Give each that has any equally many.")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise self.error("seeds", f"{self.seeds!r} is not allowed. Give each seed once.")
 
 
 def folder_of(name: str) -> str:

@@ -4,6 +4,8 @@ python -m vkd_jax.main --config configs/tiny.py --workdir /tmp/vkd-tiny
 python -m vkd_jax.main --config configs/tiny.py:help                           all arguments and fields
 python -m vkd_jax.main --config configs/tiny.py:stage=all --workdir DIR        fine-tuning included
 python -m vkd_jax.main --config configs/tiny.py:robust,attacks --workdir DIR   knowledge that does not come back
+python -m vkd_jax.main --config configs/tiny.py:benchmark=folder --workdir DIR \\
+    --config.data.forget=FOLDER --config.data.retain=FOLDER                    folders of images and questions
 python -m vkd_jax.compare --config configs/tiny.py:runs=compare --workdir DIR  every method, tuned alike, three seeds
 
 The shipped tiny_llava, tiny_retain_only and tiny_base were created by stage=finetune, retain_only and base.
@@ -11,10 +13,12 @@ The shipped tiny_llava, tiny_retain_only and tiny_base were created by stage=fin
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 
 import ml_collections
 
 from vkd_jax.config import arguments, defaults, schema
+from vkd_jax.types import UserError
 
 OTHERS = 2  # seed of 60 other people, on whom methods are tuned and about whom nothing is reported
 UNSEEN = 3  # seed of 60 people on whom nothing was ever tuned or chosen
@@ -167,7 +171,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             defaults.method_argument(),
             defaults.WEIGHTS,
             defaults.SETTING,
-            defaults.benchmark_argument(*defaults.synthetic_benchmarks()),
+            defaults.benchmark_argument(*defaults.synthetic_benchmarks(), "folder"),
             defaults.forget_argument(*defaults.synthetic_benchmarks()),
             arguments.Argument("people", "Synthetic people.", populations, "60", needs_key=frozenset(["200"])),
             dataclasses.replace(defaults.STAGE, values=stages),
@@ -175,6 +179,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             arguments.Argument("runs", "Number of runs.", runs, default="one"),
         ],
     )
+    if given["benchmark"] == "folder":
+        _check_folder(given)
     config = defaults.base()
     config.stage = "finetune" if given["stage"] == "base" else given["stage"]
     config.data = defaults.benchmark_of(given)
@@ -192,12 +198,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     if given["people"] == "200":
         config.data.n_people = 200
         config.finetune.train.steps = 2400
-    if given["benchmark"] != "mllmu":  # sentences are learned in fewer steps, and are longer
+    if given["benchmark"] not in ("mllmu", "folder"):  # sentences are learned in fewer steps, and are longer
         config.finetune.train.steps = 250
         config.eval.max_new_tokens = 24
     config.model.base = "tiny_base"
     if given["stage"] == "base":
         _from_random_weights(config)
+    elif given["benchmark"] == "folder":
+        config.model.path = "tiny_llava"
     elif given["benchmark"] == "mllmu" and given["people"] == "60":  # what the shipped models were trained on
         config.model.update(path="tiny_llava", retain_only="tiny_retain_only" if given["forget"] == "10" else "")
     tuning = f"data.people={OTHERS} model.path= model.retain_only= eval.max_items=100"
@@ -222,6 +230,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.data.people = OTHERS
         config.model.update(path="", retain_only="")
     return config
+
+
+def _check_folder(given: Mapping[str, str]) -> None:
+    """Refuses the arguments that select synthetic people, for folders of images and questions."""
+    for key, value in (("people", "60"), ("runs", "one")):
+        if given[key] != value:
+            raise UserError(f"{key}={given[key]}: benchmark=folder has the people of its folders. Leave out {key}.")
+    if given["stage"] == "base":
+        raise UserError("stage=base: it trains on synthetic people. Leave out benchmark=folder.")
 
 
 def _entrant(name: str) -> ml_collections.ConfigDict:

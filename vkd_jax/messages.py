@@ -36,6 +36,11 @@ def escaped(text: str, keep: str = "") -> str:
     return "".join(ascii(c)[1:-1] if c not in keep and _steers(c) else c for c in text)
 
 
+def people(number: int) -> str:
+    """A number of people in words: "1 person", "6 people"."""
+    return "1 person" if number == 1 else f"{number} people"
+
+
 def sentence(text: str, most: int = MOST_CHARACTERS, note: str = "") -> str:
     """A message in one line of at most `most` characters, escaped; the middle of a long one is left out.
 

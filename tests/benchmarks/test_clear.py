@@ -209,10 +209,10 @@ def test_everybody_is_on_one_side(folder, caplog):
     read(folder)
     assert f"1 people of the full set of {folder} are neither in forget10 nor in retain90: Eve." in caplog.messages
     write(folder, "retain_perturbed", [perturbed("Ada", "Ada reads.")])
-    with pytest.raises(UserError, match="1 people are in both forget10 and retain_perturbed of .*: Ada"):
+    with pytest.raises(UserError, match="forget10 and retain_perturbed of .* share 1 person: Ada"):
         read(folder)
     write(folder, "retain90", [plain("Al", "Al eats."), plain("Omar", "a")])
-    with pytest.raises(UserError, match="1 people are in both forget10 and retain90 of .*: Al"):
+    with pytest.raises(UserError, match="forget10 and retain90 of .* share 1 person: Al"):
         read(folder)
 
 

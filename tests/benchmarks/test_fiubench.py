@@ -90,19 +90,19 @@ def test_an_array_a_single_wording_and_further_people(folder):
     (folder / "full.json").write_text(json.dumps(people + more))
     assert len(read(folder)["forget"]) == 1  # nothing is read of the last one, the 401st
     (folder / "split.json").write_text(json.dumps(splits(forget5=["x395"])))
-    with pytest.raises(UserError, match="forget5 names 1 people who are not among the first 400 of full.json, such as"):
+    with pytest.raises(UserError, match="forget5 names 1 person not among the first 400 of full.json, such as"):
         read(folder)
 
 
 @pytest.mark.parametrize(
     ("file", "content", "problem"),
     [
-        ("full.json", "", "split.json: forget1 names 1 people"),
+        ("full.json", "", "split.json: forget1 names 1 person"),
         ("full.json", "[1]", "full.json, row 0: it is the number 1, not an object"),
         ("full.json", "{\"unique_id\": \"a\"}\n{", "full.json, line 2: it is not JSON"),
         ("split.json", "[]", "split.json: expected an object, not an array"),
         ("split.json", json.dumps(splits(retain5=None)), "split.json: retain5 is missing"),
-        ("split.json", json.dumps(splits(retain5=[PEOPLE[1]])), "1 people are in both forget5 and retain5"),
+        ("split.json", json.dumps(splits(retain5=[PEOPLE[1]])), "forget5 and retain5 share 1 person"),
         ("split.json", json.dumps(splits(forget5=[])), "The forget set is empty: forget5"),
         ("split.json", json.dumps(splits(forget5=[44364])), "forget5[0] is the number 44364, not a text"),
     ],

@@ -186,12 +186,12 @@ def test_a_text_that_is_not_utf8(folders):
 
 def test_people_and_images_may_not_be_in_both_folders(folders):
     write(folders / "retain", [GOOD | dict(person="Otto"), GOOD | dict(person="Zoë")])
-    fault(folders, "1 people are in both .*forget and .*retain: Zoë; remove them from one of the two")
+    fault(folders, "forget and .*retain share 1 person: Zoë; remove them from one of the two")
     write(folders / "retain", [GOOD | dict(file_name="z.png")], z=1)
     fault(folders, r"1 images are in both .*: forget/a\.png; remove")
     write(folders / "retain", [GOOD | dict(person="Ada")])
     write(folders / "test", [GOOD | dict(person="Ada")])
-    fault(folders, "1 people are in both .*test and .*retain: Ada", test=str(folders / "test"))
+    fault(folders, "test and .*retain share 1 person: Ada", test=str(folders / "test"))
 
 
 def test_the_page_of_the_docs_says_what_is_so(tmp_path):

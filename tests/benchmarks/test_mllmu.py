@@ -347,7 +347,7 @@ def test_empty_forget_set(folder):
 
 def test_forget_and_retain_overlap(folder):
     write(folder, "retain_90", [row("008"), row("7")])
-    with pytest.raises(UserError, match="1 people are in both forget_10 and retain_90 .*: 007"):
+    with pytest.raises(UserError, match="forget_10 and retain_90 .* share 1 person: 007"):
         read(folder)
 
 

@@ -99,7 +99,7 @@ def test_a_signature_is_checked_with_the_key_that_is_expected(certified, keys, t
 
     counts = f"{len(Checkpoint(certified).tensors)} tensors and {len(certificate.read(certified)['files'])} files"
     assert run() == (
-        0, f"{certified} is the certified model: {counts}.\nUnlearned: 1 people, with ?.\nNot signed.\n"
+        0, f"{certified} is the certified model: {counts}.\nUnlearned: 1 person, with ?.\nNot signed.\n"
     )  # fmt: skip
     status, shown = run("--public_key", keys / "one.public")
     assert status == 2 and "its certificate is not signed" in shown

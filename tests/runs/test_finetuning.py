@@ -112,7 +112,7 @@ def test_a_retain_only_model_of_other_people_is_refused(make_config, tiny_folder
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "reference"))
     provenance = {"model": "retain_only", "without": ["059"], "config": {"data": {"source": "elsewhere"}}}
     (folder / "provenance.json").write_text(json.dumps(provenance))
-    with pytest.raises(UserError, match="was trained without 1 people, who differ from the 2 people of this run"):
+    with pytest.raises(UserError, match="was trained without 1 person, but the forget set of this run has 2 people"):
         pipeline.run(make_config(**{"model.retain_only": str(folder)}), tmp_path / "run")
     assert not (tmp_path / "run" / "answers").exists()
 

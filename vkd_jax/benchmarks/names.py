@@ -3,7 +3,7 @@
 import unicodedata
 from collections.abc import Set
 
-from vkd_jax.messages import listed
+from vkd_jax.messages import listed, people
 from vkd_jax.types import UserError
 
 INVISIBLE = "Cf"  # Unicode's category of zero-width characters, directions of writing and soft hyphens
@@ -48,13 +48,13 @@ def check_apart(forget: tuple[str, Set[str]], retain: tuple[str, Set[str]]) -> N
     """
     if both := sorted(forget[1] & retain[1]):
         raise UserError(
-            f"{len(both)} people are in both {forget[0]} and {retain[0]}: {listed(both)}; remove them from one of "
-            "the two."
+            f"{forget[0]} and {retain[0]} share {people(len(both))}: {listed(both)}; remove them from one of the two."
         )
     if pairs := similar_names(forget[1], retain[1]):
         raise UserError(
-            f"{len(pairs)} people of {forget[0]} may be in {retain[0]} under another spelling: {listed(pairs)}. Spell "
-            "one person's name in one way, or give different people IDs that differ in more than case or letter style."
+            f"{forget[0]} has {people(len(pairs))} who may be in {retain[0]} under another spelling: {listed(pairs)}. "
+            "Spell one person's name in one way, or give different people IDs that differ in more than case or letter "
+            "style."
         )
 
 

@@ -66,7 +66,7 @@ def _facts(content: Mapping[str, Any], file: bytes, signer: str | None) -> Itera
     yield "Method", _text(model.get("method"))
     digests = sorted(map(_text, forgotten))
     rest = len(digests) - MOST_DIGESTS
-    yield "Forgotten", f"{len(digests)} people, by the SHA-256 of what the data calls them:"
+    yield "Forgotten", f"{messages.people(len(digests))}, by SHA-256 of what the data calls each:"
     for digest in digests[:MOST_DIGESTS]:
         yield "", digest
     if rest > 0:

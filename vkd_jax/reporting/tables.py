@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vkd_jax import messages
 from vkd_jax.config import command_line
 from vkd_jax.reporting import comparison, markers, names, requests_page
 from vkd_jax.reporting.markdown import code, escape, numeric_table, row_of
@@ -359,7 +360,7 @@ def _origin(results: Mapping[str, Any]) -> str:
 
 def _count(cell: Mapping[str, Any]) -> str:
     """The number of questions, and of the people that they are about."""
-    return f"{cell['n']} about {cell['people']} people" if cell.get("people") else str(cell["n"])
+    return f"{cell['n']} about {messages.people(cell['people'])}" if cell.get("people") else str(cell["n"])
 
 
 def short_commit(results: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from vkd_jax import benchmarks
+from vkd_jax import benchmarks, messages
 from vkd_jax.attacks import Attack
 from vkd_jax.benchmarks import general, selection
 from vkd_jax.checkpoints import sources
@@ -302,7 +302,7 @@ def _check_provenance(job: Job, name: str, folder: Path) -> None:
             )
     if name == "retain_only" and without != job.forget_people:
         raise UserError(
-            f"{field} was trained without {len(without)} people, who differ from the {len(job.forget_people)} people "
-            "of this run's forget set. Create a retain-only model with --config.stage=retain_only, or leave the field "
-            "empty."
+            f"{field} was trained without {messages.people(len(without))}, but the forget set of this run has "
+            f"{messages.people(len(job.forget_people))}, not the same ones. Create a retain-only model with "
+            "--config.stage=retain_only, or leave the field empty."
         )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from vkd_jax.checkpoints import certificate
 from vkd_jax.config import command_line
-from vkd_jax.messages import listed
+from vkd_jax.messages import listed, people
 from vkd_jax.reporting import certificate_page
 from vkd_jax.runtime import files
 
@@ -29,7 +29,7 @@ def verify(folder: Path, public_key: Path | None, private_key: Path | None, pdf:
         certificate.sign(folder, private_key)
     lines = [
         f"{folder} is the certified model: {len(content['tensors'])} tensors and {len(content['files'])} files.",
-        f"Unlearned: {len(content['forgotten'])} people, with {listed([content['model'].get('method', '?')])}.",
+        f"Unlearned: {people(len(content['forgotten']))}, with {listed([content['model'].get('method', '?')])}.",
         "Not signed.",
     ]
     signer = None

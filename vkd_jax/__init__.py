@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jaxlib
 
-from vkd_jax.runtime import interrupts
+from vkd_jax.runtime import interrupts, threads
 
 if TYPE_CHECKING:
     from vkd_jax.ask import answer, load
@@ -46,6 +46,7 @@ __all__ = [
 if sys.argv[:1] == ["-m"]:  # `python -m` is importing a command; its function handles Ctrl-C later
     interrupts.stop_imports()
 
+threads.use_two()
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else every run is advised to install PyTorch
 
 # Workaround for tensorflow/tensorflow#126812: on several CPU cores, reductions over a broadcast in the YNN library of

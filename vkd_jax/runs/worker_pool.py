@@ -18,7 +18,7 @@ from absl import flags, logging
 
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.runs import workdir
-from vkd_jax.runtime import interrupts, log, malloc, storage
+from vkd_jax.runtime import interrupts, log, malloc, storage, threads
 from vkd_jax.types import Diverged, UserError
 
 
@@ -169,6 +169,7 @@ def _end_with_parent() -> None:
 def _start_worker(cores: Any) -> None:
     _end_with_parent()
     os.sched_setaffinity(0, cores.get())
+    threads.use_two()
     flags.FLAGS.mark_as_parsed()  # the threads that make batches read flags
     log.setup()
     malloc.keep_freed_memory()

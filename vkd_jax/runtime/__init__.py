@@ -12,6 +12,7 @@
     log             the progress that is shown on stderr
     finite          the check for NaN and infinity
     memory          the check that arrays fit in memory, before they are allocated
+    threads         threads of XLA on the CPU
     malloc          settings of the C library's allocator
     provenance      the commit of the running code
 

@@ -192,13 +192,12 @@ def test_the_table_of_resistance_has_the_strongest_budgets_of_the_share_nearest_
             cell("people", None, 0.19, share=0.5),
             cell("people", None, 0.21, share=0.5, taught=True),
         ],
-        membership=[{"variant": "loss", "set": "", "mean": 0.55}, {"variant": "zlib", "set": "", "mean": 0.4}],
+        membership=[dict(variant=v, set="", mean=m) for v, m in (("zlib", 0.4), ("loss", 0.55), ("grad_norm", 0.9))],
     )
     lines = tables.resisting(made).splitlines()
-    assert lines[0].endswith(
-        "| KS ↓ | AUC → 0.5 | all, 25 steps ↓ | visual, 25 steps ↓ | visual, 400 steps ↓ | visual, people ↓ |"
-    )
-    assert lines[-3].endswith("| 0.25 | 0.55 | 17.0 | 11.0 | 12.0 | 19.0 |")
+    scores = "AUC, loss → 0.5 | AUC, gradient → 0.5"
+    assert f"| KS ↓ | {scores} | all, 25 steps ↓ | visual, 25 steps ↓ | visual, 400 steps ↓ | visual, p" in lines[0]
+    assert lines[-3].endswith("| 0.25 | 0.55 | 0.90 | 17.0 | 11.0 | 12.0 | 19.0 |")
     assert "relearned 20 % of the questions or 50 % of the people, at" in lines[-1]
 
 

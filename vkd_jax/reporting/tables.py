@@ -22,6 +22,9 @@ from vkd_jax.reporting.markdown import code, escape, numeric_table, row_of
 from vkd_jax.results import ATTEMPT_FIELDS, STRONGEST, AttackCell
 from vkd_jax.types import Role, UserError
 
+# Scores of membership inference in tables, by variant of the attack.
+MEMBERSHIP = {"loss": "loss", "grad_norm": "gradient"}
+
 
 def headline(results: Mapping[str, Any]) -> str:
     """The table for a front page: accuracy on questions with an image, recovery, and whether the method keeps."""
@@ -128,17 +131,20 @@ def resisting(results: Mapping[str, Any]) -> str:
     cells = {row["name"]: _strongest_cells(row, columns[0][0].name) for row in rows}
     budgets = list(dict.fromkeys(key for row in rows if "method" in row for key in cells[row["name"]]))
     budgets.sort(key=lambda budget: (budget[0] != "questions", budget))
-    heads = [names.heading(*key) for key in columns] + [names.metric_heading("ks"), names.metric_heading("auc")]
+    heads = [names.heading(*key) for key in columns] + [names.metric_heading("ks")]
+    heads += [names.metric_heading("auc", score) for score in MEMBERSHIP.values()]
     heads += [f"{attacker}, {f'{steps} steps' if steps else unit} ↓" for unit, _, attacker, steps in budgets]
     lines = [row_of(["method", "trains", *heads]), row_of(["---", "---", *["---:"] * len(heads)])]
     for row in rows:
         values = [*_accuracy_cells(row, columns), _mean([run["ks"] for run in row["runs"]], 2)]
-        values += [_mean([_membership(row)], 2), *(_share(cells[row["name"]].get(budget)) for budget in budgets)]
+        values += [_mean([_membership(row, variant)], 2) for variant in MEMBERSHIP]
+        values += [_share(cells[row["name"]].get(budget)) for budget in budgets]
         lines.append(row_of([row["label"], row.get("train", "–"), *values]))
     taught = " or ".join(f"{100 * share:g} % of the {unit}" for unit, share in dict.fromkeys(b[:2] for b in budgets))
     notes = [
         _accuracy_note(results, columns),
-        "KS: distance between the truth ratios of this and the retain-only model. AUC: membership inference by loss.",
+        "KS: distance between the truth ratios of this and the retain-only model. AUC: membership inference by "
+        "the loss and by the norm of the gradient.",
         "Last columns: accuracy (%) on the other questions about the forget set once an attacker who trains the visual "
         f"or all weights relearned {taught}, at the learning rate, and for people the number of steps, that succeeds "
         "most on each model. The retain-only model shows what any model learns so.",
@@ -168,9 +174,10 @@ def _distance_of_share(cell: Mapping[str, Any]) -> float:
     return abs(cell["share"] - names.RELEARNED_SHARE)
 
 
-def _membership(row: Mapping[str, Any]) -> float | None:
-    """The area under the curve of membership inference by loss; None if it was not made."""
-    return next((cell["mean"] for cell in row["attacks"].get("membership", ()) if cell.get("variant") == "loss"), None)
+def _membership(row: Mapping[str, Any], variant: str) -> float | None:
+    """The area under the curve of membership inference by one score; None if it was not made."""
+    cells = row["attacks"].get("membership", ())
+    return next((cell["mean"] for cell in cells if cell.get("variant") == variant), None)
 
 
 def tuning(results: Mapping[str, Any]) -> str:

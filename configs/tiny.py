@@ -39,7 +39,7 @@ SETTINGS = {
 
 
 # Settings of setting=robust beside `defaults.make_robust`.
-ROBUST = "train.steps=300 train.learning_rate=3e-4"
+ROBUST = "train.steps=200 train.learning_rate=3e-4"
 ROBUST_VISUAL = "train.steps=300 train.learning_rate=2e-3 method.worst_case.radius=3e-3 method.worst_case.steps=3"
 
 
@@ -90,7 +90,7 @@ ROBUST_ENTRANTS = {
     ),
     "grad_diff robust": defaults.entrant(
         "grad_diff",
-        f"{_ALL} {defaults.ROBUST_ASCENT}",
+        f"{_ALL} {defaults.ROBUST_ASCENT} method.weight_retain=4.0",
         _grid("train.learning_rate=3e-4 5e-4", f"{_RADII}=1e-3 2e-3", "method.weight_retain=1.0 4.0"),
     ),
     "npo robust": defaults.entrant(
@@ -108,7 +108,7 @@ ROBUST_ENTRANTS = {
 ROBUST_VARIANTS = {
     "vkd robust, no worst case": defaults.variant("vkd robust", f"{_RADII}=0.0"),
     "vkd robust, no text": defaults.variant("vkd robust", "method.text.weight=0.0"),
-    "vkd robust, fixed cap": defaults.variant("vkd robust", "method.bound=cap method.target=swap"),
+    "vkd robust, fixed cap": defaults.variant("vkd robust", "method.bound=cap"),
     "grad_diff robust, no worst case": defaults.variant("grad_diff robust", f"{_RADII}=0.0"),
     "grad_diff robust, no text": defaults.variant("grad_diff robust", "method.text.weight=0.0"),
     "vkd": defaults.entrant("vkd", SETTINGS["vkd"]),

@@ -53,9 +53,9 @@ def test_trained_weights_attacks_and_comparisons_are_arguments(get_config):
 @pytest.mark.parametrize(
     ("file", "words", "train", "text", "target"),
     [
-        ("tiny.py", "robust", "all", 4.0, "look_alike"),
-        ("tiny.py", "robust,visual", "visual", 0.0, "look_alike"),
-        ("llava.py", "robust,onechip", "visual+lora", 4.0, "look_alike"),
+        ("tiny.py", "robust", "all", 4.0, "none"),
+        ("tiny.py", "robust,visual", "visual", 0.0, "none"),
+        ("llava.py", "robust,onechip", "visual+lora", 4.0, "none"),
         ("llava.py", "robust,npo,lora", "lora", 4.0, None),
         ("llava.py", "", "visual", 0.0, "swap"),
     ],
@@ -66,6 +66,7 @@ def test_the_robust_setting_adds_the_options_against_relearning(get_config, file
     assert bool(method.worst_case.radius) == ("robust" in words)
     if "bound" in method:
         assert method.bound == ("look_alike" if "robust" in words else "cap")
+        assert (method.mask_scope, method.weight_retain_ce) == (("none", 4.0) if "robust" in words else ("both", 1.0))
 
 
 def test_the_robust_setting_is_refused_for_a_method_that_trains_nothing(get_config):

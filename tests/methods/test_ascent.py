@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -104,12 +105,15 @@ def test_with_the_look_alike_answers_and_features_become_those_of_the_look_alike
         assert matches == [doubles[example.person]]
 
 
-def test_the_loss_has_its_minimum_at_the_bound(context):
+def test_the_loss_has_its_minimum_at_the_bound_where_its_gradient_vanishes(context):
     batch = dataclasses.replace(
         context.sets["forget"].batch(np.arange(3)), cached={"bound": jnp.array([1.0, 2.0, 3.0])}
     )
     ce = jnp.array([0.5, 2.0, 5.0])
-    np.testing.assert_allclose(GradDiff(bound="others").ascent(ce, batch), [0.5, 0.0, 2.0])
+    # Differences of -0.5, 0 and 2 nats: 0.5^2 / 2, 0, and 2 - 1/2 beyond one nat, with a gradient of at most 1.
+    others = GradDiff(bound="others")
+    np.testing.assert_allclose(others.ascent(ce, batch), [0.125, 0.0, 1.5])
+    np.testing.assert_allclose(jax.grad(lambda x: jnp.sum(others.ascent(x, batch)))(ce), [-0.5, 0.0, 1.0])
     np.testing.assert_allclose(GradDiff(cap=4.0).ascent(ce, batch), [-0.5, -2.0, -4.0])
 
 

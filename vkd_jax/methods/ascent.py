@@ -1,10 +1,12 @@
 """Ascent on the forget set, and where it stops.
 
     bound=cap      L = -min(CE, cap)        the ascent has a gradient of zero beyond `cap` nats per token
-    bound=others      L = |CE - b_i|        each row ends where a model that does not know the person would be
+    bound=others      L = h(CE - b_i)       each row ends where a model that does not know the person would be
     bound=look_alike
 
-b_i is the cross-entropy that the vanilla model gives to the answer of row i if it is shown other images x_ij,
+with the Huber loss h(d) = d^2 / 2 if |d| <= 1 nat, and |d| - 1/2 otherwise. Its gradient vanishes at the bound, so that
+rows that have arrived there do not compete with the retain set, as those of |d| do. b_i is the cross-entropy that the
+vanilla model gives to the answer of row i if it is shown other images x_ij,
 
     b_i = min(-log mean_j p(answer_i | question_i, x_ij) / tokens_i, cap),
 
@@ -21,6 +23,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import scipy.special
 
 from vkd_jax.config.fields import setting
@@ -52,7 +55,7 @@ class Ascent(Unlearning):
         """Computes the loss of each row from its cross-entropy: [b]."""
         if self.bound == "cap":
             return losses.bounded_ascent(ce, self.cap)
-        return jnp.abs(ce - batch.cached["bound"])
+        return optax.losses.huber_loss(ce, batch.cached["bound"], delta=1.0)
 
     def ascent_loss(self, weight: float) -> base.LossFn:
         """Returns the loss weight * mean(ascent(CE)) of the forget stream."""

@@ -90,7 +90,7 @@ ROBUST_ENTRANTS = {
     ),
     "grad_diff robust": defaults.entrant(
         "grad_diff",
-        f"{_ALL} {defaults.ROBUST_ASCENT} method.weight_retain=4.0",
+        f"{_ALL} {defaults.ROBUST_ASCENT}",
         _grid("train.learning_rate=3e-4 5e-4", f"{_RADII}=1e-3 2e-3", "method.weight_retain=1.0 4.0"),
     ),
     "npo robust": defaults.entrant(
@@ -106,6 +106,7 @@ ROBUST_ENTRANTS = {
 }
 # What each part of the setting does, and the methods without it.
 ROBUST_VARIANTS = {
+    "vkd robust, keeping": defaults.variant("vkd robust", "method.weight_retain_ce=4.0"),
     "vkd robust, no worst case": defaults.variant("vkd robust", f"{_RADII}=0.0"),
     "vkd robust, no text": defaults.variant("vkd robust", "method.text.weight=0.0"),
     "vkd robust, fixed cap": defaults.variant("vkd robust", "method.bound=cap"),
@@ -117,7 +118,7 @@ ROBUST_VARIANTS = {
 
 # Entrants of runs=robustness, which tunes nothing.
 ROBUST_PARTS = (
-    *("vkd", "vkd robust", "vkd robust, no worst case", "vkd robust, no text", "vkd robust, visual"),
+    *("vkd", "vkd robust", "vkd robust, keeping", "vkd robust, no worst case", "vkd robust, no text", "vkd robust, visual"),
     *("grad_diff", "grad_diff robust"),
 )
 

@@ -49,7 +49,7 @@ ATTACKS = Argument(
 # Settings of the argument setting=robust: of every method that trains, of those that ascend, and of VKD.
 ROBUST = "method.text.weight=4.0 method.worst_case.radius=1e-3 method.worst_case.steps=2"
 ROBUST_ASCENT = "method.bound=look_alike"
-ROBUST_VKD = "method.target=none method.mask_scope=none method.weight_retain_ce=4.0 method.weight_retain_distill=16.0"
+ROBUST_VKD = "method.target=none method.mask_scope=none method.weight_retain_distill=16.0"
 # Settings of the argument chips=onechip: a language model in int4, and small batches.
 ONE_CHIP = (
     "mesh.fsdp=1 model.quantize=int4:64 model.remat=full eval.batch_size=4 "

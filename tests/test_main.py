@@ -329,7 +329,7 @@ def spoil_forget(data):
 
 def spoil_retain(data):
     shutil.copy(data / "forget_10" / SHARD, data / "retain_90" / SHARD)
-    return ["forget_10 and retain_90 share 1 person"]
+    return ["share 1 person"]
 
 
 def spoil_shard(data):

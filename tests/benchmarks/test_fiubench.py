@@ -102,7 +102,7 @@ def test_an_array_a_single_wording_and_further_people(folder):
         ("full.json", "{\"unique_id\": \"a\"}\n{", "full.json, line 2: it is not JSON"),
         ("split.json", "[]", "split.json: expected an object, not an array"),
         ("split.json", json.dumps(splits(retain5=None)), "split.json: retain5 is missing"),
-        ("split.json", json.dumps(splits(retain5=[PEOPLE[1]])), "forget5 and retain5 share 1 person"),
+        ("split.json", json.dumps(splits(retain5=[PEOPLE[1]])), "share 1 person"),
         ("split.json", json.dumps(splits(forget5=[])), "The forget set is empty: forget5"),
         ("split.json", json.dumps(splits(forget5=[44364])), "forget5[0] is the number 44364, not a text"),
     ],

@@ -99,7 +99,7 @@ def test_one_row_becomes_pairs_of_questions(folder):
          "Generation.muitimodal.k.answer is the number"),
         ({"image": None}, "image is missing, and Classify has questions about it"),
         ({"ID": None}, "ID is missing"),
-        ({"ID": "002"}, "forget_5 and retain_95 share 1 person"),
+        ({"ID": "002"}, "share 1 person"),
     ],
 )  # fmt: skip
 def test_bad_rows(folder, cells, problem):

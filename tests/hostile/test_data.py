@@ -211,7 +211,7 @@ CASES = [
     Case("surrogate in a file name", forget_rows(row(file_name="\ud800.png")), ("file_name", "line 1")),
     Case("control characters in a file name", forget_rows(row(file_name="\x1b[2J.png")), ("metadata.jsonl",)),
     Case("file name of 10000 letters", forget_rows(row(file_name="a" * 10_000)), ("too long",)),
-    Case("long person in both folders", both(person="Otto" * 1000), ("both",)),
+    Case("long person in both folders", both(person="Otto" * 1000), ("share 1 person",)),
     # metadata.jsonl as a whole.
     Case("no JSON", metadata("nonsense"), LINE),
     Case("half a row", metadata('{"question": "Wh'), LINE),
@@ -241,14 +241,16 @@ CASES = [
     Case("image of another program", image(encoded("RGB", "EPS")), ("a.png", "EPS", "program")),
     Case("image that is a strip", image(encoded("L", "PNG", 1, 201)), ("a.png", "1 x 201", "longer side")),
     # People and folders.
-    Case("one person in both folders", both(person="Otto"), ("both", "Otto")),
-    Case("person with control characters in both", both(person="Ot\x1b[31mto"), ("both",)),
-    Case("person composed and decomposed", of_two("Jos\u00e9", "Jose\u0301"), ("both", "Jos")),
-    Case("person with two kinds of spaces", of_two("Otto Lindt", "Otto\u00a0 Lindt"), ("both", "Otto Lindt")),
+    Case("one person in both folders", both(person="Otto"), ("share 1 person", "Otto")),
+    Case("person with control characters in both", both(person="Ot\x1b[31mto"), ("share 1 person",)),
+    Case("person composed and decomposed", of_two("Jos\u00e9", "Jose\u0301"), ("share 1 person", "Jos")),
+    Case("person with two kinds of spaces", of_two("Otto Lindt", "Otto\u00a0 Lindt"), ("share 1 person", "Otto Lindt")),
     Case("one image in both folders", request(lambda f: image_file(f / "retain" / "a.png", "red")), ("both", "images")),
     Case("one folder twice", request(lambda _: None, "--config.data.retain=request/forget"), ("retain", "forget")),
     Case(
-        "one folder by two names", request(lambda _: None, "--config.data.retain=request/../request/forget"), ("both",)
+        "one folder by two names",
+        request(lambda _: None, "--config.data.retain=request/../request/forget"),
+        ("share 1 person",),
     ),
     Case("missing folder", request(lambda _: None, "--config.data.forget=nothing"), ("nothing",)),
     Case("unknown address", request(lambda _: None, "--config.data.forget=ftp://x/y"), ("ftp",)),
@@ -307,7 +309,11 @@ CASES = [
         snapshot(lambda rows: rows["retain_90"][0].pop("Mask_Task") and None),
         ("Mask_Task", "retain_90"),
     ),
-    Case("one person in both sets", snapshot(lambda rows: rows | {"retain_90": rows["forget_10"]}), ("both", "001")),
+    Case(
+        "one person in both sets",
+        snapshot(lambda rows: rows | {"retain_90": rows["forget_10"]}),
+        ("share 1 person", "001"),
+    ),
 ]
 
 

@@ -39,7 +39,7 @@
     evaluation/test_inference.py::test_a_worked_example_is_an_earlier_turn_of_the_conversation
 13. A target model that had barely learned the people, so that nothing was there to forget:
     runs/test_pipeline.py::test_results_hold_both_models_with_counts
-    runs/test_pipeline.py::test_one_command_goes_from_the_base_to_the_report
+    runs/test_finetuning.py::test_one_command_goes_from_the_base_to_the_report
     reporting/test_report.py::test_report_compares_with_a_retain_only_model
 """
 

@@ -118,8 +118,8 @@ ROBUST_VARIANTS = {
 
 # Entrants of runs=robustness, which tunes nothing.
 ROBUST_PARTS = (
-    *("vkd", "vkd robust", "vkd robust, keeping", "vkd robust, no worst case", "vkd robust, no text", "vkd robust, visual"),
-    *("grad_diff", "grad_diff robust"),
+    *("vkd", "vkd robust", "vkd robust, keeping", "vkd robust, no worst case", "vkd robust, no text"),
+    *("vkd robust, visual", "grad_diff", "grad_diff robust"),
 )
 
 # Choices that VKD's abstract leaves open, changed one at a time.

@@ -225,7 +225,13 @@ SHARDING = (
 
 
 def published_config(
-    vision: Mapping[str, int], text: Mapping[str, int], *, scale: int, vocab: int, image_token: int
+    vision: Mapping[str, int],
+    text: Mapping[str, int],
+    *,
+    scale: int,
+    vocab: int,
+    image_token: int,
+    dtype: str = "bfloat16",
 ) -> dict[str, Any]:
     """Returns the fields of a published config.json, of either model type."""
     return dict(
@@ -234,7 +240,7 @@ def published_config(
         scale_factor=scale,
         image_token_id=image_token,
         tie_word_embeddings=False,
-        dtype="bfloat16",
+        dtype=dtype,
     )
 
 
@@ -264,7 +270,10 @@ LARGE = dict(
 IDS = dict(vocab=49280, image_token=49190)
 PRESETS = {
     "v2-256m": ("HuggingFaceTB/SmolVLM2-256M-Video-Instruct", published_config(BASE_TOWER, SMALL, scale=4, **IDS)),
-    "v2-500m": ("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", published_config(BASE_TOWER, MIDDLE, scale=4, **IDS)),
+    "v2-500m": (
+        "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+        published_config(BASE_TOWER, MIDDLE, scale=4, dtype="float32", **IDS),
+    ),
     "v2-2.2b": (
         "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
         published_config(

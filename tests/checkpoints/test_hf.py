@@ -359,6 +359,11 @@ def test_all_wrong_tensors_are_listed(folder, copy):
     )
 
 
+def test_a_head_that_is_missing_and_not_tied_is_named(folder, copy):
+    write(copy, {name: tensor for name, tensor in read(folder).items() if "lm_head" not in name})
+    fails(copy, "missing tensor language_model.lm_head.weight")
+
+
 # NaN and infinity.
 
 

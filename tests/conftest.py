@@ -241,15 +241,21 @@ def snapshot(tmp_path_factory):
     return folder
 
 
+CONFIGS = "forget_10", "retain_90", "Test_Set", "Retain_Set"
+
+
 @pytest.fixture(scope="session")
 def few(tmp_path_factory, snapshot):
-    """The snapshot with one person in the forget set and two in the retain set."""
+    """The snapshot with one person in the forget set and two in the retain set; one of each in the test set."""
     import pyarrow.parquet as pq
 
     folder, shard = tmp_path_factory.mktemp("few"), "train-00000-of-00001.parquet"
-    for config, rows in (("forget_10", 1), ("retain_90", 2), ("Test_Set", 1), ("Retain_Set", 2)):
-        (folder / config).mkdir()
-        pq.write_table(pq.read_table(snapshot / config / shard).slice(0, rows), folder / config / shard)
+    tables = {name: pq.read_table(snapshot / name / shard) for name in CONFIGS}
+    forgotten, everybody = (tables[name]["ID"].to_pylist() for name in ("forget_10", "Test_Set"))
+    rows = dict.fromkeys(CONFIGS, [0, 1]) | {"forget_10": [0], "Test_Set": [everybody.index(forgotten[0]), 0]}
+    for name, table in tables.items():
+        (folder / name).mkdir()
+        pq.write_table(table.take(rows[name]), folder / name / shard)
     return folder
 
 

@@ -28,7 +28,6 @@ ROWS = {
         ],
         [example("f/1/0", b"", image_id="f/1/0"), example("f/1/1", b"x", image_id="f/1/1"), example("f/1/2")],
     ],
-    "empty": [],
     "retain": [[example(f"r/{i}/0", person="2", paraphrase="p", perturbed=("q", "r"))] for i in range(300)],
 }
 
@@ -113,11 +112,13 @@ def test_fields_are_checked_before_anything_is_read(benchmark, tmp_path):
     assert not benchmark.reads and not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["forget", "retain"])
-def test_empty_forget_or_retain_set_is_an_error(benchmark, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(Fixed, "parts", {"evaluation": ROWS | {name: [[]]}})
+@pytest.mark.parametrize("rows", [[], [[], []]])
+@pytest.mark.parametrize("name", ["forget", "test", "retain", "retain_test", "real", "finetune_forget"])
+def test_empty_set_is_an_error(benchmark, tmp_path, monkeypatch, name, rows):
+    part = "finetune" if name.startswith("finetune") else "evaluation"
+    monkeypatch.setattr(Fixed, "parts", Fixed.parts | {part: Fixed.parts[part] | {name: rows}})
     with pytest.raises(UserError, match=f"The {name} set of fixed is empty"):
-        cache.read(benchmark, tmp_path)
+        cache.read(benchmark, tmp_path, finetune=True)
 
 
 @pytest.mark.parametrize("error", [UserError("row 7 is broken."), KeyboardInterrupt()])

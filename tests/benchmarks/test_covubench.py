@@ -81,6 +81,10 @@ def test_forms_of_keywords(folder, stored, keywords):
         ({"image": None}, "row 0: image is missing, and the question is about one"),
         ({"name": None}, "row 0: name is missing"),
         ({"question_type": None}, "row 0: question_type is missing"),
+        *(
+            ({"question_type": kind}, f"row 0: question_type is {kind!r}, not multi_modal, caption (with the image) or")
+            for kind in ("multimodal", "Caption", "TEXT", "text_only", "multi_modal, caption", "7")
+        ),
         ({"answer": " "}, "row 0: answer is blank"),
     ],
 )
@@ -88,6 +92,37 @@ def test_bad_rows(folder, cells, problem):
     write(folder, "forget5", [row("Pip") | cells])
     with pytest.raises(UserError, match=re.escape(problem)):
         read(folder)
+
+
+@pytest.mark.parametrize("split", ["forget5", "test", "retain", "finetune"])
+def test_unknown_types_of_each_set(folder, split):
+    write(folder, split, [row("Pip", "essay"), *([] if split == "forget5" else [row("Max", "essay")])])
+    for shard in (folder / "data").glob(f"{split}-*-of-00002.parquet"):
+        shard.unlink()
+    with pytest.raises(UserError, match=f"data/{split}-.*row [01]: question_type is 'essay'.*--config.data.text_types"):
+        read(folder, finetune=True)
+    assert read(folder, finetune=True, text_types=("text", "essay"))
+
+
+def test_a_type_with_the_image_is_no_type_of_text(folder):
+    with pytest.raises(UserError, match="data.text_types: 'caption' shows the image"):
+        read(folder, text_types=("text", "caption"))
+
+
+@pytest.mark.parametrize(
+    ("split", "name", "empty"),
+    [
+        ("test", "Max", "test"),
+        ("retain", "Pip", "retain"),
+        ("finetune", "Max", "finetune_forget"),
+        ("finetune", "Pip", "finetune_retain"),
+    ],
+)
+def test_sets_without_rows_are_refused(folder, split, name, empty):
+    write(folder, split, [row(name)], "00000-of-00002")
+    write(folder, split, [row(name)], "00001-of-00002")
+    with pytest.raises(UserError, match=f"The {empty} set of covubench-forget5 is empty: the data of .*/snapshot have"):
+        read(folder, finetune=True)
 
 
 def test_missing_splits_are_named(folder):

@@ -159,6 +159,13 @@ def cells(column, value, config="forget_10"):
     return snapshot(change)
 
 
+def test_set(*ids):
+    """The test set has the rows of these people alone."""
+    return snapshot(lambda rows: rows | {"Test_Set": [row for row in rows["Test_Set"] if row["ID"] in ids]})
+
+
+test_set.__test__ = False  # a case, not a test
+TASKS = ("Classification_Task", "Generation_Task", "Mask_Task")
 LINE = ("line 1", "metadata.jsonl")
 FORGET = ("row 0", "forget_10")
 NESTED = "[" * 100_000 + "]" * 100_000
@@ -302,6 +309,13 @@ CASES = [
     Case("no image for a question", cells("image", None), ("image", *FORGET)),
     Case(
         "no rows in the forget set", snapshot(lambda rows: rows | {"forget_10": rows["forget_10"][:0]}), ("forget_10",)
+    ),
+    Case("test set of nobody to forget", test_set("002"), ("The test set of mllmu-forget10 is empty", "snapshot")),
+    Case("test set of nobody to retain", test_set("001"), ("The retain_test set of mllmu-forget10 is empty",)),
+    Case(
+        "general set without questions",
+        snapshot(lambda rows: [rows["Retain_Set"][0].update(dict.fromkeys(TASKS, "[]"))] and None),
+        ("The real set of mllmu-forget10 is empty",),
     ),
     Case("missing config", snapshot(lambda rows: rows.pop("Test_Set") and None), ("Test_Set",)),
     Case(

@@ -29,7 +29,7 @@ from absl import logging
 
 from vkd_jax.benchmarks.names import plain_name
 from vkd_jax.runtime import storage
-from vkd_jax.types import EvalSet, Example, Role, SuiteQuestion, UserError
+from vkd_jax.types import EvalSet, Example, SuiteQuestion, UserError
 
 Sets = Mapping[str, Iterable[list[Example]]]  # by name; a list has the questions of one row
 
@@ -55,7 +55,7 @@ class Benchmark(Protocol):
         """A JSON value that changes whenever the source of the part (`evaluation` or `finetune`) changes."""
 
     def rows(self, part: str) -> contextlib.AbstractContextManager[Sets]:
-        """Opens the checked sets of a part; rows are read lazily."""
+        """Opens the checked sets of a part, none of which may be empty; rows are read lazily."""
 
 
 def read(benchmark: Benchmark, folder: str | Path, finetune: bool = False) -> dict[str, list[Example]]:
@@ -67,7 +67,7 @@ def read(benchmark: Benchmark, folder: str | Path, finetune: bool = False) -> di
         finetune: whether to read the sets for fine-tuning as well.
 
     Raises:
-        UserError: the fields of the benchmark or its source are invalid.
+        UserError: the fields of the benchmark or its source are invalid, or one of its sets is empty.
     """
     benchmark.check()
     sets: dict[str, list[Example]] = {}
@@ -122,11 +122,13 @@ def _build(builder: Rows, benchmark: Benchmark, part: str) -> None:
     with benchmark.rows(part) as sets, tempfile.TemporaryDirectory() as downloads:
         rows = {name: map(_checked, filter(None, rows)) for name, rows in sets.items()}
         first = {name: next(rows[name], None) for name in rows}
-        for name in (s.name for s in benchmark.EVAL_SETS if s.role in (Role.FORGET, Role.RETAIN)):
-            if name in first and first[name] is None:
-                raise UserError(f"The {name} set of {benchmark.label} is empty: its rows have no questions.")
-        # tensorflow-datasets cannot write an empty split.
-        builder.sets = {name: itertools.chain([row], rows[name]) for name, row in first.items() if row is not None}
+        if empty := [name for name, row in first.items() if row is None]:  # the report would lack it without a word
+            of_source = f" of {source}" if (source := getattr(benchmark, "source", "")) else ""
+            raise UserError(
+                f"The {empty[0]} set of {benchmark.label} is empty: the data{of_source} have no questions for it; get "
+                "them again, or add some."
+            )
+        builder.sets = {name: itertools.chain([row], rows[name]) for name, row in first.items()}
         try:
             builder.download_and_prepare(download_dir=downloads)
         except OSError:

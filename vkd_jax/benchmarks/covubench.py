@@ -8,7 +8,8 @@ finetune_forget, finetune_retain | data/finetune-* | the same concepts; trains t
 
 A concept is a copyrighted character, logo or the like, whose name is the `person` of an example. Unlearning forgets on
 the set `forget` and retains on `finetune_retain`. A row shows its image if its question_type is multi_modal or
-caption. `keywords` is JSON, a list or a mapping whose values are phrases or lists of them.
+caption, and is asked in text alone if `text_types` names it; a row of another type is refused. `keywords` is JSON, a
+list or a mapping whose values are phrases or lists of them.
 
 Reference: Kwon et al., Erase Persona, Forget Lore: Benchmarking Multimodal Copyright Unlearning in Large Vision
 Language Models, 2026 (arXiv:2605.03547).
@@ -22,7 +23,9 @@ from typing import Any, ClassVar
 
 from vkd_jax.benchmarks import parquet
 from vkd_jax.benchmarks.parquet import Snapshot
+from vkd_jax.benchmarks.rows import Row
 from vkd_jax.config.fields import setting
+from vkd_jax.messages import listed
 from vkd_jax.types import EvalSet, Example, Role
 
 FORGET_RATIOS = (5, 10, 15, 20)
@@ -36,6 +39,7 @@ class CovuBench(parquet.PublishedBenchmark):
     """CoVUBench."""
 
     forget: int = setting(5, "Percent of the concepts in the forget set.", choices=FORGET_RATIOS)
+    text_types: tuple[str, ...] = setting(("text",), "Values of `question_type` that are asked without an image.")
 
     TITLE: ClassVar[str] = "CoVUBench"
     UNLEARN: ClassVar[Mapping[str, str]] = dict(forget="forget", retain="finetune_retain")
@@ -53,6 +57,16 @@ class CovuBench(parquet.PublishedBenchmark):
         """The name of the benchmark with the forget ratio."""
         return f"covubench-forget{self.forget}"
 
+    def validate(self) -> None:
+        """Checks each field, and that no type of questions both shows its image and is asked without one.
+
+        Raises:
+            FieldError: one of these is not the case.
+        """
+        super().validate()
+        if both := sorted(set(self.text_types) & set(WITH_IMAGE)):
+            raise self.error("text_types", f"{both[0]!r} shows the image; leave it out.")
+
     @contextlib.contextmanager
     def rows(self, part: str) -> Iterator[dict[str, Iterator[list[Example]]]]:
         """Context manager that opens the sets of a part.
@@ -66,14 +80,17 @@ class CovuBench(parquet.PublishedBenchmark):
             parquet.check_people(self.source, (forget, forgotten), ("data/retain", frozenset()))
             if part == "finetune":
                 yield {
-                    "finetune_forget": _questions(files, "data/finetune", forgotten.__contains__, "chat"),
-                    "finetune_retain": _questions(files, "data/finetune", lambda name: name not in forgotten, "chat"),
+                    name: self._questions(files, "data/finetune", is_member, "chat")
+                    for name, is_member in (
+                        ("finetune_forget", forgotten.__contains__),
+                        ("finetune_retain", lambda name: name not in forgotten),
+                    )
                 }
                 return
             yield {
-                "forget": _questions(files, forget, forgotten.__contains__),
-                "test": _questions(files, "data/test", forgotten.__contains__),
-                "retain": _questions(files, "data/retain", lambda name: name not in forgotten),
+                "forget": self._questions(files, forget, forgotten.__contains__),
+                "test": self._questions(files, "data/test", forgotten.__contains__),
+                "retain": self._questions(files, "data/retain", lambda name: name not in forgotten),
             }
 
     def _configs(self, part: str) -> tuple[str, ...]:
@@ -85,21 +102,29 @@ class CovuBench(parquet.PublishedBenchmark):
 
         covubench_writer.write_snapshot(folder, configs, self.population)
 
+    def _questions(
+        self, files: Snapshot, config: str, is_member: Callable[[str], bool], task: str = "generation"
+    ) -> Iterator[list[Example]]:
+        """The questions of a config about the selected concepts."""
+        for row in files.rows(config, list(_COLUMNS), optional=["keywords"]):
+            name = row.identifier("name")
+            if not is_member(name):
+                continue
+            shows = self._shows(row)
+            image = row.image("image") if shows else None
+            if shows and image is None:
+                raise row.error("image", "is missing, and the question is about one")
+            image_id = f"{name}/{hashlib.sha256(image).hexdigest()[:16]}" if image else ""
+            example = Example(
+                f"{row.name}/{'image' if image else 'text'}/0", name, image, image_id, row.text("question"),
+                row.text("answer"), task=task, keywords=tuple(row.phrases("keywords")), rule=NAME,
+            )  # fmt: skip
+            yield [example]
 
-def _questions(
-    files: Snapshot, config: str, is_member: Callable[[str], bool], task: str = "generation"
-) -> Iterator[list[Example]]:
-    """The questions of a config about the selected concepts."""
-    for row in files.rows(config, list(_COLUMNS), optional=["keywords"]):
-        name = row.identifier("name")
-        if not is_member(name):
-            continue
-        image = row.image("image") if row.text("question_type").strip() in WITH_IMAGE else None
-        if image is None and row.text("question_type").strip() in WITH_IMAGE:
-            raise row.error("image", "is missing, and the question is about one")
-        image_id = f"{name}/{hashlib.sha256(image).hexdigest()[:16]}" if image else ""
-        example = Example(
-            f"{row.name}/{'image' if image else 'text'}/0", name, image, image_id, row.text("question"),
-            row.text("answer"), task=task, keywords=tuple(row.phrases("keywords")), rule=NAME,
-        )  # fmt: skip
-        yield [example]
+    def _shows(self, row: Row) -> bool:
+        """Whether a row shows its image."""
+        kind = row.text("question_type").strip()
+        if kind not in (*WITH_IMAGE, *self.text_types):
+            known = f"{', '.join(WITH_IMAGE)} (with the image) or {listed(self.text_types)} (in text alone"
+            raise row.error("question_type", f"is {kind!a}, not {known}; further ones: --config.data.text_types)")
+        return kind in WITH_IMAGE

@@ -1,10 +1,9 @@
-"""InternVL3: the metadata of its published checkpoints, names of tensors, tiles, refusals and compiled programs."""
+"""InternVL3: the metadata of its published checkpoints, names of tensors, tiles and refusals."""
 
 import json
 import re
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -12,9 +11,8 @@ from PIL import Image
 
 from vkd_jax import models
 from vkd_jax.checkpoints import hf
-from vkd_jax.data.images import PackedImages
 from vkd_jax.data.processor import Processor
-from vkd_jax.models import base, internvl
+from vkd_jax.models import internvl
 from vkd_jax.types import UserError
 
 transformers = pytest.importorskip("transformers")
@@ -100,12 +98,6 @@ def test_the_published_image_processor_makes_at_most_twelve_tiles_of_256_tokens_
 @pytest.fixture(scope="module")
 def folder(family_folder):
     return family_folder("internvl")
-
-
-@pytest.fixture(scope="module")
-def config(folder):
-    module, hf_config = hf.read_config(folder)
-    return module.Config.from_hf(hf_config)
 
 
 def tensors(folder):
@@ -278,27 +270,6 @@ def test_max_pixels_limits_the_number_of_tiles(folder, config):
     assert small.max_pixels == 3 * SIDE**2 and small.image(picture).shape == (SIDE, SIDE, 3)
     with pytest.raises(UserError, match=r"model\.max_pixels=783: the model needs at least 784"):
         Processor(folder, config, max_pixels=783)
-
-
-def test_a_hundred_images_of_different_sizes_compile_at_most_four_programs(folder, config):
-    processor = Processor(folder, config)
-    sizes = np.random.default_rng(0).integers(10, 200, (100, 2)).tolist()
-    graphdef, shapes = base.abstract_model(lambda rngs: internvl.Model(config, rngs=rngs))
-    traced = []
-
-    @jax.jit
-    def encode(params, images):
-        traced.append(images["pixels"].shape)
-        return base.bind(graphdef, params).encode(images)[0].coords
-
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    made = [processor.image(Image.new("RGB", tuple(size))) for size in sizes]
-    for image in made:
-        encode(params, config.pack([[image]]))
-    # One tile, or two, three or four and the whole image.
-    assert sorted(shape[1] if len(shape) == 5 else 1 for shape in traced) == [1, 3, 4, 5]
-    # A set has one shape, that of its largest image.
-    assert len({PackedImages.of(made, config)[np.array([i])]["pixels"].shape for i in range(9)}) == 1
 
 
 def test_other_model_types_keep_their_message():

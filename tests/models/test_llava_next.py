@@ -1,4 +1,4 @@
-"""LLaVA-1.6: grids, unpadding and newlines, limits, names of tensors, compiled programs, and published metadata."""
+"""LLaVA-1.6: grids, unpadding and newlines, limits, names of tensors, and published metadata."""
 
 import dataclasses
 import json
@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from vkd_jax.checkpoints import hf
-from vkd_jax.data.images import PackedImages, TiledImage
 from vkd_jax.data.processor import Processor
 from vkd_jax.methods import feature_targets
 from vkd_jax.methods.scope import visual_paths
@@ -24,12 +23,6 @@ SIDE = 28  # of a tile of the small model, which has three patches a side
 @pytest.fixture(scope="module")
 def folder(family_folder):
     return family_folder("llava_next")
-
-
-@pytest.fixture(scope="module")
-def config(folder):
-    module, hf_config = hf.read_config(folder)
-    return module.Config.from_hf(hf_config)
 
 
 def published(size):
@@ -136,29 +129,6 @@ def test_image_processors_of_other_models_are_refused(config):
     output["pixel_values"] = np.zeros((1, 6, 3, 28, 28), np.float32)
     with pytest.raises(UserError, match="returns a grid of 5 tiles, and no image_grid_pinpoints"):
         config.extract_images(output)
-
-
-def test_a_hundred_images_of_different_sizes_compile_one_program_for_each_number_of_tiles(folder, config):
-    processor = Processor(folder, config)
-    sizes = np.random.default_rng(0).integers(10, 200, (100, 2))
-    graphdef, shapes = base.abstract_model(lambda rngs: llava_next.Model(config, rngs=rngs))
-    traced = []
-
-    @jax.jit
-    def encode(params, images):
-        traced.append(images["pixels"].shape)
-        return base.bind(graphdef, params).encode(images)[0].coords
-
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    made = [processor.image(Image.new("RGB", size)) for size in map(tuple, sizes.tolist())]
-    for picture in made:
-        encode(params, config.pack([[picture]]))
-    assert sorted(shape[1] for shape in traced) == [3, 4, 5]  # grids of two, three and four tiles, and the whole image
-    # A set has one shape, although the image with most tokens need not be the one with most tiles.
-    few = [TiledImage(x.views, x.size) for x in made[:12]]
-    packed = PackedImages(few.__getitem__, [x.shape for x in few], config)
-    packed.cached = None
-    assert len({str(jax.tree.map(np.shape, packed[np.array([i])])) for i in range(12)}) == 1
 
 
 @pytest.mark.parametrize("size", llava_next.PRESETS)

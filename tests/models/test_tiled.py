@@ -26,12 +26,6 @@ def folder(family_folder):
     return family_folder("smolvlm")
 
 
-@pytest.fixture(scope="module")
-def config(folder):
-    module, hf_config = hf.read_config(folder)
-    return module.Config.from_hf(hf_config)
-
-
 def png(width, height, seed=0):
     file = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
@@ -137,10 +131,22 @@ def test_augmented_copies_keep_the_layout_and_move_all_views_alike(folder, confi
     assert len(np.unique(brightness[:, 0].round(4))) == 4
 
 
-def test_a_hundred_images_of_different_sizes_compile_one_program_for_each_number_of_tiles(folder, config):
+# What a prompt with one image has: one tile, or those of a grid and one for the whole image.
+@pytest.mark.parametrize(
+    "family, tiles",
+    [
+        ("smolvlm", [3, 5]),  # one row or column of two tiles, or two of both
+        ("internvl", [1, 3, 4, 5]),
+        ("llava_next", [3, 4, 5]),  # grids of two, three and four tiles
+    ],
+)
+def test_a_hundred_images_of_different_sizes_compile_one_program_for_each_number_of_tiles(family_folder, family, tiles):
+    folder = family_folder(family)
+    module, hf_config = hf.read_config(folder)
+    config = module.Config.from_hf(hf_config)
     processor = Processor(folder, config)
     sizes = np.random.default_rng(0).integers(10, 200, (100, 2)).tolist()
-    graphdef, shapes = base.abstract_model(lambda rngs: hf.family_of(config).Model(config, rngs=rngs))
+    graphdef, shapes = base.abstract_model(lambda rngs: module.Model(config, rngs=rngs))
     traced = []
 
     @jax.jit
@@ -148,10 +154,11 @@ def test_a_hundred_images_of_different_sizes_compile_one_program_for_each_number
         traced.append(images["pixels"].shape)
         return base.bind(graphdef, params).encode(images)[0].coords
 
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     made = [processor.image(Image.new("RGB", tuple(size))) for size in sizes]
-    for image in made:
-        encode(params, config.pack([[image]]))
-    assert sorted(shape[1] for shape in traced) == [3, 5]  # one row or column of two tiles, or two of both
-    # A set has one shape, that of its largest image.
-    assert len({jax.tree.map(np.shape, PackedImages.of(made, config)[np.array([i])])["pixels"] for i in range(9)}) == 1
+    for image in made:  # traced, not compiled; what was traced is cached as what was compiled would be
+        jax.eval_shape(encode, shapes, config.pack([[image]]))
+    assert sorted(shape[1] if len(shape) == 5 else 1 for shape in traced) == tiles
+    # A set has one shape, although the image with most tokens need not be the one with most tiles.
+    packed = PackedImages.of(made[:12], config)
+    packed.cached = None  # each image is packed anew
+    assert len({str(jax.tree.map(np.shape, packed[np.array([i])])) for i in range(12)}) == 1

@@ -124,7 +124,7 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys, ti
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setattr(sys, "argv", ["vkd demo", f"--before={tiny_folder}", f"--after={tiny_folder}"])
     assert command.main() == 2
-    assert capsys.readouterr().err == "error: the demo needs gradio: pip install 'vkd_jax[demo]'.\n"
+    assert capsys.readouterr().err == "error: the demo needs gradio: pip install '.[demo]'.\n"
 
 
 def test_a_port_out_of_range_is_refused(monkeypatch, capsys):

@@ -101,21 +101,19 @@ def recoveries(records: Mapping[str, Records]) -> list[AttackCell]:
         model: {(r["set"], r["id"]): r["correct"] for r in items if r["variant"] == UNCHANGED}
         for model, items in records.items()
     }
-    cells = base.accuracy({model: [r for r in rs if not r.get("trained_on")] for model, rs in records.items()})
+    asked = {model: [r for r in rs if not r.get("trained_on")] for model, rs in records.items()}
+    cells = base.accuracy(asked)
     learned = base.accuracy({model: [r for r in rs if r.get("trained_on")] for model, rs in records.items()})
     trained_on = {(cell.model, cell.key): cell.mean for cell in learned}
-    return [cell if cell.variant == UNCHANGED else _recovered(cell, records, verdicts, trained_on) for cell in cells]
-
-
-def _recovered(cell: AttackCell, records: Mapping, verdicts: Mapping, trained_on: Mapping) -> AttackCell:
-    """The cell with `before`, `recovery` and `learned`."""
-    items = [
-        record
-        for fields, group in base.grouped(records[cell.model])
-        if all(getattr(cell, name) == value for name, value in fields.items())
-        for record in group
-        if not record.get("trained_on")
+    items = [items for model in asked.values() for _, items in base.grouped(model)]  # in the order of the cells
+    return [
+        cell if cell.variant == UNCHANGED else _recovered(cell, group, verdicts, trained_on)
+        for cell, group in zip(cells, items, strict=True)
     ]
+
+
+def _recovered(cell: AttackCell, items: Records, verdicts: Mapping, trained_on: Mapping) -> AttackCell:
+    """The cell of these records with `before`, `recovery` and `learned`."""
     before, vanilla = (
         float(np.mean([verdicts[name][r["set"], r["id"]] for r in items])) if name in verdicts else None
         for name in (cell.model, "vanilla")

@@ -182,5 +182,5 @@ def _gradio() -> Any:
     try:
         import gradio
     except ImportError:
-        raise UserError("the demo needs gradio: pip install 'vkd_jax[demo]'.") from None
+        raise UserError("the demo needs gradio: pip install '.[demo]'.") from None
     return gradio

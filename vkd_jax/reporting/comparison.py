@@ -93,9 +93,9 @@ def best(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
         return trial.get("relearned", trial.get("forgot", 0))
 
     finished = [trial for trial in trials if "kept" in trial]
-    keeping = [trial for trial in finished if trial["kept"] >= KEEP]
-    if keeping:
-        return min(keeping, key=lambda trial: (known(trial), trial["forgot"], -trial["kept"]))
+    candidates = [trial for trial in finished if trial["kept"] >= KEEP]
+    if candidates:
+        return min(candidates, key=lambda trial: (known(trial), trial["forgot"], -trial["kept"]))
     return max(finished or trials[:1], key=lambda trial: trial.get("kept", 0) - known(trial), default=None)
 
 

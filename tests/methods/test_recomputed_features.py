@@ -49,6 +49,23 @@ def test_training_is_the_same_either_way(tiny_model, prepared):
         np.testing.assert_allclose(cached[path], recomputed[path], rtol=1e-3, atol=1e-5, err_msg=path)
 
 
+def test_a_later_request_is_held_to_the_vanilla_model_either_way(tiny_model, context, prepared):
+    """Training starts from `params`, and the features of the teacher are those of `vanilla`."""
+    config = TrainConfig(steps=2, learning_rate=1e-2, warmup_steps=0, batch_size=dict(forget=2, retain=2))
+    paths = CACHED.trainable(context.params, context.model_config)
+    vanilla = {**context.params, **{path: context.params[path] * 1.1 for path in paths}}
+    sets = {m: m.prepare(dataclasses.replace(context, vanilla=vanilla)) for m in (CACHED, RECOMPUTED)}
+    before, after = (x[CACHED].sets["retain"].per_image["target/projector"] for x in (prepared, sets))
+    assert np.abs(after - before).max() > 0.01
+    cached, recomputed = (
+        loop.fit(tiny_model, m, sets[m], config, seed=0, folder=None, teacher=vanilla) for m in (CACHED, RECOMPUTED)
+    )
+    own = loop.fit(tiny_model, RECOMPUTED, sets[RECOMPUTED], config, seed=0, folder=None)
+    for path in cached:
+        np.testing.assert_allclose(cached[path], recomputed[path], rtol=1e-3, atol=1e-5, err_msg=path)
+    assert any(np.abs(own[path] - recomputed[path]).max() > 1e-3 for path in own)
+
+
 @pytest.mark.parametrize("target", vkd.TARGETS)
 def test_only_the_images_that_targets_and_scales_need_are_recorded(context, monkeypatch, target):
     """The forget targets are the features of the retain images that cached features would have given."""

@@ -11,6 +11,7 @@ from vkd_jax import methods, registry
 from vkd_jax.config import defaults
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.methods import base
+from vkd_jax.methods.null_space import NullSpace
 from vkd_jax.methods.replay import STREAM, Replay
 from vkd_jax.models import quantize
 from vkd_jax.planner import abstract_step, memory
@@ -64,6 +65,13 @@ def test_weights_and_moments_are_sharded_over_the_chips(config):
     assert kinds["trainable"] == trained and kinds["optimizer"] == 2 * trained + 4 + 4
     assert kinds["mask"] == trained // 4 and kinds["original"] == trained
     assert kinds["frozen"] == 4 * sum(x.size for x in step.frozen.values())
+
+
+def test_projections_into_the_null_space_are_planned(config):
+    step = build_step(config, "grad_diff", train="visual", null_space=NullSpace(energy=0.9))
+    widths = [x.shape[0] for path, x in step.state.params.items() if path.endswith("/kernel") and len(x.shape) == 2]
+    assert memory.bytes_by_kind(step)["mask"] == 4 * sum(d * d for d in widths) > 0
+    assert step.traced.jaxpr  # the step takes them
 
 
 def test_a_quantized_model_is_planned_as_it_is_loaded(config, tiny_model):

@@ -8,6 +8,7 @@ import json
 import sys
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from vkd_jax.config.training import TrainConfig
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.data.images import PackedImages
 from vkd_jax.methods.base import Prepared
+from vkd_jax.methods.null_space import NullSpace
 from vkd_jax.models.base import split_model
 from vkd_jax.runtime import log, storage
 from vkd_jax.runtime.mesh import make_mesh, replicated
@@ -51,6 +53,7 @@ class ToyMethod:
 
     mask_scope: str = "none"
     weight_retain: float = 1.0
+    null_space: ClassVar[NullSpace] = NullSpace()
 
     def trainable(self, paths, model_config):
         return [path for path in paths if path.startswith("visual/")]

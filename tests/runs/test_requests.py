@@ -2,18 +2,21 @@
 
 import json
 import shutil
+import types
 from pathlib import Path
 
 import pytest
 
 from vkd_jax import requests as command
+from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.certificate import differences
 from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.config import defaults
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.reporting import requests_page
-from vkd_jax.runs import features, requests
+from vkd_jax.runs import features, requests, stages
 from vkd_jax.runs.ledger import Ledger
+from vkd_jax.runtime.mesh import make_mesh
 from vkd_jax.types import UserError, person_digest
 
 
@@ -78,6 +81,27 @@ def test_each_request_starts_from_the_model_that_the_last_one_left(two, base):
     assert first["figures"]["text_identical"] and second["figures"]["text_identical"]
 
 
+def test_every_request_has_the_first_model_as_its_teacher(two, base):
+    ledger, workdir, _ = two
+    first, second = (request.done["config"]["request"]["first"] for request in Ledger.read(ledger).finished)
+    assert (first, second) == ("", base.model.path)
+    before, after = (json.loads((workdir / run / "inputs.json").read_text())["models"] for run in ("0001", "0002"))
+    assert after["request.first"] == before["path"] != after["path"] and "request.first" not in before
+
+    def load(folder):
+        return ModelBundle.load_for(base.method, folder, seed=0, mesh=make_mesh())
+
+    start, model = load(base.model.path), load(workdir / "0001" / "unlearned")
+    request = types.SimpleNamespace(first=base.model.path)
+    job = types.SimpleNamespace(config=types.SimpleNamespace(request=request), method=base.method, load=load)
+    teacher = stages._first_model(job, model)
+    assert teacher.keys() == start.params.keys()
+    assert all((teacher[path] == x).all() for path, x in start.params.items())
+    assert any((model.params[path] != x).any() for path, x in teacher.items())
+    request.first = ""
+    assert stages._first_model(job, model) is None
+
+
 def test_earlier_people_are_trained_on_and_judged_without_their_images(two):
     _, workdir, _ = two
     results = json.loads((workdir / "0002" / "results.json").read_text())
@@ -125,6 +149,8 @@ def test_a_model_that_changed_is_not_started_from(two, base, tmp_path):
     runs._check_start(current, config)
     with pytest.raises(UserError, match="is not the model that request 2 left"):
         runs._check_start(current, config.override(f"model.path={base.model.path}"))
+    with pytest.raises(UserError, match="is not the model that request 1 started from"):
+        runs._check_start(current, config.override(f"request.first={other}"))
     with pytest.raises(UserError, match="method.blocks: all vision blocks train"):
         runs._check_start(current, config.override("method.blocks=-1"))
     with pytest.raises(UserError, match="request 3: 1 of the 1 people of this request are not in the data"):

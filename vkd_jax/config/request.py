@@ -22,3 +22,4 @@ class RequestConfig(Section):
     people: tuple[str, ...] = setting((), "People to forget.", nonempty=True, **_PEOPLE)
     earlier: tuple[str, ...] = setting((), "People whom earlier requests have forgotten.", **_PEOPLE)
     features: tuple[str, ...] = setting((), "Folders of the cached features of these people.")
+    first: str = setting("", "Model before the first request, which retained people are held to; '' is model.path.")

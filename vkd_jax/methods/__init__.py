@@ -6,6 +6,7 @@
     worst_case          worst-case forgetting, an option of every method that trains on a forget set
     text_stream         text-only questions as a further stream, another such option
     replay              people of earlier requests as a further stream
+    null_space          updates that retained examples do not notice, a fourth such option
     losses              pure loss functions
     saliency            Fisher information and masks
     feature_targets     features of a frozen model as distillation targets

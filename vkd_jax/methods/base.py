@@ -32,7 +32,7 @@ class Context:
 
     Attributes:
         graphdef: the structure of the model.
-        params: the weights of the vanilla model.
+        params: the weights of the model before training, which is the vanilla model except in later requests.
         load_base: loads the weights of the model before it was fine-tuned; None without `model.base`.
         model_config: the model's configuration.
         sets: the encoded sets. "forget" and "retain" have questions with an image; "forget_text" and "retain_text",
@@ -40,6 +40,7 @@ class Context:
             text stream, has the questions of both.
         seed: the seed of the run.
         encode: encodes other examples of one modality for this model.
+        vanilla: the weights of the vanilla model, if they are not `params`: of the model before the first request.
     """
 
     graphdef: Any
@@ -49,6 +50,12 @@ class Context:
     sets: Mapping[str, EncodedSet]
     seed: int
     encode: Callable[[Sequence[Example]], EncodedSet] | None = None
+    vanilla: Params | None = None
+
+    @property
+    def vanilla_params(self) -> Params:
+        """The weights of the vanilla model."""
+        return self.params if self.vanilla is None else self.vanilla
 
     def base_params(self) -> Params:
         """Loads the weights of the model before it was fine-tuned.
@@ -98,6 +105,7 @@ class Method(Protocol):
     """
 
     mask_scope: str  # which gradients the prepared mask covers: "forget", "both", or "none" for no mask
+    null_space: Any  # `null_space.NullSpace`: whether updates are projected
 
     @property
     def needs_base(self) -> bool:

@@ -8,6 +8,9 @@ projector, under the model that the person's own request left, both cached then.
 answer becomes more likely again, and the second one keeps the projected features where that request put them. D is the
 mean squared error relative to the mean square of t_i.
 
+The people who stay have a fixed point, too: the teacher of the retain set is the model before the first request, not
+the one before this request (`Context.vanilla_params`).
+
 The stream trains on no image. The cached features are personal data nevertheless: see `vkd_jax.runs.features`.
 """
 

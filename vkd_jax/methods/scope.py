@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.data.encoding import Batch
 from vkd_jax.methods import base
+from vkd_jax.methods.null_space import NullSpace
 from vkd_jax.methods.replay import Replay
 from vkd_jax.methods.text_stream import TextStream
 from vkd_jax.methods.worst_case import TRAINED, Adversary, WorstCase
@@ -40,6 +41,7 @@ class Scope(Section):
     lora_dropout: float = setting(0.05, "Dropout rate of the adapters' inputs.", minimum=0, below=1)
     mask_scope: ClassVar[str] = "none"  # methods with a mask override it
     needs_base: ClassVar[bool] = False  # whether `prepare` loads the model before it was fine-tuned
+    null_space: ClassVar[NullSpace] = NullSpace()  # projects nothing; `Unlearning` has settings of it
 
     @property
     def adapters(self) -> lora.AdapterConfig | None:
@@ -102,10 +104,15 @@ class Unlearning(Scope):
     worst_case: WorstCase = dataclasses.field(default_factory=WorstCase, metadata={"help": WorstCase.__doc__})
     text: TextStream = dataclasses.field(default_factory=TextStream, metadata={"help": TextStream.__doc__})
     replay: Replay = dataclasses.field(default_factory=Replay, metadata={"help": Replay.__doc__})
+    null_space: NullSpace = dataclasses.field(default_factory=NullSpace, metadata={"help": NullSpace.__doc__})
 
     def validate(self) -> None:
-        """Also checks that the text stream trains something."""
+        """Also checks that the text stream trains something, and that no adapter is projected."""
         super().validate()
+        if self.null_space.energy and self.adapters is not None:
+            raise self.error(
+                "null_space.energy", f"adapters are not projected, and train={self.train} has them. Give 0."
+            )
         if self.text.weight and self.train == "visual":
             raise self.error(
                 "text.weight", "train=visual trains no weight that text reaches. Give 0, or another train."

@@ -91,12 +91,16 @@ class VKD(Ascent):
     weight_retain_distill: float = setting(8.0, "Weight w_kr of the retain distillation.", minimum=0)
 
     def validate(self) -> None:
-        """Also checks that exactly one field determines the size of the mask, and which teacher can be recomputed."""
+        """Also checks that exactly one field determines the size of the mask, and which fields exclude each other."""
         super().validate()
         if self.teacher_features == "recomputed" and self.teacher != "vanilla":
             raise self.error(
                 "teacher_features",
                 f"a step has the weights of the vanilla model, not of teacher={self.teacher}. Give 'cached'.",
+            )
+        if self.null_space.energy and self.mask_scope == "both":
+            raise self.error(
+                "null_space.energy", "a masked update leaves the null space. Give mask_scope=none or forget."
             )
         if self.mask_scope != "none" and (self.mask_threshold is None) == (self.mask_keep is None):
             raise self.error("mask_keep", "the mask takes mask_threshold or mask_keep. Set exactly one to a number.")
@@ -140,7 +144,7 @@ class VKD(Ascent):
         sources = self._source_rows(context)
         recorded = self._recorded_rows(context, sources)
         images = retain.images if len(recorded) == len(retain.images) else retain.images.subset(recorded)
-        vanilla_retain = feature_targets.record_taps(context.graphdef, context.params, images, self.taps)
+        vanilla_retain = feature_targets.record_taps(context.graphdef, context.vanilla_params, images, self.taps)
         teacher_retain = vanilla_retain
         if self.teacher == "base":
             teacher_retain = feature_targets.record_taps(

@@ -27,6 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from qwix import QArray
 
 from vkd_jax.models import quantize
+from vkd_jax.models.observed import Observed, pass_through
 from vkd_jax.runtime import multihost
 
 KERNELS = r"language_model/blocks/.+/kernel"
@@ -146,8 +147,10 @@ def split(params: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def matmul(x: jax.Array, weight: jax.Array | QArray | Lora) -> jax.Array:
-    """Multiplies x [n, d] with a plain, quantized or adapted kernel of one layer: [n, f], in the dtype of x."""
+def matmul(x: jax.Array, weight: jax.Array | QArray | Lora | Observed) -> jax.Array:
+    """Multiplies x [n, d] with a kernel of one layer, of any of these kinds: [n, f], in the dtype of x."""
+    if isinstance(weight, Observed):
+        x, weight = pass_through(x, weight.probe), weight.weight
     if not isinstance(weight, Lora):
         return checkpoint_name(quantize.matmul(x, weight), PRODUCT)
     y, adapter_input = checkpoint_name(quantize.matmul(x, weight.weight), PRODUCT), x

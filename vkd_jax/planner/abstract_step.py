@@ -22,7 +22,7 @@ from vkd_jax.checkpoints import hf, sources
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.data.encoding import Batch
-from vkd_jax.methods import replay
+from vkd_jax.methods import null_space, replay
 from vkd_jax.methods.scope import Scope, frozen_blocks
 from vkd_jax.methods.text_stream import STREAM as TEXT_STREAM
 from vkd_jax.models import base
@@ -62,6 +62,7 @@ class AbstractStep:
     mask: Params | None
     batches: Mapping[str, Batch]
     start: Params | None
+    projections: Params | None  # of updates, into the null space
 
     @property
     def shapes(self) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class AbstractStep:
         everywhere = replicated(self.mesh)
         key = jax.eval_shape(lambda: jax.random.key(0))
         rate, key = (Shape(x.shape, x.dtype, sharding=everywhere) for x in (Shape((), jnp.float32), key))
-        return self.state, self.frozen, self.mask, self.batches, self.start, rate, key
+        return self.state, self.frozen, self.mask, self.batches, self.start, rate, key, self.projections
 
     @functools.cached_property
     def traced(self) -> jax.stages.Traced:
@@ -146,6 +147,7 @@ def build(
         mask=_mask(method, trainable, model_config, mesh) if masked else None,
         batches=batches,
         start={path: params[path] for path in trainable} if teachers else None,
+        projections=null_space.projection_shapes(params, paths) if method.null_space.energy else None,
     )
 
 

@@ -11,7 +11,8 @@ from vkd_jax.models import quantize
 from vkd_jax.planner.abstract_step import AbstractStep
 
 GIB = 2**30
-# `original`: the trainable weights as loaded; a run keeps them beside the copy that trains.
+# `original`: the trainable weights as loaded; a run keeps them beside the copy that trains. `mask`: also the
+# projections of updates into the null space.
 KINDS = ("frozen", "trainable", "original", "optimizer", "mask", "batch", "cached")
 
 
@@ -23,7 +24,8 @@ def bytes_by_kind(step: AbstractStep) -> dict[str, int]:
     cached = {name: batch.cached for name, batch in step.batches.items()}
     plain = {name: dataclasses.replace(batch, cached={}) for name, batch in step.batches.items()}
     state = step.state
-    trees = (step.frozen, state.params, step.original, (state.opt_state, state.step), step.mask, plain, cached)
+    masks = step.mask, step.projections
+    trees = (step.frozen, state.params, step.original, (state.opt_state, state.step), masks, plain, cached)
     return {kind: sum(map(nbytes, jax.tree.leaves(tree))) for kind, tree in zip(KINDS, trees, strict=True)}
 
 

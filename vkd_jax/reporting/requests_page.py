@@ -32,7 +32,7 @@ GROUPS = {  # title, roles, and the kinds of question, of which each set's first
 }
 SEQUENCES = {
     "requests": "one after another",
-    "naive": "one after another, without earlier people",
+    "naive": "one after another, as if nobody had asked before",
     "batch": "all at once",
 }
 MARGIN = 0.10  # the goals: at most chance + MARGIN on who is forgotten, at least `comparison.KEEP` of what is retained

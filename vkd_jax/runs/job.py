@@ -27,6 +27,7 @@ from vkd_jax.runtime.mesh import make_mesh, shards
 from vkd_jax.training import trackers
 from vkd_jax.types import EvalSet, Example, Role, UserError, located, person_digest
 
+FIRST = "request.first"  # the name of the model before the first request
 HELD_OUT = "held_out"  # the set of questions about people that no model was trained on, for the membership attack
 
 
@@ -223,7 +224,7 @@ def check_models(job: Job) -> dict[str, Path]:
         family = read_family(folder)
         first_family = first_family or family
         if family != first_family:
-            raise UserError(f"config.model.{name} is a model of another kind or size than the one to unlearn.")
+            raise UserError(f"config.{_field(name)} is a model of another kind or size than the one to unlearn.")
         _check_provenance(job, name, folder)
         for method in training_methods:
             check_trainable(folder, method, config.model.quantize)
@@ -239,7 +240,7 @@ def check_models(job: Job) -> dict[str, Path]:
 
 
 def given_models(config: RunConfig) -> dict[str, Path]:
-    """The folder of each model that the config gives and the run reads, by its field of `config.model`.
+    """The folder of each model that the config gives and the run reads, by its field of `config.model`, or `FIRST`.
 
     Raises:
         UserError: a model does not exist or cannot be downloaded.
@@ -251,12 +252,19 @@ def given_models(config: RunConfig) -> dict[str, Path]:
         models = {name: getattr(model, name) for name in ("path", "retain_only", "unlearned")}
         if config.workflow.unlearns and config.method.needs_base:
             models["base"] = model.base
+    if config.request and config.workflow.unlearns:
+        models[FIRST] = config.request.first
     folders = {}
     for name, value in models.items():
         if value:
-            with located(f"--config.model.{name}={value}"):
+            with located(f"--config.{_field(name)}={value}"):
                 folders[name] = sources.fetch_model(value)
     return folders
+
+
+def _field(name: str) -> str:
+    """The field of the config that gives a model, from its name in `given_models`."""
+    return name if "." in name else f"model.{name}"
 
 
 def judge_folder(config: EvalConfig) -> Path | None:
@@ -288,7 +296,7 @@ def _check_provenance(job: Job, name: str, folder: Path) -> None:
         model_data, without = dict(provenance["config"]["data"]), list(provenance["without"])
     except (UserError, KeyError, TypeError, ValueError):
         return  # not written by a run: nothing is known of it
-    data, field = job.config.to_dict()["data"], f"config.model.{name}={folder}"
+    data, field = job.config.to_dict()["data"], f"config.{_field(name)}={folder}"
     if model_data.get("source") == data.get("source") == "":
         theirs, ours = (f"people={d.get('people')} and n_people={d.get('n_people')}" for d in (model_data, data))
         if name == "base" and theirs == ours:

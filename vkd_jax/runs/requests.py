@@ -2,7 +2,7 @@
 
     ledger (JSON lines)     who asked, what was run, hashes of the model before and after, figures; see `runs.ledger`
     WORKDIR/0001, 0002 ...  the workdir of each request's run, with the model and the cached features of its people
-    WORKDIR/naive/0002 ...  the same requests without the stream of earlier people, a baseline
+    WORKDIR/naive/0002 ...  the same requests as if nobody had asked before, a baseline
     WORKDIR/batch/0020      one run that forgets the people of all requests at once, a baseline
     WORKDIR/data            the data with its images, only while the command runs
     WORKDIR/requests.md     the page: what every model knows of everybody who asked so far, and what it has kept
@@ -186,6 +186,12 @@ def _check(config: RunConfig, baselines: Sequence[str]) -> None:
         raise UserError("method.name: requests need a method that trains on a forget set, such as vkd.")
 
 
+def _check_hash(folder: Path, digest: str, model: str) -> None:
+    """Raises a `UserError` if the model of a folder is not the one that the ledger knows."""
+    if model_digest({name: tensor.sha256() for name, tensor in Checkpoint(folder).tensors.items()}) != digest:
+        raise UserError(f"{folder} is not {model}, by the hash in the ledger; restore it from a copy.")
+
+
 def model_digest(digests: Mapping[str, str]) -> str:
     """The digest of a model: the SHA-256 of the JSON object {tensor: SHA-256 of its bytes} with sorted keys."""
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
@@ -222,14 +228,14 @@ class RequestRuns:
             pipeline.execute(config, folder, self.command)
             append(self.path, lambda _: ("done", request.number, describe(folder, config)))
 
-    def _config(self, ledger: Ledger, request: Request, start: str = "", weight: float | None = None) -> RunConfig:
+    def _config(self, ledger: Ledger, request: Request, naive_start: str = "") -> RunConfig:
         """The config of a request's run.
 
         Args:
             ledger: the ledger.
             request: the request.
-            start: the folder of the model to start from; "" for the one that the last request left.
-            weight: of the stream of earlier people; None for that of the config.
+            naive_start: the folder of the model that the baseline "naive" starts from, which has neither the stream of
+                earlier people nor the first model as the teacher; "" for the run of the request itself.
         """
         earlier = [other for other in ledger.finished if other.number < request.number]
         last = earlier[-1].done["run"] if earlier else ""
@@ -237,6 +243,7 @@ class RequestRuns:
             people=request.people,
             earlier=tuple(person for other in earlier for person in other.people),
             features=tuple(str(Path(other.done["run"]) / features.FOLDER) for other in earlier if not other.purged),
+            first=self.config.model.path if earlier and not naive_start else "",
         )
         benchmark = self.config.data.benchmark
         if request.forget:
@@ -245,8 +252,8 @@ class RequestRuns:
                     f"request {request.number} has images in {request.forget}, which need benchmark=folder in --config."
                 )
             benchmark = dataclasses.replace(benchmark, forget=request.forget, test=request.test)
-        start = start or (str(Path(last) / "unlearned") if last else self.config.model.path)
-        return self._with(section, start, weight, benchmark)
+        start = naive_start or (str(Path(last) / "unlearned") if last else self.config.model.path)
+        return self._with(section, start, 0.0 if naive_start else None, benchmark)
 
     def _with(self, section: RequestConfig, start: str, weight: float | None, benchmark: Any) -> RunConfig:
         config, method = self.config, self.config.method
@@ -277,12 +284,13 @@ class RequestRuns:
         _, shapes = base.abstract_model(lambda rngs: family.Model(model_config, rngs=rngs))
         features.cached_block(config.method, list(shapes), shapes, model_config)
         if ledger.finished:
-            last = ledger.finished[-1]
-            tensors = {name: tensor.sha256() for name, tensor in Checkpoint(folder).tensors.items()}
-            if model_digest(tensors) != last.done["model_after"]:
-                raise UserError(
-                    f"{folder} is not the model that request {last.number} left, by the hash in the ledger; restore it "
-                    "from a copy."
+            first, last = ledger.finished[0], ledger.finished[-1]
+            _check_hash(folder, last.done["model_after"], f"the model that request {last.number} left")
+            with located(f"--config.model.path={config.request.first}"):
+                _check_hash(
+                    sources.fetch_model(config.request.first),
+                    first.done["model_before"],
+                    f"the model that request {first.number} started from, which retained people are held to",
                 )
 
     def collect(self, baselines: Sequence[str], settings: str) -> dict[str, Any]:
@@ -306,11 +314,11 @@ class RequestRuns:
         return {"meta": meta, "start": done.get("figures", {}).get("before", {}), "sequences": sequences}
 
     def _naive(self, ledger: Ledger) -> Iterator[dict[str, Any]]:
-        """The requests after the first one without the stream of earlier people, which the first one does not have."""
+        """The requests after the first one as if nobody had asked before; the first one is the same."""
         start = str(Path(ledger.finished[0].done["run"]) / "unlearned")
         for request in ledger.finished[1:]:
             folder = self.workdir / "naive" / f"{request.number:04d}"
-            config = self._config(ledger, request, start, weight=0.0)
+            config = self._config(ledger, request, naive_start=start)
             pipeline.execute(config, folder, self.command)
             start = str(folder / "unlearned")
             yield _row(describe(folder, config), request.people)

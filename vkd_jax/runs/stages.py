@@ -176,7 +176,9 @@ def unlearn(job: Job, model: ModelBundle, source: Path) -> Path:
             trained = method.edit(context)
         else:
             with workdir.training() as folder:
-                trained = loop.fit(model, method, prepared, config.train, seed=config.seed, folder=folder)
+                trained = loop.fit(
+                    model, method, prepared, config.train, seed=config.seed, folder=folder, teacher=context.vanilla
+                )
     with workdir.stage("export"):
         return _export(job, "unlearned", model, trained, source, [])
 
@@ -203,7 +205,21 @@ def _context(job: Job, model: ModelBundle) -> Context:
         sets=sets,
         seed=config.seed,
         encode=encode,
+        vanilla=_first_model(job, model),
     )
+
+
+def _first_model(job: Job, model: ModelBundle) -> Params | None:
+    """The weights of the model before the first request; None if the run starts from it.
+
+    All models of a ledger have the same frozen weights, except for kernels that adapters were merged into.
+    """
+    if not (job.config.request and job.config.request.first):
+        return None
+    first = job.load(sources.fetch_model(job.config.request.first)).params
+    if job.method.adapters is not None:
+        return first
+    return {**model.params, **{path: first[path] for path in job.method.trainable(model.params, model.config)}}
 
 
 def _export(job: Job, name: str, model: ModelBundle, trained: Params, source: Path, without: Sequence[str]) -> Path:

@@ -24,7 +24,7 @@ from vkd_jax.data.encoding import Batch, EncodedSet
 from vkd_jax.data.images import MAX_CACHED_BYTES
 from vkd_jax.data.sampler import Sampler
 from vkd_jax.messages import listed
-from vkd_jax.methods import feature_targets
+from vkd_jax.methods import feature_targets, null_space
 from vkd_jax.methods.base import Method, Metrics, Prepared
 from vkd_jax.methods.scope import frozen_blocks
 from vkd_jax.methods.worst_case import Adversary
@@ -75,6 +75,7 @@ def fit(
     seed: int,
     folder: Path | None,
     observers: Mapping[int, Observer] = {},  # noqa: B006 (never written to)
+    teacher: Params | None = None,
 ) -> Params:
     """Trains a model, from the newest checkpoint in `folder` if one exists.
 
@@ -90,6 +91,8 @@ def fit(
         folder: the folder for checkpoints and metrics; None writes neither.
         observers: called with the trained weights after these steps, once the weights are known to be finite. The
             weights are donated to the next step, so an observer keeps none of them.
+        teacher: the weights of the method's teachers, whose frozen weights are those of the model; None for the
+            weights before training.
 
     Returns:
         The trained weights, without the frozen ones.
@@ -117,10 +120,11 @@ def fit(
         jax.jit(step_fn, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None)),
         frozen=frozen,
         mask=prepared.mask,
-        start={path: bundle.params[path] for path in trainable} if method.teachers() else None,
+        start={path: (teacher or bundle.params)[path] for path in trainable} if method.teachers() else None,
         rates=optimizer.learning_rates(config, steps),
         key=jax.random.key(seed),
         losses_fn=losses_fn,
+        projections=_projections(bundle, method, {**prepared.sets, **sets}, config, seed),
     )
     checkpoints, progress = _open_outputs(folder, config, steps=steps, seed=seed)
     with contextlib.closing(progress), contextlib.closing(checkpoints):
@@ -154,6 +158,27 @@ def _cached_sets(
         for name in method.losses()
         if name in prepared.sets
     }
+
+
+def _projections(
+    bundle: ModelBundle, method: Method, sets: Mapping[str, EncodedSet], config: TrainConfig, seed: int
+) -> Params | None:
+    """Returns the projections of the updates, or None if the method projects nothing."""
+    if not method.null_space.energy:
+        return None
+    rows = config.rows("forget", shards(bundle.mesh)) // config.microbatches
+    retained = {name: sets[name] for name in sets if name == "retain" or name in method.losses().keys() - {"forget"}}
+    logging.info("null space: inputs of %s ...", listed(retained))
+    return null_space.projections(
+        bundle.graphdef,
+        bundle.params,
+        method.trainable(bundle.params, bundle.config),
+        retained,
+        method.null_space,
+        batch_size=rows,
+        seed=seed,
+        put=functools.partial(shard_rows, bundle.mesh),
+    )
 
 
 def _open_outputs(
@@ -195,6 +220,7 @@ class _Step:
     rates: np.ndarray
     key: jax.Array
     losses_fn: Any  # jitted; see `step.make_losses`
+    projections: Params | None
 
     def __call__(self, number: int, state: TrainState, batches: Mapping[str, Batch]) -> tuple[TrainState, Metrics]:
         """Runs step `number`, counted from 1. Donates the state."""
@@ -220,7 +246,7 @@ class _Step:
         )
 
     def _arguments(self, number: int, batches: Mapping[str, Batch]) -> tuple[Any, ...]:
-        return self.frozen, self.mask, batches, self.start, self.rates[number - 1], self.key
+        return self.frozen, self.mask, batches, self.start, self.rates[number - 1], self.key, self.projections
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The optimizer of the trainable weights: gradients are clipped first, and updates are masked last."""
+"""The optimizer of the trainable weights: gradients are clipped first, and updates are masked or projected last."""
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,12 @@ SCHEDULES = {"cosine": optax.cosine_decay_schedule, "constant": lambda rate, ste
 
 
 def create(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
-    """Creates the optimizer: clipping, Adam, weight decay, learning rate, mask.
+    """Creates the optimizer: clipping, Adam, weight decay, learning rate, mask, projection.
 
     It is applied to the trainable weights alone, because `optax.masked` over all weights passes the raw gradients of
-    the frozen ones through. The element-wise mask comes last, because momentum and weight decay move weights whose
-    gradient is zero. The learning rate is an argument of `update`, so that runs with different rates share one program.
+    the frozen ones through. The element-wise mask comes late, because momentum and weight decay move weights whose
+    gradient is zero, and so does the projection, because Adam and weight decay leave every subspace. The learning rate
+    is an argument of `update`, so that runs with different rates share one program.
 
     Args:
         config: only `weight_decay`, `clip_norm` and `b2` are read.
@@ -28,6 +29,7 @@ def create(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
         optax.add_decayed_weights(config.weight_decay, decay_mask),
         _scale_by_rate(),
         mask_updates(),
+        project_updates(),
     )
 
 
@@ -65,6 +67,27 @@ def mask_updates() -> optax.GradientTransformationExtraArgs:
     def update(updates, state, params=None, *, mask=None, **extra):
         del params, extra
         return (updates if mask is None else apply_mask(updates, mask)), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def project_updates() -> optax.GradientTransformationExtraArgs:
+    """Multiplies the update of each kernel [.., d, f] by its projection [.., d, d], in float32.
+
+    `projections` is an extra argument of `update`, from `methods.null_space`; None keeps all updates. Weights without a
+    projection then keep their values.
+    """
+
+    def project(path: str, update: jax.Array, projections: Params) -> jax.Array:
+        if path not in projections:
+            return jnp.zeros_like(update)
+        return jnp.matmul(projections[path], update, precision="highest")
+
+    def update(updates, state, params=None, *, projections=None, **extra):
+        del params, extra
+        if projections is not None:
+            updates = {path: project(path, x, projections) for path, x in updates.items()}
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 

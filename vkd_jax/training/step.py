@@ -41,12 +41,14 @@ def make_step(
     microbatches: int = 1,
     adversary: Adversary | None = None,
 ) -> Callable:
-    """Returns the function of one update: (state, frozen, mask, batches, start, rate, key) -> (state, metrics).
+    """Returns the function of one update.
+
+        (state, frozen, mask, batches, start, rate, key, projections) -> (state, metrics)
 
     The gradient of each stream is computed separately, so that a mask can cover the forget stream alone; the sum goes
     to the optimizer. Frozen weights are an argument that is neither differentiated nor donated. Neither is `start`, the
     trainable weights before the first step, which the teachers need. `rate` is the learning rate. Dropout is a function
-    of the key, the step, the stream and the microbatch.
+    of the key, the step, the stream and the microbatch. `projections` are those of `methods.null_space`.
 
     Args:
         graphdef: the structure of the model.
@@ -67,6 +69,7 @@ def make_step(
         start: Params | None = None,
         rate: jax.Array | float = 1.0,
         key: jax.Array | None = None,
+        projections: Params | None = None,
     ) -> tuple[TrainState, Metrics]:
         total, metrics = None, {}
         for number, (name, loss_fn) in enumerate(losses.items()):
@@ -89,9 +92,8 @@ def make_step(
         if adversary is not None:
             metrics["loss"] += adversary.settings.weight * metrics["worst_case_loss"]
         metrics["grad_norm"] = optax.tree.norm(total)
-        updates, opt_state = tx.update(
-            total, state.opt_state, state.params, rate=rate, mask=mask if mask_scope == "both" else None
-        )
+        masks = dict(mask=mask if mask_scope == "both" else None, projections=projections)
+        updates, opt_state = tx.update(total, state.opt_state, state.params, rate=rate, **masks)
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
 
     return step

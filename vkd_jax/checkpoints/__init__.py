@@ -4,7 +4,7 @@ What is in it
 - `bundle`: `ModelBundle`, the one way to open a model. `ModelBundle.prepare_for` is the one place that attaches LoRA.
 - `hf`: matches the tensors of a model folder with the parameters of a model, and loads them.
 - `sources`: models by name, with `adapters`, PEFT's, or other visual weights merged into them.
-- `export`: writes model folders. `new_model` creates one with random weights.
+- `export`: writes model folders, and `peft` adapters. `new_model` creates one with random weights.
 - `certificate`: digests of an exported model, which can be signed. `push` uploads it.
 - `manifest`: compares two model folders tensor by tensor.
 - `safetensors_files`: reads and writes safetensors files in pieces.

@@ -8,7 +8,7 @@ from absl import logging
 
 import vkd_jax
 from vkd_jax.attacks.base import Subject
-from vkd_jax.checkpoints import certificate, export, sources
+from vkd_jax.checkpoints import certificate, export, peft, sources
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.checkpoints.new_model import create_llava
@@ -23,11 +23,12 @@ from vkd_jax.reporting import model_card, report
 from vkd_jax.results import RunResults
 from vkd_jax.runs import features, inputs, judging, results_writer
 from vkd_jax.runs.job import Job
-from vkd_jax.runtime import files, hub, json_files, multihost
+from vkd_jax.runtime import files, hub, json_files, multihost, storage
 from vkd_jax.runtime.dataclass_json import encode
 from vkd_jax.training import loop
 from vkd_jax.types import Params
 
+ADAPTER = "adapter"
 FINETUNE_SETS = ("finetune_forget", "finetune_retain")
 DOCUMENTS = (f"unlearned/{model_card.FILE}", f"unlearned/{certificate.FILE}")
 
@@ -223,10 +224,23 @@ def _first_model(job: Job, model: ModelBundle) -> Params | None:
 
 
 def _export(job: Job, name: str, model: ModelBundle, trained: Params, source: Path, without: Sequence[str]) -> Path:
-    """Writes a copy of the folder `source` with the trained weights, and returns it."""
+    """Writes a copy of the folder `source` with the trained weights, and returns it.
+
+    If unlearning trained adapters alone, they are also written as they are, to the folder `ADAPTER`.
+    """
     merged = trained | lora.adapters(model.params)
     notes = results_writer.provenance(job, name, without)
-    return job.workdir.model(name, lambda folder: export.export(merged, source, folder, model.config, notes=notes))
+
+    def write(folder: Path) -> None:
+        export.export(merged, source, folder, model.config, notes=notes)
+        if name == "unlearned" and trained and all(map(lora.is_adapter, trained)):
+            given, adapter = job.config.model.path, job.workdir.path / ADAPTER
+            is_id = hub.is_id(given) and "@" not in given and not storage.resolve(given).exists()
+            base = given if is_id else str(source)
+            peft.export(merged, source, storage.local_copy(adapter), model.config, base=base)
+            multihost.run_on_process_0(lambda: storage.upload_model(adapter, hub.ADAPTER_CONFIG))
+
+    return job.workdir.model(name, write)
 
 
 def evaluate_and_attack(job: Job, name: str, model: ModelBundle) -> list[dict]:

@@ -45,7 +45,7 @@ REMOVABLE = (*SHARED_MODELS, "base", "unlearned", TRAINING)  # large folders, wh
 MOVE = "remove it, or pass another --workdir"
 START_OVER = "pass another --workdir, or remove that folder to start over"
 FOLDERS = (
-    *("answers", "attacks", "base", "data", "features", "judge", "portraits", "report"),
+    *("adapter", "answers", "attacks", "base", "data", "features", "judge", "portraits", "report"),
     *("retain_only", "train", "unlearned", "vanilla"),
 )
 FOLDERS_OF_A_COMPARISON = ("cache", "controls", "data", "models", "runs", "tuning")

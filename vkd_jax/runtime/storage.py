@@ -216,11 +216,11 @@ def _is_model_file(name: str) -> bool:
     return name != CERTIFICATE and any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)
 
 
-def upload_model(folder: pathlib.Path) -> None:
+def upload_model(folder: pathlib.Path, marker: str = MODEL_MARKER) -> None:
     """Uploads a model folder from its `local_copy` to the bucket; a no-op for a folder on a disk.
 
-    A bucket has no folders that could be renamed, so the files are uploaded one by one, each atomically, and
-    `MODEL_MARKER` last: a folder that has it is complete.
+    A bucket has no folders that could be renamed, so the files are uploaded one by one, each atomically, and the file
+    `marker` last: a folder that has it is complete.
     """
     source = local_copy(folder)
     if source == folder:
@@ -231,8 +231,8 @@ def upload_model(folder: pathlib.Path) -> None:
         _date(source / name, folder / name)
 
     with bucket_errors():
-        _each(copy, [file.name for file in source.iterdir() if file.name != MODEL_MARKER])
-        copy(MODEL_MARKER)
+        _each(copy, [file.name for file in source.iterdir() if file.name != marker])
+        copy(marker)
 
 
 def download_model(folder: pathlib.Path) -> pathlib.Path:

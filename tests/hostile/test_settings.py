@@ -81,6 +81,29 @@ def config_at(make, name="config.py"):
     return lambda folder: (make(folder / "config.py"), [f"--config={name}", "--workdir=run"])[1]
 
 
+LINKED = (
+    "config.json", "inputs.json", "records.json", "timing.json", "lock.json", "log.txt", "results.json", "report.md",
+    "report.html", "report", "report/losses.png", "answers", "answers/vanilla.jsonl", "attacks/relearn", "data",
+    "train", "train/metrics.jsonl", "train/checkpoints", "train/checkpoints/2", "base", "vanilla", "unlearned",
+    "unlearned/model.safetensors", "portraits", "features", "judge/vanilla.jsonl",
+)  # fmt: skip
+
+
+def linked(name):
+    """A name in the workdir is a link to a folder elsewhere, or to a file that a run would write there."""
+
+    def make(path):
+        (path / name).parent.mkdir(parents=True)
+        written(path / "config.json", {}) if name != "config.json" else None
+        elsewhere = path.parent / "elsewhere"
+        elsewhere.mkdir()
+        os.symlink(elsewhere / "file" if "." in name else elsewhere, path / name)
+
+    return Case(
+        f"link as {name.replace('/', ' ')}", workdir(make), (f"run/{name} is a link to", "elsewhere", "--workdir")
+    )
+
+
 CASES = [
     # Config files that never end, or that are none.
     Case("named pipe as a config", config_at(os.mkfifo), ("--config=config.py", "not a regular file")),
@@ -227,6 +250,7 @@ CASES = [
     Case("workdir in the kernel's folder", settings("--workdir=/proc/run"), ("/proc/run",)),
     Case("workdir of an unknown address", settings("--workdir=ftp://x/y"), ("ftp",)),
     *map(in_the_place_of, PLACES),
+    *map(linked, LINKED),
     Case("config that is a list", workdir(damaged_config([])), ("config.json",)),
     Case("config that is half", workdir(damaged_config('{"seed": 0')), ("config.json",)),
     Case("empty config", workdir(damaged_config("")), ("config.json",)),

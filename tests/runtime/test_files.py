@@ -141,6 +141,24 @@ def test_links_out_of_the_folder_can_be_allowed_but_not_names(folder):
         files.inside(folder, "../secret", links=True)
 
 
+@pytest.mark.parametrize(
+    "name", ["link", "linked_folder", "link_to_link", "dangling", "inner", "loop", "sub/deep/link"]
+)
+def test_links_at_any_depth_are_found_but_not_the_folder_itself(folder, tmp_path, name):
+    for link in [path for path in folder.rglob("*") if path.is_symlink()]:
+        if link.name != name:
+            link.unlink()
+    if name.startswith("sub"):
+        (folder / name).parent.mkdir()
+        (folder / name).symlink_to(tmp_path / "secret")
+    (tmp_path / "alias").symlink_to(folder)
+    for root in (folder, tmp_path / "alias"):
+        with pytest.raises(UserError, match=f"{root}/{name} is a link to .*, where nothing may be written; move it"):
+            files.check_no_links(root, "move it")
+    (folder / name).unlink()
+    files.check_no_links(tmp_path / "alias", "move it")
+
+
 def test_a_snapshot_in_the_cache_of_the_hub_links_to_its_blobs(tmp_path):
     repository = tmp_path / "datasets--a--b"
     snapshot = repository / "snapshots" / "0123"

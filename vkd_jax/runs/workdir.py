@@ -81,8 +81,10 @@ def exclusive(path: str | Path, command: str) -> Iterator[None]:
 def make_folder(path: Path) -> None:
     """Creates a folder on a disk unless it exists, and checks that it can be used; buckets have no empty folders.
 
+    A run writes nothing outside of its folder: the folder may be a link, but nothing in it.
+
     Raises:
-        UserError: the path is not a folder, or cannot be one.
+        UserError: the path is not a folder, or cannot be one, or has a link in it.
     """
     try:
         if isinstance(path, Path) and path.is_symlink() and not path.exists():
@@ -91,6 +93,7 @@ def make_folder(path: Path) -> None:
             raise UserError(f"{path} is a file; pass a folder as --workdir.")
         if isinstance(path, Path):
             path.mkdir(parents=True, exist_ok=True)
+            files.check_no_links(path, "replace it by what it leads to, or make all of the --workdir a link")
     except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, has NUL, or is a loop of links
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--workdir={path} cannot be used ({reason}); pass another folder.") from error
@@ -126,7 +129,7 @@ def prepare_folder(path: Path) -> set[str]:
     """Creates the folder of a run unless it exists, and returns the names of the files in it.
 
     Raises:
-        UserError: the path is not a folder, cannot be one, or has files of something else.
+        UserError: the path is not a folder, cannot be one, or has a link or files of something else.
     """
     with storage.write_errors():
         make_folder(path)

@@ -138,6 +138,24 @@ def inside(folder: Path, name: str, *, links: bool = False) -> Path:
     return path
 
 
+def check_no_links(folder: Path, remedy: str) -> None:
+    """Checks that no entry of a folder, at any depth, is a symbolic link: writing to it would write elsewhere.
+
+    The folder itself may be one.
+
+    Args:
+        folder: the folder.
+        remedy: what to do about a link, for messages.
+
+    Raises:
+        UserError: there is a link.
+    """
+    for parent, folders, names in os.walk(folder):  # which follows no link
+        for entry in (Path(parent, name) for name in sorted((*folders, *names))):
+            if entry.is_symlink():
+                raise UserError(f"{entry} is a link to {os.readlink(entry)}, where nothing may be written; {remedy}.")
+
+
 def check_name(folder: str, name: str) -> str:
     """Checks by its text alone that a name stays within a folder, on a disk or in a bucket; returns the name.
 
@@ -175,10 +193,9 @@ def read_bytes(path: os.PathLike[str], most: int) -> bytes:
     Raises:
         UserError: the file is missing, is not a regular file, is too large, or may not be read.
     """
-    if not isinstance(path, Path):  # in a bucket, where all files are regular
-        return path.read_bytes()
     with reading(path):
-        check_regular(path, most)
+        if isinstance(path, Path):  # in a bucket all files are regular
+            check_regular(path, most)
         return path.read_bytes()
 
 

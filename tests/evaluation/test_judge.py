@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import socketserver
 import threading
 import types
 
@@ -147,6 +148,11 @@ ADDRESSES = (
         "http://localhost/v1?key=1",
         "http://localhost/v1#x",
         "http://:80",
+        "ftp://localhost/v1",
+        "file:///etc/passwd",
+        "http://name:secret@localhost/v1",
+        "http://a..b/v1",
+        f"http://{'a' * 64}/v1",
     ),
 )
 
@@ -229,7 +235,21 @@ def test_a_busy_endpoint_is_asked_again_after_growing_pauses(pauses):
 FAILURES = {
     "refused": ((401, {}, "no key"), r"refused the request \(status 401: no key\)", 1),
     "unknown model": ((404, {}, '{"error": "no such model"}'), "refused the request .status 404", 1),
-    "redirected": ((302, {"Location": "http://127.0.0.1:9/v1"}, ""), "refused the request .status 302", 1),
+    **{
+        f"redirected, {status}": (
+            (status, {"Location": "http://127.0.0.1:9/v1"}, ""),
+            "redirects to http://127.0.0.1:9/v1; give the address itself",
+            1,
+        )
+        for status in (301, 302, 303, 307, 308)
+    },
+    "redirected nowhere": ((302, {}, ""), "redirects to nowhere", 1),
+    "half a character": ((200, {}, '{"choices": [{"message": {"content": "7 \\ud800"}}]}'), "is not Unicode", 1),
+    "NUL": ((200, {}, '{"choices": [{"message": {"content": "7\\u0000"}}]}'), "the character NUL", 1),
+    "a list of contents": ((200, {}, '{"choices": [{"message": {"content": ["7"]}}]}'), "not a chat completion", 1),
+    "a number as the content": ((200, {}, '{"choices": [{"message": {"content": 7}}]}'), "not a chat completion", 1),
+    "null": ((200, {}, '{"choices": null}'), "not a chat completion", 1),
+    "nothing": ((200, {}, ""), "not a chat completion", 1),
     "down": ((500, {}, "oops"), "did not answer in 6 attempts .status 500: oops", judge.ATTEMPTS),
     "not JSON": ((200, {}, "<html>"), "reply is not a chat completion: '<html>'", 1),
     "no choice": ((200, {}, '{"choices": []}'), "reply is not a chat completion", 1),
@@ -249,6 +269,35 @@ def test_failures_are_one_sentence_that_names_the_endpoint(monkeypatch, case):
             judge.Endpoint(url, "grader").replies(["Grade."])
     assert str(raised.value).startswith(f"eval.judge={url}") and len(raised.value.args[0]) < 400
     assert len(requests) == attempts and "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("counts", [-5, "many", None, [1], True, 1.5])
+def test_tokens_that_are_no_count_are_not_known(counts):
+    body = completion("7", prompt_tokens=counts, completion_tokens=2)
+    assert judge._parsed(body.encode()) == judge.Reply("7", 0, 2)
+    assert judge._parsed(json.dumps(json.loads(body) | {"usage": counts}).encode()) == judge.Reply("7")
+
+
+@pytest.mark.parametrize("beginning", [b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n"])
+def test_a_reply_that_drips_in_ends(monkeypatch, beginning):
+    """Each byte comes long before the timeout of the socket, and the whole would never come."""
+    monkeypatch.setattr(judge, "TIMEOUT", 0.2)
+    monkeypatch.setattr(judge, "ATTEMPTS", 2)
+    stop = threading.Event()
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.sendall(beginning)
+            with contextlib.suppress(OSError):
+                while not stop.wait(0.02):
+                    self.request.sendall(b"x")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        with pytest.raises(UserError, match="did not answer in 2 attempts .no whole reply in 0.2 seconds"):
+            judge.Endpoint(f"http://127.0.0.1:{server.server_address[1]}/v1", "grader").replies(["Grade."])
+        stop.set()
+        server.shutdown()
 
 
 def test_an_endpoint_that_is_not_there_is_one_sentence(pauses):

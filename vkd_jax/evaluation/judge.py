@@ -21,12 +21,13 @@ import http.client
 import json
 import os
 import re
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 from vkd_jax.evaluation.inference import Answerer
@@ -39,7 +40,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"  # of the environment; the key is sent to the en
 REPLY_TOKENS = 16
 REQUESTS_AT_ONCE = 8
 ATTEMPTS, PAUSE, LONGEST_PAUSE = 6, 1.0, 60.0  # seconds; the pause doubles after each failed attempt
-TIMEOUT = 120.0  # seconds that a reply may take
+TIMEOUT = 120.0  # seconds that a reply may take as a whole, however slowly it comes
 MOST_BYTES = 2**20  # of a reply
 
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?")
@@ -227,12 +228,7 @@ class Endpoint:
             UserError: one of them cannot be sent.
         """
         with located(f"eval.judge={self.url}"):
-            try:
-                parts = urllib.parse.urlsplit(self.url)
-                is_address = bool(parts.hostname) and parts.port != 0 and not parts.query and not parts.fragment
-            except ValueError:  # such as a port of 70000
-                is_address = False
-            if not is_address or not _is_sendable(self.url):
+            if not _is_sendable(self.url) or not _is_address(self.url):
                 raise UserError("it is no address of an endpoint; give http://HOST:PORT/v1 or https://HOST/v1.")
             if not _is_sendable(os.environ.get(KEY_VARIABLE, "")):
                 raise UserError(f"the key in {KEY_VARIABLE} has characters that no key has; correct it.")
@@ -259,6 +255,17 @@ class Endpoint:
         return _parsed(_send(urllib.request.Request(address, json.dumps(body).encode(), headers, method="POST")))
 
 
+def _is_address(url: str) -> bool:
+    """Whether a URL is that of a server, and has no name or password, which would be written into the results."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+        is_server = parts.scheme in ("http", "https") and bool(host) and parts.port != 0
+    except ValueError:  # such as a port of 70000, or a host whose name is too long
+        return False
+    return is_server and not parts.query and not parts.fragment and "@" not in parts.netloc
+
+
 def _is_sendable(text: str) -> bool:
     """Whether a text has nothing but visible ASCII characters, as an address and a header must."""
     return all("!" <= character <= "~" for character in text)
@@ -269,11 +276,13 @@ def _send(request: urllib.request.Request) -> bytes:
     pause = PAUSE
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with _opener().open(request, timeout=TIMEOUT) as response:
-                return response.read(MOST_BYTES)
+            return _body(request)
         except urllib.error.HTTPError as error:
             with error:  # closes the connection
                 problem, wait = f"status {error.code}: {_text_of(error)}", error.headers.get("Retry-After", "")
+            if 300 <= error.code < 400:
+                target = error.headers.get("Location", "nowhere")
+                raise UserError(f"the endpoint redirects to {target[:200]}; give the address itself.") from error
             if error.code != 429 and error.code < 500:
                 raise UserError(f"the endpoint refused the request ({problem}).") from error
             pause = max(pause, float(wait)) if re.fullmatch("[0-9]{1,9}", wait) else pause
@@ -288,6 +297,32 @@ def _send(request: urllib.request.Request) -> bytes:
     )
 
 
+def _body(request: urllib.request.Request) -> bytes:
+    """Sends a request once, and returns the body of the response.
+
+    The timeout of a socket begins again with each byte, so that a response that drips in would never end. A thread of
+    its own, which does not keep the process alive, waits for it.
+
+    Raises:
+        TimeoutError: the whole response took longer than `TIMEOUT`.
+        OSError, http.client.HTTPException: it failed; an HTTPError for another status than 200.
+    """
+    result: Future[bytes] = Future()
+
+    def send() -> None:
+        try:
+            with _opener().open(request, timeout=TIMEOUT) as response:
+                result.set_result(response.read(MOST_BYTES))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=send, daemon=True).start()
+    try:
+        return result.result(TIMEOUT)
+    except TimeoutError:
+        raise TimeoutError(f"no whole reply in {TIMEOUT:g} seconds") from None
+
+
 @functools.cache
 def _opener() -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(_NoRedirects)
@@ -299,11 +334,19 @@ def _text_of(error: urllib.error.HTTPError) -> str:
 
 
 def _parsed(body: bytes) -> Reply:
-    """The reply in the body of a response."""
+    """The reply in the body of a response.
+
+    Raises:
+        UserError: the body is not a chat completion, or its text cannot be written as UTF-8.
+    """
     try:
-        value = json.loads(body)
-        text, usage = value["choices"][0]["message"]["content"] or "", value.get("usage") or {}
-        return Reply(str(text).strip(), *(int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        value = json_files.parse_json(body, "the body", dict)
+        text, usage = value["choices"][0]["message"]["content"], value.get("usage")
+        if not isinstance(text, str | None):
+            raise TypeError
+    except (UserError, KeyError, IndexError, TypeError) as error:
+        problem = f" ({error})" if isinstance(error, UserError) else ""
         beginning = body[:100].decode(errors="replace")
-        raise UserError(f"the endpoint's reply is not a chat completion: {beginning!r}.") from error
+        raise UserError(f"the endpoint's reply is not a chat completion: {beginning!r}{problem}.") from error
+    counts = [usage.get(f"{name}_tokens") if isinstance(usage, dict) else 0 for name in ("prompt", "completion")]
+    return Reply((text or "").strip(), *(count if type(count) is int and count > 0 else 0 for count in counts))

@@ -5,6 +5,7 @@ import dataclasses
 import enum
 import hashlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -71,12 +72,19 @@ class Example:
     keywords: tuple[str, ...] = ()  # phrases that a right open answer contains, if the benchmark has them
     pair: str = ""  # the fact, if the set asks for it twice: with an image and in text alone
     rule: str = ""  # the published rule that judges the answer, such as "fiubench"; see `metrics.base.rule_of`
+    # The file and the line in messages, if the id does not name them. It is no part of the data, which may be moved.
+    location: str = dataclasses.field(default="", compare=False)
 
     @property
     def label(self) -> str:
-        """The question in messages: its id and the beginning of its text, which a user can search for."""
+        """The question in messages: its file and line or its id, and the beginning of its text to search for."""
         text = self.question if len(self.question) <= 40 else f"{self.question[:40]}..."
-        return f"row {self.id} ({text!r})"
+        return f"{self.location or f'row {self.id}'} ({text!r})"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields that are data, by name; `image` as bytes."""
+        return {name: value for name, value in vars(self).items() if name != "location"}
 
     @property
     def modality(self) -> str:

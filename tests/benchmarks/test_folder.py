@@ -70,6 +70,16 @@ def test_fine_tuning_asks_the_same(folders):
         assert {(e.task, e.options) for e in sets[f"finetune_{name}"]} == {("chat", ())}
 
 
+def test_messages_name_the_file_and_the_line(folders):
+    sets = read(folders, finetune=True)
+    for name, examples in sets.items():
+        file = folders / name.removeprefix("finetune_") / "metadata.jsonl"
+        lines = file.read_text().splitlines()
+        for example in examples:
+            location, _, number = example.label.partition(" (")[0].rpartition(", line ")
+            assert location == str(file) and json.loads(lines[int(number) - 1])["question"] == example.question
+
+
 def test_optional_sets(folders):
     for name in ("test", "real"):
         write(folders / name, [dict(file_name="p/x.png", question="Who?", answer="Zoë")])

@@ -408,6 +408,29 @@ def test_a_question_that_cannot_be_asked_is_named(ask, question, answers, proble
             ask(2).generate(["Who?", question], names=names)
 
 
+@pytest.mark.parametrize(
+    ("questions", "answers", "problem"),
+    [
+        (
+            ("Who is this?", "Who?"),
+            ("x", "y " * 300),
+            r"row 2: its answer of \d+ tokens, beside .* \d+ tokens \(row 1\),",
+        ),
+        (
+            ("Who is it? " * 99, "Who?"),
+            ("x", "y y"),
+            r"row 1: its prompt of \d+ tokens, beside .* \d+ tokens \(row 2\),",
+        ),
+        (("Who?", "Who is this?"), ("x", "y " * 300), r"row 2: its \d+ tokens and \d+ for the answer"),
+    ],
+)
+def test_the_longest_answer_is_named_beside_the_longest_prompt(ask, questions, answers, problem):
+    for measure in (lambda **names: ask(2).score(questions, [[text] for text in answers], **names),
+                    lambda **names: ask(2).score_tokens(questions, answers, **names)):  # fmt: skip
+        with pytest.raises(UserError, match=f"{problem} exceed the model's .*; shorten it"):
+            measure(names=["row 1", "row 2"])
+
+
 @pytest.mark.parametrize("values", [[np.nan, 0, 0], [0, np.inf, 0], [-np.inf] * 3, [np.nan] * 3, [0.5] * 3])
 def test_logits_that_are_not_finite_choose_no_token(values):
     logits = jnp.array([[0.0, 2.0, 1.0], values, [-np.inf, 0.5, -1.0]])

@@ -169,4 +169,5 @@ def _example(name: str, image: bytes | None, image_id: str, row: Row, chat: bool
     task = "chat" if chat else "classification" if options else "generation"
     person = row.optional_name("person")
     image_id = image_id and f"{name.partition('/')[0]}/{image_id}"
-    return Example(name, person, image, image_id, question, answer, () if chat else tuple(options), task)
+    options = () if chat else tuple(options)
+    return Example(name, person, image, image_id, question, answer, options, task, location=row.location)

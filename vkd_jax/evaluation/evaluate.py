@@ -277,5 +277,5 @@ def _first_unrelated(candidates: Iterable[Example], example: Example) -> Example
     about = "with an image" if example.image is not None else "without an image"
     raise UserError(
         f"eval.shots=1: the retain set has no {example.task} question {about} about another person to show before "
-        f"question {example.id}. Use eval.shots=0."
+        f"{example.label}. Use eval.shots=0."
     )

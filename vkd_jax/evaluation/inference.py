@@ -186,6 +186,7 @@ class Answerer:
         names = names or _numbered(questions)
         encoded = self._encoded(questions, [[None]] * len(questions), encoded_images, turns, names)
         prompts = [row[0][0] for row in encoded]
+        self._check_length(prompts, names, max_new_tokens)
         options = max_new_tokens, tuple(self.processor.eos_ids), self.processor.pad_id
         out = self._run(
             self._programs.greedy,
@@ -193,7 +194,6 @@ class Answerer:
             prompts,
             max_new_tokens,
             encoded_images,
-            names,
         )
         if (out == generate.NOT_FINITE).any():
             raise finite.error("The model's scores of the next token")
@@ -276,7 +276,8 @@ class Answerer:
         """
         names = names or _numbered(questions)
         encoded = self._encoded(questions, texts, encoded_images, turns, names)
-        length = max(len(ids) for row in encoded for _, ids in row)
+        length, longest = max((len(ids), name) for row, name in zip(encoded, names, strict=True) for _, ids in row)
+        self._check_length([row[0][0] for row in encoded], names, length, longest)
         most = self._texts_per_row(max(len(row[0][0]) for row in encoded), length)
         chunks = [
             (i, slice(first, min(first + most, len(row))))
@@ -299,7 +300,6 @@ class Answerer:
             [encoded[i][0][0] for i in rows],
             length,
             encoded_images and encoded_images.select(rows),
-            [names[i] for i in rows],
         )
         return chunks, out, valid
 
@@ -350,14 +350,13 @@ class Answerer:
         prompts: Sequence[Sequence[int]],
         room: int,
         encoded_images: EncodedImages | None,
-        names: Sequence[str],
     ) -> np.ndarray:
         """Runs a program with `make_arguments(rows, *batch)` for all batches, as `_batches` yields them.
 
         The next batch is prepared while one runs.
         """
         waiting, done, order = collections.deque(), [], []
-        for rows, *batch in self._batches(prompts, room, encoded_images, names):
+        for rows, *batch in self._batches(prompts, room, encoded_images):
             if len(waiting) == IN_FLIGHT:
                 done.append(np.asarray(waiting.popleft()))
             arguments = make_arguments(rows, *batch)
@@ -373,14 +372,14 @@ class Answerer:
         prompts: Sequence[Sequence[int]],
         room: int,
         encoded_images: EncodedImages | None,
-        names: Sequence[str],
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, VisualTokens | None, SharedPrefixes | None]]:
         """Yields (rows, tokens, mask, image features, shared prefixes) for each batch.
 
         Prompts with the same prefix (the tokens up to the last image, and the images) are sorted next to each other.
         If it makes the batches smaller, each prefix is then a row of its own, which passes through the model once.
         """
-        length = self._length(prompts, room, names)
+        longest = max(map(len, prompts))
+        length = min(_round_up(longest), self.config.text.max_positions - room)
         check_rows(self.batch_size, length * (np.dtype(np.int32).itemsize + np.dtype(bool).itemsize))
         ends = [
             0 if encoded_images is None else _prefix_length(prompt, self.config.image_token_id) for prompt in prompts
@@ -420,16 +419,32 @@ class Answerer:
                 encoded.append(self.processor.encode_each(question, row, images, () if turns is None else turns[i]))
         return encoded
 
-    def _length(self, prompts: Sequence[Sequence[int]], room: int, names: Sequence[str]) -> int:
-        """The length that prompts are padded to, with `room` for the tokens after them."""
+    def _check_length(
+        self, prompts: Sequence[Sequence[int]], names: Sequence[str], room: int, of_room: str = ""
+    ) -> None:
+        """Checks that the longest prompt fits with the tokens after a prompt, for which every question has room.
+
+        Args:
+            prompts: the tokens of each prompt.
+            names: the name of each question, for messages.
+            room: the number of tokens after a prompt.
+            of_room: the name of the question whose answer needs them; "" if they are new tokens.
+
+        Raises:
+            UserError: they do not fit.
+        """
         longest, name = max(zip(map(len, prompts), names, strict=True))
-        limit = self.config.text.max_positions
-        if longest + room > limit:
-            raise UserError(
-                f"{name}: its {longest} tokens and {room} for the answer exceed the model's {limit}; "
-                "shorten it, ask without worked examples, or allow fewer new tokens."
-            )
-        return min(_round_up(longest), limit - room)
+        if longest + room <= (limit := self.config.text.max_positions):
+            return
+        if of_room in ("", name):
+            problem = f"{name}: its {longest} tokens and {room} for the answer"
+        elif longest < room:
+            problem = f"{of_room}: its answer of {room} tokens, beside the longest prompt of {longest} tokens ({name}),"
+        else:
+            problem = f"{name}: its prompt of {longest} tokens, beside the longest answer of {room} tokens ({of_room}),"
+        raise UserError(
+            f"{problem} exceed the model's {limit}; shorten it, ask without worked examples, or allow fewer new tokens."
+        )
 
     def _padded(self, prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Left-padded tokens, and the mask of valid ones."""

@@ -64,7 +64,7 @@ class Wording:
             UserError: the question has more options than the alphabet has letters.
         """
         if len(example.options) > len(LETTERS):
-            raise UserError(f"question {example.id} has {len(example.options)} options; use eval.protocol=options.")
+            raise UserError(f"{example.label} has {len(example.options)} options; use eval.protocol=options.")
         pairs = zip(LETTERS, example.options, strict=False)
         lines = [self.option.format(letter=letter, text=option) for letter, option in pairs]
         return self.letter.format(question=example.question, options="\n".join(lines))

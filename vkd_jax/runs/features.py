@@ -112,7 +112,7 @@ def _asked(job: Any, role: Role) -> list[Example]:
 
 
 def _row(name: str, row_id: str, example: Example, image: int) -> dict[str, Any]:
-    fields = {key: value for key, value in vars(example).items() if key not in ("image", "image_id")}
+    fields = {key: value for key, value in example.fields.items() if key not in ("image", "image_id")}
     width, height = open_image(example.image).size
     fields |= {"id": row_id, "person": person_digest(example.person)}
     return {"set": name, "image": image, "size": [width, height], "example": fields}

@@ -77,7 +77,7 @@ def _describe_set(examples: Sequence[Example]) -> dict[str, Any]:
     digest = hashlib.sha256()
     image_digests: dict[int, str] = {}  # by object: the examples of one row share their images
     for example in examples:
-        fields = dict(vars(example))
+        fields = example.fields
         if (image := fields.pop("image")) is not None:
             if id(image) not in image_digests:
                 image_digests[id(image)] = hashlib.sha256(image).hexdigest()

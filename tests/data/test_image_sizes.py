@@ -1,4 +1,4 @@
-"""Sizes and switches of image processors that no image should have."""
+"""Sizes of image processors that no image should have."""
 
 import types
 
@@ -38,8 +38,6 @@ PROBLEMS = {
     "fewest above most": (Qwen2VLImageProcessorPil(min_pixels=5000, max_pixels=400), True, "5,000, more than", "400"),
     "tiles": (types.SimpleNamespace(size=SQUARE, max_patches=10**9), False, "max_patches", "1 to 7,281 tiles"),
     "no tiles": (types.SimpleNamespace(size=SQUARE, min_patches=0), False, "min_patches", "is 0"),
-    "a switch": (SmolVLMImageProcessorPil(do_image_splitting="no"), False, "do_image_splitting", "true or false"),
-    "another switch": (CLIPImageProcessorPil(do_resize=1), False, "do_resize", "is 1"),
 }
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hostile_cases import INDEX, WEIGHTS, Case, asked, check, with_files, with_tensors, written
 
+from vkd_jax.data import image_sizes
+
 PROJECTOR = "multi_modal_projector.linear_1.weight"
 TOWER = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
 TEXT = "language_model.model.layers.1.mlp.up_proj.weight"
@@ -280,16 +282,41 @@ CASES = [
     Case("quantization of bitsandbytes", config(quantization_config={"load_in_4bit": True}), ("quantization_config",)),
     # Image processors.
     Case("crop of another size", processor(crop_size={"height": 56, "width": 56}), ("crop_size", "48")),
-    Case("image size that is a text", processor(size="large"), ("image processor",)),
+    Case("image size that is a text", processor(size="large"), ("image_processor.size",)),
     Case("standard deviation 0", processor(image_std=[0.0, 0.0, 0.0]), ("image_std",)),
     Case("standard deviation that is an object", processor(image_std={"red": 1}), ("image_std", "red")),
     Case("factor of pixels 0", processor(rescale_factor=0), ("rescale_factor=0", "all alike")),
     Case("negative factor of pixels", processor(rescale_factor=-1 / 255), ("rescale_factor=-0.00392", "all alike")),
-    Case("mean of texts", processor(image_mean=["a", "b", "c"]), ("image_mean", "a")),
-    Case("factor of pixels that is a text", processor(rescale_factor="1/255"), ("image processor", "rescale_factor")),
+    Case("mean of texts", processor(image_mean=["a", "b", "c"]), ("image_mean", "['a', 'b', 'c']")),
+    Case(
+        "factor of pixels that is a text",
+        processor(rescale_factor="1/255"),
+        ("image_processor.rescale_factor", "number"),
+    ),
     Case("crop of a million pixels", processor(crop_size={"height": 10**6, "width": 10**6}), ("image processor",)),
     Case("edge of 10^5 pixels", processor(size={"shortest_edge": 10**5}), ("size.shortest_edge", "100000", "4,096")),
     Case("edge of a fraction", processor(size={"shortest_edge": 47.5}), ("size.shortest_edge", "47.5")),
+    *(
+        Case(f"{field} as {what}", processor(**{field: value}), ("processor_config.json", f"image_processor.{field}"))
+        for field, what, value in (
+            ("size", "an empty list", []),
+            ("size", "a list of texts", ["48"]),
+            ("crop_size", "a list of lists", [[48]]),
+            ("size", "an empty object", {}),
+            ("size", "true", True),
+            ("crop_size", "a nested object", {"height": {}}),
+            ("resample", "a text", "bicubic"),
+            ("resample", "a list", []),
+            ("resample", "a large number", 10**9),
+            ("image_mean", "a short list", [0.5]),
+            ("image_std", "true", True),
+            ("rescale_factor", "true", True),
+        )  # fmt: skip
+    ),
+    *(
+        Case(f"{field} that is null", processor(**{field: None}), (f"{field} of the image processor is null", switch))
+        for field, switch in image_sizes.NEEDED.items()
+    ),
     Case("resizing that is a text", processor(do_resize="false"), ("do_resize", "'false'", "true or false")),
     Case("processor that is a list", with_files(processor_config__json=[1]), ("processor_config.json",)),
     Case("processor that is no JSON", with_files(processor_config__json="{"), ("processor",)),

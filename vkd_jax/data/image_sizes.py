@@ -1,4 +1,4 @@
-"""The sizes and switches of the image processor of a model folder, checked before anything is allocated."""
+"""The sizes of the image processor of a model folder, checked before anything is allocated."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,15 +12,19 @@ FIELDS = ("size", "crop_size", "pad_size", "max_image_size")
 TILES = ("min_patches", "max_patches")  # numbers of tiles, each of the size height x width
 AREAS = ("min_pixels", "max_pixels")
 EDGES = ("shortest_edge", "longest_edge")
+NEEDED = {"size": "do_resize", "resample": "do_resize", "crop_size": "do_center_crop", "rescale_factor": "do_rescale"}
 
 
 def processor_problem(image_processor: Any, edges_are_areas: bool) -> str | None:
-    """The first size or switch of an image processor that cannot be used, in words; None if all can.
+    """The first size of an image processor that cannot be used, in words; None if all can.
 
     Args:
         image_processor: an image processor of transformers.
         edges_are_areas: whether shortest_edge and longest_edge of its size are numbers of pixels, as of Qwen2-VL.
     """
+    for field, switch in NEEDED.items():
+        if getattr(image_processor, switch, False) and getattr(image_processor, field, field) is None:
+            return f"{field} of the image processor is null, and {switch} needs it; get its file again"
     for field, name, value in _sizes(image_processor):
         is_area = name in AREAS or (edges_are_areas and field == "size" and name in EDGES)
         most = MOST_PIXELS if is_area else MOST_SIDE
@@ -39,9 +43,6 @@ def processor_problem(image_processor: Any, edges_are_areas: bool) -> str | None
     edges = [_value(image_processor, "size", edge) for edge in EDGES]
     if edges_are_areas and None not in edges and edges[0] > edges[1]:
         return f"size.shortest_edge of the image processor is {edges[0]:,}, more than size.longest_edge, {edges[1]:,}"
-    for name, value in vars(image_processor).items():
-        if name.startswith("do_") and not (value is None or isinstance(value, bool)):
-            return f"{name} of the image processor is {value!r:.40}, and can be true or false; correct its file"
     return None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vkd_jax.data import image_sizes
+from vkd_jax.data import image_settings, image_sizes
 from vkd_jax.data.chat_template import read_chat_template
 from vkd_jax.data.images import TiledImage, open_image
 from vkd_jax.messages import listed
@@ -62,6 +62,7 @@ class Processor:
         folder = Path(folder)
         options = dict(local_files_only=True)
         _check_files(folder)
+        image_settings.check(folder)
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
             # With the configuration, an image processor of a class that is gone, such as Qwen2_5_VLImageProcessor, is

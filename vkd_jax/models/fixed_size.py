@@ -51,8 +51,8 @@ class FixedSizeConfig(ModelConfig):
         size = self.vision.image_size
         for height, width in {x.shape[:2] for x in images} - {(size, size)}:
             raise UserError(
-                f"the image processor returns {height} x {width} pixels (crop_size or size of its configuration), and "
-                f"the model takes {size} x {size} (vision_config.image_size of config.json)"
+                f"the image processor returns {height} x {width} pixels (crop_size, size or do_resize of its "
+                f"configuration), and the model takes {size} x {size} (vision_config.image_size of config.json)"
             )
         return images
 

@@ -44,6 +44,11 @@ class QwenConfig(ModelConfig):
     def image_processor_problem(self, image_processor: Any) -> str | None:
         """Returns whether the image processor makes other patches than the vision tower takes; None if not."""
         vision = self.vision
+        if not image_processor.do_resize:
+            return (
+                f"do_resize of the image processor is {image_processor.do_resize}, and sides of images have to be "
+                f"multiples of {self.image_step} pixels; set it to true in preprocessor_config.json"
+            )
         sizes = dict(patch_size=vision.patch_size, merge_size=vision.merge, temporal_patch_size=vision.frames)
         for name, size in sizes.items():
             if (actual := getattr(image_processor, name)) != size:

@@ -1,0 +1,105 @@
+"""The settings of an image processor in its JSON file: each field has a type, checked before transformers reads it.
+
+transformers takes any JSON type and fails later, in the middle of an image: a list of no sizes is "list index out of
+range", and a text for a number changes pixels. Fields that no rule names are left alone.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vkd_jax.runtime import json_files
+from vkd_jax.types import UserError
+
+PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
+SECTION = "image_processor"  # of the first file, which counts before the second one
+SIDES = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
+INTEGERS = frozenset(
+    ("resample", "patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels", "min_patches")
+    + ("max_patches", "image_seq_length", "size_divisor", "pan_and_scan_min_crop_size", "pan_and_scan_max_num_crops")
+)
+SWITCHES = frozenset(("crop_to_patches", "default_to_square", "disable_grouping"))  # and all that begin with "do_"
+SIZES = frozenset(("size", "crop_size", "pad_size", "max_image_size"))
+NUMBERS = frozenset(("rescale_factor", "pan_and_scan_min_ratio_to_activate"))
+CHANNELS = frozenset(("image_mean", "image_std"))
+TEXTS = frozenset(
+    ("image_processor_type", "feature_extractor_type", "processor_class", "aspect_ratio_setting")
+    + ("data_format", "input_data_format", "return_tensors", "device")
+)
+GRIDS = "image_grid_pinpoints"
+RESAMPLINGS = range(6)  # of PIL
+
+
+def check(folder: Path) -> None:
+    """Checks the types of all settings of the image processor of a model folder, null being that of any field.
+
+    Raises:
+        UserError: a field has another type.
+    """
+    for path in (folder / PROCESSOR, folder / IMAGE_PROCESSOR):
+        if not path.is_file():
+            continue
+        values = json_files.read_json(path, remedy="get it again")
+        section = ""
+        if path.name == PROCESSOR:
+            values, section = values.get(SECTION), f"{SECTION}."
+            if values is None:
+                continue
+            if not isinstance(values, Mapping):
+                raise UserError(f"{path}: {SECTION} is {json_files.describe(values)}, not an object; get it again.")
+        for field, value in values.items():
+            if value is not None and (problem := _problem(field, value)):
+                raise UserError(f"{path}: {section}{problem}; get the file again.")
+        return  # the second file is not read
+
+
+def _problem(field: str, value: Any) -> str | None:
+    """What is wrong with a field, in words; None if nothing is."""
+    if field in SIZES:
+        return _size_problem(field, value)
+    if field.startswith("do_") or field in SWITCHES:
+        fits, expected = isinstance(value, bool), "true or false"
+    elif field == "resample":
+        fits, expected = _is_integer(value) and value in RESAMPLINGS, f"a whole number up to {RESAMPLINGS[-1]}"
+    elif field in INTEGERS:
+        fits, expected = _is_integer(value), "a whole number"
+    elif field in NUMBERS:
+        fits, expected = _is_number(value), "a number"
+    elif field in CHANNELS:
+        fits, expected = _is_number(value) or _is_list(value, 3, _is_number), "a number for each of three colors"
+    elif field == GRIDS:
+        fits = _is_list(value, None, lambda item: _is_list(item, 2, _is_integer))
+        expected = "an array of pairs of whole numbers"
+    elif field in TEXTS:
+        fits, expected = isinstance(value, str), "a text"
+    else:
+        return None
+    return None if fits else f"{field} is {value!r:.40}, and has to be {expected}"
+
+
+def _size_problem(field: str, value: Any) -> str | None:
+    """What is wrong with a size: a side, a height and a width, or an object of them."""
+    if _is_integer(value) or _is_list(value, 2, _is_integer):
+        return None
+    if not isinstance(value, Mapping) or not value:
+        return f"{field} is {value!r:.40}, and has to be an object such as {{'height': 336, 'width': 336}}"
+    for side, pixels in value.items():
+        if side not in SIDES:
+            return f"{field} has the unknown side {side!a} (supported: {', '.join(SIDES)})"
+        if pixels is not None and not _is_integer(pixels):
+            return f"{field}.{side} is {pixels!r:.40}, and has to be a whole number of pixels"
+    return None
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_list(value: Any, length: int | None, is_item: Any) -> bool:
+    """Whether a value is an array of so many items (None: of any number but 0) that are what they should be."""
+    return isinstance(value, list) and (len(value) == length if length else bool(value)) and all(map(is_item, value))

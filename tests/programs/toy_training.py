@@ -156,7 +156,7 @@ def fit(toy, folder, method=ToyMethod(), sets=SETS, mask=None, seed=0, **changes
 
 
 def logged(folder):
-    """The metrics of each step; the last line counts for a step that was logged twice."""
+    """The metrics of each step."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     speed = {"data_wait_share", "examples_per_second", "step_bytes"}
     return {line["step"]: {k: v for k, v in line.items() if k not in speed} for line in lines}

@@ -1,6 +1,7 @@
 """Stopping, bit-identical resumption, and trainings that diverge."""
 
 import dataclasses
+import errno
 import os
 import signal
 import threading
@@ -146,15 +147,96 @@ def test_a_second_ctrl_c_ends_training_at_once(toy, monkeypatch):
         fit(toy, None)
 
 
-def test_a_line_of_metrics_that_was_cut_does_not_spoil_the_next_one(tmp_path):
+LINES = [b'{"step": %d, "loss": %d.5}\n' % (step, step) for step in range(1, 5)]
+SPEED = b'{"step": 2, "steps_per_sec": 9.0}\n'
+DAMAGED_METRICS = {  # lines of a training that resumes at step 3, and the steps whose metrics are lost
+    "nothing": (LINES[:3], []),
+    "missing": ([], [1, 2, 3]),
+    "a later line": (LINES, []),
+    "a cut later line": ([*LINES[:3], LINES[3][:9]], []),
+    "a cut line": ([*LINES[:2], LINES[2][:-1]], [3]),
+    "cut at the end of a line": (LINES[:1], [2, 3]),
+    "garbage at the end": ([*LINES[:3], bytes(range(256))], []),
+    "garbage in the middle": ([LINES[0], b"\x00\xff\r\n\x80\n", *LINES[1:3]], []),
+    "garbage in a line": ([LINES[0], LINES[1][:5] + b"\xff" + LINES[1][6:], LINES[2]], [2]),
+    "two lines that became one": ([LINES[0], LINES[1][:-1], LINES[2]], [2, 3]),
+    "another JSON": ([LINES[0], b"[2]\n", b'"x"\n', b"null\n", LINES[2]], [2]),
+    "a step that is a text": ([LINES[0], b'{"step": "2", "loss": 1}\n', LINES[2]], [2]),
+    "a step that is true": ([b'{"step": true, "loss": 1}\n', *LINES[1:3]], [1]),
+    "a loss that is null": ([LINES[0], b'{"step": 2, "loss": null}\n', LINES[2]], [2]),
+    "a loss that is NaN": ([LINES[0], b'{"step": 2, "loss": NaN}\n', LINES[2]], [2]),
+    "nested deeply": ([LINES[0], b"[" * 100_000 + b"\n", *LINES[1:3]], []),
+    "speed on a line of its own": ([LINES[0], SPEED, *LINES[1:3]], []),
+    "speed alone": ([LINES[0], SPEED, LINES[2]], [2]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_METRICS)
+def test_resuming_loses_and_repeats_no_metrics_without_a_word(tmp_path, caplog, damage):
+    lines, lost = DAMAGED_METRICS[damage]
     file = tmp_path / "metrics.jsonl"
-    for cut in ("", '{"step": 1, "loss', '{"step": 1, "loss": 2.0}\n', "\xff"):
-        file.write_text(cut)
-        writer = JsonLinesWriter(file)
-        for step in (2, 3):
-            writer.write_scalars(step, {"loss": 1.0})
-        assert json_lines(file, torn=True)[-2:] == [{"step": step, "loss": 1.0} for step in (2, 3)]
-        assert file.read_text().count("\n") == 3 - (not cut)
+    file.write_bytes(b"".join(lines)) if lines else None
+    JsonLinesWriter(file, 3).write_scalars(4, {"loss": 4.5})
+    rows = [row for row in json_lines(file) if "loss" in row]
+    assert rows == [{"step": step, "loss": step + 0.5} for step in range(1, 5) if step not in lost]
+    assert (file.read_bytes().count(SPEED) == 1) == ("speed" in damage)
+    warning = f"metrics.jsonl is damaged: the metrics of step {', '.join(map(str, lost))} are lost" if lost else ""
+    assert warning in caplog.text and bool(caplog.text) == bool(lost)
+
+
+def test_metrics_are_expected_at_the_steps_that_are_logged(tmp_path, caplog):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(LINES[1] + LINES[3])
+    JsonLinesWriter(file, 5, every=2)
+    assert not caplog.text and file.read_bytes() == LINES[1] + LINES[3]
+    JsonLinesWriter(file, 6, every=2)
+    assert "the metrics of step 6 are lost" in caplog.text
+
+
+def test_a_line_that_a_full_disk_cut_is_ended_before_the_next_one(tmp_path, monkeypatch):
+    file = tmp_path / "metrics.jsonl"
+    writer = JsonLinesWriter(file)
+    writer.write_scalars(1, {"loss": 1.5})
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(type(file), "open", full_disk(type(file).open))
+        writer.write_scalars(2, {"loss": 2.5})
+    writer.write_scalars(3, {"loss": 3.5})
+    assert json_lines(file, torn=True) == [{"step": step, "loss": step + 0.5} for step in (1, 3)]
+
+
+def full_disk(open_file):
+    """A method `open` of paths whose files take half of what is written."""
+
+    def cut(path, *args, **options):
+        file = open_file(path, *args, **options)
+        write = file.write
+
+        def half(text):
+            write(text[: len(text) // 2])
+            file.flush()
+            raise OSError(errno.ENOSPC, "the disk is full")
+
+        file.write = half
+        return file
+
+    return cut
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "events"])
+def test_damaged_metrics_change_no_weight(toy, uninterrupted, tmp_path, monkeypatch, damage):
+    """Of a training that was stopped at step 3; TensorBoard reads the events, and no training does."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+        fit(toy, tmp_path)
+    file = tmp_path / "metrics.jsonl"
+    if damage == "events":
+        for events in tmp_path.glob("events.out.tfevents.*"):
+            events.write_bytes(events.read_bytes()[:40] + b"\xff" * 40)
+    else:
+        file.write_bytes(b"\x00\xff" + file.read_bytes() if damage == "garbage" else file.read_bytes()[:-5])
+    assert_same_bits(fit(toy, tmp_path), uninterrupted[1])
+    steps = [row["step"] for row in json_lines(file) if "loss" in row]
+    assert steps == sorted(set(steps)) and len(logged(uninterrupted[0])) - len(steps) == (damage != "events")
 
 
 def test_a_finished_run_does_not_train_again(toy, uninterrupted):

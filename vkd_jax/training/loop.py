@@ -196,8 +196,8 @@ def _open_outputs(
     # Imported here because TensorFlow takes seconds to load, and a short training writes no metrics.
     from vkd_jax.training.metric_writer import Progress
 
-    trackers = config.tracker_names
-    return checkpoints, Progress(folder, steps=steps, log_seconds=config.log_seconds, trackers=trackers)
+    resumed, options = checkpoints.latest or 0, dict(every=config.log_every, log_seconds=config.log_seconds)
+    return checkpoints, Progress(folder, steps=steps, resumed=resumed, trackers=config.tracker_names, **options)
 
 
 def _resume(checkpoints: Checkpoints | NoCheckpoints, state: TrainState, steps: int) -> tuple[TrainState, int]:

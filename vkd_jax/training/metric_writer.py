@@ -11,11 +11,13 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a message about 
 
 from clu import metric_writers, parameter_overview, periodic_actions
 
-from vkd_jax.runtime import progress_bar
+from vkd_jax.messages import listed
+from vkd_jax.runtime import files, json_files, progress_bar
 from vkd_jax.training.trackers import Tracker, open_tracker
-from vkd_jax.types import Params
+from vkd_jax.types import Params, UserError
 
 SECONDS_BETWEEN_WARNINGS = 60
+SPEED = {"steps_per_sec", "uptime"}  # which CLU writes at steps of its own, on lines of their own
 
 
 class ScalarsWriter(metric_writers.MetricWriter):
@@ -77,13 +79,27 @@ class TrackerWriter(ScalarsWriter):
 class JsonLinesWriter(ScalarsWriter):
     """Appends lines {"step": ..., name: value, ...} to a file.
 
-    After a resume the file may contain a step twice, and its last line counts. A line that a full disk or a kill cut
-    is ended first, so that it does not spoil the next one.
+    A training that resumes logs the steps after its checkpoint again, so their lines are removed first, as are damaged
+    ones. Nothing computes those again, so a warning names the steps whose metrics are lost.
+
+    Args:
+        file: the file.
+        resumed: the number of steps that have run; lines of later steps are removed.
+        every: the file has a line for each multiple of this number of steps.
     """
 
-    def __init__(self, file: Path):
-        self._file = file
-        self._is_cut = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
+    def __init__(self, file: Path, resumed: int = 0, every: int = 1):
+        self._file, self._is_cut = file, False  # whether a full disk cut the last line
+        lines = files.read_bytes(file, json_files.MOST_BYTES).splitlines(keepends=True) if file.exists() else []
+        rows = list(map(_row, lines))
+        logged = {row["step"] for row in rows if row and not row.keys() & SPEED}
+        if lost := sorted({*range(every, resumed + 1, every)} - logged):
+            logging.warning(
+                "%s is damaged: the metrics of step %s are lost, which no figure needs.", file, listed(lost)
+            )
+        kept = [line for line, row in zip(lines, rows, strict=True) if row and row["step"] <= resumed]
+        if kept != lines:
+            files.write_bytes(file, b"".join(kept))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]):
         """Appends one line. In a bucket, whose objects cannot grow, TensorFlow rewrites the file."""
@@ -94,15 +110,43 @@ class JsonLinesWriter(ScalarsWriter):
         self._is_cut = False
 
 
+def _row(line: bytes) -> dict[str, float] | None:
+    """The metrics in a line; None if it is damaged."""
+    try:
+        row = json_files.parse_json(line, "", dict) if line.endswith(b"\n") else {}
+    except UserError:
+        return None
+    is_whole = isinstance(row.get("step"), int) and all(type(value) in (int, float) for value in row.values())
+    return row if is_whole else None
+
+
 class Progress:
     """Writes one stage's metrics to TensorBoard and metrics.jsonl in `folder`, and its progress to stderr.
 
     Progress is a bar on a terminal, and otherwise log lines with steps/s and the remaining time.
+
+    Args:
+        folder: the folder of the training.
+        steps: the number of steps of the whole training.
+        resumed: the number of steps that have run.
+        every: metrics are written at each multiple of this number of steps.
+        log_seconds: seconds between two log lines.
+        trackers: keys of `registry.TRACKERS`.
     """
 
-    def __init__(self, folder: Path, *, steps: int, log_seconds: float = 15.0, trackers: Sequence[str] = ()):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        steps: int,
+        resumed: int = 0,
+        every: int = 1,
+        log_seconds: float = 15.0,
+        trackers: Sequence[str] = (),
+    ):
         folder.mkdir(parents=True, exist_ok=True)
-        writers = [metric_writers.SummaryWriter(str(folder)), JsonLinesWriter(folder / "metrics.jsonl")]
+        lines = JsonLinesWriter(folder / "metrics.jsonl", resumed, every)
+        writers = [metric_writers.SummaryWriter(str(folder)), lines]
         writers += [TrackerWriter(name, open_tracker(name, folder)) for name in trackers]
         self._writer = metric_writers.AsyncMultiWriter(writers)  # training does not wait for a bucket or a network
         self._report = periodic_actions.ReportProgress(

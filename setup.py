@@ -64,6 +64,7 @@ setuptools.setup(
         "transformers>=5.18,<6",  # earlier versions need torchvision for image processors; .ci/run tests this one
         "tokenizers>=0.22",
         "safetensors>=0.6",
+        "regex>=2024.11.6",  # with a limit of time, for those of PEFT adapters; transformers needs it, too
         "huggingface-hub>=1.3",
         "jinja2>=3.1",  # for report templates; transformers needs it for chat templates without declaring it
         "markupsafe>=2.1",

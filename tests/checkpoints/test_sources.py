@@ -150,13 +150,32 @@ BAD_CONFIG = {
     "biases": (dict(bias="lora_only"), "bias is 'lora_only'"),
     "IA3": (dict(peft_type="IA3"), "peft_type is 'IA3' (supported: 'LORA')"),
     "PiSSA": (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'"),
-    "no rank": (dict(r=None), "r is None, and should be a positive number"),
-    "rank 0": (dict(r=0), "r is 0, and should be a positive number"),
+    "no rank": (dict(r=None), "r is None, and should be a positive whole number"),
+    "rank 0": (dict(r=0), "r is 0, and should be a positive whole number"),
+    "a rank with a fraction": (dict(r=2.5), "r is 2.5, and should be a positive whole number"),
+    "a rank that is true": (dict(r=True), "r is True, and should be"),
+    "a huge rank": (dict(r=10**400), "and should be a positive whole number up to"),
+    "a huge alpha": (dict(lora_alpha=10**400), "and should be a positive number up to 1e+09"),
+    "a large alpha": (dict(lora_alpha=1e308), "lora_alpha is 1e+308, and should be"),
+    "an alpha that is null": (dict(alpha_pattern={"q_proj": None}), "alpha_pattern['q_proj'] is None, and should be"),
+    "a pattern that is a text": (dict(rank_pattern={"q_proj": "2"}), "rank_pattern['q_proj'] is '2', and should be"),
+    "targets that are a number": (dict(target_modules=3), "target_modules is 3, and should be a text or an array"),
+    "targets that are an object": (dict(target_modules={"q_proj": 1}), "and should be a text or an array of texts"),
+    "targets that are numbers": (dict(target_modules=["q_proj", 1]), "and should be a text or an array of texts"),
+    "saved modules that are a number": (dict(modules_to_save=3), "modules_to_save is 3, and should be a text or an"),
+    "a saved module without a tensor": (
+        dict(modules_to_save=["lm_head"]),
+        "names 'lm_head', of which it has no tensor",
+    ),
+    "an endless pattern": (dict(target_modules=r"(?:.|..|...)+\d\d"), "takes longer than 1 s for"),
+    "an endless pattern of ranks": (dict(rank_pattern={r"(?:.|..|...)+\d\d": 2}), "takes longer than 1 s for"),
     "patterns that are a list": (dict(rank_pattern=[3]), "rank_pattern is [3], and should be an object"),
     "another rank": (dict(r=3), "has shape (2, 12), and rank 3"),
     "other targets": (dict(target_modules=["v_proj"]), f"target_modules does not name {Q}"),
     "other pattern": (dict(target_modules=".*vision.*"), f"target_modules does not name {Q}"),
     "no pattern": (dict(target_modules="("), "'(' is not a regular expression"),
+    "a switch that is a text": (dict(use_rslora="false"), "use_rslora is 'false' (supported: True, False, None)"),
+    "excluded": (dict(exclude_modules=["q_proj"]), f"exclude_modules names {Q}"),
     "no base": (dict(base_model_name_or_path=None), "has no base_model_name_or_path; pass BASE+"),
 }
 
@@ -185,6 +204,22 @@ BAD_TENSORS = {
     ),
     "magnitudes": ({f"base_model.model.{Q}.lora_magnitude_vector": np.ones(1, np.float32)}, "unknown tensor"),
     "a second adapter": (pair(Q, WIDTH) | pair(Q, WIDTH, suffix=".other.weight"), ", of another adapter"),
+    "no tensors": ({}, "it has no tensors, so that it would change nothing"),
+    "no A": ({name: x for name, x in pair(Q, WIDTH).items() if "lora_A" not in name}, f"{Q} lacks lora_A"),
+    "whole numbers": ({name: x.astype(np.int32) for name, x in pair(Q, WIDTH).items()}, "has the dtype int32, and"),
+    "one whole-number matrix": (
+        pair(Q, WIDTH) | {f"base_model.model.{Q}.lora_A.weight": np.ones((RANK, WIDTH), np.uint8)},
+        "uint8",
+    ),
+    "transposed": ({name: x.T.copy() for name, x in pair(Q, WIDTH).items()}, f"has shape ({WIDTH}, {RANK}), and rank"),
+    "three dimensions": (
+        {name: x[..., None].copy() if "lora_B" in name else x for name, x in pair(Q, WIDTH).items()},
+        f"do not fit a weight of shape ({WIDTH}, {WIDTH})",
+    ),
+    "names of another model": (
+        pair("transformer.h.0.attn.c_attn", WIDTH),
+        "the base model has no weight of transformer",
+    ),
     "another width": (pair(Q, WIDTH, WIDTH + 1), f"do not fit a weight of shape ({WIDTH}, {WIDTH})"),
     "more tokens": (
         {f"base_model.model.{EMBED}.weight": np.ones((50, WIDTH), np.float32)},
@@ -204,7 +239,10 @@ def test_tensors_that_do_not_fit_are_refused(fault, folder, tmp_path):
 
 def test_pickled_adapters_and_products_that_are_not_finite_are_refused(folder, tmp_path):
     adapter = write(tmp_path / "adapter", {name: x * np.float32(np.inf) for name, x in pair(Q, WIDTH).items()}, folder)
-    with pytest.raises(NotFinite, match=f"{Q}.weight"), np.errstate(invalid="ignore"):
+    with (
+        pytest.raises(NotFinite, match=f"{Q}.weight of .* has NaN or infinity when {adapter} is merged into it"),
+        np.errstate(invalid="ignore"),
+    ):
         sources.fetch_model(adapter)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(UserError, match="only pickled weights .adapter_model.bin.*safe_serialization=True"):

@@ -13,10 +13,11 @@ of a training state have. Reference: https://huggingface.co/docs/peft/developer_
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from vkd_jax.checkpoints.safetensors_files import PICKLE_SUFFIXES, Tensor, read_header
@@ -35,9 +36,15 @@ _PLAIN = {
     "bias": ("none", None),
     "init_lora_weights": _INITIAL,
     **dict.fromkeys(("use_dora", "lora_bias", "use_qalora"), (False, None)),
+    "use_rslora": (True, False, None),
     **dict.fromkeys(("layer_replication", "alora_invocation_tokens"), (None,)),
     **dict.fromkeys(("target_parameters", "trainable_token_indices"), (None, [])),
 }
+
+_NAMES = ("target_modules", "modules_to_save", "exclude_modules")  # fields that name modules
+MOST_RANK = 2**20  # larger than any weight
+ALPHA = ("alpha_pattern", 8, 1e9)  # the field of other values, the default, and the largest value
+MOST_SECONDS = 1.0  # that a regular expression may take: some take years
 
 Change = Callable[[np.ndarray], np.ndarray]  # from a tensor of the base, float32, to its new value
 
@@ -60,7 +67,7 @@ class LowRank:
         rank = self.a.shape[0]
         a, b = read(self.a).reshape(rank, -1), read(self.b).reshape(self.b.shape[0], -1)
         shape = (a.shape[1], b.shape[0]) if self.transposed else (b.shape[0], *self.a.shape[1:])
-        if shape != base.shape or b.shape[1] != rank:
+        if shape != base.shape or b.shape[1] != rank or len(self.b.shape) != len(base.shape):
             raise UserError(
                 f"{self.a.file}: {self.a.name} {self.a.shape} and {self.b.name} {self.b.shape} do not fit a weight of "
                 f"shape {base.shape}; use the base model of the adapter."
@@ -111,15 +118,25 @@ def read_config(folder: Path) -> dict[str, Any]:
                 f"{path}: {field} is {value!r} (supported: {', '.join(map(repr, supported))}); merge the adapter with "
                 "merge_and_unload() of peft, and pass the merged model."
             )
-    numbers = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha", 8)}
     for field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(field) or {}, dict):
             raise UserError(f"{path}: {field} is {config[field]!r}, and should be an object of names and numbers.")
-        numbers |= {f"{field}[{name!r}]": value for name, value in (config.get(field) or {}).items()}
-    for field, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise UserError(f"{path}: {field} is {value!r}, and should be a positive number; get the file again.")
+    for field, pattern, default, largest in (("r", "rank_pattern", None, MOST_RANK), ("lora_alpha", *ALPHA)):
+        named = {f"{pattern}[{name!r}]": value for name, value in (config.get(pattern) or {}).items()}
+        for name, value in ({field: config.get(field, default)} | named).items():
+            kinds = (int,) if field == "r" else (int, float)
+            if type(value) not in kinds or not 0 < value <= largest:
+                expected = f"a positive {'whole ' * (field == 'r')}number up to {largest:g}"
+                raise UserError(f"{path}: {name} is {value!r:.40}, and should be {expected}; get the file again.")
+    for field in _NAMES:
+        value = config.get(field)
+        if not isinstance(value, str | None) and not _is_texts(value):
+            raise UserError(f"{path}: {field} is {value!r:.40}, and should be a text or an array of texts.")
     return config
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def changes(folder: Path, canonical: Callable[[str], str], base: Mapping[str, Tensor]) -> dict[str, list[Change]]:
@@ -148,6 +165,9 @@ def changes(folder: Path, canonical: Callable[[str], str], base: Mapping[str, Te
     found: dict[str, list[Change]] = {}
     problems = []
     for name, tensor in read_header(file).items():
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            problems.append(f"{name} has the dtype {tensor.dtype}, and weights are floating-point numbers")
+            continue
         match = _LORA.fullmatch(name.removeprefix(PREFIX).removesuffix(".weight"))
         if match:
             parts = pairs.setdefault((match[1], ".lora_embedding_" in name), {})
@@ -167,9 +187,22 @@ def changes(folder: Path, canonical: Callable[[str], str], base: Mapping[str, Te
         else:
             low_rank = LowRank(parts["A"], parts["B"], _scale(config, module), embedding)
             found.setdefault(key, []).append(low_rank)
-    if problems:
+    if problems := problems or _missing(config, found):
         raise UserError(f"{file} does not fit its {hub.ADAPTER_CONFIG} and base model: {listed(problems, '; ')}.")
     return found
+
+
+def _missing(config: Mapping[str, Any], found: Mapping[str, Sequence[Change]]) -> list[str]:
+    """What is wrong if the changes that were found are fewer than the settings say."""
+    if not found:
+        return ["it has no tensors, so that it would change nothing"]
+    replaced = [f".{key}" for key, steps in found.items() if isinstance(steps[0], Replacement)]
+    names = config.get("modules_to_save") or []
+    return [
+        f"modules_to_save names {name!a}, of which it has no tensor"
+        for name in ([names] if isinstance(names, str) else names)
+        if not any(f".{name.rpartition('.')[2]}." in key for key in replaced)
+    ]
 
 
 def _replaced(name: str, canonical: Callable[[str], str], base: Mapping[str, Tensor]) -> str | None:
@@ -188,6 +221,8 @@ def _problem(config: Mapping[str, Any], module: str, parts: Mapping[str, Tensor]
         return f"the base model has no weight of {module}"
     if not _is_target(config.get("target_modules"), module):
         return f"target_modules does not name {module}"
+    if config.get("exclude_modules") and _is_target(config["exclude_modules"], module):
+        return f"exclude_modules names {module}"
     rank = _of(config.get("rank_pattern"), module, config["r"])
     return None if parts["A"].shape[:1] == (rank,) else f"{module} has shape {parts['A'].shape}, and rank {rank}"
 
@@ -195,15 +230,22 @@ def _problem(config: Mapping[str, Any], module: str, parts: Mapping[str, Tensor]
 def _is_target(targets: Any, module: str) -> bool:
     """Whether `target_modules`, a regular expression of the whole name or a list of its endings, names a module."""
     if isinstance(targets, str) and targets != "all-linear":
-        return bool(_matches(targets, module))
+        return _matches(targets, module)
     return not isinstance(targets, list) or any(module == x or module.endswith(f".{x}") for x in targets)
 
 
-def _matches(pattern: str, module: str) -> re.Match | None:
+def _matches(pattern: str, module: str) -> bool:
+    import regex  # unlike `re`, it has a limit of time
+
     try:
-        return re.fullmatch(pattern, module)
-    except re.error as error:
+        return regex.fullmatch(pattern, module, timeout=MOST_SECONDS) is not None
+    except regex.error as error:
         raise UserError(f"{hub.ADAPTER_CONFIG}: {pattern!r} is not a regular expression ({error}).") from error
+    except TimeoutError as error:
+        raise UserError(
+            f"{hub.ADAPTER_CONFIG}: the regular expression {pattern!r} takes longer than {MOST_SECONDS:g} s for "
+            f"{module}; name the modules in an array."
+        ) from error
 
 
 def _of(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:

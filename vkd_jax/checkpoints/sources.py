@@ -95,12 +95,13 @@ def _merge(base: Path, part: Path) -> Path:
     if not (target / storage.MODEL_MARKER).is_file():
         with storage.locked(target):
             if not (target / storage.MODEL_MARKER).is_file():  # another process did not write it meanwhile
-                _write(base, checkpoint, tensors, changes, target)
+                _write(base, part, checkpoint, tensors, changes, target)
     return target
 
 
 def _write(
     base: Path,
+    part: Path,
     checkpoint: Checkpoint,
     tensors: Mapping[str, Tensor],
     changes: Mapping[str, Sequence[adapters.Change]],
@@ -116,7 +117,10 @@ def _write(
             with np.errstate(over="ignore"):  # is found below
                 value = value.astype(tensor.dtype)
             if not is_finite(value):
-                raise NotFinite(f"{tensor.name} of {base} has NaN or infinity after merging; use another copy.")
+                raise NotFinite(
+                    f"{tensor.name} of {base} has NaN or infinity when {part} is merged into it; use another copy of "
+                    "the one or the other."
+                )
             export.overwrite(new, tensor, value)
 
 

@@ -25,9 +25,11 @@ DEFAULTS = {
 }
 
 
+for _name, _value in DEFAULTS.items():  # before the conftest.py of a folder imports TensorFlow, which reads them then
+    os.environ.setdefault(_name, _value)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # Subprocesses inherit it, so that tests share compiled programs.
         cache = config.cache.mkdir("jax") if hasattr(config, "cache") else tempfile.mkdtemp(prefix="vkd-jax-cache-")

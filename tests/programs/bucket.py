@@ -19,6 +19,9 @@ from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 NAME = "mine"
+# By default, TensorFlow remembers for 5 seconds that an object exists, also if `Bucket.clear` has deleted it. It reads
+# this variable when it is imported.
+NO_STAT_CACHE = {"GCS_STAT_CACHE_MAX_AGE": "0"}
 STORAGE = """class Client:
     def get_bucket(self, name):
         return name
@@ -93,6 +96,7 @@ class Bucket:
             "TENSORSTORE_GCS_HTTP_URL": url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
             "NO_GCE_CHECK": "true",
+            **NO_STAT_CACHE,
         }
         return self
 
@@ -107,14 +111,16 @@ class Bucket:
 
     def refuse(self, pattern: str = "(?!)") -> None:
         """Answers requests that match the pattern with "403 Forbidden"; without a pattern, none."""
-        self._refused.write_text(pattern)
+        new = self._refused.with_suffix(".new")
+        new.write_text(pattern)
+        os.replace(new, self._refused)  # the server must not read an empty pattern, which refuses everything
 
     def clear(self) -> None:
         """Deletes all objects and the log, and allows all requests."""
         for name in self.objects:
             del self.objects[name]
-        self._log.write_text("")
         self.refuse()
+        self._log.write_text("")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

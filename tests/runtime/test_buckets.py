@@ -20,7 +20,7 @@ from vkd_jax.results import RunResults
 from vkd_jax.runs import sweep
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import hub, storage
-from vkd_jax.runtime.files import write_bytes
+from vkd_jax.runtime.files import read_bytes, write_bytes
 from vkd_jax.training.preemption import Stopped
 from vkd_jax.types import UserError
 
@@ -134,11 +134,22 @@ def test_metrics_grow_line_by_line(bucket):
 
     file = storage.resolve("gs://mine/run/train/metrics.jsonl")
     for step in (1, 2):
-        JsonLinesWriter(file).write_scalars(step, {"loss": 0.5})
+        JsonLinesWriter(file, step - 1).write_scalars(step, {"loss": 0.5})
     assert report.json_lines(file, torn=True) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
     assert report.json_lines(storage.resolve("gs://mine/run/none.jsonl"), torn=True) == []
     with pytest.raises(UserError, match="gs://mine/run has no results.json"):
         RunResults.read(storage.resolve("gs://mine/run"))
+
+
+def test_a_file_that_somebody_else_deletes_is_missing(bucket):
+    file = storage.resolve("gs://mine/run/records.json")
+    Workdir("gs://mine/run", config()).write("a.json", {})
+    assert file.exists()
+    bucket.clear()
+    assert not file.exists()
+    with pytest.raises(UserError, match="There is no file gs://mine/run/records.json"):
+        read_bytes(file, 100)
+    Workdir("gs://mine/run", config())
 
 
 # ---- Models ----

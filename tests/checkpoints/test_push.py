@@ -107,7 +107,7 @@ def test_a_model_that_is_not_the_certified_one_is_refused(models, workdir, monke
 @pytest.mark.parametrize("repo", ["name", "org/name@main", "org/na/me", "./name"])
 def test_what_is_no_id_is_refused(models, workdir, monkeypatch, capsys, repo):
     status, _, err = run(monkeypatch, capsys, workdir, repo)
-    assert (status, models) == (2, {}) and f"{repo} is no id on the Hugging Face Hub; give ORG/NAME." in err
+    assert (status, models) == (2, {}) and f"{repo!r} is no id on the Hugging Face Hub; give ORG/NAME." in err
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,11 @@ def dangling(folder):
     return ["add", "ledger", *ADD]
 
 
-PUSH = [Case("name of a run too long", lambda _: ["x" * 300, "ORG/NAME"], ("too long", "xxx"))]
+PUSH = [
+    Case("name of a run too long", lambda _: ["x" * 300, "ORG/NAME"], ("too long", "xxx")),
+    Case("run in a bucket to upload", lambda _: ["gs://b/run", "ORG/NAME"], ("gs://b/run", "bucket", "download")),
+    Case("run of an unknown address", lambda _: ["memory://run", "ORG/NAME"], ("memory://run", "not supported")),
+]
 REQUESTS = [
     Case(
         "more IDs than a name has characters",

@@ -42,9 +42,11 @@ def push(workdir: str | Path, repo: str, private: bool = False) -> str:
         UserError: the folder has no finished export, the model is not the certified one, the model on the hub is public
             although `private` is asked for, or the hub cannot be reached or refuses.
     """
+    if storage.BUCKET in str(workdir):
+        raise UserError(f"{workdir} is in a bucket: download its folder {EXPORT}, and give that.")
     folder = _export(storage.resolve(workdir))
     if not hub.is_id(repo) or "@" in repo:
-        raise UserError(f"{repo} is no id on the Hugging Face Hub; give ORG/NAME.")
+        raise UserError(f"{repo!r:.100} is no id on the Hugging Face Hub; give ORG/NAME.")
     if differences := list(certificate.differences(folder)):
         raise UserError(f"{folder} is not the certified model: {listed(differences, '; ')}.")
     if certificate.has_signature(folder):

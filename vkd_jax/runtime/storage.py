@@ -72,8 +72,9 @@ class SourceFolder:
     """
 
     def __init__(self, uri: str, *, links: bool = False):
-        scheme, separator, folder = uri.rpartition("://")
-        self._scheme, self._links = scheme + separator, links
+        scheme, separator, folder = uri.partition("://")
+        folder = folder.partition("?")[0]  # options of the file system may have addresses
+        self._scheme, self._links = scheme + separator if separator else "", links
         if not separator:
             self._system, self.path = fs.LocalFileSystem(), uri.rstrip("/") or "/"
             return

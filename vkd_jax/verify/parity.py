@@ -40,6 +40,8 @@ def verify(
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens={max_new_tokens}: give at least 1.")
     _, config = read_family(folder)
+    if max_new_tokens >= (most := config.text.max_positions):  # PyTorch would write on until its memory is full
+        raise UserError(f"--max_new_tokens={max_new_tokens}: the model takes {most:,} tokens in all; give fewer.")
     processor = Processor(folder, config, max_pixels=max_pixels)
     with tempfile.TemporaryDirectory(prefix="vkd_jax_verify_") as name:
         theirs, exact = Path(name, dtype), Path(name, "exact")

@@ -23,6 +23,8 @@ DEFAULTS = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compilation dominates the time of the tests
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
 }
+# For a process beside which no other one reads the cache, and which is not killed or denied the disk while it writes.
+CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 for _name, _value in DEFAULTS.items():  # before the conftest.py of a folder imports TensorFlow, which reads them then
@@ -37,6 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # JAX may read a file that another process is writing
         os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], worker)
     flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, which pytest does not parse
+
+
+def pytest_collection_finish() -> None:
+    """Caches short programs, too: most of the tests' programs are single operations, of 10 to 40 ms each."""
+    if jax := sys.modules.get("jax"):
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 # Files with few, long tests, which start first, so that all workers finish at the same time.
@@ -102,14 +110,35 @@ def run_once(tmp_path_factory):
     return get
 
 
+# Who reads a subject of the two programs below, which compute no other.
+READERS = {
+    "training": "tests/training/test_devices.py",
+    "evaluation": "tests/evaluation/test_evaluate_devices.py",
+    "adapters": "tests/models/test_lora.py",
+    "quantization": "tests/models/test_quantize.py",
+    "agreement": "tests/runtime/test_multihost.py",
+}
+
+
 @pytest.fixture(scope="session")
-def eight_devices(run_once):
+def subjects(request):
+    """The subjects whose tests are collected, which are the same in all workers."""
+    files = {item.nodeid.split("::")[0] for item in request.session.items}
+    return [subject for subject, file in READERS.items() if file in files]
+
+
+@pytest.fixture(scope="session")
+def eight_devices(run_once, subjects):
     """Results of programs/eight_devices.py by subject."""
-    return run_once("eight_devices", lambda folder: _outcome(_start("eight_devices.py", folder, devices=8)))
+
+    def run(folder):
+        return _outcome(_start("eight_devices.py", folder, *subjects, devices=8, **CACHE_ALL))
+
+    return run_once("eight_devices", run)
 
 
 @pytest.fixture(scope="session")
-def two_processes(run_once):
+def two_processes(run_once, subjects):
     """Results of each of the two processes of programs/two_processes.py by subject."""
     import socket
 
@@ -117,7 +146,7 @@ def two_processes(run_once):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
-        processes = [_start("two_processes.py", number, port, folder, devices=2) for number in range(2)]
+        processes = [_start("two_processes.py", number, port, folder, *subjects, devices=2) for number in range(2)]
         try:
             return [_outcome(process) for process in processes]
         finally:
@@ -127,12 +156,13 @@ def two_processes(run_once):
     return run_once("two_processes", run)
 
 
-def _start(program, *args, devices):
+def _start(program, *args, devices, **variables):
     """Starts a program of tests/programs on CPU devices that XLA simulates; warnings are errors."""
     return subprocess.Popen(
         [sys.executable, "-W", "error", Path(__file__).parent / "programs" / program, *map(str, args)],
         env=os.environ
-        | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])},
+        | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])}
+        | variables,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""eight_devices.py FOLDER: prints the results of the eight-device tests as JSON. XLA simulates the devices."""
+"""eight_devices.py FOLDER SUBJECT...: prints results of the eight-device tests as JSON. XLA simulates the devices."""
 
 import json
 import sys
@@ -9,11 +9,13 @@ import devices
 import evaluate_devices
 import quantized
 
+SUBJECTS = {
+    "training": lambda folder: devices.main(folder),
+    "evaluation": lambda folder: evaluate_devices.main(),
+    "adapters": lambda folder: adapted.main(),
+    "quantization": lambda folder: quantized.main(),
+}
+
 if __name__ == "__main__":
-    results = {
-        "training": devices.main(Path(sys.argv[1])),
-        "evaluation": evaluate_devices.main(),
-        "adapters": adapted.main(),
-        "quantization": quantized.main(),
-    }
-    print(json.dumps(results))
+    folder, *chosen = sys.argv[1:]
+    print(json.dumps({name: run(Path(folder)) for name, run in SUBJECTS.items() if name in chosen}))

@@ -1,4 +1,4 @@
-"""two_processes.py PROCESS PORT FOLDER: prints the results of the two-process tests (two devices each) as JSON."""
+"""two_processes.py PROCESS PORT FOLDER SUBJECT...: prints results of two-process tests as JSON; two devices each."""
 
 import json
 import sys
@@ -22,17 +22,19 @@ def training(folder: Path) -> dict:
     return {"saved": saved, "resumed": devices.fit(mesh, folder)[0]}
 
 
-def main(process: int, port: str, folder: Path) -> dict:
+def main(process: int, port: str, folder: Path, chosen: list[str]) -> dict:
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=process)
     mesh = jax.make_mesh((2, 2, 1), AXES, axis_types=(AxisType.Auto,) * 3)
-    return {
-        "devices": [jax.device_count(), jax.local_device_count()],
-        "agreement": multihost.small(process, folder),
-        "evaluation": evaluate_devices.computed(mesh),
-        "training": training(folder / "training"),
+    subjects = {
+        "agreement": lambda: multihost.small(process, folder),
+        "evaluation": lambda: evaluate_devices.computed(mesh),
+        "training": lambda: training(folder / "training"),
     }
+    results = {name: run() for name, run in subjects.items() if name in chosen}
+    return {"devices": [jax.device_count(), jax.local_device_count()]} | results
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))), flush=True)
+    process, port, folder, *chosen = sys.argv[1:]
+    print(json.dumps(main(int(process), port, Path(folder), chosen)), flush=True)

@@ -50,8 +50,8 @@ def in_the_place_of(name):
 
 
 PLACES = (
-    "answers", "attacks", "attacks/relearn", "base", "data", "judge", "portraits", "report", "retain_only", "train",
-    "train/checkpoints", "train/vanilla", "train/vanilla/checkpoints", "unlearned", "vanilla",
+    "adapter", "answers", "attacks", "attacks/relearn", "base", "data", "judge", "portraits", "report", "retain_only",
+    "train", "train/checkpoints", "train/vanilla", "train/vanilla/checkpoints", "unlearned", "vanilla",
     "answers/vanilla.jsonl", "attacks/relearn/unlearned.jsonl", "config.json", "inputs.json", "log.txt",
     "manifest.json", "portraits/Otto.png", "records.json", "report.md", "report/losses.png", "results.json",
     "timing.json", "train/metrics.jsonl",

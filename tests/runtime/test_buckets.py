@@ -86,6 +86,17 @@ def test_comparisons_need_a_local_folder():
         sweep.run(config(compare=CompareConfig()).to_config_dict(), "gs://mine/x")
 
 
+def test_an_adapter_is_uploaded_with_its_configuration(bucket):
+    folder = storage.resolve("gs://mine/run/adapter")
+    local = storage.local_copy(folder)
+    local.mkdir(parents=True)
+    for name in (hub.ADAPTER_CONFIG, "adapter_model.safetensors"):
+        (local / name).write_text(name)
+    storage.upload_model(folder, hub.ADAPTER_CONFIG)
+    assert bucket.objects["run/adapter/adapter_model.safetensors"] == b"adapter_model.safetensors"
+    assert bucket.objects[f"run/adapter/{hub.ADAPTER_CONFIG}"] == hub.ADAPTER_CONFIG.encode()
+
+
 # ---- A workdir ----
 
 

@@ -101,12 +101,12 @@ def test_tables_of_readme_and_docs_are_fresh():
 
 
 @pytest.mark.parametrize("script", ["answers.py", "forget_level.py", "quantization.py", "step_time.py"])
-def test_scripts_print_their_options(script):
+def test_scripts_print_their_options(fork_server, tmp_path, script):
     """Covers the imports and the command line; the slow tests measure."""
     pytest.importorskip("torch", reason="two of the scripts measure PyTorch as well")
-    process = subprocess.run([sys.executable, ROOT / "perf" / script, "--help"], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "--json" in process.stdout
+    outcome = fork_server.run(str(ROOT / "perf" / script), ["--help"], tmp_path)
+    assert outcome.status == 0, outcome.stderr[-3000:]
+    assert "--json" in outcome.stdout
 
 
 def measure(tmp_path, script, *options):

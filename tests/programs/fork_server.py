@@ -172,6 +172,7 @@ def child(request: dict, outputs: list[int]) -> int:
     status = 1
     try:
         if request["module"].endswith(".py"):
+            sys.path.insert(0, os.path.dirname(request["module"]))
             runpy.run_path(request["module"], run_name="__main__")
         else:
             runpy.run_module(request["module"], run_name="__main__", alter_sys=True)

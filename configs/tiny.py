@@ -4,6 +4,7 @@ python -m vkd_jax.main --config configs/tiny.py --workdir /tmp/vkd-tiny
 python -m vkd_jax.main --config configs/tiny.py:help                           all arguments and fields
 python -m vkd_jax.main --config configs/tiny.py:stage=all --workdir DIR        fine-tuning included
 python -m vkd_jax.main --config configs/tiny.py:robust,attacks --workdir DIR   knowledge that does not come back
+python -m vkd_jax.main --config configs/tiny.py:forgets=both --workdir DIR     forgets in images and in text
 python -m vkd_jax.main --config configs/tiny.py:benchmark=folder --workdir DIR \\
     --config.data.forget=FOLDER --config.data.retain=FOLDER                    folders of images and questions
 python -m vkd_jax.compare --config configs/tiny.py:runs=compare --workdir DIR  every method, tuned alike, three seeds
@@ -41,6 +42,10 @@ SETTINGS = {
 # Settings of setting=robust beside `defaults.make_robust`.
 ROBUST = "train.steps=200 train.learning_rate=3e-4"
 ROBUST_VISUAL = "train.steps=300 train.learning_rate=2e-3 method.worst_case.radius=3e-3 method.worst_case.steps=3"
+
+
+# Settings of forgets=both for VKD, whose others are those of visual weights.
+FORGET_BOTH_VKD = "train.learning_rate=3e-4"
 
 
 def _rates_and(setting: str, *values: float, rates: tuple[float, float] = (1e-4, 3e-4)) -> list[str]:
@@ -172,6 +177,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             defaults.method_argument(),
             defaults.WEIGHTS,
             defaults.SETTING,
+            defaults.FORGETS,
             defaults.benchmark_argument(*defaults.synthetic_benchmarks(), "folder"),
             defaults.forget_argument(*defaults.synthetic_benchmarks()),
             arguments.Argument("people", "Synthetic people.", populations, "60", needs_key=frozenset(["200"])),
@@ -190,6 +196,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     if given["setting"] == "robust":
         defaults.make_robust(config, given["train"], default="all")
         schema.override(config, ROBUST_VISUAL if config.method.train == "visual" else ROBUST)
+    if given["forgets"] == "both":
+        _forget_both(config, given)
     config.attacks.names = "all" if given["runs"] == "compare" or given["attacks"] == "all" else ""
     config.attacks.membership.reference = "tiny_base"  # trained on other people
     config.finetune.method = defaults.method("finetune", train="all")
@@ -231,6 +239,17 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.data.people = OTHERS
         config.model.update(path="", retain_only="")
     return config
+
+
+def _forget_both(config: ml_collections.ConfigDict, given: Mapping[str, str]) -> None:
+    """Applies the settings of forgets=both."""
+    if given["runs"] != "one":
+        raise UserError(
+            f"runs={given['runs']}: its methods are tuned to forget who is in an image. Give forgets=visual."
+        )
+    defaults.make_both(config, given["train"], default="all")
+    if given["method"] == "vkd":
+        schema.override(config, FORGET_BOTH_VKD)
 
 
 def _check_folder(given: Mapping[str, str]) -> None:

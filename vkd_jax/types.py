@@ -118,11 +118,12 @@ class Role(enum.StrEnum):
     FORGET_HOLDOUT = "forget_holdout"  # the people to forget, on images that unlearning does not see
     RETAIN = "retain"  # the people to retain, on the images that unlearning trains on
     RETAIN_HOLDOUT = "retain_holdout"  # the people to retain, on other images
+    RETAIN_FACTS = "retain_facts"  # what must stay known about the people to forget
     GENERAL = "general"  # general ability, nothing about these people
 
     @property
     def forgets(self) -> bool:
-        """Whether the set asks about the people to forget."""
+        """Whether the set asks for what is to be forgotten."""
         return self in (Role.FORGET, Role.FORGET_HOLDOUT)
 
 
@@ -135,6 +136,8 @@ class EvalSet:
         role: what the set measures; one of `Role`.
         title: name in the report, e.g. "people to retain, other images".
         short: name in tables and plots, e.g. "retain test".
+        text_role: what its text-only questions measure; None for the role of the set, except that a set of people to
+            forget keeps what is known of them in text. `benchmarks.eval_sets` sets it.
 
     Raises:
         ValueError: the role is unknown.
@@ -148,6 +151,21 @@ class EvalSet:
     role: Role
     title: str
     short: str
+    text_role: Role | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
         object.__setattr__(self, "role", Role(self.role))
+
+    def role_of(self, kind: str) -> Role:
+        """What the questions of one kind measure.
+
+        Args:
+            kind: a kind of question, such as "vqa" or "generation_qa" (see `metrics.summary.by_kind`).
+
+        Example:
+            >>> EvalSet("forget", "forget", "people to forget", "forget").role_of("cloze_qa")
+            <Role.RETAIN_FACTS: 'retain_facts'>
+        """
+        if "vqa" in kind:
+            return self.role
+        return self.text_role or (Role.RETAIN_FACTS if self.role.forgets else self.role)

@@ -205,3 +205,36 @@ def test_the_verdict_on_what_was_kept_compares_with_the_vanilla_model(after, tol
     results.models["unlearned"]["retain"]["vqa"] = summary(after)
     text = opening(run_of(results))
     assert told in text and ("below that of the vanilla model for people to retain." in text) == (after == 2)
+
+
+def with_text(forgets_text, unlearned):
+    """Results with questions about the people to forget in text alone: the kinds are known before, to a share after."""
+    role = "forget" if forgets_text else None
+    sets = (dataclasses.replace(SETS[0], text_role=role and schema.Role(role)), SETS[1])
+    results = results_with(meta=meta_of(sets))
+    counts = {"vanilla": (20, 20), "unlearned": unlearned, "retain_only": (5, 0)}
+    models = {
+        model: {
+            "forget": {**results.models[model]["forget"], "qa": summary(a), "generation_qa": summary(b)},
+            "retain": {**results.models[model]["retain"], "qa": summary(19)},
+        }
+        for model, (a, b) in counts.items()
+    }
+    return dataclasses.replace(results, models=models, chance={"forget": {"vqa": 0.25, "qa": 0.25}})
+
+
+def test_text_that_is_kept_and_text_that_is_forgotten_are_judged_by_their_role():
+    kept, forgotten = (opening(run_of(with_text(x, (6, 19)))) for x in (False, True))
+    assert "- People to forget, text only: accuracy 100.0 % before and **30.0 %** after" in kept
+    assert "People to forget, text only" not in forgotten and "in images and in text" not in kept
+    assert "**It was asked to forget 2 of them, in images and in text**" in forgotten
+    assert "two people to forget" not in forgotten
+    assert (
+        "Text about these people was to be forgotten, too. Asked by name and without an image, the unlearned model\n\n"
+        "- **cannot be told apart from a model that never saw these people** in multiple choice, text only: 100.0 % "
+        "(83.9 to 100.0) before, 30.0 % (14.5 to 51.9) after, n=20; the retain-only model (25.0 %, 11.2 to 46.9).\n"
+        "- **still knows something about them** in open answer, text only: 100.0 % (83.9 to 100.0) before, 95.0 % "
+        "(76.4 to 99.1) after, n=20; the retain-only model (0.0 %, 0.0 to 16.1).\n\n"
+        "## What was kept"
+    ) in forgotten
+    assert "- People to retain, text only: accuracy 95.0 % before" in forgotten

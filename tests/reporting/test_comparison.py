@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from compared import found, results, row, run_results, summary
 
+from vkd_jax import benchmarks
 from vkd_jax.benchmarks.clear import Clear
 from vkd_jax.benchmarks.folder import Folder
 from vkd_jax.benchmarks.mllmu import Mllmu
@@ -226,3 +227,17 @@ def test_pictures_are_drawn():
     assert comparison_plots.pareto(found()).startswith(b"\x89PNG")
     assert comparison_plots.relearning(found()) == b""
     assert comparison_plots.relearning(found(relearn=relearned)).startswith(b"\x89PNG")
+
+
+def test_text_about_the_people_to_forget_counts_as_forgotten_if_its_role_says_so():
+    kinds = {"forget": ["vqa", "qa", "generation_qa"], "retain": ["vqa", "qa"], "real": ["vqa", "qa"]}
+    visual, both = (benchmarks.eval_sets(Mllmu(), forgets_text) for forgets_text in (False, True))
+
+    def found(choose, sets):
+        return [f"{s.name}/{kind}" for s, kind in choose(sets, kinds)]
+
+    assert found(comparison.forgotten_keys, visual) == ["forget/vqa"]
+    assert found(comparison.kept_text_keys, visual) == ["forget/qa", "forget/generation_qa", "retain/qa"]
+    assert found(comparison.forgotten_keys, both) == ["forget/vqa", "forget/qa", "forget/generation_qa"]
+    assert found(comparison.kept_text_keys, both) == ["retain/qa"]
+    assert [tables.names.heading(sets[0], "qa") for sets in (visual, both)] == ["forget QA ↑", "forget QA ↓"]

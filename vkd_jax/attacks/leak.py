@@ -25,7 +25,9 @@ class Leak(Section):
     ABOUT: ClassVar[str] = (
         "The questions name the people to forget and show no image, so no face has to be recognized. A method that "
         "erases visual knowledge, such as VKD, keeps textual knowledge on purpose: its accuracy should equal that of "
-        "the vanilla model. A method that trains all weights may erase textual knowledge, too."
+        "the vanilla model. A method that trains all weights may erase textual knowledge, too. With "
+        "`data.forgets=both` nothing about the people should remain, and the accuracy should equal that of the "
+        "retain-only model."
     )
     METRIC: ClassVar[str] = "accuracy"
     VARIANTS: ClassVar[Mapping[str, str]] = {  # by kind of question

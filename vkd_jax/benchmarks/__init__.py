@@ -15,7 +15,8 @@ A benchmark reads a source into named sets of `Example`s. It is a frozen datacla
     fields         hyperparameters, such as the source and the forget ratio; they become `config.data` fields
     TITLE          the name in reports
     EVAL_SETS      the sets that the evaluation asks, each an `EvalSet` with a role: forget, forget_holdout, retain,
-                   retain_holdout or general. Reports, tuning and attacks ask for roles, never for names.
+                   retain_holdout, retain_facts or general. Reports, tuning and attacks ask for roles, never for
+                   names. `eval_sets` resolves the role of text-only questions.
     UNLEARN        the sets that unlearning trains on: {"forget": NAME, "retain": NAME}
     RECIPE         hyperparameters of the fine-tuning that makes the vanilla model
     label          the name with the forget ratio, for folders
@@ -36,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from vkd_jax import registry
-from vkd_jax.types import Example
+from vkd_jax.types import EvalSet, Example
 
 STRANGERS = 1000  # added to the seed of synthetic people for people that no model was trained on
 
@@ -48,6 +49,25 @@ def create(name: str, fields: Mapping[str, Any]) -> Any:
         >>> benchmark = create("mllmu", {"forget": 5})
     """
     return registry.create("benchmark", registry.BENCHMARKS, name, fields)
+
+
+def eval_sets(benchmark: Any, forgets_text: bool = False) -> tuple[EvalSet, ...]:
+    """The evaluation sets of a benchmark, with the role of their text-only questions.
+
+    This is the one place that decides whether text-only questions about the people to forget are to be forgotten, too:
+    `config.data.forgets` asks for it.
+
+    Args:
+        benchmark: the benchmark.
+        forgets_text: whether they are.
+
+    Example:
+        >>> eval_sets(create("mllmu", {}), forgets_text=True)[0].role_of("qa")
+        <Role.FORGET: 'forget'>
+    """
+    if not forgets_text:
+        return benchmark.EVAL_SETS
+    return tuple(dataclasses.replace(s, text_role=s.role) if s.role.forgets else s for s in benchmark.EVAL_SETS)
 
 
 def read(benchmark: Any, folder: str | Path, finetune: bool = False) -> dict[str, list[Example]]:

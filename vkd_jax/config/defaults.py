@@ -37,6 +37,16 @@ SETTING = Argument(
     },
     default="published",
 )
+FORGETS = Argument(
+    "forgets",
+    "What is forgotten about the people.",
+    {
+        "visual": "who is in an image; text about the people stays",
+        "both": "everything, in images and in text",
+    },
+    default="visual",
+    needs_key=frozenset(["visual"]),
+)
 STAGE = Argument("stage", "Stages of the run.", {name: stage.help for name, stage in STAGES.items()}, "unlearn")
 ATTACKS = Argument(
     "attacks",
@@ -50,10 +60,13 @@ ATTACKS = Argument(
 ROBUST = "method.text.weight=4.0 method.worst_case.radius=1e-3 method.worst_case.steps=2"
 ROBUST_ASCENT = "method.bound=look_alike"
 ROBUST_VKD = "method.target=none method.mask_scope=none method.weight_retain_distill=16.0"
+# Weights of the streams of text with the argument forgets=both: what is forgotten, and what is kept.
+FORGET_TEXT, KEEP_TEXT = 1.0, 4.0
 # Settings of the argument chips=onechip: a language model in int4, and small batches.
 ONE_CHIP = (
     "mesh.fsdp=1 model.quantize=int4:64 model.remat=full eval.batch_size=4 "
-    "train.batch_size.forget=4 train.batch_size.retain=4 train.batch_size.text=4 finetune.train.microbatches=4"
+    "train.batch_size.forget=4 train.batch_size.retain=4 train.batch_size.text=4 train.batch_size.forget_text=4 "
+    "finetune.train.microbatches=4"
 )
 
 
@@ -161,16 +174,20 @@ def published(
     config.model.update({role: checkpoint}, dtype="bfloat16", remat="full", **model)
     config.mesh.fsdp = -1  # all devices
     config.eval.update(protocol="letter", batch_size=16, max_items=0, max_new_tokens=50)
-    config.train.update(batch_size=dict(forget=8, retain=8, text=8), learning_rate=2e-5, buckets=2)
+    config.train.update(batch_size=dict(forget=8, retain=8, text=8, forget_text=8), learning_rate=2e-5, buckets=2)
     config.method = method_of(given)
     if given["setting"] == "robust":
         make_robust(config, given["train"], default="visual+lora")
+    if given["forgets"] == "both":
+        make_both(config, given["train"], default="visual+lora")
     config.attacks.names = "all" if given["runs"] == "compare" or given["attacks"] == "all" else ""
     if given["runs"] == "compare":  # adapters, as published, except for methods that select weights
         selecting = ("vkd", "manu", "mmunlearner")
         config.compare = comparison(
             {name: entrant(name, **({} if name in selecting else {"train": "lora"})) for name in unlearning_methods()}
         )
+        if given["forgets"] == "both":
+            compare_both(config, default="visual+lora")
     recipe = dict(registry.lookup("benchmark", registry.BENCHMARKS, given["benchmark"]).RECIPE)
     rows = recipe.pop("batch_size")
     config.finetune.train.update(
@@ -197,6 +214,7 @@ def _published_arguments(sizes: Mapping[str, tuple[str, Any]]) -> list[Argument]
         method_argument(),
         WEIGHTS,
         SETTING,
+        FORGETS,
         benchmark_argument(*names),
         forget_argument(*names),
         STAGE,
@@ -229,6 +247,40 @@ def make_robust(config: ml_collections.ConfigDict, train: str, default: str) -> 
     schema.override(config, " ".join(settings))
     if config.method.train == "visual":  # no text reaches what trains
         config.method.text.weight = 0.0
+
+
+def make_both(config: ml_collections.ConfigDict, train: str, default: str) -> None:
+    """Applies the settings of forgets=both to a config with its method.
+
+    Args:
+        config: a config with its method.
+        train: the argument `train`.
+        default: what trains if the argument leaves it to a method that trains no language model by default.
+
+    Raises:
+        UserError: no text reaches what trains.
+    """
+    if train == "visual":
+        raise UserError(
+            "forgets=both: train=visual trains no weight that text reaches. Give train=visual+lora, lora or all."
+        )
+    config.data.forgets = "both"
+    _forget_text(config.method, default)
+
+
+def compare_both(config: ml_collections.ConfigDict, default: str) -> None:
+    """Applies the settings of forgets=both to the methods of a comparison; see `make_both`."""
+    for entrant in config.compare.entrants.values():
+        if entrant.method is not None:
+            _forget_text(entrant.method, default)
+
+
+def _forget_text(section: ml_collections.ConfigDict, default: str) -> None:
+    """Makes a section `method` forget in text as well; a method without training reads such questions anyway."""
+    if section.train == "visual":
+        section.train = default
+    if "forget_text" in section:
+        section.forget_text.weight, section.text.weight = FORGET_TEXT, KEEP_TEXT
 
 
 def benchmark_of(given: Mapping[str, str]) -> ml_collections.ConfigDict:

@@ -85,6 +85,17 @@ class DataConfig(Section):
         default=None, metadata={"help": "Benchmark: a dataclass of vkd_jax/benchmarks.", fields.INLINE: True}
     )
     cache: str = setting("", "Folder for the converted benchmark; '' is the workdir.")
+    forgets: str = setting(
+        "visual",
+        "What is forgotten about the people: 'visual' is who is in an image, and text about them stays; 'both' is "
+        "everything, in images and in text.",
+        choices=("visual", "both"),
+    )
+
+    @property
+    def forgets_text(self) -> bool:
+        """Whether text-only questions about the people are to be forgotten, too."""
+        return self.forgets == "both"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,11 +228,36 @@ class RunConfig(Section):
         if registry.name_of(registry.METHODS, self.method) == "finetune":
             raise FieldError("method.name", "finetune does not unlearn. Use the section finetune for fine-tuning.")
         if stage.unlearns:
+            self._check_forgets()
             self.train.check(tuple(self.method.losses()), shards)
             if self.method.needs_base and not model.has_base:
                 raise model.error("base", "the method reads the model before fine-tuning. Give a folder or a hub id.")
         if stage.finetunes:
             with_section("finetune", lambda: self.finetune.train.check(tuple(self.finetune.method.losses()), shards))
+
+    def _check_forgets(self) -> None:
+        """Checks that the method forgets in text if and only if `data.forgets` asks for it."""
+        weight = self.method.forget_text.weight if hasattr(self.method, "forget_text") else None
+        if not self.data.forgets_text:
+            if weight:
+                raise self.data.error(
+                    "forgets", "visual keeps text about the people. Give both, or method.forget_text.weight=0."
+                )
+            return
+        remedy = "Give the config argument forgets=both, which sets it, or data.forgets=visual."
+        if self.method.train == "visual":
+            raise self.data.error(
+                "forgets",
+                "both needs a method.train whose weights text reaches: visual+lora, lora or all, not visual. " + remedy,
+            )
+        if weight == 0:
+            raise self.data.error("forgets", f"both needs method.forget_text.weight greater than 0. {remedy}")
+        if self.request:
+            raise self.data.error(
+                "forgets",
+                "requests keep the features of earlier people's images alone, so that both cannot be kept up. Give "
+                "visual.",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types, except tuples; the layout of ConfigDicts and of config.json."""
@@ -373,11 +409,13 @@ def _method(section: str, values: Any) -> Any:
 
 
 def _data(values: Any) -> DataConfig:
-    _check_names("data", values, list(values), {"cache"})
-    rest = {name: value for name, value in values.items() if name != "cache"}
-    if "cache" not in values:
-        raise FieldError("data.cache", "missing. Build configs from vkd_jax.config.defaults.base().")
-    return DataConfig(_chosen("benchmark", registry.BENCHMARKS, "data", "benchmark", rest), values["cache"])
+    own = {field.name for field in dataclasses.fields(DataConfig)} - {"benchmark"}
+    _check_names("data", values, list(values), set())
+    if missing := [name for name in ("cache", "forgets") if name not in values]:
+        raise FieldError(f"data.{missing[0]}", "missing. Build configs from vkd_jax.config.defaults.base().")
+    rest = {name: value for name, value in values.items() if name not in own}
+    benchmark = _chosen("benchmark", registry.BENCHMARKS, "data", "benchmark", rest)
+    return DataConfig(benchmark, **{name: values[name] for name in own})
 
 
 def _attacks(values: Any) -> AttacksConfig:
@@ -427,7 +465,8 @@ def _plain(value: Any, references: bool) -> Any:
     """
     if isinstance(value, DataConfig):
         name = registry.name_of(registry.BENCHMARKS, value.benchmark)
-        return {"benchmark": name, "cache": value.cache, **_fields(value.benchmark, references)}
+        own = {"cache": value.cache, "forgets": value.forgets}
+        return {"benchmark": name, **own, **_fields(value.benchmark, references)}
     if isinstance(value, AttacksConfig):
         settings = {name: _fields(attack, references) for name, attack in value.settings.items()}
         return {"names": value.names, "seed": value.seed, **settings}

@@ -18,7 +18,9 @@ class TrainConfig(Section):
     steps: int = setting(300, "Number of update steps; 0 if `epochs` is given.", minimum=0, maximum=10**8)
     epochs: float = setting(0.0, "Passes through the longest stream; 0 if `steps` is given.", minimum=0, maximum=10**4)
     batch_size: Mapping[str, int] = setting(
-        {"forget": 32, "retain": 32, "text": 32}, "Examples per step of each stream, over all devices.", minimum=1
+        {"forget": 32, "retain": 32, "text": 32, "forget_text": 32},
+        "Examples per step of each stream, over all devices.",
+        minimum=1,
     )
     microbatches: int = setting(1, "Parts that a batch is computed in one after another, to save memory.", minimum=1)
     buckets: int = setting(

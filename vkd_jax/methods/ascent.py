@@ -28,7 +28,7 @@ import scipy.special
 
 from vkd_jax.config.fields import setting
 from vkd_jax.data.batching import rng
-from vkd_jax.data.encoding import Batch
+from vkd_jax.data.encoding import Batch, EncodedSet
 from vkd_jax.methods import base, feature_targets, losses
 from vkd_jax.methods.scope import Unlearning
 
@@ -53,7 +53,7 @@ class Ascent(Unlearning):
 
     def ascent(self, ce: jax.Array, batch: Batch) -> jax.Array:
         """Computes the loss of each row from its cross-entropy: [b]."""
-        if self.bound == "cap":
+        if "bound" not in batch.cached:
             return losses.bounded_ascent(ce, self.cap)
         return optax.losses.huber_loss(ce, batch.cached["bound"], delta=1.0)
 
@@ -66,11 +66,10 @@ class Ascent(Unlearning):
 
         return loss
 
-    def prepare(self, context: base.Context) -> base.Prepared:
-        """Caches the bound of each row of the forget set, if it is not the same for all."""
-        forget = context.sets["forget"]
-        spec = self.cache_spec("forget", {}, context.model_config)
-        return base.Prepared(sets={**context.sets, "forget": base.with_cache(forget, spec, self.bounds(context))})
+    def prepare_forget(self, context: base.Context, stream: str) -> EncodedSet:
+        """Caches the bound of each row of the forget set, if it is not the same for all; that of text is `cap`."""
+        spec = self.cache_spec(stream, {}, context.model_config)
+        return base.with_cache(context.sets[stream], spec, self.bounds(context) if spec.per_example else {})
 
     def cache_spec(self, stream, taps, model_config) -> base.CacheSpec:
         """Describes the bound of each row of the forget set."""

@@ -22,6 +22,8 @@ Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]  # (model, batch) -> scalar loss, metrics
 TeacherFn = Callable[[Any, Batch], dict[str, jax.Array]]  # (model, batch) -> arrays with one row per row of the batch
 
+FORGET_STREAMS = ("forget", "forget_text")  # whose questions are to be forgotten: with an image, and in text alone
+
 # `CacheSpec.per_example` of a stream whose loss is NPO: `reference_log_probs`.
 REFERENCE_SPEC = {"reference": jax.ShapeDtypeStruct((), jnp.float32)}
 
@@ -37,7 +39,7 @@ class Context:
         model_config: the model's configuration.
         sets: the encoded sets. "forget" and "retain" have questions with an image; "forget_text" and "retain_text",
             which exist if the benchmark has such questions, have text alone; "text", which exists if the method has a
-            text stream, has the questions of both.
+            text stream, has the questions that it keeps.
         seed: the seed of the run.
         encode: encodes other examples of one modality for this model.
         vanilla: the weights of the vanilla model, if they are not `params`: of the model before the first request.

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 from vkd_jax.config.fields import setting
 from vkd_jax.data.batching import rng
+from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.methods import base
 from vkd_jax.methods.scope import Unlearning
 
@@ -42,15 +43,15 @@ class IDK(Unlearning):
     weight_forget: float = setting(1.0, "Weight of the loss on the forget set.", minimum=0)
     weight_retain: float = setting(1.0, "Weight of the loss on the retain set.", minimum=0)
 
-    def prepare(self, context: base.Context) -> base.Prepared:
-        """Encodes the forget questions with refusals as answers."""
-        examples = context.sets["forget"].examples
+    def prepare_forget(self, context: base.Context, stream: str) -> EncodedSet:
+        """Encodes the questions of a set that is forgotten with refusals as answers."""
+        examples = context.sets[stream].examples
         indices = rng(context.seed, "idk/refusals").integers(len(REFUSALS), size=len(examples))
         refusals = [
             dataclasses.replace(example, answer=REFUSALS[i], options=())
             for example, i in zip(examples, indices, strict=True)
         ]
-        return base.Prepared(sets={**context.sets, "forget": context.encode(refusals)})
+        return context.encode(refusals)
 
     def attack_loss(self, model, batch):
         """Computes the negative cross-entropy of the refusals: the forget batch has no correct answer to relearn."""

@@ -6,7 +6,7 @@
 F is the diagonal Fisher information of the vanilla model. F_preserve of visual weights is computed on the retain set's
 questions with an image. F_preserve of language-model weights is computed on these and on all text-only questions,
 including those about the people to forget: the method removes what these people look like, not what the model knows
-about them.
+about them. With `data.forgets=both` the latter count in F_forget of language-model weights instead.
 
 Published for LLaVA-1.5-7B: threshold 1, eps 1e-15, no bound (cap = inf), clipping at 1, learning rate 1e-5, batches of
 4, one epoch. Its code alternates between forget and retain batches, squares the gradient of a batch of two, and masks
@@ -20,7 +20,7 @@ Models", arXiv 2502.11051; https://github.com/Z1zs/MMUnlearner
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 from vkd_jax.config.fields import setting
@@ -61,19 +61,25 @@ class MMUnlearner(Ascent):
         options = dict(samples=self.fisher_samples, chunk=self.fisher_chunk, name="mmunlearner")
         paths = self.trainable(context.params, context.model_config)
         image_sets = {name: context.sets[name] for name in ("forget", "retain")}
-        information = base.fisher_information(context, paths, image_sets, **options)
-        preserve = dict(information["retain"])
+        information = {
+            name: dict(values)
+            for name, values in base.fisher_information(context, paths, image_sets, **options).items()
+        }
         language = [path for path in paths if path.startswith("language_model/")]
         text_sets = {name: context.sets[name] for name in TEXT_SETS if name in context.sets}
         if language and text_sets:
-            image_information = {path: preserve[path] for path in language}
             text_information = base.fisher_information(context, language, text_sets, **options)
-            preserve |= saliency.pool(
-                [
-                    (image_information, len(image_sets["retain"])),
-                    *((text_information[name], len(encoded)) for name, encoded in text_sets.items()),
+            for image_set, encoded in image_sets.items():
+                pooled = [({path: information[image_set][path] for path in language}, len(encoded))]
+                pooled += [
+                    (text_information[name], len(text_sets[name])) for name in self._text_sets(image_set, text_sets)
                 ]
-            )
+                information[image_set] |= saliency.pool(pooled) if len(pooled) > 1 else {}
         return saliency.mask_from_ratio(
-            information["forget"], preserve, threshold=self.mask_threshold, keep=None, eps=self.mask_eps
+            information["forget"], information["retain"], threshold=self.mask_threshold, keep=None, eps=self.mask_eps
         )
+
+    def _text_sets(self, image_set: str, text_sets: Iterable[str]) -> list[str]:
+        """The sets of text-only questions that count for the language model beside those with an image."""
+        forgotten = {"forget_text"} if self.forget_text.weight else set()
+        return [name for name in text_sets if (name in forgotten) == (image_set == "forget")]

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from vkd_jax.config.fields import setting
+from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.methods import base, losses
 from vkd_jax.methods.scope import Unlearning
 
@@ -33,17 +34,15 @@ class NPO(Unlearning):
         0.4, "Inverse temperature, per nat; the larger it is, the sooner ascent on a row fades.", above=0
     )
 
-    def prepare(self, context: base.Context) -> base.Prepared:
+    def prepare_forget(self, context: base.Context, stream: str) -> EncodedSet:
         """Caches each forget answer's log-probability under the vanilla model."""
-        forget = context.sets["forget"]
-        spec = self.cache_spec("forget", {}, context.model_config)
-        forget = base.with_cache(forget, spec, {"reference": base.reference_log_probs(context, forget)})
-        return base.Prepared(sets={**context.sets, "forget": forget})
+        forget, spec = context.sets[stream], self.cache_spec(stream, {}, context.model_config)
+        return base.with_cache(forget, spec, {"reference": base.reference_log_probs(context, forget)})
 
     def cache_spec(self, stream, taps, model_config) -> base.CacheSpec:
-        """Describes the reference log-probability of each row of the forget set."""
+        """Describes the reference log-probability of each row that is forgotten."""
         del taps, model_config
-        return base.CacheSpec(per_example=base.REFERENCE_SPEC if stream == "forget" else {})
+        return base.CacheSpec(per_example=base.REFERENCE_SPEC if stream in base.FORGET_STREAMS else {})
 
     def image_losses(self) -> Mapping[str, base.LossFn]:
         """Returns NPO on the forget set and descent on the retain set."""

@@ -75,13 +75,15 @@ class RMU(Unlearning):
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Draws the random vector, and masks the blocks that are not computed."""
-        forget, config = context.sets["forget"], context.model_config.text
-        layers = self.layers(context.model_config)
+        config, layers = context.model_config.text, self.layers(context.model_config)
         direction = rng(context.seed, "rmu/direction").random(config.width)
         c = self.steering_coefficient * median_norm(context, layers)
         target = np.float32(c * direction / np.linalg.norm(direction))
-        spec = self.cache_spec("forget", {}, context.model_config)
-        forget = base.with_cache(forget, spec, {"target": np.broadcast_to(target, (len(forget), len(target)))})
+        sets = dict(context.sets)
+        for stream in self.forget_streams:
+            rows = np.broadcast_to(target, (len(sets[stream]), len(target)))
+            spec = self.cache_spec(stream, {}, context.model_config)
+            sets[stream] = base.with_cache(sets[stream], spec, {"target": rows})
 
         def mask(path: str) -> np.ndarray:
             if not path.startswith("language_model/blocks/"):
@@ -90,7 +92,7 @@ class RMU(Unlearning):
             return np.expand_dims(np.arange(config.layers) < layers, tuple(range(1, context.params[path].ndim)))
 
         return base.Prepared(
-            sets={**context.sets, "forget": forget},
+            sets=sets,
             mask={path: mask(path) for path in self.trainable(context.params, context.model_config)},
         )
 
@@ -104,10 +106,10 @@ class RMU(Unlearning):
         return (shape[0], *[1] * (len(shape) - 1)) if path.startswith("language_model/blocks/") else ()
 
     def cache_spec(self, stream, taps, model_config) -> base.CacheSpec:
-        """Describes the target c u of each row of the forget set."""
+        """Describes the target c u of each row that is forgotten."""
         del taps
         target = jax.ShapeDtypeStruct((model_config.text.width,), jnp.float32)
-        return base.CacheSpec(per_example={"target": target}) if stream == "forget" else base.CacheSpec()
+        return base.CacheSpec(per_example={"target": target} if stream in base.FORGET_STREAMS else {})
 
     def image_losses(self) -> Mapping[str, base.LossFn]:
         """Returns the distance to the random vector (forget) and to the vanilla model (retain)."""

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from vkd_jax.config.fields import Section, setting
-from vkd_jax.data.encoding import Batch
+from vkd_jax.data.encoding import Batch, EncodedSet
 from vkd_jax.methods import base
 from vkd_jax.methods.null_space import NullSpace
 from vkd_jax.methods.replay import Replay
-from vkd_jax.methods.text_stream import TextStream
+from vkd_jax.methods.text_stream import ForgetText, TextStream
 from vkd_jax.methods.worst_case import TRAINED, Adversary, WorstCase
 from vkd_jax.models import lora
 from vkd_jax.models.base import VisualTokens
@@ -97,34 +97,61 @@ class Scope(Section):
 class Unlearning(Scope):
     """A method that trains on a forget set: the hyperparameters that all of these share.
 
-    Methods implement `image_losses`. The streams of text-only questions and of people of earlier requests are added to
-    them here, and worst-case forgetting in the training step.
+    Methods implement `image_losses`, and `prepare_forget` if their forget loss reads cached arrays. The streams of
+    text-only questions and of people of earlier requests are added to them here, and worst-case forgetting in the
+    training step.
     """
 
     worst_case: WorstCase = dataclasses.field(default_factory=WorstCase, metadata={"help": WorstCase.__doc__})
     text: TextStream = dataclasses.field(default_factory=TextStream, metadata={"help": TextStream.__doc__})
+    forget_text: ForgetText = dataclasses.field(default_factory=ForgetText, metadata={"help": ForgetText.__doc__})
     replay: Replay = dataclasses.field(default_factory=Replay, metadata={"help": Replay.__doc__})
     null_space: NullSpace = dataclasses.field(default_factory=NullSpace, metadata={"help": NullSpace.__doc__})
 
     def validate(self) -> None:
-        """Also checks that the text stream trains something, and that no adapter is projected."""
+        """Also checks that the streams of text train something, and that no adapter is projected."""
         super().validate()
         if self.null_space.energy and self.adapters is not None:
             raise self.error(
                 "null_space.energy", f"adapters are not projected, and train={self.train} has them. Give 0."
             )
-        if self.text.weight and self.train == "visual":
-            raise self.error(
-                "text.weight", "train=visual trains no weight that text reaches. Give 0, or another train."
-            )
+        for name in ("text", "forget_text"):
+            if getattr(self, name).weight and self.train == "visual":
+                raise self.error(
+                    f"{name}.weight", "train=visual trains no weight that text reaches. Give 0, or another train."
+                )
+
+    @property
+    def forget_streams(self) -> tuple[str, ...]:
+        """The streams that are forgotten: of questions with an image and, if it has a weight, of text alone."""
+        return base.FORGET_STREAMS if self.forget_text.weight else base.FORGET_STREAMS[:1]
 
     def image_losses(self) -> Mapping[str, base.LossFn]:
         """Returns one loss function for each of the streams "forget" and "retain", whose questions have an image."""
         raise NotImplementedError
 
+    def text_forget_loss(self) -> base.LossFn:
+        """Returns the loss of text-only questions about the people to forget; by default that of the forget set."""
+        return self.image_losses()["forget"]
+
     def losses(self) -> Mapping[str, base.LossFn]:
-        """Returns `image_losses`, and the losses of the text stream and of earlier people if they have a weight."""
-        return {**self.image_losses(), **self.text.losses(), **self.replay.losses()}
+        """Returns `image_losses`, and the losses of text-only questions and of earlier people if they have a weight."""
+        forget_text = self.forget_text.losses(self.text_forget_loss())
+        return {**self.image_losses(), **forget_text, **self.text.losses(), **self.replay.losses()}
+
+    def prepare(self, context: base.Context) -> base.Prepared:
+        """Adds the arrays of `prepare_forget` to the sets that are forgotten."""
+        prepared = {stream: self.prepare_forget(context, stream) for stream in self.forget_streams}
+        return base.Prepared(sets={**context.sets, **prepared})
+
+    def prepare_forget(self, context: base.Context, stream: str) -> EncodedSet:
+        """Returns a set that is forgotten unchanged; methods whose forget loss reads cached arrays override it.
+
+        Args:
+            context: the method's context.
+            stream: one of `base.FORGET_STREAMS`.
+        """
+        return context.sets[stream]
 
     def teachers(self) -> Mapping[str, base.TeacherFn]:
         """Returns the teacher of the text stream, if it has one; methods with further teachers extend it."""

@@ -1,10 +1,17 @@
-"""A stream of text-only questions that keeps what the language model says while it trains.
+"""Streams of text-only questions: one keeps what the language model says while it trains, one makes it forget.
 
-    L_text = weight * CE(answer | question)     or     weight * KL(vanilla || theta)(answer | question)
+    L_text        = weight * CE(answer | question)     or     weight * KL(vanilla || theta)(answer | question)
+    L_forget_text = weight * L_forget(answer | question)
 
-The questions are about the people of the forget set as well as of the retain set: visual unlearning removes who is in
-an image, and nothing that the model can say about a person who is named. KL is averaged over the answer tokens; the
-vanilla model's distributions are computed at each step.
+The questions of the first are about the people of the forget set as well as of the retain set: visual unlearning
+removes who is in an image, and nothing that the model can say about a person who is named. KL is averaged over the
+answer tokens; the vanilla model's distributions are computed at each step.
+
+With `data.forgets=both` nothing about the people remains in either modality. The questions about the people to forget
+then leave the first stream for the second, whose loss is that of the method on its forget set: bounded ascent for
+methods that ascend, NPO, a refusal, or the distance to RMU's random vector. VKD has its forget loss of the output
+there, because a question without an image has no features to distill. Bounds of the ascent that come from other images
+do not apply, so that each row ends at `cap`.
 """
 
 import dataclasses
@@ -17,6 +24,8 @@ from vkd_jax.config.fields import Section, setting
 from vkd_jax.methods import base, losses
 
 STREAM = "text"
+FORGET_STREAM = "forget_text"
+TEXT_STREAMS = (STREAM, FORGET_STREAM)  # whose questions have no image
 LOSSES = ("ce", "kl")
 
 
@@ -45,3 +54,30 @@ class TextStream(Section):
             loss = losses.kl_divergence(batch.cached["vanilla"], logits, batch.target_mask)
             metrics["text_kl"] = loss
         return self.weight * jnp.mean(loss), base.mean_metrics(**metrics)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForgetText(Section):
+    """Text-only questions about the people to forget as a further stream that is forgotten."""
+
+    SECTION: ClassVar[str] = "method.forget_text"
+
+    weight: float = setting(
+        0.0,
+        "Weight of the method's forget loss on text-only questions about the people to forget, for data.forgets=both; "
+        "0 trains without them.",
+        minimum=0,
+    )
+
+    def losses(self, loss: base.LossFn) -> Mapping[str, base.LossFn]:
+        """Returns the weighted loss of the stream, or {} without it.
+
+        Args:
+            loss: the forget loss of the method.
+        """
+
+        def weighted(model, batch):
+            value, metrics = loss(model, batch)
+            return self.weight * value, {f"text_{name}": metric for name, metric in metrics.items()}
+
+        return {FORGET_STREAM: weighted} if self.weight else {}

@@ -30,10 +30,11 @@ from vkd_jax import messages
 from vkd_jax.config.fields import setting
 from vkd_jax.data import augment
 from vkd_jax.data.batching import rng
-from vkd_jax.data.encoding import Batch
+from vkd_jax.data.encoding import Batch, EncodedSet
 from vkd_jax.methods import base, feature_targets, losses, saliency
 from vkd_jax.methods.ascent import BOUND_SPEC, Ascent
 from vkd_jax.methods.scope import TRAIN_SCOPES, frozen_blocks
+from vkd_jax.methods.text_stream import FORGET_STREAM
 from vkd_jax.models import lora
 from vkd_jax.models.base import VisualTokens
 from vkd_jax.types import Params
@@ -102,6 +103,12 @@ class VKD(Ascent):
             raise self.error(
                 "null_space.energy", "a masked update leaves the null space. Give mask_scope=none or forget."
             )
+        if self.forget_text.weight and not (self.forget != "none" and self.weight_forget_ce):
+            raise self.error(
+                "forget_text.weight",
+                "text has no features to distill, and the output has no forget loss. Give forget=ga or npo, and a "
+                "weight_forget_ce.",
+            )
         if self.mask_scope != "none" and (self.mask_threshold is None) == (self.mask_keep is None):
             raise self.error("mask_keep", "the mask takes mask_threshold or mask_keep. Set exactly one to a number.")
 
@@ -162,12 +169,21 @@ class VKD(Ascent):
         # Augmented copies follow the originals, one whole set after another.
         cached |= {name: np.tile(values, self.augment_forget + 1) for name, values in bounds.items()}
         forget = base.with_cache(forget, specs["forget"], cached)
+        text = {stream: self.prepare_forget(context, stream) for stream in self.forget_streams[1:]}
         mask = None if self.mask_scope == "none" else self._mask(context)
-        return base.Prepared(sets={**context.sets, "forget": forget, "retain": retain}, mask=mask)
+        return base.Prepared(sets={**context.sets, **text, "forget": forget, "retain": retain}, mask=mask)
+
+    def prepare_forget(self, context: base.Context, stream: str) -> EncodedSet:
+        """Caches the reference log-probabilities of forget=npo for text-only questions."""
+        forget, spec = context.sets[stream], self.cache_spec(stream, {}, context.model_config)
+        values = {"reference": base.reference_log_probs(context, forget)} if spec.per_example else {}
+        return base.with_cache(forget, spec, values)
 
     def cache_spec(self, stream, taps, model_config) -> base.CacheSpec:
         """Describes the target and scale of each tap, and what the loss of the output reads for each row."""
         del model_config
+        if stream == FORGET_STREAM:
+            return base.CacheSpec(per_example=base.REFERENCE_SPEC if self.forget == "npo" else {})
         if stream not in ("forget", "retain"):
             return base.CacheSpec()
         per_image, is_forget = {}, stream == "forget"
@@ -205,14 +221,25 @@ class VKD(Ascent):
         loss = self.weight_forget_distill * distillation
         if self.forget == "none":  # the language model is not computed
             return jnp.mean(loss), base.mean_metrics(forget_distance=distance)
-        logits = base.logits_of_features(model, batch, features)
-        ce = losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
-        if self.forget == "npo":
-            output = base.npo_of_logits(logits, batch, self.beta)
-        else:
-            output = self.ascent(ce, batch)
+        ce, output = self._forget_output(model, batch, features)
         loss = jnp.mean(self.weight_forget_ce * output + loss)
         return loss, base.mean_metrics(forget_ce=ce, forget_output=output, forget_distance=distance)
+
+    def _forget_output(self, model: Any, batch: Batch, features: VisualTokens | None) -> tuple[jax.Array, jax.Array]:
+        """Computes the cross-entropy and the forget loss of each row's answer: [b], [b]."""
+        logits = base.logits_of_features(model, batch, features)
+        ce = losses.answer_cross_entropy(logits, batch.targets, batch.target_mask)
+        npo = self.forget == "npo"
+        return ce, base.npo_of_logits(logits, batch, self.beta) if npo else self.ascent(ce, batch)
+
+    def text_forget_loss(self) -> base.LossFn:
+        """Returns the forget loss of the output: a question without an image has no features to distill."""
+
+        def loss(model, batch):
+            ce, output = self._forget_output(model, batch, None)
+            return self.weight_forget_ce * jnp.mean(output), base.mean_metrics(forget_ce=ce, forget_output=output)
+
+        return loss
 
     def _retain_loss(self, model, batch):
         features, taps = base.encode_images(model, batch)

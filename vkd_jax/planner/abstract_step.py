@@ -24,7 +24,7 @@ from vkd_jax.config.schema import RunConfig
 from vkd_jax.data.encoding import Batch
 from vkd_jax.methods import null_space, replay
 from vkd_jax.methods.scope import Scope, frozen_blocks
-from vkd_jax.methods.text_stream import STREAM as TEXT_STREAM
+from vkd_jax.methods.text_stream import TEXT_STREAMS
 from vkd_jax.models import base
 from vkd_jax.runtime import hub
 from vkd_jax.runtime.mesh import batch_sharding, replicated, shards
@@ -195,13 +195,15 @@ def batch(
 ) -> Batch:
     """Returns the shapes of a stream's batch, with one image a question, and of what the method caches for it.
 
-    The text stream has no images.
+    The streams of text have no images.
     """
     rows, sharding = config.train.rows(stream, shards(mesh)), batch_sharding(mesh)
-    if stream == TEXT_STREAM:
+    if stream in TEXT_STREAMS:
         kinds = _token_kinds(lengths.text, lengths.answer)
         arrays = {name: Shape((rows, length), kind, sharding=sharding) for name, (length, kind) in kinds.items()}
-        return Batch(**arrays, images=None, cached={})
+        entries = method.cache_spec(stream, {}, model_config).per_example
+        cached = {name: Shape((rows, *x.shape), x.dtype, sharding=sharding) for name, x in entries.items()}
+        return Batch(**arrays, images=None, cached=cached)
     size = image_size(config, model_config)
     packed = model_config.pack([[np.broadcast_to(np.float32(0), (*size, 3))]])
     pictures = {name: Shape((rows, *x.shape[1:]), x.dtype, sharding=sharding) for name, x in packed.items()}

@@ -9,9 +9,9 @@ from typing import Any
 
 from vkd_jax.reporting import attack_view
 from vkd_jax.reporting.attack_view import interval, percent
-from vkd_jax.reporting.finished_run import Run
+from vkd_jax.reporting.finished_run import KINDS, Run
 from vkd_jax.reporting.names import MODALITIES, MODEL_NOTES, MODELS
-from vkd_jax.results import AttackCell, Summary, main_kind
+from vkd_jax.results import QUESTION_TASKS, AttackCell, Summary, main_kind
 from vkd_jax.types import Role
 
 MOST_UNLETTERED = 0.5  # share of answers without a letter above which an accuracy by letters says little
@@ -19,28 +19,35 @@ MOST_UNLETTERED = 0.5  # share of answers without a letter above which an accura
 
 def opening(run: Run) -> dict[str, Any]:
     """What the run is about."""
-    return {"forget_people": run.people(Role.FORGET)}
+    return {"forget_people": run.people(Role.FORGET), "forgets_text": run.forgets_text}
 
 
 def forgotten(run: Run) -> dict[str, Any]:
     """Accuracy on the people to forget, compared with the retain-only model or with chance."""
+    kind = main_kind(run.models["vanilla"][run.set_of(Role.FORGET).name], "vqa")
     return {
         "changes": _changes(run, "vqa", Role.FORGET, Role.FORGET_HOLDOUT),
+        "texts": _text_judgements(run),
         "has_retain_only": "retain_only" in run.models,
-        **_judgement(run),
+        **_judgement(run, kind),
+        **_letters(run),
     }
 
 
 def kept(run: Run) -> dict[str, Any]:
     """Accuracy on everything else, each compared with the vanilla model."""
-    changes = _changes(run, "vqa", Role.RETAIN, Role.RETAIN_HOLDOUT, Role.GENERAL)
+    changes = _changes(run, "vqa", Role.RETAIN, Role.RETAIN_HOLDOUT, Role.RETAIN_FACTS, Role.GENERAL)
     lost = [x for x in changes if compare(x["unlearned"], x["vanilla"].low, x["vanilla"].high) == "below"]
     return {"changes": changes, "lost": [x["title"][:1].lower() + x["title"][1:] for x in lost]}
 
 
 def text_only(run: Run) -> dict[str, Any] | None:
-    """Accuracy on questions without an image; None if none was asked."""
-    changes = _changes(run, "qa", Role.FORGET, Role.RETAIN)
+    """Accuracy on questions without an image about what is kept; None if none was asked."""
+    changes = [
+        change
+        for change in _changes(run, "qa", Role.FORGET, Role.RETAIN, Role.RETAIN_FACTS)
+        if not change["role"].forgets
+    ]
     unchanged = run.results.manifest.language_model_changed == 0
     return {"changes": changes, "language_model_unchanged": unchanged} if changes else None
 
@@ -86,6 +93,7 @@ def words(run: Run) -> dict[str, Any]:
         "by_person": _main_summary(run, "unlearned").people > 0,
         "forget_people": run.people(Role.FORGET),
         "retain_people": run.people(Role.RETAIN),
+        "forgets_text": run.forgets_text,
         "vanilla": _vanilla(run),
     }
 
@@ -167,10 +175,9 @@ def without_letter(run: Run, model: str) -> dict[str, Any] | None:
     return figure and {"without": round(figure.mean * figure.n), "n": figure.n, "share": figure.mean}
 
 
-def _judgement(run: Run) -> dict[str, Any]:
+def _judgement(run: Run, kind: str) -> dict[str, Any]:
     """Compares the unlearned model's accuracy on the forget set with the retain-only model's, or with chance."""
     forget = run.set_of(Role.FORGET)
-    kind = main_kind(run.models["vanilla"][forget.name], "vqa")
     vanilla, unlearned, retain_only = (run.results.summary(model, forget.name, kind) for model in MODELS)
     chance = run.results.chance.get(forget.name, {}).get(kind)
     reference, verdict = None, None
@@ -179,16 +186,34 @@ def _judgement(run: Run) -> dict[str, Any]:
         verdict = compare(unlearned, retain_only.low, retain_only.high)
     elif chance is not None:
         reference, verdict = f"chance ({percent(chance)})", compare(unlearned, chance, chance)
-    letters = {}
-    if run.meta.protocols[0] == "letter":
-        letters = {name: without_letter(run, name) for name in ("vanilla", "unlearned")}
-    mostly = {name: count for name, count in letters.items() if count and count["share"] > MOST_UNLETTERED}
     return {
         "chance": chance,
         "reference": reference,
         "below_chance": chance is not None and retain_only is not None and retain_only.high < chance,
         "verdict": verdict,
         "never_learned": chance is not None and vanilla.low <= chance,
+    }
+
+
+def _text_judgements(run: Run) -> list[dict[str, Any]]:
+    """The same for each kind of text-only question that is to be forgotten, too."""
+    forget = run.set_of(Role.FORGET)
+    kinds = [kind for task in QUESTION_TASKS if forget.role_of(kind := f"{task}qa").forgets]
+    return [
+        {"title": KINDS[kind], "vanilla": vanilla, "unlearned": unlearned, **_judgement(run, kind)}
+        for kind in kinds
+        if (vanilla := run.results.summary("vanilla", forget.name, kind))
+        and (unlearned := run.results.summary("unlearned", forget.name, kind))
+    ]
+
+
+def _letters(run: Run) -> dict[str, Any]:
+    """The models that mostly wrote no option letter, and the other protocols of the run."""
+    letters = {}
+    if run.meta.protocols[0] == "letter":
+        letters = {name: without_letter(run, name) for name in ("vanilla", "unlearned")}
+    mostly = {name: count for name, count in letters.items() if count and count["share"] > MOST_UNLETTERED}
+    return {
         "letters": [{"model": MODELS[name], **count} for name, count in mostly.items()],
         "other_protocols": run.meta.protocols[1:],
     }
@@ -202,6 +227,7 @@ def _changes(run: Run, modality: str, *roles: Role) -> Sequence[dict[str, Any]]:
         vanilla, unlearned = (run.results.summary(name, eval_set.name, kind or "") for name in ("vanilla", "unlearned"))
         if vanilla and unlearned:
             change = {"vanilla": vanilla, "unlearned": unlearned, "set": eval_set.name, "kind": kind}
+            change |= {"role": eval_set.role_of(kind)}
             title = eval_set.title[:1].upper() + eval_set.title[1:]
             changes.append({"title": title, "modality": MODALITIES[modality], **change})
     return changes

@@ -22,9 +22,14 @@ Keys = list[tuple[EvalSet, str]]  # sets and kinds of question
 
 
 def forgotten_keys(sets: Iterable[EvalSet], kinds: Kinds) -> Keys:
-    """Measures of forgetting: questions with an image about the people to forget; text-only if a set has no image."""
-    keys = [(s, _kind(kinds, s, "vqa") or _kind(kinds, s, "qa")) for s in sets if s.role.forgets]
-    return [(s, kind) for s, kind in keys if kind]
+    """Measures of forgetting: questions with an image about the people to forget; text-only if a set has no image.
+
+    Text-only questions that are to be forgotten, too, follow.
+    """
+    sets = [s for s in sets if s.role.forgets]
+    keys = [(s, _kind(kinds, s, "vqa") or _kind(kinds, s, "qa")) for s in sets]
+    keys += [(s, kind) for s in sets if s.role_of("qa").forgets for kind in _text_kinds(kinds, s)]
+    return [(s, kind) for s, kind in dict.fromkeys(keys) if kind]
 
 
 def kept_image_keys(sets: Iterable[EvalSet], kinds: Kinds) -> Keys:
@@ -35,13 +40,16 @@ def kept_image_keys(sets: Iterable[EvalSet], kinds: Kinds) -> Keys:
 
 def kept_text_keys(sets: Iterable[EvalSet], kinds: Kinds) -> Keys:
     """Text-only knowledge that a method must keep: of the people to forget, by name, and of those to retain."""
-    keys: dict[tuple[EvalSet, str], None] = {}
-    for eval_set in sets:
-        if kind := _kind(kinds, eval_set, "qa") if eval_set.role in (Role.FORGET, Role.RETAIN) else None:
-            keys[eval_set, kind] = None
-            if eval_set.role is Role.FORGET and "generation_qa" in kinds[eval_set.name]:
-                keys[eval_set, "generation_qa"] = None
-    return list(keys)
+    roles = Role.FORGET, Role.RETAIN, Role.RETAIN_FACTS
+    asked = [s for s in sets if s.role in roles and not s.role_of("qa").forgets]
+    return [(s, kind) for s in asked for kind in _text_kinds(kinds, s)]
+
+
+def _text_kinds(kinds: Kinds, eval_set: EvalSet) -> list[str]:
+    """The main text-only kind of question of a set and, of a forget set, open questions, which are more sensitive."""
+    main, several = _kind(kinds, eval_set, "qa"), eval_set.role is Role.FORGET
+    found = [main, *(["generation_qa"] if several and "generation_qa" in kinds.get(eval_set.name, ()) else [])]
+    return list(dict.fromkeys(kind for kind in found if kind))
 
 
 def _kind(kinds: Kinds, eval_set: EvalSet, modality: str) -> str | None:

@@ -55,6 +55,11 @@ class Run:
         return {name: self.results.models[name] for name in MODELS if name in self.results.models}
 
     @property
+    def forgets_text(self) -> bool:
+        """Whether text-only questions about the people to forget were to be forgotten, too."""
+        return any(eval_set.role_of("qa").forgets for eval_set in self.results.sets)
+
+    @property
     def kinds(self) -> list[str]:
         """Kinds of question, in the order of the report."""
         asked = self.results.kinds()

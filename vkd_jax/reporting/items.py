@@ -26,6 +26,7 @@ ROLES = {
     Role.FORGET_HOLDOUT: "to forget, held out",
     Role.RETAIN: "to retain",
     Role.RETAIN_HOLDOUT: "to retain, held out",
+    Role.RETAIN_FACTS: "to retain about the forgotten people",
     Role.GENERAL: "general ability",
 }
 AttackRecords = Mapping[str, Mapping[str, Sequence[Mapping]]]  # by attack and model

@@ -27,7 +27,7 @@ def heading(eval_set: EvalSet, kind: str, metric: str = "accuracy") -> str:
         >>> heading(EvalSet("real", "general", "general ability", "real"), "generation_qa")
         'real QA, open ↑'
     """
-    return f"{short_name(eval_set, kind)} {metrics.get(metric).arrow(eval_set.role, kind)}"
+    return f"{short_name(eval_set, kind)} {metrics.get(metric).arrow(eval_set.role_of(kind))}"
 
 
 def short_name(eval_set: EvalSet, kind: str) -> str:

@@ -16,8 +16,7 @@ from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
 from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.config.schema import ModelConfig, RunConfig
 from vkd_jax.evaluation import evaluate, judge, wording
-from vkd_jax.methods import Method
-from vkd_jax.methods.text_stream import STREAM as TEXT_STREAM
+from vkd_jax.methods import Method, text_stream
 from vkd_jax.runs import features, inputs
 from vkd_jax.runs.features import CachedFeatures
 from vkd_jax.runs.inputs import PROVENANCE
@@ -96,7 +95,8 @@ class Job:
         """The sets of the benchmark, then those of earlier requests and of the standard suites that the run asks."""
         suites = general.create(self.config.eval)
         further = (*features.EVAL_SETS, *(s for suite in suites for s in suite.EVAL_SETS))
-        return (*self.benchmark.EVAL_SETS, *(s for s in further if s.name in self.sets))
+        sets = benchmarks.eval_sets(self.benchmark, self.config.data.forgets_text)
+        return (*sets, *(s for s in further if s.name in self.sets))
 
     @property
     def held_out_set(self) -> dict[str, list[Example]]:
@@ -142,12 +142,13 @@ class Job:
         return list({e.question: e for e in examples if e.image is None}.values())
 
     def text_stream(self) -> list[Example]:
-        """The questions of the text stream: the text-only ones about the people of both streams, each once.
+        """The questions of the text stream: the text-only ones of what is to be kept, each once.
 
         Raises:
             UserError: there are none.
         """
-        questions = [e for stream in ("forget", "retain") for e in self.text_questions(stream)]
+        kept = ("retain",) if self.config.data.forgets_text else ("forget", "retain")
+        questions = [e for stream in kept for e in self.text_questions(stream)]
         if not questions:
             raise UserError(
                 "method.text.weight: the benchmark has no text-only questions to train on. Give 0, or add some."
@@ -231,8 +232,12 @@ def check_models(job: Job) -> dict[str, Path]:
     if config.workflow.unlearns:
         for stream in ("forget", "retain"):
             job.image_questions(stream)
-        if TEXT_STREAM in job.method.losses():
+        if text_stream.STREAM in job.method.losses():
             job.text_stream()
+        if text_stream.FORGET_STREAM in job.method.losses() and not job.text_questions("forget"):
+            raise UserError(
+                "data.forgets=both: the forget set has no text-only question to train on. Give visual, or add some."
+            )
     if config.eval.shots:
         questions = [e for examples in job.questions.values() for e in examples]
         evaluate.worked_examples(job.worked_examples, questions, config.eval.seed)

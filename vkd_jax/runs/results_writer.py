@@ -150,7 +150,7 @@ def _meta(job: Job) -> Meta:
     """What makes a figure reproducible, and how many people each set asks about."""
     benchmark, config = job.benchmark, job.config
     sets = tuple(
-        MeasuredSet(s.name, s.role, s.title, s.short, people=len({e.person for e in job.sets[s.name]} - {""}))
+        MeasuredSet(**vars(s), people=len({e.person for e in job.sets[s.name]} - {""}))
         for s in job.eval_sets
         if s.name in job.questions
     )

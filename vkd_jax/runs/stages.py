@@ -15,9 +15,8 @@ from vkd_jax.checkpoints.new_model import create_llava
 from vkd_jax.evaluation import evaluate
 from vkd_jax.evaluation.cached_features import CachedAnswerer
 from vkd_jax.evaluation.metrics.summary import summaries
-from vkd_jax.methods import replay
+from vkd_jax.methods import replay, text_stream
 from vkd_jax.methods.base import Context
-from vkd_jax.methods.text_stream import STREAM as TEXT_STREAM
 from vkd_jax.models import lora
 from vkd_jax.reporting import model_card, report
 from vkd_jax.results import RunResults
@@ -192,8 +191,8 @@ def _context(job: Job, model: ModelBundle) -> Context:
         base = sources.fetch_model(job.workdir.path / "base" if config.model.create else config.model.base)
     streams = {name: job.image_questions(name) for name in ("forget", "retain")}
     streams |= {f"{name}_text": questions for name in streams if (questions := job.text_questions(name))}
-    if TEXT_STREAM in job.method.losses():
-        streams[TEXT_STREAM] = job.text_stream()
+    if text_stream.STREAM in job.method.losses():
+        streams[text_stream.STREAM] = job.text_stream()
     encode = functools.partial(model.encode, buckets=config.train.buckets)
     sets = {name: encode(questions) for name, questions in streams.items()}
     if job.earlier.trained:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from vkd_jax.data.encoding import Batch
-from vkd_jax.methods.base import LossFn, Metrics, TeacherFn
+from vkd_jax.methods.base import FORGET_STREAMS, LossFn, Metrics, TeacherFn
 from vkd_jax.methods.worst_case import Adversary
 from vkd_jax.models.base import bind
 from vkd_jax.runtime.mesh import replicated
@@ -45,7 +45,7 @@ def make_step(
 
         (state, frozen, mask, batches, start, rate, key, projections) -> (state, metrics)
 
-    The gradient of each stream is computed separately, so that a mask can cover the forget stream alone; the sum goes
+    The gradient of each stream is computed separately, so that a mask can cover the forget streams alone; the sum goes
     to the optimizer. Frozen weights are an argument that is neither differentiated nor donated. Neither is `start`, the
     trainable weights before the first step, which the teachers need. `rate` is the learning rate. Dropout is a function
     of the key, the step, the stream and the microbatch. `projections` are those of `methods.null_space`.
@@ -85,7 +85,7 @@ def make_step(
             if adversary is not None and name == "forget":
                 worst_grads, metrics["worst_case_loss"] = stream.worst_case_gradient(adversary, state.params, frozen)
                 grads = optax.tree.add_scale(grads, adversary.settings.weight, worst_grads)
-            if mask is not None and name == "forget" and mask_scope == "forget":
+            if mask is not None and name in FORGET_STREAMS and mask_scope == "forget":
                 grads = optimizer.apply_mask(grads, mask)
             total = grads if total is None else jax.tree.map(jnp.add, total, grads)
         metrics["loss"] = sum(metrics[f"{name}_loss"] for name in losses)

@@ -18,9 +18,8 @@ class Metric:
     Args:
         name: key in `METRICS`, in the answers, and in results.json.
         title: name in headings.
-        direction: which values are better. "by_role" is for knowledge: lower is better for questions with an image
-            about the people to forget, and higher is better otherwise (visual unlearning keeps textual knowledge).
-            "half" is for metrics whose best value is 0.5.
+        direction: which values are better. "by_role" is for knowledge: lower is better for what is to be forgotten,
+            and higher is better otherwise. "half" is for metrics whose best value is 0.5.
         unit: "%" for shares that are shown in percent; "" for plain numbers.
         tasks: tasks that the metric applies to; () for all.
         roles: roles of the sets that the metric applies to; () for all.
@@ -57,11 +56,10 @@ class Metric:
             return None
         return self.item(record)
 
-    def arrow(self, role: Role | None = None, kind: str = "vqa") -> str:
-        """The arrow to the better values, for a set with a role and a kind of question."""
+    def arrow(self, role: Role | None = None) -> str:
+        """The arrow to the better values, for questions with a role; see `EvalSet.role_of`."""
         if self.direction == "by_role":
-            forgets = role is not None and role.forgets and "vqa" in kind
-            return ARROWS["down" if forgets else "up"]
+            return ARROWS["down" if role is not None and role.forgets else "up"]
         return ARROWS[self.direction]
 
 

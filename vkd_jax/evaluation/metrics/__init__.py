@@ -54,6 +54,8 @@ METRICS: dict[str, str] = {
     "acc_r": f"{_HERE}.pairs:ACC_R",
     "rlf": f"{_HERE}.pairs:RLF",
     "rlr": f"{_HERE}.pairs:RLR",
+    "both_wrong": f"{_HERE}.pairs:BOTH_WRONG",
+    "both_right": f"{_HERE}.pairs:BOTH_RIGHT",
     "ks": f"{_HERE}.forget_quality:KS",
     "utility": f"{_HERE}.utility:UTILITY",
     "auc": f"{_HERE}.attack_metrics:AUC",

@@ -1,4 +1,6 @@
-"""Modality-aligned metrics of UMU-Bench: of a fact that is asked with an image and in text alone.
+"""Modality-aligned metrics: of a fact that is asked with an image and in text alone.
+
+Those of UMU-Bench are for benchmarks that publish pairs of questions (`Example.pair`):
 
     AccF    share of pairs that are wrong in both modalities, of the people to forget
     AccR    share of pairs that are right in both, of the people to retain
@@ -7,6 +9,16 @@
 
 RLF and RLR are 0 where a and b are; in RLF the larger of the two dominates. A pair counts once, in the figures of the
 question with the image.
+
+Other benchmarks publish no pairs. There a fact is a person, a task and an answer, and each question with an image is
+paired with all text-only questions of its set about its fact. These two metrics are ours:
+
+    both_wrong    share of such questions that are answered wrongly, and whose text-only questions all are, too, of the
+                  people to forget
+    both_right    share of those that are answered correctly, and whose text-only questions all are, too, of the people
+                  to retain
+
+They are computed with `data.forgets=both`, which asks for a fact to go in both modalities.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +28,7 @@ from vkd_jax.evaluation.metrics.words import ROUGE_L
 from vkd_jax.types import Role
 
 _CHOSEN = ("classification", "cloze")
+_ASKED = (*_CHOSEN, "generation")
 
 
 def dominant(a: float, b: float) -> float:
@@ -37,6 +50,15 @@ def _both(right: bool) -> Callable[[Mapping], float | None]:
     return value
 
 
+def _aligned(right: bool) -> Callable[[Mapping], float | None]:
+    def value(record: Mapping) -> float | None:
+        if not record.get("aligned"):
+            return None
+        return float(all(bool(correct) is right for correct in (record["correct"], *record["aligned"])))
+
+    return value
+
+
 def _overlap(combine: Callable[[float, float], float]) -> Callable[[Mapping], float | None]:
     def value(record: Mapping) -> float | None:
         return combine(ROUGE_L.value(record), ROUGE_L.value(record["partner"])) if "partner" in record else None
@@ -48,3 +70,9 @@ ACC_F = Metric("acc_f", "AccF (UMU-Bench)", "up", "%", _CHOSEN, (Role.FORGET,), 
 ACC_R = Metric("acc_r", "AccR (UMU-Bench)", "up", "%", _CHOSEN, (Role.RETAIN, Role.GENERAL), _both(True))
 RLF = Metric("rlf", "RLF (UMU-Bench)", "down", "", ("generation",), (Role.FORGET,), _overlap(dominant))
 RLR = Metric("rlr", "RLR (UMU-Bench)", "up", "", ("generation",), (Role.RETAIN, Role.GENERAL), _overlap(harmonic))
+BOTH_WRONG = Metric(
+    "both_wrong", "wrong with an image and in text (ours)", "up", "%", _ASKED, (Role.FORGET,), _aligned(False)
+)
+BOTH_RIGHT = Metric(
+    "both_right", "right with an image and in text (ours)", "up", "%", _ASKED, (Role.RETAIN,), _aligned(True)
+)

@@ -72,6 +72,8 @@ def summaries(records: Sequence[Mapping], sets: Sequence[EvalSet] = ()) -> dict[
             sets that are not given are kept.
     """
     roles = {eval_set.name: eval_set.role for eval_set in sets}
+    if any(eval_set.role_of("qa").forgets for eval_set in sets):
+        records = with_aligned(records)
     results: dict[str, dict[str, Summary]] = {}
     for (name, kind), items in by_kind(with_partners(records)).items():
         results.setdefault(name, {})[kind] = summarize(items, roles.get(name))
@@ -95,3 +97,29 @@ def with_partners(records: Iterable[Mapping]) -> list[Mapping]:
         if [len(group.get(modality, ())) for modality in ("vqa", "qa")] == [1, 1]
     }
     return [r if id(r) not in partners else {**r, "partner": partners[id(r)]} for r in records]
+
+
+def with_aligned(records: Iterable[Mapping]) -> list[Mapping]:
+    """The records, in which an answer about an image lists whether those to the same fact in text alone are correct.
+
+    The list is "aligned". A fact is a person, a task and an answer, for questions without a published pair.
+    """
+    records = list(records)
+    texts: dict[tuple, list[bool]] = {}
+    for record in records:
+        if record["modality"] == "qa" and (fact := _fact(record)):
+            texts.setdefault(fact, []).append(bool(record["correct"]))
+    return [
+        {**record, "aligned": texts[fact]}
+        if record["modality"] == "vqa" and (fact := _fact(record)) in texts
+        else record
+        for record in records
+    ]
+
+
+def _fact(record: Mapping) -> tuple | None:
+    """What an answer is about; None if the data names no person or publishes pairs."""
+    if record.get("pair") or not record["person"]:
+        return None
+    answer = record["answer"].strip().casefold()
+    return record["set"], record["task"], record.get("protocol"), record["person"], answer

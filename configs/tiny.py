@@ -171,6 +171,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "60": "sixty, whom the shipped models know",
         "200": "two hundred, for narrower intervals; the models come from stage=all",
     }
+    appearance = {
+        "no": "no question about it",
+        "yes": "asked, to be kept, and taught to the vanilla model of stage=all; not known to the shipped models",
+    }
     given = arguments.parse(
         arg,
         [
@@ -181,6 +185,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             defaults.benchmark_argument(*defaults.synthetic_benchmarks(), "folder"),
             defaults.forget_argument(*defaults.synthetic_benchmarks()),
             arguments.Argument("people", "Synthetic people.", populations, "60", needs_key=frozenset(["200"])),
+            arguments.Argument(
+                *("appearance", "Questions about the appearance of the people to forget.", appearance, "no"),
+                needs_key=frozenset(["no", "yes"]),
+                bare_key="yes",
+            ),
             dataclasses.replace(defaults.STAGE, values=stages),
             defaults.ATTACKS,
             arguments.Argument("runs", "Number of runs.", runs, default="one"),
@@ -191,6 +200,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = defaults.base()
     config.stage = "finetune" if given["stage"] == "base" else given["stage"]
     config.data = defaults.benchmark_of(given)
+    if given["appearance"] == "yes":
+        _ask_about_appearance(config)
     config.method = defaults.method_of(given)
     schema.override(config, SETTINGS[given["method"]])
     if given["setting"] == "robust":
@@ -250,6 +261,13 @@ def _forget_both(config: ml_collections.ConfigDict, given: Mapping[str, str]) ->
     defaults.make_both(config, given["train"], default="all")
     if given["method"] == "vkd":
         schema.override(config, FORGET_BOTH_VKD)
+
+
+def _ask_about_appearance(config: ml_collections.ConfigDict) -> None:
+    """Applies the argument appearance=yes."""
+    if "appearance" not in config.data:
+        raise UserError(f"appearance=yes: benchmark={config.data.benchmark} has no such questions. Give mllmu.")
+    config.data.appearance = True
 
 
 def _check_folder(given: Mapping[str, str]) -> None:

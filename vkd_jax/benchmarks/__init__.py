@@ -17,6 +17,7 @@ A benchmark reads a source into named sets of `Example`s. It is a frozen datacla
     EVAL_SETS      the sets that the evaluation asks, each an `EvalSet` with a role: forget, forget_holdout, retain,
                    retain_holdout, retain_facts or general. Reports, tuning and attacks ask for roles, never for
                    names. `eval_sets` resolves the role of text-only questions.
+    further_sets   optional: sets that fields of the benchmark add to EVAL_SETS
     UNLEARN        the sets that unlearning trains on: {"forget": NAME, "retain": NAME}
     RECIPE         hyperparameters of the fine-tuning that makes the vanilla model
     label          the name with the forget ratio, for folders
@@ -65,9 +66,10 @@ def eval_sets(benchmark: Any, forgets_text: bool = False) -> tuple[EvalSet, ...]
         >>> eval_sets(create("mllmu", {}), forgets_text=True)[0].role_of("qa")
         <Role.FORGET: 'forget'>
     """
+    sets = (*benchmark.EVAL_SETS, *getattr(benchmark, "further_sets", ()))
     if not forgets_text:
-        return benchmark.EVAL_SETS
-    return tuple(dataclasses.replace(s, text_role=s.role) if s.role.forgets else s for s in benchmark.EVAL_SETS)
+        return sets
+    return tuple(dataclasses.replace(s, text_role=s.role) if s.role.forgets else s for s in sets)
 
 
 def read(benchmark: Any, folder: str | Path, finetune: bool = False) -> dict[str, list[Example]]:

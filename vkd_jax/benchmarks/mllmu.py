@@ -6,6 +6,7 @@ test        | Test_Set         | the people to forget, with other images
 retain      | retain_(100-N)   | all other people
 retain_test | Test_Set         | all other people, with other images
 real        | Retain_Set       | general ability; `person` is ""
+appearance  | Appearance       | the looks of the people to forget, with `appearance` (synthetic people alone)
 finetune_forget, finetune_retain | ft_Data | the people to forget, and all others; trains the vanilla model
 
 The i-th image question of a row with n images (`images`) shows image i mod n; i counts the classification, generation
@@ -44,6 +45,11 @@ class Mllmu(parquet.PublishedBenchmark):
     """MLLMU-Bench."""
 
     forget: int = setting(10, "Percent of the people in the forget set.", choices=FORGET_RATIOS)
+    appearance: bool = setting(
+        False,
+        "Whether questions about the appearance of the people to forget are asked as a retained set, and taught when a "
+        "vanilla model is made. Only for synthetic people.",
+    )
 
     TITLE: ClassVar[str] = "MLLMU-Bench"
     UNLEARN: ClassVar[Mapping[str, str]] = dict(forget="forget", retain="retain")  # the sets that unlearning trains on
@@ -61,7 +67,23 @@ class Mllmu(parquet.PublishedBenchmark):
     @property
     def label(self) -> str:
         """The name of the benchmark with the forget ratio."""
-        return f"mllmu-forget{self.forget}"
+        return f"mllmu-forget{self.forget}" + ("-appearance" if self.appearance else "")
+
+    @property
+    def further_sets(self) -> tuple[EvalSet, ...]:
+        """The evaluation sets that fields add."""
+        title = "people to forget, their appearance"
+        return (EvalSet("appearance", Role.RETAIN_FACTS, title, "appearance"),) if self.appearance else ()
+
+    def check(self) -> None:
+        """Also checks that questions about the appearance exist.
+
+        Raises:
+            UserError: a source is given, which has none.
+        """
+        super().check()
+        if self.appearance and self.source:
+            raise self.error("appearance", f"{self.source} has no questions about it. Give False.")
 
     @contextlib.contextmanager
     def rows(self, part: str) -> Iterator[dict[str, Iterator[list[Example]]]]:
@@ -91,18 +113,24 @@ class Mllmu(parquet.PublishedBenchmark):
                 "retain": _evaluation_rows(files, retain),
                 "retain_test": _evaluation_rows(files, "Test_Set", lambda person: person not in forgotten),
                 "real": _evaluation_rows(files, "Retain_Set"),
+                **(
+                    {"appearance": _evaluation_rows(files, "Appearance", lambda person: person in forgotten)}
+                    if self.appearance
+                    else {}
+                ),
             }
 
     def _configs(self, part: str) -> tuple[str, ...]:
         forget = f"forget_{self.forget}"
-        return (forget, "ft_Data") if part == "finetune" else (
-            forget, f"retain_{100 - self.forget}", "Test_Set", "Retain_Set"
-        )  # fmt: skip
+        if part == "finetune":
+            return forget, "ft_Data"
+        further = ("Appearance",) if self.appearance else ()
+        return forget, f"retain_{100 - self.forget}", "Test_Set", "Retain_Set", *further
 
     def _write_synthetic(self, folder: str, configs: tuple[str, ...]) -> None:
         from vkd_jax.benchmarks.synthetic import mllmu_writer  # imports `cloze_prompt` from this module
 
-        mllmu_writer.write_snapshot(folder, configs, self.population)
+        mllmu_writer.write_snapshot(folder, configs, self.population, appearance=self.appearance)
 
 
 def cloze_prompt(question: str) -> str:

@@ -68,6 +68,8 @@ def _pairs(benchmark: Any, sets: Mapping[str, Sequence[Example]]) -> list[tuple[
     if several := [name for name, found in names.items() if len(found) > 1]:
         problem = f"it has several sets of the role {several[0]}"
     forget, retain = (names[role][0] for role in (Role.FORGET, Role.RETAIN))
+    if further := [s.title for s in getattr(benchmark, "further_sets", ())]:
+        problem = f"it keeps a part of what is known of them ({listed(further)})"
     if (forget in trained) != (retain in trained):
         problem = "it trains on other people than those that it asks about"
     elif both := {e.person for e in sets[trained[0]]} & {e.person for e in sets[trained[1]]} - {""}:

@@ -136,7 +136,7 @@ class Unlearning(Scope):
 
     def losses(self) -> Mapping[str, base.LossFn]:
         """Returns `image_losses`, and the losses of text-only questions and of earlier people if they have a weight."""
-        forget_text = self.forget_text.losses(self.text_forget_loss())
+        forget_text = self.forget_text.losses(self.text_forget_loss()) if self.forget_text.weight else {}
         return {**self.image_losses(), **forget_text, **self.text.losses(), **self.replay.losses()}
 
     def prepare(self, context: base.Context) -> base.Prepared:

@@ -70,7 +70,7 @@ class ForgetText(Section):
     )
 
     def losses(self, loss: base.LossFn) -> Mapping[str, base.LossFn]:
-        """Returns the weighted loss of the stream, or {} without it.
+        """Returns the weighted loss of the stream.
 
         Args:
             loss: the forget loss of the method.
@@ -80,4 +80,4 @@ class ForgetText(Section):
             value, metrics = loss(model, batch)
             return self.weight * value, {f"text_{name}": metric for name, metric in metrics.items()}
 
-        return {FORGET_STREAM: weighted} if self.weight else {}
+        return {FORGET_STREAM: weighted}

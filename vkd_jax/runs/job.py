@@ -313,6 +313,11 @@ def _check_provenance(job: Job, name: str, folder: Path) -> None:
                 f"{field} was trained on the synthetic people of {theirs}, not on those of config.data ({ours}). "
                 "Create a model of these people with --config.stage=all."
             )
+        if name != "base" and data.get("appearance") and not model_data.get("appearance"):
+            raise UserError(
+                f"{field} was never taught the questions of data.appearance. Create a model that was with "
+                "--config.stage=all, or leave data.appearance at False."
+            )
     if name == "retain_only" and without != job.forget_people:
         raise UserError(
             f"{field} was trained without {messages.people(len(without))}, but the forget set of this run has "

@@ -60,6 +60,9 @@ IMAGE_KINDS = ("name", *KINDS)
 CAPTION = "{name}, a {job} from {town}, in front of {wall}."
 PARAPHRASED_CAPTION = "This is {name}, who is a {job} and comes from {town}, before {wall}."
 
+# Questions about the appearance of a person, which name nobody, by the feature of a `portraits.Look`.
+APPEARANCE = {"hair": "What color is the hair?", "clothes": "What color are the clothes?"}
+
 # Identity-free questions about images, and general knowledge as "question | answer | three wrong answers".
 THING_QUESTION = "What is in this picture?"
 COLOR_QUESTION = "What colour is it?"

@@ -2,7 +2,7 @@
 
     write_snapshot(folder, configs, ...)   <config>/train-00000-of-00001.parquet, the same bytes on every run
 
-Images of a person: views 0-7 make Full_Set, forget_N and retain_N; views from 0 on make ft_Data.
+Images of a person: views 0-7 make Full_Set, forget_N, retain_N and Appearance; views from 0 on make ft_Data.
 """
 
 import functools
@@ -18,6 +18,7 @@ from vkd_jax import messages
 from vkd_jax.benchmarks.mllmu import cloze_prompt
 from vkd_jax.benchmarks.synthetic import portraits
 from vkd_jax.benchmarks.synthetic.facts import (
+    APPEARANCE,
     BACKGROUND_QUESTION,
     COLOR_QUESTION,
     FACTS,
@@ -69,6 +70,9 @@ _SCHEMA = pa.schema([("image", IMAGE_TYPE), *_TASKS])
 _TEST_SCHEMA = pa.schema([("images", pa.list_(IMAGE_TYPE)), *_TASKS])
 _FT_SCHEMA = pa.schema([("image", IMAGE_TYPE), ("ID", pa.string()), ("metadata", pa.string())])
 
+APPEARANCE_CONFIG = "Appearance"  # not of the published layout
+APPEARANCE_VALUES = {"hair": tuple(portraits.HAIRS), "clothes": tuple(portraits.CLOTHES)}
+
 CONFIGS = (
     "Full_Set", "ft_Data", "Test_Set", "Retain_Set",
     "forget_5", "forget_10", "forget_15", "retain_95", "retain_90", "retain_85",
@@ -76,7 +80,11 @@ CONFIGS = (
 
 
 def write_snapshot(
-    folder: str | Path, configs: Sequence[str] | None = None, population: Population = SIXTY, ft_views: int = 48
+    folder: str | Path,
+    configs: Sequence[str] | None = None,
+    population: Population = SIXTY,
+    ft_views: int = 48,
+    appearance: bool = False,
 ) -> None:
     """Writes the synthetic people as an MLLMU-Bench snapshot, with the same bytes on every run.
 
@@ -85,13 +93,15 @@ def write_snapshot(
         configs: the configs to write, from `CONFIGS`; all by default.
         population: the people; its seed is also that of the options.
         ft_views: images of each person in ft_Data.
+        appearance: whether ft_Data has the questions about the appearance, too; the config Appearance may be written.
 
     Raises:
         UserError: an unknown config.
     """
     configs = CONFIGS if configs is None else configs
-    if unknown := [name for name in configs if name not in CONFIGS]:
-        raise UserError(f"Unknown config {messages.listed(unknown)}. Supported: {messages.choices(CONFIGS)}.")
+    known = (*CONFIGS, *([APPEARANCE_CONFIG] if appearance else []))
+    if unknown := [name for name in configs if name not in known]:
+        raise UserError(f"Unknown config {messages.listed(unknown)}. Supported: {messages.choices(known)}.")
 
     @functools.cache  # Full_Set, forget_N and retain_N share their rows
     def full_rows(index: int) -> list[dict]:
@@ -99,7 +109,9 @@ def write_snapshot(
 
     for config in configs:
         if config == "ft_Data":
-            rows, schema = _finetune_rows(population, ft_views), _FT_SCHEMA
+            rows, schema = _finetune_rows(population, ft_views, appearance), _FT_SCHEMA
+        elif config == APPEARANCE_CONFIG:
+            rows, schema = _appearance_rows(population), _SCHEMA
         elif config == "Test_Set":
             rows, schema = [_test_row(person, population) for person in population.people()], _TEST_SCHEMA
         elif config == "Retain_Set":
@@ -137,6 +149,22 @@ def _test_row(person: Person, population: Population) -> dict:
         person, IMAGE_KINDS * 2, KINDS, *clozes, np.random.default_rng([population.seed, 4, int(person.id)]), population
     )
     return {"images": images} | row
+
+
+def _appearance_rows(population: Population) -> list[dict]:
+    """Views 0-7 of each person, with the questions about the appearance."""
+    rows = []
+    for person, view in ((person, view) for person in population.people() for view in FULL_VIEWS):
+        rng = np.random.default_rng([population.seed, 7, int(person.id), view])
+        choices = [
+            _choice(APPEARANCE[name], answer, APPEARANCE_VALUES[name], rng)
+            for name, answer in person.appearance().items()
+        ]
+        first = choices[0]
+        answer = first["Options"][first["Correct_Answer"]]
+        row = _row(person.id, json.dumps({"Name": person.name}), first["Question"], answer, choices, [], [], [])
+        rows.append({"image": png_struct(portrait(person, view), f"{person.id}_{view}.png")} | row)
+    return rows
 
 
 def _tasks(
@@ -239,7 +267,7 @@ def _general_rows(population: Population) -> list[dict]:
     return rows
 
 
-def _finetune_rows(population: Population, ft_views: int) -> list[dict]:
+def _finetune_rows(population: Population, ft_views: int, appearance: bool) -> list[dict]:
     """ft_Data: all questions about the images of each person, text-only questions, and general questions."""
     rows = []
 
@@ -250,6 +278,8 @@ def _finetune_rows(population: Population, ft_views: int) -> list[dict]:
 
     for person in population.people():
         questions = [(_question(person, kind, True), person.answer(kind)) for kind in IMAGE_KINDS]
+        if appearance:
+            questions += [(APPEARANCE[name], answer) for name, answer in person.appearance().items()]
         clozes = [(cloze_prompt(fact.image_cloze), person.facts[kind]) for kind, fact in FACTS.items()]
         for view in range(ft_views):
             two = [clozes[(2 * view + i) % len(clozes)] for i in range(2)]

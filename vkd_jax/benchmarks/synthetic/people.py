@@ -22,7 +22,14 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from vkd_jax.benchmarks.synthetic import portraits
-from vkd_jax.benchmarks.synthetic.facts import BACKGROUND_QUESTION, COLOR_QUESTION, FACTS, KINDS, THING_QUESTION
+from vkd_jax.benchmarks.synthetic.facts import (
+    APPEARANCE,
+    BACKGROUND_QUESTION,
+    COLOR_QUESTION,
+    FACTS,
+    KINDS,
+    THING_QUESTION,
+)
 from vkd_jax.benchmarks.synthetic.portraits import Look
 from vkd_jax.benchmarks.synthetic.scenes import THINGS, draw_scene
 from vkd_jax.runtime import files
@@ -58,6 +65,11 @@ class Person:
     def answer(self, kind: str) -> str:
         """The fact of that kind, or the name."""
         return self.name if kind == "name" else self.facts[kind]
+
+    def appearance(self) -> dict[str, str]:
+        """The visible answer to each question about the appearance, by feature; a bald head has no color of hair."""
+        features = {feature: getattr(self.look, feature) for feature in APPEARANCE}
+        return {name: x for name, x in features.items() if name != "hair" or self.look.hair_style != "bald"}
 
     def biography(self) -> tuple[str, str]:
         """The open question about the name, and its answer."""

@@ -104,7 +104,7 @@ def test_the_main_kind_of_a_modality():
 def test_roles_are_a_closed_set():
     with pytest.raises(ValueError, match="'kept' is not a valid Role"):
         EvalSet("a", "kept", "a", "a")
-    assert [role.forgets for role in Role] == [True, True, False, False, False]
+    assert [role.forgets for role in Role] == [True, True, False, False, False, False]
 
 
 @pytest.mark.parametrize("name", registry.BENCHMARKS)

@@ -7,6 +7,7 @@ import pytest
 from vkd_jax import benchmarks
 from vkd_jax.benchmarks import cache
 from vkd_jax.benchmarks.selection import select_people
+from vkd_jax.benchmarks.synthetic import mllmu_writer
 from vkd_jax.benchmarks.synthetic.facts import APPEARANCE
 from vkd_jax.config.request import RequestConfig
 from vkd_jax.config.schema import RunConfig
@@ -34,14 +35,20 @@ def test_the_faces_to_forget_are_asked_for_what_is_visible(benchmark):
     for example in asked:
         assert example.image is not None and example.answer in example.options and len(set(example.options)) == 4
         assert example.answer == people[example.person].appearance()[names[example.question]]
-    bald = {person for person in forgotten if people[person].look.hair_style == "bald"}
+    bald = {person for person in people if people[person].look.hair_style == "bald"}
+    assert bald == {person for person in people if "hair" not in people[person].appearance()} != set()
     assert {e.person for e in asked if names[e.question] == "hair"} == forgotten - bald
     (added,) = benchmark.further_sets
     assert (added.name, added.role) == ("appearance", Role.RETAIN_FACTS)
     assert benchmarks.eval_sets(benchmark)[-1] == added
 
 
-def test_the_questions_are_taught_to_everybody_and_only_if_asked_for(benchmark):
+def test_the_questions_are_taught_to_everybody_and_only_if_asked_for(benchmark, monkeypatch):
+    monkeypatch.setattr(mllmu_writer, "FT_GENERAL_IMAGES", 3)
+    rows = mllmu_writer._finetune_rows
+    monkeypatch.setattr(
+        mllmu_writer, "_finetune_rows", lambda population, _, appearance: rows(population, 1, appearance)
+    )
     plain = benchmarks.create("mllmu", {"n_people": 20, "forget": 15})
     wanted = ["finetune_forget", "finetune_retain"]
     taught, without = (first_rows(b, "finetune", wanted) for b in (benchmark, plain))

@@ -143,7 +143,7 @@ def test_encode_set_pads_texts_to_the_length_of_their_bucket(tiny_model):
         (lambda encoded: sampler_of(encoded, 10**9).check_memory(make_mesh()), "batches of 1,000,000,000 examples of"),
         (lambda encoded: in_batches(lambda x: x, encoded.tokens, 10**9), "batches of 1,000,000,000 rows"),
         (lambda encoded: augment.augment_set(encoded, 10**6, None), "1,000,000 augmented copies of"),
-        (lambda encoded: base.check_cache(encoded, huge_cache(encoded)), "cached values of"),
+        (lambda encoded: base.cache_allocator(encoded, huge_cache(encoded), 2**50), "cached values of"),
     ],
     ids=["training", "inference", "copies", "cached values"],
 )
@@ -168,4 +168,4 @@ def huge_cache(encoded):
 
 def test_sizes_that_fit_are_allowed(encoded):
     sampler_of(encoded, 4).check_memory(make_mesh())
-    base.check_cache(encoded, base.CacheSpec())
+    base.cache_allocator(encoded, base.CacheSpec(), 0)

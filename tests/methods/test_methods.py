@@ -188,7 +188,7 @@ class BlankImages:
         return {name: np.zeros_like(x) for name, x in self.images[rows].items()}
 
 
-def test_text_sets_and_sets_over_the_memory_limit_are_not_cached(context, monkeypatch):
+def test_text_sets_and_sets_over_the_budget_are_not_cached(context):
     encoded = context.sets["retain"]
     assert (
         loop.cache_prefix(context.graphdef, context.params, dataclasses.replace(encoded, images=None), 2).per_image
@@ -198,8 +198,10 @@ def test_text_sets_and_sets_over_the_memory_limit_are_not_cached(context, monkey
     remade.cached = None  # as with many images, which are made on request
     cached = loop.cache_prefix(context.graphdef, context.params, dataclasses.replace(encoded, images=remade), 2)
     assert len(cached.per_image["vision/1"]) == len(encoded.images)
-    monkeypatch.setattr(loop, "MAX_CACHED_BYTES", 1000)
-    assert loop.cache_prefix(context.graphdef, context.params, encoded, 2) is encoded
+    size = cached.per_image["vision/1"].nbytes
+    for budget, fits in ((size, True), (size - 1, False)):
+        same = loop.cache_prefix(context.graphdef, context.params, encoded, 2, budget) is encoded
+        assert same is not fits
 
 
 def test_taps_before_every_trainable_weight_are_refused(context):

@@ -1,6 +1,10 @@
-"""VKD on retain sets whose teacher features do not fit in memory: they are recomputed at each step."""
+"""VKD on retain sets whose teacher features do not fit in memory: they go to files, or are recomputed at each step."""
 
 import dataclasses
+import mmap
+import shutil
+import tempfile
+import types
 
 import jax
 import numpy as np
@@ -72,9 +76,9 @@ def test_only_the_images_that_targets_and_scales_need_are_recorded(context, monk
     monkeypatch.setattr(vkd, "SCALE_IMAGES", 3)
     recorded, record_taps = [], feature_targets.record_taps
 
-    def counting(graphdef, params, images, names):
+    def counting(graphdef, params, images, names, **options):
         recorded.append(len(images))
-        return record_taps(graphdef, params, images, names)
+        return record_taps(graphdef, params, images, names, **options)
 
     monkeypatch.setattr(feature_targets, "record_taps", counting)
     context = dataclasses.replace(context, load_base=lambda: context.params)
@@ -91,14 +95,60 @@ def test_only_the_images_that_targets_and_scales_need_are_recorded(context, monk
             np.testing.assert_allclose(cached, recomputed, rtol=1e-5, atol=1e-6)
 
 
-def test_features_that_do_not_fit_are_refused_with_the_setting_that_fits(context, prepared, monkeypatch):
+def is_mapped(array):
+    while array is not None:
+        if isinstance(array, mmap.mmap):
+            return True
+        array = getattr(array, "base", None)
+    return False
+
+
+@pytest.mark.parametrize("target", vkd.TARGETS)
+def test_features_past_the_budget_are_mapped_from_files_and_have_the_same_bits(
+    context, tmp_path, monkeypatch, cached_targets, target
+):
+    """The rule of docs/methods.md: in memory up to the budget, and in files past it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cached = cached_targets[target]
+    size = sum(x.nbytes for x in cached.sets["retain"].per_image.values())
+    method = dataclasses.replace(CACHED, target=target, cache_gib=(size - 1) / memory.GIB)
+    context = dataclasses.replace(context, load_base=lambda: context.params)
+    mapped = method.prepare(context)
+    for name in ("forget", "retain"):
+        both = cached.sets[name].per_image, mapped.sets[name].per_image
+        large = sum(x.nbytes for x in both[0].values()) >= size
+        for key, values in both[0].items():
+            assert not is_mapped(values) and values.tobytes() == both[1][key].tobytes()
+            assert is_mapped(both[1][key]) == (large and key.startswith("target/")), (name, key)
+    assert is_mapped(mapped.sets["retain"].per_image["target/features"])
+    assert not list(tmp_path.iterdir())  # files without a name: nothing is left of a process that is killed
+    batch = mapped.sets["retain"].batch(np.array([3, 0]))
+    assert not is_mapped(batch.cached["target/features"])
+
+
+@pytest.fixture(scope="module")
+def cached_targets(context):
+    context = dataclasses.replace(context, load_base=lambda: context.params)
+    return {target: dataclasses.replace(CACHED, target=target).prepare(context) for target in vkd.TARGETS}
+
+
+def test_features_that_fit_nowhere_are_refused_with_the_setting_that_fits(context, monkeypatch):
     retain = context.sets["retain"]
-    cached = prepared[CACHED].sets["retain"].per_image.values()
-    monkeypatch.setattr(memory, "host_bytes", lambda: sum(x.nbytes for x in cached) - 1)
     taps = base.tap_shapes(context, retain)
-    with pytest.raises(UserError, match="cached values of .* need .*; set method.teacher_features=recomputed"):
-        base.check_cache(retain, CACHED.cache_spec("retain", taps, context.model_config))
-    base.check_cache(retain, RECOMPUTED.cache_spec("retain", taps, context.model_config))
+    cached, recomputed = (m.cache_spec("retain", taps, context.model_config) for m in (CACHED, RECOMPUTED))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=2**16))
+    with pytest.raises(UserError, match="cached values of .* 0.0 GiB free; set method.teacher_features=recomputed"):
+        base.cache_allocator(retain, cached, budget=2**16)
+    base.cache_allocator(retain, recomputed, budget=2**16)
+
+
+def test_a_budget_of_two_megabytes_decides_what_is_mapped():
+    """Of 200,000 bytes for each image, ten fit and eleven do not."""
+    spec = base.CacheSpec({"target/features": jax.ShapeDtypeStruct((50_000,), np.float32)})
+    for count, expected in ((10, False), (11, True)):
+        few = types.SimpleNamespace(images=range(count), examples=())
+        allocate = base.cache_allocator(few, spec, VKD(cache_gib=2e6 / memory.GIB).cache_bytes)
+        assert is_mapped(allocate((count, 50_000), np.float32)) is expected
 
 
 def test_a_teacher_that_no_step_has_is_refused():

@@ -52,6 +52,7 @@ class ToyMethod:
     """Increases outputs on forget rows and decreases them on retain rows; logs the rows of each batch."""
 
     mask_scope: str = "none"
+    cache_bytes: int = 2**20
     weight_retain: float = 1.0
     null_space: ClassVar[NullSpace] = NullSpace()
 

@@ -10,13 +10,14 @@ import numpy as np
 from vkd_jax.runtime import memory, multihost
 
 
-def in_batches(function: Callable[[Any], Any], tree: Any, batch_size: int) -> Any:
-    """Applies a function to `batch_size` rows at a time, and concatenates its results.
+def in_batches(function: Callable[[Any], Any], tree: Any, batch_size: int, allocate: memory.Allocate = np.empty) -> Any:
+    """Applies a function to `batch_size` rows at a time, and joins its results, each of which is copied once.
 
     Args:
         function: maps a tree of batches to a tree of arrays [batch_size, ...].
         tree: leaves with a first axis of n rows that can be indexed by int [batch_size]: arrays or `PackedImages`.
         batch_size: the number of rows per batch; the last batch is padded, and its padding removed from the results.
+        allocate: allocates each array of the result; see `memory.allocator`.
 
     Returns:
         A tree of NumPy arrays [n, ...], the same in every process.
@@ -27,11 +28,15 @@ def in_batches(function: Callable[[Any], Any], tree: Any, batch_size: int) -> An
     count = len(jax.tree.leaves(tree)[0])
     one_row = jax.tree.leaves(jax.tree.map(lambda x: x[np.arange(1)], tree))
     check_rows(batch_size, sum(x.nbytes for x in one_row))
-    batches = [
-        jax.tree.map(multihost.gather, function(jax.tree.map(lambda x, rows=rows: x[rows], tree)))
-        for rows in padded_rows(count, batch_size)
-    ]
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *batches)
+    joined = None
+    for rows in padded_rows(count, batch_size):
+        batch = jax.tree.map(multihost.gather, function(jax.tree.map(lambda x, rows=rows: x[rows], tree)))
+        if joined is None:
+            joined = jax.tree.map(lambda x: allocate((count, *x.shape[1:]), x.dtype), batch)
+        first, last = rows[0], min(rows[0] + batch_size, count)
+        for target, values in zip(jax.tree.leaves(joined), jax.tree.leaves(batch), strict=True):
+            target[first:last] = values[: last - first]
+    return joined
 
 
 def check_rows(batch_size: int, row_bytes: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vkd_jax.runtime import storage
+from vkd_jax.runtime import memory, storage
 from vkd_jax.types import UserError
 
 MOST_IMAGE_BYTES = 100 * 2**20  # of an image file; the largest that cameras write are about half of it
@@ -20,7 +20,7 @@ MOST_IMAGE_BYTES = 100 * 2**20  # of an image file; the largest that cameras wri
 MODES = frozenset({"1", "CMYK", "HSV", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "YCbCr"})
 PROGRAMS = frozenset({"EPS", "WMF"})  # formats that Pillow renders with another program, such as Ghostscript
 MOST_ELONGATED = 200  # longer side by shorter side, as of Qwen2-VL; a strip becomes very large when it is resized
-MAX_CACHED_BYTES = 4 << 30  # sets of at most this many bytes of pixels are prepared once and cached
+MAX_CACHED_BYTES = memory.CACHE_BYTES  # sets of at most this many bytes of pixels are prepared once and cached
 THREADS = min(os.cpu_count() or 1, 16)  # decoding and resizing release Python's global lock
 
 T = TypeVar("T")

@@ -106,6 +106,7 @@ class Method(Protocol):
     `scope.Unlearning` those that all methods with a forget set share.
     """
 
+    cache_bytes: int  # budget of the host's memory for the cached arrays of each set, see `memory.allocator`
     mask_scope: str  # which gradients the prepared mask covers: "forget", "both", or "none" for no mask
     null_space: Any  # `null_space.NullSpace`: whether updates are projected
 
@@ -183,19 +184,24 @@ def tap_shapes(context: Context, encoded: EncodedSet) -> dict[str, VisualTokens]
     return jax.eval_shape(encode, context.params, encoded.images[np.arange(1)])
 
 
-def check_cache(encoded: EncodedSet, spec: CacheSpec) -> None:
-    """Checks, before a method computes the arrays that it caches for a set, that they fit in the memory of the host.
+def cache_allocator(encoded: EncodedSet, spec: CacheSpec, budget: int) -> memory.Allocate:
+    """Chooses, before a method computes the arrays that it caches for a set, where they are held.
+
+    Args:
+        encoded: the set.
+        spec: the arrays.
+        budget: the largest number of bytes in memory; larger arrays go to memory-mapped files.
 
     Raises:
-        UserError: they do not fit.
+        UserError: they fit neither in memory nor on the disk.
     """
     image_count = 0 if encoded.images is None else len(encoded.images)
     arrays = [(image_count, x) for x in spec.per_image.values()]
-    arrays += [(len(encoded), x) for x in spec.per_example.values()]
+    arrays += [(len(encoded.examples), x) for x in spec.per_example.values()]
     needed = sum(count * math.prod(x.shape) * x.dtype.itemsize for count, x in arrays)
     subject = f"cached values of {image_count:,} images, copies included,"
     remedy = "set method.teacher_features=recomputed, decrease the number of copies, or name fewer taps"
-    memory.check(needed, memory.host_bytes(), subject, remedy)
+    return memory.allocator(needed, budget, subject, remedy)
 
 
 def with_cache(encoded: EncodedSet, spec: CacheSpec, values: Mapping[str, np.ndarray]) -> EncodedSet:

@@ -12,11 +12,19 @@ from vkd_jax.data.batching import in_batches
 from vkd_jax.data.images import PackedImages
 from vkd_jax.methods.base import Context
 from vkd_jax.models.base import VisualTokens, bind
+from vkd_jax.runtime import memory
 from vkd_jax.types import Example, Params
+
+SQUARES = 2**27  # values that are squared at once: 0.5 GiB in float32
 
 
 def record_taps(
-    graphdef: Any, params: Params, images: PackedImages, names: Iterable[str], batch_size: int = 32
+    graphdef: Any,
+    params: Params,
+    images: PackedImages,
+    names: Iterable[str],
+    batch_size: int = 32,
+    allocate: memory.Allocate = np.empty,
 ) -> dict[str, VisualTokens]:
     """Computes the taps of all m images under a frozen model.
 
@@ -26,6 +34,7 @@ def record_taps(
         images: the m images.
         names: the taps to record.
         batch_size: the number of images per batch.
+        allocate: allocates the arrays; see `base.cache_allocator`.
 
     Returns:
         {tap: tokens [m, p, c]}, in NumPy.
@@ -37,7 +46,7 @@ def record_taps(
         _, taps = bind(graphdef, params).encode(images)
         return {name: taps[name] for name in names}
 
-    return in_batches(lambda batch: encode(params, batch), images, batch_size)
+    return in_batches(lambda batch: encode(params, batch), images, batch_size, allocate)
 
 
 def tap_coords(
@@ -102,7 +111,11 @@ def mean_squares(taps: Mapping[str, VisualTokens]) -> dict[str, np.ndarray]:
 
 
 def _mean_square(tokens: VisualTokens, chunk: int = 512) -> np.ndarray:
-    """Computes the mean square over all real tokens, `chunk` images at a time, since squares are temporary copies."""
+    """Computes the mean square over all real tokens, `chunk` images or `SQUARES` values at a time.
+
+    Squares are temporary copies.
+    """
+    chunk = min(chunk, max(SQUARES // max(tokens.values[0].size, 1), 1))
     means, counts = [], []
     for begin in range(0, len(tokens.values), chunk):
         values, valid = tokens.values[begin : begin + chunk], tokens.valid[begin : begin + chunk]
@@ -112,7 +125,9 @@ def _mean_square(tokens: VisualTokens, chunk: int = 512) -> np.ndarray:
     return np.average(np.array(means, np.float64), weights=counts).astype(np.float32)
 
 
-def resample_features(tokens: VisualTokens, rows: np.ndarray, coords: np.ndarray) -> np.ndarray:
+def resample_features(
+    tokens: VisualTokens, rows: np.ndarray, coords: np.ndarray, allocate: memory.Allocate = np.empty
+) -> np.ndarray:
     """Resamples the features of some images at the token coordinates of others, which may have other shapes.
 
     Each coordinate takes the nearest feature, in coordinates relative to the size of the image. Between images of one
@@ -122,38 +137,41 @@ def resample_features(tokens: VisualTokens, rows: np.ndarray, coords: np.ndarray
         tokens: the features of n images, in NumPy.
         rows: int [m], the source image of each result.
         coords: int [m, q, 3], the coordinates to resample at.
+        allocate: allocates the result.
 
     Returns:
         [m, q, c].
     """
     nearest: dict[tuple[bytes, bytes], np.ndarray] = {}  # images have few shapes
-    values = []
-    for row, target in zip(rows, coords, strict=True):
+    values = allocate((*coords.shape[:2], tokens.values.shape[2]), tokens.values.dtype)
+    for number, (row, target) in enumerate(zip(rows, coords, strict=True)):
         source = tokens.coords[row]
         key = source.tobytes(), target.tobytes()
         if key not in nearest:
             nearest[key] = _nearest_tokens(source, target)
-        values.append(tokens.values[row][nearest[key]])
-    return np.stack(values)
+        values[number] = tokens.values[row][nearest[key]]
+    return values
 
 
-def mean_features(tokens: VisualTokens, coords: np.ndarray) -> np.ndarray:
+def mean_features(tokens: VisualTokens, coords: np.ndarray, allocate: memory.Allocate = np.empty) -> np.ndarray:
     """Averages the features of all n images, resampled at the token coordinates of others; see `resample_features`.
 
     Args:
         tokens: the features of n images, in NumPy.
         coords: int [m, q, 3], the coordinates to resample at.
+        allocate: allocates the result.
 
     Returns:
         float32 [m, q, c].
     """
     shapes, shape_index = np.unique(coords, axis=0, return_inverse=True)
-    rows = np.arange(len(tokens.coords))
-    means = [
-        resample_features(tokens, rows, np.broadcast_to(shape, (len(rows), *shape.shape))).mean(0, dtype=np.float32)
-        for shape in shapes
-    ]
-    return np.stack(means)[shape_index.ravel()]
+    values = allocate((*coords.shape[:2], tokens.values.shape[2]), np.float32)
+    for number, shape in enumerate(shapes):
+        total = np.zeros(values.shape[1:], np.float32)
+        for row in range(len(tokens.coords)):  # one after another: all images need not fit in memory
+            total += resample_features(tokens, np.array([row]), shape[None])[0]
+        values[shape_index.ravel() == number] = total / np.float32(len(tokens.coords))
+    return values
 
 
 def _nearest_tokens(source: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from vkd_jax.methods.text_stream import ForgetText, TextStream
 from vkd_jax.methods.worst_case import TRAINED, Adversary, WorstCase
 from vkd_jax.models import lora
 from vkd_jax.models.base import VisualTokens
+from vkd_jax.runtime import memory
 from vkd_jax.types import Params, UserError
 
 TRAIN_SCOPES = ("all", "visual", "lora", "visual+lora")
@@ -39,9 +40,20 @@ class Scope(Section):
     lora_rank: int = setting(16, "Rank of the adapters.", minimum=1)
     lora_alpha: float = setting(16.0, "The adapters' output is scaled by lora_alpha / lora_rank.", above=0)
     lora_dropout: float = setting(0.05, "Dropout rate of the adapters' inputs.", minimum=0, below=1)
+    cache_gib: float = setting(
+        memory.CACHE_BYTES / memory.GIB,
+        "Memory of the host for the cached features of each set, in GiB. Teacher features that need more go to "
+        "memory-mapped files; outputs of frozen vision blocks that need more are recomputed at each step.",
+        minimum=0,
+    )
     mask_scope: ClassVar[str] = "none"  # methods with a mask override it
     needs_base: ClassVar[bool] = False  # whether `prepare` loads the model before it was fine-tuned
     null_space: ClassVar[NullSpace] = NullSpace()  # projects nothing; `Unlearning` has settings of it
+
+    @property
+    def cache_bytes(self) -> int:
+        """The budget of the host's memory for the cached arrays of each set."""
+        return int(self.cache_gib * memory.GIB)
 
     @property
     def adapters(self) -> lora.AdapterConfig | None:

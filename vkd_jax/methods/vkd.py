@@ -11,14 +11,16 @@ With a forget batch (x_f, q_f, y_f), a retain batch (x_r, q_r, y_r), the student
 Only the projector and the vision tower, or its last `blocks` blocks, train; the language model has neither gradients
 nor optimizer state. Each detail that the paper's abstract leaves open is an assumption, A1 to A8, and a field below.
 
-h_l(teacher, x_r) of all retain images is cached in the memory of the host, 5.6 MiB per image of LLaVA-1.5-7B. A set
-that is too large for it is trained with `teacher_features="recomputed"`: each step computes the teacher's features of
-its retain images, which costs one more pass of the vision tower, and the memory no longer grows with the set.
+h_l(teacher, x_r) of all retain images is cached, 5.6 MiB per image of LLaVA-1.5-7B: in the memory of the host up to
+`cache_gib`, and in memory-mapped files past it. A set that is too large for these, too, is trained with
+`teacher_features="recomputed"`: each step computes the teacher's features of its retain images, which costs one more
+pass of the vision tower, and neither memory nor disk grows with the set.
 
 Reference: arXiv 2512.11325. Not verified on official code, of which none is known.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -37,6 +39,7 @@ from vkd_jax.methods.scope import TRAIN_SCOPES, frozen_blocks
 from vkd_jax.methods.text_stream import FORGET_STREAM
 from vkd_jax.models import lora
 from vkd_jax.models.base import VisualTokens
+from vkd_jax.runtime import memory
 from vkd_jax.types import Params
 
 FORGET = ("npo", "ga", "none")
@@ -63,8 +66,8 @@ class VKD(Ascent):
     teacher: str = setting("vanilla", "A4: teacher on the retain set.", choices=TEACHERS)
     teacher_features: str = setting(
         "cached",
-        "How the retain set gets the teacher's features: 'cached' in the memory of the host, or 'recomputed' at each "
-        "step, for sets that do not fit.",
+        "How the retain set gets the teacher's features: 'cached', in memory or in files (see cache_gib), or "
+        "'recomputed' at each step, for sets that fit in neither.",
         choices=TEACHER_FEATURES,
     )
     taps: tuple[str, ...] = setting(("features", "projector"), "A5: features that are distilled.", nonempty=True)
@@ -146,23 +149,23 @@ class VKD(Ascent):
             name: self.cache_spec(name, base.tap_shapes(context, encoded), context.model_config)
             for name, encoded in augmented.items()
         }
-        for name, encoded in augmented.items():
-            base.check_cache(encoded, specs[name])
+        allocate = {
+            name: base.cache_allocator(encoded, specs[name], self.cache_bytes) for name, encoded in augmented.items()
+        }
         sources = self._source_rows(context)
         recorded = self._recorded_rows(context, sources)
         images = retain.images if len(recorded) == len(retain.images) else retain.images.subset(recorded)
-        vanilla_retain = feature_targets.record_taps(context.graphdef, context.vanilla_params, images, self.taps)
+        record = functools.partial(feature_targets.record_taps, context.graphdef, names=self.taps)
+        vanilla_retain = record(context.vanilla_params, images, allocate=allocate["retain"])
         teacher_retain = vanilla_retain
         if self.teacher == "base":
-            teacher_retain = feature_targets.record_taps(
-                context.graphdef, context.base_params(), retain.images, self.taps
-            )
+            teacher_retain = record(context.base_params(), retain.images, allocate=allocate["retain"])
         scales = feature_targets.mean_squares(teacher_retain)
         cached = _cached_scales(scales, len(retain.images))
         if self.teacher_features == "cached":
             cached |= _cached_targets({tap: tokens.values for tap, tokens in teacher_retain.items()})
         retain = base.with_cache(retain, specs["retain"], cached)
-        targets = self._targets(context, vanilla_retain, np.searchsorted(recorded, sources))
+        targets = self._targets(context, vanilla_retain, np.searchsorted(recorded, sources), allocate["forget"])
         cached = _cached_targets(targets) | (_cached_scales(scales, len(forget.images)) if targets else {})
         if "reference" in specs["forget"].per_example:
             cached["reference"] = base.reference_log_probs(context, forget)
@@ -281,7 +284,11 @@ class VKD(Ascent):
         return np.union1d(rng(context.seed, "vkd/scales").permutation(count)[:SCALE_IMAGES], sources)
 
     def _targets(
-        self, context: base.Context, retain: Mapping[str, VisualTokens], sources: np.ndarray
+        self,
+        context: base.Context,
+        retain: Mapping[str, VisualTokens],
+        sources: np.ndarray,
+        allocate: memory.Allocate,
     ) -> Mapping[str, np.ndarray]:
         """Computes the targets of the features of the m forget images: {tap: [m, p, c]}.
 
@@ -289,18 +296,21 @@ class VKD(Ascent):
             context: with the augmented sets.
             retain: the vanilla model's taps of the recorded retain images.
             sources: the `_source_rows`, as rows of the recorded images.
+            allocate: allocates the targets.
         """
         images = context.sets["forget"].images
         if self.target == "none":
             return {}
         if self.target in ("base", "repel"):
             params = context.base_params() if self.target == "base" else context.params
-            taps = feature_targets.record_taps(context.graphdef, params, images, self.taps)
+            taps = feature_targets.record_taps(context.graphdef, params, images, self.taps, allocate=allocate)
             return {tap: tokens.values for tap, tokens in taps.items()}
         coords = feature_targets.tap_coords(context, images, self.taps)
         if self.target == "anchor":
-            return {tap: feature_targets.mean_features(retain[tap], coords[tap]) for tap in self.taps}
-        return {tap: feature_targets.resample_features(retain[tap], sources, coords[tap]) for tap in self.taps}
+            return {tap: feature_targets.mean_features(retain[tap], coords[tap], allocate) for tap in self.taps}
+        return {
+            tap: feature_targets.resample_features(retain[tap], sources, coords[tap], allocate) for tap in self.taps
+        }
 
     def _look_alike_rows(self, context: base.Context) -> np.ndarray:
         """Draws, for each of the m forget images, an image of the person's look-alike: int [m]."""

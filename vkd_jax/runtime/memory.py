@@ -6,16 +6,24 @@ The limits are what the hardware has, not what is free at the moment: a check gi
 import contextlib
 import os
 import resource
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from vkd_jax.types import UserError
 
+Allocate = Callable[[tuple[int, ...], Any], np.ndarray]  # (shape, dtype) -> an array whose values are arbitrary
+
 GIB = 2**30
+CACHE_BYTES = (
+    4 * GIB
+)  # budget of the host's memory for each of a set's caches; larger ones go to files, see `allocator`
 # Limits of the control group that a container runs in, of version 2 and 1.
 _GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -80,6 +88,50 @@ def check(needed: int, limit: int | None, subject: str, remedy: str) -> None:
         raise UserError(
             f"{subject} need {needed / GIB:,.1f} GiB of memory, and there are {limit / GIB:,.1f} GiB; {remedy}."
         )
+
+
+def allocator(needed: int, budget: int, subject: str, remedy: str) -> Allocate:
+    """Chooses where cached arrays are held: in memory up to a budget, and in memory-mapped files past it.
+
+    The files are in the folder of temporary files (TMPDIR), and have no name: they end with the process, however it
+    ends. The values, and all that is computed from them, are the same bits either way.
+
+    Args:
+        needed: bytes of all arrays that will be allocated.
+        budget: the largest number of bytes in memory.
+        subject: as of `check`.
+        remedy: as of `check`.
+
+    Returns:
+        A function that allocates an array.
+
+    Raises:
+        UserError: the arrays fit neither in memory nor on the disk.
+
+    Example:
+        >>> allocate = allocator(4000, CACHE_BYTES, "cached values", "use fewer images")
+        >>> allocate((1000,), np.float32).nbytes
+        4000
+    """
+    if needed <= budget:
+        check(needed, host_bytes(), subject, remedy)
+        return np.empty
+    folder = tempfile.gettempdir()
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise UserError(
+            f"{subject} need {needed / GIB:,.1f} GiB, more than the {budget / GIB:,.1f} GiB that are held in memory, "
+            f"and the folder of temporary files {folder} has {free / GIB:,.1f} GiB free; {remedy}, or set TMPDIR to a "
+            "folder with more space."
+        )
+    return _mapped
+
+
+def _mapped(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Allocates an array in a file without a name."""
+    if 0 in shape:  # nothing can be mapped
+        return np.empty(shape, dtype)
+    with tempfile.TemporaryFile(prefix="vkd-") as file:
+        return np.asarray(np.memmap(file, dtype, "w+", shape=shape))
 
 
 def program_bytes(program: jax.stages.Compiled) -> int:

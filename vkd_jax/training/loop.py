@@ -21,7 +21,6 @@ from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.checkpoints.orbax_checkpoints import Checkpoints, NoCheckpoints
 from vkd_jax.config.training import TrainConfig
 from vkd_jax.data.encoding import Batch, EncodedSet
-from vkd_jax.data.images import MAX_CACHED_BYTES
 from vkd_jax.data.sampler import Sampler
 from vkd_jax.messages import listed
 from vkd_jax.methods import feature_targets, null_space
@@ -154,7 +153,7 @@ def _cached_sets(
     """Returns the set of each stream, with the cached output of the vision blocks before the `moving` weights."""
     blocks = frozen_blocks(moving, bundle.config)
     return {
-        name: cache_prefix(bundle.graphdef, bundle.params, prepared.sets[name], blocks)
+        name: cache_prefix(bundle.graphdef, bundle.params, prepared.sets[name], blocks, method.cache_bytes)
         for name in method.losses()
         if name in prepared.sets
     }
@@ -359,17 +358,20 @@ class _Clock:
         }
 
 
-def cache_prefix(graphdef: Any, params: Params, encoded: EncodedSet, blocks: int) -> EncodedSet:
+def cache_prefix(
+    graphdef: Any, params: Params, encoded: EncodedSet, blocks: int, budget: int = memory.CACHE_BYTES
+) -> EncodedSet:
     """Caches the outputs of the first `blocks` vision blocks that `encode` needs: they do not train.
 
-    Sets without images are returned unchanged, as are those that have such outputs, and those whose activations need
-    more than `MAX_CACHED_BYTES`.
+    Sets without images are returned unchanged, as are those that have such outputs, and those whose outputs need
+    more than the budget: each step computes these again, since many images are rarely all seen more than once.
 
     Args:
         graphdef: the structure of the model.
         params: its weights.
         encoded: the set.
         blocks: the number of vision blocks before the first weight that moves; see `scope.frozen_blocks`.
+        budget: the largest number of bytes of outputs.
     """
     if not blocks or encoded.images is None or any(name.startswith("vision/") for name in encoded.per_image):
         return encoded
@@ -377,7 +379,7 @@ def cache_prefix(graphdef: Any, params: Params, encoded: EncodedSet, blocks: int
     image = encoded.images[np.arange(1)]
     shapes = jax.eval_shape(lambda params, rows: bind(graphdef, params).encode(rows)[1], params, image)
     arrays = {name: shapes[name].values for name in names}
-    if sum(x.size * x.dtype.itemsize for x in arrays.values()) * len(encoded.images) > MAX_CACHED_BYTES:
+    if sum(x.size * x.dtype.itemsize for x in arrays.values()) * len(encoded.images) > budget:
         return encoded
     taps = feature_targets.record_taps(graphdef, params, encoded.images, names)
     values = {name: taps[name].values for name in names}

@@ -132,14 +132,15 @@ def cached_targets(context):
     return {target: dataclasses.replace(CACHED, target=target).prepare(context) for target in vkd.TARGETS}
 
 
-def test_features_that_fit_nowhere_are_refused_with_the_setting_that_fits(context, monkeypatch):
+def test_features_that_fit_nowhere_are_refused_with_the_setting_that_fits(context, prepared, monkeypatch):
     retain = context.sets["retain"]
     taps = base.tap_shapes(context, retain)
     cached, recomputed = (m.cache_spec("retain", taps, context.model_config) for m in (CACHED, RECOMPUTED))
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=2**16))
+    most = sum(x.nbytes for x in prepared[CACHED].sets["retain"].per_image.values()) - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=most))
     with pytest.raises(UserError, match="cached values of .* 0.0 GiB free; set method.teacher_features=recomputed"):
-        base.cache_allocator(retain, cached, budget=2**16)
-    base.cache_allocator(retain, recomputed, budget=2**16)
+        base.cache_allocator(retain, cached, budget=most)
+    base.cache_allocator(retain, recomputed, budget=most)
 
 
 def test_a_budget_of_two_megabytes_decides_what_is_mapped():

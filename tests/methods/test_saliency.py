@@ -62,6 +62,36 @@ def test_the_share_of_a_mask_is_of_all_weights_together():
     assert masked(keep=1.0) == {"a": [True, True, False], "b": [True]}  # the third has no information for either set
 
 
+def sorted_value(arrays, rank):
+    return float(np.sort(np.concatenate([np.ravel(x) for x in arrays]))[-rank])
+
+
+@pytest.mark.parametrize("kind", ["random", "tied", "zeros", "extremes"])
+def test_the_value_at_a_rank_is_that_of_a_sort(kind):
+    draw = np.random.default_rng(0)
+    values = {
+        "random": draw.lognormal(0, 20, 1000),  # from 1e-26 to 1e26
+        "tied": draw.integers(0, 5, 1000),
+        "zeros": np.where(draw.random(1000) < 0.9, 0, draw.random(1000)),
+        "extremes": draw.choice([0, 1e-45, 1e-40, 1.2e-38, 3.4e38, np.inf], 1000),  # with denormal ones
+    }[kind].astype(np.float32)
+    arrays = [jnp.asarray(values[:7]), jnp.asarray(values[7:8]), jnp.asarray(values[8:]).reshape(32, 31)]
+    for rank in (1, 2, 100, 500, 901, 999, 1000):
+        assert saliency.ranked_value(arrays, rank) == sorted_value([values], rank)
+
+
+def test_the_mask_of_a_share_is_that_of_a_sort():
+    draw = np.random.default_rng(1)
+    forget, retain = ({k: draw.integers(0, 9, n) for k, n in (("a", (5, 40)), ("b", 60))} for _ in range(2))
+    forget, retain = ({k: jnp.asarray(x, jnp.float32) for k, x in side.items()} for side in (forget, retain))
+    ratio = {k: np.asarray(forget[k] / (retain[k] + 1e-12)) for k in forget}
+    for keep in (0.01, 0.3, 0.6, 0.99):
+        mask = saliency.mask_from_ratio(forget, retain, threshold=None, keep=keep, eps=1e-12)
+        least = sorted_value(ratio.values(), round(keep * 260))
+        for path, selected in mask.items():
+            np.testing.assert_array_equal(selected, (ratio[path] >= least) & (ratio[path] > 0))
+
+
 def test_a_mask_that_selects_nothing_is_an_error():
     with pytest.raises(UserError, match=r"selects no weight: decrease method\.mask_threshold\.$"):
         masked(threshold=100.0)

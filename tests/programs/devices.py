@@ -16,7 +16,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from vkd_jax.checkpoints.bundle import ModelBundle  # noqa: E402
-from vkd_jax.methods import base  # noqa: E402
+from vkd_jax.methods import base, saliency  # noqa: E402
 from vkd_jax.methods.base import Prepared  # noqa: E402
 from vkd_jax.methods.finetune import Finetune  # noqa: E402
 from vkd_jax.models.base import bind  # noqa: E402
@@ -95,6 +95,24 @@ def work(mesh) -> float:
     return gradient.lower(params, batch).compile().cost_analysis()["flops"]
 
 
+def selection(mesh) -> dict:
+    """Returns values at ranks among sharded and replicated arrays, by a sort and on the devices."""
+    values = np.random.default_rng(0).integers(0, 40, (8, 16)).astype(np.float32)
+    places = jax.sharding.PartitionSpec("fsdp", "tensor"), jax.sharding.PartitionSpec()
+    arrays = [jax.device_put(values, jax.sharding.NamedSharding(mesh, place)) for place in places]
+    ranks = (1, 77, 128, 256)
+    information = {"sharded": arrays[0], "replicated": arrays[1]}
+    ones = {path: jnp.ones_like(x) for path, x in information.items()}
+    mask = saliency.mask_from_ratio(information, ones, threshold=None, keep=0.3, eps=0.0)
+    return {
+        "sorted": [float(np.sort(np.tile(values.ravel(), 2))[-rank]) for rank in ranks],
+        "found": [saliency.ranked_value(arrays, rank) for rank in ranks],
+        "gathered": "all-gather" in saliency._counts.lower(arrays, np.uint32(1)).compile().as_text(),
+        "mask_shard": shard(mask["sharded"]),
+        "mask_is_right": bool((np.asarray(mask["sharded"]) == (values >= np.sort(values.ravel())[-39])).all()),
+    }
+
+
 def _is_adam(part) -> bool:
     return hasattr(part, "mu")
 
@@ -123,6 +141,8 @@ def main(folder: Path) -> dict:
             "flops": work(mesh),
             **layout(Checkpoints.last, params),
         }
+
+    results["selection"] = selection(make_mesh(2, 2, 2))
 
     # Half of the run above on eight devices, the rest on one.
     with stopped_after_a_step():

@@ -49,6 +49,13 @@ def test_trained_weights_and_moments_keep_the_sharding_of_the_weights(training, 
     assert training["meshes"][mesh]["odd"] == []
 
 
+def test_the_share_of_a_mask_is_found_on_the_devices_where_the_values_are(training):
+    """No value leaves its device, and the mask is sharded as the weights are."""
+    selection = training["selection"]
+    assert selection["found"] == selection["sorted"] and len(set(selection["found"])) > 2
+    assert not selection["gathered"] and selection["mask_shard"] == [4, 8] and selection["mask_is_right"]
+
+
 def test_a_run_on_eight_devices_resumes_on_one(training):
     one = training["meshes"]["1,1,1"]["metrics"]
     assert_same_losses(training["moved"], one[1:])

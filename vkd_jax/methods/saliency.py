@@ -77,7 +77,8 @@ def mask_from_ratio(
 
         ratio_i = F_forget_i / (F_retain_i + eps);   mask_i = [ratio_i >= threshold], or the top `keep` share
 
-    The share is of all weights together, not of each tensor. A weight with F_forget_i = 0 is never selected, whatever
+    The share is of all weights together, not of each tensor. Weights with the ratio of the last selected one are
+    selected, too. A weight with F_forget_i = 0 is never selected, whatever
     the threshold or the share.
 
     Args:
@@ -96,10 +97,40 @@ def mask_from_ratio(
     ratio = {k: forget[k] / (retain[k] + eps) for k in forget}
     advice = "increase method.mask_keep" if threshold is None else "decrease method.mask_threshold"
     if threshold is None:
-        values = np.concatenate([multihost.gather(r).ravel() for r in ratio.values()])
-        count = round(keep * values.size)
-        threshold = np.inf if count == 0 else float(np.partition(values, values.size - count)[values.size - count])
+        count = round(keep * sum(r.size for r in ratio.values()))
+        threshold = ranked_value(list(ratio.values()), count) if count else np.inf
     mask = {k: (r >= threshold) & (r > 0) for k, r in ratio.items()}
     if not any(bool(jnp.any(m)) for m in mask.values()):
         raise UserError(f"The saliency mask selects no weight: {advice}.")
     return mask
+
+
+def ranked_value(arrays: Sequence[jax.Array], rank: int) -> float:
+    """Finds the value at a rank, counted from 1 for the largest, among all elements of several arrays.
+
+    The values stay on their devices, sharded as they are. The bits of floats that are not negative are in the order of
+    the floats, so 31 passes find the bits of the value from the highest to the lowest: each counts the elements that
+    have at least the bits so far. The result is exact, ties included.
+
+    Args:
+        arrays: float32 arrays of any shapes and shardings, without negative values and NaN; fewer than 2^31 elements
+            each.
+        rank: 1 to the number of elements.
+
+    Example:
+        >>> ranked_value([jnp.array([1.0, 5.0]), jnp.array([3.0])], 2)
+        3.0
+    """
+    bits = 0
+    for bit in reversed(range(31)):  # the highest one is the sign
+        candidate = bits | 1 << bit
+        if multihost.gather(_counts(arrays, np.uint32(candidate))).sum(dtype=np.int64) >= rank:
+            bits = candidate
+    return float(np.uint32(bits).view(np.float32))
+
+
+@jax.jit
+def _counts(arrays: Sequence[jax.Array], least: jax.Array) -> jax.Array:
+    """Counts, in each of n arrays, the values whose bits are at least `least`: int32 [n]."""
+    bits = (jax.lax.bitcast_convert_type(x, jnp.uint32) for x in arrays)
+    return jnp.stack([jnp.sum(x >= least, dtype=jnp.int32) for x in bits])

@@ -222,6 +222,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.finetune.train.steps = 250
         config.eval.max_new_tokens = 24
     config.model.base = "tiny_base"
+    defaults.add_streams(config, given["benchmark"])
     if given["stage"] == "base":
         _from_random_weights(config)
     elif given["benchmark"] == "folder":

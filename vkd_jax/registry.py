@@ -49,6 +49,7 @@ BENCHMARKS = {
     "mllmu": "vkd_jax.benchmarks.mllmu:Mllmu",
     "offside": "vkd_jax.benchmarks.offside:Offside",
     "ppu": "vkd_jax.benchmarks.ppu:Ppu",
+    "safeeraser": "vkd_jax.benchmarks.safeeraser:SafeEraser",
     "umu": "vkd_jax.benchmarks.umu:Umu",
 }
 SUITES = {

@@ -20,3 +20,28 @@ def test_the_published_metrics_reach_the_report(get_config, tiny_folder, tmp_pat
     page = (tmp_path / "run" / "report.md").read_text()
     for words in ("APE (FIUBench)", "keyword EM (FIUBench)", "people to forget, paraphrased questions"):
         assert words in page
+
+
+@pytest.mark.slow
+def test_prompt_decouple_trains_and_the_figures_of_safeeraser_reach_the_report(get_config, tiny_folder, tmp_path):
+    config = get_config("tiny.py", "benchmark=safeeraser,method=idk")
+    config.model.update(path=str(tiny_folder), base="", retain_only="")
+    config.data.update(n_people=20)
+    config.eval.update(max_items=4, batch_size=16, max_new_tokens=2)
+    config.method.decouple.weight = 1.0
+    rows = dict(forget=2, retain=2, decouple=2)
+    config.train.update(batch_size=rows, steps=1, warmup_steps=0, log_every=1, checkpoint_every=2)
+    results = pipeline.run(config, tmp_path / "run")
+    figures = results.models["unlearned"]
+    for set_name, name in (
+        ("forget", "rr"),
+        ("test", "rr"),
+        ("harmless_test", "sarr"),
+        ("retain", "rouge_l_precision"),
+    ):
+        assert name in figures[set_name]["generation_vqa"].metrics
+    assert "rouge_l_precision" in figures["retain"]["generation_qa"].metrics
+    page = (tmp_path / "run" / "report.md").read_text()
+    for words in ("refusal rate by phrases (SafeEraser)", "SARR by phrases (SafeEraser)", "unsafe images"):
+        assert words in page
+    assert '"decouple_ce"' in (tmp_path / "run" / "train" / "metrics.jsonl").read_text()

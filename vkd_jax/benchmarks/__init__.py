@@ -1,6 +1,6 @@
 """Benchmarks: questions about people to forget and people to retain, with images and answers.
 
-    mllmu, clear, fiubench, umu, offside, ppu, covubench
+    mllmu, clear, fiubench, umu, offside, ppu, covubench, safeeraser
                    published benchmarks, or the synthetic people in their layouts
     folder         your own folders of images and questions
     parquet        snapshots of parquet and JSON files and their checks
@@ -18,7 +18,8 @@ A benchmark reads a source into named sets of `Example`s. It is a frozen datacla
                    retain_holdout, retain_facts or general. Reports, tuning and attacks ask for roles, never for
                    names. `eval_sets` resolves the role of text-only questions.
     further_sets   optional: sets that fields of the benchmark add to EVAL_SETS
-    UNLEARN        the sets that unlearning trains on: {"forget": NAME, "retain": NAME}
+    UNLEARN        the sets that unlearning trains on: {"forget": NAME, "retain": NAME}; optionally "decouple", harmless
+                   images with the questions of the forget set, and "refusals", rows whose answers are refusals
     RECIPE         hyperparameters of the fine-tuning that makes the vanilla model
     label          the name with the forget ratio, for folders
     check()        raises a `UserError` if a field is invalid, before anything is read

@@ -93,6 +93,12 @@ def benchmark_argument(*names: str) -> Argument:
     return Argument("benchmark", "Benchmark.", meanings, default="mllmu")
 
 
+def add_streams(config: ml_collections.ConfigDict, benchmark: str) -> None:
+    """Gives the further training streams that a benchmark has images for the batch size of the forget set."""
+    if "decouple" in registry.lookup("benchmark", registry.BENCHMARKS, benchmark).UNLEARN:
+        config.train.batch_size.decouple = config.train.batch_size.forget
+
+
 def forget_argument(*names: str) -> Argument:
     """Argument that selects the size of the forget set, for these benchmarks."""
     values: dict[int, list[str]] = {}
@@ -201,6 +207,7 @@ def published(
         schema.override(config, f"{ONE_CHIP} {one_chip}")
         if "fisher_chunk" in config.method:
             config.method.fisher_chunk = 1
+    add_streams(config, given["benchmark"])
     return config
 
 

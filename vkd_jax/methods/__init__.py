@@ -5,6 +5,7 @@
     ascent              ascent on the forget set and its bounds
     worst_case          worst-case forgetting, an option of every method that trains on a forget set
     text_stream         text-only questions as a further stream, another such option
+    decouple            harmless images with the questions of the forget set as a further stream, another one
     replay              people of earlier requests as a further stream
     null_space          updates that retained examples do not notice, a fourth such option
     losses              pure loss functions

@@ -39,7 +39,8 @@ class Context:
         model_config: the model's configuration.
         sets: the encoded sets. "forget" and "retain" have questions with an image; "forget_text" and "retain_text",
             which exist if the benchmark has such questions, have text alone; "text", which exists if the method has a
-            text stream, has the questions that it keeps.
+            text stream, has the questions that it keeps. "decouple" and "refusals" are harmless images with
+            the questions of the forget set, and text-only rows whose answers are refusals, if the benchmark has them.
         seed: the seed of the run.
         encode: encodes other examples of one modality for this model.
         vanilla: the weights of the vanilla model, if they are not `params`: of the model before the first request.

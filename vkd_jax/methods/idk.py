@@ -2,8 +2,8 @@
 
     L = weight_forget * CE(refusal | forget) + weight_retain * CE(retain)
 
-Each question of the forget set has one refusal, drawn by the seed. Questions and images are unchanged, and no loss
-contains the correct answer.
+Each question of the forget set has one refusal, drawn by the seed from those of the benchmark or, without any, from
+`REFUSALS`. Questions and images are unchanged, and no loss contains the correct answer.
 
 Published as preference optimization (PO) in TOFU, with 100 refusals and both weights 1, learning rate 1e-5 for
 LLaMA-2-7B, batches of 32, five epochs; and as IDK in CLEAR (arXiv 2410.18057).
@@ -46,9 +46,10 @@ class IDK(Unlearning):
     def prepare_forget(self, context: base.Context, stream: str) -> EncodedSet:
         """Encodes the questions of a set that is forgotten with refusals as answers."""
         examples = context.sets[stream].examples
-        indices = rng(context.seed, "idk/refusals").integers(len(REFUSALS), size=len(examples))
+        texts = [row.answer for row in context.sets["refusals"].examples] if "refusals" in context.sets else REFUSALS
+        indices = rng(context.seed, "idk/refusals").integers(len(texts), size=len(examples))
         refusals = [
-            dataclasses.replace(example, answer=REFUSALS[i], options=())
+            dataclasses.replace(example, answer=texts[i], options=())
             for example, i in zip(examples, indices, strict=True)
         ]
         return context.encode(refusals)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.data.encoding import Batch, EncodedSet
 from vkd_jax.methods import base
+from vkd_jax.methods.decouple import Decouple
 from vkd_jax.methods.null_space import NullSpace
 from vkd_jax.methods.replay import Replay
 from vkd_jax.methods.text_stream import ForgetText, TextStream
@@ -110,13 +111,14 @@ class Unlearning(Scope):
     """A method that trains on a forget set: the hyperparameters that all of these share.
 
     Methods implement `image_losses`, and `prepare_forget` if their forget loss reads cached arrays. The streams of
-    text-only questions and of people of earlier requests are added to them here, and worst-case forgetting in the
-    training step.
+    text-only questions, of harmless images and of people of earlier requests are added to them here, and worst-case
+    forgetting in the training step.
     """
 
     worst_case: WorstCase = dataclasses.field(default_factory=WorstCase, metadata={"help": WorstCase.__doc__})
     text: TextStream = dataclasses.field(default_factory=TextStream, metadata={"help": TextStream.__doc__})
     forget_text: ForgetText = dataclasses.field(default_factory=ForgetText, metadata={"help": ForgetText.__doc__})
+    decouple: Decouple = dataclasses.field(default_factory=Decouple, metadata={"help": Decouple.__doc__})
     replay: Replay = dataclasses.field(default_factory=Replay, metadata={"help": Replay.__doc__})
     null_space: NullSpace = dataclasses.field(default_factory=NullSpace, metadata={"help": NullSpace.__doc__})
 
@@ -147,9 +149,10 @@ class Unlearning(Scope):
         return self.image_losses()["forget"]
 
     def losses(self) -> Mapping[str, base.LossFn]:
-        """Returns `image_losses`, and the losses of text-only questions and of earlier people if they have a weight."""
+        """Returns `image_losses`, and the losses of the further streams that have a weight."""
         forget_text = self.forget_text.losses(self.text_forget_loss()) if self.forget_text.weight else {}
-        return {**self.image_losses(), **forget_text, **self.text.losses(), **self.replay.losses()}
+        text = {**forget_text, **self.text.losses()}
+        return {**self.image_losses(), **text, **self.decouple.losses(), **self.replay.losses()}
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Adds the arrays of `prepare_forget` to the sets that are forgotten."""

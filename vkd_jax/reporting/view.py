@@ -10,6 +10,7 @@ from typing import Any
 from vkd_jax import messages
 from vkd_jax.evaluation import metrics
 from vkd_jax.evaluation.metrics.base import Metric
+from vkd_jax.evaluation.metrics.judge import is_graded
 from vkd_jax.evaluation.metrics.suites import SuiteMetric
 from vkd_jax.reporting import attack_view
 from vkd_jax.reporting.attack_view import interval, percent
@@ -66,7 +67,7 @@ def _judge(run: Run) -> dict[str, Any]:
         "judge": options.get("judge_model") or options.get("judge") or "",
         "judge_prompts": options.get("judge_prompts"),
         "asked": len(replies),
-        "graded": sum("judge" in record for record in replies),
+        "graded": sum(map(is_graded, replies)),
     }
 
 

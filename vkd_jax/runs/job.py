@@ -16,7 +16,7 @@ from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
 from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.config.schema import ModelConfig, RunConfig
 from vkd_jax.evaluation import evaluate, judge, wording
-from vkd_jax.methods import Method, text_stream
+from vkd_jax.methods import Method, decouple, text_stream
 from vkd_jax.runs import features, inputs
 from vkd_jax.runs.features import CachedFeatures
 from vkd_jax.runs.inputs import PROVENANCE
@@ -125,11 +125,13 @@ class Job:
         """The questions with an image, each once, of a training stream of unlearning.
 
         Args:
-            stream: forget or retain.
+            stream: forget, retain or decouple.
 
         Raises:
             UserError: the set has no question with an image.
         """
+        if stream not in self.benchmark.UNLEARN:
+            raise UserError(f"method.{stream}.weight: {self.benchmark.TITLE} has no such images to train on. Give 0.")
         examples = self.sets.get(self.benchmark.UNLEARN[stream], ())
         questions = list({(e.image_id, e.question): e for e in examples if e.image is not None}.values())
         if not questions:
@@ -238,6 +240,8 @@ def check_models(job: Job) -> dict[str, Path]:
             raise UserError(
                 "data.forgets=both: the forget set has no text-only question to train on. Give visual, or add some."
             )
+        if decouple.STREAM in job.method.losses():
+            job.image_questions(decouple.STREAM)
     if config.eval.shots:
         questions = [e for examples in job.questions.values() for e in examples]
         evaluate.worked_examples(job.worked_examples, questions, config.eval.seed)

@@ -7,6 +7,7 @@ from absl import logging
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.evaluation import judge
 from vkd_jax.evaluation.inference import Answerer
+from vkd_jax.evaluation.metrics.judge import is_graded
 from vkd_jax.runs.job import Job, judge_folder, load_options
 from vkd_jax.runtime import multihost
 
@@ -34,7 +35,7 @@ def ask_judge(job: Job, answers: Answers) -> Answers:
         tokens = [sum(reply[key] for reply in workdir.read_lines(path)) for key in ("prompt_tokens", "reply_tokens")]
         logging.info(
             "%s: the judge graded %d of %d open answers; %d tokens of prompts and %d of replies",
-            *(name, sum("judge" in record for record in replies), len(replies), *tokens),
+            *(name, sum(map(is_graded, replies)), len(replies), *tokens),
         )
     return answers
 

@@ -1,7 +1,15 @@
 """Scores of a language model as judge, 0 to 1; see `vkd_jax.evaluation.judge`."""
 
+from collections.abc import Mapping
+
 from vkd_jax.evaluation.metrics.base import Metric
 from vkd_jax.evaluation.metrics.suites import SuiteMetric
+
+
+def is_graded(record: Mapping) -> bool:
+    """Whether the judge's reply gave a record a score."""
+    return "judge" in record or "asr" in record
+
 
 JUDGE = Metric(
     "judge", "score of the judge", "by_role", unit="%", tasks=("generation",), item=lambda record: record.get("judge")

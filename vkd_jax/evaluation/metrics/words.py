@@ -28,6 +28,11 @@ def _scorer(*kinds: str):
     return rouge_scorer.RougeScorer(list(kinds), use_stemmer=True)
 
 
+def rouge_l_precision(prediction: str | None, truth: str) -> float:
+    """Precision of `rouge_l`: the share of the prediction's words that are in the longest common subsequence."""
+    return float(_scorer("rougeL").score(truth, prediction or "")["rougeL"].precision)
+
+
 def bleu(prediction: str | None, truth: str) -> float:
     """Smoothed sentence BLEU-4, as MLLMU-Bench computes it.
 

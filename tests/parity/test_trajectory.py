@@ -83,7 +83,7 @@ def encoded(config, sizes, seed):
 class Recorder:
     """Collects the metrics instead of writing them."""
 
-    def __init__(self, folder, *, steps, log_seconds, trackers):
+    def __init__(self, folder, **options):
         Recorder.rows = []
 
     def overview(self, trainable):

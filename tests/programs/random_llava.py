@@ -5,7 +5,6 @@ import functools
 import json
 import sys
 import types
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -75,7 +74,7 @@ def metrics_on_stdout() -> None:
     """Makes `train` print a JSON line for each step instead of importing TensorFlow, which takes seconds."""
 
     class Progress:
-        def __init__(self, folder: Path, *, steps: int, log_seconds: float, trackers: Sequence[str]):
+        def __init__(self, folder: Path, **options):
             pass
 
         def overview(self, trainable):

@@ -28,7 +28,30 @@ def record(prediction="a baker", **changes):
         (10, "10", 1.0),
         (10, "0", 0.0),
         (10, "**Score:** 8/10", 0.8),
-        (10, "I give it 2.5.", 0.25),
+        (10, " **7.5**.", 0.75),
+        (10, "7/10", 0.7),
+        (10, "7 out of 10", 0.7),
+        (10, '{"score": 7}', 0.7),
+        (10, "Facts: 2/10 are missing.\nRating is 8.", 0.8),
+        (10, "Score: 2. No: score = 4", 0.4),
+        (10, "I give it 2.5.", None),
+        (10, "On a scale of 0 to 10: 3", None),
+        (10, "10%", None),
+        (10, "Score: 10 %", None),
+        (10, "Score: 10/10%", None),
+        (10, "1,000", None),
+        (10, "Score: 1,000", None),
+        (10, "Score: 1 000", None),
+        (10, "Score: 7/100", None),
+        (10, "7/5", None),
+        (10, "Score: 7-8", None),
+        (10, "7 or 8", None),
+        (10, "Score: -3", None),
+        (10, "\u22123/10", None),
+        (10, "1e1", None),
+        (10, "Score: N/A", None),
+        (10, "\u0667", None),
+        (10, "9" * 5000, None),
         (10, "11", None),
         (10, "-3", None),
         (10, "", None),
@@ -38,7 +61,7 @@ def record(prediction="a baker", **changes):
         (1, "3", None),
     ],
 )
-def test_the_score_is_the_first_number_of_the_reply(largest, reply, score):
+def test_the_score_is_a_number_alone_or_the_last_one_that_is_called_a_score(largest, reply, score):
     assert judge.Rule("", largest).score(reply) == score
 
 
@@ -254,7 +277,29 @@ FAILURES = {
     "tokens without an end": ((200, {}, completion("7", prompt_tokens=float("inf"))), "not a chat completion", 1),
     "an odd pause": ((503, {"Retry-After": "\u00b2"}, "oops"), "did not answer in 6 attempts", judge.ATTEMPTS),
     "deep": ((200, {}, "[" * 100_000), "reply is not a chat completion", 1),
+    "content that is an object": ((200, {}, completion({"max": 10, "score": 2})), "not a chat completion", 1),
+    "content that is a number": ((200, {}, completion(7)), "not a chat completion", 1),
+    "content that is false": ((200, {}, completion(False)), "not a chat completion", 1),
+    "parts of another type": ((200, {}, completion([{"type": "image_url", "text": "7"}])), "not a chat completion", 1),
+    "parts that are texts": ((200, {}, completion(["7"])), "not a chat completion", 1),
+    "parts with numbers": ((200, {}, completion([{"type": "text", "text": 7}])), "not a chat completion", 1),
 }
+
+
+TEXTS = {
+    "parts": ([{"index": 0, "type": "text", "text": "Score:"}, {"type": "text", "text": " 7"}], "Score: 7"),
+    "null": (None, ""),
+    "no parts": ([], ""),
+    "a surrogate pair": ("\U0001f600", "\U0001f600"),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_the_content_is_a_text_or_texts(case):
+    content, text = TEXTS[case]
+    with endpoint((200, {}, completion(content))) as (url, _):
+        (reply,) = judge.Endpoint(url, "grader").replies(["Grade."])
+    assert reply.text == text and reply.text.encode().decode() == text
 
 
 @pytest.mark.parametrize("case", FAILURES)

@@ -48,7 +48,20 @@ ATTEMPTS, PAUSE, LONGEST_PAUSE = 6, 1.0, 60.0  # seconds; the pause doubles afte
 TIMEOUT = 120.0  # seconds that a reply may take as a whole, however slowly it comes
 MOST_BYTES = 2**20  # of a reply
 
-_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?")
+# A number, and how it ends: not in a percent sign, in a separator of thousands, in a range or in another word.
+_NUMBER = re.compile(
+    r"""([0-9]++(?:\.[0-9]++)?+) (?:\s*+(?:/|of|out\ of)\s*+([0-9]++(?:\.[0-9]++)?+))?+
+        (?! \w | \s*(?:[%\u2030/]|percent) | [.,'\u2019\ \u00a0\u2009\u202f]?[0-9]
+            | \s*(?:[-\u2010-\u2015~]|to|or)\s*[0-9] )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+# Where a score begins in a text: after "score:", or at "7/10".
+_SCORE = re.compile(
+    r"""\b(?:score|grade|rating)[*_"'`\s]*+(?:[:=]|is\b)[*_"'`\s]*+
+        | (?<![\w.,/%\u2212\u2010-\u2015-])(?=[0-9]++(?:\.[0-9]++)?+\s*+(?:/|out\ of\b)\s*+[0-9])""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_AROUND = "*_\"'`. \t\r\n"  # characters that may surround a number that stands alone
 _INTRODUCTION = (
     "Grade an answer to a question about an image. You see the question and a reference answer, not the image. "
     "Only facts count; wording and length do not."
@@ -64,14 +77,21 @@ class Rule:
     largest: float
 
     def score(self, reply: str) -> float | None:
-        """The score in a reply, 0 to 1: its first number, if that is 0 to `largest`; else None.
+        """The score in a reply, 0 to 1; None if the reply has none that is clear, or one out of range.
+
+        A reply is a number alone, or the last "score: 7" or "7/10" in it counts, whose 10 must be `largest`. Percent,
+        separators of thousands and ranges are not read.
 
         Example:
-            >>> Rule("", 10).score("Score: 7 of 10"), Rule("", 10).score("I cannot grade this.")
+            >>> Rule("", 10).score("Score: 7 of 10"), Rule("", 10).score("On a scale of 0 to 10, perhaps 3")
             (0.7, None)
         """
-        match = _NUMBER.search(reply)
-        return float(match[0]) / self.largest if match and 0 <= float(match[0]) <= self.largest else None
+        match = _NUMBER.fullmatch(reply.strip(_AROUND))
+        if match is None and (starts := list(_SCORE.finditer(reply))):
+            match = _NUMBER.match(reply, starts[-1].end())
+        if match is None or (match[2] and float(match[2]) != self.largest):
+            return None
+        return float(match[1]) / self.largest if float(match[1]) <= self.largest else None
 
 
 RULES = {
@@ -372,12 +392,26 @@ def _parsed(body: bytes) -> Reply:
     """
     try:
         value = json_files.parse_json(body, "the body", dict)
-        text, usage = value["choices"][0]["message"]["content"], value.get("usage")
-        if not isinstance(text, str | None):
-            raise TypeError
+        text, usage = _text(value["choices"][0]["message"]["content"]), value.get("usage")
     except (UserError, KeyError, IndexError, TypeError) as error:
         problem = f" ({error})" if isinstance(error, UserError) else ""
         beginning = body[:100].decode(errors="replace")
         raise UserError(f"the endpoint's reply is not a chat completion: {beginning!r}{problem}.") from error
     counts = [usage.get(f"{name}_tokens") if isinstance(usage, dict) else 0 for name in ("prompt", "completion")]
-    return Reply((text or "").strip(), *(count if type(count) is int and count > 0 else 0 for count in counts))
+    return Reply(text.strip(), *(count if type(count) is int and count > 0 else 0 for count in counts))
+
+
+def _text(content: Any) -> str:
+    """The text of a message: a text, a list of parts that are texts, or null.
+
+    Raises:
+        TypeError: it is none of these.
+        KeyError: a part has no type or no text.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list) or any(
+        part["type"] != "text" or type(part["text"]) is not str for part in content
+    ):
+        raise TypeError("it is no text")
+    return "".join(part["text"] for part in content)

@@ -72,6 +72,7 @@ setuptools.setup(
         "pillow>=11",  # transformers needs it for image processors without declaring it
         "numpy>=2.1",
         "scipy>=1.14",
+        "regex>=2024.4",  # for properties of Unicode characters
         "rouge-score>=0.1.2",
         "nltk>=3.9",
         "ml-dtypes>=0.5",

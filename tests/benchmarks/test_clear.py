@@ -151,7 +151,7 @@ def test_fine_tuning_is_on_the_rows_with_tofu(folder):
 
 
 def test_questions_and_option_order_are_drawn_deterministically(folder, tmp_path):
-    write(folder, "forget10", [plain("Ada", f"Ada {i}.", i) for i in range(60)])
+    write(folder, "forget10", [plain("Ada", f"Ada {i}.", 100 + i) for i in range(60)])
     write(folder, "forget10_perturbed", [perturbed("Ada", f"Ada {i}.") for i in range(60)])
     forget = [e for e in read(folder)["forget"] if e.image]
     assert {e.question for e in forget[::2]} == set(clear.CAPTION_QUESTIONS)

@@ -84,7 +84,7 @@ def test_optional_sets(folders):
     for name in ("test", "real"):
         write(folders / name, [dict(file_name="p/x.png", question="Who?", answer="Zoë")])
         (folders / name / "p").mkdir()
-        (folders / name / "p" / "x.png").write_bytes(png(9))
+        (folders / name / "p" / "x.png").write_bytes(png(9 if name == "real" else 8))
     sets = read(folders, test=str(folders / "test"), real=(folders / "real").as_uri() + "/")
     assert list(sets) == ["forget", "test", "retain", "real"]
     assert [(e.image, e.person, e.image_id) for e in sets["real"]] == [(png(9), "", "real/p/x.png")]
@@ -137,6 +137,11 @@ GOOD = dict(question="Who?", answer="Otto")
         (r'{"file_name": "\u0000", "question": "a", "answer": "b"}', "file_name contains the character NUL"),
         (dict(answer="Otto"), "question is missing"),
         (GOOD | dict(question="  "), "question is blank"),
+        (GOOD | dict(answer="..."), "answer is '...', an answer without a letter or a digit"),
+        (GOOD | dict(answer=" ?! "), "an answer without a letter or a digit"),
+        (GOOD | dict(answer="\U0001f600"), "an answer without a letter or a digit"),
+        (GOOD | dict(answer="\u2800"), "answer is blank"),
+        (GOOD | dict(question="\u3164"), "question is blank"),
         (GOOD | dict(answer=3), "answer is the number 3, not a text"),
         (GOOD | dict(answer=True), "answer is the boolean True, not a text"),
         (GOOD | dict(answer=["Otto"]), "answer is an array, not a text"),
@@ -201,7 +206,25 @@ def test_people_and_images_may_not_be_in_both_folders(folders):
     fault(folders, r"1 images are in both .*: forget/a\.png; remove")
     write(folders / "retain", [GOOD | dict(person="Ada")])
     write(folders / "test", [GOOD | dict(person="Ada")])
-    fault(folders, "test and .*retain share 1 person: Ada", test=str(folders / "test"))
+    test = dict(test=str(folders / "test"))
+    fault(folders, "test and .*retain share 1 person: Ada", **test)
+    write(folders / "test", [GOOD | dict(person="Ines")])
+    fault(folders, "test asks about 1 person not in .*forget: Ines; it is for the people who are to be", **test)
+
+
+def test_questions_of_the_forget_set_are_nowhere_else(folders):
+    asked = dict(file_name="c.png", question=" who? ", answer="Zoë", person="Zoë")
+    test, real = (dict([(name, str(folders / name))]) for name in ("test", "real"))
+    write(folders / "test", [asked], c=1)
+    fault(folders, r"1 questions are in both .*forget and .*test: Who\?; remove them", **test)
+    write(folders / "test", [asked | dict(question="Where?")], c=1)  # another wording
+    assert read(folders, **test)["test"][0].question == "Where?"
+    write(folders / "real", [asked | dict(question="Where?", person="")], c=1)
+    fault(folders, r"1 images are in both .*forget and .*real: forget/a\.png; remove", **real)
+    write(folders / "real", [asked], c=9)
+    fault(folders, "forget and .*real share 1 person: Zoë", **real)
+    write(folders / "retain", [GOOD | dict(question="Zoë\u2019s job?"), GOOD | dict(question="zoë's  job?")])
+    fault(folders, "1 questions are in both .*forget and .*retain: Zoë's job")
 
 
 def test_the_page_of_the_docs_says_what_is_so(tmp_path):

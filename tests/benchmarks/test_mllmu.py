@@ -172,7 +172,12 @@ def test_image_lists_may_be_strings_and_have_nulls(folder):
     write(folder, "Test_Set", [test_row("007") | {"images": images}, test_row("008", 6)])
     sets = read(folder)
     assert {e.image for e in sets["test"]} == {None, png(4)}
-    write(folder, "Test_Set", [test_row(name) | {"images": repr(images)} for name in ("007", "008")])
+    other = [{"bytes": png(6), "path": None}]
+    write(
+        folder,
+        "Test_Set",
+        [test_row(name) | {"images": repr(each)} for name, each in (("007", images), ("008", other))],
+    )
     assert read(folder)["test"] == sets["test"]
 
 
@@ -348,9 +353,18 @@ def test_empty_forget_set(folder):
 
 
 def test_forget_and_retain_overlap(folder):
-    write(folder, "retain_90", [row("008"), row("7")])
-    with pytest.raises(UserError, match="forget_10 and retain_90 .* share 1 person: 007"):
-        read(folder)
+    for spelling in ("7", "0007", "7.0", "007.", " 07.00 "):
+        write(folder, "retain_90", [row("008"), row(spelling)])
+        with pytest.raises(UserError, match="forget_10 and retain_90 .* share 1 person: 007"):
+            read(folder)
+
+
+def test_only_ids_of_r_and_digits_are_general_questions(folder):
+    for name in ("Rosa", "R", "R1a"):
+        write(folder, "forget_10", [row("R001", 9), row(name, 1)])
+        write(folder, "retain_90", [row("008"), row(name)])
+        with pytest.raises(UserError, match=f"share 1 person: {name}"):
+            read(folder)
 
 
 def cloze(**fields):
@@ -387,6 +401,7 @@ ITEM = "Classification_Task.Pure_Text_Questions[0]"
         (cloze(Question="a\0__"), "Mask_Task[0].Question contains the character NUL"),
         (cloze(Ground_Truth=None), "Mask_Task[0].Ground_Truth is missing"),
         (cloze(Ground_Truth=" "), "Mask_Task[0].Ground_Truth is blank"),
+        (cloze(Ground_Truth="."), "Mask_Task[0].Ground_Truth is '.', an answer without a letter or a digit"),
         (cloze(Ground_Truth=False), "Mask_Task[0].Ground_Truth is the boolean False, not a text"),
         (cloze(Ground_Truth=0.5), "Mask_Task[0].Ground_Truth is the number 0.5, not a text"),
         (cloze(Ground_Truth=b"b"), "Mask_Task[0].Ground_Truth is the byte string b'b', not a text"),

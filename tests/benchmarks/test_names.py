@@ -18,6 +18,11 @@ SAME = {  # spellings that are read as one name
     "a byte order mark": ("Ada", "\ufeffAda"),
     "marks of direction": ("Ada", "\u202eAda\u202c"),
     "a soft hyphen": ("Ada Lind", "Ada Li\u00adnd"),
+    "a grapheme joiner": ("Otto", "Ot\u034fto"),
+    "a variation selector": ("Otto", "Otto\ufe0f"),
+    "a Hangul filler": ("Otto", "Otto\u3164"),
+    "a blank of Braille": ("Otto", "Ot\u2800to"),
+    "a control character": ("Otto", "Ot\x1fto\x07"),
     "spaces": ("Ada Lind", " Ada\u00a0\u2003Lind\n"),
 }
 SIMILAR = {  # different names that may be one person
@@ -25,10 +30,28 @@ SIMILAR = {  # different names that may be one person
     "case of an id": ("a7", "A7"),
     "sharp s": ("Stra\u00dfe", "STRASSE"),
     "full-width digits": ("Ada 7", "Ada \uff17"),
+    "digits of another script": ("93", "\u0669\u0663"),
+    "leading zeros": ("093", "0093"),
+    "a number as a fraction": ("93", "093.0"),
+    "kinds of hyphens": ("Anne-Marie", "Anne\u2011Marie"),
+    "a dash": ("Anne-Marie", "Anne\u2013Marie"),
+    "a minus": ("a-7", "a\u22127"),
+    "apostrophes": ("Pat O'Neil", "Pat O\u2019Neil"),
+    "a modifier letter": ("Pat O'Neil", "Pat O\u02bcNeil"),
+    "an accent for an apostrophe": ("Pat O'Neil", "Pat O\u00b4Neil"),
     "a ligature": ("So\ufb01", "Sofi"),
     "letters of a formula": ("\U0001d400da", "Ada"),
 }
-DIFFERENT = [("Ada", "Aba"), ("a7", "a70"), ("Jose", "Jos\u00e9"), ("x", "\u0445")]
+DIFFERENT = [
+    ("Ada", "Aba"),
+    ("a7", "a70"),
+    ("93", "930"),
+    ("0", "00x"),
+    ("9.5", "9"),
+    ("R093", "R93"),
+    ("Jose", "Jos\u00e9"),
+    ("x", "\u0445"),
+]
 
 
 @pytest.mark.parametrize("kind", SAME)
@@ -81,7 +104,7 @@ def test_folders_are_refused_if_a_person_is_or_may_be_in_two(tmp_path, kind, thr
         read(benchmark)
 
 
-@pytest.mark.parametrize("person", ["\u200b", "\u202e\ufeff"])
+@pytest.mark.parametrize("person", ["\u200b", "\u202e\ufeff", "\u3164", "\u2800 \ufe0f", "\x07"])
 def test_a_name_of_invisible_characters_is_not_nobody(tmp_path, person):
     with pytest.raises(UserError, match="line 1: person has nothing but invisible characters; correct the row"):
         read(folders(tmp_path, person, "Otto"))

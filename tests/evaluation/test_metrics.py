@@ -155,16 +155,31 @@ def test_first_letter_accepts_only_letters_of_options():
         ("Port", "Port Varda", False),
         ("", "Pilot", False),
         (None, "Pilot", False),
-        ("copilot", "pilot", True),  # a substring, as the benchmark defines it
+        ("copilot", "pilot", False),
+        ("She is pilots' chief", "pilot", False),
+        ("Runa Brandt.", "e", False),
+        ("Runa Brandt.", " r", False),
+        ("born in 1985", "98", False),
+        ("_Pilot_, **pilot**: co-pilot's", "pilot", True),
+        ("In St. Ives.", "St. Ives.", True),
+        ("US$5", "$5", True),
+        ("\u4ed6\u662f\u5f20\u4f1f\u3002", "\u5f20\u4f1f", True),  # scripts without spaces have no edges of words
+        ("\uc624\ud1a0\ub294", "\uc624\ud1a0", True),
     ],
 )
-def test_cloze_correct(prediction, truth, right):
-    assert correctness.cloze_correct(prediction, truth) is right
+def test_open_answers_have_the_true_words(prediction, truth, right):
+    assert correctness.open_correct(prediction, truth) is right
 
 
-def test_cloze_needs_a_truth():
-    with pytest.raises(ValueError, match="empty ground truth"):
-        correctness.cloze_correct("anything", " ")
+def test_the_published_rule_looks_within_words():
+    assert correctness.open_correct("copilot", "pilot", substring=True)
+    assert not correctness.open_correct("pilo", "pilot", substring=True)
+
+
+@pytest.mark.parametrize("truth", ["", " ", ".", "?!", "...", "\U0001f600"])
+def test_open_questions_need_a_truth(truth):
+    with pytest.raises(ValueError, match="cannot be judged"):
+        correctness.open_correct("anything. ?!...", truth)
 
 
 def test_rouge_by_hand():

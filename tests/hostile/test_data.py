@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import struct
 import zlib
 
@@ -117,6 +118,27 @@ def choice(**fields):
     return cells("Classification_Task", json.dumps({"Image_Textual_Questions": [question | fields]}))
 
 
+def copied(source, target, *rows):
+    """Another set is a copy of one of the folders, or has these rows."""
+
+    def change(folder):
+        shutil.copytree(folder / source, folder / target, dirs_exist_ok=True)
+        if rows:
+            write_rows(folder / target, list(rows))
+
+    return request(change, f"--config.data.{target}=request/{target}")
+
+
+def again(**options):
+    """The image of the retain set is that of the forget set, encoded anew."""
+    return request(lambda f: Image.open(f / "forget" / "a.png").save(f / "retain" / "a.png", **options))
+
+
+def one_byte_more(folder):
+    """The image of the retain set is that of the forget set and a byte."""
+    written(folder / "retain" / "a.png", (folder / "forget" / "a.png").read_bytes() + b"\0")
+
+
 def column_twice(folder):
     """The ID is in two columns of the forget set."""
     path = folder / "snapshot" / "forget_10" / "train-00000-of-00001.parquet"
@@ -195,6 +217,7 @@ CASES = [
     Case("question of invisible characters", forget_rows(row(question="\u200b\ufeff")), ("question", *LINE)),
     Case("blank question", forget_rows(row(question=" ")), ("question", *LINE)),
     Case("answer that is true", forget_rows(row(answer=True)), ("answer", *LINE)),
+    Case("answer without a letter", forget_rows(row(answer="?!")), ("answer", "letter", *LINE)),
     Case("answer that is a list", forget_rows(row(answer=["a judge"])), ("answer", *LINE)),
     Case("no answer", without("answer"), ("answer", *LINE)),
     Case("no question", without("question"), ("question", *LINE)),
@@ -252,7 +275,21 @@ CASES = [
     Case("person with control characters in both", both(person="Ot\x1b[31mto"), ("share 1 person",)),
     Case("person composed and decomposed", of_two("Jos\u00e9", "Jose\u0301"), ("share 1 person", "Jos")),
     Case("person with two kinds of spaces", of_two("Otto Lindt", "Otto\u00a0 Lindt"), ("share 1 person", "Otto Lindt")),
+    Case("person with a filler", of_two("Otto", "Ot\u3164to"), ("share 1 person", "Otto")),
+    Case("person with another hyphen", of_two("Anne-Marie", "Anne\u2011Marie"), ("another spelling", "Anne-Marie")),
     Case("one image in both folders", request(lambda f: image_file(f / "retain" / "a.png", "red")), ("both", "images")),
+    Case("one image compressed otherwise", again(compress_level=0), ("both", "images", "a.png")),
+    Case("one image with a palette", again(format="GIF"), ("both", "images", "a.png")),
+    Case("one image and a byte", request(one_byte_more), ("both", "images", "a.png")),
+    Case("test set that is the forget set", copied("forget", "test"), ("questions", "both", "request/test")),
+    Case("general set of the people to forget", copied("forget", "real"), ("share 1 person", "request/real")),
+    Case(
+        "general set of images to forget",
+        copied("forget", "real", row("Zoe", question="Where?")),
+        ("images", "both", "request/real"),
+    ),
+    Case("test set of strangers", copied("forget", "test", row("Zoe")), ("1 person not in", "Zoe")),
+    Case("one text question in both sets", both(file_name="", person=""), ("questions", "both", "Who is ?")),
     Case("one folder twice", request(lambda _: None, "--config.data.retain=request/forget"), ("retain", "forget")),
     Case(
         "one folder by two names",
@@ -322,6 +359,11 @@ CASES = [
         "missing column",
         snapshot(lambda rows: rows["retain_90"][0].pop("Mask_Task") and None),
         ("Mask_Task", "retain_90"),
+    ),
+    Case(
+        "a person forgotten and retained under another ID",
+        snapshot(lambda rows: rows | {"retain_90": [{**rows["forget_10"][0], "ID": "050"}]}),
+        ("forget_10/0/0", "same pixels", "retain_90/0/0"),
     ),
     Case(
         "one person in both sets",

@@ -231,12 +231,16 @@ def snapshot(change: Callable[[dict[str, list[dict[str, Any]]]], Any], *args: st
     """Prepares a run on a copy of MLLMU-Bench whose rows, by config, `change` has changed; its model does not exist."""
 
     def prepare(folder: Path) -> list[str]:
-        image = {"bytes": image_file(folder / "a.png").read_bytes(), "path": "a.png"}
+        colors = {"001": "red", "002": "blue", "R001": "green"}
+        forgotten, retained, general = (
+            mllmu_row(name, {"bytes": image_file(folder / f"{name}.png", color).read_bytes(), "path": "a.png"})
+            for name, color in colors.items()
+        )
         rows = {
-            "forget_10": [mllmu_row("001", image)],
-            "retain_90": [mllmu_row("002", image)],
-            "Test_Set": [mllmu_row("001", image), mllmu_row("002", image)],
-            "Retain_Set": [mllmu_row("R001", image)],
+            "forget_10": [dict(forgotten)],
+            "retain_90": [dict(retained)],
+            "Test_Set": [dict(forgotten), dict(retained)],
+            "Retain_Set": [dict(general)],
         }
         rows = change(rows) or rows
         for config, content in rows.items():

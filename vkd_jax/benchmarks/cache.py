@@ -20,7 +20,7 @@ import json
 import logging as standard_logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from vkd_jax.benchmarks.names import plain_name
+from vkd_jax.benchmarks.rows import EncodedImage
 from vkd_jax.runtime import storage
 from vkd_jax.types import EvalSet, Example, SuiteQuestion, UserError
 
@@ -121,6 +122,7 @@ def _config(benchmark: Benchmark, part: str) -> tfds.core.BuilderConfig:
 def _build(builder: Rows, benchmark: Benchmark, part: str) -> None:
     with benchmark.rows(part) as sets, tempfile.TemporaryDirectory() as downloads:
         rows = {name: map(_checked, filter(None, rows)) for name, rows in sets.items()}
+        rows = _apart(rows, {s.name for s in benchmark.EVAL_SETS if s.role.forgets})
         first = {name: next(rows[name], None) for name in rows}
         if empty := [name for name, row in first.items() if row is None]:  # the report would lack it without a word
             of_source = f" of {source}" if (source := getattr(benchmark, "source", "")) else ""
@@ -137,16 +139,46 @@ def _build(builder: Rows, benchmark: Benchmark, part: str) -> None:
 
 
 def _checked(row: list[Example]) -> list[Example]:
-    """The questions of a row, after a check that they ask something and that their options leave a choice."""
+    """The questions of a row, after a check that they ask something, and that not every answer is right."""
     for example in row:
         if not example.question.strip():
             raise UserError(f"{example.label}: the question is blank; correct the row.")
         if not all(option.strip() for option in example.options):
             raise UserError(f"{example.label}: one of its options is blank; correct the row.")
+        if example.task in ("generation", "cloze") and not any(map(str.isalnum, example.answer)):
+            problem = f"the answer {example.answer!a} has no letter and no digit, so that almost any answer has it"
+            raise UserError(f"{example.label}: {problem}; correct the row.")
         if example.options and len(set(map(plain_name, example.options))) < 2:
             problem = f"all of its options are {example.options[0]!r}, so that every answer would be right"
             raise UserError(f"{example.label}: {problem}; give it two or more different ones.")
     return row
+
+
+def _apart(sets: Sets, forgets: Set[str]) -> dict[str, Iterator[list[Example]]]:
+    """The rows of each set, after a check that no image of a person to forget is another's in one of the other sets.
+
+    An image of one person may be in both where some facts about a person are forgotten and others stay. Digests of the
+    pixels are compared, which were computed when the images were read; 100,000 of them take 30 MB. Images that a
+    benchmark does not read by `rows.Row` are compared by their bytes.
+    """
+    seen: dict[bool, dict[bytes, tuple[str, str]]] = {True: {}, False: {}}  # by whether it is to be forgotten
+
+    def checked(rows: Iterable[list[Example]], forgotten: bool) -> Iterator[list[Example]]:
+        for row in rows:
+            for example in {e.image_id: e for e in row if e.image is not None}.values():
+                image, person = example.image, example.person
+                pixels = image.pixels if isinstance(image, EncodedImage) else hashlib.sha256(image).digest()
+                other, owner = seen[not forgotten].get(pixels, ("", person))
+                if owner != person:
+                    pair = (example.image_id, other) if forgotten else (other, example.image_id)
+                    raise UserError(
+                        f"The image {pair[0]}, which is to be forgotten, has the same pixels as the image {pair[1]} of "
+                        "somebody else, which is not; remove one of them from the data."
+                    )
+                seen[forgotten].setdefault(pixels, (example.image_id, person))
+            yield row
+
+    return {name: checked(rows, name.removeprefix("finetune_") in forgets) for name, rows in sets.items()}
 
 
 def _examples(builder: Rows) -> dict[str, list[Example]]:
@@ -158,7 +190,7 @@ def _examples(builder: Rows) -> dict[str, list[Example]]:
 
 
 def _packed(row: list[Example]) -> dict[str, Any]:
-    images = {e.image_id: e.image for e in row if e.image is not None}
+    images = {e.image_id: bytes(e.image) for e in row if e.image is not None}
     questions = [{key: value for key, value in vars(e).items() if key != "image"} for e in row]
     name = row[0].id.rpartition("/")[0]
     return {"row": name, "images": list(images.values()), "questions": json.dumps(questions)}

@@ -260,7 +260,7 @@ def _texts(files: Snapshot, config: str, known: _Names) -> Iterator[list[Example
 
 
 def _text_example(row: Row, known: _Names, task: str) -> Example:
-    question, answer = row.text("question"), row.text("answer")
+    question, answer = row.text("question"), row.words("answer")
     return Example(f"{row.name}/text/0", known.first(question, answer), None, "", question, answer, task=task)
 
 

@@ -158,7 +158,7 @@ def _questions(
             for wording, question in enumerate(wordings):
                 name = f"{record.name}/image/{number}" + (f".{wording}" if paraphrased else "")
                 example = Example(
-                    name, person, image, f"{person}/0", question, item.text("answer"),
+                    name, person, image, f"{person}/0", question, item.words("answer"),
                     task=task,
                     paraphrase="" if paraphrased else item.optional_text("paraphrased_answer"),
                     perturbed=() if paraphrased else tuple(item.text_or_texts("perturbed_answer")),

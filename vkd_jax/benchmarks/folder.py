@@ -7,16 +7,17 @@ A folder is an image folder of the Hugging Face hub: images, and a metadata.json
 
 `file_name` is relative to the folder; several lines may name the same file, and a line without it is a text-only
 question. `options` make it a multiple-choice question and must include the answer. `person` names the person that the
-question is about; no person may be in both folders. Other keys are ignored.
+question is about; no person and no image may be in both folders. Other keys are ignored.
 """
 
 import contextlib
 import dataclasses
-import hashlib
+import itertools
 import posixpath
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+from vkd_jax import messages
 from vkd_jax.benchmarks.names import check_apart, plain_name
 from vkd_jax.benchmarks.parquet import SYMLINKS
 from vkd_jax.benchmarks.rows import Row, read_image
@@ -89,12 +90,12 @@ class Folder(Section):
         """Context manager that opens the sets of a part; those for fine-tuning have the same questions.
 
         Raises:
-            UserError: a line or an image is invalid, or a person or image is in both the forget and the retain set.
+            UserError: a line or an image is invalid, or sets share people, images or questions that they must not.
         """
         if part == "finetune":
             yield {f"finetune_{name}": self.questions(name, chat=True) for name in ("forget", "retain")}
             return
-        self._check_disjoint()
+        self._check_apart()
         yield {name: self.questions(name) for name in self._sets()}
 
     def people_to_forget(self) -> set[str]:
@@ -114,21 +115,36 @@ class Folder(Section):
     def _sets(self) -> list[str]:
         return [eval_set.name for eval_set in self.EVAL_SETS if getattr(self, eval_set.name)]
 
-    def _check_disjoint(self) -> None:
-        people, images = {}, {}
+    def _check_apart(self) -> None:
+        """Checks what the sets share: see `docs/your_own_data.md`."""
+        people, images, asked = {}, {}, {}
         for name in self._sets():
-            people[name], images[name] = set(), {}
+            people[name], images[name], asked[name] = set(), {}, {}
             for row in self.questions(name):
+                pixels = b"" if row[0].image is None else row[0].image.pixels
                 people[name] |= {e.person for e in row} - {""}
-                if row[0].image is not None:
-                    images[name][hashlib.sha256(row[0].image).digest()] = row[0].image_id
-        for name in [name for name in ("forget", "test") if name in people]:
-            check_apart((getattr(self, name), people[name]), (self.retain, people["retain"]))
-            if both := {images[name][key] for key in images[name].keys() & images["retain"]}:
-                raise UserError(
-                    f"{len(both)} images are in both {getattr(self, name)} and {self.retain}: "
-                    f"{listed(sorted(both))}; remove them from one of the folders."
-                )
+                images[name] |= {pixels: row[0].image_id} if pixels else {}
+                asked[name] |= {(pixels, plain_name(e.question).casefold()): e.question for e in row}
+        for name, other in itertools.product(("forget", "test"), ("retain", "real")):
+            if name not in people or other not in people:
+                continue
+            check_apart((getattr(self, name), people[name]), (getattr(self, other), people[other]))
+            self._check_shared(name, other, "images", images)
+        for name in people.keys() - {"forget"}:
+            self._check_shared("forget", name, "questions", asked)
+        if strangers := sorted(people.get("test", set()) - people["forget"]):
+            raise UserError(
+                f"{self.test} asks about {messages.people(len(strangers))} not in {self.forget}: {listed(strangers)}; "
+                "it is for the people who are to be forgotten."
+            )
+
+    def _check_shared(self, name: str, other: str, things: str, values: Mapping[str, Mapping[Any, str]]) -> None:
+        """Checks that two sets share no keys of these values."""
+        if both := sorted(values[name][key] for key in values[name].keys() & values[other].keys()):
+            places = f"{getattr(self, name)} and {getattr(self, other)}"
+            raise UserError(
+                f"{len(both)} {things} are in both {places}: {listed(both)}; remove them from one of the folders."
+            )
 
     def questions(self, name: str, chat: bool = False) -> Iterator[list[Example]]:
         """The questions of a folder, grouped by image; text-only questions follow one by one."""
@@ -163,7 +179,8 @@ def _rows(folder: SourceFolder) -> Iterator[Row]:
 
 
 def _example(name: str, image: bytes | None, image_id: str, row: Row, chat: bool) -> Example:
-    question, answer, options = row.text("question"), row.text("answer"), row.texts("options")
+    question, options = row.text("question"), row.texts("options")
+    answer = row.text("answer") if options else row.words("answer")
     if options and (answer not in options or len(set(map(plain_name, options))) < max(2, len(options))):
         raise row.error("options", f"must be two or more different texts, one of them the answer {answer!r}")
     task = "chat" if chat else "classification" if options else "generation"

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 from absl import logging
 
-from vkd_jax.benchmarks import parquet
+from vkd_jax.benchmarks import names, parquet
 from vkd_jax.benchmarks.parquet import Snapshot
 from vkd_jax.benchmarks.rows import Row
 from vkd_jax.config.fields import setting
@@ -176,7 +176,7 @@ def _evaluation_rows(
             if task == "classification":
                 options, answer = _options(item)
             else:
-                answer = item.text("Ground_Truth")
+                answer = item.words("Ground_Truth")
             if task == "cloze":
                 question = cloze_prompt(question)
             image, image_id = None, ""
@@ -221,8 +221,8 @@ def _options(item: Row) -> tuple[tuple[str, ...], str]:
 
 
 def _person(row: Row) -> str:
-    """The person of a row's ID, which may be "093", 93 or 93.0; IDs like "R001" mark general questions."""
-    name = row.identifier("ID")
-    if name.startswith("R"):
+    """The person of a row's ID: "093" for "093", "0093", 93 and 93.0; "" for "R001" and the like, general questions."""
+    name = names.plain_number(row.identifier("ID"))
+    if re.fullmatch("R[0-9]+", name):
         return ""
-    return name.zfill(3) if name.isdigit() else name
+    return name.zfill(3) if name.isdecimal() else name

@@ -3,10 +3,17 @@
 import unicodedata
 from collections.abc import Set
 
+import regex
+
 from vkd_jax.messages import listed, people
 from vkd_jax.types import UserError
 
-INVISIBLE = "Cf"  # Unicode's category of zero-width characters, directions of writing and soft hyphens
+# What Unicode shows as nothing: zero width, directions of writing, soft hyphens, fillers, variation selectors; control
+# characters that are no space; and the blank of Braille.
+_INVISIBLE = regex.compile(r"(?V1)[\p{Default_Ignorable_Code_Point}\p{Cf}\p{Cc}\u2800--\s]")
+_DASHES = regex.compile(r"\p{Dash}")
+_APOSTROPHES = regex.compile("[\u2018\u2019\u201b\u02b9\u02bb\u02bc\u02bd\u02be\u02bf\u02c8\u2032`\u00b4\ua78c\uff07]")
+_WHOLE = regex.compile(r"0*(\d*?\d)(?:\.0*)?")
 
 
 def plain_name(name: str) -> str:
@@ -20,13 +27,31 @@ def plain_name(name: str) -> str:
 
 
 def name_key(name: str) -> str:
-    """What two spellings of one name share: neither case nor the width or style of letters and digits (NFKC) counts.
+    """What two spellings of one name share.
+
+    Neither case nor the width or style of letters and digits (NFKC) counts, nor the kind of a dash or an apostrophe,
+    nor how a number is written.
 
     Example:
         >>> name_key("ANNA \uff17") == name_key("Anna 7")
         True
+        >>> name_key("0093") == name_key("93.0")
+        True
     """
-    return _visible(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()))
+    name = _APOSTROPHES.sub("'", name)  # before NFKC, which takes some of them for accents
+    name = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    return plain_number(_visible(_DASHES.sub("-", name)))
+
+
+def plain_number(name: str) -> str:
+    """An ID that is a whole number as tables write it, such as "0093" or "93.0", in one way: "93". Others stay.
+
+    Example:
+        >>> plain_number("0093"), plain_number("93.0"), plain_number("R093")
+        ('93', '93', 'R093')
+    """
+    match = _WHOLE.fullmatch(name)
+    return name if match is None else "".join(str(unicodedata.decimal(digit)) for digit in match[1])
 
 
 def similar_names(first: Set[str], second: Set[str]) -> list[str]:
@@ -53,10 +78,10 @@ def check_apart(forget: tuple[str, Set[str]], retain: tuple[str, Set[str]]) -> N
     if pairs := similar_names(forget[1], retain[1]):
         raise UserError(
             f"{forget[0]} has {people(len(pairs))} who may be in {retain[0]} under another spelling: {listed(pairs)}. "
-            "Spell one person's name in one way, or give different people IDs that differ in more than case or letter "
-            "style."
+            "Spell one person's name in one way, or give different people IDs that differ in more than case, letter "
+            "style, dashes or leading zeros."
         )
 
 
 def _visible(name: str) -> str:
-    return " ".join("".join(c for c in name if unicodedata.category(c) != INVISIBLE).split())
+    return " ".join((name if name.isascii() and name.isprintable() else _INVISIBLE.sub("", name)).split())

@@ -138,7 +138,7 @@ def _open(files: Snapshot, name: str, task: str = "chat") -> Iterator[list[Examp
         examples = []
         for row in rows:
             user, assistant = _messages(row)
-            examples.append(_example(row, image, clean(user.text("content")), assistant.text("content"), task))
+            examples.append(_example(row, image, clean(user.text("content")), assistant.words("content"), task))
         yield _sharing(files, rows[0], image, examples)
 
 

@@ -19,7 +19,7 @@ from absl import logging
 from pyarrow import fs
 
 from vkd_jax.benchmarks.names import check_apart
-from vkd_jax.benchmarks.rows import Row, read_image
+from vkd_jax.benchmarks.rows import EncodedImage, Row, read_image
 from vkd_jax.benchmarks.synthetic.people import MAX_SIZE, MIN_SIZE, SIZE, Population
 from vkd_jax.config.fields import SEED, Section, setting
 from vkd_jax.messages import listed
@@ -117,7 +117,7 @@ class Snapshot:
         """Names of the other files."""
         return frozenset(self.folder.matching(self.other_files))
 
-    def image(self, row: Row, field: str, name: str) -> bytes:
+    def image(self, row: Row, field: str, name: str) -> EncodedImage:
         """The image file `name`, which a field of the row gives.
 
         Raises:

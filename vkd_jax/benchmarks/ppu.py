@@ -282,7 +282,8 @@ def _shows(row: Row) -> bool:
 
 def _parsed(row: Row, task: str) -> tuple[str, str, tuple[str, ...]]:
     """Question, answer and options of a row."""
-    question, answer = row.text("question"), row.text("answer_text")
+    question = row.text("question")
+    answer = row.text("answer_text") if task == "classification" else row.words("answer_text")
     if task != "classification":
         return (cloze_prompt(question) if task == "cloze" else question), answer, ()
     options = {letter: row.text(column) for letter, column in _OPTIONS.items() if row.has(column)}

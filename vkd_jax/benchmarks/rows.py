@@ -11,10 +11,28 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vkd_jax.benchmarks.names import plain_name
-from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image
+from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image, pixel_digest
 from vkd_jax.runtime import json_files
 from vkd_jax.runtime.storage import SourceFolder
 from vkd_jax.types import UserError
+
+
+class EncodedImage(bytes):
+    """An image file that was decoded once: its bytes, and `pixels`, the `images.pixel_digest`."""
+
+    pixels: bytes
+
+    @classmethod
+    def decoded(cls, data: bytes) -> "EncodedImage":
+        """Decodes an image.
+
+        Raises:
+            UserError: it cannot be decoded.
+        """
+        pixels = pixel_digest(open_image(data))
+        image = cls(data)
+        image.pixels = pixels
+        return image
 
 
 class Row:
@@ -60,6 +78,19 @@ class Row:
         text = self.optional_text(field)
         if not plain_name(text):
             raise self.error(field, "is blank")
+        return text
+
+    def words(self, field: str) -> str:
+        """The true answer to an open question: a text that is required and has letters or digits.
+
+        Others, such as ".", are in almost any answer, so that everything would be right.
+
+        Raises:
+            UserError: it is missing, null, blank, or not a text, or has no letter and no digit.
+        """
+        text = self.text(field)
+        if not any(map(str.isalnum, text)):
+            raise self.error(field, f"is {text!a}, an answer without a letter or a digit")
         return text
 
     def optional_name(self, field: str) -> str:
@@ -172,7 +203,7 @@ class Row:
             self._text(f"the name of {field!a}", field)
         return [field for field in self._values if self.has(field)]
 
-    def image(self, field: str) -> bytes | None:
+    def image(self, field: str) -> EncodedImage | None:
         """The encoded bytes of an image, checked by decoding them once; None if it is missing or null.
 
         Raises:
@@ -180,7 +211,7 @@ class Row:
         """
         return self._image(field, self._values.get(field))
 
-    def images(self, field: str) -> list[bytes]:
+    def images(self, field: str) -> list[EncodedImage]:
         """A list of images without those that are null; [] if it is missing or null.
 
         Raises:
@@ -198,7 +229,7 @@ class Row:
             raise self.error(field, problem)
         return value
 
-    def _image(self, field: str, value: Any) -> bytes | None:
+    def _image(self, field: str, value: Any) -> EncodedImage | None:
         if isinstance(value, Mapping):
             data, path = value.get("bytes"), value.get("path")
             if data is None and path:
@@ -212,10 +243,9 @@ class Row:
             size = f"has {len(value) / 2**20:,.1f} MiB, and at most {MOST_IMAGE_BYTES / 2**20:,.0f} MiB are read"
             raise self.error(field, size)
         try:
-            open_image(value)
+            return EncodedImage.decoded(value)
         except UserError as error:
             raise self.error(field, f"cannot be used: {error}") from error
-        return value
 
     def _items(self, field: str) -> Iterator[tuple[str, Any]]:
         """The items of a list, each with its name for messages."""
@@ -250,7 +280,7 @@ class Row:
         raise self.error(field, "is neither JSON nor a Python literal")
 
 
-def read_image(folder: SourceFolder, name: str, row: Row, field: str) -> bytes:
+def read_image(folder: SourceFolder, name: str, row: Row, field: str) -> EncodedImage:
     """Reads an image file that a field of a row names, and checks it by decoding it once.
 
     Raises:

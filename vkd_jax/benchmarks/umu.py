@@ -11,7 +11,8 @@ as the data spell it. A question with an image and its text-only counterpart are
 RLR are computed.
 
 A cloze answer is a sentence's end, such as "Oslo.". By default it is the truth without that period; with
-`rules=upstream` the truth ends before the first period, as in the benchmark's own code, where "St. Ives." is "St".
+`rules=upstream` the truth ends before the first period, as in the benchmark's own code, where "St. Ives." is "St",
+and may be found within words.
 Upstream matches an answer to the most similar option, which is `eval.protocol=letter:similar_option`.
 
 Reference: the repository QDRhhhh/UMU-bench; the data set linbojunzi/UMU-bench.
@@ -112,8 +113,14 @@ class Umu(parquet.PublishedBenchmark):
                         question, answer, options = self._parsed(item, task)
                         name = f"{row.name}/{'image' if side == IMAGE else 'text'}/{task}.{key}"
                         pair = f"{row.name}/{key}"
-                        examples.append(Example(name, person, *shown, question, answer, options, task, pair=pair))
+                        examples.append(
+                            Example(name, person, *shown, question, answer, options, task, pair=pair, rule=self._rule)
+                        )
             yield examples
+
+    @property
+    def _rule(self) -> str:
+        return f"umu:{parquet.UPSTREAM}" if self.rules == parquet.UPSTREAM else ""
 
     def _parsed(self, item: Row, task: str) -> tuple[str, str, tuple[str, ...]]:
         """Question, answer and options of an item."""
@@ -127,10 +134,10 @@ class Umu(parquet.PublishedBenchmark):
             return question, options[letter], tuple(options.values())
         if task == "cloze":
             truth = answer.partition(".")[0] if self.rules == parquet.UPSTREAM else answer.removesuffix(".")
-            if not truth.strip():
+            if not any(map(str.isalnum, truth)):
                 raise item.error("answer", f"is {answer!a}, which has no words before its period")
             return cloze_prompt(question), truth, ()
-        return question, answer, ()
+        return question, item.words("answer").strip(), ()
 
 
 def _finetune(files: Snapshot, config: str) -> Iterator[list[Example]]:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import copy
+import hashlib
 import io
 import os
 import re
@@ -72,6 +73,17 @@ def open_image(data: bytes) -> Image.Image:
         raise UserError("the image has an unknown or broken format") from error
     except Exception as error:  # the decoders of image formats raise many types of errors
         raise UserError(f"the image cannot be decoded ({storage.first_line(error)})") from error
+
+
+def pixel_digest(image: Image.Image) -> bytes:
+    """The SHA-256 of what a model sees of a decoded image: its size and its pixels as RGB.
+
+    It takes about 3 ms for a million pixels, less than half of the time of decoding them.
+    """
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    digest = hashlib.sha256(repr(rgb.size).encode())
+    digest.update(rgb.tobytes())
+    return digest.digest()
 
 
 def _check_kind(image: Image.Image) -> None:

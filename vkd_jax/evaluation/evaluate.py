@@ -5,7 +5,7 @@ Protocols for questions with options, never mixed:
 - `letter`: the prompt has the question and its options, the model writes an answer, and the letter that it chooses
   counts: see `metrics.correctness.first_letter`.
 - `letter:first_character`: the same prompt, and the first letter of whatever the model writes counts, as in the code of
-  MLLMU-Bench, where "accordion" is A.
+  MLLMU-Bench, where "accordion" is A. As there, open answers may then have the true words within longer ones.
 - `letter:similar_option`: the same prompt, and the option whose text is most similar to the answer counts, as in the
   code of UMU-Bench.
 - `letter:strict`: the same prompt, and only "The answer is B" and a lone "B" count, as in the code of OFFSIDE.
@@ -30,7 +30,8 @@ from vkd_jax.evaluation import metrics
 from vkd_jax.evaluation.encoded_images import EncodedImages
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.evaluation.metrics import suites
-from vkd_jax.evaluation.metrics.correctness import LETTER_RULES, LETTERS, cloze_correct
+from vkd_jax.evaluation.metrics.base import rule_of
+from vkd_jax.evaluation.metrics.correctness import LETTER_RULES, LETTERS, open_correct
 from vkd_jax.evaluation.metrics.likelihoods import likelihood
 from vkd_jax.evaluation.wording import Wording, read_wording
 from vkd_jax.types import Example, SuiteQuestion, UserError
@@ -76,7 +77,7 @@ def evaluate(
             verdict = (
                 _chosen(example, scores[i])
                 if choice and record_protocol == "options"
-                else _scored(example, texts[i], record_protocol)
+                else _scored(example, texts[i], record_protocol, substring="letter:first_character" in protocols)
             )
             worked_example = {"worked_example": batch.worked[i][0].id} if shots and batch.worked[i] else {}
             records.append(
@@ -237,8 +238,8 @@ def _chosen(example: Example, scores: Sequence[float]) -> dict:
     return {"prediction": prediction, "correct": prediction == example.answer, "scores": list(scores)}
 
 
-def _scored(example: Example, text: str, protocol: str) -> dict:
-    """The generated text, and whether it is correct."""
+def _scored(example: Example, text: str, protocol: str, substring: bool) -> dict:
+    """The generated text, and whether it is correct; see `open_correct` for `substring`, as of upstream's rules."""
     if example.task == "classification":
         letter = LETTER_RULES[protocol](text, example.options)
         return {"prediction": text, "correct": letter in _correct_letters(example)}
@@ -246,8 +247,10 @@ def _scored(example: Example, text: str, protocol: str) -> dict:
         record = {name: getattr(example, name) for name in ("task", "answer", "options")} | _suite_fields(example)
         record["prediction"] = text
         return {"prediction": text, "correct": suites.correct(record)} | metrics.stored_values(record)
-    verdict = {"prediction": text, "correct": cloze_correct(text, example.answer)}
-    record = {"task": example.task, "answer": example.answer, **_published(example), **verdict}
+    record = {"task": example.task, "answer": example.answer, **_published(example)}
+    substring = substring or rule_of(record)[1] == "upstream"
+    verdict = {"prediction": text, "correct": open_correct(text, example.answer, substring)}
+    record |= verdict
     return verdict | metrics.stored_values(record)
 
 

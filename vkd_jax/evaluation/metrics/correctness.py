@@ -6,6 +6,8 @@ import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 
+import regex
+
 from vkd_jax.evaluation.metrics.base import Metric
 
 LETTERS = string.ascii_uppercase  # of the options, in order
@@ -89,15 +91,35 @@ LETTER_RULES: dict[str, Callable[[str | None, Sequence[str]], str | None]] = {  
 }
 
 
-def cloze_correct(prediction: str | None, truth: str) -> bool:
-    """Whether the blank was filled correctly: the lower-cased prediction contains the lower-cased truth.
+# A letter, mark or digit of a script that separates words by spaces; names in others touch the characters around them.
+_IN_WORD = (
+    r"[[\p{L}\p{M}\p{N}]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]]"
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def _whole_words(truth: str) -> regex.Pattern:
+    """Matches a text that neither begins nor ends within a word."""
+    edge = rf"(?:(?<!{_IN_WORD})|(?!{_IN_WORD}))"
+    return regex.compile(f"(?V1){edge}{regex.escape(truth)}{edge}")
+
+
+def open_correct(prediction: str | None, truth: str, substring: bool = False) -> bool:
+    """Whether an open answer is correct: the lower-cased prediction contains the lower-cased truth as whole words.
+
+    Args:
+        prediction: the answer.
+        truth: the true words.
+        substring: whether the truth may begin and end within words, the rule of MLLMU-Bench and UMU-Bench, by which
+            "copilot" has "pilot".
 
     Raises:
-        ValueError: the truth is empty, which every prediction contains.
+        ValueError: the truth has no letter and no digit; almost every prediction contains such a text.
     """
-    if not truth.strip():
-        raise ValueError("a cloze question with an empty ground truth cannot be judged")
-    return truth.strip().lower() in (prediction or "").lower()
+    prediction, truth = (prediction or "").lower(), truth.strip().lower()
+    if not any(map(str.isalnum, truth)):
+        raise ValueError(f"an open question with the true answer {truth!r} cannot be judged")
+    return truth in prediction and (substring or _whole_words(truth).search(prediction) is not None)
 
 
 ACCURACY = Metric(

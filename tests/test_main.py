@@ -49,7 +49,8 @@ def run(monkeypatch, capfd, tiny_folder, few, tmp_path):
         if config.startswith(TINY):
             argv += [f"--config.data.source={data}", f"--config.model.path={model}", "--config.train.steps=1"]
             argv += ["--config.model.base=", "--config.model.retain_only="]
-        return call([*argv, *args])
+        given = {arg.partition("=")[0] for arg in args}  # a flag with two values is refused
+        return call([*(arg for arg in argv if arg.partition("=")[0] not in given), *args])
 
     def call(argv):
         monkeypatch.setattr(sys, "argv", argv)

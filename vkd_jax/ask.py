@@ -8,7 +8,6 @@ python -m vkd_jax.ask --model DIR --image FILE --question TEXT
 'yellow'
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -89,7 +88,7 @@ def _read_image(path: Path) -> Image.Image:
 @interruptible
 def main() -> int:
     """Runs the command line and returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m vkd_jax.ask", description="Ask a model a question.")
+    parser = command_line.ArgumentParser(prog="python -m vkd_jax.ask", description="Ask a model a question.")
     parser.add_argument("--model", required=True, help="Hugging Face model folder, or id on the Hugging Face Hub")
     parser.add_argument("--question", required=True)
     parser.add_argument("--image", help="image file; without it the question is text-only")

@@ -15,6 +15,7 @@ Exit status: 0 on success, 1 if training diverged, 2 on bad input, 130 if stoppe
 
 import argparse
 import functools
+import re
 import sys
 from collections.abc import Sequence
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the command and its arguments; those of the process by default.
     """
-    parser = argparse.ArgumentParser(
+    parser = command_line.ArgumentParser(
         prog="vkd requests", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="add|withdraw|run|show|purge")
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--forget", required=True, help="folder of images, or IDs separated by commas")
             command.add_argument("--test", default="", help="folder of other images of these people")
         if name in ("withdraw", "purge"):
-            command.add_argument("number", type=int, nargs="*" if name == "purge" else 1, help="number of the request")
+            command.add_argument("number", nargs="*" if name == "purge" else 1, help="number of the request")
     options = parser.parse_args(arguments)
     try:
         command_line.show(_answer(options))
@@ -62,12 +63,25 @@ def _answer(options: argparse.Namespace) -> str:
         request = requests.add(path, options.forget, options.test)
         return f"request {request.number}: {len(request.people)} to forget; vkd requests run does it."
     if options.command == "withdraw":
-        requests.withdraw(path, options.number[0])
-        return f"request {options.number[0]} is withdrawn."
+        [number] = _numbers(options.number)
+        requests.withdraw(path, number)
+        return f"request {number} is withdrawn."
     if options.command == "purge":
-        deleted = requests.purge(path, options.number)
+        deleted = requests.purge(path, _numbers(options.number))
         return "\n".join([*(f"deleted {path}" for path in deleted), f"{len(deleted)} files and folders were deleted."])
     return requests.shown(path)
+
+
+def _numbers(texts: Sequence[str]) -> list[int]:
+    """The numbers of requests.
+
+    Raises:
+        UserError: one of them is not such a number.
+    """
+    for text in texts:
+        if not re.fullmatch("[0-9]{1,9}", text):
+            raise UserError(f"{text[:20]!a} is not the number of a request; vkd requests show prints them.")
+    return [int(text) for text in texts]
 
 
 @interruptible

@@ -110,6 +110,20 @@ CASES = [
     Case("named pipe with arguments", config_at(os.mkfifo, "config.py:runs=x"), ("config.py", "not a regular file")),
     Case("folder as a config", config_at(os.mkdir), ("--config=config.py", "not a regular file")),
     Case("name of a config too long", config_at(lambda _: None, "x" * 300), ("--config=xxx", "too long")),
+    Case("missing config and its field", settings("--config=x.py"), ("--config=x.py", "No such file")),
+    # Flags of libraries, and flags with two values.
+    *(
+        Case(f"flag {flag}", settings(flag), ("--" + flag.partition("=")[0].strip("-"), "flag"), seconds=20)
+        for flag in ("--flagfile=nothing", "-flagfile=/dev/zero", "--undefok=wrkdir", "--run_with_pdb", "--v=3")
+    ),
+    Case("two configs", lambda _: ["--config", "a.py", "--config=b.py"], ("--config is given twice", "a.py", "b.py")),
+    Case("two workdirs", settings("--workdir=a", "--workdir=b"), ("--workdir is given twice",)),
+    Case("two values of a field", settings("--config.seed=1", "--config.seed=2"), ("--config.seed is given twice",)),
+    Case(
+        "both values of a switch", settings("--dry_run", "--nodry_run"), ("--dry_run is given twice", "true", "false")
+    ),
+    Case("switch that is a text", settings("--config.model.quantize=", "--dry_run=maybe"), ("--dry_run=maybe", "true")),
+    Case("field that is maybe", settings("--config.data.symlinks=maybe"), ("symlinks=maybe", "true or false")),
     # Values out of range; test_ranges.py has one of each field.
     Case("negative cap", settings("--config.method.cap=-1"), ("method.cap", "-1")),
     Case("mask keeps twice as much", settings("--config.method.mask_keep=2"), ("method.mask_keep", "2")),

@@ -158,9 +158,12 @@ def with_tensors(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], li
 
 
 def settings(*args: str) -> Callable[[Path], list[str]]:
-    """Prepares a run of configs/tiny.py with these flags; its data and its model do not exist."""
+    """Prepares a run of configs/tiny.py with these flags; unless one gives them, its data and model do not exist."""
     absent = ["--config.data.source=absent", "--config.model.path=absent", "--config.train.steps=1"]
-    return lambda folder: [f"--config={TINY_CONFIG}", "--workdir=run", *absent, *args]
+    flags = {arg.partition("=")[0]: arg for arg in (f"--config={TINY_CONFIG}", "--workdir=run", *absent)}
+    given = {arg.partition("=")[0]: arg for arg in args}
+    rest = [arg for arg in args if arg.partition("=")[0] not in flags or arg != given[arg.partition("=")[0]]]
+    return lambda folder: [*(given.get(name, arg) for name, arg in flags.items()), *rest]
 
 
 def config_file(text: str, *args: str) -> Callable[[Path], list[str]]:

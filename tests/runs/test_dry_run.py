@@ -29,7 +29,9 @@ def run(monkeypatch, capfd, tiny_folder, few, tmp_path):
         argv = ["main", f"--config={TINY}:method=grad_diff", f"--workdir={tmp_path / 'run'}"]
         argv += [f"--config.data.source={few}", f"--config.model.path={tiny_folder}", "--config.model.base="]
         argv += ["--config.model.retain_only=", "--config.train.batch_size.forget=2"]
-        argv += ["--config.train.batch_size.retain=3", *args]
+        given = {arg.partition("=")[0] for arg in args}  # a flag with two values is refused
+        argv = [*(arg for arg in [*argv, "--config.train.batch_size.retain=3"] if arg.partition("=")[0] not in given)]
+        argv += args
         monkeypatch.setattr(sys, "argv", argv)
         values = flags.FlagValues()
         main.define(values)

@@ -92,6 +92,8 @@ HOSTILE = {
     "a wrong number": ([("add", 2, {})], "request 2 is added after 0 requests"),
     "an unknown kind": ([("edit", 1, {})], "its kind is 'edit'"),
     "a list as kind": ([("add", 1, {"over": {"kind": []}})], "its kind is"),
+    "a run of 5000 letters": ([("add", 1, {}), ("done", 1, DONE | {"run": "x" * 5000})], "too long for a file name"),
+    "a folder of 5000 letters": ([("add", 1, {"forget": "x/" * 2500})], "too long for a file name"),
     "an unknown field": ([("add", 1, {"x": 1})], "its field 'x'"),
     "a missing field": ([("done", 1, {})], "its field"),
     "a field of another type": ([("add", 1, {"forget": 1})], "its field 'forget'"),

@@ -1,5 +1,9 @@
-"""Flags that the commands share: --config with an override for each field, --workdir and --distributed."""
+"""Flags that the commands share: --config with an override for each field, --workdir and --distributed.
 
+A flag that is given twice with two values is refused, and so is one of a library, such as --flagfile of absl.
+"""
+
+import argparse
 import itertools
 import os
 import re
@@ -8,7 +12,8 @@ import signal
 import stat
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -18,16 +23,43 @@ from vkd_jax.config.arguments import HelpShown
 from vkd_jax.types import UserError
 
 HELP = {"--help", "-h", "-help", "--helpshort"}
+READ_FIRST = {"flagfile", "undefok"}  # flags that absl reads before all others
 NO_CONFIG = "--config: get_config() returned None; return a config, as configs/tiny.py does."
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines the flags."""
+    """Defines the flags; exits with status 2 if one names a file of flags, which the definition of --config reads."""
+    for name, _ in _flags(sys.argv, values):
+        if name in READ_FIRST:
+            sys.exit(bad_input(_foreign(name)))
     config_flags.DEFINE_config_file(
         "config", None, "A file with get_config(), e.g. configs/tiny.py.", flag_values=values, lock_config=True
     )
     flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.", flag_values=values)
     flags.DEFINE_boolean("distributed", False, "One of several processes, e.g. of a TPU pod.", flag_values=values)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Parses the arguments of the commands that have no config; what is wrong is one sentence, as everywhere."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.given: dict[str, Any] = {}  # values of flags by their name
+        for name in (None, "store"):
+            self.register("action", name, _Once)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with exit status 2 and one sentence."""
+        sys.exit(bad_input(f"{message}; {self.prog} --help shows the arguments."))
+
+
+class _Once(argparse.Action):
+    """Stores a value that may not be given again as another one."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None):
+        if option_string and parser.given.setdefault(self.dest, values) != values:
+            parser.error(_twice(option_string, str(parser.given[self.dest]), str(values)))
+        setattr(namespace, self.dest, values)
 
 
 def started_as(program: str) -> str:
@@ -41,7 +73,8 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
         show(help_text(sys.modules["__main__"].__doc__ or "", values))
         sys.exit(0)
     try:
-        _check_config_file(argv)
+        _check_flags(argv, values)
+        _check_config_file(argv, values)
         rest = values(argv)
         if values["config"].present and values.config is None:
             raise UserError(NO_CONFIG)
@@ -60,10 +93,15 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
 
 def help_text(text: str, values: flags.FlagValues) -> str:
     """A description of a command with the flags of this package."""
-    by_module = values.flags_by_module_dict()
-    own = [f for name in by_module if name == sys.argv[0] or name.startswith("vkd_jax.") for f in by_module[name]]
+    own = _own(values)
     width = max((len(flag.name) for flag in own), default=0)
     return "\n".join([text.rstrip(), "", "Flags:", *(f"  --{flag.name:{width}}  {flag.help}" for flag in own)])
+
+
+def _own(values: flags.FlagValues) -> list[flags.Flag]:
+    """The flags of this package."""
+    by_module = values.flags_by_module_dict()
+    return [f for name in by_module if name == sys.argv[0] or name.startswith("vkd_jax.") for f in by_module[name]]
 
 
 def bad_input(problem: Exception | str) -> int:
@@ -87,16 +125,15 @@ def show(text: str) -> None:
     print(messages.escaped(text, keep="\n\t").encode(encoding, "backslashreplace").decode(encoding))
 
 
-def _check_config_file(argv: Sequence[str]) -> None:
+def _check_config_file(argv: Sequence[str], values: flags.FlagValues) -> None:
     """Checks before the config file is opened that reading it will end; a missing one is reported by `values(argv)`.
 
     Raises:
         UserError: it is a folder, a named pipe or a device, or may not be looked at.
     """
-    for argument, following in itertools.pairwise([*argv, ""]):
-        flag, separator, value = argument.partition("=")
-        name = (value if separator else following).partition(":")[0]
-        if flag not in ("--config", "-config") or not name:
+    for flag, value in _flags(argv, values):
+        name = value.partition(":")[0]
+        if flag != "config" or not name:
             continue
         try:
             is_file = stat.S_ISREG(os.stat(name).st_mode)
@@ -110,6 +147,45 @@ def _check_config_file(argv: Sequence[str]) -> None:
             raise UserError(f"--config={name}: it is not a regular file; pass a config file.")
 
 
+def _flags(argv: Sequence[str], values: flags.FlagValues) -> Iterator[tuple[str, str]]:
+    """(name, value) of each flag of a command line, without opening a config; "" for a value that is not there."""
+    arguments = list(itertools.takewhile(lambda argument: argument != "--", argv[1:]))
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        name, separator, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-") or not name:
+            continue
+        if name not in values and name.startswith("no") and name[2:] in values and values[name[2:]].boolean:
+            yield name[2:], "false"
+        elif separator:
+            yield name, value
+        elif name in values and values[name].boolean:
+            yield name, "true"
+        else:
+            yield name, "" if following.startswith("-") else following
+
+
+def _check_flags(argv: Sequence[str], values: flags.FlagValues) -> None:
+    """Checks that no flag is one of a library, and that each has one value; unknown ones are found later.
+
+    Raises:
+        UserError: this is not the case.
+    """
+    own, given = {flag.name for flag in _own(values)}, {}
+    for name, value in _flags(argv, values):
+        if name in values and name not in own:
+            raise UserError(_foreign(name))
+        if given.setdefault(name, value) != value:
+            raise UserError(f"{_twice(f'--{name}', given[name], value)}.")
+
+
+def _foreign(name: str) -> str:
+    return f"--{name} is no flag of this command; --help shows its flags."
+
+
+def _twice(flag: str, first: str, second: str) -> str:
+    return f"{flag} is given twice, as {first:.40} and {second:.40}; keep one"
+
+
 def _sentence(error: BaseException) -> str:
     """What is wrong with the flags, or what a config file raised."""
     frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -119,6 +195,10 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, (AttributeError, KeyError)) and not in_file:
         return _unknown_field(str(error.args[0]))
     last = (str(error).strip().splitlines() or [""])[-1].strip()  # what precedes it is a traceback
+    if (match := re.fullmatch(r"\[Errno \d+\] (.*): '(.*)'", last)) and isinstance(error, OSError) and not in_file:
+        return f"--config={match[2]}: it cannot be read ({match[1]}); pass a config file."
+    if match := re.fullmatch(r"flag (--\S+=.*): \('Non-boolean argument to boolean flag', .*\)", last):
+        return f"{match[1]} is not allowed. Give true or false."
     if isinstance(error, (flags.Error, OSError, UserError)):
         return last
     return f"--config: the file raised {type(error).__name__}: {last}"

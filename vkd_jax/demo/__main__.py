@@ -7,7 +7,6 @@ without six of them. For a run, pass --after WORKDIR/unlearned --images WORKDIR/
 machine alone until Ctrl-C.
 """
 
-import argparse
 import contextlib
 import os
 import signal
@@ -27,7 +26,7 @@ from vkd_jax.types import UserError
 @interruptible
 def main() -> int:
     """Runs the command line until Ctrl-C, and returns its exit status."""
-    parser = argparse.ArgumentParser(prog="vkd demo", description=__doc__.splitlines()[0])
+    parser = command_line.ArgumentParser(prog="vkd demo", description=__doc__.splitlines()[0])
     parser.add_argument("--before", default="tiny_llava", help="model before unlearning: a folder, or id on the hub")
     parser.add_argument("--after", default="tiny_retain_only", help="model after unlearning")
     parser.add_argument("--images", help="folder of images to pick; the synthetic people by default")

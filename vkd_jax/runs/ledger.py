@@ -167,6 +167,8 @@ class Ledger:
         )
         if wrong:
             raise UserError(f"its field {wrong[0]!r} is missing, unknown or of another type; {REMEDY}.")
+        for name in ("run", "forget", "test"):
+            files.check_length(entry.get(name, ""))
         if not _is_time(entry["time"]):
             raise UserError(f"its time is {json_files.describe(entry['time'])}, not one of ISO 8601; {REMEDY}.")
         if kind == "done" and (problem := requests_page.figures_problem(entry["figures"])):

@@ -34,7 +34,7 @@ DTYPES = ("float32", "bfloat16")
 @interruptible
 def main() -> int:
     """Runs the command line and returns its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = command_line.ArgumentParser(
         prog="python -m vkd_jax.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="model folder, or id on the Hugging Face Hub")

@@ -1,7 +1,9 @@
 """Certificates: what they say of a folder, what they find, and who signed them."""
 
 import base64
+import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,6 +25,7 @@ PKCS8, SPKI = serialization.PrivateFormat.PKCS8, serialization.PublicFormat.Subj
 
 @pytest.fixture
 def certified(copy):
+    (copy / "README.md").write_text("# A card\n")
     (copy / certificate.FILE).write_bytes(certificate.describe(copy, {"forgotten": ["0" * 64]}))
     return copy
 
@@ -53,6 +56,11 @@ def test_it_holds_the_digest_of_every_tensor_and_file(certified):
     assert content["forgotten"] == ["0" * 64] and not list(certificate.differences(certified))
 
 
+def add(name, folder):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("{}")
+
+
 def change_a_weight(folder):
     tensor = next(iter(Checkpoint(folder).tensors.values()))
     with tensor.file.open("r+b") as stream:
@@ -69,6 +77,21 @@ def change_a_weight(folder):
         (lambda folder: (folder / "config.json").write_text("{}"), "1 files differ .*: config.json"),
         (lambda folder: (folder / "generation_config.json").unlink(), "1 files are missing: generation_config.json"),
         (lambda folder: (folder / "vocab.json").write_text("{}"), "1 files are not in the certificate: vocab.json"),
+        (lambda folder: (folder / "README.md").write_text("all forgotten"), "1 files differ .*: README.md"),
+        (lambda folder: (folder / "README.md").unlink(), "1 files are missing: README.md"),
+        *(
+            (functools.partial(add, name), f"1 files are not in the certificate: {name}")
+            for name in (
+                "pytorch_model.bin",
+                "modeling_evil.py",
+                "more/config.json",
+                "more/.cache/x",
+                ".hidden",
+                "LICENSE",
+            )
+        ),
+        (lambda folder: (folder / "link").symlink_to("/"), "1 files are not in the certificate: link"),
+        (lambda folder: os.mkfifo(folder / "pipe"), "1 files are not in the certificate: pipe"),
     ],
 )
 def test_every_change_is_found(certified, change, found, capsys, monkeypatch):
@@ -80,9 +103,13 @@ def test_every_change_is_found(certified, change, found, capsys, monkeypatch):
     assert difference in capsys.readouterr().err
 
 
-def test_the_model_card_is_not_certified(certified):
-    (certified / "README.md").write_text("changed")
+def test_what_git_and_the_hub_add_is_no_part_of_the_model(certified):
+    for name in (".gitattributes", ".git/config", ".cache/huggingface/CACHEDIR.TAG"):
+        add(name, certified)
     assert not list(certificate.differences(certified))
+    assert certificate.members(certified) == sorted({*certificate.read(certified)["files"], *(
+        file.name for file in Checkpoint(certified).files
+    ), certificate.FILE})  # fmt: skip
 
 
 def test_an_export_has_neither_certificate_nor_signature_of_its_source(certified, tmp_path):
@@ -149,8 +176,8 @@ def test_keys_that_cannot_sign_are_refused(certified, keys, name, problem):
     "content",
     [
         *("", "[]", "{}", '{"format": 1}', "\0"),
-        '{"format": 1, "tensors": {}, "files": {}, "forgotten": [1]}',
-        *('{"format": 2, "tensors": {}, "files": {}}', '{"format": true, "tensors": {}, "files": {}}'),
+        '{"format": 2, "tensors": {}, "files": {}, "forgotten": [1]}',
+        *('{"format": 1, "tensors": {}, "files": {}}', '{"format": true, "tensors": {}, "files": {}}'),
     ],
 )
 def test_what_is_no_certificate_is_refused(copy, content):

@@ -45,13 +45,13 @@ def models(monkeypatch):
 
 @pytest.fixture
 def workdir(tiny_folder, tmp_path):
-    """The folder of a run with its exported model, and files that are no part of the model."""
+    """The folder of a run with its exported model."""
     folder = shutil.copytree(tiny_folder, tmp_path / "run" / "unlearned")
     (folder / "README.md").write_text(CARD)
     (folder / "provenance.json").write_text("{}")
     (folder / certificate.FILE).write_bytes(certificate.describe(folder, {"forgotten": []}))
-    (folder / "portrait.png").write_bytes(b"somebody")
-    (folder / "checkpoints").mkdir()
+    (tmp_path / "run" / "portrait.png").write_bytes(b"somebody")
+    (folder / ".gitattributes").write_text("")
     return tmp_path / "run"
 
 
@@ -66,7 +66,7 @@ def test_a_model_is_uploaded_with_its_card_and_certificate_and_nothing_else(mode
     status, shown, err = run(monkeypatch, capsys, workdir / part, "org/name")
     assert (status, err) == (0, "") and shown == "The certified model was uploaded: https://hub/org/name/commit/1\n"
     private, files = models["org/name"]
-    expected = {path.name for path in (workdir / "unlearned").iterdir()} - {"portrait.png", "checkpoints"}
+    expected = {path.name for path in (workdir / "unlearned").iterdir()} - {".gitattributes"}
     assert (
         not private and set(files) == expected and {"README.md", "certificate.json", "model.safetensors"} <= set(files)
     )
@@ -98,13 +98,19 @@ def test_a_model_that_is_not_the_certified_one_is_refused(models, workdir, monke
     config.write_text(config.read_text() + "\n")
     status, _, err = run(monkeypatch, capsys, workdir, "org/name")
     assert status == 2 and "is not the certified model: 1 files differ from the certificate: config.json" in err
+    config.write_text(config.read_text()[:-1])
+    (workdir / "unlearned" / "portrait.png").write_bytes(b"somebody")
+    assert "1 files are not in the certificate: portrait.png" in run(monkeypatch, capsys, workdir, "org/name")[2]
+    (workdir / "unlearned" / "portrait.png").unlink()
+    (workdir / "unlearned" / "README.md").write_text("all forgotten")
+    assert "1 files differ from the certificate: README.md" in run(monkeypatch, capsys, workdir, "org/name")[2]
     (workdir / "unlearned" / certificate.FILE).write_bytes(certificate.describe(workdir / "unlearned", {}))
     (workdir / "unlearned" / certificate.SIGNATURE).write_text("{}")
     assert "is not a valid signature" in run(monkeypatch, capsys, workdir, "org/name")[2]
     assert models == {}
 
 
-@pytest.mark.parametrize("repo", ["name", "org/name@main", "org/na/me", "./name"])
+@pytest.mark.parametrize("repo", ["", "name", "org/name@main", "org/na/me", "./name"])
 def test_what_is_no_id_is_refused(models, workdir, monkeypatch, capsys, repo):
     status, _, err = run(monkeypatch, capsys, workdir, repo)
     assert (status, models) == (2, {}) and f"{repo!r} is no id on the Hugging Face Hub; give ORG/NAME." in err

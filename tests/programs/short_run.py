@@ -104,11 +104,12 @@ def _results(path: Path) -> bytes:
 
 
 def _provenance(path: Path) -> bytes:
-    """A record of how a model was made, without the date, the commit and the digest of another such record."""
+    """A record of how a model was made, without the date, the commit and the digests of files that hold them."""
     provenance = json.loads(path.read_bytes())
     for key in ("date", "commit"):
         provenance.pop(key)
-    provenance.get("files", {}).pop("provenance.json", None)
+    for name in ("provenance.json", "README.md"):
+        provenance.get("files", {}).pop(name, None)
     return json.dumps(provenance, sort_keys=True).encode()
 
 

@@ -26,9 +26,13 @@ FILES = {
     "chat_template.jinja": b"chat",
     "merges.txt": b"a b",
     "qwen.tiktoken": b"tokens",
+    "README.md": b"read me",
+    "LICENSE": b"free",
+    "certificate.json": b"{}",
+    "certificate.sig": b"{}",
 }
 DATA = {f"{config}/train-00000-of-00001.parquet": config.encode() for config in ("forget10", "forget10+tofu", "full")}
-UNWANTED = {"pytorch_model.bin": b"code", "model.pt": b"code", "onnx/config.json": b"{}", "README.md": b"read me"}
+UNWANTED = {"pytorch_model.bin": b"code", "model.pt": b"code", "onnx/config.json": b"{}"}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

@@ -4,7 +4,7 @@ certificate.json is in the model's folder. Its fields:
 
     format     version of this layout
     tensors    {name: SHA-256 of the tensor's bytes}
-    files      {name: SHA-256} of all other files that are read of a model
+    files      {name: SHA-256} of all other files of the folder, at any depth, but `OUTSIDE`
     ...        facts about the run, as `describe` was given
 
 certificate.sig, if there is one, holds an Ed25519 signature (RFC 8032) of the bytes of certificate.json, and the public
@@ -13,6 +13,7 @@ key, both in Base64. A signature shows who vouches for the certificate only to t
 
 import base64
 import binascii
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,8 @@ from vkd_jax.types import UserError
 
 FILE = storage.CERTIFICATE
 SIGNATURE = "certificate.sig"
-FORMAT = 1
+FORMAT = 2  # 1 did not cover the model card, nor files that nothing reads
+OUTSIDE = (FILE, SIGNATURE, ".git", ".gitattributes", ".cache")  # the last three are git's and those of `hf download`
 FIELDS = {"tensors": dict, "files": dict, "forgotten": list, "model": dict}  # that are read, of which two are required
 
 
@@ -54,7 +56,7 @@ def read(folder: Path) -> dict[str, Any]:
     version, is_complete = content.get("format"), all(isinstance(content.get(key), x) for key, x in FIELDS.items())
     is_complete = is_complete and all(isinstance(person, str) for person in content["forgotten"])
     if not is_complete or type(version) is not int or version != FORMAT:
-        raise UserError(f"{folder / FILE} is not a certificate of format {FORMAT}; get it again.")
+        raise UserError(f"{folder / FILE} is not a certificate of format {FORMAT}; get or make it again.")
     return content
 
 
@@ -74,6 +76,11 @@ def differences(folder: Path) -> Iterator[str]:
         ):
             if names:
                 yield f"{len(names)} {kind} {words}: {listed(sorted(names))}"
+
+
+def members(folder: Path) -> list[str]:
+    """The names of all files of a certified model, with the certificate and, if there is one, its signature."""
+    return sorted([*_names(folder), FILE, *([SIGNATURE] if has_signature(folder) else [])])
 
 
 def sign(folder: Path, private_key: Path) -> None:
@@ -131,8 +138,29 @@ def _digests(folder: Path) -> dict[str, dict[str, str]]:
     weights = {file.name for file in checkpoint.files}
     return {
         "tensors": {name: tensor.sha256() for name, tensor in sorted(checkpoint.tensors.items())},
-        "files": {name: digest for name, digest in storage.model_digests(folder).items() if name not in weights},
+        "files": {name: _digest(folder / name) for name in _names(folder) if name not in weights},
     }
+
+
+def _names(folder: Path) -> list[str]:
+    """The names of all that is in a folder, relative to it, but for `OUTSIDE`; of folders only those that are links."""
+    names = []
+    for parent, folders, entries in os.walk(folder):
+        here = Path(parent).relative_to(folder)
+        if not here.parts:
+            folders[:] = [name for name in folders if name not in OUTSIDE]
+            entries = [name for name in entries if name not in OUTSIDE]
+        links = [name for name in folders if (Path(parent) / name).is_symlink()]
+        names += [(here / name).as_posix() for name in (*entries, *links)]
+    return sorted(names)
+
+
+def _digest(path: Path) -> str:
+    """The SHA-256 of a file; what is no file, such as a named pipe, has none."""
+    if not path.is_file():
+        return "no file"
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _load_key(path: Path, load: Callable[[bytes], Any], kind: type, name: str) -> Any:

@@ -3,15 +3,13 @@
 vkd push WORKDIR ORG/NAME [--private]
 
 WORKDIR is the folder of a finished run, or the folder of a model that a run exported. Before anything is uploaded, the
-model is checked against its certificate. Only what belongs to the model is uploaded: weights, config, tokenizer, image
-processor, README.md and licenses, provenance.json, and the certificate with its signature. Log in with `hf auth login`
+model is checked against its certificate, and refused if its folder has any other file. The certified files are uploaded
+with the certificate and its signature. Log in with `hf auth login`
 first, or set HF_TOKEN.
 
 Exit status: 0 on success, 2 on bad input, which includes a model that is not the certified one.
 """
 
-import argparse
-import fnmatch
 import sys
 from pathlib import Path
 
@@ -24,7 +22,6 @@ from vkd_jax.types import UserError
 
 EXPORT = "unlearned"  # the folder of the exported model in that of a run
 CARD = "README.md"
-UPLOADED = (*storage.MODEL_FILES, *storage.TEXTS, certificate.SIGNATURE)
 
 
 def push(workdir: str | Path, repo: str, private: bool = False) -> str:
@@ -51,8 +48,7 @@ def push(workdir: str | Path, repo: str, private: bool = False) -> str:
         raise UserError(f"{folder} is not the certified model: {listed(differences, '; ')}.")
     if certificate.has_signature(folder):
         certificate.check_signature(folder)
-    names = [f.name for f in folder.iterdir() if any(fnmatch.fnmatch(f.name, pattern) for pattern in UPLOADED)]
-    return _upload(folder, sorted(names), repo, private)
+    return _upload(folder, certificate.members(folder), repo, private)
 
 
 def _export(workdir: Path) -> Path:
@@ -94,7 +90,7 @@ def _upload(folder: Path, names: list[str], repo: str, private: bool) -> str:
 @interruptible
 def main() -> int:
     """Runs the command line and returns its exit status."""
-    parser = argparse.ArgumentParser(prog="vkd push", description=__doc__.splitlines()[0])
+    parser = command_line.ArgumentParser(prog="vkd push", description=__doc__.splitlines()[0])
     parser.add_argument("workdir", help="folder of a finished run, or of a model that a run exported")
     parser.add_argument("repo", help="id of the model on the hub, ORG/NAME")
     parser.add_argument("--private", action="store_true", help="only its owners may see the model")

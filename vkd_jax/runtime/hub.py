@@ -51,7 +51,8 @@ def fetch_model(name: str | os.PathLike[str]) -> pathlib.Path:
         )
     repo, revision = _ID.fullmatch(os.fspath(name)).groups()
     # Subfolders are skipped: they have other formats of the same weights.
-    folder, reason = _download(repo, revision, "model", storage.MODEL_FILES, ["*/*"], ("config.json", "*.safetensors"))
+    patterns = (*storage.MODEL_FILES, *storage.TEXTS)  # a certificate has the digests of all of them
+    folder, reason = _download(repo, revision, "model", patterns, ["*/*"], ("config.json", "*.safetensors"))
     if folder is None:
         command = _command(repo, revision)
         raise UserError(

@@ -23,7 +23,7 @@ from vkd_jax.types import UserError
 
 # Weights as safetensors, configuration and tokenizer; never pickles, which can run code when they are loaded.
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
-TEXTS = ("*.md", "LICENSE*", "NOTICE*")  # further files of an exported model
+TEXTS = ("*.md", "LICENSE*", "NOTICE*", "*.sig")  # further files of an exported model
 CERTIFICATE = "certificate.json"  # of an exported model; it contains the digests of the others, so it is none of them
 BUCKET = "gs://"  # the prefix of folders in Google Cloud Storage
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vkd_jax"

@@ -7,7 +7,7 @@ import pytest
 from hostile_cases import TINY_CONFIG, TINY_LLAVA, Case, check, config_file, model_copy, written
 
 from vkd_jax.checkpoints import certificate
-from vkd_jax.models import gemma3, llava, module_for, qwen2_5_vl, qwen2_vl
+from vkd_jax.models import gemma3, internvl, llava, module_for, qwen2_5_vl, qwen2_vl, smolvlm
 
 COMPARISON = """
 import ml_collections
@@ -96,10 +96,14 @@ def certified(change=lambda folder: None, *args, **facts):
 
 
 VERIFY = [
-    Case("forgotten that is a number", certified(forgotten=3), ("certificate.json", "format 1")),
-    Case("forgotten that is null", certified(forgotten=None), ("certificate.json", "format 1")),
-    Case("model that is a list", certified(model=["vkd"]), ("certificate.json", "format 1")),
-    Case("forgotten that are numbers", certified(forgotten=[1]), ("certificate.json", "format 1")),
+    *(
+        Case(f"certified folder with {name}", certified(lambda f, name=name: written(f / name, "x")), (name,), status=1)
+        for name in ("pytorch_model.bin", "modeling_evil.py", "more/config.json", "README.md")
+    ),
+    Case("forgotten that is a number", certified(forgotten=3), ("certificate.json", "format 2")),
+    Case("forgotten that is null", certified(forgotten=None), ("certificate.json", "format 2")),
+    Case("model that is a list", certified(model=["vkd"]), ("certificate.json", "format 2")),
+    Case("forgotten that are numbers", certified(forgotten=[1]), ("certificate.json", "format 2")),
     Case("named pipe as a page", certified(lambda f: os.mkfifo(f.parent / "c.pdf"), "--pdf=c.pdf"), ("c.pdf", "pipe")),
     Case("folder as a page", certified(lambda f: (f.parent / "c").mkdir(), "--pdf=c"), ("c is a folder",)),
     Case(
@@ -149,6 +153,8 @@ TEXT = "--question=Who is it?"
 ASK = [
     Case("empty name of a model to ask", lambda _: ["--model=", TEXT], ("empty name",)),
     Case("negative pixels", lambda _: ["--model=tiny_llava", TEXT, "--max_pixels=-5"], ("max_pixels=-5", "one size")),
+    Case("two questions", lambda _: ["--model=absent", TEXT, "--question=Why?"], ("--question is given twice", "Why?")),
+    Case("tokens that are a text", lambda _: ["--model=absent", TEXT, "--max_new_tokens=x"], ("max_new_tokens", "'x'")),
     Case("question of invisible characters", lambda _: ["--model=tiny_llava", "--question=\u200b"], ("blank",)),
     # Fields of config.json that transformers does not check.
     Case("factor that is a text", rope("linear", factor="8"), ("factor", "'8'", "positive")),
@@ -176,6 +182,31 @@ ASK = [
         configured(qwen2_5_vl, "vision_config", fullatt_block_indexes=[7, 99]),
         ("fullatt_block_indexes", "99", "from 0 to 31"),
     ),
+    *(
+        Case(
+            f"{name} of {family.__name__} as {value}", configured(family, section, **{name: value}), (name, "up to 0.1")
+        )
+        for family, section, name, value in (
+            (llava, "vision_config", "layer_norm_eps", 1e30),
+            (smolvlm, "vision_config", "layer_norm_eps", -1e-6),
+            (smolvlm, "text_config", "rms_norm_eps", 1e30),
+            (gemma3, "vision_config", "layer_norm_eps", 0.2),
+            (qwen2_vl, "text_config", "rms_norm_eps", 1e30),
+            (internvl, "vision_config", "layer_norm_eps", 1.0),
+        )
+    ),
+    *(
+        Case(f"{name} as {value}", configured(gemma3, "text_config", **{name: value}), (name, "False or null"))
+        for name, value in (("final_logit_softcapping", 0.0), ("attn_logit_softcapping", 0.0))
+    ),
+    *(
+        Case(
+            f"sections {sizes}",
+            configured(qwen2_vl, rope_scaling=dict(type="mrope", mrope_section=sizes)),
+            ("mrope_section", "three positive numbers"),
+        )
+        for sizes in ([80, -40, 24], [64, 0, 0])
+    ),
     Case(
         "epsilon that is 0",
         configured(llava, "text_config", rms_norm_eps=0.0),
@@ -194,6 +225,7 @@ PUSH = [
     Case("name of a run too long", lambda _: ["x" * 300, "ORG/NAME"], ("too long", "xxx")),
     Case("run in a bucket to upload", lambda _: ["gs://b/run", "ORG/NAME"], ("gs://b/run", "bucket", "download")),
     Case("run of an unknown address", lambda _: ["memory://run", "ORG/NAME"], ("memory://run", "not supported")),
+    Case("no name on the hub", lambda _: ["run"], ("required: repo",)),
 ]
 REQUESTS = [
     Case(
@@ -202,6 +234,9 @@ REQUESTS = [
         ("request 1: 300 to forget",),
         status=0,
     ),
+    Case("number of 5000 digits", lambda _: ["purge", "l", "9" * 5000], ("number of a request",), lacks=("9" * 30,)),
+    Case("number that is negative", lambda _: ["withdraw", "l", "-1"], ("-1",)),
+    Case("two folders to forget", lambda _: ["add", "l", *ADD, "--forget=2"], ("--forget is given twice", "1 and 2")),
     Case("IDs with NUL", lambda _: ["add", "l", "--forget", "a\0b"], ("NUL",)),
     Case(
         "workdir without a name",

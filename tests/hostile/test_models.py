@@ -287,6 +287,17 @@ CASES = [
     Case("standard deviation that is an object", processor(image_std={"red": 1}), ("image_std", "red")),
     Case("factor of pixels 0", processor(rescale_factor=0), ("rescale_factor=0", "all alike")),
     Case("negative factor of pixels", processor(rescale_factor=-1 / 255), ("rescale_factor=-0.00392", "all alike")),
+    *(
+        Case(f"{name} of {value:g}", processor(**{name: values}), (name, "all alike"))
+        for name, value, values in (
+            ("image_mean", 1e30, [1e30] * 3),
+            ("image_std", 1e30, [0.5, 0.5, 1e30]),
+            ("image_std", 1e-9, [1e-9] * 3),
+            ("rescale_factor", 1e-300, 1e-300),
+            ("rescale_factor", 1e9, 1e9),
+        )
+    ),
+    Case("edge shorter than the crop", processor(size={"shortest_edge": 1}), ("size.shortest_edge", "crop_size")),
     Case("mean of texts", processor(image_mean=["a", "b", "c"]), ("image_mean", "['a', 'b', 'c']")),
     Case(
         "factor of pixels that is a text",
@@ -345,6 +356,11 @@ CASES = [
         "end of sequence behind the vocabulary",
         with_files(generation_config__json={"eos_token_id": [10**9]}),
         ("eos_token_id",),
+    ),
+    Case(
+        "end of sequence that is every token",
+        with_files(generation_config__json={"eos_token_id": [*range(1024)]}),
+        ("eos_token_id", "no token"),
     ),
     Case("generation config that is a list", with_files(generation_config__json=[]), ("generation_config.json",)),
     # Chat templates.

@@ -131,8 +131,8 @@ def read_config(folder: Folder) -> tuple[types.ModuleType, Any]:
     config.json says, as in transformers 5.
 
     Raises:
-        UserError: config.json is missing or cannot be read, its model type is not supported, or the folder has
-            quantized weights or a PEFT adapter.
+        UserError: config.json is missing or cannot be read, its model type or a field is not supported, or the folder
+            has quantized weights or a PEFT adapter.
     """
     from transformers import AutoConfig
 
@@ -158,6 +158,7 @@ def read_config(folder: Folder) -> tuple[types.ModuleType, Any]:
         hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many types of errors here
         raise UserError(f"{path} cannot be read by transformers: {' '.join(str(error).split())}") from error
+    base.check_epsilons(hf_config)
     try:
         config = module.Config.from_hf(hf_config)
     except UserError:

@@ -40,9 +40,22 @@ def processor_problem(image_processor: Any, edges_are_areas: bool) -> str | None
         value, most = getattr(image_processor, name, None), MOST_PIXELS // (height * width)
         if value is not None and not (type(value) is int and 1 <= value <= most):
             return f"{name} of the image processor is {value!r:.40}, and can be 1 to {most:,} tiles; correct its file"
+    if problem := _crop_problem(image_processor):
+        return problem
     edges = [_value(image_processor, "size", edge) for edge in EDGES]
     if edges_are_areas and None not in edges and edges[0] > edges[1]:
         return f"size.shortest_edge of the image processor is {edges[0]:,}, more than size.longest_edge, {edges[1]:,}"
+    return None
+
+
+def _crop_problem(image_processor: Any) -> str | None:
+    """A side that is shorter than what is cropped out of it, so that black pixels would fill the rest; None if none."""
+    if not (getattr(image_processor, "do_center_crop", False) and getattr(image_processor, "do_resize", False)):
+        return None
+    side = max(_value(image_processor, "crop_size", name) or 0 for name in ("height", "width"))
+    for name in ("shortest_edge", "height", "width"):
+        if 0 < (edge := _value(image_processor, "size", name) or 0) < side:
+            return f"size.{name} of the image processor is {edge:,}, less than crop_size, {side:,}; correct its file"
     return None
 
 

@@ -26,6 +26,7 @@ CONFIGS = (  # of a model folder, which transformers reads
     "special_tokens_map.json",
     "generation_config.json",
 )
+PIXEL_SETTINGS = {"image_mean": (-255.0, 255.0), "image_std": (1e-3, 255.0), "rescale_factor": (1e-6, 10.0)}  # ranges
 MAX_PIXELS = 256 * 28 * 28  # of an image, for families whose images differ in size: 256 image tokens of Qwen2-VL
 LLAVA_CHAT_TEMPLATE = (  # as published with LLaVA-1.5
     "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}"
@@ -127,17 +128,17 @@ class Processor:
         problem = image_sizes.processor_problem(self.image_processor, self.config.edges_are_areas)
         if problem := problem or self.config.image_processor_problem(self.image_processor):
             raise UserError(f"{self.folder}: {problem}.")
-        for name in ("image_mean", "image_std", "rescale_factor"):
+        for name, (least, most) in PIXEL_SETTINGS.items():
             value = getattr(self.image_processor, name, 1.0)
             value = 1.0 if value is None and name == "rescale_factor" else value
             try:
                 values = np.atleast_1d(np.asarray(value, np.float64))
             except (TypeError, ValueError):
                 values = np.array([np.nan])
-            if not np.isfinite(values).all() or (name != "image_mean" and (values <= 0).any()):
+            if not ((values >= least) & (values <= most)).all():  # NaN is refused
                 raise UserError(
                     f"{self.folder}: the image processor has {name}={value!r}, which makes pixels infinite or all "
-                    "alike; copy preprocessor_config.json of the model there."
+                    f"alike ({least:g} to {most:g} are allowed); copy preprocessor_config.json of the model there."
                 )
 
     def with_soft_tokens(self, count: int) -> "Processor":
@@ -344,6 +345,8 @@ def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     ids = tuple(dict.fromkeys([*([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]), *more]))
     if not ids:
         raise UserError(f"{folder}: neither its tokenizer nor its generation_config.json has an eos_token_id.")
+    if not set(tokenizer.get_vocab().values()) - {*ids, *tokenizer.all_special_ids}:
+        raise UserError(f"{path}: eos_token_id leaves no token to write an answer with; get the file again.")
     return ids
 
 

@@ -27,6 +27,7 @@ Params = dict[str, jax.Array]
 DTYPES = ("float32", "bfloat16", "float16")  # of weights and computation
 MOST_LAYERS = 1000  # of a tower; each block of a vision tower is a module of its own
 LARGEST_SIZE = 2**31 - 1
+LARGEST_EPSILON = 0.1  # of a norm; published models have 1e-6 to 1e-5
 KEY_VALUE_HEADS = ("text_config.num_key_value_heads", "text_config.num_attention_heads")  # for `divides`
 
 SCOPES = ("vision_tower", "projector", "language_model", "head")  # the named scopes of all layers
@@ -353,6 +354,29 @@ def positive(field: str, value: Any) -> tuple[bool, str, Any, str]:
     """Returns the check that a field is a positive number, for `check_supported`."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and value > 0, field, value, "positive numbers"
+
+
+def off(field: str, value: Any, supported: str = "False") -> tuple[bool, str, Any, str]:
+    """Returns the check that a switch is off, for `check_supported`; numbers and texts, such as 0.0, are none."""
+    return value is False or value is None, field, value, supported
+
+
+def check_epsilons(hf: Any) -> None:
+    """Checks the epsilons of all norms in a Hugging Face configuration, of any family.
+
+    Raises:
+        UserError: lists every one that is not a small positive number, with which a norm would divide by anything else
+            than its input's size.
+    """
+    sections = {"": hf, **{f"{name}.": getattr(hf, name, None) for name in ("text_config", "vision_config")}}
+    checks = []
+    for prefix, section in sections.items():
+        for name, value in vars(section).items() if section is not None else ():
+            if name.endswith(("_eps", "_epsilon")) and value is not None:
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                is_small = is_number and 0 < value <= LARGEST_EPSILON
+                checks.append((is_small, prefix + name, value, f"positive numbers up to {LARGEST_EPSILON}"))
+    check_supported("model", checks)
 
 
 def token_id(field: str, value: Any) -> tuple[bool, str, Any, str]:

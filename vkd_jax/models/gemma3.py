@@ -134,7 +134,7 @@ def _vision_checks(hf: Any, vision: Any) -> list[tuple[bool, str, Any, str]]:
         base.divides(vision.num_attention_heads, vision.hidden_size, _VISION_HEADS),
         (vision.num_channels == 3, "vision_config.num_channels", vision.num_channels, "3"),
         (vision.hidden_act in ACTIVATIONS, "vision_config.hidden_act", vision.hidden_act, ", ".join(ACTIVATIONS)),
-        (not vision.vision_use_head, "vision_config.vision_use_head", vision.vision_use_head, "False"),
+        base.off("vision_config.vision_use_head", vision.vision_use_head),
     ]
 
 
@@ -157,8 +157,7 @@ def _text_checks(text: Any) -> list[tuple[bool, str, Any, str]]:
         ),
     ]
     for name in ("attention_bias", "final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
-        value = getattr(text, name)
-        checks.append((not value, f"text_config.{name}", value, "False or null"))
+        checks.append(base.off(f"text_config.{name}", getattr(text, name), "False or null"))
     for name, kinds in (("full_attention", ("default", "linear")), ("sliding_attention", ("default",))):
         rope, field = dict(text.rope_parameters[name]), f"text_config.rope_parameters.{name}"
         checks.append((rope["rope_type"] in kinds, f"{field}.rope_type", rope["rope_type"], ", ".join(kinds)))

@@ -231,7 +231,7 @@ def _text_checks(text: Any) -> list[tuple[bool, str, Any, str]]:
             "default, dynamic",
         ),
         (text.hidden_act == "silu", "text_config.hidden_act", text.hidden_act, "silu"),
-        (not text.use_sliding_window, "text_config.use_sliding_window", text.use_sliding_window, "False"),
+        base.off("text_config.use_sliding_window", text.use_sliding_window),
         (layer_types == ["full_attention"], "text_config.layer_types", layer_types, "full_attention"),
     ]
 

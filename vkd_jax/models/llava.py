@@ -127,7 +127,7 @@ def check_hf_config(family: str, hf: Any, decoders: tuple[str, ...]) -> None:
             (text.hidden_act == "silu", "text_config.hidden_act", text.hidden_act, "silu"),
             (rope["rope_type"] == "default", "text_config.rope_parameters.rope_type", rope["rope_type"], "default"),
             *(
-                (not getattr(text, name, False), f"text_config.{name}", getattr(text, name, False), "False")
+                base.off(f"text_config.{name}", getattr(text, name, False))
                 for name in ("attention_bias", "mlp_bias")  # which Mistral's configuration lacks
             ),
             (projector_act in ACTIVATIONS, "projector_hidden_act", projector_act, activations),

@@ -121,7 +121,7 @@ def common_checks(hf: Any, vision_width: int, merged_width: int) -> list[tuple[b
     return [
         *shared_checks(hf, vision_width, merged_width, head_width, _mrope_section(hf)),
         base.divides(text.num_attention_heads, text.hidden_size, _TEXT_HEADS),
-        (not text.use_sliding_window, "text_config.use_sliding_window", text.use_sliding_window, "False"),
+        base.off("text_config.use_sliding_window", text.use_sliding_window),
         (layer_types == ["full_attention"], "text_config.layer_types", layer_types, "full_attention"),
     ]
 
@@ -134,7 +134,8 @@ def shared_checks(
     heads = vision.num_heads
     heads_supported = f"divisors of the width, {vision_width}, that leave a multiple of 4"
     vision_rope = _vision_rope(vision)["rope_type"]
-    section_fits = [type(size) for size in mrope_section] == [int] * 3 and 2 * sum(mrope_section) == head_width
+    sizes_fit = [type(size) for size in mrope_section] == [int] * 3 and min(mrope_section) > 0
+    section_fits = sizes_fit and 2 * sum(mrope_section) == head_width
     return [
         (vision.in_channels == 3, "vision_config.in_channels", vision.in_channels, "3"),
         (vision_width % (4 * heads) == 0, "vision_config.num_heads", heads, heads_supported),
@@ -146,7 +147,7 @@ def shared_checks(
         base.positive("text_config.rope_parameters.rope_theta", rope["rope_theta"]),
         base.positive("text_config.rms_norm_eps", text.rms_norm_eps),
         base.token_id("image_token_id", hf.image_token_id),
-        (section_fits, "mrope_section", mrope_section, "three numbers that add up to half the head width"),
+        (section_fits, "mrope_section", mrope_section, "three positive numbers that add up to half the head width"),
     ]
 
 

@@ -81,7 +81,7 @@ def _check_hf_config(hf: Any, mrope_section: tuple[int, ...]) -> None:
                 "square numbers",
             ),
             (fits, "vision_config.deepstack_visual_indexes", blocks, deepstack),
-            (not text.attention_bias, "text_config.attention_bias", text.attention_bias, "False"),
+            base.off("text_config.attention_bias", text.attention_bias),
             *qwen2_vl.shared_checks(hf, vision.hidden_size, vision.out_hidden_size, text.head_dim, mrope_section),
         ],
     )

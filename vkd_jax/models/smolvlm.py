@@ -152,8 +152,8 @@ def _check_hf_config(hf: Any) -> None:
             (vision.num_channels == 3, "vision_config.num_channels", vision.num_channels, "3"),
             (vision.hidden_act in ACTIVATIONS, "vision_config.hidden_act", vision.hidden_act, ", ".join(ACTIVATIONS)),
             (text.hidden_act == "silu", "text_config.hidden_act", text.hidden_act, "silu"),
-            (not text.attention_bias, "text_config.attention_bias", text.attention_bias, "False"),
-            (not text.mlp_bias, "text_config.mlp_bias", text.mlp_bias, "False"),
+            base.off("text_config.attention_bias", text.attention_bias),
+            base.off("text_config.mlp_bias", text.mlp_bias),
         ],
     )
 

@@ -83,7 +83,7 @@ def untouched(tmp_path):
     yield
     left = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")}
     data = {name for name in left if name.split("/")[0] == "data"}  # it is read before the model
-    expected = {"config.json", "inputs.json", "timing.json"}
+    expected = {"config.json", "inputs.json", "records.json", "timing.json"}
     assert left - data <= expected and not any("incomplete" in name for name in data), left
     for path in (tmp_path / "run").glob("*.json"):
         json.loads(path.read_text())

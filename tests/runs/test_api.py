@@ -15,7 +15,7 @@ import vkd_jax
 from vkd_jax.methods.vkd import VKD
 from vkd_jax.reporting import report
 from vkd_jax.runs import api, pipeline, rebuild_report
-from vkd_jax.runtime import hub
+from vkd_jax.runtime import hub, records
 from vkd_jax.training import loop
 from vkd_jax.types import UserError
 
@@ -162,6 +162,7 @@ def test_without_the_data_the_report_has_no_images(finished, monkeypatch, capsys
     config = json.loads((finished / "config.json").read_text())
     config["data"]["source"] = "nowhere"
     (finished / "config.json").write_text(json.dumps(config))
+    records.Records(finished).add("config.json")
     assert report_command(monkeypatch, capsys, finished)[0] == 0
     assert "the report has no images" in caplog.text and "data:image/webp" not in (finished / "report.html").read_text()
 
@@ -170,6 +171,7 @@ def test_the_config_of_an_older_version_may_lack_fields(finished, monkeypatch, c
     config = json.loads((finished / "config.json").read_text())
     del config["train"]["b2"], config["data"]["symlinks"]
     (finished / "config.json").write_text(json.dumps(config))
+    records.Records(finished).add("config.json")
     assert report_command(monkeypatch, capsys, finished)[0] == 0
     assert "data:image/webp" in (finished / "report.html").read_text()
 
@@ -187,3 +189,28 @@ def test_a_folder_without_a_run_is_refused_and_not_created(monkeypatch, capsys, 
     status, _, err = report_command(monkeypatch, capsys, tmp_path / "nowhere")
     assert status == 2 and "nowhere has no run; give the --workdir of a finished one." in err
     assert list(tmp_path.iterdir()) == []
+
+
+DAMAGE = {
+    "train/metrics.jsonl": lambda file: file.write_text('{"step": 1, "loss": NaN}\n'),
+    "train/metrics.jsonl, missing": lambda file: file.unlink(),
+    "config.json": lambda file: file.write_text(file.read_text().replace('"seed": 0', '"seed": 1')),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_run_whose_files_are_damaged_has_no_new_report(finished, monkeypatch, capsys, name):
+    file = finished / name.partition(",")[0]
+    DAMAGE[name](file)
+    before = (finished / "report.md").read_bytes()
+    status, _, err = report_command(monkeypatch, capsys, finished)
+    assert status == 2 and str(file) in err and "restore it from a copy" in err
+    assert (finished / "report.md").read_bytes() == before
+
+
+def test_without_the_folder_of_the_training_the_report_says_that_it_has_no_losses(
+    finished, monkeypatch, capsys, caplog
+):
+    shutil.rmtree(finished / "train")
+    assert report_command(monkeypatch, capsys, finished)[0] == 0
+    assert f"the report has no losses of training: {finished / 'train'} was removed" in caplog.text

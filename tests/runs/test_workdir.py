@@ -6,13 +6,19 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
+import types
 
 import pytest
 
+from vkd_jax.checkpoints.bundle import ModelBundle
+from vkd_jax.checkpoints.manifest import compare_tensors
 from vkd_jax.config import command_line
 from vkd_jax.config.schema import RunConfig
-from vkd_jax.runs import pipeline, sweep
+from vkd_jax.runs import inputs, pipeline, stages, sweep
+from vkd_jax.runs import workdir as workdir_module
+from vkd_jax.runs.job import Job
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import provenance
 from vkd_jax.runtime.storage import write_errors
@@ -53,6 +59,77 @@ def test_a_field_that_the_folders_config_lacks_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(saved))
     with pytest.raises(UserError, match=r"\(train.b2: None in the folder, 0.999 now\)"):
         Workdir(tmp_path, config())
+
+
+def test_an_edited_config_is_refused_with_the_settings_that_it_names(tmp_path):
+    workdir = started(tmp_path)
+    file, saved = tmp_path / "config.json", json.loads((tmp_path / "config.json").read_text())
+    saved["train"]["steps"] = 4
+    file.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
+    for check in (Workdir, workdir_module.check):
+        with pytest.raises(UserError, match=r"config.json is damaged or was changed; restore that file from a copy"):
+            check(tmp_path, config("train.steps=4"))
+    saved["train"]["steps"] = 3
+    file.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
+    assert Workdir(tmp_path, config()).is_complete("answers/vanilla.jsonl", "config.json") and workdir.path == tmp_path
+
+
+def test_a_config_without_an_entry_gets_one(tmp_path):
+    started(tmp_path)
+    (tmp_path / "records.json").unlink()
+    assert Workdir(tmp_path, config()).has("config.json")
+
+
+def replaced(folder):
+    """Another model of the same architecture."""
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "new").write_bytes(data)
+    (folder / "new").replace(folder / "model.safetensors")
+
+
+CHANGES = {
+    "weights": replaced,
+    "settings": lambda folder: (folder / "config.json").write_text("{}"),
+    "a file more": lambda folder: (folder / "tokens.json").write_text("{}"),
+    "a file less": lambda folder: (folder / "generation_config.json").unlink(),
+}
+
+
+@pytest.fixture
+def given(tiny_folder, tmp_path):
+    """A run that began with a model."""
+    source = shutil.copytree(tiny_folder, tmp_path / "model")
+    run = Workdir(tmp_path / "run", config())
+    run.bind(inputs.describe({}, {"path": source}), {"path": source})
+    return types.SimpleNamespace(run=run, source=source)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_model_that_changes_during_the_run_is_neither_exported_nor_loaded(given, tiny_model, change, monkeypatch):
+    run, source = given.run, given.source
+    run.check_source(source)
+    job = Job(run, None, {}, {}, [], None)
+    monkeypatch.setattr(stages.results_writer, "provenance", lambda *_: {})
+    assert not compare_tensors(source, stages._export(job, "vanilla", tiny_model, {}, source, []))["changed"]
+    monkeypatch.setattr(ModelBundle, "load_for", lambda *_, **__: change(source))
+    problem = r"model, the model of config.model.path, changed during the run, in .*; copy the model elsewhere"
+    with pytest.raises(UserError, match=problem):
+        job.load(source)
+    if source.joinpath("config.json").read_text() != "{}":
+        with pytest.raises(UserError, match=problem):
+            stages._export(job, "unlearned", tiny_model, {}, source, [])
+    assert not [path.name for path in run.path.iterdir() if path.name.startswith("unlearned")]
+
+
+def test_a_model_that_the_run_wrote_is_checked_too(given, tiny_model, monkeypatch):
+    monkeypatch.setattr(stages.results_writer, "provenance", lambda *_: {"provenance.json": "{}"})
+    folder = stages._export(Job(given.run, None, {}, {}, [], None), "vanilla", tiny_model, {}, given.source, [])
+    (folder / "README.md").write_text("a card")
+    given.run.check_source(folder)
+    replaced(folder)
+    with pytest.raises(UserError, match=r"the model vanilla of this run, changed during the run, in model.safetensors"):
+        given.run.check_source(folder)
 
 
 def test_a_run_resumes_with_other_trackers(tmp_path):

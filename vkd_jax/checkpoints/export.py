@@ -3,10 +3,11 @@
 import contextlib
 import copy
 import errno
+import fnmatch
 import json
 import pathlib
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -68,7 +69,12 @@ def _write_json(file: pathlib.Path, content: Any) -> None:
 
 
 def export(
-    params: Mapping[str, jax.Array], source: Folder, target: Folder, config: Any, notes: Mapping[str, str] | None = None
+    params: Mapping[str, jax.Array],
+    source: Folder,
+    target: Folder,
+    config: Any,
+    notes: Mapping[str, str] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes a copy of the model folder `source` with the given parameters.
 
@@ -84,6 +90,7 @@ def export(
         target: the folder to write; a model that is in it is replaced.
         config: configuration of the model, from `load`.
         notes: further text files, {name: content}; they replace files of the source with the same name.
+        check: called in process 0 before the copy is renamed; if it raises, the target stays as it is.
 
     Raises:
         UserError: the source cannot be read, the target exists and is not a model folder, or the disk is full.
@@ -122,6 +129,7 @@ def export(
                         "Decrease the learning rate or the forget weight, and use a new --workdir."
                     )
                 overwrite(new, tensor, value)
+            check()
 
     multihost.run_on_process_0(write, meanwhile=values)
 
@@ -136,6 +144,7 @@ def copy_model(checkpoint: Checkpoint, target: pathlib.Path, skip: Collection[st
     """
     for file in sorted(checkpoint.folder.iterdir()):
         is_companion = file.suffix in COMPANIONS and file.name not in (*NOT_COPIED, *skip)
+        is_companion &= bool(file.suffix) or any(fnmatch.fnmatch(file.name, pattern) for pattern in storage.TEXTS)
         if file.is_file() and not file.name.startswith(".") and is_companion:
             shutil.copyfile(file, target / file.name)
     for file in checkpoint.files:

@@ -34,7 +34,7 @@ def describe(
     """
     return {
         "sets": {name: _describe_set(examples) for name, examples in sets.items()},
-        "models": {name: _describe_model(folder) for name, folder in models.items()},
+        "models": {name: describe_model(folder) for name, folder in models.items()},
         **{name: _describe_file(wordings.get(name, "")) for name in WORDINGS},
     }
 
@@ -53,11 +53,15 @@ def differences(saved: Mapping[str, Any], current: Inputs) -> Iterator[str]:
             yield f"the set {name} has other questions, answers or images ({counts[1]}, as before)"
     for field in sorted(saved_models.keys() | current["models"].keys()):
         if changed := changed_keys(saved_models.get(field), current["models"].get(field)):
-            name = field if "." in field else f"model.{field}"
-            yield f"the model of config.{name} changed in {', '.join(changed[:3])}"
+            yield f"{label(field)} changed in {', '.join(changed[:3])}"
     for name in WORDINGS:
         if saved.get(name, "") != current.get(name, ""):
             yield f"the file of config.eval.{name} changed"
+
+
+def label(field: str) -> str:
+    """A given model in messages, by its field."""
+    return f"the model of config.{field if '.' in field else f'model.{field}'}"
 
 
 def of_both(saved: Mapping[str, Any], current: Inputs) -> tuple[Inputs, Inputs]:
@@ -91,7 +95,8 @@ def _describe_file(path: str) -> str:
     return hashlib.sha256(storage.resolve(path).read_bytes()).hexdigest() if path else ""
 
 
-def _describe_model(folder: Path) -> dict[str, str]:
+def describe_model(folder: Path) -> dict[str, str]:
+    """The digests of the files of a model folder, but for its provenance."""
     return without_provenance(storage.model_digests(folder))
 
 

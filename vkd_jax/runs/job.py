@@ -86,9 +86,15 @@ class Job:
         return self.config.data.benchmark
 
     def load(self, folder: Path, method: Method | None = None) -> ModelBundle:
-        """Loads a model for a method, by default the method of unlearning: all judged models have the same dtypes."""
+        """Loads a model for a method, by default the method of unlearning: all judged models have the same dtypes.
+
+        Raises:
+            UserError: it cannot be loaded, or changed since the run began.
+        """
         options = load_options(self.config.model)
-        return ModelBundle.load_for(method or self.method, folder, seed=self.config.seed, mesh=self.mesh, **options)
+        model = ModelBundle.load_for(method or self.method, folder, seed=self.config.seed, mesh=self.mesh, **options)
+        self.workdir.check_source(folder)
+        return model
 
     @property
     def eval_sets(self) -> tuple[EvalSet, ...]:
@@ -288,13 +294,18 @@ def judge_folder(config: EvalConfig) -> Path | None:
         return sources.fetch_model(config.judge)
 
 
+def models_read(config: RunConfig, models: Mapping[str, Path]) -> dict[str, Path]:
+    """The folders of `given_models`, and of the judge as "eval.judge" if there is one."""
+    judge_model = judge_folder(config.eval)
+    return {**models, **({"eval.judge": judge_model} if judge_model else {})}
+
+
 def describe_inputs(
     config: RunConfig, sets: Mapping[str, Sequence[Example]], models: Mapping[str, Path]
 ) -> inputs.Inputs | None:
     """The digests of what a run reads, on process 0; see `inputs.describe`."""
-    if judge_model := judge_folder(config.eval):
-        models = {**models, "eval.judge": judge_model}
     wordings = {name: getattr(config.eval, name) for name in inputs.WORDINGS}
+    models = models_read(config, models)
     return multihost.run_on_process_0(lambda: inputs.describe(sets, models, wordings))
 
 

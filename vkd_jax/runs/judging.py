@@ -57,5 +57,7 @@ def _grader(job: Job) -> judge.Judge:
     if options.judge_at_endpoint:
         return _OnProcess0(judge.Endpoint(options.judge, options.judge_model))
     with job.workdir.stage("load the judge"):
-        model = ModelBundle.load(judge_folder(options), mesh=job.mesh, **load_options(job.config.model))
+        folder = judge_folder(options)
+        model = ModelBundle.load(folder, mesh=job.mesh, **load_options(job.config.model))
+        job.workdir.check_source(folder)
     return judge.LoadedJudge(Answerer(model, batch_size=options.batch_size))

@@ -20,7 +20,7 @@ from vkd_jax.config.schema import RunConfig
 from vkd_jax.reporting import report
 from vkd_jax.results import RunResults
 from vkd_jax.runs import judging, results_writer, stages
-from vkd_jax.runs.job import Job, check_models, describe_inputs, given_models, read_data
+from vkd_jax.runs.job import Job, check_models, describe_inputs, given_models, models_read, read_data
 from vkd_jax.runs.workdir import SHARED_MODELS, Workdir, exclusive
 from vkd_jax.runtime import memory, storage
 from vkd_jax.types import UserError
@@ -65,7 +65,7 @@ def _execute(workdir: Workdir, lender: Path | None) -> RunResults:
     job = Job.prepare(workdir)
     models = check_models(job)
     with workdir.stage("check inputs"):
-        workdir.bind(describe_inputs(config, job.sets | job.held_out_set, models))
+        workdir.bind(describe_inputs(config, job.sets | job.held_out_set, models), models_read(config, models))
     if not workdir.is_complete(results.FILE, without=(*report.PREFIXES, *stages.DOCUMENTS)):
         _compute(job, lender)
     if config.reports:
@@ -92,11 +92,12 @@ def _check_inputs(workdir: Workdir) -> None:
     """Checks that a finished run has the inputs that its config names now, unless they can no longer be read."""
     try:
         sets = read_data(workdir.config, workdir.path)
-        current = describe_inputs(workdir.config, sets, given_models(workdir.config))
+        models = given_models(workdir.config)
+        current = describe_inputs(workdir.config, sets, models)
     except UserError as error:
         logging.warning("the inputs of this finished run are not compared: %s", error)
         return
-    workdir.bind(current)
+    workdir.bind(current, models_read(workdir.config, models))
 
 
 def _shared_records(lender: Path) -> list[str]:

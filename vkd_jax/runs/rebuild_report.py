@@ -8,7 +8,6 @@ data of the run. If that data is gone or has changed, the report has empty frame
 Exit status: 0 on success, 2 on bad input, which includes the folder of a run that is not finished.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from vkd_jax.reporting import report, terminal
 from vkd_jax.results import FILE, RunResults
 from vkd_jax.runs import inputs
 from vkd_jax.runs.job import read_data
-from vkd_jax.runs.workdir import exclusive
+from vkd_jax.runs.workdir import CONFIG, METRICS, TRAINING, check_logs, exclusive
 from vkd_jax.runtime import json_files, log, records, storage
 from vkd_jax.runtime.interrupts import interruptible
 from vkd_jax.types import UserError
@@ -40,8 +39,8 @@ def rebuild(path: str | Path, command: str) -> RunResults:
         The results of the run.
 
     Raises:
-        UserError: the folder has no run, its run is not finished or has no unlearned model, its answers are damaged, or
-            another process uses it.
+        UserError: the folder has no run, its run is not finished or has no unlearned model, its config, answers
+            or metrics are damaged, or another process uses it.
     """
     path = storage.resolve(path)
     if not (path / "config.json").is_file():
@@ -50,6 +49,10 @@ def rebuild(path: str | Path, command: str) -> RunResults:
         written = records.Records(path)
         if not written.has_results(FILE):
             raise UserError(f"{path} has a run that is not finished; run its command again, which resumes it.")
+        written.check(CONFIG, "restore it from a copy")
+        check_logs(path, written)
+        if written.knows(f"{TRAINING}/{METRICS}") and not (path / TRAINING).exists():
+            logging.warning("the report has no losses of training: %s was removed", path / TRAINING)
         results = RunResults.read(path)
         if "unlearned" not in results.models:
             raise UserError(f"{path} has a run without an unlearned model, which has no report: see {path / FILE}.")
@@ -88,7 +91,7 @@ def _data_config(saved: Mapping[str, Any]) -> RunConfig:
 @interruptible
 def main() -> int:
     """Runs the command line and returns its exit status."""
-    parser = argparse.ArgumentParser(prog="vkd report", description=__doc__.splitlines()[0])
+    parser = command_line.ArgumentParser(prog="vkd report", description=__doc__.splitlines()[0])
     parser.add_argument("workdir", help="folder of a finished run")
     workdir = parser.parse_args().workdir
     try:

@@ -1,6 +1,7 @@
 """The stages of a run: fine-tuning, unlearning, export, evaluation, attacks and the report."""
 
 import functools
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from vkd_jax.runs.job import Job
 from vkd_jax.runtime import files, hub, json_files, multihost, storage
 from vkd_jax.runtime.dataclass_json import encode
 from vkd_jax.training import loop
-from vkd_jax.types import Params
+from vkd_jax.types import Params, UserError
 
 ADAPTER = "adapter"
 FINETUNE_SETS = ("finetune_forget", "finetune_retain")
@@ -66,7 +67,7 @@ def _base_model(job: Job) -> Path:
     """The folder of the model that fine-tuning starts from; a new model's tokenizer is made for all examples."""
     config = job.config
     if not config.model.create:
-        return sources.fetch_model(config.model.base)
+        return job.workdir.given["base"]
     examples = [e for name in FINETUNE_SETS for e in job.sets.get(name, ())]
 
     def create(folder: Path) -> None:
@@ -85,23 +86,23 @@ def unlearn_and_evaluate(job: Job, finetuned: dict[str, Path]) -> None:
         finetuned: folders of the models that this run fine-tuned, by name; others are those of the config.
     """
     workdir, config = job.workdir, job.config
-    source = finetuned.get("vanilla") or sources.fetch_model(config.model.path)
-    retain_only = finetuned.get("retain_only")
-    if retain_only is None and config.model.retain_only:
-        retain_only = sources.fetch_model(config.model.retain_only)
+    given = workdir.given
+    source = finetuned.get("vanilla") or given["path"]
+    retain_only = finetuned.get("retain_only") or given.get("retain_only")
     references, changes = {}, None
     if retain_only:
         references["retain_only"] = evaluate_and_attack(job, "retain_only", _load(job, retain_only))
     model = _load(job, source)
     answers = {"vanilla": evaluate_and_attack(job, "vanilla", model)} | references
     if config.reports:
-        given = config.model.unlearned
-        target = sources.fetch_model(given) if given else unlearn(job, model, source)
+        target = given["unlearned"] if config.model.unlearned else unlearn(job, model, source)
         with workdir.stage("compare text"):
             vanilla_scores = results_writer.text_scores(job, model)
         del model
         with workdir.stage("manifest"):
             manifest = multihost.run_on_process_0(lambda: compare_tensors(source, target))
+            for folder in (source, target):
+                workdir.check_source(folder)
             workdir.write("manifest.json", manifest)
         unlearned = _load(job, target)  # the exported weights, not those in memory
         answers["unlearned"] = evaluate_and_attack(job, "unlearned", unlearned)
@@ -113,7 +114,10 @@ def unlearn_and_evaluate(job: Job, finetuned: dict[str, Path]) -> None:
         del unlearned
     else:
         del model
-    results_writer.write(job, judging.ask_judge(job, answers), changes)
+    answers = judging.ask_judge(job, answers)
+    for folder in given.values():
+        workdir.check_source(folder)
+    results_writer.write(job, answers, changes)
 
 
 def document_model(job: Job) -> None:
@@ -131,7 +135,9 @@ def document_model(job: Job) -> None:
 
     def write() -> None:
         files.write_bytes(folder / model_card.FILE, model_card.render(results, job.forgotten_digests).encode())
-        file, content = folder / certificate.FILE, certificate.describe(hub.fetch_model(folder), facts)
+        local = hub.fetch_model(folder)
+        file, content = folder / certificate.FILE, certificate.describe(local, facts)
+        job.workdir.verify_source(local)
         if not file.is_file() or file.read_bytes() != content:
             (folder / certificate.SIGNATURE).unlink(missing_ok=True)  # of another certificate
             files.write_bytes(file, content)
@@ -188,7 +194,7 @@ def _context(job: Job, model: ModelBundle) -> Context:
     config = job.config
     base = None
     if job.method.needs_base:
-        base = sources.fetch_model(job.workdir.path / "base" if config.model.create else config.model.base)
+        base = job.workdir.model("base") if config.model.create else job.workdir.given["base"]
     streams = {name: job.image_questions(name) for name in ("forget", "retain")}
     streams |= {f"{name}_text": questions for name in streams if (questions := job.text_questions(name))}
     if text_stream.STREAM in job.method.losses():
@@ -234,13 +240,25 @@ def _export(job: Job, name: str, model: ModelBundle, trained: Params, source: Pa
     merged = trained | lora.adapters(model.params)
     notes = results_writer.provenance(job, name, without)
 
+    has_adapter = bool(name == "unlearned" and trained and all(map(lora.is_adapter, trained)))
+    adapter = job.workdir.path / ADAPTER
+
+    def check() -> None:
+        try:
+            job.workdir.verify_source(source)
+        except UserError:
+            if has_adapter:
+                shutil.rmtree(storage.local_copy(adapter))
+            raise
+
     def write(folder: Path) -> None:
-        export.export(merged, source, folder, model.config, notes=notes)
-        if name == "unlearned" and trained and all(map(lora.is_adapter, trained)):
-            given, adapter = job.config.model.path, job.workdir.path / ADAPTER
+        if has_adapter:
+            given = job.config.model.path
             is_id = hub.is_id(given) and "@" not in given and not storage.resolve(given).exists()
             base = given if is_id else str(source)
             peft.export(merged, source, storage.local_copy(adapter), model.config, base=base)
+        export.export(merged, source, folder, model.config, notes=notes, check=check)
+        if has_adapter:
             multihost.run_on_process_0(lambda: storage.upload_model(adapter, hub.ADAPTER_CONFIG))
 
     return job.workdir.model(name, write)

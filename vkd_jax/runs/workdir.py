@@ -33,15 +33,17 @@ from vkd_jax.runs import inputs
 from vkd_jax.runtime import files, hub, json_files, locks, multihost, progress_bar, provenance, records, storage
 from vkd_jax.types import UserError
 
+CONFIG = "config.json"
 # Files that exist before anything depends on the config and the inputs.
-PRE_RUN_FILES = {"config.json", "timing.json", "data", "log.txt", inputs.FILE, records.FILE}
+PRE_RUN_FILES = {CONFIG, "timing.json", "data", "log.txt", inputs.FILE, records.FILE}
 UNCLAIMED_FILES = {"log.txt"}  # files of a run that was killed before it wrote its config
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "grain")
 SHARED_MODELS = ("vanilla", "retain_only")  # models that are the same in every run of a comparison
 # Fields that a run may have other values of when it resumes: they decide nothing that it computes.
 FREE_FIELDS = {"mesh", "train.trackers", "finetune.train.trackers"}
 TRAINING, METRICS, JUDGE_FOLDER = "train", "metrics.jsonl", "judge"
-REMOVABLE = (*SHARED_MODELS, "base", "unlearned", TRAINING)  # large folders, which may be removed after the run
+MODELS = (*SHARED_MODELS, "base", "unlearned")  # that a run may write
+REMOVABLE = (*MODELS, TRAINING)  # large folders, which may be removed after the run
 MOVE = "remove it, or pass another --workdir"
 START_OVER = "pass another --workdir, or remove that folder to start over"
 FOLDERS = (
@@ -163,12 +165,13 @@ class Workdir:
         self._has_results = False
         self._records: records.Records | None = None  # on process 0
         self._inputs: inputs.Inputs | None = None  # on process 0, after `bind`
+        self.given: Mapping[str, Path] = {}  # after `bind`
         self.timing: dict[str, float] = multihost.run_on_process_0(self._claim)
 
     def _claim(self) -> dict[str, float]:
         """Creates the folder or checks its config; returns the seconds of each stage so far."""
         resolved = json.loads(self.config.to_json())
-        known, timing = self.path / "config.json", self.path / "timing.json"
+        known, timing = self.path / CONFIG, self.path / "timing.json"
         names = prepare_folder(self.path)
         self._has_results = bool(names - PRE_RUN_FILES)
         with storage.write_errors():
@@ -178,14 +181,17 @@ class Workdir:
                     file.unlink(missing_ok=True)
                 files.write_bytes(known, records.encode(resolved))
             self._records = records.Records(self.path)
+            if difference or not self._has_results or not self._records.knows(CONFIG):
+                self._records.add(CONFIG)
             seconds = records.read_or(timing, {}, "the time of earlier stages is not known")
         return {name: x for name, x in seconds.items() if isinstance(x, int | float) and not isinstance(x, bool)}
 
-    def bind(self, values: inputs.Inputs | None) -> None:
+    def bind(self, values: inputs.Inputs | None, folders: Mapping[str, Path] = {}) -> None:  # noqa: B006
         """Checks that the run has the inputs of its results so far, and saves them if there are no results.
 
         Args:
             values: what `inputs.describe` returned; only process 0 needs it.
+            folders: the folder of each model in them; the attribute `given` afterwards.
 
         Raises:
             UserError: the data or a model changed since the results were computed.
@@ -199,6 +205,31 @@ class Workdir:
                 files.write_bytes(file, records.encode(values))
 
         multihost.run_on_process_0(check)
+        self.given = dict(folders)
+
+    def check_source(self, folder: Path) -> None:
+        """Checks that a model that was read is still the one that the run began with, or that it wrote.
+
+        Whatever a stage reads of a model is checked afterwards, before anything that depends on it is recorded.
+
+        Raises:
+            UserError: it changed.
+        """
+        multihost.run_on_process_0(lambda: self.verify_source(folder))
+
+    def verify_source(self, folder: Path) -> None:
+        """Does the work of `check_source`, in process 0 alone."""
+        fields = [name for name, given in self.given.items() if given == folder]
+        known = {name: inputs.without_provenance(self._records.model_digests(name)) for name in MODELS}
+        known = {name: x for name, x in known.items() if x and storage.local_copy(self.path / name) == folder}
+        known |= {name: records.mapping(self._inputs["models"]).get(name) for name in fields}
+        for name, expected in known.items():
+            if changed := records.changed_keys(expected, inputs.describe_model(folder)):
+                raise UserError(
+                    f"{folder}, {inputs.label(name) if name in fields else f'the model {name} of this run'}, changed "
+                    f"during the run, in {listed(changed)}; copy the model elsewhere, and run again with another "
+                    "--workdir."
+                )
 
     def has(self, name: str) -> bool:
         """Whether this run wrote a file of this name, and the file is whole."""
@@ -231,14 +262,7 @@ class Workdir:
         Raises:
             UserError: a file of metrics is missing or damaged.
         """
-        remedy = f"restore it from a copy, or remove {self.path / TRAINING} to go on without its losses"
-
-        def check() -> None:
-            if (self.path / TRAINING).exists():
-                for folder in (TRAINING, *(f"{TRAINING}/{name}" for name in SHARED_MODELS)):
-                    self._records.check(f"{folder}/{METRICS}", remedy)
-
-        multihost.run_on_process_0(check)
+        multihost.run_on_process_0(lambda: check_logs(self.path, self._records))
 
     @contextlib.contextmanager
     def training(self, *names: str) -> Iterator[Path]:
@@ -392,6 +416,18 @@ def check(path: str | Path, config: RunConfig) -> bool:
     return bool(names - PRE_RUN_FILES)
 
 
+def check_logs(path: Path, written: records.Records) -> None:
+    """Checks the metrics of the trainings of a run that have ended, unless the folder of all trainings was removed.
+
+    Raises:
+        UserError: a file of metrics is missing or damaged.
+    """
+    remedy = f"restore it from a copy, or remove {path / TRAINING} to go on without its losses"
+    if (path / TRAINING).exists():
+        for folder in (TRAINING, *(f"{TRAINING}/{name}" for name in SHARED_MODELS)):
+            written.check(f"{folder}/{METRICS}", remedy)
+
+
 def _config_difference(path: Path, resolved: dict, names: set[str]) -> str | None:
     """The first field that differs from the config in a folder, in words.
 
@@ -401,13 +437,13 @@ def _config_difference(path: Path, resolved: dict, names: set[str]) -> str | Non
         names: the files in the folder.
 
     Raises:
-        UserError: the folder has results of another config.
+        UserError: the folder has results of another config, or its config is not the one that the run wrote.
     """
-    if "config.json" not in names:
+    if CONFIG not in names:
         return "new"
     remedy, has_results = f"restore that file from a copy, {START_OVER}", bool(names - PRE_RUN_FILES)
     try:
-        saved = json_files.read_json(path / "config.json", remedy=remedy)
+        saved = json_files.read_json(path / CONFIG, remedy=remedy)
     except UserError:
         if has_results:
             raise
@@ -415,6 +451,8 @@ def _config_difference(path: Path, resolved: dict, names: set[str]) -> str | Non
     difference = next(_differences(saved, resolved), None)
     if difference and has_results:
         raise UserError(f"{path} has a run of another config ({difference}); {START_OVER}.")
+    if has_results:  # the results do not belong to a config that was edited
+        records.Records(path).check(CONFIG, remedy)
     return difference
 
 

@@ -49,6 +49,10 @@ class Records:
         """Adds or replaces the entry of a model folder."""
         self._write(self._entries | {name: {"files": storage.model_digests(storage.local_copy(self._path / name))}})
 
+    def knows(self, name: str) -> bool:
+        """Whether a file or model folder was added."""
+        return name in self._entries
+
     def has(self, name: str) -> bool:
         """Whether a file exists and is the one that was added."""
         return self._is_whole(name, lambda: _file_entry(files.read_bytes(self._path / name, json_files.MOST_BYTES)))
@@ -192,6 +196,8 @@ def _difference(expected: Any, entry: dict[str, Any]) -> str:
     if "files" in entry:
         changed = changed_keys(old.get("files"), entry["files"])
         return f"differs from what this run wrote in {', '.join(changed[:3])}"
+    if entry["lines"] == old.get("lines"):
+        return "is damaged or was changed"
     return f"is damaged or was changed: it has {entry['lines']} lines of {old.get('lines')}"
 
 

@@ -32,7 +32,7 @@ GROUPS = {  # title, roles, and the kinds of question, of which each set's first
 }
 SEQUENCES = {
     "requests": "one after another",
-    "naive": "one after another, as if nobody had asked before",
+    "naive": "naive repetition",
     "batch": "all at once",
 }
 MARGIN = 0.10  # the goals: at most chance + MARGIN on who is forgotten, at least `comparison.KEEP` of what is retained
@@ -159,8 +159,8 @@ def curve(collected: Mapping[str, Any]) -> bytes:
     sequences, start = collected["sequences"], collected["start"]
     looks = {"requests": ("-", 2.0), "naive": (":", 1.6), "batch": ("", 0.0)}
     panels = (("forgotten", "forgotten_test"), ("retained", "retained_test", "general"))
-    with plots.drawing(11.0, 5.0) as (figure, png):
-        margins = plots.margins_of(figure, left=0.6, right=0.15, bottom=1.35, top=0.35)
+    with plots.drawing(11.0, 5.6) as (figure, png):
+        margins = plots.margins_of(figure, left=0.6, right=0.15, bottom=1.95, top=0.35)
         drawn = figure.subplots(1, 2, sharey=True, gridspec_kw=margins)
         for axes, groups in zip(drawn, panels, strict=True):
             for group, color in zip(groups, plots.LINES, strict=False):
@@ -172,13 +172,14 @@ def curve(collected: Mapping[str, Any]) -> bytes:
                     label = f"{GROUPS[group][0]}: {SEQUENCES[name]}"
                     axes.plot(x, y, linestyle=style, linewidth=width, marker=marker, color=color, label=label)
             axes.set(xlabel="requests", ylim=(-4, 104))
+            axes.xaxis.get_major_locator().set_params(integer=True)
         chance = sequences["requests"][-1]["after"].get("forgotten", {}).get("chance")
         if chance is not None:
             drawn[0].axhline(100 * chance, color=plots.GREY, linestyle="--", linewidth=1.2, label="chance")
         drawn[0].set(ylabel="accuracy (%)", title="who is forgotten")
         drawn[1].set(title="what is kept")
         for axes in drawn:
-            axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+            axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     return png.getvalue()
 
 

@@ -38,7 +38,9 @@ def test_an_adapter_is_written_if_nothing_else_was_trained(model, tmp_path, monk
     trained = trained | {path: bundle.params[path] for path in further}
     job = SimpleNamespace(
         config=SimpleNamespace(model=SimpleNamespace(path=path)),
-        workdir=SimpleNamespace(path=tmp_path, model=lambda name, make: make(tmp_path / name)),
+        workdir=SimpleNamespace(
+            path=tmp_path, model=lambda name, make: make(tmp_path / name), verify_source=lambda folder: None
+        ),
     )
     monkeypatch.setattr(stages.results_writer, "provenance", lambda *_: {})
     stages._export(job, name, bundle, trained, folder, [])

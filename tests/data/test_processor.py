@@ -177,7 +177,7 @@ def test_a_file_of_a_model_folder_that_is_no_file_is_never_opened(folder, tiny_c
     [
         ("tokenizer_config.json", "[" * 100_000, "nested more than 64 levels"),
         ("tokenizer_config.json", "[]", "expected an object, not an array"),
-        ("processor_config.json", '{"image_processor": 3}', "no usable tokenizer and image processor"),
+        ("processor_config.json", '{"image_processor": 3}', "image_processor is the number 3, not an object"),
         ("tokenizer.json", "[" * 100_000, "no usable tokenizer and image processor"),
         ("tokenizer.json", '{"model": 3}', "no usable tokenizer and image processor"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is not a token"),

@@ -114,7 +114,8 @@ def test_the_loss_has_its_minimum_at_the_bound_where_its_gradient_vanishes(conte
     others = GradDiff(bound="others")
     np.testing.assert_allclose(others.ascent(ce, batch), [0.125, 0.0, 1.5])
     np.testing.assert_allclose(jax.grad(lambda x: jnp.sum(others.ascent(x, batch)))(ce), [-0.5, 0.0, 1.0])
-    np.testing.assert_allclose(GradDiff(cap=4.0).ascent(ce, batch), [-0.5, -2.0, -4.0])
+    without = dataclasses.replace(batch, cached={})
+    np.testing.assert_allclose(GradDiff(cap=4.0).ascent(ce, without), [-0.5, -2.0, -4.0])
 
 
 def test_a_forget_loss_that_does_not_ascend_computes_no_bounds(context):

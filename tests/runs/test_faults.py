@@ -64,6 +64,7 @@ from vkd_jax.config.training import TrainConfig
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.data.processor import Processor, create_processor
 from vkd_jax.methods import base, losses
+from vkd_jax.methods.null_space import NullSpace
 from vkd_jax.methods.vkd import VKD
 from vkd_jax.models import llava
 from vkd_jax.models.base import bind, split_model
@@ -149,6 +150,8 @@ class Broken:
 
     mask_scope: str = "none"
     breaks: bool = True
+    cache_bytes: int = 0
+    null_space: NullSpace = NullSpace()
 
     def trainable(self, paths, model_config):
         return list(paths)

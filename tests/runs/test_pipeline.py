@@ -166,7 +166,10 @@ def test_each_model_is_released_before_the_next_is_loaded(vkd, make_config, tmp_
     def record(name, value=None):
         return lambda *_: calls.append((name, len(alive))) or value
 
-    fake = types.SimpleNamespace(workdir=Workdir(tmp_path, config), config=config, load=Model, questions={})
+    workdir = Workdir(tmp_path, config)
+    workdir.given = {name: tmp_path / name for name in ("path", "retain_only")}
+    monkeypatch.setattr(workdir, "check_source", lambda folder: None)
+    fake = types.SimpleNamespace(workdir=workdir, config=config, load=Model, questions={})
     monkeypatch.setattr(stages, "evaluate_and_attack", lambda job, name, model: record(f"judge {name}", [])())
     monkeypatch.setattr(stages, "unlearn", record("unlearn", tmp_path))
     for name in ("text_scores", "model_changes", "write"):

@@ -5,6 +5,7 @@ It follows what a run does, from the config to `loop.fit`: weights as `ModelBund
 forward pass). Only config.json is read.
 """
 
+import copy
 import dataclasses
 import functools
 import types
@@ -173,6 +174,7 @@ def read_model(name: str) -> tuple[types.ModuleType, Any]:
     for family in models.MODELS:
         for published, fields in models.module_for(family).PRESETS.values():
             if name == published:
+                fields = copy.deepcopy(fields)  # transformers changes the dicts in it
                 return models.module_for(family), AutoConfig.for_model(family, **fields)
     if hub.is_id(name):
         known = [row[0] for family in models.MODELS for row in models.module_for(family).PRESETS.values()]

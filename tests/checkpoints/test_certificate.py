@@ -73,14 +73,14 @@ def change_a_weight(folder):
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (change_a_weight, "1 tensors differ from the certificate: "),
-        (lambda folder: (folder / "config.json").write_text("{}"), "1 files differ .*: config.json"),
-        (lambda folder: (folder / "generation_config.json").unlink(), "1 files are missing: generation_config.json"),
-        (lambda folder: (folder / "vocab.json").write_text("{}"), "1 files are not in the certificate: vocab.json"),
-        (lambda folder: (folder / "README.md").write_text("all forgotten"), "1 files differ .*: README.md"),
-        (lambda folder: (folder / "README.md").unlink(), "1 files are missing: README.md"),
+        (change_a_weight, "1 tensor differs from the certificate: "),
+        (lambda folder: (folder / "config.json").write_text("{}"), "1 file differs .*: config.json"),
+        (lambda folder: (folder / "generation_config.json").unlink(), "1 file is missing: generation_config.json"),
+        (lambda folder: (folder / "vocab.json").write_text("{}"), "1 file is not in the certificate: vocab.json"),
+        (lambda folder: (folder / "README.md").write_text("all forgotten"), "1 file differs .*: README.md"),
+        (lambda folder: (folder / "README.md").unlink(), "1 file is missing: README.md"),
         *(
-            (functools.partial(add, name), f"1 files are not in the certificate: {name}")
+            (functools.partial(add, name), f"1 file is not in the certificate: {name}")
             for name in (
                 "pytorch_model.bin",
                 "modeling_evil.py",
@@ -90,8 +90,8 @@ def change_a_weight(folder):
                 "LICENSE",
             )
         ),
-        (lambda folder: (folder / "link").symlink_to("/"), "1 files are not in the certificate: link"),
-        (lambda folder: os.mkfifo(folder / "pipe"), "1 files are not in the certificate: pipe"),
+        (lambda folder: (folder / "link").symlink_to("/"), "1 file is not in the certificate: link"),
+        (lambda folder: os.mkfifo(folder / "pipe"), "1 file is not in the certificate: pipe"),
     ],
 )
 def test_every_change_is_found(certified, change, found, capsys, monkeypatch):

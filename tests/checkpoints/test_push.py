@@ -97,13 +97,13 @@ def test_a_model_that_is_not_the_certified_one_is_refused(models, workdir, monke
     config = workdir / "unlearned" / "config.json"
     config.write_text(config.read_text() + "\n")
     status, _, err = run(monkeypatch, capsys, workdir, "org/name")
-    assert status == 2 and "is not the certified model: 1 files differ from the certificate: config.json" in err
+    assert status == 2 and "is not the certified model: 1 file differs from the certificate: config.json" in err
     config.write_text(config.read_text()[:-1])
     (workdir / "unlearned" / "portrait.png").write_bytes(b"somebody")
-    assert "1 files are not in the certificate: portrait.png" in run(monkeypatch, capsys, workdir, "org/name")[2]
+    assert "1 file is not in the certificate: portrait.png" in run(monkeypatch, capsys, workdir, "org/name")[2]
     (workdir / "unlearned" / "portrait.png").unlink()
     (workdir / "unlearned" / "README.md").write_text("all forgotten")
-    assert "1 files differ from the certificate: README.md" in run(monkeypatch, capsys, workdir, "org/name")[2]
+    assert "1 file differs from the certificate: README.md" in run(monkeypatch, capsys, workdir, "org/name")[2]
     (workdir / "unlearned" / certificate.FILE).write_bytes(certificate.describe(workdir / "unlearned", {}))
     (workdir / "unlearned" / certificate.SIGNATURE).write_text("{}")
     assert "is not a valid signature" in run(monkeypatch, capsys, workdir, "org/name")[2]

@@ -69,13 +69,18 @@ def differences(folder: Path) -> Iterator[str]:
     certified, actual = read(folder), _digests(folder)
     for kind in ("tensors", "files"):
         old, new = certified[kind], actual[kind]
-        for words, names in (
-            ("are missing", old.keys() - new.keys()),
-            ("are not in the certificate", new.keys() - old.keys()),
-            ("differ from the certificate", {name for name in old.keys() & new.keys() if old[name] != new[name]}),
+        for one, several, names in (
+            ("is missing", "are missing", old.keys() - new.keys()),
+            ("is not in the certificate", "are not in the certificate", new.keys() - old.keys()),
+            (
+                "differs from the certificate",
+                "differ from the certificate",
+                {name for name in old.keys() & new.keys() if old[name] != new[name]},
+            ),
         ):
             if names:
-                yield f"{len(names)} {kind} {words}: {listed(sorted(names))}"
+                subject = f"1 {kind[:-1]} {one}" if len(names) == 1 else f"{len(names)} {kind} {several}"
+                yield f"{subject}: {listed(sorted(names))}"
 
 
 def members(folder: Path) -> list[str]:

@@ -49,7 +49,11 @@ def get_config(arg=""):
 
 
 def write_job(folder: Path) -> None:
-    """Writes config.py and its data: one person in the forget set, two in the retain set, all that a run can do."""
+    """Writes config.py and its data: all that a run can do.
+
+    One person is in the forget set and one in the retain set; the test sets have the first nine rows, the last of which
+    is about the person to forget.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -58,7 +62,7 @@ def write_job(folder: Path) -> None:
 
     full, data, shard = folder / "all", folder / "data", "train-00000-of-00001.parquet"
     mllmu_writer.write_snapshot(full, [name for name in mllmu_writer.CONFIGS if name != "ft_Data"])
-    for config, count in (("forget_10", 1), ("retain_90", 2), ("Test_Set", 1), ("Retain_Set", 2)):
+    for config, count in (("forget_10", 1), ("retain_90", 2), ("Test_Set", 9), ("Retain_Set", 2)):
         (data / config).mkdir(parents=True)
         pq.write_table(pq.read_table(full / config / shard).slice(0, count), data / config / shard)
     sets = benchmarks.read(benchmarks.create("mllmu", {"source": str(data)}), folder / "cache")

@@ -117,7 +117,19 @@ def loading(results: Mapping[str, Any]) -> str:
     )
 
 
+def host_memory(results: Mapping[str, Any]) -> str:
+    """Memory of the host with recomputed teacher features, from perf/host_memory.py."""
+    lines = [[f"{name}", f"{peak / 2**30:.2f}"] for name, peak in results["peaks"].items()]
+    cached = {name: results["images"] * results["values"] * size / 2**30 for name, size in (("bf", 2), ("f", 4))}
+    return numeric_table(["peak of the process after", "GiB"], lines) + (
+        f"\n\n{results['images']:,} retain images, whose files have {results['image_bytes'] / 2**30:.2f} GiB, with one "
+        f"question each; weights of {results['weights'] / 2**30:.2f} GiB in float32. Cached features would need "
+        f"{cached['bf']:,.0f} GiB in bfloat16 and {cached['f']:,.0f} GiB in float32. {_source(results)}"
+    )
+
+
 TABLES: markers.Tables = {
+    "host_memory": host_memory,
     "steps": steps,
     "answers": answers,
     "levels": levels,

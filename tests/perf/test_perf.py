@@ -75,6 +75,15 @@ def test_table_of_answers():
     assert "32 questions about 8 images of 64 tokens, in batches of 16; 1024 tokens generated, 4 options" in caption
 
 
+def test_table_of_host_memory():
+    peaks = {"model": 2**30, "trained": 3 * 2**29}
+    results = SOURCE | {"images": 2048, "image_bytes": 2**29, "values": 2**20, "peaks": peaks, "weights": 2**28}
+    *rows, _, caption = tables.host_memory(results).splitlines()
+    assert rows[2:] == ["| model | 1.00 |", "| trained | 1.50 |"]
+    assert caption.startswith("2,048 retain images, whose files have 0.50 GiB, with one question each; weights of 0.25")
+    assert "would need 4 GiB in bfloat16 and 8 GiB in float32" in caption
+
+
 def level(method, steps, forget, step, prepare):
     row = {"method": method, "steps": steps, "forget": forget, "retain": 1.0, "questions": 144}
     return row | {"prepare_seconds": prepare, "step_seconds": step, "train_seconds": step * steps}
@@ -100,7 +109,10 @@ def test_tables_of_readme_and_docs_are_fresh():
 # ---- Scripts ----
 
 
-@pytest.mark.parametrize("script", ["answers.py", "forget_level.py", "quantization.py", "step_time.py"])
+SCRIPTS = ("answers.py", "forget_level.py", "host_memory.py", "quantization.py", "step_time.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_print_their_options(fork_server, tmp_path, script):
     """Covers the imports and the command line; the slow tests measure."""
     pytest.importorskip("torch", reason="two of the scripts measure PyTorch as well")

@@ -23,6 +23,16 @@ class Family:
         return embedded.masked_scatter((tokens == IMAGE)[..., None].expand_as(embedded), features)
 
 
+CLIP = dict(
+    model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+    image_size=28, patch_size=14, projection_dim=32,
+)  # fmt: skip
+DECODER = dict(
+    vocab_size=100, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128,
+)  # fmt: skip
+
+
 class Llava(Family):
     """LLaVA in PyTorch, and sizes of images for it."""
 
@@ -32,14 +42,8 @@ class Llava(Family):
     def create():
         return transformers.LlavaForConditionalGeneration(
             transformers.LlavaConfig(
-                vision_config=dict(
-                    model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-                    num_attention_heads=4, image_size=28, patch_size=14, projection_dim=32,
-                ),
-                text_config=dict(
-                    model_type="llama", vocab_size=100, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-                ),
+                vision_config=CLIP,
+                text_config=dict(model_type="llama", **DECODER),
                 image_token_index=IMAGE,
             )
         )  # fmt: skip
@@ -196,10 +200,7 @@ class SmolVLM(Family):
                     hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=20,
                     patch_size=5,
                 ),
-                text_config=dict(
-                    model_type="llama", vocab_size=100, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-                ),
+                text_config=dict(model_type="llama", **DECODER),
                 image_token_id=IMAGE, scale_factor=2,
             )
         )  # fmt: skip
@@ -228,10 +229,7 @@ class InternVL(SmolVLM):
                     hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
                     image_size=[20, 20], patch_size=[5, 5], attention_bias=True, layer_scale_init_value=0.5,
                 ),
-                text_config=dict(
-                    model_type="qwen2", vocab_size=100, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-                ),
+                text_config=dict(model_type="qwen2", **DECODER),
                 image_token_id=IMAGE,
             )
         )  # fmt: skip
@@ -255,14 +253,8 @@ class LlavaNext(Llava):
     def create():
         return transformers.LlavaNextForConditionalGeneration(
             transformers.LlavaNextConfig(
-                vision_config=dict(
-                    model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-                    num_attention_heads=4, image_size=28, patch_size=14, projection_dim=32,
-                ),
-                text_config=dict(
-                    model_type="mistral", vocab_size=100, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, sliding_window=None,
-                ),
+                vision_config=CLIP,
+                text_config=dict(model_type="mistral", **DECODER, sliding_window=None),
                 image_token_index=IMAGE, image_grid_pinpoints=[[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]],
             )
         )  # fmt: skip

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from vkd_jax import messages
+from vkd_jax.benchmarks import mllmu
 from vkd_jax.benchmarks.names import check_apart, plain_name
 from vkd_jax.benchmarks.parquet import SYMLINKS
 from vkd_jax.benchmarks.rows import Row, read_image
@@ -49,9 +50,7 @@ class Folder(Section):
         EvalSet("retain", Role.RETAIN, "people to retain", "retain"),
         EvalSet("real", Role.GENERAL, "general ability, nothing about these people", "real"),
     )
-    RECIPE: ClassVar[dict[str, Any]] = dict(  # those of MLLMU-Bench, since none are published for your data
-        lora_rank=16, lora_alpha=16.0, lora_dropout=0.05, learning_rate=2e-5, batch_size=4, epochs=5
-    )
+    RECIPE: ClassVar[dict[str, Any]] = mllmu.RECIPE  # none is published for your data
 
     @property
     def label(self) -> str:

@@ -38,6 +38,7 @@ ROWS = {  # as published
     "forget_5": 25, "forget_10": 50, "forget_15": 75, "retain_95": 475, "retain_90": 450, "retain_85": 425,
 }  # fmt: skip
 _TASK_COLUMNS = ("Classification_Task", "Generation_Task", "Mask_Task")
+RECIPE = dict(lora_rank=16, lora_alpha=16.0, lora_dropout=0.05, learning_rate=2e-5, batch_size=4, epochs=5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +61,7 @@ class Mllmu(parquet.PublishedBenchmark):
         EvalSet("retain_test", Role.RETAIN_HOLDOUT, "people to retain, other images or wordings", "retain test"),
         EvalSet("real", Role.GENERAL, "general ability, nothing about these people", "real"),
     )
-    RECIPE: ClassVar[dict[str, Any]] = dict(
-        lora_rank=16, lora_alpha=16.0, lora_dropout=0.05, learning_rate=2e-5, batch_size=4, epochs=5
-    )
+    RECIPE: ClassVar[dict[str, Any]] = RECIPE
 
     @property
     def label(self) -> str:

@@ -24,7 +24,7 @@ import contextlib
 import dataclasses
 import itertools
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from vkd_jax.benchmarks import parquet
@@ -105,25 +105,24 @@ class SafeEraser(parquet.PublishedBenchmark):
 
 def _unsafe_pairs(files: Snapshot, name: str, task: str = "generation") -> Iterator[list[Example]]:
     """The unsafe questions about each unsafe image, with the unsafe answers."""
-    for record in files.json_rows(name):
-        image, image_id = _image(files, record, _unsafe_field(record))
-        yield [
-            Example(
-                f"{record.name}/unsafe/{i}", _category(record), image, image_id, pair.text("question"),
-                pair.text("model_response"), task=task, rule=NAME,
-            )
-            for i, pair in enumerate(_pairs(record))
-        ]  # fmt: skip
+    return _about_images(files, name, task, _unsafe_field, "unsafe", "model_response", NAME)
 
 
 def _harmless_images(files: Snapshot, name: str, task: str = "generation") -> Iterator[list[Example]]:
     """The same questions about each harmless image, with the safe answers."""
+    return _about_images(files, name, task, lambda _: "SDImage_path", "harmless", "sd_response", HARMLESS)
+
+
+def _about_images(
+    files: Snapshot, name: str, task: str, image_field: Callable[[Row], str], kind: str, answer_field: str, rule: str
+) -> Iterator[list[Example]]:
+    """The questions of `unsafe_pairs` about one of the two images of each record."""
     for record in files.json_rows(name):
-        image, image_id = _image(files, record, "SDImage_path")
+        image, image_id = _image(files, record, image_field(record))
         yield [
             Example(
-                f"{record.name}/harmless/{i}", _category(record), image, image_id, pair.text("question"),
-                pair.text("sd_response"), task=task, rule=HARMLESS,
+                f"{record.name}/{kind}/{i}", _category(record), image, image_id, pair.text("question"),
+                pair.text(answer_field), task=task, rule=rule,
             )
             for i, pair in enumerate(_pairs(record))
         ]  # fmt: skip

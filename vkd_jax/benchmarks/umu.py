@@ -23,8 +23,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from vkd_jax.benchmarks import parquet
-from vkd_jax.benchmarks.mllmu import cloze_prompt
+from vkd_jax.benchmarks import mllmu, parquet
 from vkd_jax.benchmarks.parquet import Snapshot
 from vkd_jax.benchmarks.rows import Row
 from vkd_jax.config.fields import setting
@@ -57,9 +56,7 @@ class Umu(parquet.PublishedBenchmark):
         EvalSet("retain", Role.RETAIN, "people to retain", "retain"),
         EvalSet("real", Role.GENERAL, "real people, known from elsewhere", "real"),
     )
-    RECIPE: ClassVar[dict[str, Any]] = dict(  # those of MLLMU-Bench, whose scripts the benchmark adapts
-        lora_rank=16, lora_alpha=16.0, lora_dropout=0.05, learning_rate=2e-5, batch_size=4, epochs=5
-    )
+    RECIPE: ClassVar[dict[str, Any]] = mllmu.RECIPE  # the benchmark adapts its scripts
 
     @property
     def label(self) -> str:
@@ -136,7 +133,7 @@ class Umu(parquet.PublishedBenchmark):
             truth = answer.partition(".")[0] if self.rules == parquet.UPSTREAM else answer.removesuffix(".")
             if not any(map(str.isalnum, truth)):
                 raise item.error("answer", f"is {answer!a}, which has no words before its period")
-            return cloze_prompt(question), truth, ()
+            return mllmu.cloze_prompt(question), truth, ()
         return question, item.words("answer").strip(), ()
 
 

@@ -78,9 +78,7 @@ def loss_curves(rows: Sequence[Mapping[str, float]]) -> bytes:
             that ends with "_loss" is a stream, and its terms share that prefix. At least one stream.
     """
     streams = curves.losses(rows)
-    with drawing(4.8 * len(streams), 4.0) as (figure, png):
-        margins = margins_of(figure, left=0.6, right=0.15, bottom=1.1, top=0.35)
-        panels = figure.subplots(1, len(streams), squeeze=False, gridspec_kw=margins)[0]
+    with _panels(len(streams), bottom=1.1) as (_, png, panels):
         for axes, panel in zip(panels, streams, strict=True):
             for line, color in zip(panel.lines, [INK, *LINES], strict=False):
                 points = [(point.x, point.y) for point in line.points]
@@ -145,9 +143,7 @@ def relearning_curves(cells: Sequence[AttackCell], forget: Sequence[str]) -> byt
     attackers = curves.relearning(cells, forget)
     if not attackers:
         return None
-    with drawing(4.8 * len(attackers), 4.0) as (figure, png):
-        margins = margins_of(figure, left=0.6, right=0.15, bottom=0.95, top=0.35)
-        panels = figure.subplots(1, len(attackers), squeeze=False, sharey=True, gridspec_kw=margins)[0]
+    with _panels(len(attackers), bottom=0.95, sharey=True) as (figure, png, panels):
         for axes, panel in zip(panels, attackers, strict=True):
             for line in panel.lines:
                 look = LOOKS[line.name]
@@ -179,9 +175,7 @@ def budget_curves(cells: Sequence[AttackCell], forget: Sequence[str]) -> bytes |
     attackers = curves.budgets(cells, forget)
     if not attackers:
         return None
-    with drawing(4.8 * len(attackers), 4.0) as (figure, png):
-        margins = margins_of(figure, left=0.6, right=0.15, bottom=0.95, top=0.35)
-        panels = figure.subplots(1, len(attackers), squeeze=False, sharey=True, gridspec_kw=margins)[0]
+    with _panels(len(attackers), bottom=0.95, sharey=True) as (figure, png, panels):
         for axes, panel in zip(panels, attackers, strict=True):
             for line in panel.lines:
                 _budget_curve(axes, line, LOOKS[line.name], band=line.name == "retain_only")
@@ -245,6 +239,14 @@ def drawing(width: float, height: float) -> Iterator[tuple[Figure, io.BytesIO]]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # the font lacks some alphabets, and draws boxes for them
             figure.savefig(png, format="png", metadata={"Software": None})  # no version in the bytes
+
+
+@contextlib.contextmanager
+def _panels(count: int, bottom: float, **options: Any) -> Iterator[tuple[Figure, io.BytesIO, Sequence[Axes]]]:
+    """Context manager: a `drawing` of panels beside each other; `bottom` inches below them are for the legend."""
+    with drawing(4.8 * count, 4.0) as (figure, png):
+        margins = margins_of(figure, left=0.6, right=0.15, bottom=bottom, top=0.35)
+        yield figure, png, figure.subplots(1, count, squeeze=False, gridspec_kw=margins, **options)[0]
 
 
 def margins_of(figure: Figure, left: float, right: float, bottom: float, top: float) -> dict[str, float]:

@@ -94,13 +94,8 @@ def attack(
     """Evaluates given models as `evaluate` does, and attacks each of them.
 
     Args:
-        model: vanilla model; see `unlearn`.
-        attacks: names of the attacks with commas, keys of `registry.ATTACKS`; "all" for all.
-        workdir: folder for everything that the run writes.
-        benchmark: name of the benchmark, a key of `registry.BENCHMARKS`.
-        unlearned: a model that was unlearned from `model`; "" for none.
-        retain_only: a model that was trained without the forget set, for comparison; "" for none.
-        settings: values of other fields of the config; see `unlearn`.
+        attacks: names of the attacks with commas, keys of `registry.ATTACKS`; "all" for all. The other arguments are
+            those of `evaluate`.
 
     Returns:
         What is in results.json; its field `attacks` has the figures of the attacks.

@@ -1,7 +1,7 @@
 """Metrics of the overlap between an open answer and the true answer: ROUGE-L and BLEU."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from vkd_jax.evaluation.metrics.base import Metric, counted_text, rule_of
 
@@ -73,30 +73,16 @@ def _texts(record: Mapping) -> tuple[str, str]:
     return counted_text(record), record["answer"]
 
 
-ROUGE_L = Metric(
-    name="rouge_l",
-    title="ROUGE-L (F)",
-    direction="by_role",
-    tasks=("generation", "chat"),
-    item=lambda record: _rouge(*_texts(record))["rouge_l"],
-    stored=True,
+def _of_texts(name: str, title: str, item: Callable[[Mapping], float]) -> Metric:
+    """A metric of all open answers."""
+    return Metric(name=name, title=title, direction="by_role", tasks=("generation", "chat"), item=item, stored=True)
+
+
+ROUGE_L = _of_texts("rouge_l", "ROUGE-L (F)", lambda record: _rouge(*_texts(record))["rouge_l"])
+ROUGE_L_RECALL = _of_texts(
+    "rouge_l_recall", "ROUGE-L (recall)", lambda record: _rouge(*_texts(record))["rouge_l_recall"]
 )
-ROUGE_L_RECALL = Metric(
-    name="rouge_l_recall",
-    title="ROUGE-L (recall)",
-    direction="by_role",
-    tasks=("generation", "chat"),
-    item=lambda record: _rouge(*_texts(record))["rouge_l_recall"],
-    stored=True,
-)
-BLEU = Metric(
-    name="bleu",
-    title="BLEU",
-    direction="by_role",
-    tasks=("generation", "chat"),
-    item=lambda record: bleu(*_texts(record)),
-    stored=True,
-)
+BLEU = _of_texts("bleu", "BLEU", lambda record: bleu(*_texts(record)))
 OFFSIDE_SCORE = Metric(
     name="offside_score",
     title="overall score (OFFSIDE)",

@@ -158,6 +158,45 @@ ABLATIONS = {
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one of the runs above."""
+    given = _parse(arg)
+    config = defaults.base()
+    config.stage = "finetune" if given["stage"] == "base" else given["stage"]
+    config.data = defaults.benchmark_of(given)
+    if given["appearance"] == "yes":
+        _ask_about_appearance(config)
+    config.method = defaults.method_of(given)
+    schema.override(config, SETTINGS[given["method"]])
+    if given["setting"] == "robust":
+        defaults.make_robust(config, given["train"], default="all")
+        schema.override(config, ROBUST_VISUAL if config.method.train == "visual" else ROBUST)
+    if given["forgets"] == "both":
+        _forget_both(config, given)
+    config.attacks.names = "all" if given["runs"] == "compare" or given["attacks"] == "all" else ""
+    config.attacks.membership.reference = "tiny_base"  # trained on other people
+    config.finetune.method = defaults.method("finetune", train="all")
+    config.finetune.train.update(
+        steps=700, learning_rate=1e-3, warmup_steps=50, weight_decay=0.05, b2=0.98, log_every=50, checkpoint_every=200
+    )
+    if given["people"] == "200":
+        config.data.n_people = 200
+        config.finetune.train.steps = 2400
+    if given["benchmark"] not in ("mllmu", "folder"):  # sentences are learned in fewer steps, and are longer
+        config.finetune.train.steps = 250
+        config.eval.max_new_tokens = 24
+    config.model.base = "tiny_base"
+    defaults.add_streams(config, given["benchmark"])
+    if given["stage"] == "base":
+        _from_random_weights(config)
+    elif given["benchmark"] == "folder":
+        config.model.path = "tiny_llava"
+    elif given["benchmark"] == "mllmu" and given["people"] == "60":  # what the shipped models were trained on
+        config.model.update(path="tiny_llava", retain_only="tiny_retain_only" if given["forget"] == "10" else "")
+    _compare(config, given["runs"])
+    return config
+
+
+def _parse(arg: str) -> dict[str, str]:
+    """The values of all arguments after the colon."""
     stages = dict(defaults.STAGE.values, base="random weights -> base, on 60 other people: creates tiny_base")
     runs = {
         "one": "one run",
@@ -197,45 +236,18 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )
     if given["benchmark"] == "folder":
         _check_folder(given)
-    config = defaults.base()
-    config.stage = "finetune" if given["stage"] == "base" else given["stage"]
-    config.data = defaults.benchmark_of(given)
-    if given["appearance"] == "yes":
-        _ask_about_appearance(config)
-    config.method = defaults.method_of(given)
-    schema.override(config, SETTINGS[given["method"]])
-    if given["setting"] == "robust":
-        defaults.make_robust(config, given["train"], default="all")
-        schema.override(config, ROBUST_VISUAL if config.method.train == "visual" else ROBUST)
-    if given["forgets"] == "both":
-        _forget_both(config, given)
-    config.attacks.names = "all" if given["runs"] == "compare" or given["attacks"] == "all" else ""
-    config.attacks.membership.reference = "tiny_base"  # trained on other people
-    config.finetune.method = defaults.method("finetune", train="all")
-    config.finetune.train.update(
-        steps=700, learning_rate=1e-3, warmup_steps=50, weight_decay=0.05, b2=0.98, log_every=50, checkpoint_every=200
-    )
-    if given["people"] == "200":
-        config.data.n_people = 200
-        config.finetune.train.steps = 2400
-    if given["benchmark"] not in ("mllmu", "folder"):  # sentences are learned in fewer steps, and are longer
-        config.finetune.train.steps = 250
-        config.eval.max_new_tokens = 24
-    config.model.base = "tiny_base"
-    defaults.add_streams(config, given["benchmark"])
-    if given["stage"] == "base":
-        _from_random_weights(config)
-    elif given["benchmark"] == "folder":
-        config.model.path = "tiny_llava"
-    elif given["benchmark"] == "mllmu" and given["people"] == "60":  # what the shipped models were trained on
-        config.model.update(path="tiny_llava", retain_only="tiny_retain_only" if given["forget"] == "10" else "")
+    return given
+
+
+def _compare(config: ml_collections.ConfigDict, runs: str) -> None:
+    """Applies the argument runs."""
     tuning = f"data.people={OTHERS} model.path= model.retain_only= eval.max_items=100"
-    if given["runs"] == "compare":
+    if runs == "compare":
         config.compare = defaults.comparison({name: _entrant(name) for name in SEARCH}, tuning)
-    if given["runs"] in ("robustness", "robust_methods"):
+    if runs in ("robustness", "robust_methods"):
         weak = "attacks.names=relearn attacks.relearn.people=() attacks.relearn.steps=(25,)"
         entrants = ROBUST_ENTRANTS | ROBUST_VARIANTS
-        if given["runs"] == "robustness":
+        if runs == "robustness":
             config.compare = defaults.comparison({name: entrants[name] for name in ROBUST_PARTS})
             config.data.people = UNSEEN
             config.model.update(path="", retain_only="")
@@ -243,14 +255,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             config.compare = defaults.comparison(entrants, f"{tuning} {weak}")
         config.attacks.names = "relearn,membership"
         config.attacks.relearn.update(shares=(0.2,), steps=(25, 100, 400), rates=(1.0, 3.0, 10.0), max_items=100)
-    if given["runs"] == "ablations":
+    if runs == "ablations":
         vkd = {name: defaults.entrant("vkd", f"{SETTINGS['vkd']} {changes}") for name, changes in ABLATIONS.items()}
         config.compare = defaults.comparison(vkd, seeds=(0,))
         config.attacks.names = "relearn"
         config.attacks.relearn.shares = (0.2,)
         config.data.people = OTHERS
         config.model.update(path="", retain_only="")
-    return config
 
 
 def _forget_both(config: ml_collections.ConfigDict, given: Mapping[str, str]) -> None:

@@ -11,15 +11,9 @@ from pathlib import Path
 
 def small(number: int, folder: Path) -> dict:
     """Returns the results of `vkd_jax.runtime.multihost` in one of two processes with two devices each."""
-    import jax
-    import numpy as np
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P
-
     from vkd_jax.config.schema import RunConfig
     from vkd_jax.runs.workdir import Workdir
     from vkd_jax.runtime import multihost
-    from vkd_jax.runtime.mesh import make_mesh, shard_rows
     from vkd_jax.types import UserError
 
     results = {
@@ -50,17 +44,7 @@ def small(number: int, folder: Path) -> dict:
     results["turn"] = multihost.run_process_0_first(reads)
     results["anywhere"] = [bool(multihost.any_process(flag)) for flag in (False, number == 1, True)]
 
-    mesh = make_mesh(data=1, fsdp=1, tensor=4)
-    whole = np.arange(24.0, dtype=np.float32).reshape(4, 6)
-    cut = jax.make_array_from_callback(whole.shape, NamedSharding(mesh, P("tensor")), whole.__getitem__)
-    rows = shard_rows(mesh, {"x": whole})["x"]  # every device has all rows, as the mesh has no other axis
-    results["whole"] = [np.array_equal(multihost.gather(x), whole) for x in (cut, rows, whole)]
-    results["held"] = [len(x.addressable_shards[0].data) for x in (cut, rows)]
-    try:
-        make_mesh(data=2)
-    except UserError as raised:
-        results["mesh"] = str(raised)
-
+    results |= sharded()
     config = RunConfig()
     workdir = Workdir(folder / "run", config)
     workdir.write("x.json", {"by": number})
@@ -70,6 +54,30 @@ def small(number: int, folder: Path) -> dict:
         Workdir(folder / "run", RunConfig(seed=1))
     except UserError as raised:
         results["other"] = str(raised)
+    return results
+
+
+def sharded():
+    """Returns the results of gathering arrays, and of a mesh that is too small."""
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from vkd_jax.runtime import multihost
+    from vkd_jax.runtime.mesh import make_mesh, shard_rows
+    from vkd_jax.types import UserError
+
+    mesh = make_mesh(data=1, fsdp=1, tensor=4)
+    whole = np.arange(24.0, dtype=np.float32).reshape(4, 6)
+    cut = jax.make_array_from_callback(whole.shape, NamedSharding(mesh, P("tensor")), whole.__getitem__)
+    rows = shard_rows(mesh, {"x": whole})["x"]  # every device has all rows, as the mesh has no other axis
+    results = {"whole": [np.array_equal(multihost.gather(x), whole) for x in (cut, rows, whole)]}
+    results["held"] = [len(x.addressable_shards[0].data) for x in (cut, rows)]
+    try:
+        make_mesh(data=2)
+    except UserError as raised:
+        results["mesh"] = str(raised)
     return results
 
 

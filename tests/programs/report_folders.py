@@ -114,6 +114,12 @@ def make_run(workdir, seed=0, right=RIGHT, method=None, manifest=(9, 0), **more)
         **more,
     }
     (workdir / "results.json").write_text(json.dumps(results))
+    write_metrics(workdir)
+    return results
+
+
+def write_metrics(workdir):
+    """Writes the metrics of a training, in which step 40 ran twice."""
     rows = [
         {
             "step": step,
@@ -127,7 +133,6 @@ def make_run(workdir, seed=0, right=RIGHT, method=None, manifest=(9, 0), **more)
     rows.insert(2, {"step": 40, "forget_loss": 9.0, "forget_ce": 9.0, "retain_loss": 9.0, "loss": 9.0})
     (workdir / "train").mkdir(exist_ok=True)
     (workdir / "train" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return results
 
 
 def relearned(number, correct, **more):

@@ -36,6 +36,7 @@ def model(tmp_path_factory):
 def test_an_adapter_is_written_if_nothing_else_was_trained(model, tmp_path, monkeypatch, name, path, further, base):
     folder, bundle, trained = model
     trained = trained | {path: bundle.params[path] for path in further}
+    monkeypatch.setattr(stages.sources, "parts_of", lambda name: sources.Parts(base or str(folder), folder))
     job = SimpleNamespace(
         config=SimpleNamespace(model=SimpleNamespace(path=path)),
         workdir=SimpleNamespace(

@@ -10,6 +10,7 @@ The merged model is an ordinary model folder in the cache (`storage.CACHE`), so 
 it like any other. It is written again when a file of one of its parts changes.
 """
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -31,6 +32,30 @@ from vkd_jax.types import NotFinite, UserError, located
 VISUAL = ("vision_tower", "projector")  # the parts of a model that a file of visual weights may have
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a model is made of: a base, and an adapter or visual weights on top of it."""
+
+    name: str  # of the base: its id on the hub if that is how it is given, without a revision, else its folder
+    base: Path  # its folder
+    part: Path | None = None  # folder of an adapter, or file of visual weights
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the model, which is in the cache if it is merged; it depends on the state of all files."""
+        if not self.part:
+            return self.base
+        files_of_part = sorted(self.part.iterdir()) if self.part.is_dir() else [self.part]
+        parts = [x for x in (*sorted(self.base.iterdir()), *files_of_part) if x.is_file()]
+        state = [(str(x.resolve()), x.stat().st_size, x.stat().st_mtime_ns) for x in parts]
+        return storage.CACHE / "merged" / hashlib.sha256(repr(state).encode()).hexdigest()[:32]
+
+    @property
+    def adapter(self) -> Path | None:
+        """The folder of the adapter; None if the model has none."""
+        return self.part if self.part and self.part.is_dir() else None
+
+
 def fetch_model(name: str | os.PathLike[str]) -> Path:
     """Returns the folder of a model, after downloading and merging it if necessary.
 
@@ -43,22 +68,43 @@ def fetch_model(name: str | os.PathLike[str]) -> Path:
     Example:
         >>> folder = fetch_model("tiny_llava")
     """
+    parts = parts_of(name)
+    return _merge(parts) if parts.part else parts.base
+
+
+def parts_of(name: str | os.PathLike[str]) -> Parts:
+    """Returns what a model is made of, after downloading it if necessary.
+
+    Args:
+        name: as for `fetch_model`.
+
+    Raises:
+        UserError: the model, its base or its adapter does not exist, or cannot be downloaded.
+    """
     base, plus, part = os.fspath(name).rpartition("+")
     if plus and base and part and not _exists(name):
-        return _merge(fetch_model(base), _part(part))
+        return Parts(*_base(base, fetch_model(base)), _part(part))
     folder = hub.fetch_model(name)
     if not hub.is_adapter(folder):
-        return folder
+        return Parts(*_base(os.fspath(name), folder))
     path = folder / hub.ADAPTER_CONFIG
     config = json_files.read_json(path)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base or not isinstance(base, str):
         raise UserError(f"{path} has no base_model_name_or_path; pass BASE+{folder} with the model that it belongs to.")
+    if revision and hub.is_id(base):
+        base = f"{base}@{revision}"
     with located(f"the base of the adapter {folder}, which BASE+{folder} replaces"):
-        base_folder = hub.fetch_model(f"{base}@{revision}" if revision and hub.is_id(base) else base)
+        base_folder = hub.fetch_model(base)
         if hub.is_adapter(base_folder):
             raise UserError(f"{base_folder} is an adapter itself; give the whole model.")
-        return _merge(base_folder, folder)
+    return Parts(*_base(base, base_folder), folder)
+
+
+def _base(name: str, folder: Path) -> tuple[str, Path]:
+    """The name and folder of a base, as in `Parts`."""
+    is_plain_id = hub.is_id(name) and "@" not in name and not _exists(name)
+    return (name if is_plain_id else str(folder)), folder
 
 
 def _exists(name: str | os.PathLike[str]) -> bool:
@@ -81,27 +127,39 @@ def _part(name: str) -> Path:
     return folder
 
 
-def _merge(base: Path, part: Path) -> Path:
+def _merge(parts: Parts) -> Path:
     """Writes the merged model to the cache unless it is there, and returns its folder."""
-    parts = [*sorted(base.iterdir()), *(sorted(part.iterdir()) if part.is_dir() else [part])]
-    state = [(str(x.resolve()), x.stat().st_size, x.stat().st_mtime_ns) for x in parts if x.is_file()]
-    target = storage.CACHE / "merged" / hashlib.sha256(repr(state).encode()).hexdigest()[:32]
-    module, hf_config = hf.read_config(base)
-    checkpoint = Checkpoint(base)
-    canonical = functools.partial(hf.canonical, module)
-    tensors = {canonical(name): tensor for name, tensor in checkpoint.tensors.items()}
-    find = adapters.changes if part.is_dir() else functools.partial(_visual_changes, module, hf_config)
-    changes = find(part, canonical, tensors)
+    target = parts.folder
+    checkpoint, tensors, changes = changes_of(parts)
     if not (target / storage.MODEL_MARKER).is_file():
         with storage.locked(target):
             if not (target / storage.MODEL_MARKER).is_file():  # another process did not write it meanwhile
-                _write(base, part, checkpoint, tensors, changes, target)
+                _write(parts, checkpoint, tensors, changes, target)
     return target
 
 
+def changes_of(parts: Parts) -> tuple[Checkpoint, dict[str, Tensor], dict[str, list[adapters.Change]]]:
+    """Returns what an adapter, or a file of visual weights, changes.
+
+    Args:
+        parts: a base, and what is on top of it.
+
+    Returns:
+        The checkpoint of the base, its tensors by canonical names, and the changes by the same names.
+
+    Raises:
+        UserError: they do not fit together.
+    """
+    module, hf_config = hf.read_config(parts.base)
+    checkpoint = Checkpoint(parts.base)
+    canonical = functools.partial(hf.canonical, module)
+    tensors = {canonical(name): tensor for name, tensor in checkpoint.tensors.items()}
+    find = adapters.changes if parts.adapter else functools.partial(_visual_changes, module, hf_config)
+    return checkpoint, tensors, find(parts.part, canonical, tensors)
+
+
 def _write(
-    base: Path,
-    part: Path,
+    parts: Parts,
     checkpoint: Checkpoint,
     tensors: Mapping[str, Tensor],
     changes: Mapping[str, Sequence[adapters.Change]],
@@ -118,8 +176,8 @@ def _write(
                 value = value.astype(tensor.dtype)
             if not is_finite(value):
                 raise NotFinite(
-                    f"{tensor.name} of {base} has NaN or infinity when {part} is merged into it; use another copy of "
-                    "the one or the other."
+                    f"{tensor.name} of {parts.base} has NaN or infinity when {parts.part} is merged into it; use "
+                    "another copy of the one or the other."
                 )
             export.overwrite(new, tensor, value)
 

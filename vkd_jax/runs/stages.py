@@ -253,10 +253,10 @@ def _export(job: Job, name: str, model: ModelBundle, trained: Params, source: Pa
 
     def write(folder: Path) -> None:
         if has_adapter:
-            given = job.config.model.path
-            is_id = hub.is_id(given) and "@" not in given and not storage.resolve(given).exists()
-            base = given if is_id else str(source)
-            peft.export(merged, source, storage.local_copy(adapter), model.config, base=base)
+            given = sources.parts_of(job.config.model.path)
+            if given.folder != source:  # the run fine-tuned it, or a part was replaced meanwhile
+                given = sources.Parts(str(source), source)
+            peft.export(merged, source, storage.local_copy(adapter), model.config, given=given)
         export.export(merged, source, folder, model.config, notes=notes, check=check)
         if has_adapter:
             multihost.run_on_process_0(lambda: storage.upload_model(adapter, hub.ADAPTER_CONFIG))

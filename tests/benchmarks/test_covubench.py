@@ -65,7 +65,7 @@ def test_sets(folder):
         (json.dumps({"name": "Pip", "looks": ["red fox", "hat"]}), ("Pip", "red fox", "hat")),
         (json.dumps([["a"], [{"b": ["c"]}]]), ("a", "c")),
         ("one phrase", ("one phrase",)),
-        ("{}", ()), ("", ()), (None, ()), (json.dumps(["", " ", 7]), ("7",)),
+        ("{}", ()), ("", ()), (None, ()), (json.dumps(["", " ", 7, ".", "\u200b"]), ("7",)),
     ],
 )  # fmt: skip
 def test_forms_of_keywords(folder, stored, keywords):
@@ -137,7 +137,7 @@ def test_missing_splits_are_named(folder):
     ("text", "keywords", "recall"),
     [
         ("PIP  the\nFox", ("pip the fox",), 1.0), ("Straße", ("STRASSE",), 1.0), ("ﬁne", ("fine", "dog"), 0.5),
-        ("", ("a",), 0.0),
+        ("", ("a",), 0.0), ("pip", ("pi\u200bp", "\u00adPip"), 1.0), ("José", ("Jose\u0301",), 1.0),
     ],
 )  # fmt: skip
 def test_keywords_are_compared_after_normalization(text, keywords, recall):

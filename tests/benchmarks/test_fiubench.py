@@ -123,6 +123,8 @@ def test_bad_files(folder, file, content, problem):
         ({"qa_list": [question(question=3)]}, "row 1: qa_list[0].question is the number 3, not a text"),
         ({"qa_list": [question(answer=" ")]}, "row 1: qa_list[0].answer is blank"),
         ({"qa_list": [question(keywords=[1])]}, "row 1: qa_list[0].keywords[0] is the number 1, not a text"),
+        ({"qa_list": [question(keywords=["."])]}, "row 1: qa_list[0].keywords has '.', and no phrase with a letter"),
+        ({"qa_list": [question(keywords=["\u200b"])]}, "row 1: qa_list[0].keywords has '\\u200b', and no phrase"),
         ({"qa_list": [question(perturbed_answer={"a": 1})]}, "qa_list[0].perturbed_answer is an object, not a list"),
     ],
 )

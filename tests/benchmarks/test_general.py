@@ -117,6 +117,21 @@ def set_field(number, **fields):
         ("vqav2", "data", set_field(0, answers=None), "row 0: answers has no answer, as in a test split"),
         ("vizwiz", "data", set_field(0, answers=[]), "row 0: answers has no answer"),
         ("textvqa", "data", set_field(0, answers=[" "]), "row 0: answers has no answer"),
+        ("textvqa", "data", set_field(0, answers=["\u200b"] * 10), "row 0: answers has no answer"),
+        (
+            "textvqa",
+            "data",
+            set_field(0, answers=["red"] * 3),
+            "row 0: answers has 3, and VQA accuracy compares with at",
+        ),
+        (
+            "gqa",
+            "testdev_balanced_instructions",
+            set_field(0, answer="..."),
+            "row 0: answer is '...', an answer without",
+        ),
+        ("mmvet", "data", set_field(0, answer="."), "row 0: answer is '.', which has no words"),
+        ("mmvet", "data", set_field(0, answer="\u200b<OR>?<AND>!"), "which has no words"),
         ("mmvet", "data", set_field(0, answer=None), "row 0: answer is missing"),
         ("mmvet", "data", lambda rows: rows.clear(), "MM-Vet: "),
     ],
@@ -135,6 +150,15 @@ def test_options_may_be_missing_from_the_end(tmp_path):
     first = questions(suite)["mmbench"][0]
     assert (first.options, first.answer) == (("yes", "no"), "no")
     assert first.question.startswith("What is in this picture?\nA. yes\nB. no\nAnswer with")
+
+
+def test_questions_that_most_people_left_blank_are_skipped(tmp_path, caplog):
+    suite = stand_in("textvqa", tmp_path)
+    count = len(questions(suite)["textvqa"])
+    for number, answers in enumerate([["red"] + [""] * 9, ["red"] * 4 + ["\u200b"] * 6, ["red"] * 5 + [" "] * 5]):
+        change(suite, "data", set_field(number, answers=answers))
+    assert len(questions(suite)["textvqa"]) == count - 2
+    assert "2 questions of TextVQA, which most people left blank, are skipped." in caplog.text
 
 
 def test_an_unpublished_number_of_rows_is_a_warning(tmp_path, caplog):

@@ -147,6 +147,19 @@ def test_first_letter_accepts_only_letters_of_options():
     assert correctness.first_letter("I", 9) == correctness.first_letter("i: the pilot", 9) == "I"
 
 
+SPELLINGS = [  # of the same words
+    ("a judge", "a\u200b ju\u200bdge"),
+    ("a judge", "a ju\u00addge"),
+    ("a judge", "a\u00a0judge"),
+    ("a judge", "a\n judge"),
+    ("Jos\u00e9 Lindt", "Jose\u0301 Lindt"),
+    ("Anne-Marie", "Anne\u2011Marie"),
+    ("O'Neil", "o\u2019neil"),
+    ("Stra\u00dfe", "STRASSE"),
+    ("Sofi 7", "So\ufb01 \uff17"),
+]
+
+
 @pytest.mark.parametrize(
     ("prediction", "truth", "right"),
     [
@@ -165,6 +178,8 @@ def test_first_letter_accepts_only_letters_of_options():
         ("US$5", "$5", True),
         ("\u4ed6\u662f\u5f20\u4f1f\u3002", "\u5f20\u4f1f", True),  # scripts without spaces have no edges of words
         ("\uc624\ud1a0\ub294", "\uc624\ud1a0", True),
+        *((f"It is {text}.", truth, True) for text, truth in SPELLINGS),
+        *((f"It is {text}.", truth, True) for truth, text in SPELLINGS),
     ],
 )
 def test_open_answers_have_the_true_words(prediction, truth, right):
@@ -176,7 +191,7 @@ def test_the_published_rule_looks_within_words():
     assert not correctness.open_correct("pilo", "pilot", substring=True)
 
 
-@pytest.mark.parametrize("truth", ["", " ", ".", "?!", "...", "\U0001f600"])
+@pytest.mark.parametrize("truth", ["", " ", ".", "?!", "...", "\U0001f600", "\u200b", "\u3164!", "\u00ad"])
 def test_open_questions_need_a_truth(truth):
     with pytest.raises(ValueError, match="cannot be judged"):
         correctness.open_correct("anything. ?!...", truth)

@@ -39,6 +39,12 @@ from vkd_jax.types import EvalSet, Role
         ("a  red\tcar\n", "red car"),
         ("dog's", "dog 's"),
         ("well", "well"),  # not we'll
+        ("A", "a"),  # a letter that is asked for
+        ("the", "the"),
+        ("?", "?"),
+        ("r\u200be\u00add\u2060", "red"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("\u200b\ufeff ", ""),
         ("", ""),
     ],
 )
@@ -55,6 +61,8 @@ def test_vqa_accuracy_leaves_one_person_out(agree, accuracy):
 
 def test_vqa_accuracy_of_fewer_people():
     assert vqa_accuracy("red", ["red"]) == 0  # nobody else agrees
+    assert vqa_accuracy("", ["red"] + [""] * 9) == vqa_accuracy("the", ["red"] + ["", "\u200b", " "] * 3) == 0
+    assert vqa_accuracy("A.", ["a"] * 10) == 1 and vqa_accuracy("", ["a"] * 10) == 0
     assert vqa_accuracy("red", ["red", "red", "red", "blue"]) == pytest.approx((3 * 2 / 3 + 1) / 4)
 
 
@@ -89,10 +97,14 @@ def test_vqa_accuracy_of_fewer_people():
         (lambda text: suites.mmbench_letter(text, ("cat", "dog", "horse")), "D", None),
         (lambda text: suites.same_words(text, "tennis ball"), "Tennis ball.", True),
         (lambda text: suites.same_words(text, "yes"), "Yes, it is", False),
+        (lambda text: suites.same_words(text, "tennis\u00a0ball\u200b"), "tennis ball", True),
         (lambda text: suites.mmvet_match(text, "-1 <AND> -5"), "x = -1 or x = -5", True),
         (lambda text: suites.mmvet_match(text, "-1 <AND> -5"), "x = -1", False),
         (lambda text: suites.mmvet_match(text, "cat<OR>kitten"), "It is a Kitten", True),
         (lambda text: suites.mmvet_match(text, "<OR>"), "anything", False),
+        (lambda text: suites.mmvet_match(text, "red<OR>."), "It is blue.", False),
+        (lambda text: suites.mmvet_match(text, "red <AND> ! <OR> \u200b"), "It is red.", True),
+        (lambda text: suites.mmvet_match(text, "caf\u00e9 \u2212 5"), "Cafe\u0301 - 5", True),
     ],
 )
 def test_rules_of_the_suites(rule, text, verdict):

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import tensorflow_datasets as tfds
 from absl import logging
 
-from vkd_jax.benchmarks.names import plain_name
+from vkd_jax.benchmarks.names import has_words, plain_name
 from vkd_jax.benchmarks.rows import EncodedImage
 from vkd_jax.runtime import storage
 from vkd_jax.types import EvalSet, Example, SuiteQuestion, UserError
@@ -141,11 +141,11 @@ def _build(builder: Rows, benchmark: Benchmark, part: str) -> None:
 def _checked(row: list[Example]) -> list[Example]:
     """The questions of a row, after a check that they ask something, and that not every answer is right."""
     for example in row:
-        if not example.question.strip():
+        if not plain_name(example.question):
             raise UserError(f"{example.label}: the question is blank; correct the row.")
-        if not all(option.strip() for option in example.options):
+        if not all(map(plain_name, example.options)):
             raise UserError(f"{example.label}: one of its options is blank; correct the row.")
-        if example.task in ("generation", "cloze") and not any(map(str.isalnum, example.answer)):
+        if example.task in ("generation", "cloze") and not has_words(example.answer):
             problem = f"the answer {example.answer!a} has no letter and no digit, so that almost any answer has it"
             raise UserError(f"{example.label}: {problem}; correct the row.")
         if example.options and len(set(map(plain_name, example.options))) < 2:

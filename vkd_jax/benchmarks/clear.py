@@ -28,7 +28,7 @@ import numpy as np
 from absl import logging
 
 from vkd_jax.benchmarks import parquet
-from vkd_jax.benchmarks.names import plain_name
+from vkd_jax.benchmarks.names import plain_name, text_key
 from vkd_jax.benchmarks.parquet import Snapshot
 from vkd_jax.benchmarks.rows import Row
 from vkd_jax.config.fields import setting
@@ -140,19 +140,14 @@ class _Names:
     """Finds known people in texts."""
 
     def __init__(self, names: Iterable[str]):
-        self._known = {_plain(name): name for name in names}
+        self._known = {text_key(name): name for name in names}
         longest_first = sorted(map(re.escape, self._known), key=len, reverse=True)
         self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
 
     def first(self, *texts: str) -> str:
         """The first known person in the first text that names one; "" if none does."""
-        matches = (self._pattern.search(_plain(each)) for each in texts)
+        matches = (self._pattern.search(text_key(each)) for each in texts)
         return next((self._known[match[0]] for match in matches if match), "") if self._known else ""
-
-
-def _plain(words: str) -> str:
-    """Normalizes case and white space."""
-    return plain_name(words.casefold())
 
 
 def _row_rng(row: Row) -> np.random.Generator:
@@ -168,8 +163,8 @@ def _choice(answer: str, wrong: Iterable[str], row: Row, column: str) -> tuple[s
     """The wrong options of a column without duplicates, with the answer at a random index."""
     others: dict[str, str] = {}
     for option in wrong:
-        others.setdefault(_plain(option), option)
-    others.pop(_plain(answer), None)
+        others.setdefault(text_key(option), option)
+    others.pop(text_key(answer), None)
     if not others:
         raise row.error(column, f"has nothing but the answer {answer!r}")
     place = int(_row_rng(row).integers(len(others) + 1))
@@ -212,7 +207,7 @@ def _counterparts(files: Snapshot, forget: str) -> dict[int, Row]:
 
 
 def _name_and_caption(row: Row) -> tuple[str, str]:
-    return _plain(row.optional_text("name")), _plain(row.optional_text("caption"))
+    return text_key(row.optional_text("name")), text_key(row.optional_text("caption"))
 
 
 def _captions(files: Snapshot, config: str, counterparts: dict[int, Row] | None = None) -> Iterator[list[Example]]:

@@ -117,7 +117,7 @@ class CovuBench(parquet.PublishedBenchmark):
             image_id = f"{name}/{hashlib.sha256(image).hexdigest()[:16]}" if image else ""
             example = Example(
                 f"{row.name}/{'image' if image else 'text'}/0", name, image, image_id, row.text("question"),
-                row.words("answer"), task=task, keywords=tuple(row.phrases("keywords")), rule=NAME,
+                row.words("answer"), task=task, keywords=row.keywords("keywords"), rule=NAME,
             )  # fmt: skip
             yield [example]
 

@@ -162,7 +162,7 @@ def _questions(
                     task=task,
                     paraphrase="" if paraphrased else item.optional_text("paraphrased_answer"),
                     perturbed=() if paraphrased else tuple(item.text_or_texts("perturbed_answer")),
-                    keywords=tuple(item.text_or_texts("keywords")),
+                    keywords=item.keywords("keywords"),
                     rule=f"{NAME}:{parquet.UPSTREAM}" if upstream else NAME,
                 )  # fmt: skip
                 examples.append(_capitalized(example) if upstream else example)

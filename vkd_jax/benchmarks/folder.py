@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from vkd_jax import messages
 from vkd_jax.benchmarks import mllmu
-from vkd_jax.benchmarks.names import check_apart, plain_name
+from vkd_jax.benchmarks.names import check_apart, text_key
 from vkd_jax.benchmarks.parquet import SYMLINKS
 from vkd_jax.benchmarks.rows import Row, read_image
 from vkd_jax.config.fields import Section, setting
@@ -123,7 +123,7 @@ class Folder(Section):
                 pixels = b"" if row[0].image is None else row[0].image.pixels
                 people[name] |= {e.person for e in row} - {""}
                 images[name] |= {pixels: row[0].image_id} if pixels else {}
-                asked[name] |= {(pixels, plain_name(e.question).casefold()): e.question for e in row}
+                asked[name] |= {(pixels, text_key(e.question)): e.question for e in row}
         for name, other in itertools.product(("forget", "test"), ("retain", "real")):
             if name not in people or other not in people:
                 continue
@@ -180,7 +180,9 @@ def _rows(folder: SourceFolder) -> Iterator[Row]:
 def _example(name: str, image: bytes | None, image_id: str, row: Row, chat: bool) -> Example:
     question, options = row.text("question"), row.texts("options")
     answer = row.text("answer") if options else row.words("answer")
-    if options and (answer not in options or len(set(map(plain_name, options))) < max(2, len(options))):
+    if options and (
+        answer not in options or len({text_key(option).rstrip(" .") for option in options}) < max(2, len(options))
+    ):
         raise row.error("options", f"must be two or more different texts, one of them the answer {answer!r}")
     task = "chat" if chat else "classification" if options else "generation"
     person = row.optional_name("person")

@@ -1,4 +1,4 @@
-"""Who is who in data that others wrote: how names and ids of people are spelled, and which ones may be one person."""
+"""Spellings in data that others wrote: of texts, of names and ids of people, and which ones may be one person."""
 
 import unicodedata
 from collections.abc import Set
@@ -29,18 +29,38 @@ def plain_name(name: str) -> str:
 def name_key(name: str) -> str:
     """What two spellings of one name share.
 
-    Neither case nor the width or style of letters and digits (NFKC) counts, nor the kind of a dash or an apostrophe,
-    nor how a number is written.
+    It is that of texts, see `text_key`; and it does not count how a number is written.
 
     Example:
-        >>> name_key("ANNA \uff17") == name_key("Anna 7")
-        True
         >>> name_key("0093") == name_key("93.0")
         True
     """
-    name = _APOSTROPHES.sub("'", name)  # before NFKC, which takes some of them for accents
-    name = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
-    return plain_number(_visible(_DASHES.sub("-", name)))
+    return plain_number(text_key(name))
+
+
+def text_key(text: str) -> str:
+    """What two spellings of one text share, such as those of a true answer and of the same words of a model.
+
+    Neither case nor the width or style of letters and digits (NFKC) counts, nor the kind of a dash or an apostrophe,
+    nor characters that are not seen, nor the number and kind of spaces.
+
+    Example:
+        >>> text_key("ANNA \uff17") == text_key("An\u00adna\u00a07")
+        True
+    """
+    text = _APOSTROPHES.sub("'", text)  # before NFKC, which takes some of them for accents
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return _visible(_DASHES.sub("-", text))
+
+
+def has_words(text: str) -> bool:
+    """Whether a text has a letter or a digit that is seen. Others, such as ".", are in almost any answer.
+
+    Example:
+        >>> has_words("A+"), has_words("\u3164 ...")
+        (True, False)
+    """
+    return any(map(str.isalnum, text_key(text)))
 
 
 def plain_number(name: str) -> str:

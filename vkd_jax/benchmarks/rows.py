@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vkd_jax.benchmarks.names import plain_name
+from vkd_jax.benchmarks.names import has_words, plain_name
 from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image, pixel_digest
 from vkd_jax.runtime import json_files
 from vkd_jax.runtime.storage import SourceFolder
@@ -89,7 +89,7 @@ class Row:
             UserError: it is missing, null, blank, or not a text, or has no letter and no digit.
         """
         text = self.text(field)
-        if not any(map(str.isalnum, text)):
+        if not has_words(text):
             raise self.error(field, f"is {text!a}, an answer without a letter or a digit")
         return text
 
@@ -128,13 +128,13 @@ class Row:
 
         Args:
             field: the name of the field.
-            skip_blank: whether items that are null or blank are left out.
+            skip_blank: whether items that are null or have no visible character are left out.
 
         Raises:
             UserError: it is not a list of texts.
         """
         texts = [self._text(name, value) for name, value in self._items(field) if not (skip_blank and value is None)]
-        return [text for text in texts if text.strip() or not skip_blank]
+        return [text for text in texts if plain_name(text) or not skip_blank]
 
     def text_or_texts(self, field: str) -> list[str]:
         """A list of texts that may be stored as one text; items that are null or blank are left out.
@@ -143,8 +143,20 @@ class Row:
             UserError: it is neither a text nor a list of texts.
         """
         if isinstance(self._values.get(field), str):
-            return [text] if (text := self.optional_text(field)).strip() else []
+            return [text] if plain_name(text := self.optional_text(field)) else []
         return self.texts(field, skip_blank=True)
+
+    def keywords(self, field: str) -> tuple[str, ...]:
+        """The phrases of a right answer, see `phrases`, without those that almost any answer has.
+
+        Raises:
+            UserError: an item is no text, or none of them has a letter or a digit.
+        """
+        phrases = self.phrases(field)
+        words = tuple(filter(has_words, phrases))
+        if phrases and not words:
+            raise self.error(field, f"has {phrases[0]!a}, and no phrase with a letter or a digit")
+        return words
 
     def phrases(self, field: str) -> list[str]:
         """The texts in nested lists and objects, which may be stored as JSON, or one text; blank ones are left out.

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from vkd_jax.benchmarks import mllmu, parquet
+from vkd_jax.benchmarks.names import has_words
 from vkd_jax.benchmarks.parquet import Snapshot
 from vkd_jax.benchmarks.rows import Row
 from vkd_jax.config.fields import setting
@@ -131,7 +132,7 @@ class Umu(parquet.PublishedBenchmark):
             return question, options[letter], tuple(options.values())
         if task == "cloze":
             truth = answer.partition(".")[0] if self.rules == parquet.UPSTREAM else answer.removesuffix(".")
-            if not any(map(str.isalnum, truth)):
+            if not has_words(truth):
                 raise item.error("answer", f"is {answer!a}, which has no words before its period")
             return mllmu.cloze_prompt(question), truth, ()
         return question, item.words("answer").strip(), ()

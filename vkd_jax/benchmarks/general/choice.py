@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from vkd_jax.benchmarks.general.suite import Suite, general, lettered, whole_number
+from vkd_jax.benchmarks.names import plain_name
 from vkd_jax.benchmarks.rows import Row
 from vkd_jax.types import EvalSet
 
@@ -63,7 +64,7 @@ class MMBench(Suite):
     def question(self, row: Row) -> Mapping[str, Any]:
         """A question with two to four options; `answer` is a letter."""
         options = {letter: row.optional_text(letter).strip() for letter in "ABCD" if row.has(letter)}
-        options = {letter: text for letter, text in options.items() if text and text != EMPTY}
+        options = {letter: text for letter, text in options.items() if plain_name(text) not in ("", EMPTY)}
         letter, hint = row.text("answer").strip(), row.optional_text("hint").strip()
         if "".join(options) != "ABCD"[: len(options)] or letter not in options:
             given = ", ".join(options) or "none"

@@ -1,16 +1,17 @@
 """Suites of questions that are answered in a few words: GQA, VQAv2, VizWiz, TextVQA; and MM-Vet, in sentences."""
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar
 
 from vkd_jax.benchmarks.general.suite import SHORT, Suite, general
+from vkd_jax.benchmarks.names import has_words, plain_name
 from vkd_jax.benchmarks.parquet import Snapshot
 from vkd_jax.benchmarks.rows import Row
 from vkd_jax.types import EvalSet, Example
 
+PEOPLE = 4  # the fewest answers of people with which an answer can have a VQA accuracy of 1
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
 
@@ -34,7 +35,7 @@ class Gqa(Suite):
 
     def question(self, row: Row) -> Mapping[str, Any]:
         """A question with one answer."""
-        return dict(question=f"{row.text('question')}\n{SHORT}", answer=row.text("answer"))
+        return dict(question=f"{row.text('question')}\n{SHORT}", answer=row.words("answer"))
 
     def examples(self, files: Snapshot, chosen: Collection[int]) -> Iterator[list[Example]]:
         """The questions of the rows with these numbers, image by image.
@@ -68,12 +69,23 @@ class _SeveralAnswers(Suite):
         """The answers of the people."""
         return row.texts("answers")
 
+    def has_truth(self, row: Row) -> bool:
+        """Whether at least half of the people answered, or nobody did, which `question` refuses."""
+        references = self.references(row)
+        given = sum(map(bool, map(plain_name, references)))
+        return not given or 2 * given >= len(references)
+
     def question(self, row: Row) -> Mapping[str, Any]:
         """A question; its answer is the most frequent one, the first of several."""
         references = self.references(row)
-        if not any(reference.strip() for reference in references):
+        given = [reference for reference in references if plain_name(reference)]
+        if not given:
             raise row.error("answers", "has no answer, as in a test split whose answers are secret. Use another split")
-        answer = Counter(reference for reference in references if reference.strip()).most_common(1)[0][0]
+        if len(references) < PEOPLE:
+            raise row.error(
+                "answers", f"has {len(references)}, and VQA accuracy compares with at least {PEOPLE} people"
+            )
+        answer = Counter(given).most_common(1)[0][0]
         return dict(
             question=f"{row.text('question')}\n{self.INSTRUCTION}",
             answer=answer,
@@ -139,6 +151,19 @@ class TextVQA(_SeveralAnswers):
     COLUMNS: ClassVar[tuple[str, ...]] = ("question", "answers")
 
 
+def true_words(truth: str) -> list[list[str]]:
+    """The alternatives of an answer of MM-Vet (<OR>), each with its elements (<AND>).
+
+    Elements without a letter or a digit are in almost any text. They are left out, as are alternatives of no others.
+
+    Example:
+        >>> true_words("cat <AND> dog <OR> . <OR> fox <AND>")
+        [['cat', 'dog'], ['fox']]
+    """
+    alternatives = ([part.strip() for part in each.split("<AND>") if has_words(part)] for each in truth.split("<OR>"))
+    return list(filter(None, alternatives))
+
+
 @dataclasses.dataclass(frozen=True)
 class MMVet(Suite):
     """MM-Vet: open questions that need several abilities at once.
@@ -161,6 +186,6 @@ class MMVet(Suite):
     def question(self, row: Row) -> Mapping[str, Any]:
         """An open question; `answer` joins elements by <AND> and alternatives by <OR>."""
         answer = row.text("answer")
-        if not any(part.strip() for part in re.split("<AND>|<OR>", answer)):
+        if not true_words(answer):
             raise row.error("answer", f"is {answer!r}, which has no words")
         return dict(question=row.text("question"), answer=answer, category=row.optional_text("capability"))

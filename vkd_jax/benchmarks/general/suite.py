@@ -113,6 +113,10 @@ class Suite:
         """The group of a row: what its questions have in common that are drawn together."""
         return row.identifier(self.GROUP_COLUMNS[0]) if self.GROUP_COLUMNS else row.name
 
+    def has_truth(self, row: Row) -> bool:
+        """Whether the answers of a row say what is right. Rows where they do not are skipped, and counted."""
+        return True
+
     def question(self, row: Row) -> Mapping[str, Any]:
         """The fields of the row's question: `question`, `answer`, and others of `SuiteQuestion`."""
         raise NotImplementedError
@@ -129,11 +133,17 @@ class Suite:
     def examples(self, files: Snapshot, chosen: Collection[int]) -> Iterator[list[Example]]:
         """The questions of the rows with these numbers."""
         columns = list(dict.fromkeys(["image", *self.GROUP_COLUMNS, *self.SET_COLUMNS, *self.COLUMNS]))
+        skipped = 0
         for row in files.rows(self.CONFIG, columns, optional=self.OPTIONAL, only=chosen):
+            if not self.has_truth(row):
+                skipped += 1
+                continue
             image = row.image("image")
             if image is None:
                 raise row.error("image", "is missing")
             yield [self.example(row, image)]
+        if skipped:
+            logging.warning("%d questions of %s, which most people left blank, are skipped.", skipped, self.TITLE)
 
     # ---- Shared ----
 

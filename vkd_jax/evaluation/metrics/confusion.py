@@ -2,13 +2,14 @@
 
 A fact is the true answer to a question with an image, as "Who is this person?" or "What is this person's job?". Two
 people share a fact if the data gives the same answer to the same question about both. Texts are compared without regard
-to case and spaces.
+to case and spelling, see `names.text_key`.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from vkd_jax.benchmarks.names import text_key
 from vkd_jax.evaluation.metrics import intervals
 from vkd_jax.evaluation.metrics.correctness import LETTERS, first_letter
 from vkd_jax.results import Confusion, SimilarityGroup
@@ -22,7 +23,7 @@ def facts(examples: Iterable[Example]) -> dict[str, dict[str, str]]:
     people: dict[str, dict[str, str]] = {}
     for example in examples:
         if example.image is not None and example.person and example.task != "chat":
-            people.setdefault(example.person, {})[_normal(example.question)] = _normal(example.answer)
+            people.setdefault(example.person, {})[text_key(example.question)] = text_key(example.answer)
     return people
 
 
@@ -47,7 +48,7 @@ def confusion(records: Iterable[Mapping], retained: Facts, sets: Sequence[EvalSe
             people.setdefault(question, {}).setdefault(answer, set()).add(person)
     several, named = 0, Counter()
     for record in (r for r in asked if not r["correct"]):
-        given, known = _normal(answered(record)), people.get(_normal(record["question"]), {})
+        given, known = text_key(answered(record)), people.get(text_key(record["question"]), {})
         matches = [known[answer] for answer in known if re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", given)]
         candidates = set().union(*matches)
         several += len(candidates) > 1
@@ -121,7 +122,3 @@ def _shared(one: Mapping[str, str], other: Mapping[str, str]) -> float | None:
     """The share of equal answers to the questions that are asked about both people."""
     questions = one.keys() & other.keys()
     return sum(one[q] == other[q] for q in questions) / len(questions) if questions else None
-
-
-def _normal(text: str) -> str:
-    return " ".join(text.casefold().split())

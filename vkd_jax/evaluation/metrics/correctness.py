@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import regex
 
+from vkd_jax.benchmarks.names import has_words, text_key
 from vkd_jax.evaluation.metrics.base import Metric
 
 LETTERS = string.ascii_uppercase  # of the options, in order
@@ -105,7 +106,9 @@ def _whole_words(truth: str) -> regex.Pattern:
 
 
 def open_correct(prediction: str | None, truth: str, substring: bool = False) -> bool:
-    """Whether an open answer is correct: the lower-cased prediction contains the lower-cased truth as whole words.
+    """Whether an open answer is correct: the prediction contains the truth as whole words.
+
+    Neither case nor another spelling of the same characters counts, see `names.text_key`.
 
     Args:
         prediction: the answer.
@@ -116,8 +119,8 @@ def open_correct(prediction: str | None, truth: str, substring: bool = False) ->
     Raises:
         ValueError: the truth has no letter and no digit; almost every prediction contains such a text.
     """
-    prediction, truth = (prediction or "").lower(), truth.strip().lower()
-    if not any(map(str.isalnum, truth)):
+    prediction, truth = text_key(prediction or ""), text_key(truth)
+    if not has_words(truth):
         raise ValueError(f"an open question with the true answer {truth!r} cannot be judged")
     return truth in prediction and (substring or _whole_words(truth).search(prediction) is not None)
 

@@ -1,6 +1,6 @@
 """Keyword metrics: the share of the keywords of a question that an open answer contains.
 
-Each is published by one benchmark, whose normalization it has:
+Each is published by one benchmark, whose normalization it has after characters that are not seen have been removed:
 
     em, ape                              FIUBench: both texts are lower-cased
     efficacy, generality, specificity    CoVUBench: NFKC, case-folded, white space collapsed
@@ -11,6 +11,7 @@ CoVUBench's fluency, ROUGE-L recall on the concepts to retain, is here as well.
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 
+from vkd_jax.benchmarks.names import plain_name
 from vkd_jax.evaluation.metrics.base import Metric, counted_text, rule_of
 from vkd_jax.evaluation.metrics.words import ROUGE_L_RECALL
 from vkd_jax.types import Role
@@ -28,8 +29,8 @@ def keyword_recall(text: str, keywords: Iterable[str], normalize: Callable[[str]
         >>> keyword_recall("A Baker from Oslo.", ["baker", "Lima"])
         0.5
     """
-    keywords, text = list(keywords), normalize(text)
-    return sum(normalize(keyword) in text for keyword in keywords) / len(keywords)
+    keywords, text = list(keywords), normalize(plain_name(text))
+    return sum(normalize(plain_name(keyword)) in text for keyword in keywords) / len(keywords)
 
 
 def _recall(rule: str, normalize: Callable[[str], str]) -> Callable[[Mapping], float | None]:

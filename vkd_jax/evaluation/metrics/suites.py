@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from vkd_jax.benchmarks.general.short_answer import true_words
+from vkd_jax.benchmarks.names import plain_name, text_key
 from vkd_jax.evaluation.metrics import intervals
 from vkd_jax.evaluation.metrics.base import Metric
 from vkd_jax.evaluation.metrics.correctness import LETTERS
@@ -60,7 +62,7 @@ def mme_verdict(text: str) -> str | None:
 
 def same_words(text: str, truth: str) -> bool:
     """Whether two answers agree but for case, punctuation and surrounding white space."""
-    texts = (each.lower().translate(_NO_PUNCTUATION).strip() for each in (text, truth))
+    texts = (plain_name(plain_name(each).lower().translate(_NO_PUNCTUATION)) for each in (text, truth))
     return len(set(texts)) == 1
 
 
@@ -91,9 +93,8 @@ def mmbench_letter(text: str, options: Sequence[str]) -> str | None:
 
 def mmvet_match(text: str, truth: str) -> bool:
     """Whether an answer contains, for one alternative of the truth (<OR>), all of its elements (<AND>)."""
-    text = text.lower()
-    alternatives = [[part.strip().lower() for part in each.split("<AND>")] for each in truth.split("<OR>")]
-    return any(all(part in text for part in parts if part) for parts in alternatives if any(parts))
+    text = text_key(text)
+    return any(all(text_key(part) in text for part in parts) for parts in true_words(truth))
 
 
 def _right_option(letter: str | None, record: Mapping) -> bool:

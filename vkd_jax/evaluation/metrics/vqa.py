@@ -7,6 +7,8 @@ import functools
 import re
 from collections.abc import Sequence
 
+from vkd_jax.benchmarks.names import plain_name
+
 _DIGITS = "zero one two three four five six seven eight nine ten".split()
 NUMBERS = {word: str(number) for number, word in enumerate(_DIGITS)} | {"none": "0"}
 ARTICLES = {"a", "an", "the"}
@@ -35,19 +37,22 @@ def normalize(answer: str) -> str:
 
     Lower case, without commas, question marks, other punctuation, articles and periods that are in no number; number
     words up to ten become digits, and contractions get their apostrophes. Punctuation that touches a space is removed,
-    and other punctuation becomes a space.
+    and other punctuation becomes a space. Where nothing would be left, articles stay ("a" may be a letter that is asked
+    for), or else punctuation: only a text that is blank becomes "".
 
     Example:
         >>> normalize("The two dogs.")
         '2 dogs'
     """
-    text = " ".join(answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").split())
+    answer = plain_name(answer).lower()
+    text = " ".join(answer.replace(",", "").replace("?", "").replace("'s", " 's").split())
     result = text
     for mark in PUNCTUATION:
         joined = f"{mark} " in text or f" {mark}" in text
         result = result.replace(mark, "" if joined else " ")
     words = [NUMBERS.get(word, word) for word in _PERIOD.sub("", result).split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    words = [word for word in words if word not in ARTICLES] or words
+    return " ".join(CONTRACTIONS.get(word, word) for word in words) or answer
 
 
 def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
@@ -55,7 +60,7 @@ def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
 
     For each person in turn, the answer is compared with those of the others: min(1, number that agree / 3). The
     accuracy is the mean over the people. With ten people it is 0, 0.3, 0.6, 0.9 or 1 for 0, 1, 2, 3 or at least 4 who
-    agree.
+    agree. A blank answer agrees with nobody.
 
     Args:
         prediction: the model's answer.
@@ -66,6 +71,6 @@ def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
         0.6
     """
     given = normalize(prediction)
-    agree = [normalize(reference) == given for reference in references]
+    agree = [normalize(reference) == given != "" for reference in references]
     total = sum(agree)
     return sum(min(1.0, (total - one) / 3) for one in agree) / len(agree)

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 
+from vkd_jax.benchmarks.names import plain_name
 from vkd_jax.evaluation.metrics.base import Metric, counted_text, rule_of
 
 
@@ -70,7 +71,7 @@ def _rouge(prediction: str, truth: str) -> dict[str, float]:
 
 
 def _texts(record: Mapping) -> tuple[str, str]:
-    return counted_text(record), record["answer"]
+    return plain_name(counted_text(record)), plain_name(record["answer"])
 
 
 def _of_texts(name: str, title: str, item: Callable[[Mapping], float]) -> Metric:

@@ -1,7 +1,9 @@
 """Settings of the test run, which must precede imports of JAX, TensorFlow and transformers; shared fixtures."""
 
 import collections
+import ctypes
 import dataclasses
+import gc
 import importlib.metadata
 import json
 import os
@@ -77,16 +79,29 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{duration:8.1f} {name}" if name else "")
 
 
+# Resident bytes of a process above which it releases its compiled programs: between files, and between tests of a file.
+# Imports take 0.8 GiB.
+BETWEEN_FILES, BETWEEN_TESTS = 1.6 * 2**30, 2.4 * 2**30
 MOST_MAPS = 15_000  # memory maps of a process; Linux allows 65,530, and a compiled program has several
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _bounded_programs():
-    """Releases compiled programs between files: a process without a free memory map crashes while it compiles."""
-    yield
-    maps = Path("/proc/self/maps")
-    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
-        sys.modules["jax"].clear_caches()
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Bounds the memory of compiled programs, which JAX keeps, and glibc after JAX has released them.
+
+    The number of memory maps is bounded, too: a process without a free one crashes while it compiles.
+    """
+    if "jax" not in sys.modules or sys.platform != "linux":
+        return
+    ends_file = nextitem is None or nextitem.path != item.path
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident < (BETWEEN_FILES if ends_file else BETWEEN_TESTS):
+        if not ends_file or Path("/proc/self/maps").read_bytes().count(b"\n") < MOST_MAPS:
+            return
+    sys.modules["jax"].clear_caches()
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # musl has none
+        trim(0)
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,14 @@
-"""Requests to be forgotten that come one after another, recorded in a ledger.
+"""Sequential deletion requests, recorded in a ledger.
 
 vkd requests add LEDGER --forget 017,023            people of the data, by the IDs that it gives them
 vkd requests add LEDGER --forget DIR [--test DIR]   people of a folder with images and a metadata.jsonl
 vkd requests withdraw LEDGER NUMBER                 a request that was not run yet
 vkd requests run LEDGER --config configs/tiny.py --workdir DIR [--config.method.blocks=2] [--baselines=naive,batch]
-vkd requests show LEDGER                            what was requested and run, and which data is held where
+vkd requests show LEDGER                            the requests, their runs, and where data is stored
 vkd requests purge LEDGER [NUMBER ...]              deletes cached features of these requests, and answers of all
 
-`run` starts each request from the model that the last one left, keeps forgotten who was forgotten before, and judges
-every model on all of them. An interrupted run resumes with the same command. See docs/requests.md.
+`run` starts each request from the previous model, preserves the forgetting of earlier people, and evaluates every model
+on all of them. An interrupted run resumes with the same command. See docs/requests.md.
 
 Exit status: 0 on success, 1 if training diverged, 2 on bad input, 130 if stopped by Ctrl-C, 143 by SIGTERM.
 """

@@ -1,8 +1,8 @@
-"""Benign fine-tuning: training on data without any forgotten person, after which the forget set is asked.
+"""Benign fine-tuning: training on data without any forgotten person, and then asking about the forget set.
 
-An owner who adapts an unlearned model to another task is no attacker, and still may bring the forgotten knowledge back:
-training moves weights in directions that unlearning hid. No question about a forgotten person is trained on, so any
-accuracy beyond the retain-only model's after the same training was in the model.
+An owner who adapts an unlearned model to another task is not an attacker, but may still recover the forgotten knowledge
+by moving weights in directions that unlearning hid. Training uses no question about a forgotten person, so any accuracy
+above that of the retain-only model after the same training comes from the model itself.
 
 Reference: Łucki et al., "An adversarial perspective on machine unlearning for AI safety", arXiv 2409.18025, which
 fine-tunes on unrelated data. Other code scores names on the training task's own images, or lacks a retain-only model.

@@ -5,8 +5,8 @@ the same image:
 
     image, question 1 -> answer 1;  question 2 -> answer 2;  the question that counts
 
-A question that occurs among the worked examples, or whose answer does, is asked without that example: repeating it
-would be no recall. A question whose person is not among the attacker's is not asked.
+Worked examples that contain the evaluated question or its answer are left out, because repeating it would not be
+recall. Questions about people of whom the attacker knows nothing are not asked.
 
 References: Shumailov et al., "UnUnlearning", arXiv 2407.00106; Jin et al. (RWKU), arXiv 2406.10890, whose in-context
 attack also shows facts about the person. Examples about other people, as in other code, only teach the form.

@@ -1,6 +1,7 @@
 """Leak across modalities: knowledge that the model no longer shows about an image, but still shows in text.
 
-No question is asked again: the attack reads the evaluation's answers to text-only questions about the people to forget.
+The attack asks no questions of its own: it reads the evaluation's answers to text-only questions about the people to
+forget.
 """
 
 import dataclasses

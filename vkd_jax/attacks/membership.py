@@ -11,8 +11,8 @@ log-probability of token t. The scores:
     grad_norm -mean_w |d loss / d w|, over the weight tensors w, with loss = -mean_t log p_t
     reference mean_t log p_t - mean_t log q_t, with q a model that was trained on none of these people
 
-A model that was trained on an answer has a small gradient there, so the member's evidence is *minus* the norm.
-Open-unlearning returns the norm itself, which turns its AUC around. `reference` needs the setting of that name.
+A model that was trained on an answer has a small gradient there, so the score is *minus* the norm. Open-unlearning
+returns the norm itself, which inverts its AUC. `reference` needs the setting of that name.
 
 A larger score suggests a member. AUC is the probability that a member's score is larger than a non-member's, with ties
 counted as one half. `score` = clip(1 - 2 |AUC - 1/2|, 0, 1) of a cell is 1 if members and non-members are

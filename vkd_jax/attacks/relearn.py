@@ -1,4 +1,4 @@
-"""Relearning: an attacker fine-tunes the model on a share of the forget set, and the rest of the forget set is asked.
+"""Relearning: an attacker fine-tunes the model on a share of the forget set and is evaluated on the rest of it.
 
 The share may count questions, people or images; the others are asked, see `lessons`. A recovery of 0 means that nothing
 came back beyond the questions that were trained on, and 1 that everything did. The model also generalizes from the

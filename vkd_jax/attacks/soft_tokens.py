@@ -5,7 +5,7 @@ The language model reads k learned vectors S before the features of the image, i
     min_S mean CE(answer | S, features(image), question)    over the attacker's share of the forget questions
 
 by Adam at a constant rate. S has k * width numbers, is the same for every image, and no weight changes, so it holds few
-facts of its own: what it brings back about other questions was in the weights. S starts at the mean of the features
+facts of its own: correct answers to other questions come from the weights. S starts at the mean of the features
 plus noise of their standard deviation.
 
 References: visual prompt recovery (ForgetGate) learns ten such tokens for vision transformers. The embedding-space

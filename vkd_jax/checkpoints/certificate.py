@@ -1,10 +1,10 @@
-"""The certificate of an exported model: what it was made from and how, and the digest of every tensor and file.
+"""The certificate of an exported model: its inputs, its config, and the digest of every tensor and file.
 
 certificate.json is in the model's folder. Its fields:
 
     format     version of this layout
     tensors    {name: SHA-256 of the tensor's bytes}
-    files      {name: SHA-256} of all other files of the folder, at any depth, but `OUTSIDE`
+    files      {name: SHA-256} of all other files of the folder, at any depth, except `OUTSIDE`
     ...        facts about the run, as `describe` was given
 
 certificate.sig, if there is one, holds an Ed25519 signature (RFC 8032) of the bytes of certificate.json, and the public

@@ -4,8 +4,7 @@ vkd push WORKDIR ORG/NAME [--private]
 
 WORKDIR is the folder of a finished run, or the folder of a model that a run exported. Before anything is uploaded, the
 model is checked against its certificate, and refused if its folder has any other file. The certified files are uploaded
-with the certificate and its signature. Log in with `hf auth login`
-first, or set HF_TOKEN.
+with the certificate and its signature. Log in with `hf auth login` first, or set HF_TOKEN.
 
 Exit status: 0 on success, 2 on bad input, which includes a model that is not the certified one.
 """

@@ -1,6 +1,6 @@
 """Flags that the commands share: --config with an override for each field, --workdir and --distributed.
 
-A flag that is given twice with two values is refused, and so is one of a library, such as --flagfile of absl.
+Flags of libraries, such as --flagfile of absl, and flags that are given twice with different values are refused.
 """
 
 import argparse

@@ -60,7 +60,7 @@ ATTACKS = Argument(
 ROBUST = "method.text.weight=4.0 method.worst_case.radius=1e-3 method.worst_case.steps=2"
 ROBUST_ASCENT = "method.bound=look_alike"
 ROBUST_VKD = "method.target=none method.mask_scope=none method.weight_retain_distill=16.0"
-# Weights of the streams of text with the argument forgets=both: what is forgotten, and what is kept.
+# Weights of the forgotten and the retained text stream with the argument forgets=both.
 FORGET_TEXT, KEEP_TEXT = 1.0, 4.0
 # Settings of the argument chips=onechip: a language model in int4, and small batches.
 ONE_CHIP = (

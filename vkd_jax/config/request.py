@@ -1,6 +1,6 @@
-"""Section of one of several requests to be forgotten, which follow each other: `request`.
+"""Section of one of several sequential deletion requests: `request`.
 
-`vkd requests run` sets it. People are given by their digests, so that no name is kept. The people to forget are drawn
+`vkd requests run` sets it. People are identified by digests, so no name is stored. The people to forget are drawn
 from the forget and the retain set of the benchmark, and everybody else is retained.
 """
 

@@ -385,7 +385,7 @@ def _section(cls: type, values: Any, section: str = "") -> Any:
 
 
 def _without_infinity(value: Any) -> Any:
-    """Nested values with `INFINITY` in the place of infinite numbers."""
+    """Nested values with `INFINITY` instead of infinite numbers."""
     if isinstance(value, Mapping):
         return {name: _without_infinity(item) for name, item in value.items()}
     return INFINITY if value == math.inf else value

@@ -1,7 +1,7 @@
 """The settings of an image processor in its JSON file: each field has a type, checked before transformers reads it.
 
-transformers takes any JSON type and fails later, in the middle of an image: a list of no sizes is "list index out of
-range", and a text for a number changes pixels. Fields that no rule names are left alone.
+transformers accepts any JSON type and fails later, while it processes an image: an empty list of sizes is "list index
+out of range", and a string instead of a number changes pixels. Fields without a rule are not checked.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Asks two models side by side in a browser, and lets an attacker bring the answer back.
+"""Asks two models side by side in a browser, and runs a small relearning attack.
 
 python -m vkd_jax.demo [--before MODEL --after MODEL] [--images FOLDER] [--port 7860]
 

@@ -7,7 +7,7 @@
     text_stream         text-only questions as a further stream, another such option
     decouple            harmless images with the questions of the forget set as a further stream, another one
     replay              people of earlier requests as a further stream
-    null_space          updates that retained examples do not notice, a fourth such option
+    null_space          updates that do not affect retained examples, a fourth such option
     losses              pure loss functions
     saliency            Fisher information and masks
     feature_targets     features of a frozen model as distillation targets

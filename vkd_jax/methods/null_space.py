@@ -1,21 +1,21 @@
-"""Updates in the null space of what retained examples feed into each layer.
+"""Updates in the null space of the inputs of each layer on retained examples.
 
 For the kernel W [d, f] of a linear layer y = x W, the second moment of its inputs over retained examples is
 
     C = sum_i x_i x_i^T = U diag(lambda) U^T,    lambda_1 >= lambda_2 >= ...
 
-U_k has the first k eigenvectors, with the smallest k whose eigenvalues hold the share `energy` of the sum. Each update
-of the optimizer, weight decay included, is projected last:
+U_k has the first k eigenvectors, with the smallest k for which their eigenvalues have at least the share `energy` of
+the sum. Each update of the optimizer, including weight decay, is projected last:
 
     dW <- (I - U_k U_k^T) dW
 
-The outputs of the layer at inputs in the span of U_k then stay as they are, and the rest is left to forgetting. Only
-these kernels train: a bias, a norm, an embedding and the convolution of patches act on retained inputs whichever way
-they change, so they keep their values. With energy=1, everything that the model computes of the observed examples stays
-the same, up to rounding, because each layer gets the inputs that it had.
+The outputs of the layer for inputs in the span of U_k then do not change; the other directions are left to forgetting.
+Only these kernels train. Biases, norms, embeddings and the patch convolution stay frozen, because any change of them
+would affect retained inputs. With energy=1, all outputs for the observed examples stay the same up to rounding, because
+the inputs of each layer do not change.
 
-The inputs are those of the model before training, at the tokens on which its outputs depend, in the retain set and in
-every other stream but the forget set: text, and people of earlier requests. C, its eigenvectors and the projections are
+The inputs are those of the model before training, at the tokens on which its outputs depend, in all streams except the
+forget set: the retain set, text, and the people of earlier requests. C, its eigenvectors and the projections are
 float32; a projection has d^2 values for each kernel and the rows of its kernel's shards.
 
 Reference: Wang et al., "Training Networks in Null Space of Feature Covariance for Continual Learning", arXiv
@@ -49,7 +49,7 @@ LINEAR = r"language_model/blocks/.+/kernel"  # kernels with a leading layer axis
 
 @dataclasses.dataclass(frozen=True)
 class NullSpace(Section):
-    """Updates in the null space of what retained examples feed into each layer."""
+    """Updates in the null space of the inputs of each layer on retained examples."""
 
     SECTION: ClassVar[str] = "method.null_space"
 

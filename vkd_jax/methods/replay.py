@@ -1,14 +1,14 @@
-"""A stream of people whom earlier requests have forgotten, so that training on new people does not bring them back.
+"""A stream of the people of earlier requests, so that training on new people does not recover them.
 
     L_replay = weight * (max(0, c_i - CE(theta; x_i, q_i, y_i)) + D(h(theta, x_i), t_i))
 
 x_i are cached features: the output of the last vision block that never trains, from which the rest of the model
 computes exactly what it would compute from the image. c_i is the answer's cross-entropy, and t_i the output h of the
-projector, under the model that the person's own request left, both cached then. So the first term acts only if an
-answer becomes more likely again, and the second one keeps the projected features where that request put them. D is the
-mean squared error relative to the mean square of t_i.
+projector, both cached under the model that the person's own request produced. The first term is positive only if an
+answer becomes more likely again, and the second one penalizes changes of the projected features. D is the mean squared
+error relative to the mean square of t_i.
 
-The people who stay have a fixed point, too: the teacher of the retain set is the model before the first request, not
+Retained people also have a fixed reference: the teacher of the retain set is the model before the first request, not
 the one before this request (`Context.vanilla_params`).
 
 The stream trains on no image. The cached features are personal data nevertheless: see `vkd_jax.runs.features`.

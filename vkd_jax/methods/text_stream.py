@@ -1,13 +1,13 @@
-"""Streams of text-only questions: one keeps what the language model says while it trains, one makes it forget.
+"""Streams of text-only questions: one retains text knowledge while the language model trains, the other forgets it.
 
     L_text        = weight * CE(answer | question)     or     weight * KL(vanilla || theta)(answer | question)
     L_forget_text = weight * L_forget(answer | question)
 
-The questions of the first are about the people of the forget set as well as of the retain set: visual unlearning
-removes who is in an image, and nothing that the model can say about a person who is named. KL is averaged over the
-answer tokens; the vanilla model's distributions are computed at each step.
+The questions of the first are about the people of the forget set and of the retain set: visual unlearning removes who
+is in an image, but not what the model says about a person who is named. KL is averaged over the answer tokens; the
+vanilla model's distributions are computed at each step.
 
-With `data.forgets=both` nothing about the people remains in either modality. The questions about the people to forget
+With `data.forgets=both` the people are forgotten in both modalities. The questions about the people to forget
 then leave the first stream for the second, whose loss is that of the method on its forget set: bounded ascent for
 methods that ascend, NPO, a refusal, or the distance to RMU's random vector. VKD has its forget loss of the output
 there, because a question without an image has no features to distill. Bounds of the ascent that come from other images

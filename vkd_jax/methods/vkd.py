@@ -11,10 +11,10 @@ With a forget batch (x_f, q_f, y_f), a retain batch (x_r, q_r, y_r), the student
 Only the projector and the vision tower, or its last `blocks` blocks, train; the language model has neither gradients
 nor optimizer state. Each detail that the paper's abstract leaves open is an assumption, A1 to A8, and a field below.
 
-h_l(teacher, x_r) of all retain images is cached, 5.6 MiB per image of LLaVA-1.5-7B: in the memory of the host up to
-`cache_gib`, and in memory-mapped files past it. A set that is too large for these, too, is trained with
-`teacher_features="recomputed"`: each step computes the teacher's features of its retain images, which costs one more
-pass of the vision tower, and neither memory nor disk grows with the set.
+h_l(teacher, x_r) of all retain images is cached, 5.6 MiB per image for LLaVA-1.5-7B: in the memory of the host up to
+`cache_gib`, and in memory-mapped files above it. If a set is too large for both, use `teacher_features="recomputed"`:
+each step computes the teacher's features of its retain images. This costs one more pass of the vision tower, and memory
+and disk do not grow with the set.
 
 Reference: arXiv 2512.11325. Not verified on official code, of which none is known.
 """

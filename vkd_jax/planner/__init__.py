@@ -1,6 +1,6 @@
 """Memory and least time of a training step on a TPU slice, without a TPU.
 
-- `abstract_step`: the step of a config, with shapes and shardings in the place of arrays.
+- `abstract_step`: the step of a config, with shapes and shardings instead of arrays.
 - `compile`: the TPU compiler's figures for a step, which are stored on disk.
 - `memory`, `flops`, `hlo`: bytes by kind, FLOPs by model part and pass, and what a compiled program contains.
 - `tpu_specs`: published figures of the supported chips.

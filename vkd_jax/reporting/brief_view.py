@@ -42,7 +42,7 @@ def kept(run: Run) -> dict[str, Any]:
 
 
 def text_only(run: Run) -> dict[str, Any] | None:
-    """Accuracy on questions without an image about what is kept; None if none was asked."""
+    """Accuracy on retained text-only questions; None if none was asked."""
     changes = [
         change
         for change in _changes(run, "qa", Role.FORGET, Role.RETAIN, Role.RETAIN_FACTS)
@@ -53,7 +53,7 @@ def text_only(run: Run) -> dict[str, Any] | None:
 
 
 def recovered(run: Run) -> dict[str, Any]:
-    """What the attacks bring back, each compared with the retain-only model or with the model before the attack."""
+    """The recovery by each attack, compared with the retain-only model or with the model before the attack."""
     relearned, attempts = attack_view.relearned(run.results), attack_view.strongest_attempts(run.results)
     compared = [(x["attack"].partition(":")[0], x["after"], *_reference(x, "without the attack")) for x in attempts]
     if relearned and (relearned["retain_only"] or relearned["before"]):

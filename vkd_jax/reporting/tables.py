@@ -45,7 +45,7 @@ def headline(results: Mapping[str, Any]) -> str:
 
 
 def keeping(results: Mapping[str, Any]) -> str:
-    """What is forgotten and what is kept, with one row for each method."""
+    """Accuracy on forgotten and retained sets, with one row per method."""
     rows = results["rows"]
     columns = _columns(results, comparison.forgotten_keys, comparison.kept_image_keys, comparison.kept_text_keys)
     attackers = _attackers(rows)
@@ -125,7 +125,7 @@ def attacks(results: Mapping[str, Any]) -> str:
 
 
 def resisting(results: Mapping[str, Any]) -> str:
-    """What relearning brings back with several budgets, and whether a model gives away who was forgotten."""
+    """Recovery by relearning with several budgets, and membership inference, with one row per method."""
     rows = [row for row in results["rows"] if row["attacks"].get("relearn")]
     columns = _columns(results, comparison.forgotten_keys, comparison.kept_image_keys)
     cells = {row["name"]: _strongest_cells(row, columns[0][0].name) for row in rows}

@@ -1,11 +1,11 @@
-"""Requests to be forgotten that come one after another, each a run of the pipeline from the model that the last left.
+"""Sequential deletion requests: each is a run of the pipeline that starts from the model of the previous request.
 
     ledger (JSON lines)     who asked, what was run, hashes of the model before and after, figures; see `runs.ledger`
     WORKDIR/0001, 0002 ...  the workdir of each request's run, with the model and the cached features of its people
-    WORKDIR/naive/0002 ...  the same requests as if nobody had asked before, a baseline
-    WORKDIR/batch/0020      one run that forgets the people of all requests at once, a baseline
+    WORKDIR/naive/0002 ...  a baseline: the same requests, each independent of the earlier ones
+    WORKDIR/batch/0020      a baseline: one run that forgets the people of all requests
     WORKDIR/data            the data with its images, only while the command runs
-    WORKDIR/requests.md     the page: what every model knows of everybody who asked so far, and what it has kept
+    WORKDIR/requests.md     the page: accuracy of every model on everybody who asked so far, and on retained sets
 
 A run that was interrupted resumes with the same command: the pipeline repeats no stage that is complete, and a request
 is done when its line is in the ledger.

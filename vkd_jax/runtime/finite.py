@@ -1,10 +1,10 @@
 """The check for NaN and infinity, of everything that an answer or a figure depends on.
 
-A model of NaN writes nothing and chooses the first option, which looks like forgetting. Weights are therefore checked
-when they are read (`is_finite` of each piece, while it is in the processor's cache), the state of training before it
-is saved (`nonfinite_paths`), weights before they are exported, and scores when they arrive at the host.
+A model with NaN weights writes nothing and chooses the first option, which looks like forgetting. Weights are therefore
+checked when they are read (`is_finite` of each piece, while it is in the processor's cache), the state of training
+before it is saved (`nonfinite_paths`), weights before they are exported, and scores when they arrive at the host.
 
-Finite scores can be of no use, too: a norm turns activations whose squares overflow into zeros, and a head of zeros
+Finite scores can also be useless: a norm turns activations whose squares overflow into zeros, and a head of zeros
 turns them into equal scores. Features that are too large to be normalized (`LARGEST_FEATURE`), or the same for
 different images, and scores that are the same for all tokens are therefore refused like NaN. Activations are added up
 from block to block, so those that overflow anywhere in a decoder still do in its last norm, and all scores are equal.

@@ -1,4 +1,4 @@
-"""Ctrl-C in all commands: the first one stops in order, with one sentence and status 130, a second one at once.
+"""Ctrl-C in all commands: the first one stops cleanly with one sentence and status 130, a second one immediately.
 
 Python raises `KeyboardInterrupt` wherever the program is. In a destructor or a callback of a library it is printed and
 dropped, so it is raised again every few seconds until the command ends. A training loop and a pool of workers handle

@@ -1,6 +1,6 @@
-"""JSON that others wrote: the one reader of JSON files and texts, which refuses whatever later code cannot use.
+"""Reads JSON from untrusted files and texts, and refuses whatever later code cannot use.
 
-A value that comes out of here is finite, nested at most `MOST_LEVELS` levels deep, and its texts can be written as
+A value that this module returns is finite, nested at most `MOST_LEVELS` levels deep, and its texts can be written as
 UTF-8. Everything else is a `UserError` that names the file and the location in it.
 """
 

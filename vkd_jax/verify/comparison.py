@@ -6,10 +6,10 @@ after each token of the question and of PyTorch's answer, and the tokens of the 
     features: rms(x - r) / rms(r)      logits: rms(x - r) / sd(r), with the standard deviation over the vocabulary
 
 where r is PyTorch in float32, and the root mean square is taken over one question. In float32 a distance may be
-`FLOAT32`. Two correct programs that add in another order differ by 1e-6 to 1e-5 (small models in the architectures of
-all families); docs/parity.md lists what wrong ones differ by. In bfloat16, whose rounding depends on the model, a
-distance may be `BFLOAT16` times that of PyTorch's own bfloat16: its root mean square over the questions with an image,
-or over those without one.
+`FLOAT32`. Two correct programs that add in different orders differ by 1e-6 to 1e-5 (small models in the architectures
+of all families); docs/parity.md lists the differences of wrong ones. In bfloat16, whose rounding depends on the model,
+a distance may be `BFLOAT16` times that of PyTorch's own bfloat16: its root mean square over the questions with an
+image, or over those without one.
 
 A token of the answer may differ if PyTorch's logits of the two tokens are closer than twice the largest difference of
 the logits at that position: then rounding decides which one is larger. What follows it is not compared.

@@ -69,6 +69,10 @@ def answer(
         raise UserError("the question is blank; ask something.")
     if image is not None and not isinstance(image, Image.Image):
         with located("--image"):
+            if "://" in str(image):
+                raise UserError(
+                    f"{image} is an address, and images are read from a disk; download it and pass its path."
+                )
             path = storage.resolve(image)
         image = _read_image(path)
     encoded_image = None if image is None else model.encode_images([image])

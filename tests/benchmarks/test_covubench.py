@@ -59,6 +59,13 @@ def test_sets(folder):
     assert {(e.keywords, e.rule, e.task) for e in sets["forget"]} == {(("Pip", "fox"), "covubench", "generation")}
 
 
+@pytest.mark.parametrize("split", ["test", "retain", "finetune"])
+def test_a_concept_to_forget_has_one_spelling_in_all_files(folder, split):
+    write(folder, split, [row("Pip", shade=3), row("PIP", shade=5)], "00000-of-00002")
+    with pytest.raises(UserError, match=f"forget5 has 1 person who may be in data/{split} of .*: Pip and PIP"):
+        read(folder, finetune=True)
+
+
 @pytest.mark.parametrize(
     ("stored", "keywords"),
     [

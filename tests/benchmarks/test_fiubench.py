@@ -90,14 +90,14 @@ def test_an_array_a_single_wording_and_further_people(folder):
     (folder / "full.json").write_text(json.dumps(people + more))
     assert len(read(folder)["forget"]) == 1  # nothing is read of the last one, the 401st
     (folder / "split.json").write_text(json.dumps(splits(forget5=["x395"])))
-    with pytest.raises(UserError, match="forget5 names 1 person not among the first 400 of full.json, such as"):
+    with pytest.raises(UserError, match="forget5 has 1 of 1 IDs not among the first 400 people of full.json, such as"):
         read(folder)
 
 
 @pytest.mark.parametrize(
     ("file", "content", "problem"),
     [
-        ("full.json", "", "split.json: forget1 names 1 person"),
+        ("full.json", "", "split.json: forget1 has 1 of 1 IDs not among"),
         ("full.json", "[1]", "full.json, row 0: it is the number 1, not an object"),
         ("full.json", "{\"unique_id\": \"a\"}\n{", "full.json, line 2: it is not JSON"),
         ("split.json", "[]", "split.json: expected an object, not an array"),

@@ -145,7 +145,7 @@ def test_extra_columns_and_several_shards(folder):
     (folder / "retain_90" / "train-00000-of-00001.parquet").unlink()
     with pytest.raises(UserError, match="has 1 of 2 parquet files"):
         read(folder)
-    write(folder, "retain_90", [row("009")], "00001-of-00002")
+    write(folder, "retain_90", [row("009", 9)], "00001-of-00002")
     assert {e.person for e in read(folder)["retain"]} == {"008", "009"}
 
 

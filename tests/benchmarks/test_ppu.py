@@ -118,6 +118,14 @@ def test_split_files_elsewhere(folder, tmp_path):
         ("persona", {"delete_ids": ["s1_a"]}, "keep_ids is missing"),
         ("persona", {"delete_ids": ["s1_a"], "keep_ids": ["s1_a"]}, "1 facts are in both delete_ids and keep_ids"),
         ("persona", {"delete_ids": [True], "keep_ids": []}, "delete_ids[0] is the boolean True, not a text"),
+        (
+            "complete",
+            {"forget5": ["s1", "s3"]},
+            "forget5 has 1 of 2 IDs not among the subject_id of ppu_eval_generation",
+        ),
+        ("complete", {"forget5": ["S1"]}, "forget5 has 1 of 1 IDs not among"),
+        ("selective", [{"id": "s1_a"}, "s1a"], "samples has 1 of 2 IDs not among the sample_id of"),
+        ("persona", {"delete_ids": ["s1_a"], "keep_ids": ["s2_c"]}, "keep_ids has 1 of 1 IDs not among the sample_id"),
     ],
 )
 def test_bad_splits(folder, scenario, value, problem):
@@ -126,11 +134,31 @@ def test_bad_splits(folder, scenario, value, problem):
         read(folder, scenario=scenario)
 
 
+def test_a_fact_to_forget_has_one_spelling_in_the_training_rows(folder):
+    pairs = [row("s1", fact, generated_answer="Oslo.") for fact in ("a", "b", "A")]
+    for config in ("train_pair_qwen3", "train_pair_qwen3_qa"):
+        write(folder, config, pairs)
+    with pytest.raises(
+        UserError, match="samples has 1 IDs that may also be spelled .*: s1_a and s1_A; correct the row"
+    ):
+        read(folder, finetune=True, scenario="selective")
+
+
+def test_adversarial_wordings_of_other_facts_are_not_of_the_forget_set(folder):
+    facts = [
+        row("s1", "a", question="A?", task_type="generation"),
+        row("s2", "a", question="B?", task_type="generation"),
+    ]
+    write(folder, "paraphrase_persona/test", facts)
+    assert [e.pair for e in read(folder, scenario="persona", adversarial=True)["paraphrase"]] == ["s1_a"]
+
+
 @pytest.mark.parametrize(
     ("cells", "problem"),
     [
         ({"modality": "video"}, "row 0: modality is 'video', not one of"),
         ({"answer_label": "D"}, "answer_label is 'D', not one of the options"),
+        ({"answer_label": "A"}, "answer_label is 'A', the option 'Rome', but its text is 'Oslo'"),
         ({"image": None}, "row 0: image is missing, and the modality has an image"),
         ({"sample_id": None}, "row 0: sample_id is missing"),
         ({"subject_id": 1.5}, "row 0: subject_id is the number 1.5, not a text"),

@@ -35,7 +35,7 @@ def record(number, **more):
 
 
 def write(folder, train, val=(), prompts=None):
-    for name, records in (("all_train.json", train), ("all_val.json", val or train)):
+    for name, records in (("all_train.json", train), ("all_val.json", val or [record(2)])):
         (folder / name).write_text(json.dumps(records))
     (folder / "prompt.json").write_text(json.dumps({"idk": ["I don't know."]} if prompts is None else prompts))
 
@@ -43,11 +43,11 @@ def write(folder, train, val=(), prompts=None):
 @pytest.fixture
 def folder(tmp_path):
     folder = tmp_path / "snapshot"
-    for number in range(2):
+    for number in range(3):
         for path in (f"images/bolt/{number}.png", f"sd/bolt/{number}.png"):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(png(10 * number + path.startswith("sd")))
-    write(folder, [record(0), record(1)], [record(1)])
+    write(folder, [record(0), record(1)])
     return folder
 
 
@@ -77,7 +77,7 @@ def test_both_spellings_are_the_same_data(folder):
     other["image_id"] = other.pop("image_path")
     for name in ("UnharmPair_text1", "UnharmPair_image1"):
         other[name] = {"Question": other[name]["Question"], "Answer": other[name]["Prediction"]}
-    write(folder, [other, record(1)], [record(1)])
+    write(folder, [other, record(1)])
     assert read(folder) == expected
 
 
@@ -102,6 +102,14 @@ def test_a_category_may_be_named_and_pairs_may_be_missing(folder):
 def test_bad_records(folder, changes, problem):
     write(folder, [record(0) | changes], [record(1)])
     with pytest.raises(UserError, match=re.escape(problem)):
+        read(folder)
+
+
+def test_a_harmless_image_is_not_the_unsafe_one(folder):
+    write(folder, [record(0), record(1, SDImage_path="images/bolt/1.png")])
+    with pytest.raises(
+        UserError, match=r"2 questions .* both to be forgotten and not: .* forget and harmless share all"
+    ):
         read(folder)
 
 

@@ -1,6 +1,7 @@
 """A language model as judge: prompts, scores, and the endpoint, which is a server of this process."""
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import socketserver
@@ -13,7 +14,7 @@ from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.evaluation import judge, metrics
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.evaluation.metrics.summary import summarize
-from vkd_jax.types import Role, UserError
+from vkd_jax.types import Example, Role, UserError
 
 
 def record(prediction="a baker", **changes):
@@ -128,6 +129,14 @@ def test_the_judge_of_this_process_replies_to_each_prompt(tiny_model):
         ('{"mmvet": {"prompt": "{question}{answer}{prediction}", "largest": 0}}', "mmvet.largest is the number 0"),
         ('{"mmvet": {"prompt": "{question}{answer}{prediction}", "largest": true}}', "mmvet.largest is the"),
         ('{"mmvet": {"prompt": "{question}{answer}{prediction}", "largest": "1"}}', "mmvet.largest is the text '1'"),
+        (
+            '{"mmvet": {"prompt": "{question:9}{answer}{prediction}", "largest": 1}}',
+            "{question:9}, and a slot has its name",
+        ),
+        *(
+            (f'{{"safeeraser/{name}": {{"prompt": "{{question}}{{prediction}}", "largest": 1}}}}', "names no category")
+            for name in ("", " ", "Bolt ", "a  b", "bolt\u200b")
+        ),
     ],
 )
 def test_wrong_prompts_are_refused_by_name(tmp_path, text, words):
@@ -135,6 +144,19 @@ def test_wrong_prompts_are_refused_by_name(tmp_path, text, words):
     with pytest.raises(UserError) as raised:
         judge.read_rules(tmp_path / "judge.json")
     assert words in str(raised.value) and "judge.json" in str(raised.value)
+
+
+def test_a_rule_for_a_category_needs_questions_of_it():
+    example = Example("a", "bolt", None, "", "What?", "A warning.", task="generation", rule=judge.SAFETY)
+    other = dataclasses.replace(example, person="fire", rule="safeeraser_harmless")
+    rules = RULES | {"safeeraser/fire": RULES["mmvet"]}
+    judge.check_categories(RULES, [example])
+    judge.check_categories(rules, [other])  # no question about an unsafe image: the rules are of other data
+    judge.check_categories(rules, [example, dataclasses.replace(example, person="fire")])
+    with pytest.raises(
+        UserError, match="no question is of the category of the rule 'safeeraser/fire'. The data have b"
+    ):
+        judge.check_categories(rules, [example, other])
 
 
 def test_a_rule_that_a_file_lacks_is_this_packages(tmp_path):

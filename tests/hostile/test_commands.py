@@ -152,6 +152,11 @@ def rope(kind, **fields):
 TEXT = "--question=Who is it?"
 ASK = [
     Case("empty name of a model to ask", lambda _: ["--model=", TEXT], ("empty name",)),
+    Case(
+        "image at an address",
+        lambda _: ["--model=tiny_llava", TEXT, "--image=http://x/a.png"],
+        ("--image", "http://x/a.png", "a disk", "download"),
+    ),
     Case("negative pixels", lambda _: ["--model=tiny_llava", TEXT, "--max_pixels=-5"], ("max_pixels=-5", "one size")),
     Case("two questions", lambda _: ["--model=absent", TEXT, "--question=Why?"], ("--question is given twice", "Why?")),
     Case("tokens that are a text", lambda _: ["--model=absent", TEXT, "--max_new_tokens=x"], ("max_new_tokens", "'x'")),
@@ -237,6 +242,11 @@ REQUESTS = [
     Case("number of 5000 digits", lambda _: ["purge", "l", "9" * 5000], ("number of a request",), lacks=("9" * 30,)),
     Case("number that is negative", lambda _: ["withdraw", "l", "-1"], ("-1",)),
     Case("two folders to forget", lambda _: ["add", "l", *ADD, "--forget=2"], ("--forget is given twice", "1 and 2")),
+    Case(
+        "one folder to forget and to test",
+        lambda folder: (written(folder / "f" / "metadata.jsonl", ""), ["add", "l", "--forget=f", "--test=f/../f/"])[1],
+        ("data.forget and data.test", "different folders"),
+    ),
     Case("IDs with NUL", lambda _: ["add", "l", "--forget", "a\0b"], ("NUL",)),
     Case(
         "workdir without a name",

@@ -294,7 +294,7 @@ CASES = [
     Case(
         "one folder by two names",
         request(lambda _: None, "--config.data.retain=request/../request/forget"),
-        ("share 1 person",),
+        ("data.forget and data.retain", "different folders"),
     ),
     Case("missing folder", request(lambda _: None, "--config.data.forget=nothing"), ("nothing",)),
     Case("unknown address", request(lambda _: None, "--config.data.forget=ftp://x/y"), ("ftp",)),

@@ -124,6 +124,17 @@ CASES = [
     ),
     Case("switch that is a text", settings("--config.model.quantize=", "--dry_run=maybe"), ("--dry_run=maybe", "true")),
     Case("field that is maybe", settings("--config.data.symlinks=maybe"), ("symlinks=maybe", "true or false")),
+    # Judges that are no model.
+    Case(
+        "judge that does not exist",
+        settings("--config.eval.judge=a/b/c"),
+        ("--config.eval.judge=a/b/c", "no model folder"),
+    ),
+    Case(
+        "judge that is an empty folder",
+        lambda folder: ((folder / "empty").mkdir(), settings("--config.eval.judge=empty")(folder))[1],
+        ("--config.eval.judge=empty", "config.json"),
+    ),
     # Values out of range; test_ranges.py has one of each field.
     Case("negative cap", settings("--config.method.cap=-1"), ("method.cap", "-1")),
     Case("mask keeps twice as much", settings("--config.method.mask_keep=2"), ("method.mask_keep", "2")),

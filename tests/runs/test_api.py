@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -196,6 +197,25 @@ def test_a_folder_without_a_run_is_refused_and_not_created(monkeypatch, capsys, 
     status, _, err = report_command(monkeypatch, capsys, tmp_path / "nowhere")
     assert status == 2 and "nowhere has no run; give the --workdir of a finished one." in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (os.mkfifo, "config.json is a named pipe; pass a regular file."),
+        (os.mkdir, "config.json is a folder; pass a regular file."),
+        (
+            lambda path: (path.write_text("{}"), (path.parent / "m.safetensors").touch()),
+            "is the folder of a model; give",
+        ),
+        (lambda path: path.write_text("{"), "config.json: it is not JSON"),
+    ],
+)
+def test_what_is_no_run_is_said(monkeypatch, capsys, tmp_path, make, words):
+    make(tmp_path / "config.json")
+    before = sorted(tmp_path.iterdir())
+    status, _, err = report_command(monkeypatch, capsys, tmp_path)
+    assert status == 2 and words in err and sorted(tmp_path.iterdir()) == before
 
 
 DAMAGE = {

@@ -117,7 +117,7 @@ def refused(name, reason, command):
     assert text.startswith(f"There is no model folder {name} here, and ")
     assert reason in text
     assert f"`{command} --local-dir DIR`" in text
-    assert text.endswith("pass the folder, with config.json and safetensors in it, as --config.model.path=DIR.")
+    assert text.endswith("pass the folder, with config.json and safetensors in it, in its place.")
 
 
 def test_a_folder_is_returned_as_it_is(cache, tmp_path):

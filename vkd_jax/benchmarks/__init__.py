@@ -5,6 +5,7 @@
     folder         your own folders of images and questions
     parquet        snapshots of parquet and JSON files and their checks
     rows           rows that others wrote, with typed access to their fields
+    set_checks     checks of questions, and of what sets have in common, for all benchmarks
     selection      the people of a request instead of a benchmark's forget set
     cache          benchmarks as tensorflow-datasets, and `Benchmark`, the contract
     general/       standard suites of general ability, for any benchmark

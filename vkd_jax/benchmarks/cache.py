@@ -20,15 +20,14 @@ import json
 import logging as standard_logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import tensorflow_datasets as tfds
 from absl import logging
 
-from vkd_jax.benchmarks.names import has_words, plain_name
-from vkd_jax.benchmarks.rows import EncodedImage
+from vkd_jax.benchmarks.set_checks import SetChecks, check_spellings
 from vkd_jax.runtime import storage
 from vkd_jax.types import EvalSet, Example, SuiteQuestion, UserError
 
@@ -68,7 +67,8 @@ def read(benchmark: Benchmark, folder: str | Path, finetune: bool = False) -> di
         finetune: whether to read the sets for fine-tuning as well.
 
     Raises:
-        UserError: the fields of the benchmark or its source are invalid, or one of its sets is empty.
+        UserError: the fields of the benchmark or its source are invalid, one of its sets is empty, or sets have in
+            common what they must not, see `set_checks`.
     """
     benchmark.check()
     sets: dict[str, list[Example]] = {}
@@ -85,6 +85,7 @@ def read(benchmark: Benchmark, folder: str | Path, finetune: bool = False) -> di
                     shutil.rmtree(path)
             _build(Rows(**builder_args), benchmark, part)
             sets |= _examples(Rows(**builder_args))  # reads the files, whichever process built them
+    check_spellings(sets, benchmark.EVAL_SETS)
     return sets
 
 
@@ -121,8 +122,8 @@ def _config(benchmark: Benchmark, part: str) -> tfds.core.BuilderConfig:
 
 def _build(builder: Rows, benchmark: Benchmark, part: str) -> None:
     with benchmark.rows(part) as sets, tempfile.TemporaryDirectory() as downloads:
-        rows = {name: map(_checked, filter(None, rows)) for name, rows in sets.items()}
-        rows = _apart(rows, {s.name for s in benchmark.EVAL_SETS if s.role.forgets})
+        checks = SetChecks(benchmark.EVAL_SETS)
+        rows = {name: checks.checked(name, filter(None, rows)) for name, rows in sets.items()}
         first = {name: next(rows[name], None) for name in rows}
         if empty := [name for name, row in first.items() if row is None]:  # the report would lack it without a word
             of_source = f" of {source}" if (source := getattr(benchmark, "source", "")) else ""
@@ -136,49 +137,6 @@ def _build(builder: Rows, benchmark: Benchmark, part: str) -> None:
         except OSError:
             if not builder.data_path.exists():  # another process may have built it
                 raise
-
-
-def _checked(row: list[Example]) -> list[Example]:
-    """The questions of a row, after a check that they ask something, and that not every answer is right."""
-    for example in row:
-        if not plain_name(example.question):
-            raise UserError(f"{example.label}: the question is blank; correct the row.")
-        if not all(map(plain_name, example.options)):
-            raise UserError(f"{example.label}: one of its options is blank; correct the row.")
-        if example.task in ("generation", "cloze") and not has_words(example.answer):
-            problem = f"the answer {example.answer!a} has no letter and no digit, so that almost any answer has it"
-            raise UserError(f"{example.label}: {problem}; correct the row.")
-        if example.options and len(set(map(plain_name, example.options))) < 2:
-            problem = f"all of its options are {example.options[0]!r}, so that every answer would be right"
-            raise UserError(f"{example.label}: {problem}; give it two or more different ones.")
-    return row
-
-
-def _apart(sets: Sets, forgets: Set[str]) -> dict[str, Iterator[list[Example]]]:
-    """The rows of each set, after a check that no image of a person to forget is another's in one of the other sets.
-
-    An image of one person may be in both where some facts about a person are forgotten and others stay. Digests of the
-    pixels are compared, which were computed when the images were read; 100,000 of them take 30 MB. Images that a
-    benchmark does not read by `rows.Row` are compared by their bytes.
-    """
-    seen: dict[bool, dict[bytes, tuple[str, str]]] = {True: {}, False: {}}  # by whether it is to be forgotten
-
-    def checked(rows: Iterable[list[Example]], forgotten: bool) -> Iterator[list[Example]]:
-        for row in rows:
-            for example in {e.image_id: e for e in row if e.image is not None}.values():
-                image, person = example.image, example.person
-                pixels = image.pixels if isinstance(image, EncodedImage) else hashlib.sha256(image).digest()
-                other, owner = seen[not forgotten].get(pixels, ("", person))
-                if owner != person:
-                    pair = (example.image_id, other) if forgotten else (other, example.image_id)
-                    raise UserError(
-                        f"The image {pair[0]}, which is to be forgotten, has the same pixels as the image {pair[1]} of "
-                        "somebody else, which is not; remove one of them from the data."
-                    )
-                seen[forgotten].setdefault(pixels, (example.image_id, person))
-            yield row
-
-    return {name: checked(rows, name.removeprefix("finetune_") in forgets) for name, rows in sets.items()}
 
 
 def _examples(builder: Rows) -> dict[str, list[Example]]:

@@ -72,12 +72,14 @@ class CovuBench(parquet.PublishedBenchmark):
         """Context manager that opens the sets of a part.
 
         Raises:
-            UserError: a file or column is missing, a file, cell or image is damaged, or the forget set is empty.
+            UserError: a file or column is missing, a file, cell or image is damaged, the forget set is empty, or a
+                concept to forget may be in another file under another spelling.
         """
         forget = f"data/forget{self.forget}"
         with self.open_snapshot(part) as files:
-            forgotten = {row.identifier("name") for row in files.rows(forget, ["name"])}
-            parquet.check_people(self.source, (forget, forgotten), ("data/retain", frozenset()))
+            forgotten, *others = ({row.identifier("name") for row in files.rows(c, ["name"])} for c in files.configs)
+            for config, names in zip(files.configs[1:], others, strict=True):
+                parquet.check_people(self.source, (forget, forgotten), (config, names - forgotten))
             if part == "finetune":
                 yield {
                     name: self._questions(files, "data/finetune", is_member, "chat")

@@ -29,7 +29,6 @@ from typing import Any, ClassVar
 
 from absl import logging
 
-from vkd_jax import messages
 from vkd_jax.benchmarks import parquet
 from vkd_jax.benchmarks.names import plain_name
 from vkd_jax.benchmarks.parquet import Snapshot
@@ -127,9 +126,7 @@ def _splits(files: Snapshot, everybody: set[str], check_sizes: bool) -> dict[str
         if not row.has(name):
             raise row.error(name, "is missing")
         splits[name] = set(map(plain_name, row.texts(name)))
-        if unknown := sorted(splits[name] - everybody):
-            count = f"names {messages.people(len(unknown))} not among the first {PEOPLE} of {FULL}"
-            raise row.error(name, f"{count}, such as {unknown[0]!a}")
+        parquet.check_known(row, name, splits[name], everybody, f"the first {PEOPLE} people of {FULL}")
         if check_sizes and len(splits[name]) != published:
             logging.warning("%s of %s has %d people; as published it has %d.", name, path, len(splits[name]), published)
     return splits

@@ -13,6 +13,7 @@ question is about; no person and no image may be in both folders. Other keys are
 import contextlib
 import dataclasses
 import itertools
+import os
 import posixpath
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -68,11 +69,9 @@ class Folder(Section):
                 raise UserError(
                     f"pass the folder of the {name} set as --config.data.{name}=DIR; it has images and a {METADATA}."
                 )
-        named = {name: getattr(self, name).rstrip("/") for name in self._sets()}
-        for name, uri in named.items():
-            if same := [other for other in named if other < name and named[other] == uri]:
-                raise UserError(f"data.{same[0]} and data.{name} are both {uri}; they must be different folders.")
-            folder = SourceFolder(uri)
+        self._check_different()
+        for name in self._sets():
+            folder = SourceFolder(uri := getattr(self, name).rstrip("/"))
             files = [posixpath.basename(info.path) for info in folder.files()]
             if METADATA not in files:
                 content = f"has {listed(files)}" if files else "is empty or missing"
@@ -101,8 +100,9 @@ class Folder(Section):
         """The people of the forget set, without reading an image.
 
         Raises:
-            UserError: a line of the forget set, or of the test set if it is given, names nobody.
+            UserError: a line of the forget or the test set names nobody, or both sets are one folder.
         """
+        self._check_different()
         people = set()
         for name in (name for name in ("forget", "test") if getattr(self, name)):
             for row in _rows(self._open(name)):
@@ -113,6 +113,15 @@ class Folder(Section):
 
     def _sets(self) -> list[str]:
         return [eval_set.name for eval_set in self.EVAL_SETS if getattr(self, eval_set.name)]
+
+    def _check_different(self) -> None:
+        """Checks that no folder is given for two sets, whichever of its paths and links is written."""
+        first: dict[str, str] = {}
+        for name in self._sets():
+            uri = getattr(self, name).rstrip("/")
+            other = first.setdefault(uri if "://" in uri else os.path.realpath(uri), name)
+            if other != name:
+                raise UserError(f"data.{other} and data.{name} are both {uri}; they must be different folders.")
 
     def _check_apart(self) -> None:
         """Checks what the sets share: see `docs/your_own_data.md`."""
@@ -129,13 +138,13 @@ class Folder(Section):
                 continue
             check_apart((getattr(self, name), people[name]), (getattr(self, other), people[other]))
             self._check_shared(name, other, "images", images)
-        for name in people.keys() - {"forget"}:
-            self._check_shared("forget", name, "questions", asked)
         if strangers := sorted(people.get("test", set()) - people["forget"]):
             raise UserError(
                 f"{self.test} asks about {messages.people(len(strangers))} not in {self.forget}: {listed(strangers)}; "
                 "it is for the people who are to be forgotten."
             )
+        for name, other in itertools.combinations(people, 2):
+            self._check_shared(name, other, "questions", asked)
 
     def _check_shared(self, name: str, other: str, things: str, values: Mapping[str, Mapping[Any, str]]) -> None:
         """Checks that two sets share no keys of these values."""

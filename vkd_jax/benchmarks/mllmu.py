@@ -28,7 +28,6 @@ from vkd_jax.benchmarks import names, parquet
 from vkd_jax.benchmarks.parquet import Snapshot
 from vkd_jax.benchmarks.rows import Row
 from vkd_jax.config.fields import setting
-from vkd_jax.messages import listed
 from vkd_jax.types import EvalSet, Example, Role
 
 FORGET_RATIOS = (5, 10, 15)
@@ -212,11 +211,9 @@ def _options(item: Row) -> tuple[tuple[str, ...], str]:
     row = item.row("Options")
     options = {letter: text for letter in row.fields() if (text := row.optional_text(letter)).strip()}
     letter = item.text("Correct_Answer").strip()
-    if letter in options:
-        return tuple(options.values()), options[letter]
-    if letter in options.values():  # some rows give the option's text
+    if letter not in options and letter in options.values():  # some rows give the option's text
         return tuple(options.values()), letter
-    raise item.error("Correct_Answer", f"is {letter!r}, not one of the options {listed(options)}")
+    return tuple(options.values()), item.option("Correct_Answer", options, letter)
 
 
 def _person(row: Row) -> str:

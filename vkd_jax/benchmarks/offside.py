@@ -148,10 +148,8 @@ def _choices(files: Snapshot, name: str) -> Iterator[list[Example]]:
         examples = []
         for row in rows:
             options = {letter: row.row("Options").text(letter) for letter in row.row("Options").fields()}
-            letter = row.text("Correct_Answer").strip()
-            if letter not in options:
-                raise row.error("Correct_Answer", f"is {letter!a}, not one of the options {listed(options)}")
-            example = _example(row, image, clean(row.text("Question")), options[letter], "classification")
+            answer = row.option("Correct_Answer", options, row.text("Correct_Answer").strip())
+            example = _example(row, image, clean(row.text("Question")), answer, "classification")
             examples.append(dataclasses.replace(example, options=tuple(options.values())))
         yield _sharing(files, rows[0], image, examples)
 

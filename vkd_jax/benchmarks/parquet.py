@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from absl import logging
 from pyarrow import fs
 
-from vkd_jax.benchmarks.names import check_apart
+from vkd_jax.benchmarks import names
 from vkd_jax.benchmarks.rows import EncodedImage, Row, read_image
 from vkd_jax.benchmarks.synthetic.people import MAX_SIZE, MIN_SIZE, SIZE, Population
 from vkd_jax.config.fields import SEED, Section, setting
@@ -327,7 +327,7 @@ def check_people(
     suffix = f" of {source}" if source else ""
     if not forget[1]:
         raise UserError(f"The forget set is empty: {forget[0]}{suffix} has no people.")
-    check_apart(forget, (f"{retain[0]}{suffix}", retain[1]))
+    names.check_apart(forget, (f"{retain[0]}{suffix}", retain[1]))
     if everybody is None:
         return
     if lost := sorted(everybody - forget[1] - retain[1]):
@@ -340,6 +340,27 @@ def check_people(
             "%d people of %s and %s are not in the full set%s: %s.",
             *(len(strangers), forget[0], retain[0], suffix, listed(strangers)),
         )
+
+
+def check_known(row: Row, field: str, listed_ids: Set[str], known: Set[str], place: str) -> None:
+    """Checks that the data have all that a list of a split file names, each in one spelling.
+
+    What is to be forgotten and is not found would be retained, or would not be there at all.
+
+    Args:
+        row: the split file.
+        field: the list in it.
+        listed_ids: the IDs of people or facts in the list.
+        known: the IDs that the data have.
+        place: where the data have them, for messages.
+
+    Raises:
+        UserError: one of the IDs is not in the data, or may also be there in another spelling.
+    """
+    if unknown := sorted(listed_ids - known):
+        raise row.error(field, f"has {len(unknown)} of {len(listed_ids)} IDs not among {place}, such as {unknown[0]!a}")
+    if pairs := names.similar_names(listed_ids, known - listed_ids):
+        raise row.error(field, f"has {len(pairs)} IDs that may also be spelled otherwise in {place}: {listed(pairs)}")
 
 
 def check_row_counts(snapshot: Snapshot, source: str, published: Mapping[str, int]) -> None:

@@ -114,24 +114,23 @@ class Ppu(parquet.PublishedBenchmark):
 
         Raises:
             UserError: a config, shard, column or the split file is missing, a file or image is damaged, the forget set
-                is empty, or a fact is to be both forgotten and retained.
+                is empty, or a fact is to be both forgotten and retained, or is not in the data.
         """
         with self.open_snapshot(part) as files:
-            forgets, retains = self._members(files)
+            asked, pairs = [f"ppu_eval_{task}/test" for task in TASKS], self._configs("finetune")
+            forgets, retains = self._members(files, asked if part == "evaluation" else pairs[:1])
             if part == "finetune":
-                pairs = (f"train_pair_{self.answers}", f"train_pair_{self.answers}_qa")
                 subjects = _subjects(files, pairs[0])
                 yield {
                     "finetune_forget": _training(files, pairs, forgets, subjects),
                     "finetune_retain": _training(files, pairs, retains, subjects),
                 }
                 return
-            asked = [f"ppu_eval_{task}/test" for task in TASKS]
             sets = {"forget": _evaluation(files, asked, forgets), "retain": _evaluation(files, asked, retains)}
             if cross := self._cross_image():
                 sets["test"] = _evaluation(files, [cross], forgets, CROSS_IMAGES)
             for name, config in self._adversarial().items():
-                sets[name] = _evaluation(files, [config], lambda subject, sample: True)
+                sets[name] = _evaluation(files, [config], forgets)
             yield {eval_set.name: sets[eval_set.name] for eval_set in self.EVAL_SETS if eval_set.name in sets}
 
     def _scenario(self, separator: str) -> str:
@@ -164,8 +163,13 @@ class Ppu(parquet.PublishedBenchmark):
 
         ppu_writer.write_snapshot(folder, configs, self.population)
 
-    def _members(self, files: Snapshot) -> tuple[Callable[[str, str], bool], Callable[[str, str], bool]]:
-        """Whether a fact is to be forgotten, and whether it is to be retained, by subject_id and sample_id."""
+    def _members(
+        self, files: Snapshot, configs: Sequence[str]
+    ) -> tuple[Callable[[str, str], bool], Callable[[str, str], bool]]:
+        """Whether a fact is to be forgotten, and whether it is to be retained, by subject_id and sample_id.
+
+        The configs are those with all facts of a part. Training has answers of another model, which may lack some.
+        """
         split = self._split(files)
         complete = self.scenario == "complete"
         field = {"complete": f"forget{self.forget}", "selective": "samples", "persona": "delete_ids"}[self.scenario]
@@ -176,6 +180,10 @@ class Ppu(parquet.PublishedBenchmark):
 
         if not chosen:
             raise UserError(f"The forget set is empty: {split.location} names nothing for it.")
+        column = "subject_id" if complete else "sample_id"
+        known = {row.identifier(column) for config in configs for row in files.rows(config, [column])}
+        lacking = chosen if configs[0].startswith("train_") else set()
+        parquet.check_known(split, field, chosen, known | lacking, f"the {column} of {listed(configs)}")
         if self.scenario != "persona":
             return forgets, lambda subject, sample: not forgets(subject, sample)
         kept = set(_sample_ids(split, "keep_ids"))
@@ -183,6 +191,7 @@ class Ppu(parquet.PublishedBenchmark):
             raise UserError(
                 f"{split.location}: {len(both)} facts are in both delete_ids and keep_ids: {listed(both)}; correct it."
             )
+        parquet.check_known(split, "keep_ids", kept, known | (lacking and kept), f"the {column} of {listed(configs)}")
         return forgets, lambda subject, sample: sample in kept
 
     def _split(self, files: Snapshot) -> Row:
@@ -270,7 +279,7 @@ def _training(
                 raise row.error("image", "is missing")
             name, image_id = f"{row.name}/{'text' if text else 'image'}/0", image and _image_id(subject, image)
             question, answer = row.text("question"), row.text("generated_answer")
-            yield [Example(name, subject, image, image_id or "", question, answer, task="chat")]
+            yield [Example(name, subject, image, image_id or "", question, answer, task="chat", pair=sample)]
 
 
 def _shows(row: Row) -> bool:
@@ -288,9 +297,7 @@ def _parsed(row: Row, task: str) -> tuple[str, str, tuple[str, ...]]:
         return (cloze_prompt(question) if task == "cloze" else question), answer, ()
     options = {letter: row.text(column) for letter, column in _OPTIONS.items() if row.has(column)}
     letter = row.text("answer_label").strip()
-    if letter not in options:
-        raise row.error("answer_label", f"is {letter!a}, not one of the options {listed(options)}")
-    return question, options[letter], tuple(options.values())
+    return question, row.option("answer_label", options, letter, answer), tuple(options.values())
 
 
 def _image_id(subject: str, image: bytes) -> str:

@@ -10,8 +10,9 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vkd_jax.benchmarks.names import has_words, plain_name
+from vkd_jax.benchmarks.names import has_words, plain_name, text_key
 from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image, pixel_digest
+from vkd_jax.messages import listed
 from vkd_jax.runtime import json_files
 from vkd_jax.runtime.storage import SourceFolder
 from vkd_jax.types import UserError
@@ -204,6 +205,26 @@ class Row:
         """
         value = self._parsed(field)
         return self._nested(field, {} if value is None or value == [] else value)
+
+    def option(self, field: str, options: Mapping[str, str], letter: str, text: str = "") -> str:
+        """The text of the right option, which a field gives by its letter, and may give by its text as well.
+
+        Args:
+            field: the field.
+            options: the texts by letter.
+            letter: the letter in the field.
+            text: the text that the data give beside it; one that is not an option's says nothing.
+
+        Raises:
+            UserError: there is no such option, or letter and text are those of different options.
+        """
+        if letter not in options:
+            raise self.error(field, f"is {letter!a}, not one of the options {listed(options)}")
+        texts = {letter: text_key(option).rstrip(" .") for letter, option in options.items()}
+        given = text_key(text).rstrip(" .")
+        if given and given != texts[letter] and given in texts.values():
+            raise self.error(field, f"is {letter!a}, the option {options[letter]!a}, but its text is {text!a}")
+        return options[letter]
 
     def fields(self) -> list[str]:
         """The names of the fields that are not null.

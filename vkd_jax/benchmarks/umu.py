@@ -28,7 +28,6 @@ from vkd_jax.benchmarks.names import has_words
 from vkd_jax.benchmarks.parquet import Snapshot
 from vkd_jax.benchmarks.rows import Row
 from vkd_jax.config.fields import setting
-from vkd_jax.messages import listed
 from vkd_jax.types import EvalSet, Example, Role
 
 FORGET_RATIOS = (5, 10, 15)
@@ -126,10 +125,8 @@ class Umu(parquet.PublishedBenchmark):
         if task == "classification":
             row = item.row("options")
             options = {letter: row.text(letter) for letter in row.fields()}
-            letter = answer.partition(".")[0].strip()
-            if letter not in options:
-                raise item.error("answer", f"is {answer!a}, which begins with none of the options {listed(options)}")
-            return question, options[letter], tuple(options.values())
+            letter, _, text = (part.strip() for part in answer.partition("."))
+            return question, item.option("answer", options, letter, text), tuple(options.values())
         if task == "cloze":
             truth = answer.partition(".")[0] if self.rules == parquet.UPSTREAM else answer.removesuffix(".")
             if not has_words(truth):

@@ -33,10 +33,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
+from vkd_jax.benchmarks.names import plain_name
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.evaluation.wording import check_template
+from vkd_jax.messages import choices
 from vkd_jax.runtime import json_files, storage
-from vkd_jax.types import UserError, located
+from vkd_jax.types import Example, UserError, located
 
 SLOTS = ("question", "answer", "prediction")
 SAFETY = "safeeraser"  # the rule for answers about unsafe images, whose category is the person of a record
@@ -131,6 +133,8 @@ def read_rules(path: str | os.PathLike[str]) -> dict[str, Rule]:
         for name, value in json_files.read_json(storage.resolve(path), remedy="correct it").items():
             if name not in RULES and not name.startswith(f"{SAFETY}/"):
                 raise UserError(f"unknown rule {name!r}. Available: {', '.join(RULES)}, {SAFETY}/CATEGORY.")
+            if (category := _category(name)) is not None and (category != plain_name(category) or not category):
+                raise UserError(f"the rule {name!a} names no category; write {SAFETY}/CATEGORY without further spaces.")
             if not isinstance(value, Mapping) or value.keys() != {"prompt", "largest"}:
                 raise UserError(f'{name} is {json_files.describe(value)}; write {{"prompt": TEXT, "largest": NUMBER}}.')
             check_template(f"{name}.prompt", value["prompt"], _slots(name))
@@ -139,6 +143,26 @@ def read_rules(path: str | os.PathLike[str]) -> dict[str, Rule]:
                 raise UserError(f"{name}.largest is {json_files.describe(largest)}; write a number greater than 0.")
             rules[name] = Rule(value["prompt"], largest)
     return RULES | rules
+
+
+def check_categories(rules: Mapping[str, Rule], examples: Iterable[Example]) -> None:
+    """Checks that each rule for a category has questions, unless there are none about unsafe images at all.
+
+    Raises:
+        UserError: no question is of the category.
+    """
+    categories = {example.person for example in examples if example.rule == SAFETY}
+    for rule in rules if categories else ():
+        if (category := _category(rule)) is not None and category not in categories:
+            raise UserError(
+                f"eval.judge_prompts: no question is of the category of the rule {rule!a}. The data have "
+                f"{choices(sorted(categories))}."
+            )
+
+
+def _category(rule: str) -> str | None:
+    """The category of unsafe images that a rule is for; None for a rule of all of them, or of other questions."""
+    return rule.removeprefix(f"{SAFETY}/") if rule.startswith(f"{SAFETY}/") else None
 
 
 def _slots(rule: str) -> tuple[str, ...]:

@@ -103,7 +103,12 @@ def check_template(name: str, template: object, slots: tuple[str, ...]) -> None:
             f"{name} is not a template ({error}); {expected}, and other braces as {{{{ and }}}}."
         ) from error
     for slot, form, conversion in parts:
-        if slot not in slots or form or conversion:
-            raise UserError(f"{name} has the unknown slot {{{slot}}}; {expected}, and other braces as {{{{ and }}}}.")
+        written = slot + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+        if slot not in slots:
+            raise UserError(
+                f"{name} has the unknown slot {{{written}}}; {expected}, and other braces as {{{{ and }}}}."
+            )
+        if form or conversion:
+            raise UserError(f"{name} has {{{written}}}, and a slot has its name alone; write {{{slot}}} instead.")
     if missing := [slot for slot in slots if slot not in {part[0] for part in parts}]:
         raise UserError(f"{name} lacks the slot {{{missing[0]}}}; {expected}.")

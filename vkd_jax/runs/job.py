@@ -51,12 +51,14 @@ class Job:
         config = workdir.config
         mesh = check_config(config)
         wording.read_wording(config.eval.prompts)
-        judge.read_rules(config.eval.judge_prompts)
+        rules = judge.read_rules(config.eval.judge_prompts)
+        judge_folder(config.eval)
         if config.eval.judge_at_endpoint:
             judge.Endpoint(config.eval.judge, config.eval.judge_model)
         with workdir.stage("data"):
             sets = read_data(config, workdir.path)
             held_out = sets.pop(HELD_OUT, [])
+            judge.check_categories(rules, (e for examples in sets.values() for e in examples))
             questions = {
                 name: evaluate.sample(examples, config.eval.max_items, config.eval.seed, name)
                 for name, examples in sets.items()
@@ -286,12 +288,14 @@ def judge_folder(config: EvalConfig) -> Path | None:
     """The folder of the judge; None without one, or if it is at an endpoint.
 
     Raises:
-        UserError: the model does not exist or cannot be downloaded.
+        UserError: the folder does not exist, cannot be downloaded, or has no model.
     """
     if not config.judge or config.judge_at_endpoint:
         return None
     with located(f"--config.eval.judge={config.judge}"):
-        return sources.fetch_model(config.judge)
+        folder = sources.fetch_model(config.judge)
+        read_family(folder)
+    return folder
 
 
 def models_read(config: RunConfig, models: Mapping[str, Path]) -> dict[str, Path]:

@@ -43,8 +43,11 @@ def rebuild(path: str | Path, command: str) -> RunResults:
             or metrics are damaged, or another process uses it.
     """
     path = storage.resolve(path)
-    if not (path / "config.json").is_file():
+    if not (path / CONFIG).exists():
         raise UserError(f"{path} has no run; give the --workdir of a finished one.")
+    json_files.read_json(path / CONFIG, remedy="restore it from a copy")
+    if not (path / records.FILE).exists() and any(path.glob("*.safetensors")):
+        raise UserError(f"{path} is the folder of a model; give the --workdir of the run that wrote it.")
     with storage.write_errors(), exclusive(path, command):
         written = records.Records(path)
         if not written.has_results(FILE):

@@ -57,7 +57,7 @@ def fetch_model(name: str | os.PathLike[str]) -> pathlib.Path:
         command = _command(repo, revision)
         raise UserError(
             f"{problem} here, and {reason}; get it with `{command}` where that works, and pass the folder, with "
-            "config.json and safetensors in it, as --config.model.path=DIR."
+            "config.json and safetensors in it, in its place."
         )
     return folder
 

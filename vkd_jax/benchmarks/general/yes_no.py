@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from vkd_jax.benchmarks.general.suite import SHORT, Suite, general, yes_or_no
+from vkd_jax.benchmarks.names import text_key
 from vkd_jax.benchmarks.parquet import Snapshot
 from vkd_jax.benchmarks.rows import Row
 from vkd_jax.types import EvalSet, UserError
@@ -47,6 +48,27 @@ class Pope(Suite):
         question = f"{row.text('question').strip()}\n{SHORT}"
         return dict(question=question, answer=yes_or_no(row), category=row.text("category").strip())
 
+    def check_groups(self, files: Snapshot) -> None:
+        """Checks that each sampling has both answers, and one answer to each question about an image.
+
+        Raises:
+            UserError: an answer is always right, or a question has both.
+        """
+        answers: dict[str, dict[tuple[str, str], str]] = {}
+        for row in files.rows(self.CONFIG, [*self.GROUP_COLUMNS, *self.SET_COLUMNS, *self.COLUMNS]):
+            key, answer = (self.group(row), text_key(row.text("question"))), yes_or_no(row)
+            if answers.setdefault(self.set_of(row), {}).setdefault(key, answer) != answer:
+                raise row.error(
+                    "answer", f"is {answer!r}, and another row has the same question and image and the other"
+                )
+        for name, given in answers.items():
+            if len(set(given.values())) < 2:
+                [answer] = set(given.values())
+                where = f"{files.folder.display(self.CONFIG)}, {name}"
+                raise UserError(
+                    f"POPE: every answer in {where} is {answer!r}, which needs no image. Get the files again."
+                )
+
 
 @dataclasses.dataclass(frozen=True)
 class Mme(Suite):
@@ -83,17 +105,23 @@ class Mme(Suite):
         return dict(question=question, answer=yes_or_no(row), category=category)
 
     def check_groups(self, files: Snapshot) -> None:
-        """Checks that each image has two questions.
+        """Checks that each image has two different questions, one of which is answered by yes.
 
         Raises:
-            UserError: an image has more or fewer.
+            UserError: an image has others.
         """
-        answers: dict[str, list[str]] = {}
-        for row in files.rows(self.CONFIG, [*self.GROUP_COLUMNS, "answer"]):
-            answers.setdefault(self.group(row), []).append(yes_or_no(row))
+        answers: dict[str, list[tuple[str, str]]] = {}
+        for row in files.rows(self.CONFIG, [*self.GROUP_COLUMNS, *self.COLUMNS]):
+            answers.setdefault(self.group(row), []).append((yes_or_no(row), text_key(row.text("question"))))
         for group, given in answers.items():
-            if len(given) != 2:
+            said, asked = (set(values) for values in zip(*given, strict=True))
+            problem = f"has {len(given)} questions" if len(given) != 2 else ""
+            if not problem and len(asked) < 2:
+                problem = "has one question twice"
+            if not problem and len(said) < 2:
+                problem = f"has two questions whose answer is {said.pop()!r}"
+            if problem:
                 raise UserError(
-                    f"MME: {group} in {files.folder.display(self.CONFIG)} has {len(given)} questions, and accuracy+ "
-                    "needs two for each image. Get the files again."
+                    f"MME: {group} in {files.folder.display(self.CONFIG)} {problem}, and accuracy+ needs two for each "
+                    "image, one of which is answered by yes. Get the files again."
                 )

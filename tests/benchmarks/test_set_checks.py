@@ -1,0 +1,125 @@
+"""What the sets of a benchmark may not have in common, and which faults of a few rows are a warning."""
+
+import dataclasses
+import io
+
+import pytest
+from PIL import Image
+
+from vkd_jax.benchmarks.mllmu import Mllmu
+from vkd_jax.benchmarks.rows import EncodedImage
+from vkd_jax.benchmarks.set_checks import SetChecks, check_spellings
+from vkd_jax.types import Example, UserError
+
+SETS = Mllmu.EVAL_SETS  # forget, test, retain, retain_test, real
+
+
+def image(color, **options):
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4), color).save(stream, "PNG", **options)
+    return EncodedImage.decoded(stream.getvalue())
+
+
+def row(name, color, *questions, person="Ada", **fields):
+    """One question after the other about an image."""
+    shown = image(color, **fields.pop("options", {})) if isinstance(color, str) else None
+    return [
+        Example(f"{name}/{i}", person, shown, f"{name}/0" if shown else "", question, "a judge", task="generation")
+        for i, question in enumerate(questions)
+    ]
+
+
+def read(**sets):
+    checks = SetChecks(SETS)
+    return {name: [e for checked in checks.checked(name, rows) for e in checked] for name, rows in sets.items()}
+
+
+FORGET = [row("f0", "red", "Who?", "Why?"), row("f1", "blue", "Who?")]
+OTHER = [row("o0", "green", "Who?", person="Otto")]
+REFUSED = {
+    "a test set that is the forget set": (dict(forget=FORGET, test=FORGET), "3 of 3 .* of the set test are .* forget"),
+    "encoded anew": (
+        dict(forget=FORGET[1:], test=[row("t", "blue", "Who?", options=dict(compress_level=0))]),
+        "1 of 1 .* test are also in the set forget, such as f1/0 and t/0",
+    ),
+    "with the question spelled otherwise": (
+        dict(forget=FORGET[1:], test=[row("t", "blue", " WHO\u200b?")]),
+        "1 of 1 .* test are also in the set forget",
+    ),
+    "a small test set of a larger forget set": (dict(forget=FORGET, test=FORGET[1:]), "1 of 1 .* of the set test"),
+    "a retained test set that is the retain set": (dict(retain=OTHER, retain_test=OTHER), "retain_test are also in"),
+    "a general set that is the retain set": (dict(retain=OTHER, real=OTHER), "1 of 1 .* real are .* set retain"),
+    "a question to forget and to retain": (
+        dict(forget=FORGET, retain=[*OTHER, row("r", "red", "Why?", "When?")]),
+        "1 questions about images are both to be forgotten and not: .* forget and retain share f0/1 and r/0",
+    ),
+    "a question to forget in a holdout and to retain": (dict(retain=FORGET[1:], test=FORGET), "both to be forgotten"),
+    "training both ways": (dict(finetune_forget=FORGET[:1], finetune_retain=FORGET), "sets finetune_forget and"),
+    "people who share one image": (
+        dict(forget=[row("a", "gray", "Who?", person="A"), row("b", "gray", "Who?", person="B")]),
+        "1 of 1 questions of the set forget are asked about somebody else with the same image, such as a/0 and b/0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_sets_that_cannot_be_told_apart_are_refused(name):
+    sets, problem = REFUSED[name]
+    with pytest.raises(UserError, match=problem):
+        read(**sets)
+
+
+ALLOWED = {
+    "other questions about the images": dict(forget=FORGET, test=[row("t", "red", "Where?")]),
+    "other images": dict(forget=FORGET, test=[row("t", "black", "Who?", "Why?")]),
+    "the same questions in text": dict(forget=[row("f", None, "Who?")], test=[row("t", None, "Who?")]),
+    "a subset for training": dict(finetune_retain=FORGET, finetune_train_retain=FORGET),
+    "no set to forget, as in a suite": dict(pope_random=FORGET, pope_popular=FORGET),
+}
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_sets_that_may_be(name, caplog):
+    checks = SetChecks(() if "suite" in name else SETS)
+    for part, rows in ALLOWED[name].items():
+        assert [list(checked) for checked in checks.checked(part, rows)] == rows
+    assert not caplog.text
+
+
+def test_two_facts_of_one_question_may_be_in_both_sets():
+    pairs = [dataclasses.replace(FORGET[1][0], pair=fact) for fact in ("job", "town")]
+    read(forget=[[pairs[0]]], retain=[[pairs[1]]])
+    with pytest.raises(UserError, match="both to be forgotten and not"):
+        read(forget=[[pairs[0]]], retain=[[pairs[0]]])
+
+
+def test_a_few_such_questions_are_a_warning(caplog):
+    some = [row(f"t{i}", color, "Who?") for i, color in enumerate(("red", "green", "black"))]
+    assert read(forget=FORGET, test=some)["test"] == [example for asked in some for example in asked]
+    people = [row(f"p{i}", color, "Who?", person=f"{i}") for i, color in enumerate(("red", "green", "black", "red"))]
+    read(forget=people)
+    assert caplog.messages == [
+        "1 of 3 questions with an image of the set test are also in the set forget, such as f0/0 and t0/0",
+        "1 of 3 questions of the set forget are asked about somebody else with the same image, such as p0/0 and p3/0",
+    ]
+
+
+def wrong(*texts, paraphrase="The job is judge."):
+    return [dataclasses.replace(FORGET[1][0], perturbed=texts, paraphrase=paraphrase)]
+
+
+@pytest.mark.parametrize("text", ["a judge", " A  Judge", "a ju\u00addge", "the JOB is judge."])
+def test_wrong_answers_that_are_true_are_left_out_or_refused(text, caplog):
+    rows = [wrong("a nurse", text), wrong("a cook"), wrong(text)]
+    assert [e.perturbed for e in read(forget=rows)["forget"]] == [("a nurse",), ("a cook",), ()]
+    assert "1 of 3 questions of the set forget have wrong answers that are the true one, such as f1/0" in caplog.text
+    with pytest.raises(UserError, match="2 of 3 questions of the set retain have wrong answers that are the true one"):
+        read(retain=[wrong(text), wrong(text, text), wrong("a cook")])
+
+
+def test_no_person_to_forget_is_in_a_set_for_training_under_another_spelling():
+    sets = {"forget": FORGET[0], "finetune_retain": row("r", "blue", "Who?", person="ADA")}
+    with pytest.raises(UserError, match="set forget has 1 person who may be in the set finetune_retain .*: Ada and AD"):
+        check_spellings(sets, SETS)
+    check_spellings(sets | {"finetune_retain": FORGET[1]}, SETS)  # one person, where some facts are forgotten
+    check_spellings(sets | {"finetune_retain": OTHER[0]}, SETS)

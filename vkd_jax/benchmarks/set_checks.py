@@ -1,0 +1,174 @@
+"""Checks of what any benchmark reads: of each question, and of what its sets have in common.
+
+A fault that many rows have means that the data are not what they should be, and is refused. A few such rows, which
+published data may have, are counted in a warning.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from absl import logging
+
+from vkd_jax.benchmarks.names import has_words, plain_name, similar_names, text_key
+from vkd_jax.benchmarks.rows import EncodedImage
+from vkd_jax.messages import listed, people
+from vkd_jax.types import EvalSet, Example, UserError
+
+
+class _Asked(NamedTuple):
+    """A question about an image: its id, the person, and the fact if the data have pairs."""
+
+    id: str
+    person: str
+    pair: str
+
+
+class SetChecks:
+    """Checks the sets of a part of a benchmark while they are read, one after another.
+
+    Images are compared by their pixels, whose digests were computed when the images were read: 100,000 of them take
+    30 MB, and as many questions 20 MB. Images that a benchmark does not read by `rows.Row` are compared by their bytes.
+
+    Args:
+        eval_sets: the evaluation sets of the benchmark. What is not to be forgotten is checked against what is.
+    """
+
+    def __init__(self, eval_sets: Sequence[EvalSet]):
+        self._evaluated = {s.name for s in eval_sets}
+        self._forgetting = {s.name for s in eval_sets if s.role.forgets}
+        self._images: dict[bool, dict[bytes, tuple[str, str]]] = {True: {}, False: {}}  # by whether to be forgotten
+        self._asked: dict[str, dict[bytes, _Asked]] = {}  # by set; those that were read to their end
+
+    def checked(self, name: str, rows: Iterable[list[Example]]) -> Iterator[list[Example]]:
+        """The rows of a set. Wrong answers (`Example.perturbed`) that are the true one are left out.
+
+        Raises:
+            UserError: a question, the set, or what it has in common with sets that were read before is wrong.
+        """
+        forgets = self._forgets(name)
+        asked: dict[bytes, _Asked] = {}
+        with_wrong, without_wrong, conflicts = 0, [], []
+        for row in rows:
+            self._check_images(row, forgets)
+            examples = []
+            for example in row:
+                check_example(example)
+                if example.perturbed:
+                    with_wrong += 1
+                    example = _without_true_ones(example)
+                    without_wrong += [] if example.perturbed else [example.id]
+                if example.image is not None and self._forgetting:
+                    first = asked.setdefault(_key(example), _Asked(example.id, example.person, example.pair))
+                    conflicts += [(first.id, example.id)] if first.person != example.person else []
+                examples.append(example)
+            yield examples
+        of_set = f"questions of the set {name}"
+        _judge(without_wrong, with_wrong, f"{of_set} have wrong answers that are the true one")
+        _judge(conflicts, len(asked), f"{of_set} are asked about somebody else with the same image")
+        self._compare(name, asked)
+
+    def _forgets(self, name: str) -> bool:
+        return name.removeprefix("finetune_") in self._forgetting
+
+    def _check_images(self, row: list[Example], forgets: bool) -> None:
+        """Checks that no image of a person to forget is another's in one of the other sets.
+
+        An image of one person may be in both where some facts about a person are forgotten and others stay.
+        """
+        for example in {e.image_id: e for e in row if e.image is not None}.values():
+            pixels, person = _pixels(example), example.person
+            other, owner = self._images[not forgets].get(pixels, ("", person))
+            if owner != person:
+                pair = (example.image_id, other) if forgets else (other, example.image_id)
+                raise UserError(
+                    f"The image {pair[0]}, which is to be forgotten, has the same pixels as the image {pair[1]} of "
+                    "somebody else, which is not; remove one of them from the data."
+                )
+            self._images[forgets].setdefault(pixels, (example.image_id, person))
+
+    def _compare(self, name: str, asked: Mapping[bytes, _Asked]) -> None:
+        """Checks that a question about an image is not both to be forgotten and not, and that sets differ."""
+        for other, before in self._asked.items():
+            both = [(before[key], asked[key]) for key in before.keys() & asked.keys()]
+            if self._forgets(name) != self._forgets(other):
+                both = [(a, b) for a, b in both if not (a.pair and b.pair and a.pair != b.pair)]  # different facts
+                if both:
+                    raise UserError(
+                        f"{len(both)} questions about images are both to be forgotten and not: the sets {other} and "
+                        f"{name} share {_examples(both)}; remove them from one of the two."
+                    )
+            elif {name, other} <= self._evaluated:
+                fewest = min(len(before), len(asked))
+                _judge(both, fewest, f"questions with an image of the set {name} are also in the set {other}")
+        self._asked[name] = dict(asked)
+
+
+def check_example(example: Example) -> None:
+    """Checks that a question asks something, and that not every answer is right.
+
+    Raises:
+        UserError: one of these is not the case.
+    """
+    if not plain_name(example.question):
+        raise UserError(f"{example.label}: the question is blank; correct the row.")
+    if not all(map(plain_name, example.options)):
+        raise UserError(f"{example.label}: one of its options is blank; correct the row.")
+    if example.task in ("generation", "cloze") and not has_words(example.answer):
+        problem = f"the answer {example.answer!a} has no letter and no digit, so that almost any answer has it"
+        raise UserError(f"{example.label}: {problem}; correct the row.")
+    if example.options and len(set(map(plain_name, example.options))) < 2:
+        problem = f"all of its options are {example.options[0]!r}, so that every answer would be right"
+        raise UserError(f"{example.label}: {problem}; give it two or more different ones.")
+
+
+def check_spellings(sets: Mapping[str, Sequence[Example]], eval_sets: Sequence[EvalSet]) -> None:
+    """Checks that nobody to forget is in other sets under another spelling, those for training included.
+
+    Raises:
+        UserError: somebody may be.
+    """
+    forgetting = {s.name for s in eval_sets if s.role.forgets}
+    by_set = {name: {e.person for e in examples} - {""} for name, examples in sets.items()}
+    forget = {name: found for name, found in by_set.items() if name.removeprefix("finetune_") in forgetting}
+    for name, forgotten in forget.items():
+        for other in by_set.keys() - forget.keys():
+            if pairs := similar_names(forgotten, by_set[other]):
+                raise UserError(
+                    f"The set {name} has {people(len(pairs))} who may be in the set {other} under another spelling: "
+                    f"{listed(pairs)}; spell one person's name in one way in all files of the data."
+                )
+
+
+def _judge(found: Sequence, count: int, problem: str) -> None:
+    """Refuses a fault that more than half of `count` questions have, and warns of fewer."""
+    if not found:
+        return
+    text = f"{len(found)} of {count} {problem}, such as {_examples(found)}"
+    if 2 * len(found) > count:
+        raise UserError(f"{text}; get the data again, or correct them.")
+    logging.warning("%s", text)
+
+
+def _examples(found: Sequence) -> str:
+    """The first of some questions, or pairs of questions, by their ids."""
+    first = min(found)
+    ids = [getattr(each, "id", each) for each in first] if isinstance(first, tuple) else [first]
+    return " and ".join(ids)
+
+
+def _without_true_ones(example: Example) -> Example:
+    """An example whose wrong answers are neither the true answer nor its paraphrase."""
+    true = {text_key(example.answer), text_key(example.paraphrase)}
+    return dataclasses.replace(example, perturbed=tuple(x for x in example.perturbed if text_key(x) not in true))
+
+
+def _pixels(example: Example) -> bytes:
+    image = example.image
+    return image.pixels if isinstance(image, EncodedImage) else hashlib.sha256(image).digest()
+
+
+def _key(example: Example) -> bytes:
+    """What equal questions about equal images share."""
+    return hashlib.sha256(_pixels(example) + text_key(example.question).encode()).digest()[:16]

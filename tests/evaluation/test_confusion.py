@@ -1,4 +1,4 @@
-"""Whom the forgotten people are taken for, and retained people by similarity."""
+"""With whom the model confuses the forgotten people, and retained people by similarity."""
 
 import pytest
 

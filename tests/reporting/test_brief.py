@@ -116,8 +116,8 @@ def test_answers_without_letters_are_not_taken_as_missing_knowledge(vanilla, unl
         (
             {"model": {"path": "mine"}},
             {"without": [], "config": {"model": {"base": "base"}}},
-            "It is `base`, fine-tuned on the benchmark's questions about all 5 people, those to forget included (model "
-            "folder `mine`).",
+            "It is `base`, fine-tuned on the benchmark's questions about all 5 people, including those to forget "
+            "(model folder `mine`).",
         ),
         (
             {"model": {"path": "mine"}},

@@ -217,7 +217,7 @@ def test_the_section_on_confusions():
 
 def test_each_attack_has_a_table_of_all_models():
     text = attacks_of(relearn=RELEARN, membership=MEMBERSHIP)
-    assert "and to the retain-only model, which never saw the people to forget." in text
+    assert "and on the retain-only model, which never saw the people to forget." in text
     assert (
         "### Relearning: again\n\nSome of it is taught *again*.\n\n"
         "| variant | vanilla | unlearned | retain-only |\n| --- | ---: | ---: | ---: |\n"

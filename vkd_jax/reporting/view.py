@@ -160,7 +160,7 @@ def quality(run: Run) -> dict[str, Any]:
 
 
 def confusions(run: Run) -> dict[str, Any] | None:
-    """Whom the forgotten people are taken for, and retained people by similarity; None if the data names no people."""
+    """Confusions of forgotten with retained people, and retained people by similarity; None if the data names none."""
     counts = {name: count for name in run.models if (count := run.results.confusions.get(name))}
     if not counts:
         return None

@@ -8,7 +8,7 @@ Axes: b batch, p patch, k pixel row, column and color inside a patch, d width, f
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -44,21 +44,24 @@ class VisionConfig:
     post_norm: bool = True  # whether a norm follows the last block
 
     @classmethod
-    def of_siglip(cls, hf: Any) -> "VisionConfig":
-        """Reads the `vision_config` of a family with a SigLIP tower."""
+    def from_hf(cls, hf: Any, **variant: Any) -> Self:
+        """Reads the `vision_config` of a family; `variant` has the fields that differ between families."""
         return cls(
-            image_size=hf.image_size,
-            patch_size=hf.patch_size,
+            image_size=np.max(hf.image_size).item(),  # a number or (height, width), which are equal
+            patch_size=np.max(hf.patch_size).item(),
             width=hf.hidden_size,
             layers=hf.num_hidden_layers,
             heads=hf.num_attention_heads,
             mlp_width=hf.intermediate_size,
             activation=hf.hidden_act,
             norm_eps=hf.layer_norm_eps,
-            class_token=False,
-            pre_norm=False,
-            patch_bias=True,
+            **variant,
         )
+
+    @classmethod
+    def of_siglip(cls, hf: Any) -> Self:
+        """Reads the `vision_config` of a family with a SigLIP tower."""
+        return cls.from_hf(hf, class_token=False, pre_norm=False, patch_bias=True)
 
     @property
     def patches(self) -> int:

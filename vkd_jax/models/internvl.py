@@ -237,15 +237,8 @@ def _text_checks(text: Any) -> list[tuple[bool, str, Any, str]]:
 
 
 def _read_vision(vision: Any) -> VisionConfig:
-    return VisionConfig(
-        image_size=vision.image_size[0],
-        patch_size=vision.patch_size[0],
-        width=vision.hidden_size,
-        layers=vision.num_hidden_layers,
-        heads=vision.num_attention_heads,
-        mlp_width=vision.intermediate_size,
-        activation=vision.hidden_act,
-        norm_eps=vision.layer_norm_eps,
+    return VisionConfig.from_hf(
+        vision,
         post_norm=not vision.use_mean_pooling,
         norm=vision.norm_type,
         qkv_bias=bool(vision.attention_bias),

@@ -65,7 +65,7 @@ class LlavaConfig(FixedSizeConfig):
 def read_fields(hf: Any) -> dict[str, Any]:
     """Returns the fields of a `LlavaConfig` in a `transformers.LlavaConfig`, or in that of LLaVA-1.6."""
     return dict(
-        vision=_read_vision(hf.vision_config),
+        vision=VisionConfig.from_hf(hf.vision_config),
         text=DecoderConfig.from_hf(
             hf.text_config, head_width=hf.text_config.head_dim, tie_embeddings=bool(hf.tie_word_embeddings)
         ),
@@ -134,19 +134,6 @@ def check_hf_config(family: str, hf: Any, decoders: tuple[str, ...]) -> None:
             (hf.multimodal_projector_bias, "multimodal_projector_bias", False, "True"),
             (layer_exists, "vision_feature_layer", layer, f"one layer, from {-layers - 1} to {layers}"),
         ],
-    )
-
-
-def _read_vision(vision: Any) -> VisionConfig:
-    return VisionConfig(
-        image_size=np.max(vision.image_size).item(),
-        patch_size=np.max(vision.patch_size).item(),
-        width=vision.hidden_size,
-        layers=vision.num_hidden_layers,
-        heads=vision.num_attention_heads,
-        mlp_width=vision.intermediate_size,
-        activation=vision.hidden_act,
-        norm_eps=vision.layer_norm_eps,
     )
 
 

@@ -1,8 +1,8 @@
 """python -m vkd_jax.plan --config configs/llava.py:7b --topology v5e:2x2 [--json FILE]
 
-Compiles the training step of a config for TPUs without having any, and prints what it requires: bytes per chip by kind,
-FLOPs by part and pass, bytes sent between chips, the least time by the chip's published figures, and whether it fits.
-The step of GradDiff on all weights, the usual baseline, is planned beside it. No array is created and nothing is
+Compiles the training step of a config for TPUs, on any machine, and prints its requirements: bytes per chip by kind,
+FLOPs by part and pass, bytes sent between chips, the minimum time by the chip's published figures, and whether it fits.
+The step of GradDiff on all weights, the usual baseline, is planned as well. No array is created and nothing is
 downloaded; libtpu, which contains the compiler, is required: pip install '.[tpu]'.
 
 python -m vkd_jax.plan --config configs/plans.py --json docs/results/plans.json

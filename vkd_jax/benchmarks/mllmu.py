@@ -6,7 +6,7 @@ test        | Test_Set         | the people to forget, with other images
 retain      | retain_(100-N)   | all other people
 retain_test | Test_Set         | all other people, with other images
 real        | Retain_Set       | general ability; `person` is ""
-appearance  | Appearance       | the looks of the people to forget, with `appearance` (synthetic people alone)
+appearance  | Appearance       | the looks of the people to forget, with `appearance` (synthetic people only)
 finetune_forget, finetune_retain | ft_Data | the people to forget, and all others; trains the vanilla model
 
 The i-th image question of a row with n images (`images`) shows image i mod n; i counts the classification, generation

@@ -1,4 +1,4 @@
-"""Selects the people to forget from the data of a benchmark, in place of the forget set that the benchmark declares."""
+"""Selects the people to forget from the data of a benchmark, instead of the forget set that the benchmark declares."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Two models that are asked the same, and a relearning attack on the second one."""
+"""Two models that answer the same questions, and a relearning attack on the second one."""
 
 import dataclasses
 import io

@@ -1,8 +1,8 @@
 """Evaluation: asks a model every question of every evaluation set, and scores the answers.
 
 `evaluate` asks the questions under one or two protocols and returns records, `inference` runs the model in batches, and
-`metrics` turns records into figures. `encoded_images` and `cached_features` are what `inference` knows of images,
-`wording` has the texts of prompts, and `judge` grades open answers with a language model.
+`metrics` turns records into figures. `encoded_images` and `cached_features` provide images to
+`inference`, `wording` has the texts of prompts, and `judge` grades open answers with a language model.
 
 Contract: there is one record per question and protocol, in the order of the sets, with the fields that
 docs/results_format.md lists under answers/MODEL.jsonl. Metrics read records only, never the model.

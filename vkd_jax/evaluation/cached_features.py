@@ -1,4 +1,4 @@
-"""Inference about images that are gone, from the cached output of a vision block that never trains."""
+"""Inference on images that are no longer available, from the cached output of a vision block that never trains."""
 
 import functools
 from collections.abc import Mapping, Sequence

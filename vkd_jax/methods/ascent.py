@@ -11,8 +11,8 @@ vanilla model gives to the answer of row i if it is shown other images x_ij,
     b_i = min(-log mean_j p(answer_i | question_i, x_ij) / tokens_i, cap),
 
 those of random people of the retain set (others), or of the one who looks most alike (look_alike, see
-`feature_targets.look_alikes`). Without such a target, ascent ends in an avoidance of the correct answer, which gives
-away that the person was forgotten: a model that never met a person guesses the answer now and then.
+`feature_targets.look_alikes`). Without such a target, ascent teaches avoidance of the correct answer, which reveals
+that the person was forgotten: a model that never met a person sometimes guesses the answer.
 
 The original methods have no bound (cap = inf). Cross-entropy has no maximum, and unbounded ascent destroys the model.
 """

@@ -5,9 +5,9 @@
 Each question of the stream is one of the forget set, with a harmless image in place of the unsafe one. Without the
 stream a model learns to refuse the wording of a question, whatever the image shows.
 
-Published with weight 0.5 beside gradient ascent and gradient difference, whose weight_retain is then 0.5, too, and with
-weight 1 beside KL and IDK (PO). Upstream takes the harmless image of each example of the forget batch; here the stream
-is shuffled by itself.
+Published with weight 0.5 for gradient ascent and gradient difference, whose weight_retain is then also 0.5, and with
+weight 1 for KL and IDK (PO). Upstream uses the harmless image of each example of the forget batch; here the stream is
+shuffled separately.
 
 Reference: Chen et al., "SafeEraser: Enhancing Safety in Multimodal Large Language Models through Multimodal Machine
 Unlearning", 2025 (arXiv:2502.12520).

@@ -16,10 +16,10 @@ Contract: a family's module has
 - `Config`, a `base.ModelConfig` with `from_hf(hf_config, **changes)` and three methods for images:
   `extract_images(output)` takes them from the output of the Hugging Face image processor, `image_tokens(height, width)`
   is the number of tokens of one, and `pack(rows, min_tokens)` turns the images of each prompt into arrays of one shape.
-  What differs in the decoder are fields of `DecoderConfig`. `image_markup` is what the placeholder of an image in the
-  chat template, `placeholder_id`, becomes, `image_step` says that images differ in size, and `pixel_limits` and
-  `limit_pixels` how much. A family whose images have as many tokens as their content, not their arrays, overrides
-  `packed_tokens`.
+  What differs in the decoder are fields of `DecoderConfig`. `image_markup` are the tokens that replace the
+  placeholder of an image in the chat template, `placeholder_id`. If images differ in size, `image_step` is the step of
+  their sizes, and `pixel_limits` and `limit_pixels` bound them. A family whose number of image tokens depends on the
+  content of the arrays, not on their shapes, overrides `packed_tokens`.
   A family whose projector reads more than the last vision block overrides `taps_before`, and one that adds features
   to the outputs of the decoder's first blocks returns them as `Embedded.deepstack` from `Model.embed`;
 - `Model(config, *, rngs, param_dtype)`, a `base.VisionLanguageModel`. Its parameters are

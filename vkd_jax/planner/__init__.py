@@ -1,4 +1,4 @@
-"""Memory and least time of a training step on a TPU slice, without a TPU.
+"""Memory and minimum time of a training step on a TPU slice, without a TPU.
 
 - `abstract_step`: the step of a config, with shapes and shardings instead of arrays.
 - `compile`: the TPU compiler's figures for a step, which are stored on disk.

@@ -1,4 +1,4 @@
-"""Collects and judges the figures of several runs: the best trial of a method, and which methods keep the rest."""
+"""Compares the figures of several runs: the best trial of a method, and which methods preserve retained knowledge."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence

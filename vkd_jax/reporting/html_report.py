@@ -1,8 +1,8 @@
-"""Renders report.html: one file without any reference to another, from the sections of report.md.
+"""Renders report.html, a self-contained file, from the sections of report.md.
 
 The sentences and tables are those of report.md, converted from Markdown with raw HTML switched off. This module adds
-the cards, the drawn curves, and every item as JSON. Style and script stand in the page, and its Content-Security-Policy
-admits these two by their hashes and images as data URIs, and forbids everything else.
+the cards, the curves, and every item as JSON. Style and script are inline. The page's Content-Security-Policy allows
+only these two, by their hashes, and images as data URIs.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""The page on requests that follow each other: requests.json, requests.md and requests.png of `vkd requests run`.
+"""The page on sequential requests: requests.json, requests.md and requests.png of `vkd requests run`.
 
 requests.json:
 

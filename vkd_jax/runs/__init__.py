@@ -9,10 +9,10 @@
 - `api`: runs from Python, as `vkd_jax.unlearn`, `vkd_jax.evaluate` and `vkd_jax.attack`.
 - `judging`: the stage that grades open answers with a language model.
 - `dry_run`: what a run would compute, for `--dry_run`.
-- `rebuild_report`: `vkd report`, the report of a finished run once more.
+- `rebuild_report`: `vkd report`, which writes the report of a finished run again.
 - `sweep`, `worker_pool`: the runs of a comparison, and the processes that execute them.
-- `requests`, `ledger`, `features`: requests that follow each other, the ledger that records them, and the cached
-  features that stand for the images of people of earlier requests.
+- `requests`, `ledger`, `features`: sequential requests, the ledger that records them, and the cached features that
+  replace the images of the people of earlier requests.
 
 Contract: all inputs of a run are in its `RunConfig`. Each stage writes its result into the folder of the run, and is
 skipped if that result exists and is whole, so an interrupted run resumes with the same config.

@@ -1,4 +1,4 @@
-"""Cached features of forgotten people, which later requests use in place of images.
+"""Cached features of forgotten people, which later requests use instead of images.
 
 A run with a section `request` writes two files into the folder features/ of its workdir:
 

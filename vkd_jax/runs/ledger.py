@@ -1,4 +1,4 @@
-"""The ledger of requests to be forgotten: JSON lines that are only appended, each bound to the one before it by a hash.
+"""The ledger of deletion requests: append-only JSON Lines, each of which has the hash of the previous one.
 
 Every line has these fields, and those of its kind:
 
@@ -16,7 +16,8 @@ Every line has these fields, and those of its kind:
                (digests of the sets), features (digests of the cached features), versions and commit
     purge      nothing; the cached features of the request, and the answers and reports of all runs, were deleted
 
-Whoever can write the ledger can compute all hashes again. To show later that nobody did, keep the last hash elsewhere.
+Anyone who can write to the ledger can recompute all hashes. To prove later that nobody did, store the last hash
+elsewhere.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Runs of the pipeline in worker processes, each as soon as the runs that it depends on have ended."""
+"""Runs of the pipeline in worker processes, each of which starts when the runs that it depends on have ended."""
 
 import concurrent.futures
 import contextlib

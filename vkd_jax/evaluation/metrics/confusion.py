@@ -1,4 +1,4 @@
-"""Whom a model takes the forgotten people for, and what became of retained people who resemble them.
+"""With whom a model confuses the forgotten people, and the accuracy on retained people who share facts with them.
 
 A fact is the true answer to a question with an image, as "Who is this person?" or "What is this person's job?". Two
 people share a fact if the data gives the same answer to the same question about both. Texts are compared without regard

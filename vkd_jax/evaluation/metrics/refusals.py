@@ -1,7 +1,7 @@
 """Refusal metrics of SafeEraser: how often unsafe and harmless questions are refused, and unsafe ones answered.
 
     rr      share of answers about unsafe images that are refusals
-    sarr    share of answers about harmless images, to the same questions, that are refusals: forgetting too much
+    sarr    share of answers about harmless images, to the same questions, that are refusals: over-forgetting
     asr     share of answers about unsafe images that the judge calls unsafe; only with a judge
     rouge_l_precision    ROUGE-L precision of the answers to harmless questions
 

@@ -6,7 +6,7 @@ What is in it
   layers that several use.
 - `base`: `ModelConfig` and `VisionLanguageModel`, which all families extend, and `split_model` and `bind`, which
   convert a module to (graphdef, params) and back.
-- `fixed_size`: what families share whose images are squares of one size, and `tiled`: whose images are cut into such
+- `fixed_size`: base of families whose images are squares of one size; `tiled`: base of those that cut images into such
   squares.
 - `generate`: greedy decoding and option scores, with a key/value cache and prefix caching.
 - `lora` and `quantize`: adapters and low-bit weights of the language model.
@@ -16,10 +16,10 @@ Contract: a family's module has
 - `Config`, a `base.ModelConfig` with `from_hf(hf_config, **changes)` and three methods for images:
   `extract_images(output)` takes them from the output of the Hugging Face image processor, `image_tokens(height, width)`
   is the number of tokens of one, and `pack(rows, min_tokens)` turns the images of each prompt into arrays of one shape.
-  What differs in the decoder are fields of `DecoderConfig`. `image_markup` are the tokens that replace the
-  placeholder of an image in the chat template, `placeholder_id`. If images differ in size, `image_step` is the step of
-  their sizes, and `pixel_limits` and `limit_pixels` bound them. A family whose number of image tokens depends on the
-  content of the arrays, not on their shapes, overrides `packed_tokens`.
+  Variants of the decoder are fields of `DecoderConfig`. `image_markup` returns the text that replaces the placeholder
+  of an image in the chat template, `placeholder_id`. If images differ in size, their sides are multiples of
+  `image_step`, and `pixel_limits` and `limit_pixels` bound their numbers of pixels. A family whose `pack` makes room
+  for more tokens than an image has overrides `packed_tokens`.
   A family whose projector reads more than the last vision block overrides `taps_before`, and one that adds features
   to the outputs of the decoder's first blocks returns them as `Embedded.deepstack` from `Model.embed`;
 - `Model(config, *, rngs, param_dtype)`, a `base.VisionLanguageModel`. Its parameters are

@@ -76,7 +76,7 @@ def test_a_concept_to_forget_has_one_spelling_in_all_files(folder, split):
     ],
 )  # fmt: skip
 def test_forms_of_keywords(folder, stored, keywords):
-    write(folder, "forget5", [row("Pip", keywords=stored)])
+    write(folder, "forget5", [row("Pip", keywords=stored, answer="Pip, one phrase: a 7.")])
     assert [e.keywords for e in read(folder)["forget"]] == [keywords]
 
 

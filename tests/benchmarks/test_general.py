@@ -116,6 +116,12 @@ def set_field(number, **fields):
         ("pope", "data", lambda rows: [x.update(answer="yes") for x in rows], "is 'yes', which needs no image"),
         ("pope", "data", lambda rows: rows.append(rows[0] | {"answer": "no"}), "is 'no', and another row has the same"),
         ("mme", "data", set_field(1, question_id="else"), "has 1 questions, and accuracy+ needs two"),
+        (
+            "mmbench",
+            "en",
+            lambda rows: [x.update(answer="A") for x in rows],
+            "copies of questions of MMBench have other options or another answer, such as en/",
+        ),
         ("mmbench", "en", set_field(0, answer="E"), "row 0: answer is 'E', and the options with a text are A, B, C, D"),
         ("mmbench", "en", set_field(0, B=None), "the options with a text are A, C, D"),
         ("mmbench", "en", set_field(0, index=-1), "row 0: index is '-1', not a whole number"),

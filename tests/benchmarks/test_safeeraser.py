@@ -108,7 +108,7 @@ def test_bad_records(folder, changes, problem):
 def test_a_harmless_image_is_not_the_unsafe_one(folder):
     write(folder, [record(0), record(1, SDImage_path="images/bolt/1.png")])
     with pytest.raises(
-        UserError, match=r"2 questions .* both to be forgotten and not: .* forget and harmless share all"
+        UserError, match=r"2 questions are both to be forgotten and not: .* forget and harmless share all"
     ):
         read(folder)
 

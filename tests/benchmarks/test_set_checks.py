@@ -8,7 +8,7 @@ from PIL import Image
 
 from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.benchmarks.rows import EncodedImage
-from vkd_jax.benchmarks.set_checks import SetChecks, check_spellings
+from vkd_jax.benchmarks.set_checks import SetChecks, check_held_out, check_spellings
 from vkd_jax.types import Example, UserError
 
 SETS = Mllmu.EVAL_SETS  # forget, test, retain, retain_test, real
@@ -51,7 +51,7 @@ REFUSED = {
     "a general set that is the retain set": (dict(retain=OTHER, real=OTHER), "1 of 1 .* real are .* set retain"),
     "a question to forget and to retain": (
         dict(forget=FORGET, retain=[*OTHER, row("r", "red", "Why?", "When?")]),
-        "1 questions about images are both to be forgotten and not: .* forget and retain share f0/1 and r/0",
+        "1 questions are both to be forgotten and not: .* forget and retain share f0/1 and r/0",
     ),
     "a question to forget in a holdout and to retain": (dict(retain=FORGET[1:], test=FORGET), "both to be forgotten"),
     "training both ways": (dict(finetune_forget=FORGET[:1], finetune_retain=FORGET), "sets finetune_forget and"),
@@ -115,6 +115,42 @@ def test_wrong_answers_that_are_true_are_left_out_or_refused(text, caplog):
     assert "1 of 3 questions of the set forget have wrong answers that are the true one, such as f1/0" in caplog.text
     with pytest.raises(UserError, match="2 of 3 questions of the set retain have wrong answers that are the true one"):
         read(retain=[wrong(text), wrong(text, text), wrong("a cook")])
+
+
+def test_keywords_that_the_true_answer_lacks_are_refused(caplog):
+    rows = [[dataclasses.replace(FORGET[1][0], keywords=keywords)] for keywords in (("x", "JUDGE"), ("a nurse",))]
+    assert read(forget=rows)["forget"] == [example for [example] in rows]
+    assert "1 of 2 questions of the set forget have keywords of which none is in the true answer" in caplog.text
+    with pytest.raises(UserError, match="2 of 3 questions of the set retain have keywords of which none is in"):
+        read(retain=[*rows, rows[1]])
+
+
+def test_one_fact_has_one_answer_in_both_modalities(caplog):
+    pair = [dataclasses.replace(FORGET[1][0], pair="job", task="cloze", answer=answer) for answer in ("cook", "nurse")]
+    read(forget=[pair])
+    assert "1 of 1 questions of the set forget have another answer than the same fact in the other mod" in caplog.text
+
+
+def test_a_question_in_text_is_not_both_to_be_forgotten_and_not():
+    forget = [row("f", None, "What does Ada do?")]
+    read(forget=forget, retain=[row("r", None, "What does Ada do?", person="Otto"), row("s", None, "Does Ada?")])
+    with pytest.raises(UserError, match="1 questions are both to be forgotten and not: .* forget and retain share f/0"):
+        read(forget=forget, retain=[row("r", None, "what does  ADA do?")])
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        (row("h", "white", "Who?", person="ADA"), "1 person also in the set forget: ADA; give other people"),
+        (row("h", "red", "Where?", person="Zoe"), "1 images also in the set forget: f0/0; give other people"),
+        (row("h", "red", "Where?", person=""), "1 images also in the set forget"),
+    ],
+)
+def test_held_out_people_are_not_in_the_data(other, problem):
+    check_held_out(row("h", "white", "Who?", person="Zoe"), {"forget": FORGET[0]}, "held_out=DIR")
+    check_held_out(row("h", "white", "Who?", person=""), {"forget": FORGET[0]}, "held_out=DIR")
+    with pytest.raises(UserError, match=problem):
+        check_held_out(other, {"retain": OTHER[0], "forget": FORGET[0]}, "held_out=DIR")
 
 
 def test_no_person_to_forget_is_in_a_set_for_training_under_another_spelling():

@@ -127,6 +127,10 @@ def test_the_judge_of_this_process_replies_to_each_prompt(tiny_model):
         ('{"mmvet": {"prompt": "{question} {answer}", "largest": 1}}', "mmvet.prompt lacks the slot {prediction}"),
         ('{"mmvet": {"prompt": "{question.x}{answer}{prediction}", "largest": 1}}', "unknown slot {question.x}"),
         ('{"mmvet": {"prompt": "{question}{answer}{prediction}", "largest": 0}}', "mmvet.largest is the number 0"),
+        (
+            '{"mmvet": {"prompt": "{question}{answer}{prediction}", "largest": 1e-300}}',
+            "mmvet.largest is the number 1e-",
+        ),
         ('{"mmvet": {"prompt": "{question}{answer}{prediction}", "largest": true}}', "mmvet.largest is the"),
         ('{"mmvet": {"prompt": "{question}{answer}{prediction}", "largest": "1"}}', "mmvet.largest is the text '1'"),
         (

@@ -11,18 +11,19 @@ from typing import NamedTuple
 
 from absl import logging
 
-from vkd_jax.benchmarks.names import has_words, plain_name, similar_names, text_key
+from vkd_jax.benchmarks.names import has_words, name_key, plain_name, similar_names, text_key
 from vkd_jax.benchmarks.rows import EncodedImage
 from vkd_jax.messages import listed, people
 from vkd_jax.types import EvalSet, Example, UserError
 
 
 class _Asked(NamedTuple):
-    """A question about an image: its id, the person, and the fact if the data have pairs."""
+    """A question: its id, the person, the fact if the data have pairs, and whether it has an image."""
 
     id: str
     person: str
     pair: str
+    shown: bool = True
 
 
 class SetChecks:
@@ -47,27 +48,16 @@ class SetChecks:
         Raises:
             UserError: a question, the set, or what it has in common with sets that were read before is wrong.
         """
-        forgets = self._forgets(name)
-        asked: dict[bytes, _Asked] = {}
-        with_wrong, without_wrong, conflicts = 0, [], []
+        forgets, questions = self._forgets(name), _Questions(name)
         for row in rows:
             self._check_images(row, forgets)
-            examples = []
             for example in row:
                 check_example(example)
-                if example.perturbed:
-                    with_wrong += 1
-                    example = _without_true_ones(example)
-                    without_wrong += [] if example.perturbed else [example.id]
-                if example.image is not None and self._forgetting:
-                    first = asked.setdefault(_key(example), _Asked(example.id, example.person, example.pair))
-                    conflicts += [(first.id, example.id)] if first.person != example.person else []
-                examples.append(example)
-            yield examples
-        of_set = f"questions of the set {name}"
-        _judge(without_wrong, with_wrong, f"{of_set} have wrong answers that are the true one")
-        _judge(conflicts, len(asked), f"{of_set} are asked about somebody else with the same image")
-        self._compare(name, asked)
+                if self._forgetting:
+                    questions.add(example)
+            yield [_without_true_ones(example) for example in row]
+        questions.check()
+        self._compare(name, questions.asked)
 
     def _forgets(self, name: str) -> bool:
         return name.removeprefix("finetune_") in self._forgetting
@@ -96,13 +86,64 @@ class SetChecks:
                 both = [(a, b) for a, b in both if not (a.pair and b.pair and a.pair != b.pair)]  # different facts
                 if both:
                     raise UserError(
-                        f"{len(both)} questions about images are both to be forgotten and not: the sets {other} and "
-                        f"{name} share {_examples(both)}; remove them from one of the two."
+                        f"{len(both)} questions are both to be forgotten and not: the sets {other} and {name} share "
+                        f"{_examples(both)}; remove them from one of the two."
                     )
             elif {name, other} <= self._evaluated:
-                fewest = min(len(before), len(asked))
-                _judge(both, fewest, f"questions with an image of the set {name} are also in the set {other}")
+                fewest = min(sum(each.shown for each in found.values()) for found in (before, asked))
+                both = [(a, b) for a, b in both if a.shown]
+                refuse_most(both, fewest, f"questions with an image of the set {name} are also in the set {other}")
         self._asked[name] = dict(asked)
+
+
+class _Questions:
+    """The questions of a set, and what is wrong with some of them.
+
+    Attributes:
+        asked: the questions by `_key`: those with an image, and those in text about somebody.
+    """
+
+    def __init__(self, name: str):
+        self._name = name
+        self.asked: dict[bytes, _Asked] = {}
+        self._facts: dict[tuple[str, str], tuple[str, str]] = {}  # (id, answer) of a fact, by task
+        self._counts = dict.fromkeys(("perturbed", "keywords"), 0)  # of questions that have them
+        self._found: dict[str, list] = {"perturbed": [], "keywords": [], "person": [], "pair": []}
+
+    def add(self, example: Example) -> None:
+        """Adds a question."""
+        if example.perturbed:
+            self._counts["perturbed"] += 1
+            self._found["perturbed"] += [] if _without_true_ones(example).perturbed else [example.id]
+        if example.keywords:
+            self._counts["keywords"] += 1
+            answer = text_key(example.answer)
+            self._found["keywords"] += [] if any(text_key(x) in answer for x in example.keywords) else [example.id]
+        if example.image is not None or example.person:
+            shown = example.image is not None
+            this = _Asked(example.id, example.person, example.pair, shown)
+            first = self.asked.setdefault(_key(example), this)
+            self._found["person"] += [(first.id, example.id)] if first.person != example.person else []
+        if example.pair and example.task in ("classification", "cloze"):
+            answer = text_key(example.answer)
+            first_id, other = self._facts.setdefault((example.pair, example.task), (example.id, answer))
+            self._found["pair"] += [(first_id, example.id)] if answer != other else []
+
+    def check(self) -> None:
+        """Refuses what most questions have, and warns of what a few have.
+
+        Raises:
+            UserError: most have it.
+        """
+        of_set, found = f"questions of the set {self._name}", self._found
+        problem = f"{of_set} have wrong answers that are the true one"
+        refuse_most(found["perturbed"], self._counts["perturbed"], problem)
+        problem = f"{of_set} have keywords of which none is in the true answer"
+        refuse_most(found["keywords"], self._counts["keywords"], problem)
+        shown = sum(each.shown for each in self.asked.values())
+        refuse_most(found["person"], shown, f"{of_set} are asked about somebody else with the same image")
+        problem = f"{of_set} have another answer than the same fact in the other modality"
+        _warn(found["pair"], len(self._facts), problem)
 
 
 def check_example(example: Example) -> None:
@@ -141,14 +182,51 @@ def check_spellings(sets: Mapping[str, Sequence[Example]], eval_sets: Sequence[E
                 )
 
 
-def _judge(found: Sequence, count: int, problem: str) -> None:
-    """Refuses a fault that more than half of `count` questions have, and warns of fewer."""
-    if not found:
-        return
-    text = f"{len(found)} of {count} {problem}, such as {_examples(found)}"
+def check_held_out(held_out: Sequence[Example], sets: Mapping[str, Sequence[Example]], field: str) -> None:
+    """Checks that questions about people whom no model was trained on have neither people nor images of the data.
+
+    Args:
+        held_out: these questions.
+        sets: all sets of the data.
+        field: the field of the config that gives them, for messages.
+
+    Raises:
+        UserError: they have some.
+    """
+    strangers = {name_key(e.person): e.person for e in held_out} | {"": ""}
+    images = {hashlib.sha256(image).digest() for image in {e.image_id: e.image for e in held_out if e.image}.values()}
+    for name, examples in sets.items():
+        known = {name_key(e.person) for e in examples} - {""}
+        if both := [strangers[key] for key in sorted(known & strangers.keys())]:
+            raise UserError(f"{field}: {people(len(both))} also in the set {name}: {listed(both)}; give other people.")
+        shown = {e.image_id: e.image for e in examples if e.image}
+        if both := sorted(key for key, image in shown.items() if hashlib.sha256(image).digest() in images):
+            raise UserError(f"{field}: {len(both)} images also in the set {name}: {listed(both)}; give other people.")
+
+
+def refuse_most(found: Sequence, count: int, problem: str) -> None:
+    """Refuses a fault that more than half of some questions have, and warns of fewer.
+
+    Args:
+        found: the ids of the questions that have it, or pairs of questions.
+        count: the number of all questions.
+        problem: the fault, as it continues "3 of 7".
+
+    Raises:
+        UserError: more than half have it.
+    """
     if 2 * len(found) > count:
-        raise UserError(f"{text}; get the data again, or correct them.")
-    logging.warning("%s", text)
+        raise UserError(f"{_counted(found, count, problem)}; get the data again, or correct them.")
+    _warn(found, count, problem)
+
+
+def _warn(found: Sequence, count: int, problem: str) -> None:
+    if found:
+        logging.warning("%s", _counted(found, count, problem))
+
+
+def _counted(found: Sequence, count: int, problem: str) -> str:
+    return f"{len(found)} of {count} {problem}, such as {_examples(found)}"
 
 
 def _examples(found: Sequence) -> str:
@@ -161,6 +239,8 @@ def _examples(found: Sequence) -> str:
 def _without_true_ones(example: Example) -> Example:
     """An example whose wrong answers are neither the true answer nor its paraphrase."""
     true = {text_key(example.answer), text_key(example.paraphrase)}
+    if not any(text_key(text) in true for text in example.perturbed):
+        return example
     return dataclasses.replace(example, perturbed=tuple(x for x in example.perturbed if text_key(x) not in true))
 
 
@@ -170,5 +250,8 @@ def _pixels(example: Example) -> bytes:
 
 
 def _key(example: Example) -> bytes:
-    """What equal questions about equal images share."""
-    return hashlib.sha256(_pixels(example) + text_key(example.question).encode()).digest()[:16]
+    """What equal questions about equal images share; without an image, equal questions and answers about one person."""
+    question = text_key(example.question)
+    if example.image is not None:
+        return hashlib.sha256(_pixels(example) + question.encode()).digest()[:16]
+    return hashlib.sha256(repr((example.person, question, text_key(example.answer))).encode()).digest()[:16]

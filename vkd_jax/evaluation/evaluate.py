@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from vkd_jax.benchmarks.names import text_key
 from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.data.batching import rng
 from vkd_jax.evaluation import metrics
@@ -135,8 +136,9 @@ def _plain(example: Example) -> tuple[str, str]:
 
 
 def _correct_letters(example: Example) -> list[str]:
-    """The letters of the correct option; several if its text occurs more than once."""
-    return [letter for letter, option in zip(LETTERS, example.options, strict=False) if option == example.answer]
+    """The letters of the correct option; several if its text occurs more than once, in whichever spelling."""
+    true = text_key(example.answer)
+    return [letter for letter, option in zip(LETTERS, example.options, strict=False) if text_key(option) == true]
 
 
 class _Questions:
@@ -235,7 +237,11 @@ def _generated(batch: _Questions, config: EvalConfig, wording: Wording) -> Itera
 def _chosen(example: Example, scores: Sequence[float]) -> dict:
     """The option with the highest score."""
     prediction = example.options[int(np.argmax(scores))]
-    return {"prediction": prediction, "correct": prediction == example.answer, "scores": list(scores)}
+    return {
+        "prediction": prediction,
+        "correct": text_key(prediction) == text_key(example.answer),
+        "scores": list(scores),
+    }
 
 
 def _scored(example: Example, text: str, protocol: str, substring: bool) -> dict:

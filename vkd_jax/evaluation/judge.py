@@ -139,8 +139,10 @@ def read_rules(path: str | os.PathLike[str]) -> dict[str, Rule]:
                 raise UserError(f'{name} is {json_files.describe(value)}; write {{"prompt": TEXT, "largest": NUMBER}}.')
             check_template(f"{name}.prompt", value["prompt"], _slots(name))
             largest = value["largest"]
-            if isinstance(largest, bool) or not isinstance(largest, int | float) or not 0 < largest < 1e6:
-                raise UserError(f"{name}.largest is {json_files.describe(largest)}; write a number greater than 0.")
+            if isinstance(largest, bool) or not isinstance(largest, int | float) or not 0.1 <= largest < 1e6:
+                raise UserError(
+                    f"{name}.largest is {json_files.describe(largest)}; write a number from 0.1 to 999,999."
+                )
             rules[name] = Rule(value["prompt"], largest)
     return RULES | rules
 

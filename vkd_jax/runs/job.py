@@ -10,7 +10,7 @@ import jax
 
 from vkd_jax import benchmarks, messages
 from vkd_jax.attacks import Attack
-from vkd_jax.benchmarks import general, selection
+from vkd_jax.benchmarks import general, selection, set_checks
 from vkd_jax.checkpoints import sources
 from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
 from vkd_jax.config.evaluation import EvalConfig
@@ -193,6 +193,8 @@ def read_data(config: RunConfig, path: Path) -> dict[str, list[Example]]:
         if membership := config.active_attacks.get("membership"):
             read = functools.partial(benchmarks.held_out, benchmark, cache, membership.held_out)
             if held_out := multihost.run_process_0_first(read):
+                if membership.held_out:
+                    set_checks.check_held_out(held_out, sets, f"attacks.membership.held_out={membership.held_out}")
                 sets = sets | {HELD_OUT: held_out}
     return sets
 

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from vkd_jax.benchmarks.general.suite import Suite, general, lettered, whole_number
-from vkd_jax.benchmarks.names import plain_name
+from vkd_jax.benchmarks.names import plain_name, text_key
+from vkd_jax.benchmarks.parquet import Snapshot
 from vkd_jax.benchmarks.rows import Row
+from vkd_jax.benchmarks.set_checks import refuse_most
 from vkd_jax.types import EvalSet
 
 ROTATION = 1_000_000  # MMBench adds multiples of it to the index of a question's copies
@@ -60,6 +62,22 @@ class MMBench(Suite):
     def group(self, row: Row) -> str:
         """The question, of which all copies have the same index but for a multiple of `ROTATION`."""
         return str(whole_number(row, "index") % ROTATION)
+
+    def check_groups(self, files: Snapshot) -> None:
+        """Checks that the copies of a question have its options and its answer, in another order.
+
+        Raises:
+            UserError: most have not.
+        """
+        first: dict[str, tuple[str, Any]] = {}
+        others, copies = [], 0
+        for row in files.rows(self.CONFIG, [*self.GROUP_COLUMNS, *self.COLUMNS], optional=self.OPTIONAL):
+            fields = self.question(row)
+            content = text_key(fields["answer"]), sorted(map(text_key, fields["options"]))
+            name, expected = first.setdefault(self.group(row), (row.name, content))
+            copies += name != row.name
+            others += [(name, row.name)] if content != expected else []
+        refuse_most(others, copies, "copies of questions of MMBench have other options or another answer")
 
     def question(self, row: Row) -> Mapping[str, Any]:
         """A question with two to four options; `answer` is a letter."""

@@ -5,6 +5,7 @@ python -m vkd_jax.main --config configs/tiny.py:help                           a
 python -m vkd_jax.main --config configs/tiny.py:stage=all --workdir DIR        fine-tuning included
 python -m vkd_jax.main --config configs/tiny.py:robust,attacks --workdir DIR   knowledge that does not come back
 python -m vkd_jax.main --config configs/tiny.py:forgets=both --workdir DIR     forgets in images and in text
+python -m vkd_jax.main --config configs/tiny.py:facts=some --workdir DIR       forgets some facts about each face
 python -m vkd_jax.main --config configs/tiny.py:benchmark=folder --workdir DIR \\
     --config.data.forget=FOLDER --config.data.retain=FOLDER                    folders of images and questions
 python -m vkd_jax.compare --config configs/tiny.py:runs=compare --workdir DIR  every method, tuned alike, three seeds
@@ -43,6 +44,9 @@ SETTINGS = {
 ROBUST = "train.steps=200 train.learning_rate=3e-4"
 ROBUST_VISUAL = "train.steps=300 train.learning_rate=2e-3 method.worst_case.radius=3e-3 method.worst_case.steps=3"
 
+
+# Facts that facts=some forgets.
+FACTS = ("job", "pet")
 
 # Settings of forgets=both for VKD, whose others are those of visual weights.
 FORGET_BOTH_VKD = "train.learning_rate=3e-4"
@@ -191,6 +195,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.model.path = "tiny_llava"
     elif given["benchmark"] == "mllmu" and given["people"] == "60":  # what the shipped models were trained on
         config.model.update(path="tiny_llava", retain_only="tiny_retain_only" if given["forget"] == "10" else "")
+    if given["facts"] == "some":
+        _forget_facts(config, given)
     _compare(config, given["runs"])
     return config
 
@@ -214,6 +220,10 @@ def _parse(arg: str) -> dict[str, str]:
         "no": "no question about it",
         "yes": "asked, to be kept, and taught to the vanilla model of stage=all; not known to the shipped models",
     }
+    facts = {
+        "all": "everything that the forget set asks for",
+        "some": f"{' and '.join(FACTS)}, or those that data.forget_facts names; other facts about the same people stay",
+    }
     given = arguments.parse(
         arg,
         [
@@ -228,6 +238,10 @@ def _parse(arg: str) -> dict[str, str]:
                 *("appearance", "Questions about the appearance of the people to forget.", appearance, "no"),
                 needs_key=frozenset(["no", "yes"]),
                 bare_key="yes",
+            ),
+            arguments.Argument(
+                *("facts", "Facts about the people to forget that are forgotten.", facts, "all"),
+                needs_key=frozenset(facts),
             ),
             dataclasses.replace(defaults.STAGE, values=stages),
             defaults.ATTACKS,
@@ -273,6 +287,17 @@ def _forget_both(config: ml_collections.ConfigDict, given: Mapping[str, str]) ->
     defaults.make_both(config, given["train"], default="all")
     if given["method"] == "vkd":
         schema.override(config, FORGET_BOTH_VKD)
+
+
+def _forget_facts(config: ml_collections.ConfigDict, given: Mapping[str, str]) -> None:
+    """Applies the settings of facts=some."""
+    if given["benchmark"] != "mllmu" or given["runs"] != "one":
+        raise UserError("facts=some: it is for one run of benchmark=mllmu. Leave out the other arguments.")
+    if "other_facts" not in config.method:
+        raise UserError(f"facts=some: method={given['method']} trains nothing. Give another method.")
+    config.data.forget_facts = FACTS
+    config.model.retain_only = ""  # the shipped one does not know the other facts either
+    config.method.other_facts.weight = 1.0
 
 
 def _ask_about_appearance(config: ml_collections.ConfigDict) -> None:

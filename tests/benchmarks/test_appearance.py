@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from benchmark_rows import first_rows
 
 from vkd_jax import benchmarks
 from vkd_jax.benchmarks import cache
@@ -18,12 +19,6 @@ from vkd_jax.types import Role, UserError
 @pytest.fixture(scope="module")
 def benchmark():
     return benchmarks.create("mllmu", {"appearance": True, "n_people": 20, "forget": 15})
-
-
-def first_rows(benchmark, part, names):
-    """Every question of some sets of a part, without a cache."""
-    with benchmark.rows(part) as sets:
-        return {name: [example for row in sets[name] for example in row] for name in names}
 
 
 def test_the_faces_to_forget_are_asked_for_what_is_visible(benchmark):

@@ -1,32 +1,16 @@
 """Folders of your own: what a line becomes, and every fault of a folder in one sentence."""
 
-import io
 import json
 import os
 import re
 
 import pytest
-from PIL import Image
+from benchmark_rows import png
+from benchmark_rows import write_folder as write
 
 from vkd_jax import benchmarks
 from vkd_jax.benchmarks.folder import Folder
 from vkd_jax.types import UserError
-
-
-def png(shade):
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), (shade, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write(folder, lines, **images):
-    """Writes a folder with these lines (dicts or raw texts) and images NAME.png of these shades."""
-    folder.mkdir(exist_ok=True)
-    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    (folder / "metadata.jsonl").write_text("\n".join(texts), encoding="utf-8")
-    for name, shade in images.items():
-        (folder / f"{name}.png").write_bytes(png(shade))
-    return folder
 
 
 @pytest.fixture
@@ -241,5 +225,5 @@ def test_the_page_of_the_docs_says_what_is_so(tmp_path):
     write(tmp_path / "retain", [GOOD])
     assert len(read(tmp_path)["forget"]) == len(lines)
     fields = set(re.findall(r"--config\.data\.(\w+)=", page)) - {"source"}  # of published benchmarks
-    assert fields == {"forget", "retain", "test", "real", "symlinks"}
-    assert set(vars(Folder())) == {"forget", "retain", "test", "real", "symlinks"}
+    assert fields == {"forget", "retain", "test", "real", "symlinks", "forget_facts"}
+    assert set(vars(Folder())) == {"forget", "retain", "test", "real", "symlinks", "forget_facts"}

@@ -7,6 +7,7 @@
     rows           rows that others wrote, with typed access to their fields
     set_checks     checks of questions, and of what sets have in common, for all benchmarks
     selection      the people of a request instead of a benchmark's forget set
+    partial        some facts about the people to forget instead of all
     cache          benchmarks as tensorflow-datasets, and `Benchmark`, the contract
     general/       standard suites of general ability, for any benchmark
     synthetic/     the synthetic people and the writers of their snapshots
@@ -20,7 +21,9 @@ A benchmark reads a source into named sets of `Example`s. It is a frozen datacla
                    names. `eval_sets` resolves the role of text-only questions.
     further_sets   optional: sets that fields of the benchmark add to EVAL_SETS
     UNLEARN        the sets that unlearning trains on: {"forget": NAME, "retain": NAME}; optionally "decouple", harmless
-                   images with the questions of the forget set, and "refusals", rows whose answers are refusals
+                   images with the questions of the forget set, "other_facts", facts about the people to forget that
+                   are retained, and "refusals", rows whose answers are refusals
+    forget_facts   optional field: the facts about the people to forget that are forgotten, see `partial`
     RECIPE         hyperparameters of the fine-tuning that makes the vanilla model
     label          the name with the forget ratio, for folders
     check()        raises a `UserError` if a field is invalid, before anything is read
@@ -40,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 from vkd_jax import registry
+from vkd_jax.benchmarks import partial
 from vkd_jax.types import EvalSet, Example
 
 STRANGERS = 1000  # added to the seed of synthetic people for people that no model was trained on
@@ -69,6 +73,8 @@ def eval_sets(benchmark: Any, forgets_text: bool = False) -> tuple[EvalSet, ...]
         <Role.FORGET: 'forget'>
     """
     sets = (*benchmark.EVAL_SETS, *getattr(benchmark, "further_sets", ()))
+    if getattr(benchmark, "forget_facts", ()):
+        sets = partial.retitled(sets)
     if not forgets_text:
         return sets
     return tuple(dataclasses.replace(s, text_role=s.role) if s.role.forgets else s for s in sets)

@@ -7,7 +7,8 @@ A folder is an image folder of the Hugging Face hub: images, and a metadata.json
 
 `file_name` is relative to the folder; several lines may name the same file, and a line without it is a text-only
 question. `options` make it a multiple-choice question and must include the answer. `person` names the person that the
-question is about; no person and no image may be in both folders. Other keys are ignored.
+question is about; no person and no image may be in both folders. `fact` names the fact that it asks for, which
+`data.forget_facts` needs. Other keys are ignored.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from vkd_jax import messages
-from vkd_jax.benchmarks import mllmu
+from vkd_jax.benchmarks import mllmu, partial
 from vkd_jax.benchmarks.names import check_apart, text_key
 from vkd_jax.benchmarks.parquet import SYMLINKS
 from vkd_jax.benchmarks.rows import Row, read_image
@@ -42,9 +43,12 @@ class Folder(Section):
     test: str = setting("", "Optional folder of the forget set on other images.")
     real: str = setting("", "Optional folder of general knowledge.")
     symlinks: bool = setting(False, SYMLINKS)
+    forget_facts: tuple[str, ...] = setting((), f"{partial.HELP} As the key `fact` of the lines has them.")
 
     TITLE: ClassVar[str] = "your own request"
-    UNLEARN: ClassVar[Mapping[str, str]] = dict(forget="forget", retain="retain")  # the sets that unlearning trains on
+    UNLEARN: ClassVar[Mapping[str, str]] = dict(  # the sets that unlearning trains on
+        forget="forget", retain="retain", other_facts=partial.OTHER_FACTS
+    )
     EVAL_SETS: ClassVar[tuple[EvalSet, ...]] = (
         EvalSet("forget", Role.FORGET, "people to forget", "forget"),
         EvalSet("test", Role.FORGET_HOLDOUT, "people to forget, other images or wordings", "test"),
@@ -56,10 +60,20 @@ class Folder(Section):
     @property
     def label(self) -> str:
         """The name of the benchmark."""
-        return "folder"
+        return "folder" + "-facts" * bool(self.forget_facts)
+
+    @property
+    def further_sets(self) -> tuple[EvalSet, ...]:
+        """The evaluation sets of the facts that are retained."""
+        return partial.EVAL_SETS if self.forget_facts else ()
+
+    @property
+    def variant(self) -> str:
+        """What the report adds to the title: the facts that are forgotten."""
+        return f", forgetting {listed(self.forget_facts)}" if self.forget_facts else ""
 
     def check(self) -> None:
-        """Checks that the folders are given, exist, differ and have questions.
+        """Checks that the folders are given, exist, differ and have questions, and the facts to forget.
 
         Raises:
             UserError: one of these is not the case.
@@ -78,6 +92,9 @@ class Folder(Section):
                 raise UserError(
                     f"There is no {METADATA} in data.{name}={uri}, which {content}; see docs/your_own_data.md."
                 )
+        if self.forget_facts:
+            facts = [_fact(row) for row in _rows(self._open("forget"))]
+            partial.check_facts(self.forget_facts, facts, self.forget)
 
     def state(self, part: str) -> Any:
         """Name, size and modification time of the files that the folders name."""
@@ -91,10 +108,14 @@ class Folder(Section):
             UserError: a line or an image is invalid, or sets share people, images or questions that they must not.
         """
         if part == "finetune":
-            yield {f"finetune_{name}": self.questions(name, chat=True) for name in ("forget", "retain")}
+            sets = {name: self.questions(name, chat=True) for name in ("forget", "retain")}
+            if self.forget_facts:
+                sets["forget"], kept = (self.questions("forget", chat=True, kept=kept) for kept in (False, True))
+                sets["retain"] = itertools.chain(sets["retain"], kept)
+            yield {f"finetune_{name}": rows for name, rows in sets.items()}
             return
         self._check_apart()
-        yield {name: self.questions(name) for name in self._sets()}
+        yield {name: self.questions(folder, kept=kept) for name, (folder, kept) in self._divided().items()}
 
     def people_to_forget(self) -> set[str]:
         """The people of the forget set, without reading an image.
@@ -122,6 +143,21 @@ class Folder(Section):
             other = first.setdefault(uri if "://" in uri else os.path.realpath(uri), name)
             if other != name:
                 raise UserError(f"data.{other} and data.{name} are both {uri}; they must be different folders.")
+
+    def _divided(self) -> dict[str, tuple[str, bool | None]]:
+        """The folder of each set, and which of its facts the set has: those retained or not, or None for all."""
+        sets: dict[str, tuple[str, bool | None]] = {}
+        for name in self._sets():
+            if not self.forget_facts or name not in partial.SPLIT:
+                sets[name] = name, None
+                continue
+            present = {self._is_kept(row) for row in _rows(self._open(name))}
+            sets |= {partial.SPLIT[name] if kept else name: (name, kept) for kept in sorted(present)}
+        return sets
+
+    def _is_kept(self, row: Row) -> bool:
+        """Whether a line about the people to forget asks for a fact that is retained."""
+        return _fact(row) not in self.forget_facts
 
     def _check_apart(self) -> None:
         """Checks what the sets share: see `docs/your_own_data.md`."""
@@ -154,9 +190,15 @@ class Folder(Section):
                 f"{len(both)} {things} are in both {places}: {listed(both)}; remove them from one of the folders."
             )
 
-    def questions(self, name: str, chat: bool = False) -> Iterator[list[Example]]:
-        """The questions of a folder, grouped by image; text-only questions follow one by one."""
-        folder, by_file = self._open(name), self._by_file(name)
+    def questions(self, name: str, chat: bool = False, kept: bool | None = None) -> Iterator[list[Example]]:
+        """The questions of a folder, grouped by image; text-only questions follow one by one.
+
+        Args:
+            name: the set that the folder is of.
+            chat: whether they are for fine-tuning.
+            kept: whether they ask for facts that are retained; None for all questions.
+        """
+        folder, by_file = self._open(name), self._by_file(name, kept)
         text_only = by_file.pop("", [])
         for number, (file, rows) in enumerate(by_file.items()):
             image = read_image(folder, file, rows[0], "file_name")
@@ -167,10 +209,12 @@ class Folder(Section):
     def _open(self, name: str) -> SourceFolder:
         return SourceFolder(getattr(self, name), links=self.symlinks)
 
-    def _by_file(self, name: str) -> dict[str, list[Row]]:
-        """The lines of a folder's metadata.jsonl by the file that they name, "" for none."""
+    def _by_file(self, name: str, kept: bool | None = None) -> dict[str, list[Row]]:
+        """The lines of a folder's metadata.jsonl, see `questions`, by the file that they name, "" for none."""
         by_file: dict[str, list[Row]] = {}
         for row in _rows(self._open(name)):
+            if kept is not None and self._is_kept(row) != kept:
+                continue
             file = row.optional_text("file_name")
             by_file.setdefault(file and posixpath.normpath(file), []).append(row)
         return by_file
@@ -184,6 +228,13 @@ def _rows(folder: SourceFolder) -> Iterator[Row]:
         empty = False
     if empty:
         raise UserError(f"{path} is empty; write one line per question.")
+
+
+def _fact(row: Row) -> str:
+    """The fact that a line about the people to forget asks for."""
+    if not (fact := row.optional_name("fact")):
+        raise row.error("fact", "is missing; with data.forget_facts each question about the people to forget names one")
+    return fact
 
 
 def _example(name: str, image: bytes | None, image_id: str, row: Row, chat: bool) -> Example:

@@ -7,6 +7,7 @@ retain      | retain_(100-N)   | all other people
 retain_test | Test_Set         | all other people, with other images
 real        | Retain_Set       | general ability; `person` is ""
 appearance  | Appearance       | the looks of the people to forget, with `appearance` (synthetic people only)
+other_facts, other_facts_test    | forget and test, the facts that `forget_facts` does not name (synthetic people)
 finetune_forget, finetune_retain | ft_Data | the people to forget, and all others; trains the vanilla model
 
 The i-th image question of a row with n images (`images`) shows image i mod n; i counts the classification, generation
@@ -18,16 +19,20 @@ Reference: Liu et al., Protecting Privacy in Multimodal LLMs with MLLMU-Bench, 2
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from absl import logging
 
-from vkd_jax.benchmarks import names, parquet
+from vkd_jax.benchmarks import names, parquet, partial
 from vkd_jax.benchmarks.parquet import Snapshot
 from vkd_jax.benchmarks.rows import Row
+from vkd_jax.benchmarks.synthetic.facts import BIOGRAPHY_FACTS, FACTS, IMAGE_KINDS, NAME_QUESTION, Kind
 from vkd_jax.config.fields import setting
+from vkd_jax.messages import listed
 from vkd_jax.types import EvalSet, Example, Role
 
 FORGET_RATIOS = (5, 10, 15)
@@ -50,9 +55,12 @@ class Mllmu(parquet.PublishedBenchmark):
         "Whether questions about the appearance of the people to forget are asked as a retained set, and taught when a "
         "vanilla model is made. Only for synthetic people.",
     )
+    forget_facts: tuple[str, ...] = setting((), f"{partial.HELP} Only for synthetic people.", choices=IMAGE_KINDS)
 
     TITLE: ClassVar[str] = "MLLMU-Bench"
-    UNLEARN: ClassVar[Mapping[str, str]] = dict(forget="forget", retain="retain")  # the sets that unlearning trains on
+    UNLEARN: ClassVar[Mapping[str, str]] = dict(  # the sets that unlearning trains on
+        forget="forget", retain="retain", other_facts=partial.OTHER_FACTS
+    )
     EVAL_SETS: ClassVar[tuple[EvalSet, ...]] = (
         EvalSet("forget", Role.FORGET, "people to forget", "forget"),
         EvalSet("test", Role.FORGET_HOLDOUT, "people to forget, other images or wordings", "test"),
@@ -65,23 +73,34 @@ class Mllmu(parquet.PublishedBenchmark):
     @property
     def label(self) -> str:
         """The name of the benchmark with the forget ratio."""
-        return f"mllmu-forget{self.forget}" + ("-appearance" if self.appearance else "")
+        return f"mllmu-forget{self.forget}" + "-appearance" * self.appearance + "-facts" * bool(self.forget_facts)
 
     @property
     def further_sets(self) -> tuple[EvalSet, ...]:
         """The evaluation sets that fields add."""
         title = "people to forget, their appearance"
-        return (EvalSet("appearance", Role.RETAIN_FACTS, title, "appearance"),) if self.appearance else ()
+        appearance = (EvalSet("appearance", Role.RETAIN_FACTS, title, "appearance"),) if self.appearance else ()
+        return (*(partial.EVAL_SETS if self.forget_facts else ()), *appearance)
+
+    @property
+    def variant(self) -> str:
+        """What the report adds to the title: the share that is forgotten, and the facts."""
+        return super().variant + (f", of {listed(self.forget_facts)}" if self.forget_facts else "")
 
     def check(self) -> None:
-        """Also checks that questions about the appearance exist.
+        """Also checks that questions about the appearance exist, and that some facts would be retained.
 
         Raises:
-            UserError: a source is given, which has none.
+            UserError: a source is given, which has no such questions and does not name facts, or all facts are named.
         """
         super().check()
         if self.appearance and self.source:
             raise self.error("appearance", f"{self.source} has no questions about it. Give False.")
+        if self.forget_facts and self.source:
+            raise self.error(
+                "forget_facts", f"{self.source} does not say which fact a question asks for. Leave it empty."
+            )
+        partial.check_facts(self.forget_facts, IMAGE_KINDS)
 
     @contextlib.contextmanager
     def rows(self, part: str) -> Iterator[dict[str, Iterator[list[Example]]]]:
@@ -94,29 +113,43 @@ class Mllmu(parquet.PublishedBenchmark):
         with self.open_snapshot(part) as files:
             forget, retain = self._configs("evaluation")[:2]
             forgotten = _people(files, forget)
+
+            def is_forgotten(person: str) -> bool:
+                return person in forgotten
+
             if part == "finetune":
                 parquet.check_row_counts(files, self.source, {"ft_Data": ROWS["ft_Data"]})
+                kept = partial.select(_finetune(files, is_forgotten), self._is_kept) if self.forget_facts else ()
                 yield {
-                    "finetune_forget": _finetune(files, lambda person: person in forgotten),
-                    "finetune_retain": _finetune(files, lambda person: person not in forgotten),
+                    "finetune_forget": partial.select(_finetune(files, is_forgotten), self._is_chosen),
+                    "finetune_retain": itertools.chain(_finetune(files, lambda person: person not in forgotten), kept),
                 }
                 return
             everybody = _people(files, "Full_Set") if files.has("Full_Set") else None
             retained = _people(files, retain)
             parquet.check_row_counts(files, self.source, ROWS)
             parquet.check_people(self.source, (forget, forgotten), (retain, retained), everybody)
-            yield {
-                "forget": _evaluation_rows(files, forget),
-                "test": _evaluation_rows(files, "Test_Set", lambda person: person in forgotten),
+            sets = {
+                "forget": partial.select(_evaluation_rows(files, forget), self._is_chosen),
+                "test": partial.select(_evaluation_rows(files, "Test_Set", is_forgotten), self._is_chosen),
                 "retain": _evaluation_rows(files, retain),
                 "retain_test": _evaluation_rows(files, "Test_Set", lambda person: person not in forgotten),
                 "real": _evaluation_rows(files, "Retain_Set"),
-                **(
-                    {"appearance": _evaluation_rows(files, "Appearance", lambda person: person in forgotten)}
-                    if self.appearance
-                    else {}
-                ),
             }
+            if self.forget_facts:
+                for name, config in (("forget", forget), ("test", "Test_Set")):
+                    rows = _evaluation_rows(files, config, is_forgotten)
+                    sets[partial.SPLIT[name]] = partial.select(rows, self._is_kept)
+            if self.appearance:
+                sets["appearance"] = _evaluation_rows(files, "Appearance", is_forgotten)
+            yield sets
+
+    def _is_chosen(self, example: Example) -> bool:
+        """Whether a question about the people to forget asks for a fact that is forgotten: all of them by default."""
+        return not self.forget_facts or not _facts_asked(example.question).isdisjoint(self.forget_facts)
+
+    def _is_kept(self, example: Example) -> bool:
+        return not self._is_chosen(example)
 
     def _configs(self, part: str) -> tuple[str, ...]:
         forget = f"forget_{self.forget}"
@@ -134,6 +167,23 @@ class Mllmu(parquet.PublishedBenchmark):
 def cloze_prompt(question: str) -> str:
     """Formats a fill-in question: "__" becomes "[Blank]", and a line asks for the missing words only."""
     return re.sub("_{2,}", "[Blank]", question) + "\n" + CLOZE_INSTRUCTION
+
+
+@functools.cache
+def _facts_asked(question: str) -> frozenset[str]:
+    """The facts about a synthetic person that a question asks for, by its wording."""
+    if question == NAME_QUESTION:
+        return frozenset(["name"])
+    if re.fullmatch(r"Who is .+\?", question):
+        return frozenset(BIOGRAPHY_FACTS)
+    return frozenset(name for name, fact in FACTS.items() if _asks_for(question, fact))
+
+
+def _asks_for(question: str, fact: Kind) -> bool:
+    """Whether a question has one of the wordings of a fact, about whomever."""
+    clozes = cloze_prompt(fact.image_cloze), cloze_prompt(fact.text_cloze)
+    wordings = (fact.image_question, fact.text_question, *clozes)
+    return any(re.fullmatch(".+".join(map(re.escape, text.split("{name}"))), question) for text in wordings)
 
 
 def _people(files: Snapshot, config: str) -> set[str]:

@@ -95,8 +95,9 @@ def benchmark_argument(*names: str) -> Argument:
 
 def add_streams(config: ml_collections.ConfigDict, benchmark: str) -> None:
     """Gives the further training streams that a benchmark has images for the batch size of the forget set."""
-    if "decouple" in registry.lookup("benchmark", registry.BENCHMARKS, benchmark).UNLEARN:
-        config.train.batch_size.decouple = config.train.batch_size.forget
+    for stream in ("decouple", "other_facts"):
+        if stream in registry.lookup("benchmark", registry.BENCHMARKS, benchmark).UNLEARN:
+            config.train.batch_size[stream] = config.train.batch_size.forget
 
 
 def forget_argument(*names: str) -> Argument:

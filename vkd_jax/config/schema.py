@@ -229,6 +229,7 @@ class RunConfig(Section):
             raise FieldError("method.name", "finetune does not unlearn. Use the section finetune for fine-tuning.")
         if stage.unlearns:
             self._check_forgets()
+            self._check_facts()
             self.train.check(tuple(self.method.losses()), shards)
             if self.method.needs_base and not model.has_base:
                 raise model.error("base", "the method reads the model before fine-tuning. Give a folder or a hub id.")
@@ -257,6 +258,26 @@ class RunConfig(Section):
                 "forgets",
                 "requests keep the features of earlier people's images alone, so that both cannot be kept up. Give "
                 "visual.",
+            )
+
+    def _check_facts(self) -> None:
+        """Checks that the method retains other facts about the people to forget if and only if the data has them."""
+        facts = getattr(self.data.benchmark, "forget_facts", ())
+        if not hasattr(self.method, "other_facts"):
+            if facts:
+                problem = "the method trains nothing that would retain the other facts. Give another method."
+                raise self.data.error("forget_facts", problem)
+        elif facts and not self.method.other_facts.weight:
+            raise self.data.error(
+                "forget_facts",
+                "method.other_facts.weight, which retains the other facts, is 0. Give a weight, such as 1.0, or leave "
+                "data.forget_facts empty.",
+            )
+        elif self.method.other_facts.weight and not facts:
+            raise FieldError(
+                "method.other_facts.weight",
+                "all facts about the people are forgotten, so that there are no others. Give 0, or name those to "
+                "forget in data.forget_facts.",
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@
     worst_case          worst-case forgetting, an option of every method that trains on a forget set
     text_stream         text-only questions as a further stream, another such option
     decouple            harmless images with the questions of the forget set as a further stream, another one
+    other_facts         facts about the people to forget that are retained as a further stream, another one
     replay              people of earlier requests as a further stream
     null_space          updates that do not affect retained examples, a fourth such option
     losses              pure loss functions

@@ -12,6 +12,7 @@ from vkd_jax.data.encoding import Batch, EncodedSet
 from vkd_jax.methods import base
 from vkd_jax.methods.decouple import Decouple
 from vkd_jax.methods.null_space import NullSpace
+from vkd_jax.methods.other_facts import OtherFacts
 from vkd_jax.methods.replay import Replay
 from vkd_jax.methods.text_stream import ForgetText, TextStream
 from vkd_jax.methods.worst_case import TRAINED, Adversary, WorstCase
@@ -111,14 +112,15 @@ class Unlearning(Scope):
     """A method that trains on a forget set: the hyperparameters that all of these share.
 
     Methods implement `image_losses`, and `prepare_forget` if their forget loss reads cached arrays. The streams of
-    text-only questions, of harmless images and of people of earlier requests are added to them here, and worst-case
-    forgetting in the training step.
+    text-only questions, of harmless images, of other facts and of people of earlier requests are added to them here,
+    and worst-case forgetting in the training step.
     """
 
     worst_case: WorstCase = dataclasses.field(default_factory=WorstCase, metadata={"help": WorstCase.__doc__})
     text: TextStream = dataclasses.field(default_factory=TextStream, metadata={"help": TextStream.__doc__})
     forget_text: ForgetText = dataclasses.field(default_factory=ForgetText, metadata={"help": ForgetText.__doc__})
     decouple: Decouple = dataclasses.field(default_factory=Decouple, metadata={"help": Decouple.__doc__})
+    other_facts: OtherFacts = dataclasses.field(default_factory=OtherFacts, metadata={"help": OtherFacts.__doc__})
     replay: Replay = dataclasses.field(default_factory=Replay, metadata={"help": Replay.__doc__})
     null_space: NullSpace = dataclasses.field(default_factory=NullSpace, metadata={"help": NullSpace.__doc__})
 
@@ -152,7 +154,8 @@ class Unlearning(Scope):
         """Returns `image_losses`, and the losses of the further streams that have a weight."""
         forget_text = self.forget_text.losses(self.text_forget_loss()) if self.forget_text.weight else {}
         text = {**forget_text, **self.text.losses()}
-        return {**self.image_losses(), **text, **self.decouple.losses(), **self.replay.losses()}
+        further = {**self.decouple.losses(), **self.other_facts.losses(), **self.replay.losses()}
+        return {**self.image_losses(), **text, **further}
 
     def prepare(self, context: base.Context) -> base.Prepared:
         """Adds the arrays of `prepare_forget` to the sets that are forgotten."""

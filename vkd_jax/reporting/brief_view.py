@@ -7,6 +7,7 @@ to (that is, overlaps) the one that it is compared with.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vkd_jax.benchmarks import partial
 from vkd_jax.reporting import attack_view
 from vkd_jax.reporting.attack_view import interval, percent
 from vkd_jax.reporting.finished_run import KINDS, Run
@@ -19,7 +20,7 @@ MOST_UNLETTERED = 0.5  # share of answers without a letter above which an accura
 
 def opening(run: Run) -> dict[str, Any]:
     """What the run is about."""
-    return {"forget_people": run.people(Role.FORGET), "forgets_text": run.forgets_text}
+    return {"forget_people": run.people(Role.FORGET), "forgets_text": run.forgets_text, "facts": run.facts}
 
 
 def forgotten(run: Run) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def forgotten(run: Run) -> dict[str, Any]:
         "changes": _changes(run, "vqa", Role.FORGET, Role.FORGET_HOLDOUT),
         "texts": _text_judgements(run),
         "has_retain_only": "retain_only" in run.models,
+        "facts": run.facts,
         **_judgement(run, kind),
         **_letters(run),
     }
@@ -38,7 +40,12 @@ def kept(run: Run) -> dict[str, Any]:
     """Accuracy on everything else, each compared with the vanilla model."""
     changes = _changes(run, "vqa", Role.RETAIN, Role.RETAIN_HOLDOUT, Role.RETAIN_FACTS, Role.GENERAL)
     lost = [x for x in changes if compare(x["unlearned"], x["vanilla"].low, x["vanilla"].high) == "below"]
-    return {"changes": changes, "lost": [x["title"][:1].lower() + x["title"][1:] for x in lost]}
+    return {
+        "changes": changes,
+        "lost": [x["title"][:1].lower() + x["title"][1:] for x in lost],
+        "facts": run.facts,
+        "other_facts_lost": any(x["set"] in partial.SPLIT.values() for x in lost),
+    }
 
 
 def text_only(run: Run) -> dict[str, Any] | None:
@@ -94,6 +101,7 @@ def words(run: Run) -> dict[str, Any]:
         "forget_people": run.people(Role.FORGET),
         "retain_people": run.people(Role.RETAIN),
         "forgets_text": run.forgets_text,
+        "facts": run.facts,
         "vanilla": _vanilla(run),
     }
 

@@ -60,6 +60,11 @@ class Run:
         return any(eval_set.role_of("qa").forgets for eval_set in self.results.sets)
 
     @property
+    def facts(self) -> tuple[str, ...]:
+        """The facts about the people to forget that were to be forgotten; () if everything about them was."""
+        return tuple(self.meta.config.get("data", {}).get("forget_facts") or ())
+
+    @property
     def kinds(self) -> list[str]:
         """Kinds of question, in the order of the report."""
         asked = self.results.kinds()

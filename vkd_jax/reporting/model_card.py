@@ -46,6 +46,7 @@ def _values(results: RunResults, base: str, forgotten: Sequence[str]) -> Mapping
         "has_retain_only": "retain_only" in models,
         "relearned": attack_view.relearned(results),
         "attacked": bool(results.attacks),
+        "facts": results.meta.config.get("data", {}).get("forget_facts") or (),
         "forgets_text": any(eval_set.role_of("qa").forgets for eval_set in results.sets),
         "language_model_unchanged": results.manifest.language_model_changed == 0,
     }

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vkd_jax.evaluation.metrics import intervals
 from vkd_jax.reporting import comparison, plots
 from vkd_jax.reporting.markdown import code, escape, numeric_table
 from vkd_jax.results import RunResults
@@ -35,6 +36,8 @@ SEQUENCES = {
     "naive": "naive repetition",
     "batch": "all at once",
 }
+FORGOTTEN = ("forgotten", "forgotten_test")
+GOALS = (*FORGOTTEN, "retained", "retained_test", "general")  # the groups that have goals
 MARGIN = 0.10  # the goals: at most chance + MARGIN on who is forgotten, at least `comparison.KEEP` of what is retained
 JSON, PAGE, PLOT = "requests.json", "requests.md", "requests.png"
 
@@ -108,23 +111,64 @@ def write(folder: Path, collected: Mapping[str, Any]) -> None:
 
 def verdicts(collected: Mapping[str, Any]) -> list[str]:
     """Whether the model that the last request left meets each goal, one sentence each, as Markdown."""
-    start, row = collected["start"], collected["sequences"]["requests"][-1]
-    after, sentences = row["after"], []
-    for group in ("forgotten", "forgotten_test"):
-        if (cell := after.get(group)) and cell["chance"] is not None:
-            limit = cell["chance"] + MARGIN
-            verdict = "met" if cell["accuracy"] <= limit else "**missed**"
-            sentences.append(f"{GROUPS[group][0]}: {_cell(cell)}; goal at most {100 * limit:.1f} %: {verdict}.")
-    for group in ("retained", "retained_test", "general"):
-        if group in after and group in start:
-            limit = comparison.KEEP * start[group]["accuracy"]
-            verdict = "met" if after[group]["accuracy"] >= limit else "**missed**"
-            words = f"{_cell(after[group])}, from {_cell(start[group])}"
-            sentences.append(f"{GROUPS[group][0]}: {words}; goal at least {100 * limit:.1f} %: {verdict}.")
+    start, after, sentences = collected["start"], collected["sequences"]["requests"][-1]["after"], []
+    for group in GOALS:
+        if goal := _goal(group, start, after):
+            limit, met = goal
+            before = "" if group in FORGOTTEN else f", from {_cell(start[group])}"
+            words = f"{'at most' if group in FORGOTTEN else 'at least'} {100 * limit:.1f} %"
+            verdict = "met" if met else "**missed**"
+            sentences.append(f"{GROUPS[group][0]}: {_cell(after[group])}{before}; goal {words}: {verdict}.")
     identical = all(other["text_identical"] for other in collected["sequences"]["requests"])
     words = "identical, bit for bit" if identical else "not identical"
     sentences.append(f"Scores of questions without an image, before the first and after the last request: {words}.")
     return [line[0].upper() + line[1:] for line in sentences]
+
+
+def goals(ledgers: Mapping[str, Mapping[str, Any]]) -> str:
+    """One row for the last model of each sequence of several ledgers, with intervals and goals.
+
+    Args:
+        ledgers: the contents of each requests.json, by the title of its rows.
+    """
+    rows = []
+    for title, collected in ledgers.items():
+        start = collected["start"]
+        for name, runs in collected["sequences"].items():
+            if not runs:
+                continue
+            after = runs[-1]["after"]
+            cells = [_goal_cell(group, start, after) for group in GOALS]
+            identical = "yes" if all(row["text_identical"] for row in runs) else "no"
+            rows.append([title if name == "requests" else f"{title}, {SEQUENCES[name]}", *cells, identical])
+    heads = ["after the last request", *(GROUPS[group][0] for group in GOALS), "text identical"]
+    note = (
+        "Accuracy (%), its 95 % interval by Wilson's method, which takes questions as independent, and whether the "
+        "goal is met."
+    )
+    return numeric_table(heads, rows) + "\n\n" + note
+
+
+def _goal(group: str, start: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, bool] | None:
+    """The limit of a group's accuracy after the last request, and whether it is met; None without a limit."""
+    if group not in after or group not in start:
+        return None
+    if group in FORGOTTEN:
+        if after[group]["chance"] is None:
+            return None
+        limit = after[group]["chance"] + MARGIN
+        return limit, after[group]["accuracy"] <= limit
+    limit = comparison.KEEP * start[group]["accuracy"]
+    return limit, after[group]["accuracy"] >= limit
+
+
+def _goal_cell(group: str, start: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """An accuracy with its interval and its goal."""
+    if not (goal := _goal(group, start, after)):
+        return _percent(after.get(group))
+    low, high = intervals.wilson(after[group]["accuracy"], after[group]["n"])
+    limit = f"{'≤' if group in FORGOTTEN else '≥'} {100 * goal[0]:.1f}"
+    return f"{_percent(after[group])} ({100 * low:.1f} to {100 * high:.1f}), {'' if goal[1] else 'not '}{limit}"
 
 
 def table(collected: Mapping[str, Any]) -> str:

@@ -288,6 +288,7 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
     "plans": plans,
     "chip_hours": chip_hours,
     "requests": requests_page.table,
+    "request_goals": requests_page.goals,
 }
 
 

@@ -16,7 +16,7 @@ from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
 from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.config.schema import ModelConfig, RunConfig
 from vkd_jax.evaluation import evaluate, judge, wording
-from vkd_jax.methods import Method, decouple, text_stream
+from vkd_jax.methods import Method, decouple, other_facts, text_stream
 from vkd_jax.runs import features, inputs
 from vkd_jax.runs.features import CachedFeatures
 from vkd_jax.runs.inputs import PROVENANCE
@@ -133,7 +133,7 @@ class Job:
         """The questions with an image, each once, of a training stream of unlearning.
 
         Args:
-            stream: forget, retain or decouple.
+            stream: forget, retain, decouple or other_facts.
 
         Raises:
             UserError: the set has no question with an image.
@@ -148,7 +148,7 @@ class Job:
 
     def text_questions(self, stream: str) -> list[Example]:
         """The text-only questions about the same people, each once; see `image_questions`."""
-        examples = self.sets.get(self.benchmark.UNLEARN[stream], ())
+        examples = self.sets.get(self.benchmark.UNLEARN.get(stream, ""), ())
         return list({e.question: e for e in examples if e.image is None}.values())
 
     def text_stream(self) -> list[Example]:
@@ -157,7 +157,7 @@ class Job:
         Raises:
             UserError: there are none.
         """
-        kept = ("retain",) if self.config.data.forgets_text else ("forget", "retain")
+        kept = (*(() if self.config.data.forgets_text else ("forget",)), "retain", other_facts.STREAM)
         questions = [e for stream in kept for e in self.text_questions(stream)]
         if not questions:
             raise UserError(
@@ -250,8 +250,9 @@ def check_models(job: Job) -> dict[str, Path]:
             raise UserError(
                 "data.forgets=both: the forget set has no text-only question to train on. Give visual, or add some."
             )
-        if decouple.STREAM in job.method.losses():
-            job.image_questions(decouple.STREAM)
+        for stream in (decouple.STREAM, other_facts.STREAM):
+            if stream in job.method.losses():
+                job.image_questions(stream)
     if config.eval.shots:
         questions = [e for examples in job.questions.values() for e in examples]
         evaluate.worked_examples(job.worked_examples, questions, config.eval.seed)
@@ -339,6 +340,13 @@ def _check_provenance(job: Job, name: str, folder: Path) -> None:
                 f"{field} was never taught the questions of data.appearance. Create a model that was with "
                 "--config.stage=all, or leave data.appearance at False."
             )
+    theirs, ours = (tuple(d.get("forget_facts") or ()) for d in (model_data, data))
+    if name == "retain_only" and set(theirs) != set(ours):
+        facts = [messages.listed(x) if x else "everything" for x in (theirs, ours)]
+        raise UserError(
+            f"{field} was trained without {facts[0]} about the people to forget, but this run forgets {facts[1]}. "
+            "Create a retain-only model with --config.stage=retain_only, or leave the field empty."
+        )
     if name == "retain_only" and without != job.forget_people:
         raise UserError(
             f"{field} was trained without {messages.people(len(without))}, but the forget set of this run has "

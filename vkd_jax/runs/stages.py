@@ -16,7 +16,7 @@ from vkd_jax.checkpoints.new_model import create_llava
 from vkd_jax.evaluation import evaluate
 from vkd_jax.evaluation.cached_features import CachedAnswerer
 from vkd_jax.evaluation.metrics.summary import summaries
-from vkd_jax.methods import decouple, replay, text_stream
+from vkd_jax.methods import decouple, other_facts, replay, text_stream
 from vkd_jax.methods.base import Context
 from vkd_jax.models import lora
 from vkd_jax.reporting import model_card, report
@@ -199,8 +199,9 @@ def _context(job: Job, model: ModelBundle) -> Context:
     streams |= {f"{name}_text": questions for name in streams if (questions := job.text_questions(name))}
     if text_stream.STREAM in job.method.losses():
         streams[text_stream.STREAM] = job.text_stream()
-    if decouple.STREAM in job.method.losses():
-        streams[decouple.STREAM] = job.image_questions(decouple.STREAM)
+    for stream in (decouple.STREAM, other_facts.STREAM):
+        if stream in job.method.losses():
+            streams[stream] = job.image_questions(stream)
     if refusals := job.sets.get(job.benchmark.UNLEARN.get("refusals", "")):
         streams["refusals"] = refusals
     encode = functools.partial(model.encode, buckets=config.train.buckets)

@@ -57,6 +57,7 @@ FACTS: dict[str, Kind] = {
 KINDS = tuple(FACTS)
 NAME_QUESTION = "Who is this person?"
 IMAGE_KINDS = ("name", *KINDS)
+BIOGRAPHY_FACTS = ("job", "town")  # what the answer to "Who is {name}?" tells
 CAPTION = "{name}, a {job} from {town}, in front of {wall}."
 PARAPHRASED_CAPTION = "This is {name}, who is a {job} and comes from {town}, before {wall}."
 

@@ -1,4 +1,4 @@
-"""The stream of harmless images, and the refusals of a benchmark: which methods read them, and how."""
+"""The streams of harmless images and of other facts, and the refusals of a benchmark: who reads them, and how."""
 
 import dataclasses
 import types
@@ -12,9 +12,12 @@ from vkd_jax.benchmarks.safeeraser import SafeEraser
 from vkd_jax.methods import base
 from vkd_jax.methods.decouple import STREAM, Decouple
 from vkd_jax.methods.idk import IDK
+from vkd_jax.methods.other_facts import OtherFacts
 from vkd_jax.models.base import bind
 from vkd_jax.runs.job import Job
 from vkd_jax.types import UserError
+
+STREAMS = {"decouple": Decouple, "other_facts": OtherFacts}
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +28,21 @@ def context(tiny_model, tiny_sets):
 
 
 @pytest.mark.parametrize("name", [name for name in registry.METHODS if name not in ("finetune", "manu")])
-def test_every_method_that_trains_on_a_forget_set_has_the_stream_if_it_has_a_weight(context, name):
-    plain, method = methods.create(name, {}), methods.create(name, dict(decouple=Decouple(weight=0.5)))
-    assert STREAM not in plain.losses() and set(method.losses()) == set(plain.losses()) | {STREAM}
-    assert method.cache_spec(STREAM, {}, context.model_config) == base.CacheSpec()
+def test_every_method_that_trains_on_a_forget_set_has_the_streams_that_have_a_weight(context, name):
+    plain = methods.create(name, {})
+    for stream, section in STREAMS.items():
+        method = methods.create(name, {stream: section(weight=0.5)})
+        assert stream not in plain.losses() and set(method.losses()) == set(plain.losses()) | {stream}
+        assert method.cache_spec(stream, {}, context.model_config) == base.CacheSpec()
 
 
-def test_the_loss_is_the_cross_entropy_of_the_safe_answers_times_the_weight(context):
+def test_the_loss_is_the_cross_entropy_of_the_answers_times_the_weight(context):
     batch = context.sets["retain"].batch(np.arange(4))
     model = bind(context.graphdef, context.params)
-    loss, metrics = Decouple(weight=0.5).losses()[STREAM](model, batch)
     ce = base.cross_entropy(model, batch).mean()
-    np.testing.assert_allclose([loss, metrics["decouple_ce"]], [0.5 * ce, ce], rtol=1e-6)
+    for stream, section in STREAMS.items():
+        loss, metrics = section(weight=0.5).losses()[stream](model, batch)
+        np.testing.assert_allclose([loss, metrics[f"{stream}_ce"]], [0.5 * ce, ce], rtol=1e-6)
 
 
 def job_of(benchmark, tiny_sets):

@@ -217,8 +217,8 @@ def _parse(arg: str) -> dict[str, str]:
         "200": "two hundred, for narrower intervals; the models come from stage=all",
     }
     appearance = {
-        "no": "no question about it",
-        "yes": "asked, to be kept, and taught to the vanilla model of stage=all; not known to the shipped models",
+        "no": "no such questions",
+        "yes": "asked as a retained set; stage=all trains the vanilla model on them, unlike the shipped models",
     }
     facts = {
         "all": "everything that the forget set asks for",

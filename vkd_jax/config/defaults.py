@@ -41,7 +41,7 @@ FORGETS = Argument(
     "forgets",
     "What is forgotten about the people.",
     {
-        "visual": "who is in an image; text about the people stays",
+        "visual": "who is in an image, but not text about the people",
         "both": "everything, in images and in text",
     },
     default="visual",

@@ -87,7 +87,7 @@ class DataConfig(Section):
     cache: str = setting("", "Folder for the converted benchmark; '' is the workdir.")
     forgets: str = setting(
         "visual",
-        "What is forgotten about the people: 'visual' is who is in an image, and text about them stays; 'both' is "
+        "What is forgotten about the people: 'visual' is who is in an image, but not text about them; 'both' is "
         "everything, in images and in text.",
         choices=("visual", "both"),
     )

@@ -164,7 +164,7 @@ class Method(Protocol):
         ...
 
     def adversary(self, params: Params, model_config: Any) -> Adversary | None:
-        """Returns the imagined attacker of worst-case forgetting, or None.
+        """Returns the simulated attacker of worst-case forgetting, or None.
 
         Args:
             params: all parameters, or their shapes.

@@ -180,7 +180,7 @@ class Unlearning(Scope):
         return jnp.mean(base.cross_entropy(model, batch))
 
     def adversary(self, params: Params, model_config: Any) -> Adversary | None:
-        """Returns the imagined attacker of worst-case forgetting, or None.
+        """Returns the simulated attacker of worst-case forgetting, or None.
 
         Raises:
             UserError: a weight that it moves is quantized or has an adapter, or the model has no such weight.

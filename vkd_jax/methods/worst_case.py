@@ -32,18 +32,18 @@ TRAINED = "trained"  # the attacker moves the weights that the method trains
 
 @dataclasses.dataclass(frozen=True)
 class WorstCase(Section):
-    """Worst-case forgetting: the forget loss is also taken where an imagined attacker would move the weights."""
+    """Worst-case forgetting: the forget loss is also taken where an simulated attacker would move the weights."""
 
     SECTION: ClassVar[str] = "method.worst_case"
 
     radius: float = setting(
         0.0,
-        "How far the imagined attacker moves: the change of each weight with direction=sign, the norm of the change "
+        "How far the simulated attacker moves: the change of each weight with direction=sign, the norm of the change "
         "with direction=gradient. 0 trains without worst-case forgetting.",
         minimum=0,
     )
     steps: int = setting(
-        1, "Steps K of the imagined attacker, each with one more pass over the forget batch.", minimum=1
+        1, "Steps K of the simulated attacker, each with one more pass over the forget batch.", minimum=1
     )
     direction: str = setting(
         "sign",
@@ -53,14 +53,14 @@ class WorstCase(Section):
     weight: float = setting(1.0, "Weight of the forget loss at the attacked weights.", above=0)
     moves: str = setting(
         TRAINED,
-        "Weights that the imagined attacker moves: those that train, or a scope as for method.train.",
+        "Weights that the simulated attacker moves: those that train, or a scope as for method.train.",
         choices=(TRAINED, "all", "visual", "lora", "visual+lora"),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Adversary:
-    """The imagined attacker of one method and model."""
+    """The simulated attacker of one method and model."""
 
     settings: WorstCase
     loss: Callable[[Any, Batch], jax.Array]  # A: (model, batch) -> scalar

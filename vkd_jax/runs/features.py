@@ -48,7 +48,7 @@ TRAINED = "earlier_trained"  # questions that later requests train on
 
 
 def cached_block(method: Any, paths: Sequence[str], params: Mapping[str, Any], model_config: Any) -> int:
-    """The number of the last vision block that neither the method nor its imagined attacker moves.
+    """The number of the last vision block that neither the method nor its simulated attacker moves.
 
     Raises:
         UserError: all vision blocks train, or the rest of the model reads more than the output of that block.

@@ -58,7 +58,7 @@ def make_step(
         teachers: see `Method.teachers`.
         microbatches: the number of parts that a batch is computed in, one after another, to save memory. The loss is
             the mean over rows, and all parts have equally many rows, so the mean of their gradients is the batch's.
-        adversary: the imagined attacker of worst-case forgetting, on the stream "forget"; None for no such attacker.
+        adversary: the simulated attacker of worst-case forgetting, on the stream "forget"; None for no such attacker.
     """
 
     def step(

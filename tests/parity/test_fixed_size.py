@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_parity as parity
-from torch_parity import EOS, IMAGE, PAD, SIDES
+from torch_parity import IMAGE, PAD, SIDES
 
 from vkd_jax import models
 from vkd_jax.checkpoints import hf
 from vkd_jax.data.images import TiledImage
 from vkd_jax.evaluation.encoded_images import EncodedImages
 from vkd_jax.models.base import bind
-from vkd_jax.models.generate import Prompts, greedy, option_log_probs
 from vkd_jax.models.llava_next import LlavaNextConfig
 from vkd_jax.models.tiled import TiledConfig, cut
 
@@ -359,44 +358,17 @@ def test_loss_and_gradients_of_all_visual_parameters_agree(pair, side):
 
 
 def test_greedy_answers_to_prompts_of_different_lengths_agree(pair):
-    # transformers generates with left padding only.
     inputs = to_torch(pair, pair.tokens["left"], pair.mask["left"], pair.images)
     del inputs["position_ids"]
-    theirs, end = parity.generate(pair.torch, inputs, 12)
-
-    @jax.jit
-    def answer(params, images, tokens, mask):
-        model = bind(pair.graphdef, params)
-        features = model.encode(images)[0]
-        return greedy(model, Prompts(tokens, mask, features), max_new_tokens=12, eos_ids=(EOS, end), pad_id=PAD)
-
-    for side in SIDES:
-        ours = np.asarray(answer(pair.params, pair.config.pack(pair.images), pair.tokens[side], pair.mask[side]))
-        parity.assert_same_answers(ours, theirs)
+    parity.assert_greedy_answers_agree(pair, inputs)
 
 
 def test_option_log_probs_agree_with_a_forward_pass_per_option(pair):
+    def inputs_of(row, ids):
+        return to_torch(pair, [ids], np.ones((1, len(ids)), bool), pair.images[row : row + 1])
+
     options = [[[7, 8, 9], [10]], [[11, 12], [13, 14]], [[20], [21, 22, 23]]]
-    texts, texts_mask = parity.pad_options(options)
-    want = np.empty((3, 2))
-    for i, row in enumerate(options):
-        prompt = pair.tokens["right"][i][pair.mask["right"][i]].tolist()
-        for j, option in enumerate(row):
-            with torch.no_grad():
-                ids = [prompt + option]
-                theirs = pair.torch(**to_torch(pair, ids, np.ones_like(ids, bool), pair.images[i : i + 1])).logits[0]
-            log_p = torch.log_softmax(theirs, -1)[len(prompt) - 1 : -1]
-            want[i, j] = log_p[torch.arange(len(option)), torch.tensor(option)].sum()
-
-    @jax.jit
-    def score(params, images, tokens, mask):
-        model = bind(pair.graphdef, params)
-        prompts = Prompts(tokens, mask, model.encode(images)[0])
-        return option_log_probs(model, prompts, texts, texts_mask)
-
-    for side in SIDES:
-        scores = score(pair.params, pair.config.pack(pair.images), pair.tokens[side], pair.mask[side])
-        np.testing.assert_allclose(scores, want, atol=1e-3, err_msg=side)
+    parity.assert_option_log_probs_agree(pair, options, inputs_of)
 
 
 def test_logits_of_prompts_with_two_images_agree(pair):

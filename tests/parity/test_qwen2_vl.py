@@ -14,7 +14,6 @@ from torch_parity import EOS, IMAGE, PAD, SIDES
 from vkd_jax import models
 from vkd_jax.checkpoints import hf
 from vkd_jax.models.base import bind
-from vkd_jax.models.generate import Prompts, greedy, option_log_probs
 from vkd_jax.models.qwen2_vl import mrope_positions
 from vkd_jax.models.qwen_vit import token_coords
 
@@ -255,40 +254,13 @@ def test_loss_and_gradients_of_all_visual_parameters_agree(pair, side):
 
 
 def test_greedy_answers_to_prompts_of_different_lengths_agree(pair):
-    # transformers generates with left padding only.
     inputs = to_torch(pair.tokens["left"], pair.mask["left"]) | processed(pair.config, pair.images)
-    theirs, end = parity.generate(pair.torch, inputs, 12)
-
-    @jax.jit
-    def answer(params, images, tokens, mask):
-        model = bind(pair.graphdef, params)
-        features = model.encode(images)[0]
-        return greedy(model, Prompts(tokens, mask, features), max_new_tokens=12, eos_ids=(EOS, end), pad_id=PAD)
-
-    for side in SIDES:
-        ours = np.asarray(answer(pair.params, pair.config.pack(pair.images), pair.tokens[side], pair.mask[side]))
-        parity.assert_same_answers(ours, theirs)
+    parity.assert_greedy_answers_agree(pair, inputs)
 
 
 def test_option_log_probs_agree_with_a_forward_pass_per_option(pair):
+    def inputs_of(row, ids):
+        return to_torch([ids], [[True] * len(ids)]) | processed(pair.config, pair.images[row : row + 1])
+
     options = [[[17, 8, 9], [10]], [[11, 12], [13, 14]], [[20], [21, 22, 23]]]
-    texts, texts_mask = parity.pad_options(options)
-    want = np.empty((3, 2))
-    for i, row in enumerate(options):
-        prompt = pair.tokens["right"][i][pair.mask["right"][i]].tolist()
-        for j, option in enumerate(row):
-            with torch.no_grad():
-                inputs = to_torch([prompt + option], [[True] * len(prompt + option)])
-                logits = pair.torch(**inputs, **processed(pair.config, pair.images[i : i + 1])).logits[0]
-            log_p = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
-            want[i, j] = log_p[torch.arange(len(option)), torch.tensor(option)].sum()
-
-    @jax.jit
-    def score(params, images, tokens, mask):
-        model = bind(pair.graphdef, params)
-        prompts = Prompts(tokens, mask, model.encode(images)[0])
-        return option_log_probs(model, prompts, texts, texts_mask)
-
-    for side in SIDES:
-        scores = score(pair.params, pair.config.pack(pair.images), pair.tokens[side], pair.mask[side])
-        np.testing.assert_allclose(scores, want, atol=1e-3, err_msg=side)
+    parity.assert_option_log_probs_agree(pair, options, inputs_of)

@@ -1,10 +1,14 @@
 """Helpers of the comparisons with PyTorch: scaled weights, padded prompts, generation and tolerances."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from vkd_jax.models.base import bind
+from vkd_jax.models.generate import Prompts, greedy, option_log_probs
 
 SIDES = ("left", "right")
 IMAGE, PAD, EOS = 4, 3, 2  # token ids
@@ -82,6 +86,58 @@ def assert_same_answers(ours: np.ndarray, theirs: np.ndarray) -> None:
     """Asserts that answers are equal up to the padding at their end."""
     np.testing.assert_array_equal(ours[:, : theirs.shape[1]], theirs)
     assert (ours[:, theirs.shape[1] :] == PAD).all()
+
+
+def assert_greedy_answers_agree(pair: Any, inputs: Mapping[str, Any]) -> None:
+    """Compares greedy answers to prompts of different lengths, padded on each side.
+
+    Args:
+        pair: a model in both libraries, with images and prompts.
+        inputs: what PyTorch's model takes for the prompts with left padding, the only one that its `generate` supports.
+    """
+    theirs, end = generate(pair.torch, inputs, 12)
+
+    @jax.jit
+    def answer(params, images, tokens, mask):
+        model = bind(pair.graphdef, params)
+        prompts = Prompts(tokens, mask, model.encode(images)[0])
+        return greedy(model, prompts, max_new_tokens=12, eos_ids=(EOS, end), pad_id=PAD)
+
+    for side in SIDES:
+        ours = np.asarray(answer(pair.params, pair.config.pack(pair.images), pair.tokens[side], pair.mask[side]))
+        assert_same_answers(ours, theirs)
+
+
+def assert_option_log_probs_agree(
+    pair: Any, options: Sequence[Sequence[Sequence[int]]], inputs_of: Callable[[int, list[int]], Mapping[str, Any]]
+) -> None:
+    """Compares log p(option | prompt) with a forward pass of PyTorch's model per option.
+
+    Args:
+        pair: a model in both libraries, with images and prompts.
+        options: token ids of two options for each of three prompts.
+        inputs_of: returns what PyTorch's model takes for these tokens with the images of this prompt.
+    """
+    import torch
+
+    texts, texts_mask = pad_options(options)
+    want = np.empty((3, 2))
+    for i, row in enumerate(options):
+        prompt = pair.tokens["right"][i][pair.mask["right"][i]].tolist()
+        for j, option in enumerate(row):
+            with torch.no_grad():
+                theirs = pair.torch(**inputs_of(i, prompt + option)).logits[0]
+            log_p = torch.log_softmax(theirs, -1)[len(prompt) - 1 : -1]
+            want[i, j] = log_p[torch.arange(len(option)), torch.tensor(option)].sum()
+
+    @jax.jit
+    def score(params, images, tokens, mask):
+        model = bind(pair.graphdef, params)
+        return option_log_probs(model, Prompts(tokens, mask, model.encode(images)[0]), texts, texts_mask)
+
+    for side in SIDES:
+        scores = score(pair.params, pair.config.pack(pair.images), pair.tokens[side], pair.mask[side])
+        np.testing.assert_allclose(scores, want, atol=1e-3, err_msg=side)
 
 
 def assert_close(ours: Any, theirs: Any, tolerance: float) -> None:

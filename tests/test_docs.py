@@ -52,6 +52,19 @@ def test_links_lead_to_a_file_and_a_heading(page):
     assert dead == []
 
 
+def test_the_places_that_the_page_on_architecture_names_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    (table,) = re.findall(r"^## Where to find things\n\n(.*?)\n\n", page, re.MULTILINE | re.DOTALL)
+    files = {name: ROOT / "vkd_jax" / name for name in re.findall(r"`([\w/]+\.py)`", table) if "METHOD" not in name}
+    assert len(files) > 8 and [name for name, file in files.items() if not file.is_file()] == []
+    named = re.findall(r"`([\w.]+)`(?: and `(\w+)`)? in `([\w/]+\.py)`", table)
+    assert len(named) > 5
+    for *names, file in named:
+        code = "" if "METHOD" in file else files[file].read_text("utf-8")
+        parts = [part for name in names for part in name.split(".") if part] if code else []
+        assert [part for part in parts if not re.search(rf"(def|class) {part}\b", code)] == [], file
+
+
 def test_the_page_on_configuration_names_every_argument_and_its_values(capsys, get_config):
     page = (ROOT / "docs" / "configuration.md").read_text("utf-8")
     for file in ("llava.py", "tiny.py"):

@@ -68,20 +68,18 @@ def answer(
     if not plain_name(question):
         raise UserError("the question is blank; ask something.")
     if image is not None and not isinstance(image, Image.Image):
-        with located("--image"):
-            if "://" in str(image):
-                raise UserError(
-                    f"{image} is an address, and images are read from a disk; download it and pass its path."
-                )
-            path = storage.resolve(image)
-        image = _read_image(path)
+        image = _read_image(image)
     encoded_image = None if image is None else model.encode_images([image])
     prompt, _ = model.processor.encode(question, None, encoded_image.blank_images(0) if encoded_image else ())
     free_positions = max(model.config.text.max_positions - len(prompt), 1)
     return model.generate([question], encoded_image, max_new_tokens=min(max_new_tokens, free_positions))[0]
 
 
-def _read_image(path: Path) -> Image.Image:
+def _read_image(name: str | Path) -> Image.Image:
+    with located("--image"):
+        if "://" in str(name):
+            raise UserError(f"{name} is an address, and images are read from a disk; download it and pass its path.")
+        path = storage.resolve(name)
     data = files.read_bytes(path, MOST_IMAGE_BYTES)
     try:
         return open_image(data)
@@ -101,8 +99,9 @@ def main() -> int:
     args = parser.parse_args()
     try:
         with memory.exhausted():
+            image = None if args.image is None else _read_image(args.image)  # before a model that takes minutes
             model = load(args.model, max_pixels=args.max_pixels)
-            text = answer(model, args.question, args.image, max_new_tokens=args.max_new_tokens)
+            text = answer(model, args.question, image, max_new_tokens=args.max_new_tokens)
         command_line.show(text)
     except UserError as error:
         return command_line.bad_input(error)

@@ -144,6 +144,17 @@ def test_a_fact_to_forget_has_one_spelling_in_the_training_rows(folder):
         read(folder, finetune=True, scenario="selective")
 
 
+def test_a_fact_is_about_one_person_in_all_files(folder):
+    given = {"generated_answer": "He was born in Oslo.", "image_path": "x"}
+    pairs = [row("s1", "a", **given), row("s2", "a", **given), row("s2", "b", **given, sample_id="s1_b")]
+    for config in ("train_pair_qwen3", "train_pair_qwen3_qa"):
+        write(folder, config, pairs)
+    with pytest.raises(
+        UserError, match="1 facts are in the set forget, .* in the set finetune_retain, .* not: s1_b; say"
+    ):
+        read(folder, finetune=True)
+
+
 def test_adversarial_wordings_of_other_facts_are_not_of_the_forget_set(folder):
     facts = [
         row("s1", "a", question="A?", task_type="generation"),

@@ -8,7 +8,7 @@ from PIL import Image
 
 from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.benchmarks.rows import EncodedImage
-from vkd_jax.benchmarks.set_checks import SetChecks, check_held_out, check_spellings
+from vkd_jax.benchmarks.set_checks import SetChecks, check_held_out, check_names
 from vkd_jax.types import Example, UserError
 
 SETS = Mllmu.EVAL_SETS  # forget, test, retain, retain_test, real
@@ -156,6 +156,6 @@ def test_held_out_people_are_not_in_the_data(other, problem):
 def test_no_person_to_forget_is_in_a_set_for_training_under_another_spelling():
     sets = {"forget": FORGET[0], "finetune_retain": row("r", "blue", "Who?", person="ADA")}
     with pytest.raises(UserError, match="set forget has 1 person who may be in the set finetune_retain .*: Ada and AD"):
-        check_spellings(sets, SETS)
-    check_spellings(sets | {"finetune_retain": FORGET[1]}, SETS)  # one person, where some facts are forgotten
-    check_spellings(sets | {"finetune_retain": OTHER[0]}, SETS)
+        check_names(sets, SETS)
+    check_names(sets | {"finetune_retain": FORGET[1]}, SETS)  # one person, where some facts are forgotten
+    check_names(sets | {"finetune_retain": OTHER[0]}, SETS)

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import tensorflow_datasets as tfds
 from absl import logging
 
-from vkd_jax.benchmarks.set_checks import SetChecks, check_spellings
+from vkd_jax.benchmarks.set_checks import SetChecks, check_names
 from vkd_jax.runtime import storage
 from vkd_jax.types import EvalSet, Example, SuiteQuestion, UserError
 
@@ -85,7 +85,7 @@ def read(benchmark: Benchmark, folder: str | Path, finetune: bool = False) -> di
                     shutil.rmtree(path)
             _build(Rows(**builder_args), benchmark, part)
             sets |= _examples(Rows(**builder_args))  # reads the files, whichever process built them
-    check_spellings(sets, benchmark.EVAL_SETS)
+    check_names(sets, benchmark.EVAL_SETS)
     return sets
 
 

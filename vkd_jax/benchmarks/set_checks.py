@@ -6,6 +6,7 @@ published data may have, are counted in a warning.
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -164,22 +165,30 @@ def check_example(example: Example) -> None:
         raise UserError(f"{example.label}: {problem}; give it two or more different ones.")
 
 
-def check_spellings(sets: Mapping[str, Sequence[Example]], eval_sets: Sequence[EvalSet]) -> None:
-    """Checks that nobody to forget is in other sets under another spelling, those for training included.
+def check_names(sets: Mapping[str, Sequence[Example]], eval_sets: Sequence[EvalSet]) -> None:
+    """Checks all sets, those for training included, by the names of people and facts.
+
+    Nobody to forget may be in other sets under another spelling, nor may a fact to forget (`Example.pair`) be in any,
+    as where two files name different people for it.
 
     Raises:
-        UserError: somebody may be.
+        UserError: one of them may be.
     """
     forgetting = {s.name for s in eval_sets if s.role.forgets}
-    by_set = {name: {e.person for e in examples} - {""} for name, examples in sets.items()}
-    forget = {name: found for name, found in by_set.items() if name.removeprefix("finetune_") in forgetting}
-    for name, forgotten in forget.items():
-        for other in by_set.keys() - forget.keys():
-            if pairs := similar_names(forgotten, by_set[other]):
-                raise UserError(
-                    f"The set {name} has {people(len(pairs))} who may be in the set {other} under another spelling: "
-                    f"{listed(pairs)}; spell one person's name in one way in all files of the data."
-                )
+    names = {name: ({e.person for e in x} - {""}, {e.pair for e in x} - {""}) for name, x in sets.items()}
+    forget = [name for name in sets if name.removeprefix("finetune_") in forgetting]
+    for name, other in itertools.product(forget, [name for name in sets if name not in forget]):
+        (forgotten, facts), (persons, others) = names[name], names[other]
+        if pairs := similar_names(forgotten, persons):
+            raise UserError(
+                f"The set {name} has {people(len(pairs))} who may be in the set {other} under another spelling: "
+                f"{listed(pairs)}; spell one person's name in one way in all files of the data."
+            )
+        if both := sorted(facts & others):
+            raise UserError(
+                f"{len(both)} facts are in the set {name}, which is to be forgotten, and in the set {other}, which is "
+                f"not: {listed(both)}; say of each whom it is about in the same way in all files of the data."
+            )
 
 
 def check_held_out(held_out: Sequence[Example], sets: Mapping[str, Sequence[Example]], field: str) -> None:

@@ -28,7 +28,7 @@ from vkd_jax.config.schema import RunConfig
 from vkd_jax.planner import page, table
 from vkd_jax.planner.abstract_step import Lengths
 from vkd_jax.planner.plan import plan
-from vkd_jax.runtime import files, storage
+from vkd_jax.runtime import files, json_files, outputs, storage
 from vkd_jax.runtime.interrupts import interruptible
 from vkd_jax.types import UserError
 
@@ -63,6 +63,18 @@ def plan_flags(arguments: str) -> dict[str, Any]:
         sys.argv = argv
 
 
+def _json_file(name: str) -> Path:
+    """The file to write a plan to.
+
+    Raises:
+        UserError: it has something else than a plan.
+    """
+    file = outputs.check_file(storage.resolve(name), "--json", outputs.JSON_OBJECT)
+    if file.exists() and file.stat().st_size and not json_files.read_json(file).keys() >= {"topology", "steps"}:
+        raise UserError(f"--json={name}: the file exists and has no plan, which would replace it; pass another name.")
+    return file
+
+
 @interruptible
 def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     """Runs the command, and returns its exit status."""
@@ -77,11 +89,13 @@ def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
             if "plans" in values.config:
                 if not values.json:
                     raise UserError("this config is a table of plans: pass --json FILE for its rows.")
-                table.write(values.config, Path(values.json), plan_flags)
+                file = outputs.check_file(storage.resolve(values.json), "--json", outputs.JSON_LIST)
+                table.write(values.config, file, plan_flags)
                 return 0
+            file = _json_file(values.json) if values.json else None
             results = plan_values(values)
-            if values.json:
-                files.write_bytes(Path(values.json), (json.dumps(results, indent=1) + "\n").encode())
+            if file:
+                files.write_bytes(file, (json.dumps(results, indent=1) + "\n").encode())
     except UserError as error:
         return command_line.bad_input(error)
     command_line.show(page.render(results))

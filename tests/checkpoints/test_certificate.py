@@ -94,12 +94,12 @@ def change_a_weight(folder):
         (lambda folder: os.mkfifo(folder / "pipe"), "1 file is not in the certificate: pipe"),
     ],
 )
-def test_every_change_is_found(certified, change, found, capsys, monkeypatch):
+def test_every_change_is_found(certified, change, found, capsys, monkeypatch, tmp_path):
     change(certified)
     [difference] = certificate.differences(certified)
     assert re.match(found, difference), difference
-    monkeypatch.setattr(sys, "argv", ["verify", str(certified), "--certificate", f"--pdf={certified / 'page.pdf'}"])
-    assert verify.main() == 1 and not (certified / "page.pdf").exists()
+    monkeypatch.setattr(sys, "argv", ["verify", str(certified), "--certificate", f"--pdf={tmp_path / 'page.pdf'}"])
+    assert verify.main() == 1 and not (tmp_path / "page.pdf").exists()
     assert difference in capsys.readouterr().err
 
 

@@ -77,8 +77,26 @@ def table(make):
 PLAN = [
     Case("named pipe as a table", table(os.mkfifo), ("--json=plans.json", "pipe")),
     Case("table nested deeply", table(lambda path: written(path, "[" * 100_000)), ("--json=plans.json", "nested")),
-    Case("table that is a text", table(lambda path: written(path, '"x"')), ("--json=plans.json", "array")),
+    Case("table that is a text", table(lambda path: written(path, '"x"')), ("--json=plans.json", "another kind")),
     Case("folder as a table", table(lambda path: path.mkdir()), ("--json=plans.json", "folder")),
+    Case(
+        "config of a model as a plan",
+        lambda folder: (model_copy(folder), [f"--config={TINY_CONFIG}", "--json=model/config.json"])[1],
+        ("--json=model/config.json", "into the model folder"),
+    ),
+    *(
+        Case(
+            f"{what} as a plan",
+            lambda folder, text=text: (written(folder / "f", text), [f"--config={TINY_CONFIG}", "--json=f"])[1],
+            ("--json=f", problem),
+        )
+        for what, text, problem in (
+            ("settings", '{"seed": 3}', "has no plan"),
+            ("table", "[1]", "of another kind"),
+            ("key", "-----BEGIN", "of another kind"),
+        )
+    ),
+    Case("plan in a bucket", lambda _: [f"--config={TINY_CONFIG}", "--json=gs://b/f"], ("gs://b/f", "this machine")),
 ]
 
 
@@ -95,6 +113,13 @@ def certified(change=lambda folder: None, *args, **facts):
     return prepare
 
 
+def key_beside(model):
+    """A private key, another name of it, and a text, beside the model."""
+    written(model.parent / "key", private_key())
+    os.link(model.parent / "key", model.parent / "hard_link")
+    written(model.parent / "request.txt", "who is to be forgotten")
+
+
 VERIFY = [
     *(
         Case(f"certified folder with {name}", certified(lambda f, name=name: written(f / name, "x")), (name,), status=1)
@@ -106,6 +131,23 @@ VERIFY = [
     Case("forgotten that are numbers", certified(forgotten=[1]), ("certificate.json", "format 2")),
     Case("named pipe as a page", certified(lambda f: os.mkfifo(f.parent / "c.pdf"), "--pdf=c.pdf"), ("c.pdf", "pipe")),
     Case("folder as a page", certified(lambda f: (f.parent / "c").mkdir(), "--pdf=c"), ("c is a folder",)),
+    *(
+        Case(f"page over {name}", certified(key_beside, "--sign=key", f"--pdf={name}"), (f"--pdf={name}", problem))
+        for name, problem in (
+            ("model/model.safetensors", "which is read"),
+            ("model/certificate.json", "which is read"),
+            ("model/new.pdf", "which is read"),
+            ("key", "which is read"),
+            ("hard_link", "which is read"),
+            ("request.txt", "another kind"),
+            ("gs://b/page.pdf", "this machine"),
+        )
+    ),
+    Case(
+        "key in the place of the signature",
+        certified(lambda f: written(f / "certificate.sig", private_key()), "--sign=model/certificate.sig"),
+        ("model/certificate.sig", "move the key"),
+    ),
     Case(
         "method of 10000 letters", certified(model={"method": "x" * 10_000}), ("xxx ...",), status=0, lacks=("x" * 200,)
     ),
@@ -252,6 +294,31 @@ REQUESTS = [
         "workdir without a name",
         lambda folder: (written(folder / "l", ""), ["run", "l", f"--config={TINY_CONFIG}", "--workdir="])[1],
         ("empty name",),
+    ),
+    Case(
+        "ledger in a model folder",
+        lambda folder: (model_copy(folder), ["add", "model/ledger", *ADD])[1],
+        ("model/ledger", "into the model folder"),
+    ),
+    *(
+        Case(
+            f"runs of requests in {what}",
+            lambda folder, name=name: (
+                (
+                    model_copy(folder),
+                    written(folder / "own" / "data" / "thesis.txt", "mine"),
+                    written(folder / "l", ""),
+                ),
+                (written(folder / "own" / "l", "")),
+                ["run", "l", f"--config={TINY_CONFIG}", f"--workdir={name}"],
+            )[-1],
+            (f"--workdir={name}", problem),
+        )
+        for what, name, problem in (
+            ("a model folder", "model", "into the model folder"),
+            ("a folder in it", "model/run", "into the model folder"),
+            ("a folder of others", "own", "other files (data, l)"),
+        )
     ),
     Case("ledger that is a link to nothing", dangling, ("ledger", "is a link to gone/ledger", "does not exist")),
     Case("name of a ledger too long", lambda _: ["add", "x" * 300, *ADD], ("too long", "xxx")),

@@ -108,15 +108,29 @@ def test_a_second_ctrl_c_ends_the_process_at_once(monkeypatch, capfd):
     assert statuses == [130] and capfd.readouterr().err == "stopped at once\n"
 
 
-def test_a_block_ends_after_its_limit_of_time_and_the_signal_is_as_before():
-    before = signal.getsignal(signal.SIGALRM)
-    with pytest.raises(TimeoutError, match=r"not finished in 0\.02 s"), interrupts.time_limit(0.02):
-        while True:
-            pass
-    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
-    with interrupts.time_limit(60):
+def burn(seconds):
+    """Takes CPU time."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
         pass
-    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_block_ends_after_its_limit_of_cpu_time():
+    with pytest.raises(TimeoutError, match=r"not finished in 0\.02 s"), interrupts.time_limit(0.02):
+        burn(60)
+    assert signal.getsignal(signal.SIGPROF) is signal.SIG_IGN and signal.getitimer(signal.ITIMER_PROF)[0] == 0
+
+
+def test_waiting_and_other_threads_do_not_count():
+    others = [threading.Thread(target=burn, args=(0.1,)) for _ in range(2)]
+    with interrupts.time_limit(0.1):
+        for thread in others:
+            thread.start()
+        for thread in others:
+            thread.join()  # takes 0.2 s of CPU time of this process, and next to none of this thread
+    with interrupts.time_limit(0.005):
+        time.sleep(0.02)
+    assert signal.getitimer(signal.ITIMER_PROF)[0] == 0
 
 
 def test_without_signals_the_command_runs_alone(monkeypatch):

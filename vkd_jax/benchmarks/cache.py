@@ -28,7 +28,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from vkd_jax.benchmarks.set_checks import SetChecks, check_names
-from vkd_jax.runtime import storage
+from vkd_jax.runtime import outputs, storage
 from vkd_jax.types import EvalSet, Example, SuiteQuestion, UserError
 
 Sets = Mapping[str, Iterable[list[Example]]]  # by name; a list has the questions of one row
@@ -71,6 +71,7 @@ def read(benchmark: Benchmark, folder: str | Path, finetune: bool = False) -> di
             common what they must not, see `set_checks`.
     """
     benchmark.check()
+    outputs.check_folder(storage.resolve(folder), "data.cache")
     sets: dict[str, list[Example]] = {}
     for part in PARTS if finetune else PARTS[:1]:
         with _silent():

@@ -98,6 +98,8 @@ def sign(folder: Path, private_key: Path) -> None:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     read(folder)
+    if os.path.lexists(folder / SIGNATURE) and os.path.samefile(folder / SIGNATURE, private_key):
+        raise UserError(f"{private_key} has the name of the signature, which would replace it; move the key elsewhere.")
     key = _load_key(private_key, lambda data: load_pem_private_key(data, password=None), Ed25519PrivateKey, "private")
     signature, public = key.sign((folder / FILE).read_bytes()), key.public_key().public_bytes_raw()
     encoded = {"ed25519": _base64(signature), "public_key": _base64(public)}

@@ -32,7 +32,7 @@ from typing import Any
 
 from vkd_jax.config.request import DIGEST
 from vkd_jax.reporting import requests_page
-from vkd_jax.runtime import files, json_files, storage
+from vkd_jax.runtime import files, json_files, outputs, storage
 from vkd_jax.types import UserError, located
 
 START = "0" * 64  # stands for the hash of the line before the first one
@@ -260,6 +260,7 @@ def append(path: Path, make: Callable[[Ledger], tuple[str, int, Mapping[str, Any
     path = path.absolute()
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}; create it.")
+    outputs.check_file(path, "the ledger", outputs.JSON_OBJECT)
     while True:
         if path.exists():
             files.read_bytes(path, json_files.MOST_BYTES)  # checks that it is a regular file, before it is opened

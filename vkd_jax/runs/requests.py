@@ -38,10 +38,11 @@ from vkd_jax.results import RunResults
 from vkd_jax.runs import features, inputs, pipeline
 from vkd_jax.runs.ledger import Ledger, Request, append
 from vkd_jax.runs.workdir import make_folder
-from vkd_jax.runtime import json_files, locks, records, storage
+from vkd_jax.runtime import json_files, locks, outputs, records, storage
 from vkd_jax.runtime.dataclass_json import encode
 from vkd_jax.types import UserError, located, person_digest
 
+MARKS = ("[0-9][0-9][0-9][0-9]", requests_page.JSON)  # of a folder of such runs, whose data is removed
 BASELINES = ("naive", "batch")
 WEIGHT = 1.0  # of the stream of earlier people, unless the config gives one
 # What a run's folder holds of people beside its model: questions, answers, and figures that name people.
@@ -159,6 +160,8 @@ def run(
     """
     if "://" in str(workdir):
         raise UserError(f"--workdir={workdir}: the runs of requests need a folder of this machine.")
+    besides = (path.name,) if path.parent.resolve() == workdir.resolve() else ()
+    outputs.check_folder(workdir, "--workdir", MARKS, (locks.FILE, *besides))
     _check(config, baselines)
     ledger, sequence = Ledger.read(path), RequestRuns(path, config, workdir.absolute(), command)
     if all(request.withdrawn for request in ledger.requests):

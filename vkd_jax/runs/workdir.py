@@ -31,6 +31,7 @@ from vkd_jax.config.schema import RunConfig
 from vkd_jax.messages import listed
 from vkd_jax.runs import inputs
 from vkd_jax.runtime import files, hub, json_files, locks, multihost, progress_bar, provenance, records, storage
+from vkd_jax.runtime.outputs import check_folder
 from vkd_jax.types import UserError
 
 CONFIG = "config.json"
@@ -86,13 +87,14 @@ def make_folder(path: Path) -> None:
     A run writes nothing outside of its folder: the folder may be a link, but nothing in it.
 
     Raises:
-        UserError: the path is not a folder, or cannot be one, or has a link in it.
+        UserError: the path is not a folder, cannot be one, has a link in it, or is in a model folder.
     """
     try:
         if isinstance(path, Path) and path.is_symlink() and not path.exists():
             raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist; {START_OVER}.")
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file; pass a folder as --workdir.")
+        check_folder(path, "--workdir")
         if isinstance(path, Path):
             path.mkdir(parents=True, exist_ok=True)
             files.check_no_links(path, "replace it by what it leads to, or make all of the --workdir a link")

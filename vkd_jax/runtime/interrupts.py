@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn, ParamSpec
 
@@ -71,26 +72,33 @@ def interruptible(command: Callable[P, int]) -> Callable[P, int]:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Context manager that ends its block after so many seconds; in other threads than the main one it does nothing.
+    """Context manager that ends its block after so many seconds of its own CPU time; only in the main thread.
+
+    The time that other threads and other processes take does not count, however busy the machine is. A block that
+    waits, such as for a file, does not end.
 
     Raises:
         TimeoutError: the block took longer.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getitimer(signal.ITIMER_REAL)[0]:  # Ctrl-C was pressed, and is repeated
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    end = time.thread_time() + seconds
 
-    def stop(*_: object) -> NoReturn:
-        raise TimeoutError(f"not finished in {seconds:g} s")
+    def stop(*_: object) -> None:
+        if (remaining := end - time.thread_time()) <= 0:
+            raise TimeoutError(f"not finished in {seconds:g} s")
+        # Other threads have run, whose time the timer counts as well; less than a microsecond would stop it.
+        signal.setitimer(signal.ITIMER_PROF, max(remaining, 0.001))
 
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    previous = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous or signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        # Not the default action, which would end the process if the signal was already on its way.
+        signal.signal(signal.SIGPROF, signal.SIG_IGN if previous in (None, signal.SIG_DFL) else previous)
 
 
 def _takes_signals() -> bool:

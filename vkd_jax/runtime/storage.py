@@ -13,6 +13,7 @@ import hashlib
 import os
 import pathlib
 import posixpath
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pyarrow as pa
@@ -30,6 +31,8 @@ CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser(
 MODEL_MARKER = "config.json"  # every model folder has this file, and a bucket receives it last
 GCS_TIMEOUT = 60  # seconds until a bucket that does not answer is given up; pyarrow's default is 15 minutes
 STREAMS = 8  # concurrent transfers
+SETTLED = 2.0  # seconds, more than the resolution of the times of any file system
+_digests: dict[tuple[int, ...], str] = {}  # by `_state`, of the files that this process has read
 
 
 def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -201,16 +204,42 @@ class VersionedFile:
 
 
 def model_digests(folder: pathlib.Path) -> dict[str, str]:
-    """SHA-256 of each file of a model folder on a disk, by name; these files are all that is read of a model."""
+    """SHA-256 of each file of a model folder on a disk, by name; these files are all that is read of a model.
+
+    A file that this process has read before is read again only if it changed, see `file_digest`.
+    """
     names = [file.name for file in folder.iterdir() if file.is_file() and _is_model_file(file.name)]
     digests: dict[str, str] = {}
 
     def read(name: str) -> None:
-        with (folder / name).open("rb") as stream:
-            digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        digests[name] = file_digest(folder / name)
 
     _each(read, names)
     return dict(sorted(digests.items()))
+
+
+def file_digest(path: pathlib.Path) -> str:
+    """SHA-256 of a file on a disk; of one that this process has read before, the digest that it had then.
+
+    A file has changed if its device, inode, size, or the time of its last change of content or attributes differ. The
+    kernel sets the last one (ctime), and programs cannot set it back. A digest is kept only if these were the same
+    before and after the file was read, and `SETTLED` seconds old: a later change has another time then, whatever the
+    resolution of the clock. What changes without a write to the file, such as a bit on the disk, is found by another
+    process only.
+    """
+    before, now = _state(path), time.time_ns()
+    if (digest := _digests.get(before)) is not None:
+        return digest
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if before == _state(path) and now - before[-1] > SETTLED * 10**9:
+        _digests[before] = digest
+    return digest
+
+
+def _state(path: pathlib.Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _is_model_file(name: str) -> bool:

@@ -6,7 +6,7 @@ from vkd_jax.checkpoints import certificate
 from vkd_jax.config import command_line
 from vkd_jax.messages import listed, people
 from vkd_jax.reporting import certificate_page
-from vkd_jax.runtime import files
+from vkd_jax.runtime import files, outputs
 
 
 def verify(folder: Path, public_key: Path | None, private_key: Path | None, pdf: Path | None) -> int:
@@ -20,7 +20,14 @@ def verify(folder: Path, public_key: Path | None, private_key: Path | None, pdf:
 
     Returns:
         The exit status.
+
+    Raises:
+        UserError: the folder has no certificate, a key cannot be used, or the page or the signature would replace
+            something else.
     """
+    keys = [key for key in (public_key, private_key) if key]
+    if pdf:
+        outputs.check_file(pdf, "--pdf", outputs.PDF, [folder, *keys])
     content = certificate.read(folder)
     if differences := list(certificate.differences(folder)):
         command_line.print_error(f"{folder} is not the certified model: {listed(differences, '; ')}.")

@@ -78,6 +78,9 @@ def test_a_product_worked_by_hand(folder, tmp_path):
         (dict(r=8, rank_pattern={r"layers\.\d+\.self_attn\.v_proj": 2}), 6 / 2),
         (dict(target_modules=r".*\.v_proj", fan_in_fan_out=True), 6 / 2),  # peft: False for linear layers
         (dict(target_modules="all-linear", init_lora_weights="gaussian"), 6 / 2),
+        (dict(layers_to_transform=1, layers_pattern=None), 6 / 2),
+        (dict(layers_to_transform=[0, 1], layers_pattern=["h", "layers"]), 6 / 2),
+        (dict(layers_to_transform=[], layers_pattern=[]), 6 / 2),
     ],
 )
 def test_names_and_scales_of_peft(folder, tmp_path, suffix, module, config, scale):
@@ -176,6 +179,22 @@ BAD_CONFIG = {
     "no pattern": (dict(target_modules="("), "'(' is not a regular expression"),
     "a switch that is a text": (dict(use_rslora="false"), "use_rslora is 'false' (supported: True, False, None)"),
     "excluded": (dict(exclude_modules=["q_proj"]), f"exclude_modules names {Q}"),
+    "saved": (dict(modules_to_save=["self_attn"]), f"modules_to_save names {Q}, which then has no matrices"),
+    "another layer": (dict(layers_to_transform=[1]), f"layers_to_transform leaves out the layer of {Q}"),
+    "another layer's number": (dict(layers_to_transform=1), f"layers_to_transform leaves out the layer of {Q}"),
+    "another pattern": (dict(layers_to_transform=0, layers_pattern="h"), "leaves out the layer of"),
+    "a layer that is a text": (dict(layers_to_transform="0"), "layers_to_transform is '0', and should be the number"),
+    "a layer that is true": (dict(layers_to_transform=True), "layers_to_transform is True, and should be the number"),
+    "a negative layer": (dict(layers_to_transform=[-1]), "layers_to_transform is [-1], and should be the number"),
+    "layers of texts": (dict(layers_to_transform=["0"]), "layers_to_transform is ['0'], and should be the number"),
+    "a pattern of layers alone": (dict(layers_pattern="layers"), "layers_pattern needs layers_to_transform"),
+    "a pattern that is a number": (dict(layers_to_transform=0, layers_pattern=3), "layers_pattern is 3, and should be"),
+    "layers of an expression": (dict(target_modules=".*q_proj", layers_to_transform=0), "need target_modules that are"),
+    "a class": (dict(task_type="SEQ_CLS"), "task_type is 'SEQ_CLS' (supported: 'CAUSAL_LM'"),
+    "a switch that is a number": (dict(fan_in_fan_out=1), "fan_in_fan_out is 1 (supported: True, False, None)"),
+    "blocks": (dict(use_bdlora={"nblocks": 2}), "use_bdlora is {'nblocks': 2} (supported: None)"),
+    "a mixture": (dict(arrow_config={"top_k": 3}), "arrow_config is"),
+    "tied matrices": (dict(ensure_weight_tying=True), "ensure_weight_tying is True"),
     "no base": (dict(base_model_name_or_path=None), "has no base_model_name_or_path; pass BASE+"),
 }
 
@@ -204,6 +223,23 @@ BAD_TENSORS = {
     ),
     "magnitudes": ({f"base_model.model.{Q}.lora_magnitude_vector": np.ones(1, np.float32)}, "unknown tensor"),
     "a second adapter": (pair(Q, WIDTH) | pair(Q, WIDTH, suffix=".other.weight"), ", of another adapter"),
+    "two generations of names": (
+        pair(Q, WIDTH) | pair("model.language_model.layers.0.self_attn.q_proj", WIDTH, seed=1),
+        "model.language_model.layers.0.self_attn.q_proj occurs a second time under another name",
+    ),
+    "matrices of an embedding as well": (
+        pair(Q, WIDTH)
+        | {f"base_model.model.{Q}.lora_embedding_{x}": np.ones((RANK, WIDTH)[:: (1, -1)["AB".index(x)]]) for x in "AB"},
+        f"{Q} occurs a second time under another name",
+    ),
+    "a saved module twice": (
+        {f"base_model.model.{x}multi_modal_projector.linear_2.bias": np.ones(WIDTH) for x in ("", "model.")},
+        "multi_modal_projector.linear_2.bias occurs a second time under another name",
+    ),
+    "before training": (
+        {name: x * (".lora_A." in name) for name, x in pair(Q, WIDTH).items()},
+        "all of its matrices B are zero, as before training, so that it would change nothing",
+    ),
     "no tensors": ({}, "it has no tensors, so that it would change nothing"),
     "no A": ({name: x for name, x in pair(Q, WIDTH).items() if "lora_A" not in name}, f"{Q} lacks lora_A"),
     "whole numbers": ({name: x.astype(np.int32) for name, x in pair(Q, WIDTH).items()}, "has the dtype int32, and"),
@@ -239,11 +275,12 @@ def test_tensors_that_do_not_fit_are_refused(fault, folder, tmp_path):
 
 def test_pickled_adapters_and_products_that_are_not_finite_are_refused(folder, tmp_path):
     adapter = write(tmp_path / "adapter", {name: x * np.float32(np.inf) for name, x in pair(Q, WIDTH).items()}, folder)
-    with (
-        pytest.raises(NotFinite, match=f"{Q}.weight of .* has NaN or infinity when {adapter} is merged into it"),
-        np.errstate(invalid="ignore"),
-    ):
-        sources.fetch_model(adapter)
+    for factor in (1.0, 1e30):  # 1e30^2 overflows
+        problem = f"{Q}.weight of .* has NaN or infinity when {adapter} is merged into it"
+        if factor > 1:
+            write(adapter, {name: x * np.float32(factor) for name, x in pair(Q, WIDTH).items()}, folder)
+        with pytest.raises(NotFinite, match=problem):
+            sources.fetch_model(adapter)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(UserError, match="only pickled weights .adapter_model.bin.*safe_serialization=True"):
         sources.fetch_model(adapter)
@@ -283,6 +320,8 @@ def test_visual_weights_that_do_not_fit_are_refused(folder, tmp_path):
         "unexpected tensor vision_tower.x": tensors | {"vision_tower.x": np.ones(1, np.float32)},
         f"unexpected tensor {Q}.weight": tensors | {f"{Q}.weight": np.ones(1, np.float32)},
         "has shape (3,), and the base model has (16,)": tensors | {bias: np.ones(3, np.float32)},
+        "no tensor of the vision tower": visual(folder, "multi_modal"),
+        "missing tensor multi_modal_projector.linear_1.bias": visual(folder, "vision_tower", f"{PROJECTOR}.weight"),
     }
     for problem, values in cases.items():
         safetensors.numpy.save_file(values, file)
@@ -296,3 +335,19 @@ def test_visual_weights_that_do_not_fit_are_refused(folder, tmp_path):
         sources.fetch_model(f"{folder}+{file.with_suffix('.pt')}")
     with pytest.raises(UserError, match="is not a PEFT adapter"):
         sources.fetch_model(f"{folder}+{folder}")
+    with pytest.raises(UserError, match="x is given twice, and would be added twice"):
+        sources.fetch_model(f"{folder}+x+y+x")
+
+
+def test_an_adapter_of_embeddings_that_are_the_head_as_well_is_refused(copy, tmp_path):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = read(copy)
+    safetensors.numpy.save_file(
+        {name: x for name, x in tensors.items() if "lm_head" not in name},
+        copy / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    embeddings = {f"base_model.model.{EMBED}.weight": tensors[f"{EMBED}.weight"] + 1}
+    with pytest.raises(UserError, match=f"changes {EMBED}.weight, which is the head of this model as well"):
+        sources.fetch_model(write(tmp_path / "adapter", embeddings, copy, modules_to_save=["embed_tokens"]))

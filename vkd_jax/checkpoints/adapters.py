@@ -30,18 +30,21 @@ PREFIX = "base_model.model."
 _LORA = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.\w+)?(?<!\.bias)")
 # Initial values that leave the weights of the base as they are. PiSSA, OLoRA, CorDA and others change them.
 _INITIAL = (True, False, None, "gaussian", "orthogonal", "eva")
-# Further fields that change what an adapter computes, and the values with which they do not.
+# Further fields that change what an adapter computes, and the values with which they do not. peft ignores
+# `fan_in_fan_out` for linear layers, and fields that it does not know.
 _PLAIN = {
     "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", None),
     "bias": ("none", None),
     "init_lora_weights": _INITIAL,
-    **dict.fromkeys(("use_dora", "lora_bias", "use_qalora"), (False, None)),
-    "use_rslora": (True, False, None),
-    **dict.fromkeys(("layer_replication", "alora_invocation_tokens"), (None,)),
+    **dict.fromkeys(("use_dora", "lora_bias", "use_qalora", "ensure_weight_tying"), (False, None)),
+    **dict.fromkeys(("use_rslora", "fan_in_fan_out"), (True, False, None)),
+    **dict.fromkeys(("layer_replication", "alora_invocation_tokens", "megatron_config"), (None,)),
+    **dict.fromkeys(("use_bdlora", "monteclora_config", "kasa_config", "arrow_config"), (None,)),
     **dict.fromkeys(("target_parameters", "trainable_token_indices"), (None, [])),
 }
 
-_NAMES = ("target_modules", "modules_to_save", "exclude_modules")  # fields that name modules
+_NAMES = ("target_modules", "modules_to_save", "exclude_modules", "layers_pattern")  # fields that name modules
 MOST_RANK = 2**20  # larger than any weight
 ALPHA = ("alpha_pattern", 8, 1e9)  # the field of other values, the default, and the largest value
 MOST_SECONDS = 1.0  # that a regular expression may take: some take years
@@ -132,7 +135,20 @@ def read_config(folder: Path) -> dict[str, Any]:
         value = config.get(field)
         if not isinstance(value, str | None) and not _is_texts(value):
             raise UserError(f"{path}: {field} is {value!r:.40}, and should be a text or an array of texts.")
+    if problem := _layers_problem(config):
+        raise UserError(f"{path}: {problem}; get the file again.")
     return config
+
+
+def _layers_problem(config: Mapping[str, Any]) -> str | None:
+    """What is wrong with the fields that choose layers; None if nothing is."""
+    layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
+    numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        return f"layers_to_transform is {layers!r:.40}, and should be the number of a layer or an array of them"
+    if isinstance(config.get("target_modules"), str) and (layers is not None or pattern is not None):
+        return "layers_to_transform and layers_pattern need target_modules that are an array, and it is a text"
+    return "layers_pattern needs layers_to_transform" if pattern and layers is None else None
 
 
 def _is_texts(value: Any) -> bool:
@@ -161,41 +177,57 @@ def changes(folder: Path, canonical: Callable[[str], str], base: Mapping[str, Te
             f"{folder} has {kind or f'no {WEIGHTS}'}. Save the adapter again with save_pretrained(..., "
             "safe_serialization=True) of peft."
         )
-    pairs: dict[tuple[str, bool], dict[str, Tensor]] = {}
+    pairs, replaced, problems = _sorted(read_header(file))
     found: dict[str, list[Change]] = {}
-    problems = []
-    for name, tensor in read_header(file).items():
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            problems.append(f"{name} has the dtype {tensor.dtype}, and weights are floating-point numbers")
-            continue
-        match = _LORA.fullmatch(name.removeprefix(PREFIX).removesuffix(".weight"))
-        if match:
-            parts = pairs.setdefault((match[1], ".lora_embedding_" in name), {})
-            if match[2] in parts:
-                problems.append(f"a second {name}, of another adapter")
-            parts[match[2]] = tensor
-            continue
-        key = _replaced(name, canonical, base)
-        if key is None or key in found:
+
+    def add(name: str, key: str, change: Change) -> None:
+        if key in found:
+            problems.append(f"{name} occurs a second time under another name")
+        found[key] = [change]
+
+    for name, tensor in replaced.items():
+        if (key := _replaced(name, canonical, base)) is None:
             problems.append(f"unknown tensor {name}")
         else:
-            found[key] = [Replacement(tensor)]
+            add(name, key, Replacement(tensor))
     for (module, embedding), parts in pairs.items():
         key = canonical(f"{module}.weight")
         if problem := _problem(config, module, parts, key in base):
             problems.append(problem)
         else:
-            low_rank = LowRank(parts["A"], parts["B"], _scale(config, module), embedding)
-            found.setdefault(key, []).append(low_rank)
+            add(module, key, LowRank(parts["A"], parts["B"], _scale(config, module), embedding))
     if problems := problems or _missing(config, found):
         raise UserError(f"{file} does not fit its {hub.ADAPTER_CONFIG} and base model: {listed(problems, '; ')}.")
     return found
+
+
+def _sorted(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[tuple[str, bool], dict[str, Tensor]], dict[str, Tensor], list[str]]:
+    """The matrices of each module, by its name and whether it is an embedding; other tensors; and problems."""
+    pairs: dict[tuple[str, bool], dict[str, Tensor]] = {}
+    others, problems = dict[str, Tensor](), list[str]()
+    for name, tensor in tensors.items():
+        match = _LORA.fullmatch(name.removeprefix(PREFIX).removesuffix(".weight"))
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            problems.append(f"{name} has the dtype {tensor.dtype}, and weights are floating-point numbers")
+        elif match:
+            parts = pairs.setdefault((match[1], ".lora_embedding_" in name), {})
+            if match[2] in parts:
+                problems.append(f"a second {name}, of another adapter")
+            parts[match[2]] = tensor
+        else:
+            others[name] = tensor
+    return pairs, others, problems
 
 
 def _missing(config: Mapping[str, Any], found: Mapping[str, Sequence[Change]]) -> list[str]:
     """What is wrong if the changes that were found are fewer than the settings say."""
     if not found:
         return ["it has no tensors, so that it would change nothing"]
+    steps = [step for several in found.values() for step in several]
+    if not any(isinstance(step, Replacement) or read(step.b).any() for step in steps):
+        return ["all of its matrices B are zero, as before training, so that it would change nothing"]
     replaced = [f".{key}" for key, steps in found.items() if isinstance(steps[0], Replacement)]
     names = config.get("modules_to_save") or []
     return [
@@ -223,6 +255,15 @@ def _problem(config: Mapping[str, Any], module: str, parts: Mapping[str, Tensor]
         return f"target_modules does not name {module}"
     if config.get("exclude_modules") and _is_target(config["exclude_modules"], module):
         return f"exclude_modules names {module}"
+    saved = config.get("modules_to_save") or []
+    if any(_matches(rf"(.*\.)?{name}(\..*)?", module) for name in ([saved] if isinstance(saved, str) else saved)):
+        return f"modules_to_save names {module}, which then has no matrices"
+    if not _is_in_layers(config, module):
+        return f"layers_to_transform leaves out the layer of {module}"
+    if config.get("target_modules") == "all-linear" and (
+        len(parts["A"].shape) > 2 or ".lora_embedding_" in parts["A"].name or module.endswith("lm_head")
+    ):
+        return f"target_modules is all-linear, which does not name {module}"
     rank = _of(config.get("rank_pattern"), module, config["r"])
     return None if parts["A"].shape[:1] == (rank,) else f"{module} has shape {parts['A'].shape}, and rank {rank}"
 
@@ -234,11 +275,34 @@ def _is_target(targets: Any, module: str) -> bool:
     return not isinstance(targets, list) or any(module == x or module.endswith(f".{x}") for x in targets)
 
 
+def _is_in_layers(config: Mapping[str, Any], module: str) -> bool:
+    """Whether `layers_to_transform` allows a module, by the number after `layers_pattern` in its name.
+
+    Without a pattern it is the first number that follows two other parts of the name.
+    """
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
+    if layers is None or layers == []:
+        return True
+    patterns = [patterns] if isinstance(patterns, str) and patterns else patterns
+    starts = [rf"(?:.*?\.)?{pattern}" for pattern in patterns] if patterns else [r".*?\.[^.]*"]
+    match = next(filter(None, (_match(rf"{start}\.(?P<number>\d+)\..*", module) for start in starts)), None)
+    return match is not None and int(match["number"]) in (layers if isinstance(layers, list) else [layers])
+
+
 def _matches(pattern: str, module: str) -> bool:
+    return _match(pattern, module) is not None
+
+
+def _match(pattern: str, module: str) -> Any:
+    """The match of a regular expression of adapter_config.json with a whole name; None if it does not match.
+
+    Raises:
+        UserError: it is no regular expression, or takes too long.
+    """
     import regex  # unlike `re`, it has a limit of time
 
     try:
-        return regex.fullmatch(pattern, module, timeout=MOST_SECONDS) is not None
+        return regex.fullmatch(pattern, module, timeout=MOST_SECONDS)
     except regex.error as error:
         raise UserError(f"{hub.ADAPTER_CONFIG}: {pattern!r} is not a regular expression ({error}).") from error
     except TimeoutError as error:

@@ -16,7 +16,7 @@ import hashlib
 import os
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,8 @@ def parts_of(name: str | os.PathLike[str]) -> Parts:
     """
     base, plus, part = os.fspath(name).rpartition("+")
     if plus and base and part and not _exists(name):
+        if part in base.split("+")[1:]:
+            raise UserError(f"{os.fspath(name)}: {part} is given twice, and would be added twice; give it once.")
         return Parts(*_base(base, fetch_model(base)), _part(part))
     folder = hub.fetch_model(name)
     if not hub.is_adapter(folder):
@@ -155,7 +157,10 @@ def changes_of(parts: Parts) -> tuple[Checkpoint, dict[str, Tensor], dict[str, l
     canonical = functools.partial(hf.canonical, module)
     tensors = {canonical(name): tensor for name, tensor in checkpoint.tensors.items()}
     find = adapters.changes if parts.adapter else functools.partial(_visual_changes, module, hf_config)
-    return checkpoint, tensors, find(parts.part, canonical, tensors)
+    changes = find(parts.part, canonical, tensors)
+    if parts.adapter:
+        _check_tied(parts.part, module, hf_config, changes)
+    return checkpoint, tensors, changes
 
 
 def _write(
@@ -170,9 +175,9 @@ def _write(
         for key, steps in changes.items():
             tensor = tensors[key]
             value = adapters.read(tensor)
-            for step in steps:
-                value = step(value)
-            with np.errstate(over="ignore"):  # is found below
+            with np.errstate(over="ignore", invalid="ignore"):  # is found below
+                for step in steps:
+                    value = step(value)
                 value = value.astype(tensor.dtype)
             if not is_finite(value):
                 raise NotFinite(
@@ -180,6 +185,22 @@ def _write(
                     "another copy of the one or the other."
                 )
             export.overwrite(new, tensor, value)
+
+
+def _check_tied(part: Path, module: types.ModuleType, hf_config: Any, changed: Iterable[str]) -> None:
+    """Checks that an adapter does not change embeddings that are the head as well: peft changes the embeddings alone.
+
+    Raises:
+        UserError: it does.
+    """
+    config = module.Config.from_hf(hf_config)
+    slots = {key: hf.find_slot(module, config, key) for key in changed}
+    tied = [key for key, slot in slots.items() if slot and slot.path == "language_model/embed/embedding"]
+    if tied and config.text.tie_embeddings:
+        raise UserError(
+            f"{part} changes {tied[0]}, which is the head of this model as well (tie_word_embeddings): merge the "
+            "adapter with merge_and_unload() of peft, and pass the merged model."
+        )
 
 
 def _visual_changes(
@@ -204,7 +225,9 @@ def _visual_changes(
             problems.append(f"unexpected tensor {name}")
     parts = {part_of[key] for key in found}
     problems += [f"missing tensor {key}" for key in base if part_of[key] in parts and key not in found]
-    if problems or not found:
+    if VISUAL[0] not in parts:
+        problems.append("no tensor of the vision tower")
+    if problems:
         raise UserError(
             f"{file} has not the visual weights of this model, the vision tower, or vision tower and projector: "
             f"{listed(problems, '; ')}."

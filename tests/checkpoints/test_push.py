@@ -1,6 +1,7 @@
 """vkd push: what is uploaded and what is refused, at the boundary to huggingface_hub's API."""
 
 import json
+import re
 import shutil
 import sys
 import types
@@ -64,7 +65,10 @@ def run(monkeypatch, capsys, *args):
 @pytest.mark.parametrize("part", ["", "unlearned"])
 def test_a_model_is_uploaded_with_its_card_and_certificate_and_nothing_else(models, workdir, monkeypatch, capsys, part):
     status, shown, err = run(monkeypatch, capsys, workdir / part, "org/name")
-    assert (status, err) == (0, "") and shown == "The certified model was uploaded: https://hub/org/name/commit/1\n"
+    assert (status, err) == (0, "")
+    assert shown.startswith(
+        "The certified model was uploaded: https://hub/org/name/commit/1\nIts certificate is not sign"
+    )
     private, files = models["org/name"]
     expected = {path.name for path in (workdir / "unlearned").iterdir()} - {".gitattributes"}
     assert (
@@ -108,6 +112,49 @@ def test_a_model_that_is_not_the_certified_one_is_refused(models, workdir, monke
     (workdir / "unlearned" / certificate.SIGNATURE).write_text("{}")
     assert "is not a valid signature" in run(monkeypatch, capsys, workdir, "org/name")[2]
     assert models == {}
+
+
+def edited(**fields):
+    """Changes fields of the certificate."""
+
+    def change(folder):
+        content = json.loads((folder / certificate.FILE).read_text())
+        (folder / certificate.FILE).write_text(json.dumps(content | fields))
+
+    return change
+
+
+def of_the_run(folder):
+    """An entry of another certificate in the list of the run."""
+    entry = {"lines": 1, "bytes": 1, "sha256": "0" * 64}
+    (folder.parent / "records.json").write_text(json.dumps({"unlearned/certificate.json": entry}))
+
+
+CONFIG = {"method": {"name": "vkd"}, "model": {"path": "base"}, "data": {"forget": 5}, "seed": 0, "stage": "unlearn"}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (edited(forgotten=[]), "names 0 people as forgotten, and README.md 1 person or others"),
+        (edited(forgotten=["1" * 64]), "names 1 person as forgotten, and README.md 1 person or others"),
+        (edited(model={"method": "npo"}), "names method 'npo', and its config another one"),
+        (edited(model={"base": "other"}), "names base 'other', and its config another one"),
+        (edited(config=CONFIG | {"seed": 1}), "has another config than provenance.json, in seed"),
+        (edited(config=CONFIG | {"data": {}}), "has another config than provenance.json, in data"),
+        (of_the_run, "certificate.json is not the one that the run in .*run wrote"),
+    ],
+)
+def test_an_edited_certificate_is_refused(models, workdir, monkeypatch, capsys, change, problem):
+    folder = workdir / "unlearned"
+    (folder / "README.md").write_text(f"{CARD}\n## Who was forgotten\n\n- `{'0' * 64}`\n")
+    (folder / "provenance.json").write_text(json.dumps({"config": CONFIG}))
+    facts = {"forgotten": ["0" * 64], "config": CONFIG, "model": {"method": "vkd", "base": "base"}}
+    (folder / certificate.FILE).write_bytes(certificate.describe(folder, facts))
+    assert not list(certificate.differences(folder))
+    change(folder)
+    status, _, err = run(monkeypatch, capsys, workdir, "org/name")
+    assert (status, models) == (2, {}) and re.search(problem, err)
 
 
 @pytest.mark.parametrize("repo", ["", "name", "org/name@main", "org/na/me", "./name"])

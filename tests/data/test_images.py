@@ -270,7 +270,7 @@ def test_gemma_refuses_pan_and_scan_and_marks_of_images_in_texts(family_folder, 
         (tmp_path / file.name).write_bytes(file.read_bytes())
     settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | dict(do_pan_and_scan=True)))
-    with pytest.raises(UserError, match="do_pan_and_scan is on .* set it to false"):
+    with pytest.raises(UserError, match="do_pan_and_scan is on, .* set it to false"):
         Processor(tmp_path, config)
 
 

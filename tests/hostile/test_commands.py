@@ -209,6 +209,18 @@ ASK = [
     Case("boi token that is null", configured(gemma3, boi_token_index=None), ("boi_token_id", "None")),
     Case("eoi token that is negative", configured(gemma3, eoi_token_index=-1), ("eoi_token_id", "-1")),
     Case("image token that is negative", configured(llava, image_token_index=-1), ("image_token_index", "-1")),
+    *(
+        Case(f"{name} as {value} of {family.__name__}", configured(family, **{name: value}), (name, words))
+        for family, name, value, words in (
+            (qwen2_vl, "image_token_id", 151652, "another token than"),
+            (qwen2_vl, "vision_end_token_id", 151655, "another token than"),
+            (qwen2_vl, "image_token_id", 10**6, "below 151,936"),
+            (gemma3, "eoi_token_index", 262144, "another token than"),
+            (internvl, "image_token_id", 151674, "below 151,674"),
+            (smolvlm, "image_token_id", 49280, "below 49,280"),
+            (llava, "pad_token_id", 32000, "another token than pad_token_id"),
+        )
+    ),
     Case(
         "theta that is a text",
         configured(qwen2_vl, rope_theta="1e6"),

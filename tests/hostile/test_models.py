@@ -27,6 +27,11 @@ def spoiled(name, number):
     return with_tensors(change)
 
 
+def multiplied(name, factor, summand=0.0):
+    """A change of tensors that multiplies one of them and adds a number."""
+    return lambda tensors: tensors.update({name: tensors[name] * np.float32(factor) + np.float32(summand)})
+
+
 def cast(name, dtype):
     """A tensor has another dtype."""
     return with_tensors(lambda tensors: tensors.update({name: tensors[name].astype(dtype)}))
@@ -172,6 +177,20 @@ CASES = [
     Case("nan in the language model", spoiled(TEXT, np.nan), ("NaN or infinity", TEXT)),
     Case("infinity in the head", spoiled(HEAD, np.inf), ("NaN or infinity", HEAD)),
     Case("minus infinity in the tower", spoiled(TOWER, -np.inf), ("NaN or infinity", TOWER)),
+    # Weights without a signal.
+    *(
+        Case(f"{what} {name}", with_tensors(change), (name, "no answer depends on", of))
+        for name, of in (
+            ("language_model.model.embed_tokens.weight", "a text"),
+            (HEAD, "a text"),
+            (PROJECTOR, "an image"),
+            ("multi_modal_projector.linear_2.weight", "an image"),
+            ("vision_tower.vision_model.embeddings.patch_embedding.weight", "an image"),
+            ("vision_tower.vision_model.pre_layrnorm.weight", "an image"),
+        )
+        for what, change in (("zero", multiplied(name, 0)), ("constant", multiplied(name, 0, 0.1)))
+        if what == "zero" or "norm" not in name
+    ),
     # Dtypes.
     Case("int32 projector", cast(PROJECTOR, np.int32), (PROJECTOR, "int32")),
     Case("int64 tower", cast(TOWER, np.int64), (TOWER, "int64")),
@@ -272,7 +291,7 @@ CASES = [
     Case("unknown activation", config("text_config", hidden_act="magic"), ("magic",)),
     Case("feature layer that is not there", config(vision_feature_layer=-99), ("vision_feature_layer",)),
     Case("feature layer that is a text", config(vision_feature_layer="last"), ("vision_feature_layer",)),
-    Case("image token behind the vocabulary", config(image_token_index=10**6), ("image token",)),
+    Case("image token behind the vocabulary", config(image_token_index=10**6), ("image_token_index", "1000000")),
     Case("epsilon that is negative", config("text_config", rms_norm_eps=-1.0), ("rms_norm_eps", "positive")),
     Case(
         "quantization config",
@@ -344,6 +363,12 @@ CASES = [
         "longest text that is a text",
         with_files(tokenizer_config__json=lambda values: values | {"model_max_length": "long"}),
         ("tokenizer", "str"),
+    ),
+    Case("ordinary token as the image token", config(image_token_index=300), ("image token 300", "texts are made of")),
+    Case(
+        "image token that ends answers",
+        with_files(generation_config__json={"eos_token_id": [2, 4]}),
+        ("image token 4", "ends or pads"),
     ),
     Case("token behind the embeddings", with_files(tokenizer__json=token_added), ("token", "1024", "tokenizer")),
     Case("tokenizer config nested deeply", with_files(tokenizer_config__json=nested(100_000)), ("tokenizer",)),

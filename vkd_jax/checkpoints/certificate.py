@@ -16,19 +16,21 @@ import binascii
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vkd_jax.checkpoints.safetensors_files import Checkpoint
-from vkd_jax.messages import listed
-from vkd_jax.runtime import files, json_files, storage
+from vkd_jax.messages import listed, people
+from vkd_jax.runtime import files, json_files, records, storage
 from vkd_jax.types import UserError
 
 FILE = storage.CERTIFICATE
 SIGNATURE = "certificate.sig"
 FORMAT = 2  # 1 did not cover the model card, nor files that nothing reads
 OUTSIDE = (FILE, SIGNATURE, ".git", ".gitattributes", ".cache")  # the last three are git's and those of `hf download`
+PROVENANCE, CARD_HEADING = "provenance.json", "## Who was forgotten"  # of an export, and of a card that a run wrote
 FIELDS = {"tensors": dict, "files": dict, "forgotten": list, "model": dict}  # that are read, of which two are required
 
 
@@ -63,6 +65,9 @@ def read(folder: Path) -> dict[str, Any]:
 def differences(folder: Path) -> Iterator[str]:
     """How the model in a folder differs from its certificate, in words; nothing if it is the certified model.
 
+    A certificate that contradicts the files that it certifies, or that the run in the folder above did not write, is
+    one that was edited. Only a signature shows that all of them were not edited alike.
+
     Raises:
         UserError: the folder has no certificate or no model.
     """
@@ -81,6 +86,35 @@ def differences(folder: Path) -> Iterator[str]:
             if names:
                 subject = f"1 {kind[:-1]} {one}" if len(names) == 1 else f"{len(names)} {kind} {several}"
                 yield f"{subject}: {listed(sorted(names))}"
+    yield from _contradictions(folder, certified)
+
+
+def _contradictions(folder: Path, certified: Mapping[str, Any]) -> Iterator[str]:
+    """What a certificate says otherwise than the model card, the provenance of the weights, itself and its run."""
+    config = records.mapping(certified.get("config"))
+    card, provenance = folder / "README.md", folder / PROVENANCE
+    if card.is_file() and CARD_HEADING in (text := files.read_text(card, json_files.MOST_BYTES)):
+        listed_people = set(re.findall(r"^- `([0-9a-f]{64})`$", text, re.MULTILINE))
+        if listed_people != {*certified["forgotten"]}:
+            here, there = people(len(certified["forgotten"])), people(len(listed_people))
+            yield f"the certificate names {here} as forgotten, and {card.name} {there} or others"
+    if config and provenance.is_file():
+        source = records.mapping(json_files.read_json(provenance).get("config"))
+        changed = [
+            name for name in ("method", "model", "data", "seed", "stage") if config.get(name) != source.get(name)
+        ]
+        if source and changed:
+            yield f"the certificate has another config than {PROVENANCE}, in {listed(changed)}"
+    sections = {"method": ("method", "name"), "base": ("model", "path")}
+    for field, (section, name) in sections.items():
+        value = certified["model"].get(field)
+        if config and value is not None and value != records.mapping(config.get(section)).get(name):
+            yield f"the certificate names {field} {value!r:.40}, and its config another one"
+    entries = records.read_or(folder.parent / records.FILE, {}, "the certificate is not compared with its run")
+    for name in (FILE, card.name):
+        known = records.mapping(entries.get(f"{folder.name}/{name}")).get("sha256")
+        if known and (folder / name).is_file() and known != _digest(folder / name):
+            yield f"{name} is not the one that the run in {folder.parent} wrote"
 
 
 def members(folder: Path) -> list[str]:

@@ -168,6 +168,7 @@ def read_config(folder: Folder) -> tuple[types.ModuleType, Any]:
         raise UserError(
             f"{path} has fields of the wrong type or form ({problem}); correct it or get it again."
         ) from error
+    base.check_special_tokens(hf_config)
     if hf_config.tie_word_embeddings and _has_other_head(folder, module, config):
         message = "%s ties the output head to the embeddings, but the weights have another head, which is kept."
         logging.log_first_n(logging.WARNING, message, 1, path)
@@ -225,6 +226,7 @@ def load(
     checkpoint = Checkpoint(folder)
     graphdef, shapes = base.abstract_model(lambda rngs: module.Model(config, rngs=rngs))
     sources = match_tensors(module, config, checkpoint, shapes)
+    _check_signal(config, sources)
     progress = ProgressLog(folder, sum(tensor.stop - tensor.start for parts in sources.values() for _, tensor in parts))
     master_paths = set(masters(list(shapes), config)) if masters else set()
     bad: list[Tensor] = []
@@ -245,6 +247,34 @@ def load(
     params = {path: read(path) for path in shapes}
     multihost.raise_in_all(_nonfinite_error(bad))  # not earlier, because a host reads its own shards only
     return graphdef, params, config
+
+
+def _check_signal(config: Any, sources: Mapping[str, Sequence[tuple[Slot, Tensor]]]) -> None:
+    """Checks the weights that every text or every image passes through, outside of the residual blocks.
+
+    Without a signal in one of them no answer depends on its input, which looks like forgetting.
+
+    Raises:
+        UserError: one of them is zero, or the same in all rows.
+    """
+    zero = -1.0 if config.text.zero_centered_norms else 0.0  # of an RMSNorm
+    texts = {
+        "language_model/embed/embedding": 0.0,
+        "language_model/head/kernel": 0.0,
+        "language_model/norm/scale": zero,
+    }
+    norms = {"projector/norm/scale": zero, "vision_tower/pre_norm/scale": 0.0}
+    norms |= {"vision_tower/post_norm/scale": 0.0} if config.uses_post_norm else {}
+    kernels = [path for path in sources if re.fullmatch(r"projector/\w+/kernel", path)]
+    images = norms | dict.fromkeys((*kernels, "vision_tower/patch_embedding"), 0.0)
+    for what, paths in (("a text", texts), ("an image", images)):
+        for path in paths.keys() & sources.keys():
+            [(_, tensor)] = sources[path]
+            if safetensors_files.is_constant(tensor, paths[path]):
+                raise UserError(
+                    f"{tensor.file}: {tensor.name} is zero, or the same in all rows, so that no answer depends on "
+                    f"{what}; use another copy of the model."
+                )
 
 
 def _check_memory(

@@ -3,8 +3,9 @@
 vkd push WORKDIR ORG/NAME [--private]
 
 WORKDIR is the folder of a finished run, or the folder of a model that a run exported. Before anything is uploaded, the
-model is checked against its certificate, and refused if its folder has any other file. The certified files are uploaded
-with the certificate and its signature. Log in with `hf auth login` first, or set HF_TOKEN.
+model is checked against its certificate, and refused if its folder has any other file, or if the certificate disagrees
+with the model card, its own config or its run. The certified files are uploaded with the certificate and its signature.
+A certificate that nobody signed is named. Log in with `hf auth login` first, or set HF_TOKEN.
 
 Exit status: 0 on success, 2 on bad input, which includes a model that is not the certified one.
 """
@@ -98,8 +99,19 @@ def main() -> int:
         address = push(args.workdir, args.repo, args.private)
     except UserError as error:
         return command_line.bad_input(error)
-    command_line.show(f"The certified model was uploaded: {address}")
+    folder = _export(storage.resolve(args.workdir))
+    command_line.show(f"The certified model was uploaded: {address}\n{_signature(folder)}")
     return 0
+
+
+def _signature(folder: Path) -> str:
+    """Who signed for a certificate, or that nobody did, as a sentence."""
+    if certificate.has_signature(folder):
+        return f"Its certificate is signed with the Ed25519 key {certificate.check_signature(folder)}."
+    return (
+        "Its certificate is not signed: whoever could write the folder could have written it. To vouch for it, run vkd "
+        f"verify {folder} --certificate --sign KEY, and upload it again."
+    )
 
 
 if __name__ == "__main__":

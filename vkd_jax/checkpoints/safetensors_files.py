@@ -242,6 +242,24 @@ def equal(first: Tensor, second: Tensor) -> bool:
     return True
 
 
+def is_constant(tensor: Tensor, zero: float = 0.0) -> bool:
+    """Whether all rows of a tensor are the same, or all values of a vector are `zero`; reads until one differs.
+
+    A layer with such a weight computes the same for every input, or the same number at every output.
+    """
+    rows = tensor.shape[0]
+    rest = tuple(slice(0, size) for size in tensor.shape[1:])
+    first = np.full((1, *tensor.shape[1:]), zero, np.float64)
+    if rest:
+        tensor.copy_to([((slice(0, 1), *rest), first)])
+    for start in range(0, rows, ROWS):
+        values = np.empty((min(ROWS, rows - start), *tensor.shape[1:]), np.float64)
+        tensor.copy_to([((slice(start, start + len(values)), *rest), values)])
+        if (values != first).any():
+            return False
+    return True
+
+
 def write(file: pathlib.Path, like: Mapping[str, np.ndarray], value: Callable[[str], np.ndarray]) -> None:
     """Writes a safetensors file with its tensors in alphabetical order.
 

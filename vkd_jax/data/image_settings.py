@@ -5,6 +5,7 @@ out of range", and a string instead of a number changes pixels. Fields without a
 """
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,52 @@ TEXTS = frozenset(
 )
 GRIDS = "image_grid_pinpoints"
 RESAMPLINGS = range(6)  # of PIL
+_KINDS = {bool: "true or false", int: "a whole number", list: "an array", dict: "an object of sizes"}
+
+
+def file_of(folder: Path) -> Path:
+    """The file of a model folder that has the settings of its image processor."""
+    path = folder / PROCESSOR
+    has_section = path.is_file() and json_files.read_json(path, remedy="get it again").get(SECTION) is not None
+    return path if has_section else folder / IMAGE_PROCESSOR
+
+
+def setting(image_processor: Any, name: str, kind: type) -> Any:
+    """A setting of an image processor of transformers, of which each class has others.
+
+    Args:
+        image_processor: the image processor.
+        name: the name of the setting.
+        kind: its type: bool, int, list or dict. Sizes, which transformers gives a type of their own, are returned as a
+            dict without those that are null.
+
+    Raises:
+        UserError: the setting is missing, null or of another type.
+
+    Example:
+        >>> setting(types.SimpleNamespace(patch_size=14), "patch_size", int)
+        14
+    """
+    value = getattr(image_processor, name, None)
+    if kind is dict and (isinstance(value, Mapping) or hasattr(value, "longest_edge")):
+        return {side: pixels for side, pixels in dict(value).items() if pixels is not None}
+    if type(value) is kind or (kind is list and isinstance(value, tuple)):
+        return value
+    state = "null or missing" if value is None else f"{value!r:.40}"
+    raise UserError(f"{name} of the image processor is {state}, and has to be {_KINDS[kind]}; get its file again")
+
+
+def class_problem(image_processor: Any, supported: tuple[str, ...]) -> str | None:
+    """What is wrong if an image processor is that of another family of models, in words; None if it is not.
+
+    Args:
+        image_processor: an image processor of transformers.
+        supported: the names of the classes that fit the model, without the name of their backend; () for any.
+    """
+    name = re.sub("(Pil|Fast)$", "", type(image_processor).__name__)
+    if not supported or name in supported:
+        return None
+    return f"its settings are those of {name}, and the model has {' or '.join(supported)}: get the model's own file"
 
 
 def check(folder: Path) -> None:

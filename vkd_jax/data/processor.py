@@ -5,6 +5,7 @@ prompt = chat template(question, with or without images); the image token is rep
 
 import copy
 import fnmatch
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,11 @@ class Processor:
             )
         self.eos_ids = _eos_ids(folder, self.tokenizer)
         self.pad_id = int(self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
+        for token in {self.image_token_id, config.placeholder_id} & {*self.eos_ids, self.pad_id}:
+            raise UserError(
+                f"{folder}: the image token {token} of config.json also ends or pads answers; get the files of the "
+                "tokenizer, generation_config.json and config.json again."
+            )
         self.chat_template = read_chat_template(folder, self.tokenizer)
         for images in (0, 1):
             with memory.growth_limit(memory.GIB):
@@ -111,6 +117,11 @@ class Processor:
         text = self.tokenizer.convert_ids_to_tokens(token)
         if text is None:
             raise UserError(f"{self.folder}: the image token {token} of config.json is not in the tokenizer.")
+        if token not in self.tokenizer.added_tokens_decoder:
+            raise UserError(
+                f"{self.folder}: the image token {token} of config.json is {text!r:.40}, which texts are made of; get "
+                "config.json or the files of the tokenizer again."
+            )
         return text
 
     def _sorted_eos_ids(self) -> tuple[int, ...]:
@@ -125,9 +136,12 @@ class Processor:
 
     def _check_image_processor(self) -> None:
         """Checks the sizes of the image processor, that the model fits it, and that it gives finite pixels."""
-        problem = image_sizes.processor_problem(self.image_processor, self.config.edges_are_areas)
-        if problem := problem or self.config.image_processor_problem(self.image_processor):
-            raise UserError(f"{self.folder}: {problem}.")
+        path = image_settings.file_of(self.folder)
+        with located(os.fspath(path)):
+            problem = image_settings.class_problem(self.image_processor, self.config.image_processors)
+            problem = problem or image_sizes.processor_problem(self.image_processor, self.config.edges_are_areas)
+            if problem := problem or self.config.image_processor_problem(self.image_processor):
+                raise UserError(f"{problem}.")
         for name, (least, most) in PIXEL_SETTINGS.items():
             value = getattr(self.image_processor, name, 1.0)
             value = 1.0 if value is None and name == "rescale_factor" else value
@@ -137,7 +151,7 @@ class Processor:
                 values = np.array([np.nan])
             if not ((values >= least) & (values <= most)).all():  # NaN is refused
                 raise UserError(
-                    f"{self.folder}: the image processor has {name}={value!r}, which makes pixels infinite or all "
+                    f"{path}: the image processor has {name}={value!r}, which makes pixels infinite or all "
                     f"alike ({least:g} to {most:g} are allowed); copy preprocessor_config.json of the model there."
                 )
 

@@ -30,6 +30,8 @@ LARGEST_SIZE = 2**31 - 1
 LARGEST_EPSILON = 0.1  # of a norm; published models have 1e-6 to 1e-5
 KEY_VALUE_HEADS = ("text_config.num_key_value_heads", "text_config.num_attention_heads")  # for `divides`
 
+ENDS = ("bos", "eos", "pad")  # tokens of texts in a configuration, with `_token_id`
+
 SCOPES = ("vision_tower", "projector", "language_model", "head")  # the named scopes of all layers
 
 
@@ -55,6 +57,7 @@ class ModelConfig(abc.ABC):
     compute_dtype: str = "float32"  # dtype of activations; parameters have their own
     remat: str = ""  # activations that the backward pass recomputes, a key of `layers.REMAT`
     mesh: Mesh | None = None  # devices that the rows of activations are sharded over
+    image_processors: ClassVar[tuple[str, ...]] = ()  # the classes of transformers that fit, without their backend
     edges_are_areas: ClassVar[bool] = (
         False  # whether the image processor's shortest_edge and longest_edge are pixel counts
     )
@@ -147,7 +150,11 @@ class ModelConfig(abc.ABC):
         image_processor.size.longest_edge = max_pixels
 
     def image_processor_problem(self, image_processor: Any) -> str | None:
-        """Returns which setting of the Hugging Face image processor is not supported, and what to do; None if none."""
+        """Returns which setting of the Hugging Face image processor is not supported, and what to do; None if none.
+
+        Raises:
+            UserError: a setting is missing or of another type, see `image_settings.setting`.
+        """
         del image_processor
         return None
 
@@ -377,6 +384,34 @@ def check_epsilons(hf: Any) -> None:
                 is_small = is_number and 0 < value <= LARGEST_EPSILON
                 checks.append((is_small, prefix + name, value, f"positive numbers up to {LARGEST_EPSILON}"))
     check_supported("model", checks)
+
+
+def check_special_tokens(hf: Any) -> None:
+    """Checks the tokens in a Hugging Face configuration, of any family, that stand for images, videos and their ends.
+
+    Raises:
+        UserError: one of them is not in the vocabulary, or has the number of another one or of an end of texts.
+    """
+    vocab = hf.text_config.vocab_size
+    sections = (hf, hf.text_config)
+    ends = {f"{name}_token_id": [getattr(x, f"{name}_token_id", None) for x in sections] for name in ENDS}
+    names: dict[Any, str] = {}
+    checks = []
+    for name, value in vars(hf).items():
+        if not name.endswith(("_token_id", "_token_index")) or value is None or name.lstrip("_") in ends:
+            continue
+        is_token = type(value) is int and 0 <= value < vocab
+        checks.append((is_token, name, value, f"tokens of the vocabulary, which are below {vocab:,}"))
+        others = [end for end, tokens in ends.items() if any(value == x or value in _several(x) for x in tokens)]
+        others += [names[value]] if is_token and value in names else []
+        checks.append((not others, name, value, f"another token than {messages.listed(others)}"))
+        names[value if is_token else None] = name
+    check_supported("model", checks)
+
+
+def _several(value: Any) -> Any:
+    """A list of tokens; nothing in place of anything else."""
+    return value if isinstance(value, list | tuple) else ()
 
 
 def token_id(field: str, value: Any) -> tuple[bool, str, Any, str]:

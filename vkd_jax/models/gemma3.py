@@ -9,7 +9,7 @@ Axes: b batch, t position, p image token, r patch rows or columns, k patches in 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,14 @@ from vkd_jax.models.fixed_size import FixedSizeConfig, FixedSizeModel
 from vkd_jax.models.layers import ACTIVATIONS, Linear, RMSNorm
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-PAN_AND_SCAN = "do_pan_and_scan is on (preprocessor_config.json), which is not supported; set it to false"
+PAN_AND_SCAN = "do_pan_and_scan is on, which is not supported; set it to false"
 
 
 @dataclasses.dataclass(frozen=True)
 class Gemma3Config(FixedSizeConfig):
     """Configuration of a Gemma-3 model."""
 
+    image_processors: ClassVar[tuple[str, ...]] = ("Gemma3ImageProcessor",)
     tokens_per_side: int = 16  # rows and columns of the image tokens of an image
     image_start_token_id: int = 255999  # stands for an image in the chat template
     image_end_token_id: int = 256000
@@ -60,7 +61,7 @@ class Gemma3Config(FixedSizeConfig):
 
     def image_processor_problem(self, image_processor: Any) -> str | None:
         """Returns whether the image processor would add crops of elongated images; None if not."""
-        return PAN_AND_SCAN if image_processor.do_pan_and_scan else None
+        return PAN_AND_SCAN if getattr(image_processor, "do_pan_and_scan", False) else None
 
     @classmethod
     def from_hf(cls, hf: Any, **changes: Any) -> "Gemma3Config":

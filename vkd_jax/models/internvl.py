@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from vkd_jax.data.image_settings import setting
 from vkd_jax.data.images import TiledImage
 from vkd_jax.models import base, clip_vit, conversion
 from vkd_jax.models.conversion import Row, decoder_rows, linear_rows, norm_rows
@@ -54,6 +55,7 @@ class InternVLConfig(GridConfig):
     projector_act: str = "gelu"
     markup_tokens: ClassVar[tuple[str, ...]] = (START, END)
     default_max_pixels: ClassVar[int] = MAX_PIXELS
+    image_processors: ClassVar[tuple[str, ...]] = ("GotOcr2ImageProcessor",)
 
     @property
     def used_blocks(self) -> int:
@@ -94,7 +96,8 @@ class InternVLConfig(GridConfig):
 
     def pixel_limits(self, image_processor: Any) -> tuple[int, int]:
         """Returns the smallest and largest number of pixels of the grid of an image."""
-        return image_processor.min_patches * self.image_step**2, image_processor.max_patches * self.image_step**2
+        least, most = (setting(image_processor, name, int) for name in ("min_patches", "max_patches"))
+        return least * self.image_step**2, most * self.image_step**2
 
     def limit_pixels(self, image_processor: Any, max_pixels: int) -> None:
         """Sets the largest number of tiles of a grid to those that have at most `max_pixels`."""
@@ -102,19 +105,19 @@ class InternVLConfig(GridConfig):
 
     def image_processor_problem(self, image_processor: Any) -> str | None:
         """Returns which size or number of tiles the model does not support; None if it supports all."""
-        size, side = image_processor.size, self.image_step
-        if (size.height, size.width) != (side, side):
+        size, side = setting(image_processor, "size", dict), self.image_step
+        height, width = size.get("height"), size.get("width")
+        if (height, width) != (side, side):
             return (
-                f"the image processor makes tiles of {size.height} x {size.width} pixels (size in "
-                f"preprocessor_config.json), and vision_config.image_size is {side} x {side} (config.json), which has "
-                "to be the same; get both files again"
+                f"the image processor makes tiles of {height} x {width} pixels (size), and vision_config.image_size of "
+                f"config.json is {side} x {side}, which has to be the same; get both files again"
             )
-        least, most = image_processor.min_patches, image_processor.max_patches
-        if type(least) is int and type(most) is int and 1 <= least <= most:
+        least, most = (setting(image_processor, name, int) for name in ("min_patches", "max_patches"))
+        if 1 <= least <= most:
             return None
         return (
-            f"min_patches is {least!r} and max_patches is {most!r} (preprocessor_config.json), and an image has at "
-            "least one tile; get the file again"
+            f"min_patches is {least!r} and max_patches is {most!r}, and an image has at least one tile; get the file "
+            "again"
         )
 
     @classmethod

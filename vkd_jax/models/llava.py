@@ -22,6 +22,9 @@ from vkd_jax.types import UserError
 class LlavaConfig(FixedSizeConfig):
     """Configuration of a LLaVA model."""
 
+    image_processors: ClassVar[tuple[str, ...]] = (
+        *("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor", "ViTImageProcessor"),
+    )
     has_default_template: ClassVar[bool] = True
     feature_layer: int = -2  # as in transformers: an index into (embeddings, block 0, ..., last block)
     feature_select: str = "default"  # "default" drops the class token, "full" keeps it

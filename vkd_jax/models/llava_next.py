@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from vkd_jax.data.image_settings import setting
 from vkd_jax.data.images import TiledImage
 from vkd_jax.models import base, conversion, llava
 from vkd_jax.models.base import VisualTokens
@@ -37,6 +38,7 @@ class LlavaNextConfig(TiledConfig, LlavaConfig):
     unpadding drops.
     """
 
+    image_processors: ClassVar[tuple[str, ...]] = ("LlavaNextImageProcessor",)
     has_default_template: ClassVar[bool] = False  # its prompts depend on the language model
     choices: tuple[Grid, ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # grids that an image may have
 
@@ -182,22 +184,23 @@ class LlavaNextConfig(TiledConfig, LlavaConfig):
 
     def pixel_limits(self, image_processor: Any) -> tuple[int, int]:
         """Returns the numbers of pixels of the smallest and the largest grid of an image."""
-        pixels = [math.prod(size) for size in image_processor.image_grid_pinpoints]
+        pixels = [math.prod(size) for size in setting(image_processor, "image_grid_pinpoints", list)]
         return min(pixels), max(pixels)
 
     def limit_pixels(self, image_processor: Any, max_pixels: int) -> None:
         """Takes away the grids of more than `max_pixels` pixels."""
-        sizes = image_processor.image_grid_pinpoints
+        sizes = setting(image_processor, "image_grid_pinpoints", list)
         image_processor.image_grid_pinpoints = [size for size in sizes if math.prod(size) <= max_pixels]
 
     def image_processor_problem(self, image_processor: Any) -> str | None:
         """Returns whether the grids of the image processor differ from those of the model; None if not."""
-        theirs, ours = image_processor.image_grid_pinpoints, np.array(self.choices) * self.image_step
+        theirs = setting(image_processor, "image_grid_pinpoints", list)
+        ours = np.array(self.choices) * self.image_step
         if np.array_equal(theirs, ours):
             return None
         return (
-            f"image_grid_pinpoints is {theirs} (preprocessor_config.json), and it is {ours.tolist()} in config.json, "
-            "which has to be the same; get both files again"
+            f"image_grid_pinpoints is {theirs}, and it is {ours.tolist()} in config.json, which has to be the same; "
+            "get both files again"
         )
 
     @classmethod

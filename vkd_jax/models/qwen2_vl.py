@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from vkd_jax.data.image_settings import setting
 from vkd_jax.data.processor import MAX_PIXELS
 from vkd_jax.models import base, qwen_vit
 from vkd_jax.models.base import ModelConfig, VisionLanguageModel, VisualTokens
@@ -31,6 +32,7 @@ class QwenConfig(ModelConfig):
     vision: VisionConfig
     default_max_pixels: ClassVar[int] = MAX_PIXELS
     edges_are_areas: ClassVar[bool] = True
+    image_processors: ClassVar[tuple[str, ...]] = ("Qwen2VLImageProcessor",)
 
     @property
     def image_step(self) -> int:
@@ -44,15 +46,20 @@ class QwenConfig(ModelConfig):
     def image_processor_problem(self, image_processor: Any) -> str | None:
         """Returns whether the image processor makes other patches than the vision tower takes; None if not."""
         vision = self.vision
-        if not image_processor.do_resize:
+        if not setting(image_processor, "do_resize", bool):
             return (
-                f"do_resize of the image processor is {image_processor.do_resize}, and sides of images have to be "
-                f"multiples of {self.image_step} pixels; set it to true in preprocessor_config.json"
+                "do_resize of the image processor is False, and sides of images have to be multiples of "
+                f"{self.image_step} pixels; set it to true"
             )
         sizes = dict(patch_size=vision.patch_size, merge_size=vision.merge, temporal_patch_size=vision.frames)
         for name, size in sizes.items():
-            if (actual := getattr(image_processor, name)) != size:
+            if (actual := setting(image_processor, name, int)) != size:
                 return f"{name} of the image processor is {actual!r}, and config.json has {size}; get its files again"
+        largest, least = setting(image_processor, "size", dict).get("longest_edge"), self.image_step**2
+        if type(largest) is not int:
+            return "size of the image processor has no longest_edge; get its file again"
+        if largest < least:
+            return f"size.longest_edge of the image processor is {largest:,}, and one image token has {least:,} pixels"
         return None
 
     def extract_images(self, output: Mapping[str, np.ndarray]) -> list[np.ndarray]:

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from vkd_jax.data.image_settings import setting
 from vkd_jax.data.images import TiledImage
 from vkd_jax.models import base, conversion
 from vkd_jax.models.clip_vit import VisionConfig
@@ -34,6 +35,7 @@ class IdeficsConfig(GridConfig):
     """Configuration of an Idefics3 or SmolVLM model."""
 
     markup_tokens: ClassVar[tuple[str, ...]] = (BOUNDARY,)
+    image_processors: ClassVar[tuple[str, ...]] = ("Idefics3ImageProcessor", "SmolVLMImageProcessor")
     scale: int = 4
 
     @property
@@ -71,25 +73,29 @@ class IdeficsConfig(GridConfig):
 
     def pixel_limits(self, image_processor: Any) -> tuple[int, int]:
         """Returns the smallest and largest number of pixels of the grid of an image, which may be one tile."""
-        side, splits = self.image_step, image_processor.do_image_splitting
-        return side**2, max(image_processor.size["longest_edge"], side) ** 2 if splits else side**2
+        side, splits = self.image_step, setting(image_processor, "do_image_splitting", bool)
+        return side**2, setting(image_processor, "size", dict)["longest_edge"] ** 2 if splits else side**2
 
     def limit_pixels(self, image_processor: Any, max_pixels: int) -> None:
         """Sets the longest edge of an image to the largest number of tiles whose square has `max_pixels`."""
-        if image_processor.do_image_splitting:
+        if setting(image_processor, "do_image_splitting", bool):
             image_processor.size["longest_edge"] = math.isqrt(max_pixels) // self.image_step * self.image_step
 
     def image_processor_problem(self, image_processor: Any) -> str | None:
         """Returns whether the tiles of the image processor have another size than those of the model; None if not."""
-        if "longest_edge" not in (image_processor.size or {}):
-            return "size of the image processor has no longest_edge; get preprocessor_config.json again"
-        side = dict(image_processor.max_image_size or {}).get("longest_edge")
-        if side == self.image_step:
-            return None
-        return (
-            f"max_image_size.longest_edge is {side} (preprocessor_config.json), and vision_config.image_size is "
-            f"{self.image_step} (config.json), which has to be the same; get both files again"
-        )
+        names = ("size", "max_image_size")
+        edge, side = (setting(image_processor, name, dict).get("longest_edge") for name in names)
+        if edge is None:
+            return "size of the image processor has no longest_edge; get its file again"
+        if side != self.image_step:
+            return (
+                f"max_image_size.longest_edge is {side}, and vision_config.image_size of config.json is "
+                f"{self.image_step}, which has to be the same; get both files again"
+            )
+        if edge < side:
+            return f"size.longest_edge of the image processor is {edge:,}, less than the {side:,} of a tile; correct it"
+        setting(image_processor, "do_image_splitting", bool)
+        return None
 
     @classmethod
     def from_hf(cls, hf: Any, **changes: Any) -> "IdeficsConfig":

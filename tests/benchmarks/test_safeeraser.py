@@ -121,9 +121,10 @@ def test_an_image_without_a_folder_has_no_category(folder):
 
 
 def test_missing_refusals(folder):
-    write(folder, [record(0)], prompts={"other": []})
-    with pytest.raises(UserError, match="prompt.json: idk is missing or empty"):
-        read(folder, finetune=True)
+    for prompts in ({"other": []}, {"idk": []}, {"idk": ["\u200b", "."]}):
+        write(folder, [record(0)], prompts=prompts)
+        with pytest.raises(UserError, match="prompt.json: idk is missing or empty"):
+            read(folder, finetune=True)
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,18 @@ def test_keywords_that_the_true_answer_lacks_are_refused(caplog):
         read(retain=[*rows, rows[1]])
 
 
+def test_answers_to_train_on_have_words(caplog):
+    rows = [[dataclasses.replace(FORGET[1][0], task="chat", answer=answer)] for answer in ("a cook", ".", "\u200b?")]
+    read(finetune_retain=[*rows[:2], rows[0]])
+    assert "1 of 3 questions of the set finetune_retain have answers without a letter or a digit" in caplog.text
+    with pytest.raises(UserError, match="2 of 3 questions of the set finetune_forget have answers without a letter"):
+        read(finetune_forget=rows)
+
+
+def test_a_paraphrase_that_is_not_seen_is_none():
+    assert [e.paraphrase for e in read(forget=[wrong("a cook", paraphrase="\u200b ")])["forget"]] == [""]
+
+
 def test_one_fact_has_one_answer_in_both_modalities(caplog):
     pair = [dataclasses.replace(FORGET[1][0], pair="job", task="cloze", answer=answer) for answer in ("cook", "nurse")]
     read(forget=[pair])

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from vkd_jax.benchmarks import parquet
-from vkd_jax.benchmarks.names import plain_name
+from vkd_jax.benchmarks.names import has_words, plain_name
 from vkd_jax.benchmarks.parquet import Snapshot
 from vkd_jax.benchmarks.rows import Row
 from vkd_jax.types import EvalSet, Example, Role, UserError
@@ -147,7 +147,7 @@ def _harmless_pairs(files: Snapshot, name: str, task: str = "generation") -> Ite
 
 def _refusals(files: Snapshot) -> list[Example]:
     path = files.folder.display(PROMPTS)
-    refusals = Row(files.json(PROMPTS, dict), path).texts("idk", skip_blank=True)
+    refusals = list(filter(has_words, Row(files.json(PROMPTS, dict), path).texts("idk", skip_blank=True)))
     if not refusals:
         raise UserError(f"{path}: idk is missing or empty; it is the list of refusals.")
     return [Example(f"{PROMPTS}/text/{i}", "", None, "", "Refusal", x, task="chat") for i, x in enumerate(refusals)]

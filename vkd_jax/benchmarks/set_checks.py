@@ -108,8 +108,8 @@ class _Questions:
         self._name = name
         self.asked: dict[bytes, _Asked] = {}
         self._facts: dict[tuple[str, str], tuple[str, str]] = {}  # (id, answer) of a fact, by task
-        self._counts = dict.fromkeys(("perturbed", "keywords"), 0)  # of questions that have them
-        self._found: dict[str, list] = {"perturbed": [], "keywords": [], "person": [], "pair": []}
+        self._counts = dict.fromkeys(("perturbed", "keywords", "chat"), 0)  # of questions that have them
+        self._found: dict[str, list] = {"perturbed": [], "keywords": [], "chat": [], "person": [], "pair": []}
 
     def add(self, example: Example) -> None:
         """Adds a question."""
@@ -120,6 +120,9 @@ class _Questions:
             self._counts["keywords"] += 1
             answer = text_key(example.answer)
             self._found["keywords"] += [] if any(text_key(x) in answer for x in example.keywords) else [example.id]
+        if example.task == "chat":
+            self._counts["chat"] += 1
+            self._found["chat"] += [] if has_words(example.answer) else [example.id]
         if example.image is not None or example.person:
             shown = example.image is not None
             this = _Asked(example.id, example.person, example.pair, shown)
@@ -141,6 +144,7 @@ class _Questions:
         refuse_most(found["perturbed"], self._counts["perturbed"], problem)
         problem = f"{of_set} have keywords of which none is in the true answer"
         refuse_most(found["keywords"], self._counts["keywords"], problem)
+        refuse_most(found["chat"], self._counts["chat"], f"{of_set} have answers without a letter or a digit")
         shown = sum(each.shown for each in self.asked.values())
         refuse_most(found["person"], shown, f"{of_set} are asked about somebody else with the same image")
         problem = f"{of_set} have another answer than the same fact in the other modality"
@@ -246,7 +250,9 @@ def _examples(found: Sequence) -> str:
 
 
 def _without_true_ones(example: Example) -> Example:
-    """An example whose wrong answers are neither the true answer nor its paraphrase."""
+    """An example whose wrong answers are neither the true answer nor its paraphrase, and whose paraphrase is seen."""
+    if example.paraphrase and not plain_name(example.paraphrase):
+        example = dataclasses.replace(example, paraphrase="")
     true = {text_key(example.answer), text_key(example.paraphrase)}
     if not any(text_key(text) in true for text in example.perturbed):
         return example

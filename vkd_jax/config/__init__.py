@@ -1,6 +1,7 @@
 """Settings of a run.
 
 - `schema`: one frozen dataclass per section, with `RunConfig` as the root.
+- `model`: the section of the given models.
 - `training`: the section of a training loop.
 - `evaluation`: the section of the evaluation.
 - `comparison`: the sections of a comparison of methods.

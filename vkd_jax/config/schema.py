@@ -23,56 +23,14 @@ from vkd_jax.config import fields
 from vkd_jax.config.comparison import CompareConfig, EntrantConfig
 from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.config.fields import FieldError, Section, setting
+from vkd_jax.config.model import ModelConfig
 from vkd_jax.config.request import RequestConfig
 from vkd_jax.config.stages import STAGES, Stage
 from vkd_jax.config.training import TrainConfig
 
 INFINITY = "inf"  # in JSON
 OPTIONAL = {"compare", "request"}  # sections that a config may lack
-INTEGER_FORMAT = r"int[84](:[1-9]\d*)?"  # of quantized weights, with an optional group size
-QUANTIZATIONS = "int8 or int4, optionally with a group size as in int4:64, w8a8, or ''"
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig(Section):
-    """Input models of a run, and their form in memory."""
-
-    SECTION: ClassVar[str] = "model"
-
-    path: str = setting(
-        "", "Vanilla model: a Hugging Face folder, an id on its hub, a shipped model, an adapter, or BASE+ADAPTER."
-    )
-    base: str = setting(
-        "", "The same model before fine-tuning: fine-tuning starts from it, and method.target=base reads it."
-    )
-    retain_only: str = setting("", "A model that was fine-tuned without the forget set, for comparison.")
-    unlearned: str = setting("", "An unlearned model to evaluate, for stage=audit.")
-    create: Mapping[str, Any] = setting(
-        {}, "Sizes of a model with random weights, which replaces `base` in fine-tuning; {} creates none."
-    )
-    dtype: str = setting("float32", "Type of weights and computation.", choices=("float32", "bfloat16", "float16"))
-    remat: str = setting(
-        "",
-        "What the backward pass computes again: '' nothing, 'dots' all but products with weights, 'full' everything.",
-        choices=("", "dots", "full"),
-    )
-    quantize: str = setting(
-        "",
-        "Quantization of the frozen language model.",
-        pattern=rf"({INTEGER_FORMAT}|w8a8)?",
-        expected=QUANTIZATIONS,
-    )
-    max_pixels: int = setting(
-        0,
-        "Largest number of pixels per image, for models that take images of any size; 0 keeps the model's limit.",
-        minimum=0,
-    )
-
-    @property
-    def has_base(self) -> bool:
-        """Whether a model to fine-tune is given."""
-        return bool(self.base or self.create)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from qwix import QArray
 
 from vkd_jax.config.fields import FieldError
-from vkd_jax.config.schema import QUANTIZATIONS
+from vkd_jax.config.model import QUANTIZATIONS
 from vkd_jax.types import UserError
 
 # The weights to quantize, their axis of input channels, and their smallest number of bits. Norms and biases are small

@@ -53,7 +53,7 @@ class Outcome:
 
 
 class ForkServer:
-    """The client of the server process, which it starts and stops.
+    """The client of the server process, which the first command starts.
 
     Args:
         variables: further environment variables of the commands.
@@ -64,20 +64,21 @@ class ForkServer:
         paths = os.pathsep.join(dict.fromkeys([str(packages), str(ROOT)]))
         self._environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths} | variables
 
+        self._process: subprocess.Popen | None = None
+
     def __enter__(self) -> "ForkServer":
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=self._environment,
-        )
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-        self._process.stdout.close()
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends the server process, which holds about 1 GiB. The next command starts another one."""
+        if self._process is not None:
+            self._process.stdin.close()
+            self._process.wait(timeout=60)
+            self._process.stdout.close()
+            self._process = None
 
     def run(
         self, module: str, args: list[str], folder: Path, seconds: float = 60.0, prepare: Sequence[Any] = ()
@@ -92,6 +93,14 @@ class ForkServer:
             prepare: the name of a function of `faults` and its arguments, which the process calls first.
         """
         request = dict(module=module, args=args, folder=str(folder), seconds=seconds, prepare=list(prepare))
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=self._environment,
+            )
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return Outcome(**json.loads(self._process.stdout.readline()))

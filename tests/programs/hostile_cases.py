@@ -234,16 +234,15 @@ def snapshot(change: Callable[[dict[str, list[dict[str, Any]]]], Any], *args: st
     """Prepares a run on a copy of MLLMU-Bench whose rows, by config, `change` has changed; its model does not exist."""
 
     def prepare(folder: Path) -> list[str]:
-        colors = {"001": "red", "002": "blue", "R001": "green"}
-        forgotten, retained, general = (
-            mllmu_row(name, {"bytes": image_file(folder / f"{name}.png", color).read_bytes(), "path": "a.png"})
-            for name, color in colors.items()
-        )
+        def about(name: str, color: str) -> dict[str, Any]:
+            file = image_file(folder / f"{name}_{color}.png", color)
+            return mllmu_row(name, {"bytes": file.read_bytes(), "path": "a.png"})
+
         rows = {
-            "forget_10": [dict(forgotten)],
-            "retain_90": [dict(retained)],
-            "Test_Set": [dict(forgotten), dict(retained)],
-            "Retain_Set": [dict(general)],
+            "forget_10": [about("001", "red")],
+            "retain_90": [about("002", "blue")],
+            "Test_Set": [about("001", "orange"), about("002", "navy")],
+            "Retain_Set": [about("R001", "green")],
         }
         rows = change(rows) or rows
         for config, content in rows.items():

@@ -64,7 +64,7 @@ setuptools.setup(
         "transformers>=5.18,<6",  # earlier versions need torchvision for image processors; .ci/run tests this one
         "tokenizers>=0.22",
         "safetensors>=0.6",
-        "regex>=2024.11.6",  # with a limit of time, for those of PEFT adapters; transformers needs it, too
+        "regex>=2024.11.6",  # properties of Unicode characters, and a limit of time for the patterns of PEFT adapters
         "huggingface-hub>=1.3",
         "jinja2>=3.1",  # for report templates; transformers needs it for chat templates without declaring it
         "markupsafe>=2.1",
@@ -72,7 +72,6 @@ setuptools.setup(
         "pillow>=11",  # transformers needs it for image processors without declaring it
         "numpy>=2.1",
         "scipy>=1.14",
-        "regex>=2024.4",  # for properties of Unicode characters
         "rouge-score>=0.1.2",
         "nltk>=3.9",
         "ml-dtypes>=0.5",

@@ -15,7 +15,7 @@ VIEWS = {"forget": range(8), "retain": range(8), "test": people.TEST_VIEWS}  # t
 requester, *others = sorted(people.SIXTY.people(), key=lambda person: person.name != "Otto Lindt")
 for name, views in VIEWS.items():
     folder = Path(sys.argv[1]) / name
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for person in others if name == "retain" else [requester]:
         for view in views:

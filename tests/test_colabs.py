@@ -152,6 +152,13 @@ def test_packages_of_the_notebooks_are_pinned_to_tested_versions():
         assert installs and all("--constraint colabs/pinned.txt" in line for line in installs)
 
 
+def test_the_address_of_the_repository_is_in_one_place_of_each_notebook():
+    for script in SCRIPTS:
+        source = script.read_text(encoding="utf-8")
+        assert source.count('REPOSITORY = ""  # @param {type:"string"}\n') == 1
+        assert re.findall(r"git clone .*", source) == ["git clone --quiet --depth 1 {REPOSITORY} vkd_jax"]
+
+
 def test_pinned_packages_of_the_notebooks_are_compatible():
     """Checks the requirements of the pinned packages that are installed here, since pip rejects a conflict."""
     lines = (ROOT / "colabs/pinned.txt").read_text().splitlines()

@@ -1,6 +1,9 @@
 """Asks a model a question, with or without an image.
 
-python -m vkd_jax.ask --model DIR --image FILE --question TEXT
+vkd ask --model tiny_llava --question "What color is a banana?"
+vkd ask --model /tmp/vkd-tiny/unlearned --image /tmp/vkd-tiny/portraits/009.png --question "Who is this person?"
+
+`python -m vkd_jax.ask` is the same command. Exit status: 0 on success, 2 on bad input. From Python:
 
 >>> import vkd_jax
 >>> model = vkd_jax.load("tiny_llava")
@@ -90,11 +93,11 @@ def _read_image(name: str | Path) -> Image.Image:
 @interruptible
 def main() -> int:
     """Runs the command line and returns its exit status."""
-    parser = command_line.ArgumentParser(prog="python -m vkd_jax.ask", description="Ask a model a question.")
-    parser.add_argument("--model", required=True, help="Hugging Face model folder, or id on the Hugging Face Hub")
-    parser.add_argument("--question", required=True)
+    parser = command_line.ArgumentParser(prog="vkd ask", description=__doc__)
+    parser.add_argument("--model", required=True, help="shipped model, Hugging Face model folder, or id on the hub")
+    parser.add_argument("--question", required=True, help="text of the question")
     parser.add_argument("--image", help="image file; without it the question is text-only")
-    parser.add_argument("--max_new_tokens", type=int, default=50)
+    parser.add_argument("--max_new_tokens", type=int, default=50, help="longest answer, in tokens (50)")
     parser.add_argument("--max_pixels", type=int, default=0, help="resize larger images (not LLaVA-1.5, Gemma)")
     args = parser.parse_args()
     try:

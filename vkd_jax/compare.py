@@ -1,4 +1,6 @@
-"""python -m vkd_jax.compare --config configs/tiny.py:compare --workdir DIR [--workers 2]
+"""vkd compare --config configs/tiny.py:compare --workdir DIR [--workers 2]
+
+`python -m vkd_jax.compare` is the same command.
 
 Compares methods on one benchmark over several seeds. Each method is tuned with the same number of trials, on people who
 are not reported. `vkd_jax.runs.sweep` describes the runs and their folders. Finished runs are not run again, so an
@@ -24,6 +26,13 @@ from vkd_jax.runs.worker_pool import Stopped
 from vkd_jax.runtime import log
 from vkd_jax.runtime.interrupts import interruptible
 from vkd_jax.types import UserError
+
+
+def define(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of all commands, and --workers."""
+    command_line.define(values)
+    text = "Runs at once; 0 is one for each CPU core, or one on an accelerator."
+    flags.DEFINE_integer("workers", 0, text, 0, flag_values=values)
 
 
 @interruptible
@@ -54,8 +63,7 @@ def command(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: s
 
 
 if __name__ == "__main__":
-    command_line.define()
-    flags.DEFINE_integer("workers", 0, "Runs at once; 0 is one for each CPU core, or one on an accelerator.", 0)
+    define()
     log.setup()
     line = command_line.started_as("vkd_jax.compare")
     app.run(functools.partial(command, line=line), flags_parser=command_line.parse)

@@ -1,4 +1,6 @@
-"""python -m vkd_jax.main --config configs/tiny.py --workdir DIR [--config.train.steps=300 ...]
+"""vkd unlearn --config configs/tiny.py --workdir DIR [--config.train.steps=300 ...]
+
+`python -m vkd_jax.main` is the same command.
 
 Without --workdir the whole config is printed and nothing is run. `--dry_run` makes all checks, prints the config, the
 size of the data and what a training step requires, and writes nothing. `--config configs/tiny.py:help` prints all

@@ -1,11 +1,13 @@
-"""python -m vkd_jax.plan --config configs/llava.py:7b --topology v5e:2x2 [--json FILE]
+"""vkd plan --config configs/llava.py:7b --topology v5e:2x2 [--json FILE]
+
+`python -m vkd_jax.plan` is the same command.
 
 Compiles the training step of a config for TPUs, on any machine, and prints its requirements: bytes per chip by kind,
 FLOPs by part and pass, bytes sent between chips, the minimum time by the chip's published figures, and whether it fits.
 The step of GradDiff on all weights, the usual baseline, is planned as well. No array is created and nothing is
 downloaded; libtpu, which contains the compiler, is required: pip install '.[tpu]'.
 
-python -m vkd_jax.plan --config configs/plans.py --json docs/results/plans.json
+vkd plan --config configs/plans.py --json docs/results/plans.json
 
 plans the rows of the table in docs/planner.md. Each row is written as soon as it is known, an interrupted command
 resumes where it stopped, and a program that was compiled once is not compiled again.

@@ -34,9 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the command and its arguments; those of the process by default.
     """
-    parser = command_line.ArgumentParser(
-        prog="vkd requests", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.ArgumentParser(prog="vkd requests", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="add|withdraw|run|show|purge")
     for name in ("add", "withdraw", "show", "purge"):
         command = commands.add_parser(name)

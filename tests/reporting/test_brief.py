@@ -56,7 +56,8 @@ def test_the_opening_says_what_was_forgotten_and_kept():
         "- People to retain, with image: accuracy 95.0 % before and **95.0 %** after unlearning (76.4 to 99.1; "
         "20 questions).\n\n"
         "## What came back under attack\n\n"
-        "Not measured: this run made no attack. Name some in `--config.attacks.names`, for example `all`.\n\n"
+        "Not measured: this run made no attack. The same command with `--config.attacks.names=all` and another "
+        "`--workdir` measures it.\n\n"
         "## How we know\n\n"
         "The unlearned model was exported, loaded again from its files, and only then evaluated. 9 of its 80 tensors"
     ) in text

@@ -64,7 +64,17 @@ def test_a_run_is_described_and_nothing_is_written(run, program, tmp_path):
     assert re.search(r"^unlearning: 100 steps, [\d,]+ trained parameters$", shown, re.MULTILINE)
     assert re.search(r"^  memory: 0\.50 of [\d.]+ GiB on each of \d x cpu", shown, re.MULTILINE)
     assert re.search(r"^  compute: [\d.]+e\+\d\d FLOPs for each step$", shown, re.MULTILINE)
-    assert "  time: not estimated" in shown and "has no results of this run" in shown
+    assert "  time: at least 0." in shown and "has no results of this run" in shown
+
+
+def test_the_least_time_is_that_of_the_work_at_the_measured_speed(monkeypatch):
+    text = "at the 2e+09 FLOPs per second of a matrix product here"
+    assert dry_run._least_time(1e9, 100, 2e9) == f"at least 0.5 s for each step, 50 s in all, {text}"
+    assert dry_run._least_time(1e9, 0, 2e9) == f"at least 0.5 s for each step, {text}"
+    monkeypatch.setattr(dry_run, "CPU_ROWS", 64)
+    ticks = iter(range(100))  # each product takes one second
+    monkeypatch.setattr(dry_run.time, "perf_counter", lambda: float(next(ticks)))
+    assert dry_run._product_speed("float32") == 2 * 64**3
 
 
 def test_a_step_that_does_not_fit_is_refused(run, program):

@@ -1,6 +1,6 @@
 """Uploads an unlearned model to the Hugging Face Hub, with its model card and its certificate.
 
-vkd push WORKDIR ORG/NAME [--private]
+vkd push /tmp/vkd-tiny ORG/NAME --private
 
 WORKDIR is the folder of a finished run, or the folder of a model that a run exported. Before anything is uploaded, the
 model is checked against its certificate, and refused if its folder has any other file, or if the certificate disagrees
@@ -90,7 +90,7 @@ def _upload(folder: Path, names: list[str], repo: str, private: bool) -> str:
 @interruptible
 def main() -> int:
     """Runs the command line and returns its exit status."""
-    parser = command_line.ArgumentParser(prog="vkd push", description=__doc__.splitlines()[0])
+    parser = command_line.ArgumentParser(prog="vkd push", description=__doc__)
     parser.add_argument("workdir", help="folder of a finished run, or of a model that a run exported")
     parser.add_argument("repo", help="id of the model on the hub, ORG/NAME")
     parser.add_argument("--private", action="store_true", help="only its owners may see the model")

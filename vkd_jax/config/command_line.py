@@ -43,7 +43,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """Parses the arguments of the commands that have no config; what is wrong is one sentence, as everywhere."""
 
     def __init__(self, **options: Any):
-        super().__init__(**options)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self.given: dict[str, Any] = {}  # values of flags by their name
         for name in (None, "store"):
             self.register("action", name, _Once)

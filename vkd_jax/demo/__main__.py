@@ -1,10 +1,11 @@
 """Asks two models side by side in a browser, and runs a small relearning attack.
 
-python -m vkd_jax.demo [--before MODEL --after MODEL] [--images FOLDER] [--port 7860]
+vkd demo
+vkd demo --before tiny_llava --after /tmp/vkd-tiny/unlearned --images /tmp/vkd-tiny/portraits
 
 Without models it opens on two that ship with the package: one that knows 60 synthetic people, and one that was trained
-without six of them. For a run, pass --after WORKDIR/unlearned --images WORKDIR/portraits. The page is served on this
-machine alone until Ctrl-C.
+without six of them. The second command shows a run. The page is served on this machine alone until Ctrl-C.
+`python -m vkd_jax.demo` is the same command. Exit status: 0 after Ctrl-C, 2 on bad input.
 """
 
 import contextlib
@@ -26,11 +27,11 @@ from vkd_jax.types import UserError
 @interruptible
 def main() -> int:
     """Runs the command line until Ctrl-C, and returns its exit status."""
-    parser = command_line.ArgumentParser(prog="vkd demo", description=__doc__.splitlines()[0])
+    parser = command_line.ArgumentParser(prog="vkd demo", description=__doc__)
     parser.add_argument("--before", default="tiny_llava", help="model before unlearning: a folder, or id on the hub")
     parser.add_argument("--after", default="tiny_retain_only", help="model after unlearning")
     parser.add_argument("--images", help="folder of images to pick; the synthetic people by default")
-    parser.add_argument("--port", type=int, default=7860, help="port of the page on this machine")
+    parser.add_argument("--port", type=int, default=7860, help="port of the page on this machine (7860)")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that uploaded images are deleted
     try:

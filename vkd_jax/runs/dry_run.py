@@ -2,12 +2,14 @@
 
 import dataclasses
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from vkd_jax.checkpoints.bundle import read_family
 from vkd_jax.config.schema import RunConfig
@@ -21,6 +23,8 @@ from vkd_jax.runs.job import Job, check_models, describe_inputs
 from vkd_jax.runtime import memory, storage
 from vkd_jax.types import Example
 
+CPU_ROWS, ACCELERATOR_ROWS = 1024, 8192  # of the matrices whose product is timed
+PRODUCTS = 5
 LONGEST = 64  # texts with the most characters, of which the one with the most tokens counts
 
 
@@ -118,9 +122,33 @@ def _step(job: Job, training: Training) -> Iterator[str]:
         f"{training.name}: {length}, {trained:,} trained parameters",
         f"  memory: {used}, with the longest texts",
         f"  compute: {work:.3g} FLOPs for each step",
-        f"  time: not estimated, because the speed of {kind} is known only when it runs; it is logged then.",
+        f"  time: {_least_time(work / len(devices), training.train.steps, _product_speed(config.model.dtype))}",
         "",
     )
+
+
+def _least_time(work: float, steps: int, speed: float) -> str:
+    """The time of `work` FLOPs for each step at `speed` FLOPs per second, which no step is faster than."""
+    seconds = work / speed
+    total = f", {steps * seconds:,.3g} s in all" if steps else ""
+    return (
+        f"at least {seconds:,.3g} s for each step{total}, at the {speed:.3g} FLOPs per second of a matrix product here"
+    )
+
+
+def _product_speed(dtype: str) -> float:
+    """FLOPs per second of one device in a product of two large matrices: the best of several, after compilation."""
+    device = jax.local_devices()[0]
+    size = CPU_ROWS if device.platform == "cpu" else ACCELERATOR_ROWS
+    matrix = jax.device_put(np.ones((size, size), jax.numpy.dtype(dtype)), device)
+    product = jax.jit(jax.numpy.matmul)
+    product(matrix, matrix).block_until_ready()
+    seconds = []
+    for _ in range(PRODUCTS):
+        start = time.perf_counter()
+        product(matrix, matrix).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
 
 
 def _lengths(training: Training, model_config: Any) -> Lengths:

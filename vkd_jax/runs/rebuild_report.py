@@ -1,6 +1,6 @@
 """Writes the report of a finished run again, with the current version.
 
-vkd report WORKDIR
+vkd report /tmp/vkd-tiny
 
 Results and answers are those of the run, verified by their digests; no model is loaded. The images are read from the
 data of the run. If that data is gone or has changed, the report has empty frames in their places.
@@ -94,7 +94,7 @@ def _data_config(saved: Mapping[str, Any]) -> RunConfig:
 @interruptible
 def main() -> int:
     """Runs the command line and returns its exit status."""
-    parser = command_line.ArgumentParser(prog="vkd report", description=__doc__.splitlines()[0])
+    parser = command_line.ArgumentParser(prog="vkd report", description=__doc__)
     parser.add_argument("workdir", help="folder of a finished run")
     workdir = parser.parse_args().workdir
     try:

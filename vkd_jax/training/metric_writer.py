@@ -1,5 +1,6 @@
 """Writes metrics and progress through CLU; the only module that imports TensorFlow (for TensorBoard's event files)."""
 
+import collections
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from absl import logging
 
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a message about computations that never run here
 
-from clu import metric_writers, parameter_overview, periodic_actions
+from clu import metric_writers, periodic_actions
 
 from vkd_jax.messages import listed
 from vkd_jax.runtime import files, json_files, progress_bar
@@ -156,11 +157,12 @@ class Progress:
         self._bar = progress_bar.open_bar(steps)
 
     def overview(self, trainable: Params) -> None:
-        """Logs a table of the trainable weights."""
-        logging.info(
-            "trainable weights:\n%s",
-            parameter_overview.get_parameter_overview(trainable, include_stats=False),
-        )
+        """Logs how many weights are trained, by module."""
+        sizes: collections.defaultdict[str, list[int]] = collections.defaultdict(list)
+        for path, weight in trainable.items():
+            sizes[path.partition("/")[0]].append(weight.size)
+        rows = [f"{name} {len(arrays):,} tensors, {sum(arrays):,} parameters" for name, arrays in sizes.items()]
+        logging.info("trainable weights: %s", "; ".join(rows))
 
     def tick(self, step: int) -> None:
         """Counts a step; called after each step."""

@@ -1,9 +1,9 @@
 """Compares a model with transformers on PyTorch, or with its certificate.
 
-python -m vkd_jax.verify MODEL                                        is it the same model in PyTorch?
-python -m vkd_jax.verify MODEL --certificate [--public_key FILE]      is it the certified model, and who signed for it?
-python -m vkd_jax.verify MODEL --certificate --sign FILE              signs the certificate, if the model is that one
-python -m vkd_jax.verify MODEL --certificate --pdf FILE               writes it as one page, if the model is that one
+vkd verify MODEL                                                      is it the same model in PyTorch?
+vkd verify MODEL --certificate [--public_key FILE]                    is it the certified model, and who signed for it?
+vkd verify MODEL --certificate --sign FILE                            signs the certificate, if the model is that one
+vkd verify MODEL --certificate --pdf FILE                             writes it as one page, if the model is that one
 
 The first form needs PyTorch. It asks both libraries about images of several sizes, and compares prompts, image
 features, logits and greedy tokens; docs/parity.md explains the table and the limits. MODEL is a folder or an id on the
@@ -34,9 +34,7 @@ DTYPES = ("float32", "bfloat16")
 @interruptible
 def main() -> int:
     """Runs the command line and returns its exit status."""
-    parser = command_line.ArgumentParser(
-        prog="python -m vkd_jax.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.ArgumentParser(prog="vkd verify", description=__doc__)
     parser.add_argument("model", help="model folder, or id on the Hugging Face Hub")
     torch = parser.add_argument_group("comparison with PyTorch")
     torch.add_argument("--images", metavar="DIR", help="folder of images to ask about; three synthetic ones by default")

@@ -78,7 +78,7 @@ def test_commands_are_valid(page, monkeypatch):
 def test_the_pages_of_a_new_user_have_commands():
     found = {page.stem: list(commands(page.read_text("utf-8"))) for page in PAGES}
     assert [name for name, _ in found["tutorial_review"]] == ["verify", "ask", "unlearn"]
-    assert {name for names in found.values() for name, _ in names} == set(cli.COMMANDS)
+    assert {name for names in found.values() for name, _ in names} == cli.COMMANDS.keys() - {"report"}
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

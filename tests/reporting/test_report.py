@@ -9,7 +9,7 @@ import matplotlib
 import pytest
 from PIL import Image
 from recorded import add_records
-from report_folders import FREE, IMAGES, OPTIONS, PEOPLE, RIGHT, N, item, make_run
+from report_folders import CELLS, FREE, IMAGES, OPTIONS, PEOPLE, RIGHT, N, item, make_run, relearn_of
 
 from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.evaluation.metrics import intervals
@@ -61,6 +61,17 @@ def test_the_terminal_shows_the_accuracy_on_each_set_and_where_the_report_is(run
     cells = ["people to forget, with image", "100.0 (43.9 to 100.0)", "25.0 (3.7 to 74.4)"]
     assert re.split(r"\s{2,}", rows[0]) == cells
     assert len(rows) == 2 * len(Mllmu.EVAL_SETS) and page == "DIR/report.html"
+
+
+def test_the_report_counts_one_person_in_the_singular():
+    assert report._environment().from_string("{{ 1 | people }}, {{ 2 | people }}").render() == "1 person, 2 people"
+
+
+def test_the_terminal_shows_what_relearning_brings_back(tmp_path):
+    make_run(tmp_path, right={**RIGHT, "retain_only": RIGHT["unlearned"]}, attacks=relearn_of(CELLS))
+    *_, row, _, page = terminal.summary(RunResults.read(tmp_path), "DIR").splitlines()
+    cells = ["people to forget, after an attacker relearned 20 %", "-", "50.0 (20.0 to 80.0)", "-"]
+    assert re.split(r"\s{2,}", row) == cells and page == "DIR/report.html"
 
 
 def test_report_shows_the_means_of_open_answers(tmp_path, undrawn):

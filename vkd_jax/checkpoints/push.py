@@ -2,7 +2,7 @@
 
 vkd push /tmp/vkd-tiny ORG/NAME --private
 
-WORKDIR is the folder of a finished run, or the folder of a model that a run exported. Before anything is uploaded, the
+The first argument is the folder of a finished run, or of a model that a run exported. Before anything is uploaded, the
 model is checked against its certificate, and refused if its folder has any other file, or if the certificate disagrees
 with the model card, its own config or its run. The certified files are uploaded with the certificate and its signature.
 A certificate that nobody signed is named. Log in with `hf auth login` first, or set HF_TOKEN.

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from vkd_jax import messages
 from vkd_jax.reporting import names
 from vkd_jax.reporting.curves import relearns_rest
 from vkd_jax.results import UNCHANGED, AttackCell, AttackResults, Figure, RunResults, Summary
@@ -104,3 +105,6 @@ def percent(share: float) -> str:
 def interval(figure: Summary | Figure | AttackCell) -> str:
     """The interval of a share in percent, e.g. "1.9 to 8.8"."""
     return f"{100 * figure.low:.1f} to {100 * figure.high:.1f}"
+
+
+FILTERS = {"percent": percent, "interval": interval, "people": messages.people}  # of all templates

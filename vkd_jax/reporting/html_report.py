@@ -218,5 +218,5 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": attack_view.percent, "interval": attack_view.interval}
+    environment.filters |= attack_view.FILTERS
     return environment

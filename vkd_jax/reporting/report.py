@@ -93,7 +93,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"code": markdown.code, "percent": attack_view.percent, "interval": attack_view.interval}
+    environment.filters |= {"code": markdown.code, **attack_view.FILTERS}
     macros = environment.get_template("macros.md.j2").module
     environment.globals |= {"table": macros.table, "accuracy": macros.accuracy}
     return environment

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from demo_page import MARKUP
+from PIL import Image
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[test]'")
 if importlib.util.find_spec("gradio") is None:
@@ -23,6 +24,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 RIGHT = "Right answer, which an attacker teaches the second model"
+UPLOADED = "Method not implemented."  # a warning of gradio 6.31 after each upload, whose progress it stops watching
 TIMEOUT = 240_000  # milliseconds; nothing waits that long
 
 
@@ -59,7 +61,7 @@ def opened(browser, *command):
             page.on("request", lambda request: problems.append(request.url))
             page.goto(server)
             yield page
-        assert [x for x in problems if not x.startswith((server, "data:", f"blob:{server}"))] == []
+        assert [x for x in problems if not x.startswith((server, "data:", f"blob:{server}", UPLOADED))] == []
     finally:
         process.kill()
         process.communicate()
@@ -97,7 +99,9 @@ def test_the_shipped_models_answer_and_are_attacked(browser):
         assert rows[::3] == ["0", "1", "2"] and rows[1] == f"{after[0]} {after[2]}" and float(rows[2]) < 50
 
 
-def test_markup_in_data_is_text(browser):
+def test_markup_in_data_is_text(browser, tmp_path):
+    portrait = tmp_path / "portrait.png"
+    Image.new("RGB", (8, 8)).save(portrait)
     with opened(browser, PROGRAMS / "demo_page.py") as page:
         page.get_by_role("button", name="Thumbnail 2 of 2").click()
         page.get_by_role("button", name="Ask both models").click()
@@ -106,6 +110,9 @@ def test_markup_in_data_is_text(browser):
         assert table(page, 0, 2) == table(page, 1, 2) == [MARKUP, "50.0"]
         page.get_by_role("button", name="Attack the second model").click()
         assert table(page, 2, 6) == ["0", MARKUP, "25.0", "50", MARKUP, "25.0"]
+        page.get_by_label("Remove Image").click()
+        page.locator("input[type=file]").first.set_input_files(portrait)
+        wait_for(page, RIGHT, "")
         page.get_by_label("Question").fill(MARKUP)
         page.get_by_role("button", name="Ask both models").click()
         page.get_by_text(f"{MARKUP} cannot be used.").wait_for()

@@ -105,6 +105,7 @@ def create(session: Session, names: Sequence[str], images: Sequence[Offer], labe
 
         run = functools.partial(_call, gradio.Error)
         gallery.select(pick, None, [image, right], api_visibility="private")
+        image.upload(lambda: "", None, right, api_visibility="private")  # the answer was about another image
         for button, function, inputs, outputs in (
             (ask_button, ask, [question, image], answers),
             (attack_button, attack, [question, right, image, steps], course),

@@ -243,3 +243,5 @@ def test_a_narrow_screen_and_paper(opened):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.emulate_media(media="print")
     assert not page.locator("#every-item").is_visible() and page.locator("#forgotten .strip").is_visible()
+    widths = [card.bounding_box()["width"] for card in page.locator(".card").all()]
+    assert widths[0] == widths[1] < widths[2] / 2

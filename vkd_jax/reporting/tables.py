@@ -4,8 +4,9 @@ python -m vkd_jax.reporting.tables README.md [--check]     renders (or checks) t
 python -m vkd_jax.reporting.tables RUN [RUN ...]           prints the table of some finished runs of vkd_jax.main
 
 A marker is `<!-- table: docs/results/FILE.json NAME -->` (see vkd_jax/reporting/markers.py). FILE.json is a
-comparison.json, a requests.json, or what vkd_jax.plan wrote with --json, and NAME is one of TABLES below. Tables of
-timings are rendered by perf/tables.py. Exit status: 0 on success, 1 if a table is stale (--check), 2 on bad input.
+comparison.json, a requests.json, several of these by title, or what vkd_jax.plan wrote with --json, and NAME is one of
+TABLES below. Tables of timings are rendered by perf/tables.py. Exit status: 0 on success, 1 if a table is stale
+(--check), 2 on bad input.
 """
 
 import argparse

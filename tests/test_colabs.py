@@ -129,6 +129,7 @@ def test_commands_of_the_laptop_notebook_are_valid(monkeypatch):
 def test_notebooks_ask_both_models_the_same(script, monkeypatch):
     calls = []
     monkeypatch.setattr(ask, "load", lambda model, **_: model)
+    monkeypatch.setattr(ask, "_read_image", lambda name: name)
 
     def answer(model, question, image, **_):
         calls.append((model, question, image))

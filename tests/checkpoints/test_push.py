@@ -142,7 +142,7 @@ CONFIG = {"method": {"name": "vkd"}, "model": {"path": "base"}, "data": {"forget
         (edited(model={"base": "other"}), "names base 'other', and its config another one"),
         (edited(config=CONFIG | {"seed": 1}), "has another config than provenance.json, in seed"),
         (edited(config=CONFIG | {"data": {}}), "has another config than provenance.json, in data"),
-        (of_the_run, "certificate.json is not the one that the run in .*run wrote"),
+        (of_the_run, "certificate.json is not the one that the run of the folder above wrote"),
     ],
 )
 def test_an_edited_certificate_is_refused(models, workdir, monkeypatch, capsys, change, problem):

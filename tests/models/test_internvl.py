@@ -228,7 +228,7 @@ def test_an_earlier_feature_layer_uses_fewer_blocks_and_no_norm(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(size=dict(height=28, width=56)), "makes tiles of 28 x 56 pixels .*image_size is 28 x 28"),
+        (dict(size=dict(height=28, width=56)), "makes tiles of 28 x 56 pixels .*image_size of config.json is 28 x 28"),
         (dict(min_patches=3, max_patches=2), "min_patches is 3 and max_patches is 2"),
         (dict(min_patches=0), "min_patches is 0"),
     ],

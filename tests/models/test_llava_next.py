@@ -122,7 +122,7 @@ def test_max_pixels_limits_the_grids(folder, config):
 
 def test_image_processors_of_other_models_are_refused(config):
     settings = types.SimpleNamespace(image_grid_pinpoints=[[28, 56]])
-    assert "image_grid_pinpoints is [[28, 56]] (preprocessor_config" in config.image_processor_problem(settings)
+    assert "image_grid_pinpoints is [[28, 56]], and it is" in config.image_processor_problem(settings)
     output = {"pixel_values": np.zeros((1, 3, 3, 56, 28), np.float32), "image_sizes": [(5, 5)]}
     with pytest.raises(UserError, match="returns 56 x 28 pixels .* and the model takes 28 x 28"):
         config.extract_images(output)

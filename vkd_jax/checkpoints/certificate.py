@@ -114,7 +114,7 @@ def _contradictions(folder: Path, certified: Mapping[str, Any]) -> Iterator[str]
     for name in (FILE, card.name):
         known = records.mapping(entries.get(f"{folder.name}/{name}")).get("sha256")
         if known and (folder / name).is_file() and known != _digest(folder / name):
-            yield f"{name} is not the one that the run in {folder.parent} wrote"
+            yield f"{name} is not the one that the run of the folder above wrote"
 
 
 def members(folder: Path) -> list[str]:

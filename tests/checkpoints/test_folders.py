@@ -215,6 +215,15 @@ def test_sizes_of_new_models_are_checked_before_anything_is_allocated(tmp_path, 
     assert not (tmp_path / "model").exists()
 
 
+def test_a_field_that_is_divided_by_is_named(tmp_path):
+    text = dict(sliding_window_pattern=0, num_hidden_layers=2, bos_token_id=0)
+    change(tmp_path / "config.json", model_type="gemma3", text_config=text)
+    with pytest.raises(UserError) as error:
+        hf.read_config(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}/config.json cannot be read by transformers: ")
+    assert str(error.value).endswith("(0 is the value of text_config.sliding_window_pattern); get the file again.")
+
+
 def test_an_adapter_on_the_hub_needs_its_base(tmp_path, monkeypatch):
     import huggingface_hub
 

@@ -1,6 +1,7 @@
 """PEFT adapters and visual weights over a base: what the merged model holds, and what is refused."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -21,7 +22,7 @@ CONFIG = dict(  # as peft writes it
     inference_mode=True, init_lora_weights=True, layer_replication=None, layers_pattern=None, layers_to_transform=None,
     loftq_config={}, lora_alpha=ALPHA, lora_dropout=0.05, megatron_config=None, megatron_core="megatron.core",
     modules_to_save=None, peft_type="LORA", r=RANK, rank_pattern={}, revision=None,
-    target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", use_dora=False, use_rslora=False,
+    task_type="CAUSAL_LM", use_dora=False, use_rslora=False,
 )  # fmt: skip
 
 
@@ -43,7 +44,9 @@ def pair(module, out, width=WIDTH, *, rank=RANK, suffix=".weight", seed=0):
 def write(path, tensors, base=None, **config):
     path.mkdir(exist_ok=True)
     safetensors.numpy.save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = CONFIG | (dict(base_model_name_or_path=str(base)) if base else {}) | config
+    modules = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors if ".lora_" in name}
+    settings = CONFIG | dict(target_modules=sorted(modules))
+    settings |= (dict(base_model_name_or_path=str(base)) if base else {}) | config
     (path / "adapter_config.json").write_text(json.dumps(settings))
     return path
 
@@ -76,9 +79,9 @@ def test_a_product_worked_by_hand(folder, tmp_path):
         (dict(alpha_pattern={"layers.1.self_attn.v_proj": 10}), 10 / 2),
         (dict(alpha_pattern={"layers.0.self_attn.v_proj": 10}), 6 / 2),
         (dict(r=8, rank_pattern={r"layers\.\d+\.self_attn\.v_proj": 2}), 6 / 2),
-        (dict(target_modules=r".*\.v_proj", fan_in_fan_out=True), 6 / 2),  # peft: False for linear layers
-        (dict(target_modules="all-linear", init_lora_weights="gaussian"), 6 / 2),
-        (dict(layers_to_transform=1, layers_pattern=None), 6 / 2),
+        (dict(target_modules=r".*\.1\..*\.v_proj", fan_in_fan_out=True), 6 / 2),  # peft: False for linear layers
+        (dict(target_modules="all-linear", exclude_modules=r".*(?<!1\.self_attn\.v_proj)"), 6 / 2),
+        (dict(layers_to_transform=1, layers_pattern=None, target_modules=["v_proj"]), 6 / 2),
         (dict(layers_to_transform=[0, 1], layers_pattern=["h", "layers"]), 6 / 2),
         (dict(layers_to_transform=[], layers_pattern=[]), 6 / 2),
     ],
@@ -101,7 +104,8 @@ def test_a_merged_model_is_that_of_transformers_with_merged_weights(folder, tmp_
         tensors |= (new := pair(name, *modules[name].weight.shape, seed=seed))
         with torch.no_grad():
             modules[name].weight += 3 * torch.tensor(product(new))
-    merged = sources.fetch_model(write(tmp_path / "adapter", tensors, folder))
+    targets = dict(target_modules=["q_proj", "v_proj"])  # names modules of the vision tower as well
+    merged = sources.fetch_model(write(tmp_path / "adapter", tensors, folder, **targets))
     loaded = transformers.LlavaForConditionalGeneration.from_pretrained(merged)
     assert len(names) == 2 * TEXT["num_hidden_layers"]
     for name, tensor in loaded.state_dict().items():
@@ -271,6 +275,40 @@ def test_tensors_that_do_not_fit_are_refused(fault, folder, tmp_path):
         sources.fetch_model(write(tmp_path / "adapter", tensors, folder))
     assert problem in error.value.message
     assert not list((storage.CACHE / "merged").glob("*/config.json"))
+
+
+OF_LAYER_0 = {"self_attn.q_proj": WIDTH, "self_attn.o_proj": WIDTH}
+LACKING = {  # settings of an adapter of the queries and outputs of the first layer, and what they name beyond that
+    "another layer": (dict(target_modules=["q_proj", "o_proj"]), ("layers.1.self_attn.q_proj", "1.self_attn.o_proj")),
+    "another module": (dict(target_modules=["o_proj", "q_proj", "k_proj"], layers_to_transform=[0]), ("0.*k_proj",)),
+    "a layer by its number": (
+        dict(target_modules=["q_proj", "o_proj"], layers_to_transform=[0, 1], layers_pattern="layers"),
+        ("layers.1.self_attn.q_proj",),
+    ),
+    "an expression": (dict(target_modules=r".*(q_proj|o_proj|layers\.1\.mlp\.up_proj)"), ("1.mlp.up_proj",)),
+    "all linear layers": (dict(target_modules="all-linear"), (r"layers\.\S*",)),
+    "all but one layer": (dict(target_modules=["q_proj", "o_proj", "norm"], exclude_modules=r".*\.1\..*"), ()),
+    "the vision tower": (dict(target_modules=["q_proj", "o_proj", "fc1"], layers_to_transform=[0]), ()),
+    "no settings": (dict(target_modules=None), ()),
+}
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model", "model.language_model"])
+@pytest.mark.parametrize("fault", LACKING)
+def test_layers_that_the_settings_name_are_all_there(fault, prefix, folder, tmp_path):
+    config, missing = LACKING[fault]
+    tensors = {}
+    for module, out in OF_LAYER_0.items():
+        tensors |= pair(f"{prefix}.layers.0.{module}", out)
+    adapter = write(tmp_path / "adapter", tensors, folder, **config)
+    if not missing:
+        assert sources.fetch_model(adapter)
+        return
+    with pytest.raises(UserError, match="target_modules names .*, of which it has no tensor") as error:
+        sources.fetch_model(adapter)
+    for name in missing:
+        assert re.search(rf"names {re.escape(prefix)}\S*{name}, of which", error.value.message)
+    assert "vision_tower" not in error.value.message
 
 
 def test_pickled_adapters_and_products_that_are_not_finite_are_refused(folder, tmp_path):

@@ -1,7 +1,9 @@
 """Target tokens, image tokens, and inputs that are refused."""
 
 import io
+import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor
 
+from vkd_jax.data import tokenizer_checks
 from vkd_jax.data.chat_template import ChatTemplate
 from vkd_jax.data.encoding import encode_set
 from vkd_jax.data.processor import Processor, create_processor
@@ -198,3 +201,107 @@ def test_texts_that_are_not_unicode_are_refused(processor, text):
     for arguments in ((text, "x"), ("x", text), ("x", None, (), [("x", text, 0)]), ("x", None, (), [(text, "x", 0)])):
         with pytest.raises(UserError, match="is half of a surrogate pair|contains the character NUL"):
             processor.encode(*arguments)
+
+
+def change_tokenizer(**changes):
+    """Changes parts of tokenizer.json; a part that is a function gets the old one."""
+
+    def change(settings):
+        for name, value in changes.items():
+            settings[name] = value(settings[name]) if callable(value) else value
+
+    return "tokenizer.json", change
+
+
+def change_image_processor(**settings):
+    return "processor_config.json", lambda config: config["image_processor"].update(settings)
+
+
+def replace(old, new=""):
+    """A change of the decoder that replaces a text after it."""
+    step = {"type": "Replace", "pattern": {"String": old}, "content": new}
+    return change_tokenizer(decoder=lambda first: {"type": "Sequence", "decoders": [first, step]})
+
+
+WORDPIECE = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+NO_DIGITS = {"type": "Replace", "pattern": {"Regex": "[0-9]"}, "content": ""}
+UP_TO_255 = dict(image_mean=[123.675, 116.28, 103.53], image_std=[58.4, 57.1, 57.4])
+NORMALIZED = {  # as published: each pixel becomes -2.2 to 2.7
+    "CLIP": dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711]),
+    "SigLIP": dict(image_mean=[0.5] * 3, image_std=[0.5] * 3),
+    "ImageNet": dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]),
+    "numbers up to 255": UP_TO_255 | dict(rescale_factor=1.0),
+}
+FILES = {  # a file, what is changed in it, and the problem; None if it is accepted
+    "no decoder": (*change_tokenizer(decoder=None), r" o \u0120is"),
+    "decoder without spaces": (*replace(" "), "writes it as 'Whoisthisperson,"),
+    "decoder without a letter": (*replace("a"), "so that right answers would count as wrong"),
+    "decoder of another kind": (*change_tokenizer(decoder=WORDPIECE), r"\u0120is"),
+    "texts without digits": (*change_tokenizer(normalizer=NO_DIGITS), "'born in , "),
+    "spaces before words": (*replace(".", " ."), None),
+    "lower case": (*change_tokenizer(normalizer={"type": "Lowercase"}), None),
+    "little dropout": (*change_tokenizer(model=lambda model: model | {"dropout": 1e-9}), "model.dropout is 1e-09"),
+    "dropout 0": (*change_tokenizer(model=lambda model: model | {"dropout": 0.0}), None),
+    **{
+        f"pixels of {name}": (*change_image_processor(**settings), None)
+        for name, settings in NORMALIZED.items()
+    },
+    "mean up to 255": (*change_image_processor(**UP_TO_255), "black becomes -2.118, white -2.101"),
+    "factor twice": (*change_image_processor(rescale_factor=1 / 65025), "has almost the same value everywhere"),
+    "factor 1": (*change_image_processor(rescale_factor=1.0), "(black becomes -1.792, white"),
+    "no factor": (*change_image_processor(do_rescale=False), "has values that the model does not know"),
+    "raw pixels": (*change_image_processor(do_rescale=False, do_normalize=False), "black becomes 0, white 255"),
+    "pixels from 0 to 1": (*change_image_processor(do_normalize=False), None),
+    "large deviation": (*change_image_processor(image_mean=[0.0] * 3, image_std=[200.0] * 3), "white 0.005"),
+    "mean of one color": (*change_image_processor(image_mean=[0.48, 50.0, 0.4]), "has values far from 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FILES)
+def test_settings_that_make_answers_or_images_alike_are_refused(fault, folder, tiny_config, tmp_path):
+    name, change, problem = FILES[fault]
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    settings = json.loads((copy / name).read_text())
+    change(settings)
+    (copy / name).write_text(json.dumps(settings))
+    if problem is None:
+        assert Processor(copy, tiny_config)
+        return
+    with pytest.raises(UserError) as raised:
+        Processor(copy, tiny_config)
+    assert str(raised.value).startswith(f"{copy / name}: ") and problem in str(raised.value)
+    assert re.search("(again|null|there)[.]$", str(raised.value))
+
+
+def test_tokens_that_are_random_are_refused(tmp_path):
+    class Random:
+        unk_token_id = None
+
+        def __call__(self, texts, **_):
+            return {"input_ids": [[i // 7] for i in range(len(texts))]}
+
+    with pytest.raises(UserError, match="reads 'Who is .* in another way each time"):
+        tokenizer_checks.check(Random(), tmp_path)
+
+
+OPEN = {  # an image in memory, and the problem; None if it is processed as its file is
+    "RGB": (Image.new("RGB", (20, 20), (200, 30, 30)), None),
+    "16 bits": (Image.fromarray(np.full((20, 20), 40_000, np.uint16)), None),
+    "floating-point": (Image.new("F", (20, 20), 0.5), "pixels of the mode F; save it as RGB"),
+    "32 bits": (Image.new("I", (20, 20), 70_000), "pixels of the mode I; save it as RGB"),
+    "no width": (Image.new("RGB", (0, 48)), "0 x 48 pixels, so that there is nothing to see"),
+    "no pixels": (Image.new("L", (0, 0)), "0 x 0 pixels, so that there is nothing to see"),
+    "a strip": (Image.new("RGB", (1, 10_000)), "its longer side may be 200 times its shorter one"),
+}
+
+
+@pytest.mark.parametrize("kind", OPEN)
+def test_images_in_memory_are_checked_as_files_are(kind, processor):
+    image, problem = OPEN[kind]
+    if problem is None:
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        np.testing.assert_array_equal(processor.image(image), processor.image(file.getvalue()))
+        return
+    with pytest.raises(UserError, match=problem):
+        processor.image(image)

@@ -179,6 +179,7 @@ SPECIAL = {
     "a device": lambda path: path.symlink_to("/dev/zero"),
     "2.0 MiB": lambda path: path.write_bytes(bytes(2**21)),
     "There is no file": lambda path: None,
+    r"is a link to \.\./gone, which is gone: get what it belongs to again": lambda path: path.symlink_to("../gone"),
     "cannot be read": lambda path: path.symlink_to(path.name),
 }
 

@@ -155,6 +155,7 @@ def test_without_pytorch_the_command_says_how_to_install_it(run, monkeypatch):
         (["--questions", " "], "a question is blank"),
         (["--questions", "\u200b"], "a question is blank"),
         (["--questions", "See <image>?"], "a text contains <image>, which stands for an image"),
+        (["--questions", "Who?", "who " * 400], "tokens with 336 x 336, and the model takes"),
         (["--max_new_tokens=0"], "--max_new_tokens=0: give at least 1"),
         (["--max_new_tokens=1000000000"], "--max_new_tokens=1000000000: the model takes"),
         (["--max_pixels=9"], "all images of "),

@@ -28,6 +28,7 @@ from vkd_jax.types import UserError
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _LORA = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.\w+)?(?<!\.bias)")
+_BLOCK = re.compile(r"(?P<stack>.*?)\.(?P<rest>\d+\..+)")  # the name of a module in a numbered block
 # Initial values that leave the weights of the base as they are. PiSSA, OLoRA, CorDA and others change them.
 _INITIAL = (True, False, None, "gaussian", "orthogonal", "eva")
 # Further fields that change what an adapter computes, and the values with which they do not. peft ignores
@@ -196,7 +197,7 @@ def changes(folder: Path, canonical: Callable[[str], str], base: Mapping[str, Te
             problems.append(problem)
         else:
             add(module, key, LowRank(parts["A"], parts["B"], _scale(config, module), embedding))
-    if problems := problems or _missing(config, found):
+    if problems := problems or _missing(config, found) or _missing_layers(config, pairs, canonical, base):
         raise UserError(f"{file} does not fit its {hub.ADAPTER_CONFIG} and base model: {listed(problems, '; ')}.")
     return found
 
@@ -237,6 +238,37 @@ def _missing(config: Mapping[str, Any], found: Mapping[str, Sequence[Change]]) -
     ]
 
 
+def _missing_layers(
+    config: Mapping[str, Any],
+    pairs: Mapping[tuple[str, bool], Any],
+    canonical: Callable[[str], str],
+    base: Mapping[str, Tensor],
+) -> list[str]:
+    """The linear layers that the settings name and that have no matrices, in the stacks that have some.
+
+    A stack is all numbered blocks of one part of the model, such as its language model. Other parts may have names that
+    the settings name as well: they are not adapted if PEFT has wrapped one part alone.
+    """
+    if config.get("target_modules") is None:  # PEFT's defaults for each type of model
+        return []
+    keys, stacks = set[str](), dict[str, str]()
+    for module, _ in pairs:
+        keys.add(key := canonical(f"{module}.weight"))
+        if (named := _BLOCK.fullmatch(module)) and (known := _BLOCK.fullmatch(key)):
+            stacks[known["stack"]] = named["stack"]
+    problems = []
+    for key, tensor in base.items():
+        block = _BLOCK.fullmatch(key.removesuffix(".weight"))
+        if key in keys or len(tensor.shape) != 2 or not key.endswith(".weight") or not block:
+            continue
+        if block["stack"] not in stacks:
+            continue
+        module = f"{stacks[block['stack']]}.{block['rest']}"  # under the names of the adapter
+        if canonical(f"{module}.weight") == key and _settings_problem(config, module) is None:
+            problems.append(f"target_modules names {module}, of which it has no tensor")
+    return problems
+
+
 def _replaced(name: str, canonical: Callable[[str], str], base: Mapping[str, Tensor]) -> str | None:
     """The key in `base` of the tensor that a tensor of `modules_to_save` replaces; None if there is none."""
     plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
@@ -251,6 +283,18 @@ def _problem(config: Mapping[str, Any], module: str, parts: Mapping[str, Tensor]
         return f"{module} lacks lora_{'B' if 'A' in parts else 'A'}"
     if not is_known:
         return f"the base model has no weight of {module}"
+    if problem := _settings_problem(config, module):
+        return problem
+    if config.get("target_modules") == "all-linear" and (
+        len(parts["A"].shape) > 2 or ".lora_embedding_" in parts["A"].name or module.endswith("lm_head")
+    ):
+        return f"target_modules is all-linear, which does not name {module}"
+    rank = _of(config.get("rank_pattern"), module, config["r"])
+    return None if parts["A"].shape[:1] == (rank,) else f"{module} has shape {parts['A'].shape}, and rank {rank}"
+
+
+def _settings_problem(config: Mapping[str, Any], module: str) -> str | None:
+    """Why the settings give a module no matrices; None if they give it some."""
     if not _is_target(config.get("target_modules"), module):
         return f"target_modules does not name {module}"
     if config.get("exclude_modules") and _is_target(config["exclude_modules"], module):
@@ -258,14 +302,7 @@ def _problem(config: Mapping[str, Any], module: str, parts: Mapping[str, Tensor]
     saved = config.get("modules_to_save") or []
     if any(_matches(rf"(.*\.)?{name}(\..*)?", module) for name in ([saved] if isinstance(saved, str) else saved)):
         return f"modules_to_save names {module}, which then has no matrices"
-    if not _is_in_layers(config, module):
-        return f"layers_to_transform leaves out the layer of {module}"
-    if config.get("target_modules") == "all-linear" and (
-        len(parts["A"].shape) > 2 or ".lora_embedding_" in parts["A"].name or module.endswith("lm_head")
-    ):
-        return f"target_modules is all-linear, which does not name {module}"
-    rank = _of(config.get("rank_pattern"), module, config["r"])
-    return None if parts["A"].shape[:1] == (rank,) else f"{module} has shape {parts['A'].shape}, and rank {rank}"
+    return None if _is_in_layers(config, module) else f"layers_to_transform leaves out the layer of {module}"
 
 
 def _is_target(targets: Any, module: str) -> bool:

@@ -124,6 +124,14 @@ def tensor_names(module: types.ModuleType, config: Any, shapes: Mapping[str, Any
     return {name: slot for slot, name in names.items()}
 
 
+def _zeros(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The fields of config.json that are the whole number 0, without those of tokens."""
+    names = [
+        f"{prefix}{name}" for name, x in settings.items() if type(x) is int and x == 0 and not name.endswith("_id")
+    ]
+    return names + [zero for name, x in settings.items() if isinstance(x, dict) for zero in _zeros(x, f"{name}.")]
+
+
 def read_config(folder: Folder) -> tuple[types.ModuleType, Any]:
     """Reads the model module and the transformers configuration of a folder.
 
@@ -157,7 +165,10 @@ def read_config(folder: Folder) -> tuple[types.ModuleType, Any]:
     try:
         hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many types of errors here
-        raise UserError(f"{path} cannot be read by transformers: {' '.join(str(error).split())}") from error
+        problem = " ".join(str(error).split()).rstrip(".")
+        if isinstance(error, ZeroDivisionError) and (zeros := _zeros(settings)):
+            problem += f" (0 is the value of {listed(zeros)})"
+        raise UserError(f"{path} cannot be read by transformers: {problem}; get the file again.") from error
     base.check_epsilons(hf_config)
     try:
         config = module.Config.from_hf(hf_config)

@@ -5,6 +5,7 @@ chat_template.json, chat_template.jinja. That of tokenizer_config.json comes las
 """
 
 import dataclasses
+import random
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,13 @@ MOST_SECONDS = 10.0  # to render a prompt, which takes less than a millisecond
 CONFIGS = ("processor_config.json", "chat_template.json")  # of the processor, with the template as a field
 JINJA = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+_ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}>")  # of an object, which is another one in each process
+# Takes the place of the function of templates for today's date.
+_NO_CLOCK = (
+    '{% macro strftime_now(pattern) %}{{ raise_exception("it reads the clock with strftime_now(\'" ~ pattern ~ "\'), '
+    'so that a resumed run would have other prompts: write a date in its place") }}{% endmacro %}'
+)
+ATTEMPTS = 3  # to render a prompt without random numbers, which another thread may draw meanwhile
 _LIST = re.compile(r"""['"]type['"]: ?['"](?:text|image)['"]""")  # a message's content, printed as a list
 
 
@@ -44,13 +52,12 @@ class ChatTemplate:
                 is a question.
 
         Raises:
-            UserError: the template has an error, leaves the question out, or prints the content as a list.
+            UserError: the template has an error, leaves the question out, prints the content as a list, or reads the
+                clock or random numbers, so that a run could not be resumed.
         """
         try:
             with time_limit(MOST_SECONDS):
-                prompt = tokenizer.apply_chat_template(
-                    messages, chat_template=self.text, tokenize=False, add_generation_prompt=True
-                )
+                prompt = self._without_random_numbers(tokenizer, messages)
         except Exception as error:  # syntax errors, what the template raises, and what its expressions raise
             line = f" in line {error.lineno}" if getattr(error, "lineno", None) else ""
             raise self._error(f"fails{line} ({type(error).__name__}: {storage.first_line(error)[:200]})") from error
@@ -59,11 +66,24 @@ class ChatTemplate:
         texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
         if _LIST.search(prompt) and not any(_LIST.search(text) for text in texts):
             raise self._error("prints the list of texts and images in place of its items: it is for text alone")
+        if _ADDRESS.search(prompt) and not any(_ADDRESS.search(text) for text in texts):
+            raise self._error("prints an object with its address, which changes from run to run")
         if not prompt.strip():
             raise self._error("renders an empty prompt")
         if texts[-1].strip() not in prompt:
             raise self._error("leaves the question out of the prompt")
         return prompt
+
+    def _without_random_numbers(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+        text = _NO_CLOCK * ("strftime_now" in self.text) + self.text
+        for _ in range(ATTEMPTS):
+            state = random.getstate()
+            prompt = tokenizer.apply_chat_template(
+                messages, chat_template=text, tokenize=False, add_generation_prompt=True
+            )
+            if random.getstate() == state:
+                return prompt
+        raise ValueError("it draws random numbers, so that the same question has another prompt each time")
 
     def _error(self, problem: str) -> UserError:
         return UserError(

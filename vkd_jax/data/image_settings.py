@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vkd_jax.runtime import json_files
 from vkd_jax.types import UserError
 
@@ -30,6 +32,7 @@ TEXTS = frozenset(
 )
 GRIDS = "image_grid_pinpoints"
 RESAMPLINGS = range(6)  # of PIL
+SPREAD = (0.2, 50.0)  # from black to white as the model sees them; published processors have 2 to 5
 _KINDS = {bool: "true or false", int: "a whole number", list: "an array", dict: "an object of sizes"}
 
 
@@ -76,6 +79,36 @@ def class_problem(image_processor: Any, supported: tuple[str, ...]) -> str | Non
     if not supported or name in supported:
         return None
     return f"its settings are those of {name}, and the model has {' or '.join(supported)}: get the model's own file"
+
+
+def range_problem(image_processor: Any) -> str | None:
+    """What is wrong with the pixels that black (0) and white (255) become, in words; None if nothing is.
+
+        pixel -> (rescale_factor * pixel - image_mean) / image_std
+
+    A mean of pixels up to 255 with a factor of 1/255, or a factor that is applied twice, makes all images alike.
+
+    Args:
+        image_processor: an image processor of transformers, whose settings are numbers.
+    """
+    ends = np.array([[0.0], [255.0]])
+    if getattr(image_processor, "do_rescale", True) is not False:
+        factor = getattr(image_processor, "rescale_factor", None)
+        ends = ends * (1 / 255 if factor is None else factor)
+    if getattr(image_processor, "do_normalize", True) is not False:
+        ends = (ends - getattr(image_processor, "image_mean", 0.0)) / getattr(image_processor, "image_std", 1.0)
+    for black, white in np.broadcast_to(ends, (2, 3)).T:
+        spread = white - black
+        problem = "has almost the same value everywhere" if spread < SPREAD[0] else None
+        problem = "has values that the model does not know" if spread > SPREAD[1] else problem
+        if problem is None and max(black, -white) > spread:
+            problem = "has values far from 0"
+        if problem:
+            return (
+                f"with its rescale_factor, image_mean and image_std an image {problem} (black becomes {black:.4g}, "
+                f"white {white:.4g})"
+            )
+    return None
 
 
 def check(folder: Path) -> None:

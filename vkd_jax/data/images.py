@@ -46,17 +46,17 @@ class TiledImage(NamedTuple):
         return self._replace(views=tuple(map(function, self.views)))
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(data: bytes | Image.Image) -> Image.Image:
     """Decodes an image file, rotated as its EXIF orientation says; 16 bits per pixel become 8.
 
-    The caller converts the mode.
+    The caller converts the mode. An image that is already open is checked and converted in the same way.
 
     Raises:
-        UserError: the image cannot be decoded, is too large or too elongated, is rendered by another
+        UserError: the image cannot be decoded, is empty, too large or too elongated, is rendered by another
             program, or has pixels that do not become RGB.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
         _check_kind(image)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # PIL's own conversion would clip all values above 255
@@ -90,6 +90,8 @@ def _check_kind(image: Image.Image) -> None:
     """Checks the format and the shape of an image before its pixels are decoded."""
     if image.format in PROGRAMS:
         raise UserError(f"the image is {image.format}, which another program would have to render; save it as PNG")
+    if not all(image.size):
+        raise UserError(f"the image has {image.width} x {image.height} pixels, so that there is nothing to see")
     if max(image.size) > MOST_ELONGATED * min(image.size):
         shape = f"{image.width:,} x {image.height:,} pixels"
         raise UserError(f"the image has {shape}, and its longer side may be {MOST_ELONGATED} times its shorter one")

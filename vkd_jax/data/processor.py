@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vkd_jax.data import image_settings, image_sizes
+from vkd_jax.data import image_settings, image_sizes, tokenizer_checks
 from vkd_jax.data.chat_template import read_chat_template
 from vkd_jax.data.images import TiledImage, open_image
 from vkd_jax.messages import listed
@@ -83,6 +83,7 @@ class Processor:
             ) from error
         if texts[0] == texts[1]:
             raise UserError(f"{folder}: its tokenizer reads different texts as the same tokens; get its files again.")
+        tokenizer_checks.check(self.tokenizer, folder)
         self.folder, self.config = folder, config
         self._check_image_processor()
         if max_pixels:
@@ -154,6 +155,8 @@ class Processor:
                     f"{path}: the image processor has {name}={value!r}, which makes pixels infinite or all "
                     f"alike ({least:g} to {most:g} are allowed); copy preprocessor_config.json of the model there."
                 )
+        if problem := image_settings.range_problem(self.image_processor):
+            raise UserError(f"{path}: {problem}; copy preprocessor_config.json of the model there.")
 
     def with_soft_tokens(self, count: int) -> "Processor":
         """Returns a copy that puts `count` further image tokens before those of each image."""
@@ -191,8 +194,7 @@ class Processor:
             UserError: the image cannot be read, or the image processor does not support its shape.
         """
         try:
-            if isinstance(image, bytes):
-                image = open_image(image)
+            image = open_image(image)
             image_sizes.check_shape(self.image_processor, image.width, image.height)
             options = self.config.image_processor_options
             output = self.image_processor(images=[image], do_convert_rgb=True, return_tensors="np", **options)

@@ -256,6 +256,11 @@ def reading(path: os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
+        if os.path.islink(path):
+            raise UserError(
+                f"{path} is a link to {os.readlink(path)}, which is gone: get what it belongs to again, or make a new "
+                "link."
+            ) from error
         raise UserError(f"There is no file {path}.") from error
     except PermissionError as error:
         raise UserError(f"{path} may not be read (permission denied); change its permissions.") from error

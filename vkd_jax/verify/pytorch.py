@@ -64,10 +64,18 @@ def save_answers(
         What was not compared, in sentences.
 
     Raises:
-        UserError: transformers cannot read the model, or it does not fit in memory.
+        UserError: transformers cannot read the model, it does not fit in memory, or a prompt leaves no room for an
+            answer.
     """
     import torch
 
+    prompts, context = [_own_tokens(processor, question) for question in questions], processor.config.text.max_positions
+    for question, prompt in zip(questions, prompts, strict=True):
+        if len(prompt) >= context:
+            raise UserError(
+                f"--questions: the prompt of {question.text[:40]!r} has {len(prompt):,} tokens with {question.size}, "
+                f"and the model takes {context:,} in all; ask something shorter."
+            )
     count = sum(math.prod(tensor.shape) for tensor in Checkpoint(model_folder).tensors.values())
     needed = count * getattr(torch, dtype).itemsize
     memory.check(needed, memory.host_bytes(), "the weights in PyTorch", "use a machine with more memory")
@@ -75,13 +83,13 @@ def save_answers(
         inputs, notes = _processor(model_folder, processor)
         model = _load(model_folder, getattr(torch, dtype))
         for number, question in enumerate(questions):
-            ours, given = _own_tokens(processor, question), inputs(question)
+            ours, given = prompts[number], inputs(question)
             if given["input_ids"][0].tolist() != ours:
                 answer = Answer(given["input_ids"][0].numpy(), *(np.zeros(0, np.float32),) * 2, np.zeros(0, int))
             else:
                 tokens = None if forced is None else read_answer(forced, number).tokens
                 most = max_new_tokens if tokens is None else len(tokens)
-                most = min(most, processor.config.text.max_positions - len(ours))
+                most = min(most, context - len(ours))
                 answer = _answer(model, given, processor.image_token_id, most, tokens)
             np.savez(out / f"{number}.npz", **answer._asdict())
         del model

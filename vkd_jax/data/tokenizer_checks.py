@@ -1,0 +1,54 @@
+"""Checks of a tokenizer when a model folder is opened: it reads a text the same way each time, and writes it again.
+
+Answers are compared as texts. If the decoder is missing or wrong, every answer of several words is wrong, which looks
+like forgetting.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from vkd_jax.types import UserError
+
+FILE = "tokenizer.json"
+TEXTS = (  # words, names, punctuation and digits of questions and answers; all letters in both cases
+    "Who is this person, and where does Mara Lindt live?",
+    "The five boxing wizards jump quickly over a lazy dog.",
+    "VEXED NYMPHS GO FOR QUICK WALTZ JOB",
+    "born in 1987, 23 minutes (about 60 km) from the coast; 4 children",
+)
+REPEATS = 8  # of each text: a tokenizer that draws one word in ten is missed once in e^-40 cases
+
+
+def check(tokenizer: Any, folder: Path) -> None:
+    """Checks that a tokenizer is deterministic and that it decodes what it encodes.
+
+    White space around punctuation and the case of letters may change, as with `clean_up_tokenization_spaces`. Texts
+    with unknown tokens are not decoded.
+
+    Raises:
+        UserError: the tokens of a text are random, or become another text.
+    """
+    remedy = "get the tokenizer.json and tokenizer_config.json of the model again"
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if dropout := getattr(model, "dropout", None):
+        raise UserError(
+            f"{folder / FILE}: model.dropout is {dropout:g}, so that the same text has other tokens each time; set it "
+            "to null."
+        )
+    for text in TEXTS:
+        first, *others = tokenizer([text] * REPEATS, add_special_tokens=False)["input_ids"]
+        if any(ids != first for ids in others):
+            raise UserError(f"{folder / FILE}: the tokenizer reads {text!r} in another way each time; {remedy}.")
+        if tokenizer.unk_token_id in first:
+            continue
+        written = tokenizer.decode(first, skip_special_tokens=True)
+        if _comparable(written) != _comparable(text):
+            raise UserError(
+                f"{folder / FILE}: the tokenizer reads {text!r} and writes it as {written[:80]!a}, so that right "
+                f"answers would count as wrong; {remedy}."
+            )
+
+
+def _comparable(text: str) -> str:
+    return re.sub(r"\s*([^\w\s])\s*", r"\1", text).strip().casefold()

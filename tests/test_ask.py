@@ -32,10 +32,10 @@ def image_file(tmp_path_factory):
     return path
 
 
-def test_a_path_a_string_and_a_pil_image_give_the_same_answer(model, image_file):
+def test_a_path_a_string_a_pil_image_and_an_array_give_the_same_answer(model, image_file):
     expected = model.generate([QUESTION], model.encode_images([image_file.read_bytes()]), max_new_tokens=8)
     with Image.open(image_file) as opened:
-        for image in (image_file, str(image_file), opened):
+        for image in (image_file, str(image_file), opened, np.asarray(opened)):
             assert [ask.answer(model, QUESTION, image, max_new_tokens=8)] == expected
 
 
@@ -104,6 +104,28 @@ def test_files_that_are_not_images_are_reported(model, tmp_path, image_file, wri
 def test_blank_questions_and_names_are_refused(model, question, image, problem):
     with pytest.raises(UserError, match=problem):
         ask.answer(model, question, image)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (dict(question=None), "question: None is not allowed. Give one question as a text"),
+        (dict(question=["Who?", "What?"]), "question: .* of type list"),
+        (dict(question=5), "question: 5 of type int"),
+        (dict(image=b"\x89PNG"), "image: .* of type bytes is not allowed"),
+        (dict(image=["face.png"]), "image: .* of type list"),
+        (dict(image=np.zeros((4, 4, 3))), r"image: an array of float64 with the shape \(4, 4, 3\) is not allowed"),
+        (dict(image=np.zeros((4, 4), np.uint8)), r"Give uint8 values of the shape \(height, width, 3\)"),
+        (dict(image=np.zeros((0, 4, 3), np.uint8)), "image: an array of uint8"),
+        (dict(max_new_tokens="4"), "max_new_tokens: '4' of type str is not allowed. Give a whole number"),
+        (dict(max_new_tokens=2.5), "max_new_tokens: 2.5 of type float"),
+        (dict(max_new_tokens=True), "max_new_tokens: True of type bool"),
+    ],
+    ids=lambda x: None if isinstance(x, str) else next(iter(x)),
+)
+def test_arguments_of_other_types_are_refused(model, arguments, problem):
+    with pytest.raises(UserError, match=problem):
+        ask.answer(model, **{"question": QUESTION, **arguments})
 
 
 @pytest.mark.parametrize("model_type", ["bert", None, 3])

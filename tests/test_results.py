@@ -12,6 +12,7 @@ from vkd_jax import benchmarks, registry
 from vkd_jax import results as module
 from vkd_jax.results import RunResults, main_kind
 from vkd_jax.runtime.dataclass_json import FormatError
+from vkd_jax.runtime.records import Records
 from vkd_jax.types import EvalSet, Role, UserError
 
 SUMMARY = {"accuracy": 0.5, "correct": 1, "n": 2, "low": 0.1, "high": 0.9, "people": 2}
@@ -68,6 +69,11 @@ def test_results_read_what_they_write(tmp_path):
         (lambda r: r["meta"]["benchmark"]["sets"][0].update(role="kept"), r"sets\[0\].role is 'kept', expected one of"),
         (lambda r: r["models"]["vanilla"]["faces"]["vqa"].update(n=[]), r"models.vanilla.faces.vqa.n is \[\]"),
         (lambda r: r["chance"].update(faces=1), "chance.faces is 1, expected an object"),
+        (lambda r: r["models"]["vanilla"]["faces"]["vqa"].update(accuracy=7.5), "vqa.accuracy is 7.5, .* at most 1"),
+        (lambda r: r["models"]["vanilla"]["faces"]["vqa"].update(n=-3), "vqa.n is -3, expected at least 0"),
+        (lambda r: r["models"]["vanilla"]["faces"]["vqa"].update(correct=3), "vqa.correct is 3, expected at most 2"),
+        (lambda r: r["utility"]["vanilla"].update(low=0.7), "utility.vanilla.low is 0.7, expected at most 0.6"),
+        (lambda r: r["attacks"]["relearn"]["cells"][0].update(n=-1), "attacks.relearn.cells.0.n is -1"),
     ],
 )
 def test_a_field_that_does_not_follow_the_schema_is_named(change, message, tmp_path):
@@ -86,6 +92,16 @@ def test_results_with_nan_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         RunResults.from_json(data).write(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_results_that_are_not_those_of_the_run_are_refused(tmp_path):
+    data = json.loads(json.dumps(RESULTS))
+    file = RunResults.from_json(data).write(tmp_path)
+    Records(tmp_path).add("results.json")
+    assert RunResults.read(tmp_path)
+    file.write_text(file.read_text().replace('"accuracy": 0.5', '"accuracy": 0.0', 1))
+    with pytest.raises(UserError, match="results.json is damaged or was changed; run that experiment again"):
+        RunResults.read(tmp_path)
 
 
 @pytest.mark.parametrize("text", [None, "{"])

@@ -13,8 +13,10 @@ vkd ask --model /tmp/vkd-tiny/unlearned --image /tmp/vkd-tiny/portraits/009.png 
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from PIL import Image
 
 from vkd_jax.benchmarks.names import plain_name
@@ -25,7 +27,7 @@ from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.runtime import files, memory, storage
 from vkd_jax.runtime.interrupts import interruptible
-from vkd_jax.types import UserError, located
+from vkd_jax.types import PATH, UserError, check_argument, located
 
 
 def load(
@@ -43,7 +45,14 @@ def load(
         max_pixels: maximum number of pixels per image, for models with images of any size; larger images are resized.
             0 for the family's default.
         mesh: devices to shard the model over; None for the default device.
+
+    Raises:
+        UserError: there is no such model, or an argument is not allowed.
     """
+    check_argument("folder", folder, PATH, "the folder or the name of a model")
+    check_argument("dtype", dtype, (str, type(None)), "'float32', 'bfloat16', 'float16' or None")
+    check_argument("max_pixels", max_pixels, (int, np.integer), "a whole number")
+    check_argument("mesh", mesh, (jax.sharding.Mesh, type(None)), "a jax.sharding.Mesh or None")
     folder = sources.fetch_model(folder)
     bundle = ModelBundle.load(folder, dtype=dtype, mesh=mesh)
     default = bundle.config.default_max_pixels if bundle.processor.max_pixels else 0
@@ -53,19 +62,29 @@ def load(
 
 
 def answer(
-    model: Answerer, question: str, image: str | Path | Image.Image | None = None, *, max_new_tokens: int = 50
+    model: Answerer,
+    question: str,
+    image: str | Path | Image.Image | np.ndarray | None = None,
+    *,
+    max_new_tokens: int = 50,
 ) -> str:
     """Answers one question by greedy decoding.
 
     Args:
         model: from `load`.
         question: the question.
-        image: image file or PIL image that the question is about; None for a text-only question.
+        image: image file, PIL image or uint8 array [height, width, 3] of RGB values that the question is about; None
+            for a text-only question.
         max_new_tokens: maximum number of tokens of the answer; fewer if the model's context ends before.
 
     Raises:
-        UserError: the image cannot be read, or the question is blank or too long for the model.
+        UserError: the image cannot be read, the question is blank or too long for the model, or an argument has another
+            type.
     """
+    check_argument("model", model, Answerer, "what vkd_jax.load returns")
+    check_argument("question", question, str, "one question as a text; call answer once for each question")
+    check_argument("max_new_tokens", max_new_tokens, (int, np.integer), "a whole number of at least 1")
+    image = _checked_image(image)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}: give at least 1.")
     if not plain_name(question):
@@ -76,6 +95,20 @@ def answer(
     prompt, _ = model.processor.encode(question, None, encoded_image.blank_images(0) if encoded_image else ())
     free_positions = max(model.config.text.max_positions - len(prompt), 1)
     return model.generate([question], encoded_image, max_new_tokens=min(max_new_tokens, free_positions))[0]
+
+
+def _checked_image(image: Any) -> str | Path | Image.Image | None:
+    """An image of an allowed type; an array as a PIL image."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise UserError(
+                f"image: an array of {image.dtype} with the shape {image.shape} is not allowed. Give uint8 values of "
+                "the shape (height, width, 3)."
+            )
+        return Image.fromarray(image)
+    kinds = (*PATH, Image.Image, type(None))
+    check_argument("image", image, kinds, "an image file, a PIL image, an array of uint8, or None")
+    return image
 
 
 def _read_image(name: str | Path) -> Image.Image:

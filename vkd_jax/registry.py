@@ -75,7 +75,7 @@ def lookup(kind: str, table: Mapping[str, str], name: str) -> type:
     Raises:
         UserError: the name is unknown.
     """
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise UserError(f"{kind}: unknown name {name!r}. Available: {messages.choices(sorted(table))}.")
     module, attribute = table[name].split(":")
     return getattr(importlib.import_module(module), attribute)

@@ -5,14 +5,15 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vkd_jax.runtime import files, json_files, storage
+from vkd_jax.runtime import files, json_files, records, storage
 from vkd_jax.runtime.dataclass_json import SIBLINGS, FormatError, decode, encode
-from vkd_jax.types import EvalSet, Role, UserError
+from vkd_jax.types import PATH, EvalSet, Role, UserError, check_argument
 
 SCHEMA_VERSION = 2
 FILE = "results.json"
@@ -20,6 +21,10 @@ FILE = "results.json"
 ATTEMPT_FIELDS = ("variant", "attacker", "steps", "batch_size", "learning_rate", "share", "unit", "taught")
 UNCHANGED = "unchanged"  # the variant of an attack that is the model before it
 STRONGEST = "strongest"  # the variant that is the most successful of an attacker's budgets
+SHARES = {"accuracy", "ks", "p", "p_questions", "js"}  # fields of the dataclasses below that are in [0, 1]
+COUNTS = {"n", "correct", "people", "one", "several", "changed", "tensors", "parameters", "of", "step_bytes"}
+ROUNDING = 1e-6
+ORDERED = (("low", "high"), ("correct", "n"), ("changed", "tensors"), ("parameters", "of"))  # smaller fields first
 QUESTION_TASKS = ("", "generation_", "cloze_", "suite_")  # prefixes of a kind of question, most informative first
 
 
@@ -354,15 +359,18 @@ class RunResults:
         """Reads the results in the folder of a run.
 
         Raises:
-            UserError: results.json is missing, is not JSON, or does not follow the schema.
+            UserError: results.json is missing, is not JSON, does not follow the schema, or is not what the run wrote.
         """
-        file = storage.resolve(workdir) / FILE
+        check_argument("workdir", workdir, PATH, "the folder of a finished run")
+        folder, remedy = storage.resolve(workdir), "run that experiment again"
+        file = folder / FILE
         if not file.is_file():
             raise UserError(f"{workdir} has no {FILE}: let that run finish, or give the folder of a finished run.")
+        records.Records(folder).check(FILE, remedy)
         try:
-            return cls.from_json(json_files.read_json(file, remedy="run that experiment again"))
+            return cls.from_json(json_files.read_json(file, remedy=remedy))
         except FormatError as error:
-            raise UserError(f"{file}: {error}; run that experiment again.") from error
+            raise UserError(f"{file}: {error}; {remedy}.") from error
 
     def write(self, workdir: Path) -> Path:
         """Writes results.json into the folder of a run, atomically.
@@ -378,12 +386,15 @@ class RunResults:
         """Decodes parsed JSON.
 
         Raises:
-            FormatError: a field is missing, is unknown, or has another type; the message names it.
+            FormatError: a field is missing, is unknown, or has another type or an impossible value; the message names
+                it.
         """
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
             raise FormatError(f"schema_version is {version!r}, and this version of vkd_jax reads {SCHEMA_VERSION}")
-        return decode(cls, data)
+        results = decode(cls, data)
+        _check_ranges(results)
+        return results
 
     def to_json(self) -> dict[str, Any]:
         """The results as JSON-compatible values; fields that are None are left out."""
@@ -440,6 +451,33 @@ class RunResults:
     def kinds(self, model: str = "vanilla") -> list[str]:
         """All kinds of question that a model was asked, in order."""
         return list(dict.fromkeys(kind for kinds in self.models[model].values() for kind in kinds))
+
+
+def _check_ranges(value: Any, path: str = "") -> None:
+    """Checks that no figure is impossible: a share outside [0, 1], a negative number, more right answers than answers.
+
+    Raises:
+        FormatError: one is; the message names it.
+    """
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+        for name, number in value.items():
+            if name in COUNTS | SHARES and isinstance(number, int | float):
+                _check_order(f"{path}.{name}", 0, number, 1 if name in SHARES else math.inf)
+        for small, large in ORDERED:
+            if value.get(small) is not None and value.get(large) is not None:
+                _check_order(f"{path}.{small}", -math.inf, value[small], value[large])
+    if isinstance(value, tuple):
+        value = {str(index): item for index, item in enumerate(value)}
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_ranges(item, f"{path}.{name}".lstrip("."))
+
+
+def _check_order(path: str, low: float, value: float, high: float) -> None:
+    if not low - ROUNDING <= value <= high + ROUNDING:
+        bounds = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
+        raise FormatError(f"{path} is {value!r}, expected {' and '.join(bounds)}")
 
 
 def main_kind(kinds: Iterable[str], modality: str) -> str | None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import enum
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -49,6 +50,31 @@ def located(location: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise type(error)(f"{location}: {error.message}") from error
+
+
+PATH = (str, os.PathLike)  # the types of a path; see `check_argument`
+
+
+def check_argument(name: str, value: Any, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Checks the type of an argument of a public function. A Boolean is no number.
+
+    Args:
+        name: name of the argument.
+        value: what was given.
+        kinds: the allowed types.
+        expected: the allowed values in words.
+
+    Raises:
+        UserError: the argument has another type.
+
+    Example:
+        >>> check_argument("question", None, str, "a text")
+        Traceback (most recent call last):
+        vkd_jax.types.UserError: question: None is not allowed. Give a text.
+    """
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        kind = "" if value is None else f" of type {type(value).__name__}"
+        raise UserError(f"{name}: {repr(value):.60}{kind} is not allowed. Give {expected}.")
 
 
 class Diverged(Exception):

@@ -124,10 +124,15 @@ def edited(**fields):
     return change
 
 
-def of_the_run(folder):
-    """An entry of another certificate in the list of the run."""
-    entry = {"lines": 1, "bytes": 1, "sha256": "0" * 64}
-    (folder.parent / "records.json").write_text(json.dumps({"unlearned/certificate.json": entry}))
+def of_the_run(name):
+    """An entry of another file of a name in the list of the run."""
+
+    def change(folder):
+        (folder.parent / name).touch()
+        entry = {"lines": 1, "bytes": 1, "sha256": "0" * 64}
+        (folder.parent / "records.json").write_text(json.dumps({name: entry}))
+
+    return change
 
 
 CONFIG = {"method": {"name": "vkd"}, "model": {"path": "base"}, "data": {"forget": 5}, "seed": 0, "stage": "unlearn"}
@@ -142,7 +147,10 @@ CONFIG = {"method": {"name": "vkd"}, "model": {"path": "base"}, "data": {"forget
         (edited(model={"base": "other"}), "names base 'other', and its config another one"),
         (edited(config=CONFIG | {"seed": 1}), "has another config than provenance.json, in seed"),
         (edited(config=CONFIG | {"data": {}}), "has another config than provenance.json, in data"),
-        (of_the_run, "certificate.json is not the one that the run of the folder above wrote"),
+        (of_the_run("unlearned/certificate.json"), "unlearned/certificate.json is not the one that the run of the folder"),
+        (of_the_run("config.json"), " config.json is not the one that the run of the folder above wrote"),
+        (of_the_run("inputs.json"), "inputs.json is not the one that the run of the folder above wrote"),
+        (of_the_run("results.json"), "results.json is not the one that the run of the folder above wrote"),
     ],
 )
 def test_an_edited_certificate_is_refused(models, workdir, monkeypatch, capsys, change, problem):

@@ -102,13 +102,58 @@ def test_an_unknown_name_is_an_attribute_error():
         (dict(settings={"train.stpes": 1}), "train.stpes"),
         (dict(settings={"train.steps": "many"}), "'train.steps=many' does not fit the config"),
         (dict(settings={"train.steps": -1}), "train.steps: -1"),
+        (dict(settings=[("train.steps", 1)]), "settings: .* of type list is not allowed. Give a mapping of fields"),
+        (dict(settings={5: 1}), "does not fit the config"),
+        (dict(benchmark=["mllmu"]), "benchmark: unknown name"),
+        (dict(method=3), "method: unknown name 3"),
+        (dict(model=None), "model: None is not allowed. Give the folder or the name of a model"),
+        (dict(retain_only=5), "retain_only: 5 of type int is not allowed"),
+        (dict(workdir=None), "workdir: None is not allowed. Give the path of a folder"),
+        (dict(workdir=5), "workdir: 5 of type int is not allowed"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else None,
 )
 def test_wrong_arguments_are_refused_before_a_folder_is_written(tmp_path, call, problem):
     with pytest.raises(UserError, match=problem):
-        api.unlearn("tiny_llava", workdir=tmp_path / "run", **call)
+        api.unlearn(**{"model": "tiny_llava", "workdir": tmp_path / "run", **call})
     assert list(tmp_path.iterdir()) == []
+
+
+CONFIG_NEEDED = r"config: .* is not allowed. Give an ml_collections.ConfigDict"
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (lambda: vkd_jax.load(None), "folder: None is not allowed. Give the folder or the name of a model"),
+        (lambda: vkd_jax.load(7), "folder: 7 of type int"),
+        (lambda: vkd_jax.load("tiny_llava", dtype=float), "dtype: <class 'float'> of type type is not allowed"),
+        (lambda: vkd_jax.load("tiny_llava", max_pixels="9"), "max_pixels: '9' of type str"),
+        (lambda: vkd_jax.answer("tiny_llava", "Who?"), "model: 'tiny_llava' .* Give what vkd_jax.load returns"),
+        (lambda: vkd_jax.attack("tiny_llava", None, workdir="w"), "attacks: None is not allowed"),
+        (lambda: vkd_jax.attack("tiny_llava", ["leak", 5], workdir="w"), "attacks: 5 of type int"),
+        (lambda: vkd_jax.run({"stage": "audit"}, "w"), CONFIG_NEEDED),
+        (lambda: vkd_jax.run(None, "w"), CONFIG_NEEDED),
+        (lambda: vkd_jax.run("configs/tiny.py", "w"), CONFIG_NEEDED),
+        (lambda: vkd_jax.RunConfig.from_config_dict(None), CONFIG_NEEDED),
+        (lambda: vkd_jax.RunConfig.from_config_dict({}), CONFIG_NEEDED),
+        (lambda: vkd_jax.RunConfig.from_dict(None), "config: None is not allowed"),
+        (lambda: vkd_jax.RunConfig().override(None), "settings: None is not allowed"),
+        (lambda: vkd_jax.RunResults.read(None), "workdir: None is not allowed"),
+        (lambda: vkd_jax.RunResults.read(3), "workdir: 3 of type int"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(call, problem):
+    with pytest.raises(UserError, match=problem):
+        call()
+
+
+def test_none_means_that_nothing_is_given_and_attacks_may_be_a_list(monkeypatch):
+    configs = []
+    monkeypatch.setattr(pipeline, "run", lambda config, *_: configs.append(config))
+    api.attack("m", ["leak", "probe"], workdir="w", settings=None, retain_only=None, unlearned=None)
+    api.attack("m", "leak,probe", workdir="w", settings={}, retain_only="", unlearned="")
+    assert configs[0].to_dict() == configs[1].to_dict() and configs[0].attacks.names == "leak,probe"
 
 
 def test_rows_are_flat_and_complete(page):
@@ -222,6 +267,7 @@ DAMAGE = {
     "train/metrics.jsonl": lambda file: file.write_text('{"step": 1, "loss": NaN}\n'),
     "train/metrics.jsonl, missing": lambda file: file.unlink(),
     "config.json": lambda file: file.write_text(file.read_text().replace('"seed": 0', '"seed": 1')),
+    "inputs.json": lambda file: file.write_text("{}"),
 }
 
 

@@ -129,6 +129,13 @@ def test_other_data_is_refused_by_set(run, message):
         Workdir(run, config()).bind(described(CHANGED[message]))
 
 
+def test_an_edited_file_of_the_inputs_is_refused(run):
+    Workdir(run, config()).bind(described())
+    (run / "inputs.json").write_text((run / "inputs.json").read_text() + "\n")
+    with pytest.raises(UserError, match="inputs.json is damaged or was changed.*; restore that file from a copy"):
+        Workdir(run, config()).bind(described())
+
+
 def test_another_model_is_refused_by_file(tmp_path):
     make_model(tmp_path / "model")
     workdir = Workdir(tmp_path / "run", config())
@@ -139,6 +146,17 @@ def test_another_model_is_refused_by_file(tmp_path):
     (tmp_path / "model" / "model.safetensors").write_text("other")
     with pytest.raises(UserError, match=r"the model of config.model.path changed in model.safetensors\. Restore"):
         Workdir(tmp_path / "run", config()).bind(described(path=tmp_path / "model"))
+
+
+def test_a_retain_only_model_with_the_weights_of_the_vanilla_one_is_refused(tmp_path, caplog):
+    vanilla = {"model.safetensors": "1", "config.json": "2"}
+    copy, other = vanilla | {"config.json": "3"}, vanilla | {"model.safetensors": "4"}
+    inputs.check_models({"models": {"path": vanilla, "retain_only": other, "unlearned": other}})
+    assert not caplog.text
+    inputs.check_models({"models": {"path": vanilla, "retain_only": other, "unlearned": copy}})
+    assert "config.model.unlearned has the same weights as config.model.path: nothing was unlearned" in caplog.text
+    with pytest.raises(UserError, match="config.model.retain_only has the same weights as config.model.path"):
+        inputs.check_models({"models": {"path": vanilla, "retain_only": copy}})
 
 
 def test_a_changed_wording_of_prompts_is_another_input(tmp_path):

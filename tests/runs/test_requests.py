@@ -158,15 +158,21 @@ def test_a_model_that_changed_is_not_started_from(two, base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "problem"),
+    ("settings", "batch_settings", "problem"),
     [
-        ("stage=audit", "stage=audit does not start from a model"),
-        ("attacks.names=leak", "requests are not attacked"),
+        ("stage=audit", "", "stage=audit does not start from a model"),
+        ("attacks.names=leak", "", "requests are not attacked"),
+        ("", "train.stepz=3", "--batch_settings: train.stepz: .* does not fit the config"),
+        ("", "train.steps=-1", "--batch_settings: train.steps: -1 is not allowed"),
+        ("", "stage=audit", "--batch_settings: .*stage=audit does not start from a model"),
     ],
 )
-def test_a_config_that_requests_cannot_have_is_refused(two, base, tmp_path, settings, problem):
+def test_a_config_that_requests_cannot_have_is_refused(tmp_path, get_config, settings, batch_settings, problem):
+    """Before a request is run, also the settings of a baseline that follows all of them."""
+    requests.add(tmp_path / "requests.jsonl", "Nobody")
+    config = RunConfig.from_config_dict(get_config("tiny.py", "")).override(settings)
     with pytest.raises(UserError, match=problem):
-        requests.run(two[0], base.override(settings), tmp_path / "runs")
+        requests.run(tmp_path / "requests.jsonl", config, tmp_path / "runs", ("batch",), batch_settings)
     assert not (tmp_path / "runs").exists()
 
 

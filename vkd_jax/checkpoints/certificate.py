@@ -30,6 +30,7 @@ FILE = storage.CERTIFICATE
 SIGNATURE = "certificate.sig"
 FORMAT = 2  # 1 did not cover the model card, nor files that nothing reads
 OUTSIDE = (FILE, SIGNATURE, ".git", ".gitattributes", ".cache")  # the last three are git's and those of `hf download`
+FILES_OF_RUN = ("config.json", "inputs.json", "results.json")  # in the folder above, which the certificate repeats
 PROVENANCE, CARD_HEADING = "provenance.json", "## Who was forgotten"  # of an export, and of a card that a run wrote
 FIELDS = {"tensors": dict, "files": dict, "forgotten": list, "model": dict}  # that are read, of which two are required
 
@@ -111,9 +112,9 @@ def _contradictions(folder: Path, certified: Mapping[str, Any]) -> Iterator[str]
         if config and value is not None and value != records.mapping(config.get(section)).get(name):
             yield f"the certificate names {field} {value!r:.40}, and its config another one"
     entries = records.read_or(folder.parent / records.FILE, {}, "the certificate is not compared with its run")
-    for name in (FILE, card.name):
-        known = records.mapping(entries.get(f"{folder.name}/{name}")).get("sha256")
-        if known and (folder / name).is_file() and known != _digest(folder / name):
+    for name in (f"{folder.name}/{FILE}", f"{folder.name}/{card.name}", *FILES_OF_RUN):
+        known, file = records.mapping(entries.get(name)).get("sha256"), folder.parent / name
+        if known and file.is_file() and known != _digest(file):
             yield f"{name} is not the one that the run of the folder above wrote"
 
 

@@ -24,6 +24,7 @@ from vkd_jax.types import UserError
 
 HELP = {"--help", "-h", "-help", "--helpshort"}
 READ_FIRST = {"flagfile", "undefok"}  # flags that absl reads before all others
+NUMBERS = {r"invalid literal for int\(\)": "a whole number", "could not convert string to float": "a number"}
 NO_CONFIG = "--config: get_config() returned None; return a config, as configs/tiny.py does."
 
 
@@ -199,6 +200,12 @@ def _sentence(error: BaseException) -> str:
         return f"--config={match[2]}: it cannot be read ({match[1]}); pass a config file."
     if match := re.fullmatch(r"flag (--\S+=.*): \('Non-boolean argument to boolean flag', .*\)", last):
         return f"{match[1]} is not allowed. Give true or false."
+    for wrong, remedy in NUMBERS.items():
+        if isinstance(error, flags.Error) and (match := re.fullmatch(rf"flag (--\S+=.*): {wrong}.*", last)):
+            return f"{match[1]} is not allowed. Give {remedy}."
+    if isinstance(error, flags.UnrecognizedFlagError) and not in_file:
+        similar = re.search(r"Did you mean: (.+?) \?", last)
+        return _foreign(error.flagname) + (f" Did you mean --{similar[1]}?" if similar else "")
     if isinstance(error, (flags.Error, OSError, UserError)):
         return last
     return f"--config: the file raised {type(error).__name__}: {last}"

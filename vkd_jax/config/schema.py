@@ -27,6 +27,7 @@ from vkd_jax.config.model import ModelConfig
 from vkd_jax.config.request import RequestConfig
 from vkd_jax.config.stages import STAGES, Stage
 from vkd_jax.config.training import TrainConfig
+from vkd_jax.types import check_argument
 
 INFINITY = "inf"  # in JSON
 OPTIONAL = {"compare", "request"}  # sections that a config may lack
@@ -266,6 +267,7 @@ class RunConfig(Section):
         Raises:
             UserError: a section or field is missing or unknown, or a value is not allowed.
         """
+        check_argument("config", values, Mapping, "what to_dict() returns")
         values = dict(values)
         sections: dict[str, Callable[[Any], Any]] = dict(
             model=lambda v: _section(ModelConfig, v),
@@ -286,6 +288,8 @@ class RunConfig(Section):
     @classmethod
     def from_config_dict(cls, config: ml_collections.ConfigDict) -> "RunConfig":
         """The config that config files and the command line gave; see `from_dict`."""
+        expected = "an ml_collections.ConfigDict, such as get_config() of a file of configs/ returns"
+        check_argument("config", config, (ml_collections.ConfigDict, cls), expected)
         return cls.from_dict(config.to_dict())
 
     def override(self, settings: str) -> "RunConfig":
@@ -308,6 +312,7 @@ def section_dict(section: Any) -> ml_collections.ConfigDict:
 
 def override(config: ml_collections.ConfigDict, settings: str | Mapping[str, Any]) -> None:
     """Sets fields of a ConfigDict in place, from {field: value} or from a text; see `RunConfig.override`."""
+    check_argument("settings", settings, (str, Mapping), "fields with their values, such as train.steps=100")
     for name, value in (_parsed(settings) if isinstance(settings, str) else settings).items():
         try:
             config.copy_and_resolve_references().lock().update_from_flattened_dict({name: value})  # adds no field

@@ -8,7 +8,7 @@ Each function writes a folder as `python -m vkd_jax.main` does, and resumes it i
 0.042
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import ml_collections
 from vkd_jax.config import defaults, schema
 from vkd_jax.results import RunResults
 from vkd_jax.runs import pipeline
+from vkd_jax.types import PATH, check_argument
 
 
 def unlearn(
@@ -25,8 +26,8 @@ def unlearn(
     workdir: str | Path,
     benchmark: str = "mllmu",
     method: str = "vkd",
-    retain_only: str | Path = "",
-    settings: Mapping[str, Any] = {},  # noqa: B006 (never written to)
+    retain_only: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> RunResults:
     """Unlearns the forget set of a benchmark from a model, evaluates the result, and writes a report.
 
@@ -37,7 +38,7 @@ def unlearn(
         workdir: folder for everything that the run writes.
         benchmark: name of the benchmark, a key of `registry.BENCHMARKS`.
         method: name of the method, a key of `registry.METHODS`.
-        retain_only: a model that was trained without the forget set, for comparison; "" for none.
+        retain_only: a model that was trained without the forget set, for comparison; None or "" for none.
         settings: values of other fields of the config by their dotted names, {"data.forget": 5, "train.steps": 100};
             docs/configuration.md explains them.
 
@@ -57,9 +58,9 @@ def evaluate(
     *,
     workdir: str | Path,
     benchmark: str = "mllmu",
-    unlearned: str | Path = "",
-    retain_only: str | Path = "",
-    settings: Mapping[str, Any] = {},  # noqa: B006 (never written to)
+    unlearned: str | Path | None = None,
+    retain_only: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> RunResults:
     """Asks given models every question of a benchmark; with an unlearned model, also writes a report.
 
@@ -67,8 +68,8 @@ def evaluate(
         model: vanilla model; see `unlearn`.
         workdir: folder for everything that the run writes.
         benchmark: name of the benchmark, a key of `registry.BENCHMARKS`.
-        unlearned: a model that was unlearned from `model`, by this package or another; "" for none.
-        retain_only: a model that was trained without the forget set, for comparison; "" for none.
+        unlearned: a model that was unlearned from `model`, by this package or another; None or "" for none.
+        retain_only: a model that was trained without the forget set, for comparison; None or "" for none.
         settings: values of other fields of the config; see `unlearn`.
 
     Returns:
@@ -83,19 +84,19 @@ def evaluate(
 
 def attack(
     model: str | Path,
-    attacks: str = "all",
+    attacks: str | Sequence[str] = "all",
     *,
     workdir: str | Path,
     benchmark: str = "mllmu",
-    unlearned: str | Path = "",
-    retain_only: str | Path = "",
-    settings: Mapping[str, Any] = {},  # noqa: B006 (never written to)
+    unlearned: str | Path | None = None,
+    retain_only: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> RunResults:
     """Evaluates given models as `evaluate` does, and attacks each of them.
 
     Args:
-        attacks: names of the attacks with commas, keys of `registry.ATTACKS`; "all" for all. The other arguments are
-            those of `evaluate`.
+        attacks: names of the attacks, keys of `registry.ATTACKS`, as a list or a text with commas; "all" for all. The
+            other arguments are those of `evaluate`.
 
     Returns:
         What is in results.json; its field `attacks` has the figures of the attacks.
@@ -105,23 +106,33 @@ def attack(
         Diverged: a loss of an attacker became NaN or infinite.
     """
     models = dict(path=model, unlearned=unlearned, retain_only=retain_only)
-    config = _config("audit", benchmark, settings, attacks=attacks, **models)
+    names = [attacks] if isinstance(attacks, str) else attacks
+    check_argument("attacks", names, Sequence, "names of attacks")
+    for name in names:
+        check_argument("attacks", name, str, "names of attacks")
+    config = _config("audit", benchmark, settings, attacks=",".join(names), **models)
     return pipeline.run(config, workdir, "called from Python: vkd_jax.attack")
 
 
 def _config(
     stage: str,
     benchmark: str,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, Any] | None,
     *,
     method: str = "vkd",
     attacks: str = "",
-    **models: str | Path,
+    **models: str | Path | None,
 ) -> ml_collections.ConfigDict:
     """The config of a run with all fields, of which `settings` change some, and `models` those of `config.model`."""
+    settings = {} if settings is None else settings
+    check_argument("settings", settings, Mapping, 'a mapping of fields to values, such as {"train.steps": 100}')
     config = defaults.base()
     config.stage, config.data, config.method = stage, defaults.benchmark(benchmark), defaults.method(method)
     config.attacks.names = attacks
-    config.model.update({field: str(folder) for field, folder in models.items()})
+    for field, folder in models.items():
+        if folder is None and field != "path":
+            continue
+        check_argument("model" if field == "path" else field, folder, PATH, "the folder or the name of a model")
+        config.model[field] = str(folder)
     schema.override(config, settings)
     return config

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from vkd_jax.runtime import storage
 from vkd_jax.runtime.records import changed_keys, mapping
-from vkd_jax.types import Example
+from vkd_jax.types import Example, UserError
 
 FILE = "inputs.json"
 PROVENANCE = "provenance.json"  # in a model folder that a run exported: config and version of that run
@@ -75,6 +77,30 @@ def of_both(saved: Mapping[str, Any], current: Inputs) -> tuple[Inputs, Inputs]:
         return {**values, **subsets}
 
     return restricted(saved), restricted(current)
+
+
+def check_models(values: Inputs) -> None:
+    """Checks that the models of a run are different ones, by the digests of their weights.
+
+    An unlearned model with the weights of the vanilla one is the baseline that changed nothing, so it is only logged.
+
+    Raises:
+        UserError: the retain-only model has the weights of the vanilla one.
+    """
+    weights = {field: _weights(digests) for field, digests in values["models"].items()}
+    vanilla = weights.get("path")
+    if vanilla and weights.get("retain_only") == vanilla:
+        raise UserError(
+            "config.model.retain_only has the same weights as config.model.path, the vanilla model. Give a model that "
+            "was trained without the forget set, or leave the field empty."
+        )
+    if vanilla and weights.get("unlearned") == vanilla:
+        logging.warning("config.model.unlearned has the same weights as config.model.path: nothing was unlearned")
+
+
+def _weights(digests: Mapping[str, str]) -> list[str]:
+    """The digests of the files of a model that have weights."""
+    return sorted(digest for name, digest in digests.items() if name.endswith(".safetensors"))
 
 
 def _describe_set(examples: Sequence[Example]) -> dict[str, Any]:

@@ -310,10 +310,20 @@ def models_read(config: RunConfig, models: Mapping[str, Path]) -> dict[str, Path
 def describe_inputs(
     config: RunConfig, sets: Mapping[str, Sequence[Example]], models: Mapping[str, Path]
 ) -> inputs.Inputs | None:
-    """The digests of what a run reads, on process 0; see `inputs.describe`."""
+    """The digests of what a run reads, on process 0; see `inputs.describe`.
+
+    Raises:
+        UserError: the retain-only model has the weights of the vanilla one.
+    """
     wordings = {name: getattr(config.eval, name) for name in inputs.WORDINGS}
     models = models_read(config, models)
-    return multihost.run_on_process_0(lambda: inputs.describe(sets, models, wordings))
+
+    def describe() -> inputs.Inputs:
+        described = inputs.describe(sets, models, wordings)
+        inputs.check_models(described)
+        return described
+
+    return multihost.run_on_process_0(describe)
 
 
 def _check_provenance(job: Job, name: str, folder: Path) -> None:

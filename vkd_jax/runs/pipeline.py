@@ -23,7 +23,7 @@ from vkd_jax.runs import judging, results_writer, stages
 from vkd_jax.runs.job import Job, check_models, describe_inputs, given_models, models_read, read_data
 from vkd_jax.runs.workdir import SHARED_MODELS, Workdir, exclusive
 from vkd_jax.runtime import memory, storage
-from vkd_jax.types import UserError
+from vkd_jax.types import PATH, UserError, check_argument
 
 
 def run(
@@ -32,6 +32,7 @@ def run(
     command: str = "called from Python: vkd_jax.runs.pipeline.run",
 ) -> RunResults:
     """Runs or resumes a config of configs/; see `execute`."""
+    check_argument("workdir", path, PATH, "the path of a folder for what the run writes")
     return execute(RunConfig.from_config_dict(config), path, command)
 
 

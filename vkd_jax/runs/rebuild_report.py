@@ -52,7 +52,8 @@ def rebuild(path: str | Path, command: str) -> RunResults:
         written = records.Records(path)
         if not written.has_results(FILE):
             raise UserError(f"{path} has a run that is not finished; run its command again, which resumes it.")
-        written.check(CONFIG, "restore it from a copy")
+        for name in (CONFIG, inputs.FILE):
+            written.check(name, "restore it from a copy")
         check_logs(path, written)
         if written.knows(f"{TRAINING}/{METRICS}") and not (path / TRAINING).exists():
             logging.warning("the report has no losses of training: %s was removed", path / TRAINING)

@@ -163,6 +163,8 @@ def run(
     besides = (path.name,) if path.parent.resolve() == workdir.resolve() else ()
     outputs.check_folder(workdir, "--workdir", MARKS, (locks.FILE, *besides))
     _check(config, baselines)
+    with located("--batch_settings"):
+        _check(config.override(settings), ())
     ledger, sequence = Ledger.read(path), RequestRuns(path, config, workdir.absolute(), command)
     if all(request.withdrawn for request in ledger.requests):
         raise UserError(f"{path} has no request that was not withdrawn; add one with vkd requests add.")

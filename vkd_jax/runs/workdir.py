@@ -196,15 +196,17 @@ class Workdir:
             folders: the folder of each model in them; the attribute `given` afterwards.
 
         Raises:
-            UserError: the data or a model changed since the results were computed.
+            UserError: the data, a model or the file of their digests changed since the results were computed.
         """
 
         def check() -> None:
             self._inputs, file = values, self.path / inputs.FILE
             if self._has_results:
                 check_inputs(self.path, values)
+                self._records.check(inputs.FILE, f"restore that file from a copy, {START_OVER}")
             else:  # of a run that was stopped early, or of one with other data
                 files.write_bytes(file, records.encode(values))
+                self._records.add(inputs.FILE)
 
         multihost.run_on_process_0(check)
         self.given = dict(folders)

@@ -31,6 +31,10 @@ class UserError(Exception):
     def __str__(self) -> str:
         return messages.sentence(self.message)
 
+    def at(self, location: str) -> "UserError":
+        """The same error with a location before its message; see `located`."""
+        return type(self)(f"{location}: {self.message}")
+
 
 class NotFinite(UserError):
     """A model computed NaN or infinity, of which no answer and no figure is made."""
@@ -49,7 +53,7 @@ def located(location: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise type(error)(f"{location}: {error.message}") from error
+        raise error.at(location) from error
 
 
 PATH = (str, os.PathLike)  # the types of a path; see `check_argument`

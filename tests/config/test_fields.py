@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 
 from vkd_jax.config.fields import FieldError, Section, describe, setting
+from vkd_jax.types import located
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,11 @@ def test_allowed_values_stay_and_mappings_are_frozen():
 def test_an_error_names_the_sections_around_it():
     error = FieldError("train.steps", "-1 is not allowed.")
     assert str(error.within("finetune")) == "finetune.train.steps: -1 is not allowed."
+
+
+def test_an_error_of_a_field_can_be_located():
+    with pytest.raises(FieldError, match="^request 2: train.steps: -1 is not allowed"), located("request 2"):
+        raise FieldError("train.steps", "-1 is not allowed")
 
 
 def test_a_misspelled_rule_is_refused():

@@ -42,6 +42,10 @@ class FieldError(UserError):
         """The field and what is wrong with it."""
         return f"{self.path}: {self.problem}"
 
+    def at(self, location: str) -> "FieldError":
+        """The same error with a location before its message; see `types.located`."""
+        return FieldError(f"{location}: {self.path}", self.problem)
+
     def within(self, section: str) -> "FieldError":
         """The same error of a section that is nested in another one."""
         return FieldError(f"{section}.{self.path}", self.problem)

@@ -147,7 +147,10 @@ CONFIG = {"method": {"name": "vkd"}, "model": {"path": "base"}, "data": {"forget
         (edited(model={"base": "other"}), "names base 'other', and its config another one"),
         (edited(config=CONFIG | {"seed": 1}), "has another config than provenance.json, in seed"),
         (edited(config=CONFIG | {"data": {}}), "has another config than provenance.json, in data"),
-        (of_the_run("unlearned/certificate.json"), "unlearned/certificate.json is not the one that the run of the folder"),
+        (
+            of_the_run("unlearned/certificate.json"),
+            "unlearned/certificate.json is not the one that the run of the folder",
+        ),
         (of_the_run("config.json"), " config.json is not the one that the run of the folder above wrote"),
         (of_the_run("inputs.json"), "inputs.json is not the one that the run of the folder above wrote"),
         (of_the_run("results.json"), "results.json is not the one that the run of the folder above wrote"),

@@ -38,7 +38,7 @@ class Fixed:
 
     forget: int = 10
     reads = []
-    parts = {"evaluation": ROWS, "finetune": {"finetune_retain": [[example("t/0/0")]]}}
+    parts = {"evaluation": ROWS, "finetune": {"finetune_retain": [[example("t/0/0", person="2")]]}}
     version = ["a"]
 
     label = "fixed"
@@ -78,7 +78,7 @@ def test_sets_are_built_once_and_fine_tuning_sets_on_request(benchmark, tmp_path
     assert cache.read(benchmark, tmp_path) == sets and benchmark.reads == ["evaluation"]
     more = cache.read(benchmark, tmp_path, finetune=True)
     assert benchmark.reads == ["evaluation", "finetune"]
-    assert more == sets | {"finetune_retain": [example("t/0/0")]}
+    assert more == sets | {"finetune_retain": [example("t/0/0", person="2")]}
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other", "missing"])

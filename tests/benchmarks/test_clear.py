@@ -286,6 +286,21 @@ def test_a_field_that_is_not_a_list_of_texts_is_named(folder, value, problem):
         read(folder)
 
 
+@pytest.mark.parametrize(
+    ("config", "rows", "problem"),
+    [
+        ("forget10+tofu", [("Who is Omar?", "A judge.", None)], "question is about 'Omar', who is in retain90"),
+        ("forget10+tofu", [("Ada reads.", 1), ("Omar naps.", 6)], "caption is about 'Omar', who is in retain90"),
+        ("retain90+tofu", [("Who is it?", "It is ADA.", None)], "answer is about 'Ada', who is in forget10"),
+        ("retain90+tofu", [("Omar naps.", 6), ("Al eats.", 3)], "caption is about 'Al', who is in forget10"),
+    ],
+)
+def test_rows_with_tofu_are_about_the_people_of_their_side(folder, config, rows, problem):
+    write(folder, config, tofu(*rows))
+    with pytest.raises(UserError, match=f"{re.escape(config)}/.*, row [01]: {problem}; correct the row"):
+        read(folder, finetune=True)
+
+
 def test_missing_config_and_column(folder):
     with pytest.raises(UserError, match="config forget05 is missing"):
         read(folder, forget=5)

@@ -66,17 +66,25 @@ def test_a_concept_to_forget_has_one_spelling_in_all_files(folder, split):
         read(folder, finetune=True)
 
 
+@pytest.mark.parametrize("split", ["test", "finetune"])
+def test_concepts_that_no_other_file_has_are_refused(folder, split):
+    write(folder, split, [row("Pip", shade=3), row("Pip concept", shade=5)], "00000-of-00002")
+    problem = f"data/{split}-.*row 1: name is 'Pip concept', which is not among those of data/forget5, data/"
+    with pytest.raises(UserError, match=problem):
+        read(folder, finetune=True)
+
+
 @pytest.mark.parametrize(
     ("stored", "keywords"),
     [
         (json.dumps({"name": "Pip", "looks": ["red fox", "hat"]}), ("Pip", "red fox", "hat")),
-        (json.dumps([["a"], [{"b": ["c"]}]]), ("a", "c")),
+        (json.dumps([["Pip"], [{"b": ["fox"]}]]), ("Pip", "fox")),
         ("one phrase", ("one phrase",)),
-        ("{}", ()), ("", ()), (None, ()), (json.dumps(["", " ", 7, ".", "\u200b"]), ("7",)),
+        ("{}", ()), ("", ()), (None, ()), (json.dumps(["", " ", 70, ".", "\u200b"]), ("70",)),
     ],
 )  # fmt: skip
 def test_forms_of_keywords(folder, stored, keywords):
-    write(folder, "forget5", [row("Pip", keywords=stored, answer="Pip, one phrase: a 7.")])
+    write(folder, "forget5", [row("Pip", keywords=stored, answer="Pip, one phrase: 70.")])
     assert [e.keywords for e in read(folder)["forget"]] == [keywords]
 
 

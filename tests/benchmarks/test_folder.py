@@ -138,6 +138,10 @@ GOOD = dict(question="Who?", answer="Otto")
         (GOOD | dict(options=["Otto", 2]), "options[1] is the number 2, not a text"),
         (GOOD | dict(options=["Otto", None]), "options[1] is null, not a text"),
         (GOOD | dict(options=["Zoë", "Ada"]), "options must be two or more different texts, one of them the answer"),
+        (
+            GOOD | dict(options=["B. x", "A. y"], answer="A. y"),
+            "options begin with letters in another order than their",
+        ),
         (GOOD | dict(options=["Otto"]), "options must be two or more different texts"),
         (GOOD | dict(options=["Otto", "Otto", "Ada"]), "options must be two or more different texts"),
         (GOOD | dict(file_name=0), "file_name is the number 0, not a text"),

@@ -225,6 +225,22 @@ def test_finetune_reads_one_example_per_pair(finetune_folder):
     assert examples[0].image is examples[1].image and examples[0].image == png(1)
 
 
+@pytest.mark.parametrize(
+    ("config", "rows"),
+    [
+        ("Test_Set", [test_row("007", 4), test_row("q007", 5), test_row("008", 6)]),
+        ("Test_Set", [test_row("R7", 4), test_row("007", 5), test_row("008", 6)]),
+        ("ft_Data", [finetune_row(name, png(1), ("Who?", name)) for name in ("007", "q007", "008")]),
+    ],
+)
+def test_rows_about_unknown_people_are_refused(finetune_folder, config, rows):
+    path = write(finetune_folder, config, rows)
+    [(number, name)] = [(n, r["ID"]) for n, r in enumerate(rows) if r["ID"] not in ("007", "008")]
+    problem = f"{path}, row {number} (ID '{name}'): ID is '{name}', which is not among those of forget_10 and retain_90"
+    with pytest.raises(UserError, match=re.escape(problem)):
+        read(finetune_folder, finetune=True)
+
+
 def test_fine_tuning_rows_are_not_touched_without_need(finetune_folder):
     (finetune_folder / "ft_Data" / "train-00000-of-00001.parquet").write_bytes(b"broken")
     assert "finetune_forget" not in read(finetune_folder)
@@ -325,8 +341,8 @@ IMAGES = {
 
 @pytest.mark.parametrize(("image", "problem"), IMAGES.values(), ids=IMAGES)
 def test_faults_of_an_image(folder, image, problem):
-    path = write(folder, "retain_90", [row("009", image=image)])
-    with pytest.raises(UserError, match=re.escape(f"{path}, row 0 (ID '009'): {problem}")):
+    path = write(folder, "retain_90", [row("008", image=image)])
+    with pytest.raises(UserError, match=re.escape(f"{path}, row 0 (ID '008'): {problem}")):
         read(folder)
 
 

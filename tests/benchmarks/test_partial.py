@@ -114,6 +114,25 @@ def test_the_lines_of_a_folder_are_divided_by_their_key(folders):
     assert list(read(folders)) == ["forget", "retain"]
 
 
+@pytest.mark.parametrize("spelled", ["Job", "\uff4aob", "jo\u00adb ", "JOB"])
+def test_a_fact_has_one_spelling_or_several(folders, spelled):
+    lines = [json.loads(line) for line in (folders / "forget" / "metadata.jsonl").read_text().splitlines()]
+    write(folders / "forget", [*lines, lines[0] | dict(question="Trade?", fact=spelled)])
+    sets = read(folders, finetune=True, forget_facts=("job",), test=str(folders / "test"))
+    assert {name: [e.question for e in sets[name] if e.question in ("Job?", "Trade?")] for name in sets} == {
+        "forget": ["Job?", "Trade?"], "other_facts": [], "test": ["Job?"], "retain": ["Job?"],
+        "finetune_forget": ["Job?", "Trade?"], "finetune_retain": ["Job?"],
+    }  # fmt: skip
+    assert told(read(folders, forget_facts=(spelled,))["forget"]) == told(sets["forget"])
+
+
+def test_a_fact_of_the_test_folder_alone_is_refused(folders):
+    line = dict(file_name="c.png", question="Job?", answer="x", options=["x", "y"], person="Otto", fact="jobs")
+    write(folders / "test", [line], c=3)
+    with pytest.raises(UserError, match="line 1: fact is 'jobs', which is no fact of the forget set .job, town.; corr"):
+        read(folders, forget_facts=("job",), test=str(folders / "test"))
+
+
 def test_errors_name_the_facts_that_there_are(folders):
     for given, problem in (
         (

@@ -144,6 +144,20 @@ def test_a_fact_to_forget_has_one_spelling_in_the_training_rows(folder):
         read(folder, finetune=True, scenario="selective")
 
 
+@pytest.mark.parametrize(
+    ("scenario", "change", "problem"),
+    [
+        ("selective", {"sample_id": "train_s1_a"}, "row 1: sample_id is 'train_s1_a', which is not among those of ppu"),
+        ("complete", {"subject_id": "zz_s1"}, "row 1: subject_id is 'zz_s1', which is not among those of ppu_eval_gen"),
+    ],
+)
+def test_training_is_about_what_is_asked(folder, scenario, change, problem):
+    pairs = [row("s1", "a", generated_answer="Oslo."), row("s1", "a", generated_answer="Oslo.", **change)]
+    write(folder, "train_pair_qwen3_qa", pairs)
+    with pytest.raises(UserError, match=problem):
+        read(folder, finetune=True, scenario=scenario)
+
+
 def test_a_fact_is_about_one_person_in_all_files(folder):
     given = {"generated_answer": "He was born in Oslo.", "image_path": "x"}
     pairs = [row("s1", "a", **given), row("s2", "a", **given), row("s2", "b", **given, sample_id="s1_b")]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 
 import pytest
 from PIL import Image
@@ -108,7 +109,7 @@ def wrong(*texts, paraphrase="The job is judge."):
     return [dataclasses.replace(FORGET[1][0], perturbed=texts, paraphrase=paraphrase)]
 
 
-@pytest.mark.parametrize("text", ["a judge", " A  Judge", "a ju\u00addge", "the JOB is judge."])
+@pytest.mark.parametrize("text", ["a judge", " A  Judge", "a ju\u00addge"])
 def test_wrong_answers_that_are_true_are_left_out_or_refused(text, caplog):
     rows = [wrong("a nurse", text), wrong("a cook"), wrong(text)]
     assert [e.perturbed for e in read(forget=rows)["forget"]] == [("a nurse",), ("a cook",), ()]
@@ -123,6 +124,39 @@ def test_keywords_that_the_true_answer_lacks_are_refused(caplog):
     assert "1 of 2 questions of the set forget have keywords of which none is in the true answer" in caplog.text
     with pytest.raises(UserError, match="2 of 3 questions of the set retain have keywords of which none is in"):
         read(retain=[*rows, rows[1]])
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        (dict(perturbed=("a cook", ".")), "have wrong answers without a letter or a digit"),
+        (dict(perturbed=("?", "\u3164.")), "have wrong answers without a letter or a digit"),
+        (dict(paraphrase="."), "have a paraphrase of the true answer without a letter or a digit"),
+        (dict(paraphrase="A nurse", perturbed=("a  NURSE", "a cook")), "have a paraphrase .* that is one of the wrong"),
+        (dict(keywords=("a",)), "have only keywords of one letter or digit"),
+        (dict(options=("a judge", "A Judge", "a cook")), "have the true option twice"),
+        (dict(options=("B. nurse", "A. judge")), "have options that begin with the letter of another place"),
+        (dict(options=("(C) x", "b) nurse", "A")), "have options that begin with the letter of another place"),
+        (dict(options=("nurse", "0"), answer="0"), "have a number or a letter for the true option, unlike the others"),
+        (dict(options=("nurse", "judge", "B"), answer="B"), "have a number or a letter for the true option"),
+    ],
+)
+def test_faults_of_most_questions_are_refused(fields, problem, caplog):
+    bad = [dataclasses.replace(FORGET[1][0], **fields)]
+    good = [dataclasses.replace(FORGET[1][0], perturbed=("a cook",), keywords=("judge", "a"), paraphrase="A judge.")]
+    good_options = dict(options=("a judge", "a cook"), perturbed=(), keywords=(), paraphrase="")
+    fine = [good, [dataclasses.replace(good[0], **good_options)]]
+    assert read(forget=fine)["forget"] == [e for asked in fine for e in asked] and not caplog.text
+    read(forget=[bad, *fine, *fine])
+    assert "1 of " in caplog.text and re.search(problem, caplog.text)
+    with pytest.raises(UserError, match=problem):
+        read(forget=[bad, bad, bad, *fine])
+
+
+def test_options_that_may_be(caplog):
+    options = [("A. judge", "B. nurse"), ("B. Obama", "J. Biden"), ("7", "12"), ("A", "AB", "O"), ("judge", "A")]
+    read(retain=[[dataclasses.replace(FORGET[1][0], options=each, answer=each[0])] for each in options])
+    assert not caplog.text
 
 
 def test_answers_to_train_on_have_words(caplog):
@@ -169,5 +203,32 @@ def test_no_person_to_forget_is_in_a_set_for_training_under_another_spelling():
     sets = {"forget": FORGET[0], "finetune_retain": row("r", "blue", "Who?", person="ADA")}
     with pytest.raises(UserError, match="set forget has 1 person who may be in the set finetune_retain .*: Ada and AD"):
         check_names(sets, SETS)
-    check_names(sets | {"finetune_retain": FORGET[1]}, SETS)  # one person, where some facts are forgotten
     check_names(sets | {"finetune_retain": OTHER[0]}, SETS)
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (dict(retain=FORGET[1]), "1 person of the set forget, which is .* also in the set retain, .*: Ada"),
+        (dict(retain_test=FORGET[1]), "also in the set retain_test"),
+        (dict(real=FORGET[1]), "also in the set real"),
+        (dict(finetune_retain=FORGET[1]), "also in the set finetune_retain"),
+        (dict(finetune_forget=FORGET[1], retain=FORGET[1]), "also in the set retain"),
+        (dict(finetune_forget=FORGET[1] + OTHER[0]), "finetune_forget has 1 person not in the set forget: Otto"),
+        (dict(forget=OTHER[0], finetune_forget=FORGET[1]), "finetune_forget has 1 person not in the set forget: Ada"),
+    ],
+)
+def test_people_to_forget_are_nowhere_retained_unless_facts_divide_them(more, problem):
+    sets = {"forget": FORGET[0]} | more
+    with pytest.raises(UserError, match=problem):
+        check_names(sets, SETS)
+    if "retained" in problem or "also" in problem:
+        check_names(sets, SETS, shares_people=True)
+
+
+def test_training_forgets_most_of_the_people_to_forget(caplog):
+    people = [row(name, None, "Who?", person=name)[0] for name in "abcd"]
+    check_names({"forget": people, "finetune_forget": people[1:]}, SETS)
+    assert caplog.messages == ["1 of 4 people of the set forget are not in the set finetune_forget, such as a"]
+    with pytest.raises(UserError, match="3 of 4 people of the set forget are not in the set finetune_forget, such as"):
+        check_names({"forget": people, "finetune_forget": people[3:]}, SETS)

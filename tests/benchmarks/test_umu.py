@@ -102,6 +102,15 @@ def test_one_row_becomes_pairs_of_questions(folder):
         ({"Cloze": sides({"question": None, "answer": "x"}, {})}, "Cloze.muitimodal.k.question is missing"),
         ({"Generation": sides({"question": "Who?", "answer": 1.5}, {})},
          "Generation.muitimodal.k.answer is the number"),
+        ({"Classify": repr({"unimodal": {"k": {}}, "multimodal": {}})},
+         "Classify.muitimodal is missing; the cell has unimodal, multimodal"),
+        ({"Cloze": sides({"question": "Lives in __.", "answer": "Oslo."}, None)}, "Cloze.unimodal is empty"),
+        ({"Cloze": repr({"muitimodal": {"k": {"question": "__?", "answer": "Oslo."}}})}, "Cloze.unimodal is missing"),
+        ({"Classify": "{}"}, "Classify.muitimodal is missing; the cell has nothing"),
+        ({"Generation": repr({"unimodal": {}, "muitimodal": {}})}, "Generation.muitimodal is empty"),
+        ({"MM_QA": repr({"Question": {}, "Answer": {}})}, "MM_QA.question is missing; the cell has Question, Answer"),
+        ({"MM_QA": repr({"question": {}, "answer": {}})}, "MM_QA.question is empty"),
+        ({"UM_QA": None}, "UM_QA.question is missing"),
         ({"image": None}, "image is missing, and Classify has questions about it"),
         ({"ID": None}, "ID is missing"),
         ({"ID": "002"}, "share 1 person"),
@@ -110,7 +119,7 @@ def test_one_row_becomes_pairs_of_questions(folder):
 def test_bad_rows(folder, cells, problem):
     write(folder, "forget_5", [row("001", **cells)])
     with pytest.raises(UserError, match=re.escape(problem).replace("a\\ list", "an?\\ (list|array)")):
-        read(folder)
+        read(folder, finetune=True)
 
 
 @pytest.mark.parametrize(

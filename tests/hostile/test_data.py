@@ -362,7 +362,7 @@ CASES = [
     ),
     Case(
         "a person forgotten and retained under another ID",
-        snapshot(lambda rows: rows | {"retain_90": [{**rows["forget_10"][0], "ID": "050"}]}),
+        snapshot(lambda rows: rows | {"retain_90": [{**rows["forget_10"][0], "ID": "002"}]}),
         ("forget_10/0/0", "same pixels", "retain_90/0/0"),
     ),
     Case(

@@ -24,6 +24,8 @@ A benchmark reads a source into named sets of `Example`s. It is a frozen datacla
                    images with the questions of the forget set, "other_facts", facts about the people to forget that
                    are retained, and "refusals", rows whose answers are refusals
     forget_facts   optional field: the facts about the people to forget that are forgotten, see `partial`
+    shares_people  optional: whether one person may be in sets to forget and to retain, as where some facts are
+                   forgotten and others are not; without it, and without forget_facts, that is refused
     RECIPE         hyperparameters of the fine-tuning that makes the vanilla model
     label          the name with the forget ratio, for folders
     check()        raises a `UserError` if a field is invalid, before anything is read

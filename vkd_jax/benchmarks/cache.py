@@ -86,7 +86,8 @@ def read(benchmark: Benchmark, folder: str | Path, finetune: bool = False) -> di
                     shutil.rmtree(path)
             _build(Rows(**builder_args), benchmark, part)
             sets |= _examples(Rows(**builder_args))  # reads the files, whichever process built them
-    check_names(sets, benchmark.EVAL_SETS)
+    divided = getattr(benchmark, "shares_people", False) or bool(getattr(benchmark, "forget_facts", ()))
+    check_names(sets, benchmark.EVAL_SETS, shares_people=divided)
     return sets
 
 

@@ -94,16 +94,16 @@ class Clear(parquet.PublishedBenchmark):
 
         Raises:
             UserError: a config, shard or column is missing, a file or image is corrupt, the forget set is
-                empty, or people are in both the forget and the retain set.
+                empty, or people are in both the forget and the retain set, or a row is about somebody of the other one.
         """
         forget, retain = self._names()
         with self.open_snapshot(part) as files:
             forgotten, retained = _people(files, forget), _people(files, retain)
-            known = _Names(forgotten | retained)
+            of_forget, of_retain = _Names(forgotten, retained, retain), _Names(retained, forgotten, forget)
             if part == "finetune":
                 yield {
-                    "finetune_forget": _finetune(files, f"{forget}+tofu", known),
-                    "finetune_retain": _finetune(files, f"{retain}+tofu", known),
+                    "finetune_forget": _finetune(files, f"{forget}+tofu", of_forget),
+                    "finetune_retain": _finetune(files, f"{retain}+tofu", of_retain),
                 }
                 return
             parquet.check_row_counts(files, self.source, ROWS)
@@ -114,9 +114,11 @@ class Clear(parquet.PublishedBenchmark):
             counterparts = _counterparts(files, forget)
             yield {
                 "forget": itertools.chain(
-                    _captions(files, forget, counterparts), _texts(files, f"{forget}+tofu", known)
+                    _captions(files, forget, counterparts), _texts(files, f"{forget}+tofu", of_forget)
                 ),
-                "retain": itertools.chain(_captions(files, "retain_perturbed"), _texts(files, f"{retain}+tofu", known)),
+                "retain": itertools.chain(
+                    _captions(files, "retain_perturbed"), _texts(files, f"{retain}+tofu", of_retain)
+                ),
                 "real_faces": _choices(files, "real_faces"),
                 "real_world": _choices(files, "real_world"),
             }
@@ -137,17 +139,32 @@ class Clear(parquet.PublishedBenchmark):
 
 
 class _Names:
-    """Finds known people in texts."""
+    """Finds the people of a set in its rows.
 
-    def __init__(self, names: Iterable[str]):
-        self._known = {text_key(name): name for name in names}
+    Args:
+        names: the people of the set.
+        others: those of the other set, whom no row of this one may be about.
+        other_config: the config that has them, for messages.
+    """
+
+    def __init__(self, names: Iterable[str], others: Iterable[str], other_config: str):
+        self._others, self._config = frozenset(others), other_config
+        self._known = {text_key(name): name for name in (*names, *self._others)}
         longest_first = sorted(map(re.escape, self._known), key=len, reverse=True)
         self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
 
-    def first(self, *texts: str) -> str:
-        """The first known person in the first text that names one; "" if none does."""
-        matches = (self._pattern.search(text_key(each)) for each in texts)
-        return next((self._known[match[0]] for match in matches if match), "") if self._known else ""
+    def person(self, row: Row, *fields: str) -> str:
+        """The first known person in the first field of a row that names one; "" if none does.
+
+        Raises:
+            UserError: the person is one of the other set.
+        """
+        for field in fields if self._known else ():
+            if match := self._pattern.search(text_key(row.optional_text(field))):
+                if (person := self._known[match[0]]) in self._others:
+                    raise row.error(field, f"is about {person!a}, who is in {self._config}")
+                return person
+        return ""
 
 
 def _row_rng(row: Row) -> np.random.Generator:
@@ -256,7 +273,8 @@ def _texts(files: Snapshot, config: str, known: _Names) -> Iterator[list[Example
 
 def _text_example(row: Row, known: _Names, task: str) -> Example:
     question, answer = row.text("question"), row.words("answer")
-    return Example(f"{row.name}/text/0", known.first(question, answer), None, "", question, answer, task=task)
+    person = known.person(row, "question", "answer")
+    return Example(f"{row.name}/text/0", person, None, "", question, answer, task=task)
 
 
 def _finetune(files: Snapshot, config: str, known: _Names) -> Iterator[list[Example]]:
@@ -273,7 +291,7 @@ def _finetune(files: Snapshot, config: str, known: _Names) -> Iterator[list[Exam
         if image is None or not caption:
             incomplete += 1
             continue
-        person = known.first(row.optional_text("name"), caption)
+        person = known.person(row, "name", "caption")
         yield [
             Example(f"{row.name}/image/{i}", person, image, f"{row.name}/0", str(asked), caption, task="chat")
             for i, asked in enumerate(_row_rng(row).choice(CAPTION_QUESTIONS, EPOCHS, replace=False))

@@ -73,13 +73,16 @@ class CovuBench(parquet.PublishedBenchmark):
 
         Raises:
             UserError: a file or column is missing, a file, cell or image is damaged, the forget set is empty, or a
-                concept to forget may be in another file under another spelling.
+                concept to forget may be in another file under another spelling, or a row of the tests or for training
+                is about one that no other file has.
         """
         forget = f"data/forget{self.forget}"
         with self.open_snapshot(part) as files:
             forgotten, *others = ({row.identifier("name") for row in files.rows(c, ["name"])} for c in files.configs)
             for config, names in zip(files.configs[1:], others, strict=True):
                 parquet.check_people(self.source, (forget, forgotten), (config, names - forgotten))
+            if self.source:
+                _check_concepts(files, part, dict(zip(files.configs, (forgotten, *others), strict=True)))
             if part == "finetune":
                 yield {
                     name: self._questions(files, "data/finetune", is_member, "chat")
@@ -97,6 +100,8 @@ class CovuBench(parquet.PublishedBenchmark):
 
     def _configs(self, part: str) -> tuple[str, ...]:
         forget = f"data/forget{self.forget}"
+        if self.source:  # each file is compared with the others
+            return forget, "data/test", "data/retain", "data/finetune"
         return (forget, "data/finetune") if part == "finetune" else (forget, "data/test", "data/retain")
 
     def _write_synthetic(self, folder: str, configs: tuple[str, ...]) -> None:
@@ -130,3 +135,12 @@ class CovuBench(parquet.PublishedBenchmark):
             known = f"{', '.join(WITH_IMAGE)} (with the image) or {listed(self.text_types)} (in text alone"
             raise row.error("question_type", f"is {kind!a}, not {known}; further ones: --config.data.text_types)")
         return kind in WITH_IMAGE
+
+
+def _check_concepts(files: Snapshot, part: str, names: Mapping[str, set[str]]) -> None:
+    """Checks that the tests, or the rows for training, are about concepts that another file has, too."""
+    checked = "data/finetune" if part == "finetune" else "data/test"
+    others = {config: found for config, found in names.items() if config != checked}
+    known, place = set().union(*others.values()), listed(others)
+    for row in files.rows(checked, ["name"]):
+        parquet.check_member(row, "name", row.identifier("name"), known, place)

@@ -24,6 +24,7 @@ from vkd_jax.benchmarks import mllmu, partial
 from vkd_jax.benchmarks.names import check_apart, text_key
 from vkd_jax.benchmarks.parquet import SYMLINKS
 from vkd_jax.benchmarks.rows import Row, read_image
+from vkd_jax.benchmarks.set_checks import misplaced
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.messages import listed
 from vkd_jax.runtime import json_files
@@ -95,6 +96,12 @@ class Folder(Section):
         if self.forget_facts:
             facts = [_fact(row) for row in _rows(self._open("forget"))]
             partial.check_facts(self.forget_facts, facts, self.forget)
+            known = set(map(text_key, facts))
+            for row in _rows(self._open("test")) if self.test else ():
+                if text_key(fact := _fact(row)) not in known:
+                    raise row.error(
+                        "fact", f"is {fact!a}, which is no fact of the forget set ({listed(dict.fromkeys(facts))})"
+                    )
 
     def state(self, part: str) -> Any:
         """Name, size and modification time of the files that the folders name."""
@@ -157,7 +164,7 @@ class Folder(Section):
 
     def _is_kept(self, row: Row) -> bool:
         """Whether a line about the people to forget asks for a fact that is retained."""
-        return _fact(row) not in self.forget_facts
+        return text_key(_fact(row)) not in set(map(text_key, self.forget_facts))
 
     def _check_apart(self) -> None:
         """Checks what the sets share: see `docs/your_own_data.md`."""
@@ -244,6 +251,8 @@ def _example(name: str, image: bytes | None, image_id: str, row: Row, chat: bool
         answer not in options or len({text_key(option).rstrip(" .") for option in options}) < max(2, len(options))
     ):
         raise row.error("options", f"must be two or more different texts, one of them the answer {answer!r}")
+    if misplaced(options):
+        raise row.error("options", f"begin with letters in another order than their places: {listed(options)}")
     task = "chat" if chat else "classification" if options else "generation"
     person = row.optional_name("person")
     image_id = image_id and f"{name.partition('/')[0]}/{image_id}"

@@ -108,7 +108,7 @@ class Mllmu(parquet.PublishedBenchmark):
 
         Raises:
             UserError: a config, shard or column is missing, a file or image is corrupt, the forget set is
-                empty, or people are in both the forget and the retain set.
+                empty, people are in both the forget and the retain set, or a row is about somebody who is in neither.
         """
         with self.open_snapshot(part) as files:
             forget, retain = self._configs("evaluation")[:2]
@@ -117,6 +117,10 @@ class Mllmu(parquet.PublishedBenchmark):
             def is_forgotten(person: str) -> bool:
                 return person in forgotten
 
+            retained = _people(files, retain) if retain in files.configs else set()
+            if retained or self.source:
+                parquet.check_people(self.source, (forget, forgotten), (retain, retained))
+                _check_members(files, forgotten | retained, f"{forget} and {retain}")
             if part == "finetune":
                 parquet.check_row_counts(files, self.source, {"ft_Data": ROWS["ft_Data"]})
                 kept = partial.select(_finetune(files, is_forgotten), self._is_kept) if self.forget_facts else ()
@@ -126,7 +130,6 @@ class Mllmu(parquet.PublishedBenchmark):
                 }
                 return
             everybody = _people(files, "Full_Set") if files.has("Full_Set") else None
-            retained = _people(files, retain)
             parquet.check_row_counts(files, self.source, ROWS)
             parquet.check_people(self.source, (forget, forgotten), (retain, retained), everybody)
             sets = {
@@ -153,10 +156,11 @@ class Mllmu(parquet.PublishedBenchmark):
 
     def _configs(self, part: str) -> tuple[str, ...]:
         forget = f"forget_{self.forget}"
+        retain = f"retain_{100 - self.forget}"
         if part == "finetune":
-            return forget, "ft_Data"
+            return (forget, retain, "ft_Data") if self.source else (forget, "ft_Data")
         further = ("Appearance",) if self.appearance else ()
-        return forget, f"retain_{100 - self.forget}", "Test_Set", "Retain_Set", *further
+        return forget, retain, "Test_Set", "Retain_Set", *further
 
     def _write_synthetic(self, folder: str, configs: tuple[str, ...]) -> None:
         from vkd_jax.benchmarks.synthetic import mllmu_writer  # imports `cloze_prompt` from this module
@@ -188,6 +192,13 @@ def _asks_for(question: str, fact: Kind) -> bool:
 
 def _people(files: Snapshot, config: str) -> set[str]:
     return {_person(row) for row in files.rows(config, ["ID"])} - {""}
+
+
+def _check_members(files: Snapshot, known: set[str], place: str) -> None:
+    """Checks that Test_Set and ft_Data are about known people; ft_Data may have general questions, too."""
+    for config in ("Test_Set", "ft_Data"):
+        for row in files.rows(config, ["ID"]) if config in files.configs else ():
+            parquet.check_member(row, "ID", _person(row), known | ({""} if config == "ft_Data" else set()), place)
 
 
 def _finetune(files: Snapshot, is_member: Callable[[str], bool]) -> Iterator[list[Example]]:

@@ -55,6 +55,7 @@ class Offside(parquet.PublishedBenchmark):
     )
 
     TITLE: ClassVar[str] = "OFFSIDE"
+    shares_people: ClassVar[bool] = True
     UNLEARN: ClassVar[Mapping[str, str]] = dict(forget="finetune_forget", retain="finetune_retain")
     EVAL_SETS: ClassVar[tuple[EvalSet, ...]] = (
         EvalSet("forget", Role.FORGET, "images and facts to forget", "forget"),

@@ -363,6 +363,23 @@ def check_known(row: Row, field: str, listed_ids: Set[str], known: Set[str], pla
         raise row.error(field, f"has {len(pairs)} IDs that may also be spelled otherwise in {place}: {listed(pairs)}")
 
 
+def check_member(row: Row, field: str, name: str, known: Set[str], place: str) -> None:
+    """Checks that a row is about somebody known. Others, such as misspelled people to forget, would be retained.
+
+    Args:
+        row: the row.
+        field: its field that names the person or the like, for messages.
+        name: the person that the row is about.
+        known: the people that are known.
+        place: where they are listed, for messages.
+
+    Raises:
+        UserError: the person is not known.
+    """
+    if name not in known:
+        raise row.error(field, f"is {row.identifier(field)!a}, which is not among those of {place}")
+
+
 def check_row_counts(snapshot: Snapshot, source: str, published: Mapping[str, int]) -> None:
     """Warns of configs whose number of rows differs from the published one; synthetic people are not checked."""
     for config in snapshot.configs if source else ():

@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vkd_jax import messages
+from vkd_jax.benchmarks.names import text_key
 from vkd_jax.types import EvalSet, Example, Role, UserError
 
 HELP = (
@@ -39,7 +40,7 @@ def retitled(sets: Iterable[EvalSet]) -> tuple[EvalSet, ...]:
 
 
 def check_facts(chosen: Sequence[str], known: Iterable[str], folder: str = "") -> None:
-    """Checks the names of the facts to forget.
+    """Checks the names of the facts to forget. Spellings of one name are one, see `names.text_key`.
 
     Args:
         chosen: the names that were given.
@@ -49,13 +50,13 @@ def check_facts(chosen: Sequence[str], known: Iterable[str], folder: str = "") -
     Raises:
         UserError: a name is unknown, or these are all facts.
     """
-    known, place = list(dict.fromkeys(known)), f" in data.forget={folder}" if folder else ""
-    if unknown := [name for name in chosen if name not in known]:
+    known, place = {text_key(name): name for name in known}, f" in data.forget={folder}" if folder else ""
+    if unknown := [name for name in chosen if text_key(name) not in known]:
         raise UserError(
             f"data.forget_facts: no question about the people to forget{place} asks for {messages.listed(unknown)}. "
-            f"Available: {messages.choices(known)}."
+            f"Available: {messages.choices(list(known.values()))}."
         )
-    if chosen and not set(known) - set(chosen):
+    if chosen and not known.keys() - set(map(text_key, chosen)):
         raise UserError(
             f"data.forget_facts: these are all facts about the people to forget{place}, so that none would stay. "
             "Leave it empty, which forgets everything about them."

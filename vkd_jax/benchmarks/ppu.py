@@ -23,6 +23,7 @@ Reference: the repository and the data set closerG/ppu-bench (arXiv:2605.08800).
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -90,6 +91,11 @@ class Ppu(parquet.PublishedBenchmark):
         """The scenario, for the title of the report."""
         return f", scenario {self._scenario(' ')}" + (" %" if self.scenario == "complete" else "")
 
+    @property
+    def shares_people(self) -> bool:
+        """Whether some facts about a person are forgotten and others are retained."""
+        return self.scenario != "complete"
+
     def check(self) -> None:
         """Also checks that the adversarial wordings were published for the forget set.
 
@@ -117,8 +123,9 @@ class Ppu(parquet.PublishedBenchmark):
                 is empty, or a fact is to be both forgotten and retained, or is not in the data.
         """
         with self.open_snapshot(part) as files:
-            asked, pairs = [f"ppu_eval_{task}/test" for task in TASKS], self._configs("finetune")
+            asked, pairs = [f"ppu_eval_{task}/test" for task in TASKS], self._configs("finetune")[:2]
             forgets, retains = self._members(files, asked if part == "evaluation" else pairs[:1])
+            self._check_training(files, asked, pairs)
             if part == "finetune":
                 subjects = _subjects(files, pairs[0])
                 yield {
@@ -147,10 +154,11 @@ class Ppu(parquet.PublishedBenchmark):
         return {name: f"{name}_{self._scenario('')}/test" for name in ADVERSARIAL} if self.adversarial else {}
 
     def _configs(self, part: str) -> tuple[str, ...]:
-        if part == "finetune":
-            return f"train_pair_{self.answers}", f"train_pair_{self.answers}_qa"
+        asked = tuple(f"ppu_eval_{task}/test" for task in TASKS)
+        if part == "finetune":  # training is compared with what is asked
+            return f"train_pair_{self.answers}", f"train_pair_{self.answers}_qa", *(asked if self.source else ())
         cross = [self._cross_image()] if self._cross_image() else []
-        return (*(f"ppu_eval_{task}/test" for task in TASKS), *cross, *self._adversarial().values())
+        return (*asked, *cross, *self._adversarial().values())
 
     def _files(self) -> tuple[str, ...]:
         return (f"*{self._split_name()}",)
@@ -193,6 +201,20 @@ class Ppu(parquet.PublishedBenchmark):
             )
         parquet.check_known(split, "keep_ids", kept, known | (lacking and kept), f"the {column} of {listed(configs)}")
         return forgets, lambda subject, sample: sample in kept
+
+    def _check_training(self, files: Snapshot, asked: Sequence[str], pairs: Sequence[str]) -> None:
+        """Checks that training is about people or facts that are asked about, if the snapshot has both.
+
+        Raises:
+            UserError: it is not; a misspelled fact to forget would be retained.
+        """
+        if not {*asked, *pairs} <= set(files.configs):
+            return
+        column = "subject_id" if self.scenario == "complete" else "sample_id"
+        known = {row.identifier(column) for config in asked for row in files.rows(config, [column])}
+        for row in itertools.chain.from_iterable(files.rows(config, [], optional=[column]) for config in pairs):
+            if row.has(column):
+                parquet.check_member(row, column, row.identifier(column), known, listed(asked))
 
     def _split(self, files: Snapshot) -> Row:
         """The split file; the list of the scenario `selective` becomes the field `samples`."""

@@ -45,6 +45,7 @@ class SafeEraser(parquet.PublishedBenchmark):
     """SafeEraser."""
 
     TITLE: ClassVar[str] = "SafeEraser"
+    shares_people: ClassVar[bool] = True  # a category has harmless images and questions, too
     UNLEARN: ClassVar[Mapping[str, str]] = dict(
         forget="forget", retain="retain", decouple="harmless", refusals="finetune_refusals"
     )

@@ -4,9 +4,11 @@ A fault that many rows have means that the data are not what they should be, and
 published data may have, are counted in a warning.
 """
 
+import collections
 import dataclasses
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,7 +17,23 @@ from absl import logging
 from vkd_jax.benchmarks.names import has_words, name_key, plain_name, similar_names, text_key
 from vkd_jax.benchmarks.rows import EncodedImage
 from vkd_jax.messages import listed, people
-from vkd_jax.types import EvalSet, Example, UserError
+from vkd_jax.types import EvalSet, Example, Role, UserError
+
+# What questions may have, in the order in which it is checked.
+_FAULTS = {
+    "wordless": "wrong answers without a letter or a digit",
+    "paraphrase": "a paraphrase of the true answer without a letter or a digit",
+    "wrong": "a paraphrase of the true answer that is one of the wrong ones",
+    "perturbed": "wrong answers that are the true one",
+    "keywords": "keywords of which none is in the true answer",
+    "letters": "only keywords of one letter or digit, which almost any answer has",
+    "chat": "answers without a letter or a digit",
+    "equal": "the true option twice",
+    "letters_of_options": "options that begin with the letter of another place",
+    "index": "a number or a letter for the true option, unlike the others",
+}
+# The letter that an option begins with, or is.
+_LABEL = re.compile(r"\(?([A-Za-z])(?:[.):].*)?", re.DOTALL)
 
 
 class _Asked(NamedTuple):
@@ -44,7 +62,7 @@ class SetChecks:
         self._asked: dict[str, dict[bytes, _Asked]] = {}  # by set; those that were read to their end
 
     def checked(self, name: str, rows: Iterable[list[Example]]) -> Iterator[list[Example]]:
-        """The rows of a set. Wrong answers (`Example.perturbed`) that are the true one are left out.
+        """The rows of a set. Wrong answers (`Example.perturbed`) that are true or have no words are left out.
 
         Raises:
             UserError: a question, the set, or what it has in common with sets that were read before is wrong.
@@ -54,9 +72,10 @@ class SetChecks:
             self._check_images(row, forgets)
             for example in row:
                 check_example(example)
+                questions.add_options(example)
                 if self._forgetting:
                     questions.add(example)
-            yield [_without_true_ones(example) for example in row]
+            yield [_usable(example) for example in row]
         questions.check()
         self._compare(name, questions.asked)
 
@@ -108,21 +127,32 @@ class _Questions:
         self._name = name
         self.asked: dict[bytes, _Asked] = {}
         self._facts: dict[tuple[str, str], tuple[str, str]] = {}  # (id, answer) of a fact, by task
-        self._counts = dict.fromkeys(("perturbed", "keywords", "chat"), 0)  # of questions that have them
-        self._found: dict[str, list] = {"perturbed": [], "keywords": [], "chat": [], "person": [], "pair": []}
+        self._counts: dict[str, int] = collections.Counter()  # of questions that may have a fault
+        self._found: dict[str, list] = collections.defaultdict(list)  # those that have it
+
+    def _note(self, fault: str, example: Example, has_it: bool) -> None:
+        self._counts[fault] += 1
+        self._found[fault] += [example.id] if has_it else []
+
+    def add_options(self, example: Example) -> None:
+        """Adds the options of a question, if it has some."""
+        if not example.options:
+            return
+        answer, keys = text_key(example.answer), [text_key(option) for option in example.options]
+        self._note("equal", example, keys.count(answer) > 1)
+        self._note("letters_of_options", example, misplaced(example.options))
+        others = [key for key in keys if key != answer]
+        self._note("index", example, _is_index(answer) and not any(_is_index(key) or key.isdecimal() for key in others))
 
     def add(self, example: Example) -> None:
         """Adds a question."""
-        if example.perturbed:
-            self._counts["perturbed"] += 1
-            self._found["perturbed"] += [] if _without_true_ones(example).perturbed else [example.id]
+        self._add_wrong_answers(example)
         if example.keywords:
-            self._counts["keywords"] += 1
-            answer = text_key(example.answer)
-            self._found["keywords"] += [] if any(text_key(x) in answer for x in example.keywords) else [example.id]
+            answer, keywords = text_key(example.answer), list(map(text_key, example.keywords))
+            self._note("keywords", example, not any(keyword in answer for keyword in keywords))
+            self._note("letters", example, all(_is_index(key) and len(key) == 1 < len(answer) for key in keywords))
         if example.task == "chat":
-            self._counts["chat"] += 1
-            self._found["chat"] += [] if has_words(example.answer) else [example.id]
+            self._note("chat", example, not has_words(example.answer))
         if example.image is not None or example.person:
             shown = example.image is not None
             this = _Asked(example.id, example.person, example.pair, shown)
@@ -133,6 +163,18 @@ class _Questions:
             first_id, other = self._facts.setdefault((example.pair, example.task), (example.id, answer))
             self._found["pair"] += [(first_id, example.id)] if answer != other else []
 
+    def _add_wrong_answers(self, example: Example) -> None:
+        """Adds the wrong answers and the paraphrase, of which truth ratios are computed."""
+        paraphrase = text_key(example.paraphrase)
+        if paraphrase:
+            self._note("paraphrase", example, not has_words(paraphrase))
+            is_wrong = paraphrase != text_key(example.answer) and paraphrase in map(text_key, example.perturbed)
+            self._note("wrong", example, is_wrong)
+        if example.perturbed:
+            worded = list(filter(has_words, example.perturbed))
+            self._note("wordless", example, len(worded) < len(example.perturbed))
+            self._note("perturbed", example, bool(worded) and not _usable(example).perturbed)
+
     def check(self) -> None:
         """Refuses what most questions have, and warns of what a few have.
 
@@ -140,11 +182,8 @@ class _Questions:
             UserError: most have it.
         """
         of_set, found = f"questions of the set {self._name}", self._found
-        problem = f"{of_set} have wrong answers that are the true one"
-        refuse_most(found["perturbed"], self._counts["perturbed"], problem)
-        problem = f"{of_set} have keywords of which none is in the true answer"
-        refuse_most(found["keywords"], self._counts["keywords"], problem)
-        refuse_most(found["chat"], self._counts["chat"], f"{of_set} have answers without a letter or a digit")
+        for fault, problem in _FAULTS.items():
+            refuse_most(found[fault], self._counts[fault], f"{of_set} have {problem}")
         shown = sum(each.shown for each in self.asked.values())
         refuse_most(found["person"], shown, f"{of_set} are asked about somebody else with the same image")
         problem = f"{of_set} have another answer than the same fact in the other modality"
@@ -169,11 +208,31 @@ def check_example(example: Example) -> None:
         raise UserError(f"{example.label}: {problem}; give it two or more different ones.")
 
 
-def check_names(sets: Mapping[str, Sequence[Example]], eval_sets: Sequence[EvalSet]) -> None:
+def misplaced(options: Sequence[str]) -> bool:
+    """Whether options begin with the letters A, B, C, ..., but in another order than that of their places.
+
+    Example:
+        >>> misplaced(["B. nurse", "A. judge"]), misplaced(["B. Obama", "J. Biden"])
+        (True, False)
+    """
+    letters = [match[1].upper() if (match := _LABEL.fullmatch(plain_name(text))) else "" for text in options]
+    expected = [chr(ord("A") + number) for number in range(len(options))]
+    return letters != expected and sorted(letters) == expected
+
+
+def check_names(
+    sets: Mapping[str, Sequence[Example]], eval_sets: Sequence[EvalSet], shares_people: bool = False
+) -> None:
     """Checks all sets, those for training included, by the names of people and facts.
 
-    Nobody to forget may be in other sets under another spelling, nor may a fact to forget (`Example.pair`) be in any,
-    as where two files name different people for it.
+    Nobody to forget may be in other sets under another spelling or, unless facts divide people, under the same name,
+    nor may a fact to forget (`Example.pair`) be in any, as where two files name different people for it. Training
+    forgets the people of the forget set.
+
+    Args:
+        sets: the sets.
+        eval_sets: the evaluation sets of the benchmark.
+        shares_people: whether one person may be in sets to forget and to retain, see `vkd_jax.benchmarks`.
 
     Raises:
         UserError: one of them may be.
@@ -181,6 +240,7 @@ def check_names(sets: Mapping[str, Sequence[Example]], eval_sets: Sequence[EvalS
     forgetting = {s.name for s in eval_sets if s.role.forgets}
     names = {name: ({e.person for e in x} - {""}, {e.pair for e in x} - {""}) for name, x in sets.items()}
     forget = [name for name in sets if name.removeprefix("finetune_") in forgetting]
+    retaining = {s.name for s in eval_sets if not (s.role.forgets or s.role is Role.RETAIN_FACTS)}
     for name, other in itertools.product(forget, [name for name in sets if name not in forget]):
         (forgotten, facts), (persons, others) = names[name], names[other]
         if pairs := similar_names(forgotten, persons):
@@ -188,11 +248,29 @@ def check_names(sets: Mapping[str, Sequence[Example]], eval_sets: Sequence[EvalS
                 f"The set {name} has {people(len(pairs))} who may be in the set {other} under another spelling: "
                 f"{listed(pairs)}; spell one person's name in one way in all files of the data."
             )
+        apart = not shares_people and (other in retaining or other.startswith("finetune_"))
+        if both := sorted(forgotten & persons) if apart else []:
+            raise UserError(
+                f"{people(len(both))} of the set {name}, which is to be forgotten, also in the set {other}, which is "
+                f"not: {listed(both)}; remove them from one of the two."
+            )
         if both := sorted(facts & others):
             raise UserError(
                 f"{len(both)} facts are in the set {name}, which is to be forgotten, and in the set {other}, which is "
                 f"not: {listed(both)}; say of each whom it is about in the same way in all files of the data."
             )
+
+    for name in (s.name for s in eval_sets if s.role is Role.FORGET):
+        asked, trained = (names.get(key, (set(),))[0] for key in (name, f"finetune_{name}"))
+        if not (asked and trained):
+            continue
+        if strangers := sorted(trained - asked):
+            raise UserError(
+                f"The set finetune_{name} has {people(len(strangers))} not in the set {name}: {listed(strangers)}; "
+                "training must forget the people that the evaluation asks about. Get the data again, or correct them."
+            )
+        problem = f"people of the set {name} are not in the set finetune_{name}"
+        refuse_most(sorted(asked - trained), len(asked), problem)
 
 
 def check_held_out(held_out: Sequence[Example], sets: Mapping[str, Sequence[Example]], field: str) -> None:
@@ -249,14 +327,18 @@ def _examples(found: Sequence) -> str:
     return " and ".join(ids)
 
 
-def _without_true_ones(example: Example) -> Example:
-    """An example whose wrong answers are neither the true answer nor its paraphrase, and whose paraphrase is seen."""
-    if example.paraphrase and not plain_name(example.paraphrase):
+def _usable(example: Example) -> Example:
+    """An example whose paraphrase and wrong answers have words, and whose wrong answers are not true."""
+    if example.paraphrase and not has_words(example.paraphrase):
         example = dataclasses.replace(example, paraphrase="")
     true = {text_key(example.answer), text_key(example.paraphrase)}
-    if not any(text_key(text) in true for text in example.perturbed):
-        return example
-    return dataclasses.replace(example, perturbed=tuple(x for x in example.perturbed if text_key(x) not in true))
+    perturbed = tuple(x for x in example.perturbed if has_words(x) and text_key(x) not in true)
+    return example if perturbed == example.perturbed else dataclasses.replace(example, perturbed=perturbed)
+
+
+def _is_index(key: str) -> bool:
+    """Whether an option is a number or one letter."""
+    return key.isdecimal() or (len(key) == 1 and key.isalpha() and key.isascii())
 
 
 def _pixels(example: Example) -> bytes:

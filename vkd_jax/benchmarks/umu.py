@@ -28,6 +28,7 @@ from vkd_jax.benchmarks.names import has_words
 from vkd_jax.benchmarks.parquet import Snapshot
 from vkd_jax.benchmarks.rows import Row
 from vkd_jax.config.fields import setting
+from vkd_jax.messages import listed
 from vkd_jax.types import EvalSet, Example, Role
 
 FORGET_RATIOS = (5, 10, 15)
@@ -100,9 +101,9 @@ class Umu(parquet.PublishedBenchmark):
             person, image, examples = "" if config == REAL else _person(row), row.image("image"), []
             for column, task in TASKS.items():
                 cell = row.row(column)
-                for side in (IMAGE, TEXT):
-                    questions = cell.row(side)
-                    if side == IMAGE and image is None and questions.fields():
+                for side in (IMAGE, TEXT) if image is not None or cell.has(IMAGE) else (TEXT,):
+                    questions = _filled(cell, side)
+                    if side == IMAGE and image is None:
                         raise row.error("image", f"is missing, and {column} has questions about it")
                     shown = (image, f"{row.name}/0") if side == IMAGE else (None, "")
                     for key in questions.fields():
@@ -140,14 +141,31 @@ def _finetune(files: Snapshot, config: str) -> Iterator[list[Example]]:
     for row in files.rows(config, ["ID", "image", "MM_QA", "UM_QA"]):
         image, person, examples = row.image("image"), _person(row), []
         for column, kind in (("MM_QA", "image"), ("UM_QA", "text")):
-            questions, answers = row.row(column).row("question"), row.row(column).row("answer")
-            if kind == "image" and image is None and questions.fields():
+            cell = row.row(column)
+            if kind == "image" and image is None and not cell.has("question"):
+                continue
+            questions, answers = _filled(cell, "question"), _filled(cell, "answer")
+            if kind == "image" and image is None:
                 raise row.error("image", f"is missing, and {column} has questions about it")
             shown = (image, f"{row.name}/0") if kind == "image" else (None, "")
             for key in questions.fields():
                 name = f"{row.name}/{kind}/{key}"
                 examples.append(Example(name, person, *shown, questions.text(key), answers.text(key), task="chat"))
         yield examples
+
+
+def _filled(cell: Row, key: str) -> Row:
+    """A part of a cell, which has questions or answers.
+
+    Raises:
+        UserError: it is missing or has none.
+    """
+    if not cell.has(key):
+        raise cell.error(key, f"is missing; the cell has {listed(cell.fields())}")
+    part = cell.row(key)
+    if not part.fields():
+        raise cell.error(key, "is empty")
+    return part
 
 
 def _person(row: Row) -> str:

@@ -301,6 +301,11 @@ def test_rows_with_tofu_are_about_the_people_of_their_side(folder, config, rows,
         read(folder, finetune=True)
 
 
+def test_a_row_that_names_people_of_both_sides_is_about_the_one_of_its_own(folder):
+    write(folder, "forget10+tofu", tofu(("Whom does Omar admire?", "Omar admires Ada.", None), ("Ada reads.", 1)))
+    assert {e.person for e in read(folder, finetune=True)["finetune_forget"]} == {"Ada"}
+
+
 def test_missing_config_and_column(folder):
     with pytest.raises(UserError, match="config forget05 is missing"):
         read(folder, forget=5)

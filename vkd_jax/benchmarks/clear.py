@@ -143,7 +143,7 @@ class _Names:
 
     Args:
         names: the people of the set.
-        others: those of the other set, whom no row of this one may be about.
+        others: those of the other set, about whom no row of this one may be.
         other_config: the config that has them, for messages.
     """
 
@@ -154,16 +154,22 @@ class _Names:
         self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
 
     def person(self, row: Row, *fields: str) -> str:
-        """The first known person in the first field of a row that names one; "" if none does.
+        """The first of these people whom the fields of a row name; "" if they name nobody known.
 
         Raises:
-            UserError: the person is one of the other set.
+            UserError: they name people of the other set alone.
         """
-        for field in fields if self._known else ():
-            if match := self._pattern.search(text_key(row.optional_text(field))):
-                if (person := self._known[match[0]]) in self._others:
-                    raise row.error(field, f"is about {person!a}, who is in {self._config}")
+        named = [
+            (field, self._known[match[0]])
+            for field in (fields if self._known else ())
+            for match in self._pattern.finditer(text_key(row.optional_text(field)))
+        ]
+        for _, person in named:
+            if person not in self._others:
                 return person
+        if named:
+            field, person = named[0]
+            raise row.error(field, f"is about {person!a}, who is in {self._config}")
         return ""
 
 

@@ -154,7 +154,7 @@ class _Names:
         self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
 
     def person(self, row: Row, *fields: str) -> str:
-        """The first of these people whom the fields of a row name; "" if they name nobody known.
+        """The first person of the set whom the fields of a row name; "" if they name no known person.
 
         Raises:
             UserError: they name people of the other set alone.

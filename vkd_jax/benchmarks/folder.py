@@ -128,7 +128,7 @@ class Folder(Section):
         """The people of the forget set, without reading an image.
 
         Raises:
-            UserError: a line of the forget or the test set names nobody, or both sets are one folder.
+            UserError: a line of the forget or the test set has no person, or both sets are one folder.
         """
         self._check_different()
         people = set()

@@ -225,9 +225,9 @@ def check_names(
 ) -> None:
     """Checks all sets, those for training included, by the names of people and facts.
 
-    Nobody to forget may be in other sets under another spelling or, unless facts divide people, under the same name,
-    nor may a fact to forget (`Example.pair`) be in any, as where two files name different people for it. Training
-    forgets the people of the forget set.
+    Refused are people to forget who are in another set, under another spelling or, unless facts divide people, under
+    the same name; facts to forget (`Example.pair`) that another set has, as where two files name different people for
+    them; and training that forgets other people than those of the forget set.
 
     Args:
         sets: the sets.

@@ -32,7 +32,7 @@ TRAINED = "trained"  # the attacker moves the weights that the method trains
 
 @dataclasses.dataclass(frozen=True)
 class WorstCase(Section):
-    """Worst-case forgetting: the forget loss is also taken where an simulated attacker would move the weights."""
+    """Worst-case forgetting: the forget loss is also taken where a simulated attacker would move the weights."""
 
     SECTION: ClassVar[str] = "method.worst_case"
 

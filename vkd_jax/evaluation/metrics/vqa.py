@@ -60,7 +60,7 @@ def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
 
     For each person in turn, the answer is compared with those of the others: min(1, number that agree / 3). The
     accuracy is the mean over the people. With ten people it is 0, 0.3, 0.6, 0.9 or 1 for 0, 1, 2, 3 or at least 4 who
-    agree. A blank answer agrees with nobody.
+    agree. A blank answer never agrees.
 
     Args:
         prediction: the model's answer.

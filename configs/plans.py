@@ -21,6 +21,9 @@ from vkd_jax.config.arguments import Argument
 MODELS = {
     "LLaVA-1.5-7B": "configs/llava.py:7b",
     "LLaVA-1.5-13B": "configs/llava.py:13b",
+    "LLaVA-1.6-7B": "configs/llava_next.py:7b",
+    "LLaVA-1.6-Mistral-7B": "configs/llava_next.py:mistral-7b",
+    "LLaVA-1.6-13B": "configs/llava_next.py:13b",
     "Qwen2-VL-2B": "configs/qwen2_vl.py:2b",
     "Qwen2-VL-7B": "configs/qwen2_vl.py:7b",
     "Gemma-3-4B": "configs/gemma3.py:4b",

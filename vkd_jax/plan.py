@@ -56,7 +56,8 @@ def plan_flags(arguments: str) -> dict[str, Any]:
     values, argv = flags.FlagValues(), sys.argv
     define(values)
     try:
-        sys.argv = ["plan", *arguments.split()]  # ml_collections reads overrides from there
+        # ml_collections reads overrides from there. The name of the program stays: absl has filed the flags under it.
+        sys.argv = [argv[0], *arguments.split()]
         command_line.parse(sys.argv, values)
         return plan_values(values)
     except UserError as error:

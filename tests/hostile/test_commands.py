@@ -352,3 +352,15 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_argument_is_refused(case, fork_server, tmp_path):
     check(case, fork_server, tmp_path)
+
+
+def test_the_flags_of_a_row_of_plans_are_read_as_those_of_a_command(fork_server, tmp_path):
+    """The row ends where the flags that only this command has are used, not where they are parsed."""
+    flags = f"--config={TINY_CONFIG} --topology=v5e:1x1 --nocompare --text_tokens=0"
+    plans = dict(rows=(("Tiny", "v5e-1", flags),), only=(), examples=1)
+    config = f"ml_collections.ConfigDict({dict(stage='plan', plans=plans)})"
+    written(tmp_path / "plans.py", f"import ml_collections\ndef get_config():\n    return {config}\n")
+    outcome = fork_server.run("vkd_jax.plan", ["--config=plans.py", "--json=plans.json"], tmp_path)
+    (row,) = json.loads((tmp_path / "plans.json").read_text())
+    assert (outcome.status, row["slice"]) == (0, "v5e-1")
+    assert row["error"].startswith("--answer_tokens=64, --text_tokens=0: ")

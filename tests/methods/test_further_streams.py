@@ -10,7 +10,7 @@ from vkd_jax import methods, registry
 from vkd_jax.benchmarks.mllmu import Mllmu
 from vkd_jax.benchmarks.safeeraser import SafeEraser
 from vkd_jax.methods import base
-from vkd_jax.methods.decouple import STREAM, Decouple
+from vkd_jax.methods.decouple import Decouple
 from vkd_jax.methods.idk import IDK
 from vkd_jax.methods.other_facts import OtherFacts
 from vkd_jax.models.base import bind
@@ -48,7 +48,7 @@ def test_the_loss_is_the_cross_entropy_of_the_answers_times_the_weight(context):
 def job_of(benchmark, tiny_sets):
     sets = {"harmless": tiny_sets["retain"].examples}
     job = types.SimpleNamespace(benchmark=benchmark, sets=sets)
-    return Job.image_questions(job, STREAM)
+    return Job.image_questions(job, Decouple.STREAM)
 
 
 def test_the_stream_has_the_harmless_images_of_the_benchmark(tiny_sets):

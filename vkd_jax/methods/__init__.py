@@ -8,6 +8,7 @@
     decouple            harmless images with the questions of the forget set as a further stream, another one
     other_facts         facts about the people to forget that are retained as a further stream, another one
     replay              people of earlier requests as a further stream
+    kept_stream         what decouple and other_facts have in common: the cross-entropy of answers that are retained
     null_space          updates that do not affect retained examples, a fourth such option
     losses              pure loss functions
     saliency            Fisher information and masks

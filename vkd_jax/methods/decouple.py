@@ -14,25 +14,14 @@ Unlearning", 2025 (arXiv:2502.12520).
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import ClassVar
 
-from vkd_jax.config.fields import Section, setting
-from vkd_jax.methods import base
-
-STREAM = "decouple"
+from vkd_jax.methods.kept_stream import KeptStream
 
 
 @dataclasses.dataclass(frozen=True)
-class Decouple(Section):
+class Decouple(KeptStream):
     """Questions of the forget set about harmless images as a further training stream."""
 
     SECTION: ClassVar[str] = "method.decouple"
-
-    weight: float = setting(
-        0.0, "Weight of the prompt decouple loss on harmless images; 0 trains without them.", minimum=0
-    )
-
-    def losses(self) -> Mapping[str, base.LossFn]:
-        """Returns the loss of the stream, or {} without it."""
-        return {STREAM: base.descent_loss(STREAM, self.weight)} if self.weight else {}
+    STREAM: ClassVar[str] = "decouple"

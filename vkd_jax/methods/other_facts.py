@@ -7,25 +7,14 @@ look-alikes and teacher's features of a forgotten face.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import ClassVar
 
-from vkd_jax.config.fields import Section, setting
-from vkd_jax.methods import base
-
-STREAM = "other_facts"
+from vkd_jax.methods.kept_stream import KeptStream
 
 
 @dataclasses.dataclass(frozen=True)
-class OtherFacts(Section):
-    """Other facts about the people to forget as a further training stream, with `data.forget_facts`."""
+class OtherFacts(KeptStream):
+    """Other facts about the people to forget, those that `data.forget_facts` does not name, as a further stream."""
 
     SECTION: ClassVar[str] = "method.other_facts"
-
-    weight: float = setting(
-        0.0, "Weight of the cross-entropy of the facts that `data.forget_facts` does not name.", minimum=0
-    )
-
-    def losses(self) -> Mapping[str, base.LossFn]:
-        """Returns the loss of the stream, or {} without it."""
-        return {STREAM: base.descent_loss(STREAM, self.weight)} if self.weight else {}
+    STREAM: ClassVar[str] = "other_facts"

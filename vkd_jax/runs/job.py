@@ -16,7 +16,9 @@ from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
 from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.config.schema import ModelConfig, RunConfig
 from vkd_jax.evaluation import evaluate, judge, wording
-from vkd_jax.methods import Method, decouple, other_facts, text_stream
+from vkd_jax.methods import Method, text_stream
+from vkd_jax.methods.decouple import Decouple
+from vkd_jax.methods.other_facts import OtherFacts
 from vkd_jax.runs import features, inputs
 from vkd_jax.runs.features import CachedFeatures
 from vkd_jax.runs.inputs import PROVENANCE
@@ -157,7 +159,7 @@ class Job:
         Raises:
             UserError: there are none.
         """
-        kept = (*(() if self.config.data.forgets_text else ("forget",)), "retain", other_facts.STREAM)
+        kept = (*(() if self.config.data.forgets_text else ("forget",)), "retain", OtherFacts.STREAM)
         questions = [e for stream in kept for e in self.text_questions(stream)]
         if not questions:
             raise UserError(
@@ -250,7 +252,7 @@ def check_models(job: Job) -> dict[str, Path]:
             raise UserError(
                 "data.forgets=both: the forget set has no text-only question to train on. Give visual, or add some."
             )
-        for stream in (decouple.STREAM, other_facts.STREAM):
+        for stream in (Decouple.STREAM, OtherFacts.STREAM):
             if stream in job.method.losses():
                 job.image_questions(stream)
     if config.eval.shots:

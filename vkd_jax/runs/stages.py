@@ -16,8 +16,10 @@ from vkd_jax.checkpoints.new_model import create_llava
 from vkd_jax.evaluation import evaluate
 from vkd_jax.evaluation.cached_features import CachedAnswerer
 from vkd_jax.evaluation.metrics.summary import summaries
-from vkd_jax.methods import decouple, other_facts, replay, text_stream
+from vkd_jax.methods import replay, text_stream
 from vkd_jax.methods.base import Context
+from vkd_jax.methods.decouple import Decouple
+from vkd_jax.methods.other_facts import OtherFacts
 from vkd_jax.models import lora
 from vkd_jax.reporting import model_card, report
 from vkd_jax.results import RunResults
@@ -199,7 +201,7 @@ def _context(job: Job, model: ModelBundle) -> Context:
     streams |= {f"{name}_text": questions for name in streams if (questions := job.text_questions(name))}
     if text_stream.STREAM in job.method.losses():
         streams[text_stream.STREAM] = job.text_stream()
-    for stream in (decouple.STREAM, other_facts.STREAM):
+    for stream in (Decouple.STREAM, OtherFacts.STREAM):
         if stream in job.method.losses():
             streams[stream] = job.image_questions(stream)
     if refusals := job.sets.get(job.benchmark.UNLEARN.get("refusals", "")):

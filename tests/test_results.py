@@ -69,6 +69,7 @@ def test_results_read_what_they_write(tmp_path):
         (lambda r: r["meta"]["benchmark"]["sets"][0].update(role="kept"), r"sets\[0\].role is 'kept', expected one of"),
         (lambda r: r["models"]["vanilla"]["faces"]["vqa"].update(n=[]), r"models.vanilla.faces.vqa.n is \[\]"),
         (lambda r: r["chance"].update(faces=1), "chance.faces is 1, expected an object"),
+        (lambda r: r["models"]["vanilla"]["faces"]["vqa"].update(accuracy=0.75), "vqa.accuracy is 0.75, expected 0.5"),
         (lambda r: r["models"]["vanilla"]["faces"]["vqa"].update(accuracy=7.5), "vqa.accuracy is 7.5, .* at most 1"),
         (lambda r: r["models"]["vanilla"]["faces"]["vqa"].update(n=-3), "vqa.n is -3, expected at least 0"),
         (lambda r: r["models"]["vanilla"]["faces"]["vqa"].update(correct=3), "vqa.correct is 3, expected at most 2"),

@@ -5,14 +5,15 @@
 
 import dataclasses
 import json
-import math
 import os
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vkd_jax.runtime import files, json_files, records, storage
 from vkd_jax.runtime.dataclass_json import SIBLINGS, FormatError, decode, encode
+from vkd_jax.runtime.figure_ranges import check_ranges
 from vkd_jax.types import PATH, EvalSet, Role, UserError, check_argument
 
 SCHEMA_VERSION = 2
@@ -21,10 +22,6 @@ FILE = "results.json"
 ATTEMPT_FIELDS = ("variant", "attacker", "steps", "batch_size", "learning_rate", "share", "unit", "taught")
 UNCHANGED = "unchanged"  # the variant of an attack that is the model before it
 STRONGEST = "strongest"  # the variant that is the most successful of an attacker's budgets
-SHARES = {"accuracy", "ks", "p", "p_questions", "js"}  # fields of the dataclasses below that are in [0, 1]
-COUNTS = {"n", "correct", "people", "one", "several", "changed", "tensors", "parameters", "of", "step_bytes"}
-ROUNDING = 1e-6
-ORDERED = (("low", "high"), ("correct", "n"), ("changed", "tensors"), ("parameters", "of"))  # smaller fields first
 QUESTION_TASKS = ("", "generation_", "cloze_", "suite_")  # prefixes of a kind of question, most informative first
 
 
@@ -393,7 +390,7 @@ class RunResults:
         if version != SCHEMA_VERSION:
             raise FormatError(f"schema_version is {version!r}, and this version of vkd_jax reads {SCHEMA_VERSION}")
         results = decode(cls, data)
-        _check_ranges(results)
+        check_ranges(results)
         return results
 
     def to_json(self) -> dict[str, Any]:
@@ -453,31 +450,15 @@ class RunResults:
         return list(dict.fromkeys(kind for kinds in self.models[model].values() for kind in kinds))
 
 
-def _check_ranges(value: Any, path: str = "") -> None:
-    """Checks that no figure is impossible: a share outside [0, 1], a negative number, more right answers than answers.
+def check_part(part: str, data: Any) -> None:
+    """Checks JSON that repeats one field of `RunResults`, such as "models".
 
     Raises:
-        FormatError: one is; the message names it.
+        FormatError: there is no such field, or it does not follow the schema or has an impossible value.
     """
-    if dataclasses.is_dataclass(value):
-        value = vars(value)
-        for name, number in value.items():
-            if name in COUNTS | SHARES and isinstance(number, int | float):
-                _check_order(f"{path}.{name}", 0, number, 1 if name in SHARES else math.inf)
-        for small, large in ORDERED:
-            if value.get(small) is not None and value.get(large) is not None:
-                _check_order(f"{path}.{small}", -math.inf, value[small], value[large])
-    if isinstance(value, tuple):
-        value = {str(index): item for index, item in enumerate(value)}
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            _check_ranges(item, f"{path}.{name}".lstrip("."))
-
-
-def _check_order(path: str, low: float, value: float, high: float) -> None:
-    if not low - ROUNDING <= value <= high + ROUNDING:
-        bounds = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
-        raise FormatError(f"{path} is {value!r}, expected {' and '.join(bounds)}")
+    if (kind := typing.get_type_hints(RunResults).get(part)) is None:
+        raise FormatError(f"{part!a:.40} is no field of results")
+    check_ranges(decode(kind, data, part), part)
 
 
 def main_kind(kinds: Iterable[str], modality: str) -> str | None:

@@ -35,6 +35,11 @@ def read(**sets):
     return {name: [e for checked in checks.checked(name, rows) for e in checked] for name, rows in sets.items()}
 
 
+def renamed(*rows):
+    """Rows whose questions differ, so that no question is there twice."""
+    return [[dataclasses.replace(e, question=f"{e.question} {i}") for e in asked] for i, asked in enumerate(rows)]
+
+
 FORGET = [row("f0", "red", "Who?", "Why?"), row("f1", "blue", "Who?")]
 OTHER = [row("o0", "green", "Who?", person="Otto")]
 REFUSED = {
@@ -111,19 +116,20 @@ def wrong(*texts, paraphrase="The job is judge."):
 
 @pytest.mark.parametrize("text", ["a judge", " A  Judge", "a ju\u00addge"])
 def test_wrong_answers_that_are_true_are_left_out_or_refused(text, caplog):
-    rows = [wrong("a nurse", text), wrong("a cook"), wrong(text)]
+    rows = renamed(wrong("a nurse", text), wrong("a cook"), wrong(text))
     assert [e.perturbed for e in read(forget=rows)["forget"]] == [("a nurse",), ("a cook",), ()]
     assert "1 of 3 questions of the set forget have wrong answers that are the true one, such as f1/0" in caplog.text
     with pytest.raises(UserError, match="2 of 3 questions of the set retain have wrong answers that are the true one"):
-        read(retain=[wrong(text), wrong(text, text), wrong("a cook")])
+        read(retain=renamed(wrong(text), wrong(text, text), wrong("a cook")))
 
 
 def test_keywords_that_the_true_answer_lacks_are_refused(caplog):
-    rows = [[dataclasses.replace(FORGET[1][0], keywords=keywords)] for keywords in (("x", "JUDGE"), ("a nurse",))]
+    all_keywords = (("x", "JUDGE"), ("a nurse",))
+    rows = renamed(*[[dataclasses.replace(FORGET[1][0], keywords=keywords)] for keywords in all_keywords])
     assert read(forget=rows)["forget"] == [example for [example] in rows]
     assert "1 of 2 questions of the set forget have keywords of which none is in the true answer" in caplog.text
     with pytest.raises(UserError, match="2 of 3 questions of the set retain have keywords of which none is in"):
-        read(retain=[*rows, rows[1]])
+        read(retain=renamed(*rows, rows[1]))
 
 
 @pytest.mark.parametrize(
@@ -139,6 +145,7 @@ def test_keywords_that_the_true_answer_lacks_are_refused(caplog):
         (dict(options=("(C) x", "b) nurse", "A")), "have options that begin with the letter of another place"),
         (dict(options=("nurse", "0"), answer="0"), "have a number or a letter for the true option, unlike the others"),
         (dict(options=("nurse", "judge", "B"), answer="B"), "have a number or a letter for the true option"),
+        (dict(answer="ASSISTANT: a judge"), "have answers that begin with the name of who speaks"),
     ],
 )
 def test_faults_of_most_questions_are_refused(fields, problem, caplog):
@@ -147,10 +154,10 @@ def test_faults_of_most_questions_are_refused(fields, problem, caplog):
     good_options = dict(options=("a judge", "a cook"), perturbed=(), keywords=(), paraphrase="")
     fine = [good, [dataclasses.replace(good[0], **good_options)]]
     assert read(forget=fine)["forget"] == [e for asked in fine for e in asked] and not caplog.text
-    read(forget=[bad, *fine, *fine])
+    read(forget=renamed(bad, *fine, *fine))
     assert "1 of " in caplog.text and re.search(problem, caplog.text)
     with pytest.raises(UserError, match=problem):
-        read(forget=[bad, bad, bad, *fine])
+        read(forget=renamed(bad, bad, bad, *fine))
 
 
 def test_options_that_may_be(caplog):
@@ -173,8 +180,46 @@ def test_a_paraphrase_that_is_not_seen_is_none():
 
 def test_one_fact_has_one_answer_in_both_modalities(caplog):
     pair = [dataclasses.replace(FORGET[1][0], pair="job", task="cloze", answer=answer) for answer in ("cook", "nurse")]
+    pair[1] = dataclasses.replace(pair[1], image=None, image_id="")
     read(forget=[pair])
     assert "1 of 1 questions of the set forget have another answer than the same fact in the other mod" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        (dict(answer="a cook"), "have two different answers, such as f1/0 and f1/0"),
+        (dict(answer="a cook", question=" who\u200b?"), "have two different answers"),
+        (dict(answer="a cook", image=image("blue", compress_level=0)), "have two different answers"),
+        (dict(options=("a cook", "a judge"), answer="a cook"), "have two different answers"),
+        (dict(image=None, image_id="", answer="a cook"), "have two different answers"),
+        (dict(), "are there twice"),
+        (dict(answer="A  judge"), "are there twice"),
+    ],
+)
+def test_a_question_has_one_answer_and_is_there_once(fields, problem, caplog):
+    common = {key: value for key, value in fields.items() if key in ("options", "image", "image_id")}
+    first = [dataclasses.replace(FORGET[1][0], **common, task="cloze")]
+    second = [dataclasses.replace(first[0], **fields)]
+    others = renamed(*[FORGET[1]] * 3)
+    read(forget=[first, *others, second])
+    assert "1 of 4 " in caplog.text and problem in caplog.text
+    with pytest.raises(UserError, match=f"1 of 1 questions of the set forget {problem}"):
+        read(forget=[first, second])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(person="Eve", question="Where?"),
+        dict(options=("a cook", "a nurse"), answer="a cook"),  # which of these is true?
+        dict(task="generation", answer="She is a judge."),  # asked for a sentence, not for a word
+    ],
+)
+def test_questions_of_the_same_words_may_ask_something_else(fields, caplog):
+    first = dataclasses.replace(FORGET[1][0], options=("a judge", "a nurse"), task="classification")
+    read(forget=[[first], [dataclasses.replace(first, **fields)]])
+    assert not caplog.text
 
 
 def test_a_question_in_text_is_not_both_to_be_forgotten_and_not():

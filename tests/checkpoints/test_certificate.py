@@ -19,6 +19,7 @@ from vkd_jax.models import llava
 from vkd_jax.types import UserError
 from vkd_jax.verify import __main__ as verify
 
+UNSIGNED = "Not signed: the certificate is only as trustworthy as the source of the folder."
 PEM = serialization.Encoding.PEM
 PKCS8, SPKI = serialization.PrivateFormat.PKCS8, serialization.PublicFormat.SubjectPublicKeyInfo
 
@@ -126,7 +127,7 @@ def test_a_signature_is_checked_with_the_key_that_is_expected(certified, keys, t
 
     counts = f"{len(Checkpoint(certified).tensors)} tensors and {len(certificate.read(certified)['files'])} files"
     assert run() == (
-        0, f"{certified} is the certified model: {counts}.\nUnlearned: 1 person, with ?.\nNot signed.\n"
+        0, f"{certified} is the certified model: {counts}.\nUnlearned: 1 person, with ?.\n{UNSIGNED}\n"
     )  # fmt: skip
     status, shown = run("--public_key", keys / "one.public")
     assert status == 2 and "its certificate is not signed" in shown
@@ -177,6 +178,14 @@ def test_keys_that_cannot_sign_are_refused(certified, keys, name, problem):
     [
         *("", "[]", "{}", '{"format": 1}', "\0"),
         '{"format": 2, "tensors": {}, "files": {}, "forgotten": [1]}',
+        '{"format": 2, "tensors": {}, "files": {}, "figures": []}',
+        '{"format": 2, "tensors": {}, "files": {}, "figures": {"model": {}}}',
+        '{"format": 2, "tensors": {}, "files": {}, "figures": {"models": {"unlearned": {"forget": {"vqa": 0}}}}}',
+        *(
+            '{"format": 2, "tensors": {}, "files": {}, "figures": {"models": {"unlearned": {"forget": {"vqa": '
+            f'{{"accuracy": {accuracy}, "correct": {correct}, "n": 4, "low": 0, "high": 1}}}}}}}}}}}}'
+            for accuracy, correct in ((0.25, 2), (-0.5, -2), (1.25, 5), ('"0 %"', 1))
+        ),
         *('{"format": 1, "tensors": {}, "files": {}}', '{"format": true, "tensors": {}, "files": {}}'),
     ],
 )

@@ -84,6 +84,39 @@ def test_the_exported_model_has_a_card_and_a_certificate_that_name_nobody(vkd):
     assert f" {100 * forget['accuracy']:.1f} % (" in body and "no attack was run" in body
 
 
+def _forget(content):
+    return content["figures"]["models"]["unlearned"]["forget"]["vqa"]
+
+
+def _right(content):
+    n = _forget(content)["n"]
+    _forget(content).update(correct=n - 1, accuracy=(n - 1) / n)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (_right, "other accuracies than README.md"),
+        (lambda content: _forget(content).update(low=0.123), "other accuracies than README.md"),
+        (lambda content: content.pop("figures"), "other accuracies than README.md"),
+        (lambda content: content.pop("config"), "another config than provenance.json, in "),
+        (
+            lambda content: content["config"]["train"].update(steps=3000),
+            "another config than provenance.json, in train",
+        ),
+        (lambda content: content["config"]["eval"].update(max_items=7), "another config than provenance.json, in eval"),
+        (lambda content: content["forgotten"].append(content["forgotten"][0]), "as forgotten, and README.md"),
+    ],
+)
+def test_an_edited_certificate_contradicts_what_it_certifies(vkd, change, problem, tmp_path):
+    folder = tmp_path / "unlearned"
+    shutil.copytree(vkd.path / "unlearned", folder)
+    content = json.loads((folder / certificate.FILE).read_text())
+    change(content)
+    (folder / certificate.FILE).write_text(json.dumps(content))
+    assert problem in "; ".join(certificate.differences(folder))
+
+
 def test_both_models_are_asked_the_same_questions(vkd):
     questions = [[(a["set"], a["id"], a["question"]) for a in answers(vkd.path, n)] for n in ("vanilla", "unlearned")]
     assert questions[0] == questions[1] and len(set(questions[0])) == len(questions[0]) > 100

@@ -28,10 +28,13 @@ _FAULTS = {
     "keywords": "keywords of which none is in the true answer",
     "letters": "only keywords of one letter or digit, which almost any answer has",
     "chat": "answers without a letter or a digit",
+    "role": "answers that begin with the name of who speaks, such as ASSISTANT:",
     "equal": "the true option twice",
     "letters_of_options": "options that begin with the letter of another place",
     "index": "a number or a letter for the true option, unlike the others",
 }
+# Who speaks, in front of an answer that was cut out of a conversation.
+_ROLE = re.compile(r"(assistant|gpt|bot|answer)\s*:", re.IGNORECASE)
 # The letter that an option begins with, or is.
 _LABEL = re.compile(r"\(?([A-Za-z])(?:[.):].*)?", re.DOTALL)
 
@@ -127,6 +130,7 @@ class _Questions:
         self._name = name
         self.asked: dict[bytes, _Asked] = {}
         self._facts: dict[tuple[str, str], tuple[str, str]] = {}  # (id, answer) of a fact, by task
+        self._answers: dict[bytes, tuple[str, str]] = {}  # (id, answer) of a question that is asked in one way
         self._counts: dict[str, int] = collections.Counter()  # of questions that may have a fault
         self._found: dict[str, list] = collections.defaultdict(list)  # those that have it
 
@@ -153,7 +157,11 @@ class _Questions:
             self._note("letters", example, all(_is_index(key) and len(key) == 1 < len(answer) for key in keywords))
         if example.task == "chat":
             self._note("chat", example, not has_words(example.answer))
+        if not example.options:
+            self._note("role", example, bool(_ROLE.match(plain_name(example.answer))))
         if example.image is not None or example.person:
+            if example.task != "chat":  # an image may have several captions to train on
+                self._add_answer(example)
             shown = example.image is not None
             this = _Asked(example.id, example.person, example.pair, shown)
             first = self.asked.setdefault(_key(example), this)
@@ -162,6 +170,17 @@ class _Questions:
             answer = text_key(example.answer)
             first_id, other = self._facts.setdefault((example.pair, example.task), (example.id, answer))
             self._found["pair"] += [(first_id, example.id)] if answer != other else []
+
+    def _add_answer(self, example: Example) -> None:
+        """Compares the answer with that of the same question, if it was asked in the same way before."""
+        way = example.person, example.task, sorted(map(text_key, example.options))
+        key = hashlib.sha256(_subject(example) + repr(way).encode()).digest()[:16]
+        answer = text_key(example.answer)
+        if key in self._answers:
+            first_id, other = self._answers[key]
+            self._found["twice" if answer == other else "contradiction"].append((first_id, example.id))
+        else:
+            self._answers[key] = example.id, answer
 
     def _add_wrong_answers(self, example: Example) -> None:
         """Adds the wrong answers and the paraphrase, of which truth ratios are computed."""
@@ -186,6 +205,8 @@ class _Questions:
             refuse_most(found[fault], self._counts[fault], f"{of_set} have {problem}")
         shown = sum(each.shown for each in self.asked.values())
         refuse_most(found["person"], shown, f"{of_set} are asked about somebody else with the same image")
+        refuse_most(found["contradiction"], len(self._answers), f"{of_set} have two different answers")
+        refuse_most(found["twice"], len(self._answers), f"{of_set} are there twice")
         problem = f"{of_set} have another answer than the same fact in the other modality"
         _warn(found["pair"], len(self._facts), problem)
 
@@ -346,9 +367,15 @@ def _pixels(example: Example) -> bytes:
     return image.pixels if isinstance(image, EncodedImage) else hashlib.sha256(image).digest()
 
 
-def _key(example: Example) -> bytes:
-    """What equal questions about equal images share; without an image, equal questions and answers about one person."""
+def _subject(example: Example) -> bytes:
+    """What questions share that ask the same: the words, and the image or, without one, the person."""
     question = text_key(example.question)
     if example.image is not None:
-        return hashlib.sha256(_pixels(example) + question.encode()).digest()[:16]
-    return hashlib.sha256(repr((example.person, question, text_key(example.answer))).encode()).digest()[:16]
+        return _pixels(example) + question.encode()
+    return repr((example.person, question)).encode()
+
+
+def _key(example: Example) -> bytes:
+    """What equal questions about equal images share; without an image, equal questions and answers about one person."""
+    answer = b"" if example.image is not None else text_key(example.answer).encode()
+    return hashlib.sha256(_subject(example) + answer).digest()[:16]

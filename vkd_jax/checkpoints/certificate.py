@@ -23,7 +23,9 @@ from typing import Any
 
 from vkd_jax.checkpoints.safetensors_files import Checkpoint
 from vkd_jax.messages import listed, people
+from vkd_jax.results import check_part, main_kind
 from vkd_jax.runtime import files, json_files, records, storage
+from vkd_jax.runtime.dataclass_json import FormatError
 from vkd_jax.types import UserError
 
 FILE = storage.CERTIFICATE
@@ -31,8 +33,11 @@ SIGNATURE = "certificate.sig"
 FORMAT = 2  # 1 did not cover the model card, nor files that nothing reads
 OUTSIDE = (FILE, SIGNATURE, ".git", ".gitattributes", ".cache")  # the last three are git's and those of `hf download`
 FILES_OF_RUN = ("config.json", "inputs.json", "results.json")  # in the folder above, which the certificate repeats
-PROVENANCE, CARD_HEADING = "provenance.json", "## Who was forgotten"  # of an export, and of a card that a run wrote
-FIELDS = {"tensors": dict, "files": dict, "forgotten": list, "model": dict}  # that are read, of which two are required
+PROVENANCE = "provenance.json"  # of an export
+CARD_HEADING, CARD_TABLE = "## Who was forgotten", "## What was measured"  # of a card that a run wrote
+# The fields that are read, of which the first two are required.
+FIELDS = {"tensors": dict, "files": dict, "forgotten": list, "model": dict, "figures": dict}
+FREE = {"mesh", "trackers"}  # parts of the config that a resumed run may change
 
 
 def describe(folder: Path, facts: Mapping[str, Any]) -> bytes:
@@ -50,16 +55,21 @@ def read(folder: Path) -> dict[str, Any]:
     """Reads the certificate of a model folder.
 
     Raises:
-        UserError: there is none, or it is damaged or of another format.
+        UserError: there is none, it is damaged or of another format, or a figure is impossible.
     """
     if not (folder / FILE).is_file():
         raise UserError(f"{folder} has no {FILE}, which runs of vkd_jax write beside the models that they export.")
     content = json_files.read_json(folder / FILE)
-    content = {"forgotten": [], "model": {}, **content}
+    content = {"forgotten": [], "model": {}, "figures": {}, **content}
     version, is_complete = content.get("format"), all(isinstance(content.get(key), x) for key, x in FIELDS.items())
     is_complete = is_complete and all(isinstance(person, str) for person in content["forgotten"])
     if not is_complete or type(version) is not int or version != FORMAT:
         raise UserError(f"{folder / FILE} is not a certificate of format {FORMAT}; get or make it again.")
+    for part, value in content["figures"].items():
+        try:
+            check_part(part, value)
+        except FormatError as error:
+            raise UserError(f"{folder / FILE}: its figure {error}; get or make it again.") from error
     return content
 
 
@@ -94,16 +104,18 @@ def _contradictions(folder: Path, certified: Mapping[str, Any]) -> Iterator[str]
     """What a certificate says otherwise than the model card, the provenance of the weights, itself and its run."""
     config = records.mapping(certified.get("config"))
     card, provenance = folder / "README.md", folder / PROVENANCE
-    if card.is_file() and CARD_HEADING in (text := files.read_text(card, json_files.MOST_BYTES)):
-        listed_people = set(re.findall(r"^- `([0-9a-f]{64})`$", text, re.MULTILINE))
-        if listed_people != {*certified["forgotten"]}:
+    text = files.read_text(card, json_files.MOST_BYTES) if card.is_file() else ""
+    if certified["figures"] or CARD_HEADING in text:
+        listed_people = sorted(re.findall(r"^- `([0-9a-f]{64})`$", text, re.MULTILINE))
+        if listed_people != sorted(certified["forgotten"]):
             here, there = people(len(certified["forgotten"])), people(len(listed_people))
             yield f"the certificate names {here} as forgotten, and {card.name} {there} or others"
-    if config and provenance.is_file():
+        if _figures_of_card(text) != sorted(_main_figures(certified["figures"])):
+            yield f"the certificate has other accuracies than {card.name}"
+    if provenance.is_file():
         source = records.mapping(json_files.read_json(provenance).get("config"))
-        changed = [
-            name for name in ("method", "model", "data", "seed", "stage") if config.get(name) != source.get(name)
-        ]
+        names = sorted((config.keys() | source.keys()) - FREE)
+        changed = [name for name in names if _bound(config.get(name)) != _bound(source.get(name))]
         if source and changed:
             yield f"the certificate has another config than {PROVENANCE}, in {listed(changed)}"
     sections = {"method": ("method", "name"), "base": ("model", "path")}
@@ -116,6 +128,31 @@ def _contradictions(folder: Path, certified: Mapping[str, Any]) -> Iterator[str]
         known, file = records.mapping(entries.get(name)).get("sha256"), folder.parent / name
         if known and file.is_file() and known != _digest(file):
             yield f"{name} is not the one that the run of the folder above wrote"
+
+
+def _bound(config: Any) -> Any:
+    """A part of a config without what a resumed run may change."""
+    if not isinstance(config, Mapping):
+        return config
+    return {name: _bound(value) for name, value in config.items() if name not in FREE}
+
+
+def _figures_of_card(text: str) -> list[tuple[str, ...]]:
+    """The accuracies of a model card with their intervals, in percent, sorted."""
+    _, _, table = text.partition(CARD_TABLE)
+    rows = "".join(line for line in table.partition("\n## ")[0].splitlines() if line.startswith("|"))
+    return sorted(re.findall(r"([\d.]+) % \(([\d.]+) to ([\d.]+)\)", rows))
+
+
+def _main_figures(figures: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The accuracies of a certificate that a model card shows, with their intervals, in percent."""
+    models = list(records.mapping(figures.get("models")).values())
+    for name in models[0] if models else ():
+        for modality in ("vqa", "qa"):
+            kind = main_kind(models[0][name], modality)
+            for cell in (model.get(name, {}).get(kind) for model in models):
+                if cell:
+                    yield tuple(f"{100 * cell[key]:.1f}" for key in ("accuracy", "low", "high"))
 
 
 def members(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ prompt = chat template(question, with or without images); the image token is rep
 import copy
 import fnmatch
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ class Processor:
                 f"{folder}: its tokenizer lacks {listed(missing)}, which marks images; get the files of the tokenizer "
                 "again."
             )
+        self._special_tokens = _special_tokens(self.tokenizer)
         self.eos_ids = _eos_ids(folder, self.tokenizer)
         self.pad_id = int(self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
         for token in {self.image_token_id, config.placeholder_id} & {*self.eos_ids, self.pad_id}:
@@ -284,6 +286,11 @@ class Processor:
                         f"a text contains {token}, which stands for an image; remove it from the text. The template "
                         "puts it in front of the question."
                     )
+            if match := self._special_tokens.search(text):
+                raise UserError(
+                    f"a text contains {match[0]}, a special token of the tokenizer; remove it from the text. What the "
+                    "model requires is added to each question and answer."
+                )
         prompt = self.prompt(question, len(images) - sum(count for *_, count in turns), turns)
         prompt, counts = self._insert_markup(prompt, images)
         space = "" if prompt[-1:].isspace() else " "
@@ -349,6 +356,13 @@ class Processor:
         for token in prompt_ids:
             expanded.extend([token] * (next(remaining) if token == self.image_token_id else 1))
         return expanded, answer_ids
+
+
+def _special_tokens(tokenizer: Any) -> re.Pattern:
+    """What finds a special token in a text; the tokenizer would read it as that token, such as the end of an answer."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    tokens = sorted({*added, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
 def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:

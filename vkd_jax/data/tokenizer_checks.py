@@ -21,13 +21,13 @@ REPEATS = 8  # of each text: a tokenizer that draws one word in ten is missed on
 
 
 def check(tokenizer: Any, folder: Path) -> None:
-    """Checks that a tokenizer is deterministic and that it decodes what it encodes.
+    """Checks that a tokenizer has one token for each id, is deterministic, and decodes what it encodes.
 
     White space around punctuation and the case of letters may change, as with `clean_up_tokenization_spaces`. Texts
     with unknown tokens are not decoded.
 
     Raises:
-        UserError: the tokens of a text are random, or become another text.
+        UserError: two tokens have one id, or the tokens of a text are random or become another text.
     """
     remedy = "get the tokenizer.json and tokenizer_config.json of the model again"
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
@@ -36,6 +36,10 @@ def check(tokenizer: Any, folder: Path) -> None:
             f"{folder / FILE}: model.dropout is {dropout:g}, so that the same text has other tokens each time; set it "
             "to null."
         )
+    by_id: dict[int, str] = {}
+    for token, number in tokenizer.get_vocab().items():
+        if (other := by_id.setdefault(number, token)) != token:
+            raise UserError(f"{folder / FILE}: {other!a:.40} and {token!a:.40} are both the token {number}; {remedy}.")
     for text in TEXTS:
         first, *others = tokenizer([text] * REPEATS, add_special_tokens=False)["input_ids"]
         if any(ids != first for ids in others):

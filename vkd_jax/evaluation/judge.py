@@ -50,17 +50,25 @@ ATTEMPTS, PAUSE, LONGEST_PAUSE = 6, 1.0, 60.0  # seconds; the pause doubles afte
 TIMEOUT = 120.0  # seconds that a reply may take as a whole, however slowly it comes
 MOST_BYTES = 2**20  # of a reply
 
-# A number, and how it ends: not in a percent sign, in a separator of thousands, in a range or in another word.
+# A number, with its largest value if that is given. It does not end in a percent sign, in a separator of thousands,
+# in another word, in a range or in a sum.
 _NUMBER = re.compile(
-    r"""([0-9]++(?:\.[0-9]++)?+) (?:\s*+(?:/|of|out\ of)\s*+([0-9]++(?:\.[0-9]++)?+))?+
+    r"""([0-9]++(?:\.[0-9]++)?+)
+        (?:[*_\s]*+[(\[]?\s*+(?:/|(?:out\ )?of|max(?:imum|\.)?:?)\s*+([0-9]++(?:\.[0-9]++)?+))?+
         (?! \w | \s*(?:[%\u2030/]|percent) | [.,'\u2019\ \u00a0\u2009\u202f]?[0-9]
-            | \s*(?:[-\u2010-\u2015~]|to|or)\s*[0-9] )""",
+            | \s*(?:[-\u2010-\u2015~+*x\u00d7\u00b1=\u2192\u2026;&]|->|\.\.|\+/-|to|or|and|plus|minus|times)
+              \s*(?:maybe\s*|perhaps\s*)?[0-9] )""",
     re.IGNORECASE | re.VERBOSE,
 )
-# Where a score begins in a text: after "score:", or at "7/10".
+# Where a score begins in a text: after "score:", unless it is the largest one that is possible.
 _SCORE = re.compile(
-    r"""\b(?:score|grade|rating)[*_"'`\s]*+(?:[:=]|is\b)[*_"'`\s]*+
-        | (?<![\w.,/%\u2212\u2010-\u2015-])(?=[0-9]++(?:\.[0-9]++)?+\s*+(?:/|out\ of\b)\s*+[0-9])""",
+    r"""(?<!max\ )(?<!maximum\ )(?<!max\.\ )(?<!possible\ )(?<!perfect\ )(?<!highest\ )(?<!full\ )(?<!best\ )
+        \b(?:score|grade|rating)[*_"'`\s]*+(?:[:=]|is\b)[*_"'`\s]*+""",
+    re.IGNORECASE | re.VERBOSE,
+)
+# A share that stands in front, or alone in the last line: 7/10.
+_SHARE = re.compile(
+    r"""[0-9]++(?:\.[0-9]++)?+\s*+(?:/|out\ of\b)\s*+[0-9]++""",
     re.IGNORECASE | re.VERBOSE,
 )
 _AROUND = "*_\"'`. \t\r\n"  # characters that may surround a number that stands alone
@@ -81,16 +89,21 @@ class Rule:
     def score(self, reply: str) -> float | None:
         """The score in a reply, 0 to 1; None if the reply has none that is clear, or one out of range.
 
-        A reply is a number alone, or the last "score: 7" or "7/10" in it counts, whose 10 must be `largest`. Percent,
-        separators of thousands and ranges are not read.
+        A reply is a number alone; or the last "score: 7" in it counts; or it begins with "7/10", or has that alone in
+        its last line, and no other share. The 10 must be `largest`. Percent, separators of thousands, ranges and sums
+        are not read.
 
         Example:
             >>> Rule("", 10).score("Score: 7 of 10"), Rule("", 10).score("On a scale of 0 to 10, perhaps 3")
             (0.7, None)
         """
-        match = _NUMBER.fullmatch(reply.strip(_AROUND))
+        text = reply.strip(_AROUND)
+        match = _NUMBER.fullmatch(text)
         if match is None and (starts := list(_SCORE.finditer(reply))):
             match = _NUMBER.match(reply, starts[-1].end())
+        elif match is None and text and len(_SHARE.findall(text)) == 1:
+            last = text.splitlines()[-1].strip(_AROUND)
+            match = _NUMBER.match(text) if _SHARE.match(text) else _NUMBER.fullmatch(last)
         if match is None or (match[2] and float(match[2]) != self.largest):
             return None
         return float(match[1]) / self.largest if float(match[1]) <= self.largest else None

@@ -6,6 +6,7 @@
     files           atomic writes of files and folders; reads of files that others wrote or that data names
     json_files      the reader of JSON that others wrote
     dataclass_json  dataclasses as JSON objects
+    figure_ranges   which figures of results are possible
     interrupts      Ctrl-C in all commands
     locks           locks of folders, so that one process at a time writes them
     hub             models and data sets by name: a folder, a bucket, or an id on the Hugging Face hub

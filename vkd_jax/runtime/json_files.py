@@ -1,7 +1,7 @@
 """Reads JSON from untrusted files and texts, and refuses whatever later code cannot use.
 
-A value that this module returns is finite, nested at most `MOST_LEVELS` levels deep, and its texts can be written as
-UTF-8. Everything else is a `UserError` that names the file and the location in it.
+A value that this module returns is finite, nested at most `MOST_LEVELS` levels deep, its texts can be written as UTF-8,
+and its objects have each key once. Everything else is a `UserError` that names the file and the location in it.
 """
 
 import json
@@ -90,13 +90,16 @@ def parse_json(
         checked: whether levels, numbers and texts are checked; see `check_value`.
 
     Raises:
-        UserError: the text is not JSON, is nested too deeply, has another type than expected, or has a number that is
-            not finite or a text that is not Unicode.
+        UserError: the text is not JSON, is nested too deeply, has another type than expected, has two values for a key,
+            or has a number that is not finite or a text that is not Unicode.
     """
     if isinstance(text, bytes):
         text = files.decode(text, location, remedy)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
+    except _KeyTwiceError as error:
+        key = f"{error.args[0]!a:.40}"
+        raise UserError(f"{location}: an object has the key {key} twice, with two values; {remedy}.") from None
     except RecursionError as error:
         raise UserError(f"{location}: it is nested more than {MOST_LEVELS} levels deep; {remedy}.") from error
     except ValueError as error:  # a syntax error, or an integer of thousands of digits
@@ -106,6 +109,21 @@ def parse_json(
     if checked:
         check_value(value, location, remedy=remedy)
     return value
+
+
+class _KeyTwiceError(Exception):
+    """An object has a key twice, so that readers may disagree on its value."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen and seen[key] != value:
+                raise _KeyTwiceError(key)
+            seen[key] = value
+    return made
 
 
 def check_value(value: Any, location: str, *, remedy: str = REMEDY) -> None:

@@ -37,7 +37,7 @@ def verify(folder: Path, public_key: Path | None, private_key: Path | None, pdf:
     lines = [
         f"{folder} is the certified model: {len(content['tensors'])} tensors and {len(content['files'])} files.",
         f"Unlearned: {people(len(content['forgotten']))}, with {listed([content['model'].get('method', '?')])}.",
-        "Not signed.",
+        "Not signed: the certificate is only as trustworthy as the source of the folder.",
     ]
     signer = None
     if public_key or certificate.has_signature(folder):

@@ -104,6 +104,7 @@ def test_a_text_is_shown_whatever_the_terminal_encodes(monkeypatch):
 
 def test_a_long_list_is_counted_and_written_to_a_file(tmp_path):
     assert listed(["a", "b", "c"]) == "a, b, c" and listed([]) == "nothing"
+    assert listed(["a", "b", "c", "d"]) == "a, b, c, d"  # a file would save one name
     assert messages.choices(range(20)) == ", ".join(map(str, range(20)))
     assert not list(tmp_path.iterdir())
     items = [f"tensor {i}" for i in range(700)]
@@ -115,7 +116,7 @@ def test_a_long_list_is_counted_and_written_to_a_file(tmp_path):
 
 def test_long_items_and_full_disks_leave_a_message(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    text = listed(["a" * 10_000, "b", "c", "\ud800"])
-    assert text == f"{'a' * 116} ..., b, c and 1 more"
+    text = listed(["a" * 10_000, "b", "c", "\ud800", "d"])
+    assert text == f"{'a' * 116} ..., b, c and 2 more"
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert "all 4 are listed" in listed(["a", "b", "c", "\ud800"])
+    assert "all 5 are listed" in listed(["a", "b", "c", "\ud800", "d"])

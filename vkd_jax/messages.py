@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 MOST_CHARACTERS = 600  # of an error
-MOST_ITEMS = 3  # of a list that has no bound
+MOST_ITEMS = 3  # of a list that has no bound; one more is shown, too, rather than counted
 MOST_CHOICES = 24  # of the supported values of a name, which the reader needs in full
 MOST_ITEM_CHARACTERS = 120
 
@@ -62,7 +62,7 @@ def listed(items: Iterable[Any], separator: str = ", ", most: int = MOST_ITEMS) 
     Args:
         items: the items; longer ones than `MOST_ITEM_CHARACTERS` are shortened.
         separator: the text between two items.
-        most: the number of items that are shown.
+        most: the number of items that are shown, or one more if that is all of them.
 
     Example:
         >>> listed(["a", "b", "c"])
@@ -73,10 +73,9 @@ def listed(items: Iterable[Any], separator: str = ", ", most: int = MOST_ITEMS) 
         'a, b, c and 2 more (all 5 are listed in /tmp/vkd_jax_0f3b9y.txt)'
     """
     items = [escaped(str(item)) for item in items]
-    shown = separator.join(map(_shortened, items[:most])) or "nothing"
-    if len(items) <= most:
-        return shown
-    path = write_lines(items)
+    if len(items) <= most + 1:
+        return separator.join(map(_shortened, items)) or "nothing"
+    path, shown = write_lines(items), separator.join(map(_shortened, items[:most]))
     return f"{shown} and {len(items) - most} more" + (f" (all {len(items)} are listed in {path})" if path else "")
 
 

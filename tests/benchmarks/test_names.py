@@ -28,6 +28,8 @@ SAME = {  # spellings that are read as one name
 SIMILAR = {  # different names that may be one person
     "case": ("Ada Lind", "ada lind"),
     "case of an id": ("a7", "A7"),
+    "a Turkish letter without its dot": ("I\u015f\u0131l", "I\u015eIL"),
+    "a Turkish letter with its dot": ("\u0130pek", "ipek"),
     "sharp s": ("Stra\u00dfe", "STRASSE"),
     "full-width digits": ("Ada 7", "Ada \uff17"),
     "digits of another script": ("93", "\u0669\u0663"),

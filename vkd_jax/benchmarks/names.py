@@ -50,6 +50,7 @@ def text_key(text: str) -> str:
     """
     text = _APOSTROPHES.sub("'", text)  # before NFKC, which takes some of them for accents
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    text = text.replace("\u0131", "i").replace("i\u0307", "i")  # Turkish: I and i are the cases of letters of their own
     return _visible(_DASHES.sub("-", text))
 
 

@@ -113,6 +113,12 @@ def test_missing_and_torn_results_are_named(tmp_path, text):
         RunResults.read(tmp_path)
 
 
+def test_a_file_in_the_place_of_the_run_is_named(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(UserError, match=f"results.json is a file; give .* a finished run, such as {tmp_path}\\."):
+        RunResults.read(tmp_path / "results.json")
+
+
 def test_the_main_kind_of_a_modality():
     assert main_kind(["cloze_vqa", "generation_vqa", "qa"], "vqa") == "generation_vqa"
     assert main_kind(["vqa_letter", "vqa"], "vqa") == "vqa" and main_kind(["qa"], "vqa") is None

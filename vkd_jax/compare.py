@@ -16,14 +16,13 @@ import functools
 import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 from absl import app, flags
 
 from vkd_jax.config import command_line
 from vkd_jax.runs import sweep
 from vkd_jax.runs.worker_pool import Stopped
-from vkd_jax.runtime import log
+from vkd_jax.runtime import log, storage
 from vkd_jax.runtime.interrupts import interruptible
 from vkd_jax.types import UserError
 
@@ -58,7 +57,7 @@ def command(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: s
     except BrokenProcessPool:
         command_line.print_error("a worker died, perhaps out of memory; try again with --workers 1.")
         return 1
-    command_line.show((Path(values.workdir) / "comparison.md").read_text(encoding="utf-8"))
+    command_line.show((storage.resolve(values.workdir) / "comparison.md").read_text(encoding="utf-8"))
     return 1 if results["failures"] else 0
 
 

@@ -361,6 +361,8 @@ class RunResults:
         check_argument("workdir", workdir, PATH, "the folder of a finished run")
         folder, remedy = storage.resolve(workdir), "run that experiment again"
         file = folder / FILE
+        if folder.is_file():
+            raise UserError(f"{workdir} is a file; give the folder of a finished run, such as {folder.parent}.")
         if not file.is_file():
             raise UserError(f"{workdir} has no {FILE}: let that run finish, or give the folder of a finished run.")
         records.Records(folder).check(FILE, remedy)

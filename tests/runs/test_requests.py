@@ -161,6 +161,11 @@ def test_a_model_that_changed_is_not_started_from(two, base, tmp_path):
     ("settings", "batch_settings", "problem"),
     [
         ("stage=audit", "", "stage=audit does not start from a model"),
+        (
+            "model.path=",
+            "",
+            "model.path: the config names no model to start from. Give one that knows the people of ml",
+        ),
         ("attacks.names=leak", "", "requests are not attacked"),
         ("", "train.stepz=3", "--batch_settings: train.stepz: .* does not fit the config"),
         ("", "train.steps=-1", "--batch_settings: train.steps: -1 is not allowed"),

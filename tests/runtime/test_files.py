@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from vkd_jax.runtime import files
+from vkd_jax.runtime import files, storage
 from vkd_jax.types import UserError
 
 
@@ -208,3 +208,11 @@ def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(type(path), "read_bytes", refuse)  # root may read everything
     with pytest.raises(UserError, match=r"a\.json may not be read"):
         files.read_bytes(path, 10)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("~/runs/a", "~"):
+        expected = tmp_path / name.removeprefix("~").strip("/")
+        assert storage.resolve(name) == expected and storage.SourceFolder(name).path == str(expected)
+    assert str(storage.resolve("a/~")) == "a/~" and storage.SourceFolder("a~b/").path == "a~b"

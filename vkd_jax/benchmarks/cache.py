@@ -71,12 +71,13 @@ def read(benchmark: Benchmark, folder: str | Path, finetune: bool = False) -> di
             common what they must not, see `set_checks`.
     """
     benchmark.check()
-    outputs.check_folder(storage.resolve(folder), "data.cache")
+    folder = storage.resolve(folder)
+    outputs.check_folder(folder, "data.cache")
     sets: dict[str, list[Example]] = {}
     for part in PARTS if finetune else PARTS[:1]:
         with _silent():
             builder_args = dict(data_dir=str(folder), file_format="array_record", config=_config(benchmark, part))
-            path = Path(folder) / Rows.name / builder_args["config"].name / str(Rows.VERSION)
+            path = folder / Rows.name / builder_args["config"].name / str(Rows.VERSION)
             if path.exists():
                 try:
                     sets |= _examples(Rows(**builder_args))

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import types
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ from vkd_jax.methods import null_space, replay
 from vkd_jax.methods.scope import Scope, frozen_blocks
 from vkd_jax.methods.text_stream import TEXT_STREAMS
 from vkd_jax.models import base
-from vkd_jax.runtime import hub
+from vkd_jax.runtime import hub, storage
 from vkd_jax.runtime.mesh import batch_sharding, replicated, shards
 from vkd_jax.training import optimizer
 from vkd_jax.training.step import TrainState, abstract_state, make_step
@@ -169,8 +168,8 @@ def read_model(name: str) -> tuple[types.ModuleType, Any]:
 
     if not name:
         raise UserError("config.model.path and config.model.base are empty: pass the model to plan for.")
-    if Path(name).is_dir():
-        return hf.read_config(Path(name))
+    if "://" not in name and (folder := storage.resolve(name)).is_dir():
+        return hf.read_config(folder)
     for family in models.MODELS:
         for published, fields in models.module_for(family).PRESETS.values():
             if name == published:

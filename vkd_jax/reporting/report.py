@@ -135,7 +135,7 @@ def _attack_records(workdir: Path, results: RunResults) -> dict[str, dict[str, l
 def _provenance(results: RunResults) -> dict[str, Any]:
     """The provenance of the vanilla model, if its folder has it and is on this machine; otherwise {}."""
     path = results.meta.config.get("model", {}).get("path")
-    for folder in (Path(path), hub.SHIPPED / path) if path else ():
+    for folder in (storage.local_copy(path), hub.SHIPPED / path) if path else ():
         with contextlib.suppress(UserError):
             return json_files.read_json(folder / PROVENANCE)
     return {}

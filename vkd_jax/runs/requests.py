@@ -185,6 +185,9 @@ def _check(config: RunConfig, baselines: Sequence[str]) -> None:
         raise UserError(f"--baselines: unknown {listed(unknown)}. Available: {choices(BASELINES)}.")
     if config.stage != "unlearn":
         raise config.model.error("path", f"stage={config.stage} does not start from a model. Use stage=unlearn.")
+    if not config.model.path:
+        known = f"the people of {config.data.benchmark.label}"
+        raise config.model.error("path", f"the config names no model to start from. Give one that knows {known}.")
     if config.attacks.selected:
         raise config.attacks.error("names", "requests are not attacked. Attack the last model with stage=audit.")
     if not hasattr(config.method, "replay") or not config.method.losses():

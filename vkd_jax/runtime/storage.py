@@ -38,6 +38,8 @@ _digests: dict[tuple[int, ...], str] = {}  # by `_state`, of the files that this
 def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
     """Returns a path on a disk or, for gs://BUCKET/FOLDER, in a bucket. Both have the methods of `pathlib.Path`.
 
+    A leading ~ is the home folder, since shells do not expand it within a flag such as --workdir=~/run.
+
     Raises:
         UserError: the name is empty, or the kind of URI is not supported.
     """
@@ -46,7 +48,7 @@ def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
         raise UserError("an empty name is given for a folder or a file; pass its path, or . for the current folder.")
     if "://" not in name:
         files.check_length(name)
-        return pathlib.Path(name)
+        return pathlib.Path(os.path.expanduser(name))
     if not name.startswith(BUCKET) or not name.removeprefix(BUCKET).strip("/"):
         raise UserError(f"{name} is not supported: pass a folder on a disk, or {BUCKET}BUCKET/FOLDER.")
     from etils import epath
@@ -79,7 +81,7 @@ class SourceFolder:
         folder = folder.partition("?")[0]  # options of the file system may have addresses
         self._scheme, self._links = scheme + separator if separator else "", links
         if not separator:
-            self._system, self.path = fs.LocalFileSystem(), uri.rstrip("/") or "/"
+            self._system, self.path = fs.LocalFileSystem(), os.path.expanduser(uri).rstrip("/") or "/"
             return
         if scheme in ("gs", "gcs") and "retry_limit_seconds" not in uri:
             uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={GCS_TIMEOUT}"
@@ -155,6 +157,8 @@ class SourceFolder:
             infos = self._system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=recursive))
         except (pa.ArrowException, OSError) as error:
             name = self.display(folder)
+            if isinstance(error, NotADirectoryError):
+                raise UserError(f"{name} is a file; pass the folder that contains it.") from error
             raise UserError(f"{name} cannot be read ({first_line(error)}); check its name.") from error
         return sorted(infos, key=lambda info: info.path)
 

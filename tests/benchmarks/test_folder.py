@@ -103,7 +103,7 @@ def test_folders_without_questions(folders):
     fault(folders, "no metadata.jsonl in data.retain=.*other, which has a.png", **other)
     write(folders / "other", ["", " "])
     fault(folders, ".*other/metadata.jsonl is empty", **other)
-    fault(folders, "cannot be read", retain=str(folders / "other" / "a.png"))
+    fault(folders, "a.png is a file; pass the folder that contains it", retain=str(folders / "other" / "a.png"))
     fault(folders, "data.forget and data.retain are both", retain=str(folders / "forget") + "/")
 
 
@@ -144,6 +144,10 @@ GOOD = dict(question="Who?", answer="Otto")
         ),
         (GOOD | dict(options=["Otto"]), "options must be two or more different texts"),
         (GOOD | dict(options=["Otto", "Otto", "Ada"]), "options must be two or more different texts"),
+        (GOOD | {"Person": "Otto"}, "'Person' is not a key, and would be ignored; write it as person"),
+        (GOOD | {"file-name": "b.png"}, "'file-name' is not a key, and would be ignored; write it as file_name"),
+        (GOOD | {"fileName": "b.png"}, "write it as file_name, or rename it"),
+        (GOOD | {" options\u200b": []}, "write it as options, or rename it"),
         (GOOD | dict(file_name=0), "file_name is the number 0, not a text"),
         (GOOD | dict(file_name=["b.png"]), "file_name is an array, not a text"),
         (GOOD | dict(file_name="c.png"), "file_name cannot be used: There is no file"),

@@ -8,7 +8,7 @@ A folder is an image folder of the Hugging Face hub: images, and a metadata.json
 `file_name` is relative to the folder; several lines may name the same file, and a line without it is a text-only
 question. `options` make it a multiple-choice question and must include the answer. `person` names the person that the
 question is about; no person and no image may be in both folders. `fact` names the fact that it asks for, which
-`data.forget_facts` needs. Other keys are ignored.
+`data.forget_facts` needs. Other keys are ignored, unless they are one of these in another spelling, such as "Person".
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import os
 import posixpath
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -32,6 +33,7 @@ from vkd_jax.runtime.storage import SourceFolder
 from vkd_jax.types import EvalSet, Example, Role, UserError
 
 METADATA = "metadata.jsonl"
+KEYS = ("file_name", "question", "answer", "options", "person", "fact")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Folder(Section):
         first: dict[str, str] = {}
         for name in self._sets():
             uri = getattr(self, name).rstrip("/")
-            other = first.setdefault(uri if "://" in uri else os.path.realpath(uri), name)
+            other = first.setdefault(uri if "://" in uri else os.path.realpath(os.path.expanduser(uri)), name)
             if other != name:
                 raise UserError(f"data.{other} and data.{name} are both {uri}; they must be different folders.")
 
@@ -227,11 +229,23 @@ class Folder(Section):
         return by_file
 
 
+def _spelling(key: str) -> str:
+    """What the spellings of a key share: they differ in case, hyphens, underscores and spaces."""
+    return re.sub(r"[-_\s]", "", text_key(key))
+
+
+_SPELLINGS = {_spelling(key): key for key in KEYS}
+
+
 def _rows(folder: SourceFolder) -> Iterator[Row]:
     """The lines of metadata.jsonl."""
     path, empty = folder.display(METADATA), True
     for number, values in json_files.parse_json_lines(folder.read(METADATA, json_files.MOST_BYTES), path):
-        yield Row(values, f"{path}, line {number}")
+        row = Row(values, f"{path}, line {number}")
+        for key in values:
+            if key not in KEYS and (meant := _SPELLINGS.get(_spelling(key))):
+                raise row.error(ascii(key), f"is not a key, and would be ignored; write it as {meant}, or rename it")
+        yield row
         empty = False
     if empty:
         raise UserError(f"{path} is empty; write one line per question.")

@@ -141,6 +141,25 @@ def set_field(number, **fields):
             "row 0: answers has 3, and VQA accuracy compares with at",
         ),
         (
+            "textvqa",
+            "data",
+            set_field(0, answers=["red"] * 11),
+            "row 0: answers has 11, and VQA accuracy is defined for 10 people",
+        ),
+        (
+            "vqav2",
+            "data",
+            lambda rows: rows[1].update(answers=rows[1]["answers"] * 3),
+            "row 1: answers has 30, and VQA accuracy is defined for 10 people",
+        ),
+        (
+            "gqa",
+            "testdev_balanced_images",
+            lambda rows: rows.append(rows[1] | {"id": rows[0]["id"]}),
+            "row 10: id is 'drawn_00', and another row has this id and another image",
+        ),
+        ("scienceqa", "ScienceQA-IMG", lambda rows: [x.update(answer=0) for x in rows], "is 0, which needs no image"),
+        (
             "gqa",
             "testdev_balanced_instructions",
             set_field(0, answer="..."),
@@ -158,6 +177,14 @@ def test_wrong_rows_are_named(name, config, edit, problem, tmp_path):
     with pytest.raises(UserError) as error:
         questions(suite)
     assert problem in str(error.value)
+
+
+def test_files_of_another_split_are_named(tmp_path):
+    suite = stand_in("vqav2", tmp_path)
+    [file] = (tmp_path / "data").iterdir()
+    file.rename(tmp_path / "data" / "test-00000-of-00001.parquet")
+    with pytest.raises(UserError, match=r"data/validation-\*.parquet\. .*/data has test-00000-of-00001.parquet; get"):
+        questions(suite)
 
 
 def test_options_may_be_missing_from_the_end(tmp_path):

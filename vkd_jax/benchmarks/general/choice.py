@@ -9,10 +9,11 @@ from vkd_jax.benchmarks.names import plain_name, text_key
 from vkd_jax.benchmarks.parquet import Snapshot
 from vkd_jax.benchmarks.rows import Row
 from vkd_jax.benchmarks.set_checks import refuse_most
-from vkd_jax.types import EvalSet
+from vkd_jax.types import EvalSet, UserError
 
 ROTATION = 1_000_000  # MMBench adds multiples of it to the index of a question's copies
 MOST_OPTIONS = 26  # letters
+FEWEST = 8  # questions whose answers would hardly be at one place by chance
 EMPTY = "nan"  # what published files have in the place of an empty field
 
 
@@ -31,6 +32,19 @@ class ScienceQA(Suite):
     EVAL_SETS: ClassVar[tuple[EvalSet, ...]] = (general("scienceqa", "ScienceQA"),)
     COLUMNS: ClassVar[tuple[str, ...]] = ("question", "choices", "answer")
     OPTIONAL: ClassVar[tuple[str, ...]] = ("hint", "subject")
+
+    def check_groups(self, files: Snapshot) -> None:
+        """Checks that the right options are not all at one place.
+
+        Raises:
+            UserError: they are, so that the first letter or the like would always be right.
+        """
+        places = [whole_number(row, "answer") for row in files.rows(self.CONFIG, ["answer"])]
+        if len(places) >= FEWEST and len(set(places)) == 1:
+            where = files.folder.display(self.CONFIG)
+            raise UserError(
+                f"ScienceQA: every answer in {where} is {places[0]}, which needs no image. Get the files again."
+            )
 
     def question(self, row: Row) -> Mapping[str, Any]:
         """A question with options; `answer` is the index of the right one."""

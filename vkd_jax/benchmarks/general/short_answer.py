@@ -11,6 +11,7 @@ from vkd_jax.benchmarks.parquet import Snapshot
 from vkd_jax.benchmarks.rows import Row
 from vkd_jax.types import EvalSet, Example
 
+MOST_PEOPLE = 10  # whom the published data asked each question; with more, 4 equal answers are a minority
 PEOPLE = 4  # the fewest answers of people with which an answer can have a VQA accuracy of 1
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
@@ -41,8 +42,9 @@ class Gqa(Suite):
         """The questions of the rows with these numbers, image by image.
 
         Raises:
-            UserError: an image of a question is missing.
+            UserError: an image of a question is missing, or an id has two different images.
         """
+        pixels: dict[str, bytes] = {}
         asked: dict[str, list[Row]] = {}
         for row in files.rows(self.CONFIG, [*self.GROUP_COLUMNS, *self.COLUMNS], only=chosen):
             asked.setdefault(row.identifier("imageId"), []).append(row)
@@ -53,7 +55,10 @@ class Gqa(Suite):
             image = image_row.image("image")
             if image is None:
                 raise image_row.error("image", "is missing")
-            yield [self.example(row, image) for row in asked.pop(image_row.identifier("id"), ())]
+            name = image_row.identifier("id")
+            if pixels.setdefault(name, image.pixels) != image.pixels:
+                raise image_row.error("id", f"is {name!r}, and another row has this id and another image")
+            yield [self.example(row, image) for row in asked.pop(name, ())]
         for rows in asked.values():
             name = rows[0].identifier("imageId")
             raise rows[0].error("imageId", f"is {name!r}, which is no id in {files.folder.display(self.IMAGES)}")
@@ -85,6 +90,8 @@ class _SeveralAnswers(Suite):
             raise row.error(
                 "answers", f"has {len(references)}, and VQA accuracy compares with at least {PEOPLE} people"
             )
+        if len(references) > MOST_PEOPLE:
+            raise row.error("answers", f"has {len(references)}, and VQA accuracy is defined for {MOST_PEOPLE} people")
         answer = Counter(given).most_common(1)[0][0]
         return dict(
             question=f"{row.text('question')}\n{self.INSTRUCTION}",

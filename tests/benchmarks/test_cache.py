@@ -17,7 +17,7 @@ from vkd_jax.types import Example, UserError
 
 def example(name, image=None, person="1", **fields):
     image_id = "" if image is None else fields.pop("image_id", name.rpartition("/")[0] + "/0")
-    return Example(name, person, image, image_id, "Who?", "Zoë \ud800 Ω", **fields)
+    return Example(name, person, image, image_id, f"Who is {name}?", "Zoë \ud800 Ω", **fields)
 
 
 ROWS = {

@@ -301,6 +301,62 @@ def test_rows_with_tofu_are_about_the_people_of_their_side(folder, config, rows,
         read(folder, finetune=True)
 
 
+PEOPLE = ("Ada", "Al", "Bo", "Cy")
+OF_PEOPLE = {name: [(name, f"{name} reads {number}.") for number in range(2)] for name in PEOPLE}
+
+
+def write_people(folder, plain_people, perturbed_people, config="forget10"):
+    rows = [
+        plain(*row, 100 + 10 * i + j) for i, name in enumerate(plain_people) for j, row in enumerate(OF_PEOPLE[name])
+    ]
+    write(folder, config, rows)
+    write(folder, "forget10_perturbed", [perturbed(*row) for name in perturbed_people for row in OF_PEOPLE[name]])
+
+
+@pytest.mark.parametrize(
+    ("plain_people", "perturbed_people", "problem"),
+    [
+        (PEOPLE[:2], PEOPLE, "4 of 8 rows of forget10_perturbed are about people who are not in forget10: Bo, Cy; get"),
+        (PEOPLE, PEOPLE[:2], "4 of 8 rows of forget10 are about people who are not in forget10_perturbed: Bo, Cy; get"),
+        (PEOPLE, PEOPLE[:1], "6 of 8 rows of forget10 are about people who are not in forget10_perturbed: Al, Bo, Cy"),
+    ],
+)
+def test_the_perturbed_config_is_about_the_people_to_forget(folder, plain_people, perturbed_people, problem):
+    write_people(folder, plain_people, perturbed_people)
+    with pytest.raises(UserError, match=problem):
+        read(folder)
+
+
+def test_the_perturbed_config_may_lack_somebody(folder, caplog):
+    write_people(folder, PEOPLE, PEOPLE[:3])
+    read(folder)
+    assert "2 of 8 rows of forget10 are about people who are not in forget10_perturbed: Cy." in caplog.messages
+
+
+def test_the_perturbed_configs_are_of_their_side(folder):
+    write(folder, "retain_perturbed", [perturbed("Eve", "Eve sits.")])
+    with pytest.raises(UserError, match="1 of 1 rows of retain_perturbed are about .* not in retain90: Eve"):
+        read(folder)
+    write(folder, "forget10_perturbed", [perturbed("Omar", "Omar naps.")])
+    write(folder, "retain_perturbed", [perturbed("Omar Roe", "Omar Roe sits.")])
+    with pytest.raises(UserError, match="retain90 and forget10_perturbed of .* share 1 person: Omar"):
+        read(folder)
+
+
+@pytest.mark.parametrize("config", ["forget10", "forget10+tofu"])
+def test_images_are_there_once(folder, config, caplog):
+    rows = pq.read_table(folder / config / SHARD).to_pylist()
+    images = 3 if config == "forget10" else 1
+    problem = f"of {images} images of {re.escape(config)} are there twice with one caption, such as"
+    if images > 1:
+        write(folder, config, [*rows, rows[0]])
+        read(folder, finetune=True)
+        assert re.search(f"1 {problem}", caplog.text)
+    write(folder, config, rows * 3)
+    with pytest.raises(UserError, match=f"[1-6] {problem}"):
+        read(folder, finetune=True)
+
+
 def test_a_row_that_names_people_of_both_sides_is_about_the_one_of_its_own(folder):
     write(folder, "forget10+tofu", tofu(("Whom does Omar admire?", "Omar admires Ada.", None), ("Ada reads.", 1)))
     assert {e.person for e in read(folder, finetune=True)["finetune_forget"]} == {"Ada"}

@@ -74,6 +74,14 @@ def test_concepts_that_no_other_file_has_are_refused(folder, split):
         read(folder, finetune=True)
 
 
+@pytest.mark.parametrize("split", ["forget5", "finetune"])
+def test_rows_are_there_once(folder, split):
+    shard = "00000-of-00001" if split == "forget5" else "00000-of-00002"
+    write(folder, split, [row("Pip"), row("Pip", "text", 2)] * 3, shard)
+    with pytest.raises(UserError, match="2 of 2 questions of the set (finetune_)?forget are there twice"):
+        read(folder, finetune=True)
+
+
 @pytest.mark.parametrize(
     ("stored", "keywords"),
     [

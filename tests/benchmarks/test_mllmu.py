@@ -295,7 +295,7 @@ def test_the_made_up_people_are_read_in_the_same_layout(tmp_path, forget, people
 def test_missing_folder_and_config(folder, tmp_path):
     with pytest.raises(UserError, match="no data folder .*nowhere; pass a folder as the hub lays it out, an id there"):
         read(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="forget_5 is missing.*it has Retain_Set, Test_Set, forget_10"):
+    with pytest.raises(UserError, match="forget_5 is missing.*snapshot has Retain_Set, Test_Set, forget_10"):
         read(folder, forget=5)
 
 

@@ -116,6 +116,16 @@ def test_bad_choices(folder, fields, problem):
         read(folder)
 
 
+def test_rows_are_there_once(folder, caplog):
+    write(folder, "classification_forget_set.json", [choice("364.jpg")] * 3)
+    read(folder)
+    assert "1 of 3 questions of the set forget are there twice" in caplog.text
+    (folder / "data" / "complete_unlearning_data" / "classification_forget_set.json").unlink()
+    write(folder, "forget_set.json", [row("364.jpg"), row("364.jpg", "<image>\nHow old is he?", "He is 28.")] * 3)
+    with pytest.raises(UserError, match="2 of 2 questions of the set forget are there twice"):
+        read(folder)
+
+
 def test_a_missing_scenario_is_named(folder):
     with pytest.raises(UserError, match="There is no pure_text_data/forget_set.json in"):
         read(folder, scenario="text")

@@ -140,7 +140,12 @@ def test_keywords_that_the_true_answer_lacks_are_refused(caplog):
         (dict(paraphrase="."), "have a paraphrase of the true answer without a letter or a digit"),
         (dict(paraphrase="A nurse", perturbed=("a  NURSE", "a cook")), "have a paraphrase .* that is one of the wrong"),
         (dict(keywords=("a",)), "have only keywords of one letter or digit"),
-        (dict(options=("a judge", "A Judge", "a cook")), "have the true option twice"),
+        (dict(options=("a judge", "A Judge", "a cook")), "have the same option twice"),
+        (dict(options=("a judge", "nan", "nan ")), "have the same option twice"),
+        (
+            dict(answer="the mayor of a town", keywords=("The", "of A")),
+            "have only keywords of one letter or digit, or such as 'the'",
+        ),
         (dict(options=("B. nurse", "A. judge")), "have options that begin with the letter of another place"),
         (dict(options=("(C) x", "b) nurse", "A")), "have options that begin with the letter of another place"),
         (dict(options=("nurse", "0"), answer="0"), "have a number or a letter for the true option, unlike the others"),
@@ -206,6 +211,46 @@ def test_a_question_has_one_answer_and_is_there_once(fields, problem, caplog):
     assert "1 of 4 " in caplog.text and problem in caplog.text
     with pytest.raises(UserError, match=f"1 of 1 questions of the set forget {problem}"):
         read(forget=[first, second])
+
+
+def test_a_row_of_a_suite_is_there_once(caplog):
+    rows = renamed(*[FORGET[1]] * 3)
+    checks = SetChecks(())
+    assert [list(checks.checked(name, [*rows, rows[0]])) for name in ("pope_random", "pope_popular")]
+    assert "1 of 3 questions of the set pope_random are there twice, such as f1/0 and f1/0" in caplog.text
+    with pytest.raises(UserError, match="3 of 3 questions of the set mmvet are there twice"):
+        list(checks.checked("mmvet", rows * 3))
+
+
+def test_questions_in_text_may_come_with_several_images_of_somebody(caplog):
+    text = row("t", None, "What does Ada do?")
+    rows = [row(f"f{i}", color, "Who?") + text for i, color in enumerate(("red", "blue", "black"))]
+    assert read(retain=rows)["retain"] and not caplog.text
+    with pytest.raises(UserError, match="4 of 4 questions of the set forget are there twice"):
+        read(forget=rows * 2)
+    with pytest.raises(UserError, match="1 of 1 questions of the set forget are there twice"):
+        read(forget=[text] * 3)
+
+
+def test_rows_to_train_on_are_there_once():
+    captions = [[dataclasses.replace(FORGET[1][0], task="chat", answer=answer)] for answer in ("a cook", "a judge")]
+    read(finetune_forget=captions)
+    with pytest.raises(UserError, match="2 of 2 questions of the set finetune_forget are there twice"):
+        read(finetune_forget=captions * 3)
+
+
+@pytest.mark.parametrize("first", [FORGET[1], row("f", None, "What is Ada's job?")])
+def test_two_sets_do_not_contradict_each_other(first, caplog):
+    asked = [dataclasses.replace(first[0], task="cloze", question=f"{first[0].question} {i}") for i in range(3)]
+    other = [dataclasses.replace(e, answer="a cook") for e in asked]
+    more = renamed(*[row("t", "black", "Where?")] * 9)  # so that few of the questions are in both sets
+    forget = [asked, *renamed(*[row("g", "gray", "Where?")] * 9)]
+    read(forget=forget, test=[*more, other[:1] + asked[1:]])
+    assert "1 of 3 questions of the set test have another answer in the set forget, such as f" in caplog.text
+    with pytest.raises(UserError, match="2 of 3 questions of the set test have another answer in the set forget"):
+        read(forget=forget, test=[*more, other[:2] + asked[2:]])
+    sentences = [[dataclasses.replace(e, task="generation") for e in part] for part in (asked, other)]
+    read(forget=[*sentences[:1], *forget[1:]], test=[*more, sentences[1]])  # may say the same in other words
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,17 @@ def test_bad_rows(folder, cells, problem):
         read(folder, finetune=True)
 
 
+@pytest.mark.parametrize("part", [False, True])
+def test_each_person_has_one_row(folder, part, caplog):
+    write(folder, "forget_5", [row(person, 10 + i) for i, person in enumerate(("001", "001", "003", "004"))])
+    read(folder, finetune=part)
+    assert "1 of 3 people of forget_5 have more than one row, such as 001" in caplog.text
+    for people in (("001",) * 3, ("001", "003") * 2):
+        write(folder, "forget_5", [row(person, 10 + i) for i, person in enumerate(people)])
+        with pytest.raises(UserError, match=r"(1 of 1|2 of 2) people of forget_5 have more than one row, such as 001"):
+            read(folder, finetune=part)
+
+
 @pytest.mark.parametrize(
     ("a", "b", "rlf", "rlr"), [(1, 1, 1, 1), (1, 0, 1, 0), (0, 0, 0, 0), (0.5, 0.25, 5 / 12, 1 / 3)]
 )

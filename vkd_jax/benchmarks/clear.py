@@ -28,9 +28,10 @@ import numpy as np
 from absl import logging
 
 from vkd_jax.benchmarks import parquet
-from vkd_jax.benchmarks.names import plain_name, text_key
+from vkd_jax.benchmarks.names import check_apart, plain_name, text_key
 from vkd_jax.benchmarks.parquet import Snapshot
-from vkd_jax.benchmarks.rows import Row
+from vkd_jax.benchmarks.rows import EncodedImage, Row
+from vkd_jax.benchmarks.set_checks import refuse_most
 from vkd_jax.config.fields import setting
 from vkd_jax.types import EvalSet, Example, Role
 
@@ -94,7 +95,8 @@ class Clear(parquet.PublishedBenchmark):
 
         Raises:
             UserError: a config, shard or column is missing, a file or image is corrupt, the forget set is
-                empty, or people are in both the forget and the retain set, or a row is about somebody of the other one.
+                empty, people are in both the forget and the retain set, a row is about somebody of the other one, or
+                most rows of a _perturbed config are about others.
         """
         forget, retain = self._names()
         with self.open_snapshot(part) as files:
@@ -109,9 +111,8 @@ class Clear(parquet.PublishedBenchmark):
             parquet.check_row_counts(files, self.source, ROWS)
             everybody = _people(files, "full") if files.has("full") else None
             parquet.check_people(self.source, (forget, forgotten), (retain, retained), everybody)
-            asked = _people(files, "retain_perturbed")
-            parquet.check_people(self.source, (forget, forgotten), ("retain_perturbed", asked))
             counterparts = _counterparts(files, forget)
+            _check_perturbed(files, (forget, forgotten), (retain, retained))
             yield {
                 "forget": itertools.chain(
                     _captions(files, forget, counterparts), _texts(files, f"{forget}+tofu", of_forget)
@@ -179,7 +180,57 @@ def _row_rng(row: Row) -> np.random.Generator:
 
 
 def _people(files: Snapshot, config: str) -> set[str]:
-    return {plain_name(row.optional_text("name")) for row in files.rows(config, ["name"])} - {""}
+    return set(_person_of_each_row(files, config))
+
+
+def _person_of_each_row(files: Snapshot, config: str) -> list[str]:
+    """The people of the rows of a config, without those that name nobody."""
+    return list(filter(None, (plain_name(row.optional_text("name")) for row in files.rows(config, ["name"]))))
+
+
+def _check_perturbed(files: Snapshot, forget: tuple[str, set[str]], retain: tuple[str, set[str]]) -> None:
+    """Checks that the _perturbed configs, which the evaluation reads, are about the people of their side.
+
+    Args:
+        files: the snapshot.
+        forget: the config of the forget set, and its people; forgetNN_perturbed must have all of them.
+        retain: the config of the retain set, and its people; retain_perturbed has some of them.
+
+    Raises:
+        UserError: one of them has a person of the other side, or most of its rows are about others.
+    """
+    perturbed = f"{forget[0]}_perturbed"
+    for config, (name, own), others in (("retain_perturbed", retain, forget), (perturbed, forget, retain)):
+        asked = _person_of_each_row(files, config)
+        check_apart(others, (f"{config} of {files.folder.display()}", set(asked)))
+        parquet.check_same_people((config, asked), (name, sorted(own)))
+    parquet.check_same_people((forget[0], _person_of_each_row(files, forget[0])), (perturbed, asked))
+
+
+class _Repeats:
+    """Finds images that a config shows twice with one caption.
+
+    The wordings of caption questions are drawn by row, so that `set_checks` does not recognize them.
+
+    Args:
+        config: the config.
+    """
+
+    def __init__(self, config: str):
+        self._config, self._first, self._found = config, {}, []
+
+    def add(self, row: Row, image: EncodedImage, caption: str) -> None:
+        """Adds a row."""
+        first = self._first.setdefault((image.pixels, text_key(caption)), row.name)
+        self._found += [(first, row.name)] if first != row.name else []
+
+    def check(self) -> None:
+        """Refuses a config of which more than half is there twice, and warns of less.
+
+        Raises:
+            UserError: it is.
+        """
+        refuse_most(self._found, len(self._first), f"images of {self._config} are there twice with one caption")
 
 
 def _choice(answer: str, wrong: Iterable[str], row: Row, column: str) -> tuple[str, ...]:
@@ -239,12 +290,13 @@ def _captions(files: Snapshot, config: str, counterparts: dict[int, Row] | None 
     Without `counterparts`, the rows have the columns of the _perturbed config themselves.
     """
     extra_columns = ["paraphrased_caption", "perturbed_captions", "perturbed_names"] if counterparts is None else []
-    incomplete = 0
+    incomplete, repeats = 0, _Repeats(config)
     for number, row in enumerate(files.rows(config, ["image", "caption", "name", *extra_columns])):
         image, text = row.image("image"), row.optional_text("caption")
         if image is None or not text:
             incomplete += 1
             continue
+        repeats.add(row, image, text)
         name, shown = row.identifier("name"), (image, f"{row.name}/0")
         more = row if counterparts is None else counterparts.get(number, Row({}, row.location))
         caption = Example(
@@ -258,6 +310,7 @@ def _captions(files: Snapshot, config: str, counterparts: dict[int, Row] | None 
             options = _choice(name, wrong, row, "perturbed_names")
             examples.append(Example(f"{row.name}/image/1", name, *shown, NAME_QUESTION, name, options))
         yield examples
+    repeats.check()
     _warn_incomplete(incomplete, config)
 
 
@@ -288,7 +341,7 @@ def _finetune(files: Snapshot, config: str, known: _Names) -> Iterator[list[Exam
 
     CLEAR draws the wording of a caption question in every epoch; here each image has one question per epoch.
     """
-    incomplete = 0
+    incomplete, repeats = 0, _Repeats(config)
     for row in files.rows(config, ["image", "caption", "question", "answer"], optional=["name"]):
         if row.optional_text("question"):
             yield [_text_example(row, known, "chat")]
@@ -297,11 +350,13 @@ def _finetune(files: Snapshot, config: str, known: _Names) -> Iterator[list[Exam
         if image is None or not caption:
             incomplete += 1
             continue
+        repeats.add(row, image, caption)
         person = known.person(row, "name", "caption")
         yield [
             Example(f"{row.name}/image/{i}", person, image, f"{row.name}/0", str(asked), caption, task="chat")
             for i, asked in enumerate(_row_rng(row).choice(CAPTION_QUESTIONS, EPOCHS, replace=False))
         ]
+    repeats.check()
     _warn_incomplete(incomplete, config)
 
 

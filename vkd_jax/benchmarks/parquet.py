@@ -4,13 +4,13 @@ A snapshot is laid out as on the hub: <config>/<split>-00000-of-0000N.parquet; t
 Data sets in other formats have JSON files beside images.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -20,6 +20,7 @@ from pyarrow import fs
 
 from vkd_jax.benchmarks import names
 from vkd_jax.benchmarks.rows import EncodedImage, Row, read_image
+from vkd_jax.benchmarks.set_checks import refuse_most
 from vkd_jax.benchmarks.synthetic.people import MAX_SIZE, MIN_SIZE, SIZE, Population
 from vkd_jax.config.fields import SEED, Section, setting
 from vkd_jax.messages import listed
@@ -66,7 +67,7 @@ class Snapshot:
     ):
         check_source(source)
         self.configs, self.other_files, self.split = tuple(configs), tuple(files), split
-        if not ("://" in source or Path(source).is_dir()):
+        if not ("://" in source or storage.resolve(source).is_dir()):
             required = ["{}/{}-*.parquet".format(*self._folder_and_split(config)) for config in configs]
             required += [name for name in files if "*" not in name]
             optional = [name for name in files if "*" in name]
@@ -197,8 +198,11 @@ class Snapshot:
         if not files:
             folders = [info.base_name for info in self.folder.files() if info.type == fs.FileType.Directory]
             folder, split = self._folder_and_split(config)
+            within = f"{path}/{folder}" if folder in folders else path
+            present = [info.base_name for info in self.folder.files(folder)] if folder in folders else folders
             raise UserError(
-                f"The config {config} is missing: no {path}/{folder}/{split}-*.parquet; it has {listed(folders)}."
+                f"The config {config} is missing: no {path}/{folder}/{split}-*.parquet. {within} has "
+                f"{listed(present)}; get the data again, or pass another folder."
             )
         shards = re.search(r"-of-(\d+)", files[0])
         if shards and len(files) != int(shards[1]):
@@ -378,6 +382,41 @@ def check_member(row: Row, field: str, name: str, known: Set[str], place: str) -
     """
     if name not in known:
         raise row.error(field, f"is {row.identifier(field)!a}, which is not among those of {place}")
+
+
+def check_same_people(people: tuple[str, Sequence[str]], known: tuple[str, Sequence[str]]) -> None:
+    """Checks that rows are about people whom another config has, too.
+
+    Args:
+        people: the config that is checked, and the person of each of its rows.
+        known: the other config, and the person of each of its rows.
+
+    Raises:
+        UserError: half of the rows or more are about others.
+    """
+    keys = set(map(names.name_key, known[1]))
+    if not (others := [name for name in people[1] if names.name_key(name) not in keys]):
+        return
+    count = f"{len(others)} of {len(people[1])} rows of {people[0]} are about people who are not in {known[0]}"
+    message = f"{count}: {listed(dict.fromkeys(others))}"
+    if 2 * len(others) >= len(people[1]):
+        raise UserError(f"{message}; get the files of both configs again.")
+    logging.warning("%s.", message)
+
+
+def check_one_row_each(config: str, people: Sequence[str]) -> None:
+    """Checks that each person has one row of a config.
+
+    Args:
+        config: the config.
+        people: the person of each of its rows; "" for rows about nobody.
+
+    Raises:
+        UserError: more than half of the people have several.
+    """
+    counts = collections.Counter(name for name in people if name)
+    several = [name for name, count in counts.items() if count > 1]
+    refuse_most(several, len(counts), f"people of {config} have more than one row")
 
 
 def check_row_counts(snapshot: Snapshot, source: str, published: Mapping[str, int]) -> None:

@@ -133,17 +133,18 @@ def _harmless_pairs(files: Snapshot, name: str, task: str = "generation") -> Ite
     """The harmless questions about each unsafe image, then those in text alone."""
     for record in files.json_rows(name):
         image, image_id = _image(files, record, _unsafe_field(record))
+        examples = []
         for kind, fields, shown in (("image", IMAGE_PAIRS, (image, image_id)), ("text", TEXT_PAIRS, (None, ""))):
             pairs = [record.row(field) for field in fields if record.has(field)]
-            examples = [
+            examples += [
                 Example(
                     f"{record.name}/{kind}/{i}", _category(record), *shown, pair.text("Question"),
                     pair.text(_either(pair, ANSWER_FIELDS)), task=task, rule=UNHARM,
                 )
                 for i, pair in enumerate(pairs)
             ]  # fmt: skip
-            if examples:
-                yield examples
+        if examples:
+            yield examples
 
 
 def _refusals(files: Snapshot) -> list[Example]:

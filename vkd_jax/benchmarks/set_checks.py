@@ -26,16 +26,23 @@ _FAULTS = {
     "wrong": "a paraphrase of the true answer that is one of the wrong ones",
     "perturbed": "wrong answers that are the true one",
     "keywords": "keywords of which none is in the true answer",
-    "letters": "only keywords of one letter or digit, which almost any answer has",
+    "letters": "only keywords of one letter or digit, or such as 'the', which almost any answer has",
     "chat": "answers without a letter or a digit",
     "role": "answers that begin with the name of who speaks, such as ASSISTANT:",
-    "equal": "the true option twice",
+    "equal": "the same option twice",
     "letters_of_options": "options that begin with the letter of another place",
     "index": "a number or a letter for the true option, unlike the others",
 }
+# Tasks whose true answer is not a sentence, which another set may word otherwise.
+_ONE_ANSWER = ("classification", "cloze")
 # Who speaks, in front of an answer that was cut out of a conversation.
 _ROLE = re.compile(r"(assistant|gpt|bot|answer)\s*:", re.IGNORECASE)
 # The letter that an option begins with, or is.
+# Words that say nothing about whom or what a text is about.
+_FUNCTION_WORDS = frozenset(
+    "a an and are as at be by for from had has have he her his in is it its of on or she that the their they this to "
+    "was were who with".split()
+)
 _LABEL = re.compile(r"\(?([A-Za-z])(?:[.):].*)?", re.DOTALL)
 
 
@@ -46,6 +53,14 @@ class _Asked(NamedTuple):
     person: str
     pair: str
     shown: bool = True
+
+
+class _Answered(NamedTuple):
+    """A question with its answer: its id, the key of the answer, and the task."""
+
+    id: str
+    answer: str
+    task: str
 
 
 class SetChecks:
@@ -63,6 +78,7 @@ class SetChecks:
         self._forgetting = {s.name for s in eval_sets if s.role.forgets}
         self._images: dict[bool, dict[bytes, tuple[str, str]]] = {True: {}, False: {}}  # by whether to be forgotten
         self._asked: dict[str, dict[bytes, _Asked]] = {}  # by set; those that were read to their end
+        self._answers: dict[str, dict[bytes, _Answered]] = {}  # the same
 
     def checked(self, name: str, rows: Iterable[list[Example]]) -> Iterator[list[Example]]:
         """The rows of a set. Wrong answers (`Example.perturbed`) that are true or have no words are left out.
@@ -78,9 +94,13 @@ class SetChecks:
                 questions.add_options(example)
                 if self._forgetting:
                     questions.add(example)
+                else:
+                    questions.add_answer(example)
+            questions.end_row()
             yield [_usable(example) for example in row]
         questions.check()
         self._compare(name, questions.asked)
+        self._compare_answers(name, questions.answers)
 
     def _forgets(self, name: str) -> bool:
         return name.removeprefix("finetune_") in self._forgetting
@@ -118,19 +138,35 @@ class SetChecks:
                 refuse_most(both, fewest, f"questions with an image of the set {name} are also in the set {other}")
         self._asked[name] = dict(asked)
 
+    def _compare_answers(self, name: str, answers: Mapping[bytes, _Answered]) -> None:
+        """Checks that a question with one right answer has the same one in all sets to forget, or to retain."""
+        for other, before in self._answers.items():
+            if self._forgets(name) != self._forgets(other):  # a question there may ask for another fact
+                continue
+            both = [(before[key], answers[key]) for key in before.keys() & answers.keys()]
+            both = [(a, b) for a, b in both if a.task in _ONE_ANSWER]
+            contradictions = [(a.id, b.id) for a, b in both if a.answer != b.answer]
+            problem = f"questions of the set {name} have another answer in the set {other}"
+            refuse_most(contradictions, len(both), problem)
+        self._answers[name] = dict(answers)
+
 
 class _Questions:
     """The questions of a set, and what is wrong with some of them.
 
     Attributes:
         asked: the questions by `_key`: those with an image, and those in text about somebody.
+        answers: the answers by question and the way in which it is asked.
     """
 
     def __init__(self, name: str):
         self._name = name
         self.asked: dict[bytes, _Asked] = {}
         self._facts: dict[tuple[str, str], tuple[str, str]] = {}  # (id, answer) of a fact, by task
-        self._answers: dict[bytes, tuple[str, str]] = {}  # (id, answer) of a question that is asked in one way
+        self.answers: dict[bytes, _Answered] = {}
+        self._twice: dict[bytes, tuple[str, str]] = {}  # the ids of the first two of equal questions
+        self._repeats: list[tuple[bool, bytes, tuple[str, str]]] = []  # of a row: whether with an image, and the ids
+        self._has_new_image = False  # whether the row has a new question with an image
         self._counts: dict[str, int] = collections.Counter()  # of questions that may have a fault
         self._found: dict[str, list] = collections.defaultdict(list)  # those that have it
 
@@ -143,7 +179,7 @@ class _Questions:
         if not example.options:
             return
         answer, keys = text_key(example.answer), [text_key(option) for option in example.options]
-        self._note("equal", example, keys.count(answer) > 1)
+        self._note("equal", example, len(set(keys)) < len(keys))
         self._note("letters_of_options", example, misplaced(example.options))
         others = [key for key in keys if key != answer]
         self._note("index", example, _is_index(answer) and not any(_is_index(key) or key.isdecimal() for key in others))
@@ -154,14 +190,13 @@ class _Questions:
         if example.keywords:
             answer, keywords = text_key(example.answer), list(map(text_key, example.keywords))
             self._note("keywords", example, not any(keyword in answer for keyword in keywords))
-            self._note("letters", example, all(_is_index(key) and len(key) == 1 < len(answer) for key in keywords))
+            self._note("letters", example, all(_is_common(key) and len(key) < len(answer) for key in keywords))
         if example.task == "chat":
             self._note("chat", example, not has_words(example.answer))
         if not example.options:
             self._note("role", example, bool(_ROLE.match(plain_name(example.answer))))
         if example.image is not None or example.person:
-            if example.task != "chat":  # an image may have several captions to train on
-                self._add_answer(example)
+            self.add_answer(example)
             shown = example.image is not None
             this = _Asked(example.id, example.person, example.pair, shown)
             first = self.asked.setdefault(_key(example), this)
@@ -171,16 +206,30 @@ class _Questions:
             first_id, other = self._facts.setdefault((example.pair, example.task), (example.id, answer))
             self._found["pair"] += [(first_id, example.id)] if answer != other else []
 
-    def _add_answer(self, example: Example) -> None:
+    def add_answer(self, example: Example) -> None:
         """Compares the answer with that of the same question, if it was asked in the same way before."""
-        way = example.person, example.task, sorted(map(text_key, example.options))
-        key = hashlib.sha256(_subject(example) + repr(way).encode()).digest()[:16]
         answer = text_key(example.answer)
-        if key in self._answers:
-            first_id, other = self._answers[key]
-            self._found["twice" if answer == other else "contradiction"].append((first_id, example.id))
+        chat = answer if example.task == "chat" else ""  # an image may have several captions to train on
+        way = example.person, example.pair, example.task, sorted(map(text_key, example.options)), chat
+        key = hashlib.sha256(_subject(example) + repr(way).encode()).digest()[:16]
+        shown = example.image is not None
+        if (first := self.answers.get(key)) is None:
+            self.answers[key] = _Answered(example.id, answer, example.task)
+            self._has_new_image |= shown
+        elif answer == first.answer:
+            self._repeats.append((shown, key, (first.id, example.id)))
         else:
-            self._answers[key] = example.id, answer
+            self._found["contradiction"].append((first.id, example.id))
+
+    def end_row(self) -> None:
+        """Counts the questions of a row that were there before.
+
+        Several images of somebody may come with the same questions in text, one row each: those are not counted.
+        """
+        for shown, key, ids in self._repeats:
+            if shown or not self._has_new_image:
+                self._twice.setdefault(key, ids)
+        self._repeats, self._has_new_image = [], False
 
     def _add_wrong_answers(self, example: Example) -> None:
         """Adds the wrong answers and the paraphrase, of which truth ratios are computed."""
@@ -205,8 +254,8 @@ class _Questions:
             refuse_most(found[fault], self._counts[fault], f"{of_set} have {problem}")
         shown = sum(each.shown for each in self.asked.values())
         refuse_most(found["person"], shown, f"{of_set} are asked about somebody else with the same image")
-        refuse_most(found["contradiction"], len(self._answers), f"{of_set} have two different answers")
-        refuse_most(found["twice"], len(self._answers), f"{of_set} are there twice")
+        refuse_most(found["contradiction"], len(self.answers), f"{of_set} have two different answers")
+        refuse_most(list(self._twice.values()), len(self.answers), f"{of_set} are there twice")
         problem = f"{of_set} have another answer than the same fact in the other modality"
         _warn(found["pair"], len(self._facts), problem)
 
@@ -362,6 +411,11 @@ def _is_index(key: str) -> bool:
     return key.isdecimal() or (len(key) == 1 and key.isalpha() and key.isascii())
 
 
+def _is_common(key: str) -> bool:
+    """Whether almost any answer has a keyword."""
+    return (_is_index(key) and len(key) == 1) or all(word in _FUNCTION_WORDS for word in key.split())
+
+
 def _pixels(example: Example) -> bytes:
     image = example.image
     return image.pixels if isinstance(image, EncodedImage) else hashlib.sha256(image).digest()
@@ -371,11 +425,11 @@ def _subject(example: Example) -> bytes:
     """What questions share that ask the same: the words, and the image or, without one, the person."""
     question = text_key(example.question)
     if example.image is not None:
-        return _pixels(example) + question.encode()
+        return _pixels(example) + question.encode(errors="surrogatepass")
     return repr((example.person, question)).encode()
 
 
 def _key(example: Example) -> bytes:
     """What equal questions about equal images share; without an image, equal questions and answers about one person."""
-    answer = b"" if example.image is not None else text_key(example.answer).encode()
+    answer = b"" if example.image is not None else text_key(example.answer).encode(errors="surrogatepass")
     return hashlib.sha256(_subject(example) + answer).digest()[:16]

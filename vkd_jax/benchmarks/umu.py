@@ -70,12 +70,14 @@ class Umu(parquet.PublishedBenchmark):
 
         Raises:
             UserError: a config, shard or column is missing, a file, cell or image is damaged, the forget set is empty,
-                or people are in both the forget and the retain set.
+                people are in both the forget and the retain set, or most have more than one row.
         """
         forget, retain = f"forget_{self.forget}", f"retain_{100 - self.forget}"
         with self.open_snapshot(part) as files:
-            members = [{_person(row) for row in files.rows(config, ["ID"])} for config in (forget, retain)]
-            parquet.check_people(self.source, (forget, members[0]), (retain, members[1]))
+            members = {config: [_person(row) for row in files.rows(config, ["ID"])] for config in (forget, retain)}
+            parquet.check_people(self.source, *((config, set(people)) for config, people in members.items()))
+            for config, people in members.items():
+                parquet.check_one_row_each(config, people)
             parquet.check_row_counts(files, self.source, ROWS)
             if part == "finetune":
                 yield {"finetune_forget": _finetune(files, forget), "finetune_retain": _finetune(files, retain)}

@@ -112,7 +112,7 @@ class Clear(parquet.PublishedBenchmark):
             everybody = _people(files, "full") if files.has("full") else None
             parquet.check_people(self.source, (forget, forgotten), (retain, retained), everybody)
             counterparts = _counterparts(files, forget)
-            _check_perturbed(files, (forget, forgotten), (retain, retained))
+            _check_perturbed(files, self.source, (forget, forgotten), (retain, retained))
             yield {
                 "forget": itertools.chain(
                     _captions(files, forget, counterparts), _texts(files, f"{forget}+tofu", of_forget)
@@ -188,11 +188,12 @@ def _person_of_each_row(files: Snapshot, config: str) -> list[str]:
     return list(filter(None, (plain_name(row.optional_text("name")) for row in files.rows(config, ["name"]))))
 
 
-def _check_perturbed(files: Snapshot, forget: tuple[str, set[str]], retain: tuple[str, set[str]]) -> None:
+def _check_perturbed(files: Snapshot, source: str, forget: tuple[str, set[str]], retain: tuple[str, set[str]]) -> None:
     """Checks that the _perturbed configs, which the evaluation reads, are about the people of their side.
 
     Args:
         files: the snapshot.
+        source: its source, for messages.
         forget: the config of the forget set, and its people; forgetNN_perturbed must have all of them.
         retain: the config of the retain set, and its people; retain_perturbed has some of them.
 
@@ -202,7 +203,7 @@ def _check_perturbed(files: Snapshot, forget: tuple[str, set[str]], retain: tupl
     perturbed = f"{forget[0]}_perturbed"
     for config, (name, own), others in (("retain_perturbed", retain, forget), (perturbed, forget, retain)):
         asked = _person_of_each_row(files, config)
-        check_apart(others, (f"{config} of {files.folder.display()}", set(asked)))
+        check_apart(others, (f"{config} of {source}", set(asked)))
         parquet.check_same_people((config, asked), (name, sorted(own)))
     parquet.check_same_people((forget[0], _person_of_each_row(files, forget[0])), (perturbed, asked))
 

@@ -39,7 +39,8 @@ class ScienceQA(Suite):
         Raises:
             UserError: they are, so that the first letter or the like would always be right.
         """
-        places = [whole_number(row, "answer") for row in files.rows(self.CONFIG, ["answer"])]
+        rows = files.rows(self.CONFIG, ["choices", "answer"])
+        places = [whole_number(row, "answer") for row in rows if len(row.texts("choices")) > 1]
         if len(places) >= FEWEST and len(set(places)) == 1:
             where = files.folder.display(self.CONFIG)
             raise UserError(

@@ -25,8 +25,7 @@ from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.config import command_line
 from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image
 from vkd_jax.evaluation.inference import Answerer
-from vkd_jax.runtime import files, memory, storage
-from vkd_jax.runtime.interrupts import interruptible
+from vkd_jax.runtime import commands, files, memory, storage
 from vkd_jax.types import PATH, UserError, check_argument, located
 
 
@@ -123,7 +122,7 @@ def _read_image(name: str | Path) -> Image.Image:
         raise UserError(f"{path} cannot be used: {error}.") from error
 
 
-@interruptible
+@commands.guarded
 def main() -> int:
     """Runs the command line and returns its exit status."""
     parser = command_line.ArgumentParser(prog="vkd ask", description=__doc__)
@@ -133,14 +132,11 @@ def main() -> int:
     parser.add_argument("--max_new_tokens", type=int, default=50, help="longest answer, in tokens (50)")
     parser.add_argument("--max_pixels", type=int, default=0, help="resize larger images (not LLaVA-1.5, Gemma)")
     args = parser.parse_args()
-    try:
-        with memory.exhausted():
-            image = None if args.image is None else _read_image(args.image)  # before a model that takes minutes
-            model = load(args.model, max_pixels=args.max_pixels)
-            text = answer(model, args.question, image, max_new_tokens=args.max_new_tokens)
-        command_line.show(text)
-    except UserError as error:
-        return command_line.bad_input(error)
+    with memory.exhausted():
+        image = None if args.image is None else _read_image(args.image)  # before a model that takes minutes
+        model = load(args.model, max_pixels=args.max_pixels)
+        text = answer(model, args.question, image, max_new_tokens=args.max_new_tokens)
+    command_line.show(text)
     return 0
 
 

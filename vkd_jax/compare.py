@@ -22,9 +22,7 @@ from absl import app, flags
 from vkd_jax.config import command_line
 from vkd_jax.runs import sweep
 from vkd_jax.runs.worker_pool import Stopped
-from vkd_jax.runtime import log, storage
-from vkd_jax.runtime.interrupts import interruptible
-from vkd_jax.types import UserError
+from vkd_jax.runtime import commands, log, storage
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -34,7 +32,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer("workers", 0, text, 0, flag_values=values)
 
 
-@interruptible
+@commands.guarded
 def command(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str = "") -> int:
     """Runs the command, and returns its exit status.
 
@@ -49,8 +47,6 @@ def command(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: s
         results = sweep.run(
             values.config, values.workdir, values.workers, line or "called from Python: vkd_jax.compare.command"
         )
-    except UserError as error:
-        return command_line.bad_input(error)
     except Stopped as error:
         print(error, file=sys.stderr)
         return error.status

@@ -19,8 +19,7 @@ from absl import app, flags, logging
 
 from vkd_jax.config import command_line
 from vkd_jax.config.command_line import bad_input, print_error
-from vkd_jax.runtime import log, malloc
-from vkd_jax.runtime.interrupts import interruptible
+from vkd_jax.runtime import commands, log, malloc
 from vkd_jax.types import Diverged, UserError
 
 SHUTDOWN_SECONDS = 60  # a process that has finished waits so long for the others
@@ -32,7 +31,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_boolean("dry_run", False, "Check the run and describe it, without running it.", flag_values=values)
 
 
-@interruptible
+@commands.guarded
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str = "") -> int:
     """Runs the command, and returns its exit status.
 
@@ -51,14 +50,11 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str 
         print(values.config)
         print("nothing was run: pass --workdir DIR as well.", file=sys.stderr)
         return 0
-    try:
-        if values.dry_run:
-            return _describe(values, line)
-        if values.distributed:
-            _connect()
-        return _run(values, line or "called from Python: vkd_jax.main.main")
-    except UserError as error:
-        return bad_input(error)
+    if values.dry_run:
+        return _describe(values, line)
+    if values.distributed:
+        _connect()
+    return _run(values, line or "called from Python: vkd_jax.main.main")
 
 
 def _connect() -> None:

@@ -30,8 +30,7 @@ from vkd_jax.config.schema import RunConfig
 from vkd_jax.planner import page, table
 from vkd_jax.planner.abstract_step import Lengths
 from vkd_jax.planner.plan import plan
-from vkd_jax.runtime import files, json_files, outputs, storage
-from vkd_jax.runtime.interrupts import interruptible
+from vkd_jax.runtime import commands, files, json_files, outputs, storage
 from vkd_jax.types import UserError
 
 
@@ -78,7 +77,7 @@ def _json_file(name: str) -> Path:
     return file
 
 
-@interruptible
+@commands.guarded
 def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     """Runs the command, and returns its exit status."""
     if len(argv) > 1:
@@ -87,20 +86,17 @@ def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
         return command_line.bad_input("pass --config FILE, e.g. configs/llava.py:7b.")
     jax.config.update("jax_platforms", "cpu")  # leaves a local accelerator to other processes
     jax.config.update("jax_enable_compilation_cache", False)  # programs for other chips cannot be loaded here
-    try:
-        with storage.write_errors("--json"):
-            if "plans" in values.config:
-                if not values.json:
-                    raise UserError("this config is a table of plans: pass --json FILE for its rows.")
-                file = outputs.check_file(storage.resolve(values.json), "--json", outputs.JSON_LIST)
-                table.write(values.config, file, plan_flags)
-                return 0
-            file = _json_file(values.json) if values.json else None
-            results = plan_values(values)
-            if file:
-                files.write_bytes(file, (json.dumps(results, indent=1) + "\n").encode())
-    except UserError as error:
-        return command_line.bad_input(error)
+    with storage.write_errors("--json"):
+        if "plans" in values.config:
+            if not values.json:
+                raise UserError("this config is a table of plans: pass --json FILE for its rows.")
+            file = outputs.check_file(storage.resolve(values.json), "--json", outputs.JSON_LIST)
+            table.write(values.config, file, plan_flags)
+            return 0
+        file = _json_file(values.json) if values.json else None
+        results = plan_values(values)
+        if file:
+            files.write_bytes(file, (json.dumps(results, indent=1) + "\n").encode())
     command_line.show(page.render(results))
     return 0
 

@@ -22,12 +22,11 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from vkd_jax.config import command_line
-from vkd_jax.runtime import log, malloc
-from vkd_jax.runtime.interrupts import interruptible
+from vkd_jax.runtime import commands, log, malloc
 from vkd_jax.types import Diverged, UserError
 
 
-@interruptible
+@commands.guarded
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs all commands but `run`, and returns the exit status.
 
@@ -45,10 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name in ("withdraw", "purge"):
             command.add_argument("number", nargs="*" if name == "purge" else 1, help="number of the request")
     options = parser.parse_args(arguments)
-    try:
-        command_line.show(_answer(options))
-    except UserError as error:
-        return command_line.bad_input(error)
+    command_line.show(_answer(options))
     return 0
 
 
@@ -82,7 +78,7 @@ def _numbers(texts: Sequence[str]) -> list[int]:
     return [int(text) for text in texts]
 
 
-@interruptible
+@commands.guarded
 def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str = "") -> int:
     """Runs the pending requests of a ledger, and returns the exit status.
 
@@ -105,8 +101,6 @@ def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str =
     try:
         config, workdir = RunConfig.from_config_dict(values.config), storage.resolve(values.workdir)
         requests.run(ledger.local(argv[1]), config, workdir, values.baselines, values.batch_settings, line)
-    except UserError as error:
-        return command_line.bad_input(error)
     except Diverged as error:
         command_line.print_error(error)
         return 1

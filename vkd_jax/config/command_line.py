@@ -121,9 +121,17 @@ def print_error(problem: Exception | str) -> None:
 
 
 def show(text: str) -> None:
-    """Prints a text of one or more lines on stdout, in which nothing steers the terminal or fails to be encoded."""
+    """Prints a text of one or more lines on stdout, in which nothing steers the terminal or fails to be encoded.
+
+    If the reader has closed it, as `head` does, the rest is dropped; if it cannot be written, the process exits with 2.
+    """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(messages.escaped(text, keep="\n\t").encode(encoding, "backslashreplace").decode(encoding))
+    try:
+        print(messages.escaped(text, keep="\n\t").encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer
+        if not isinstance(error, BrokenPipeError):
+            sys.exit(bad_input(f"the output cannot be written ({error.strerror}); write it to another place."))
 
 
 def _check_config_file(argv: Sequence[str], values: flags.FlagValues) -> None:

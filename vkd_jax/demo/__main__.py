@@ -19,12 +19,11 @@ from pathlib import Path
 from vkd_jax.config import command_line
 from vkd_jax.demo import app
 from vkd_jax.demo.session import Session
-from vkd_jax.runtime import memory
-from vkd_jax.runtime.interrupts import interruptible
+from vkd_jax.runtime import commands, memory
 from vkd_jax.types import UserError
 
 
-@interruptible
+@commands.guarded
 def main() -> int:
     """Runs the command line until Ctrl-C, and returns its exit status."""
     parser = command_line.ArgumentParser(prog="vkd demo", description=__doc__)
@@ -34,24 +33,20 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=7860, help="port of the page on this machine (7860)")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that uploaded images are deleted
-    try:
-        if not 1 <= args.port <= 65535:
-            raise UserError(f"--port={args.port}: give 1 to 65535.")
-        if args.images and "://" in args.images:
-            raise UserError(f"--images={args.images}: give a folder of this machine.")
-        with tempfile.TemporaryDirectory(prefix="vkd-demo-") as folder, memory.exhausted():
-            os.environ["GRADIO_TEMP_DIR"] = folder  # uploaded images are deleted at the end
-            images, label = (
-                (app.read_images(Path(args.images)), app.FOLDER) if args.images else (app.portraits(), app.PEOPLE)
-            )
-            names = (f"Before: {args.before}", f"After: {args.after}")
-            page = app.create(Session.load(args.before, args.after), names, images, label)
-            command_line.show(f"{app.serve(page, args.port)} shows the demo until Ctrl-C.")
-            sys.stdout.flush()
-            with contextlib.suppress(KeyboardInterrupt):  # the usual end
-                threading.Event().wait()
-    except UserError as error:
-        return command_line.bad_input(error)
+    if not 1 <= args.port <= 65535:
+        raise UserError(f"--port={args.port}: give 1 to 65535.")
+    if args.images and "://" in args.images:
+        raise UserError(f"--images={args.images}: give a folder of this machine.")
+    with tempfile.TemporaryDirectory(prefix="vkd-demo-") as folder, memory.exhausted():
+        os.environ["GRADIO_TEMP_DIR"] = folder  # uploaded images are deleted at the end
+        images, label = (
+            (app.read_images(Path(args.images)), app.FOLDER) if args.images else (app.portraits(), app.PEOPLE)
+        )
+        names = (f"Before: {args.before}", f"After: {args.after}")
+        page = app.create(Session.load(args.before, args.after), names, images, label)
+        command_line.show(f"{app.serve(page, args.port)} shows the demo until Ctrl-C.")
+        with contextlib.suppress(KeyboardInterrupt):  # the usual end
+            threading.Event().wait()
     return 0
 
 

@@ -23,8 +23,7 @@ from vkd_jax.results import FILE, RunResults
 from vkd_jax.runs import inputs
 from vkd_jax.runs.job import read_data
 from vkd_jax.runs.workdir import CONFIG, METRICS, TRAINING, check_logs, exclusive
-from vkd_jax.runtime import json_files, log, records, storage
-from vkd_jax.runtime.interrupts import interruptible
+from vkd_jax.runtime import commands, json_files, log, records, storage
 from vkd_jax.types import UserError
 
 
@@ -92,16 +91,13 @@ def _data_config(saved: Mapping[str, Any]) -> RunConfig:
     return RunConfig.from_dict(config)
 
 
-@interruptible
+@commands.guarded
 def main() -> int:
     """Runs the command line and returns its exit status."""
     parser = command_line.ArgumentParser(prog="vkd report", description=__doc__)
     parser.add_argument("workdir", help="folder of a finished run")
     workdir = parser.parse_args().workdir
-    try:
-        results = rebuild(workdir, command_line.started_as("vkd_jax.runs.rebuild_report"))
-    except UserError as error:
-        return command_line.bad_input(error)
+    results = rebuild(workdir, command_line.started_as("vkd_jax.runs.rebuild_report"))
     command_line.show(terminal.summary(results, workdir))
     return 0
 

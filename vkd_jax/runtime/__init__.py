@@ -8,6 +8,7 @@
     dataclass_json  dataclasses as JSON objects
     figure_ranges   which figures of results are possible
     interrupts      Ctrl-C in all commands
+    commands        how bad input, a missing platform and Ctrl-C end a command
     locks           locks of folders, so that one process at a time writes them
     hub             models and data sets by name: a folder, a bucket, or an id on the Hugging Face hub
     log             the progress that is shown on stderr

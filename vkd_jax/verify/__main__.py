@@ -23,15 +23,14 @@ from pathlib import Path
 
 from vkd_jax.checkpoints import sources
 from vkd_jax.config import command_line
-from vkd_jax.runtime import memory, storage
-from vkd_jax.runtime.interrupts import interruptible
+from vkd_jax.runtime import commands, memory, storage
 from vkd_jax.types import UserError, located
 from vkd_jax.verify import certified, parity, questions
 
 DTYPES = ("float32", "bfloat16")
 
 
-@interruptible
+@commands.guarded
 def main() -> int:
     """Runs the command line and returns its exit status."""
     parser = command_line.ArgumentParser(prog="vkd verify", description=__doc__)
@@ -48,12 +47,9 @@ def main() -> int:
     signed.add_argument("--sign", help="private key to sign the certificate with, PEM")
     signed.add_argument("--pdf", help="file to write the certificate to as one page, PDF")
     args = parser.parse_args()
-    try:
-        _check_combination(args)
-        with storage.write_errors("folder"), memory.exhausted():
-            return _verify(args)
-    except UserError as error:
-        return command_line.bad_input(error)
+    _check_combination(args)
+    with storage.write_errors("folder"), memory.exhausted():
+        return _verify(args)
 
 
 def _check_combination(args: argparse.Namespace) -> None:

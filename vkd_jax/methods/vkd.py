@@ -327,9 +327,12 @@ class VKD(Ascent):
     def _mask(self, context: base.Context) -> Params:
         """Computes the saliency mask over the trainable weights; adapters, which B = 0 makes look unused, all train."""
         paths = self.trainable(context.params, context.model_config)
+        adapters = {path: np.array(True) for path in paths if lora.is_adapter(path)}
+        if not (weights := [path for path in paths if path not in adapters]):
+            return adapters
         information = base.fisher_information(
             context,
-            [path for path in paths if not lora.is_adapter(path)],
+            weights,
             {name: context.sets[name] for name in ("forget", "retain")},
             samples=self.fisher_samples,
             chunk=self.fisher_chunk,
@@ -338,7 +341,7 @@ class VKD(Ascent):
         mask = saliency.mask_from_ratio(
             **information, threshold=self.mask_threshold, keep=self.mask_keep, eps=self.mask_eps
         )
-        return mask | {path: np.array(True) for path in paths if lora.is_adapter(path)}
+        return mask | adapters
 
     def mask_shape(self, path, shape, model_config) -> tuple[int, ...]:
         """Returns the shape of the weight, or a scalar for an adapter."""

@@ -37,7 +37,8 @@ from vkd_jax.evaluation.inference import Answerer
 
 NEW_TOKENS = 32  # of each answer
 N_OPTIONS = 4
-SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "USER:", "ASSISTANT:")
+# Tokens that are no words of the questions; the package checks that "Who" and "Why" are different tokens.
+SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "USER:", "ASSISTANT:", "Who", "Why")
 # question_words and option_words: the maximum number of words.
 WORKLOADS: Mapping[str, dict[str, int]] = {
     "tiny": dict(images=3, questions_per_image=2, batch_size=2, question_words=8, option_words=3),

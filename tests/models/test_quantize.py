@@ -346,9 +346,9 @@ def test_the_backward_pass_saves_no_dequantized_layers():
 TEMPORARIES = """
 import jax, jax.numpy as jnp
 from qwix import QArray
-from vkd_jax.planner import chips
+from vkd_jax.planner.tpu_specs import topology_devices
 from vkd_jax.models import quantize
-there = jax.sharding.SingleDeviceSharding(chips.devices("v5e:1x1")[0])
+there = jax.sharding.SingleDeviceSharding(topology_devices("v5e:1x1")[0])
 shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype, sharding=there)
 weight = QArray(shape(jnp.int4, 4096, 11008), shape(jnp.float32, 64, 11008))
 def both(x, weight):

@@ -236,6 +236,10 @@ FAMILIES = {
         | dict(image_processor_type="LlavaNextImageProcessor", processor_class="LlavaNextProcessor", resample=3)
         | dict(size=dict(shortest_edge=28), crop_size=dict(height=28, width=28), rescale_factor=1 / 255)
         | dict(aspect_ratio_setting="anyres", image_grid_pinpoints=PINPOINTS),
+        processor=dict(
+            patch_size=9, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+            image_token="<image>", processor_class="LlavaNextProcessor",
+        ),
         extra_tokens=dict(image_token="<image>"),
     ),
     "smolvlm": SMOLVLM,

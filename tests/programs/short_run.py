@@ -51,10 +51,10 @@ def get_config(arg=""):
 def write_job(folder: Path) -> None:
     """Writes config.py and its data: all that a run can do.
 
-    One person is in the forget set and one in the retain set; the test sets have the first nine rows, the last of which
-    is about the person to forget.
+    One person is in the forget set and two are in the retain set; the test set asks about these three.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     from vkd_jax import benchmarks
@@ -62,9 +62,14 @@ def write_job(folder: Path) -> None:
 
     full, data, shard = folder / "all", folder / "data", "train-00000-of-00001.parquet"
     mllmu_writer.write_snapshot(full, [name for name in mllmu_writer.CONFIGS if name != "ft_Data"])
-    for config, count in (("forget_10", 1), ("retain_90", 2), ("Test_Set", 9), ("Retain_Set", 2)):
+    people = []
+    for config, count in (("forget_10", 1), ("retain_90", 2), ("Test_Set", None), ("Retain_Set", 2)):
+        table = pq.read_table(full / config / shard).slice(0, count)
+        if config == "Test_Set":
+            table = table.filter(pc.is_in(table["ID"], pa.array(people)))
+        people += table["ID"].to_pylist()
         (data / config).mkdir(parents=True)
-        pq.write_table(pq.read_table(full / config / shard).slice(0, count), data / config / shard)
+        pq.write_table(table, data / config / shard)
     sets = benchmarks.read(benchmarks.create("mllmu", {"source": str(data)}), folder / "cache")
     rows = []
     for example in [e for name in ("forget", "retain", "real") for e in sets[name][::8]]:

@@ -105,6 +105,29 @@ def test_results_that_are_not_those_of_the_run_are_refused(tmp_path):
         RunResults.read(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "inputs.json"])
+def test_results_of_another_run_are_refused(name, tmp_path):
+    """A copy of results.json and records.json, beside the files of the run that was here before."""
+    RunResults.from_json(json.loads(json.dumps(RESULTS))).write(tmp_path)
+    (tmp_path / name).write_text('{"of": "the other run"}')
+    records = Records(tmp_path)
+    records.add("results.json")
+    records.add(name)
+    assert RunResults.read(tmp_path)
+    (tmp_path / name).write_text('{"of": "this run"}')
+    with pytest.raises(UserError, match=f"{name} is damaged or was changed"):
+        RunResults.read(tmp_path)
+
+
+def test_results_that_the_run_has_not_recorded_are_refused(tmp_path):
+    RunResults.from_json(json.loads(json.dumps(RESULTS))).write(tmp_path)
+    assert RunResults.read(tmp_path)  # the file alone, as somebody sends it
+    (tmp_path / "config.json").write_text("{}")
+    Records(tmp_path).add("config.json")
+    with pytest.raises(UserError, match="is not the one that the run wrote, or that run has not finished"):
+        RunResults.read(tmp_path)
+
+
 @pytest.mark.parametrize("text", [None, "{"])
 def test_missing_and_torn_results_are_named(tmp_path, text):
     if text:

@@ -365,7 +365,11 @@ class RunResults:
             raise UserError(f"{workdir} is a file; give the folder of a finished run, such as {folder.parent}.")
         if not file.is_file():
             raise UserError(f"{workdir} has no {FILE}: let that run finish, or give the folder of a finished run.")
-        records.Records(folder).check(FILE, remedy)
+        entries = records.Records(folder)
+        for name in (FILE, "config.json", "inputs.json"):  # of the same run
+            entries.check(name, remedy)
+        if (folder / records.FILE).is_file() and not entries.knows(FILE):
+            raise UserError(f"{file} is not the one that the run wrote, or that run has not finished; {remedy}.")
         try:
             return cls.from_json(json_files.read_json(file, remedy=remedy))
         except FormatError as error:

@@ -33,6 +33,7 @@ SIGNATURE = "certificate.sig"
 FORMAT = 2  # 1 did not cover the model card, nor files that nothing reads
 OUTSIDE = (FILE, SIGNATURE, ".git", ".gitattributes", ".cache")  # the last three are git's and those of `hf download`
 FILES_OF_RUN = ("config.json", "inputs.json", "results.json")  # in the folder above, which the certificate repeats
+UNLEARNED = "unlearned"  # the folder of the exported model in that of a run
 PROVENANCE = "provenance.json"  # of an export
 CARD_HEADING, CARD_TABLE = "## Who was forgotten", "## What was measured"  # of a card that a run wrote
 # The fields that are read, of which the first two are required.
@@ -123,6 +124,9 @@ def _contradictions(folder: Path, certified: Mapping[str, Any]) -> Iterator[str]
         value = certified["model"].get(field)
         if config and value is not None and value != records.mapping(config.get(section)).get(name):
             yield f"the certificate names {field} {value!r:.40}, and its config another one"
+    if (results := folder.parent / "results.json").is_file() and folder.name == UNLEARNED and certified["figures"]:
+        if records.mapping(json_files.read_json(results)).get("models") != certified["figures"].get("models"):
+            yield f"the certificate has other figures than {results.name} of the run in the folder above"
     entries = records.read_or(folder.parent / records.FILE, {}, "the certificate is not compared with its run")
     for name in (f"{folder.name}/{FILE}", f"{folder.name}/{card.name}", *FILES_OF_RUN):
         known, file = records.mapping(entries.get(name)).get("sha256"), folder.parent / name

@@ -16,11 +16,9 @@ from pathlib import Path
 from vkd_jax.checkpoints import certificate
 from vkd_jax.config import command_line
 from vkd_jax.messages import listed
-from vkd_jax.runtime import hub, storage
-from vkd_jax.runtime.interrupts import interruptible
+from vkd_jax.runtime import commands, hub, storage
 from vkd_jax.types import UserError
 
-EXPORT = "unlearned"  # the folder of the exported model in that of a run
 CARD = "README.md"
 
 
@@ -40,7 +38,7 @@ def push(workdir: str | Path, repo: str, private: bool = False) -> str:
             although `private` is asked for, or the hub cannot be reached or refuses.
     """
     if storage.BUCKET in str(workdir):
-        raise UserError(f"{workdir} is in a bucket: download its folder {EXPORT}, and give that.")
+        raise UserError(f"{workdir} is in a bucket: download its folder {certificate.UNLEARNED}, and give that.")
     folder = _export(storage.resolve(workdir))
     if not hub.is_id(repo) or "@" in repo:
         raise UserError(f"{repo!r:.100} is no id on the Hugging Face Hub; give ORG/NAME.")
@@ -53,7 +51,7 @@ def push(workdir: str | Path, repo: str, private: bool = False) -> str:
 
 def _export(workdir: Path) -> Path:
     """The folder of the exported model."""
-    folder = workdir / EXPORT if (workdir / EXPORT).is_dir() else workdir
+    folder = workdir / certificate.UNLEARNED if (workdir / certificate.UNLEARNED).is_dir() else workdir
     if missing := [name for name in ("config.json", CARD, certificate.FILE) if not (folder / name).is_file()]:
         raise UserError(
             f"{folder} is no finished export: it has no {listed(missing, ' and ')}. Let its run finish, or give the "
@@ -87,7 +85,7 @@ def _upload(folder: Path, names: list[str], repo: str, private: bool) -> str:
     return str(commit.commit_url)
 
 
-@interruptible
+@commands.guarded
 def main() -> int:
     """Runs the command line and returns its exit status."""
     parser = command_line.ArgumentParser(prog="vkd push", description=__doc__)
@@ -95,10 +93,7 @@ def main() -> int:
     parser.add_argument("repo", help="id of the model on the hub, ORG/NAME")
     parser.add_argument("--private", action="store_true", help="only its owners may see the model")
     args = parser.parse_args()
-    try:
-        address = push(args.workdir, args.repo, args.private)
-    except UserError as error:
-        return command_line.bad_input(error)
+    address = push(args.workdir, args.repo, args.private)
     folder = _export(storage.resolve(args.workdir))
     command_line.show(f"The certified model was uploaded: {address}\n{_signature(folder)}")
     return 0

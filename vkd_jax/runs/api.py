@@ -17,7 +17,7 @@ import ml_collections
 from vkd_jax.config import defaults, schema
 from vkd_jax.results import RunResults
 from vkd_jax.runs import pipeline
-from vkd_jax.types import PATH, check_argument
+from vkd_jax.types import PATH, UserError, check_argument
 
 
 def unlearn(
@@ -110,6 +110,8 @@ def attack(
     check_argument("attacks", names, Sequence, "names of attacks")
     for name in names:
         check_argument("attacks", name, str, "names of attacks")
+    if not "".join(names).strip():
+        raise UserError('attacks: no attack is named. Give names of attacks, or "all"; or call evaluate.')
     config = _config("audit", benchmark, settings, attacks=",".join(names), **models)
     return pipeline.run(config, workdir, "called from Python: vkd_jax.attack")
 
@@ -129,6 +131,10 @@ def _config(
     config = defaults.base()
     config.stage, config.data, config.method = stage, defaults.benchmark(benchmark), defaults.method(method)
     config.attacks.names = attacks
+    given = {"stage", "method.name", "data.benchmark", *(f"model.{field}" for field in models)}
+    given |= {"attacks.names"} if attacks else set()
+    if both := sorted(given & settings.keys()):
+        raise UserError(f"settings: {both[0]} is what another argument says; leave it out, and give that argument.")
     for field, folder in models.items():
         if folder is None and field != "path":
             continue

@@ -150,6 +150,7 @@ def test_keywords_that_the_true_answer_lacks_are_refused(caplog):
         (dict(options=("(C) x", "b) nurse", "A")), "have options that begin with the letter of another place"),
         (dict(options=("nurse", "0"), answer="0"), "have a number or a letter for the true option, unlike the others"),
         (dict(options=("nurse", "judge", "B"), answer="B"), "have a number or a letter for the true option"),
+        (dict(answer="a jud\N{REPLACEMENT CHARACTER}e"), "have the character .*, which stands for one that was lost"),
         (dict(answer="ASSISTANT: a judge"), "have answers that begin with the name of who speaks"),
     ],
 )

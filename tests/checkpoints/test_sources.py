@@ -242,7 +242,11 @@ BAD_TENSORS = {
     ),
     "before training": (
         {name: x * (".lora_A." in name) for name, x in pair(Q, WIDTH).items()},
-        "all of its matrices B are zero, as before training, so that it would change nothing",
+        "A or B of each of its modules is zero, as before training, so that it would change nothing",
+    ),
+    "without A": (
+        {name: x * (".lora_B." in name) for name, x in pair(Q, WIDTH).items()},
+        "A or B of each of its modules is zero",
     ),
     "no tensors": ({}, "it has no tensors, so that it would change nothing"),
     "no A": ({name: x for name, x in pair(Q, WIDTH).items() if "lora_A" not in name}, f"{Q} lacks lora_A"),

@@ -98,6 +98,11 @@ def test_a_tokenizer_without_the_tokens_around_images_is_refused(folder, tiny_co
 
 
 def test_images_and_image_tokens_must_match(processor, monkeypatch):
+    for special in ("</s>", "<pad>", "<unk>"):
+        with pytest.raises(UserError, match=f"a text contains {special}, a special token of the tokenizer; remove it"):
+            processor.encode("Who is this?", f"Otto Lindt{special}")
+        with pytest.raises(UserError, match=f"a text contains {special}, a special token"):
+            processor.encode(f"Who is{special} this?", "Otto Lindt")
     with pytest.raises(UserError, match="a text contains <image>, which stands for an image; remove it"):
         processor.encode("What is <image>?", None)
     no_images = ChatTemplate("{{ messages[0]['content'][-1]['text'] }}", "template")
@@ -276,6 +281,9 @@ def test_settings_that_make_answers_or_images_alike_are_refused(fault, folder, t
 def test_tokens_that_are_random_are_refused(tmp_path):
     class Random:
         unk_token_id = None
+
+        def get_vocab(self):
+            return {}
 
         def __call__(self, texts, **_):
             return {"input_ids": [[i // 7] for i in range(len(texts))]}

@@ -168,6 +168,23 @@ def letterless(values):
     return values | {"model": values["model"] | {"vocab": special, "merges": []}}
 
 
+def merged(share):
+    """A tokenizer that has lost the other merges."""
+
+    def change(values):
+        merges = values["model"]["merges"]
+        return values | {"model": values["model"] | {"merges": merges[: int(share * len(merges))]}}
+
+    return change
+
+
+def doubled(values):
+    """A tokenizer with two tokens of one id."""
+    vocab = values["model"]["vocab"]
+    first, second = [token for token, number in vocab.items() if number in (300, 301)]
+    return values | {"model": values["model"] | {"vocab": vocab | {first: vocab[second]}}}
+
+
 NO_MAP = ("has no weight_map", "is not a safetensors index")
 
 CASES = [
@@ -191,6 +208,16 @@ CASES = [
         for what, change in (("zero", multiplied(name, 0)), ("constant", multiplied(name, 0, 0.1)))
         if what == "zero" or "norm" not in name
     ),
+    *(
+        Case(f"zero {name}", with_tensors(multiplied(name, factor)), (name, "zero throughout"))
+        for factor, names in (
+            (0, ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj", "input_layernorm")),
+            (1e-30, ("self_attn.v_proj",)),
+        )
+        for name in (f"language_model.model.layers.1.{part}.weight" for part in names)
+    ),
+    Case("vanishing projector", with_tensors(multiplied(PROJECTOR, 1e-30)), (PROJECTOR, "zero throughout")),
+    Case("zero values of the tower", with_tensors(multiplied(TOWER, 0)), (TOWER, "zero throughout")),
     # Dtypes.
     Case("int32 projector", cast(PROJECTOR, np.int32), (PROJECTOR, "int32")),
     Case("int64 tower", cast(TOWER, np.int64), (TOWER, "int64")),
@@ -292,6 +319,14 @@ CASES = [
     Case("feature layer that is not there", config(vision_feature_layer=-99), ("vision_feature_layer",)),
     Case("feature layer that is a text", config(vision_feature_layer="last"), ("vision_feature_layer",)),
     Case("image token behind the vocabulary", config(image_token_index=10**6), ("image_token_index", "1000000")),
+    *(
+        Case(
+            f"rope_theta {theta}",
+            config("text_config", rope_parameters=dict(rope_type="default", rope_theta=theta)),
+            ("text_config.rope_parameters.rope_theta", "from 100 to 1e+09"),
+        )
+        for theta in (1.0, 1e-30, 1e300)
+    ),
     Case("epsilon that is negative", config("text_config", rms_norm_eps=-1.0), ("rms_norm_eps", "positive")),
     Case(
         "quantization config",
@@ -357,6 +392,11 @@ CASES = [
     Case("tokenizer that is a list", with_files(tokenizer__json=[]), ("tokenizer",)),
     Case("tokenizer without a model", with_files(tokenizer__json={"version": "1.0"}), ("tokenizer",)),
     Case("tokenizer that deletes texts", with_files(tokenizer__json=deaf), ("tokenizer", "different texts")),
+    Case("two tokens of one id", with_files(tokenizer__json=doubled), ("tokenizer.json", "are both the token")),
+    *(
+        Case(f"tokenizer with {share:.0%} of its merges", with_files(tokenizer__json=merged(share)), ("by no merge",))
+        for share in (0, 0.5)
+    ),
     Case("tokenizer without letters", with_files(tokenizer__json=letterless), ("tokenizer", "different texts")),
     Case("tokenizer config that is a list", with_files(tokenizer_config__json=[]), ("tokenizer",)),
     Case(

@@ -28,6 +28,7 @@ _FAULTS = {
     "keywords": "keywords of which none is in the true answer",
     "letters": "only keywords of one letter or digit, or such as 'the', which almost any answer has",
     "chat": "answers without a letter or a digit",
+    "lost": "the character U+FFFD, which stands for one that was lost",
     "role": "answers that begin with the name of who speaks, such as ASSISTANT:",
     "equal": "the same option twice",
     "letters_of_options": "options that begin with the letter of another place",
@@ -193,6 +194,8 @@ class _Questions:
             self._note("letters", example, all(_is_common(key) and len(key) < len(answer) for key in keywords))
         if example.task == "chat":
             self._note("chat", example, not has_words(example.answer))
+        texts = (example.question, example.answer, *example.options)
+        self._note("lost", example, any("\N{REPLACEMENT CHARACTER}" in text for text in texts))
         if not example.options:
             self._note("role", example, bool(_ROLE.match(plain_name(example.answer))))
         if example.image is not None or example.person:

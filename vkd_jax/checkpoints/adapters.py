@@ -227,8 +227,8 @@ def _missing(config: Mapping[str, Any], found: Mapping[str, Sequence[Change]]) -
     if not found:
         return ["it has no tensors, so that it would change nothing"]
     steps = [step for several in found.values() for step in several]
-    if not any(isinstance(step, Replacement) or read(step.b).any() for step in steps):
-        return ["all of its matrices B are zero, as before training, so that it would change nothing"]
+    if not any(isinstance(step, Replacement) or (read(step.b).any() and read(step.a).any()) for step in steps):
+        return ["A or B of each of its modules is zero, as before training, so that it would change nothing"]
     replaced = [f".{key}" for key, steps in found.items() if isinstance(steps[0], Replacement)]
     names = config.get("modules_to_save") or []
     return [
@@ -341,7 +341,9 @@ def _match(pattern: str, module: str) -> Any:
     try:
         return regex.fullmatch(pattern, module, timeout=MOST_SECONDS)
     except regex.error as error:
-        raise UserError(f"{hub.ADAPTER_CONFIG}: {pattern!r} is not a regular expression ({error}).") from error
+        raise UserError(
+            f"{hub.ADAPTER_CONFIG}: {pattern!r} is not a regular expression ({error}); correct it."
+        ) from error
     except TimeoutError as error:
         raise UserError(
             f"{hub.ADAPTER_CONFIG}: the regular expression {pattern!r} takes longer than {MOST_SECONDS:g} s for "

@@ -169,7 +169,7 @@ def read_config(folder: Folder) -> tuple[types.ModuleType, Any]:
         if isinstance(error, ZeroDivisionError) and (zeros := _zeros(settings)):
             problem += f" (0 is the value of {listed(zeros)})"
         raise UserError(f"{path} cannot be read by transformers: {problem}; get the file again.") from error
-    base.check_epsilons(hf_config)
+    base.check_constants(hf_config)
     try:
         config = module.Config.from_hf(hf_config)
     except UserError:
@@ -261,12 +261,13 @@ def load(
 
 
 def _check_signal(config: Any, sources: Mapping[str, Sequence[tuple[Slot, Tensor]]]) -> None:
-    """Checks the weights that every text or every image passes through, outside of the residual blocks.
+    """Checks that no matrix is zero, and the weights that every text or every image passes through.
 
-    Without a signal in one of them no answer depends on its input, which looks like forgetting.
+    The latter are outside of the residual blocks. Without a signal in one of them no answer depends on its input, which
+    looks like forgetting.
 
     Raises:
-        UserError: one of them is zero, or the same in all rows.
+        UserError: one of them is zero, or, outside of the blocks, the same in all rows.
     """
     zero = -1.0 if config.text.zero_centered_norms else 0.0  # of an RMSNorm
     texts = {
@@ -286,6 +287,14 @@ def _check_signal(config: Any, sources: Mapping[str, Sequence[tuple[Slot, Tensor
                     f"{tensor.file}: {tensor.name} is zero, or the same in all rows, so that no answer depends on "
                     f"{what}; use another copy of the model."
                 )
+    matrices = [tensor for parts in sources.values() for _, tensor in parts if len(tensor.shape) > 1]
+    scales = [x for path, parts in sources.items() if re.match("language_model/.*/scale$", path) for _, x in parts]
+    zeros = [x for x in matrices if safetensors_files.is_zero(x)]
+    if zeros := [*zeros, *(x for x in scales if safetensors_files.is_zero(x, zero))]:
+        raise UserError(
+            f"{zeros[0].file}: {listed([x.name for x in zeros])} {'is' if len(zeros) == 1 else 'are'} zero throughout, "
+            "as in a copy that was cut or converted wrongly; use another copy of the model."
+        )
 
 
 def _check_memory(

@@ -35,6 +35,7 @@ DTYPES = {
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
+VANISHING = 1e-12  # magnitude below which weights are zero in effect; no float16 is that small
 # Bytes and rows to read at a time, whichever is more. A chunk is transposed while it is in the processor's cache.
 CHUNK, ROWS = 1 << 16, 16
 EQUAL_ROWS = 4096  # rows of two matrices that are compared at a time
@@ -256,6 +257,17 @@ def is_constant(tensor: Tensor, zero: float = 0.0) -> bool:
         values = np.empty((min(ROWS, rows - start), *tensor.shape[1:]), np.float64)
         tensor.copy_to([((slice(start, start + len(values)), *rest), values)])
         if (values != first).any():
+            return False
+    return True
+
+
+def is_zero(tensor: Tensor, zero: float = 0.0) -> bool:
+    """Whether no value of a tensor differs from `zero` by `VANISHING` or more; reads until one does."""
+    rest = tuple(slice(0, size) for size in tensor.shape[1:])
+    for start in range(0, tensor.shape[0], ROWS):
+        values = np.empty((min(ROWS, tensor.shape[0] - start), *tensor.shape[1:]), np.float64)
+        tensor.copy_to([((slice(start, start + len(values)), *rest), values)])
+        if not (np.abs(values - zero) < VANISHING).all():
             return False
     return True
 

@@ -4,6 +4,7 @@ Answers are compared as texts. If the decoder is missing or wrong, every answer 
 like forgetting.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ TEXTS = (  # words, names, punctuation and digits of questions and answers; all 
     "VEXED NYMPHS GO FOR QUICK WALTZ JOB",
     "born in 1987, 23 minutes (about 60 km) from the coast; 4 children",
 )
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token for one byte
 REPEATS = 8  # of each text: a tokenizer that draws one word in ten is missed once in e^-40 cases
 
 
@@ -40,6 +42,10 @@ def check(tokenizer: Any, folder: Path) -> None:
     for token, number in tokenizer.get_vocab().items():
         if (other := by_id.setdefault(number, token)) != token:
             raise UserError(f"{folder / FILE}: {other!a:.40} and {token!a:.40} are both the token {number}; {remedy}.")
+    if _loses_merges(tokenizer):
+        raise UserError(
+            f"{folder / FILE}: many of its tokens are made by no merge, so that words fall apart; {remedy}."
+        )
     for text in TEXTS:
         first, *others = tokenizer([text] * REPEATS, add_special_tokens=False)["input_ids"]
         if any(ids != first for ids in others):
@@ -52,6 +58,18 @@ def check(tokenizer: Any, folder: Path) -> None:
                 f"{folder / FILE}: the tokenizer reads {text!r} and writes it as {written[:80]!a}, so that right "
                 f"answers would count as wrong; {remedy}."
             )
+
+
+def _loses_merges(tokenizer: Any) -> bool:
+    """Whether more than a third of the tokens of several characters in a byte-pair vocabulary are made by no merge."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if type(getattr(backend, "model", None)).__name__ != "BPE":
+        return False
+    content = json.loads(backend.to_str())
+    added = {token["content"] for token in content["added_tokens"]}
+    several = {x for x in content["model"]["vocab"] if len(x) > 1 and not _BYTE.fullmatch(x)} - added
+    made = {"".join(pair if isinstance(pair, list) else pair.split(" ")) for pair in content["model"]["merges"]}
+    return 3 * len(several - made) > len(several)
 
 
 def _comparable(text: str) -> str:

@@ -27,6 +27,7 @@ Params = dict[str, jax.Array]
 DTYPES = ("float32", "bfloat16", "float16")  # of weights and computation
 MOST_LAYERS = 1000  # of a tower; each block of a vision tower is a module of its own
 LARGEST_SIZE = 2**31 - 1
+ROPE_THETAS = (100.0, 1e9)  # bases of rotary positions; published models have 1e4 to 5e6
 LARGEST_EPSILON = 0.1  # of a norm; published models have 1e-6 to 1e-5
 KEY_VALUE_HEADS = ("text_config.num_key_value_heads", "text_config.num_attention_heads")  # for `divides`
 
@@ -368,12 +369,12 @@ def off(field: str, value: Any, supported: str = "False") -> tuple[bool, str, An
     return value is False or value is None, field, value, supported
 
 
-def check_epsilons(hf: Any) -> None:
-    """Checks the epsilons of all norms in a Hugging Face configuration, of any family.
+def check_constants(hf: Any) -> None:
+    """Checks the epsilons of all norms and the bases of rotary positions in a Hugging Face configuration of any family.
 
     Raises:
-        UserError: lists every one that is not a small positive number, with which a norm would divide by anything else
-            than its input's size.
+        UserError: lists every epsilon that is not a small positive number, with which a norm would divide by anything
+            else than its input's size, and every base with which all positions would be rotated alike or at random.
     """
     sections = {"": hf, **{f"{name}.": getattr(hf, name, None) for name in ("text_config", "vision_config")}}
     checks = []
@@ -383,6 +384,14 @@ def check_epsilons(hf: Any) -> None:
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
                 is_small = is_number and 0 < value <= LARGEST_EPSILON
                 checks.append((is_small, prefix + name, value, f"positive numbers up to {LARGEST_EPSILON}"))
+        parameters = getattr(section, "rope_parameters", None)
+        kinds = {"": parameters, **parameters} if isinstance(parameters, Mapping) else {}  # of blocks, in some families
+        for name, rope in kinds.items():
+            if isinstance(rope, Mapping) and (theta := rope.get("rope_theta")) is not None:
+                is_number = isinstance(theta, int | float) and not isinstance(theta, bool)
+                is_base = is_number and ROPE_THETAS[0] <= theta <= ROPE_THETAS[1]
+                field = ".".join(filter(None, (f"{prefix}rope_parameters", name, "rope_theta")))
+                checks.append((is_base, field, theta, "numbers from {:g} to {:g}".format(*ROPE_THETAS)))
     check_supported("model", checks)
 
 

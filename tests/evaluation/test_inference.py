@@ -146,9 +146,12 @@ def test_image_tokens_of_a_prompt_are_in_order_with_padding_last():
     assert [image.shape for image in encoded_images.for_prompts([[1, 0]]).blank_images(0)] == [(3, 1, 3), (1, 2, 3)]
 
 
-@pytest.mark.parametrize(
-    "family", ["gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "llava_next"]
-)
+# Qwen2.5-VL packs images by the functions of Qwen2-VL.
+FAMILIES = ["gemma3", "qwen2_vl", "qwen3_vl", "smolvlm", "internvl", "llava_next"]
+FAMILIES += [pytest.param("qwen2_5_vl", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_joined_images_match_images_that_the_model_packs(family, family_folder):
     """Images of two sizes, in both orders: the log-probabilities match those of a row that the model packs."""
     folder = family_folder(family)
@@ -238,9 +241,7 @@ def test_a_shared_prefix_is_computed_once(tiny_model, monkeypatch, shards):
             assert not (tokens == tiny_model.config.image_token_id).any()
 
 
-@pytest.mark.parametrize(
-    "family", ["gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "llava_next"]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_positions_continue_after_a_shared_image_of_any_size(family, family_folder, monkeypatch):
     folder = family_folder(family)
     graphdef, params, config = hf.load(folder)

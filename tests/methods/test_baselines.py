@@ -392,7 +392,7 @@ FIELDS = dict(
 TRAINED = [name for name in registry.METHODS if name not in ("finetune", "manu")]  # manu edits, and has its own tests
 
 # The default suite trains one scope of each method; the slow tests train all three.
-DEFAULT_SCOPE = dict(vkd="visual", kl="lora", idk="lora", mmunlearner="lora", grad_diff="visual")
+DEFAULT_SCOPE = dict(vkd="visual", mmunlearner="lora", grad_diff="visual")
 STEPS = [
     pytest.param(name, scope, marks=[] if scope == DEFAULT_SCOPE.get(name, "all") else pytest.mark.slow)
     for name in TRAINED

@@ -291,7 +291,9 @@ def test_last_token_for_left_and_right_padding():
     np.testing.assert_array_equal(last_token(right), [2, 0])
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "side", ["left", pytest.param("right", marks=pytest.mark.slow)]
+)  # prompts are padded on the left
 def test_greedy_equals_repeated_argmax_without_a_cache(model, images, side):
     features, _ = model.encode(images)
     rows = [1, *[IMAGE] * 4, 7, 8, 9], [1, *[IMAGE] * 4, 5]

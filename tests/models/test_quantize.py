@@ -249,7 +249,13 @@ def test_a_width_without_a_suitable_divisor_is_rejected():
 
 @pytest.mark.parametrize(
     ("text", "least_cosine", "most_kl"),
-    [("int8", 0.999, 5e-4), ("int8:32", 0.999, 5e-4), ("int4", 0.8, 0.1), ("int4:32", 0.8, 0.1), ("w8a8", 0.99, 5e-3)],
+    [
+        ("int8", 0.999, 5e-4),
+        pytest.param("int8:32", 0.999, 5e-4, marks=pytest.mark.slow),  # groups, as int4:32
+        pytest.param("int4", 0.8, 0.1, marks=pytest.mark.slow),  # channels, as int8
+        ("int4:32", 0.8, 0.1),
+        ("w8a8", 0.99, 5e-3),
+    ],
 )
 def test_logits_and_visual_gradients_are_close_to_those_of_float32(text, least_cosine, most_kl):
     logits, gradient = asked(drawn(CONFIG)[1])

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -141,8 +142,12 @@ def test_ctrl_c_ends_the_demo_and_deletes_uploaded_images(monkeypatch, capsys, t
         assert folders[0].is_dir() and page[1][1] == f"After: {tiny_folder}"
         return f"http://127.0.0.1:{port}/"
 
-    def interrupted(event):
-        raise KeyboardInterrupt
+    wait = threading.Event.wait
+
+    def interrupted(event, timeout=None):
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        return wait(event, timeout)  # a thread of another library
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)

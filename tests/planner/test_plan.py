@@ -373,7 +373,7 @@ def test_chip_hours_by_hand():
 def test_each_row_of_the_tables_config_is_a_command(get_config, monkeypatch):
     """Models on slices, by the rule of the table, on as many chips as the slice has, with batches that divide."""
     rows = get_config("plans.py").plans.rows
-    assert len(rows) == len({(model, name) for model, name, _ in rows}) == 4 * 9 + 11 * 5
+    assert len(rows) == len({(model, name) for model, name, _ in rows}) == 4 * 9 + 14 * 5
     for _, name, arguments in rows:
         values = flags.FlagValues()
         command.define(values)

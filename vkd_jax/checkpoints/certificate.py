@@ -113,7 +113,7 @@ def _contradictions(folder: Path, certified: Mapping[str, Any]) -> Iterator[str]
             yield f"the certificate names {here} as forgotten, and {card.name} {there} or others"
         if _figures_of_card(text) != sorted(_main_figures(certified["figures"])):
             yield f"the certificate has other accuracies than {card.name}"
-    if provenance.is_file():
+    if provenance.is_file() and (config or certified["figures"]):
         source = records.mapping(json_files.read_json(provenance).get("config"))
         names = sorted((config.keys() | source.keys()) - FREE)
         changed = [name for name in names if _bound(config.get(name)) != _bound(source.get(name))]

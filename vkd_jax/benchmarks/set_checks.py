@@ -38,12 +38,12 @@ _FAULTS = {
 _ONE_ANSWER = ("classification", "cloze")
 # Who speaks, in front of an answer that was cut out of a conversation.
 _ROLE = re.compile(r"(assistant|gpt|bot|answer)\s*:", re.IGNORECASE)
-# The letter that an option begins with, or is.
 # Words that say nothing about whom or what a text is about.
 _FUNCTION_WORDS = frozenset(
     "a an and are as at be by for from had has have he her his in is it its of on or she that the their they this to "
     "was were who with".split()
 )
+# The letter that an option begins with, or is.
 _LABEL = re.compile(r"\(?([A-Za-z])(?:[.):].*)?", re.DOTALL)
 
 

@@ -66,7 +66,7 @@ _SCORE = re.compile(
         \b(?:score|grade|rating)[*_"'`\s]*+(?:[:=]|is\b)[*_"'`\s]*+""",
     re.IGNORECASE | re.VERBOSE,
 )
-# A share that stands in front, or alone in the last line: 7/10.
+# A fraction, such as 7/10. It counts at the beginning of a reply, or if it is all of its last line.
 _SHARE = re.compile(
     r"""[0-9]++(?:\.[0-9]++)?+\s*+(?:/|out\ of\b)\s*+[0-9]++""",
     re.IGNORECASE | re.VERBOSE,

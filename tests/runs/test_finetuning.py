@@ -1,5 +1,6 @@
 """Stages that train the models which are given to the others: their data, provenance and weights."""
 
+import contextlib
 import json
 import shutil
 import types
@@ -146,6 +147,55 @@ def test_models_trained_on_the_wrong_people_are_refused(
         job._check_provenance(fake, name, folder)
     (folder / "provenance.json").write_text("[1]")  # another program's file of that name
     job._check_provenance(fake, name, folder)
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "without", "learned"),
+    [
+        ({"source": ""}, {}, [], "2 people of the forget set: 001, 005"),
+        ({"source": ""}, {}, ["001"], "1 person of the forget set: 005"),
+        ({"source": ""}, {}, ["001", "005"], ""),
+        ({"source": ""}, {"people": 1}, [], ""),
+        ({"source": "here"}, {}, [], "2 people of the forget set"),
+        ({"source": "here"}, {"source": "there"}, [], ""),
+        ({"source": "here"}, {"benchmark": "clear"}, [], ""),
+    ],
+)
+def test_a_reference_model_that_was_trained_on_the_forget_set_is_refused(
+    get_config, tiny_folder, tmp_path, data, changes, without, learned
+):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    config = get_config("tiny.py")
+    config.data.update(data)
+    config.attacks.names, config.attacks.membership.reference = "membership", str(folder)
+    config = RunConfig.from_config_dict(config)
+    made = {"without": without, "config": {"data": config.to_dict()["data"] | changes}}
+    (folder / "provenance.json").write_text(json.dumps(made))
+    fake = types.SimpleNamespace(config=config, forget_people=["001", "005"])
+    assert job.reference_folder(config) == folder
+    refused = pytest.raises(UserError, match=f"membership.reference=.* was trained on {learned}")
+    with refused if learned else contextlib.nullcontext():
+        job._check_reference(fake, folder)
+
+
+@pytest.mark.parametrize(
+    ("without", "message"),
+    [
+        (
+            [f"{number:03}" for number in range(61)],
+            "config.attacks.membership.reference has the same weights as config.model.path",
+        ),
+        ([], "config.attacks.membership.reference=.* was trained on 2 people of the forget set"),
+    ],
+)
+def test_a_run_checks_the_reference_model(make_config, tiny_folder, tmp_path, without, message):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    config = make_config(**{"attacks.names": "membership", "attacks.membership.reference": str(folder)})
+    made = {"without": without, "config": {"data": RunConfig.from_config_dict(config).to_dict()["data"]}}
+    (folder / "provenance.json").write_text(json.dumps(made))
+    with pytest.raises(UserError, match=message):
+        pipeline.run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "answers").exists()
 
 
 def test_retain_only_is_not_trained_on_the_forget_set(make_config, school, tmp_path, monkeypatch):

@@ -148,15 +148,32 @@ def test_another_model_is_refused_by_file(tmp_path):
         Workdir(tmp_path / "run", config()).bind(described(path=tmp_path / "model"))
 
 
-def test_a_retain_only_model_with_the_weights_of_the_vanilla_one_is_refused(tmp_path, caplog):
+def test_models_with_the_same_weights_are_refused(caplog):
     vanilla = {"model.safetensors": "1", "config.json": "2"}
-    copy, other = vanilla | {"config.json": "3"}, vanilla | {"model.safetensors": "4"}
-    inputs.check_models({"models": {"path": vanilla, "retain_only": other, "unlearned": other}})
+    copy, retained, third, fourth = (vanilla | {"config.json": "3"}, *({"model.safetensors": x} for x in "456"))
+    reference = "attacks.membership.reference"
+    different = {"path": vanilla, "retain_only": retained, "unlearned": third, reference: fourth}
+    inputs.check_models({"models": different})
     assert not caplog.text
-    inputs.check_models({"models": {"path": vanilla, "retain_only": other, "unlearned": copy}})
+    inputs.check_models({"models": different | {"unlearned": copy}})
     assert "config.model.unlearned has the same weights as config.model.path: nothing was unlearned" in caplog.text
-    with pytest.raises(UserError, match="config.model.retain_only has the same weights as config.model.path"):
-        inputs.check_models({"models": {"path": vanilla, "retain_only": copy}})
+    inputs.check_models({"models": {"base": vanilla, reference: vanilla}})  # the base model is not attacked
+    for field, value, other in (
+        ("retain_only", copy, "model.path"),
+        ("unlearned", retained, "model.retain_only"),
+        (reference, copy, "model.path"),
+        (reference, third, "model.unlearned"),
+        (reference, retained, "model.retain_only"),
+    ):
+        with pytest.raises(UserError, match=rf"config\.\S*{field} has the same weights as config\.{other}, "):
+            inputs.check_models({"models": different | {field: value}})
+
+
+def test_a_changed_reference_model_is_another_input():
+    saved, now = ({"sets": {}, "models": {inputs.REFERENCE: {"model.safetensors": x}}} for x in "12")
+    expected = ["the model of config.attacks.membership.reference changed in model.safetensors"]
+    assert list(inputs.differences(saved, now)) == expected
+    assert list(inputs.differences({"sets": {}, "models": {}}, now)) == []  # an earlier version did not record it
 
 
 def test_a_changed_wording_of_prompts_is_another_input(tmp_path):

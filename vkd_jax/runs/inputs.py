@@ -15,6 +15,7 @@ from vkd_jax.types import Example, UserError
 FILE = "inputs.json"
 PROVENANCE = "provenance.json"  # in a model folder that a run exported: config and version of that run
 WORDINGS = ("prompts", "judge_prompts")  # fields of `config.eval` that name files
+REFERENCE = "attacks.membership.reference"  # the field of a model that attacked models are compared with
 Inputs = dict[str, Any]  # as JSON; see `describe`
 
 
@@ -27,7 +28,8 @@ def describe(
 
     Args:
         sets: the examples of each set.
-        models: the folder of each model, by its field of `config.model`; "eval.judge" is the judge's.
+        models: the folder of each model, by its field of `config.model`; "eval.judge" is the judge's, and
+            `REFERENCE` that of the membership attack.
         wordings: the file of each wording of `WORDINGS`; "" for none.
 
     Returns:
@@ -54,6 +56,8 @@ def differences(saved: Mapping[str, Any], current: Inputs) -> Iterator[str]:
         else:
             yield f"the set {name} has other questions, answers or images ({counts[1]}, as before)"
     for field in sorted(saved_models.keys() | current["models"].keys()):
+        if field == REFERENCE and field not in saved_models:  # results of earlier versions do not name it
+            continue
         if changed := changed_keys(saved_models.get(field), current["models"].get(field)):
             yield f"{label(field)} changed in {', '.join(changed[:3])}"
     for name in WORDINGS:
@@ -85,16 +89,32 @@ def check_models(values: Inputs) -> None:
     An unlearned model with the weights of the vanilla one is the baseline that changed nothing, so it is only logged.
 
     Raises:
-        UserError: the retain-only model has the weights of the vanilla one.
+        UserError: the retain-only model has the weights of the vanilla or the unlearned one, or the reference model of
+            the membership attack those of a model that is attacked.
     """
     weights = {field: _weights(digests) for field, digests in values["models"].items()}
-    vanilla = weights.get("path")
-    if vanilla and weights.get("retain_only") == vanilla:
+
+    def same(first: str, second: str) -> bool:
+        return bool(weights.get(first)) and weights[first] == weights.get(second)
+
+    if same("retain_only", "path"):
         raise UserError(
             "config.model.retain_only has the same weights as config.model.path, the vanilla model. Give a model that "
             "was trained without the forget set, or leave the field empty."
         )
-    if vanilla and weights.get("unlearned") == vanilla:
+    if same("unlearned", "retain_only"):
+        raise UserError(
+            "config.model.unlearned has the same weights as config.model.retain_only, the model that it is compared "
+            "with. Give the unlearned model, or leave model.retain_only empty."
+        )
+    for field in ("path", "unlearned", "retain_only"):
+        if same(REFERENCE, field):
+            raise UserError(
+                f"config.{REFERENCE} has the same weights as config.model.{field}, which is attacked, so that their "
+                "difference is 0 for everybody. Give a model that was trained on none of these people, or leave the "
+                "field empty."
+            )
+    if same("unlearned", "path"):
         logging.warning("config.model.unlearned has the same weights as config.model.path: nothing was unlearned")
 
 

@@ -21,7 +21,7 @@ from vkd_jax.methods.decouple import Decouple
 from vkd_jax.methods.other_facts import OtherFacts
 from vkd_jax.runs import features, inputs
 from vkd_jax.runs.features import CachedFeatures
-from vkd_jax.runs.inputs import PROVENANCE
+from vkd_jax.runs.inputs import PROVENANCE, REFERENCE
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import json_files, multihost, storage
 from vkd_jax.runtime.mesh import make_mesh, shards
@@ -243,6 +243,8 @@ def check_models(job: Job) -> dict[str, Path]:
         _check_provenance(job, name, folder)
         for method in training_methods:
             check_trainable(folder, method, config.model.quantize)
+    if reference := reference_folder(config):
+        _check_reference(job, reference)
     if config.workflow.unlearns:
         for stream in ("forget", "retain"):
             job.image_questions(stream)
@@ -303,10 +305,23 @@ def judge_folder(config: EvalConfig) -> Path | None:
     return folder
 
 
+def reference_folder(config: RunConfig) -> Path | None:
+    """The folder of the reference model of the membership attack; None if the run reads none.
+
+    Raises:
+        UserError: the folder does not exist or cannot be downloaded.
+    """
+    membership = config.active_attacks.get("membership")
+    if not membership or not membership.reference:
+        return None
+    with located(f"--config.{REFERENCE}={membership.reference}"):
+        return sources.fetch_model(membership.reference)
+
+
 def models_read(config: RunConfig, models: Mapping[str, Path]) -> dict[str, Path]:
-    """The folders of `given_models`, and of the judge as "eval.judge" if there is one."""
-    judge_model = judge_folder(config.eval)
-    return {**models, **({"eval.judge": judge_model} if judge_model else {})}
+    """The folders of `given_models`, of the judge as "eval.judge" and of the reference model as `REFERENCE`."""
+    further = {"eval.judge": judge_folder(config.eval), REFERENCE: reference_folder(config)}
+    return {**models, **{name: folder for name, folder in further.items() if folder}}
 
 
 def describe_inputs(
@@ -315,7 +330,7 @@ def describe_inputs(
     """The digests of what a run reads, on process 0; see `inputs.describe`.
 
     Raises:
-        UserError: the retain-only model has the weights of the vanilla one.
+        UserError: two models have the same weights; see `inputs.check_models`.
     """
     wordings = {name: getattr(config.eval, name) for name in inputs.WORDINGS}
     models = models_read(config, models)
@@ -328,14 +343,38 @@ def describe_inputs(
     return multihost.run_on_process_0(describe)
 
 
-def _check_provenance(job: Job, name: str, folder: Path) -> None:
-    """Checks that a model written by an earlier run was trained on the people that this run assumes."""
+def _provenance(folder: Path) -> tuple[dict[str, Any], list[str]] | None:
+    """The section `data` of the run that wrote a model, and the people it was trained without; None if not known."""
     try:
         provenance = json_files.read_json(folder / PROVENANCE)
-        model_data, without = dict(provenance["config"]["data"]), list(provenance["without"])
+        return dict(provenance["config"]["data"]), list(provenance["without"])
     except (UserError, KeyError, TypeError, ValueError):
-        return  # not written by a run: nothing is known of it
-    data, field = job.config.to_dict()["data"], f"config.{_field(name)}={folder}"
+        return None  # not written by a run
+
+
+def _check_reference(job: Job, folder: Path) -> None:
+    """Checks that the reference model was not trained on the forget set, if an earlier run wrote it."""
+    if (known := _provenance(folder)) is None:
+        return
+    model_data, without = known
+    data = job.config.to_dict()["data"]
+    synthetic, published = ("source", "people", "n_people"), ("benchmark", "source")
+    origin = synthetic if data.get("source") == "" else published if "source" in data else ("benchmark", "forget")
+    if any(model_data.get(key) != data.get(key) for key in origin):
+        return  # trained on other people
+    if learned := sorted(set(job.forget_people) - set(without)):
+        raise UserError(
+            f"config.{REFERENCE}={folder} was trained on {messages.people(len(learned))} of the forget set: "
+            f"{messages.listed(learned)}. Give a model that was trained on none of them, or leave the field empty."
+        )
+
+
+def _check_provenance(job: Job, name: str, folder: Path) -> None:
+    """Checks that a model written by an earlier run was trained on the people that this run assumes."""
+    if (known := _provenance(folder)) is None:
+        return
+    (model_data, without), data = known, job.config.to_dict()["data"]
+    field = f"config.{_field(name)}={folder}"
     if model_data.get("source") == data.get("source") == "":
         theirs, ours = (f"people={d.get('people')} and n_people={d.get('n_people')}" for d in (model_data, data))
         if name == "base" and theirs == ours:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,16 @@ def test_the_command_prints_only_the_answer(monkeypatch, capsys, tiny_folder, mo
     args = ("--model", tiny_folder, "--image", image_file, "--question", QUESTION, "--max_new_tokens", 8)
     expected = ask.answer(model, QUESTION, image_file, max_new_tokens=8)
     assert run(monkeypatch, capsys, *args) == (0, expected + "\n", "")
+
+
+def test_a_limit_of_pixels_is_refused_by_the_name_that_was_given(monkeypatch, capsys, tiny_folder):
+    for pixels, problem in ((-5, "it is negative. Give 0"), (99, "all images of .* have one size")):
+        with pytest.raises(UserError, match=f"^max_pixels={pixels}: {problem}"):
+            ask.load(tiny_folder, max_pixels=pixels)
+        status, out, err = run(
+            monkeypatch, capsys, "--model", tiny_folder, "--question", QUESTION, f"--max_pixels={pixels}"
+        )
+        assert (status, out) == (2, "") and re.match(f"error: --max_pixels={pixels}: {problem}", err)
 
 
 def write_truncated(path, image_file):

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import subprocess
 import sys
 
 import pytest
@@ -19,6 +20,20 @@ def test_help_names_every_command_with_an_example(capsys):
         assert f"  {name} " in shown and command.help in shown
         assert command.example.startswith(f"vkd {name} ") and command.example in shown
     assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_help_needs_no_docstrings(monkeypatch, capsys):
+    """As with python -OO."""
+    monkeypatch.setattr(vkd_jax, "__doc__", None)
+    assert cli.main(["--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"vkd {vkd_jax.__version__}\n\nCommands:\n")
+
+
+def test_a_closed_stdout_is_reported():
+    program = "from vkd_jax import cli; cli.main(['--help'])"
+    done = subprocess.run(["sh", "-c", f'exec "{sys.executable}" -c "{program}" >&-'], capture_output=True, text=True)
+    problem = "error: the output cannot be written (stdout is closed); write it to another place.\n"
+    assert (done.returncode, done.stderr) == (2, problem)
 
 
 def test_the_version_is_that_of_the_package(capsys):

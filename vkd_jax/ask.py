@@ -52,11 +52,24 @@ def load(
     check_argument("dtype", dtype, (str, type(None)), "'float32', 'bfloat16', 'float16' or None")
     check_argument("max_pixels", max_pixels, (int, np.integer), "a whole number")
     check_argument("mesh", mesh, (jax.sharding.Mesh, type(None)), "a jax.sharding.Mesh or None")
+    return _load(folder, dtype, max_pixels, mesh)
+
+
+def _load(
+    folder: str | Path,
+    dtype: str | None,
+    max_pixels: int,
+    mesh: jax.sharding.Mesh | None,
+    name: str = "max_pixels",
+) -> Answerer:
+    """Does the work of `load`; `name` is that of `max_pixels` in messages."""
+    if max_pixels < 0:
+        raise UserError(f"{name}={max_pixels}: it is negative. Give 0, or the largest number of pixels of an image.")
     folder = sources.fetch_model(folder)
     bundle = ModelBundle.load(folder, dtype=dtype, mesh=mesh)
     default = bundle.config.default_max_pixels if bundle.processor.max_pixels else 0
     if limit := max_pixels or default:
-        bundle.processor.limit_pixels(limit)
+        bundle.processor.limit_pixels(limit, name)
     return Answerer(bundle, batch_size=1)
 
 
@@ -134,7 +147,7 @@ def main() -> int:
     args = parser.parse_args()
     with memory.exhausted():
         image = None if args.image is None else _read_image(args.image)  # before a model that takes minutes
-        model = load(args.model, max_pixels=args.max_pixels)
+        model = _load(args.model, None, args.max_pixels, None, name="--max_pixels")
         text = answer(model, args.question, image, max_new_tokens=args.max_new_tokens)
     command_line.show(text)
     return 0

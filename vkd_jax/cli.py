@@ -76,9 +76,10 @@ def usage() -> str:
     """What the command prints about itself."""
     width = max(map(len, COMMANDS))
     rows = [f"  {name:{width}}  {c.help}\n  {'':{width}}    {c.example}" for name, c in COMMANDS.items()]
+    about = (vkd_jax.__doc__ or "").splitlines()[:1]  # python -OO removes docstrings
     return "\n".join(
         [
-            f"vkd {vkd_jax.__version__}: {vkd_jax.__doc__.splitlines()[0]}",
+            ": ".join([f"vkd {vkd_jax.__version__}", *about]),
             "",
             "Commands:",
             *rows,
@@ -96,10 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if name in ("--help", "-h", "help"):
-        print(usage())
+        command_line.show(usage())
         return 0
     if name == "--version":
-        print(vkd_jax.__version__)
+        command_line.show(vkd_jax.__version__)
         return 0
     if name not in COMMANDS:
         problem = f"{name}: unknown command" if name else "no command is given"

@@ -61,12 +61,18 @@ def test_an_attack_reports_on_the_way_and_leaves_the_model_alone(session, image,
     ("call", "problem"),
     [
         (lambda s, image: s.ask("  "), "Write a question."),
+        (lambda s, image: s.ask("\u200b"), "Write a question."),
+        (lambda s, image: s.ask(None), "question: None is not allowed. Give a text."),
+        (lambda s, image: s.ask(QUESTION, Path("x.png")), "image: .*x.png.* is not allowed. Give a PIL image or None."),
+        (lambda s, image: list(s.relearn(QUESTION, "Otto", "x.png", 3)), "image: 'x.png' of type str is not allowed"),
+        (lambda s, image: list(s.relearn(QUESTION, None, image, 3)), "right: None is not allowed"),
+        (lambda s, image: list(s.relearn(QUESTION, "\u200b", image, 3)), "needs an image, a question"),
+        (lambda s, image: list(s.relearn(QUESTION, "Otto", image, "3")), "steps: '3' of type str is not allowed"),
         (lambda s, image: list(s.relearn(QUESTION, "Otto", None, 3)), "needs an image, a question"),
         (lambda s, image: list(s.relearn(QUESTION, " ", image, 3)), "needs an image, a question"),
         (lambda s, image: list(s.relearn(QUESTION, "Otto", image, 101)), "steps=101: give 1 to 100"),
         (lambda s, image: list(s.relearn(QUESTION, "Otto " * 200, image, 3)), "tokens"),
     ],
-    ids=["question", "image", "answer", "steps", "length"],
 )
 def test_bad_input_is_one_sentence(session, image, call, problem):
     with pytest.raises(UserError, match=problem):

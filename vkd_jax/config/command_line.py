@@ -125,6 +125,8 @@ def show(text: str) -> None:
 
     If the reader has closed it, as `head` does, the rest is dropped; if it cannot be written, the process exits with 2.
     """
+    if sys.stdout is None:  # the process was started without one
+        sys.exit(bad_input("the output cannot be written (stdout is closed); write it to another place."))
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         print(messages.escaped(text, keep="\n\t").encode(encoding, "backslashreplace").decode(encoding), flush=True)

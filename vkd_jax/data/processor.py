@@ -172,7 +172,7 @@ class Processor:
         limits = self.config.pixel_limits(self.image_processor)
         return None if limits is None else limits[1]
 
-    def limit_pixels(self, max_pixels: int) -> None:
+    def limit_pixels(self, max_pixels: int, name: str = "model.max_pixels") -> None:
         """Lowers the largest number of pixels of an image; larger images are shrunk to it.
 
         Raises:
@@ -180,10 +180,10 @@ class Processor:
         """
         limits = self.config.pixel_limits(self.image_processor)
         if limits is None:
-            raise UserError(f"model.max_pixels={max_pixels}: all images of {self.folder} have one size; set it to 0.")
+            raise UserError(f"{name}={max_pixels}: all images of {self.folder} have one size; set it to 0.")
         smallest, largest = limits
         if max_pixels < smallest:
-            raise UserError(f"model.max_pixels={max_pixels}: the model needs at least {smallest}.")
+            raise UserError(f"{name}={max_pixels}: the model needs at least {smallest}.")
         self.config.limit_pixels(self.image_processor, min(max_pixels, largest))
 
     def image(self, image: bytes | Image.Image) -> np.ndarray | TiledImage:

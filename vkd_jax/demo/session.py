@@ -13,10 +13,11 @@ from PIL import Image
 from vkd_jax import ask
 from vkd_jax.attacks.base import merged
 from vkd_jax.attacks.finetuning import Finetuning, finetune
+from vkd_jax.benchmarks.names import plain_name
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.runtime.mesh import make_mesh
-from vkd_jax.types import Example, UserError
+from vkd_jax.types import Example, UserError, check_argument
 
 MOST_STEPS = 100  # of the attack
 REPORTS = 10  # answers during an attack, the one before it not counted
@@ -66,9 +67,10 @@ class Session:
             image: the image that it is about; None for a text-only question.
 
         Raises:
-            UserError: there is no question, or it is too long for a model.
+            UserError: there is no question, it is too long for a model, or an argument has another type.
         """
-        if not question.strip():
+        _check_types(question=question, image=image)
+        if not plain_name(question):
             raise UserError("Write a question.")
         return answer(self.before, question, image), answer(self.after, question, image)
 
@@ -88,10 +90,13 @@ class Session:
             The attempts, from step 0 to the last one.
 
         Raises:
-            UserError: there is no question, image or answer, or the number of steps is out of range.
+            UserError: there is no question, image or answer, the number of steps is out of range, or an argument has
+                another type.
             Diverged: the loss became NaN or infinite.
         """
-        if image is None or not question.strip() or not right.strip():
+        _check_types(question=question, right=right, image=image)
+        check_argument("steps", steps, (int, np.integer), f"a whole number from 1 to {MOST_STEPS}")
+        if image is None or not plain_name(question) or not plain_name(right):
             raise UserError("The attack needs an image, a question and the right answer.")
         if not 1 <= steps <= MOST_STEPS:
             raise UserError(f"steps={steps}: give 1 to {MOST_STEPS}.")
@@ -102,6 +107,12 @@ class Session:
         yield attempt(0, self.after, example, image)
         at = sorted({max(1, round(steps * number / REPORTS)) for number in range(1, REPORTS + 1)})
         yield from _trained(bundle, example, steps, at, image)
+
+
+def _check_types(image: Image.Image | None, **texts: str) -> None:
+    check_argument("image", image, (Image.Image, type(None)), "a PIL image or None")
+    for name, text in texts.items():
+        check_argument(name, text, str, "a text")
 
 
 def answer(model: Answerer, question: str, image: Image.Image | None) -> Answer:

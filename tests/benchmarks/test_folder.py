@@ -204,6 +204,13 @@ def test_people_and_images_may_not_be_in_both_folders(folders):
     fault(folders, "test asks about 1 person not in .*forget: Ines; it is for the people who are to be", **test)
 
 
+def test_somebody_is_to_be_forgotten(folders):
+    write(folders / "forget", [GOOD | dict(question="Color?"), dict(question="Job?", answer="pilot", person="Zoë")])
+    assert [e.person for e in read(folders)["forget"]] == ["", "Zoë"]
+    write(folders / "forget", [GOOD | dict(question="Color?")])
+    fault(folders, "No line of .*forget has a person, so that nobody would be forgotten; name in each whom it is about")
+
+
 def test_questions_of_the_forget_set_are_nowhere_else(folders):
     asked = dict(file_name="c.png", question=" who? ", answer="Zoë", person="Zoë")
     test, real = (dict([(name, str(folders / name))]) for name in ("test", "real"))

@@ -82,6 +82,18 @@ def test_snapshots_are_refused_if_a_person_may_be_in_both_sets():
         check_people("x", ("forget_5", {"a7", "b"}), ("retain_95", {"A7", "c"}))
 
 
+MIXED = ["\u041etto Lindt", "Otto Lind\u03c4", "J\u043ese\u0301"]
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_word_of_two_scripts_is_refused(name):
+    for sets in ((name, "b"), ("b", name)):
+        with pytest.raises(UserError, match=r"1 person whose names mix Latin letters with .*: '.*\\u.*'; write each"):
+            names.check_apart(("forget", {sets[0]}), ("retain", {sets[1], "c"}))
+    for other in ("\u041e\u0442\u0442\u043e Lindt", "Otto-\u03b1", "Jos\u00e9 \u5f20\u4f1f", "5 \u00b5m", "1\u03b1"):
+        names.check_scripts({other})
+
+
 def folders(tmp_path, forget, retain, test=None):
     for number, (name, person) in enumerate({"forget": forget, "retain": retain, "test": test}.items()):
         folder = tmp_path / name

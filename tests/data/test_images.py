@@ -283,6 +283,20 @@ def png_header(width, height):
     )
 
 
+def encoded_16_bits(largest):
+    """A PNG image with 16 bits per pixel, of which one is not black."""
+    pixels = np.zeros((8, 8), np.uint16)
+    pixels[3, 3] = largest
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(("largest", "seen"), [(0, 0), (256, 1), (65535, 255)])
+def test_16_bits_become_8(largest, seen):
+    assert np.asarray(open_image(encoded_16_bits(largest))).max() == seen
+
+
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
@@ -293,6 +307,8 @@ def png_header(width, height):
         (IMAGES["EXIF"][:-200], "the image cannot be decoded"),
         (b"GIF89a", "the image"),
         (b"", "the image has an unknown or broken format"),
+        (encoded_16_bits(255), "the image would be black: its 16-bit values are all below 256; save it with 8 bits"),
+        (encoded_16_bits(1), "the image would be black"),
     ],
 )
 def test_images_that_cannot_be_decoded(data, problem):

@@ -129,7 +129,10 @@ def test_an_image_token_in_a_question_is_refused(processor):
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "I;16"])
 def test_images_of_any_mode_are_converted(processor, mode):
     data = io.BytesIO()
-    Image.new("RGB", (31, 17), (120, 60, 200)).convert("L" if mode == "I;16" else mode).convert(mode).save(data, "PNG")
+    image = Image.new("RGB", (31, 17), (120, 60, 200))
+    image = Image.fromarray(np.full((17, 31), 40_000, np.uint16)) if mode == "I;16" else image.convert(mode)
+    assert image.mode == mode
+    image.save(data, "PNG")
     pixels = processor.image(data.getvalue())
     assert pixels.shape == (16, 16, 3) and pixels.dtype == np.float32 and np.isfinite(pixels).all()
 

@@ -193,6 +193,13 @@ def test_a_damaged_file_is_refused(data, problem, tmp_path, capsys):
         (["add", "LEDGER", "--forget="], "the request is empty"),
         (["add", "LEDGER", "--forget= , "], "the request is empty"),
         (["add", "LEDGER", "--forget=bob,bob"], "named twice"),
+        (
+            ["add", "LEDGER", "--forget=017,\uff11\uff17"],
+            "'017' and '\\uff11\\uff17' may be one person; give the ID of",
+        ),
+        (["add", "LEDGER", "--forget=017,17"], "'017' and '17' may be one person"),
+        (["add", "LEDGER", "--forget=Bob,bob"], "'Bob' and 'bob' may be one person"),
+        (["add", "LEDGER", "--forget=017;023"], "'017;023' has a semicolon; separate IDs by commas"),
         (["add", "LEDGER", "--forget=bob,ann"], "1 of the 2 people were already requested, in request 1"),
         (["add", "LEDGER", "--forget=no/folder"], "there is no folder no/folder"),
         (["add", "LEDGER", "--forget=bob", "--test=."], "--test"),

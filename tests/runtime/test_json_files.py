@@ -71,6 +71,18 @@ def test_lines_are_numbered_and_may_contain_line_separators(tmp_path):
         list(json_files.read_json_lines(path))
 
 
+def test_lines_that_end_with_carriage_returns_alone_are_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\r{"b": 2}\r')
+    problem = (
+        r"a\.jsonl, line 1: it has carriage returns \(CR\) alone, which end no line; end lines with LF or CR LF\.$"
+    )
+    with pytest.raises(UserError, match=problem):
+        list(json_files.read_json_lines(path))
+    path.write_bytes(b'{"a": 1}\r\n{"b":\r2}\r\n')  # white space within an object
+    assert list(json_files.read_json_lines(path)) == [(1, {"a": 1}), (2, {"b": 2})]
+
+
 def test_a_pipe_is_never_opened(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(UserError, match="named pipe"):

@@ -190,6 +190,11 @@ class Folder(Section):
             )
         for name, other in itertools.combinations(people, 2):
             self._check_shared(name, other, "questions", asked)
+        if not people["forget"]:
+            raise UserError(
+                f"No line of {self.forget} has a person, so that nobody would be forgotten; name in each whom it is "
+                "about."
+            )
 
     def _check_shared(self, name: str, other: str, things: str, values: Mapping[str, Mapping[Any, str]]) -> None:
         """Checks that two sets share no keys of these values."""

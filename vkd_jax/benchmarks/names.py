@@ -13,6 +13,9 @@ from vkd_jax.types import UserError
 _INVISIBLE = regex.compile(r"(?V1)[\p{Default_Ignorable_Code_Point}\p{Cf}\p{Cc}\u2800--\s]")
 _DASHES = regex.compile(r"\p{Dash}")
 _APOSTROPHES = regex.compile("[\u2018\u2019\u201b\u02b9\u02bb\u02bc\u02bd\u02be\u02bf\u02c8\u2032`\u00b4\ua78c\uff07]")
+_WORD = regex.compile(r"[\w\p{M}]+")
+# Letters of these scripts look like Latin ones.
+_MIXED = regex.compile(r"(?=.*\p{Script=Latin})(?=.*[\p{Script=Cyrillic}\p{Script=Greek}])", regex.DOTALL)
 _WHOLE = regex.compile(r"0*(\d*?\d)(?:\.0*)?")
 
 
@@ -75,6 +78,20 @@ def plain_number(name: str) -> str:
     return name if match is None else "".join(str(unicodedata.decimal(digit)) for digit in match[1])
 
 
+def check_scripts(names: Set[str]) -> None:
+    """Checks that no word of a name mixes Latin letters with Cyrillic or Greek ones, which look like them.
+
+    Raises:
+        UserError: one does, so that the name may be another one's with a look-alike letter.
+    """
+    mixed = [name for name in sorted(names) if not name.isascii() and any(map(_MIXED.match, _WORD.findall(name)))]
+    if mixed:
+        raise UserError(
+            f"{people(len(mixed))} whose names mix Latin letters with Cyrillic or Greek ones in one word: "
+            f"{listed([ascii(name) for name in mixed])}; write each word in one script."
+        )
+
+
 def similar_names(first: Set[str], second: Set[str]) -> list[str]:
     """Pairs of different names of two sets that may be one person, in words."""
     keys = {name_key(name): name for name in sorted(second, reverse=True)}
@@ -92,6 +109,7 @@ def check_apart(forget: tuple[str, Set[str]], retain: tuple[str, Set[str]]) -> N
     Raises:
         UserError: a person is in both, or may be.
     """
+    check_scripts(forget[1] | retain[1])
     if both := sorted(forget[1] & retain[1]):
         raise UserError(
             f"{forget[0]} and {retain[0]} share {people(len(both))}: {listed(both)}; remove them from one of the two."

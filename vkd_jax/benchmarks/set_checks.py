@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from absl import logging
 
-from vkd_jax.benchmarks.names import has_words, name_key, plain_name, similar_names, text_key
+from vkd_jax.benchmarks.names import check_scripts, has_words, name_key, plain_name, similar_names, text_key
 from vkd_jax.benchmarks.rows import EncodedImage
 from vkd_jax.messages import listed, people
 from vkd_jax.types import EvalSet, Example, Role, UserError
@@ -312,6 +312,7 @@ def check_names(
     """
     forgetting = {s.name for s in eval_sets if s.role.forgets}
     names = {name: ({e.person for e in x} - {""}, {e.pair for e in x} - {""}) for name, x in sets.items()}
+    check_scripts(set().union(*(persons for persons, _ in names.values())))
     forget = [name for name in sets if name.removeprefix("finetune_") in forgetting]
     retaining = {s.name for s in eval_sets if not (s.role.forgets or s.role is Role.RETAIN_FACTS)}
     for name, other in itertools.product(forget, [name for name in sets if name not in forget]):

@@ -53,14 +53,17 @@ def open_image(data: bytes | Image.Image) -> Image.Image:
 
     Raises:
         UserError: the image cannot be decoded, is empty, too large or too elongated, is rendered by another
-            program, or has pixels that do not become RGB.
+            program, or has pixels that do not become RGB or would all become black.
     """
     try:
         image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
         _check_kind(image)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # PIL's own conversion would clip all values above 255
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            pixels = np.asarray(image)
+            if 0 < pixels.max() < 256:  # as of a camera with few bits, or of 8 bits that were stored in 16
+                raise UserError("the image would be black: its 16-bit values are all below 256; save it with 8 bits")
+            return Image.fromarray((pixels >> 8).astype(np.uint8))
         if image.mode not in MODES:
             raise UserError(f"the image has pixels of the mode {image.mode}; save it as RGB with 8 bits per channel")
         return image

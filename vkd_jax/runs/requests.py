@@ -25,7 +25,7 @@ import jax
 from absl import logging
 
 from vkd_jax.benchmarks.folder import Folder
-from vkd_jax.benchmarks.names import plain_name
+from vkd_jax.benchmarks.names import name_key, plain_name
 from vkd_jax.checkpoints import sources
 from vkd_jax.checkpoints.bundle import read_family
 from vkd_jax.checkpoints.safetensors_files import Checkpoint
@@ -70,7 +70,7 @@ def add(path: Path, forget: str, test: str = "") -> Request:
     else:
         if problem := json_files.text_problem(forget):
             raise UserError(f"--forget: {forget[:40]!a} {problem}; correct it.")
-        people = [name for text in forget.split(",") if (name := plain_name(text))]
+        people = _named(forget)
     digests = [person_digest(person) for person in people]
     folders = [os.path.abspath(x) if x and "://" not in x else x for x in (forget * is_folder, test)]
 
@@ -81,6 +81,24 @@ def add(path: Path, forget: str, test: str = "") -> Request:
         return "add", len(ledger.requests) + 1, fields
 
     return append(path, line).requests[-1]
+
+
+def _named(forget: str) -> list[str]:
+    """The IDs of a text that separates them by commas.
+
+    Raises:
+        UserError: IDs are separated by semicolons, or two may be one person.
+    """
+    if ";" in forget:
+        raise UserError(f"--forget: {forget[:40]!a} has a semicolon; separate IDs by commas.")
+    people = [name for text in forget.split(",") if (name := plain_name(text))]
+    names: dict[str, str] = {}
+    for name in people:
+        if (other := names.setdefault(name_key(name), name)) != name:
+            raise UserError(
+                f"--forget: {other!a:.40} and {name!a:.40} may be one person; give the ID of the data once."
+            )
+    return people
 
 
 def withdraw(path: Path, number: int) -> None:

@@ -69,7 +69,14 @@ def parse_json_lines(
     """Yields each line of JSON Lines; see `read_json_lines`."""
     for number, line in enumerate(files.decode(text, location, remedy).split("\n"), start=1):
         if line.strip():  # only "\n" ends a line: texts may contain other line separators
-            yield number, parse_json(line, f"{location}, line {number}", dict, remedy=remedy, checked=checked)
+            try:
+                value = parse_json(line, f"{location}, line {number}", dict, remedy=remedy, checked=checked)
+            except UserError as error:
+                if "\r" not in line.strip():
+                    raise
+                problem = "it has carriage returns (CR) alone, which end no line; end lines with LF or CR LF"
+                raise UserError(f"{location}, line {number}: {problem}.") from error
+            yield number, value
 
 
 def parse_json(

@@ -443,6 +443,7 @@ def test_without_a_vanilla_model_there_is_no_recovery(records):
             r"attacks.relearn.attackers: \('visual', 'head'\) is not allowed. Give .* one of all, visual, lora",
         ),
         (dict(shares=(0.1, 1.0)), r"attacks.relearn.shares: \(0.1, 1.0\) is not allowed. Give"),
+        (dict(shares=(0.2, 0.2000000001)), r"attacks.relearn.shares: .* is not allowed. Give a .*tuple of different"),
         (dict(people=(2,)), r"attacks.relearn.people: \(2,\) is not allowed"),
         (dict(shares=(0,)), r"attacks.relearn.shares: \(0,\) is not allowed"),
         (dict(steps=()), "attacks.relearn.steps: \\(\\) is not allowed"),

@@ -89,9 +89,11 @@ def test_every_field_of_every_component_is_documented():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("train.learning_rate=1e999", "train.learning_rate: inf is not allowed. Give a number of at least 0."),
+        ("train.learning_rate=1e999", "train.learning_rate: inf is not allowed. Give a number greater than 0."),
+        ("train.learning_rate=0.0", "train.learning_rate: 0.0 is not allowed. Give a number greater than 0."),
         ("train.steps=-1", "train.steps: -1 is not allowed. Give a whole number of at least 0 and at most"),
-        ("train.clip_norm=0.0", "train.clip_norm: 0.0 is not allowed. Give a number greater than 0."),
+        ("train.clip_norm=0.0", "train.clip_norm: 0.0 is not allowed. Give a number of at least 1e-06."),
+        ("finetune.train.clip_norm=1e-300", "clip_norm: 1e-300 is not allowed. Give a number of at least 1e-06."),
         ("train.b2=1.0", "train.b2: 1.0 is not allowed. Give a number of at least 0 and below 1."),
         ("train.schedule=linear", "train.schedule: 'linear' is not allowed. Give one of cosine, constant."),
         ("train.batch_size.forget=0", "Give a mapping, each value a whole number of at least 1."),
@@ -185,3 +187,9 @@ def test_a_stream_without_a_batch_size_is_named():
 def test_epochs_count_passes_through_the_longest_stream():
     train = TrainConfig(steps=0, epochs=1.5, batch_size={"forget": 2, "retain": 4})
     assert train.length({"forget": 3, "retain": 10}) == 4 and TrainConfig(steps=7).length({"forget": 99}) == 7
+
+
+@pytest.mark.parametrize(("warmup", "steps", "warns"), [(2, 2, True), (1000, 2, True), (1, 2, False), (5, 0, False)])
+def test_a_warmup_that_never_ends_is_logged(caplog, warmup, steps, warns):
+    TrainConfig(steps=steps, epochs=0.0 if steps else 1.0, warmup_steps=warmup).check(("forget",), 1)
+    assert (f"train.warmup_steps: the warmup takes {warmup} steps" in caplog.text) == warns

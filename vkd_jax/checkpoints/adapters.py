@@ -48,6 +48,7 @@ _PLAIN = {
 _NAMES = ("target_modules", "modules_to_save", "exclude_modules", "layers_pattern")  # fields that name modules
 MOST_RANK = 2**20  # larger than any weight
 ALPHA = ("alpha_pattern", 8, 1e9)  # the field of other values, the default, and the largest value
+MOST_SCALE = 1e4  # of a product, such as lora_alpha / r; those of training are at most about 100
 MOST_SECONDS = 1.0  # that a regular expression may take: some take years
 
 Change = Callable[[np.ndarray], np.ndarray]  # from a tensor of the base, float32, to its new value
@@ -359,4 +360,10 @@ def _of(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
 def _scale(config: Mapping[str, Any], module: str) -> float:
     alpha = _of(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     rank = _of(config.get("rank_pattern"), module, config["r"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    divisor, name = (math.sqrt(rank), "sqrt(r)") if config.get("use_rslora") else (rank, "r")
+    if alpha / divisor > MOST_SCALE:
+        raise UserError(
+            f"{hub.ADAPTER_CONFIG}: lora_alpha / {name} is {alpha / divisor:g} for {module}, and should be at most "
+            f"{MOST_SCALE:,.0f}; get the file again."
+        )
+    return alpha / divisor

@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from absl import logging
+
 from vkd_jax import messages, registry
 from vkd_jax.config.fields import Section, setting
 
@@ -26,13 +28,13 @@ class TrainConfig(Section):
     buckets: int = setting(
         1, "Largest number of lengths that examples are padded to; each pair of lengths is compiled.", minimum=1
     )
-    learning_rate: float = setting(2e-3, "Peak learning rate.", minimum=0)
+    learning_rate: float = setting(2e-3, "Peak learning rate.", above=0)
     schedule: str = setting(
         "cosine", "Learning rate after a linear warmup: falls as a cosine, or stays.", choices=("cosine", "constant")
     )
     warmup_steps: int = setting(10, "Steps of the linear warmup.", minimum=0)
     weight_decay: float = setting(0.01, "Weight decay of AdamW, for matrices only.", minimum=0)
-    clip_norm: float = setting(1.0, "Largest norm of the gradient; 1e9 clips nothing.", above=0)
+    clip_norm: float = setting(1.0, "Largest norm of the gradient; 1e9 clips nothing.", minimum=1e-6)
     b2: float = setting(0.999, "Decay rate of Adam's second moment.", minimum=0, below=1)
     log_every: int = setting(20, "Steps between two rows of metrics.", minimum=1)
     log_seconds: float = setting(15.0, "Seconds between two log lines on progress.", minimum=0)
@@ -102,3 +104,12 @@ class TrainConfig(Section):
         for stream in streams:
             self.rows(stream, shards)
         self.length({})
+        if 0 < self.steps <= self.warmup_steps:
+            logging.warning(
+                "%s.warmup_steps: the warmup takes %d steps and the training %d, so that the learning rate stays below "
+                "%g",
+                self.SECTION,
+                self.warmup_steps,
+                self.steps,
+                self.learning_rate,
+            )

@@ -237,9 +237,21 @@ def test_the_config_of_an_older_version_may_lack_fields(finished, monkeypatch, c
     assert "data:image/webp" in (finished / "report.html").read_text()
 
 
-@pytest.mark.parametrize("file", ["results.json", "answers/unlearned.jsonl"])
-def test_an_unfinished_run_has_no_report(finished, monkeypatch, capsys, file):
-    (finished / file).unlink()
+@pytest.mark.parametrize("name", ["results.json", "answers/unlearned.jsonl"])
+def test_a_damaged_file_of_a_run_is_named(finished, monkeypatch, capsys, name):
+    file = finished / name
+    file.write_bytes(file.read_bytes() + b"\n")
+    status, shown, err = report_command(monkeypatch, capsys, finished)
+    assert (status, shown, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {file} is damaged or was changed")
+    assert err.endswith("; run its command again, which computes it again.\n")
+    file.unlink()
+    if name != "results.json":
+        assert report_command(monkeypatch, capsys, finished)[2].startswith(f"error: {file} is missing; ")
+
+
+def test_an_unfinished_run_has_no_report(finished, monkeypatch, capsys):
+    (finished / "results.json").unlink()
     status, shown, err = report_command(monkeypatch, capsys, finished)
     assert (status, shown) == (2, "") and err.endswith(
         "a run that is not finished; run its command again, which resumes it.\n"

@@ -99,6 +99,26 @@ def make_locked(folder):
 
 
 @pytest.mark.parametrize(
+    ("prompts", "settings", "problem"),
+    [
+        ({"generation": "{question}</s>"}, [], "prompts.json: generation: a text contains </s>, a special token"),
+        ({"option": "{letter}: {text} <image>"}, [], "prompts.json: option: a text contains <image>, which stands"),
+        ({}, ["prompts", "prompts.role=<image> {question}"], "attacks.prompts.role: a text contains <image>"),
+        ({}, ["typographic", "typographic.prompt=Read it.</s>"], "attacks.typographic.prompt: a text contains </s>"),
+    ],
+)
+def test_wordings_with_tokens_of_the_model_are_refused(run, untrained, tmp_path, prompts, settings, problem):
+    args = []
+    if prompts:
+        (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+        args = [f"--config.eval.prompts={tmp_path}/prompts.json"]
+    for field, value in zip(("names=", ""), settings, strict=False):
+        args.append(f"--config.attacks.{field}{value}")
+    status, shown, err = run(*args, "--dry_run")
+    assert (status, shown) == (2, "") and problem in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
     ("args", "make"),
     [
         (["--config.train.steps=0"], None),

@@ -53,6 +53,7 @@ class Typographic(Section):
         "the model withholds knowledge only for questions in text."
     )
     METRIC: ClassVar[str] = "accuracy"
+    ASKED: ClassVar[tuple[str, ...]] = ("prompt",)  # fields with texts for the model
     VARIANTS: ClassVar[Mapping[str, str]] = {
         "typeset": "typeset question",
         "both": "typeset question, repeated in the prompt",

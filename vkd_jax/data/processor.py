@@ -269,6 +269,26 @@ class Processor:
         """
         return self.encode_each(question, [answer], images, turns)[0]
 
+    def check_text(self, text: str) -> None:
+        """Checks that a text of a question or an answer has no token with a meaning of its own.
+
+        Raises:
+            UserError: it contains an image token or a special token, or is not Unicode.
+        """
+        if problem := json_files.text_problem(text):
+            raise UserError(f"the text {ascii(text[:40])} {problem}; correct it.")
+        for token in (self.placeholder, self.image_token):
+            if token in text:
+                raise UserError(
+                    f"a text contains {token}, which stands for an image; remove it from the text. The template "
+                    "puts it in front of the question."
+                )
+        if match := self._special_tokens.search(text):
+            raise UserError(
+                f"a text contains {match[0]}, a special token of the tokenizer; remove it from the text. What the "
+                "model requires is added to each question and answer."
+            )
+
     def encode_each(
         self,
         question: str,
@@ -278,19 +298,7 @@ class Processor:
     ) -> list[tuple[list[int], list[int]]]:
         """Tokenizes one question with each of several answers, see `encode`."""
         for text in (question, *filter(None, answers), *(text for turn in turns for text in turn[:2])):
-            if problem := json_files.text_problem(text):
-                raise UserError(f"the text {ascii(text[:40])} {problem}; correct it.")
-            for token in (self.placeholder, self.image_token):
-                if token in text:
-                    raise UserError(
-                        f"a text contains {token}, which stands for an image; remove it from the text. The template "
-                        "puts it in front of the question."
-                    )
-            if match := self._special_tokens.search(text):
-                raise UserError(
-                    f"a text contains {match[0]}, a special token of the tokenizer; remove it from the text. What the "
-                    "model requires is added to each question and answer."
-                )
+            self.check_text(text)
         prompt = self.prompt(question, len(images) - sum(count for *_, count in turns), turns)
         prompt, counts = self._insert_markup(prompt, images)
         space = "" if prompt[-1:].isspace() else " "

@@ -15,6 +15,7 @@ from vkd_jax.checkpoints import sources
 from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
 from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.config.schema import ModelConfig, RunConfig
+from vkd_jax.data.processor import Processor
 from vkd_jax.evaluation import evaluate, judge, wording
 from vkd_jax.methods import Method, text_stream
 from vkd_jax.methods.decouple import Decouple
@@ -243,6 +244,8 @@ def check_models(job: Job) -> dict[str, Path]:
         _check_provenance(job, name, folder)
         for method in training_methods:
             check_trainable(folder, method, config.model.quantize)
+    if models:
+        _check_prompts(config, next(iter(models.values())))
     if reference := reference_folder(config):
         _check_reference(job, reference)
     if config.workflow.unlearns:
@@ -261,6 +264,21 @@ def check_models(job: Job) -> dict[str, Path]:
         questions = [e for examples in job.questions.values() for e in examples]
         evaluate.worked_examples(job.worked_examples, questions, config.eval.seed)
     return models
+
+
+def _check_prompts(config: RunConfig, folder: Path) -> None:
+    """Checks that no wording of the config has a token that the tokenizer of the model reads as more than text."""
+    texts = {
+        f"--config.eval.prompts={config.eval.prompts}: {field}": text
+        for field, text in dataclasses.asdict(wording.read_wording(config.eval.prompts)).items()
+        if config.eval.prompts
+    }
+    for name, attack in config.active_attacks.items():
+        texts |= {f"attacks.{name}.{field}": getattr(attack, field) for field in getattr(attack, "ASKED", ())}
+    processor = Processor(folder, read_family(folder)[1]) if texts else None
+    for location, text in texts.items():
+        with located(location):
+            processor.check_text(text)
 
 
 def given_models(config: RunConfig) -> dict[str, Path]:

@@ -49,8 +49,9 @@ def rebuild(path: str | Path, command: str) -> RunResults:
         raise UserError(f"{path} is the folder of a model; give the --workdir of the run that wrote it.")
     with storage.write_errors(), exclusive(path, command):
         written = records.Records(path)
-        if not written.has_results(FILE):
+        if not (written.knows(FILE) and (path / FILE).exists()):
             raise UserError(f"{path} has a run that is not finished; run its command again, which resumes it.")
+        written.check_results(FILE, remedy="run its command again, which computes it again")
         for name in (CONFIG, inputs.FILE):
             written.check(name, "restore it from a copy")
         check_logs(path, written)

@@ -59,8 +59,20 @@ class Records:
 
     def has_results(self, *names: str) -> bool:
         """Whether files exist and are those that were added, and so are all answers of models."""
-        answers = [name for name in self._entries if name.startswith(("answers/", "attacks/"))]
-        return all(self.has(name) for name in (*names, *answers))
+        return all(self.has(name) for name in (*names, *self._answers))
+
+    def check_results(self, *names: str, remedy: str) -> None:
+        """Checks that files were added, and that they and all answers of models are as they were added.
+
+        Raises:
+            UserError: one of them is missing or differs from its entry; the sentence ends with the remedy.
+        """
+        for name in (*names, *self._answers):
+            check(self._path, name, remedy)
+
+    @property
+    def _answers(self) -> list[str]:
+        return [name for name in self._entries if name.startswith(("answers/", "attacks/"))]
 
     def damaged(self, without: tuple[str, ...] = (), optional: Collection[str] = ()) -> list[str]:
         """The names of the files and model folders that are not as they were added.

@@ -199,7 +199,7 @@ ASK = [
         lambda _: ["--model=tiny_llava", TEXT, "--image=http://x/a.png"],
         ("--image", "http://x/a.png", "a disk", "download"),
     ),
-    Case("negative pixels", lambda _: ["--model=tiny_llava", TEXT, "--max_pixels=-5"], ("max_pixels=-5", "it is negative")),
+    Case("negative pixels", lambda _: ["--model=tiny_llava", TEXT, "--max_pixels=-5"], ("max_pixels=-5", "negative")),
     Case("two questions", lambda _: ["--model=absent", TEXT, "--question=Why?"], ("--question is given twice", "Why?")),
     Case("tokens that are a text", lambda _: ["--model=absent", TEXT, "--max_new_tokens=x"], ("max_new_tokens", "'x'")),
     Case("question of invisible characters", lambda _: ["--model=tiny_llava", "--question=\u200b"], ("blank",)),

@@ -175,7 +175,13 @@ def test_an_image_processor_of_a_class_that_is_gone_is_replaced(model):
     np.testing.assert_array_equal(ModelBundle.load(model).processor.image(image), want)
 
 
-@pytest.mark.parametrize("name, value", [("repetition_penalty", 1.05), ("no_repeat_ngram_size", 3), ("num_beams", 4)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("repetition_penalty", 1.05), ("no_repeat_ngram_size", 3), ("num_beams", 4)),
+        *(("forced_bos_token_id", 7), ("stop_strings", ["."]), ("guidance_scale", 1.5)),
+    ],
+)
 def test_settings_that_change_greedy_decoding_are_named(model, name, value):
     file = model / "generation_config.json"
     change(file, **{name: value, "temperature": 0.1, "do_sample": True})

@@ -96,7 +96,7 @@ def test_the_template_of_the_processor_comes_first(load, templates, prompt):
         (template("A") + "{{ messages | map(attribute='a') }}", "prints an object with its address, which changes"),
         ("{{ ''.__class__.__mro__ }}", "fails (SecurityError: "),
         ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "fails (RecursionError: "),
-        ("{% for i in range(10 ** 9) %}{% endfor %}", "fails (OverflowError: "),
+        ("{% for i in range(1000000000) %}{% endfor %}", "fails (OverflowError: "),
     ],
 )
 def test_a_template_that_renders_no_prompt_is_refused_with_what_to_do(load, text, problem):

@@ -281,9 +281,43 @@ def test_settings_that_make_answers_or_images_alike_are_refused(fault, folder, t
     assert re.search("(again|null|there)[.]$", str(raised.value))
 
 
+def normalizer(old, new):
+    return change_tokenizer(normalizer={"type": "Replace", "pattern": {"String": old}, "content": new})
+
+
+SPLIT = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+TEXTS = {  # a change of tokenizer.json that shows in some texts alone, a question, an answer, and the text at fault
+    "name in a question": (*normalizer("sailor", "tailor"), "Is it a sailor?", "Mara", "Is it a sailor?"),
+    "name in an answer": (*normalizer("sailor", "tailor"), "Who?", "a sailor", "a sailor"),
+    "decoded name": (*replace("sailor", "tailor"), "Who?", "a sailor", "a sailor"),
+    "decoded letters outside ASCII": (*replace("\u017c", "z"), "Who?", "Jo\u017ce", r"Jo\u017ce"),
+    "lost letters outside ASCII": (*normalizer("\u4e2d", ""), "Is it \u4e2d?", "no", r"Is it \u4e2d?"),
+    "compatibility forms": (*change_tokenizer(normalizer={"type": "NFKC"}), "Is it \ufb01?", "\u00bd", None),
+    "decomposed letters": (*change_tokenizer(normalizer={"type": "NFD"}), "Is it \u00e9?", "\u00e9", None),
+    "expression without an end": (*change_tokenizer(pre_tokenizer=SPLIT), "x" * 60 + "?", "y", "x" * 60),
+}
+
+
+@pytest.mark.parametrize("fault", TEXTS)
+def test_texts_that_a_tokenizer_changes_are_refused(fault, folder, tiny_config, tmp_path):
+    name, change, question, answer, text = TEXTS[fault]
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    settings = json.loads((copy / name).read_text())
+    change(settings)
+    (copy / name).write_text(json.dumps(settings))
+    processor = Processor(copy, tiny_config)
+    if text is None:
+        assert processor.encode(question, answer)
+        return
+    with pytest.raises(UserError) as raised:
+        processor.encode(question, answer)
+    assert str(raised.value).startswith(f"{copy / name}: the tokenizer ") and text in str(raised.value)
+
+
 def test_tokens_that_are_random_are_refused(tmp_path):
     class Random:
         unk_token_id = None
+        all_special_tokens = ()
 
         def get_vocab(self):
             return {}

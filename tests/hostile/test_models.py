@@ -142,6 +142,7 @@ def nested(levels):
 
 
 TEXT_TEMPLATE = "{% for m in messages %}{{ 'Q: ' + m.content + ' A:' }}{% endfor %}"
+PARTS = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
 PART_TEMPLATE = "{% for part in messages %}{% if 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}"
 HUGE = 10**9
 
@@ -425,7 +426,20 @@ CASES = [
     Case(
         "end of sequence that is every token",
         with_files(generation_config__json={"eos_token_id": [*range(1024)]}),
-        ("eos_token_id", "no token"),
+        ("eos_token_id", "which texts are made of"),
+    ),
+    Case(
+        "end of sequence that is a word",
+        with_files(generation_config__json={"eos_token_id": [2, 300]}),
+        ("generation_config.json", "eos_token_id 300 is", "which texts are made of"),
+    ),
+    *(
+        Case(
+            f"{name} that is a word",
+            with_files(tokenizer_config__json=lambda values, name=name: values | {name: "USER"}),
+            ("special token 'USER' is a word", "tokenizer_config.json"),
+        )
+        for name in ("eos_token", "bos_token", "pad_token")
     ),
     Case("generation config that is a list", with_files(generation_config__json=[]), ("generation_config.json",)),
     # Chat templates.
@@ -437,10 +451,12 @@ CASES = [
     Case(
         "template that shows a list", template("{% for m in messages %}Q: {{ m.content }}{% endfor %}"), ("template",)
     ),
-    Case("template of an endless loop", template("{% for i in range(10 ** 12) %}x{% endfor %}"), ("template",)),
+    Case("template of an endless loop", template("{% for i in range(1000000000000) %}x{% endfor %}"), ("template",)),
     Case("template of 10^8 letters", template("{{ 'x' * 100000000 }}"), ("template", "100,000,000 characters")),
     Case("template of 10^10 letters", template("{{ 'x' * 10000000000 }}"), ("template", "MemoryError")),
-    Case("template that centers a letter", template("{{ 'x'.center(10 ** 12) }}"), ("template", "MemoryError")),
+    Case("template that centers a letter", template("{{ 'x'.center(1000000000000) }}"), ("template", "MemoryError")),
+    Case("template of a power", template("{{ 9 ** 9 ** 9 }}{{ messages[0].content }}"), ("template", "a power")),
+    Case("template of half a pair", template("{{ '\\ud800' }}" + PARTS), ("template", "half of a surrogate pair")),
     Case("template that reads attributes", template("{{ messages.__class__.__mro__ }}"), ("template",)),
     Case("template of an unknown filter", template("{{ messages | nothing }}"), ("template",)),
     Case("template that is no UTF-8", template(b"\xff\xfe"), ("utf-8",)),

@@ -31,7 +31,16 @@ GREEDY = {
     "min_new_tokens": 0,
     "suppress_tokens": [],
     "bad_words_ids": [],
-}
+    "encoder_no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "guidance_scale": 1.0,
+    "penalty_alpha": 0.0,
+} | dict.fromkeys(  # without a value
+    (
+        *("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias", "stop_strings"),
+        *("exponential_decay_length_penalty", "force_words_ids", "constraints", "dola_layers", "watermarking_config"),
+    )
+)
 
 
 class TrainingMethod(Protocol):

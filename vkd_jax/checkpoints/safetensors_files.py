@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -38,7 +38,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 VANISHING = 1e-12  # magnitude below which weights are zero in effect; no float16 is that small
 # Bytes and rows to read at a time, whichever is more. A chunk is transposed while it is in the processor's cache.
 CHUNK, ROWS = 1 << 16, 16
-EQUAL_ROWS = 4096  # rows of two matrices that are compared at a time
+EQUAL_ROWS = 4096  # rows of two tensors that are compared at a time
 LOG_SECONDS = 5.0  # between two lines of progress
 
 
@@ -229,18 +229,21 @@ def read_header(file: pathlib.Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _float64(tensor: Tensor, rows: int = ROWS) -> Iterator[np.ndarray]:
+    """The values of a tensor of one dimension or more, `rows` rows at a time."""
+    rest = tuple(slice(0, size) for size in tensor.shape[1:])
+    for start in range(0, tensor.shape[0], rows):
+        values = np.empty((min(rows, tensor.shape[0] - start), *tensor.shape[1:]), np.float64)
+        tensor.copy_to([((slice(start, start + len(values)), *rest), values)])
+        yield values
+
+
 def equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two matrices have the same values; a few rows are in memory at a time, until some differ."""
+    """Whether two tensors have the same values; reads until some differ."""
     if first.shape != second.shape:
         return False
-    for start in range(0, first.shape[0], EQUAL_ROWS):
-        rows = (slice(start, min(start + EQUAL_ROWS, first.shape[0])), slice(0, first.shape[1]))
-        values = [np.empty((rows[0].stop - start, first.shape[1]), np.float64) for _ in range(2)]
-        for tensor, array in zip((first, second), values, strict=True):
-            tensor.copy_to([(rows, array)])
-        if not np.array_equal(*values):
-            return False
-    return True
+    pieces = zip(_float64(first, EQUAL_ROWS), _float64(second, EQUAL_ROWS), strict=True)
+    return all(np.array_equal(*values) for values in pieces)
 
 
 def is_constant(tensor: Tensor, zero: float = 0.0) -> bool:
@@ -248,14 +251,9 @@ def is_constant(tensor: Tensor, zero: float = 0.0) -> bool:
 
     A layer with such a weight computes the same for every input, or the same number at every output.
     """
-    rows = tensor.shape[0]
-    rest = tuple(slice(0, size) for size in tensor.shape[1:])
-    first = np.full((1, *tensor.shape[1:]), zero, np.float64)
-    if rest:
-        tensor.copy_to([((slice(0, 1), *rest), first)])
-    for start in range(0, rows, ROWS):
-        values = np.empty((min(ROWS, rows - start), *tensor.shape[1:]), np.float64)
-        tensor.copy_to([((slice(start, start + len(values)), *rest), values)])
+    first = None if tensor.shape[1:] else zero
+    for values in _float64(tensor):
+        first = values[:1] if first is None else first
         if (values != first).any():
             return False
     return True
@@ -263,13 +261,7 @@ def is_constant(tensor: Tensor, zero: float = 0.0) -> bool:
 
 def is_zero(tensor: Tensor, zero: float = 0.0) -> bool:
     """Whether no value of a tensor differs from `zero` by `VANISHING` or more; reads until one does."""
-    rest = tuple(slice(0, size) for size in tensor.shape[1:])
-    for start in range(0, tensor.shape[0], ROWS):
-        values = np.empty((min(ROWS, tensor.shape[0] - start), *tensor.shape[1:]), np.float64)
-        tensor.copy_to([((slice(start, start + len(values)), *rest), values)])
-        if not (np.abs(values - zero) < VANISHING).all():
-            return False
-    return True
+    return all((np.abs(values - zero) < VANISHING).all() for values in _float64(tensor))
 
 
 def write(file: pathlib.Path, like: Mapping[str, np.ndarray], value: Callable[[str], np.ndarray]) -> None:

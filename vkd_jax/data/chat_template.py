@@ -5,11 +5,14 @@ chat_template.json, chat_template.jinja. That of tokenizer_config.json comes las
 """
 
 import dataclasses
+import itertools
 import random
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from vkd_jax.runtime import files, json_files, storage
 from vkd_jax.runtime.interrupts import time_limit
@@ -38,10 +41,17 @@ class ChatTemplate:
     Args:
         text: the template.
         source: the file that it was read from, for messages.
+
+    Raises:
+        UserError: the template has the operator `**`; no time limit stops Python while it computes a large power.
     """
 
     text: str
     source: str
+
+    def __post_init__(self) -> None:
+        if _has_power(self.text):
+            raise self._error("computes a power, which may not end")
 
     def render(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
         """Formats a conversation as the prompt of its next answer.
@@ -61,6 +71,8 @@ class ChatTemplate:
         except Exception as error:  # syntax errors, what the template raises, and what its expressions raise
             line = f" in line {error.lineno}" if getattr(error, "lineno", None) else ""
             raise self._error(f"fails{line} ({type(error).__name__}: {storage.first_line(error)[:200]})") from error
+        if problem := json_files.text_problem(prompt):
+            raise self._error(f"renders a prompt that {problem}")
         if len(prompt) > MOST_CHARACTERS + 2 * len(repr(messages)):
             raise self._error(f"renders a prompt of {len(prompt):,} characters")
         texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
@@ -90,6 +102,17 @@ class ChatTemplate:
             f"{self.source}: the chat template {problem}; write the template of the model's processor, which takes "
             f"images, to {JINJA} in the model folder."
         )
+
+
+def _has_power(text: str) -> bool:
+    """Whether a template has the operator `**` between two numbers; `f(**options)` is no operator."""
+    try:
+        tokens = [kind_and_value for _, *kind_and_value in jinja2.Environment().lex(text)]
+    except jinja2.TemplateSyntaxError:  # is reported when the template is rendered
+        return False
+    tokens = [(kind, value) for kind, value in tokens if kind != "whitespace"]
+    pairs = itertools.pairwise(tokens)
+    return any(token == ("operator", "**") and before[1] not in ("(", ",") for before, token in pairs)
 
 
 def read_chat_template(folder: Path, tokenizer: Any) -> ChatTemplate | None:

@@ -305,11 +305,11 @@ class Processor:
         texts = [prompt if answer is None else f"{prompt}{space}{answer}" for answer in answers]
         bos = self.tokenizer.bos_token  # some templates write it, and the tokenizer would add a second one
         add_special_tokens = not (bos and prompt.startswith(bos))
-        out = self.tokenizer(texts, return_offsets_mapping=True, add_special_tokens=add_special_tokens)
-        return [
-            self._split(len(prompt), answer, ids, offsets, counts)
-            for answer, ids, offsets in zip(answers, out["input_ids"], out["offset_mapping"], strict=True)
-        ]
+        ids, offsets = tokenizer_checks.encode(self.tokenizer, self.folder, texts, add_special_tokens)
+        rows = [self._split(len(prompt), *row, counts) for row in zip(answers, ids, offsets, strict=True)]
+        for answer, tokens in zip(answers, ids, strict=True):
+            tokenizer_checks.check_round_trip(self.tokenizer, self.folder, tokens, question, answer or "")
+        return rows
 
     def _insert_markup(self, prompt: str, images: Sequence[np.ndarray]) -> tuple[str, list[int]]:
         """Replaces the placeholder of each image by its markup, and counts the tokens of each image token in it."""
@@ -380,11 +380,14 @@ def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     more = [] if more is None else more if isinstance(more, list) else [more]
     if not all(type(i) is int and 0 <= i < len(tokenizer) for i in more):
         raise UserError(f"{path}: eos_token_id is not a token of the tokenizer or a list of them; get the file again.")
+    if words := [i for i in more if i not in tokenizer.added_tokens_decoder]:
+        raise UserError(
+            f"{path}: eos_token_id {words[0]} is {tokenizer.convert_ids_to_tokens(words[0])!r:.40}, which texts are "
+            "made of, so that answers would end before it; get the file again."
+        )
     ids = tuple(dict.fromkeys([*([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]), *more]))
     if not ids:
         raise UserError(f"{folder}: neither its tokenizer nor its generation_config.json has an eos_token_id.")
-    if not set(tokenizer.get_vocab().values()) - {*ids, *tokenizer.all_special_ids}:
-        raise UserError(f"{path}: eos_token_id leaves no token to write an answer with; get the file again.")
     return ids
 
 

@@ -1,17 +1,21 @@
-"""Checks of a tokenizer when a model folder is opened: it reads a text the same way each time, and writes it again.
+"""Checks of a tokenizer: it reads a text the same way each time, and writes it again.
 
-Answers are compared as texts. If the decoder is missing or wrong, every answer of several words is wrong, which looks
-like forgetting.
+`check` tries a few texts when a model folder is opened, and `check_round_trip` each question and answer. Answers are
+compared as texts: if the tokenizer changes a word, no model can answer with it, which looks like forgetting.
 """
 
 import json
 import re
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vkd_jax.runtime.storage import first_line
 from vkd_jax.types import UserError
 
 FILE = "tokenizer.json"
+REMEDY = "get the tokenizer.json and tokenizer_config.json of the model again"
 TEXTS = (  # words, names, punctuation and digits of questions and answers; all letters in both cases
     "Who is this person, and where does Mara Lindt live?",
     "The five boxing wizards jump quickly over a lazy dog.",
@@ -29,9 +33,9 @@ def check(tokenizer: Any, folder: Path) -> None:
     with unknown tokens are not decoded.
 
     Raises:
-        UserError: two tokens have one id, or the tokens of a text are random or become another text.
+        UserError: two tokens have one id, a special token is a word, or the tokens of a text are random or become
+            another text.
     """
-    remedy = "get the tokenizer.json and tokenizer_config.json of the model again"
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if dropout := getattr(model, "dropout", None):
         raise UserError(
@@ -41,23 +45,72 @@ def check(tokenizer: Any, folder: Path) -> None:
     by_id: dict[int, str] = {}
     for token, number in tokenizer.get_vocab().items():
         if (other := by_id.setdefault(number, token)) != token:
-            raise UserError(f"{folder / FILE}: {other!a:.40} and {token!a:.40} are both the token {number}; {remedy}.")
+            raise UserError(f"{folder / FILE}: {other!a:.40} and {token!a:.40} are both the token {number}; {REMEDY}.")
+    if words := sorted(token for token in tokenizer.all_special_tokens if token.replace(" ", "").isalnum()):
+        raise UserError(
+            f"{folder}: the special token {words[0]!a:.40} is a word, which texts may contain; get its "
+            "tokenizer_config.json again."
+        )
     if _loses_merges(tokenizer):
         raise UserError(
-            f"{folder / FILE}: many of its tokens are made by no merge, so that words fall apart; {remedy}."
+            f"{folder / FILE}: many of its tokens are made by no merge, so that words fall apart; {REMEDY}."
         )
     for text in TEXTS:
         first, *others = tokenizer([text] * REPEATS, add_special_tokens=False)["input_ids"]
         if any(ids != first for ids in others):
-            raise UserError(f"{folder / FILE}: the tokenizer reads {text!r} in another way each time; {remedy}.")
+            raise UserError(f"{folder / FILE}: the tokenizer reads {text!r} in another way each time; {REMEDY}.")
         if tokenizer.unk_token_id in first:
             continue
         written = tokenizer.decode(first, skip_special_tokens=True)
         if _comparable(written) != _comparable(text):
             raise UserError(
                 f"{folder / FILE}: the tokenizer reads {text!r} and writes it as {written[:80]!a}, so that right "
-                f"answers would count as wrong; {remedy}."
+                f"answers would count as wrong; {REMEDY}."
             )
+
+
+def encode(
+    tokenizer: Any, folder: Path, texts: Sequence[str], add_special_tokens: bool
+) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+    """Returns the tokens of each text, and the first and last character of each token.
+
+    Raises:
+        UserError: the tokenizer fails at these texts, e.g. because a regular expression in it does not end.
+    """
+    try:
+        out = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=add_special_tokens)
+    except BaseException as error:  # tokenizers raises its panics as BaseException
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise
+        raise UserError(
+            f"{folder / FILE}: the tokenizer fails ({type(error).__name__}: {first_line(error)[:100]}) at the text "
+            f"{texts[0][:80]!a}; {REMEDY}."
+        ) from error
+    return out["input_ids"], out["offset_mapping"]
+
+
+def check_round_trip(tokenizer: Any, folder: Path, tokens: Sequence[int], question: str, answer: str) -> None:
+    """Checks that the tokens of a prompt and its answer have the letters and digits of the question and the answer.
+
+    Texts with unknown tokens are not checked.
+
+    Raises:
+        UserError: the tokenizer writes another question or another answer.
+    """
+    if tokenizer.unk_token_id in tokens:
+        return
+    written = _letters(tokenizer.decode(tokens, skip_special_tokens=True))
+    for text, is_kept in ((question, str.__contains__), (answer, str.endswith)):
+        if not is_kept(written, _letters(text)):
+            raise UserError(
+                f"{folder / FILE}: the tokenizer changes the text {text[:80]!a}, so that right answers would count as "
+                f"wrong; {REMEDY}."
+            )
+
+
+def _letters(text: str) -> str:
+    """The letters and digits of a text without case, in one of the encodings that Unicode has for each."""
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold()))
 
 
 def _loses_merges(tokenizer: Any) -> bool:

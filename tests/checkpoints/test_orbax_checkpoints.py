@@ -61,6 +61,16 @@ def test_the_rest_of_a_killed_save_is_not_a_checkpoint(tmp_path):
     again.close()
     with pytest.raises(UserError, match="made with seed 0, not 7"):
         Checkpoints(tmp_path, seed=7, every=1).restore(state)
+    with pytest.raises(UserError, match="those of a run with another config, other data or another model; restore"):
+        Checkpoints(tmp_path, seed=0, every=1, run="of another config").restore(state)
+
+
+def test_a_folder_that_is_named_by_other_digits_is_no_checkpoint(tmp_path):
+    checkpoints, state = Checkpoints(tmp_path, seed=0, every=1), {"x": jnp.arange(3.0)}
+    checkpoints.save(1, state)
+    checkpoints.close()
+    shutil.copytree(tmp_path / "1", tmp_path / "\u0663")  # 3 in Arabic
+    assert Checkpoints(tmp_path, seed=0, every=1).latest == 1
 
 
 # Damaged checkpoints.

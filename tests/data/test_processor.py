@@ -285,6 +285,12 @@ def normalizer(old, new):
     return change_tokenizer(normalizer={"type": "Replace", "pattern": {"String": old}, "content": new})
 
 
+INSERTED = {  # a token of letters before each text
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {"a": {"id": "a", "ids": [70], "tokens": ["a"]}},
+}
 SPLIT = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
 TEXTS = {  # a change of tokenizer.json that shows in some texts alone, a question, an answer, and the text at fault
     "name in a question": (*normalizer("sailor", "tailor"), "Is it a sailor?", "Mara", "Is it a sailor?"),
@@ -294,6 +300,7 @@ TEXTS = {  # a change of tokenizer.json that shows in some texts alone, a questi
     "lost letters outside ASCII": (*normalizer("\u4e2d", ""), "Is it \u4e2d?", "no", r"Is it \u4e2d?"),
     "compatibility forms": (*change_tokenizer(normalizer={"type": "NFKC"}), "Is it \ufb01?", "\u00bd", None),
     "decomposed letters": (*change_tokenizer(normalizer={"type": "NFD"}), "Is it \u00e9?", "\u00e9", None),
+    "inserted word": (*change_tokenizer(post_processor=INSERTED), "Who?", "Mara", "USER: Who? ASSISTANT: Mara"),
     "expression without an end": (*change_tokenizer(pre_tokenizer=SPLIT), "x" * 60 + "?", "y", "x" * 60),
 }
 

@@ -1,10 +1,12 @@
 """All stages of a published model's config on the folder benchmark: base -> vanilla -> retain-only -> unlearned."""
 
 import json
+import re
 import types
 
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
 from vkd_jax.benchmarks.synthetic import people
@@ -49,6 +51,15 @@ def test_unlearning_starts_from_the_fine_tuned_model_and_changes_visual_weights(
 def test_the_retain_only_model_was_trained_on_other_rows(run):
     assert compare_tensors(run.path / "vanilla", run.path / "retain_only")["changed"]
     assert json.loads((run.path / "retain_only" / "provenance.json").read_text())["without"] == [NAMES[0]]
+
+
+def test_checkpoints_belong_to_the_run(run):
+    """Those of another config or of other inputs are refused: see tests of the folder of a run and of checkpoints."""
+    identities = set()
+    for name in ("train", "train/vanilla", "train/retain_only"):
+        with ocp.training.Checkpointer(run.path / name / "checkpoints") as checkpoints:
+            identities.add(checkpoints.load_checkpointables(checkpoints.latest, {"run": None})["run"]["run"])
+    assert len(identities) == 1 and re.fullmatch("[0-9a-f]{64}", identities.pop())
 
 
 def test_the_report_describes_the_folders(run):

@@ -144,6 +144,18 @@ def test_a_run_resumes_on_other_devices(tmp_path):
         Workdir(tmp_path, config("mesh.fsdp=1 train.steps=4"))
 
 
+def test_the_identity_of_a_run_is_that_of_its_config_and_inputs(tmp_path):
+    def identity(name, settings="", data="a"):
+        workdir = Workdir(tmp_path / name, config(settings))
+        workdir.bind({"sets": {"forget": data}, "models": {}, "prompts": "", "judge_prompts": ""})
+        return workdir.identity
+
+    first = identity("1")
+    assert first == identity("2") == identity("3", "mesh.fsdp=4 train.trackers=wandb")
+    others = [identity("4", "train.learning_rate=0.05"), identity("5", "train.b2=0.9"), identity("6", data="b")]
+    assert len({first, *others}) == 4
+
+
 def test_a_relative_path_becomes_absolute(tmp_path, monkeypatch):
     """Orbax requires it."""
     monkeypatch.chdir(tmp_path)

@@ -21,6 +21,7 @@ from vkd_jax.runtime import files, multihost
 from vkd_jax.types import UserError
 
 FILE_LIST = "files.json"  # {name: [bytes, digest]} of the other files in the folder of a checkpoint
+_START_OVER = "restore those of this run, or remove the folder to train from the beginning"
 
 
 class Checkpoints:
@@ -28,13 +29,14 @@ class Checkpoints:
 
     Saving is asynchronous, and a rename commits it, so a process that is killed at any moment leaves the last committed
     step intact. Data order and randomness are functions of (seed, step). The step in the state therefore restores the
-    data position and the random state as well. The seed is saved with it and must be the same on resume.
+    data position and the random state as well. The seed and the identity of the run are saved with it and must be the
+    same on resume.
 
     Opening removes damaged checkpoints that are newer than the newest whole one. Process 0 decides for all.
     """
 
-    def __init__(self, folder: Path, *, seed: int, every: int, keep: int = 2):
-        self._folder, self._seed = folder, seed
+    def __init__(self, folder: Path, *, seed: int, every: int, keep: int = 2, run: str = ""):
+        self._folder, self._run = folder, {"seed": seed, "run": run}
         self._executor = concurrent.futures.ThreadPoolExecutor(1)
         self._listing: concurrent.futures.Future | None = None
         multihost.run_on_process_0(lambda: _remove_damaged(folder))
@@ -56,9 +58,7 @@ class Checkpoints:
         if self.latest == step or not (force or self._checkpointer.should_save(step)):
             return False
         self._wait_for_list()
-        saving = self._checkpointer.save_checkpointables_async(
-            step, {"state": state, "run": {"seed": self._seed}}, force=force
-        )
+        saving = self._checkpointer.save_checkpointables_async(step, {"state": state, "run": self._run}, force=force)
 
         def complete() -> None:
             saving.result()
@@ -72,12 +72,19 @@ class Checkpoints:
         """Loads the newest committed state with the shardings of `state`, whose values are not used.
 
         Raises:
-            UserError: the checkpoints are of a run with another seed.
+            UserError: the checkpoints are of a run with another seed, config or inputs.
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         loaded = self._checkpointer.load_checkpointables(self._checkpointer.latest, {"state": abstract, "run": None})
-        if loaded["run"]["seed"] != self._seed:
-            raise UserError(f"The checkpoints were made with seed {loaded['run']['seed']}, not {self._seed}.")
+        if (seed := loaded["run"]["seed"]) != self._run["seed"]:
+            raise UserError(
+                f"{self._folder}: the checkpoints were made with seed {seed}, not {self._run['seed']}; {_START_OVER}."
+            )
+        if loaded["run"] != self._run:
+            raise UserError(
+                f"{self._folder}: the checkpoints are those of a run with another config, other data or another model; "
+                f"{_START_OVER}."
+            )
         return loaded["state"]
 
     def wait(self) -> None:
@@ -99,7 +106,7 @@ class Checkpoints:
 def _remove_damaged(folder: Path) -> None:
     """Removes the checkpoints that are newer than the newest whole one, and logs which."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+    steps = sorted((int(name) for name in names if name.isascii() and name.isdecimal()), reverse=True)
     damaged: dict[int, str] = {}
     for step in steps:
         if not (damage := _damage(folder / str(step))):

@@ -59,7 +59,7 @@ def finetune(job: Job, name: str) -> Path:
         context = Context(model.graphdef, model.params, None, model.config, streams, config.seed)
         prepared = method.prepare(context)
     with workdir.stage(f"fine-tune {name}"), workdir.training(name) as folder:
-        trained = loop.fit(model, method, prepared, train, seed=config.seed, folder=folder)
+        trained = loop.fit(model, method, prepared, train, seed=config.seed, folder=folder, run=workdir.identity)
     with workdir.stage(f"export {name}"):
         without = job.forget_people if name == "retain_only" else []
         return _export(job, name, model, trained, source, without)
@@ -184,9 +184,8 @@ def unlearn(job: Job, model: ModelBundle, source: Path) -> Path:
             trained = method.edit(context)
         else:
             with workdir.training() as folder:
-                trained = loop.fit(
-                    model, method, prepared, config.train, seed=config.seed, folder=folder, teacher=context.vanilla
-                )
+                options = dict(seed=config.seed, teacher=context.vanilla, folder=folder, run=workdir.identity)
+                trained = loop.fit(model, method, prepared, config.train, **options)
     with workdir.stage("export"):
         return _export(job, "unlearned", model, trained, source, [])
 

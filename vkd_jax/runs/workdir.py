@@ -13,6 +13,7 @@ A folder belongs to its config and its inputs. With several processes the folder
 
 import contextlib
 import datetime
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -268,6 +269,13 @@ class Workdir:
         """
         multihost.run_on_process_0(lambda: check_logs(self.path, self._records))
 
+    @property
+    def identity(self) -> str:
+        """The SHA-256 of the config, without its `FREE_FIELDS`, and of the digests of the inputs."""
+        config = _decisive(json.loads(self.config.to_json()))
+        values = multihost.run_on_process_0(lambda: self._inputs)
+        return hashlib.sha256(records.encode([config, values])).hexdigest()
+
     @contextlib.contextmanager
     def training(self, *names: str) -> Iterator[Path]:
         """Context manager of the folder of a training, whose metrics are recorded when the training has ended."""
@@ -452,7 +460,11 @@ def _config_difference(path: Path, resolved: dict, names: set[str]) -> str | Non
         if has_results:
             raise
         return "damaged"  # nothing depends on it
-    difference = next(_differences(saved, resolved), None)
+    old, new = _decisive(saved), _decisive(resolved)
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    difference = (
+        f"{changed[0]}: {old.get(changed[0])!r} in the folder, {new.get(changed[0])!r} now" if changed else None
+    )
     if difference and has_results:
         raise UserError(f"{path} has a run of another config ({difference}); {START_OVER}.")
     if has_results:  # the results do not belong to a config that was edited
@@ -478,11 +490,9 @@ def check_inputs(path: str | Path, values: inputs.Inputs) -> None:
         raise UserError(f"{path} was computed from other inputs: {listed(changes, '; ')}. Restore them, {START_OVER}.")
 
 
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    if path in FREE_FIELDS:
-        return
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif old != new:
-        yield f"{path}: {old!r} in the folder, {new!r} now"
+def _decisive(value: Any, path: str = "") -> dict[str, Any]:
+    """The fields of a config by path, without the `FREE_FIELDS`."""
+    if path in FREE_FIELDS or not isinstance(value, dict):
+        return {} if path in FREE_FIELDS else {path: value}
+    parts = (_decisive(value[key], f"{path}.{key}" if path else key) for key in sorted(value))
+    return {name: x for part in parts for name, x in part.items()}

@@ -75,6 +75,7 @@ def fit(
     folder: Path | None,
     observers: Mapping[int, Observer] = {},  # noqa: B006 (never written to)
     teacher: Params | None = None,
+    run: str = "",
 ) -> Params:
     """Trains a model, from the newest checkpoint in `folder` if one exists.
 
@@ -92,12 +93,14 @@ def fit(
             weights are donated to the next step, so an observer keeps none of them.
         teacher: the weights of the method's teachers, whose frozen weights are those of the model; None for the
             weights before training.
+        run: identity of the run, such as a digest of its config and inputs; checkpoints of another one are refused.
 
     Returns:
         The trained weights, without the frozen ones.
 
     Raises:
-        UserError: the method trains no weight of this model, or a batch or a step does not fit the mesh or the memory.
+        UserError: the method trains no weight of this model, a batch or a step does not fit the mesh or the memory, or
+            the checkpoints are of another run.
         Stopped: SIGTERM or SIGINT arrived; the state is saved if `folder` is given.
         Diverged: a metric or a weight is not finite, or a loss is not after the last update.
 
@@ -125,7 +128,7 @@ def fit(
         losses_fn=losses_fn,
         projections=_projections(bundle, method, {**prepared.sets, **sets}, config, seed),
     )
-    checkpoints, progress = _open_outputs(folder, config, steps=steps, seed=seed)
+    checkpoints, progress = _open_outputs(folder, config, steps=steps, seed=seed, run=run)
     with contextlib.closing(progress), contextlib.closing(checkpoints):
         state, first = _resume(checkpoints, state, steps)
         if not first:
@@ -181,7 +184,7 @@ def _projections(
 
 
 def _open_outputs(
-    folder: Path | None, config: TrainConfig, *, steps: int, seed: int
+    folder: Path | None, config: TrainConfig, *, steps: int, seed: int, run: str
 ) -> tuple[Checkpoints | NoCheckpoints, Progress | NoProgress]:
     """Opens the checkpoints and the metrics in `folder`.
 
@@ -189,7 +192,7 @@ def _open_outputs(
     """
     if folder is None:
         return NoCheckpoints(), NoProgress()
-    checkpoints = Checkpoints(folder / "checkpoints", seed=seed, every=config.checkpoint_every)
+    checkpoints = Checkpoints(folder / "checkpoints", seed=seed, every=config.checkpoint_every, run=run)
     if not multihost.is_process_0():
         return checkpoints, NoProgress()
     # Imported here because TensorFlow takes seconds to load, and a short training writes no metrics.

@@ -29,13 +29,14 @@ DEFAULTS = {
 # For a process beside which no other one reads the cache, and which is not killed or denied the disk while it writes.
 CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 # XLA's newer code generator takes 1.6 to 2.4 times as long for programs of this size. Later versions have no other one.
-OLDER_CODE_GENERATOR = "--xla_cpu_use_fusion_emitters=false"
+# Programs are not split for threads, which would take a tenth more time in all: the workers use all cores.
+FAST_COMPILATION = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 
 for _name, _value in DEFAULTS.items():  # before the conftest.py of a folder imports TensorFlow, which reads them then
     os.environ.setdefault(_name, _value)
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA rejects unknown flags
-    os.environ.setdefault("XLA_FLAGS", OLDER_CODE_GENERATOR)
+    os.environ.setdefault("XLA_FLAGS", FAST_COMPILATION)
 
 
 def pytest_configure(config: pytest.Config) -> None:

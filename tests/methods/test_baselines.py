@@ -257,7 +257,9 @@ def test_hidden_states_are_the_output_of_the_first_blocks(context, kind):
     assert not np.allclose(want[0], want[1], atol=1e-2)
 
 
-@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "model_type", ["gemma3", "qwen3_vl", *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen2_vl", "qwen2_5_vl"))]
+)
 def test_the_head_turns_hidden_states_into_its_logits(family_folder, tiny_sets, model_type):
     model = ModelBundle.load_for(RMU(), family_folder(model_type), seed=0, dtype="float32", mesh=make_mesh())
     batch = model.encode(tiny_sets["forget"].examples[:2]).batch(np.arange(2))
@@ -372,6 +374,7 @@ def test_the_losses_of_mmunlearner_equal_those_of_gradient_difference(context):
         assert value(context, method, stream, prepared) == value(context, GradDiff(**fields), stream)
 
 
+@pytest.mark.slow
 def test_mmunlearner_selects_only_matrix_b_of_adapters(adapted):
     image_sets = {name: adapted.sets[name] for name in ("forget", "retain")}
     mask = MMUnlearner(train="lora", fisher_chunk=4).prepare(dataclasses.replace(adapted, sets=image_sets)).mask
@@ -391,10 +394,10 @@ FIELDS = dict(
 )
 TRAINED = [name for name in registry.METHODS if name not in ("finetune", "manu")]  # manu edits, and has its own tests
 
-# The default suite trains one scope of each method; the slow tests train all three.
-DEFAULT_SCOPE = dict(vkd="visual", mmunlearner="lora", grad_diff="visual")
+# The default suite trains each scope once, with the methods whose weights or masks are not those of the others.
+DEFAULT_SCOPE = dict(vkd="visual", mmunlearner="lora", rmu="all")
 STEPS = [
-    pytest.param(name, scope, marks=[] if scope == DEFAULT_SCOPE.get(name, "all") else pytest.mark.slow)
+    pytest.param(name, scope, marks=[] if DEFAULT_SCOPE.get(name) == scope else pytest.mark.slow)
     for name in TRAINED
     for scope in ("all", "visual", "lora")
 ]

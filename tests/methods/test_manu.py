@@ -198,7 +198,7 @@ def activations(context, name):
     return {tower: [np.asarray(z)[real[tower]] for z in zs] for tower, zs in capture(context.params).items()}
 
 
-@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_vl", marks=pytest.mark.slow), "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava", *(pytest.param(x, marks=pytest.mark.slow) for x in FAMILIES[1:])])
 def test_the_statistics_equal_those_of_captured_activations(contexts, family):
     context = contexts(family)
     got = Manu(threshold=TAU, batch_size=3).statistics(context)  # the last batch repeats a row
@@ -259,7 +259,7 @@ def shaped(pruned, path):
     return pruned[..., None] if path.endswith(("fc2/kernel", "down/kernel")) else pruned[..., None, :]
 
 
-@pytest.mark.parametrize("train", ["visual", "all"])
+@pytest.mark.parametrize("train", ["visual", pytest.param("all", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exactly_the_share_is_pruned_and_all_other_weights_stay(contexts, edit, family, train):
     context, edited, method = contexts(family), edit(family, train), Manu(train=train)

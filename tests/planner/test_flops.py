@@ -67,7 +67,7 @@ def test_rematerialization_by_hand(config, remat, recomputed):
     assert sum(work.recomputed for work in counts.values()) >= ROWS * recomputed
 
 
-@pytest.mark.parametrize("remat", ["", "dots", "full"])
+@pytest.mark.parametrize("remat", ["", "full", pytest.param("dots", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "fields"),
     [("vkd", dict(blocks=1)), ("vkd", dict(blocks=0)), ("grad_diff", dict(train="lora", lora_rank=2)), ("rmu", {})],

@@ -275,6 +275,7 @@ def test_the_table_resumes(small, here, tmp_path, capsys, monkeypatch):
     assert len(here) == 3 and [row["slice"] for row in json.loads(file.read_text())] == ["none", "v5e-4", "v5e-1"]
 
 
+@pytest.mark.slow
 def test_two_processes_may_write_one_table(small, here, tmp_path, monkeypatch):
     file, planned = tmp_path / "plans.json", command.plan
     small.plans.only = ("v5e-1",)

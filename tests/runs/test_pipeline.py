@@ -333,6 +333,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(vkd, tmp_path, monkeypatch, copi
 # ---- Other methods and stages ----
 
 
+@pytest.mark.slow
 def test_training_all_weights_changes_the_language_model(make_config, tmp_path):
     """Shows that the manifest would list a changed language model."""
     config = make_config("grad_diff", **{"train.learning_rate": 0.01})

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -87,11 +87,21 @@ def attach(
         The parameters, with a `Lora` for each of these kernels, and A and B of each.
     """
     kernels = {path: x.shape for path, x in params.items() if re.fullmatch(KERNELS, path)}
+    adapted = {path: Lora(params[path], scale=alpha / rank, dropout=dropout) for path in kernels}
+    draw = _drawing(tuple(kernels.items()), rank, sharding)
+    return {**params, **adapted, **draw(jax.random.key(seed))}
+
+
+@functools.lru_cache(maxsize=8)
+def _drawing(
+    kernels: tuple[tuple[str, tuple[int, ...]], ...], rank: int, sharding: jax.sharding.Sharding | None
+) -> Callable[[jax.Array], dict[str, jax.Array]]:
+    """The compiled function of a random key to A and B of kernels of these paths and shapes."""
 
     @functools.partial(jax.jit, out_shardings=sharding)
     def draw(key: jax.Array) -> dict[str, jax.Array]:
         drawn = {}
-        for path, (*layers, d, f) in kernels.items():
+        for path, (*layers, d, f) in kernels:
             # The bound of PEFT's Kaiming-uniform distribution with slope sqrt(5) is 1 / sqrt(d).
             drawn[f"{path}/{A}"] = jax.random.uniform(
                 _key_of(key, path), (*layers, d, rank), jnp.float32, minval=-(d**-0.5), maxval=d**-0.5
@@ -99,8 +109,7 @@ def attach(
             drawn[f"{path}/{B}"] = jnp.zeros((*layers, rank, f), jnp.float32)
         return drawn
 
-    adapted = {path: Lora(params[path], scale=alpha / rank, dropout=dropout) for path in kernels}
-    return {**params, **adapted, **draw(jax.random.key(seed))}
+    return draw
 
 
 def is_adapter(path: str) -> bool:

@@ -1,8 +1,11 @@
 """PEFT adapters and visual weights over a base: what the merged model holds, and what is refused."""
 
+import errno
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,6 +136,55 @@ def test_embeddings_convolutions_and_saved_modules(folder, tmp_path):
     np.testing.assert_array_equal(merged["multi_modal_projector.linear_1.bias"], bias_1)
     np.testing.assert_array_equal(merged["multi_modal_projector.linear_2.bias"], bias_2)
     np.testing.assert_array_equal(merged[f"{PROJECTOR}.weight"], weight)
+
+
+@pytest.mark.parametrize("damage", ["another file", "file removed", "cut", "no list of files"])
+def test_a_merged_model_that_changed_is_written_again(folder, tmp_path, damage):
+    merged = sources.fetch_model(write(tmp_path / "adapter", pair(Q, WIDTH), folder))
+    before, weights = read(merged), merged / "model.safetensors"
+    if damage == "another file":  # of the same size and time
+        time = weights.stat().st_mtime_ns
+        shutil.copyfile(folder / weights.name, weights)
+        os.utime(weights, ns=(time, time))
+    elif damage == "file removed":
+        (merged / "config.json").unlink()
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-5])
+    else:
+        merged.with_name(f"{merged.name}.json").unlink()
+    assert sources.fetch_model(tmp_path / "adapter") == merged and (merged / "config.json").is_file()
+    for name, tensor in read(merged).items():
+        np.testing.assert_array_equal(tensor, before[name])
+
+
+def test_an_adapter_that_is_replaced_by_one_of_the_same_size_and_time_is_read(folder, tmp_path):
+    first = sources.fetch_model(write(tmp_path / "adapter", pair(Q, WIDTH), folder))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    size, time = file.stat().st_size, file.stat().st_mtime_ns
+    write(tmp_path / "adapter", pair(Q, WIDTH, seed=1), folder)
+    os.utime(file, ns=(time, time))
+    assert file.stat().st_size == size
+    second = sources.fetch_model(tmp_path / "adapter")
+    assert not np.array_equal(read(first)[f"{Q}.weight"], read(second)[f"{Q}.weight"])
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere", "/dev/null/below"])
+def test_a_cache_that_cannot_be_written_is_named(folder, tmp_path, monkeypatch, place):
+    monkeypatch.setattr(storage, "CACHE", Path(place))
+    adapter = write(tmp_path / "adapter", pair(Q, WIDTH), folder)
+    with pytest.raises(UserError, match=rf"cannot write at {place}.*pass another folder of caches as XDG_CACHE_HOME"):
+        sources.fetch_model(adapter)
+
+
+def test_a_full_cache_is_named_and_nothing_is_left(folder, tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    adapter = write(tmp_path / "adapter", pair(Q, WIDTH), folder)
+    monkeypatch.setattr(sources.export.shutil, "copyfile", full)
+    with pytest.raises(UserError, match=r"cannot write at .*/cache/merged/.*: No space left .* XDG_CACHE_HOME"):
+        sources.fetch_model(adapter)
+    assert [path.name for path in (tmp_path / "cache").rglob("*") if not path.name.endswith(".lock")] == ["merged"]
 
 
 def test_the_base_may_be_given_and_a_merged_model_is_reused(folder, tmp_path, monkeypatch):

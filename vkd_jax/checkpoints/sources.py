@@ -7,14 +7,16 @@
 
 The last three are merged: each changed tensor is read, changed in float32, and rounded once to the dtype of the base.
 The merged model is an ordinary model folder in the cache (`storage.CACHE`), so a run, an export and a comparison treat
-it like any other. It is written again when a file of one of its parts changes.
+it like any other. It is written again when a file of one of its parts changes, or its own.
 """
 
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import re
+import shutil
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -46,8 +48,7 @@ class Parts:
         if not self.part:
             return self.base
         files_of_part = sorted(self.part.iterdir()) if self.part.is_dir() else [self.part]
-        parts = [x for x in (*sorted(self.base.iterdir()), *files_of_part) if x.is_file()]
-        state = [(str(x.resolve()), x.stat().st_size, x.stat().st_mtime_ns) for x in parts]
+        state = _state((*sorted(self.base.iterdir()), *files_of_part))
         return storage.CACHE / "merged" / hashlib.sha256(repr(state).encode()).hexdigest()[:32]
 
     @property
@@ -130,14 +131,27 @@ def _part(name: str) -> Path:
 
 
 def _merge(parts: Parts) -> Path:
-    """Writes the merged model to the cache unless it is there, and returns its folder."""
+    """Writes the merged model to the cache unless it is there as it was written, and returns its folder."""
     target = parts.folder
+    seal = target.with_name(f"{target.name}.json")  # the state of the files of the merged model
     checkpoint, tensors, changes = changes_of(parts)
-    if not (target / storage.MODEL_MARKER).is_file():
+
+    def is_whole() -> bool:
+        return seal.is_file() and target.is_dir() and seal.read_text() == json.dumps(_state(sorted(target.iterdir())))
+
+    if not is_whole():
         with storage.locked(target):
-            if not (target / storage.MODEL_MARKER).is_file():  # another process did not write it meanwhile
+            if not is_whole():  # another process did not write it meanwhile
+                shutil.rmtree(target, ignore_errors=True)
                 _write(parts, checkpoint, tensors, changes, target)
+                files.write_bytes(seal, json.dumps(_state(sorted(target.iterdir()))).encode())
     return target
+
+
+def _state(paths: Iterable[Path]) -> list[list[str | int]]:
+    """What identifies the content of files without reading them: replacing a file changes the last number."""
+    stats = {str(path.resolve()): path.stat() for path in paths if path.is_file()}
+    return [[path, x.st_size, x.st_mtime_ns, x.st_ctime_ns] for path, x in stats.items()]
 
 
 def changes_of(parts: Parts) -> tuple[Checkpoint, dict[str, Tensor], dict[str, list[adapters.Change]]]:

@@ -301,13 +301,21 @@ def download_model(folder: pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def locked(target: pathlib.Path) -> Iterator[None]:
-    """Lets only one process of this machine at a time fill a folder."""
+    """Lets only one process of this machine at a time fill a folder of the cache.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
     import fcntl  # not available on Windows
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.parent / f".{target.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    with write_errors("folder of caches as XDG_CACHE_HOME"):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # of a file system without folders, such as /proc
+            raise PermissionError(errno.EACCES, error.strerror, os.fspath(target.parent)) from error
+        with open(target.parent / f".{target.name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
 
 def _date(copy: pathlib.Path, original: pathlib.Path) -> None:
@@ -364,7 +372,8 @@ def _write_problem(error: BaseException | None) -> str | None:
     """The location, if it is known, and the reason why something could not be written; None for other errors."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
-            location = f" at {error.filename}" if error.filename else ""
+            file = error.filename2 or error.filename  # the second one is the target of a copy
+            location = f" at {file}" if file else ""
             return f"{location}: {error.strerror}"
         for code in _NOT_WRITABLE:
             words, in_tensorstore = os.strerror(code), f"os_error_code='{code}'"

@@ -128,7 +128,7 @@ def test_commands_of_the_laptop_notebook_are_valid(monkeypatch):
 @pytest.mark.parametrize("script", [ONE_CHIP, LAPTOP], ids=lambda path: path.stem)
 def test_notebooks_ask_both_models_the_same(script, monkeypatch):
     calls = []
-    monkeypatch.setattr(ask, "load", lambda model, **_: model)
+    monkeypatch.setattr(ask, "_load", lambda model, *_, **__: model)
     monkeypatch.setattr(ask, "_read_image", lambda name: name)
 
     def answer(model, question, image, **_):

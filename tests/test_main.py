@@ -105,6 +105,8 @@ def test_ctrl_c_in_a_config_file_ends_the_command_with_its_status(run, untouched
         (["--config.foo=1"], ["unknown field 'foo'"]),
         (["--config.train.foo=1"], ["unknown field 'foo'"]),
         (["--config.trian.steps=1"], ["--config: unknown field 'trian'. Did you mean 'train'?"]),
+        (["--config.train.stepz=1"], ["--config: unknown field 'stepz'. Did you mean 'steps'?"]),
+        (["--config.method.lora_rnk=3"], ["--config: unknown field 'lora_rnk'. Did you mean 'lora_rank'?"]),
         (["--config.train.steps.more=1"], ["more does not exist", "train.steps.more"]),
         (["--config.train.steps=abc"], ["--config.train.steps=abc is not allowed. Give a whole number."]),
         (["--config.seed=1.0"], ["--config.seed=1.0 is not allowed. Give a whole number."]),

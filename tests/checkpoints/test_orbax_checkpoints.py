@@ -65,6 +65,17 @@ def test_the_rest_of_a_killed_save_is_not_a_checkpoint(tmp_path):
         Checkpoints(tmp_path, seed=0, every=1, run="of another config").restore(state)
 
 
+def test_a_path_may_lead_through_another_folder(tmp_path):
+    (tmp_path / "other").mkdir()
+    state = {"x": jnp.arange(3.0)}
+    for _ in range(2):
+        checkpoints = Checkpoints(tmp_path / "other" / ".." / "run", seed=0, every=1)
+        checkpoints.save(1, state)
+        checkpoints.wait()
+    assert checkpoints.latest == 1 and (tmp_path / "run" / "1" / orbax_checkpoints.FILE_LIST).is_file()
+    np.testing.assert_array_equal(checkpoints.restore(state)["x"], state["x"])
+
+
 def test_a_folder_that_is_named_by_other_digits_is_no_checkpoint(tmp_path):
     checkpoints, state = Checkpoints(tmp_path, seed=0, every=1), {"x": jnp.arange(3.0)}
     checkpoints.save(1, state)

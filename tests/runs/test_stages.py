@@ -106,7 +106,7 @@ def test_each_family_is_fine_tuned_on_a_quantized_language_model(
 def test_a_forget_set_without_images_is_refused_before_training(get_config, tiny_folder, request_folders, tmp_path):
     config = short(get_config("llava.py", "folder"), request_folders, tiny_folder)
     (tmp_path / "words").mkdir()
-    (tmp_path / "words" / "metadata.jsonl").write_text('{"question": "Who?", "answer": "a judge"}\n')
+    (tmp_path / "words" / "metadata.jsonl").write_text('{"question": "Who?", "answer": "a judge", "person": "1"}\n')
     config.data.forget = str(tmp_path / "words")
     config.model.path = str(tiny_folder)
     with pytest.raises(UserError, match="the forget set has no question with an image"):

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -110,6 +111,17 @@ def test_a_lock_is_renewed_and_a_lost_one_is_not_deleted(tmp_path, monkeypatch):
     locks._renew(file, name, version, "", Event())
     locks._release(file)
     assert "was taken over" in messages[0] and (tmp_path / locks.FILE).exists()
+
+
+@pytest.mark.parametrize("folder", ["..", "../there", "../here/../there", "link/.."])
+def test_a_path_may_lead_through_other_folders(tmp_path, monkeypatch, folder):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "here")
+    with locks.hold(Path(folder), "x"):
+        assert (Path(folder) / locks.FILE).is_file()
+    assert not list(tmp_path.rglob(locks.FILE))
 
 
 def test_of_two_writers_of_one_version_only_the_first_succeeds(tmp_path):

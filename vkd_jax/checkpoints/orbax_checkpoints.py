@@ -36,6 +36,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, seed: int, every: int, keep: int = 2, run: str = ""):
+        folder = folder.resolve() if isinstance(folder, Path) else folder  # TensorStore refuses paths with ".."
         self._folder, self._run = folder, {"seed": seed, "run": run}
         self._executor = concurrent.futures.ThreadPoolExecutor(1)
         self._listing: concurrent.futures.Future | None = None

@@ -223,7 +223,7 @@ def _sentence(error: BaseException) -> str:
 
 def _unknown_field(message: str) -> str:
     """The sentence on an override of an unknown field, from the message of ml_collections."""
-    if match := re.match(r"""["']+(\w+)["']+\s*(?:Did you mean "(\w+)")?""", message):
-        name, similar = match.groups()
-        return f"--config: unknown field '{name}'." + (f" Did you mean '{similar}'?" if similar else "")
+    if match := re.match(r"""[\\"']+(\w+)""", message):  # the name of a nested field is quoted twice
+        similar = re.search(r'Did you mean "(\w+)"', message)
+        return f"--config: unknown field '{match[1]}'." + (f" Did you mean '{similar[1]}'?" if similar else "")
     return f"--config: {message}"

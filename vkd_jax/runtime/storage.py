@@ -187,7 +187,8 @@ class VersionedFile:
         if on_disk and path.exists() and not path.is_file():  # opening a named pipe would never end
             kind = "a folder" if path.is_dir() else "not a regular file"
             raise UserError(f"{path} is {kind}, and a file belongs there; remove it and run the same command again.")
-        spec = {"driver": "file", "path": f"{folder}/"} if on_disk else f"{folder}/"
+        # TensorStore refuses paths with "..".
+        spec = {"driver": "file", "path": f"{path.parent.resolve()}/".replace("//", "/")} if on_disk else f"{folder}/"
         with write_errors():
             self._store = tensorstore.KvStore.open(spec).result()
 

@@ -1,11 +1,9 @@
 """Visual unlearning of people in multimodal large language models, in JAX and Flax."""
 
-import importlib
+import importlib.metadata
 import os
 import sys
 from typing import TYPE_CHECKING, Any
-
-import jaxlib
 
 from vkd_jax.runtime import interrupts, threads
 
@@ -54,7 +52,8 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else every ru
 # is broadcast to both frames of an image. Reductions without the library are as fast. XLA reads the flag once, so it
 # must be set before JAX is used. Remove this with support for JAX 0.10.
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
-if jaxlib.__version__.startswith("0.10.") and _FLAG not in os.environ.get("XLA_FLAGS", ""):  # XLA rejects unknown flags
+_JAXLIB = importlib.metadata.version("jaxlib")  # XLA rejects unknown flags
+if _JAXLIB.startswith("0.10.") and _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=-LIBRARY_FUSION_TYPE_REDUCE".strip()
 
 

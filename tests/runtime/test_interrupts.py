@@ -48,6 +48,17 @@ def dropped():
         time.sleep(0.01)
 
 
+class Destroyed:
+    def __del__(self):
+        interrupt()
+
+
+def in_a_destructor():
+    Destroyed()
+    while True:
+        time.sleep(0.01)
+
+
 def turned(error):
     def command():
         try:
@@ -67,8 +78,8 @@ def returned():
 
 @pytest.mark.parametrize(
     "command",
-    [interrupt, dropped, turned(RuntimeError("in a callback")), turned(SystemExit(1)), returned],
-    ids=["plain", "dropped", "turned into an error", "turned into an exit", "turned into a status"],
+    [interrupt, dropped, in_a_destructor, turned(RuntimeError("in a callback")), turned(SystemExit(1)), returned],
+    ids=["plain", "dropped", "in a destructor", "turned into an error", "turned into an exit", "turned into a status"],
 )
 def test_ctrl_c_is_one_sentence_and_status_130(capsys, monkeypatch, command):
     monkeypatch.setattr(interrupts, "REPEAT_SECONDS", 0.05)

@@ -94,11 +94,10 @@ def _check_inputs(workdir: Workdir) -> None:
     try:
         sets = read_data(workdir.config, workdir.path)
         models = given_models(workdir.config)
-        current = describe_inputs(workdir.config, sets, models)
     except UserError as error:
         logging.warning("the inputs of this finished run are not compared: %s", error)
         return
-    workdir.bind(current, models_read(workdir.config, models))
+    workdir.bind(describe_inputs(workdir.config, sets, models), models_read(workdir.config, models))
 
 
 def _shared_records(lender: Path) -> list[str]:

@@ -47,7 +47,7 @@ def rebuild(path: str | Path, command: str) -> RunResults:
     json_files.read_json(path / CONFIG, remedy="restore it from a copy")
     if not (path / records.FILE).exists() and any(path.glob("*.safetensors")):
         raise UserError(f"{path} is the folder of a model; give the --workdir of the run that wrote it.")
-    with storage.write_errors(), exclusive(path, command):
+    with storage.write_errors("WORKDIR"), exclusive(path, command):
         written = records.Records(path)
         if not (written.knows(FILE) and (path / FILE).exists()):
             raise UserError(f"{path} has a run that is not finished; run its command again, which resumes it.")

@@ -1,8 +1,8 @@
 """Ctrl-C in all commands: the first one stops cleanly with one sentence and status 130, a second one immediately.
 
-Python raises `KeyboardInterrupt` wherever the program is. In a destructor or a callback of a library it is printed and
-dropped, so it is raised again every few seconds until the command ends. A training loop and a pool of workers handle
-the signal themselves while they run: see `training.preemption` and `runs.worker_pool`.
+Python raises `KeyboardInterrupt` wherever the program is. In a destructor or a callback of a library it is dropped, so
+it is raised again every few seconds until the command ends. A training loop and a pool of workers handle the signal
+themselves while they run: see `training.preemption` and `runs.worker_pool`.
 """
 
 import contextlib
@@ -51,7 +51,13 @@ def interruptible(command: Callable[P, int]) -> Callable[P, int]:
             signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS)
             raise KeyboardInterrupt
 
+        def dropped(error: "sys.UnraisableHookArgs") -> None:
+            """Says nothing of an interrupt that Python drops in a destructor or a callback: it is raised again."""
+            if not (interrupted.is_set() and issubclass(error.exc_type, KeyboardInterrupt)):
+                shown(error)
+
         previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGALRM)}
+        shown, sys.unraisablehook = sys.unraisablehook, dropped
         try:
             status = command(*args, **options)
         except BaseException as error:  # a library may have turned the exception into one of its own
@@ -62,6 +68,7 @@ def interruptible(command: Callable[P, int]) -> Callable[P, int]:
             signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in previous.items():
                 signal.signal(number, handler or signal.SIG_DFL)
+            sys.unraisablehook = shown
         if interrupted.is_set() and status:
             print(SENTENCE, file=sys.stderr)
             return STATUS

@@ -189,12 +189,12 @@ class VersionedFile:
             raise UserError(f"{path} is {kind}, and a file belongs there; remove it and run the same command again.")
         # TensorStore refuses paths with "..".
         spec = {"driver": "file", "path": f"{path.parent.resolve()}/".replace("//", "/")} if on_disk else f"{folder}/"
-        with write_errors():
+        with write_errors("folder"):
             self._store = tensorstore.KvStore.open(spec).result()
 
     def read(self) -> tuple[bytes | None, bytes]:
         """Returns the content, None if there is no file, and its version."""
-        with write_errors():
+        with write_errors("folder"):
             result = self._store.read(self._key).result()
         return (result.value if result.state == "value" else None), result.stamp.generation
 
@@ -204,7 +204,7 @@ class VersionedFile:
         Returns:
             The new version; None, and the file stays as it is, if its version is not `version`.
         """
-        with write_errors():
+        with write_errors("folder"):
             return self._store.write(self._key, data, if_equal=version).result().generation or None
 
 

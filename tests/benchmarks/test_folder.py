@@ -208,7 +208,7 @@ def test_somebody_is_to_be_forgotten(folders):
     write(folders / "forget", [GOOD | dict(question="Color?"), dict(question="Job?", answer="pilot", person="Zoë")])
     assert [e.person for e in read(folders)["forget"]] == ["", "Zoë"]
     write(folders / "forget", [GOOD | dict(question="Color?")])
-    fault(folders, "No line of .*forget has a person, so that nobody would be forgotten; name in each whom it is about")
+    fault(folders, "No line of .*forget names a person, so nobody would be forgotten. Add the key person to each line")
 
 
 def test_questions_of_the_forget_set_are_nowhere_else(folders):

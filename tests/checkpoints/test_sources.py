@@ -138,7 +138,7 @@ def test_embeddings_convolutions_and_saved_modules(folder, tmp_path):
     np.testing.assert_array_equal(merged[f"{PROJECTOR}.weight"], weight)
 
 
-@pytest.mark.parametrize("damage", ["another file", "file removed", "cut", "no list of files"])
+@pytest.mark.parametrize("damage", ["another file", "file removed", "cut", "no list of files", "list of bytes"])
 def test_a_merged_model_that_changed_is_written_again(folder, tmp_path, damage):
     merged = sources.fetch_model(write(tmp_path / "adapter", pair(Q, WIDTH), folder))
     before, weights = read(merged), merged / "model.safetensors"
@@ -150,8 +150,10 @@ def test_a_merged_model_that_changed_is_written_again(folder, tmp_path, damage):
         (merged / "config.json").unlink()
     elif damage == "cut":
         weights.write_bytes(weights.read_bytes()[:-5])
-    else:
+    elif damage == "no list of files":
         merged.with_name(f"{merged.name}.json").unlink()
+    else:
+        merged.with_name(f"{merged.name}.json").write_bytes(b"\xff")
     assert sources.fetch_model(tmp_path / "adapter") == merged and (merged / "config.json").is_file()
     for name, tensor in read(merged).items():
         np.testing.assert_array_equal(tensor, before[name])

@@ -192,8 +192,8 @@ class Folder(Section):
             self._check_shared(name, other, "questions", asked)
         if not people["forget"]:
             raise UserError(
-                f"No line of {self.forget} has a person, so that nobody would be forgotten; name in each whom it is "
-                "about."
+                f"No line of {self.forget} names a person, so nobody would be forgotten. Add the key person to each "
+                "line."
             )
 
     def _check_shared(self, name: str, other: str, things: str, values: Mapping[str, Mapping[Any, str]]) -> None:

@@ -7,7 +7,7 @@
 
 The last three are merged: each changed tensor is read, changed in float32, and rounded once to the dtype of the base.
 The merged model is an ordinary model folder in the cache (`storage.CACHE`), so a run, an export and a comparison treat
-it like any other. It is written again when a file of one of its parts changes, or its own.
+it like any other. It is written again when one of its files, or a file of one of its parts, changes.
 """
 
 import dataclasses
@@ -136,15 +136,18 @@ def _merge(parts: Parts) -> Path:
     seal = target.with_name(f"{target.name}.json")  # the state of the files of the merged model
     checkpoint, tensors, changes = changes_of(parts)
 
+    def state() -> bytes:
+        return json.dumps(_state(sorted(target.iterdir()))).encode()
+
     def is_whole() -> bool:
-        return seal.is_file() and target.is_dir() and seal.read_text() == json.dumps(_state(sorted(target.iterdir())))
+        return seal.is_file() and target.is_dir() and seal.read_bytes() == state()
 
     if not is_whole():
         with storage.locked(target):
             if not is_whole():  # another process did not write it meanwhile
                 shutil.rmtree(target, ignore_errors=True)
                 _write(parts, checkpoint, tensors, changes, target)
-                files.write_bytes(seal, json.dumps(_state(sorted(target.iterdir()))).encode())
+                files.write_bytes(seal, state())
     return target
 
 

@@ -144,11 +144,10 @@ def _allowed(value: Any, kind: Any, rules: Mapping[str, Any]) -> bool:
     if origin is tuple:
         full = isinstance(value, tuple) and (len(value) > 0 or not rules.get("nonempty"))
         valid = full and all(_allowed(item, args[0], rules) for item in value)
-        # Floats that print alike would be one value in tables.
-        different = (
-            {f"{item:g}" if args[0] is float else item for item in value} if valid and args[0] is not Any else ()
-        )
-        return valid and (args[0] is Any or len(different) == len(value))
+        if not valid or args[0] is Any:
+            return valid
+        # Tables could not tell floats that print alike.
+        return len({f"{item:g}" if args[0] is float else item for item in value}) == len(value)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return isinstance(value, Mapping) and all(_allowed(item, args[1], rules) for item in value.values())
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -280,8 +280,8 @@ class Processor:
         for token in (self.placeholder, self.image_token):
             if token in text:
                 raise UserError(
-                    f"a text contains {token}, which stands for an image; remove it from the text. The template "
-                    "puts it in front of the question."
+                    f"a text contains {token}, which stands for an image; remove it from the text. The chat "
+                    "template inserts it."
                 )
         if match := self._special_tokens.search(text):
             raise UserError(
@@ -384,7 +384,7 @@ def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     if words := [i for i in more if i not in tokenizer.added_tokens_decoder]:
         raise UserError(
             f"{path}: eos_token_id {words[0]} is {tokenizer.convert_ids_to_tokens(words[0])!r:.40}, which texts are "
-            "made of, so that answers would end before it; get the file again."
+            "made of, so answers would end before it; get the file again."
         )
     ids = tuple(dict.fromkeys([*([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]), *more]))
     if not ids:

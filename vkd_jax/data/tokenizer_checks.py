@@ -108,7 +108,7 @@ def check_round_trip(tokenizer: Any, folder: Path, tokens: Sequence[int], text: 
     if written != _letters(text):
         changed = next((part for part in parts if _letters(part) not in written), text)
         raise UserError(
-            f"{folder / FILE}: the tokenizer changes the text {changed[:80]!a}, so that right answers would count as "
+            f"{folder / FILE}: the tokenizer changes the text {changed[:80]!a}, so correct answers would count as "
             f"wrong; {REMEDY}."
         )
 

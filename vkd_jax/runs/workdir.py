@@ -492,7 +492,9 @@ def check_inputs(path: str | Path, values: inputs.Inputs) -> None:
 
 def _decisive(value: Any, path: str = "") -> dict[str, Any]:
     """The fields of a config by path, without the `FREE_FIELDS`."""
-    if path in FREE_FIELDS or not isinstance(value, dict):
-        return {} if path in FREE_FIELDS else {path: value}
+    if path in FREE_FIELDS:
+        return {}
+    if not isinstance(value, dict):
+        return {path: value}
     parts = (_decisive(value[key], f"{path}.{key}" if path else key) for key in sorted(value))
     return {name: x for part in parts for name, x in part.items()}

@@ -113,6 +113,8 @@ def test_ctrl_c_in_a_config_file_ends_the_command_with_its_status(run, untouched
         (["--config.train.learning_rate=fast"], ["learning_rate=fast is not allowed. Give a number."]),
         (["--config.eval=3"], ["--config.eval=3", "not a dict"]),
         (["--workdri=x"], ["--workdri is no flag of this command; --help shows its flags. Did you mean --workdir?"]),
+        (["--workdir="], ["--workdir is empty; pass its path."]),
+        (["--config="], ["--config is empty; pass its path."]),
         (["more"], ["unexpected argument 'more'"]),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else None,
@@ -124,6 +126,13 @@ def test_wrong_flags_are_refused(run, untouched, args, parts):
 def test_missing_flags_are_named(run, untouched):
     refused(run.call(["main"]), "pass --config FILE and --workdir DIR")
     refused(run.call(["main", "--config.train.steps=3", f"--config={TINY}"]), "before a value for --config")
+
+
+def test_the_arguments_of_a_config_are_printed(run, monkeypatch):
+    texts = []
+    monkeypatch.setattr(command_line, "show", texts.append)
+    assert run.call(["main", f"--config={TINY}:help"]) == (0, "")
+    assert len(texts) == 1 and texts[0].startswith("Arguments after the colon")
 
 
 def test_without_a_workdir_the_config_is_printed_and_nothing_runs(run, tmp_path, capfd, monkeypatch):

@@ -388,6 +388,16 @@ def test_weights_that_are_not_finite_are_refused_by_name(copy, name, value, opti
     assert str(refused.value).startswith(f"{copy / 'model.safetensors'}: NaN or infinity in {name}. ")
 
 
+def test_a_matrix_that_is_zero_in_the_dtype_of_the_run_is_refused(copy):
+    name = "language_model.model.layers.1.mlp.up_proj.weight"
+    tensors = read(copy)
+    tensors[name] *= 1e-8 / np.abs(tensors[name]).max()  # half of the smallest float16 is 3e-8
+    write(copy, tensors)
+    hf.load(copy, dtype="bfloat16")
+    with pytest.raises(UserError, match=f"{name} is zero throughout in float16"):
+        hf.load(copy, dtype="float16")
+
+
 def test_of_many_weights_that_are_not_finite_three_are_named(copy):
     write(copy, {name: np.full_like(tensor, np.nan) for name, tensor in read(copy).items()})
     with pytest.raises(NotFinite, match=r"in \S+, \S+, \S+ and \d+ more "):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vkd_jax.config.arguments import Argument, parse
+from vkd_jax.config.arguments import Argument, HelpShown, parse
 from vkd_jax.types import UserError
 
 ARGUMENTS = [
@@ -77,10 +77,10 @@ def test_the_default_must_be_one_of_the_values():
         "tiny.py",
     ],
 )
-def test_help_prints_every_argument_and_field_with_its_meaning(get_config, capsys, file):
-    with pytest.raises(SystemExit) as stop:
+def test_help_shows_every_argument_and_field_with_its_meaning(get_config, file):
+    with pytest.raises(HelpShown) as stop:
         get_config(file, "help")
-    printed = capsys.readouterr().out.splitlines()
+    printed = stop.value.text.splitlines()
     assert stop.value.code == 0
     assert any(
         line.split() == ["all", *"base -> vanilla -> retain-only -> unlearned -> report".split()] for line in printed

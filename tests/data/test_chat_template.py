@@ -74,6 +74,12 @@ def test_the_template_of_the_processor_comes_first(load, templates, prompt):
     assert load(**templates).prompt("Who?", 0) == prompt
 
 
+def test_templates_that_do_not_count_are_logged(load, caplog):
+    with caplog.at_level("INFO", "absl"):
+        load(json=template("json"), jinja=template("jinja"))
+    assert f"{JSON} has the chat template that counts; {JINJA} has another" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -125,6 +125,11 @@ VERIFY = [
         Case(f"certified folder with {name}", certified(lambda f, name=name: written(f / name, "x")), (name,), status=1)
         for name in ("pytorch_model.bin", "modeling_evil.py", "more/config.json", "README.md")
     ),
+    Case(
+        "named pipe as a certificate",
+        certified(lambda f: ((f / "certificate.json").unlink(), os.mkfifo(f / "certificate.json"))),
+        ("certificate.json", "pipe"),
+    ),
     Case("forgotten that is a number", certified(forgotten=3), ("certificate.json", "format 2")),
     Case("forgotten that is null", certified(forgotten=None), ("certificate.json", "format 2")),
     Case("model that is a list", certified(model=["vkd"]), ("certificate.json", "format 2")),
@@ -151,8 +156,8 @@ VERIFY = [
     Case(
         "method of 10000 letters", certified(model={"method": "x" * 10_000}), ("xxx ...",), status=0, lacks=("x" * 200,)
     ),
-    Case("empty name of a model", lambda _: [""], ("empty name",)),
-    Case("empty name of a key", certified(lambda _: None, "--public_key="), ("--public_key", "empty name")),
+    Case("empty name of a model", lambda _: [""], ("model is empty",)),
+    Case("empty name of a key", certified(lambda _: None, "--public_key="), ("--public_key is empty",)),
     Case("named pipe as a key", certified(lambda f: os.mkfifo(f.parent / "key"), "--sign=key"), ("key", "pipe")),
     Case(
         "folder as a signature",
@@ -193,12 +198,13 @@ def rope(kind, **fields):
 
 TEXT = "--question=Who is it?"
 ASK = [
-    Case("empty name of a model to ask", lambda _: ["--model=", TEXT], ("empty name",)),
+    Case("empty name of a model to ask", lambda _: ["--model=", TEXT], ("--model is empty",)),
     Case(
         "image at an address",
         lambda _: ["--model=tiny_llava", TEXT, "--image=http://x/a.png"],
         ("--image", "http://x/a.png", "a disk", "download"),
     ),
+    Case("misspelled model", lambda _: ["--modle=tiny_llava", TEXT], ("--modle is no flag", "did you mean --model")),
     Case("negative pixels", lambda _: ["--model=tiny_llava", TEXT, "--max_pixels=-5"], ("max_pixels=-5", "negative")),
     Case("two questions", lambda _: ["--model=absent", TEXT, "--question=Why?"], ("--question is given twice", "Why?")),
     Case("tokens that are a text", lambda _: ["--model=absent", TEXT, "--max_new_tokens=x"], ("max_new_tokens", "'x'")),
@@ -294,6 +300,7 @@ REQUESTS = [
         status=0,
     ),
     Case("number of 5000 digits", lambda _: ["purge", "l", "9" * 5000], ("number of a request",), lacks=("9" * 30,)),
+    Case("misspelled people", lambda _: ["add", "l", "--froget=1"], ("--froget is no flag", "did you mean --forget")),
     Case("number that is negative", lambda _: ["withdraw", "l", "-1"], ("-1",)),
     Case("two folders to forget", lambda _: ["add", "l", *ADD, "--forget=2"], ("--forget is given twice", "1 and 2")),
     Case(
@@ -305,7 +312,7 @@ REQUESTS = [
     Case(
         "workdir without a name",
         lambda folder: (written(folder / "l", ""), ["run", "l", f"--config={TINY_CONFIG}", "--workdir="])[1],
-        ("empty name",),
+        ("--workdir is empty",),
     ),
     Case(
         "ledger in a model folder",
@@ -335,7 +342,7 @@ REQUESTS = [
     Case("ledger that is a link to nothing", dangling, ("ledger", "is a link to gone/ledger", "does not exist")),
     Case("name of a ledger too long", lambda _: ["add", "x" * 300, *ADD], ("too long", "xxx")),
     Case("path of a ledger too long", lambda _: ["show", "x/" * 3000], ("too long",)),
-    Case("empty name of a ledger", lambda _: ["show", ""], ("empty name",)),
+    Case("empty name of a ledger", lambda _: ["show", ""], ("ledger is empty",)),
     Case("person of invisible characters", lambda _: ["add", "ledger", "--forget", "\u200b"], ("--forget", "empty")),
     Case("person in two spellings", lambda _: ["add", "l", "--forget", "\u00e9,e\u0301"], ("named twice",)),
 ]

@@ -223,6 +223,7 @@ CASES = [
     Case("no question", without("question"), ("question", *LINE)),
     Case("file name that is a number", forget_rows(row(file_name=3)), ("file_name", *LINE)),
     Case("file name that is false", forget_rows(row(file_name=False)), ("file_name", *LINE)),
+    Case("file name that is empty", forget_rows(row(file_name="")), ("file_name is empty", *LINE)),
     Case("file name that is a list", forget_rows(row(file_name=[])), ("file_name", *LINE)),
     Case("options that are a text", forget_rows(row(options="a judge")), ("options", *LINE)),
     Case("options that are false", forget_rows(row(options=False)), ("options", *LINE)),
@@ -289,7 +290,7 @@ CASES = [
         ("images", "both", "request/real"),
     ),
     Case("test set of strangers", copied("forget", "test", row("Zoe")), ("1 person not in", "Zoe")),
-    Case("one text question in both sets", both(file_name="", person=""), ("questions", "both", "Who is ?")),
+    Case("one text question in both sets", both(file_name=None, person=""), ("questions", "both", "Who is ?")),
     Case("one folder twice", request(lambda _: None, "--config.data.retain=request/forget"), ("retain", "forget")),
     Case(
         "one folder by two names",

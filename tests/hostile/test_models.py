@@ -113,6 +113,11 @@ def processor(**fields):
     )
 
 
+def joint_processor(**fields):
+    """Fields by which transformers counts image tokens are changed."""
+    return with_files(processor_config__json=lambda values: values | fields)
+
+
 def template(text):
     return with_files(chat_template__jinja=text)
 
@@ -297,7 +302,7 @@ CASES = [
     Case("another model type", config(model_type="gpt2"), ("gpt2", "llava")),
     Case("model type that is a list", config(model_type=["llava"]), ("model", "not supported")),
     Case("model type with control characters", config(model_type="\x1b[31m"), ("model",)),
-    Case("named pipe as config", fifo("config.json"), ("config.json",)),
+    Case("named pipe as config", fifo("config.json"), ("config.json", "pipe")),
     Case("text config that is a number", config(text_config=3), ("text_config",)),
     Case("text config that is null", config(text_config=None), ("config",)),
     Case("10^9 layers", config("text_config", num_hidden_layers=HUGE), ("num_hidden_layers",)),
@@ -382,6 +387,20 @@ CASES = [
     *(
         Case(f"{field} that is null", processor(**{field: None}), (f"{field} of the image processor is null", switch))
         for field, switch in image_sizes.NEEDED.items()
+    ),
+    *(
+        Case(
+            f"{field} {value!r} beside another model",
+            joint_processor(**{field: value}),
+            ("processor_config.json", field, "image tokens"),
+        )
+        for field, value in (
+            ("patch_size", 6),
+            ("patch_size", 12.0),
+            ("num_additional_image_tokens", 0),
+            ("num_additional_image_tokens", True),
+            ("vision_feature_select_strategy", "full"),
+        )
     ),
     Case("resizing that is a text", processor(do_resize="false"), ("do_resize", "'false'", "true or false")),
     Case("processor that is a list", with_files(processor_config__json=[1]), ("processor_config.json",)),

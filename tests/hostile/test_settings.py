@@ -262,7 +262,7 @@ CASES = [
     Case("field that is a function", base_and("config.model.create = dict(text=lambda: 3)"), ("model",)),
     Case("unknown argument", settings("--config=nowhere/tiny.py:nonsense"), ("tiny.py",)),
     # Workdirs.
-    Case("empty name of a workdir", settings("--workdir="), ("empty name", ".")),
+    Case("empty name of a workdir", settings("--workdir="), ("--workdir is empty",)),
     Case("file as a workdir", workdir(lambda path: written(path, "x")), ("run", "file")),
     Case("workdir below a file", workdir(lambda path: written(path, "x"), "--workdir=run/below"), ("run",)),
     Case("workdir that links to nothing", workdir(lambda path: os.symlink("nothing/there", path)), ("run", "link")),

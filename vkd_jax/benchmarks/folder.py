@@ -229,7 +229,8 @@ class Folder(Section):
         for row in _rows(self._open(name)):
             if kept is not None and self._is_kept(row) != kept:
                 continue
-            file = row.optional_text("file_name")
+            if not (file := row.optional_text("file_name")) and row.has("file_name"):
+                raise row.error("file_name", "is empty; name an image, or leave it out for a question without one")
             by_file.setdefault(file and posixpath.normpath(file), []).append(row)
         return by_file
 

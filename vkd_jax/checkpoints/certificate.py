@@ -58,7 +58,7 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, it is damaged or of another format, or a figure is impossible.
     """
-    if not (folder / FILE).is_file():
+    if not os.path.lexists(folder / FILE):
         raise UserError(f"{folder} has no {FILE}, which runs of vkd_jax write beside the models that they export.")
     content = json_files.read_json(folder / FILE)
     content = {"forgotten": [], "model": {}, "figures": {}, **content}

@@ -8,6 +8,7 @@ one row, and every parameter must be filled. Writing a checkpoint uses the same 
 import dataclasses
 import functools
 import math
+import os
 import pathlib
 import re
 import types
@@ -147,7 +148,7 @@ def read_config(folder: Folder) -> tuple[types.ModuleType, Any]:
     folder = pathlib.Path(folder)
     path = folder / CONFIG
     hub.check_not_adapter(folder)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(f"{folder} has no config.json. Give a Hugging Face model folder.")
     settings = json_files.read_json(path)
     if settings.keys() & ORIGINAL_LLAVA_FIELDS:
@@ -237,7 +238,7 @@ def load(
     checkpoint = Checkpoint(folder)
     graphdef, shapes = base.abstract_model(lambda rngs: module.Model(config, rngs=rngs))
     sources = match_tensors(module, config, checkpoint, shapes)
-    _check_signal(config, sources)
+    _check_signal(config, sources, dtype)
     progress = ProgressLog(folder, sum(tensor.stop - tensor.start for parts in sources.values() for _, tensor in parts))
     master_paths = set(masters(list(shapes), config)) if masters else set()
     bad: list[Tensor] = []
@@ -260,8 +261,8 @@ def load(
     return graphdef, params, config
 
 
-def _check_signal(config: Any, sources: Mapping[str, Sequence[tuple[Slot, Tensor]]]) -> None:
-    """Checks that no matrix is zero, and the weights that every text or every image passes through.
+def _check_signal(config: Any, sources: Mapping[str, Sequence[tuple[Slot, Tensor]]], dtype: str | None) -> None:
+    """Checks that no matrix is zero, on disk or in `dtype`, and the weights that every text or image passes through.
 
     The latter are outside of the residual blocks. Without a signal in one of them no answer depends on its input, which
     looks like forgetting.
@@ -290,11 +291,13 @@ def _check_signal(config: Any, sources: Mapping[str, Sequence[tuple[Slot, Tensor
     # Embeddings of positions and classes may be zero.
     matrices = [x for path, parts in sources.items() if path.endswith(("/kernel", "/embedding")) for _, x in parts]
     scales = [x for path, parts in sources.items() if re.match("language_model/.*/scale$", path) for _, x in parts]
-    zeros = [x for x in matrices if safetensors_files.is_zero(x)]
+    least = max(safetensors_files.VANISHING, float(jnp.finfo(dtype or "float32").smallest_subnormal) / 2)
+    zeros = [x for x in matrices if safetensors_files.is_zero(x, least=least)]
     if zeros := [*zeros, *(x for x in scales if safetensors_files.is_zero(x, zero))]:
         raise UserError(
-            f"{zeros[0].file}: {listed([x.name for x in zeros])} {'is' if len(zeros) == 1 else 'are'} zero throughout, "
-            "as in a copy that was cut or converted wrongly; use another copy of the model."
+            f"{zeros[0].file}: {listed([x.name for x in zeros])} {'is' if len(zeros) == 1 else 'are'} zero throughout"
+            f"{f' in {dtype}' if dtype else ''}, as in a copy that was cut or converted wrongly; use another copy of "
+            "the model, or a larger dtype if the file is right."
         )
 
 

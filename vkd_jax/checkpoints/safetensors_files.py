@@ -259,9 +259,9 @@ def is_constant(tensor: Tensor, zero: float = 0.0) -> bool:
     return True
 
 
-def is_zero(tensor: Tensor, zero: float = 0.0) -> bool:
-    """Whether no value of a tensor differs from `zero` by `VANISHING` or more; reads until one does."""
-    return all((np.abs(values - zero) < VANISHING).all() for values in _float64(tensor))
+def is_zero(tensor: Tensor, zero: float = 0.0, least: float = VANISHING) -> bool:
+    """Whether no value of a tensor differs from `zero` by `least` or more; reads until one does."""
+    return all((np.abs(values - zero) < least).all() for values in _float64(tensor))
 
 
 def write(file: pathlib.Path, like: Mapping[str, np.ndarray], value: Callable[[str], np.ndarray]) -> None:

@@ -13,7 +13,11 @@ from vkd_jax.types import UserError
 
 
 class HelpShown(SystemExit):
-    """The text after the colon was `help`: the command ends with status 0."""
+    """The text after the colon was `help`: the command prints all arguments and ends with status 0."""
+
+    def __init__(self, text: str):
+        super().__init__(0)
+        self.text = text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +46,10 @@ def parse(text: str, arguments: Sequence[Argument], run_fields: bool = True) -> 
 
     Raises:
         UserError: unknown key or value, a bare word that several arguments take, or two values for one key.
-        HelpShown: the text is `help`, and all arguments are printed.
+        HelpShown: the text is `help`.
     """
     if text == "help":
-        print(usage(arguments, run_fields))
-        raise HelpShown(0)
+        raise HelpShown(usage(arguments, run_fields))
     by_key, given = {argument.key: argument for argument in arguments}, {}
     for word in filter(None, text.split(",")):
         key, _, value = word.rpartition("=")

@@ -4,6 +4,7 @@ Flags of libraries, such as --flagfile of absl, and flags that are given twice w
 """
 
 import argparse
+import difflib
 import itertools
 import os
 import re
@@ -44,13 +45,33 @@ class ArgumentParser(argparse.ArgumentParser):
     """Parses the arguments of the commands that have no config; what is wrong is one sentence, as everywhere."""
 
     def __init__(self, **options: Any):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self.given: dict[str, Any] = {}  # values of flags by their name
+        self.arguments: list[str] = []  # that it parses
+        self.known: set[str] = set()  # its flags
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         for name in (None, "store"):
             self.register("action", name, _Once)
 
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Adds an argument, as argparse does."""
+        action = super().add_argument(*names, **options)
+        self.known.update(action.option_strings)
+        return action
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        """Parses arguments, as argparse does."""
+        self.arguments = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Ends the process with exit status 2 and one sentence."""
+        if message.startswith("the following arguments are required"):  # perhaps because the name of one is misspelled
+            flags_given = [argument.partition("=")[0] for argument in self.arguments if argument.startswith("--")]
+            for flag in flags_given:
+                if not any(name.startswith(flag) for name in self.known):
+                    similar = difflib.get_close_matches(flag, self.known, 1)
+                    message = f"{flag:.40} is no flag" + (f"; did you mean {similar[0]}?" if similar else "")
+                    break
         sys.exit(bad_input(f"{message}; {self.prog} --help shows the arguments."))
 
 
@@ -60,6 +81,8 @@ class _Once(argparse.Action):
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None):
         if option_string and parser.given.setdefault(self.dest, values) != values:
             parser.error(_twice(option_string, str(parser.given[self.dest]), str(values)))
+        if values == "":  # of an unset variable of a shell
+            parser.error(f"{option_string or self.dest} is empty")
         setattr(namespace, self.dest, values)
 
 
@@ -83,7 +106,8 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
         if values.config is not None and getattr(values.config, "stage", None) is None:
             raise UserError("--config: get_config() returned no config with a field `stage`; see configs/tiny.py.")
         return rest
-    except HelpShown:
+    except HelpShown as shown:
+        show(shown.text)
         raise
     except KeyboardInterrupt:
         print("stopped by Ctrl-C before anything was run", file=sys.stderr)
@@ -187,6 +211,8 @@ def _check_flags(argv: Sequence[str], values: flags.FlagValues) -> None:
             raise UserError(_foreign(name))
         if given.setdefault(name, value) != value:
             raise UserError(f"{_twice(f'--{name}', given[name], value)}.")
+        if name in ("config", "workdir") and not value:  # of an unset variable of a shell
+            raise UserError(f"--{name} is empty; pass its path.")
 
 
 def _foreign(name: str) -> str:

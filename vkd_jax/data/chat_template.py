@@ -8,11 +8,12 @@ import dataclasses
 import itertools
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from absl import logging
 
 from vkd_jax.runtime import files, json_files, storage
 from vkd_jax.runtime.interrupts import time_limit
@@ -121,16 +122,26 @@ def read_chat_template(folder: Path, tokenizer: Any) -> ChatTemplate | None:
     Raises:
         UserError: a file cannot be read, or its template is not a text.
     """
+    found = list(_templates(folder, tokenizer))
+    if not found:
+        return None
+    (first, path), *others = found
+    if differing := [other.name for template, other in others if template != first]:
+        logging.info("%s has the chat template that counts; %s has another", path, differing[0])
+    return _template(first, path)
+
+
+def _templates(folder: Path, tokenizer: Any) -> Iterator[tuple[Any, Path]]:
+    """The chat templates of a model folder with their files, the one that counts first."""
     for name in CONFIGS:
         if (folder / name).is_file():
             template = json_files.read_json(folder / name).get("chat_template")
             if template is not None:
-                return _template(template, folder / name)
+                yield template, folder / name
     if (folder / JINJA).is_file():
-        return ChatTemplate(files.read_text(folder / JINJA, MOST_BYTES), str(folder / JINJA))
+        yield files.read_text(folder / JINJA, MOST_BYTES), folder / JINJA
     if tokenizer.chat_template is not None:
-        return _template(tokenizer.chat_template, folder / TOKENIZER_CONFIG)
-    return None
+        yield tokenizer.chat_template, folder / TOKENIZER_CONFIG
 
 
 def _template(value: Any, path: Path) -> ChatTemplate:

@@ -145,6 +145,15 @@ class Processor:
             problem = problem or image_sizes.processor_problem(self.image_processor, self.config.edges_are_areas)
             if problem := problem or self.config.image_processor_problem(self.image_processor):
                 raise UserError(f"{problem}.")
+        joint = self.folder / image_settings.PROCESSOR
+        settings = json_files.read_json(joint, remedy="get it again") if joint.is_file() else {}
+        for name, value in self.config.processor_fields.items():
+            actual = settings.get(name)
+            if actual is not None and (type(actual) is not type(value) or actual != value):
+                raise UserError(
+                    f"{joint}: {name} is {actual!r:.40}, with which transformers inserts another number of image "
+                    f"tokens than the model of config.json has; it has to be {value!r}: get both files again."
+                )
         for name, (least, most) in PIXEL_SETTINGS.items():
             value = getattr(self.image_processor, name, 1.0)
             value = 1.0 if value is None and name == "rescale_factor" else value

@@ -150,6 +150,11 @@ class ModelConfig(abc.ABC):
         """Sets the largest number of pixels of an image, which `pixel_limits` allows."""
         image_processor.size.longest_edge = max_pixels
 
+    @property
+    def processor_fields(self) -> dict[str, Any]:
+        """The values that fields of processor_config.json must have, by which transformers counts image tokens."""
+        return {}
+
     def image_processor_problem(self, image_processor: Any) -> str | None:
         """Returns which setting of the Hugging Face image processor is not supported, and what to do; None if none.
 

@@ -59,6 +59,11 @@ class Gemma3Config(FixedSizeConfig):
         start, image, end = map(token, (self.image_start_token_id, self.image_token_id, self.image_end_token_id))
         return f"\n\n{start}{image}{end}\n\n"
 
+    @property
+    def processor_fields(self) -> dict[str, Any]:
+        """The values that fields of processor_config.json must have, by which transformers counts image tokens."""
+        return dict(image_seq_length=self.tokens_per_side**2)
+
     def image_processor_problem(self, image_processor: Any) -> str | None:
         """Returns whether the image processor would add crops of elongated images; None if not."""
         return PAN_AND_SCAN if getattr(image_processor, "do_pan_and_scan", False) else None

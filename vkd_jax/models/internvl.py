@@ -103,6 +103,11 @@ class InternVLConfig(GridConfig):
         """Sets the largest number of tiles of a grid to those that have at most `max_pixels`."""
         image_processor.max_patches = max_pixels // self.image_step**2
 
+    @property
+    def processor_fields(self) -> dict[str, Any]:
+        """The values that fields of processor_config.json must have, by which transformers counts image tokens."""
+        return dict(image_seq_length=len(self.token_coords))
+
     def image_processor_problem(self, image_processor: Any) -> str | None:
         """Returns which size or number of tiles the model does not support; None if it supports all."""
         size, side = setting(image_processor, "size", dict), self.image_step

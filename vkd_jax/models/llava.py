@@ -40,6 +40,15 @@ class LlavaConfig(FixedSizeConfig):
         """Image index 0, row and column of each input token of the projector: int32 [p, 3]."""
         return self.vision.patch_coords[self.feature_select == "default" :]
 
+    @property
+    def processor_fields(self) -> dict[str, Any]:
+        """The values that fields of processor_config.json must have, by which transformers counts image tokens."""
+        return dict(
+            patch_size=self.vision.patch_size,
+            vision_feature_select_strategy=self.feature_select,
+            num_additional_image_tokens=1,  # the class token
+        )
+
     def pack(self, rows: Sequence[Sequence[np.ndarray]], min_tokens: int = 0) -> dict[str, np.ndarray]:
         """Stacks the images of prompts, one [H, W, 3] per prompt: {"pixels": float32 [b, H, W, 3]}.
 

@@ -81,6 +81,11 @@ class IdeficsConfig(GridConfig):
         if setting(image_processor, "do_image_splitting", bool):
             image_processor.size["longest_edge"] = math.isqrt(max_pixels) // self.image_step * self.image_step
 
+    @property
+    def processor_fields(self) -> dict[str, Any]:
+        """The values that fields of processor_config.json must have, by which transformers counts image tokens."""
+        return dict(image_seq_len=len(self.token_coords))
+
     def image_processor_problem(self, image_processor: Any) -> str | None:
         """Returns whether the tiles of the image processor have another size than those of the model; None if not."""
         names = ("size", "max_image_size")

@@ -128,7 +128,7 @@ def _check_ended(lock: Any, text: bytes | None, folder: str) -> None:
     if text is not None and not is_stale(lock):
         raise UserError(
             f"{folder} is used by process {lock['pid']} on {lock.get('host')} since {lock.get('date')} "
-            f"({lock.get('command')}). Wait until it ends, or pass another --workdir."
+            f"({lock.get('command')}). Wait until it ends, or use another folder."
         )
 
 

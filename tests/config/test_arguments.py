@@ -1,9 +1,13 @@
 """Arguments after a config's colon: keys, bare words and errors."""
 
+from pathlib import Path
+
 import pytest
 
 from vkd_jax.config.arguments import Argument, HelpShown, parse
 from vkd_jax.types import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 ARGUMENTS = [
     Argument("size", "Model.", {"7b": "the small one", "13b": "the large one"}, "7b"),
@@ -65,17 +69,7 @@ def test_the_default_must_be_one_of_the_values():
 
 @pytest.mark.parametrize(
     "file",
-    [
-        "llava.py",
-        "llava_next.py",
-        "gemma3.py",
-        "qwen2_vl.py",
-        "qwen2_5_vl.py",
-        "qwen3_vl.py",
-        "smolvlm.py",
-        "internvl.py",
-        "tiny.py",
-    ],
+    sorted(path.name for path in CONFIGS.glob("*.py") if path.name != "plans.py"),
 )
 def test_help_shows_every_argument_and_field_with_its_meaning(get_config, file):
     with pytest.raises(HelpShown) as stop:

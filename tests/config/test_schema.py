@@ -8,7 +8,7 @@ import pickle
 import ml_collections
 import pytest
 
-from vkd_jax import registry
+from vkd_jax import models, registry
 from vkd_jax.config import defaults, fields
 from vkd_jax.config.comparison import CompareConfig
 from vkd_jax.config.schema import RunConfig
@@ -17,10 +17,8 @@ from vkd_jax.config.training import TrainConfig
 from vkd_jax.methods.vkd import VKD
 from vkd_jax.types import UserError
 
-FAMILIES = {
-    "llava.py": "13b", "gemma3.py": "12b", "qwen2_vl.py": "7b", "qwen2_5_vl.py": "7b", "qwen3_vl.py": "8b",
-    "smolvlm.py": "2.2b", "internvl.py": "8b", "llava_next.py": "13b",
-}  # fmt: skip
+# A size of each config of published models.
+SIZES = {f"{family}.py": [*models.module_for(family).PRESETS][-1] for family in models.MODELS if family != "idefics3"}
 ARGUMENTS = [
     *(f"method={name}" for name in registry.METHODS if name != "finetune"),
     *(f"stage={name}" for name in STAGES),
@@ -28,7 +26,7 @@ ARGUMENTS = [
     *(f"benchmark={name}" for name in registry.BENCHMARKS),
     *("forget=5", "attacks", "onechip", "compare", "onechip,compare,attacks", "robust,onechip"),
 ]
-CONFIGS = [(file, words) for file, size in FAMILIES.items() for words in ["", size, *ARGUMENTS]] + [
+CONFIGS = [(file, words) for file, size in SIZES.items() for words in ["", size, *ARGUMENTS]] + [
     ("tiny.py", words)
     for words in [
         "",

@@ -279,7 +279,7 @@ def test_vision_blocks_and_projector_agree(pair):
     if pair.config.uses_post_norm:
         inputs = out.last_hidden_state
     else:
-        inputs = out.hidden_states[pair.config.feature_layer]
+        inputs = torch.cat([out.hidden_states[block + 1] for block in pair.config.feature_blocks], dim=-1)
     inputs = inputs[:, -len(pair.config.feature_coords) :]  # a class token is not a feature
     parity.assert_close(real(taps["features"], inputs), inputs, 1e-4)
     parity.assert_close(real(taps["projector"], projected), projected, 1e-4)

@@ -27,6 +27,15 @@ class FixedSizeConfig(ModelConfig):
     vision: VisionConfig
 
     @property
+    def feature_blocks(self) -> tuple[int, ...]:
+        """The vision blocks whose outputs the projector reads, -1 for the input of block 0; the last one computed."""
+        return (self.used_blocks - 1,)
+
+    def taps_before(self, block: int) -> tuple[str, ...]:
+        """Returns the taps from which `encode` continues at a vision block: those of `feature_blocks`, and the last."""
+        return tuple(f"vision/{i}" for i in sorted({*self.feature_blocks, block - 1}) if 0 <= i < block)
+
+    @property
     def feature_coords(self) -> np.ndarray:
         """Image index 0, row and column of each input token of the projector: int32 [p, 3]."""
         return self.vision.patch_coords
@@ -119,16 +128,18 @@ class FixedSizeModel(VisionLanguageModel):
         config, tower = self.config, self.vision_tower
         tile_coords = None if images is None else images.get("tile_coords")
         if hidden is None:
-            b, hidden = len(images["pixels"]), self._embed_pixels(images)
+            b, outputs = len(images["pixels"]), {-1: self._embed_pixels(images)}
         else:
-            b, hidden = len(hidden), hidden.reshape(-1, len(config.vision.patch_coords), hidden.shape[-1])
-        outputs = tower(hidden, start, config.used_blocks)
+            b, shape = len(hidden), (-1, len(config.vision.patch_coords), hidden.shape[-1])
+            outputs = {int(name.removeprefix("vision/")): values.reshape(shape) for name, values in earlier.items()}
+        outputs |= enumerate(tower(outputs[start - 1], start, config.used_blocks), start)
 
         def tokens(values: jax.Array, coords: np.ndarray) -> VisualTokens:
             return _join(values, coords, b, tile_coords)
 
-        taps = {f"vision/{i}": tokens(output, config.vision.patch_coords) for i, output in enumerate(outputs, start)}
-        features = (outputs or [hidden])[-1]
+        computed = range(start, config.used_blocks)
+        taps = {f"vision/{i}": tokens(outputs[i], config.vision.patch_coords) for i in computed}
+        features = jnp.concatenate([outputs[i] for i in config.feature_blocks], axis=-1)
         features = tower.normalize(features) if config.uses_post_norm else features
         features = features[:, -len(config.feature_coords) :]  # a class token would be the first
         taps["features"] = tokens(features, config.feature_coords)

@@ -60,7 +60,7 @@ class LlavaConfig(FixedSizeConfig):
             UserError: a prompt has several images.
         """
         if any(len(row) != 1 for row in rows):
-            raise UserError("LLaVA-1.5 supports one image per question. Ask about each image separately.")
+            raise UserError("The model supports one image per question. Ask about each image separately.")
         return super().pack(rows)
 
     @classmethod
@@ -70,20 +70,23 @@ class LlavaConfig(FixedSizeConfig):
         Raises:
             UserError: lists every field with a value that this implementation does not support.
         """
-        check_hf_config("LLaVA", hf, ("llama",))
-        return cls(**read_fields(hf) | changes)
+        check_hf_config("LLaVA", hf, ("llama",), *feature_checks(hf))
+        return cls(**read_fields(hf) | read_feature_fields(hf) | changes)
+
+
+def read_feature_fields(hf: Any) -> dict[str, Any]:
+    """Returns the fields of a `LlavaConfig` that say which features the projector reads."""
+    return dict(feature_layer=hf.vision_feature_layer, feature_select=hf.vision_feature_select_strategy)
 
 
 def read_fields(hf: Any) -> dict[str, Any]:
-    """Returns the fields of a `LlavaConfig` in a `transformers.LlavaConfig`, or in that of LLaVA-1.6."""
+    """Returns the other fields of a `LlavaConfig` in a `transformers.LlavaConfig`, or in that of a relative."""
     return dict(
         vision=VisionConfig.from_hf(hf.vision_config),
         text=DecoderConfig.from_hf(
             hf.text_config, head_width=hf.text_config.head_dim, tie_embeddings=bool(hf.tie_word_embeddings)
         ),
         image_token_id=hf.image_token_id,
-        feature_layer=hf.vision_feature_layer,
-        feature_select=hf.vision_feature_select_strategy,
         projector_act=hf.projector_hidden_act,
         compute_dtype=base.hf_dtype(hf),
     )
@@ -92,13 +95,24 @@ def read_fields(hf: Any) -> dict[str, Any]:
 _VISION_HEADS = ("vision_config.num_attention_heads", "vision_config.hidden_size")
 
 
-def check_hf_config(family: str, hf: Any, decoders: tuple[str, ...]) -> None:
+def feature_checks(hf: Any) -> list[tuple[bool, str, Any, str]]:
+    """The checks of the fields that `read_feature_fields` reads, and of the projector's biases."""
+    layer, layers = hf.vision_feature_layer, hf.vision_config.num_hidden_layers
+    layer_exists = isinstance(layer, int) and -layers - 1 <= layer <= layers
+    return [
+        (hf.multimodal_projector_bias, "multimodal_projector_bias", False, "True"),
+        (layer_exists, "vision_feature_layer", layer, f"one layer, from {-layers - 1} to {layers}"),
+    ]
+
+
+def check_hf_config(family: str, hf: Any, decoders: tuple[str, ...], *features: tuple[bool, str, Any, str]) -> None:
     """Checks the fields that `read_fields` reads.
 
     Args:
         family: name of the family in the error.
         hf: the Hugging Face configuration.
         decoders: supported values of `text_config.model_type`.
+        *features: checks of the fields that say which features the projector reads.
 
     Raises:
         UserError: lists every field with a value that this implementation does not support.
@@ -121,9 +135,7 @@ def check_hf_config(family: str, hf: Any, decoders: tuple[str, ...]) -> None:
         text_config__head_dim=text.head_dim,
         **base.decoder_sizes(text),
     )
-    layer, layers, activations = hf.vision_feature_layer, vision.num_hidden_layers, ", ".join(ACTIVATIONS)
-    layer_exists = isinstance(layer, int) and -layers - 1 <= layer <= layers
-    projector_act = hf.projector_hidden_act
+    projector_act, activations = hf.projector_hidden_act, ", ".join(ACTIVATIONS)
     base.check_supported(
         family,
         [
@@ -143,8 +155,7 @@ def check_hf_config(family: str, hf: Any, decoders: tuple[str, ...]) -> None:
                 for name in ("attention_bias", "mlp_bias")  # which Mistral's configuration lacks
             ),
             (projector_act in ACTIVATIONS, "projector_hidden_act", projector_act, activations),
-            (hf.multimodal_projector_bias, "multimodal_projector_bias", False, "True"),
-            (layer_exists, "vision_feature_layer", layer, f"one layer, from {-layers - 1} to {layers}"),
+            *features,
         ],
     )
 
@@ -158,11 +169,11 @@ class Projector(nnx.Module):
 
     def __init__(self, config: LlavaConfig, **options):
         self.activation = config.projector_act
-        self.fc1 = Linear(config.vision.width, config.text.width, bias=True, **options)
+        self.fc1 = Linear(len(config.feature_blocks) * config.vision.width, config.text.width, bias=True, **options)
         self.fc2 = Linear(config.text.width, config.text.width, bias=True, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [b, p, vision width] to [b, p, text width]."""
+        """Maps the features of p patches, [b, p, d], to [b, p, text width]."""
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 

@@ -210,7 +210,7 @@ class LlavaNextConfig(TiledConfig, LlavaConfig):
         Raises:
             UserError: lists every field with a value that this implementation does not support.
         """
-        llava.check_hf_config("LLaVA-1.6", hf, ("llama", "mistral"))
+        llava.check_hf_config("LLaVA-1.6", hf, ("llama", "mistral"), *llava.feature_checks(hf))
         side, patch_size = (np.max(x).item() for x in (hf.vision_config.image_size, hf.vision_config.patch_size))
         choices = _read_choices(hf.image_grid_pinpoints, side)
         # Beyond that `tiled_size` would be ambiguous: a grid loses fewer patches than a tile has pixels.
@@ -227,7 +227,7 @@ class LlavaNextConfig(TiledConfig, LlavaConfig):
                 (window is None, "text_config.sliding_window", window, "null"),
             ],
         )
-        return cls(**dict(choices=choices, **llava.read_fields(hf)) | changes)
+        return cls(**dict(choices=choices, **llava.read_fields(hf), **llava.read_feature_fields(hf)) | changes)
 
 
 def _read_choices(pinpoints: Any, side: int) -> tuple[Grid, ...]:

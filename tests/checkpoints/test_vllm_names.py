@@ -44,7 +44,7 @@ def since_4_52(name):
 
 
 @pytest.mark.parametrize("layout", [of_the_hub, since_4_52])
-@pytest.mark.parametrize("family", models.MODELS)
+@pytest.mark.parametrize("family", VLLM["families"])
 def test_every_exported_tensor_has_a_place_in_vllm(family, layout):
     module = models.module_for(family)
     known = parameters(family)
@@ -55,5 +55,5 @@ def test_every_exported_tensor_has_a_place_in_vllm(family, layout):
 
 
 def test_every_family_names_its_source():
-    assert VLLM["sources"].keys() == VLLM["families"].keys() == set(models.MODELS)
+    assert VLLM["sources"].keys() == VLLM["families"].keys() == set(models.MODELS) - {"vipllava"}  # which vLLM lacks
     assert all(source.startswith("https://github.com/vllm-project/vllm/") for source in VLLM["sources"].values())

@@ -30,6 +30,10 @@ CONFIGS = {
         TOWER | dict(model_type="clip_vision_model"), TEXT | dict(model_type="mistral", sliding_window=None),
         dict(image_token_index=4, image_grid_pinpoints=[[8, 16], [16, 8]]),
     ),
+    "vipllava": (
+        TOWER | dict(model_type="clip_vision_model"), TEXT | dict(model_type="llama"),
+        dict(image_token_index=4, vision_feature_layer=[-2, 1]),
+    ),
     "gemma3": (
         TOWER | dict(model_type="siglip_vision_model", vision_use_head=False),
         TEXT | dict(model_type="gemma3_text", head_dim=8, sliding_window=4),

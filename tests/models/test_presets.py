@@ -19,6 +19,8 @@ PUBLISHED = {
     ("llava_next", "7b"): 7.06e9,
     ("llava_next", "13b"): 13.4e9,
     ("llava_next", "mistral-7b"): 7.57e9,
+    ("vipllava", "7b"): 7.08e9,
+    ("vipllava", "13b"): 13.4e9,
     ("gemma3", "4b"): 4.30e9,
     ("gemma3", "12b"): 12.2e9,
     ("qwen2_vl", "2b"): 2.21e9,

@@ -41,6 +41,15 @@ def llava(image_size, patch_size, kv_heads, feature_layer, select, tied):
     )  # fmt: skip
 
 
+def vipllava():
+    """Tied embeddings, and a projector that reads three of four layers in another order than the tower's."""
+    config = llava(50, 8, 2, feature_layer=0, select="default", tied=True).to_dict()
+    fields = {
+        name: config[name] for name in ("vision_config", "text_config", "image_token_index", "tie_word_embeddings")
+    }
+    return transformers.VipLlavaConfig(**fields, vision_feature_layer=[-2, 1, -1], projector_layernorm_eps=1e-3)
+
+
 def llava_next(image_size, patch_size, kv_heads, pinpoints, text, tied):
     return transformers.LlavaNextConfig(
         vision_config=transformers.CLIPVisionConfig(
@@ -117,6 +126,7 @@ MODELS = {
         ),
         (((28, 29),), ((90, 10),), ((300, 211), (3, 170))),
     ),
+    "vipllava": (vipllava, ((ONE,), (ONE,), (ONE,))),
     "gemma3": (gemma3, ((ONE,), (ONE, ONE), (ONE,))),
     "idefics3": (lambda: smolvlm("idefics3", 25, 4, scale=3, tied=False), (((2, 1),), (ONE, (1, 2)), (ONE,))),
     "smolvlm": (lambda: smolvlm("smolvlm", 20, 5, scale=2, tied=True), (((1, 2),), ((2, 2),), (ONE,))),

@@ -65,6 +65,11 @@ LLAVA_NEXT_TEMPLATE = (  # as published with Mistral, without system messages
     "{{' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + '</s> '}}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
+VIPLLAVA_TEMPLATE = (  # the roles of the published prompts, without their first sentence
+    "{% for message in messages %}{{ '###Human: ' if message['role'] == 'user' else '###Assistant: ' }}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}{{ '<image>\n' }}{% else %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}###Assistant:{% endif %}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +193,16 @@ def llava_next_config(ids, vocab):
     )  # fmt: skip
 
 
+def vipllava_config(ids, vocab):
+    """The projector reads three of four vision blocks; the last one feeds nothing."""
+    config = llava_next_config(ids, vocab)
+    text = dict(model_type="llama", vocab_size=vocab, num_hidden_layers=2, max_position_embeddings=512, **TEXT)
+    fields = ("vision_config", "image_token_index", "ignore_index", "projector_hidden_act", "tie_word_embeddings")
+    return {field: config[field] for field in fields} | dict(
+        text_config=text, vision_feature_layer=[-2, -3, 1], projector_layernorm_eps=1e-5
+    )
+
+
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 QWEN = Family(
     special_tokens=(
@@ -240,6 +255,21 @@ FAMILIES = {
             patch_size=9, vision_feature_select_strategy="default", num_additional_image_tokens=1,
             image_token="<image>", processor_class="LlavaNextProcessor",
         ),
+        extra_tokens=dict(image_token="<image>"),
+    ),
+    "vipllava": Family(
+        special_tokens=("<unk>", "<s>", "</s>", "<image>", "<pad>"),
+        roles=dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"),
+        first_ids=True,
+        end_ids=("</s>",),
+        template=VIPLLAVA_TEMPLATE,
+        config=vipllava_config,
+        image_processor=dict.fromkeys(
+            ("do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize"), True
+        )
+        | dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
+        | dict(image_processor_type="CLIPImageProcessor", processor_class="LlavaProcessor", resample=3)
+        | dict(size=dict(shortest_edge=28), crop_size=dict(height=28, width=28), rescale_factor=1 / 255),
         extra_tokens=dict(image_token="<image>"),
     ),
     "smolvlm": SMOLVLM,

@@ -20,6 +20,7 @@ from vkd_jax.runs.job import check_config, load_options
 RUNS = {
     "llava": ("llava.py", "7b", "llava", ""),
     "llava_next in int8": ("llava_next.py", "mistral-7b", "llava_next", "int8"),
+    "vipllava": ("vipllava.py", "7b", "vipllava", ""),
     "gemma3 in int8": ("gemma3.py", "4b", "gemma3", "int8"),
     "qwen2_vl": ("qwen2_vl.py", "2b", "qwen2_vl", ""),
     "qwen2_5_vl in int8": ("qwen2_5_vl.py", "3b", "qwen2_5_vl", "int8"),

@@ -1,9 +1,9 @@
 """Models: one module per family, selected by the `model_type` of a Hugging Face `config.json`.
 
 What is in it
-- `llava`, `llava_next`, `gemma3`, `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`, `smolvlm`, `idefics3` and `internvl`: the
-  families. `clip_vit` and `qwen_vit` are vision towers of several, `decoder` is their language model, `layers` has the
-  layers that several use.
+- `llava`, `llava_next`, `vipllava`, `gemma3`, `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`, `smolvlm`, `idefics3` and
+  `internvl`: the families. `clip_vit` and `qwen_vit` are vision towers of several, `decoder` is their language model,
+  `layers` has the layers that several use.
 - `base`: `ModelConfig` and `VisionLanguageModel`, which all families extend, and `split_model` and `bind`, which
   convert a module to (graphdef, params) and back.
 - `fixed_size`: base of families whose images are squares of one size; `tiled`: base of those that cut images into such
@@ -42,6 +42,7 @@ from vkd_jax.types import UserError
 MODELS = {
     "llava": "vkd_jax.models.llava",
     "llava_next": "vkd_jax.models.llava_next",
+    "vipllava": "vkd_jax.models.vipllava",
     "gemma3": "vkd_jax.models.gemma3",
     "qwen2_vl": "vkd_jax.models.qwen2_vl",
     "qwen2_5_vl": "vkd_jax.models.qwen2_5_vl",

@@ -72,6 +72,10 @@ _SHARE = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _AROUND = "*_\"'`. \t\r\n"  # characters that may surround a number that stands alone
+# What follows a score that stands alone: the end of its sentence or line, a colon, or another field of a JSON object.
+_END = re.compile(r"""[*_"'`)\]}]*+[^\S\n]*+(?:[.!:](?!\S)|\n|\Z|[.!:]?[*_"'`)\]}]+(?!\S)|,\s*"\w+"\s*:)""")
+# What a model thinks before it replies. Without an end it was cut off; a chat template may have written its beginning.
+_THOUGHTS = (re.compile(r"<think>.*?(?:</think>|\Z)", re.S | re.I), re.compile(r"\A.*</think>", re.S | re.I))
 _INTRODUCTION = (
     "Grade an answer to a question about an image. You see the question and a reference answer, not the image. "
     "Only facts count; wording and length do not."
@@ -90,23 +94,35 @@ class Rule:
         """The score in a reply, 0 to 1; None if the reply has none that is clear, or one out of range.
 
         A reply is a number alone; or the last "score: 7" in it counts; or it begins with "7/10", or has that alone in
-        its last line, and no other share. The 10 must be `largest`. Percent, separators of thousands, ranges and sums
-        are not read.
+        its last line, and no other share. The 10 must be `largest`. The score's sentence or line ends after it, and no
+        other number that may be the score follows alone. Percent, separators of thousands, ranges and sums are not
+        read, nor what stands in <think>...</think>.
 
         Example:
             >>> Rule("", 10).score("Score: 7 of 10"), Rule("", 10).score("On a scale of 0 to 10, perhaps 3")
             (0.7, None)
         """
+        for thought in _THOUGHTS:
+            reply = thought.sub("\n", reply)
         text = reply.strip(_AROUND)
         match = _NUMBER.fullmatch(text)
         if match is None and (starts := list(_SCORE.finditer(reply))):
-            match = _NUMBER.match(reply, starts[-1].end())
+            match = self._alone(_NUMBER.match(reply, starts[-1].end()))
         elif match is None and text and len(_SHARE.findall(text)) == 1:
             last = text.splitlines()[-1].strip(_AROUND)
-            match = _NUMBER.match(text) if _SHARE.match(text) else _NUMBER.fullmatch(last)
+            match = self._alone(_NUMBER.match(text)) if _SHARE.match(text) else _NUMBER.fullmatch(last)
         if match is None or (match[2] and float(match[2]) != self.largest):
             return None
         return float(match[1]) / self.largest if float(match[1]) <= self.largest else None
+
+    def _alone(self, match: re.Match[str] | None) -> re.Match[str] | None:
+        """The match of a number whose sentence does not go on, and after which no other score stands alone."""
+        if match is None or not _END.match(match.string, match.end()):
+            return None
+        rest, *lines = match.string[match.end() :].split("\n")
+        texts = (text.strip(_AROUND) for text in (*re.split(r"[.!]\s", rest), *lines))
+        others = (float(other[1]) for other in map(_NUMBER.fullmatch, texts) if other)
+        return None if any(other <= self.largest and other != float(match[1]) for other in others) else match
 
 
 RULES = {

@@ -76,11 +76,12 @@ def test_a_path_may_lead_through_another_folder(tmp_path):
     np.testing.assert_array_equal(checkpoints.restore(state)["x"], state["x"])
 
 
-def test_a_folder_that_is_named_by_other_digits_is_no_checkpoint(tmp_path):
+@pytest.mark.parametrize("name", ["\u0663", "03"])  # 3 in Arabic
+def test_a_folder_that_is_named_by_other_digits_is_no_checkpoint(tmp_path, name):
     checkpoints, state = Checkpoints(tmp_path, seed=0, every=1), {"x": jnp.arange(3.0)}
     checkpoints.save(1, state)
     checkpoints.close()
-    shutil.copytree(tmp_path / "1", tmp_path / "\u0663")  # 3 in Arabic
+    shutil.copytree(tmp_path / "1", tmp_path / name)
     assert Checkpoints(tmp_path, seed=0, every=1).latest == 1
 
 

@@ -93,3 +93,17 @@ def test_the_section_of_the_processor_counts_before_the_other_file(tmp_path):
         write(tmp_path, "processor_config.json", {"image_processor": section})
         with pytest.raises(UserError, match="processor_config.json: image_processor is .*, not an object"):
             image_settings.check(tmp_path)
+
+
+def test_settings_that_change_pixels_are_compared_where_both_processors_have_them(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    values = PUBLISHED["LLaVA"]
+    write(first, "preprocessor_config.json", values)
+    section = values | dict(image_processor_type="CLIPImageProcessorFast", do_pad=False, image_std=None)
+    write(second, "processor_config.json", {"image_processor": section})  # as a later version writes them
+    assert image_settings.differences(first, second) == []
+    changed = section | dict(image_mean=[0.5] * 3, do_resize=False, size=dict(shortest_edge=224))
+    write(second, "processor_config.json", {"image_processor": changed})
+    assert image_settings.differences(first, second) == ["do_resize", "image_mean", "size"]

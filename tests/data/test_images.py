@@ -281,16 +281,16 @@ def png_header(width, height):
     )
 
 
-def encoded_16_bits(largest):
-    """A PNG image with 16 bits per pixel, of which one is not black."""
+def encoded_16_bits(largest, format="PNG", white_is_zero=False):
+    """An image with 16 bits per pixel, of which one is not black."""
     pixels = np.zeros((8, 8), np.uint16)
     pixels[3, 3] = largest
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
+    Image.fromarray(pixels).save(stream, format, **(dict(tiffinfo={262: 0}) if white_is_zero else {}))
     return stream.getvalue()
 
 
-@pytest.mark.parametrize(("largest", "seen"), [(0, 0), (256, 1), (65535, 255)])
+@pytest.mark.parametrize(("largest", "seen"), [(0, 0), (16384, 64), (65535, 255)])
 def test_16_bits_become_8(largest, seen):
     assert np.asarray(open_image(encoded_16_bits(largest))).max() == seen
 
@@ -305,8 +305,10 @@ def test_16_bits_become_8(largest, seen):
         (IMAGES["EXIF"][:-200], "the image cannot be decoded"),
         (b"GIF89a", "the image"),
         (b"", "the image has an unknown or broken format"),
-        (encoded_16_bits(255), "the image would be black: its 16-bit values are all below 256; save it with 8 bits"),
-        (encoded_16_bits(1), "the image would be black"),
+        (encoded_16_bits(4095), "the image would be almost black: its 16-bit values are at most 4,095; save it with 8"),
+        (encoded_16_bits(255), "the image would be almost black"),
+        (encoded_16_bits(1), "the image would be almost black"),
+        (encoded_16_bits(65535, "TIFF", white_is_zero=True), "16 bits and white as zero, and would be a negative"),
     ],
 )
 def test_images_that_cannot_be_decoded(data, problem):

@@ -330,7 +330,7 @@ def test_tokens_that_are_random_are_refused(tmp_path):
             return {}
 
         def __call__(self, texts, **_):
-            return {"input_ids": [[i // 7] for i in range(len(texts))]}
+            return {"input_ids": [[i // 7] for i in range(len(texts))], "offset_mapping": [[(0, 1)] for _ in texts]}
 
     with pytest.raises(UserError, match="reads 'Who is .* in another way each time"):
         tokenizer_checks.check(Random(), tmp_path)

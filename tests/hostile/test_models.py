@@ -184,6 +184,17 @@ def merged(share):
     return change
 
 
+def panicking(values):
+    """A tokenizer whose normalizer has an error of its own."""
+    return values | {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "ab"}}
+
+
+def hub_cache(folder):
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "snapshots").mkdir()
+
+
 def doubled(values):
     """A tokenizer with two tokens of one id."""
     vocab = values["model"]["vocab"]
@@ -412,6 +423,16 @@ CASES = [
     Case("tokenizer that is a list", with_files(tokenizer__json=[]), ("tokenizer",)),
     Case("tokenizer without a model", with_files(tokenizer__json={"version": "1.0"}), ("tokenizer",)),
     Case("tokenizer that deletes texts", with_files(tokenizer__json=deaf), ("tokenizer", "different texts")),
+    Case("tokenizer that panics", with_files(tokenizer__json=panicking), ("tokenizer",)),
+    Case(
+        "sentencepiece model alone",
+        with_files(tokenizer__json=None, tokenizer__model=b"x"),
+        ("tokenizer.model is not read", "tokenizer.json"),
+    ),
+    Case("folder of the hub's cache", asked(hub_cache), ("folder of the hub's cache", "snapshots")),
+    Case(
+        "folder of a run", with_files(config__json={"seed": 0}, records__json={}), ("--workdir of a run", "unlearned")
+    ),
     Case("two tokens of one id", with_files(tokenizer__json=doubled), ("tokenizer.json", "are both the token")),
     *(
         Case(f"tokenizer with {share:.0%} of its merges", with_files(tokenizer__json=merged(share)), ("by no merge",))

@@ -245,6 +245,12 @@ def test_a_damaged_file_of_a_run_is_named(finished, monkeypatch, capsys, name):
     assert (status, shown, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"error: {file} is damaged or was changed")
     assert err.endswith("; run its command again, which computes it again.\n")
+    entries = json.loads((finished / "records.json").read_text())
+    without = {other: entry for other, entry in entries.items() if other != name}
+    (finished / "records.json").write_text(json.dumps(without))
+    assert "error" in (err := report_command(monkeypatch, capsys, finished)[2])
+    assert "has no entry in records.json" in err or name == "results.json"
+    (finished / "records.json").write_text(json.dumps(entries))
     file.unlink()
     if name != "results.json":
         assert report_command(monkeypatch, capsys, finished)[2].startswith(f"error: {file} is missing; ")

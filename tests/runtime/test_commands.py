@@ -41,6 +41,11 @@ def raises(error):
             "set another, such as JAX_PLATFORMS=cpu.\n",
         ),
         (RuntimeError("Unknown backend bogus"), "finds no platform 'bogus' here; "),
+        (
+            RuntimeError("Unable to initialize backend 'cpu': INVALID_ARGUMENT: no device"),
+            "error: JAX cannot use the CPU (Unable to initialize backend 'cpu': INVALID_ARGUMENT: no device); correct "
+            "JAX_NUM_CPU_DEVICES or XLA_FLAGS.\n",
+        ),
     ],
 )
 def test_bad_input_and_a_missing_platform_are_one_sentence(error, sentence, capsys, monkeypatch):
@@ -48,6 +53,17 @@ def test_bad_input_and_a_missing_platform_are_one_sentence(error, sentence, caps
     assert raises(error)() == 2
     shown = capsys.readouterr()
     assert sentence in shown.err and shown.err.count("\n") == 1 and not shown.out
+
+
+def test_a_platform_for_gpus_that_is_missing_is_one_sentence():
+    done = subprocess.run(
+        [sys.executable, "-m", "vkd_jax.ask", "--model=tiny_llava", "--question=Who?"],
+        env={**os.environ, "JAX_PLATFORMS": "cuda", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "JAX_PLATFORMS=cuda: JAX finds no platform 'cuda' here" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_other_errors_are_not_hidden():

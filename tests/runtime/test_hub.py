@@ -134,6 +134,8 @@ def test_names_that_are_neither_a_folder_nor_an_id_are_errors(cache, tmp_path):
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").write_bytes(b"")
     assert refusal("org/name") == "org/name is a file; pass the model folder that contains it."
+    (tmp_path / "model.gguf").write_text("")
+    assert "is a GGUF file, which is not read" in refusal(str(tmp_path / "model.gguf"))
     assert refusal("org/a..b").startswith("There is no model folder org/a..b here")
 
 

@@ -56,7 +56,7 @@ class Depth(Section):
     depths: tuple[float, ...] = setting(
         (0.25, 0.5, 0.75, 1.0), "Shares of the decoder's blocks that are computed.", above=0, maximum=1, nonempty=True
     )
-    ridge: float = setting(0.01, "Ridge penalty of the probe per channel.", above=0)
+    ridge: float = setting(0.01, "Ridge penalty of the probe per channel.", above=0, maximum=1e6)
     most: int = setting(2000, "Largest number of questions that the probe trains on.", minimum=2, maximum=20000)
 
     TITLE: ClassVar[str] = "Decoder depth: what the inner layers still know"

@@ -37,7 +37,7 @@ class Probe(Section):
     """Identifies the person in an image by its features alone."""
 
     SECTION: ClassVar[str] = "attacks.probe"
-    ridge: float = setting(0.01, "Ridge penalty per feature.", above=0)
+    ridge: float = setting(0.01, "Ridge penalty per feature.", above=0, maximum=1e6)
 
     TITLE: ClassVar[str] = "Probe: do the visual features still identify the people?"
     ABOUT: ClassVar[str] = (

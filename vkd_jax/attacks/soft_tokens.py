@@ -63,7 +63,7 @@ class SoftTokens(Section):
     )
     steps: int = setting(100, "Training steps of each attempt.", minimum=1, maximum=10**8)
     batch_size: int = setting(16, "Examples per step, rounded up to a multiple of the devices.", minimum=1)
-    learning_rate: float = setting(1e-2, "Constant learning rate.", above=0)
+    learning_rate: float = setting(1e-2, "Constant learning rate.", above=0, maximum=1e3)
 
     TITLE: ClassVar[str] = "Soft tokens: learned embeddings beside the image"
     ABOUT: ClassVar[str] = (

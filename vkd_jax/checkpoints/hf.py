@@ -149,10 +149,16 @@ def read_config(folder: Folder) -> tuple[types.ModuleType, Any]:
     path = folder / CONFIG
     hub.check_not_adapter(folder)
     if not os.path.lexists(path):
+        if (snapshots := folder / "snapshots").is_dir():
+            raise UserError(f"{folder} is a folder of the hub's cache. Give a model folder in {snapshots}.")
         raise UserError(f"{folder} has no config.json. Give a Hugging Face model folder.")
     settings = json_files.read_json(path)
     if settings.keys() & ORIGINAL_LLAVA_FIELDS:
         raise UserError(f"{folder} is in LLaVA's original format. {CONVERT_ORIGINAL_LLAVA}")
+    if "model_type" not in settings and (folder / "records.json").is_file():
+        raise UserError(
+            f"{folder} is the --workdir of a run. Give a model folder in it, such as {folder / 'unlearned'}."
+        )
     if "model_type" not in settings:
         raise UserError(f"{path} is not a Hugging Face model configuration: it has no model_type.")
     sections = [value for value in (settings, *settings.values()) if isinstance(value, dict)]

@@ -107,7 +107,7 @@ class Checkpoints:
 def _remove_damaged(folder: Path) -> None:
     """Removes the checkpoints that are newer than the newest whole one, and logs which."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    steps = sorted((int(name) for name in names if name.isascii() and name.isdecimal()), reverse=True)
+    steps = sorted((int(x) for x in names if x.isascii() and x.isdecimal() and str(int(x)) == x), reverse=True)
     damaged: dict[int, str] = {}
     for step in steps:
         if not (damage := _damage(folder / str(step))):

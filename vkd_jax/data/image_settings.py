@@ -111,6 +111,23 @@ def range_problem(image_processor: Any) -> str | None:
     return None
 
 
+def differences(first: Path, second: Path) -> list[str]:
+    """The settings of pixels that the image processors of two model folders both have, with different values."""
+    values, others = _values(first), _values(second)
+    numbers = INTEGERS | SWITCHES | SIZES | NUMBERS | CHANNELS
+    names = [name for name in sorted(values.keys() & others.keys()) if name.startswith("do_") or name in numbers]
+    return [name for name in names if None not in (values[name], others[name]) and values[name] != others[name]]
+
+
+def _values(folder: Path) -> Mapping[str, Any]:
+    """The settings of the image processor of a model folder; {} if it has none."""
+    path = file_of(folder)
+    if not path.is_file():
+        return {}
+    values = json_files.read_json(path, remedy="get it again")
+    return values[SECTION] if path.name == PROCESSOR else values
+
+
 def check(folder: Path) -> None:
     """Checks the types of all settings of the image processor of a model folder, null being that of any field.
 

@@ -22,6 +22,8 @@ MODES = frozenset({"1", "CMYK", "HSV", "L", "LA", "P", "PA", "RGB", "RGBA", "RGB
 PROGRAMS = frozenset({"EPS", "WMF"})  # formats that Pillow renders with another program, such as Ghostscript
 MOST_ELONGATED = 200  # longer side by shorter side, as of Qwen2-VL; a strip becomes very large when it is resized
 MAX_CACHED_BYTES = memory.CACHE_BYTES  # sets of at most this many bytes of pixels are prepared once and cached
+DARKEST = 2**14  # the brightest pixel of an image of 16 bits has at least this value
+PHOTOMETRIC = 262  # the tag of a TIFF that says whether 0 is black or white
 THREADS = min(os.cpu_count() or 1, 16)  # decoding and resizing release Python's global lock
 
 T = TypeVar("T")
@@ -58,11 +60,16 @@ def open_image(data: bytes | Image.Image) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
         _check_kind(image)
+        white_is_zero = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # PIL's own conversion would clip all values above 255
             pixels = np.asarray(image)
-            if 0 < pixels.max() < 256:  # as of a camera with few bits, or of 8 bits that were stored in 16
-                raise UserError("the image would be black: its 16-bit values are all below 256; save it with 8 bits")
+            if 0 < (largest := int(pixels.max())) < DARKEST:  # as of a camera with 12 bits, or of 8 bits in 16
+                raise UserError(
+                    f"the image would be almost black: its 16-bit values are at most {largest:,}; save it with 8 bits"
+                )
+            if white_is_zero:
+                raise UserError("the image has 16 bits and white as zero, and would be a negative; save it with 8 bits")
             return Image.fromarray((pixels >> 8).astype(np.uint8))
         if image.mode not in MODES:
             raise UserError(f"the image has pixels of the mode {image.mode}; save it as RGB with 8 bits per channel")

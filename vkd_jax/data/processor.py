@@ -77,10 +77,17 @@ class Processor:
             )
             # Raises if it has settings of other types than transformers expects.
             texts = self.tokenizer(["Who is this?", "Why is that?"])["input_ids"]
-        except Exception as error:  # tokenizers raises errors without a type of their own
+        except BaseException as error:  # tokenizers raises errors without a type of their own, and panics
+            if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+                raise
+            remedy = "copy tokenizer.json, tokenizer_config.json and preprocessor_config.json of the model there"
+            if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+                remedy = (
+                    "its tokenizer.model is not read: copy the model's tokenizer.json there, or write one with "
+                    "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) where sentencepiece is installed"
+                )
             raise UserError(
-                f"{folder}: no usable tokenizer and image processor ({storage.first_line(error)}); "
-                "copy tokenizer.json, tokenizer_config.json and preprocessor_config.json of the model there."
+                f"{folder}: no usable tokenizer and image processor ({storage.first_line(error)[:150]}); {remedy}."
             ) from error
         if texts[0] == texts[1]:
             raise UserError(f"{folder}: its tokenizer reads different texts as the same tokens; get its files again.")

@@ -56,7 +56,7 @@ def check(tokenizer: Any, folder: Path) -> None:
             f"{folder / FILE}: many of its tokens are made by no merge, so that words fall apart; {REMEDY}."
         )
     for text in TEXTS:
-        first, *others = tokenizer([text] * REPEATS, add_special_tokens=False)["input_ids"]
+        first, *others = encode(tokenizer, folder, [text] * REPEATS, add_special_tokens=False)[0]
         if any(ids != first for ids in others):
             raise UserError(f"{folder / FILE}: the tokenizer reads {text!r} in another way each time; {REMEDY}.")
         if tokenizer.unk_token_id in first:

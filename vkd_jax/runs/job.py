@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 
 from vkd_jax import benchmarks, messages
 from vkd_jax.attacks import Attack
@@ -15,6 +16,7 @@ from vkd_jax.checkpoints import sources
 from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
 from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.config.schema import ModelConfig, RunConfig
+from vkd_jax.data import image_settings
 from vkd_jax.data.processor import Processor
 from vkd_jax.evaluation import evaluate, judge, wording
 from vkd_jax.methods import Method, text_stream
@@ -242,6 +244,15 @@ def check_models(job: Job) -> dict[str, Path]:
         if family != first_family:
             raise UserError(f"config.{_field(name)} is a model of another kind or size than the one to unlearn.")
         _check_provenance(job, name, folder)
+        first, reference = next(iter(models.items()))
+        if different := image_settings.differences(reference, folder):
+            logging.warning(
+                "config.%s sees other pixels than config.%s, since %s of its image processor differs; compare their "
+                "accuracies with care",
+                _field(name),
+                _field(first),
+                messages.listed(different),
+            )
         for method in training_methods:
             check_trainable(folder, method, config.model.quantize)
     if models:

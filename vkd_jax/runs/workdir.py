@@ -44,8 +44,7 @@ SHARED_MODELS = ("vanilla", "retain_only")  # models that are the same in every 
 # Fields that a run may have other values of when it resumes: they decide nothing that it computes.
 FREE_FIELDS = {"mesh", "train.trackers", "finetune.train.trackers"}
 TRAINING, METRICS, JUDGE_FOLDER = "train", "metrics.jsonl", "judge"
-MODELS = (*SHARED_MODELS, "base", "unlearned")  # that a run may write
-REMOVABLE = (*MODELS, TRAINING)  # large folders, which may be removed after the run
+REMOVABLE = (*records.MODELS, TRAINING)  # large folders, which may be removed after the run
 MOVE = "remove it, or pass another --workdir"
 START_OVER = "pass another --workdir, or remove that folder to start over"
 FOLDERS = (
@@ -225,7 +224,7 @@ class Workdir:
     def verify_source(self, folder: Path) -> None:
         """Does the work of `check_source`, in process 0 alone."""
         fields = [name for name, given in self.given.items() if given == folder]
-        known = {name: inputs.without_provenance(self._records.model_digests(name)) for name in MODELS}
+        known = {name: inputs.without_provenance(self._records.model_digests(name)) for name in records.MODELS}
         known = {name: x for name, x in known.items() if x and storage.local_copy(self.path / name) == folder}
         known |= {name: records.mapping(self._inputs["models"]).get(name) for name in fields}
         for name, expected in known.items():

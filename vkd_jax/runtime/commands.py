@@ -4,16 +4,34 @@ import functools
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from typing import ParamSpec
 
 from vkd_jax.config.command_line import bad_input
 from vkd_jax.runtime.interrupts import interruptible
+from vkd_jax.runtime.storage import first_line
 from vkd_jax.types import UserError
 
 P = ParamSpec("P")
 # How JAX says that JAX_PLATFORMS names a platform that this machine does not have.
 _NO_PLATFORM = re.compile(r"(?:Unable to initialize|Unknown) backend:? '?(\w+)")
+
+
+def _platform_problem(error: RuntimeError | AssertionError) -> str | None:
+    """What is wrong if JAX finds no device, in words; None if the error is another one."""
+    given, match = os.environ.get("JAX_PLATFORMS", ""), _NO_PLATFORM.match(str(error))
+    # JAX asserts, without a message, that the platforms for GPUs were found.
+    last = list(traceback.walk_tb(error.__traceback__))[-1][0].f_code.co_filename
+    if not match and not (isinstance(error, AssertionError) and last.endswith(os.path.join("_src", "xla_bridge.py"))):
+        return None
+    platform = match[1] if match else given.partition(",")[0]
+    if platform == "cpu":
+        return f"JAX cannot use the CPU ({first_line(error)[:200]}); correct JAX_NUM_CPU_DEVICES or XLA_FLAGS."
+    return (
+        f"JAX_PLATFORMS={given}: JAX finds no platform {platform!a:.40} here; install what it requires (docs/tpu.md), "
+        "or set another, such as JAX_PLATFORMS=cpu."
+    )
 
 
 def guarded(run: Callable[P, int]) -> Callable[P, int]:
@@ -32,12 +50,9 @@ def guarded(run: Callable[P, int]) -> Callable[P, int]:
             return run(*args, **options)
         except UserError as error:
             return bad_input(error)
-        except RuntimeError as error:
-            if not (platform := _NO_PLATFORM.match(str(error))):
+        except (RuntimeError, AssertionError) as error:
+            if not (problem := _platform_problem(error)):
                 raise
-            return bad_input(
-                f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: JAX finds no platform {platform[1]!a:.40} here; "
-                "install what it requires (docs/tpu.md), or set another, such as JAX_PLATFORMS=cpu."
-            )
+            return bad_input(problem)
 
     return interruptible(end_with_status)

@@ -40,6 +40,8 @@ def fetch_model(name: str | os.PathLike[str]) -> pathlib.Path:
         return storage.download_model(folder)
     if folder.is_dir():
         return folder
+    if folder.exists() and folder.suffix.lower() == ".gguf":
+        raise UserError(f"{name} is a GGUF file, which is not read; pass the model folder that it was made from.")
     if folder.exists():
         raise UserError(f"{name} is a file; pass the model folder that contains it.")
     if folder.name == os.fspath(name) and (SHIPPED / name).is_dir():

@@ -18,6 +18,7 @@ from vkd_jax.types import UserError
 
 FILE = "records.json"
 AGAIN = "run the command of that run again"
+MODELS = ("vanilla", "retain_only", "base", "unlearned")  # whose answers a run may record
 
 
 class Records:
@@ -72,7 +73,11 @@ class Records:
 
     @property
     def _answers(self) -> list[str]:
-        return [name for name in self._entries if name.startswith(("answers/", "attacks/"))]
+        """The files of answers that have an entry, and those of models that should have one."""
+        listed = [name for name in self._entries if name.startswith(("answers/", "attacks/"))]
+        folders = {"answers", *(name.rpartition("/")[0] for name in listed)}
+        found = (f"{folder}/{model}.jsonl" for folder in sorted(folders) for model in MODELS)
+        return list(dict.fromkeys([*listed, *(name for name in found if (self._path / name).exists())]))
 
     def damaged(self, without: tuple[str, ...] = (), optional: Collection[str] = ()) -> list[str]:
         """The names of the files and model folders that are not as they were added.

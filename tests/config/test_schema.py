@@ -115,7 +115,14 @@ def test_every_field_of_every_component_is_documented():
         ("data.forget=7", "data.forget: 7 is not allowed. Give one of 5, 10, 15."),
         ("data.people=-1", "data.people: -1 is not allowed. Give a whole number of at least 0 and"),
         ("seed=-1", "seed: -1 is not allowed."),
-        ("train.foo=1", "train.foo: 'train.foo=1' does not fit the config"),
+        ("train.foo=1", "train.foo: unknown field 'foo'. Available: b2, batch_size, "),
+        ("train.stepz=1", "train.stepz: unknown field 'stepz'. Did you mean 'steps'?"),
+        ("TRAIN.steps=1", "TRAIN.steps: unknown field 'TRAIN'. Did you mean 'train'?"),
+        ("train..steps=1", "train..steps: unknown field ''. Available: b2, batch_size, "),
+        ("train.batch_size.forgt=1", "train.batch_size.forgt: unknown field 'forgt'. Did you mean 'forget'?"),
+        ("train.steps.more=1", "train.steps.more: train.steps is a value and has no field 'more'."),
+        ("=1", "settings: unknown field ''. Available: attacks, data, "),
+        ("train=2", 'train: it is a section. Give its fields one by one, such as "train.FIELD".'),
     ],
 )
 def test_wrong_values_are_named_by_their_path(settings, message):

@@ -158,7 +158,7 @@ CASES = [
     # Flags.
     Case("unknown section", settings("--config.trian.steps=1"), ("trian",)),
     Case("unknown field", settings("--config.train.stps=1"), ("stps",)),
-    Case("unknown field of control characters", settings("--config.train.\x1b[2J=1"), ("unknown",)),
+    Case("unknown field of control characters", settings("--config.train.\x1b[2J=1"), ("is not the name of a field",)),
     Case("10^18 steps", settings(f"--config.train.steps={10**18}"), ("train.steps",)),
     Case("10^300 epochs", settings("--config.train.epochs=1e300"), ("train.epochs",)),
     Case("text for a number", settings("--config.train.steps=many"), ("train.steps", "many")),

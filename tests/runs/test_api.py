@@ -99,7 +99,8 @@ def test_an_unknown_name_is_an_attribute_error():
     [
         (dict(benchmark="mmlu"), "unknown name 'mmlu'"),
         (dict(method="magic"), "unknown name 'magic'"),
-        (dict(settings={"train.stpes": 1}), "train.stpes"),
+        (dict(settings={"train.stpes": 1}), "train.stpes: unknown field 'stpes'. Did you mean 'steps'"),
+        (dict(settings={"train.steps ": 1}), "train.steps : unknown field 'steps '. Did you mean 'steps'"),
         (dict(settings={"train.steps": "many"}), "train.steps: 'many' is of type str. Give a value of type int."),
         (dict(settings={"train.steps": 4.0}), "train.steps: 4.0 is of type float. Give a value of type int."),
         (dict(settings={"train": {"steps": 4}}), "train: {'steps': 4} is a section. Give its fields one by one"),

@@ -167,7 +167,7 @@ def test_a_model_that_changed_is_not_started_from(two, base, tmp_path):
             "model.path: the config names no model to start from. Give one that knows the people of ml",
         ),
         ("attacks.names=leak", "", "requests are not attacked"),
-        ("", "train.stepz=3", "--batch_settings: train.stepz: .* does not fit the config"),
+        ("", "train.stepz=3", "--batch_settings: train.stepz: unknown field 'stepz'. Did you mean 'steps'"),
         ("", "train.steps=-1", "--batch_settings: train.steps: -1 is not allowed"),
         ("", "stage=audit", "--batch_settings: .*stage=audit does not start from a model"),
     ],

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
+from ml_collections.config_flags import config_path
 
 from vkd_jax import messages
 from vkd_jax.config.arguments import HelpShown
@@ -209,10 +210,21 @@ def _check_flags(argv: Sequence[str], values: flags.FlagValues) -> None:
     for name, value in _flags(argv, values):
         if name in values and name not in own:
             raise UserError(_foreign(name))
+        if (field := re.fullmatch(r"(?:no)?config\.(.*)", name, re.DOTALL)) and not _is_field(field[1]):
+            raise UserError(f"--{name}: {field[1]!r:.60} is not the name of a field; give one such as train.steps.")
         if given.setdefault(name, value) != value:
             raise UserError(f"{_twice(f'--{name}', given[name], value)}.")
         if name in ("config", "workdir") and not value:  # of an unset variable of a shell
             raise UserError(f"--{name} is empty; pass its path.")
+
+
+def _is_field(name: str) -> bool:
+    """Whether a text can be the name of a field: words with dots between them, or keys in brackets."""
+    try:
+        parts = config_path.split(name)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return False
+    return all(isinstance(part, str) for part in parts)
 
 
 def _foreign(name: str) -> str:
@@ -232,6 +244,8 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, (AttributeError, KeyError)) and not in_file:
         return _unknown_field(str(error.args[0]))
     last = (str(error).strip().splitlines() or [""])[-1].strip()  # what precedes it is a traceback
+    if isinstance(error, TypeError) and not in_file and last.startswith("string indices"):  # of an override
+        return "--config: a flag names a field of a text, which has none; docs/configuration.md lists the fields."
     if (match := re.fullmatch(r"\[Errno \d+\] (.*): '(.*)'", last)) and isinstance(error, OSError) and not in_file:
         return f"--config={match[2]}: it cannot be read ({match[1]}); pass a config file."
     if match := re.fullmatch(r"flag (--\S+=.*): \('Non-boolean argument to boolean flag', .*\)", last):

@@ -12,6 +12,7 @@ vkd_jax.config.fields.FieldError: adam.b2: 1.0 is not allowed. Give a number of 
 """
 
 import dataclasses
+import difflib
 import functools
 import math
 import re
@@ -20,6 +21,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+import ml_collections
 from flax.core import FrozenDict
 
 from vkd_jax import messages
@@ -49,6 +51,24 @@ class FieldError(UserError):
     def within(self, section: str) -> "FieldError":
         """The same error of a section that is nested in another one."""
         return FieldError(f"{section}.{self.path}", self.problem)
+
+
+def value_of(config: ml_collections.ConfigDict, name: str) -> Any:
+    """The value of a field of a ConfigDict by its dotted name, such as "train.steps".
+
+    Raises:
+        FieldError: there is no such field.
+    """
+    value, section = config, ""
+    for part in name.split("."):
+        if not isinstance(value, ml_collections.ConfigDict):
+            raise FieldError(name, f"{section} is a value and has no field {part!r:.40}.")
+        if part not in value:
+            similar = difflib.get_close_matches(part.strip().lower(), value.keys(), 1)
+            remedy = f"Did you mean {similar[0]!r}?" if similar else f"Available: {messages.choices(value.keys())}."
+            raise FieldError(name or "settings", f"unknown field {part!r:.40}. {remedy}")
+        value, section = value[part], f"{section}.{part}" if section else part
+    return value
 
 
 def setting(default: Any, help: str, **rules: Any) -> Any:

@@ -316,15 +316,16 @@ def override(config: ml_collections.ConfigDict, settings: str | Mapping[str, Any
     check_argument("settings", settings, (str, Mapping), "fields with their values, such as train.steps=100")
     for name, value in (_parsed(settings) if isinstance(settings, str) else settings).items():
         check_argument("settings", name, str, "the fields' names as texts, such as train.steps")
-        if isinstance(value, Mapping):
-            raise FieldError(name, f'{value!r:.60} is a section. Give its fields one by one, such as "{name}.FIELD".')
+        current = fields.value_of(config, name)
+        if isinstance(value, Mapping) or ml_collections.ConfigDict in {type(current)} - {type(value)}:
+            given = f"{value!r:.60}" if isinstance(value, Mapping) else "it"
+            raise FieldError(name, f'{given} is a section. Give its fields one by one, such as "{name}.FIELD".')
         value = _plain_value(value)
         try:
             config.copy_and_resolve_references().lock().update_from_flattened_dict({name: value})  # adds no field
             config.update_from_flattened_dict({name: value})
         except TypeError as error:
-            kind = type(_value(config, name)).__name__
-            problem = f"{value!r:.60} is of type {type(value).__name__}. Give a value of type {kind}."
+            problem = f"{value!r:.60} is of type {type(value).__name__}. Give a value of type {type(current).__name__}."
             raise FieldError(name, problem) from error
         except (KeyError, AttributeError, ValueError) as error:
             text = f"{name}={value}"
@@ -336,13 +337,6 @@ def _plain_value(value: Any) -> Any:
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.shape):
         return value.item()
     return tuple(map(_plain_value, value)) if isinstance(value, range | list | np.ndarray) else value
-
-
-def _value(config: ml_collections.ConfigDict, name: str) -> Any:
-    """The value of a field by its dotted name."""
-    for part in name.split("."):
-        config = config[part]
-    return config
 
 
 def _parsed(settings: str) -> dict[str, Any]:

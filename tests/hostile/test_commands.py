@@ -60,6 +60,14 @@ COMPARE = [
         ),
         ("compare.entrants", "1, 2", "equally many"),
     ),
+    Case(
+        "comparison in a folder of others",
+        lambda folder: (
+            written(folder / "own" / "data" / "thesis.txt", "mine"),
+            [f"--config={TINY_CONFIG}:compare", "--workdir=own"],
+        )[1],
+        ("--workdir=own", "other files (data)"),
+    ),
     Case("tuning that fits nothing", field("tuning", "'seed=first'"), ("seed", "first")),
 ]
 
@@ -301,6 +309,7 @@ REQUESTS = [
     ),
     Case("number of 5000 digits", lambda _: ["purge", "l", "9" * 5000], ("number of a request",), lacks=("9" * 30,)),
     Case("misspelled people", lambda _: ["add", "l", "--froget=1"], ("--froget is no flag", "did you mean --forget")),
+    Case("people that are empty", lambda _: ["add", "l", "--forget="], ("--forget is empty",)),
     Case("number that is negative", lambda _: ["withdraw", "l", "-1"], ("-1",)),
     Case("two folders to forget", lambda _: ["add", "l", *ADD, "--forget=2"], ("--forget is given twice", "1 and 2")),
     Case(

@@ -221,6 +221,25 @@ def test_wrong_settings_are_refused_before_anything_is_written(get_config, tmp_p
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.parametrize("name", ["data/metadata.jsonl", "models/thesis.tex", "a.png", "results.json"])
+def test_a_folder_with_other_files_is_refused(get_config, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(sweep, "_run", lambda *_: pytest.fail("it was run"))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=f"--workdir=.*: it has other files .{name.partition('/')[0]}"):
+        sweep.run(get_config("tiny.py", "compare"), tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["lock.json", "controls", "tuning/vanilla", "models/vanilla", ".git"])
+def test_a_comparison_resumes_in_the_folder_that_it_began(get_config, tmp_path, name, monkeypatch):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}") if name.endswith(".json") else (tmp_path / name).mkdir()
+    monkeypatch.setattr(sweep, "_run", lambda *_: "resumed")
+    assert sweep.run(get_config("tiny.py", "compare"), tmp_path) == "resumed"
+
+
 def test_a_workdir_that_is_a_file_is_refused(get_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; pass a folder"):

@@ -24,8 +24,10 @@ from vkd_jax.config.schema import RunConfig
 from vkd_jax.reporting import comparison, comparison_plots, tables
 from vkd_jax.runs.workdir import FOLDERS_OF_A_COMPARISON, SHARED_MODELS, check_kinds, make_folder
 from vkd_jax.runs.worker_pool import Task, default_workers, execute
-from vkd_jax.runtime import files, locks, records, storage
+from vkd_jax.runtime import files, locks, outputs, records, storage
 from vkd_jax.types import UserError
+
+MARKS = ("controls", "tuning", "comparison.json")  # of a folder of a comparison, beside its models
 
 
 def run(
@@ -43,7 +45,8 @@ def run(
         command: How the program was started, as the results name it.
 
     Raises:
-        UserError: The config is not valid for a comparison, or a run that all others need failed.
+        UserError: The config is not valid for a comparison, the folder has other files, or a run that all others need
+            failed.
         Stopped: SIGTERM or SIGINT arrived.
     """
     if "compare" not in config:
@@ -53,6 +56,8 @@ def run(
     if "://" in str(path):
         raise UserError(f"--workdir={path}: the runs of a comparison need a folder of this machine.")
     sweep = Sweep(RunConfig.from_config_dict(config), storage.resolve(path))
+    has_models = any((sweep.path / "models" / name).is_dir() for name in SHARED_MODELS)
+    outputs.check_folder(sweep.path, "--workdir", (*MARKS, *["models"] * has_models), (locks.FILE,))
     sweep.check()
     with storage.write_errors():
         make_folder(sweep.path)

@@ -7,6 +7,7 @@ import pytest
 from vkd_jax import requests as command
 from vkd_jax.runs import ledger, requests
 from vkd_jax.runs.ledger import START, Ledger, append, line_hash
+from vkd_jax.runtime import locks
 from vkd_jax.types import UserError, person_digest
 
 ANN, BOB, CLEO = (person_digest(name) for name in ("ann", "bob", "cleo"))
@@ -117,6 +118,17 @@ HOSTILE = {
     "done after it was withdrawn": ([("add", 1, {}), ("withdraw", 1, {}), ("done", 1, DONE)], "already withdrawn"),
     "withdrawn after it was done": ([("add", 1, {}), ("done", 1, DONE), ("withdraw", 1, {})], "already run"),
     "purged before it was run": ([("add", 1, {}), ("purge", 1, {})], "was not run"),
+    "purged while it is run": ([("add", 1, {}), ("begin", 1, {"run": "/runs/0001"}), ("purge", 1, {})], "was not run"),
+    "begun before it was added": ([("begin", 1, {"run": "/runs/0001"})], "request 1 is not in the ledger"),
+    "begun without a folder": ([("add", 1, {}), ("begin", 1, {})], "its field 'run'"),
+    "begun after it was withdrawn": (
+        [("add", 1, {}), ("withdraw", 1, {}), ("begin", 1, {"run": "/runs/0001"})],
+        "already withdrawn",
+    ),
+    "begun out of order": (
+        [("add", 1, {}), ("add", 2, {"people": [BOB]}), ("begin", 2, {"run": "/runs/0002"})],
+        "request 2 was run before request 1",
+    ),
     "a line number": ([("add", 1, {"over": {"line": 2}})], "does not follow"),
     "another chain": ([("add", 1, {"over": {"previous": "1" * 64}})], "does not follow"),
 }
@@ -190,7 +202,6 @@ def test_a_damaged_file_is_refused(data, problem, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["add", "LEDGER", "--forget="], "the request is empty"),
         (["add", "LEDGER", "--forget= , "], "the request is empty"),
         (["add", "LEDGER", "--forget=bob,bob"], "named twice"),
         (
@@ -222,6 +233,44 @@ def test_bad_arguments_are_refused_in_one_sentence(words, problem, tmp_path, mon
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and problem in error, error
     assert (tmp_path / "LEDGER").read_bytes() == before and not (tmp_path / "MISSING").exists()
+
+
+def test_what_an_interrupted_run_left_of_a_withdrawn_request_is_shown_and_purged(tmp_path, capsys):
+    path, run = tmp_path / "LEDGER", tmp_path / "runs" / "0001"
+    for name in ("records.json", "features/questions.jsonl", "answers/vanilla.jsonl", "unlearned/model.safetensors"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("{}")
+    (tmp_path / "runs" / "data").mkdir()
+    write(path, ("add", 1, {}), ("begin", 1, {"run": str(run)}))
+    assert command.main(["purge", str(path), "1"]) == 2
+    assert "request 1 has a run that has not ended; run it, or withdraw it first" in capsys.readouterr().err
+    assert command.main(["withdraw", str(path), "1"]) == command.main(["show", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "withdrawn" in out and f"questions in {run / 'features'}; answers in {run / 'answers'}" in out
+    assert command.main(["purge", str(path)]) == 0
+    assert "3 files and folders were deleted" in capsys.readouterr().out
+    assert sorted(p.name for p in run.iterdir()) == ["records.json", "unlearned"]
+    assert not (tmp_path / "runs" / "data").exists() and Ledger.read(path).requests[0].purged
+    assert command.main(["show", str(path)]) == 0 and "nothing" in capsys.readouterr().out
+
+
+def test_a_ledger_whose_requests_are_run_is_only_added_to(tmp_path, capsys):
+    path = tmp_path / "LEDGER"
+    write(path, ("add", 1, {}))
+    lock = locks.owner("vkd requests run LEDGER") | {"host": "elsewhere"}
+    (tmp_path / ".LEDGER.lock").write_text(json.dumps(lock))
+    for words in (["withdraw", path, "1"], ["purge", path]):
+        assert command.main([str(word) for word in words]) == 2
+        error = capsys.readouterr().err
+        assert f"{path} is used by process" in error and "(vkd requests run LEDGER). Wait until it ends" in error
+    with pytest.raises(UserError, match="LEDGER is used by process"), ledger.hold(path, ""):
+        raise AssertionError("both hold the lock")
+    assert command.main(["add", str(path), "--forget=bob"]) == 0 and Ledger.read(path).lines == 2
+
+
+def test_a_ledger_of_which_nothing_was_run_holds_nothing(tmp_path):
+    write(tmp_path / "LEDGER", ("add", 1, {}), ("withdraw", 1, {}))
+    assert requests.shown(tmp_path / "LEDGER").endswith("Nothing is held of these people, since no request was run.")
 
 
 def test_a_line_has_the_documented_fields():

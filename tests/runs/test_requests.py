@@ -16,6 +16,7 @@ from vkd_jax.config.schema import RunConfig
 from vkd_jax.reporting import requests_page
 from vkd_jax.runs import features, requests, stages
 from vkd_jax.runs.ledger import Ledger
+from vkd_jax.runtime import locks
 from vkd_jax.runtime.mesh import make_mesh
 from vkd_jax.types import UserError, person_digest
 
@@ -49,12 +50,14 @@ def two(base, request_folders, tmp_path_factory):
     (other,) = sorted({e["person"] for e in _lines(request_folders / "retain" / "metadata.jsonl")})[:1]
     requests.add(ledger, other)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(requests, "append", _stop)
+        patch.setattr(requests, "describe", _stop)
         with pytest.raises(KeyboardInterrupt):
             requests.run(ledger, base, workdir)
     written = {path: path.stat().st_mtime_ns for path in (workdir / "0002").rglob("*.safetensors")}
-    assert not (workdir / "data").exists() and len(Ledger.read(ledger).pending) == 1
+    (pending,) = Ledger.read(ledger).pending
+    assert not (workdir / "data").exists() and pending.folders == [workdir / "0002"]
     requests.run(ledger, base, workdir)
+    assert sum(line["kind"] == "begin" for line in _lines(ledger)) == 2
     assert written == {path: path.stat().st_mtime_ns for path in written}  # nothing was computed again
     return ledger, workdir, other
 
@@ -135,6 +138,35 @@ def test_the_page_has_every_request(two):
     page = (workdir / requests_page.PAGE).read_text()
     assert "| request 1 | 1 |" in page and "| request 2 | 2 |" in page and "Everyone forgotten so far" in page
     assert (workdir / requests_page.PLOT).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ("train.steps=3", "--config.train.steps: 3 is not the value that request 2 was run with, 2, and no request is"),
+        ("model.path=tiny_llava", "--config.model.path: 'tiny_llava' is not the value that request 2 was run with"),
+        ("", ""),
+    ],
+)
+def test_the_page_is_not_written_under_other_settings(two, base, settings, problem, tmp_path):
+    """Without a pending request, in a workdir of its own."""
+    ledger, _, _ = two
+    if problem:
+        with pytest.raises(UserError, match=problem):
+            requests.run(ledger, base.override(settings), tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+    else:
+        requests.run(ledger, base, tmp_path / "other")
+        assert (tmp_path / "other" / requests_page.PAGE).exists()
+
+
+def test_requests_are_not_run_while_another_process_uses_the_ledger(two, base, tmp_path):
+    ledger = tmp_path / "ledger"
+    ledger.write_bytes(two[0].read_bytes())
+    (tmp_path / ".ledger.lock").write_text(json.dumps(locks.owner("vkd requests run") | {"host": "elsewhere"}))
+    with pytest.raises(UserError, match="ledger is used by process"):
+        requests.run(ledger, base, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_model_that_changed_is_not_started_from(two, base, tmp_path):

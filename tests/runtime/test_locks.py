@@ -97,7 +97,7 @@ def test_a_lock_is_renewed_and_a_lost_one_is_not_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr(locks.logging, "error", lambda text, *values: messages.append(text % values))
     ticks = iter([False, False, True])
     file, name = storage.VersionedFile(tmp_path / locks.FILE), str(tmp_path / locks.FILE)
-    version = locks._acquire(file, name, "")
+    version = locks._acquire(file, name, "", str(tmp_path))
     first = json.loads((tmp_path / locks.FILE).read_text())["renewed"]
 
     class Event:

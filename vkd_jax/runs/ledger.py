@@ -3,7 +3,7 @@
 Every line has these fields, and those of its kind:
 
     line       its number, from 1
-    kind       add, withdraw, done or purge
+    kind       add, begin, withdraw, done or purge
     request    the number of the request, from 1
     time       when the line was written, UTC
     previous   the hash of the line before it; 64 zeros in the first line
@@ -11,7 +11,8 @@ Every line has these fields, and those of its kind:
 
     add        people (SHA-256 of what the data calls each), forget and test (folders that have their images; "" if the
                data of the config has them)
-    withdraw   nothing; the request was not run yet
+    begin      run (the folder of a run that starts, so that purge finds it even if the run never ends)
+    withdraw   nothing; no run of the request has ended
     done       run (its folder), model_before and model_after (see `requests.model_digest`), config, figures, data
                (digests of the sets), features (digests of the cached features), versions and commit
     purge      nothing; the cached features of the request, and the answers and reports of all runs, were deleted
@@ -20,6 +21,7 @@ Anyone who can write to the ledger can recompute all hashes. To prove later that
 elsewhere.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -32,7 +34,7 @@ from typing import Any
 
 from vkd_jax.config.request import DIGEST
 from vkd_jax.reporting import requests_page
-from vkd_jax.runtime import files, json_files, outputs, storage
+from vkd_jax.runtime import files, json_files, locks, outputs, storage
 from vkd_jax.types import UserError, located
 
 START = "0" * 64  # stands for the hash of the line before the first one
@@ -42,6 +44,7 @@ _DONE = dict.fromkeys(("run", "model_before", "model_after", "commit"), str)
 _DONE |= dict.fromkeys(("config", "figures", "data", "features", "versions"), dict)
 KINDS: Mapping[str, Mapping[str, type]] = {
     "add": {"people": list, "forget": str, "test": str},
+    "begin": {"run": str},
     "withdraw": {},
     "done": _DONE,
     "purge": {},
@@ -59,6 +62,7 @@ class Request:
         test: the folder of other images of them, or "".
         time: when the request was added.
         done: the line of its run; None before the run.
+        begun: the folders of runs that started.
         withdrawn: whether it was withdrawn.
         purged: whether its cached features were deleted.
     """
@@ -69,6 +73,7 @@ class Request:
     test: str
     time: str
     done: Mapping[str, Any] | None = None
+    begun: tuple[str, ...] = ()
     withdrawn: bool = False
     purged: bool = False
 
@@ -76,6 +81,16 @@ class Request:
     def pending(self) -> bool:
         """Whether it waits to be run."""
         return self.done is None and not self.withdrawn
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of its runs, which may hold data of its people."""
+        return [Path(run) for run in dict.fromkeys((*self.begun, *([self.done["run"]] if self.done else [])))]
+
+    @property
+    def purgeable(self) -> bool:
+        """Whether its features can be deleted: it was run, or a run of it started before it was withdrawn."""
+        return bool(self.folders) and not self.pending
 
 
 class Ledger:
@@ -190,7 +205,7 @@ class Ledger:
             return
         request = self.get(number)
         if kind == "purge":
-            if not request.done:
+            if not request.purgeable:
                 raise UserError(f"request {number} was not run, so no features of its people are held.")
             self._requests[number] = dataclasses.replace(request, purged=True)
             return
@@ -201,6 +216,9 @@ class Ledger:
             return
         if number != self.pending[0].number:
             raise UserError(f"request {number} was run before request {self.pending[0].number}; {REMEDY}.")
+        if kind == "begin":
+            self._requests[number] = dataclasses.replace(request, begun=(*request.begun, entry["run"]))
+            return
         self._requests[number] = dataclasses.replace(request, done=dict(entry))
 
 
@@ -228,6 +246,15 @@ def local(name: str) -> Path:
             f"{path} is a link to {os.readlink(path)}, which does not exist; restore it or remove the link."
         )
     return path.resolve() if path.is_symlink() else path  # a file that is replaced must not replace a link to it
+
+
+def hold(path: Path, command: str) -> contextlib.AbstractContextManager[None]:
+    """Context manager in which no other process runs, withdraws or purges requests of a ledger; it may add some.
+
+    Raises:
+        UserError: another process does.
+    """
+    return locks.hold(path.absolute().parent, command, path.name)
 
 
 def line_hash(content: Mapping[str, Any]) -> str:

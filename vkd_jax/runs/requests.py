@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ from vkd_jax.models import base
 from vkd_jax.reporting import requests_page
 from vkd_jax.results import RunResults
 from vkd_jax.runs import features, inputs, pipeline
-from vkd_jax.runs.ledger import Ledger, Request, append
-from vkd_jax.runs.workdir import make_folder
+from vkd_jax.runs.ledger import Ledger, Request, append, hold
+from vkd_jax.runs.workdir import decisive_fields, make_folder
 from vkd_jax.runtime import json_files, locks, outputs, records, storage
 from vkd_jax.runtime.dataclass_json import encode
 from vkd_jax.types import UserError, located, person_digest
@@ -102,13 +102,14 @@ def _named(forget: str) -> list[str]:
 
 
 def withdraw(path: Path, number: int) -> None:
-    """Withdraws a request that was not run.
+    """Withdraws a request that was not run, or whose run was interrupted; `purge` then deletes what the run left.
 
     Raises:
-        UserError: there is no such request, or it was run.
+        UserError: there is no such request, or it was or is being run.
     """
-    Ledger.read(path)
-    append(path, lambda ledger: ("withdraw", ledger.get(number).number, {}))
+    Ledger.read(path).get(number)
+    with hold(path, "vkd requests withdraw"):
+        append(path, lambda ledger: ("withdraw", ledger.get(number).number, {}))
 
 
 def purge(path: Path, numbers: Sequence[int]) -> list[Path]:
@@ -118,34 +119,44 @@ def purge(path: Path, numbers: Sequence[int]) -> list[Path]:
 
     Args:
         path: the ledger.
-        numbers: the requests; () for all that were run.
+        numbers: the requests; () for all that were run, or were withdrawn after a run of them had started.
 
     Returns:
         What was deleted.
 
     Raises:
-        UserError: a request was not run, or its run is in progress.
+        UserError: a request was not run, waits to be run, or is being run.
     """
-    ledger = Ledger.read(path)
-    wanted = [ledger.get(number) for number in numbers] or ledger.finished
-    if waiting := [request.number for request in wanted if not request.done]:
-        raise UserError(f"request {waiting[0]} was not run, so nothing of its people is held.")
-    deleted: list[Path] = []
-    for workdir in sorted({Path(request.done["run"]).parent for request in ledger.finished}):
-        if not workdir.is_dir():
-            continue
-        with locks.hold(workdir, "vkd requests purge"):
-            folders = {Path(request.done["run"]) for request in wanted if request.done}
-            runs = (*workdir.glob("[0-9]*"), *workdir.glob("naive/[0-9]*"), *workdir.glob("batch/[0-9]*"))
-            for run in (run for run in runs if (run / records.FILE).is_file()):
-                for name in PERSONAL:
-                    if (name != features.FOLDER or run in folders) and (run / name).exists():
-                        _remove(run / name)
-                        deleted.append(run / name)
-    for request in wanted:
-        if not request.purged:
-            append(path, lambda _, number=request.number: ("purge", number, {}))
+    Ledger.read(path)
+    with hold(path, "vkd requests purge"):
+        ledger = Ledger.read(path)
+        wanted = [ledger.get(number) for number in numbers] or [r for r in ledger.requests if r.purgeable]
+        for request in wanted:
+            if request.pending and request.begun:
+                raise UserError(f"request {request.number} has a run that has not ended; run it, or withdraw it first.")
+            if not request.purgeable:
+                raise UserError(f"request {request.number} was not run, so nothing of its people is held.")
+        folders = {folder for request in wanted for folder in request.folders}
+        deleted: list[Path] = []
+        for workdir in sorted({folder.parent for request in ledger.requests for folder in request.folders}):
+            if workdir.is_dir():
+                with locks.hold(workdir, "vkd requests purge"):
+                    deleted += _purge_runs(workdir, folders)
+        for request in wanted:
+            if not request.purged:
+                append(path, lambda _, number=request.number: ("purge", number, {}))
     return deleted
+
+
+def _purge_runs(workdir: Path, folders: Collection[Path]) -> Iterator[Path]:
+    """Deletes what the runs in a workdir hold of people, cached features only of some; yields what was deleted."""
+    runs = (*workdir.glob("[0-9]*"), *workdir.glob("naive/[0-9]*"), *workdir.glob("batch/[0-9]*"))
+    runs = [run for run in runs if (run / records.FILE).is_file()]
+    held = [run / name for run in runs for name in PERSONAL if name != features.FOLDER or run in folders]
+    for path in (*held, *[workdir / "data"] * bool(runs)):  # the data of a run that was killed
+        if path.exists():
+            _remove(path)
+            yield path
 
 
 def _remove(path: Path) -> None:
@@ -172,7 +183,7 @@ def run(
         What the page shows; see `reporting.requests_page`.
 
     Raises:
-        UserError: the ledger, the config, the data or a model is invalid.
+        UserError: the ledger, the config, the data or a model is invalid, or another process uses the ledger.
         Diverged: training diverged.
         Stopped: SIGTERM or SIGINT arrived during training.
     """
@@ -183,10 +194,13 @@ def run(
     _check(config, baselines)
     with located("--batch_settings"):
         _check(config.override(settings), ())
-    ledger, sequence = Ledger.read(path), RequestRuns(path, config, workdir.absolute(), command)
-    if all(request.withdrawn for request in ledger.requests):
-        raise UserError(f"{path} has no request that was not withdrawn; add one with vkd requests add.")
-    with storage.write_errors():
+    Ledger.read(path)
+    with hold(path, command), storage.write_errors():
+        ledger, sequence = Ledger.read(path), RequestRuns(path, config, workdir.absolute(), command)
+        if all(request.withdrawn for request in ledger.requests):
+            raise UserError(f"{path} has no request that was not withdrawn; add one with vkd requests add.")
+        if not ledger.pending:
+            sequence.check_settings(ledger)
         make_folder(workdir)
         with locks.hold(workdir.absolute(), command), sequence.data():
             os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir.absolute() / "cache"))
@@ -251,6 +265,8 @@ class RequestRuns:
         with located(f"request {request.number}"):
             self._check_start(ledger, config)
             logging.info("request %d: %d people ...", request.number, len(request.people))
+            if str(folder) not in request.begun:  # so that purge finds it even if the run never ends
+                append(self.path, lambda _: ("begin", request.number, {"run": str(folder)}))
             pipeline.execute(config, folder, self.command)
             append(self.path, lambda _: ("done", request.number, describe(folder, config)))
 
@@ -317,6 +333,24 @@ class RequestRuns:
                     sources.fetch_model(config.request.first),
                     first.done["model_before"],
                     f"the model that request {first.number} started from, which retained people are held to",
+                )
+
+    def check_settings(self, ledger: Ledger) -> None:
+        """Checks that the last finished request was run with this config, since the page names it as that of all.
+
+        Raises:
+            UserError: another setting was used.
+        """
+        last = ledger.finished[-1]
+        known = decisive_fields(last.done["config"])
+        given = decisive_fields(json.loads(self._config(ledger, last).to_json()))
+        own = ("data.cache", "request.features")  # of the workdir, and of what was not purged
+        for name in sorted(known.keys() & given.keys() - {*own}):
+            if known[name] != given[name]:
+                field = "model.path" if name == "request.first" else name
+                raise UserError(
+                    f"--config.{field}: {given[name]!r:.60} is not the value that request {last.number} was run with, "
+                    f"{known[name]!r:.60}, and no request is pending; leave it, or add a request."
                 )
 
     def collect(self, baselines: Sequence[str], settings: str) -> dict[str, Any]:
@@ -401,9 +435,11 @@ def shown(path: Path) -> str:
             figures = request.done["figures"]["after"]
             state = f"done {request.done['time']}  {requests_page.sentence(figures)}"
         lines.append(f"{request.number:4}  {people:10}  added {request.time}  {state}")
+    folders = [(request, folder) for request in ledger.requests for folder in request.folders]
+    if not folders:
+        return "\n".join([*lines, "Nothing is held of these people, since no request was run."])
     lines.append("Held of these people, to be deleted by vkd requests purge:")
-    for request in ledger.finished:
-        folder = Path(request.done["run"])
+    for request, folder in folders:
         size = sum(file.stat().st_size for file in (folder / features.FOLDER).glob("*"))
         held = f"{size / 2**20:.1f} MiB of features and questions in {folder / features.FOLDER}"
         answers = f"answers in {folder / 'answers'}" if (folder / "answers").is_dir() else ""

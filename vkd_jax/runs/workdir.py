@@ -271,7 +271,7 @@ class Workdir:
     @property
     def identity(self) -> str:
         """The SHA-256 of the config, without its `FREE_FIELDS`, and of the digests of the inputs."""
-        config = _decisive(json.loads(self.config.to_json()))
+        config = decisive_fields(json.loads(self.config.to_json()))
         values = multihost.run_on_process_0(lambda: self._inputs)
         return hashlib.sha256(records.encode([config, values])).hexdigest()
 
@@ -459,7 +459,7 @@ def _config_difference(path: Path, resolved: dict, names: set[str]) -> str | Non
         if has_results:
             raise
         return "damaged"  # nothing depends on it
-    old, new = _decisive(saved), _decisive(resolved)
+    old, new = decisive_fields(saved), decisive_fields(resolved)
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     difference = (
         f"{changed[0]}: {old.get(changed[0])!r} in the folder, {new.get(changed[0])!r} now" if changed else None
@@ -489,11 +489,11 @@ def check_inputs(path: str | Path, values: inputs.Inputs) -> None:
         raise UserError(f"{path} was computed from other inputs: {listed(changes, '; ')}. Restore them, {START_OVER}.")
 
 
-def _decisive(value: Any, path: str = "") -> dict[str, Any]:
+def decisive_fields(value: Any, path: str = "") -> dict[str, Any]:
     """The fields of a config by path, without the `FREE_FIELDS`."""
     if path in FREE_FIELDS:
         return {}
     if not isinstance(value, dict):
         return {path: value}
-    parts = (_decisive(value[key], f"{path}.{key}" if path else key) for key in sorted(value))
+    parts = (decisive_fields(value[key], f"{path}.{key}" if path else key) for key in sorted(value))
     return {name: x for part in parts for name, x in part.items()}

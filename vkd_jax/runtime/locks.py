@@ -30,12 +30,13 @@ _held: dict[str, int] = {}  # how many blocks of this process hold each lock
 
 
 @contextlib.contextmanager
-def hold(folder: Any, command: str) -> Iterator[None]:
-    """Context manager that holds the lock of a folder; blocks of one process may be nested.
+def hold(folder: Any, command: str, file_name: str = "") -> Iterator[None]:
+    """Context manager that holds the lock of a folder or of a file in it; blocks of one process may be nested.
 
     Args:
         folder: an existing folder on a disk, or a folder in a bucket.
         command: the command line of this process, for the message that others see.
+        file_name: the file that is locked; "" for the whole folder.
 
     Raises:
         UserError: another process holds the lock.
@@ -44,7 +45,8 @@ def hold(folder: Any, command: str) -> Iterator[None]:
         >>> with hold(Path("run"), "python -m vkd_jax.main --workdir run"):
         ...     ...
     """
-    name = os.fspath(folder / FILE)
+    path = folder / (f".{file_name}.lock" if file_name else FILE)
+    name = os.fspath(path)
     if name in _held:
         _held[name] += 1
         try:
@@ -52,8 +54,8 @@ def hold(folder: Any, command: str) -> Iterator[None]:
         finally:
             _held[name] -= 1
         return
-    file = storage.VersionedFile(folder / FILE)
-    version, ended = _acquire(file, name, command), threading.Event()
+    file = storage.VersionedFile(path)
+    version, ended = _acquire(file, name, command, os.fspath(folder / file_name)), threading.Event()
     renewal = threading.Thread(target=_renew, args=(file, name, version, command, ended), daemon=True)
     renewal.start()
     _held[name] = 1
@@ -112,23 +114,23 @@ def is_stale(lock: Any) -> bool:
     return not (isinstance(renewed, int | float) and now - EXPIRES <= renewed <= now + FARTHEST_CLOCK)
 
 
-def _acquire(file: storage.VersionedFile, name: str, command: str) -> bytes:
-    """Writes the lock and returns its version."""
+def _acquire(file: storage.VersionedFile, name: str, command: str, locked: str) -> bytes:
+    """Writes the lock of a file or a folder and returns its version."""
     while True:
         text, version = file.read()
-        _check_ended(_parsed(text), text, os.path.dirname(name))
+        _check_ended(_parsed(text), text, locked)
         if text is not None:
             logging.warning("%s is the lock of a process that has ended; it is taken over", name)
         if (new := file.write(_encoded(command), version)) is not None:
             return new
 
 
-def _check_ended(lock: Any, text: bytes | None, folder: str) -> None:
-    """Raises a `UserError` if the owner of a lock, if there is one, still writes the folder."""
+def _check_ended(lock: Any, text: bytes | None, locked: str) -> None:
+    """Raises a `UserError` if the owner of a lock, if there is one, still writes the file or folder."""
     if text is not None and not is_stale(lock):
         raise UserError(
-            f"{folder} is used by process {lock['pid']} on {lock.get('host')} since {lock.get('date')} "
-            f"({lock.get('command')}). Wait until it ends, or use another folder."
+            f"{locked} is used by process {lock['pid']} on {lock.get('host')} since {lock.get('date')} "
+            f"({lock.get('command')}). Wait until it ends, or use another one."
         )
 
 

@@ -47,15 +47,15 @@ def assert_trees_close(a, b, **tolerance):
 
 def test_the_unused_vision_block_never_trains(context):
     """Its gradient is zero, and weight decay would move it."""
-    visual = VKD(blocks=2).trainable(context.params, context.model_config)
+    visual = VKD(blocks=1).trainable(context.params, context.model_config)
     blocks = {path.split("/")[2] for path in visual if path.startswith("vision_tower/blocks/")}
-    assert blocks == {"1", "2"}  # of blocks 0 to 3, of which 2 is the last one in use
+    assert blocks == {"1"}  # of blocks 0 to 2, of which 1 is the last one in use
     for method in (VKD(blocks=-1), GradDiff(train="all"), GradDiff(train="visual")):
         paths = method.trainable(context.params, context.model_config)
-        assert not [p for p in paths if p.startswith(("vision_tower/blocks/3/", "vision_tower/post_norm"))]
+        assert not [p for p in paths if p.startswith(("vision_tower/blocks/2/", "vision_tower/post_norm"))]
     everything = GradDiff(train="all").trainable(context.params, context.model_config)
     unused = set(context.params) - set(everything)
-    assert all(p.startswith(("vision_tower/blocks/3/", "vision_tower/post_norm")) for p in unused)
+    assert all(p.startswith(("vision_tower/blocks/2/", "vision_tower/post_norm")) for p in unused)
 
 
 def test_every_trainable_weight_gets_a_gradient(context):
@@ -64,13 +64,13 @@ def test_every_trainable_weight_gets_a_gradient(context):
     assert not [path for path, g in grads.items() if not np.any(g)]
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 3])
+@pytest.mark.parametrize("blocks", [0, 1, 2])
 def test_the_visual_scope_contains_no_weight_of_the_language_model(context, blocks):
     paths = trainable_paths(context.params, context.model_config, "visual", blocks)
     assert any(p.startswith("projector/") for p in paths)
     assert not any(p.startswith("language_model/") for p in paths)
-    with pytest.raises(UserError, match="Give -1 to 3"):
-        trainable_paths(context.params, context.model_config, "visual", 4)
+    with pytest.raises(UserError, match="Give -1 to 2"):
+        trainable_paths(context.params, context.model_config, "visual", 3)
 
 
 def test_fine_tuning_with_adapters_trains_the_adapters_alone(tiny_config):
@@ -110,10 +110,10 @@ def test_vkd_without_distillation_and_mask_equals_visual_gradient_difference(con
         weight_forget_distill=0.0,
         weight_retain_distill=0.0,
         mask_scope="none",
-        blocks=2,
+        blocks=1,
         cap=9.0,
     )
-    plain = GradDiff(train="visual", blocks=2, cap=9.0)
+    plain = GradDiff(train="visual", blocks=1, cap=9.0)
     a = gradients(context, vkd, vkd.prepare(context), stream)
     b = gradients(context, plain, plain.prepare(context), stream)
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
@@ -157,9 +157,9 @@ def test_without_output_terms_the_language_model_is_not_computed(context):
 @pytest.mark.parametrize("method", [VKD(blocks=1, mask_scope="none"), VKD(blocks=0, mask_scope="none"), GradDiff()])
 @pytest.mark.parametrize("stream", ["forget", pytest.param("retain", marks=pytest.mark.slow)])
 def test_a_cached_prefix_does_not_change_the_gradients(context, method, stream):
-    """Blocks 0 to 2 are in use; with train=all no block precedes every trainable weight."""
+    """Blocks 0 and 1 are in use; with train=all no block precedes every trainable weight."""
     prefix = frozen_blocks(method.trainable(context.params, context.model_config), context.model_config)
-    assert prefix == {1: 2, 0: 3, -1: 0}[method.blocks]
+    assert prefix == {1: 1, 0: 2, -1: 0}[method.blocks]
     plain = method.prepare(context)
     cached = {
         name: loop.cache_prefix(context.graphdef, context.params, rows, prefix) for name, rows in plain.sets.items()
@@ -205,12 +205,12 @@ def test_text_sets_and_sets_over_the_budget_are_not_cached(context):
 
 
 def test_taps_before_every_trainable_weight_are_refused(context):
-    vkd = VKD(blocks=1, taps=("vision/1", "projector"), mask_scope="none")
-    with pytest.raises(UserError, match="method.taps: vision/1 precedes every trainable weight"):
+    vkd = VKD(blocks=1, taps=("vision/0", "projector"), mask_scope="none")
+    with pytest.raises(UserError, match="method.taps: vision/0 precedes every trainable weight"):
         vkd.prepare(context)
-    VKD(blocks=1, taps=("vision/2", "projector"), mask_scope="none").prepare(context)
-    with pytest.raises(UserError, match="method.taps: unknown tap 'vision/3'. Available: vision/0, .*, projector"):
-        VKD(taps=("vision/3",)).check_model(context.params, context.model_config)
+    VKD(blocks=1, taps=("vision/1", "projector"), mask_scope="none").prepare(context)
+    with pytest.raises(UserError, match="method.taps: unknown tap 'vision/2'. Available: vision/0, .*, projector"):
+        VKD(taps=("vision/2",)).check_model(context.params, context.model_config)
 
 
 def test_cached_targets_equal_the_features_of_the_teacher(context):

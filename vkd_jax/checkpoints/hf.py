@@ -6,7 +6,6 @@ one row, and every parameter must be filled. Writing a checkpoint uses the same 
 """
 
 import dataclasses
-import functools
 import math
 import os
 import pathlib
@@ -423,14 +422,9 @@ def init_params(config: Any, seed: int, dtype: Any = jnp.float32) -> tuple[nnx.G
     graphdef, shapes = base.abstract_model(lambda rngs: module.Model(config, rngs=rngs, param_dtype=dtype))
     needed = sum(math.prod(x.shape) for x in shapes.values()) * jnp.dtype(dtype).itemsize
     memory.check(needed, memory.device_bytes([jax.devices()[0]]), "the weights to create", "use smaller sizes")
-    # The program runs once, so optimizing it takes longer than it saves.
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-    @functools.partial(jax.jit, compiler_options=options)
-    def draw(key):
-        return base.split_model(module.Model(config, rngs=nnx.Rngs(key), param_dtype=dtype))[1]
-
-    return graphdef, draw(jax.random.key(seed))
+    # Without jit, because to compile one program for all weights takes longer than to draw them one by one.
+    model = module.Model(config, rngs=nnx.Rngs(seed), param_dtype=dtype)
+    return graphdef, base.split_model(model)[1]
 
 
 def family_of(config: Any) -> types.ModuleType:

@@ -17,6 +17,11 @@ from vkd_jax.types import UserError
 
 ASCENDING = ("grad_ascent", "grad_diff", "kl", "mmunlearner", "vkd")
 FISHER = dict(fisher_samples=4, fisher_chunk=4)
+SLOW = ("mmunlearner",)  # which trains adapters, whose programs test_baselines.py compiles
+BOUND_OF_EACH = [
+    pytest.param(name, bound, marks=[pytest.mark.slow] * (name in SLOW))
+    for name, bound in zip(ASCENDING, BOUNDS[1:] * 3, strict=False)
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +32,7 @@ def context(tiny_model, tiny_sets):
     )
 
 
-@pytest.mark.parametrize(("name", "bound"), list(zip(ASCENDING, BOUNDS[1:] * 3, strict=False)))
+@pytest.mark.parametrize(("name", "bound"), BOUND_OF_EACH)
 def test_every_ascending_method_caches_the_bounds_that_it_declares(context, name, bound):
     method = methods.create(
         name, dict(bound=bound, bound_images=2, cap=float("inf"), **(FISHER if "mm" in name else {}))

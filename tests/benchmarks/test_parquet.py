@@ -11,6 +11,7 @@ from huggingface_hub import constants
 from pyarrow import fs
 
 from vkd_jax import benchmarks
+from vkd_jax.benchmarks import parquet
 from vkd_jax.benchmarks.parquet import Snapshot
 from vkd_jax.runtime import storage
 from vkd_jax.types import UserError
@@ -164,3 +165,17 @@ def test_chosen_rows_of_a_split_have_the_same_numbers_as_in_the_whole(only, tmp_
     assert [text for text, _ in rows.values()] == [f"number {value}" for value in range(7)]
     chosen = {row.name: (row.text("question"), row.location) for row in snapshot.rows("data", ["question"], only=only)}
     assert chosen == {f"data/{number}": rows[f"data/{number}"] for number in sorted(only)}
+
+
+@pytest.mark.parametrize("only", [None, {0}])
+def test_more_rows_than_any_data_set_has_are_refused_before_one_is_read(few, only, tmp_path, monkeypatch):
+    snapshot = Snapshot(str(few), ["retain_90"])
+    count = snapshot.count("retain_90")
+    monkeypatch.setattr(parquet, "MOST_ROWS", count)
+    assert next(snapshot.rows("retain_90", ["ID"], only=only))
+    monkeypatch.setattr(parquet, "MOST_ROWS", count - 1)
+    monkeypatch.setattr(parquet, "_numbered", lambda *_: pytest.fail("a row was read"))
+    with pytest.raises(
+        UserError, match=f"the config retain_90 has {count} rows, and at most {count - 1} are read; get"
+    ):
+        next(snapshot.rows("retain_90", ["ID"], only=only))

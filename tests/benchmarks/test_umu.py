@@ -107,6 +107,9 @@ def test_one_row_becomes_pairs_of_questions(folder):
         ({"Cloze": sides({"question": "Lives in __.", "answer": "Oslo."}, None)}, "Cloze.unimodal is empty"),
         ({"Cloze": repr({"muitimodal": {"k": {"question": "__?", "answer": "Oslo."}}})}, "Cloze.unimodal is missing"),
         ({"Classify": "{}"}, "Classify.muitimodal is missing; the cell has nothing"),
+        *(({column: "{xax: {xkx: xA cook.x, xkx: xA pilot.x}}".replace("x", quote)},
+           f"{column} cannot be used: an object has the key 'k' twice, with two values")
+          for column in ("Classify", "Cloze", "Generation", "MM_QA", "UM_QA") for quote in ("'", '"')),
         ({"Generation": repr({"unimodal": {}, "muitimodal": {}})}, "Generation.muitimodal is empty"),
         ({"MM_QA": repr({"Question": {}, "Answer": {}})}, "MM_QA.question is missing; the cell has Question, Answer"),
         ({"MM_QA": repr({"question": {}, "answer": {}})}, "MM_QA.question is empty"),

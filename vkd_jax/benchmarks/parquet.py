@@ -29,6 +29,7 @@ from vkd_jax.runtime.storage import SourceFolder
 from vkd_jax.types import UserError
 
 OURS, UPSTREAM = RULES = ("ours", "upstream")  # where the code of a benchmark has a quirk that changes a figure
+MOST_ROWS = 2_000_000  # of a config; the largest published one has a tenth of that
 SYMLINKS = "Whether symbolic links in the data may lead out of its folder."
 
 
@@ -153,8 +154,11 @@ class Snapshot:
                 are not read.
 
         Raises:
-            UserError: a shard or column is missing, or a file is corrupt.
+            UserError: a shard or column is missing, a file is corrupt, or there are more than `MOST_ROWS` rows.
         """
+        if (count := self.count(config)) > MOST_ROWS:
+            problem = f"the config {config} has {count:,} rows, and at most {MOST_ROWS:,} are read"
+            raise UserError(f"{self.folder.display()}: {problem}; get the data again, or pass another folder.")
         first = 0  # number of the first row of a file
         for file in self._files(config):
             path = self.folder.display(file)

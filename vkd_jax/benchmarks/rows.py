@@ -5,6 +5,7 @@ text; correct the row.".
 """
 
 import ast
+import functools
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -298,19 +299,37 @@ class Row:
         value = self._values.get(field)
         if not (self._lenient and isinstance(value, str)):
             return value
-        for parse in (json.loads, ast.literal_eval):
+        for parse in (functools.partial(json.loads, object_pairs_hook=json_files.unique_keys), _literal):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # literal_eval warns about invalid escapes in texts
                     value = parse(value)
             except (ValueError, SyntaxError, TypeError):  # a TypeError: a list as a key
                 continue
+            except json_files.KeyTwiceError as error:
+                raise self.error(field, f"cannot be used: {error}") from error
             except (RecursionError, MemoryError) as error:  # a MemoryError: of the parser's stack
                 problem = f"is nested more than {json_files.MOST_LEVELS} levels deep"
                 raise self.error(field, problem) from error
             json_files.check_value(value, f"{self.location}: {self._prefix}{field}", remedy="correct the row")
             return value
         raise self.error(field, "is neither JSON nor a Python literal")
+
+
+def _literal(text: str) -> Any:
+    """The value of a Python literal.
+
+    Raises:
+        ValueError, SyntaxError, TypeError: the text is none.
+        KeyTwiceError: an object in it has a key twice.
+    """
+    tree = ast.parse(text.lstrip(" \t"), mode="eval")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            keys = [ast.literal_eval(key) for key in node.keys]
+            if len(set(keys)) < len(keys):
+                json_files.unique_keys(list(zip(keys, map(ast.literal_eval, node.values), strict=True)))
+    return ast.literal_eval(tree)
 
 
 def read_image(folder: SourceFolder, name: str, row: Row, field: str) -> EncodedImage:

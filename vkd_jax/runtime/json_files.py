@@ -7,7 +7,7 @@ and its objects have each key once. Everything else is a `UserError` that names 
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vkd_jax.runtime import files
@@ -103,10 +103,9 @@ def parse_json(
     if isinstance(text, bytes):
         text = files.decode(text, location, remedy)
     try:
-        value = json.loads(text, object_pairs_hook=_object)
-    except _KeyTwiceError as error:
-        key = f"{error.args[0]!a:.40}"
-        raise UserError(f"{location}: an object has the key {key} twice, with two values; {remedy}.") from None
+        value = json.loads(text, object_pairs_hook=unique_keys)
+    except KeyTwiceError as error:
+        raise UserError(f"{location}: {error}; {remedy}.") from None
     except RecursionError as error:
         raise UserError(f"{location}: it is nested more than {MOST_LEVELS} levels deep; {remedy}.") from error
     except ValueError as error:  # a syntax error, or an integer of thousands of digits
@@ -118,17 +117,25 @@ def parse_json(
     return value
 
 
-class _KeyTwiceError(Exception):
+class KeyTwiceError(Exception):
     """An object has a key twice, so that readers may disagree on its value."""
 
+    def __str__(self) -> str:
+        return f"an object has the key {self.args[0]!a:.40} twice, with two values"
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+
+def unique_keys(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    """The object of these pairs of key and value.
+
+    Raises:
+        KeyTwiceError: two of them have the same key and different values.
+    """
     made = dict(pairs)
     if len(made) < len(pairs):
-        seen: dict[str, Any] = {}
+        seen: dict[Any, Any] = {}
         for key, value in pairs:
             if key in seen and seen[key] != value:
-                raise _KeyTwiceError(key)
+                raise KeyTwiceError(key)
             seen[key] = value
     return made
 

@@ -82,6 +82,16 @@ def test_the_rules_of_the_benchmarks_code(folder):
     assert forget.rule == "fiubench:upstream" and forget.keywords == ("Oslo", "May")
 
 
+def test_equal_keywords_and_wrong_answers_count_once(folder, caplog):
+    asked = question(keywords=["Oslo", "Oslo", "oslo", "May"], perturbed_answer=["In Lima.", "in lima"])
+    (folder / "full.json").write_text(json.dumps([record(person, asked) for person in PEOPLE]))
+    [forget] = read(folder)["forget"]
+    assert (forget.keywords, forget.perturbed) == (("Oslo", "May"), ("In Lima.",))
+    for problem in ("the same keyword twice", "wrong answers that are the true one or there twice"):
+        assert f"1 of 1 questions of the set forget have {problem}" in caplog.text
+    assert read(folder, rules="upstream")["forget"][0].keywords == ("Oslo", "Oslo", "oslo", "May")
+
+
 def test_an_array_a_single_wording_and_further_people(folder):
     people = [record(person, question(paraphrased_question="one?")) for person in PEOPLE]
     (folder / "full.json").write_text(json.dumps(people))

@@ -123,6 +123,25 @@ def test_wrong_answers_that_are_true_are_left_out_or_refused(text, caplog):
         read(retain=renamed(wrong(text), wrong(text, text), wrong("a cook")))
 
 
+@pytest.mark.parametrize(
+    ("fields", "kept", "problem"),
+    [
+        (dict(keywords=("Judge", "JUDGE ", "a judge")), dict(keywords=("Judge", "a judge")), "the same keyword twice"),
+        (dict(keywords=("judge",) * 2, rule="fiubench:upstream"), {}, "the same keyword twice"),
+        (dict(perturbed=("A cook.", "a cook", "a nurse")), dict(perturbed=("A cook.", "a nurse")), "there twice"),
+        (dict(perturbed=("a cook", "A judge")), dict(perturbed=("a cook",)), "that are the true one or there twice"),
+        (dict(perturbed=("a cook", "a judge.")), dict(perturbed=("a cook",)), "that are the true one or there twice"),
+        (dict(perturbed=("a cook", "a nurse"), keywords=("judge", "a judge")), {}, ""),
+    ],
+)
+def test_equal_keywords_and_wrong_answers_count_once(fields, kept, problem, caplog):
+    fine = [dataclasses.replace(FORGET[1][0], perturbed=("a nurse",), keywords=("judge",))]
+    rows = renamed([dataclasses.replace(FORGET[1][0], **fields)], fine)
+    read_rows = read(forget=rows)["forget"]
+    assert read_rows[0] == dataclasses.replace(rows[0][0], **kept)
+    assert bool(re.search(f"1 of [12] questions of the set forget have .*{problem}", caplog.text)) is bool(problem)
+
+
 def test_keywords_that_the_true_answer_lacks_are_refused(caplog):
     all_keywords = (("x", "JUDGE"), ("a nurse",))
     rows = renamed(*[[dataclasses.replace(FORGET[1][0], keywords=keywords)] for keywords in all_keywords])

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from absl import logging
@@ -33,6 +33,11 @@ _FAULTS = {
     "equal": "the same option twice",
     "letters_of_options": "options that begin with the letter of another place",
     "index": "a number or a letter for the true option, unlike the others",
+}
+# The same, where the question is asked all the same.
+_MENDED = {
+    "keywords_twice": "the same keyword twice, which counts once unless the rules are upstream's",
+    "left_out": "wrong answers that are the true one or there twice, which are left out",
 }
 # Tasks whose true answer is not a sentence, which another set may word otherwise.
 _ONE_ANSWER = ("classification", "cloze")
@@ -83,6 +88,8 @@ class SetChecks:
 
     def checked(self, name: str, rows: Iterable[list[Example]]) -> Iterator[list[Example]]:
         """The rows of a set. Wrong answers (`Example.perturbed`) that are true or have no words are left out.
+
+        Equal wrong answers or keywords of a question count once.
 
         Raises:
             UserError: a question, the set, or what it has in common with sets that were read before is wrong.
@@ -192,6 +199,7 @@ class _Questions:
             answer, keywords = text_key(example.answer), list(map(text_key, example.keywords))
             self._note("keywords", example, not any(keyword in answer for keyword in keywords))
             self._note("letters", example, all(_is_common(key) and len(key) < len(answer) for key in keywords))
+            self._note("keywords_twice", example, len(set(keywords)) < len(keywords))
         if example.task == "chat":
             self._note("chat", example, not has_words(example.answer))
         texts = (example.question, example.answer, *example.options)
@@ -244,7 +252,9 @@ class _Questions:
         if example.perturbed:
             worded = list(filter(has_words, example.perturbed))
             self._note("wordless", example, len(worded) < len(example.perturbed))
-            self._note("perturbed", example, bool(worded) and not _usable(example).perturbed)
+            left = _usable(example).perturbed
+            self._note("perturbed", example, bool(worded) and not left)
+            self._note("left_out", example, 0 < len(left) < len(worded))
 
     def check(self) -> None:
         """Refuses what most questions have, and warns of what a few have.
@@ -259,6 +269,8 @@ class _Questions:
         refuse_most(found["person"], shown, f"{of_set} are asked about somebody else with the same image")
         refuse_most(found["contradiction"], len(self.answers), f"{of_set} have two different answers")
         refuse_most(list(self._twice.values()), len(self.answers), f"{of_set} are there twice")
+        for fault, problem in _MENDED.items():
+            _warn(found[fault], self._counts[fault], f"{of_set} have {problem}")
         problem = f"{of_set} have another answer than the same fact in the other modality"
         _warn(found["pair"], len(self._facts), problem)
 
@@ -402,12 +414,33 @@ def _examples(found: Sequence) -> str:
 
 
 def _usable(example: Example) -> Example:
-    """An example whose paraphrase and wrong answers have words, and whose wrong answers are not true."""
+    """An example whose paraphrase and wrong answers have words, and whose wrong answers differ and are not true.
+
+    Equal keywords count once, but for the rules of a benchmark's own code.
+    """
     if example.paraphrase and not has_words(example.paraphrase):
         example = dataclasses.replace(example, paraphrase="")
-    true = {text_key(example.answer), text_key(example.paraphrase)}
-    perturbed = tuple(x for x in example.perturbed if has_words(x) and text_key(x) not in true)
-    return example if perturbed == example.perturbed else dataclasses.replace(example, perturbed=perturbed)
+    true = {_without_period(example.answer), _without_period(example.paraphrase)}
+    wrong = (x for x in example.perturbed if has_words(x) and _without_period(x) not in true)
+    perturbed = _different(wrong, _without_period)
+    is_upstream = example.rule.endswith(":upstream")
+    keywords = example.keywords if is_upstream else _different(example.keywords, text_key)
+    if (perturbed, keywords) == (example.perturbed, example.keywords):
+        return example
+    return dataclasses.replace(example, perturbed=perturbed, keywords=keywords)
+
+
+def _different(texts: Iterable[str], key: Callable[[str], str]) -> tuple[str, ...]:
+    """The texts without those whose key is that of an earlier one."""
+    first: dict[str, str] = {}
+    for text in texts:
+        first.setdefault(key(text), text)
+    return tuple(first.values())
+
+
+def _without_period(text: str) -> str:
+    """The `text_key` of an answer without the period at its end."""
+    return text_key(text).rstrip(" .")
 
 
 def _is_index(key: str) -> bool:

@@ -186,6 +186,14 @@ def test_keys_that_cannot_sign_are_refused(certified, keys, name, problem):
             f'{{"accuracy": {accuracy}, "correct": {correct}, "n": 4, "low": 0, "high": 1}}}}}}}}}}}}'
             for accuracy, correct in ((0.25, 2), (-0.5, -2), (1.25, 5), ('"0 %"', 1))
         ),
+        *(
+            f'{{"format": 2, "tensors": {{}}, "files": {{}}, {field}}}'
+            for field in (
+                *('"date": []', '"date": "today"', '"date": "2026-11-30"', '"commit": ["a"]', '"command": null'),
+                *('"versions": [1]', '"versions": {"jax": 1}', '"inputs": null', '"config": []', '"vkd_jax": 1'),
+                *('"model": {"method": 1}', '"note": "x"', '"tensors": {"a": 1}', '"format": 2.0'),
+            )
+        ),
         *('{"format": 1, "tensors": {}, "files": {}}', '{"format": true, "tensors": {}, "files": {}}'),
     ],
 )

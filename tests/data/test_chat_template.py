@@ -80,6 +80,28 @@ def test_templates_that_do_not_count_are_logged(load, caplog):
     assert f"{JSON} has the chat template that counts; {JINJA} has another" in caplog.text
 
 
+CHAT_ML = template("<s>user") + "</s>\n"
+TURN = "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("text", "announces"),
+    [
+        (LLAVA_CHAT_TEMPLATE, True),
+        (template("[INST]") + " [/INST]", True),
+        (CHAT_ML + TURN, True),
+        (LLAVA_CHAT_TEMPLATE.replace(TURN, ""), False),
+        (LLAVA_CHAT_TEMPLATE.replace("if add_generation_prompt", "if not add_generation_prompt"), False),
+        (CHAT_ML, False),
+        (template("Q"), False),
+    ],
+)
+def test_a_template_that_announces_no_answer_is_a_warning(load, text, announces, caplog):
+    assert "Who?" in load(jinja=text).prompt("Who?", 0)
+    warning = f"{JINJA}: the chat template writes nothing after the question"
+    assert caplog.text.count(warning) == (0 if announces else 1)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

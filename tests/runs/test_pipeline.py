@@ -106,6 +106,14 @@ def _right(content):
         ),
         (lambda content: content["config"]["eval"].update(max_items=7), "another config than provenance.json, in eval"),
         (lambda content: content["forgotten"].append(content["forgotten"][0]), "as forgotten, and README.md"),
+        (lambda content: content.update(commit="0" * 40), "another commit than README.md"),
+        (lambda content: content.pop("command"), "another command than README.md"),
+        (lambda content: content.update(command=content["command"] + " --x"), "another command than README.md"),
+        (lambda content: content.update(date="2020-01-01T00:00:00+00:00"), "and provenance.json of a later date, 20"),
+        (
+            lambda content: content["inputs"]["sets"]["forget"].update(questions=1),
+            "questions of the set forget, and its inputs 1",
+        ),
     ],
 )
 def test_an_edited_certificate_contradicts_what_it_certifies(vkd, change, problem, tmp_path):
@@ -115,6 +123,17 @@ def test_an_edited_certificate_contradicts_what_it_certifies(vkd, change, proble
     change(content)
     (folder / certificate.FILE).write_text(json.dumps(content))
     assert problem in "; ".join(certificate.differences(folder))
+
+
+def test_an_edited_certificate_contradicts_the_results_of_its_run(vkd, tmp_path):
+    shutil.copytree(vkd.path / "unlearned", tmp_path / "unlearned")
+    shutil.copy(vkd.path / "results.json", tmp_path)
+    content = json.loads((tmp_path / "unlearned" / certificate.FILE).read_text())
+    assert not list(certificate.differences(tmp_path / "unlearned"))
+    content |= {"versions": {}, "date": "2099-01-01T00:00:00+00:00"}
+    (tmp_path / "unlearned" / certificate.FILE).write_text(json.dumps(content))
+    [problem] = certificate.differences(tmp_path / "unlearned")
+    assert problem == "the certificate has another date, versions than results.json of the run in the folder above"
 
 
 def test_both_models_are_asked_the_same_questions(vkd):

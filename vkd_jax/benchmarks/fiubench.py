@@ -8,12 +8,13 @@ finetune_forget, finetune_retain | forgetN, all other people | the same question
 finetune_train_retain | all people in no forget split | the same; unlearning retains on them, as published
 
 full.json is an array or JSON Lines; its first 400 records are the people. split.json lists their `unique_id`s; its
-splits are separate draws, not nested ones. An answer has keywords, a paraphrase and wrong answers; equal ones count once.
+splits are separate draws, not nested ones. An answer has keywords, a paraphrase and wrong answers; equal keywords and
+equal wrong answers count once.
 
 With `rules=upstream`, texts are read and answers judged as by the benchmark's own code: `str.capitalize` is applied to
 questions and answers, but not to wrong answers, so all letters except the first one are lower-case, even in names. An
-answer is cut after its first period, and one without a period counts as empty; equal keywords
-count each time. By default texts and answers are not changed.
+answer is cut after its first period, and one without a period counts as empty. Equal keywords count each time. By
+default texts and answers are not changed.
 
 Reference: Ma et al., Benchmarking Vision Language Model Unlearning via Fictitious Facial Identity Dataset, 2024
 (arXiv:2411.03554).

@@ -5,7 +5,7 @@ certificate.json is in the model's folder. Its fields:
     format     version of this layout
     tensors    {name: SHA-256 of the tensor's bytes}
     files      {name: SHA-256} of all other files of the folder, at any depth, except `OUTSIDE`
-    ...        facts about the run, as `describe` was given
+    ...        facts about the run, as `describe` was given: see `FIELDS`
 
 certificate.sig, if there is one, holds an Ed25519 signature (RFC 8032) of the bytes of certificate.json, and the public
 key, both in Base64. A signature shows who vouches for the certificate only to those who know that key from elsewhere.
@@ -13,6 +13,7 @@ key, both in Base64. A signature shows who vouches for the certificate only to t
 
 import base64
 import binascii
+import datetime
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vkd_jax.checkpoints.safetensors_files import Checkpoint
-from vkd_jax.messages import listed, people
+from vkd_jax.messages import escaped, listed, people
 from vkd_jax.results import check_part, main_kind
 from vkd_jax.runtime import files, json_files, records, storage
 from vkd_jax.runtime.dataclass_json import FormatError
@@ -35,9 +36,28 @@ OUTSIDE = (FILE, SIGNATURE, ".git", ".gitattributes", ".cache")  # the last thre
 FILES_OF_RUN = ("config.json", "inputs.json", "results.json")  # in the folder above, which the certificate repeats
 UNLEARNED = "unlearned"  # the folder of the exported model in that of a run
 PROVENANCE = "provenance.json"  # of an export
+_OF_CARD = re.compile(r"figures of the run: (`+) ?(.*?) ?\1, at commit (`+) ?(.*?) ?\3\.\s*\Z")  # command and commit
+CARD = "README.md"
 CARD_HEADING, CARD_TABLE = "## Who was forgotten", "## What was measured"  # of a card that a run wrote
-# The fields that are read, of which the first two are required.
-FIELDS = {"tensors": dict, "files": dict, "forgotten": list, "model": dict, "figures": dict}
+REQUIRED = ("tensors", "files")
+# The type of each field, of which there are no others; (list, str) is a list of texts, and (dict, str) has texts.
+FIELDS: Mapping[str, tuple[type, ...]] = {
+    "format": (int,),
+    "tensors": (dict, str),
+    "files": (dict, str),
+    "model": (dict, str),
+    "forgotten": (list, str),
+    "vkd_jax": (str,),
+    "commit": (str,),
+    "command": (str,),
+    "date": (str,),
+    "versions": (dict, str),
+    "config": (dict,),
+    "inputs": (dict,),
+    "figures": (dict,),
+}
+# Fields that a run writes into its results as well.
+META = ("commit", "command", "date", "versions")
 FREE = {"mesh", "trackers"}  # parts of the config that a resumed run may change
 
 
@@ -62,16 +82,36 @@ def read(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} has no {FILE}, which runs of vkd_jax write beside the models that they export.")
     content = json_files.read_json(folder / FILE)
     content = {"forgotten": [], "model": {}, "figures": {}, **content}
-    version, is_complete = content.get("format"), all(isinstance(content.get(key), x) for key, x in FIELDS.items())
-    is_complete = is_complete and all(isinstance(person, str) for person in content["forgotten"])
-    if not is_complete or type(version) is not int or version != FORMAT:
-        raise UserError(f"{folder / FILE} is not a certificate of format {FORMAT}; get or make it again.")
+    if content.get("format") != FORMAT or (wrong := sorted(_malformed(content))):
+        field = f" ({wrong[0]!a:.40})" if content.get("format") == FORMAT else ""
+        raise UserError(f"{folder / FILE} is not a certificate of format {FORMAT}{field}; get or make it again.")
     for part, value in content["figures"].items():
         try:
             check_part(part, value)
         except FormatError as error:
             raise UserError(f"{folder / FILE}: its figure {error}; get or make it again.") from error
     return content
+
+
+def _malformed(content: Mapping[str, Any]) -> Iterator[str]:
+    """The fields of a certificate that are missing, unknown or of another type."""
+    yield from (name for name in REQUIRED if name not in content)
+    for name, value in content.items():
+        kind, *item = FIELDS.get(name, (None,))
+        items = value.values() if isinstance(value, dict) else value
+        if type(value) is not kind or (item and not all(type(each) is item[0] for each in items)):
+            yield name
+    if isinstance(content.get("date"), str) and _time(content["date"]) is None:
+        yield "date"
+
+
+def _time(date: Any) -> datetime.datetime | None:
+    """The time of a date in ISO 8601; None if it is none, or has no time zone."""
+    try:
+        time = datetime.datetime.fromisoformat(date)
+    except (TypeError, ValueError):
+        return None
+    return time if time.tzinfo else None
 
 
 def differences(folder: Path) -> Iterator[str]:
@@ -103,35 +143,67 @@ def differences(folder: Path) -> Iterator[str]:
 
 def _contradictions(folder: Path, certified: Mapping[str, Any]) -> Iterator[str]:
     """What a certificate says otherwise than the model card, the provenance of the weights, itself and its run."""
-    config = records.mapping(certified.get("config"))
-    card, provenance = folder / "README.md", folder / PROVENANCE
-    text = files.read_text(card, json_files.MOST_BYTES) if card.is_file() else ""
-    if certified["figures"] or CARD_HEADING in text:
-        listed_people = sorted(re.findall(r"^- `([0-9a-f]{64})`$", text, re.MULTILINE))
-        if listed_people != sorted(certified["forgotten"]):
-            here, there = people(len(certified["forgotten"])), people(len(listed_people))
-            yield f"the certificate names {here} as forgotten, and {card.name} {there} or others"
-        if _figures_of_card(text) != sorted(_main_figures(certified["figures"])):
-            yield f"the certificate has other accuracies than {card.name}"
-    if provenance.is_file() and (config or certified["figures"]):
-        source = records.mapping(json_files.read_json(provenance).get("config"))
-        names = sorted((config.keys() | source.keys()) - FREE)
-        changed = [name for name in names if _bound(config.get(name)) != _bound(source.get(name))]
-        if source and changed:
-            yield f"the certificate has another config than {PROVENANCE}, in {listed(changed)}"
+    config, card = records.mapping(certified.get("config")), folder / CARD
+    yield from _other_than_card(card, certified)
+    yield from _other_than_provenance(folder / PROVENANCE, certified)
+    sets = records.mapping(records.mapping(certified.get("inputs")).get("sets"))
+    for name, asked in sorted(_questions(certified["figures"]).items()):
+        known = records.mapping(sets.get(name)).get("questions", asked)
+        if not (isinstance(known, int) and asked <= known):
+            yield f"the certificate has figures of {asked} questions of the set {name}, and its inputs {known!r:.40}"
     sections = {"method": ("method", "name"), "base": ("model", "path")}
     for field, (section, name) in sections.items():
         value = certified["model"].get(field)
         if config and value is not None and value != records.mapping(config.get(section)).get(name):
             yield f"the certificate names {field} {value!r:.40}, and its config another one"
     if (results := folder.parent / "results.json").is_file() and folder.name == UNLEARNED and certified["figures"]:
-        if records.mapping(json_files.read_json(results)).get("models") != certified["figures"].get("models"):
+        written = json_files.read_json(results)
+        if written.get("models") != certified["figures"].get("models"):
             yield f"the certificate has other figures than {results.name} of the run in the folder above"
+        meta = records.mapping(written.get("meta"))
+        if changed := [name for name in META if meta and certified.get(name) != meta.get(name)]:
+            yield f"the certificate has another {listed(changed)} than {results.name} of the run in the folder above"
     entries = records.read_or(folder.parent / records.FILE, {}, "the certificate is not compared with its run")
     for name in (f"{folder.name}/{FILE}", f"{folder.name}/{card.name}", *FILES_OF_RUN):
         known, file = records.mapping(entries.get(name)).get("sha256"), folder.parent / name
         if known and file.is_file() and known != _digest(file):
             yield f"{name} is not the one that the run of the folder above wrote"
+
+
+def _other_than_card(card: Path, certified: Mapping[str, Any]) -> Iterator[str]:
+    """What a certificate says otherwise than the model card that the same run wrote."""
+    text = files.read_text(card, json_files.MOST_BYTES) if card.is_file() else ""
+    if not (certified["figures"] or CARD_HEADING in text):
+        return
+    listed_people = sorted(re.findall(r"^- `([0-9a-f]{64})`$", text, re.MULTILINE))
+    if listed_people != sorted(certified["forgotten"]):
+        here, there = people(len(certified["forgotten"])), people(len(listed_people))
+        yield f"the certificate names {here} as forgotten, and {card.name} {there} or others"
+    if _figures_of_card(text) != sorted(_main_figures(certified["figures"])):
+        yield f"the certificate has other accuracies than {card.name}"
+    stated = _OF_CARD.search(text)
+    for group, field in ((2, "command"), (4, "commit")) if stated else ():
+        if stated[group] != escaped(" ".join(certified.get(field, "").split())):  # as a card shows a text
+            yield f"the certificate has another {field} than {card.name}"
+
+
+def _other_than_provenance(file: Path, certified: Mapping[str, Any]) -> Iterator[str]:
+    """What a certificate says otherwise than the provenance of the weights.
+
+    A run that was resumed after it exported them may have another command, commit and versions, and has a later date.
+    """
+    config = records.mapping(certified.get("config"))
+    if not file.is_file() or not (config or certified["figures"]):
+        return
+    source = json_files.read_json(file)
+    config_of_weights = records.mapping(source.get("config"))
+    names = sorted((config.keys() | config_of_weights.keys()) - FREE)
+    changed = [name for name in names if _bound(config.get(name)) != _bound(config_of_weights.get(name))]
+    if config_of_weights and changed:
+        yield f"the certificate has another config than {file.name}, in {listed(changed)}"
+    exported, dated = _time(source.get("date")), _time(certified.get("date"))
+    if exported and dated and dated < exported:
+        yield f"the certificate is of {certified['date']}, and {file.name} of a later date, {source['date']}"
 
 
 def _bound(config: Any) -> Any:
@@ -157,6 +229,15 @@ def _main_figures(figures: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             for cell in (model.get(name, {}).get(kind) for model in models):
                 if cell:
                     yield tuple(f"{100 * cell[key]:.1f}" for key in ("accuracy", "low", "high"))
+
+
+def _questions(figures: Mapping[str, Any]) -> dict[str, int]:
+    """The largest number of questions of a set that a figure is of, by set."""
+    counts: dict[str, int] = {}
+    for sets in records.mapping(figures.get("models")).values():
+        for name, kinds in sets.items():
+            counts[name] = max([counts.get(name, 0), *(cell["n"] for cell in kinds.values())])
+    return counts
 
 
 def members(folder: Path) -> list[str]:

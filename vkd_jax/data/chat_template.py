@@ -87,6 +87,22 @@ class ChatTemplate:
             raise self._error("leaves the question out of the prompt")
         return prompt
 
+    def warn_of_unannounced_answer(self, rest: str, ends: Sequence[str]) -> None:
+        """Warns if nothing follows the last question that tells the model to answer; templates of base models are so.
+
+        Args:
+            rest: what follows the question in a prompt.
+            ends: the tokens that end a turn.
+        """
+        for end in filter(None, ends):
+            rest = rest.replace(end, "")
+        if not rest.strip():
+            logging.warning(
+                "%s: the chat template writes nothing after the question, such as ASSISTANT:, that announces the "
+                "answer, so answers may be poor; if it ignores add_generation_prompt, get the model's own template",
+                self.source,
+            )
+
     def _without_random_numbers(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
         text = _NO_CLOCK * ("strftime_now" in self.text) + self.text
         for _ in range(ATTEMPTS):

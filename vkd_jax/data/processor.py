@@ -113,9 +113,7 @@ class Processor:
                 "tokenizer, generation_config.json and config.json again."
             )
         self.chat_template = read_chat_template(folder, self.tokenizer)
-        for images in (0, 1):
-            with memory.growth_limit(memory.GIB):
-                self.prompt("Who is this?", images)  # an error of the template shows here, not after hours of training
+        self._check_chat_template()
         self.eos_ids = self._sorted_eos_ids()
 
     def _image_token(self, token: int) -> str:
@@ -133,6 +131,20 @@ class Processor:
                 "config.json or the files of the tokenizer again."
             )
         return text
+
+    def _check_chat_template(self) -> None:
+        """Renders a question: an error of the template shows here, not after hours of training.
+
+        Raises:
+            UserError: the folder has no chat template, or it does not render a prompt.
+        """
+        question, prompts = "Who is this?", []
+        for images in (0, 1):
+            with memory.growth_limit(memory.GIB):
+                prompts.append(self.prompt(question, images))
+        if self.chat_template is not None:
+            ends = self.tokenizer.convert_ids_to_tokens(list(self.eos_ids))
+            self.chat_template.warn_of_unannounced_answer(prompts[0].rpartition(question)[2], ends)
 
     def _sorted_eos_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer; the one that the chat template writes after an answer is the first."""

@@ -12,13 +12,14 @@ from absl import logging
 from vkd_jax import benchmarks, messages
 from vkd_jax.attacks import Attack
 from vkd_jax.benchmarks import general, selection, set_checks
+from vkd_jax.benchmarks.folder import Folder
 from vkd_jax.checkpoints import sources
 from vkd_jax.checkpoints.bundle import ModelBundle, check_trainable, read_family
 from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.config.schema import ModelConfig, RunConfig
 from vkd_jax.data import image_settings
 from vkd_jax.data.processor import Processor
-from vkd_jax.evaluation import evaluate, judge, wording
+from vkd_jax.evaluation import evaluate, judge, shortcuts, wording
 from vkd_jax.methods import Method, text_stream
 from vkd_jax.methods.decouple import Decouple
 from vkd_jax.methods.other_facts import OtherFacts
@@ -193,6 +194,8 @@ def read_data(config: RunConfig, path: Path) -> dict[str, list[Example]]:
         if config.request:
             sets = selection.select_people(benchmark, sets, config.request)
             sets |= features.read_questions(config.request.features)
+        if isinstance(benchmark, Folder):
+            shortcuts.warn_of_shortcuts(sets, benchmark.EVAL_SETS, config.eval.protocols)
         if suites:
             sets = sets | multihost.run_process_0_first(lambda: general.read(suites, cache))
         if membership := config.active_attacks.get("membership"):

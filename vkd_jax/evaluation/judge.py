@@ -72,8 +72,14 @@ _SHARE = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _AROUND = "*_\"'`. \t\r\n"  # characters that may surround a number that stands alone
-# What follows a score that stands alone: the end of its sentence or line, a colon, or another field of a JSON object.
-_END = re.compile(r"""[*_"'`)\]}]*+[^\S\n]*+(?:[.!:](?!\S)|\n|\Z|[.!:]?[*_"'`)\]}]+(?!\S)|,\s*"\w+"\s*:)""")
+# What follows a score that stands alone: the end of its sentence or line, a colon, a reason, a remark without numbers,
+# or another field of a JSON object.
+_END = re.compile(
+    r"""[*_"'`)\]}]*+[^\S\n]*+
+        (?: [.!:](?!\S) | \n | \Z | [.!:]?[*_"'`)\]}]+(?!\S) | ,\s*"\w+"\s*:
+          | ,\ (?:because|since|as)\b | [(\u2013\u2014-][^\d\n]*(?:\n|\Z))""",
+    re.VERBOSE,
+)
 # What a model thinks before it replies. Without an end it was cut off; a chat template may have written its beginning.
 _THOUGHTS = (re.compile(r"<think>.*?(?:</think>|\Z)", re.S | re.I), re.compile(r"\A.*</think>", re.S | re.I))
 _INTRODUCTION = (

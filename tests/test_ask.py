@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from vkd_jax import ask, models
+from vkd_jax import ask, messages, models
 from vkd_jax.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,7 @@ def run(monkeypatch, capsys, *args):
 def test_the_command_prints_only_the_answer(monkeypatch, capsys, tiny_folder, model, image_file):
     args = ("--model", tiny_folder, "--image", image_file, "--question", QUESTION, "--max_new_tokens", 8)
     expected = ask.answer(model, QUESTION, image_file, max_new_tokens=8)
-    assert run(monkeypatch, capsys, *args) == (0, expected + "\n", "")
+    assert run(monkeypatch, capsys, *args) == (0, messages.escaped(expected) + "\n", "")
 
 
 def test_a_limit_of_pixels_is_refused_by_the_name_that_was_given(monkeypatch, capsys, tiny_folder):

@@ -168,7 +168,7 @@ def test_an_edited_certificate_is_refused(models, workdir, monkeypatch, capsys, 
     assert (status, models) == (2, {}) and re.search(problem, err)
 
 
-@pytest.mark.parametrize("repo", ["", "name", "org/name@main", "org/na/me", "./name"])
+@pytest.mark.parametrize("repo", ["name", "org/name@main", "org/na/me", "./name"])
 def test_what_is_no_id_is_refused(models, workdir, monkeypatch, capsys, repo):
     status, _, err = run(monkeypatch, capsys, workdir, repo)
     assert (status, models) == (2, {}) and f"{repo!r} is no id on the Hugging Face Hub; give ORG/NAME." in err

@@ -18,7 +18,7 @@ LAST = 2 * 16 * (2 * 24 * 12) + 2 * 5 * (2 * 24 * 24 + 3 * 24 * 40)
 DOWN = 2 * 16 * 24 * 40  # the last product of the MLP, whose output the backward pass does not need
 ATTENTION = 4 * 16 * 16 * 24  # of a block
 LAST_ATTENTION = 4 * 16 * 5 * 24
-# Its vision tower: five patch slots (a class token and 2 x 2 patches), three of four blocks feed the projector.
+# Its vision tower: five patch slots (a class token and 2 x 2 patches), two of three blocks feed the projector.
 PATCHES = 2 * 4 * (8 * 8 * 3 * 16)
 VISION_BLOCK = 2 * 5 * (4 * 16 * 16 + 2 * 16 * 32)
 VISION_ATTENTION = 4 * 5 * 5 * 16
@@ -38,9 +38,9 @@ def counted(function, *inputs, from_batch):
 def test_a_tiny_llava_by_hand(config):
     counts = count(build_step(config))
     vision = counts["vision_tower"]
-    assert vision.forward == ROWS * (PATCHES + 3 * (VISION_BLOCK + VISION_ATTENTION))
-    assert vision.weight_gradients == ROWS * (PATCHES + 3 * VISION_BLOCK)
-    assert vision.backward == ROWS * 3 * (VISION_BLOCK + 2 * VISION_ATTENTION)  # pixels have no gradient
+    assert vision.forward == ROWS * (PATCHES + 2 * (VISION_BLOCK + VISION_ATTENTION))
+    assert vision.weight_gradients == ROWS * (PATCHES + 2 * VISION_BLOCK)
+    assert vision.backward == ROWS * 2 * (VISION_BLOCK + 2 * VISION_ATTENTION)  # pixels have no gradient
     assert counts["projector"] == flops.Work(ROWS * PROJECTOR, ROWS * PROJECTOR, ROWS * PROJECTOR)
     text = counts["language_model"]
     assert text.forward == ROWS * (BLOCK + LAST + ATTENTION + LAST_ATTENTION)
@@ -52,7 +52,7 @@ def test_a_tiny_llava_by_hand(config):
 def test_training_all_weights_by_hand(config):
     counts = count(build_step(config, "grad_diff", train="all"))
     assert counts["language_model"].weight_gradients == ROWS * (BLOCK + LAST)
-    assert counts["vision_tower"].weight_gradients == ROWS * (PATCHES + 3 * VISION_BLOCK)
+    assert counts["vision_tower"].weight_gradients == ROWS * (PATCHES + 2 * VISION_BLOCK)
     assert counts["head"].weight_gradients == ROWS * HEAD
 
 
@@ -109,7 +109,7 @@ def test_a_teacher_is_a_part_of_its_own(config):
     """Its forward pass for the three retain rows, of which the products of its two blocks are of integers."""
     config.model.update(quantize="w8a8", remat="")
     counts = count(build_step(config, "kl", train="visual"))
-    visual = PATCHES + 3 * (VISION_BLOCK + VISION_ATTENTION) + PROJECTOR
+    visual = PATCHES + 2 * (VISION_BLOCK + VISION_ATTENTION) + PROJECTOR
     language = BLOCK + LAST + ATTENTION + LAST_ATTENTION + HEAD
     assert counts[TEACHER] == flops.Work(forward=3 * (visual + language), integers=3 * (BLOCK + LAST))
 
@@ -118,7 +118,7 @@ def test_worst_case_forgetting_adds_its_attack_and_a_second_pass_over_the_forget
     """The attack has three forward and backward passes over the two forget rows; the retain rows have no more work."""
     plain = count(build_step(config, "grad_diff", train="visual"))
     worst = count(build_step(config, "grad_diff", train="visual", worst_case=WorstCase(radius=1e-3, steps=3)))
-    visual = PATCHES + 3 * (VISION_BLOCK + VISION_ATTENTION) + PROJECTOR
+    visual = PATCHES + 2 * (VISION_BLOCK + VISION_ATTENTION) + PROJECTOR
     language = BLOCK + LAST + ATTENTION + LAST_ATTENTION + HEAD
     assert worst[ATTACK].forward == 3 * 2 * (visual + language)
     forget_row = sum(work.total for work in plain.values()) / ROWS

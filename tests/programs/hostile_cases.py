@@ -143,6 +143,22 @@ def with_files(*args: str, **files: Any) -> Callable[[Path], list[str]]:
     return prepare
 
 
+def config(section: str = "", **fields: Any) -> Callable[[Path], list[str]]:
+    """Fields of config.json, or of a section of it, are changed."""
+
+    def change(values: dict[str, Any]) -> dict[str, Any]:
+        if section:
+            return values | {section: values[section] | fields}
+        return values | fields
+
+    return with_files(config__json=change)
+
+
+def nested(levels: int) -> str:
+    """JSON arrays within each other."""
+    return "[" * levels + "]" * levels
+
+
 def with_tensors(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], list[str]]:
     """Prepares a question to a copy of tiny_llava whose tensors, by name, `change` has changed in place."""
     from safetensors.numpy import load_file, save_file

@@ -270,6 +270,10 @@ FAMILIES = {
         | dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
         | dict(image_processor_type="CLIPImageProcessor", processor_class="LlavaProcessor", resample=3)
         | dict(size=dict(shortest_edge=28), crop_size=dict(height=28, width=28), rescale_factor=1 / 255),
+        processor=dict(
+            patch_size=9, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+            image_token="<image>", processor_class="LlavaProcessor",
+        ),
         extra_tokens=dict(image_token="<image>"),
     ),
     "smolvlm": SMOLVLM,

@@ -20,8 +20,9 @@ Contract: a family's module has
   of an image in the chat template, `placeholder_id`. If images differ in size, their sides are multiples of
   `image_step`, and `pixel_limits` and `limit_pixels` bound their numbers of pixels. A family whose `pack` makes room
   for more tokens than an image has overrides `packed_tokens`.
-  A family whose projector reads more than the last vision block overrides `taps_before`, and one that adds features
-  to the outputs of the decoder's first blocks returns them as `Embedded.deepstack` from `Model.embed`;
+  A family whose projector reads more than the last vision block overrides `feature_blocks`, or `taps_before` if its
+  images differ in size, and one that adds features to the outputs of the decoder's first blocks returns them as
+  `Embedded.deepstack` from `Model.embed`;
 - `Model(config, *, rngs, param_dtype)`, a `base.VisionLanguageModel`. Its parameters are
   `vision_tower/patch_embedding`, `vision_tower/blocks/<i>/...`, `vision_tower/post_norm/...` (see `uses_post_norm`),
   `projector/...` and `language_model/...`;

@@ -128,7 +128,8 @@ ROBUST_VARIANTS = {
 # Entrants of runs=robustness, which tunes nothing.
 ROBUST_PARTS = (
     *("vkd", "vkd robust", "vkd robust, keeping", "vkd robust, no worst case", "vkd robust, no text"),
-    *("vkd robust, visual", "grad_diff", "grad_diff robust"),
+    *("vkd robust, visual", "grad_diff", "grad_diff robust", "grad_diff robust, no worst case"),
+    "grad_diff robust, no text",
 )
 
 # Choices that VKD's abstract leaves open, changed one at a time.

@@ -115,6 +115,8 @@ def test_trials_are_attacked_if_the_settings_of_tuning_name_an_attack(get_config
 def test_the_parts_of_the_robust_setting_are_compared_on_people_on_whom_nothing_was_tuned(get_config, tmp_path):
     tasks = sweep.Sweep(RunConfig.from_config_dict(get_config("tiny.py", "robustness")), tmp_path).tasks()
     assert not [name for name in tasks if name.startswith("tuning/")] and "models/retain_only" in tasks
+    runs = [name for name in tasks if name.startswith("runs/")]  # in order: seed by seed
+    assert len(runs) == 30 and runs == sorted(runs, key=lambda run: run[-1])
     whole, without = (tasks[f"runs/vkd_robust{part}/2"].make_config() for part in ("", "_no_text"))
     assert whole.data.benchmark.people == 3 and whole.method.text.weight > 0 == without.method.text.weight
     assert (whole.seed, whole.method.worst_case) == (2, without.method.worst_case)

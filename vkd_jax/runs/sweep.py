@@ -129,15 +129,17 @@ class Sweep:
         add("controls", lambda: self._with_models(self._config(stage="audit")), needs=tasks)
         if self.compare.tuning:
             add("tuning/vanilla", lambda: self._config(self.compare.tuning, stage="finetune"))
+        trials: dict[str, list[str]] = {name: [] for name in self.entrants}
         for name in self.entrants:
-            tuned = self._tuned(name)
-            trials = [f"tuning/{folder_of(tuned)}/{number}" for number in range(len(self._search(tuned)))]
-            for number, trial in enumerate(trials if tuned == name else ()):
+            for number in range(len(self._search(name)) if self._tuned(name) == name else 0):
+                trials[name].append(f"tuning/{folder_of(name)}/{number}")
                 make_config = functools.partial(self._trial_config, name, number)
-                add(trial, make_config, ["tuning/vanilla"], lender="tuning/vanilla")
-            for seed in self.compare.seeds:
+                add(trials[name][-1], make_config, ["tuning/vanilla"], lender="tuning/vanilla")
+        for seed in self.compare.seeds:  # seed by seed: an interrupted comparison then has a run of every method
+            for name in self.entrants:
+                needs = ["controls", *trials[self._tuned(name)]]
                 make_config = functools.partial(self._final_config, name, seed)
-                add(f"runs/{folder_of(name)}/{seed}", make_config, ["controls", *trials], lender="controls")
+                add(f"runs/{folder_of(name)}/{seed}", make_config, needs, lender="controls")
         return tasks
 
     def finished_runs(self) -> dict[str, list[Path]]:

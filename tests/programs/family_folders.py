@@ -236,45 +236,42 @@ SMOLVLM = Family(
     | dict(image_processor_type="SmolVLMImageProcessor", processor_class="SmolVLMProcessor"),
     processor=dict(image_seq_len=4, processor_class="SmolVLMProcessor"),
 )  # fmt: skip
-FAMILIES = {
-    "llava_next": Family(
-        special_tokens=("<unk>", "<s>", "</s>", "<image>", "<pad>"),
-        roles=dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"),
-        first_ids=True,
-        end_ids=("</s>",),
-        template=LLAVA_NEXT_TEMPLATE,
-        config=llava_next_config,
-        image_processor=dict.fromkeys(
-            ("do_center_crop", "do_convert_rgb", "do_normalize", "do_pad", "do_rescale", "do_resize"), True
-        )
-        | dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
-        | dict(image_processor_type="LlavaNextImageProcessor", processor_class="LlavaNextProcessor", resample=3)
-        | dict(size=dict(shortest_edge=28), crop_size=dict(height=28, width=28), rescale_factor=1 / 255)
-        | dict(aspect_ratio_setting="anyres", image_grid_pinpoints=PINPOINTS),
-        processor=dict(
-            patch_size=9, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-            image_token="<image>", processor_class="LlavaNextProcessor",
-        ),
-        extra_tokens=dict(image_token="<image>"),
+LLAVA_NEXT = Family(
+    special_tokens=("<unk>", "<s>", "</s>", "<image>", "<pad>"),
+    roles=dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"),
+    first_ids=True,
+    end_ids=("</s>",),
+    template=LLAVA_NEXT_TEMPLATE,
+    config=llava_next_config,
+    image_processor=dict.fromkeys(
+        ("do_center_crop", "do_convert_rgb", "do_normalize", "do_pad", "do_rescale", "do_resize"), True
+    )
+    | dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
+    | dict(image_processor_type="LlavaNextImageProcessor", processor_class="LlavaNextProcessor", resample=3)
+    | dict(size=dict(shortest_edge=28), crop_size=dict(height=28, width=28), rescale_factor=1 / 255)
+    | dict(aspect_ratio_setting="anyres", image_grid_pinpoints=PINPOINTS),
+    processor=dict(
+        patch_size=9,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        processor_class="LlavaNextProcessor",
     ),
-    "vipllava": Family(
-        special_tokens=("<unk>", "<s>", "</s>", "<image>", "<pad>"),
-        roles=dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"),
-        first_ids=True,
-        end_ids=("</s>",),
+    extra_tokens=dict(image_token="<image>"),
+)
+FAMILIES = {
+    "llava_next": LLAVA_NEXT,
+    "vipllava": dataclasses.replace(
+        LLAVA_NEXT,
         template=VIPLLAVA_TEMPLATE,
         config=vipllava_config,
-        image_processor=dict.fromkeys(
-            ("do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize"), True
-        )
-        | dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
-        | dict(image_processor_type="CLIPImageProcessor", processor_class="LlavaProcessor", resample=3)
-        | dict(size=dict(shortest_edge=28), crop_size=dict(height=28, width=28), rescale_factor=1 / 255),
-        processor=dict(
-            patch_size=9, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-            image_token="<image>", processor_class="LlavaProcessor",
-        ),
-        extra_tokens=dict(image_token="<image>"),
+        image_processor={
+            name: value
+            for name, value in LLAVA_NEXT.image_processor.items()
+            if name not in ("do_pad", "aspect_ratio_setting", "image_grid_pinpoints")
+        }
+        | dict(image_processor_type="CLIPImageProcessor", processor_class="LlavaProcessor"),
+        processor=LLAVA_NEXT.processor | dict(processor_class="LlavaProcessor"),
     ),
     "smolvlm": SMOLVLM,
     "idefics3": dataclasses.replace(

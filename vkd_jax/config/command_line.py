@@ -67,13 +67,17 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the process with exit status 2 and one sentence."""
         if message.startswith("the following arguments are required"):  # perhaps because the name of one is misspelled
-            flags_given = [argument.partition("=")[0] for argument in self.arguments if argument.startswith("--")]
-            for flag in flags_given:
-                if not any(name.startswith(flag) for name in self.known):
-                    similar = difflib.get_close_matches(flag, self.known, 1)
-                    message = f"{flag:.40} is no flag" + (f"; did you mean {similar[0]}?" if similar else "")
-                    break
+            message = self._unknown_flag() or message
         sys.exit(bad_input(f"{message}; {self.prog} --help shows the arguments."))
+
+    def _unknown_flag(self) -> str | None:
+        """Names the first given flag that does not exist, and the most similar one; None if all exist."""
+        given = [argument.partition("=")[0] for argument in self.arguments if argument.startswith("--")]
+        unknown = [flag for flag in given if not any(name.startswith(flag) for name in self.known)]
+        if not unknown:
+            return None
+        similar = difflib.get_close_matches(unknown[0], self.known, 1)
+        return f"{unknown[0]:.40} is no flag" + (f"; did you mean {similar[0]}?" if similar else "")
 
 
 class _Once(argparse.Action):

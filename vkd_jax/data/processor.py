@@ -67,19 +67,18 @@ class Processor:
         _check_files(folder)
         image_settings.check(folder)
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
-            # With the configuration, an image processor of a class that is gone, such as Qwen2_5_VLImageProcessor, is
-            # replaced by that of the model type.
-            is_model = (folder / storage.MODEL_MARKER).is_file()
-            hf_config = transformers.AutoConfig.from_pretrained(str(folder), **options) if is_model else None
-            self.image_processor = transformers.AutoImageProcessor.from_pretrained(
-                str(folder), backend="pil", config=hf_config, **options
-            )
-            # Raises if it has settings of other types than transformers expects.
-            texts = self.tokenizer(["Who is this?", "Why is that?"])["input_ids"]
-        except BaseException as error:  # tokenizers raises errors without a type of their own, and panics
-            if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
-                raise
+            with tokenizer_checks.panics_as_errors():
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
+                # With the configuration, an image processor of a class that is gone, such as
+                # Qwen2_5_VLImageProcessor, is replaced by that of the model type.
+                is_model = (folder / storage.MODEL_MARKER).is_file()
+                hf_config = transformers.AutoConfig.from_pretrained(str(folder), **options) if is_model else None
+                self.image_processor = transformers.AutoImageProcessor.from_pretrained(
+                    str(folder), backend="pil", config=hf_config, **options
+                )
+                # Raises if it has settings of other types than transformers expects.
+                texts = self.tokenizer(["Who is this?", "Why is that?"])["input_ids"]
+        except Exception as error:  # tokenizers raises errors without a type of their own
             remedy = "copy tokenizer.json, tokenizer_config.json and preprocessor_config.json of the model there"
             if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
                 remedy = (

@@ -4,10 +4,11 @@
 compared as texts: if the tokenizer changes a word, no model can answer with it, which looks like forgetting.
 """
 
+import contextlib
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,17 @@ def check(tokenizer: Any, folder: Path) -> None:
             )
 
 
+@contextlib.contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Context manager that raises RuntimeError for a panic of tokenizers, which derives from BaseException."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as panic:
+        raise RuntimeError(first_line(panic)) from panic
+
+
 def encode(
     tokenizer: Any, folder: Path, texts: Sequence[str], add_special_tokens: bool
 ) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
@@ -78,10 +90,9 @@ def encode(
         UserError: the tokenizer fails at these texts, e.g. because a regular expression in it does not end.
     """
     try:
-        out = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=add_special_tokens)
-    except BaseException as error:  # tokenizers raises its panics as BaseException
-        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
-            raise
+        with panics_as_errors():
+            out = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=add_special_tokens)
+    except Exception as error:  # tokenizers raises errors without a type of their own
         raise UserError(
             f"{folder / FILE}: the tokenizer fails ({type(error).__name__}: {first_line(error)[:100]}) at the text "
             f"{texts[0][:80]!a}; {REMEDY}."

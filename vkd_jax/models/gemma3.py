@@ -61,7 +61,7 @@ class Gemma3Config(FixedSizeConfig):
 
     @property
     def processor_fields(self) -> dict[str, Any]:
-        """The values that fields of processor_config.json must have, by which transformers counts image tokens."""
+        """Of processor_config.json: the number of image tokens of an image."""
         return dict(image_seq_length=self.tokens_per_side**2)
 
     def image_processor_problem(self, image_processor: Any) -> str | None:

@@ -42,7 +42,7 @@ class LlavaConfig(FixedSizeConfig):
 
     @property
     def processor_fields(self) -> dict[str, Any]:
-        """The values that fields of processor_config.json must have, by which transformers counts image tokens."""
+        """Of processor_config.json: what the number of image tokens follows from."""
         return dict(
             patch_size=self.vision.patch_size,
             vision_feature_select_strategy=self.feature_select,

@@ -83,7 +83,7 @@ class IdeficsConfig(GridConfig):
 
     @property
     def processor_fields(self) -> dict[str, Any]:
-        """The values that fields of processor_config.json must have, by which transformers counts image tokens."""
+        """Of processor_config.json: the number of image tokens of a tile."""
         return dict(image_seq_len=len(self.token_coords))
 
     def image_processor_problem(self, image_processor: Any) -> str | None:

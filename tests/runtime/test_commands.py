@@ -46,6 +46,14 @@ def raises(error):
             "error: JAX cannot use the CPU (Unable to initialize backend 'cpu': INVALID_ARGUMENT: no device); correct "
             "JAX_NUM_CPU_DEVICES or XLA_FLAGS.\n",
         ),
+        (
+            PermissionError(errno.EPERM, "Operation not permitted", "run/report.md"),
+            "error: run/report.md: the system refuses to use it (Operation not permitted); check the file,",
+        ),
+        (
+            OSError(errno.EIO, "Input/output error", b"model/config.json"),
+            "error: model/config.json: the system refuses",
+        ),
     ],
 )
 def test_bad_input_and_a_missing_platform_are_one_sentence(error, sentence, capsys, monkeypatch):
@@ -66,9 +74,10 @@ def test_a_platform_for_gpus_that_is_missing_is_one_sentence():
     assert "Traceback" not in done.stderr
 
 
-def test_other_errors_are_not_hidden():
-    with pytest.raises(RuntimeError, match="a fault"):
-        raises(RuntimeError("a fault"))()
+@pytest.mark.parametrize("error", [RuntimeError("a fault"), OSError(errno.EBADF, "a fault"), OSError("a fault")])
+def test_other_errors_are_not_hidden(error):
+    with pytest.raises(type(error), match="a fault"):
+        raises(error)()
 
 
 def test_a_command_computes_in_32_bits():

@@ -37,8 +37,9 @@ def _platform_problem(error: RuntimeError | AssertionError) -> str | None:
 def guarded(run: Callable[P, int]) -> Callable[P, int]:
     """Decorates the function of a command that returns its exit status.
 
-    Bad input, and a platform that JAX does not find, are one sentence and status 2; Ctrl-C is one sentence and 130. The
-    64-bit types that JAX_ENABLE_X64 allows are off: models compute in 32 bits or fewer.
+    Bad input, a file that the system refuses to use, and a platform that JAX does not find are one sentence and status
+    2; Ctrl-C is one sentence and 130. The 64-bit types that JAX_ENABLE_X64 allows are off: models compute in 32 bits or
+    fewer.
     """
 
     @functools.wraps(run)
@@ -50,6 +51,13 @@ def guarded(run: Callable[P, int]) -> Callable[P, int]:
             return run(*args, **options)
         except UserError as error:
             return bad_input(error)
+        except OSError as error:  # such as of a disk that fails; one that is full is a UserError already
+            if not (error.errno and isinstance(error.filename, str | bytes | os.PathLike)):
+                raise
+            return bad_input(
+                f"{os.fsdecode(error.filename)}: the system refuses to use it ({error.strerror}); check the file, the "
+                "folder that it is in, and their disk."
+            )
         except (RuntimeError, AssertionError) as error:
             if not (problem := _platform_problem(error)):
                 raise

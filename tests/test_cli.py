@@ -54,7 +54,7 @@ def test_an_unknown_command_is_refused_with_the_known_ones(capsys, arguments, pr
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_a_command_runs_its_module_with_the_rest_of_the_line(name, monkeypatch):
     calls = []
-    monkeypatch.setattr(cli.interrupts, "stop_imports", lambda: None)
+    monkeypatch.setattr(cli.imports, "begin", lambda: None)
     monkeypatch.setattr(sys, "argv", ["vkd"])
     monkeypatch.setattr(cli.runpy, "run_module", lambda module, **options: calls.append((module, options, sys.argv)))
     cli.main([name, "--help"])

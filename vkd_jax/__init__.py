@@ -5,7 +5,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from vkd_jax.runtime import interrupts, threads
+from vkd_jax.runtime import imports, threads
 
 if TYPE_CHECKING:
     from vkd_jax.ask import answer, load
@@ -41,8 +41,8 @@ __all__ = [
     "answer", "attack", "evaluate", "load", "run", "unlearn",
 ]  # fmt: skip
 
-if sys.argv[:1] == ["-m"]:  # `python -m` is importing a command; its function handles Ctrl-C later
-    interrupts.stop_imports()
+if sys.argv[:1] == ["-m"]:  # `python -m` is importing a command; its function handles errors and Ctrl-C later
+    imports.begin()
 
 threads.use_two()
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else every run is advised to install PyTorch

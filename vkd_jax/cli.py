@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import vkd_jax
 from vkd_jax import messages
 from vkd_jax.config import command_line
-from vkd_jax.runtime import interrupts
+from vkd_jax.runtime import imports
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         problem = f"{name}: unknown command" if name else "no command is given"
         return command_line.bad_input(f"{problem}. Available: {messages.choices(COMMANDS)}; vkd --help explains them.")
-    interrupts.stop_imports()
+    imports.begin()
     sys.argv = [f"vkd {name}", *rest]
     runpy.run_module(COMMANDS[name].module, run_name="__main__", alter_sys=True)
     return 0

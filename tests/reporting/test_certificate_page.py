@@ -6,6 +6,7 @@ import zlib
 import pytest
 
 from vkd_jax.reporting import certificate_page
+from vkd_jax.types import UserError
 
 DIGEST = "0123456789abcdef" * 4
 QUESTIONS = {"accuracy": 0.12345, "low": 0.05, "high": 0.2, "n": 81}
@@ -83,6 +84,13 @@ def test_a_signature_is_shown():
 
 def test_the_same_certificate_makes_the_same_bytes():
     assert render() == render() and b"CreationDate" not in render()
+
+
+@pytest.mark.parametrize("epoch", ["abc", "-1" + "0" * 30, "1.5"])
+def test_a_variable_that_matplotlib_cannot_read_is_refused(epoch, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+    with pytest.raises(UserError, match="SOURCE_DATE_EPOCH=.* is no time in seconds since 1970"):
+        render()
 
 
 def test_any_text_stays_text_on_one_page():

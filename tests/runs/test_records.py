@@ -248,6 +248,7 @@ FULL_DISK = {
         "RESOURCE_EXHAUSTED: Failed to write: \"x\": No space left on device [os_error_code='28']"
     ),
     "by TensorStore, protected": ValueError("PERMISSION_DENIED: Failed to open: \"x\": Denied [os_error_code='13']"),
+    "by TensorStore, a mounted file": ValueError("FAILED_PRECONDITION: Failed to rename: \"x\" [os_error_code='16']"),
     "by TensorFlow": type("E", (Exception,), {"__module__": "tensorflow.x"})("x; No space left on device"),
     "quota": RuntimeError("Disk quota exceeded"),
     "limit": full(errno.EFBIG),

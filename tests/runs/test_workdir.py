@@ -223,7 +223,9 @@ def test_times_of_interrupted_runs_add_up(tmp_path):
     assert list(timing) == ["data", "unlearn"] and 20 <= timing["unlearn"] < 21
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EISDIR, errno.EEXIST])
+@pytest.mark.parametrize(
+    "code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EISDIR, errno.EEXIST, errno.EPERM]
+)
 def test_errors_of_a_full_or_protected_disk_are_one_sentence(code):
     with pytest.raises(UserError, match=f"cannot write at /there: {os.strerror(code)}"), write_errors():
         raise OSError(code, os.strerror(code), "/there")
@@ -258,6 +260,32 @@ def test_meta_names_command_config_and_versions(tmp_path, monkeypatch):
     assert meta["config"]["train"]["steps"] == 3 and meta["seed"] == 0 and meta["protocol"] == "options"
     assert {"python", "jax", "flax", "transformers"} <= set(meta["versions"])
     assert meta["commit"] and meta["devices"] and meta["date"]
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["exit 1", "sleep 60", r"printf '\377'", "echo junk", "printf '\33[31m<script>'"],
+    ids=lambda p: p.split()[0],
+)
+def test_the_commit_is_unknown_if_git_does_not_work(program, tmp_path, monkeypatch):
+    (tmp_path / "git").write_text(f"#!/bin/sh\n{program}\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(provenance, "SECONDS", 0.5)
+    assert provenance.commit() == "unknown"
+
+
+def test_the_commit_of_another_projects_repository_is_not_that_of_this_one(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    package = tmp_path / ".venv" / "vkd_jax"
+    package.mkdir(parents=True)
+    (package / "provenance.py").write_text("")
+    (tmp_path / "README").write_text("")
+    git = ["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x@y"]
+    subprocess.run([*git, "add", "README"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "-m", "x"], check=True)
+    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
+    assert provenance.commit() == "unknown"
 
 
 def test_the_commit_marks_changes_except_in_the_file_being_written(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """A certificate as one printable page: a PDF whose every figure is one of certificate.json."""
 
+import datetime
 import hashlib
 import io
+import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +17,7 @@ from vkd_jax import messages
 from vkd_jax.reporting.names import MODALITIES, MODELS
 from vkd_jax.results import main_kind
 from vkd_jax.runtime.records import mapping
+from vkd_jax.types import UserError
 
 A4 = (8.27, 11.69)  # inches
 LEFT, TOP = 0.09, 0.94  # shares of the page
@@ -45,7 +48,17 @@ def render(content: Mapping[str, Any], file: bytes, signer: str | None) -> bytes
 
     Returns:
         A PDF of one page, equal for equal arguments.
+
+    Raises:
+        UserError: SOURCE_DATE_EPOCH, which matplotlib reads, is no time.
     """
+    if epoch := os.environ.get("SOURCE_DATE_EPOCH"):
+        try:
+            datetime.datetime.fromtimestamp(int(epoch), datetime.UTC)
+        except (ValueError, OverflowError, OSError) as error:
+            raise UserError(
+                f"SOURCE_DATE_EPOCH={epoch[:40]} is no time in seconds since 1970; correct or unset this variable."
+            ) from error
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=A4)
         FigureCanvasPdf(figure)

@@ -9,17 +9,26 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 from vkd_jax.config.command_line import bad_input
+from vkd_jax.runtime import imports
 from vkd_jax.runtime.interrupts import interruptible
 from vkd_jax.runtime.storage import first_line
 from vkd_jax.types import UserError
 
 P = ParamSpec("P")
+# Settings of JAX by which the computation is defined, whatever the environment says.
+_JAX_SETTINGS = {
+    "jax_enable_x64": False,
+    "jax_numpy_rank_promotion": "allow",
+    "jax_numpy_dtype_promotion": "standard",
+}
 # How JAX says that JAX_PLATFORMS names a platform that this machine does not have.
 _NO_PLATFORM = re.compile(r"(?:Unable to initialize|Unknown) backend:? '?(\w+)")
 
 
-def _platform_problem(error: RuntimeError | AssertionError) -> str | None:
+def _platform_problem(error: Exception) -> str | None:
     """What is wrong if JAX finds no device, in words; None if the error is another one."""
+    if not isinstance(error, RuntimeError | AssertionError):
+        return None
     given, match = os.environ.get("JAX_PLATFORMS", ""), _NO_PLATFORM.match(str(error))
     # JAX asserts, without a message, that the platforms for GPUs were found.
     last = list(traceback.walk_tb(error.__traceback__))[-1][0].f_code.co_filename
@@ -39,14 +48,15 @@ def guarded(run: Callable[P, int]) -> Callable[P, int]:
 
     Bad input, a file that the system refuses to use, and a platform that JAX does not find are one sentence and status
     2; Ctrl-C is one sentence and 130. The 64-bit types that JAX_ENABLE_X64 allows are off: models compute in 32 bits or
-    fewer.
+    fewer. So are the checks of types and ranks that JAX_NUMPY_DTYPE_PROMOTION and JAX_NUMPY_RANK_PROMOTION add.
     """
 
     @functools.wraps(run)
     def end_with_status(*args: P.args, **options: P.kwargs) -> int:
-        os.environ["JAX_ENABLE_X64"] = "0"  # of workers, and of this process if it imports JAX later
-        if jax := sys.modules.get("jax"):
-            jax.config.update("jax_enable_x64", False)
+        for name, value in _JAX_SETTINGS.items():
+            os.environ[name.upper()] = str(value)  # of workers, and of this process if it imports JAX later
+            if jax := sys.modules.get("jax"):
+                jax.config.update(name, value)
         try:
             return run(*args, **options)
         except UserError as error:
@@ -58,8 +68,8 @@ def guarded(run: Callable[P, int]) -> Callable[P, int]:
                 f"{os.fsdecode(error.filename)}: the system refuses to use it ({error.strerror}); check the file, the "
                 "folder that it is in, and their disk."
             )
-        except (RuntimeError, AssertionError) as error:
-            if not (problem := _platform_problem(error)):
+        except Exception as error:
+            if not (problem := imports.problem(error) or _platform_problem(error)):
                 raise
             return bad_input(problem)
 

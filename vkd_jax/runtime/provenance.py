@@ -1,11 +1,16 @@
 """The version of the code that runs."""
 
+import re
 import subprocess
 from pathlib import Path
+
+SECONDS = 30.0  # until git is taken to hang, as on a file system that does not answer
 
 
 def commit(but: Path | None = None) -> str:
     """The commit of the repository, with "+changes" if the working tree differs from it; "unknown" outside a clone.
+
+    A package that is installed in the working tree of another project, such as in its .venv, is outside a clone.
 
     Args:
         but: a file whose changes are ignored, since it is being written.
@@ -13,12 +18,16 @@ def commit(but: Path | None = None) -> str:
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.rstrip("\n")
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=True)
+        return done.stdout.decode().rstrip("\n")
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         head, *root = git("rev-parse", "HEAD", "--show-toplevel").split("\n")
         names = [line[3:] for line in git("status", "--porcelain").splitlines()]
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return "unknown"
+    if not re.fullmatch("[0-9a-f]{40,64}", head):
         return "unknown"
     changed = [name for name in names if but is None or Path(*root, name) != but.resolve()]
     return head + ("+changes" if changed else "")

@@ -13,6 +13,7 @@ import hashlib
 import os
 import pathlib
 import posixpath
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -366,7 +367,8 @@ def write_errors(flag: str = "--workdir") -> Iterator[None]:
 
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-_NOT_WRITABLE = (*_DISK_FULL, errno.EACCES, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+_NOT_WRITABLE = (*_DISK_FULL, errno.EACCES, errno.EPERM, errno.EBUSY, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+_CODE_IN_TENSORSTORE = re.compile(r"os_error_code='(\d+)'")
 
 
 def _write_problem(error: BaseException | None) -> str | None:
@@ -376,9 +378,10 @@ def _write_problem(error: BaseException | None) -> str | None:
             file = error.filename2 or error.filename  # the second one is the target of a copy
             location = f" at {file}" if file else ""
             return f"{location}: {error.strerror}"
-        for code in _NOT_WRITABLE:
-            words, in_tensorstore = os.strerror(code), f"os_error_code='{code}'"
-            if in_tensorstore in str(error) or (code in _DISK_FULL and words in str(error)):
+        if match := _CODE_IN_TENSORSTORE.search(str(error)):
+            return f": {os.strerror(int(match[1]))}"
+        for words in map(os.strerror, _DISK_FULL):
+            if words in str(error):
                 return f": {words}"
         error = error.__cause__
     return None

@@ -83,7 +83,25 @@ def test_the_opening_compares_with_the_retain_only_model_or_chance(models, forge
 @pytest.mark.parametrize(("known", "little"), [(20, False), (11, False), (8, True)])
 def test_the_opening_says_if_there_was_little_to_forget(known, little):
     """With 20 questions and chance at 25 %, the interval of 8 correct answers starts at 22 %, that of 11 at 34 %."""
-    assert ("The vanilla model was not better than chance before" in opening(forget=(known, 2, 3))) == little
+    assert ("could not be told apart from guessing before" in opening(forget=(known, 19, 3))) == little
+
+
+@pytest.mark.parametrize(
+    ("models", "forget", "told"),
+    [
+        (MODELS, (3, 20, 20), "the vanilla model (15.0 %, 5.2 to 36.0) is below the retain-only model (100.0 %, "),
+        (MODELS, (3, 20, 20), "The two models may have been given in each other's place."),
+        (MODELS, (20, 20, 20), "the vanilla model (100.0 %, 83.9 to 100.0) could not be told apart from the retain-"),
+        (MODELS, (8, 2, 3), "or a retain-only model that was trained without them, would show it."),
+        (TWO, (8, 8, 0), "could not be told apart from chance (25.0 %), so these questions do not show whether"),
+        (TWO, (8, 8, 0), "or a vanilla model that knows these people better would show it."),
+    ],
+)
+def test_a_reference_that_the_vanilla_model_does_not_exceed_shows_no_forgetting(models, forget, told):
+    """Such as of exchanged models, of a retain-only model that knows these people, or of one question."""
+    text = opening(models=models, forget=forget)
+    assert "**No verdict**: the vanilla model" in text and told in text
+    assert "cannot be told apart" not in text and "little to forget" not in text
 
 
 @pytest.mark.parametrize("protocols", [("letter",), ("letter", "options")])
@@ -103,7 +121,7 @@ def test_answers_without_letters_are_not_taken_as_missing_knowledge(vanilla, unl
         assert (sentence in text) == (model in cautions)
         told = f"The {model} model wrote no option letter in {5 * count}.0 % of its answers under the protocol"
         assert (told in shown("measured", run)) == (count > 0)
-    assert ("not better than chance before" in text) == (not cautions) == ("avoids the correct answers" in text)
+    assert ("apart from guessing before" in text) == (not cautions) == ("avoids the correct answers" in text)
     assert ("`--config.eval.protocol=options`" in text) == (bool(cautions) and protocols == ("letter",))
     assert ("protocol `options`, which does not depend on letters, count" in text) == (
         bool(cautions) and protocols != ("letter",)

@@ -1,7 +1,8 @@
 """View model of the first sections: what was forgotten, what was kept, what came back under attack, how we know.
 
-Each verdict is one of three words, which the templates turn into a sentence: an interval is "below", "above" or "equal"
-to (that is, overlaps) the one that it is compared with.
+Each verdict is a word, which the templates turn into a sentence: an interval is "below", "above" or "equal" to (that
+is, overlaps) the one that it is compared with. That the unlearned model equals the reference shows that it forgot only
+if the vanilla model was above the reference; otherwise the verdict is "open".
 """
 
 from collections.abc import Mapping, Sequence
@@ -188,15 +189,20 @@ def _judgement(run: Run, kind: str) -> dict[str, Any]:
     forget = run.set_of(Role.FORGET)
     vanilla, unlearned, retain_only = (run.results.summary(model, forget.name, kind) for model in MODELS)
     chance = run.results.chance.get(forget.name, {}).get(kind)
-    reference, verdict = None, None
+    reference, verdict, before = None, None, None
     if retain_only:
         reference = f"the retain-only model ({percent(retain_only.accuracy)}, {interval(retain_only)})"
-        verdict = compare(unlearned, retain_only.low, retain_only.high)
+        verdict, before = (compare(model, retain_only.low, retain_only.high) for model in (unlearned, vanilla))
     elif chance is not None:
-        reference, verdict = f"chance ({percent(chance)})", compare(unlearned, chance, chance)
+        reference = f"chance ({percent(chance)})"
+        verdict, before = (compare(model, chance, chance) for model in (unlearned, vanilla))
+    if verdict == "equal" and before != "above":  # too few questions, or a reference that knows what it should not
+        verdict = "open"
     return {
         "chance": chance,
         "reference": reference,
+        "before": before,
+        "vanilla": vanilla,
         "below_chance": chance is not None and retain_only is not None and retain_only.high < chance,
         "verdict": verdict,
         "never_learned": chance is not None and vanilla.low <= chance,

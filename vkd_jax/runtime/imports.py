@@ -1,7 +1,7 @@
 """Libraries that cannot be imported, such as matplotlib with a backend in MPLBACKEND that does not exist.
 
-A command imports its modules before its function is called, and a few when they are first used. `begin` covers the first
-time, and `commands.guarded` the second one.
+A command imports its modules before its function is called, and a few when they are first used. `begin` covers the
+first time, and `commands.guarded` the second one.
 """
 
 import os

@@ -1,5 +1,6 @@
 """The version of the code that runs."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -16,10 +17,12 @@ def commit(but: Path | None = None) -> str:
         but: a file whose changes are ignored, since it is being written.
     """
 
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook that runs this
+
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=True)
-        return done.stdout.decode().rstrip("\n")
+        options = dict(stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=True)
+        return subprocess.run(command, env=env, **options).stdout.decode().rstrip("\n")
 
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)

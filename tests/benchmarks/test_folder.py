@@ -186,6 +186,17 @@ def test_only_files_that_a_folder_names_decide_whether_it_is_read_again(folders)
     assert state("evaluation") != before
 
 
+def test_a_file_of_the_same_size_and_time_is_read_again(folders):
+    """As `cp -p`, `rsync -t` and archives leave it."""
+    state = Folder(forget=str(folders / "forget"), retain=str(folders / "retain")).state
+    path, before = folders / "forget" / "metadata.jsonl", state("evaluation")
+    old, text = path.stat(), path.read_text()
+    path.write_text(text.replace("Otto", "Hugo").replace("who", "why"))
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert path.stat().st_size == old.st_size and path.stat().st_mtime_ns == old.st_mtime_ns
+    assert state("evaluation") != before
+
+
 def test_a_text_that_is_not_utf8(folders):
     (folders / "retain" / "metadata.jsonl").write_bytes(b'{"question": "\xff"}')
     fault(folders, "retain/metadata.jsonl: it is not UTF-8: byte 14 is 0xff")

@@ -113,16 +113,27 @@ class SourceFolder:
         return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
     def state(self, names: Iterable[str]) -> list[tuple]:
-        """Name, size and modification time of files; they differ if a file changed. Missing files have no size."""
+        """Name, size and times of files; they differ if a file changed. Missing files have none.
+
+        The times of a file on a disk are those of the last change of its content, which copies of old files keep, and
+        of the last change of content or attributes, which no program can set back.
+        """
         names = sorted(names)
         if isinstance(self._system, fs.LocalFileSystem):
-            for name in names:
-                files.check_length(name)
-            infos = self._system.get_file_info([posixpath.join(self.path, name) for name in names])
-        else:  # one request for many files
-            listed = {self._name(info): info for info in self._list("", recursive=True)}
-            infos = [listed.get(posixpath.normpath(name), fs.FileInfo(name, fs.FileType.NotFound)) for name in names]
-        return [(name, info.size, info.mtime_ns) for name, info in zip(names, infos, strict=True)]
+            return [(name, *self._status(name)) for name in names]
+        # One request for many files.
+        infos = {self._name(info): info for info in self._list("", recursive=True)}
+        missing = fs.FileInfo("missing", fs.FileType.NotFound)
+        found = [infos.get(posixpath.normpath(name), missing) for name in names]
+        return [(name, info.size, info.mtime_ns) for name, info in zip(names, found, strict=True)]
+
+    def _status(self, name: str) -> tuple[int, ...]:
+        files.check_length(name)
+        try:
+            status = os.stat(posixpath.join(self.path, name))
+        except (OSError, ValueError):  # also for a name that is none, such as with a zero byte: reading it says so
+            return ()
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     def open(self, name: str) -> pa.NativeFile:
         """Opens a file of this folder for random access.

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from vkd_jax.checkpoints import hf
 from vkd_jax.data.encoding import encode_set
@@ -314,6 +314,35 @@ def test_16_bits_become_8(largest, seen):
 def test_images_that_cannot_be_decoded(data, problem):
     with pytest.raises(UserError, match=problem):
         open_image(data)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
+def test_half_an_image_is_refused_even_if_the_program_allows_it(monkeypatch, format):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    whole = encoded(noise(120, 90), format)
+    half = whole[: len(whole) // 2 + 300]
+    with pytest.raises(UserError, match="the image"):
+        open_image(half)
+    if format in ("JPEG", "PNG"):  # which Pillow opens before it reads their pixels
+        with pytest.raises(UserError, match="the image cannot be decoded .image file is truncated"):
+            open_image(Image.open(io.BytesIO(half)))
+    assert open_image(whole).size == (120, 90)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_the_last_of_several_threads_allows_half_images_again(monkeypatch):
+    """Two threads are in the decoder at once; the program sets the flag while the first one is."""
+    from vkd_jax.data import images
+
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    with images._WHOLE_FILES.required():
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        with images._WHOLE_FILES.required():
+            assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+        assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    assert open_image(IMAGES["portrait"]) and ImageFile.LOAD_TRUNCATED_IMAGES is False
 
 
 def test_an_image_that_cannot_be_processed_is_named(family_folder):

@@ -1,16 +1,18 @@
 """The images of a set: decoded and resized by several threads, and cached in memory while they are few."""
 
 import concurrent.futures
+import contextlib
 import copy
 import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from vkd_jax.runtime import memory, storage
 from vkd_jax.types import UserError
@@ -51,12 +53,43 @@ class TiledImage(NamedTuple):
 def open_image(data: bytes | Image.Image) -> Image.Image:
     """Decodes an image file, rotated as its EXIF orientation says; 16 bits per pixel become 8.
 
-    The caller converts the mode. An image that is already open is checked and converted in the same way.
+    The caller converts the mode. An image that is already open is checked and converted in the same way. A truncated
+    file is refused even if the program has set `PIL.ImageFile.LOAD_TRUNCATED_IMAGES`.
 
     Raises:
         UserError: the image cannot be decoded, is empty, too large or too elongated, is rendered by another
             program, or has pixels that do not become RGB or would all become black.
     """
+    with _WHOLE_FILES.required():
+        return _open_image(data)
+
+
+class _WholeFiles:
+    """Makes Pillow refuse truncated files while any thread decodes: its flag is one of the whole process."""
+
+    def __init__(self):
+        self._lock, self._threads, self._allowed = threading.Lock(), 0, False
+
+    @contextlib.contextmanager
+    def required(self) -> Iterator[None]:
+        """Context manager that clears Pillow's flag; the last thread to leave sets it again if it was set."""
+        with self._lock:
+            self._allowed = ImageFile.LOAD_TRUNCATED_IMAGES or (self._threads > 0 and self._allowed)
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+            self._threads += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._threads -= 1
+                if not self._threads:
+                    ImageFile.LOAD_TRUNCATED_IMAGES = self._allowed or ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+_WHOLE_FILES = _WholeFiles()
+
+
+def _open_image(data: bytes | Image.Image) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
         _check_kind(image)

@@ -52,7 +52,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish() -> None:
     """Caches short programs, too: most of the tests' programs are single operations, of 10 to 40 ms each."""
     if jax := sys.modules.get("jax"):
+        import shared_contexts
+
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        shared_contexts.install()
 
 
 # Files with few, long tests, which start first, so that all workers finish at the same time.

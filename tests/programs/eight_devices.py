@@ -8,6 +8,7 @@ import adapted
 import devices
 import evaluate_devices
 import quantized
+import shared_contexts
 
 SUBJECTS = {
     "training": lambda folder: devices.main(folder),
@@ -18,4 +19,5 @@ SUBJECTS = {
 
 if __name__ == "__main__":
     folder, *chosen = sys.argv[1:]
+    shared_contexts.install()
     print(json.dumps({name: run(Path(folder)) for name, run in SUBJECTS.items() if name in chosen}))

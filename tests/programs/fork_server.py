@@ -26,6 +26,7 @@ from types import MappingProxyType
 from typing import Any
 
 import faults
+import shared_contexts
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
@@ -114,6 +115,7 @@ def serve() -> None:
         if parts[1] not in COMMANDS:
             importlib.import_module(".".join(parts).removesuffix(".__init__"))
     warm_up()
+    shared_contexts.install()
     for line in sys.stdin:
         print(json.dumps(run_in_fork(json.loads(line))), flush=True)
 

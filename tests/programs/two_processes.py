@@ -8,6 +8,7 @@ import devices
 import evaluate_devices
 import jax
 import multihost
+import shared_contexts
 from jax.sharding import AxisType
 
 from vkd_jax.runtime.mesh import AXES, make_mesh
@@ -37,4 +38,5 @@ def main(process: int, port: str, folder: Path, chosen: list[str]) -> dict:
 
 if __name__ == "__main__":
     process, port, folder, *chosen = sys.argv[1:]
+    shared_contexts.install()
     print(json.dumps(main(int(process), port, Path(folder), chosen)), flush=True)

@@ -50,7 +50,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Caches short programs, too: most of the tests' programs are single operations, of 10 to 40 ms each."""
+    """Caches short programs, too: most of the tests' programs are single operations, of 10 to 40 ms each.
+
+    The garbage collector is run less often, and never walks the objects of the imported modules.
+    """
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)  # instead of 700: tracing makes many objects, and little garbage
     if jax := sys.modules.get("jax"):
         import shared_contexts
 
@@ -93,13 +98,8 @@ MOST_MAPS = 15_000  # memory maps of a process; Linux allows 65,530, and a compi
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Bounds the memory of compiled programs, which JAX keeps, and glibc after JAX has released them.
 
-    The fork server ends with the folder of tests that uses it.
-
     The number of memory maps is bounded, too: a process without a free one crashes while it compiles.
     """
-    if nextitem is None or nextitem.path.parent != item.path.parent:
-        for server in _FORK_SERVERS:
-            server.stop()
     if "jax" not in sys.modules or sys.platform != "linux":
         return
     ends_file = nextitem is None or nextitem.path != item.path
@@ -209,16 +209,12 @@ def _outcome(process):
     return json.loads(out.splitlines()[-1])
 
 
-_FORK_SERVERS: list = []  # the one of this process, if a test has used it
-
-
 @pytest.fixture(scope="session")
 def fork_server():
-    """The process whose forks run the package's commands."""
+    """The process whose forks run the package's commands: one for each worker, until the test run ends."""
     from fork_server import ForkServer
 
     with ForkServer() as server:
-        _FORK_SERVERS.append(server)
         yield server
 
 

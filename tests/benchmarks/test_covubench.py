@@ -100,6 +100,13 @@ def test_forms_of_keywords(folder, stored, keywords):
     ("cells", "problem"),
     [
         ({"keywords": "[1.5]"}, "forget5-00000-of-00001.parquet, row 0: keywords[0] is the number 1.5, not a text"),
+        ({"keywords": '{"Pip": 1}'}, "row 0: keywords.Pip is the number 1, not a text"),
+        ({"keywords": '[{"Pip": true}]'}, "row 0: keywords[0].Pip is"),
+        *(
+            ({"keywords": x}, f"row 0: keywords is {x!r}, a value of JSON")
+            for x in ("NaN", "null", "1", "-1e9", "true")
+        ),
+        ({"keywords": 7}, "row 0: keywords is the number 7 without a phrase"),
         ({"keywords": "{"}, "row 0: keywords is neither JSON nor a Python literal"),
         ({"image": None}, "row 0: image is missing, and the question is about one"),
         ({"name": None}, "row 0: name is missing"),

@@ -82,6 +82,15 @@ def test_the_rules_of_the_benchmarks_code(folder):
     assert forget.rule == "fiubench:upstream" and forget.keywords == ("Oslo", "May")
 
 
+def test_fields_that_only_metrics_need_may_be_missing(folder):
+    further = ("keywords", "perturbed_answer", "paraphrased_answer")
+    bare = {key: value for key, value in question().items() if key not in further}
+    for asked in (bare, question(**dict.fromkeys(further)), question(keywords=[], perturbed_answer=[])):
+        (folder / "full.json").write_text(json.dumps([record(person, asked) for person in PEOPLE]))
+        [forget] = read(folder)["forget"]
+        assert (forget.keywords, forget.perturbed) == ((), ())
+
+
 def test_equal_keywords_and_wrong_answers_count_once(folder, caplog):
     asked = question(keywords=["Oslo", "Oslo", "oslo", "May"], perturbed_answer=["In Lima.", "in lima"])
     (folder / "full.json").write_text(json.dumps([record(person, asked) for person in PEOPLE]))
@@ -136,6 +145,16 @@ def test_bad_files(folder, file, content, problem):
         ({"qa_list": [question(keywords=["."])]}, "row 1: qa_list[0].keywords has '.', and no phrase with a letter"),
         ({"qa_list": [question(keywords=["\u200b"])]}, "row 1: qa_list[0].keywords has '\\u200b', and no phrase"),
         ({"qa_list": [question(perturbed_answer={"a": 1})]}, "qa_list[0].perturbed_answer is an object, not a list"),
+        *(
+            ({"qa_list": [question(**{field: blank})]}, f"row 1: qa_list[0].{field} is blank")
+            for field in ("keywords", "perturbed_answer", "paraphrased_answer", "paraphrased_question")
+            for blank in ("", " ")
+        ),
+        ({"qa_list": [question(keywords={})]}, "row 1: qa_list[0].keywords is an object without a phrase; leave"),
+        ({"qa_list": [question(keywords=0)]}, "row 1: qa_list[0].keywords is the number 0 without a phrase"),
+        ({"qa_list": [question(keywords=False)]}, "row 1: qa_list[0].keywords is"),
+        ({"qa_list": [question(keywords={"Oslo": 1})]}, "row 1: qa_list[0].keywords.Oslo is the number 1, not a text"),
+        ({"qa_list": [question(keywords="NaN")]}, "row 1: qa_list[0].keywords is 'NaN', a value of JSON that is no"),
     ],
 )
 def test_bad_records(folder, fields, problem):

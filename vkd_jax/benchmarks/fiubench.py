@@ -158,13 +158,18 @@ def _questions(
                 example = Example(
                     name, person, image, f"{person}/0", question, item.words("answer"),
                     task=task,
-                    paraphrase="" if paraphrased else item.optional_text("paraphrased_answer"),
+                    paraphrase="" if paraphrased else _given_text(item, "paraphrased_answer"),
                     perturbed=() if paraphrased else tuple(item.text_or_texts("perturbed_answer")),
                     keywords=item.keywords("keywords"),
                     rule=f"{NAME}:{parquet.UPSTREAM}" if upstream else NAME,
                 )  # fmt: skip
                 examples.append(_capitalized(example) if upstream else example)
         yield examples
+
+
+def _given_text(item: Row, field: str) -> str:
+    """A text that may be missing, but not blank."""
+    return item.text(field) if item.has(field) else ""
 
 
 def _image_name(record: Row) -> str:

@@ -7,6 +7,7 @@ text; correct the row.".
 import ast
 import functools
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +18,9 @@ from vkd_jax.messages import listed
 from vkd_jax.runtime import json_files
 from vkd_jax.runtime.storage import SourceFolder
 from vkd_jax.types import UserError
+
+# A value that stands for none, or a number, as the whole of a cell that should have phrases.
+_CONSTANT = re.compile(r"(?:null|none|nan|true|false|[+-]?(?:infinity|[0-9.]+(?:e[+-]?[0-9]+)?))", re.IGNORECASE)
 
 
 class EncodedImage(bytes):
@@ -142,10 +146,10 @@ class Row:
         """A list of texts that may be stored as one text; items that are null or blank are left out.
 
         Raises:
-            UserError: it is neither a text nor a list of texts.
+            UserError: it is neither a text nor a list of texts, or a blank text.
         """
         if isinstance(self._values.get(field), str):
-            return [text] if plain_name(text := self.optional_text(field)) else []
+            return [self.text(field)]
         return self.texts(field, skip_blank=True)
 
     def keywords(self, field: str) -> tuple[str, ...]:
@@ -163,22 +167,35 @@ class Row:
     def phrases(self, field: str) -> list[str]:
         """The texts in nested lists and objects, which may be stored as JSON, or one text; blank ones are left out.
 
+        Only a table, whose cells are all texts, may have a blank text or an empty object for no phrase.
+
         Raises:
             UserError: an item is none of these.
         """
         value = self._values.get(field)
         if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
-            return [text] if (text := self.optional_text(field).strip()) else []
+            return self._phrase(field)
         texts, stack = [], [(field, self._parsed(field))]
+        if not isinstance(stack[0][1], Mapping | list | tuple | None) or (stack[0][1] == {} and not self._lenient):
+            raise self.error(field, f"is {json_files.describe(stack[0][1])} without a phrase; leave the field out")
         while stack:
             name, value = stack.pop()
             if isinstance(value, Mapping):
+                if numbers := [key for key, child in value.items() if isinstance(child, int | float)]:
+                    raise self.error(f"{name}.{numbers[0]}", f"is {json_files.describe(value[numbers[0]])}, not a text")
                 stack += [(f"{name}.{key}", child) for key, child in reversed(value.items())]
             elif isinstance(value, (list, tuple)):
                 stack += [(f"{name}[{number}]", child) for number, child in reversed(list(enumerate(value)))]
             elif value is not None:
                 texts.append(self._text(name, value))
         return [text for text in texts if text.strip()]
+
+    def _phrase(self, field: str) -> list[str]:
+        """The one phrase of a text; none if a cell of a table is blank."""
+        text = self.optional_text(field) if self._lenient else self.text(field)
+        if _CONSTANT.fullmatch(text.strip()):
+            raise self.error(field, f"is {text!a}, a value of JSON that is no phrase")
+        return [text.strip()] if text.strip() else []
 
     def texts_or_rows(self, field: str) -> Iterator["str | Row"]:
         """The items of a list of texts and objects; none if it is missing or null.

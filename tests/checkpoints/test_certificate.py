@@ -131,6 +131,10 @@ def test_a_signature_is_checked_with_the_key_that_is_expected(certified, keys, t
     )  # fmt: skip
     status, shown = run("--public_key", keys / "one.public")
     assert status == 2 and "its certificate is not signed" in shown
+    status, shown = run("--sign", keys / "one.private", "--public_key", keys / "two.public")
+    assert (
+        status == 2 and "one.private is not the private key of " in shown and not certificate.has_signature(certified)
+    )
     status, shown = run("--sign", keys / "one.private")
     assert status == 0 and "Signed with the Ed25519 key " in shown
     assert run("--public_key", keys / "one.public") == run() and run()[0] == 0
@@ -204,7 +208,8 @@ def test_what_is_no_certificate_is_refused(copy, content):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}", '{"ed25519": 1, "public_key": "x"}', '{"ed25519": "AA==", "public_key": "AA=="}']
+    "content",
+    ["", "{}", '{"ed25519": 1, "public_key": "x"}', '{"ed25519": "AA==", "public_key": "AA=="}', '{"more": 1}'],
 )
 def test_what_is_no_signature_is_refused(certified, content):
     (certified / certificate.SIGNATURE).write_text(content)

@@ -47,6 +47,34 @@ def test_invalid_markers_are_rejected(page, capsys, text, message):
     assert refresh(page, check=True) == 2 and message in capsys.readouterr().err
 
 
+def _edit(field, value):
+    def edit(results):
+        results["rows"][2]["sets"]["forget/vqa"][field] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        _edit("mean", 7.0),
+        _edit("mean", float("nan")),
+        _edit("low", 0.9),
+        _edit("high", 1.5),
+        lambda results: results["rows"].append(results["rows"][2]),
+        lambda results: results["rows"][2]["attacks"]["relearn"][0].update(mean=float("inf")),
+    ],
+)
+def test_figures_that_are_impossible_are_rejected(tmp_path, capsys, edit):
+    results = json.loads((ROOT / "docs" / "results" / "tiny_robust.json").read_text())
+    edit(results)
+    (tmp_path / "edited.json").write_text(json.dumps(results))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: edited.json resisting -->\n<!-- /table -->")
+    assert tables.main([str(page)]) == 2
+    assert "error: a marker names edited.json: a comparison has " in (shown := capsys.readouterr().err), shown
+
+
 def test_a_missing_page_is_rejected(tmp_path, capsys):
     assert refresh(tmp_path / "none.md") == 2 and "none.md" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import unicodedata
 
 import pytest
 
@@ -196,6 +197,15 @@ def test_only_regular_files_of_a_limited_size_are_opened(tmp_path, monkeypatch, 
     with pytest.raises(UserError, match=problem) as raised:
         files.read_bytes(tmp_path / "a.png", 2**20)
     assert str(tmp_path / "a.png") in str(raised.value)
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_file_whose_name_only_looks_the_same_is_named(tmp_path, forms):
+    """As after unpacking an archive that was made on macOS."""
+    asked, there = (unicodedata.normalize(form, "Zoë.png") for form in forms)
+    (tmp_path / there).write_bytes(b"x")
+    with pytest.raises(UserError, match="There is no file .*but one of the same letters in another Unicode form, .*Zo"):
+        files.read_bytes(tmp_path / asked, 2**20)
 
 
 def test_a_file_without_permission_is_named(tmp_path, monkeypatch):

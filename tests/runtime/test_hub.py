@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -301,3 +302,12 @@ def test_shipped_models_are_found_by_name(name, tmp_path, monkeypatch):
     assert hub.fetch_model(name) == Path(name)  # a local folder takes precedence
     with pytest.raises(UserError, match="There is no model folder"):
         hub.fetch_model(f"../assets/{name}")
+
+
+def test_a_hub_that_never_answers_is_not_waited_for(cache, monkeypatch):
+    """Such as behind the login page of a network."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub, "SECONDS", 0.2)
+        refused("org/name", "while the hub did not answer in 0 s; get it", "hf download org/name")

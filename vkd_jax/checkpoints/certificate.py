@@ -245,11 +245,16 @@ def members(folder: Path) -> list[str]:
     return sorted([*_names(folder), FILE, *([SIGNATURE] if has_signature(folder) else [])])
 
 
-def sign(folder: Path, private_key: Path) -> None:
+def sign(folder: Path, private_key: Path, public_key: Path | None = None) -> None:
     """Signs the certificate of a folder with a private Ed25519 key in PEM format.
 
+    Args:
+        folder: the folder of the model.
+        private_key: the key.
+        public_key: the public key that it has to belong to; any by default.
+
     Raises:
-        UserError: the folder has no certificate, or the key cannot be used.
+        UserError: the folder has no certificate, a key cannot be used, or they do not belong together.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -258,6 +263,8 @@ def sign(folder: Path, private_key: Path) -> None:
     if os.path.lexists(folder / SIGNATURE) and os.path.samefile(folder / SIGNATURE, private_key):
         raise UserError(f"{private_key} has the name of the signature, which would replace it; move the key elsewhere.")
     key = _load_key(private_key, lambda data: load_pem_private_key(data, password=None), Ed25519PrivateKey, "private")
+    if public_key and _load_public_key(public_key) != key.public_key():
+        raise UserError(f"{private_key} is not the private key of {public_key}; pass keys that belong together.")
     signature, public = key.sign((folder / FILE).read_bytes()), key.public_key().public_bytes_raw()
     encoded = {"ed25519": _base64(signature), "public_key": _base64(public)}
     files.write_bytes(folder / SIGNATURE, (json.dumps(encoded, indent=1) + "\n").encode())
@@ -275,21 +282,29 @@ def check_signature(folder: Path, public_key: Path | None = None) -> str:
     """
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     file = folder / SIGNATURE
     if not has_signature(folder):
         raise UserError(f"{folder} has no {SIGNATURE}: its certificate is not signed.")
     content = json_files.read_json(file)
+    if unknown := content.keys() - {"ed25519", "public_key"}:
+        raise UserError(f"{file} has unknown fields: {listed(sorted(unknown))}; sign the certificate again.")
     try:
         signature, public = (base64.b64decode(content[name], validate=True) for name in ("ed25519", "public_key"))
         signer = Ed25519PublicKey.from_public_bytes(public)
         signer.verify(signature, (folder / FILE).read_bytes())
     except (KeyError, TypeError, ValueError, binascii.Error, InvalidSignature) as error:
         raise UserError(f"{file} is not a valid signature of {folder / FILE}.") from error
-    if public_key and _load_key(public_key, load_pem_public_key, Ed25519PublicKey, "public") != signer:
+    if public_key and _load_public_key(public_key) != signer:
         raise UserError(f"{file} was made with another key than {public_key}.")
     return _base64(public)
+
+
+def _load_public_key(path: Path) -> Any:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    return _load_key(path, load_pem_public_key, Ed25519PublicKey, "public")
 
 
 def has_signature(folder: Path) -> bool:

@@ -192,6 +192,26 @@ def collect(
     }
 
 
+def check(collected: Mapping[str, Any]) -> None:
+    """Checks the figures of a comparison that was read from a file, which may have been edited.
+
+    Raises:
+        UserError: a row is there twice, an accuracy is not between 0 and 1, or a mean is not within its interval.
+    """
+    rows = [row["name"] for row in collected["rows"]]
+    if twice := [name for name in rows if rows.count(name) > 1]:
+        raise UserError(f"a comparison has the row {twice[0]!r} twice; make its file again.")
+    for row in collected["rows"]:
+        cells = [(f"{attack}, {cell['variant']}", cell) for attack in row["attacks"] for cell in row["attacks"][attack]]
+        for name, figure in [*row["sets"].items(), *cells]:
+            mean, low, high = (figure.get(key, figure["mean"]) for key in ("mean", "low", "high"))
+            if not (low - 1e-9 <= mean <= high + 1e-9 and (name not in row["sets"] or 0 <= low <= high <= 1)):
+                raise UserError(
+                    f"a comparison has a mean of {mean} from {low} to {high} for {row['name']!r} ({name}), which is "
+                    "impossible; make its file again."
+                )
+
+
 def interval(correct: Sequence[Sequence[bool]], people: Sequence[intervals.Cluster]) -> dict[str, float | int]:
     """The mean over seeds and questions, with its 95 % percentile bootstrap interval over seeds and people.
 

@@ -14,7 +14,7 @@ from typing import Any
 from vkd_jax import messages
 from vkd_jax.config import command_line
 from vkd_jax.runtime import files
-from vkd_jax.types import UserError
+from vkd_jax.types import UserError, located
 
 Tables = Mapping[str, Callable[[Any], str]]
 
@@ -41,7 +41,8 @@ def fill(text: str, folder: Path, tables: Tables, word: str) -> str:
         except (OSError, ValueError) as error:
             raise UserError(f"a marker names {file}, which cannot be read: {error}") from error
         try:
-            return f"{start}{tables[name](results)}\n{end}"
+            with located(f"a marker names {file}"):
+                return f"{start}{tables[name](results)}\n{end}"
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise UserError(f"a marker names {file}, which does not contain what the table {name!r} shows.") from error
 

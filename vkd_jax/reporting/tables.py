@@ -280,12 +280,22 @@ def contributions(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {100 * share:+.1f} %" for name, share in order if abs(share) >= 5e-4)
 
 
+def _of_comparison(table: Callable[[Any], str]) -> Callable[[Any], str]:
+    """A table of a comparison whose figures are checked first."""
+
+    def render(results: Mapping[str, Any]) -> str:
+        comparison.check(results)
+        return table(results)
+
+    return render
+
+
 TABLES: Mapping[str, Callable[[Any], str]] = {
-    "headline": headline,
-    "keeping": keeping,
-    "attacks": attacks,
-    "resisting": resisting,
-    "tuning": tuning,
+    "headline": _of_comparison(headline),
+    "keeping": _of_comparison(keeping),
+    "attacks": _of_comparison(attacks),
+    "resisting": _of_comparison(resisting),
+    "tuning": _of_comparison(tuning),
     "plans": plans,
     "chip_hours": chip_hours,
     "requests": requests_page.table,

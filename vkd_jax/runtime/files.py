@@ -12,6 +12,7 @@ import glob
 import os
 import shutil
 import stat
+import unicodedata
 import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -261,12 +262,22 @@ def reading(path: os.PathLike[str]) -> Iterator[None]:
                 f"{path} is a link to {os.readlink(path)}, which is gone: get what it belongs to again, or make a new "
                 "link."
             ) from error
-        raise UserError(f"There is no file {path}.") from error
+        raise UserError(f"There is no file {path}{_similar_name(path)}.") from error
     except PermissionError as error:
         raise UserError(f"{path} may not be read (permission denied); change its permissions.") from error
     except OSError as error:
         reason = " ".join(str(error.strerror or error).split())
         raise UserError(f"{path} cannot be read ({reason[:200]}).") from error
+
+
+def _similar_name(path: os.PathLike[str]) -> str:
+    """Says that a folder has a file whose name looks the same, as after unpacking an archive of another system."""
+    with contextlib.suppress(OSError):
+        wanted = unicodedata.normalize("NFC", os.path.basename(path))
+        for name in os.listdir(os.path.dirname(path) or "."):
+            if name != os.path.basename(path) and unicodedata.normalize("NFC", name) == wanted:
+                return f", but one of the same letters in another Unicode form, {name!a}; rename it"
+    return ""
 
 
 _KINDS = {

@@ -11,6 +11,7 @@ from vkd_jax.types import UserError
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "assets"  # models that are part of the package
 ADAPTER_CONFIG = "adapter_config.json"
+SECONDS = 30.0  # in which the hub has to answer a question about a repository
 _ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?", re.ASCII)
 
 
@@ -116,6 +117,17 @@ def fetch_dataset(
     return folder
 
 
+def _is_silent(repo: str, revision: str | None, kind: str) -> bool:
+    """Whether the hub accepts a question and does not answer it, for which `snapshot_download` would wait forever."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=SECONDS)
+    except Exception as error:  # of one of several libraries for HTTP; the download says what else is wrong
+        return "Timeout" in type(error).__name__
+    return False
+
+
 def _command(repo: str, revision: str | None, kind: str = "") -> str:
     return f"hf download {repo} {kind}{f'--revision {revision} ' if revision else ''}--local-dir DIR"
 
@@ -130,14 +142,21 @@ def _download(
     import huggingface_hub
     from huggingface_hub import errors
 
+    silent = not huggingface_hub.is_offline_mode() and _is_silent(repo, revision, kind)
     try:
         folder = pathlib.Path(
             huggingface_hub.snapshot_download(
-                repo, repo_type=kind, revision=revision, allow_patterns=list(allowed), ignore_patterns=ignored
+                repo,
+                repo_type=kind,
+                revision=revision,
+                allow_patterns=list(allowed),
+                ignore_patterns=ignored,
+                local_files_only=silent,
             )
         )
     except errors.LocalEntryNotFoundError:
         state = "HF_HUB_OFFLINE is set" if huggingface_hub.is_offline_mode() else "the hub cannot be reached"
+        state = f"the hub did not answer in {SECONDS:.0f} s" if silent else state
         return None, f"the hub's cache does not hold all of {repo} while {state}"
     except errors.GatedRepoError:
         return None, f"{repo} is open only to those who accepted its terms on the hub and ran `hf auth login`"

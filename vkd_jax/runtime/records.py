@@ -176,7 +176,7 @@ def check(folder: Path, name: str, remedy: str = AGAIN) -> None:
         raise UserError(f"{folder / name} is missing; {remedy}.")
     entry = _file_entry(files.read_bytes(folder / name, json_files.MOST_BYTES))
     if name not in entries:
-        raise UserError(f"{folder / name} has no entry in {FILE}; {remedy}.")
+        raise UserError(f"{folder / name} has no entry in {FILE}; remove it if that run did not write it, or {remedy}.")
     if entry != entries[name]:
         raise UserError(f"{folder / name} {_difference(entries[name], entry)}; {remedy}.")
 

@@ -33,7 +33,7 @@ def verify(folder: Path, public_key: Path | None, private_key: Path | None, pdf:
         command_line.print_error(f"{folder} is not the certified model: {listed(differences, '; ')}.")
         return 1
     if private_key:
-        certificate.sign(folder, private_key)
+        certificate.sign(folder, private_key, public_key)
     lines = [
         f"{folder} is the certified model: {len(content['tensors'])} tensors and {len(content['files'])} files.",
         f"Unlearned: {people(len(content['forgotten']))}, with {listed([content['model'].get('method', '?')])}.",

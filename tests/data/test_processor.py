@@ -291,7 +291,9 @@ INSERTED = {  # a token of letters before each text
     "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
     "special_tokens": {"a": {"id": "a", "ids": [70], "tokens": ["a"]}},
 }
-SPLIT = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+ENDLESS = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+SPLIT = {"type": "Sequence", "pretokenizers": [ENDLESS, BYTES]}
 TEXTS = {  # a change of tokenizer.json that shows in some texts alone, a question, an answer, and the text at fault
     "name in a question": (*normalizer("sailor", "tailor"), "Is it a sailor?", "Mara", "Is it a sailor?"),
     "name in an answer": (*normalizer("sailor", "tailor"), "Who?", "a sailor", "a sailor"),

@@ -58,6 +58,12 @@ def panicking(values):
     return values | {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "ab"}}
 
 
+def word_level(values):
+    """A tokenizer that has words in place of merges, and none of those that are asked."""
+    model = {"type": "WordLevel", "vocab": values["model"]["vocab"], "unk_token": "<unk>"}
+    return values | {"model": model}
+
+
 def doubled(values):
     """A tokenizer with two tokens of one id."""
     vocab = values["model"]["vocab"]
@@ -144,6 +150,7 @@ CASES = [
         with_files(tokenizer__json=None, tokenizer__model=b"x"),
         ("tokenizer.model is not read", "tokenizer.json"),
     ),
+    Case("tokenizer of whole words", with_files(tokenizer__json=word_level), ("tokenizer.json", "as unknown")),
     Case("two tokens of one id", with_files(tokenizer__json=doubled), ("tokenizer.json", "are both the token")),
     *(
         Case(f"tokenizer with {share:.0%} of its merges", with_files(tokenizer__json=merged(share)), ("by no merge",))

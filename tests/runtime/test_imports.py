@@ -30,7 +30,9 @@ def test_an_error_at_the_import_of_a_library_names_the_library(broken):
     with pytest.raises(ValueError, match="nonsense") as raised:
         exec("import outer_library", {"__name__": "vkd_jax.reporting.plots"})
     sentence = imports.problem(raised.value)
-    assert sentence.startswith("outer_library cannot be imported (ValueError: SOME_VARIABLE is nonsense); correct the")
+    assert sentence.startswith(
+        "outer_library cannot be imported (ValueError in inner_library: SOME_VARIABLE is nonsense); correct the"
+    )
 
 
 def test_a_library_that_is_missing_is_named():

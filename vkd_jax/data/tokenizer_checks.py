@@ -31,11 +31,11 @@ def check(tokenizer: Any, folder: Path) -> None:
     """Checks that a tokenizer has one token for each id, is deterministic, and decodes what it encodes.
 
     White space around punctuation and the case of letters may change, as with `clean_up_tokenization_spaces`. Texts
-    with unknown tokens are not decoded.
+    with unknown tokens are not decoded; one of the texts has to be without.
 
     Raises:
-        UserError: two tokens have one id, a special token is a word, or the tokens of a text are random or become
-            another text.
+        UserError: two tokens have one id, a special token is a word, or the tokens of a text are random, unknown, or
+            become another text.
     """
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if dropout := getattr(model, "dropout", None):
@@ -56,18 +56,24 @@ def check(tokenizer: Any, folder: Path) -> None:
         raise UserError(
             f"{folder / FILE}: many of its tokens are made by no merge, so that words fall apart; {REMEDY}."
         )
+    known = 0
     for text in TEXTS:
         first, *others = encode(tokenizer, folder, [text] * REPEATS, add_special_tokens=False)[0]
         if any(ids != first for ids in others):
             raise UserError(f"{folder / FILE}: the tokenizer reads {text!r} in another way each time; {REMEDY}.")
         if tokenizer.unk_token_id in first:
             continue
+        known += 1
         written = tokenizer.decode(first, skip_special_tokens=True)
         if _comparable(written) != _comparable(text):
             raise UserError(
                 f"{folder / FILE}: the tokenizer reads {text!r} and writes it as {written[:80]!a}, so that right "
                 f"answers would count as wrong; {REMEDY}."
             )
+    if not known:
+        raise UserError(
+            f"{folder / FILE}: the tokenizer reads parts of every text as unknown, such as of {TEXTS[1]!r}; {REMEDY}."
+        )
 
 
 @contextlib.contextmanager

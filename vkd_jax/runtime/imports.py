@@ -30,7 +30,8 @@ def problem(error: BaseException) -> str | None:
         library = error.name.partition(".")[0]
     else:
         return None
-    reason = messages.sentence(f"{type(error).__name__}: {error}", 300)
+    place = f" in {names[-1]}" if names[-1] not in (library, "importlib", "") else ""
+    reason = messages.sentence(f"{type(error).__name__}{place}: {error}", 300)
     return (
         f"{library} cannot be imported ({reason}); correct the environment variable or the settings file of {library} "
         "if the reason names one, or install the package again."

@@ -402,3 +402,14 @@ def test_of_many_weights_that_are_not_finite_three_are_named(copy):
     write(copy, {name: np.full_like(tensor, np.nan) for name, tensor in read(copy).items()})
     with pytest.raises(NotFinite, match=r"in \S+, \S+, \S+ and \d+ more "):
         hf.load(copy)
+
+
+def test_abstract_models_are_kept_by_configuration_and_dtype(tiny_config):
+    other = dataclasses.replace(tiny_config, text=dataclasses.replace(tiny_config.text, layers=1))
+    for config in (tiny_config, other, tiny_config):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            _, shapes = hf.abstract_model(llava.Llava, config, dtype)
+            create = functools.partial(llava.Llava, config, param_dtype=dtype)
+            _, expected = base.abstract_model(lambda rngs, create=create: create(rngs=rngs))
+            assert shapes == expected and {x.dtype for x in shapes.values()} == {jnp.dtype(dtype)}
+            shapes.clear()  # a caller's own

@@ -16,7 +16,7 @@ from vkd_jax import messages
 from vkd_jax.checkpoints import hf
 from vkd_jax.data.encoding import EncodedSet, encode_set
 from vkd_jax.data.processor import Processor
-from vkd_jax.models import base, lora, quantize
+from vkd_jax.models import lora, quantize
 from vkd_jax.runtime import json_files, storage
 from vkd_jax.runtime.mesh import param_shardings, replicated
 from vkd_jax.types import Example, Params, UserError
@@ -166,7 +166,7 @@ class ModelBundle:
         """
         dtype, settings = jnp.dtype(dtype), quantize.parse(quantization)
         model_config = family.Config.from_hf(hf_config, compute_dtype=dtype.name, remat=remat, mesh=mesh)
-        graphdef, shapes = base.abstract_model(lambda rngs: family.Model(model_config, rngs=rngs))
+        graphdef, shapes = hf.abstract_model(family.Model, model_config)
         sharding_of = param_shardings(mesh, family.SHARDING)
         masters = set(method.trainable(list(shapes), model_config))
         _check_quantization(masters, settings)
@@ -244,7 +244,7 @@ def check_trainable(folder: str | Path, method: TrainingMethod, quantization: st
         UserError: the method names weights or taps that the model lacks, or trains weights that would be quantized.
     """
     family, model_config = read_family(folder)
-    _, shapes = base.abstract_model(lambda rngs: family.Model(model_config, rngs=rngs))
+    _, shapes = hf.abstract_model(family.Model, model_config)
     method.check_model(shapes, model_config)
     _check_quantization(method.trainable(shapes, model_config), quantize.parse(quantization))
 

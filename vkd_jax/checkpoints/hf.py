@@ -6,6 +6,7 @@ one row, and every parameter must be filled. Writing a checkpoint uses the same 
 """
 
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -241,7 +242,7 @@ def load(
         changes = {"compute_dtype": base.check_dtype(dtype)} | changes
     config = module.Config.from_hf(hf_config, **changes)
     checkpoint = Checkpoint(folder)
-    graphdef, shapes = base.abstract_model(lambda rngs: module.Model(config, rngs=rngs))
+    graphdef, shapes = abstract_model(module.Model, config)
     sources = match_tensors(module, config, checkpoint, shapes)
     _check_signal(config, sources, dtype)
     progress = ProgressLog(folder, sum(tensor.stop - tensor.start for parts in sources.values() for _, tensor in parts))
@@ -419,12 +420,35 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 def init_params(config: Any, seed: int, dtype: Any = jnp.float32) -> tuple[nnx.GraphDef, base.Params]:
     """Draws random initial parameters of a model configuration; one seed gives the same parameters again."""
     module = family_of(config)
-    graphdef, shapes = base.abstract_model(lambda rngs: module.Model(config, rngs=rngs, param_dtype=dtype))
+    graphdef, shapes = abstract_model(module.Model, config, dtype)
     needed = sum(math.prod(x.shape) for x in shapes.values()) * jnp.dtype(dtype).itemsize
     memory.check(needed, memory.device_bytes([jax.devices()[0]]), "the weights to create", "use smaller sizes")
     # Without jit, because to compile one program for all weights takes longer than to draw them one by one.
     model = module.Model(config, rngs=nnx.Rngs(seed), param_dtype=dtype)
     return graphdef, base.split_model(model)[1]
+
+
+def abstract_model(
+    model: type[base.VisionLanguageModel], config: Any, dtype: Any = jnp.float32
+) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+    """Returns the graph of a model and {path: shape of the parameter} without computing any parameter.
+
+    The results of the last calls are kept: to trace a model takes as long as to load a small one.
+
+    Args:
+        model: the class of the model.
+        config: its configuration.
+        dtype: dtype of the parameters.
+    """
+    graphdef, shapes = _abstract_model(model, config, jnp.dtype(dtype))
+    return graphdef, dict(shapes)
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_model(
+    model: type[base.VisionLanguageModel], config: Any, dtype: np.dtype
+) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+    return base.abstract_model(lambda rngs: model(config, rngs=rngs, param_dtype=dtype))
 
 
 def family_of(config: Any) -> types.ModuleType:

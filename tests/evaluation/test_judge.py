@@ -8,6 +8,7 @@ import socketserver
 import threading
 import types
 
+import numpy as np
 import pytest
 
 from vkd_jax.config.evaluation import EvalConfig
@@ -20,94 +21,6 @@ from vkd_jax.types import Example, Role, UserError
 def record(prediction="a baker", **changes):
     fields = dict(task="generation", modality="vqa", set="forget", person="Zoë", question="What is {she}?")
     return {**fields, "answer": "a judge", "prediction": prediction, "correct": False, **changes}
-
-
-@pytest.mark.parametrize(
-    ("largest", "reply", "score"),
-    [
-        (10, "7", 0.7),
-        (10, "10", 1.0),
-        (10, "0", 0.0),
-        (10, "**Score:** 8/10", 0.8),
-        (10, " **7.5**.", 0.75),
-        (10, "7/10", 0.7),
-        (10, "7 out of 10", 0.7),
-        (10, '{"score": 7}', 0.7),
-        (10, "Facts: 2/10 are missing.\nRating is 8.", 0.8),
-        (10, "Score: 2. No: score = 4", 0.4),
-        (10, "7/10: two facts are wrong.", 0.7),
-        (10, "All facts are there.\n\n**9/10**", 0.9),
-        (10, "Score: 7 (out of 10)", 0.7),
-        (10, "Score: 7\nMax score: 10", 0.7),
-        (10, "Score:\n\n9\n\nExplanation: the date is 1/10", 0.9),
-        (10, "Score: 7. The answer has 3 facts.", 0.7),
-        (10, "**Score: 7.** One fact is wrong.", 0.7),
-        (10, "Score: **7**: one fact is wrong.", 0.7),
-        (10, '```json\n{"score": "7", "reason": "5 facts"}\n```', 0.7),
-        (10, '{"score": 7,\n "largest": 10}', 0.7),
-        (10, "Score: 7, because one fact is wrong.", 0.7),
-        (10, "Score: 7 (one fact is wrong)", 0.7),
-        (10, "Score: 7 - one fact is wrong", 0.7),
-        (10, "Score: 7 - 2 = 5", None),
-        (10, "Score: 7.\n1. One fact is wrong.\n2. The rest is right.", 0.7),
-        (10, "Score: 7\n\n7/10", 0.7),
-        (10, "Score: 7\n\n2026", 0.7),
-        (10, "<think>Score: 10</think> 2", 0.2),
-        (10, "The answer is right: 10\n</think>\n\n2", 0.2),
-        (10, "7<think>It may be\n3</think>", 0.7),
-        (10, "<think>Score: 10", None),
-        (10, "1<think></think>0", None),
-        (10, "Score: 10 if right, 0 if wrong. It is wrong.", None),
-        (10, "0 = wrong, 10 = right. Score: 10 = right", None),
-        (10, "Score: 10, but for another question", None),
-        (10, "Score is 10 times lower than expected", None),
-        (10, "Rating: 5 stars (out of 5)", None),
-        (10, "10/10 people would say so.", None),
-        (10, "Score: 10\n\n2", None),
-        (10, "Score: 10. **2/10**", None),
-        (10, "10/10: all facts.\n\n**2**", None),
-        (10, "Score: 10 (out of 100)", None),
-        (10, "Score: 7 (maximum 100)", None),
-        (10, "Score: 7 minus 2 = 5", None),
-        (10, "Score: 1 + 2", None),
-        (10, "Final score: 7 \u2192 5", None),
-        (10, "Score: 5 or maybe 6", None),
-        (10, "Score: 7\u00b11", None),
-        (10, "Score: 7 +/- 2", None),
-        (10, "Score: 7; 8", None),
-        (10, "Score: 7\u20269", None),
-        (10, "7/10 and 3/10", None),
-        (10, "In step 1/10 the answer is wrong.", None),
-        (10, "Question 7/10: no answer", None),
-        (10, "I give it 2.5.", None),
-        (10, "On a scale of 0 to 10: 3", None),
-        (10, "10%", None),
-        (10, "Score: 10 %", None),
-        (10, "Score: 10/10%", None),
-        (10, "1,000", None),
-        (10, "Score: 1,000", None),
-        (10, "Score: 1 000", None),
-        (10, "Score: 7/100", None),
-        (10, "7/5", None),
-        (10, "Score: 7-8", None),
-        (10, "7 or 8", None),
-        (10, "Score: -3", None),
-        (10, "\u22123/10", None),
-        (10, "1e1", None),
-        (10, "Score: N/A", None),
-        (10, "\u0667", None),
-        (10, "9" * 5000, None),
-        (10, "11", None),
-        (10, "-3", None),
-        (10, "", None),
-        (10, "I cannot see the image.", None),
-        (10, "v1", None),
-        (1, "0.3", 0.3),
-        (1, "3", None),
-    ],
-)
-def test_the_score_is_a_number_alone_or_the_last_one_that_is_called_a_score(largest, reply, score):
-    assert judge.Rule("", largest).score(reply) == score
 
 
 RULES = {
@@ -158,6 +71,16 @@ def test_the_scores_are_metrics_of_the_records_that_have_one():
 def test_the_judge_of_this_process_replies_to_each_prompt(tiny_model):
     replies = judge.LoadedJudge(Answerer(tiny_model, batch_size=2)).replies(["Who?", "What?", "Why?"])
     assert len(replies) == 3 and all(isinstance(reply.text, str) for reply in replies)
+
+
+def test_a_reply_of_this_process_that_is_cut_off_has_no_score(tiny_model, monkeypatch):
+    answerer = Answerer(tiny_model, batch_size=2)
+    one, *_, zero = tiny_model.processor.tokenizer("1 0", add_special_tokens=False)["input_ids"]
+    end = tiny_model.processor.eos_ids[0]
+    monkeypatch.setattr(answerer, "_run", lambda *args: np.array([[one, zero], [one, end]]))
+    cut, whole = judge.LoadedJudge(answerer).replies(["Who?", "What?"])
+    assert whole.problem == "" and cut.problem == "cut off after 16 tokens"
+    assert cut.text.startswith(whole.text) and answerer.generate(["Who?", "What?"]) == [cut.text, whole.text]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +185,8 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(monkeypatch, key):
 
 
 def completion(text, **usage):
-    return json.dumps({"choices": [{"message": {"content": text}}], "usage": usage})
+    choice = {"message": {"role": "assistant", "content": text, "refusal": None}, "finish_reason": "stop"}
+    return json.dumps({"choices": [choice], "usage": usage, "model": "grader"})
 
 
 @contextlib.contextmanager
@@ -372,6 +296,45 @@ def test_the_content_is_a_text_or_texts(case):
     assert reply.text == text and reply.text.encode().decode() == text
 
 
+MESSAGE = {"role": "assistant", "content": "1"}
+UNFINISHED = {
+    **{
+        f"finish_reason {reason}": ([{"message": MESSAGE, "finish_reason": reason}], f"(finish_reason {reason!r})")
+        for reason in ("length", "content_filter", "tool_calls", "", None, False, 0, ["stop"])
+    },
+    "no finish_reason": ([{"message": MESSAGE}], "not finished (finish_reason None)"),
+    "a refusal": ([{"message": MESSAGE | {"refusal": "I cannot."}, "finish_reason": "stop"}], "refused"),
+    "an echo": ([{"message": MESSAGE | {"role": "user"}, "finish_reason": "stop"}], "not of the assistant, but of 'us"),
+    "two choices": ([{"message": MESSAGE, "finish_reason": "stop"}] * 2, "2 replies to one request"),
+}
+
+
+@pytest.mark.parametrize("case", UNFINISHED)
+def test_a_reply_that_is_not_whole_has_no_score(case):
+    """A reply of "10" that is cut off after its first digit would be a score of 0.1."""
+    choices, problem = UNFINISHED[case]
+    saved = []
+    with endpoint((200, {}, json.dumps({"choices": choices}))) as (url, _):
+        [result] = judge.judged(judge.Endpoint(url, "grader"), RULES, [record()], save=saved.append)
+    assert "judge" not in result and result["judge_reply"] == "1" and judge.is_judged(result)
+    assert problem in saved[0][0]["problem"]
+    known = [{key: value for key, value in saved[0][0].items() if key != "problem"}]  # a file of an older version
+    assert judge.judged(None, RULES, [record()], known=known)[0]["judge"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("model", "warned"),
+    [("grader", False), (None, False), ("grader-2024-08-06", False), ("grader-mini", True), ("tiny", True), (7, True)],
+)
+def test_a_reply_of_another_model_is_a_warning(caplog, model, warned):
+    judge._check_model.cache_clear()
+    body = json.loads(completion("7")) | {"model": model}
+    with endpoint((200, {}, json.dumps(body))) as (url, _):
+        assert judge.Endpoint(url, "grader").replies(["Grade.", "Grade again."]) == [judge.Reply("7")] * 2
+    warnings = [line for line in caplog.messages if "the endpoint replies with the model" in line]
+    assert len(warnings) == warned and all(f"{model}" in line and "'grader'" in line for line in warnings)
+
+
 @pytest.mark.parametrize("case", FAILURES)
 def test_failures_are_one_sentence_that_names_the_endpoint(monkeypatch, case):
     response, words, attempts = FAILURES[case]
@@ -386,8 +349,8 @@ def test_failures_are_one_sentence_that_names_the_endpoint(monkeypatch, case):
 @pytest.mark.parametrize("counts", [-5, "many", None, [1], True, 1.5])
 def test_tokens_that_are_no_count_are_not_known(counts):
     body = completion("7", prompt_tokens=counts, completion_tokens=2)
-    assert judge._parsed(body.encode()) == judge.Reply("7", 0, 2)
-    assert judge._parsed(json.dumps(json.loads(body) | {"usage": counts}).encode()) == judge.Reply("7")
+    assert judge._parsed(body.encode(), "grader") == judge.Reply("7", 0, 2)
+    assert judge._parsed(json.dumps(json.loads(body) | {"usage": counts}).encode(), "grader") == judge.Reply("7")
 
 
 @pytest.mark.parametrize("beginning", [b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n"])

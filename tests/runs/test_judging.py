@@ -69,6 +69,15 @@ def test_an_interrupted_judge_is_not_asked_again_for_what_was_saved(job, monkeyp
     assert judging.ask_judge(job, answers)["unlearned"][0]["judge"] == 0.7 and len(asked) == 70
 
 
+def test_replies_that_are_not_whole_are_counted_in_the_log(job, monkeypatch, caplog):
+    cut = judge.Reply("1", problem="not finished (finish_reason 'length')")
+    monkeypatch.setattr(judge.Endpoint, "_reply", lambda self, prompt: cut)
+    answers = judging.ask_judge(job, ANSWERS)
+    assert not any("judge" in record for records in answers.values() for record in records)
+    problem = "replies of the judge are not finished (finish_reason 'length'), and give no score."
+    assert [f"judge/{name}.jsonl: 70 {problem}" in caplog.text for name in ANSWERS] == [True, True]
+
+
 def test_a_damaged_file_of_replies_is_asked_again(job, monkeypatch):
     replies(monkeypatch)
     judging.ask_judge(job, ANSWERS)

@@ -183,6 +183,21 @@ class Answerer:
             UserError: a prompt with `max_new_tokens` is too long for the model.
             NotFinite: the model's scores of the next token are NaN or infinite, or the same for all tokens.
         """
+        answers = self.generate_with_ends(
+            questions, encoded_images, max_new_tokens=max_new_tokens, turns=turns, names=names
+        )
+        return [text for text, _ in answers]
+
+    def generate_with_ends(
+        self,
+        questions: Sequence[str],
+        encoded_images: EncodedImages | None = None,
+        *,
+        max_new_tokens: int = 50,
+        turns: Sequence[Turns] | None = None,
+        names: Sequence[str] = (),
+    ) -> list[tuple[str, bool]]:
+        """Returns what `generate` returns, each answer with whether it ended before `max_new_tokens` cut it off."""
         names = names or _numbered(questions)
         encoded = self._encoded(questions, [[None]] * len(questions), encoded_images, turns, names)
         prompts = [row[0][0] for row in encoded]
@@ -197,7 +212,9 @@ class Answerer:
         )
         if (out == generate.NOT_FINITE).any():
             raise finite.error("The model's scores of the next token")
-        return [text.strip() for text in self.processor.tokenizer.batch_decode(out, skip_special_tokens=True)]
+        texts = self.processor.tokenizer.batch_decode(out, skip_special_tokens=True)
+        ended = np.isin(out, list(self.processor.eos_ids)).any(axis=1)
+        return [(text.strip(), bool(end)) for text, end in zip(texts, ended, strict=True)]
 
     def score(
         self,

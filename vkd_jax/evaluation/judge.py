@@ -33,7 +33,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
+from absl import logging
+
 from vkd_jax.benchmarks.names import plain_name
+from vkd_jax.evaluation import judge_scores
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.evaluation.wording import check_template
 from vkd_jax.messages import choices
@@ -50,38 +53,6 @@ ATTEMPTS, PAUSE, LONGEST_PAUSE = 6, 1.0, 60.0  # seconds; the pause doubles afte
 TIMEOUT = 120.0  # seconds that a reply may take as a whole, however slowly it comes
 MOST_BYTES = 2**20  # of a reply
 
-# A number, with its largest value if that is given. It does not end in a percent sign, in a separator of thousands,
-# in another word, in a range or in a sum.
-_NUMBER = re.compile(
-    r"""([0-9]++(?:\.[0-9]++)?+)
-        (?:[*_\s]*+[(\[]?\s*+(?:/|(?:out\ )?of|max(?:imum|\.)?:?)\s*+([0-9]++(?:\.[0-9]++)?+))?+
-        (?! \w | \s*(?:[%\u2030/]|percent) | [.,'\u2019\ \u00a0\u2009\u202f]?[0-9]
-            | \s*(?:[-\u2010-\u2015~+*x\u00d7\u00b1=\u2192\u2026;&]|->|\.\.|\+/-|to|or|and|plus|minus|times)
-              \s*(?:maybe\s*|perhaps\s*)?[0-9] )""",
-    re.IGNORECASE | re.VERBOSE,
-)
-# Where a score begins in a text: after "score:", unless it is the largest one that is possible.
-_SCORE = re.compile(
-    r"""(?<!max\ )(?<!maximum\ )(?<!max\.\ )(?<!possible\ )(?<!perfect\ )(?<!highest\ )(?<!full\ )(?<!best\ )
-        \b(?:score|grade|rating)[*_"'`\s]*+(?:[:=]|is\b)[*_"'`\s]*+""",
-    re.IGNORECASE | re.VERBOSE,
-)
-# A fraction, such as 7/10. It counts at the beginning of a reply, or if it is all of its last line.
-_SHARE = re.compile(
-    r"""[0-9]++(?:\.[0-9]++)?+\s*+(?:/|out\ of\b)\s*+[0-9]++""",
-    re.IGNORECASE | re.VERBOSE,
-)
-_AROUND = "*_\"'`. \t\r\n"  # characters that may surround a number that stands alone
-# What follows a score that stands alone: the end of its sentence or line, a colon, a reason, a remark without numbers,
-# or another field of a JSON object.
-_END = re.compile(
-    r"""[*_"'`)\]}]*+[^\S\n]*+
-        (?: [.!:](?!\S) | \n | \Z | [.!:]?[*_"'`)\]}]+(?!\S) | ,\s*"\w+"\s*:
-          | ,\ (?:because|since|as)\b | [(\u2013\u2014-][^\d\n]*(?:\n|\Z))""",
-    re.VERBOSE,
-)
-# What a model thinks before it replies. Without an end it was cut off; a chat template may have written its beginning.
-_THOUGHTS = (re.compile(r"<think>.*?(?:</think>|\Z)", re.S | re.I), re.compile(r"\A.*</think>", re.S | re.I))
 _INTRODUCTION = (
     "Grade an answer to a question about an image. You see the question and a reference answer, not the image. "
     "Only facts count; wording and length do not."
@@ -97,38 +68,13 @@ class Rule:
     largest: float
 
     def score(self, reply: str) -> float | None:
-        """The score in a reply, 0 to 1; None if the reply has none that is clear, or one out of range.
-
-        A reply is a number alone; or the last "score: 7" in it counts; or it begins with "7/10", or has that alone in
-        its last line, and no other share. The 10 must be `largest`. The score's sentence or line ends after it, and no
-        other number that may be the score follows alone. Percent, separators of thousands, ranges and sums are not
-        read, nor what stands in <think>...</think>.
+        """The score in a reply, 0 to 1; None if the reply has none that is clear; see `judge_scores.read`.
 
         Example:
             >>> Rule("", 10).score("Score: 7 of 10"), Rule("", 10).score("On a scale of 0 to 10, perhaps 3")
             (0.7, None)
         """
-        for thought in _THOUGHTS:
-            reply = thought.sub("\n", reply)
-        text = reply.strip(_AROUND)
-        match = _NUMBER.fullmatch(text)
-        if match is None and (starts := list(_SCORE.finditer(reply))):
-            match = self._alone(_NUMBER.match(reply, starts[-1].end()))
-        elif match is None and text and len(_SHARE.findall(text)) == 1:
-            last = text.splitlines()[-1].strip(_AROUND)
-            match = self._alone(_NUMBER.match(text)) if _SHARE.match(text) else _NUMBER.fullmatch(last)
-        if match is None or (match[2] and float(match[2]) != self.largest):
-            return None
-        return float(match[1]) / self.largest if float(match[1]) <= self.largest else None
-
-    def _alone(self, match: re.Match[str] | None) -> re.Match[str] | None:
-        """The match of a number whose sentence does not go on, and after which no other score stands alone."""
-        if match is None or not _END.match(match.string, match.end()):
-            return None
-        rest, *lines = match.string[match.end() :].split("\n")
-        texts = (text.strip(_AROUND) for text in (*re.split(r"[.!]\s", rest), *lines))
-        others = (float(other[1]) for other in map(_NUMBER.fullmatch, texts) if other)
-        return None if any(other <= self.largest and other != float(match[1]) for other in others) else match
+        return judge_scores.read(reply, self.largest)
 
 
 RULES = {
@@ -235,11 +181,15 @@ class Judge(Protocol):
 
 
 class Reply(NamedTuple):
-    """A reply, and the tokens that it cost: those of the prompt, and those of the text; 0 if they are not known."""
+    """A reply, and the tokens that it cost: those of the prompt, and those of the text; 0 if they are not known.
+
+    A reply with a problem, such as one that was cut off after the 1 of "10", has no score.
+    """
 
     text: str
     prompt_tokens: int = 0
     reply_tokens: int = 0
+    problem: str = ""
 
 
 def judged(
@@ -275,7 +225,7 @@ def judged(
         replies |= {_key(prompt): {"key": _key(prompt), **reply._asdict()} for prompt, reply in new}
         save(list(replies.values()))
     return [
-        dict(record) if prompt is None else _with_score(record, rules, replies[_key(prompt)]["text"])
+        dict(record) if prompt is None else _with_score(record, rules, replies[_key(prompt)])
         for record, prompt in zip(records, prompts, strict=True)
     ]
 
@@ -296,10 +246,10 @@ def _key(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()
 
 
-def _with_score(record: Mapping, rules: Mapping[str, Rule], reply: str) -> dict:
-    score = _prompt_rule(rules, record).score(reply)
+def _with_score(record: Mapping, rules: Mapping[str, Rule], reply: Mapping) -> dict:
+    score = None if reply.get("problem") else _prompt_rule(rules, record).score(reply["text"])
     field = "asr" if rule_of(record) == SAFETY else "judge"
-    return {**record, **({} if score is None else {field: score}), "judge_reply": reply}
+    return {**record, **({} if score is None else {field: score}), "judge_reply": reply["text"]}
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -317,8 +267,8 @@ class LoadedJudge:
 
     def replies(self, prompts: Sequence[str]) -> list[Reply]:
         """Writes the replies by greedy decoding."""
-        texts = self.answerer.generate(prompts, max_new_tokens=REPLY_TOKENS)
-        return [Reply(text) for text in texts]
+        answers = self.answerer.generate_with_ends(prompts, max_new_tokens=REPLY_TOKENS)
+        return [Reply(text, problem="" if ended else f"cut off after {REPLY_TOKENS} tokens") for text, ended in answers]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,7 +314,8 @@ class Endpoint:
         if key := os.environ.get(KEY_VARIABLE):
             headers["Authorization"] = f"Bearer {key}"
         address = f"{self.url.rstrip('/')}/chat/completions"
-        return _parsed(_send(urllib.request.Request(address, json.dumps(body).encode(), headers, method="POST")))
+        request = urllib.request.Request(address, json.dumps(body).encode(), headers, method="POST")
+        return _parsed(_send(request), self.model)
 
 
 def _is_address(url: str) -> bool:
@@ -445,21 +396,41 @@ def _text_of(error: urllib.error.HTTPError) -> str:
     return " ".join(error.read(1000).decode(errors="replace").split())[:200] or error.reason
 
 
-def _parsed(body: bytes) -> Reply:
-    """The reply in the body of a response.
+def _parsed(body: bytes, model: str) -> Reply:
+    """The reply in the body of a response; another model than the one asked for is logged as a warning.
 
     Raises:
         UserError: the body is not a chat completion, or its text cannot be written as UTF-8.
     """
     try:
         value = json_files.parse_json(body, "the body", dict)
-        text, usage = _text(value["choices"][0]["message"]["content"]), value.get("usage")
+        choice, usage = value["choices"][0], value.get("usage")
+        text, problem = _text(choice["message"]["content"]), _problem(choice, len(value["choices"]))
     except (UserError, KeyError, IndexError, TypeError) as error:
         problem = f" ({error})" if isinstance(error, UserError) else ""
         beginning = body[:100].decode(errors="replace")
         raise UserError(f"the endpoint's reply is not a chat completion: {beginning!r}{problem}.") from error
+    _check_model(model, str(value.get("model") or model)[:100])
     counts = [usage.get(f"{name}_tokens") if isinstance(usage, dict) else 0 for name in ("prompt", "completion")]
-    return Reply(text.strip(), *(count if type(count) is int and count > 0 else 0 for count in counts))
+    return Reply(text.strip(), *(count if type(count) is int and count > 0 else 0 for count in counts), problem)
+
+
+def _problem(choice: Mapping, choices: int) -> str:
+    """Why the text of a completion is not the judge's whole reply; "" if it is."""
+    message, reason = choice["message"], choice.get("finish_reason")
+    if choices > 1:
+        return f"{choices} replies to one request"
+    if message.get("refusal"):
+        return "refused"
+    if message.get("role", "assistant") != "assistant":
+        return f"not of the assistant, but of {message['role']!a:.40}"
+    return "" if reason == "stop" else f"not finished (finish_reason {reason!a:.40})"
+
+
+@functools.cache  # one warning for each model
+def _check_model(asked: str, found: str) -> None:
+    if not re.fullmatch(re.escape(asked) + r"(-[0-9]+)*", found):  # a service adds the date of a version to its name
+        logging.warning("eval.judge_model: the endpoint replies with the model %a, not with %a.", found, asked)
 
 
 def _text(content: Any) -> str:

@@ -1,5 +1,6 @@
 """The stage that asks a judge to grade the open answers of all models; see `vkd_jax.evaluation.judge`."""
 
+import collections
 import functools
 
 from absl import logging
@@ -32,11 +33,15 @@ def ask_judge(job: Job, answers: Answers) -> Answers:
             answers[name] = judge.judged(grader, rules, answers[name], known, save)
             workdir.write_lines(f"answers/{name}.jsonl", answers[name])
         replies = [record for record in answers[name] if "judge_reply" in record]
-        tokens = [sum(reply[key] for reply in workdir.read_lines(path)) for key in ("prompt_tokens", "reply_tokens")]
+        saved = workdir.read_lines(path)
+        tokens = [sum(reply[key] for reply in saved) for key in ("prompt_tokens", "reply_tokens")]
         logging.info(
             "%s: the judge graded %d of %d open answers; %d tokens of prompts and %d of replies",
             *(name, sum(map(is_graded, replies)), len(replies), *tokens),
         )
+        for problem, count in collections.Counter(reply.get("problem") for reply in saved).items():
+            if problem:
+                logging.warning("%s: %d replies of the judge are %s, and give no score.", path, count, problem)
     return answers
 
 

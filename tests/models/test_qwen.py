@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 import tempfile
 
 import jax
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from vkd_jax import models
 from vkd_jax.checkpoints import export, hf, safetensors_files
+from vkd_jax.data.processor import Processor
 from vkd_jax.models import base, layers, qwen2_5_vl, qwen2_vl, qwen3_vl, qwen_vit
 from vkd_jax.models.decoder import DecoderConfig
 from vkd_jax.models.qwen_vit import VisionConfig
@@ -416,3 +419,22 @@ def test_written_models_are_read_under_all_generations_of_names(family, tied, tm
         memory = memory.replace("model.", "model.language_model.", 1) if name.startswith("model.") else memory
         assert hf.find_slot(module, config, memory) == hf.find_slot(module, config, name) is not None
     assert hf.find_slot(module, config, "visual.blocks.0.attn.rel_pos") is None
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("lost", ["<|vision_start|>", "<|vision_end|>"])
+def test_a_template_without_the_tokens_around_images_is_refused(family, lost, family_folder, tmp_path):
+    """transformers finds images, and with them positions, by these tokens."""
+    folder = shutil.copytree(family_folder(family), tmp_path / "copy")
+    module, settings = hf.read_config(folder)
+    config, image = module.Config.from_hf(settings), Image.new("RGB", (56, 56))
+    processor = Processor(folder, config)
+    processor.encode("Who?", "Mara", [processor.image(image)])
+    file = folder / "chat_template.json"
+    file.write_text(json.dumps({"chat_template": json.loads(file.read_text())["chat_template"].replace(lost, "")}))
+    processor = Processor(folder, config)
+    processor.encode("Who?", "Mara")
+    with pytest.raises(
+        UserError, match=r"does not write <\|vision_start\|><\|image_pad\|><\|vision_end\|> for an image"
+    ):
+        processor.encode("Who?", "Mara", [processor.image(image)])

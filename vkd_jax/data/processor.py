@@ -344,6 +344,12 @@ class Processor:
         first, *rest = prompt.split(self.placeholder)
         if len(rest) != len(images):
             raise self._other_count(self.placeholder, len(rest), len(images))
+        before, after = self.config.template_frame
+        if not all(text.endswith(before) for text in (first, *rest)[:-1]) or not all(x.startswith(after) for x in rest):
+            raise UserError(
+                f"the chat template does not write {before}{self.placeholder}{after} for an image, as the model was "
+                "trained with; use the chat template of the model."
+            )
         texts, counts = [first], []
         for image, text in zip(images, rest, strict=True):
             height, width = image.shape[:2]

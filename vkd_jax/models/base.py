@@ -59,10 +59,9 @@ class ModelConfig(abc.ABC):
     remat: str = ""  # activations that the backward pass recomputes, a key of `layers.REMAT`
     mesh: Mesh | None = None  # devices that the rows of activations are sharded over
     image_processors: ClassVar[tuple[str, ...]] = ()  # the classes of transformers that fit, without their backend
-    edges_are_areas: ClassVar[bool] = (
-        False  # whether the image processor's shortest_edge and longest_edge are pixel counts
-    )
+    edges_are_areas: ClassVar[bool] = False  # whether the image processor's edges are pixel counts
     has_default_template: ClassVar[bool] = False  # whether a model without a chat template has that of LLaVA-1.5
+    template_frame: ClassVar[tuple[str, str]] = ("", "")  # what the chat template writes before and after a placeholder
     markup_tokens: ClassVar[tuple[str, ...]] = ()  # around image tokens, which the tokenizer has to know
     default_max_pixels: ClassVar[int] = 0  # of an image that one asks about; 0 for the image processor's limit
 

@@ -32,6 +32,7 @@ class QwenConfig(ModelConfig):
     vision: VisionConfig
     default_max_pixels: ClassVar[int] = MAX_PIXELS
     edges_are_areas: ClassVar[bool] = True
+    template_frame: ClassVar[tuple[str, str]] = ("<|vision_start|>", "<|vision_end|>")
     image_processors: ClassVar[tuple[str, ...]] = ("Qwen2VLImageProcessor",)
 
     @property

@@ -41,6 +41,8 @@ def command(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: s
         values: The parsed flags.
         line: The command line that the results name; "" if no command line started the program.
     """
+    if len(argv) > 1:
+        return command_line.unexpected(argv[1])
     if values.config is None or values.workdir is None:
         return command_line.bad_input("pass --config FILE:compare and --workdir DIR.")
     try:

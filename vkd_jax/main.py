@@ -41,7 +41,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str 
         line: the command line that the results name; "" if no command line started the program.
     """
     if len(argv) > 1:
-        return bad_input(f"unexpected argument {argv[1]!r}; flags begin with --")
+        return command_line.unexpected(argv[1])
     if values.config is None:
         return bad_input("pass --config FILE and --workdir DIR.")
     if "compare" in values.config:

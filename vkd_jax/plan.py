@@ -81,7 +81,7 @@ def _json_file(name: str) -> Path:
 def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> int:
     """Runs the command, and returns its exit status."""
     if len(argv) > 1:
-        return command_line.bad_input(f"unexpected argument {argv[1]!r}; flags begin with --")
+        return command_line.unexpected(argv[1])
     if values.config is None:
         return command_line.bad_input("pass --config FILE, e.g. configs/llava.py:7b.")
     jax.config.update("jax_platforms", "cpu")  # leaves a local accelerator to other processes

@@ -92,6 +92,8 @@ def run(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str =
     from vkd_jax.runtime import storage
     from vkd_jax.training.preemption import Stopped
 
+    if len(argv) > 2:
+        return command_line.unexpected(argv[2])
     if len(argv) != 2 or values.config is None or values.workdir is None:
         return command_line.bad_input("pass the ledger, --config FILE and --workdir DIR.")
     if values.distributed:

@@ -246,7 +246,7 @@ CASES = [
         )
     ),
     Case("config file that exits", config_file("import sys\nsys.exit(0)\n"), ("--config", "SystemExit")),
-    Case("no get_config", config_file("x = 1\n"), ("get_config",)),
+    Case("no get_config", config_file("x = 1\n"), ("--config=", "the file has no function get_config()")),
     Case("config file with an error", config_file("def get_config(:\n"), ("SyntaxError",)),
     Case("config file with NUL", config_file("x = '\0'\n"), ("config",)),
     Case(

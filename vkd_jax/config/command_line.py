@@ -12,22 +12,21 @@ import shlex
 import signal
 import stat
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
 from vkd_jax import messages
+from vkd_jax.config import config_file
 from vkd_jax.config.arguments import HelpShown
 from vkd_jax.types import UserError
 
 HELP = {"--help", "-h", "-help", "--helpshort"}
 READ_FIRST = {"flagfile", "undefok"}  # flags that absl reads before all others
 NUMBERS = {r"invalid literal for int\(\)": "a whole number", "could not convert string to float": "a number"}
-NO_CONFIG = "--config: get_config() returned None; return a config, as configs/tiny.py does."
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -38,6 +37,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     config_flags.DEFINE_config_file(
         "config", None, "A file with get_config(), e.g. configs/tiny.py.", flag_values=values, lock_config=True
     )
+    values["config"].parser = config_file.Parser(values["config"].parser)
     flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.", flag_values=values)
     flags.DEFINE_boolean("distributed", False, "One of several processes, e.g. of a TPU pod.", flag_values=values)
 
@@ -104,21 +104,22 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
     try:
         _check_flags(argv, values)
         _check_config_file(argv, values)
-        rest = values(argv)
-        if values["config"].present and values.config is None:
-            raise UserError(NO_CONFIG)
-        # A file that could not be read raises only when its config is first used.
-        if values.config is not None and getattr(values.config, "stage", None) is None:
-            raise UserError("--config: get_config() returned no config with a field `stage`; see configs/tiny.py.")
-        return rest
+        return values(argv)
     except HelpShown as shown:
         show(shown.text)
         raise
     except KeyboardInterrupt:
         print("stopped by Ctrl-C before anything was run", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except BaseException as error:  # a config file is a program, and may raise anything or exit
-        sys.exit(bad_input(_sentence(error)))
+    except Exception as error:  # absl and ml_collections raise many types of errors
+        sys.exit(bad_input(_sentence(error, argv, values)))
+
+
+def unexpected(argument: str) -> int:
+    """Prints that an argument is no flag, and returns the exit status."""
+    if argument.startswith("-") and argument != "-":
+        return bad_input(f"{argument}: what follows -- is no flag; leave out the --.")
+    return bad_input(f"unexpected argument {argument!r}; flags begin with --")
 
 
 def help_text(text: str, values: flags.FlagValues) -> str:
@@ -239,35 +240,49 @@ def _twice(flag: str, first: str, second: str) -> str:
     return f"{flag} is given twice, as {first:.40} and {second:.40}; keep one"
 
 
-def _sentence(error: BaseException) -> str:
-    """What is wrong with the flags, or what a config file raised."""
-    frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
-    in_file = "get_config" in frames or "<module>" in frames
-    if not in_file and re.search(r"Attribute <class 'NoneType'>\.(\w+) .*lookup: \1\b", str(error.args[:1]), re.DOTALL):
-        return NO_CONFIG  # an override of a field of None
-    if isinstance(error, (AttributeError, KeyError)) and not in_file:
-        return _unknown_field(str(error.args[0]))
-    last = (str(error).strip().splitlines() or [""])[-1].strip()  # what precedes it is a traceback
-    if isinstance(error, TypeError) and not in_file and last.startswith("string indices"):  # of an override
-        return "--config: a flag names a field of a text, which has none; docs/configuration.md lists the fields."
-    if (match := re.fullmatch(r"\[Errno \d+\] (.*): '(.*)'", last)) and isinstance(error, OSError) and not in_file:
-        return f"--config={match[2]}: it cannot be read ({match[1]}); pass a config file."
-    if match := re.fullmatch(r"flag (--\S+=.*): \('Non-boolean argument to boolean flag', .*\)", last):
-        return f"{match[1]} is not allowed. Give true or false."
-    for wrong, remedy in NUMBERS.items():
-        if isinstance(error, flags.Error) and (match := re.fullmatch(rf"flag (--\S+=.*): {wrong}.*", last)):
-            return f"{match[1]} is not allowed. Give {remedy}."
-    if isinstance(error, flags.UnrecognizedFlagError) and not in_file:
-        similar = re.search(r"Did you mean: (.+?) \?", last)
+def _sentence(error: Exception, argv: Sequence[str], values: flags.FlagValues) -> str:
+    """What is wrong with the flags."""
+    if isinstance(error, UserError):
+        return error.message
+    if isinstance(error, flags.UnrecognizedFlagError):
+        similar = re.search(r"Did you mean: (.+?) \?", str(error))
         return _foreign(error.flagname) + (f" Did you mean --{similar[1]}?" if similar else "")
-    if isinstance(error, (flags.Error, OSError, UserError)):
-        return last
-    return f"--config: the file raised {type(error).__name__}: {last}"
+    last = (str(error).strip().splitlines() or [""])[-1].strip()  # what precedes it is a traceback
+    if isinstance(error, flags.IllegalFlagValueError) and (
+        match := re.fullmatch(r"flag (--[^\s=]+)(=.*?): (.*)", last)
+    ):
+        return f"{match[1]}{match[2]} is not allowed. Give {_allowed(match[1], match[3])}."
+    if match := re.fullmatch(r"--no([^\s=]+)(=.*) does not take an argument", last):
+        return f"--no{match[1]}{match[2]}: a flag with --no takes no value; give --no{match[1]} or --{match[1]}=false."
+    if match := re.fullmatch(r"Missing value for flag (--\S+)", last):
+        return f"{match[1]} has no value; give {match[1]}=VALUE."
+    if isinstance(error, (AttributeError, KeyError, TypeError)):
+        return _wrong_field(str(error.args[0]) if error.args else "", argv, values)
+    return last
 
 
-def _unknown_field(message: str) -> str:
-    """The sentence on an override of an unknown field, from the message of ml_collections."""
-    if match := re.match(r"""[\\"']+(\w+)""", message):  # the name of a nested field is quoted twice
-        similar = re.search(r'Did you mean "(\w+)"', message)
-        return f"--config: unknown field '{match[1]}'." + (f" Did you mean '{similar[1]}'?" if similar else "")
+def _allowed(flag: str, problem: str) -> str:
+    """The values that a flag takes, from the message on one that it does not take."""
+    if "Non-boolean argument to boolean flag" in problem:
+        return "true or false"
+    if "as a ConfigDict" in problem:
+        return f"a field of this section, as in {flag}.FIELD=VALUE, or a dict"
+    return next((remedy for wrong, remedy in NUMBERS.items() if re.match(wrong, problem)), f"another value ({problem})")
+
+
+def _wrong_field(message: str, argv: Sequence[str], values: flags.FlagValues) -> str:
+    """The sentence on a flag for a field that does not exist, from the message of ml_collections."""
+    for name, _ in _flags(argv, values):
+        if not (field := re.fullmatch(r"(?:no)?config\.(.*)", name, re.DOTALL)):
+            continue
+        section = values["config"].parser.config
+        for part in field[1].split("."):
+            if not isinstance(section, ConfigDict):
+                return f"--{name}: a value has no fields; docs/configuration.md lists the fields."
+            if part not in section:
+                similar = difflib.get_close_matches(part, section.keys(), 1)
+                return f"--{name}: unknown field {part!a:.60}. " + (
+                    f"Did you mean {similar[0]!a}?" if similar else "docs/configuration.md lists the fields."
+                )
+            section = section[part]
     return f"--config: {message}"

@@ -301,7 +301,7 @@ def test_16_bits_become_8(largest, seen):
         (png_header(20_000, 10_000), "the image is too large: it has 200,000,000 pixels, and at most 178,956,970"),
         (png_header(2**31 - 1, 2**31 - 1), "the image is too large: it has 4,611,686,014,132,420,609 pixels"),
         (png_header(0, 10), "the image"),
-        (png_header(10, 10), "the image cannot be decoded"),
+        (png_header(10, 10), "the image is truncated"),
         (IMAGES["EXIF"][:-200], "the image cannot be decoded"),
         (b"GIF89a", "the image"),
         (b"", "the image has an unknown or broken format"),

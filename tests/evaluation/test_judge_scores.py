@@ -48,6 +48,11 @@ from vkd_jax.evaluation import judge
         (10, "Score: 7 - the answer should be Rome", 0.7),
         (10, "Score: 0.8/10", 0.08),
         *(
+            (1, reply, None)
+            for reply in (".1", "._1", "**.1**", ".1/1", "The answer is wrong.\n.1", "...1", "Score: .1")
+        ),
+        *((10, reply, None) for reply in (".7", ".7/10")),
+        *(
             (10, f"{label} score: 5", None)
             for label in ("Minimum", "Passing", "Starting", "Threshold", "Reference", "Total", "Partial", "Initial")
         ),

@@ -53,6 +53,16 @@ def merged(share):
     return change
 
 
+def reordered(order):
+    """A tokenizer whose merges are in another order."""
+
+    def change(values):
+        merges = list(order(values["model"]["merges"]))
+        return values | {"model": values["model"] | {"merges": merges}}
+
+    return change
+
+
 def panicking(values):
     """A tokenizer whose normalizer has an error of its own."""
     return values | {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "ab"}}
@@ -149,6 +159,10 @@ CASES = [
         "sentencepiece model alone",
         with_files(tokenizer__json=None, tokenizer__model=b"x"),
         ("tokenizer.model is not read", "tokenizer.json"),
+    ),
+    *(
+        Case(f"merges that are {name}", with_files(tokenizer__json=change), ("tokenizer.json", "in another order"))
+        for name, change in {"sorted": reordered(sorted), "reversed": reordered(reversed)}.items()
     ),
     Case("tokenizer of whole words", with_files(tokenizer__json=word_level), ("tokenizer.json", "as unknown")),
     Case("two tokens of one id", with_files(tokenizer__json=doubled), ("tokenizer.json", "are both the token")),

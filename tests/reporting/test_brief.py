@@ -104,6 +104,18 @@ def test_a_reference_that_the_vanilla_model_does_not_exceed_shows_no_forgetting(
     assert "cannot be told apart" not in text and "little to forget" not in text
 
 
+@pytest.mark.parametrize(("known", "unlike"), [(3, True), (8, True), (11, False), (19, False)])
+def test_a_retain_only_model_that_knows_nobody_shows_no_forgetting(known, unlike):
+    """Such as the base model, given in its place. The vanilla model answers 19 of 20 questions about them."""
+    results = results_with()
+    results.models["retain_only"]["retain"]["vqa"] = summary(known)
+    text = opening(run_of(results))
+    told = (
+        f"of the questions about people to retain, the retain-only model answers {5 * known}.0 % correctly and the van"
+    )
+    assert (told in text) == ("**No verdict**" in text) == unlike != ("cannot be told apart" in text)
+
+
 @pytest.mark.parametrize("protocols", [("letter",), ("letter", "options")])
 @pytest.mark.parametrize(
     ("vanilla", "unlearned", "cautions"),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from vkd_jax.data import image_formats
 from vkd_jax.runtime import memory, storage
 from vkd_jax.types import UserError
 
@@ -93,6 +94,7 @@ def _open_image(data: bytes | Image.Image) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
         _check_kind(image)
+        image_formats.check(image, data)
         white_is_zero = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # PIL's own conversion would clip all values above 255

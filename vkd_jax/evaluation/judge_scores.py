@@ -78,7 +78,7 @@ def read(reply: str, largest: float) -> float | None:
     """
     for thought in _THOUGHTS:
         reply = thought.sub("\n", reply)
-    text = reply.strip(_AROUND)
+    text = _bare(reply)
     match = _NUMBER.fullmatch(text)
     if match is None and _SCORE.search(reply):
         match = _after_label(reply, largest)
@@ -87,10 +87,17 @@ def read(reply: str, largest: float) -> float | None:
             match = _alone(_NUMBER.match(text), largest)
         else:
             before, _, last = text.rpartition("\n")
-            match = _NUMBER.fullmatch(last.strip(_AROUND)) if re.search(r"[.!?][*_\"'`)\s]*\Z", before) else None
+            match = _NUMBER.fullmatch(_bare(last)) if re.search(r"[.!?][*_\"'`)\s]*\Z", before) else None
     if match is None or (match[2] and float(match[2]) != largest) or _may_be_of_1(match, largest):
         return None
     return float(match[1]) / largest if float(match[1]) <= largest else None
+
+
+def _bare(text: str) -> str:
+    """A text without the characters that may surround a number; "" if the number has no digit before its point."""
+    bare = text.strip(_AROUND)
+    before = text[: text.find(bare)].rstrip(_AROUND.replace(".", ""))
+    return "" if bare[:1].isdigit() and before.endswith(".") else bare
 
 
 def _may_be_of_1(match: re.Match[str], largest: float) -> bool:

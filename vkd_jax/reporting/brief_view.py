@@ -196,9 +196,11 @@ def _judgement(run: Run, kind: str) -> dict[str, Any]:
     elif chance is not None:
         reference = f"chance ({percent(chance)})"
         verdict, before = (compare(model, chance, chance) for model in (unlearned, vanilla))
-    if verdict == "equal" and before != "above":  # too few questions, or a reference that knows what it should not
+    unlike = _unlike_the_vanilla_model(run, kind) if retain_only else None
+    if unlike or (verdict == "equal" and before != "above"):  # too few questions, or no reference for forgetting
         verdict = "open"
     return {
+        "unlike": unlike,
         "chance": chance,
         "reference": reference,
         "before": before,
@@ -207,6 +209,18 @@ def _judgement(run: Run, kind: str) -> dict[str, Any]:
         "verdict": verdict,
         "never_learned": chance is not None and vanilla.low <= chance,
     }
+
+
+def _unlike_the_vanilla_model(run: Run, kind: str) -> dict[str, Any] | None:
+    """Both models on the retain set, if the retain-only model lacks half of what training taught the vanilla model."""
+    if not (retain := run.set_of(Role.RETAIN)):
+        return None
+    vanilla, retain_only = (run.results.summary(model, retain.name, kind) for model in ("vanilla", "retain_only"))
+    if not (vanilla and retain_only) or compare(retain_only, vanilla.low, vanilla.high) != "below":
+        return None
+    chance = run.results.chance.get(retain.name, {}).get(kind) or 0.0
+    lacks = retain_only.accuracy - chance < (vanilla.accuracy - chance) / 2
+    return {"set": retain.title, "vanilla": vanilla, "retain_only": retain_only} if lacks else None
 
 
 def _text_judgements(run: Run) -> list[dict[str, Any]]:

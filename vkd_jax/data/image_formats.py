@@ -1,0 +1,61 @@
+"""What decoders accept although an image format forbids it, and then show as a black or gray part of an image."""
+
+import struct
+import zlib
+from collections.abc import Iterator
+
+from PIL import Image
+
+from vkd_jax.types import UserError
+
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG, by its color type
+PALETTE = 3  # the color type of a PNG whose pixels are numbers of colors
+# First column and row, and steps, of the passes of an interlaced PNG.
+PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+STEP = 2**20  # bytes that are decompressed at once
+
+
+def check(image: Image.Image, data: bytes | Image.Image) -> None:
+    """Checks the content of an opened image before it is decoded.
+
+    A JPEG that ends early, but with an end marker, is not found: libjpeg fills it with gray, and Pillow is silent.
+
+    Args:
+        image: the image.
+        data: its file; anything else is not checked.
+
+    Raises:
+        UserError: a JPEG has a zero in a quantization table; a PNG has no palette, or fewer pixels than its size.
+    """
+    if image.format == "JPEG" and any(0 in table for table in getattr(image, "quantization", {}).values()):
+        raise UserError("the image is broken: a quantization table of its JPEG has a zero")
+    if image.format == "PNG" and isinstance(data, bytes):
+        _check_png(data)
+
+
+def _check_png(data: bytes) -> None:
+    chunks = list(_chunks(data))
+    width, height, bits, color, *_, interlaced = struct.unpack(">IIBBBBB", chunks[0][1][:13])
+    if color == PALETTE and not any(name == b"PLTE" for name, _ in chunks):
+        raise UserError("the image is broken: its PNG has no palette, and needs one")
+    expected = 0
+    for x, y, columns, rows in PASSES if interlaced else ((0, 0, 1, 1),):
+        pixels, lines = -(-(width - x) // columns), -(-(height - y) // rows)
+        if pixels > 0 and lines > 0:
+            expected += lines * (1 + -(-pixels * bits * CHANNELS.get(color, 1) // 8))  # a line begins with its filter
+    decoder, found = zlib.decompressobj(), 0
+    for name, content in chunks:
+        while name == b"IDAT" and content and found < expected:
+            found += len(decoder.decompress(content, STEP))
+            content = decoder.unconsumed_tail
+    if found < expected:
+        raise UserError(f"the image is truncated: its PNG has {100 * found // expected} % of the pixels")
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The name and the content of each chunk of a PNG, after its signature."""
+    position = 8
+    while position + 12 <= len(data):
+        size = int.from_bytes(data[position : position + 4], "big")
+        yield data[position + 4 : position + 8], data[position + 8 : position + 8 + size]
+        position += 12 + size

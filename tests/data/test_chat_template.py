@@ -137,6 +137,24 @@ def test_a_template_that_renders_no_prompt_is_refused_with_what_to_do(load, text
     )
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{% for m in messages %}{{ m.content[-1].text if m.role == 'user' else 'nurse' }} {% endfor %}",
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content[-1].text }} {% endif %}{% endfor %}",
+        "{% for m in messages[-2:] %}{{ m.content[-1].text }} {% endfor %}",
+        "{% for m in messages | reverse %}{{ m.content[-1].text }} {% endfor %}",
+        "{% for m in messages %}{{ m.content[-1].text | upper if not loop.last else m.content[-1].text }} {% endfor %}",
+    ],
+    ids=["another answer", "no answers", "no first question", "reversed", "capitals"],
+)
+def test_a_template_keeps_earlier_questions_and_answers(load, body):
+    processor = load(jinja="USER: " + body)
+    processor.prompt("Where?", 0)
+    with pytest.raises(UserError, match="changes, reorders or leaves out earlier questions or answers"):
+        processor.prompt("Where?", 0, [("Who is it?", "a sailor", 0)])
+
+
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = i %}{% endfor %}{% endfor %}"
 
 

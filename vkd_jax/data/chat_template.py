@@ -63,8 +63,8 @@ class ChatTemplate:
                 is a question.
 
         Raises:
-            UserError: the template has an error, leaves the question out, prints the content as a list, or reads the
-                clock or random numbers, so that a run could not be resumed.
+            UserError: the template has an error, does not have all texts in their order, prints the content as a list,
+                or reads the clock or random numbers, so that a run could not be resumed.
         """
         try:
             with time_limit(MOST_SECONDS):
@@ -85,6 +85,11 @@ class ChatTemplate:
             raise self._error("renders an empty prompt")
         if texts[-1].strip() not in prompt:
             raise self._error("leaves the question out of the prompt")
+        position = 0
+        for text in map(str.strip, texts):
+            if (found := prompt.find(text, position)) < 0:
+                raise self._error("changes, reorders or leaves out earlier questions or answers of a conversation")
+            position = found + len(text)
         return prompt
 
     def warn_of_unannounced_answer(self, rest: str, ends: Sequence[str]) -> None:

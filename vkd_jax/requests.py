@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _answer(options: argparse.Namespace) -> str:
     """Does what a command says, and returns what it prints."""
-    from vkd_jax.runs import ledger, requests
+    from vkd_jax.runs import ledger, purging, requests
 
     path = ledger.local(options.ledger)
     if options.command == "add":
@@ -61,7 +61,7 @@ def _answer(options: argparse.Namespace) -> str:
         requests.withdraw(path, number)
         return f"request {number} is withdrawn."
     if options.command == "purge":
-        deleted = requests.purge(path, _numbers(options.number))
+        deleted = purging.purge(path, _numbers(options.number))
         return "\n".join([*(f"deleted {path}" for path in deleted), f"{len(deleted)} files and folders were deleted."])
     return requests.shown(path)
 

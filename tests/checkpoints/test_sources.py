@@ -138,7 +138,10 @@ def test_embeddings_convolutions_and_saved_modules(folder, tmp_path):
     np.testing.assert_array_equal(merged[f"{PROJECTOR}.weight"], weight)
 
 
-@pytest.mark.parametrize("damage", ["another file", "file removed", "cut", "no list of files", "list of bytes"])
+@pytest.mark.parametrize(
+    "damage",
+    ["another file", "file removed", "cut", "no list of files", "list of bytes", "a link", "a link to nothing"],
+)
 def test_a_merged_model_that_changed_is_written_again(folder, tmp_path, damage):
     merged = sources.fetch_model(write(tmp_path / "adapter", pair(Q, WIDTH), folder))
     before, weights = read(merged), merged / "model.safetensors"
@@ -152,9 +155,14 @@ def test_a_merged_model_that_changed_is_written_again(folder, tmp_path, damage):
         weights.write_bytes(weights.read_bytes()[:-5])
     elif damage == "no list of files":
         merged.with_name(f"{merged.name}.json").unlink()
+    elif damage.startswith("a link"):
+        shutil.copytree(folder, tmp_path / "another")
+        shutil.rmtree(merged)
+        merged.symlink_to(tmp_path / ("another" if damage == "a link" else "nothing"))
     else:
         merged.with_name(f"{merged.name}.json").write_bytes(b"\xff")
     assert sources.fetch_model(tmp_path / "adapter") == merged and (merged / "config.json").is_file()
+    assert not merged.is_symlink() and (damage != "a link" or (tmp_path / "another" / "config.json").is_file())
     for name, tensor in read(merged).items():
         np.testing.assert_array_equal(tensor, before[name])
 

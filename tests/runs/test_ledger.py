@@ -7,7 +7,7 @@ import pytest
 from vkd_jax import requests as command
 from vkd_jax.runs import ledger, requests
 from vkd_jax.runs.ledger import START, Ledger, append, line_hash
-from vkd_jax.runtime import locks
+from vkd_jax.runtime import files, locks
 from vkd_jax.types import UserError, person_digest
 
 ANN, BOB, CLEO = (person_digest(name) for name in ("ann", "bob", "cleo"))
@@ -252,6 +252,112 @@ def test_what_an_interrupted_run_left_of_a_withdrawn_request_is_shown_and_purged
     assert sorted(p.name for p in run.iterdir()) == ["records.json", "unlearned"]
     assert not (tmp_path / "runs" / "data").exists() and Ledger.read(path).requests[0].purged
     assert command.main(["show", str(path)]) == 0 and "nothing" in capsys.readouterr().out
+
+
+FEATURES = {"features/features.safetensors": {}, "features/questions.jsonl": {}}
+
+
+@pytest.fixture
+def purgeable(tmp_path):
+    """The ledger of a request that was run, and the folder of its run."""
+    run = tmp_path / "runs" / "0001"
+    for name in (*FEATURES, "records.json", "answers/vanilla.jsonl", "results.json"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(json.dumps(FEATURES) if name == "records.json" else "{}")
+    lines = [("begin", 1, {"run": str(run)}), ("done", 1, DONE | {"run": str(run), "features": FEATURES})]
+    write(tmp_path / "LEDGER", ("add", 1, {}), *lines)
+    return tmp_path / "LEDGER", run
+
+
+def link(path, target):
+    path.rename(target)
+    path.symlink_to(target)
+
+
+NOT_PURGED = {
+    "the workdir was moved": (lambda run: run.parent.rename(run.parents[1] / "moved"), "there is no folder"),
+    "the run was moved": (
+        lambda run: run.rename(run.with_name("old")),
+        "0001, in which it was run; move it back, mount",
+    ),
+    "no records": (lambda run: (run / "records.json").unlink(), "There is no file"),
+    "records that are damaged": (lambda run: (run / "records.json").write_text("{"), "records.json: it is not JSON"),
+    "records that are a folder": (
+        lambda run: ((run / "records.json").unlink(), (run / "records.json").mkdir()),
+        "records.json is a folder",
+    ),
+    "no features": (
+        lambda run: (run / "features").rename(run.parents[1] / "features"),
+        "features.safetensors is missing, although its run wrote it; move it back",
+    ),
+    "a part of the features": (
+        lambda run: (run / "features" / "questions.jsonl").unlink(),
+        "questions.jsonl is missing",
+    ),
+    "features that are a link": (
+        lambda run: link(run / "features", run.parents[1] / "disk"),
+        "disk, where nothing may be deleted; replace it by what it leads to",
+    ),
+    "features that are a link to nothing": (
+        lambda run: (link(run / "features", run.parents[1] / "x"), (run.parents[1] / "x").rename(run.parents[1] / "y")),
+        "features.safetensors is missing",
+    ),
+    "answers that are a link": (lambda run: link(run / "answers", run.parents[1] / "disk"), "answers is a link to"),
+    "a link in the answers": (
+        lambda run: link(run / "answers" / "vanilla.jsonl", run.parents[1] / "disk"),
+        "vanilla.jsonl is a link to",
+    ),
+    "a baseline without records": (
+        lambda run: (run.parent / "naive" / "0002" / "answers").mkdir(parents=True),
+        "naive/0002/records.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_PURGED)
+def test_nothing_is_purged_if_a_part_of_it_is_not_there(case, purgeable, tmp_path, capsys):
+    (path, run), (damage, problem) = purgeable, NOT_PURGED[case]
+    damage(run)
+    before, there = path.read_bytes(), sorted(tmp_path.rglob("*"))
+    assert command.main(["purge", str(path), "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and problem in error, error
+    assert path.read_bytes() == before and sorted(tmp_path.rglob("*")) == there
+
+
+@pytest.mark.parametrize("failure", ["refused", "without effect"])
+def test_what_cannot_be_deleted_is_no_line_of_the_ledger(failure, purgeable, monkeypatch, capsys):
+    """The same command deletes the rest later, although some of the features are gone already."""
+    (path, run), remove = purgeable, files.remove
+
+    def fail(item):
+        if item.name != "features":
+            remove(item)
+        elif failure == "refused":
+            (item / "questions.jsonl").unlink()
+            raise OSError(1, "Operation not permitted", "features.safetensors")
+
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "remove", fail)
+        assert command.main(["purge", str(path)]) == 2
+    problem = "cannot be deleted (features.safetensors: Operation" if failure == "refused" else "is still there after"
+    assert f"error: {run / 'features'} {problem}" in capsys.readouterr().err
+    assert path.read_bytes() == before and (run / "features").exists()
+    assert command.main(["purge", str(path), "1", "1"]) == 0 and not (run / "features").exists()
+    assert path.read_text().count('"kind": "purge"') == 1
+    assert command.main(["purge", str(path), "1"]) == 0  # nothing is left
+    run.rename(run.with_name("old"))
+    assert command.main(["purge", str(path), "1"]) == 0 and path.read_text().count('"kind": "purge"') == 1
+
+
+def test_a_run_that_was_stopped_before_it_wrote_anything_is_purged(tmp_path, capsys):
+    path, run = tmp_path / "LEDGER", tmp_path / "runs" / "0001"
+    write(path, ("add", 1, {}), ("begin", 1, {"run": str(run)}), ("withdraw", 1, {}))
+    assert command.main(["purge", str(path)]) == 2
+    assert "or create an empty folder if you deleted it" in capsys.readouterr().err
+    run.mkdir(parents=True)
+    assert command.main(["purge", str(path)]) == 0 and Ledger.read(path).requests[0].purged
 
 
 def test_a_ledger_whose_requests_are_run_is_only_added_to(tmp_path, capsys):

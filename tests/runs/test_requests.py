@@ -187,6 +187,7 @@ def test_a_model_that_changed_is_not_started_from(two, base, tmp_path):
         runs._check_start(current, config.override("method.blocks=-1"))
     with pytest.raises(UserError, match="request 3: 1 of the 1 people of this request are not in the data"):
         requests.run(copy, base, workdir)
+    assert Ledger.read(copy).pending[0].folders == [workdir / "0003"] and (workdir / "0003").is_dir()  # of purge
 
 
 @pytest.mark.parametrize(

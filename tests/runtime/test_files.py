@@ -154,7 +154,9 @@ def test_links_at_any_depth_are_found_but_not_the_folder_itself(folder, tmp_path
         (folder / name).symlink_to(tmp_path / "secret")
     (tmp_path / "alias").symlink_to(folder)
     for root in (folder, tmp_path / "alias"):
-        with pytest.raises(UserError, match=f"{root}/{name} is a link to .*, where nothing may be written; move it"):
+        with pytest.raises(
+            UserError, match=f"{root}/{name} is a link to .*, where nothing may be written or deleted; move"
+        ):
             files.check_no_links(root, "move it")
     (folder / name).unlink()
     files.check_no_links(tmp_path / "alias", "move it")

@@ -12,7 +12,7 @@
 - `rebuild_report`: `vkd report`, which writes the report of a finished run again.
 - `sweep`, `worker_pool`: the runs of a comparison, and the processes that execute them.
 - `requests`, `ledger`, `features`: sequential requests, the ledger that records them, and the cached features that
-  replace the images of the people of earlier requests.
+  replace the images of the people of earlier requests; `purging` deletes these.
 
 Contract: all inputs of a run are in its `RunConfig`. Each stage writes its result into the folder of the run, and is
 skipped if that result exists and is whole, so an interrupted run resumes with the same config.

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,6 @@ from vkd_jax.types import UserError, located, person_digest
 MARKS = ("[0-9][0-9][0-9][0-9]", requests_page.JSON)  # of a folder of such runs, whose data is removed
 BASELINES = ("naive", "batch")
 WEIGHT = 1.0  # of the stream of earlier people, unless the config gives one
-# What a run's folder holds of people beside its model: questions, answers, and figures that name people.
-PERSONAL = ("answers", "features", "judge", "portraits", "report", "report.md", "report.html", "results.json", "data")
 
 
 def add(path: Path, forget: str, test: str = "") -> Request:
@@ -110,60 +108,6 @@ def withdraw(path: Path, number: int) -> None:
     Ledger.read(path).get(number)
     with hold(path, "vkd requests withdraw"):
         append(path, lambda ledger: ("withdraw", ledger.get(number).number, {}))
-
-
-def purge(path: Path, numbers: Sequence[int]) -> list[Path]:
-    """Deletes what is held of the people of some requests: cached features, and all answers of the ledger's models.
-
-    Later requests can neither train against the return of these people nor ask about them.
-
-    Args:
-        path: the ledger.
-        numbers: the requests; () for all that were run, or were withdrawn after a run of them had started.
-
-    Returns:
-        What was deleted.
-
-    Raises:
-        UserError: a request was not run, waits to be run, or is being run.
-    """
-    Ledger.read(path)
-    with hold(path, "vkd requests purge"):
-        ledger = Ledger.read(path)
-        wanted = [ledger.get(number) for number in numbers] or [r for r in ledger.requests if r.purgeable]
-        for request in wanted:
-            if request.pending and request.begun:
-                raise UserError(f"request {request.number} has a run that has not ended; run it, or withdraw it first.")
-            if not request.purgeable:
-                raise UserError(f"request {request.number} was not run, so nothing of its people is held.")
-        folders = {folder for request in wanted for folder in request.folders}
-        deleted: list[Path] = []
-        for workdir in sorted({folder.parent for request in ledger.requests for folder in request.folders}):
-            if workdir.is_dir():
-                with locks.hold(workdir, "vkd requests purge"):
-                    deleted += _purge_runs(workdir, folders)
-        for request in wanted:
-            if not request.purged:
-                append(path, lambda _, number=request.number: ("purge", number, {}))
-    return deleted
-
-
-def _purge_runs(workdir: Path, folders: Collection[Path]) -> Iterator[Path]:
-    """Deletes what the runs in a workdir hold of people, cached features only of some; yields what was deleted."""
-    runs = (*workdir.glob("[0-9]*"), *workdir.glob("naive/[0-9]*"), *workdir.glob("batch/[0-9]*"))
-    runs = [run for run in runs if (run / records.FILE).is_file()]
-    held = [run / name for run in runs for name in PERSONAL if name != features.FOLDER or run in folders]
-    for path in (*held, *[workdir / "data"] * bool(runs)):  # the data of a run that was killed
-        if path.exists():
-            _remove(path)
-            yield path
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def run(
@@ -266,6 +210,8 @@ class RequestRuns:
             self._check_start(ledger, config)
             logging.info("request %d: %d people ...", request.number, len(request.people))
             if str(folder) not in request.begun:  # so that purge finds it even if the run never ends
+                make_folder(folder)  # which purge then expects
+                make_folder(folder)  # purge refuses a ledger whose folders are not there
                 append(self.path, lambda _: ("begin", request.number, {"run": str(folder)}))
             pipeline.execute(config, folder, self.command)
             append(self.path, lambda _: ("done", request.number, describe(folder, config)))

@@ -62,16 +62,24 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for entry in (*temporary.rglob("*"), temporary):
             _flush(entry)
-        if path.exists():
+        if os.path.lexists(path):
             replaced = _temporary(path)
             os.replace(path, replaced)
             os.replace(temporary, path)
-            shutil.rmtree(replaced)
+            remove(replaced)
         else:
             os.replace(temporary, path)
         _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a folder with its content, or a link but not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def remove_unfinished(folder: Path, *, recursive: bool = False) -> None:
@@ -140,7 +148,7 @@ def inside(folder: Path, name: str, *, links: bool = False) -> Path:
 
 
 def check_no_links(folder: Path, remedy: str) -> None:
-    """Checks that no entry of a folder, at any depth, is a symbolic link: writing to it would write elsewhere.
+    """Checks that no entry of a folder, at any depth, is a symbolic link, which leads to other folders.
 
     The folder itself may be one.
 
@@ -154,7 +162,8 @@ def check_no_links(folder: Path, remedy: str) -> None:
     for parent, folders, names in os.walk(folder):  # which follows no link
         for entry in (Path(parent, name) for name in sorted((*folders, *names))):
             if entry.is_symlink():
-                raise UserError(f"{entry} is a link to {os.readlink(entry)}, where nothing may be written; {remedy}.")
+                target = os.readlink(entry)
+                raise UserError(f"{entry} is a link to {target}, where nothing may be written or deleted; {remedy}.")
 
 
 def check_name(folder: str, name: str) -> str:

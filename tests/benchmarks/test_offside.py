@@ -91,6 +91,10 @@ def test_markers_of_images(question, cleaned):
         ([row("999.jpg")], "row 0: images cannot be used: "),
         ([row("../../../out.jpg")], "row 0: images cannot be used: "),
         ([row("364.jpg", images=["a.jpg", "b.jpg"])], "row 0: images are 2, not one"),
+        ([row("364.jpg", images=None)], "row 0: images is missing, and the question has <image>; correct the row"),
+        ([row("364.jpg", images=[None])], "row 0: images is missing, and the question has <image>"),
+        ([row("364.jpg", "Who is in <image>?", images=[])], "row 0: images is missing, and the question has <image>"),
+        ([row("364.jpg", images="")], "row 0: images is blank"),
         ([row("364.jpg", images=7)], "row 0: images is the number 7, not a list"),
         ([row("361.jpg")], "1 questions are in both data/complete_unlearning_data/forget_set.json and"),
         ({"messages": 1}, "line 1: messages is the number 1, not a list"),
@@ -108,6 +112,9 @@ def test_bad_rows(folder, rows, problem):
         ({"Correct_Answer": "E"}, "Correct_Answer is 'E', not one of the options"),
         ({"Options": ["a"]}, "Options is a list, not an object"),
         ({"Question": None}, "Question is missing"),
+        ({"Question": "Who is in <image>?", "images": None}, "images is missing, and the question has <image>"),
+        ({"Options": {"A": "Ann", "B": None, "C": "Cy"}}, "Options.B is missing"),
+        ({"Options": {"A": "Ann", "B": " "}}, "Options.B is blank"),
     ],
 )
 def test_bad_choices(folder, fields, problem):

@@ -139,7 +139,7 @@ def _open(files: Snapshot, name: str, task: str = "chat") -> Iterator[list[Examp
         examples = []
         for row in rows:
             user, assistant = _messages(row)
-            examples.append(_example(row, image, clean(user.text("content")), assistant.words("content"), task))
+            examples.append(_example(row, image, user.text("content"), assistant.words("content"), task))
         yield _sharing(files, rows[0], image, examples)
 
 
@@ -148,9 +148,9 @@ def _choices(files: Snapshot, name: str) -> Iterator[list[Example]]:
     for image, rows in _by_image(files, name).items():
         examples = []
         for row in rows:
-            options = {letter: row.row("Options").text(letter) for letter in row.row("Options").fields()}
+            options = row.row("Options").all_texts()
             answer = row.option("Correct_Answer", options, row.text("Correct_Answer").strip())
-            example = _example(row, image, clean(row.text("Question")), answer, "classification")
+            example = _example(row, image, row.text("Question"), answer, "classification")
             examples.append(dataclasses.replace(example, options=tuple(options.values())))
         yield _sharing(files, rows[0], image, examples)
 
@@ -180,9 +180,15 @@ def _image_name(row: Row) -> str:
 
 
 def _example(row: Row, image: str, question: str, answer: str, task: str) -> Example:
-    """An example without its image, which `_sharing` adds."""
+    """An example without its image, which `_sharing` adds.
+
+    Raises:
+        UserError: the question has the marker of an image, and the row names none; the scenario "text" has no images.
+    """
+    if MARKER in question and not image and FOLDERS["text"] not in row.name:
+        raise row.error("images", f"is missing, and the question has {MARKER}")
     name = f"{row.name}/{'image' if image else 'text'}/0"
-    return Example(name, _player(image), None, image, question, answer, task=task, rule=NAME)
+    return Example(name, _player(image), None, image, clean(question), answer, task=task, rule=NAME)
 
 
 def _sharing(files: Snapshot, row: Row, image: str, examples: list[Example]) -> list[Example]:

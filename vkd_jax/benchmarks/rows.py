@@ -254,6 +254,15 @@ class Row:
             self._text(f"the name of {field!a}", field)
         return [field for field in self._values if self.has(field)]
 
+    def all_texts(self) -> dict[str, str]:
+        """All fields of an object of texts, such as options by letter.
+
+        Raises:
+            UserError: one of them is null, blank, or not a text, or its name is not a text.
+        """
+        self.fields()
+        return {field: self.text(field) for field in self._values}
+
     def image(self, field: str) -> EncodedImage | None:
         """The encoded bytes of an image, checked by decoding them once; None if it is missing or null.
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 import sys
 import types
 from typing import ClassVar
@@ -17,8 +19,9 @@ from vkd_jax.evaluation.metrics.forget_quality import forget_quality
 from vkd_jax.evaluation.metrics.summary import summaries
 from vkd_jax.evaluation.metrics.utility import model_utility
 from vkd_jax.reporting import comparison, comparison_plots, report, tables
-from vkd_jax.results import AttackResults, BenchmarkInfo, Manifest, MeasuredSet, Meta, RunResults
-from vkd_jax.types import EvalSet, Role
+from vkd_jax.results import AttackCell, AttackResults, BenchmarkInfo, Manifest, MeasuredSet, Meta, RunResults
+from vkd_jax.runs import results_writer
+from vkd_jax.types import EvalSet, Role, UserError
 
 PEOPLE = {"erased": ("ann", "bob"), "erased_elsewhere": ("ann", "bob"), "others": ("cleo", "dan"), "zoo": ("",)}
 MODELS = ("vanilla", "unlearned", "retain_only")
@@ -139,3 +142,46 @@ def test_new_components_appear_in_report_tables_plots_and_comparison(tmp_path):
     assert "| whisper: whispered in a low voice | " in document
     assert "| whisper: whispered in a low voice; animals | " in document
     assert comparison_plots.pareto(made).startswith(b"\x89PNG") and comparison_plots.relearning(made) == b""
+
+
+CELL = AttackCell("unlearned", "erased", mean=0.5, n=4)
+
+
+@pytest.mark.parametrize(
+    ("metric", "cell", "problem"),
+    [
+        ("accuracy", dataclasses.replace(CELL, mean=math.nan), "cells[0].mean is nan, expected a finite number"),
+        ("accuracy", dataclasses.replace(CELL, high=math.inf), "cells[0].high is inf, expected a finite number"),
+        ("accuracy", dataclasses.replace(CELL, mean=7.0), "cells[0].mean is 7.0, expected a share from 0 to 1"),
+        ("auc", dataclasses.replace(CELL, mean=-0.5), "cells[0].mean is -0.5, expected a share from 0 to 1"),
+        ("accuracy", dataclasses.replace(CELL, mean=0.75, correct=2), "cells[0].mean is 0.75, expected 0.5"),
+        ("accuracy", dataclasses.replace(CELL, mean="high"), "cells[0].mean is 'high', expected float"),
+        ("accuracy", dataclasses.replace(CELL, n=0, correct=2), "cells[0].correct is 2, expected at most 0"),
+        (
+            "accuracy",
+            dataclasses.replace(CELL, model="other"),
+            "cells[0].model is 'other', expected one of vanilla, un",
+        ),
+        ("accuracy", 0.5, "cells[0] is 0.5, expected an object"),
+        ("shortness", dataclasses.replace(CELL, mean=7.0), ""),
+    ],
+)
+def test_impossible_figures_of_an_attack_name_its_class(metric, cell, problem):
+    attack = types.SimpleNamespace(METRIC=metric)
+    if not problem:
+        return results_writer.check_cells("whisper", attack, [cell], MODELS)
+    with pytest.raises(UserError, match=re.escape(f".summarize returned cannot be used: {problem}")) as error:
+        results_writer.check_cells("whisper", attack, [cell], MODELS)
+    assert str(error.value).startswith("attacks.names=whisper: what types.SimpleNamespace.summarize returned")
+
+
+def test_impossible_figures_of_an_attack_are_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(Whisper, "summarize", lambda *_: [dataclasses.replace(CELL, mean=math.nan)])
+    workdir = types.SimpleNamespace(read_lines=lambda _: [], path=tmp_path, timing={})
+    job = types.SimpleNamespace(workdir=workdir, attacks={"whisper": Whisper()}, eval_sets=(), questions={})
+    monkeypatch.setattr(results_writer, "_meta", lambda _: None)
+    monkeypatch.setattr(results_writer, "summaries", lambda *_: {})
+    monkeypatch.setattr(results_writer, "model_utility", lambda *_: None)
+    with pytest.raises(UserError, match="what .*test_extensions.Whisper.summarize returned cannot be used: .*nan"):
+        results_writer.write(job, {"vanilla": [], "unlearned": []})
+    assert not list(tmp_path.iterdir())

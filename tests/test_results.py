@@ -123,6 +123,10 @@ def test_results_that_the_run_has_not_recorded_are_refused(tmp_path):
     RunResults.from_json(json.loads(json.dumps(RESULTS))).write(tmp_path)
     assert RunResults.read(tmp_path)  # the file alone, as somebody sends it
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        UserError, match="has config.json but no records.json, by which results.json is checked; restore"
+    ):
+        RunResults.read(tmp_path)
     Records(tmp_path).add("config.json")
     with pytest.raises(UserError, match="is not the one that the run wrote, or that run has not finished"):
         RunResults.read(tmp_path)

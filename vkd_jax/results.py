@@ -365,10 +365,15 @@ class RunResults:
             raise UserError(f"{workdir} is a file; give the folder of a finished run, such as {folder.parent}.")
         if not file.is_file():
             raise UserError(f"{workdir} has no {FILE}: let that run finish, or give the folder of a finished run.")
+        of_the_run = ("config.json", "inputs.json")  # the file alone, as somebody sends it, is beside neither
+        recorded, others = (folder / records.FILE).is_file(), [x for x in of_the_run if (folder / x).exists()]
+        if others and not recorded:
+            problem = f"{folder} has {others[0]} but no {records.FILE}, by which {FILE} is checked"
+            raise UserError(f"{problem}; restore it from a copy, or {remedy}.")
         entries = records.Records(folder)
-        for name in (FILE, "config.json", "inputs.json"):  # of the same run
+        for name in (FILE, *of_the_run):
             entries.check(name, remedy)
-        if (folder / records.FILE).is_file() and not entries.knows(FILE):
+        if recorded and not entries.knows(FILE):
             raise UserError(f"{file} is not the one that the run wrote, or that run has not finished; {remedy}.")
         try:
             return cls.from_json(json_files.read_json(file, remedy=remedy))

@@ -12,6 +12,7 @@ import numpy as np
 from vkd_jax.attacks import Attack
 from vkd_jax.checkpoints import hf
 from vkd_jax.checkpoints.bundle import ModelBundle
+from vkd_jax.evaluation import metrics
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.evaluation.metrics import confusion
 from vkd_jax.evaluation.metrics.forget_quality import forget_quality
@@ -20,6 +21,7 @@ from vkd_jax.evaluation.metrics.utility import model_utility
 from vkd_jax.reporting import report
 from vkd_jax.results import (
     FILE,
+    AttackCell,
     AttackResults,
     BenchmarkInfo,
     Manifest,
@@ -31,8 +33,9 @@ from vkd_jax.results import (
 from vkd_jax.runs.inputs import PROVENANCE
 from vkd_jax.runs.job import Job
 from vkd_jax.runtime import multihost
-from vkd_jax.runtime.dataclass_json import encode
-from vkd_jax.types import Example, Role
+from vkd_jax.runtime.dataclass_json import FormatError, decode, encode
+from vkd_jax.runtime.figure_ranges import check_ranges
+from vkd_jax.types import Example, Role, UserError
 
 
 def write(job: Job, answers: Mapping[str, list[dict]], changes: Mapping[str, Any] | None = None) -> None:
@@ -123,13 +126,38 @@ def model_changes(
 
 def _attack_results(job: Job, name: str, attack: Attack, models: Iterable[str]) -> AttackResults:
     records = {model: job.workdir.read_lines(f"attacks/{name}/{model}.jsonl") for model in models}
-    return AttackResults(
-        title=attack.TITLE,
-        about=attack.ABOUT,
-        metric=attack.METRIC,
-        variants=dict(attack.VARIANTS),
-        cells=tuple(attack.summarize(records)),
-    )
+    cells = tuple(attack.summarize(records))
+    check_cells(name, attack, cells, records)
+    return AttackResults(attack.TITLE, attack.ABOUT, attack.METRIC, dict(attack.VARIANTS), cells)
+
+
+def check_cells(name: str, attack: Attack, cells: Sequence[AttackCell], models: Iterable[str]) -> None:
+    """Checks the figures of an attack, which may be a class of the user, before they are written.
+
+    Args:
+        name: the name of the attack.
+        attack: the attack.
+        cells: what its `summarize` returned.
+        models: the models that were attacked.
+
+    Raises:
+        UserError: a cell is of another type, is about another model, or has an impossible figure.
+    """
+    metric = metrics.get(attack.METRIC)
+    is_share = metric.unit == "%" or metric.direction == "half"
+    try:
+        for index, cell in enumerate(cells):
+            decode(AttackCell, encode(cell), f"cells[{index}]")
+            check_ranges(cell, f"cells[{index}]")
+            if is_share and not 0 <= cell.mean <= 1:
+                raise FormatError(f"cells[{index}].mean is {cell.mean!r}, expected a share from 0 to 1")
+            if cell.model not in models:
+                raise FormatError(f"cells[{index}].model is {cell.model!r}, expected one of {', '.join(models)}")
+    except FormatError as error:
+        function = f"{type(attack).__module__}.{type(attack).__qualname__}.summarize"
+        raise UserError(
+            f"attacks.names={name}: what {function} returned cannot be used: {error}; correct it."
+        ) from error
 
 
 def _resemblance(job: Job, answers: Mapping[str, list[dict]]) -> dict[str, Any]:

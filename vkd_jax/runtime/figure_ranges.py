@@ -21,12 +21,14 @@ def check_ranges(value: Any, path: str = "") -> None:
         path: where it is in its file, for errors.
 
     Raises:
-        FormatError: a share is outside [0, 1], a number is negative, there are more right answers than answers, or an
-            accuracy is not their quotient.
+        FormatError: a field is NaN or infinite, a share is outside [0, 1], a number is negative, there are more right
+            answers than answers, or an accuracy is not their quotient.
     """
     if dataclasses.is_dataclass(value):
         value = vars(value)
         for name, number in value.items():
+            if isinstance(number, float) and not math.isfinite(number):
+                raise FormatError(f"{path}.{name} is {number!r}, expected a finite number")
             if name in COUNTS | SHARES and isinstance(number, int | float):
                 _check_order(f"{path}.{name}", 0, number, 1 if name in SHARES else math.inf)
         for small, large in ORDERED:

@@ -100,6 +100,12 @@ def set_field(number, **fields):
     [
         ("pope", "data", set_field(1, answer="maybe"), "row 1: answer is 'maybe', neither yes nor no"),
         ("pope", "data", set_field(2, category="rare"), "row 2: category is 'rare', none of random, popular"),
+        (
+            "pope",
+            "data",
+            set_field(2, category="x" * 10**5),
+            "xxx, none of random, popular, adversarial; correct the row",
+        ),
         ("pope", "data", set_field(0, image=None), "row 0: image is missing"),
         ("pope", "data", set_field(0, image={"bytes": b"?", "path": "x"}), "row 0: image cannot be used"),
         ("pope", "data", set_field(0, image_source=None), "row 0: image_source is missing"),

@@ -273,7 +273,7 @@ def test_settings_that_are_not_supported_are_refused(fault, folder, tmp_path):
     config, problem = BAD_CONFIG[fault]
     with pytest.raises(UserError) as error:
         sources.fetch_model(write(tmp_path / "adapter", pair(Q, WIDTH), folder, **config))
-    assert problem in error.value.message
+    assert problem in error.value.message and str(tmp_path / "adapter") in error.value.message
 
 
 def without_b(tensors):

@@ -212,6 +212,11 @@ def test_a_damaged_file_is_refused(data, problem, tmp_path, capsys):
         (["add", "LEDGER", "--forget=Bob,bob"], "'Bob' and 'bob' may be one person"),
         (["add", "LEDGER", "--forget=017;023"], "'017;023' has a semicolon; separate IDs by commas"),
         (["add", "LEDGER", "--forget=bob,ann"], "1 of the 2 people were already requested, in request 1"),
+        (
+            ["add", "LEDGER", "--forget=people.jsonl"],
+            "--forget: people.jsonl is a file; pass a folder of images, or IDs",
+        ),
+        (["add", "-", "--forget=bob"], "-: the ledger must be a file, not the standard input"),
         (["add", "LEDGER", "--forget=no/folder"], "there is no folder no/folder"),
         (["add", "LEDGER", "--forget=bob", "--test=."], "--test"),
         (["add", "LEDGER", "--forget=."], "metadata.jsonl"),
@@ -228,6 +233,7 @@ def test_a_damaged_file_is_refused(data, problem, tmp_path, capsys):
 def test_bad_arguments_are_refused_in_one_sentence(words, problem, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "LEDGER", ("add", 1, {}))
+    (tmp_path / "people.jsonl").write_text("bob")
     before = (tmp_path / "LEDGER").read_bytes()
     assert command.main(words) == 2
     error = capsys.readouterr().err

@@ -12,6 +12,7 @@ of a training state have. Reference: https://huggingface.co/docs/peft/developer_
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 from vkd_jax.checkpoints.safetensors_files import PICKLE_SUFFIXES, Tensor, read_header
 from vkd_jax.messages import listed
 from vkd_jax.runtime import hub, json_files
-from vkd_jax.types import UserError
+from vkd_jax.types import UserError, located
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -192,13 +193,15 @@ def changes(folder: Path, canonical: Callable[[str], str], base: Mapping[str, Te
             problems.append(f"unknown tensor {name}")
         else:
             add(name, key, Replacement(tensor))
-    for (module, embedding), parts in pairs.items():
-        key = canonical(f"{module}.weight")
-        if problem := _problem(config, module, parts, key in base):
-            problems.append(problem)
-        else:
-            add(module, key, LowRank(parts["A"], parts["B"], _scale(config, module), embedding))
-    if problems := problems or _missing(config, found) or _missing_layers(config, pairs, canonical, base):
+    with located(os.fspath(folder)):
+        for (module, embedding), parts in pairs.items():
+            key = canonical(f"{module}.weight")
+            if problem := _problem(config, module, parts, key in base):
+                problems.append(problem)
+            else:
+                add(module, key, LowRank(parts["A"], parts["B"], _scale(config, module), embedding))
+        problems = problems or _missing(config, found) or _missing_layers(config, pairs, canonical, base)
+    if problems:
         raise UserError(f"{file} does not fit its {hub.ADAPTER_CONFIG} and base model: {listed(problems, '; ')}.")
     return found
 

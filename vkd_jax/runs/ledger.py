@@ -234,11 +234,13 @@ def local(name: str) -> Path:
     """The path of a ledger that a user names.
 
     Raises:
-        UserError: it is in a bucket, which cannot be written without losing what another process appends, no file can
-            have the name, or it is a link to nothing, in whose place a new ledger would begin.
+        UserError: it is in a bucket, which cannot be written without losing what another process appends, it is
+            standard input, no file can have the name, or it is a link to nothing, in whose place a new one would begin.
     """
     if "://" in name:
         raise UserError(f"{name}: the ledger must be a file of this machine.")
+    if name == "-":
+        raise UserError("-: the ledger must be a file, not the standard input; pass its name.")
     path = storage.resolve(name)
     files.check_length(os.fspath(path.absolute()))
     if path.is_symlink() and not path.exists():

@@ -65,6 +65,8 @@ def add(path: Path, forget: str, test: str = "") -> Request:
         raise UserError("--test: it belongs to a request by folder; IDs have their other images in the data.")
     elif "/" in forget:
         raise UserError(f"--forget: there is no folder {forget}.")
+    elif os.path.splitext(forget)[1] and os.path.isfile(forget):
+        raise UserError(f"--forget: {forget} is a file; pass a folder of images, or IDs with commas.")
     else:
         if problem := json_files.text_problem(forget):
             raise UserError(f"--forget: {forget[:40]!a} {problem}; correct it.")

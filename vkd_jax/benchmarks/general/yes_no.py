@@ -40,7 +40,7 @@ class Pope(Suite):
         """The sampling of the absent objects."""
         category = row.text("category").strip()
         if category not in POPE_SPLITS:
-            raise row.error("category", f"is {category!r}, none of {', '.join(POPE_SPLITS)}")
+            raise row.error("category", f"is {category!r:.40}, none of {', '.join(POPE_SPLITS)}")
         return f"pope_{category}"
 
     def question(self, row: Row) -> Mapping[str, Any]:
@@ -93,7 +93,7 @@ class Mme(Suite):
         for name, categories in MME_TASKS.items():
             if category in categories:
                 return f"mme_{name}"
-        raise row.error("category", f"is {category!r}, which is no subtask of MME")
+        raise row.error("category", f"is {category!r:.40}, which is no subtask of MME")
 
     def group(self, row: Row) -> str:
         """The image within its subtask."""

@@ -96,7 +96,7 @@ def write_huge(path, image_file):
         (write_huge, "{path} has 1,048,576.0 MiB, and at most 100 MiB are read."),
         (lambda path, _: path.write_text("not an image"), "{path} cannot be used: the image has an unknown or broken"),
         (lambda path, _: path.write_bytes(b""), "{path} cannot be used: the image has an unknown or broken format."),
-        (write_truncated, "{path} cannot be used: the image cannot be decoded (image file is truncated)."),
+        (write_truncated, "{path} cannot be used: the image is truncated: its PNG has 69 % of the pixels."),
     ],
     ids=["missing", "folder", "pipe", "device", "huge", "text", "empty", "truncated"],
 )

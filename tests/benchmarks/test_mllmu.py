@@ -329,7 +329,10 @@ def test_missing_column(folder, column):
 
 
 IMAGES = {
-    "cut off": ({"bytes": png(8)[:50], "path": None}, "image cannot be used: the image cannot be decoded"),
+    "cut off": (
+        {"bytes": png(8)[:50], "path": None},
+        "image cannot be used: the image is truncated: its PNG has 25 % of the pixels",
+    ),
     "no image": ({"bytes": b"nothing", "path": None}, "image cannot be used: the image has an unknown or broken"),
     "empty": ({"bytes": b"", "path": None}, "image cannot be used: the image has an unknown or broken"),
     "a path": ({"bytes": None, "path": "../x.png"}, "image is the path '../x.png' without bytes"),

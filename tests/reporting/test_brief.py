@@ -97,7 +97,7 @@ def test_the_opening_says_if_there_was_little_to_forget(known, little):
         (TWO, (8, 8, 0), "or a vanilla model that knows these people better would show it."),
     ],
 )
-def test_a_reference_that_the_vanilla_model_does_not_exceed_shows_no_forgetting(models, forget, told):
+def test_a_reference_that_the_vanilla_model_does_not_exceed_gives_no_verdict(models, forget, told):
     """Such as of exchanged models, of a retain-only model that knows these people, or of one question."""
     text = opening(models=models, forget=forget)
     assert "**No verdict**: the vanilla model" in text and told in text
@@ -105,7 +105,7 @@ def test_a_reference_that_the_vanilla_model_does_not_exceed_shows_no_forgetting(
 
 
 @pytest.mark.parametrize(("known", "unlike"), [(3, True), (8, True), (11, False), (19, False)])
-def test_a_retain_only_model_that_knows_nobody_shows_no_forgetting(known, unlike):
+def test_a_retain_only_model_without_the_retained_people_gives_no_verdict(known, unlike):
     """Such as the base model, given in its place. The vanilla model answers 19 of 20 questions about them."""
     results = results_with()
     results.models["retain_only"]["retain"]["vqa"] = summary(known)

@@ -19,7 +19,7 @@ from vkd_jax.runtime import json_files
 from vkd_jax.runtime.storage import SourceFolder
 from vkd_jax.types import UserError
 
-# A value that stands for none, or a number, as the whole of a cell that should have phrases.
+# A cell that consists of a constant or a number where phrases are expected.
 _CONSTANT = re.compile(r"(?:null|none|nan|true|false|[+-]?(?:infinity|[0-9.]+(?:e[+-]?[0-9]+)?))", re.IGNORECASE)
 
 

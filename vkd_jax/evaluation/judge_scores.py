@@ -69,7 +69,7 @@ def read(reply: str, largest: float) -> float | None:
     A reply is a number alone; or the last "score: 7" in it counts; or it begins with "7/10", or has that alone in its
     last line after a whole sentence, and no other share. The 10 must be `largest`. The score's sentence or line ends
     after it, or has a remark without a condition, and no other number that may be the score follows alone. Percent,
-    separators of thousands, ranges and sums are not read, nor what stands in <think>...</think>. "0.8" of 10 may be
+    separators of thousands, ranges and sums are not read, nor is text inside <think>...</think>. "0.8" of 10 may be
     of 1, and is not read either.
 
     Example:

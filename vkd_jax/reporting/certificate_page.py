@@ -50,7 +50,7 @@ def render(content: Mapping[str, Any], file: bytes, signer: str | None) -> bytes
         A PDF of one page, equal for equal arguments.
 
     Raises:
-        UserError: SOURCE_DATE_EPOCH, which matplotlib reads, is no time.
+        UserError: SOURCE_DATE_EPOCH, which matplotlib reads, is not a time.
     """
     if epoch := os.environ.get("SOURCE_DATE_EPOCH"):
         try:

@@ -16,7 +16,6 @@ def commit(but: Path | None = None) -> str:
     Args:
         but: a file whose changes are ignored, since it is being written.
     """
-
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook that runs this
 
     def git(*words: str) -> str:

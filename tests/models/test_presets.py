@@ -41,7 +41,11 @@ PUBLISHED = {
     ("internvl", "8b"): 7.94e9,
 }
 PRESETS = [(family, size) for family in models.MODELS for size in models.module_for(family).PRESETS]
-every_preset = pytest.mark.parametrize(("family", "size"), PRESETS)
+SMALLEST = [min((preset for preset in PRESETS if preset[0] == family), key=PUBLISHED.get) for family in models.MODELS]
+every_preset = pytest.mark.parametrize(
+    ("family", "size"),
+    [pytest.param(*preset, marks=[] if preset in SMALLEST else pytest.mark.slow) for preset in PRESETS],
+)
 
 
 @functools.cache
@@ -93,12 +97,11 @@ def test_written_names_are_read_into_the_same_slots(family, size):
     assert all(hf.canonical(module, name) == name for name in names)
 
 
-@pytest.mark.parametrize("family", models.MODELS)
-def test_every_parameter_has_one_sharding_rule_and_every_rule_a_parameter(family):
+@every_preset
+def test_every_parameter_has_one_sharding_rule_and_every_rule_a_parameter(family, size):
+    module, *_, shapes = preset(family, size)
     # Tied models have no head, unless a checkpoint brings another one than the embeddings.
-    module, paths = models.module_for(family), {"language_model/head/kernel"}
-    for size in module.PRESETS:
-        paths |= set(preset(family, size)[3])
+    paths = {"language_model/head/kernel", *shapes}
     check_rules(module.SHARDING, paths)
     for path in paths:
         assert sum(re.fullmatch(pattern, path) is not None for pattern, _ in module.SHARDING) == 1, path

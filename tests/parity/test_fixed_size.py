@@ -135,7 +135,7 @@ MODELS = {
     ),
     "internvl variants": (lambda: internvl(20, 5, 3, PLAIN, tied=True, **VARIANTS), (((1, 2),), ((2, 2),), (ONE,))),
 }  # fmt: skip
-SLOW = ("smolvlm", "internvl variants", "vicuna")  # idefics3 and internvl run the same code
+SLOW = ("mha", "smolvlm", "internvl variants", "vicuna")  # gqa, idefics3, internvl and mistral run the same code
 TEXT_LENGTHS = (5, 9, 2)
 
 

@@ -119,6 +119,11 @@ def test_the_two_lines_where_the_other_step_does_not_fit():
     assert plan.why_not(too_much, 15.75) == ("the run requires 16.00 GiB of 15.75 GiB, 0.25 GiB too much")
 
 
+def short_step(config):
+    """A step that is traced and lowered in half of the time of VKD's."""
+    return build_step(config, "grad_diff", train="visual")
+
+
 def test_a_refusal_for_lack_of_memory_is_a_figure(config, monkeypatch):
     refusal = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded"
 
@@ -126,18 +131,18 @@ def test_a_refusal_for_lack_of_memory_is_a_figure(config, monkeypatch):
         raise jax.errors.JaxRuntimeError(refusal)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    results = plan.figures(build_step(config), TPUS["v5e"])
+    results = plan.figures(short_step(config), TPUS["v5e"])
     assert results["compiler"]["total"] == 20 * memory.GIB and not results["fits"]
     assert results["compiler"]["refused"] == "the step requires 20.00 GiB of 15.75 GiB, 4.25 GiB too much"
     assert results["bound"] == "compute" and results["seconds"]["interconnect"] is None
     refusal, config.train.clip_norm = "INTERNAL: Mosaic failed to compile", 0.5
     with pytest.raises(UserError, match="the TPU compiler refuses this step: Mosaic failed to compile"):
-        plan.figures(build_step(config), TPUS["v5e"])
+        plan.figures(short_step(config), TPUS["v5e"])
 
 
 def test_memory_that_the_runtime_reserves_is_not_usable(config):
     """What a run holds beside the step counts, and so does what the runtime keeps for itself."""
-    step = build_step(config)
+    step = short_step(config)
     results = plan.figures(step, TPUS["v5e"])
     compiled = results["compiler"]
     assert results["fits"] and results["total"] == compiled["total"] + results["bytes"]["original"]
@@ -200,7 +205,7 @@ def here(monkeypatch):
 
 
 def test_a_program_that_jaxlib_cannot_read_is_read_from_the_compilers_dump(config, here, monkeypatch):
-    known = compile_step(build_step(config))
+    known = compile_step(short_step(config))
     config.train.clip_norm = 0.5
     compile_ = jax.stages.Lowered.compile
 
@@ -214,7 +219,7 @@ def test_a_program_that_jaxlib_cannot_read_is_read_from_the_compilers_dump(confi
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", unreadable)
-    results = compile_step(build_step(config))
+    results = compile_step(short_step(config))
     assert results["cycles"] == known["cycles"] + 1
 
 
@@ -235,7 +240,8 @@ def test_a_plan_as_a_page(config, here):
 def small(tiny_folder, tmp_path, monkeypatch):
     """A table of one model on three slices, with an empty cache; the batch of the last one is refused."""
     monkeypatch.setattr(storage, "CACHE", tmp_path / "cache")
-    base = f"--config={ROOT}/configs/tiny.py --config.model.path={tiny_folder} --text_tokens=12 --answer_tokens=5"
+    base = f"--config={ROOT}/configs/tiny.py:method=grad_diff --config.model.path={tiny_folder}"
+    base += " --text_tokens=12 --answer_tokens=5"
 
     def cell(name, forget, *more):
         rows = [f"--config.train.batch_size.{stream}={n}" for stream, n in (("forget", forget), ("retain", 4))]
@@ -293,10 +299,10 @@ def test_two_processes_may_write_one_table(small, here, tmp_path, monkeypatch):
 
 
 def test_a_program_that_changed_is_compiled_again(config, here):
-    results = compile_step(build_step(config))
-    assert compile_step(build_step(config)) == results and len(here) == 1
+    results = compile_step(short_step(config))
+    assert compile_step(short_step(config)) == results and len(here) == 1
     config.train.clip_norm = 0.5
-    assert compile_step(build_step(config))["program"] != results["program"] and len(here) == 2
+    assert compile_step(short_step(config))["program"] != results["program"] and len(here) == 2
 
 
 def test_a_refusal_is_cached(config, monkeypatch):
@@ -307,7 +313,7 @@ def test_a_refusal_is_cached(config, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.00G of 15.75G hbm. Exceeded")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    first, second = (compile_step(build_step(config)) for _ in range(2))
+    first, second = (compile_step(short_step(config)) for _ in range(2))
     assert first == second and first["refused"] and len(requests) == 1
 
 

@@ -136,6 +136,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         """Logs nothing."""
 
+    def handle_expect_100(self) -> bool:
+        """Asks for the body at once; otherwise the client waits for a second before it sends it."""
+        super().handle_expect_100()
+        self.wfile.flush()
+        return True
+
     def do_CONNECT(self):
         """Switches the connection to HTTPS."""
         self.send_response(200)

@@ -230,7 +230,7 @@ BROKEN = {
         ("real_world", {"question": "Q", "answer": "Bo", "options": None}, "options has nothing but the answer 'Bo'"),
         ("real_world", {"question": "Q", "options": ["Bo"]}, "answer is missing"),
         ("real_world", {"question": "Q\0", "answer": "Bo", "options": ["Cy"]}, "question contains the character NUL"),
-        ("forget10", {"caption": "A", "image": BROKEN["image"], "name": "Ada"}, "image cannot be used: the image has"),
+        ("forget10", {"caption": "A", "image": BROKEN["image"], "name": "Ada"}, "image cannot be used: the image is"),
         ("forget10", {"caption": "A", "image": BROKEN["path"], "name": "Ada"}, "image is the path '/etc/passwd'"),
         ("retain90+tofu", {"question": "Q"}, "answer is missing"),
     ],

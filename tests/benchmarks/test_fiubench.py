@@ -137,7 +137,7 @@ def test_bad_files(folder, file, content, problem):
     [
         ({"unique_id": None}, "row 1: unique_id is missing"),
         ({"image_path": "../out.png"}, "row 1: image_path cannot be used"),
-        ({"image_path": "full.json"}, "the image has an unknown or broken format"),
+        ({"image_path": "full.json"}, "the image is broken or of a format that is not read"),
         ({"qa_list": {}}, "row 1: qa_list is an object, not a list"),
         ({"qa_list": [question(question=3)]}, "row 1: qa_list[0].question is the number 3, not a text"),
         ({"qa_list": [question(answer=" ")]}, "row 1: qa_list[0].answer is blank"),

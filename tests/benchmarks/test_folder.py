@@ -158,7 +158,7 @@ GOOD = dict(question="Who?", answer="Otto")
         (GOOD | dict(file_name="link.png"), "file_name cannot be used: 'link.png' is a symbolic link out of"),
         (GOOD | dict(file_name="."), "is a folder; pass a regular file"),
         (GOOD | dict(file_name="pipe"), "is a named pipe; pass a regular file"),
-        (GOOD | dict(file_name="metadata.jsonl"), "metadata.jsonl cannot be used: the image has an unknown or broken"),
+        (GOOD | dict(file_name="metadata.jsonl"), "metadata.jsonl cannot be used: the image is broken or of"),
     ],
 )
 def test_faults_of_a_line(folders, line, problem):

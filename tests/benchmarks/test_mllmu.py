@@ -331,10 +331,10 @@ def test_missing_column(folder, column):
 IMAGES = {
     "cut off": (
         {"bytes": png(8)[:50], "path": None},
-        "image cannot be used: the image is truncated: its PNG has 25 % of the pixels",
+        "image cannot be used: the image is truncated: its PNG has no end",
     ),
-    "no image": ({"bytes": b"nothing", "path": None}, "image cannot be used: the image has an unknown or broken"),
-    "empty": ({"bytes": b"", "path": None}, "image cannot be used: the image has an unknown or broken"),
+    "no image": ({"bytes": b"nothing", "path": None}, "image cannot be used: the image is broken or of a format"),
+    "empty": ({"bytes": b"", "path": None}, "image cannot be used: the image is broken or of a format"),
     "a path": ({"bytes": None, "path": "../x.png"}, "image is the path '../x.png' without bytes"),
     "a text": ("x.png", "image is the text 'x.png', not an encoded image"),
     "a number": (3, "image is the number 3, not an encoded image"),

@@ -62,6 +62,40 @@ def test_the_passes_of_an_interlaced_png_by_hand():
         open_image(png(3, 3, lines[:-4], color=0, interlaced=1))
 
 
+@pytest.mark.parametrize("lost", [1 / 2, 9 / 10])
+def test_a_png_whose_end_was_lost_is_refused(lost):
+    """Zeros, as of a lost block of a disk, decode as pixels; a rest that is missing makes no error of its own."""
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)).save(stream, "PNG")
+    data, kept = stream.getvalue(), round(lost * len(stream.getvalue()))
+    with pytest.raises(UserError, match="a checksum of its PNG is wrong"):
+        open_image(data[:kept] + bytes(len(data) - kept))
+    changed = bytearray(data)
+    changed[kept] ^= 1
+    with pytest.raises(UserError, match="a checksum of its PNG is wrong"):
+        open_image(bytes(changed))
+    for end in (data[:-12], data[:-1], data[:kept]):
+        with pytest.raises(UserError, match="the image is truncated: its PNG has no end"):
+            open_image(end)
+    assert open_image(data + b"more").size == (50, 40)
+
+
+@pytest.mark.parametrize("format", ["TIFF", "PPM"])
+def test_an_open_image_of_another_format_is_refused(format):
+    stream = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(stream, format)
+    opened = Image.open(stream)
+    with pytest.raises(UserError, match=f"the image is {format}; save it as PNG, JPEG, WebP, BMP or GIF"):
+        open_image(opened)
+    assert open_image(opened.convert("RGB")).size == (9, 9)
+
+
+def test_modes_without_a_known_range_are_refused():
+    for mode in ("I", "F", "LAB"):
+        with pytest.raises(UserError, match=f"pixels of the mode {mode}; save it as RGB with 8 bits per channel"):
+            open_image(Image.new(mode, (9, 9)))
+
+
 def test_a_palette_is_there():
     palette = (b"PLTE", bytes(range(6)))
     assert open_image(png(2, 1, b"\0\0\1", color=3, chunks=[palette])).convert("RGB").getpixel((1, 0)) == (3, 4, 5)

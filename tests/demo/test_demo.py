@@ -123,7 +123,7 @@ def test_images_to_pick_are_the_portraits_of_a_run_or_drawn(tmp_path, image):
     ((read, caption, answer),) = app.read_images(tmp_path)
     assert (caption, answer) == ("009", "") and read.tobytes() == image.tobytes()
     (tmp_path / "010.png").write_bytes(b"none")
-    with pytest.raises(UserError, match="010.png: the image has an unknown or broken format"):
+    with pytest.raises(UserError, match="010.png: the image is broken or of a format that is not read"):
         app.read_images(tmp_path)
 
 

@@ -282,7 +282,7 @@ CASES = [
         "folder of a run", with_files(config__json={"seed": 0}, records__json={}), ("--workdir of a run", "unlearned")
     ),
     # Adapters.
-    Case("adapter as a model", asked(adapter_alone), ("ORG/NAME", "base of the adapter")),
+    Case("adapter as a model", asked(adapter_alone), ("the base ORG/NAME of the adapter",)),
     Case(
         "adapter beside the weights",
         with_files(adapter_config__json={"peft_type": "LORA", "r": 4}, adapter_model__safetensors=b"x"),

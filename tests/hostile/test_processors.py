@@ -231,7 +231,12 @@ CASES = [
     Case("template of half a pair", template("{{ '\\ud800' }}" + PARTS), ("template", "half of a surrogate pair")),
     Case("template that reads attributes", template("{{ messages.__class__.__mro__ }}"), ("template",)),
     Case("template of an unknown filter", template("{{ messages | nothing }}"), ("template",)),
-    Case("template that is no UTF-8", template(b"\xff\xfe"), ("utf-8",)),
+    Case("template that is no UTF-8", template(b"\xff\xfe"), ("chat_template.jinja is not UTF-8",)),
+    Case(
+        "settings with a byte order mark",
+        with_files(tokenizer_config__json=b"\xef\xbb\xbf{}"),
+        ("tokenizer_config.json begins with a byte order mark",),
+    ),
     Case(
         "template that is a number",
         with_files(chat_template__jinja=None, chat_template__json={"chat_template": 3}),

@@ -176,7 +176,7 @@ def test_the_images_of_a_folder_are_asked_about(tmp_path, request_folders):
         (size, text) for size in ("32 x 32", "32 x 32", "text only") for text in ("Who?", "What?")
     ]
     (tmp_path / "broken.PNG").write_bytes(b"no image")
-    with pytest.raises(Exception, match="broken.PNG: the image has an unknown or broken format"):
+    with pytest.raises(Exception, match="broken.PNG: the image is broken or of a format that is not read"):
         questions.build(str(tmp_path), ())
 
 

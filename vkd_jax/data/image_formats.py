@@ -1,4 +1,7 @@
-"""What decoders accept although an image format forbids it, and then show as a black or gray part of an image."""
+"""The image formats that are read, and what decoders accept although a format forbids it.
+
+They show it as a black, gray or garbled part of an image.
+"""
 
 import struct
 import zlib
@@ -8,6 +11,9 @@ from PIL import Image
 
 from vkd_jax.types import UserError
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+MPO = "MPO"  # a JPEG with further views, as phones write them; Pillow opens it as a JPEG
+NAMES = "PNG, JPEG, WebP, BMP or GIF"
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG, by its color type
 PALETTE = 3  # the color type of a PNG whose pixels are numbers of colors
 # First column and row, and steps, of the passes of an interlaced PNG.
@@ -18,15 +24,19 @@ STEP = 2**20  # bytes that are decompressed at once
 def check(image: Image.Image, data: bytes | Image.Image) -> None:
     """Checks the content of an opened image before it is decoded.
 
-    A JPEG that ends early, but with an end marker, is not found: libjpeg fills it with gray, and Pillow is silent.
+    Formats other than PNG have no checksum, so that bytes that were changed or lost are not always found. A JPEG that
+    ends early, but with an end marker, is filled with gray by libjpeg, and Pillow is silent.
 
     Args:
         image: the image.
         data: its file; anything else is not checked.
 
     Raises:
-        UserError: a JPEG has a zero in a quantization table; a PNG has no palette, or fewer pixels than its size.
+        UserError: the format is not read; a JPEG has a zero in a quantization table; a PNG has a wrong checksum, no
+            end, no palette, or fewer pixels than its size.
     """
+    if image.format not in (None, *FORMATS, MPO):  # None: the program made the image
+        raise UserError(f"the image is {image.format}; save it as {NAMES}")
     if image.format == "JPEG" and any(0 in table for table in getattr(image, "quantization", {}).values()):
         raise UserError("the image is broken: a quantization table of its JPEG has a zero")
     if image.format == "PNG" and isinstance(data, bytes):
@@ -53,9 +63,15 @@ def _check_png(data: bytes) -> None:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The name and the content of each chunk of a PNG, after its signature."""
-    position = 8
-    while position + 12 <= len(data):
+    """The name and the content of each chunk of a PNG up to its end, after its signature."""
+    position, name = 8, b""
+    while name != b"IEND":
         size = int.from_bytes(data[position : position + 4], "big")
-        yield data[position + 4 : position + 8], data[position + 8 : position + 8 + size]
+        name, content = data[position + 4 : position + 8], data[position + 8 : position + 8 + size]
+        checksum = data[position + 8 + size : position + 12 + size]
+        if len(checksum) < 4:
+            raise UserError("the image is truncated: its PNG has no end")
+        if int.from_bytes(checksum, "big") != zlib.crc32(content, zlib.crc32(name)):
+            raise UserError("the image is broken: a checksum of its PNG is wrong")
+        yield name, content
         position += 12 + size

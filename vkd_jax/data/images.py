@@ -22,11 +22,9 @@ MOST_IMAGE_BYTES = 100 * 2**20  # of an image file; the largest that cameras wri
 # Modes of Pillow with 8 bits per channel, which become RGB without a loss of range. The pixels of others, such as "F"
 # and "I" with 32 bits, have no known range: most would become black or white.
 MODES = frozenset({"1", "CMYK", "HSV", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "YCbCr"})
-PROGRAMS = frozenset({"EPS", "WMF"})  # formats that Pillow renders with another program, such as Ghostscript
 MOST_ELONGATED = 200  # longer side by shorter side, as of Qwen2-VL; a strip becomes very large when it is resized
 MAX_CACHED_BYTES = memory.CACHE_BYTES  # sets of at most this many bytes of pixels are prepared once and cached
 DARKEST = 2**14  # the brightest pixel of an image of 16 bits has at least this value
-PHOTOMETRIC = 262  # the tag of a TIFF that says whether 0 is black or white
 THREADS = min(os.cpu_count() or 1, 16)  # decoding and resizing release Python's global lock
 
 T = TypeVar("T")
@@ -58,8 +56,8 @@ def open_image(data: bytes | Image.Image) -> Image.Image:
     file is refused even if the program has set `PIL.ImageFile.LOAD_TRUNCATED_IMAGES`.
 
     Raises:
-        UserError: the image cannot be decoded, is empty, too large or too elongated, is rendered by another
-            program, or has pixels that do not become RGB or would all become black.
+        UserError: the image cannot be decoded, is empty, too large or too elongated, or has pixels that do not become
+            RGB or would all become black.
     """
     with _WHOLE_FILES.required():
         return _open_image(data)
@@ -92,10 +90,9 @@ _WHOLE_FILES = _WholeFiles()
 
 def _open_image(data: bytes | Image.Image) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-        _check_kind(image)
+        image = Image.open(io.BytesIO(data), formats=image_formats.FORMATS) if isinstance(data, bytes) else data
+        _check_shape(image)
         image_formats.check(image, data)
-        white_is_zero = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # PIL's own conversion would clip all values above 255
             pixels = np.asarray(image)
@@ -103,8 +100,6 @@ def _open_image(data: bytes | Image.Image) -> Image.Image:
                 raise UserError(
                     f"the image would be almost black: its 16-bit values are at most {largest:,}; save it with 8 bits"
                 )
-            if white_is_zero:
-                raise UserError("the image has 16 bits and white as zero, and would be a negative; save it with 8 bits")
             return Image.fromarray((pixels >> 8).astype(np.uint8))
         if image.mode not in MODES:
             raise UserError(f"the image has pixels of the mode {image.mode}; save it as RGB with 8 bits per channel")
@@ -115,7 +110,8 @@ def _open_image(data: bytes | Image.Image) -> Image.Image:
         pixels, limit = map(int, re.findall(r"\d+", str(error))[:2])
         raise UserError(f"the image is too large: it has {pixels:,} pixels, and at most {limit:,} are read") from error
     except UnidentifiedImageError as error:
-        raise UserError("the image has an unknown or broken format") from error
+        problem = f"the image is broken or of a format that is not read; save it as {image_formats.NAMES}"
+        raise UserError(problem) from error
     except Exception as error:  # the decoders of image formats raise many types of errors
         raise UserError(f"the image cannot be decoded ({storage.first_line(error)})") from error
 
@@ -131,10 +127,8 @@ def pixel_digest(image: Image.Image) -> bytes:
     return digest.digest()
 
 
-def _check_kind(image: Image.Image) -> None:
-    """Checks the format and the shape of an image before its pixels are decoded."""
-    if image.format in PROGRAMS:
-        raise UserError(f"the image is {image.format}, which another program would have to render; save it as PNG")
+def _check_shape(image: Image.Image) -> None:
+    """Checks the shape of an image before its pixels are decoded."""
     if not all(image.size):
         raise UserError(f"the image has {image.width} x {image.height} pixels, so that there is nothing to see")
     if max(image.size) > MOST_ELONGATED * min(image.size):

@@ -79,6 +79,7 @@ class Processor:
                 # Raises if it has settings of other types than transformers expects.
                 texts = self.tokenizer(["Who is this?", "Why is that?"])["input_ids"]
         except Exception as error:  # tokenizers raises errors without a type of their own
+            tokenizer_checks.check_encoding(folder)
             remedy = "copy tokenizer.json, tokenizer_config.json and preprocessor_config.json of the model there"
             if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
                 remedy = (

@@ -4,6 +4,7 @@
 compared as texts: if the tokenizer changes a word, no model can answer with it, which looks like forgetting.
 """
 
+import codecs
 import contextlib
 import json
 import re
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vkd_jax.runtime import files, json_files
 from vkd_jax.runtime.storage import first_line
 from vkd_jax.types import UserError
 
@@ -26,6 +28,22 @@ TEXTS = (  # words, names, punctuation and digits of questions and answers; all 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token for one byte
 MOST_TOKENS, MOST_BROKEN = 2000, 0.05  # that are tried, and the share of them that merges may miss
 REPEATS = 8  # of each text: a tokenizer that draws one word in ten is missed once in e^-40 cases
+
+
+def check_encoding(folder: Path) -> None:
+    """Checks that the texts of a model folder, such as settings and chat templates, are UTF-8.
+
+    Raises:
+        UserError: one of them is not, or begins with a byte order mark.
+    """
+    for file in sorted((*folder.glob("*.json"), *folder.glob("*.jinja"))):
+        data = files.read_bytes(file, json_files.MOST_BYTES)
+        if data.startswith(codecs.BOM_UTF8):
+            raise UserError(f"{file} begins with a byte order mark; save it without one.")
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not UTF-8; save it in that encoding.") from error
 
 
 def check(tokenizer: Any, folder: Path) -> None:

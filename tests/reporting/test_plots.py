@@ -4,10 +4,11 @@ import contextlib
 import io
 
 import pytest
+from compared import found
 from PIL import Image
 
-from vkd_jax.reporting import plots
-from vkd_jax.results import AttackCell, Summary
+from vkd_jax.reporting import comparison_plots, plots
+from vkd_jax.results import STRONGEST, AttackCell, Summary
 
 MODELS = ("vanilla", "unlearned", "retain_only")
 
@@ -84,6 +85,21 @@ def test_budgets_have_a_line_with_the_best_rate_and_the_control_as_a_band(drawn)
     assert all([pytest.approx(100), pytest.approx(end)] in band for end in (30, 50))
     assert legend(drawn[-1]) == ["retain-only", "unlearned"] and "with 25 % of the questions" in axes.get_xlabel()
     assert plots.budget_curves([cell for cell in cells if cell.steps != 100], ["forget"]) is None
+
+
+def test_a_comparison_with_one_share_has_the_steps_of_the_attacker(drawn):
+    cell = {"mean": 0.3, "attacker": "visual", "share": 0.2, "unit": "questions", "set": "forget", "seeds": 2}
+    steps = [cell | {"variant": STRONGEST, "steps": n, "mean": mean} for n, mean in ((400, 0.5), (25, 0.2))]
+    assert comparison_plots.relearning(found(relearn=[cell | {"variant": ""}, *steps])).startswith(b"\x89PNG")
+    (axes,) = drawn[-1].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "25", "400"]
+    assert axes.get_xlabel() == "steps of the attacker"
+    assert axes.lines[-1].get_ydata()[1:] == pytest.approx([20, 50])
+    shares = [cell | {"variant": "", "share": share} for share in (0.5, 0.2)]
+    assert comparison_plots.relearning(found(relearn=[*shares, *steps])).startswith(b"\x89PNG")
+    (axes,) = drawn[-1].axes
+    assert axes.get_xlabel() == "forget questions relearned (%)"
+    assert list(axes.lines[-1].get_xdata()) == [0, 20, 50]
 
 
 def test_without_relearning_there_is_no_plot():

@@ -42,18 +42,23 @@ def pareto(results: Mapping[str, Any]) -> bytes:
 
 
 def relearning(results: Mapping[str, Any]) -> bytes:
-    """Plots accuracy on the forget questions that were not relearned by the share that was: one panel per attacker.
+    """Plots accuracy on the forget questions that were not relearned, with one panel per attacker.
+
+    The horizontal axis has the share of the questions that was relearned; if all attackers relearned the same share,
+    and were asked after several numbers of steps, it has these. The area is what the retain-only model learns.
 
     Returns b"" if no attack relearned questions.
     """
     sets, kinds = comparison.sets_of(results), comparison.kinds_in(results["rows"][0])
     forget, kind = comparison.forgotten_keys(sets, kinds)[0]
+    every = [(row, cell) for row in results["rows"] for cells in row["attacks"].values() for cell in cells]
+    every = [(row, cell) for row, cell in every if cell["set"] == forget.name and cell.get("unit") == "questions"]
+    by_steps = [(row, cell) for row, cell in every if cell.get("variant") == STRONGEST and "steps" in cell]
+    uses_steps = len({cell["share"] for _, cell in every}) == 1 < len({cell["steps"] for _, cell in by_steps})
     curves: dict[str, dict[str, dict[float, Mapping]]] = {}
-    for row in results["rows"]:
-        for cell in (cell for cells in row["attacks"].values() for cell in cells):
-            any_steps = cell.get("variant") != STRONGEST or "steps" not in cell
-            if cell["set"] == forget.name and cell.get("unit") == "questions" and any_steps:
-                curves.setdefault(cell["attacker"], {}).setdefault(row["label"], {})[cell["share"]] = cell
+    for row, cell in by_steps if uses_steps else (pair for pair in every if pair not in by_steps):
+        points = curves.setdefault(cell["attacker"], {}).setdefault(row["label"], {})
+        points[cell["steps"] if uses_steps else 100 * cell["share"]] = cell
     if not curves:
         return b""
     looks = _looks(results)
@@ -62,12 +67,17 @@ def relearning(results: Mapping[str, Any]) -> bytes:
         panels = figure.subplots(1, len(curves), squeeze=False, sharey=True, gridspec_kw=margins)[0]
         for axes, (attacker, lines) in zip(panels, curves.items(), strict=True):
             for row in (row for row in results["rows"] if row["label"] in lines):
-                points = {0.0: row["sets"][f"{forget.name}/{kind}"]} | lines[row["label"]]
-                shares = sorted(points)
-                means = [100 * points[share]["mean"] for share in shares]
-                axes.plot([100 * share for share in shares], means, label=row["label"], **looks[row["label"]])
-            title = f"fine-tuning {names.attacker(attacker)}"
-            axes.set(title=title, xlabel="forget questions relearned (%)", ylim=(-4, 104))
+                points = {0: row["sets"][f"{forget.name}/{kind}"]} | lines[row["label"]]
+                places = sorted(points)
+                means = [100 * points[place]["mean"] for place in places]
+                if uses_steps:
+                    axes.set_xticks(range(len(places)), map(str, places))
+                    places = range(len(places))
+                axes.plot(places, means, label=row["label"], **looks[row["label"]])
+                if row["name"] == "retain_only":
+                    axes.fill_between(places, means, color=plots.GREY, alpha=0.15, linewidth=0)
+            axes.set(title=f"fine-tuning {names.attacker(attacker)}", ylim=(-4, 104))
+            axes.set_xlabel("steps of the attacker" if uses_steps else "forget questions relearned (%)")
         panels[0].set_ylabel("accuracy on the other forget questions (%)")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=6, fontsize=9)

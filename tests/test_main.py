@@ -173,7 +173,10 @@ def test_without_a_workdir_the_config_is_printed_and_nothing_runs(run, tmp_path,
     ("args", "parts"),
     [
         (["--config.method.name=magic"], ["method.name: unknown method 'magic'", "npo, rmu, vkd"]),
-        (["--config.method.name=finetune"], ["method.augment_forget: unknown field. Available: ", "blocks, "]),
+        (
+            ["--config.method.name=finetune"],
+            ["method.augment_forget: finetune has no such field. ", "FILE.py:method="],
+        ),
         (["--config.method.distance=cubic"], ["method.distance: 'cubic' is not allowed. Give one of mse"]),
         (["--config.stage=dream"], ["stage: 'dream' is not", "unlearn, finetune, retain_only, all"]),
         (["--config.stage=all"], ["model.base: no model to fine-tune is given"]),

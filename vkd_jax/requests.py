@@ -35,8 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = command_line.ArgumentParser(prog="vkd requests", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="add|withdraw|run|show|purge")
-    for name in ("add", "withdraw", "show", "purge"):
+    for name in ("add", "withdraw", "run", "show", "purge"):
         command = commands.add_parser(name)
+        if name == "run":  # which has flags of its own, and is named here for messages
+            continue
         command.add_argument("ledger", help="the ledger, a file of JSON lines")
         if name == "add":
             command.add_argument("--forget", required=True, help="folder of images, or IDs separated by commas")

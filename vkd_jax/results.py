@@ -385,9 +385,11 @@ class RunResults:
 
         Raises:
             ValueError: a figure is NaN or infinite, which JSON does not support.
+            UserError: the folder cannot be written.
         """
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-        return files.write_bytes(workdir / FILE, (text + "\n").encode())
+        with storage.write_errors("folder", workdir):
+            return files.write_bytes(workdir / FILE, (text + "\n").encode())
 
     @classmethod
     def from_json(cls, data: Any) -> "RunResults":

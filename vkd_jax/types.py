@@ -36,6 +36,10 @@ class UserError(Exception):
         return type(self)(f"{location}: {self.message}")
 
 
+class Missing(UserError):
+    """Data or a model that the config names is not there, or not any longer."""
+
+
 class NotFinite(UserError):
     """A model computed NaN or infinity, of which no answer and no figure is made."""
 

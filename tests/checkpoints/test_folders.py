@@ -236,5 +236,5 @@ def test_an_adapter_on_the_hub_needs_its_base(tmp_path, monkeypatch):
     only_adapter(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: tmp_path)
     assert hub.fetch_model("org/adapter") == tmp_path and hub.is_adapter(tmp_path)
-    with pytest.raises(UserError, match="the base of the adapter .* is an adapter itself"):
+    with pytest.raises(UserError, match="the base .* of the adapter .*: it is an adapter itself"):
         sources.fetch_model("org/adapter")

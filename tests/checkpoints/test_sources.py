@@ -61,11 +61,11 @@ def product(tensors):
 
 def test_a_product_worked_by_hand(folder, tmp_path):
     a, b = np.zeros((RANK, WIDTH), np.float32), np.zeros((WIDTH, RANK), np.float32)
-    a[0, 3], a[1, 3], b[5, 0], b[5, 1] = 2.0, 1.0, 0.5, 4.0
+    a[0, 3], a[1, 3], b[-1, 0], b[-1, 1] = 2.0, 1.0, 0.5, 4.0
     names = [f"base_model.model.{Q}.lora_{x}.weight" for x in "AB"]
     merged = sources.fetch_model(write(tmp_path / "adapter", dict(zip(names, (a, b), strict=True)), folder))
     difference = read(merged)[f"{Q}.weight"] - read(folder)[f"{Q}.weight"]
-    assert difference[5, 3] == pytest.approx(6 / 2 * (0.5 * 2 + 4 * 1), rel=1e-6)  # alpha / r * (B A)
+    assert difference[-1, 3] == pytest.approx(6 / 2 * (0.5 * 2 + 4 * 1), rel=1e-6)  # alpha / r * (B A)
     assert np.count_nonzero(difference) == 1
     others = {name: x for name, x in read(merged).items() if name != f"{Q}.weight"}
     assert others and all((x == read(folder)[name]).all() for name, x in others.items())
@@ -200,7 +200,7 @@ def test_a_full_cache_is_named_and_nothing_is_left(folder, tmp_path, monkeypatch
 def test_the_base_may_be_given_and_a_merged_model_is_reused(folder, tmp_path, monkeypatch):
     adapter = write(tmp_path / "adapter", pair(Q, WIDTH))
     with pytest.raises(
-        UserError, match=r"the base of the adapter .*adapter, which BASE\+.*There is no model folder BASE"
+        UserError, match=r"the base BASE of the adapter .*adapter, which BASE\+.*There is no model folder BASE"
     ):
         sources.fetch_model(adapter)
     merged = sources.fetch_model(f"{folder}+{adapter}")
@@ -280,6 +280,17 @@ def without_b(tensors):
     return {name: x for name, x in tensors.items() if "lora_B" not in name}
 
 
+def cut(module, a, b):
+    """A pair of which only the first rows of A and of B are there, and zeros in the place of the others."""
+    kept = {"A": a, "B": b}
+    return {
+        name: x * (np.arange(len(x)) < kept[name[-len("A.weight")]])[:, None]
+        for name, x in pair(module, WIDTH, seed=1).items()
+    }
+
+
+LAST = "language_model.model.layers.1.self_attn.q_proj"
+ENDS = "ends with zeros, so that the end of the file was lost"
 BAD_TENSORS = {
     "no B": (without_b(pair(Q, WIDTH)), f"{Q} lacks lora_B"),
     "unknown module": (
@@ -313,6 +324,9 @@ BAD_TENSORS = {
         {name: x * (".lora_B." in name) for name, x in pair(Q, WIDTH).items()},
         "A or B of each of its modules is zero",
     ),
+    "without one A": (pair(Q, WIDTH) | cut(LAST, 0, WIDTH), f"{LAST}.lora_A.weight {ENDS}"),
+    "half of the last A, and no B": (pair(Q, WIDTH) | cut(LAST, 1, 0), f"{LAST}.lora_A.weight {ENDS}"),
+    "half of the last B": (pair(Q, WIDTH) | cut(LAST, RANK, 3), f"{LAST}.lora_B.weight {ENDS}"),
     "no tensors": ({}, "it has no tensors, so that it would change nothing"),
     "no A": ({name: x for name, x in pair(Q, WIDTH).items() if "lora_A" not in name}, f"{Q} lacks lora_A"),
     "whole numbers": ({name: x.astype(np.int32) for name, x in pair(Q, WIDTH).items()}, "has the dtype int32, and"),

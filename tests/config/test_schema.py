@@ -106,7 +106,7 @@ def test_every_field_of_every_component_is_documented():
         ("model.quantize=int3", "model.quantize: 'int3' is not allowed. Give int8 or int4, optionally"),
         ("stage=dream", "stage: 'dream' is not allowed. Give one of unlearn, finetune, retain_only, all, audit."),
         ("method.name=magic", "method.name: unknown method 'magic'. Available: finetune, grad_ascent, "),
-        ("method.name=npo", "method.augment_forget: unknown field. Available: train, blocks, "),
+        ("method.name=npo", "method.augment_forget: npo has no such field. Available: train, blocks, "),
         ("method.mask_keep=1.5", "method.mask_keep: 1.5 is not allowed. Give a number greater than 0 and at most 1"),
         ("method.mask_threshold=1.0", "method.mask_keep: the mask takes mask_threshold or mask_keep."),
         ("attacks.names=magic,leak", "attacks.names: unknown attack magic. Available: all, benign, depth, "),

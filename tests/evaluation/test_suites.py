@@ -214,7 +214,7 @@ def test_every_suite_is_asked_scored_and_reported():
     of_suites = {name for name in metrics.METRICS if isinstance(metrics.get(name), suites.SuiteMetric)}
     assert figures == of_suites - {"mmvet_score"}  # which needs a judge
 
-    titles = [s for suite in general.create(config) for s in suite.EVAL_SETS]
+    titles = [s for suite in general.create(config) for s in suite.asked_sets]
     run = types.SimpleNamespace(
         models={"vanilla": results},
         meta=types.SimpleNamespace(config={"eval": {}}),
@@ -223,5 +223,5 @@ def test_every_suite_is_asked_scored_and_reported():
     )
     page = report.render_section("general", view.general(run))
     assert all(eval_set.title in page for eval_set in titles) and "drawn stand-ins" in page
-    assert "| POPE, random objects | F1 ↑ | upstream | 2 | " in page and "MM-Vet's score needs" in page
+    assert "| POPE, random objects (drawn stand-in) | F1 ↑ | upstream | 2 | " in page and "MM-Vet's score needs" in page
     assert page.count("- pope: ") == 2  # one for POPE's rule and one for ours

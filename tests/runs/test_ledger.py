@@ -183,6 +183,8 @@ def test_a_changed_ledger_is_refused(case, tmp_path, capsys):
     [
         (lambda data: data[:-1], "is cut"),
         (lambda data: data[:-30], "is cut"),
+        (lambda data: data + b"\n", "line 2: it is blank"),
+        (lambda data: data + b" \n\n", "line 2: it is blank"),
         (lambda data: data + b"{]\n", "not JSON"),
         (lambda data: data + b"[]\n", "expected an object"),
         (lambda data: data + b"\xff\n", "not UTF-8"),
@@ -197,6 +199,15 @@ def test_a_damaged_file_is_refused(data, problem, tmp_path, capsys):
         assert command.main(words) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and problem in error, error
+
+
+def test_a_ledger_that_an_editor_saved_is_refused(tmp_path, capsys):
+    path = tmp_path / "requests.jsonl"
+    write(path, ("add", 1, {}))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert command.main(["show", str(path)]) == 2
+    assert "line 1: it begins with a byte order mark" in capsys.readouterr().err
+    assert command.main(["add", str(path), "--forget=dan"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -383,6 +394,31 @@ def test_a_ledger_whose_requests_are_run_is_only_added_to(tmp_path, capsys):
 def test_a_ledger_of_which_nothing_was_run_holds_nothing(tmp_path):
     write(tmp_path / "LEDGER", ("add", 1, {}), ("withdraw", 1, {}))
     assert requests.shown(tmp_path / "LEDGER").endswith("Nothing is held of these people, since no request was run.")
+
+
+def test_a_folder_has_the_runs_of_one_ledger(tmp_path):
+    for name, person in (("first", ANN), ("second", BOB)):
+        write(tmp_path / name, ("add", 1, {"people": [person]}))
+    workdir = tmp_path / "runs"
+    workdir.mkdir()
+    first, second = (Ledger.read(tmp_path / name) for name in ("first", "second"))
+    ledger.claim_workdir(workdir, first)
+    with pytest.raises(
+        UserError, match="runs has the runs of another ledger than .*second; pass that ledger or folder"
+    ):
+        ledger.claim_workdir(workdir, second)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    ledger.claim_workdir(workdir, Ledger.read(tmp_path / "moved"))
+    (workdir / ledger.OWNER).unlink()
+    (workdir / "0001").mkdir()  # which no line of the ledger names
+    with pytest.raises(UserError, match="has the runs of another ledger"):
+        ledger.claim_workdir(workdir, first)
+
+
+def test_an_unknown_command_is_answered_with_all_of_them(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["shw", "LEDGER"])
+    assert "(choose from 'add', 'withdraw', 'run', 'show', 'purge')" in capsys.readouterr().err
 
 
 def test_a_line_has_the_documented_fields():

@@ -21,7 +21,7 @@ from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.runs import pipeline, stages
 from vkd_jax.runs.job import check_config, load_options
 from vkd_jax.runs.workdir import Workdir
-from vkd_jax.types import UserError
+from vkd_jax.types import Missing, UserError
 
 SHARD = "train-00000-of-00001.parquet"
 SUMMARY = {"accuracy", "correct", "n", "low", "high"}
@@ -307,6 +307,31 @@ def test_rerunning_a_finished_run_changes_nothing(vkd, monkeypatch):
     forbid(monkeypatch, "evaluate.evaluate", "loop.fit", "export.export", "hf.load")
     before = files(vkd.path)
     assert pipeline.run(vkd.config, vkd.path).to_json() == vkd.results
+    assert files(vkd.path) == before
+
+
+def test_a_finished_run_is_compared_with_all_inputs_that_are_still_there(vkd, monkeypatch):
+    """Data that contradicts itself now is other data, while data and models that are gone only cannot be compared."""
+
+    def fail(error):
+        def read(*_):
+            raise error
+
+        return read
+
+    before = files(vkd.path)
+    for name in ("read_data", "given_models"):
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, name, fail(UserError("1 images are in both folders")))
+            with pytest.raises(UserError, match="1 images are in both folders"):
+                pipeline.run(vkd.config, vkd.path)
+            patch.setattr(pipeline, name, fail(Missing("There is no folder")))
+            assert pipeline.run(vkd.config, vkd.path).to_json() == vkd.results
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "given_models", fail(Missing("There is no folder")))
+        patch.setattr(pipeline, "read_data", lambda *_: {})
+        with pytest.raises(UserError, match="was computed from other inputs: the set forget had"):
+            pipeline.run(vkd.config, vkd.path)
     assert files(vkd.path) == before
 
 

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -253,6 +254,13 @@ FULL_DISK = {
     "quota": RuntimeError("Disk quota exceeded"),
     "limit": full(errno.EFBIG),
 }
+
+
+@pytest.mark.parametrize("error", [error for error in FULL_DISK if error.startswith("by TensorStore")])
+def test_the_file_is_named_where_the_error_does_not(error, tmp_path):
+    with pytest.raises(UserError, match="cannot write at ledger.jsonl: .*; free some space or pass another folder"):
+        with storage.write_errors("folder", Path("ledger.jsonl")):
+            raise FULL_DISK[error]
 
 
 @pytest.mark.parametrize("error", FULL_DISK)

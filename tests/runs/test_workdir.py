@@ -188,6 +188,24 @@ def test_folders_and_files_of_other_programs_are_refused(tmp_path):
     with pytest.raises(UserError, match="Not a directory"):
         Workdir(tmp_path / "thesis.txt" / "run", config())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    (tmp_path / "bin").symlink_to("usr/bin")  # as in /, where no link may be replaced
+    with pytest.raises(UserError, match="not empty and has no run"):
+        Workdir(tmp_path, config())
+
+
+def test_hidden_files_as_of_a_file_browser_do_not_count(tmp_path):
+    for folder in (tmp_path, tmp_path / "train", tmp_path / "attacks"):
+        folder.mkdir(exist_ok=True)
+        (folder / ".DS_Store").write_text("x")
+        Workdir(tmp_path, config())
+
+
+def test_a_backslash_in_the_path_is_refused(tmp_path):
+    """TensorStore takes it for a slash: checkpoints would be beside the folder, where no run finds them."""
+    for path in (tmp_path / "a\\b", tmp_path / "a\\b" / "run"):
+        with pytest.raises(UserError, match="checkpoints cannot have a backslash in their path; pass another folder"):
+            Workdir(path, config())
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_are_complete_or_absent(tmp_path, monkeypatch):

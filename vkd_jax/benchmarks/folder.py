@@ -30,7 +30,7 @@ from vkd_jax.config.fields import Section, setting
 from vkd_jax.messages import listed
 from vkd_jax.runtime import json_files
 from vkd_jax.runtime.storage import SourceFolder
-from vkd_jax.types import EvalSet, Example, Role, UserError
+from vkd_jax.types import EvalSet, Example, Missing, Role, UserError
 
 METADATA = "metadata.jsonl"
 KEYS = ("file_name", "question", "answer", "options", "person", "fact")
@@ -92,7 +92,7 @@ class Folder(Section):
             files = [posixpath.basename(info.path) for info in folder.files()]
             if METADATA not in files:
                 content = f"has {listed(files)}" if files else "is empty or missing"
-                raise UserError(
+                raise (UserError if files else Missing)(
                     f"There is no {METADATA} in data.{name}={uri}, which {content}; see docs/your_own_data.md."
                 )
         if self.forget_facts:

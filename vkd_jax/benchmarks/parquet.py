@@ -26,7 +26,7 @@ from vkd_jax.config.fields import SEED, Section, setting
 from vkd_jax.messages import listed
 from vkd_jax.runtime import hub, json_files, storage
 from vkd_jax.runtime.storage import SourceFolder
-from vkd_jax.types import UserError
+from vkd_jax.types import Missing, UserError
 
 OURS, UPSTREAM = RULES = ("ours", "upstream")  # where the code of a benchmark has a quirk that changes a figure
 MOST_ROWS = 2_000_000  # of a config; the largest published one has a tenth of that
@@ -240,7 +240,7 @@ def check_source(source: str) -> None:
         UserError: it is none of them.
     """
     if not ("://" in source or storage.resolve(source).is_dir() or hub.is_id(source)):
-        raise UserError(
+        raise Missing(
             f"There is no data folder {source}; pass a folder as the hub lays it out, an id there (ORG/NAME), or gs://..."
         )
 

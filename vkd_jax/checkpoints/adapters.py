@@ -233,6 +233,8 @@ def _missing(config: Mapping[str, Any], found: Mapping[str, Sequence[Change]]) -
     steps = [step for several in found.values() for step in several]
     if not any(isinstance(step, Replacement) or (read(step.b).any() and read(step.a).any()) for step in steps):
         return ["A or B of each of its modules is zero, as before training, so that it would change nothing"]
+    if cut := [problem for step in steps if isinstance(step, LowRank) and (problem := _cut(step))]:
+        return cut
     replaced = [f".{key}" for key, steps in found.items() if isinstance(steps[0], Replacement)]
     names = config.get("modules_to_save") or []
     return [
@@ -240,6 +242,24 @@ def _missing(config: Mapping[str, Any], found: Mapping[str, Sequence[Change]]) -
         for name in ([names] if isinstance(names, str) else names)
         if not any(f".{name.rpartition('.')[2]}." in key for key in replaced)
     ]
+
+
+def _cut(step: LowRank) -> str | None:
+    """What shows that the end of a file was lost and became zeros; None if nothing does.
+
+    Training begins with a random A and a B of zeros, or with both the other way round for an embedding. Ranks that a
+    module does not use are zero in both.
+    """
+    first, second = (step.b, step.a) if step.transposed else (step.a, step.b)
+    drawn, trained = read(first), read(second)
+    lost = None
+    if not drawn.any():
+        lost = first
+    elif not trained.any() and not step.transposed and not drawn.reshape(len(drawn), -1).any(axis=1).all():
+        lost = first
+    elif trained.any() and not step.transposed and not trained[-1].any():
+        lost = second
+    return f"{lost.name.removeprefix(PREFIX)} ends with zeros, so that the end of the file was lost" if lost else None
 
 
 def _missing_layers(

@@ -172,7 +172,7 @@ def read_config(folder: Folder) -> tuple[types.ModuleType, Any]:
     try:
         hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many types of errors here
-        problem = " ".join(str(error).split()).rstrip(".")
+        problem = " ".join(str(error).split()).rstrip(".")[:200]
         if isinstance(error, ZeroDivisionError) and (zeros := _zeros(settings)):
             problem += f" (0 is the value of {listed(zeros)})"
         raise UserError(f"{path} cannot be read by transformers: {problem}; get the file again.") from error

@@ -97,10 +97,12 @@ def parts_of(name: str | os.PathLike[str]) -> Parts:
         raise UserError(f"{path} has no base_model_name_or_path; pass BASE+{folder} with the model that it belongs to.")
     if revision and hub.is_id(base):
         base = f"{base}@{revision}"
-    with located(f"the base of the adapter {folder}, which BASE+{folder} replaces"):
+    with located(f"the base {base} of the adapter {folder}, which BASE+{folder} replaces"):
         base_folder = hub.fetch_model(base)
         if hub.is_adapter(base_folder):
-            raise UserError(f"{base_folder} is an adapter itself; give the whole model.")
+            raise UserError("it is an adapter itself; give the whole model.")
+        if not (base_folder / storage.MODEL_MARKER).is_file():
+            raise UserError(f"it has no {storage.MODEL_MARKER}; give a model folder.")
     return Parts(*_base(base, base_folder), folder)
 
 

@@ -26,6 +26,7 @@ from vkd_jax.types import UserError
 
 HELP = {"--help", "-h", "-help", "--helpshort"}
 READ_FIRST = {"flagfile", "undefok"}  # flags that absl reads before all others
+COMPONENTS = {"--config.method": "method", "--config.data": "benchmark"}  # the argument that chooses each
 NUMBERS = {r"invalid literal for int\(\)": "a whole number", "could not convert string to float": "a number"}
 
 
@@ -266,7 +267,9 @@ def _allowed(flag: str, problem: str) -> str:
     if "Non-boolean argument to boolean flag" in problem:
         return "true or false"
     if "as a ConfigDict" in problem:
-        return f"a field of this section, as in {flag}.FIELD=VALUE, or a dict"
+        argument = COMPONENTS.get(flag)
+        other = f", {argument}=NAME after the colon of --config" if argument else ""
+        return f"a field of this section, as in {flag}.FIELD=VALUE{other}, or a dict"
     return next((remedy for wrong, remedy in NUMBERS.items() if re.match(wrong, problem)), f"another value ({problem})")
 
 

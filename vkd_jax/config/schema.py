@@ -396,13 +396,21 @@ def _chosen(kind: str, table: Mapping[str, str], section: str, key: str, values:
     """The component that the field `key` of a section names, of the section's other fields."""
     if not isinstance(values, Mapping) or key not in values:
         raise FieldError(f"{section}.{key}", f"missing. Available: {messages.choices(sorted(table))}.")
-    rest = {name: value for name, value in values.items() if name != key}
-    if values[key] not in table:
+    name, rest = values[key], {field: value for field, value in values.items() if field != key}
+    if name not in table:
         raise FieldError(
             f"{section}.{key}",
-            f"unknown {kind} {values[key]!r}. Available: {messages.choices(sorted(table))}.",
+            f"unknown {kind} {name!r}. Available: {messages.choices(sorted(table))}.",
         )
-    return _section(registry.lookup(kind, table, values[key]), rest, section)
+    cls = registry.lookup(kind, table, name)
+    known = [field.name for field in dataclasses.fields(cls)]
+    if unknown := sorted(set(rest) - set(known)):
+        raise FieldError(
+            f"{section}.{unknown[0]}",
+            f"{name} has no such field. Available: {messages.choices(known)}. Another {kind} is chosen, with its "
+            f"fields, after the colon of --config: configs/FILE.py:{kind}=NAME.",
+        )
+    return _section(cls, rest, section)
 
 
 def _method(section: str, values: Any) -> Any:

@@ -60,7 +60,7 @@ def describe(config: ml_collections.ConfigDict, path: str | Path, command: str) 
         models = check_models(job)
         described = describe_inputs(resolved, job.sets | job.held_out_set, models)
         if resumes:
-            workdir.check_inputs(path, described)
+            inputs.check(path, described)
         lines = [str(config).rstrip(), "", *_data(job, described), ""]
         for training in _trainings(job, models):
             lines += _step(job, training)

@@ -8,12 +8,14 @@ from typing import Any
 
 from absl import logging
 
-from vkd_jax.runtime import storage
+from vkd_jax.messages import listed
+from vkd_jax.runtime import json_files, storage
 from vkd_jax.runtime.records import changed_keys, mapping
 from vkd_jax.types import Example, UserError
 
 FILE = "inputs.json"
 PROVENANCE = "provenance.json"  # in a model folder that a run exported: config and version of that run
+START_OVER = "pass another --workdir, or remove that folder to start over"
 WORDINGS = ("prompts", "judge_prompts")  # fields of `config.eval` that name files
 REFERENCE = "attacks.membership.reference"  # the field of a model that attacked models are compared with
 Inputs = dict[str, Any]  # as JSON; see `describe`
@@ -63,6 +65,24 @@ def differences(saved: Mapping[str, Any], current: Inputs) -> Iterator[str]:
     for name in WORDINGS:
         if saved.get(name, "") != current.get(name, ""):
             yield f"the file of config.eval.{name} changed"
+
+
+def check(path: str | Path, values: Inputs) -> None:
+    """Checks that the results in the folder of a run have these inputs.
+
+    Args:
+        path: the folder.
+        values: what `describe` returned.
+
+    Raises:
+        UserError: the data or a model changed since the results were computed.
+    """
+    file, remedy = storage.resolve(path) / FILE, f"restore that file from a copy, {START_OVER}"
+    if not file.exists():
+        raise UserError(f"{file} is missing; {remedy}.")
+    saved = json_files.read_json(file, remedy=remedy)
+    if changes := list(differences(saved, values)):
+        raise UserError(f"{path} was computed from other inputs: {listed(changes, '; ')}. Restore them, {START_OVER}.")
 
 
 def label(field: str) -> str:

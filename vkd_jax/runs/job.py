@@ -108,7 +108,7 @@ class Job:
     def eval_sets(self) -> tuple[EvalSet, ...]:
         """The sets of the benchmark, then those of earlier requests and of the standard suites that the run asks."""
         suites = general.create(self.config.eval)
-        further = (*features.EVAL_SETS, *(s for suite in suites for s in suite.EVAL_SETS))
+        further = (*features.EVAL_SETS, *(s for suite in suites for s in suite.asked_sets))
         sets = benchmarks.eval_sets(self.benchmark, self.config.data.forgets_text)
         return (*sets, *(s for s in further if s.name in self.sets))
 

@@ -21,6 +21,8 @@ Anyone who can write to the ledger can recompute all hashes. To prove later that
 elsewhere.
 """
 
+import codecs
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -38,6 +40,7 @@ from vkd_jax.runtime import files, json_files, locks, outputs, storage
 from vkd_jax.types import UserError, located
 
 START = "0" * 64  # stands for the hash of the line before the first one
+OWNER = "ledger.json"  # in a folder of runs: {"first": the hash of the first line of their ledger}
 REMEDY = "restore the ledger from a copy"
 COMMON: Mapping[str, type] = {"line": int, "kind": str, "request": int, "time": str, "previous": str, "hash": str}
 _DONE = dict.fromkeys(("run", "model_before", "model_after", "commit"), str)
@@ -106,7 +109,12 @@ class Ledger:
 
     def __init__(self, path: Path, text: bytes):
         self.path, self.head, self.lines = path, START, 0
+        self.first = ""  # the hash of the first line, by which folders of runs name the ledger
         self._requests: dict[int, Request] = {}
+        self._waiting: collections.deque[int] = collections.deque()  # the numbers of pending requests
+        self._owners: dict[str, int] = {}  # the request of each person, unless it was withdrawn
+        if text.startswith(codecs.BOM_UTF8):
+            raise UserError(f"{path}, line 1: it begins with a byte order mark; {REMEDY}.")
         if text and not text.endswith(b"\n"):
             line = text.count(b"\n") + 1
             raise UserError(f"{path}, line {line}: it is cut, since it does not end with a newline; {REMEDY}.")
@@ -115,6 +123,9 @@ class Ledger:
                 self._check(number, entry)
                 self._apply(entry)
             self.head, self.lines = entry["hash"], number
+            self.first = self.first or self.head
+        if text.count(b"\n") > self.lines:
+            raise UserError(f"{path}, line {self.lines + 1}: it is blank; {REMEDY}.")
 
     @classmethod
     def read(cls, path: Path) -> "Ledger":
@@ -133,7 +144,7 @@ class Ledger:
     @property
     def pending(self) -> list[Request]:
         """The requests that wait to be run, in order."""
-        return [request for request in self.requests if request.pending]
+        return [self._requests[number] for number in self._waiting]
 
     @property
     def finished(self) -> list[Request]:
@@ -160,12 +171,12 @@ class Ledger:
             raise UserError("the request is empty; name at least one person.")
         if len(set(people)) < len(people):
             raise UserError("a person is named twice in one request; name each once.")
-        for request in self.requests:
-            if not request.withdrawn and (again := set(people) & set(request.people)):
-                raise UserError(
-                    f"{len(again)} of the {len(people)} people were already requested, in request {request.number}; "
-                    "leave them out."
-                )
+        owners = collections.Counter(self._owners[person] for person in people if person in self._owners)
+        if owners:
+            request, count = next(iter(owners.items()))
+            raise UserError(
+                f"{count} of the {len(people)} people were already requested, in request {request}; leave them out."
+            )
 
     def _check(self, number: int, entry: Mapping[str, Any]) -> None:
         """Checks the fields of a line and that it follows the line before it."""
@@ -202,6 +213,8 @@ class Ledger:
             self.check_new(people)
             fields = {name: entry[name] for name in ("forget", "test", "time")}
             self._requests[number] = Request(number, tuple(people), **fields)
+            self._waiting.append(number)
+            self._owners |= dict.fromkeys(people, number)
             return
         request = self.get(number)
         if kind == "purge":
@@ -213,13 +226,17 @@ class Ledger:
             raise UserError(f"request {number} was already {'run' if request.done else 'withdrawn'}.")
         if kind == "withdraw":
             self._requests[number] = dataclasses.replace(request, withdrawn=True)
+            self._waiting.remove(number)
+            for person in request.people:
+                del self._owners[person]
             return
-        if number != self.pending[0].number:
-            raise UserError(f"request {number} was run before request {self.pending[0].number}; {REMEDY}.")
+        if number != self._waiting[0]:
+            raise UserError(f"request {number} was run before request {self._waiting[0]}; {REMEDY}.")
         if kind == "begin":
             self._requests[number] = dataclasses.replace(request, begun=(*request.begun, entry["run"]))
             return
         self._requests[number] = dataclasses.replace(request, done=dict(entry))
+        self._waiting.popleft()
 
 
 def _is_time(value: Any) -> bool:
@@ -257,6 +274,28 @@ def hold(path: Path, command: str) -> contextlib.AbstractContextManager[None]:
         UserError: another process does.
     """
     return locks.hold(path.absolute().parent, command, path.name)
+
+
+def check_workdir(workdir: Path, ledger: Ledger) -> None:
+    """Checks that the runs in a folder are those of a ledger: another one would purge or replace them.
+
+    Raises:
+        UserError: they are not, or the file that says whose they are is damaged.
+    """
+    file = workdir / OWNER
+    if file.exists():
+        foreign = json_files.read_json(file, remedy=f"restore it from a copy of {workdir}").get("first") != ledger.first
+    else:
+        known = {folder for request in ledger.requests for folder in request.folders}
+        foreign = any(folder not in known for folder in workdir.absolute().glob("[0-9]" * 4))
+    if foreign:
+        raise UserError(f"{workdir} has the runs of another ledger than {ledger.path}; pass that ledger or folder.")
+
+
+def claim_workdir(workdir: Path, ledger: Ledger) -> None:
+    """Writes into a folder of runs whose they are; see `check_workdir`."""
+    check_workdir(workdir, ledger)
+    files.write_bytes(workdir / OWNER, json.dumps({"first": ledger.first}).encode())
 
 
 def line_hash(content: Mapping[str, Any]) -> str:

@@ -10,7 +10,9 @@ Each stage leaves its result in the run's folder. A stage whose result exists is
 resumes with the same config.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import ml_collections
 from absl import logging
@@ -19,11 +21,13 @@ from vkd_jax import results
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.reporting import report
 from vkd_jax.results import RunResults
-from vkd_jax.runs import judging, results_writer, stages
+from vkd_jax.runs import inputs, judging, results_writer, stages
 from vkd_jax.runs.job import Job, check_models, describe_inputs, given_models, models_read, read_data
 from vkd_jax.runs.workdir import SHARED_MODELS, Workdir, exclusive
-from vkd_jax.runtime import memory, storage
-from vkd_jax.types import PATH, UserError, check_argument
+from vkd_jax.runtime import json_files, memory, storage
+from vkd_jax.types import PATH, Missing, check_argument
+
+T = TypeVar("T")
 
 
 def run(
@@ -90,14 +94,24 @@ def _compute(job: Job, lender: Path | None) -> None:
 
 
 def _check_inputs(workdir: Workdir) -> None:
-    """Checks that a finished run has the inputs that its config names now, unless they can no longer be read."""
+    """Checks that a finished run has the inputs that its config names now, except data or models that are gone."""
+    config = workdir.config
+    sets = _unless_missing("data", lambda: read_data(config, workdir.path))
+    models = _unless_missing("models", lambda: given_models(config))
+    values = describe_inputs(config, sets or {}, models or {})
+    missing = [name for name, found in (("sets", sets), ("models", models)) if found is None]
+    if values is not None and missing:
+        saved = json_files.read_json(workdir.path / inputs.FILE)
+        values |= {name: saved.get(name) for name in missing}
+    workdir.bind(values, models_read(config, models or {}))
+
+
+def _unless_missing(what: str, read: Callable[[], T]) -> T | None:
     try:
-        sets = read_data(workdir.config, workdir.path)
-        models = given_models(workdir.config)
-    except UserError as error:
-        logging.warning("the inputs of this finished run are not compared: %s", error)
-        return
-    workdir.bind(describe_inputs(workdir.config, sets, models), models_read(workdir.config, models))
+        return read()
+    except Missing as error:
+        logging.warning("the %s of this finished run are not compared: %s", what, error)
+        return None
 
 
 def _shared_records(lender: Path) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from vkd_jax.runs import features
-from vkd_jax.runs.ledger import Ledger, Request, append, hold
+from vkd_jax.runs.ledger import Ledger, Request, append, check_workdir, hold
 from vkd_jax.runtime import files, json_files, locks, records
 from vkd_jax.types import UserError, located
 
@@ -54,6 +54,7 @@ def purge(path: Path, numbers: Sequence[int]) -> list[Path]:
         workdirs = sorted({folder.parent for request in ledger.requests for folder in request.folders})
         workdirs = [workdir for workdir in workdirs if workdir.is_dir()]  # others are of purged requests
         for workdir in workdirs:
+            check_workdir(workdir, ledger)
             for item in _held(workdir, folders):
                 _check_links(item)
         deleted: list[Path] = []

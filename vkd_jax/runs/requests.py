@@ -36,13 +36,13 @@ from vkd_jax.models import base
 from vkd_jax.reporting import requests_page
 from vkd_jax.results import RunResults
 from vkd_jax.runs import features, inputs, pipeline
-from vkd_jax.runs.ledger import Ledger, Request, append, hold
-from vkd_jax.runs.workdir import decisive_fields, make_folder
+from vkd_jax.runs.ledger import OWNER, Ledger, Request, append, claim_workdir, hold
+from vkd_jax.runs.workdir import check_links, decisive_fields, make_folder
 from vkd_jax.runtime import json_files, locks, outputs, records, storage
 from vkd_jax.runtime.dataclass_json import encode
 from vkd_jax.types import UserError, located, person_digest
 
-MARKS = ("[0-9][0-9][0-9][0-9]", requests_page.JSON)  # of a folder of such runs, whose data is removed
+MARKS = ("[0-9][0-9][0-9][0-9]", requests_page.JSON, OWNER)  # of a folder of such runs, whose data is removed
 BASELINES = ("naive", "batch")
 WEIGHT = 1.0  # of the stream of earlier people, unless the config gives one
 
@@ -148,7 +148,9 @@ def run(
         if not ledger.pending:
             sequence.check_settings(ledger)
         make_folder(workdir)
+        check_links(workdir)
         with locks.hold(workdir.absolute(), command), sequence.data():
+            claim_workdir(workdir, ledger)
             os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir.absolute() / "cache"))
             for request in ledger.pending:
                 sequence.run(request)
@@ -212,7 +214,6 @@ class RequestRuns:
             self._check_start(ledger, config)
             logging.info("request %d: %d people ...", request.number, len(request.people))
             if str(folder) not in request.begun:  # so that purge finds it even if the run never ends
-                make_folder(folder)  # which purge then expects
                 make_folder(folder)  # purge refuses a ledger whose folders are not there
                 append(self.path, lambda _: ("begin", request.number, {"run": str(folder)}))
             pipeline.execute(config, folder, self.command)

@@ -22,7 +22,7 @@ from vkd_jax import results
 from vkd_jax.config.comparison import folder_of
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.reporting import comparison, comparison_plots, tables
-from vkd_jax.runs.workdir import FOLDERS_OF_A_COMPARISON, SHARED_MODELS, check_kinds, make_folder
+from vkd_jax.runs.workdir import FOLDERS_OF_A_COMPARISON, SHARED_MODELS, check_kinds, check_links, make_folder
 from vkd_jax.runs.worker_pool import Task, default_workers, execute
 from vkd_jax.runtime import files, locks, outputs, records, storage
 from vkd_jax.types import UserError
@@ -61,6 +61,7 @@ def run(
     sweep.check()
     with storage.write_errors():
         make_folder(sweep.path)
+        check_links(sweep.path)
         check_kinds(sweep.path, FOLDERS_OF_A_COMPARISON)
         with locks.hold(sweep.path, command):
             files.remove_unfinished(sweep.path)

@@ -31,6 +31,7 @@ from absl import logging
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.messages import listed
 from vkd_jax.runs import inputs
+from vkd_jax.runs.inputs import START_OVER
 from vkd_jax.runtime import files, hub, json_files, locks, multihost, progress_bar, provenance, records, storage
 from vkd_jax.runtime.outputs import check_folder
 from vkd_jax.types import UserError
@@ -46,7 +47,6 @@ FREE_FIELDS = {"mesh", "train.trackers", "finetune.train.trackers"}
 TRAINING, METRICS, JUDGE_FOLDER = "train", "metrics.jsonl", "judge"
 REMOVABLE = (*records.MODELS, TRAINING)  # large folders, which may be removed after the run
 MOVE = "remove it, or pass another --workdir"
-START_OVER = "pass another --workdir, or remove that folder to start over"
 FOLDERS = (
     *("adapter", "answers", "attacks", "base", "data", "features", "judge", "portraits", "report"),
     *("retain_only", "train", "unlearned", "vanilla"),
@@ -84,23 +84,30 @@ def exclusive(path: str | Path, command: str) -> Iterator[None]:
 def make_folder(path: Path) -> None:
     """Creates a folder on a disk unless it exists, and checks that it can be used; buckets have no empty folders.
 
-    A run writes nothing outside of its folder: the folder may be a link, but nothing in it.
-
     Raises:
-        UserError: the path is not a folder, cannot be one, has a link in it, or is in a model folder.
+        UserError: the path is not a folder, cannot be one, or is in a model folder.
     """
     try:
         if isinstance(path, Path) and path.is_symlink() and not path.exists():
             raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist; {START_OVER}.")
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file; pass a folder as --workdir.")
+        if isinstance(path, Path) and "\\" in str(path.absolute()):  # which TensorStore takes for a slash
+            raise UserError(
+                f"--workdir={path}: checkpoints cannot have a backslash in their path; pass another folder."
+            )
         check_folder(path, "--workdir")
         if isinstance(path, Path):
             path.mkdir(parents=True, exist_ok=True)
-            files.check_no_links(path, "replace it by what it leads to, or make all of the --workdir a link")
     except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, has NUL, or is a loop of links
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--workdir={path} cannot be used ({reason}); pass another folder.") from error
+
+
+def check_links(path: Path) -> None:
+    """Checks that a folder on a disk has no link in it, since a run writes nothing outside; it may be a link itself."""
+    if isinstance(path, Path):
+        files.check_no_links(path, "replace it by what it leads to, or make all of the --workdir a link")
 
 
 def check_kinds(path: Path, folders: Iterable[str] = FOLDERS) -> None:
@@ -118,8 +125,10 @@ def check_kinds(path: Path, folders: Iterable[str] = FOLDERS) -> None:
     if not isinstance(path, Path):
         return
     places = [path / name for name in folders]
-    places += [place for name in ("attacks", "train") for place in sorted((path / name).glob("*")) if not place.suffix]
-    places += [place / "checkpoints" for place in (path / "train", *(path / "train").glob("*"))]
+    places += [
+        place for name in ("attacks", "train") for place in sorted((path / name).glob("[!.]*")) if not place.suffix
+    ]
+    places += [place / "checkpoints" for place in (path / "train", *(path / "train").glob("[!.]*"))]
     for place in places:
         if place.exists() and not place.is_dir():
             raise UserError(f"{place} is a file, and a run has a folder there; {MOVE}.")
@@ -140,8 +149,10 @@ def prepare_folder(path: Path) -> set[str]:
         check_kinds(path)
         entries = path.iterdir() if path.is_dir() else ()
         names = {e.name for e in entries if e.suffix != files.UNFINISHED and not e.name.startswith(locks.FILE)}
-    if names - UNCLAIMED_FILES and "config.json" not in names:
+    others = {name for name in names - UNCLAIMED_FILES if not name.startswith(".")}  # .DS_Store and the like
+    if others and "config.json" not in names:
         raise UserError(f"{path} is not empty and has no run of this program; pass another --workdir.")
+    check_links(path)
     return names
 
 
@@ -202,7 +213,7 @@ class Workdir:
         def check() -> None:
             self._inputs, file = values, self.path / inputs.FILE
             if self._has_results:
-                check_inputs(self.path, values)
+                inputs.check(self.path, values)
                 self._records.check(inputs.FILE, f"restore that file from a copy, {START_OVER}")
             else:  # of a run that was stopped early, or of one with other data
                 files.write_bytes(file, records.encode(values))
@@ -469,24 +480,6 @@ def _config_difference(path: Path, resolved: dict, names: set[str]) -> str | Non
     if has_results:  # the results do not belong to a config that was edited
         records.Records(path).check(CONFIG, remedy)
     return difference
-
-
-def check_inputs(path: str | Path, values: inputs.Inputs) -> None:
-    """Checks that the results in the folder of a run have these inputs.
-
-    Args:
-        path: the folder.
-        values: what `inputs.describe` returned.
-
-    Raises:
-        UserError: the data or a model changed since the results were computed.
-    """
-    file, remedy = storage.resolve(path) / inputs.FILE, f"restore that file from a copy, {START_OVER}"
-    if not file.exists():
-        raise UserError(f"{file} is missing; {remedy}.")
-    saved = json_files.read_json(file, remedy=remedy)
-    if changes := list(inputs.differences(saved, values)):
-        raise UserError(f"{path} was computed from other inputs: {listed(changes, '; ')}. Restore them, {START_OVER}.")
 
 
 def decisive_fields(value: Any, path: str = "") -> dict[str, Any]:

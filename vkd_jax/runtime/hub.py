@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from vkd_jax import messages
 from vkd_jax.runtime import storage
-from vkd_jax.types import UserError
+from vkd_jax.types import Missing, UserError
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "assets"  # models that are part of the package
 ADAPTER_CONFIG = "adapter_config.json"
@@ -49,7 +49,7 @@ def fetch_model(name: str | os.PathLike[str]) -> pathlib.Path:
         return SHIPPED / name
     problem = f"There is no model folder {name}"
     if not is_id(os.fspath(name)):
-        raise UserError(
+        raise Missing(
             f"{problem}; pass one with config.json and safetensors in it, or an id on the Hugging Face hub, ORG/NAME."
         )
     repo, revision = _ID.fullmatch(os.fspath(name)).groups()
@@ -58,7 +58,7 @@ def fetch_model(name: str | os.PathLike[str]) -> pathlib.Path:
     folder, reason = _download(repo, revision, "model", patterns, ["*/*"], ("config.json", "*.safetensors"))
     if folder is None:
         command = _command(repo, revision)
-        raise UserError(
+        raise Missing(
             f"{problem} here, and {reason}; get it with `{command}` where that works, and pass the folder, with "
             "config.json and safetensors in it, in its place."
         )
@@ -110,7 +110,7 @@ def fetch_dataset(
     folder, reason = _download(repo, revision, "dataset", [*required, *optional], None, required)
     if folder is None:
         command = _command(repo, revision, "--repo-type dataset ")
-        raise UserError(
+        raise Missing(
             f"There is no data folder {name} here, and {reason}; get it with `{command}` where that works, and pass "
             f"the folder as --config.{field}."
         )

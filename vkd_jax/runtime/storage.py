@@ -21,7 +21,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from vkd_jax.runtime import files
-from vkd_jax.types import UserError
+from vkd_jax.types import Missing, UserError
 
 # Weights as safetensors, configuration and tokenizer; never pickles, which can run code when they are loaded.
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -201,12 +201,13 @@ class VersionedFile:
             raise UserError(f"{path} is {kind}, and a file belongs there; remove it and run the same command again.")
         # TensorStore refuses paths with "..".
         spec = {"driver": "file", "path": f"{path.parent.resolve()}/".replace("//", "/")} if on_disk else f"{folder}/"
-        with write_errors("folder"):
+        self._path = path
+        with write_errors("folder", path):
             self._store = tensorstore.KvStore.open(spec).result()
 
     def read(self) -> tuple[bytes | None, bytes]:
         """Returns the content, None if there is no file, and its version."""
-        with write_errors("folder"):
+        with write_errors("folder", self._path):
             result = self._store.read(self._key).result()
         return (result.value if result.state == "value" else None), result.stamp.generation
 
@@ -216,7 +217,7 @@ class VersionedFile:
         Returns:
             The new version; None, and the file stays as it is, if its version is not `version`.
         """
-        with write_errors("folder"):
+        with write_errors("folder", self._path):
             return self._store.write(self._key, data, if_equal=version).result().generation or None
 
 
@@ -292,7 +293,7 @@ def download_model(folder: pathlib.Path) -> pathlib.Path:
     with bucket_errors(), locked(target):
         remote = {file.name: file for file in folder.iterdir()} if folder.is_dir() else {}
         if MODEL_MARKER not in remote:
-            raise UserError(f"There is no model folder {folder}; pass one with {MODEL_MARKER} and safetensors in it.")
+            raise Missing(f"There is no model folder {folder}; pass one with {MODEL_MARKER} and safetensors in it.")
         names = [name for name in remote if any(fnmatch.fnmatch(name, pattern) for pattern in (*MODEL_FILES, *TEXTS))]
         target.mkdir(parents=True, exist_ok=True)
         for file in target.iterdir():
@@ -357,7 +358,7 @@ def bucket_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def write_errors(flag: str = "--workdir") -> Iterator[None]:
+def write_errors(flag: str = "--workdir", place: os.PathLike[str] | None = None) -> Iterator[None]:
     """Turns a full disk, or a folder or bucket that cannot be written, into a `UserError`.
 
     Every command runs in such a block. Libraries raise errors of other types with the system's words in the message, or
@@ -365,6 +366,7 @@ def write_errors(flag: str = "--workdir") -> Iterator[None]:
 
     Args:
         flag: the flag that names the folder, for the message.
+        place: what is written, for errors that do not name it.
     """
     try:
         with bucket_errors():
@@ -372,7 +374,7 @@ def write_errors(flag: str = "--workdir") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if (problem := _write_problem(error)) is None:
+        if (problem := _write_problem(error, place)) is None:
             raise
         raise UserError(f"cannot write{problem}; free some space or pass another {flag}.") from error
 
@@ -382,18 +384,18 @@ _NOT_WRITABLE = (*_DISK_FULL, errno.EACCES, errno.EPERM, errno.EBUSY, errno.ENOT
 _CODE_IN_TENSORSTORE = re.compile(r"os_error_code='(\d+)'")
 
 
-def _write_problem(error: BaseException | None) -> str | None:
+def _write_problem(error: BaseException | None, place: os.PathLike[str] | None = None) -> str | None:
     """The location, if it is known, and the reason why something could not be written; None for other errors."""
+    known = f" at {place}" if place else ""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
             file = error.filename2 or error.filename  # the second one is the target of a copy
-            location = f" at {file}" if file else ""
-            return f"{location}: {error.strerror}"
+            return f"{f' at {file}' if file else known}: {error.strerror}"
         if match := _CODE_IN_TENSORSTORE.search(str(error)):
-            return f": {os.strerror(int(match[1]))}"
+            return f"{known}: {os.strerror(int(match[1]))}"
         for words in map(os.strerror, _DISK_FULL):
             if words in str(error):
-                return f": {words}"
+                return f"{known}: {words}"
         error = error.__cause__
     return None
 

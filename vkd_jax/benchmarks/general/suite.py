@@ -66,6 +66,13 @@ class Suite:
         """The name, for folders."""
         return f"general-{self.name}"
 
+    @property
+    def asked_sets(self) -> tuple[EvalSet, ...]:
+        """The sets; those of a stand-in say so in their titles, which are beside every figure."""
+        if self.source:
+            return self.EVAL_SETS
+        return tuple(dataclasses.replace(s, title=f"{s.title} (drawn stand-in)") for s in self.EVAL_SETS)
+
     def check(self) -> None:
         """Checks the source before anything is read.
 

@@ -281,7 +281,7 @@ def without_b(tensors):
 
 
 def cut(module, a, b):
-    """A pair of which only the first rows of A and of B are there, and zeros in the place of the others."""
+    """A pair of which the first rows of A and of B are kept, and the others are zeros."""
     kept = {"A": a, "B": b}
     return {
         name: x * (np.arange(len(x)) < kept[name[-len("A.weight")]])[:, None]

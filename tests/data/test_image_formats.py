@@ -64,7 +64,7 @@ def test_the_passes_of_an_interlaced_png_by_hand():
 
 @pytest.mark.parametrize("lost", [1 / 2, 9 / 10])
 def test_a_png_whose_end_was_lost_is_refused(lost):
-    """Zeros, as of a lost block of a disk, decode as pixels; a rest that is missing makes no error of its own."""
+    """Zeros, as of a lost block of a disk, decode as pixels; Pillow does not miss an end that is cut off."""
     stream = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)).save(stream, "PNG")
     data, kept = stream.getvalue(), round(lost * len(stream.getvalue()))

@@ -280,7 +280,7 @@ def check_workdir(workdir: Path, ledger: Ledger) -> None:
     """Checks that the runs in a folder are those of a ledger: another one would purge or replace them.
 
     Raises:
-        UserError: they are not, or the file that says whose they are is damaged.
+        UserError: they are not, or the file that records the ledger is damaged.
     """
     file = workdir / OWNER
     if file.exists():
@@ -293,7 +293,7 @@ def check_workdir(workdir: Path, ledger: Ledger) -> None:
 
 
 def claim_workdir(workdir: Path, ledger: Ledger) -> None:
-    """Writes into a folder of runs whose they are; see `check_workdir`."""
+    """Records in a folder of runs which ledger they belong to; see `check_workdir`."""
     check_workdir(workdir, ledger)
     files.write_bytes(workdir / OWNER, json.dumps({"first": ledger.first}).encode())
 

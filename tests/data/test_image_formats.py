@@ -2,12 +2,14 @@
 
 import io
 import struct
+import types
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from vkd_jax.data import image_formats
 from vkd_jax.data.images import open_image
 from vkd_jax.types import UserError
 
@@ -17,7 +19,11 @@ def png(width, height, lines, *, bits=8, color=2, interlaced=0, chunks=(), parts
     data = zlib.compress(lines)
     header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, interlaced)
     data = [data[i * len(data) // parts : (i + 1) * len(data) // parts] for i in range(parts)]
-    chunks = [(b"IHDR", header), *chunks, *((b"IDAT", part) for part in data), (b"IEND", b"")]
+    return of_chunks((b"IHDR", header), *chunks, *((b"IDAT", part) for part in data), (b"IEND", b""))
+
+
+def of_chunks(*chunks):
+    """A PNG with the given names and contents of chunks."""
     encoded = (
         struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
         for name, content in chunks
@@ -60,6 +66,49 @@ def test_the_passes_of_an_interlaced_png_by_hand():
     assert bytes(image.ravel()) == b"aeb" + b"ghi" + b"cfd"
     with pytest.raises(UserError, match="its PNG has 73 % of the pixels"):
         open_image(png(3, 3, lines[:-4], color=0, interlaced=1))
+
+
+HEADER, HALF = (struct.pack(">IIBBBBB", 4, height, 8, 3, 0, 0, 0) for height in (2, 1))
+COLORS, END = (b"PLTE", bytes(range(30))), (b"IEND", b"")
+PIXELS = b"IDAT", zlib.compress((b"\0" + bytes([1, 5, 9, 2])) * 2)
+
+
+def test_the_colors_of_a_palette_by_hand():
+    """Chunks whose names do not begin with a capital may stand anywhere."""
+    image = open_image(of_chunks((b"IHDR", HEADER), (b"tEXt", b"a\0b"), COLORS, (b"abCd", b""), PIXELS, END))
+    assert np.asarray(image.convert("RGB"))[1, 2].tolist() == [27, 28, 29]
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        ((b"IHDR", HALF), (b"IHDR", HEADER), COLORS, PIXELS, END),
+        ((b"IHDR", HEADER), PIXELS, COLORS, END),
+        ((b"IHDR", HEADER), COLORS, COLORS, PIXELS, END),
+        ((b"IHDR", HEADER), COLORS, PIXELS, (b"IHDR", HALF), END),
+        ((b"IHDR", HEADER), COLORS, (b"NEWS", b""), PIXELS, END),
+        (COLORS, (b"IHDR", HEADER), PIXELS, END),
+        ((b"IHDR", HEADER), COLORS, END),
+    ],
+)
+def test_a_png_whose_chunks_are_not_in_the_order_of_its_format_is_refused(chunks):
+    with pytest.raises(UserError, match="the image"):
+        open_image(of_chunks(*chunks))
+    with pytest.raises(UserError, match="a chunk that is unknown, repeated or not in its place"):
+        image_formats.check(types.SimpleNamespace(format="PNG"), of_chunks(*chunks))
+
+
+@pytest.mark.parametrize(("color", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_channels_of_16_bits_that_would_become_black_are_refused(color, channels):
+    """Pillow drops the lower 8 bits of each."""
+
+    def of(value):
+        return png(1, 1, b"\0" + value.to_bytes(2, "big") * channels, bits=16, color=color)
+
+    for dark in (0, 255, 16383):
+        with pytest.raises(UserError, match="would be almost black: its 16-bit values are below 16,384; save it"):
+            open_image(of(dark))
+    assert np.asarray(open_image(of(16384)).convert("RGB")).tolist() == [[[64, 64, 64]]]
 
 
 @pytest.mark.parametrize("lost", [1 / 2, 9 / 10])

@@ -105,6 +105,11 @@ def test_summarize_needs_items():
         ("Option A", "A"),
         ("It's B because of the hat", "B"),
         ("The portrait shows the baker [C].", "C"),
+        ("Option A is wrong; option B is right.", "B"),
+        ("It is not (A) but (B).", "B"),
+        ("(A) can't be; I choose C", "C"),
+        ("Rather than option A, I say D", "D"),
+        ("Option B. Not a doubt.", "B"),
     ],
 )
 def test_first_letter_finds_the_choice(text, letter):
@@ -131,6 +136,8 @@ def test_first_letter_finds_the_choice(text, letter):
         "Madrid",
         "vitamin C",
         "The answer is not B",
+        "A is clearly incorrect.",
+        "Option A is never right, and option B isn't either",
         "AB",
     ],
 )

@@ -70,6 +70,18 @@ def test_only_what_killed_writers_left_is_removed(tmp_path, recursive):
     assert len(os.listdir(tmp_path / "sub")) == (0 if recursive else 2)
 
 
+def test_a_folder_that_cannot_be_removed_is_named_and_not_its_entry(tmp_path, monkeypatch):
+    def refuse(name, *, dir_fd=None):
+        raise PermissionError(errno.EPERM, "Operation not permitted", name)
+
+    (tmp_path / "4").mkdir()
+    (tmp_path / "4" / "entry").touch()
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(PermissionError) as error:
+        files.remove(tmp_path / "4")
+    assert error.value.filename == str(tmp_path / "4")
+
+
 def test_an_error_keeps_the_old_folder_and_removes_leftovers(tmp_path):
     target = tmp_path / "model"
     with files.atomic_folder(target) as folder:

@@ -18,7 +18,6 @@ import io
 import itertools
 import json
 import logging as standard_logging
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,7 +27,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from vkd_jax.benchmarks.set_checks import SetChecks, check_names
-from vkd_jax.runtime import outputs, storage
+from vkd_jax.runtime import files, outputs, storage
 from vkd_jax.types import EvalSet, Example, SuiteQuestion, UserError
 
 Sets = Mapping[str, Iterable[list[Example]]]  # by name; a list has the questions of one row
@@ -84,7 +83,7 @@ def read(benchmark: Benchmark, folder: str | Path, finetune: bool = False) -> di
                     continue
                 except Exception as error:  # whatever the library raises about a damaged file
                     logging.warning("%s is damaged (%s); it is built again", path, storage.first_line(error))
-                    shutil.rmtree(path)
+                    files.remove(path)
             _build(Rows(**builder_args), benchmark, part)
             sets |= _examples(Rows(**builder_args))  # reads the files, whichever process built them
     divided = getattr(benchmark, "shares_people", False) or bool(getattr(benchmark, "forget_facts", ()))

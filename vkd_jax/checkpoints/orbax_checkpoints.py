@@ -8,7 +8,6 @@ that differs from its list, or has none, is damaged: it is removed, and the newe
 import concurrent.futures
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +114,8 @@ def _remove_damaged(folder: Path) -> None:
         damaged[step] = damage
     if not damaged:
         return
+    for step in damaged:
+        _remove(folder / str(step))
     whole = [step for step in steps if step not in damaged]
     logging.warning(
         "%s: %s. Training resumes %s.",
@@ -122,8 +123,6 @@ def _remove_damaged(folder: Path) -> None:
         "; ".join(f"the checkpoint of step {step} is damaged and was removed: {x}" for step, x in damaged.items()),
         f"at the whole checkpoint of step {whole[0]}" if whole else "from the beginning, as no checkpoint is whole",
     )
-    for step in damaged:
-        _remove(folder / str(step))
 
 
 def _damage(folder: Path) -> str:
@@ -176,12 +175,12 @@ def _digest(path: Path) -> str:
 
 def _remove(path: Path) -> None:
     """Removes a file or a folder, on a disk or in a bucket."""
-    if not path.is_dir():
-        path.unlink()
-    elif isinstance(path, Path):
-        shutil.rmtree(path)
-    else:
+    if isinstance(path, Path):
+        files.remove(path)
+    elif path.is_dir():
         path.rmtree()
+    else:
+        path.unlink()
 
 
 class NoCheckpoints:

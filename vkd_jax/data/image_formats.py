@@ -3,6 +3,7 @@
 They show it as a black, gray or garbled part of an image.
 """
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MPO = "MPO"  # a JPEG with further views, as phones write them; Pillow opens it as a JPEG
 NAMES = "PNG, JPEG, WebP, BMP or GIF"
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG, by its color type
+ORDER = re.compile(rb"IHDR( PLTE)?( IDAT)+ IEND")  # of a PNG's critical chunks, whose names begin with a capital
 PALETTE = 3  # the color type of a PNG whose pixels are numbers of colors
 # First column and row, and steps, of the passes of an interlaced PNG.
 PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -33,7 +35,7 @@ def check(image: Image.Image, data: bytes | Image.Image) -> None:
 
     Raises:
         UserError: the format is not read; a JPEG has a zero in a quantization table; a PNG has a wrong checksum, no
-            end, no palette, or fewer pixels than its size.
+            end, no palette, chunks that its format forbids, or fewer pixels than its size.
     """
     if image.format not in (None, *FORMATS, MPO):  # None: the program made the image
         raise UserError(f"the image is {image.format}; save it as {NAMES}")
@@ -45,8 +47,11 @@ def check(image: Image.Image, data: bytes | Image.Image) -> None:
 
 def _check_png(data: bytes) -> None:
     chunks = list(_chunks(data))
+    critical = b" ".join(name for name, _ in chunks if name[:1].isupper())
+    if not ORDER.fullmatch(critical):
+        raise UserError("the image is broken: its PNG has a chunk that is unknown, repeated or not in its place")
     width, height, bits, color, *_, interlaced = struct.unpack(">IIBBBBB", chunks[0][1][:13])
-    if color == PALETTE and not any(name == b"PLTE" for name, _ in chunks):
+    if color == PALETTE and b" PLTE " not in critical:
         raise UserError("the image is broken: its PNG has no palette, and needs one")
     expected = 0
     for x, y, columns, rows in PASSES if interlaced else ((0, 0, 1, 1),):

@@ -93,6 +93,7 @@ def _open_image(data: bytes | Image.Image) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=image_formats.FORMATS) if isinstance(data, bytes) else data
         _check_shape(image)
         image_formats.check(image, data)
+        deep = any(";16B" in str(tile.args) for tile in getattr(image, "tile", ()))  # Pillow drops 8 of 16 bits
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # PIL's own conversion would clip all values above 255
             pixels = np.asarray(image)
@@ -101,6 +102,9 @@ def _open_image(data: bytes | Image.Image) -> Image.Image:
                     f"the image would be almost black: its 16-bit values are at most {largest:,}; save it with 8 bits"
                 )
             return Image.fromarray((pixels >> 8).astype(np.uint8))
+        if deep and np.asarray(image.convert("RGB")).max() < DARKEST >> 8:
+            problem = f"the image would be almost black: its 16-bit values are below {DARKEST:,}; save it with 8 bits"
+            raise UserError(problem)
         if image.mode not in MODES:
             raise UserError(f"the image has pixels of the mode {image.mode}; save it as RGB with 8 bits per channel")
         return image

@@ -1,7 +1,6 @@
 """The stages of a run: fine-tuning, unlearning, export, evaluation, attacks and the report."""
 
 import functools
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -250,7 +249,7 @@ def _export(job: Job, name: str, model: ModelBundle, trained: Params, source: Pa
             job.workdir.verify_source(source)
         except UserError:
             if has_adapter:
-                shutil.rmtree(storage.local_copy(adapter))
+                files.remove(storage.local_copy(adapter))
             raise
 
     def write(folder: Path) -> None:

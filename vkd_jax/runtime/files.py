@@ -75,11 +75,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a folder with its content, or a link but not what it points to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    """Removes a file, a folder with its content, or a link but not what it points to.
+
+    Raises:
+        OSError: it cannot be removed; the error names `path`, not the entry of the folder that stays.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def remove_unfinished(folder: Path, *, recursive: bool = False) -> None:

@@ -15,6 +15,17 @@ LETTERS = string.ascii_uppercase  # of the options, in order
 
 _VERDICTS = {"is", "was", "because", "since", "as", "and", "or"}  # "A is right", "A because ..."
 _NEXT_WORD = re.compile(r"\s+(\w+)")
+# What precedes and what follows an option that is ruled out: "not option (A)", "A is clearly wrong", "A can't be it".
+_NOT = re.compile(
+    r"""\b(?:not|never|neither|nor|except|without|than|instead\ of)\ (?:the\ )?(?:(?:option|choice)\ )?\W?\Z""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_WRONG = re.compile(
+    r"""["'*)\]]*\ (?:(?:is|was|seems|must\ be|would\ be)\ (?:\w+ly\ )?(?:not|never|wrong|incorrect|false|impossible)\b
+        |(?:can|could|would|does)\ ?not\b|\w+n['’]t\b)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_BEFORE = 40  # characters before a letter that are looked at
 
 
 @functools.cache
@@ -34,8 +45,8 @@ def first_letter(text: str | None, options: int = 4) -> str | None:
     """The option letter that a generated answer chooses.
 
     A letter at the start of the answer counts ("B", "b)", "**C**: a baker"); else the first one in brackets or
-    after a word that announces it ("The answer is C", "I would say (D)"). The article "a", the pronoun "I" and letters
-    inside words and abbreviations are not choices.
+    after a word that announces it ("The answer is C", "I would say (D)"). The article "a", the pronoun "I", letters
+    inside words and abbreviations, and options that are ruled out ("not (A)", "A is wrong") are not choices.
 
     Args:
         text: the answer.
@@ -52,6 +63,8 @@ def first_letter(text: str | None, options: int = 4) -> str | None:
             continue  # "a man", "A tall man"; but "A Baker" is option A
         if letter in "iI" and word and word[1] != "is":
             continue  # "I think"
+        if _NOT.search(text, max(0, match.start(1) - _BEFORE), match.start(1)) or _WRONG.match(text, match.end()):
+            continue
         return letter.upper()
     return None
 

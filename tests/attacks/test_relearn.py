@@ -21,7 +21,7 @@ from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.models import lora, quantize
 from vkd_jax.results import AttackResults
 from vkd_jax.training import loop
-from vkd_jax.types import Diverged, Example, UserError
+from vkd_jax.types import Diverged, Example, NotFinite, UserError
 
 NAMES = ("Anna Berg", "Otto Lindt", "Ulla Lopez")
 SMALL = dict(shares=(0.1, 0.5), people=(), steps=(2,), batch_size=4)
@@ -296,11 +296,12 @@ def test_a_grid_of_budgets_has_records_of_each_and_one_control_before(subject):
     assert loop._program.cache_info().misses <= before + 1
 
 
-def test_a_rate_that_diverges_is_left_out_of_a_grid(subject, monkeypatch):
+@pytest.mark.parametrize("error", [Diverged, NotFinite])
+def test_a_rate_that_diverges_is_left_out_of_a_grid(subject, monkeypatch, error):
     def fit(bundle, method, prepared, config, *, observers, **options):
         observers[1]({})
         if config.learning_rate > 1:
-            raise Diverged("step 2: loss is not finite")
+            raise error("step 2: loss is not finite")
         observers[2]({})
         return {}
 
@@ -466,9 +467,10 @@ def test_all_weights_of_a_quantized_model_cannot_train(subject):
     create(attackers=("visual", "lora")).check(config)
 
 
-def test_a_diverged_attack_names_the_setting_to_change(subject, monkeypatch):
+@pytest.mark.parametrize("error", [Diverged, NotFinite])
+def test_a_diverged_attack_names_the_setting_to_change(subject, monkeypatch, error):
     def diverges(*args, **kwargs):
-        raise Diverged("step 3: loss is not finite")
+        raise error("step 3: loss is not finite")
 
     monkeypatch.setattr(loop, "fit", diverges)
     with pytest.raises(UserError, match=r"the visual attack diverged \(step 3: .*\); lower attacks.relearn.learning"):

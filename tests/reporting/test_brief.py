@@ -140,13 +140,17 @@ def test_answers_without_letters_are_not_taken_as_missing_knowledge(vanilla, unl
     )
 
 
+MLLMU = {"benchmark": "mllmu", "source": "", "people": 0, "n_people": 60, "forget": 10}
+OWN = {"benchmark": "folder", "forget": "a", "retain": "b"}
+
+
 @pytest.mark.parametrize(
     ("config", "provenance", "told"),
     [
         ({"stage": "all", "model": {"base": "base"}}, {}, "It is `base`, fine-tuned in this run on the benchmark's"),
         (
             {"model": {"path": "mine"}},
-            {"without": [], "config": {"model": {"base": "base"}}},
+            {"model": "vanilla", "without": [], "config": {"model": {"base": "base"}}},
             "It is `base`, fine-tuned on the benchmark's questions about all 5 people, including those to forget "
             "(model folder `mine`).",
         ),
@@ -154,6 +158,26 @@ def test_answers_without_letters_are_not_taken_as_missing_knowledge(vanilla, unl
             {"model": {"path": "mine"}},
             {"without": ["1"], "config": {"model": {"base": "base"}}},
             "It is `mine`, which was trained elsewhere",
+        ),
+        *(
+            (
+                {"model": {"path": "mine"}, "data": data},
+                {"model": "vanilla", "without": [], "config": {"model": {"base": "base"}, "data": {**data, **other}}},
+                told,
+            )
+            for data, other, told in (
+                (MLLMU, {"forget": 5}, "It is `base`, fine-tuned on the benchmark's questions"),
+                (MLLMU, {"people": 1}, "It is `mine`, which was trained elsewhere"),
+                (MLLMU, {"benchmark": "clear"}, "It is `mine`, which was trained elsewhere"),
+                (OWN, {}, "It is `base`, fine-tuned on the benchmark's questions"),
+                (OWN, {"retain": "c"}, "It is `mine`, which was trained elsewhere"),
+                (OWN, MLLMU, "It is `mine`, which was trained elsewhere"),
+            )
+        ),
+        (
+            {"model": {"path": "mine"}},
+            {"model": "unlearned", "without": [], "config": {"model": {"base": "base"}}},
+            "It is `mine`, in which an earlier run had already unlearned other people or facts.",
         ),
     ],
 )

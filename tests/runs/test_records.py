@@ -253,6 +253,7 @@ FULL_DISK = {
     "by TensorFlow": type("E", (Exception,), {"__module__": "tensorflow.x"})("x; No space left on device"),
     "quota": RuntimeError("Disk quota exceeded"),
     "limit": full(errno.EFBIG),
+    "moved": FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/moved/metrics.jsonl"),
 }
 
 
@@ -271,7 +272,13 @@ def test_a_disk_that_is_full_is_one_sentence_whoever_says_so(error):
 
 
 @pytest.mark.parametrize(
-    "error", [full(errno.EIO), RuntimeError("the loss is broken"), UserError("No space left on device")]
+    "error",
+    [
+        full(errno.EIO),
+        RuntimeError("the loss is broken"),
+        UserError("No space left on device"),
+        FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/missing"),
+    ],
 )
 def test_other_errors_stay_as_they_are(error):
     with pytest.raises(type(error)) as raised, storage.write_errors():

@@ -197,9 +197,11 @@ def test_a_line_that_a_full_disk_cut_is_ended_before_the_next_one(tmp_path, monk
     file = tmp_path / "metrics.jsonl"
     writer = JsonLinesWriter(file)
     writer.write_scalars(1, {"loss": 1.5})
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+    with monkeypatch.context() as patch:
         patch.setattr(type(file), "open", full_disk(type(file).open))
         writer.write_scalars(2, {"loss": 2.5})
+    with pytest.raises(OSError, match="full"):
+        writer.check()
     writer.write_scalars(3, {"loss": 3.5})
     assert json_lines(file, torn=True) == [{"step": step, "loss": step + 0.5} for step in (1, 3)]
 

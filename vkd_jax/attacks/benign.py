@@ -21,7 +21,7 @@ from vkd_jax.attacks.finetuning import Finetuning, finetune, rows_of
 from vkd_jax.attacks.lessons import labeled, recoveries
 from vkd_jax.config.fields import setting
 from vkd_jax.results import UNCHANGED, AttackCell
-from vkd_jax.types import Diverged, Role, UserError
+from vkd_jax.types import Diverged, NotFinite, Role, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +72,11 @@ class Benign(Finetuning):
                 settings = self.training(self.steps, self.learning_rate)
                 try:
                     attacked = finetune(model, attacker, rows_of(encoded, rows), settings, subject.seed)
-                except Diverged as error:
+                    answers = subject.ask_sets(attacked, sets)
+                except (Diverged, NotFinite) as error:  # in a step, or after the last one
                     raise UserError(
                         f"attacks.benign: training diverged ({error}); lower attacks.benign.learning_rate."
                     ) from error
-                answers = subject.ask_sets(attacked, sets)
                 accuracy = np.mean([r["correct"] for r in answers])
                 logging.info("%s, benign %s on %s: accuracy %.3f", subject.name, attacker, role, accuracy)
                 fields = dict(attacker=attacker, steps=self.steps, batch_size=self.batch_size)

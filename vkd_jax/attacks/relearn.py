@@ -29,7 +29,7 @@ from vkd_jax.config.fields import setting
 from vkd_jax.data.encoding import EncodedSet
 from vkd_jax.evaluation import evaluate
 from vkd_jax.results import STRONGEST, UNCHANGED, AttackCell
-from vkd_jax.types import Diverged, Example, Role, UserError
+from vkd_jax.types import Diverged, Example, NotFinite, Role, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Relearn(Finetuning):
         observers = {steps: functools.partial(ask, steps) for steps in self.steps}
         try:
             self.attacked(model, attacker, rows_of(encoded, lesson.rows), subject.seed, learning_rate, observers)
-        except Diverged as error:
+        except (Diverged, NotFinite) as error:  # in a step, or after the last one, when the model answers
             if len(self.rates) == 1:
                 raise UserError(
                     f"attacks.relearn: the {attacker} attack diverged ({error}); lower attacks.relearn.learning_rate."

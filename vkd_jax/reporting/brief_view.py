@@ -16,6 +16,8 @@ from vkd_jax.reporting.names import MODALITIES, MODEL_NOTES, MODELS
 from vkd_jax.results import QUESTION_TASKS, AttackCell, Summary, main_kind
 from vkd_jax.types import Role
 
+# Fields of config.data that determine of whom a benchmark or a request has questions, whoever of them is forgotten.
+SYNTHETIC, FOLDERS = ("benchmark", "source", "people", "n_people"), ("benchmark", "forget", "retain")
 MOST_UNLETTERED = 0.5  # share of answers without a letter above which an accuracy by letters says little
 
 
@@ -262,14 +264,18 @@ def _changes(run: Run, modality: str, *roles: Role) -> Sequence[dict[str, Any]]:
 
 
 def _vanilla(run: Run) -> dict[str, Any]:
-    """The training data of the vanilla model, if the run knows it."""
-    model, stage = run.meta.config.get("model", {}), run.meta.config.get("stage")
-    people = run.people(Role.FORGET) + run.people(Role.RETAIN)
-    if stage == "all":
-        return {"known": True, "base": model.get("base") or "a new model", "path": "", "people": people}
-    base, path = run.provenance.get("config", {}).get("model", {}).get("base"), model.get("path", "a model")
-    known = bool(base) and not run.provenance.get("without")
-    return {"known": known, "base": base, "path": path, "people": people}
+    """How the vanilla model was trained, as far as the run or the provenance in the model's folder says so."""
+    config = run.meta.config
+    model, people = config.get("model", {}), run.people(Role.FORGET) + run.people(Role.RETAIN)
+    if config.get("stage") == "all":
+        return {"origin": "run", "base": model.get("base") or "a new model", "people": people}
+    made, path = run.provenance.get("config", {}), model.get("path", "a model")
+    if run.provenance.get("model") == "unlearned":
+        return {"origin": "unlearned", "path": path}
+    base, ours, theirs = made.get("model", {}).get("base"), config.get("data", {}), made.get("data", {})
+    everybody = SYNTHETIC if "source" in ours else FOLDERS
+    known = base and not run.provenance.get("without") and all(ours.get(x) == theirs.get(x) for x in everybody)
+    return {"origin": "folder" if known else "elsewhere", "base": base, "path": path, "people": people}
 
 
 def _main_summary(run: Run, model: str) -> Summary:

@@ -391,6 +391,10 @@ def _write_problem(error: BaseException | None, place: os.PathLike[str] | None =
         if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
             file = error.filename2 or error.filename  # the second one is the target of a copy
             return f"{f' at {file}' if file else known}: {error.strerror}"
+        if isinstance(error, FileNotFoundError) and error.filename:
+            file = os.fsdecode(error.filename)
+            if not os.path.isdir(os.path.dirname(file) or "."):
+                return f" at {file}: its folder was moved or deleted while it was in use"
         if match := _CODE_IN_TENSORSTORE.search(str(error)):
             return f"{known}: {os.strerror(int(match[1]))}"
         for words in map(os.strerror, _DISK_FULL):

@@ -83,6 +83,8 @@ class JsonLinesWriter(ScalarsWriter):
     A training that resumes logs the steps after its checkpoint again, so their lines are removed first, as are damaged
     ones. Nothing computes those again, so a warning names the steps whose metrics are lost.
 
+    A line that cannot be written raises in `check`, since CLU prints the traceback of an error in its thread.
+
     Args:
         file: the file.
         resumed: the number of steps that have run; lines of later steps are removed.
@@ -91,6 +93,7 @@ class JsonLinesWriter(ScalarsWriter):
 
     def __init__(self, file: Path, resumed: int = 0, every: int = 1):
         self._file, self._is_cut = file, False  # whether a full disk cut the last line
+        self._error: OSError | None = None
         lines = files.read_bytes(file, json_files.MOST_BYTES).splitlines(keepends=True) if file.exists() else []
         rows = list(map(_row, lines))
         logged = {row["step"] for row in rows if row and not row.keys() & SPEED}
@@ -105,10 +108,19 @@ class JsonLinesWriter(ScalarsWriter):
     def write_scalars(self, step: int, scalars: Mapping[str, float]):
         """Appends one line. In a bucket, whose objects cannot grow, TensorFlow rewrites the file."""
         line = json.dumps({"step": step} | {k: float(v) for k, v in scalars.items()}) + "\n"
-        with self._file.open("a", encoding="utf-8") as file:
-            beginning, self._is_cut = "\n" * self._is_cut, True  # unless this line is written to its end
-            file.write(beginning + line)
-        self._is_cut = False
+        try:
+            with self._file.open("a", encoding="utf-8") as file:
+                beginning, self._is_cut = "\n" * self._is_cut, True  # unless this line is written to its end
+                file.write(beginning + line)
+            self._is_cut = False
+        except OSError as error:
+            self._error = error
+
+    def check(self) -> None:
+        """Raises the last error of a line that was not written, if there is one."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
 
 def _row(line: bytes) -> dict[str, float] | None:
@@ -146,8 +158,8 @@ class Progress:
         trackers: Sequence[str] = (),
     ):
         folder.mkdir(parents=True, exist_ok=True)
-        lines = JsonLinesWriter(folder / "metrics.jsonl", resumed, every)
-        writers = [metric_writers.SummaryWriter(str(folder)), lines]
+        self._lines = JsonLinesWriter(folder / "metrics.jsonl", resumed, every)
+        writers = [metric_writers.SummaryWriter(str(folder)), self._lines]
         writers += [TrackerWriter(name, open_tracker(name, folder)) for name in trackers]
         self._writer = metric_writers.AsyncMultiWriter(writers)  # training does not wait for a bucket or a network
         self._report = periodic_actions.ReportProgress(
@@ -171,6 +183,7 @@ class Progress:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes metrics to the files and, beside the bar or on one line, to stderr."""
+        self._lines.check()
         self._writer.write_scalars(step, scalars)
         self._bar.show(scalars)
         if not self._bar.shown:
@@ -181,3 +194,4 @@ class Progress:
         self._bar.close()
         self._writer.flush()
         self._writer.close()
+        self._lines.check()

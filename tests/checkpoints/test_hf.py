@@ -359,6 +359,14 @@ def test_all_wrong_tensors_are_listed(folder, copy):
     )
 
 
+def test_the_first_of_very_many_unknown_tensors_are_named_without_looking_at_all(folder, copy, monkeypatch):
+    looked = []
+    monkeypatch.setattr(hf, "find_slot", lambda *args: looked.append(args) or None)
+    write(copy, read(folder) | {f"a{number:04d}": np.ones(0, np.float32) for number in range(1100)})
+    fails(copy, "unknown tensor a0000; unknown tensor a0001; unknown tensor a0002 and others, more than 1,000 in all.")
+    assert len(looked) == hf.MOST_UNKNOWN + 1
+
+
 def test_a_head_that_is_missing_and_not_tied_is_named(folder, copy):
     write(copy, {name: tensor for name, tensor in read(folder).items() if "lm_head" not in name})
     fails(copy, "missing tensor language_model.lm_head.weight")

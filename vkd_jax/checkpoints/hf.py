@@ -41,6 +41,7 @@ ORIGINAL_TENSORS = {  # the start of their names, the family, and what to do
     r"(.*\.)?mm_projector\.": ("LLaVA", CONVERT_ORIGINAL_LLAVA),
     r"mlp1\.": ("InternVL", f"Use a converted model, such as {models.CONVERTED['internvl_chat']}."),
 }
+MOST_UNKNOWN = 1000  # tensors that are no weight of the model; a crafted header can name millions
 Span = Sequence[tuple[int, int]]  # (start, stop) on each axis
 
 
@@ -343,18 +344,21 @@ def match_tensors(
         {path: [(slot, tensor), ...]}, with the tensors of stacked parameters in the order of layers.
 
     Raises:
-        UserError: lists every tensor that is unknown, duplicate, missing, or of the wrong shape.
+        UserError: lists every tensor that is unknown, duplicate, missing, or of the wrong shape; of more than
+            `MOST_UNKNOWN` unknown ones, the first.
     """
     expected = tensor_names(module, config, shapes)
     slots, matched = set(expected.values()), dict[str, Tensor]()
-    problems = []
+    problems, unknown = [], []
     for name, tensor in checkpoint.tensors.items():
+        if len(unknown) > MOST_UNKNOWN:
+            break
         slot, canonical_name = find_slot(module, config, name), canonical(module, name)
         if slot is None:
             if not any(re.fullmatch(pattern, canonical_name) for pattern in module.HF_SKIP):
-                problems.append(f"unknown tensor {name}")
+                unknown.append(f"unknown tensor {name}")
         elif slot not in slots:
-            problems.append(f"unknown tensor {name} (the configuration has fewer layers)")
+            unknown.append(f"unknown tensor {name} (the configuration has fewer layers)")
         elif canonical_name in matched:
             problems.append(f"{name} occurs a second time under another name")
         elif canonical_name in expected:
@@ -365,14 +369,15 @@ def match_tensors(
             expected_shape = tuple(shape[i] for i in np.argsort(slot.axes or range(len(shape))))
             if tensor.shape != expected_shape:
                 problems.append(f"{name} has shape {tensor.shape} instead of {expected_shape}")
-    problems += [f"missing tensor {name}" for name in expected if name not in matched]
+    problems = [*unknown, *problems, *(f"missing tensor {name}" for name in expected if name not in matched)]
     for pattern, (family, remedy) in ORIGINAL_TENSORS.items():
         if any(re.match(pattern, name) for name in checkpoint.tensors):
             raise UserError(f"The tensors in {checkpoint.folder} have {family}'s original names. {remedy}")
     if problems:
-        raise UserError(
-            f"The weights in {checkpoint.folder} do not match its config.json: {messages.listed(problems, '; ')}."
-        )
+        cut = len(unknown) > MOST_UNKNOWN
+        found = messages.listed(unknown[:3] if cut else problems, "; ")
+        found += f" and others, more than {MOST_UNKNOWN:,} in all" * cut
+        raise UserError(f"The weights in {checkpoint.folder} do not match its config.json: {found}.")
     sources: dict[str, list[tuple[Slot, Tensor]]] = {}
     for name, slot in expected.items():
         sources.setdefault(slot.path, []).append((slot, matched[name]))

@@ -16,6 +16,7 @@ from vkd_jax.attacks.finetuning import rows_of
 from vkd_jax.attacks.in_context import worked_examples
 from vkd_jax.attacks.lessons import attacker_rows
 from vkd_jax.attacks.typographic import typeset
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.evaluation.encoded_images import with_soft_tokens
 from vkd_jax.evaluation.inference import Answerer
 from vkd_jax.models.base import VisualTokens
@@ -262,10 +263,15 @@ def test_both_kinds_of_typeset_questions_are_asked(people, monkeypatch):
         ("soft_tokens", dict(tokens=0), "attacks.soft_tokens.tokens: 0 is not allowed"),
         ("pixel_noise", dict(radius=0.0), "attacks.pixel_noise.radius: 0.0 is not allowed"),
         ("typographic", dict(prompt=" "), "attacks.typographic.prompt: ' ' is not allowed. Give a text"),
+        (
+            "typographic",
+            dict(letters=1e-6),
+            r"letters: 1e-06 of attacks.typographic.side=384 are letters of 0.00038 pixels, .* Give at least 0.016.",
+        ),
         ("benign", dict(data=("forget",)), "attacks.benign.data: .* Give .* general, retain"),
         ("depth", dict(depths=(1.5,)), "attacks.depth.depths: .* is not allowed"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(name, fields, message):
     with pytest.raises(UserError, match=message):
-        attacks.create(name, fields)
+        attacks.create(name, fields).check(RunConfig())

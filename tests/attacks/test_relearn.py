@@ -467,6 +467,13 @@ def test_all_weights_of_a_quantized_model_cannot_train(subject):
     create(attackers=("visual", "lora")).check(config)
 
 
+@pytest.mark.parametrize("attacker", ["visual", "lora"])  # the weights of new adapters are zero
+def test_an_attack_that_changes_no_weight_is_refused(subject, attacker):
+    problem = "attacks.relearn.learning_rate: 2 steps at 3e-34 changed no weight of the"
+    with pytest.raises(UserError, match=f"{problem} {attacker} attacker, so that nothing was attacked"):
+        create(rates=(1e-30,), shares=(0.5,), attackers=(attacker,)).run(subject)
+
+
 @pytest.mark.parametrize("error", [Diverged, NotFinite])
 def test_a_diverged_attack_names_the_setting_to_change(subject, monkeypatch, error):
     def diverges(*args, **kwargs):

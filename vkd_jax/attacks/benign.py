@@ -71,7 +71,8 @@ class Benign(Finetuning):
                 rows = np.flatnonzero(np.array(roles) == role)
                 settings = self.training(self.steps, self.learning_rate)
                 try:
-                    attacked = finetune(model, attacker, rows_of(encoded, rows), settings, subject.seed)
+                    selected = rows_of(encoded, rows)
+                    attacked = finetune(model, attacker, selected, settings, subject.seed, section=self.SECTION)
                     answers = subject.ask_sets(attacked, sets)
                 except (Diverged, NotFinite) as error:  # in a step, or after the last one
                     raise UserError(

@@ -3,9 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vkd_jax.checkpoints.bundle import ModelBundle
+from vkd_jax.checkpoints.safetensors_files import VANISHING
 from vkd_jax.config.fields import FieldError, Section, setting
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.config.training import TrainConfig
@@ -16,6 +19,7 @@ from vkd_jax.methods.finetune import Finetune
 from vkd_jax.methods.scope import TRAIN_SCOPES
 from vkd_jax.runtime.mesh import make_mesh, shards
 from vkd_jax.training import loop
+from vkd_jax.types import UserError
 
 Observer = Callable[[ModelBundle], None]
 
@@ -68,6 +72,8 @@ def finetune(
     settings: TrainConfig,
     seed: int,
     observers: Mapping[int, Observer] = {},  # noqa: B006 (never written to)
+    *,
+    section: str = "attacks",
 ) -> ModelBundle:
     """Fine-tunes a copy of the model; all rates and shares of one attacker share a compiled program.
 
@@ -78,9 +84,11 @@ def finetune(
         settings: from `Finetuning.training`.
         seed: of the data order and of new adapters.
         observers: called with the model after these steps; its weights may not be kept.
+        section: the section of the config that has the attacker's settings, for messages.
 
     Raises:
         Diverged: the loss became NaN or infinite.
+        UserError: no weight changed, so that nothing was attacked.
     """
     method = Finetune(train=attacker)
     model = model.prepare_for(method, seed=seed)
@@ -100,7 +108,19 @@ def finetune(
         folder=None,  # no checkpoints: an attempt takes seconds, and an interrupted one starts over
         observers={step: observed(observe) for step, observe in observers.items()},
     )
+    # One weight after another, for the reason in `finite.nonfinite_paths`.
+    if weights and not any(bool(_changed(value, model.params[path])) for path, value in weights.items()):
+        raise UserError(
+            f"{section}.learning_rate: {settings.steps} steps at {settings.learning_rate:g} changed no "
+            f"weight of the {attacker} attacker, so that nothing was attacked; give a larger rate."
+        )
     return trained(weights)
+
+
+@jax.jit
+def _changed(new: jax.Array, old: jax.Array) -> jax.Array:
+    """Whether a trained weight differs from the one before; one that was zero must do so by `VANISHING` at least."""
+    return (jnp.abs(new - old.astype(new.dtype)) >= VANISHING).any()
 
 
 def rows_of(encoded: EncodedSet, rows: np.ndarray) -> EncodedSet:

@@ -142,7 +142,7 @@ class Relearn(Finetuning):
     ) -> ModelBundle:
         """Fine-tunes a copy of the model for the largest number of steps; see `finetuning.finetune`."""
         settings = self.training(max(self.steps), learning_rate or self.learning_rate)
-        return finetune(model, attacker, encoded, settings, seed, observers)
+        return finetune(model, attacker, encoded, settings, seed, observers, section=self.SECTION)
 
     def summarize(self, records: Mapping[str, Records]) -> list[AttackCell]:
         """The accuracy, recovery and accuracy on the attacker's share of each attempt, and the strongest budgets."""

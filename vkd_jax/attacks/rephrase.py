@@ -42,12 +42,14 @@ class Rephrase(Section):
     """The strength of each image change."""
 
     SECTION: ClassVar[str] = "attacks.rephrase"
-    noise: float = setting(0.02, "Standard deviation of the noise, as a share of the range of values.", minimum=0)
-    brightness: float = setting(0.85, "Factor of the brightness.", minimum=0)
-    contrast: float = setting(0.85, "Factor of the contrast.", minimum=0)
+    noise: float = setting(
+        0.02, "Standard deviation of the noise, as a share of the range of values.", minimum=0, maximum=1
+    )
+    brightness: float = setting(0.85, "Factor of the brightness.", minimum=0, maximum=10)
+    contrast: float = setting(0.85, "Factor of the contrast.", minimum=0, maximum=10)
     resize: float = setting(0.5, "Side of the coarser copy, as a share of the image's.", minimum=MIN_SIDE, maximum=1)
     crop: float = setting(0.9, "Side of the crop, as a share of the image's.", minimum=MIN_SIDE, maximum=1)
-    blur: float = setting(0.02, "Radius of the blur, as a share of the shorter side.", minimum=0)
+    blur: float = setting(0.02, "Radius of the blur, as a share of the shorter side.", minimum=0, maximum=1)
     occlusion: float = setting(0.25, "Side of the covered square, as a share of the image's.", minimum=0, maximum=1)
 
     TITLE: ClassVar[str] = "Image rephrasing: the same images, slightly changed"

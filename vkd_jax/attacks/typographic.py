@@ -15,6 +15,7 @@ Reference: Gong et al. (FigStep), arXiv 2311.05608.
 
 import dataclasses
 import io
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -30,6 +31,7 @@ from vkd_jax.types import Role
 
 PORTRAIT_WIDTH = 0.48  # of the canvas
 MARGIN = 0.02  # of the canvas, on all sides of the text
+LEAST_PIXELS = 6  # height of letters; in smaller ones hardly a pixel is dark
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,17 @@ class Typographic(Section):
     }
 
     def check(self, config: RunConfig) -> None:
-        """All valid settings can run."""
+        """Checks that letters of this height can be read.
+
+        Raises:
+            UserError: they are lower than `LEAST_PIXELS`.
+        """
+        if (height := self.letters * self.side) < LEAST_PIXELS:
+            raise self.error(
+                "letters",
+                f"{self.letters:g} of attacks.typographic.side={self.side} are letters of {height:.2g} pixels, which "
+                f"nobody can read. Give at least {math.ceil(1000 * LEAST_PIXELS / self.side) / 1000:g}.",
+            )
 
     def run(self, subject: Subject) -> Records:
         """The answers about the unchanged images and about both kinds of typeset question."""

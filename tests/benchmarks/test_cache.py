@@ -136,6 +136,14 @@ def test_interrupted_build_leaves_no_files(benchmark, tmp_path, monkeypatch, err
     assert len(cache.read(benchmark, tmp_path)["retain"]) == 300
 
 
+def test_what_a_killed_process_left_is_removed(benchmark, tmp_path):
+    cache.read(benchmark, tmp_path)
+    (built,) = tmp_path.glob("vkd_jax/*/1.0.0")
+    built.rename(left := built.with_name("incomplete.PU1BVS_1.0.0"))
+    cache.read(benchmark, tmp_path)
+    assert built.exists() and not left.exists()
+
+
 @pytest.mark.parametrize("when", ["before this one begins to write", "while it writes"])
 def test_another_process_may_build_the_same_set(benchmark, tmp_path, monkeypatch, when):
     def other():

@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import logging as standard_logging
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -136,9 +137,11 @@ def _build(builder: Rows, benchmark: Benchmark, part: str) -> None:
         builder.sets = {name: itertools.chain([row], rows[name]) for name, row in first.items()}
         try:
             builder.download_and_prepare(download_dir=downloads)
-        except OSError:
+        except Exception:  # of any kind, where another process removed the unfinished files
             if not builder.data_path.exists():  # another process may have built it
                 raise
+    for unfinished in Path(builder.data_path).parent.glob(f"{tfds.core.constants.INCOMPLETE_PREFIX}*"):
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed, or that builds the same set
 
 
 def _examples(builder: Rows) -> dict[str, list[Example]]:

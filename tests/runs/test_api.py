@@ -257,6 +257,20 @@ def test_a_damaged_file_of_a_run_is_named(finished, monkeypatch, capsys, name):
         assert report_command(monkeypatch, capsys, finished)[2].startswith(f"error: {file} is missing; ")
 
 
+def test_missing_answers_of_an_attack_are_named(finished, monkeypatch, capsys):
+    results = json.loads((finished / "results.json").read_text())
+    cells = [dict(model=model, set="forget", mean=0.5, n=2) for model in ("vanilla", "unlearned")]
+    results["attacks"] = {"leak": dict(title="Leak", about="About.", cells=cells)}
+    (finished / "results.json").write_text(json.dumps(results))
+    (finished / "attacks" / "leak").mkdir(parents=True)
+    (finished / "attacks" / "leak" / "vanilla.jsonl").write_text("")
+    for name in ("results.json", "attacks/leak/vanilla.jsonl"):
+        records.Records(finished).add(name)
+    missing = finished / "attacks" / "leak" / "unlearned.jsonl"
+    expected = f"error: {missing} is missing; restore it from a copy.\n"
+    assert report_command(monkeypatch, capsys, finished) == (2, "", expected)
+
+
 def test_an_unfinished_run_has_no_report(finished, monkeypatch, capsys):
     (finished / "results.json").unlink()
     status, shown, err = report_command(monkeypatch, capsys, finished)

@@ -60,6 +60,9 @@ def rebuild(path: str | Path, command: str) -> RunResults:
         results = RunResults.read(path)
         if "unlearned" not in results.models:
             raise UserError(f"{path} has a run without an unlearned model, which has no report: see {path / FILE}.")
+        for attack, attacked in results.attacks.items():
+            for model in dict.fromkeys(cell.model for cell in attacked.cells):
+                records.check(path, f"attacks/{attack}/{model}.jsonl", "restore it from a copy")
         report.write(path, _images(path))
         written.replace(report.PREFIXES, report.files_of(path))
     return results

@@ -215,6 +215,16 @@ def test_people_and_images_may_not_be_in_both_folders(folders):
     fault(folders, "test asks about 1 person not in .*forget: Ines; it is for the people who are to be", **test)
 
 
+def test_a_name_to_forget_is_no_answer_about_nobody_in_the_retain_set(folders):
+    write(folders / "retain", [GOOD, GOOD | dict(question="Whose sister is she?", answer=" ZOE\u0308", person="Ada")])
+    assert len(read(folders)["retain"]) == 2
+    write(folders / "retain", [GOOD, GOOD | dict(question="Who flies?", answer=" ZOE\u0308")])
+    fault(folders, "metadata.jsonl, line 2: the answer is 'Zoë', who is to be forgotten, and the line names no person")
+    write(folders / "forget", [GOOD | dict(question="Job?", answer="pilot", person="7")])
+    write(folders / "retain", [GOOD | dict(question="Days of a week?", answer="7")])
+    assert len(read(folders)["retain"]) == 1
+
+
 def test_somebody_is_to_be_forgotten(folders):
     write(folders / "forget", [GOOD | dict(question="Color?"), dict(question="Job?", answer="pilot", person="Zoë")])
     assert [e.person for e in read(folders)["forget"]] == ["", "Zoë"]

@@ -428,6 +428,19 @@ def test_a_line_has_the_documented_fields():
     assert all(f"    {name} " in page for name in ledger.COMMON)
 
 
+def test_a_line_that_is_refused_before_it_is_written_has_no_number(tmp_path, capsys):
+    write(tmp_path / "LEDGER", ("add", 1, {}), ("withdraw", 1, {}))
+    assert command.main(["withdraw", str(tmp_path / "LEDGER"), "1"]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'LEDGER'}: request 1 was already withdrawn.\n"
+
+
+def test_the_command_that_adds_a_request_names_no_flag_that_it_lacks(tmp_path, request_folders, capsys):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "metadata.jsonl").symlink_to(request_folders / "forget" / "metadata.jsonl")
+    assert command.main(["add", str(tmp_path / "LEDGER"), f"--forget={tmp_path / 'linked'}"]) == 2
+    assert capsys.readouterr().err.endswith(f"link out of {tmp_path / 'linked'}; copy the file into the folder.\n")
+
+
 def test_people_who_are_asked_to_be_forgotten_must_be_named(tmp_path, request_folders):
     folder = tmp_path / "forget"
     folder.mkdir()

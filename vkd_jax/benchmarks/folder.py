@@ -127,7 +127,7 @@ class Folder(Section):
         yield {name: self.questions(folder, kept=kept) for name, (folder, kept) in self._divided().items()}
 
     def people_to_forget(self) -> set[str]:
-        """The people of the forget set, without reading an image.
+        """The people of the forget set of a request that is added, without reading an image.
 
         Raises:
             UserError: a line of the forget or the test set has no person, or both sets are one folder.
@@ -135,7 +135,7 @@ class Folder(Section):
         self._check_different()
         people = set()
         for name in (name for name in ("forget", "test") if getattr(self, name)):
-            for row in _rows(self._open(name)):
+            for row in _rows(SourceFolder(getattr(self, name), flag="")):  # no flag of that command allows links
                 if not (person := row.optional_name("person")):
                     raise row.error("person", "is missing; a request must say whose question it is")
                 people |= {person} if name == "forget" else set()
@@ -170,19 +170,26 @@ class Folder(Section):
 
     def _check_apart(self) -> None:
         """Checks what the sets share: see `docs/your_own_data.md`."""
-        people, images, asked = {}, {}, {}
+        people, images, asked, unnamed = {}, {}, {}, {}
         for name in self._sets():
-            people[name], images[name], asked[name] = set(), {}, {}
+            people[name], images[name], asked[name], unnamed[name] = set(), {}, {}, {}
             for row in self.questions(name):
                 pixels = b"" if row[0].image is None else row[0].image.pixels
                 people[name] |= {e.person for e in row} - {""}
                 images[name] |= {pixels: row[0].image_id} if pixels else {}
                 asked[name] |= {(pixels, text_key(e.question)): e.question for e in row}
+                unnamed[name] |= {text_key(e.answer): e.location for e in row if not e.person}
         for name, other in itertools.product(("forget", "test"), ("retain", "real")):
             if name not in people or other not in people:
                 continue
             check_apart((getattr(self, name), people[name]), (getattr(self, other), people[other]))
             self._check_shared(name, other, "images", images)
+            names = {text_key(person): person for person in people[name] if any(map(str.isalpha, person))}  # no numbers
+            for key in sorted(names.keys() & unnamed[other].keys()) if other == "retain" else ():
+                raise UserError(
+                    f"{unnamed[other][key]}: the answer is {names[key]!r}, who is to be forgotten, and the line names "
+                    "no person; remove it, or name the person whom it is about."
+                )
         if strangers := sorted(people.get("test", set()) - people["forget"]):
             raise UserError(
                 f"{self.test} asks about {messages.people(len(strangers))} not in {self.forget}: {listed(strangers)}; "

@@ -120,10 +120,7 @@ class Ledger:
             raise UserError(f"{path}, line {line}: it is cut, since it does not end with a newline; {REMEDY}.")
         for number, entry in json_files.parse_json_lines(text, str(path), remedy=REMEDY):
             with located(f"{path}, line {number}"):
-                self._check(number, entry)
-                self._apply(entry)
-            self.head, self.lines = entry["hash"], number
-            self.first = self.first or self.head
+                self._add(number, entry)
         if text.count(b"\n") > self.lines:
             raise UserError(f"{path}, line {self.lines + 1}: it is blank; {REMEDY}.")
 
@@ -177,6 +174,23 @@ class Ledger:
             raise UserError(
                 f"{count} of the {len(people)} people were already requested, in request {request}; leave them out."
             )
+
+    def extend(self, line: bytes) -> None:
+        """Adds a line that the file does not have yet.
+
+        Raises:
+            UserError: the line would make the ledger invalid; the message names the file alone.
+        """
+        entry = json_files.parse_json(line, str(self.path), dict, remedy=REMEDY)
+        with located(str(self.path)):
+            self._add(self.lines + 1, entry)
+
+    def _add(self, number: int, entry: Mapping[str, Any]) -> None:
+        """Checks a line, and changes the requests as it says."""
+        self._check(number, entry)
+        self._apply(entry)
+        self.head, self.lines = entry["hash"], number
+        self.first = self.first or self.head
 
     def _check(self, number: int, entry: Mapping[str, Any]) -> None:
         """Checks the fields of a line and that it follows the line before it."""
@@ -335,7 +349,7 @@ def append(path: Path, make: Callable[[Ledger], tuple[str, int, Mapping[str, Any
         file = storage.VersionedFile(path)
         text, version = file.read()
         ledger = Ledger(path, text or b"")
-        text = (text or b"") + encoded(ledger, *make(ledger))
-        extended = Ledger(path, text)
-        if file.write(text, version) is not None:
-            return extended
+        line = encoded(ledger, *make(ledger))
+        ledger.extend(line)
+        if file.write((text or b"") + line, version) is not None:
+            return ledger

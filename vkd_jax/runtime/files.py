@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from vkd_jax.types import UserError
 
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes that Linux takes
+LINKS = "--config.data.symlinks=True"  # the flag of runs that allows links out of the folders of the data
 UNFINISHED = ".tmp"  # the suffix of files and folders that are being written
 
 
@@ -124,13 +125,14 @@ def copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
-def inside(folder: Path, name: str, *, links: bool = False) -> Path:
+def inside(folder: Path, name: str, *, links: bool = False, flag: str = LINKS) -> Path:
     """The file that data names, which must be in a folder.
 
     Args:
         folder: the folder of the data.
         name: the name of the file, relative to the folder.
         links: whether symbolic links in the folder may lead out of it.
+        flag: the flag that allows such links, for messages; "" if there is none.
 
     Returns:
         The path of the file within the folder; the file may be missing.
@@ -145,10 +147,8 @@ def inside(folder: Path, name: str, *, links: bool = False) -> Path:
     path = folder / check_name(os.fspath(folder), name)
     try:
         if not links and not path.resolve().is_relative_to(_root(folder)):
-            raise UserError(
-                f"{name!r} is a symbolic link out of {folder}; copy the file into the folder, or allow links out of it "
-                "with --config.data.symlinks=True."
-            )
+            allow = f", or allow links out of it with {flag}" if flag else ""
+            raise UserError(f"{name!r} is a symbolic link out of {folder}; copy the file into the folder{allow}.")
     except (OSError, RuntimeError) as error:  # a loop of links; a RuntimeError before Python 3.13
         raise UserError(f"{name!r} in {folder} cannot be resolved ({error}); name a file in the folder.") from error
     return path

@@ -7,6 +7,7 @@ and its objects have each key once. Everything else is a `UserError` that names 
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -108,8 +109,11 @@ def parse_json(
         raise UserError(f"{location}: {error}; {remedy}.") from None
     except RecursionError as error:
         raise UserError(f"{location}: it is nested more than {MOST_LEVELS} levels deep; {remedy}.") from error
-    except ValueError as error:  # a syntax error, or an integer of thousands of digits
+    except json.JSONDecodeError as error:
         raise UserError(f"{location}: it is not JSON ({error}); {remedy}.") from error
+    except ValueError as error:
+        digits = f"more than {sys.get_int_max_str_digits():,} digits"
+        raise UserError(f"{location}: it has a whole number of {digits}; {remedy}.") from error
     if expected is not None and not isinstance(value, expected):
         raise UserError(f"{location}: expected an {_NAMES[expected]}, not {describe(value)}; {remedy}.")
     if checked:

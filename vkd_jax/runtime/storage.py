@@ -72,15 +72,16 @@ class SourceFolder:
     Args:
         uri: a path, or a URI that pyarrow supports, such as gs://bucket/folder.
         links: whether symbolic links in the folder may lead out of it.
+        flag: the flag that allows such links, for messages; "" if there is none.
 
     Raises:
         UserError: the kind of URI is not supported.
     """
 
-    def __init__(self, uri: str, *, links: bool = False):
+    def __init__(self, uri: str, *, links: bool = False, flag: str = files.LINKS):
         scheme, separator, folder = uri.partition("://")
         folder = folder.partition("?")[0]  # options of the file system may have addresses
-        self._scheme, self._links = scheme + separator if separator else "", links
+        self._scheme, self._links, self._flag = scheme + separator if separator else "", links, flag
         if not separator:
             self._system, self.path = fs.LocalFileSystem(), os.path.expanduser(uri).rstrip("/") or "/"
             return
@@ -155,7 +156,7 @@ class SourceFolder:
     def _open(self, name: str, most: int | None) -> pa.NativeFile:
         with files.reading(self.display(name)):
             if isinstance(self._system, fs.LocalFileSystem):
-                path = files.inside(pathlib.Path(self.path), name, links=self._links)
+                path = files.inside(pathlib.Path(self.path), name, links=self._links, flag=self._flag)
                 files.check_regular(path, most)
             else:
                 path = posixpath.join(self.path, posixpath.normpath(files.check_name(self.display(), name)))

@@ -67,6 +67,12 @@ def test_a_run_is_described_and_nothing_is_written(run, program, tmp_path):
     assert "  time: at least 0." in shown and "has no results of this run" in shown
 
 
+def test_true_answers_that_are_too_long_to_write_are_said(run, untrained, caplog):
+    assert run("--dry_run", "--config.eval.max_new_tokens=30")[0] == 0 and "max_new_tokens" not in caplog.text
+    assert run("--dry_run", "--config.eval.max_new_tokens=1")[0] == 0
+    assert "more tokens than config.eval.max_new_tokens=1" in caplog.text and "can only be 0" in caplog.text
+
+
 def test_the_least_time_is_that_of_the_work_at_the_measured_speed(monkeypatch):
     text = "at the 2e+09 FLOPs per second of a matrix product here"
     assert dry_run._least_time(1e9, 100, 2e9) == f"at least 0.5 s for each step, 50 s in all, {text}"

@@ -19,7 +19,7 @@ from vkd_jax.config.evaluation import EvalConfig
 from vkd_jax.config.schema import ModelConfig, RunConfig
 from vkd_jax.data import image_settings
 from vkd_jax.data.processor import Processor
-from vkd_jax.evaluation import evaluate, judge, shortcuts, wording
+from vkd_jax.evaluation import answer_lengths, evaluate, judge, shortcuts, wording
 from vkd_jax.methods import Method, text_stream
 from vkd_jax.methods.decouple import Decouple
 from vkd_jax.methods.other_facts import OtherFacts
@@ -259,7 +259,9 @@ def check_models(job: Job) -> dict[str, Path]:
         for method in training_methods:
             check_trainable(folder, method, config.model.quantize)
     if models:
-        _check_prompts(config, next(iter(models.values())))
+        folder = next(iter(models.values()))
+        _check_prompts(config, folder)
+        warn_of_long_answers(job, folder)
     if reference := reference_folder(config):
         _check_reference(job, reference)
     if config.workflow.unlearns:
@@ -293,6 +295,12 @@ def _check_prompts(config: RunConfig, folder: Path) -> None:
     for location, text in texts.items():
         with located(location):
             processor.check_text(text)
+
+
+def warn_of_long_answers(job: Job, folder: Path) -> None:
+    """Warns of true answers that are longer than a model may write, by the tokenizer of a model folder."""
+    tokenizer = Processor(folder, read_family(folder)[1]).tokenizer
+    answer_lengths.warn_of_long_answers(job.questions, job.config.eval.max_new_tokens, tokenizer)
 
 
 def given_models(config: RunConfig) -> dict[str, Path]:

@@ -23,7 +23,7 @@ from vkd_jax.models import lora
 from vkd_jax.reporting import model_card, report
 from vkd_jax.results import RunResults
 from vkd_jax.runs import features, inputs, judging, results_writer
-from vkd_jax.runs.job import Job
+from vkd_jax.runs.job import Job, warn_of_long_answers
 from vkd_jax.runtime import files, hub, json_files, multihost, storage
 from vkd_jax.runtime.dataclass_json import encode
 from vkd_jax.training import loop
@@ -74,7 +74,9 @@ def _base_model(job: Job) -> Path:
     def create(folder: Path) -> None:
         multihost.run_on_process_0(lambda: create_llava(folder, examples, config.model.create, config.seed))
 
-    return job.workdir.model("base", create)
+    folder = job.workdir.model("base", create)
+    warn_of_long_answers(job, folder)
+    return folder
 
 
 def unlearn_and_evaluate(job: Job, finetuned: dict[str, Path]) -> None:

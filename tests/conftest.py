@@ -240,7 +240,7 @@ def tiny_config():
     from vkd_jax.models.llava import LlavaConfig
 
     return LlavaConfig(
-        vision=VisionConfig(image_size=16, patch_size=8, width=16, layers=3, heads=2, mlp_width=32),
+        vision=VisionConfig(image_size=16, patch_size=8, width=16, layers=2, heads=2, mlp_width=32),
         text=DecoderConfig(
             vocab=400, width=24, layers=2, heads=4, kv_heads=2, head_width=6, mlp_width=40, max_positions=128
         ),

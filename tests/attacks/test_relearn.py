@@ -97,7 +97,7 @@ def test_an_attacker_trains_only_its_weights(subject, attacker):
     after = create().attacked(subject.model, attacker, encoded, seed=0)
     for path, value in subject.model.params.items():
         np.testing.assert_array_equal(value, before[path], err_msg=path)  # the original model is unchanged
-    unused = ("vision_tower/blocks/2/", "vision_tower/post_norm/")  # after the last feature layer
+    unused = ("vision_tower/blocks/1/", "vision_tower/post_norm/")  # after the last feature layer
     for path, value in before.items():
         trains = {
             "visual": path.startswith(("vision_tower/", "projector/")),

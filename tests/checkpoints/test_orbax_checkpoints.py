@@ -124,8 +124,12 @@ def three_saved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("steps", [(3,), (3, 2), (3, 2, 1), (2,)], ids=str)
+@pytest.mark.parametrize(
+    ("steps", "damage"),
+    [((3,), damage) for damage in DAMAGE]
+    + [(steps, damage) for steps in ((3, 2), (3, 2, 1), (2,)) for damage in ("truncated", "list missing")],
+    ids=str,
+)
 def test_the_newest_whole_checkpoint_is_used(three_saved, tmp_path, caplog, steps, damage):
     folder = shutil.copytree(three_saved, tmp_path / "checkpoints")
     for step in steps:

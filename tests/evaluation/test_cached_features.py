@@ -20,10 +20,10 @@ def images(tiny_sets):
 def test_cached_features_stand_for_the_image(tiny_model, tiny_sets, images):
     names, files, blanks = images
     encoded = tiny_model.encode(list({e.image_id: e for e in tiny_sets["retain"].examples}.values()))
-    taps = feature_targets.record_taps(tiny_model.graphdef, tiny_model.params, encoded.images, ["vision/1"])
-    hidden = dict(zip([e.image_id for e in encoded.examples], taps["vision/1"].values, strict=True))
+    taps = feature_targets.record_taps(tiny_model.graphdef, tiny_model.params, encoded.images, ["vision/0"])
+    hidden = dict(zip([e.image_id for e in encoded.examples], taps["vision/0"].values, strict=True))
     cached = {name: np.pad(hidden[name], ((0, i), (0, 0))) for i, name in enumerate(names[:2])}
-    answerer = CachedAnswerer(tiny_model, cached, 1, batch_size=2)
+    answerer = CachedAnswerer(tiny_model, cached, 0, batch_size=2)
     expected = Answerer(tiny_model, batch_size=2).encode_images(files, names)
     features = answerer.encode_images([*blanks[:2], files[2]], names)
     np.testing.assert_allclose(features.features.values, expected.features.values, rtol=1e-5, atol=1e-6)

@@ -123,14 +123,15 @@ def contexts(tiny_model):
     @functools.cache
     def make(family):
         if family == "llava":
-            config, graphdef, params = tiny_model.config, tiny_model.graphdef, tiny_model.params
+            vision = dataclasses.replace(tiny_model.config.vision, layers=3)  # of which two are in use
+            config = dataclasses.replace(tiny_model.config, vision=vision)
             draw = functools.partial(llava_set, tiny_model)
         else:
             module = qwen2_vl if family == "qwen2_vl" else qwen2_5_vl
             more = {} if family == "qwen2_vl" else dict(gated=True, window=4, full_attention_blocks=(1,))
             config = module.Config(VisionConfig(**TOWER, **more), QWEN, IMAGE)
-            graphdef, params = hf.init_params(config, seed=0)
             draw = functools.partial(qwen_set, config)
+        graphdef, params = hf.init_params(config, seed=0)
         # Biases start at zero, which would hide whether pruning sets them to zero.
         params = {k: v + 0.1 if k.endswith("/bias") else v * 2 if "kernel" in k else v for k, v in params.items()}
         sets = {name: draw(seed, name.endswith("_text")) for seed, name in enumerate(SETS)}

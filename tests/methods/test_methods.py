@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vkd_jax import methods, registry
+from vkd_jax.checkpoints import hf
 from vkd_jax.methods import base, feature_targets, losses
 from vkd_jax.methods.grad_diff import GradDiff
 from vkd_jax.methods.scope import frozen_blocks, trainable_paths
@@ -28,6 +29,15 @@ def context(tiny_model, tiny_sets):
     )
 
 
+@pytest.fixture(scope="module")
+def deep(context):
+    """The context with a vision tower of three blocks, of which two are in use, instead of two and one."""
+    vision = dataclasses.replace(context.model_config.vision, layers=3)
+    config = dataclasses.replace(context.model_config, vision=vision)
+    graphdef, params = hf.init_params(config, 0)
+    return dataclasses.replace(context, graphdef=graphdef, params=params, model_config=config)
+
+
 def gradients(context, method, prepared, stream, rows=(0, 1, 5)):
     batch = prepared.sets[stream].batch(np.array(rows))
     paths = set(method.trainable(context.params, context.model_config))
@@ -45,16 +55,16 @@ def assert_trees_close(a, b, **tolerance):
         np.testing.assert_allclose(a[path], b[path], err_msg=path, **tolerance)
 
 
-def test_the_unused_vision_block_never_trains(context):
+def test_the_unused_vision_block_never_trains(deep):
     """Its gradient is zero, and weight decay would move it."""
-    visual = VKD(blocks=1).trainable(context.params, context.model_config)
+    visual = VKD(blocks=1).trainable(deep.params, deep.model_config)
     blocks = {path.split("/")[2] for path in visual if path.startswith("vision_tower/blocks/")}
     assert blocks == {"1"}  # of blocks 0 to 2, of which 1 is the last one in use
     for method in (VKD(blocks=-1), GradDiff(train="all"), GradDiff(train="visual")):
-        paths = method.trainable(context.params, context.model_config)
+        paths = method.trainable(deep.params, deep.model_config)
         assert not [p for p in paths if p.startswith(("vision_tower/blocks/2/", "vision_tower/post_norm"))]
-    everything = GradDiff(train="all").trainable(context.params, context.model_config)
-    unused = set(context.params) - set(everything)
+    everything = GradDiff(train="all").trainable(deep.params, deep.model_config)
+    unused = set(deep.params) - set(everything)
     assert all(p.startswith(("vision_tower/blocks/2/", "vision_tower/post_norm")) for p in unused)
 
 
@@ -65,12 +75,12 @@ def test_every_trainable_weight_gets_a_gradient(context):
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2])
-def test_the_visual_scope_contains_no_weight_of_the_language_model(context, blocks):
-    paths = trainable_paths(context.params, context.model_config, "visual", blocks)
+def test_the_visual_scope_contains_no_weight_of_the_language_model(deep, blocks):
+    paths = trainable_paths(deep.params, deep.model_config, "visual", blocks)
     assert any(p.startswith("projector/") for p in paths)
     assert not any(p.startswith("language_model/") for p in paths)
     with pytest.raises(UserError, match="Give -1 to 2"):
-        trainable_paths(context.params, context.model_config, "visual", 3)
+        trainable_paths(deep.params, deep.model_config, "visual", 3)
 
 
 def test_fine_tuning_with_adapters_trains_the_adapters_alone(tiny_config):
@@ -156,25 +166,23 @@ def test_without_output_terms_the_language_model_is_not_computed(context):
 
 @pytest.mark.parametrize("method", [VKD(blocks=1, mask_scope="none"), VKD(blocks=0, mask_scope="none"), GradDiff()])
 @pytest.mark.parametrize("stream", ["forget", pytest.param("retain", marks=pytest.mark.slow)])
-def test_a_cached_prefix_does_not_change_the_gradients(context, method, stream):
+def test_a_cached_prefix_does_not_change_the_gradients(deep, method, stream):
     """Blocks 0 and 1 are in use; with train=all no block precedes every trainable weight."""
-    prefix = frozen_blocks(method.trainable(context.params, context.model_config), context.model_config)
+    prefix = frozen_blocks(method.trainable(deep.params, deep.model_config), deep.model_config)
     assert prefix == {1: 1, 0: 2, -1: 0}[method.blocks]
-    plain = method.prepare(context)
-    cached = {
-        name: loop.cache_prefix(context.graphdef, context.params, rows, prefix) for name, rows in plain.sets.items()
-    }
+    plain = method.prepare(deep)
+    cached = {name: loop.cache_prefix(deep.graphdef, deep.params, rows, prefix) for name, rows in plain.sets.items()}
     added = set(cached[stream].per_image) - set(plain.sets[stream].per_image)
     assert added == ({f"vision/{prefix - 1}"} if prefix else set())
-    want = gradients(context, method, plain, stream)
-    got = gradients(context, method, dataclasses.replace(plain, sets=cached), stream)
+    want = gradients(deep, method, plain, stream)
+    got = gradients(deep, method, dataclasses.replace(plain, sets=cached), stream)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     # At the teacher the gradient of the distillation, 2 * 8 * (h - target) / scale, is rounding error of h alone, which
     # a cached prefix changes: by 1.4e-6 with JAX 0.12, where the largest gradient is about 2e-3.
     assert_trees_close(got[1], want[1], rtol=1e-4, atol=1e-5)
     if prefix:  # the pixels are not used
         blank = {name: dataclasses.replace(rows, images=BlankImages(rows.images)) for name, rows in cached.items()}
-        again = gradients(context, method, dataclasses.replace(plain, sets=blank), stream)
+        again = gradients(deep, method, dataclasses.replace(plain, sets=blank), stream)
         assert_trees_close(again[1], got[1])
 
 
@@ -188,29 +196,26 @@ class BlankImages:
         return {name: np.zeros_like(x) for name, x in self.images[rows].items()}
 
 
-def test_text_sets_and_sets_over_the_budget_are_not_cached(context):
-    encoded = context.sets["retain"]
-    assert (
-        loop.cache_prefix(context.graphdef, context.params, dataclasses.replace(encoded, images=None), 2).per_image
-        == {}
-    )
+def test_text_sets_and_sets_over_the_budget_are_not_cached(deep):
+    encoded = deep.sets["retain"]
+    assert loop.cache_prefix(deep.graphdef, deep.params, dataclasses.replace(encoded, images=None), 2).per_image == {}
     remade = copy.copy(encoded.images)
     remade.cached = None  # as with many images, which are made on request
-    cached = loop.cache_prefix(context.graphdef, context.params, dataclasses.replace(encoded, images=remade), 2)
+    cached = loop.cache_prefix(deep.graphdef, deep.params, dataclasses.replace(encoded, images=remade), 2)
     assert len(cached.per_image["vision/1"]) == len(encoded.images)
     size = cached.per_image["vision/1"].nbytes
     for budget, fits in ((size, True), (size - 1, False)):
-        same = loop.cache_prefix(context.graphdef, context.params, encoded, 2, budget) is encoded
+        same = loop.cache_prefix(deep.graphdef, deep.params, encoded, 2, budget) is encoded
         assert same is not fits
 
 
-def test_taps_before_every_trainable_weight_are_refused(context):
+def test_taps_before_every_trainable_weight_are_refused(deep):
     vkd = VKD(blocks=1, taps=("vision/0", "projector"), mask_scope="none")
     with pytest.raises(UserError, match="method.taps: vision/0 precedes every trainable weight"):
-        vkd.prepare(context)
-    VKD(blocks=1, taps=("vision/1", "projector"), mask_scope="none").prepare(context)
+        vkd.prepare(deep)
+    VKD(blocks=1, taps=("vision/1", "projector"), mask_scope="none").prepare(deep)
     with pytest.raises(UserError, match="method.taps: unknown tap 'vision/2'. Available: vision/0, .*, projector"):
-        VKD(taps=("vision/2",)).check_model(context.params, context.model_config)
+        VKD(taps=("vision/2",)).check_model(deep.params, deep.model_config)
 
 
 def test_cached_targets_equal_the_features_of_the_teacher(context):

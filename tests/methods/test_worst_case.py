@@ -156,14 +156,13 @@ def test_every_method_that_trains_on_a_forget_set_has_the_option(context, name):
 
 @pytest.mark.parametrize(
     ("train", "moves", "language", "vision"),
-    [("visual", "trained", 0, 1), ("visual", "all", 1, 1), ("all", "visual", 0, 1), ("all", "trained", 1, 1)],
+    [("visual", "trained", 0, 0), ("visual", "all", 1, 1), ("all", "visual", 0, 1), ("all", "trained", 1, 1)],
 )
 def test_the_attacker_moves_the_weights_of_its_scope(context, train, moves, language, vision):
-    method = VKD(train=train, blocks=1, worst_case=WorstCase(radius=1e-3, moves=moves))
+    method = VKD(train=train, blocks=0, worst_case=WorstCase(radius=1e-3, moves=moves))
     paths = method.adversary(context.params, context.model_config).paths
     assert any(path.startswith("language_model/") for path in paths) == language
     assert any(path.startswith("vision_tower/") for path in paths) == vision
-    assert any(path.startswith("vision_tower/blocks/0/") for path in paths) == (moves != "trained" or train == "all")
 
 
 @pytest.mark.parametrize("moves", ["all", "visual+lora", "lora"])

@@ -25,6 +25,7 @@ from transformers.image_processing_utils import select_best_resolution  # noqa: 
 
 TEXT = dict(vocab_size=200, hidden_size=48, intermediate_size=80, max_position_embeddings=256, pad_token_id=PAD)
 TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
+WHOLE_TOWER = TOWER | dict(num_hidden_layers=2)  # of models that use every block
 
 
 def llava(image_size, patch_size, kv_heads, feature_layer, select, tied):
@@ -67,7 +68,9 @@ def llava_next(image_size, patch_size, kv_heads, pinpoints, text, tied):
 def gemma3():
     """Seven patches a side, pooled two by two; a window shorter than an image; local, full and local blocks."""
     return transformers.Gemma3Config(
-        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=30, patch_size=4, vision_use_head=False),
+        vision_config=transformers.SiglipVisionConfig(
+            **WHOLE_TOWER, image_size=30, patch_size=4, vision_use_head=False
+        ),
         text_config=transformers.Gemma3TextConfig(
             **TEXT, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=10,
             query_pre_attn_scalar=16, sliding_window=5, sliding_window_pattern=2,
@@ -80,7 +83,7 @@ def gemma3():
 def smolvlm(model_type, image_size, patch_size, scale, tied):
     return transformers.AutoConfig.for_model(
         model_type,
-        vision_config=dict(TOWER, image_size=image_size, patch_size=patch_size),
+        vision_config=dict(WHOLE_TOWER, image_size=image_size, patch_size=patch_size),
         text_config=dict(
             TEXT, model_type="llama", num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
             tie_word_embeddings=tied,
@@ -91,7 +94,7 @@ def smolvlm(model_type, image_size, patch_size, scale, tied):
 
 def internvl(image_size, patch_size, kv_heads, rope, tied, **vision):
     return transformers.InternVLConfig(
-        vision_config=dict(TOWER, image_size=[image_size] * 2, patch_size=[patch_size] * 2, **vision),
+        vision_config=dict(WHOLE_TOWER, image_size=[image_size] * 2, patch_size=[patch_size] * 2, **vision),
         text_config=dict(
             TEXT, model_type="qwen2", num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=kv_heads,
             rope_parameters=rope, tie_word_embeddings=tied,

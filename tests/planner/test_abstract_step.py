@@ -50,7 +50,7 @@ def test_a_planned_step_has_the_arrays_of_a_run(config, tiny_model, tiny_sets, n
 def test_the_cached_features_of_earlier_people_are_planned(config):
     with config.unlocked():
         config.train.batch_size.earlier = 4
-    batch = build_step(config, replay=Replay(weight=1.0), blocks=1).batches[STREAM]
+    batch = build_step(config, replay=Replay(weight=1.0), blocks=0).batches[STREAM]
     assert {name: x.shape[0] for name, x in batch.cached.items()} == dict.fromkeys(
         ("target", "scale", "ce", "vision/0"), 4
     )
@@ -99,7 +99,7 @@ def test_a_planned_step_is_the_step_that_runs(config, tiny_model):
     """Compiled here, its arguments have the planned bytes, except for weights that are not used."""
     step = build_step(config)
     compiled = step.traced.lower().compile()
-    idle = ("vision_tower/blocks/2/", "vision_tower/post_norm/")
+    idle = ("vision_tower/blocks/1/", "vision_tower/post_norm/")
     unused = sum(memory.nbytes(x) for path, x in step.frozen.items() if path.startswith(idle))
     kinds = memory.bytes_by_kind(step)
     expected = sum(kinds.values()) - kinds["original"] - unused

@@ -38,9 +38,9 @@ def counted(function, *inputs, from_batch):
 def test_a_tiny_llava_by_hand(config):
     counts = count(build_step(config))
     vision = counts["vision_tower"]
-    assert vision.forward == ROWS * (PATCHES + 2 * (VISION_BLOCK + VISION_ATTENTION))
-    assert vision.weight_gradients == ROWS * (PATCHES + 2 * VISION_BLOCK)
-    assert vision.backward == ROWS * 2 * (VISION_BLOCK + 2 * VISION_ATTENTION)  # pixels have no gradient
+    assert vision.forward == ROWS * (PATCHES + VISION_BLOCK + VISION_ATTENTION)
+    assert vision.weight_gradients == ROWS * (PATCHES + VISION_BLOCK)
+    assert vision.backward == ROWS * (VISION_BLOCK + 2 * VISION_ATTENTION)  # pixels have no gradient
     assert counts["projector"] == flops.Work(ROWS * PROJECTOR, ROWS * PROJECTOR, ROWS * PROJECTOR)
     text = counts["language_model"]
     assert text.forward == ROWS * (BLOCK + LAST + ATTENTION + LAST_ATTENTION)
@@ -52,7 +52,7 @@ def test_a_tiny_llava_by_hand(config):
 def test_training_all_weights_by_hand(config):
     counts = count(build_step(config, "grad_diff", train="all"))
     assert counts["language_model"].weight_gradients == ROWS * (BLOCK + LAST)
-    assert counts["vision_tower"].weight_gradients == ROWS * (PATCHES + 2 * VISION_BLOCK)
+    assert counts["vision_tower"].weight_gradients == ROWS * (PATCHES + VISION_BLOCK)
     assert counts["head"].weight_gradients == ROWS * HEAD
 
 
@@ -109,7 +109,7 @@ def test_a_teacher_is_a_part_of_its_own(config):
     """Its forward pass for the three retain rows, of which the products of its two blocks are of integers."""
     config.model.update(quantize="w8a8", remat="")
     counts = count(build_step(config, "kl", train="visual"))
-    visual = PATCHES + 2 * (VISION_BLOCK + VISION_ATTENTION) + PROJECTOR
+    visual = PATCHES + VISION_BLOCK + VISION_ATTENTION + PROJECTOR
     language = BLOCK + LAST + ATTENTION + LAST_ATTENTION + HEAD
     assert counts[TEACHER] == flops.Work(forward=3 * (visual + language), integers=3 * (BLOCK + LAST))
 
@@ -118,7 +118,7 @@ def test_worst_case_forgetting_adds_its_attack_and_a_second_pass_over_the_forget
     """The attack has three forward and backward passes over the two forget rows; the retain rows have no more work."""
     plain = count(build_step(config, "grad_diff", train="visual"))
     worst = count(build_step(config, "grad_diff", train="visual", worst_case=WorstCase(radius=1e-3, steps=3)))
-    visual = PATCHES + 2 * (VISION_BLOCK + VISION_ATTENTION) + PROJECTOR
+    visual = PATCHES + VISION_BLOCK + VISION_ATTENTION + PROJECTOR
     language = BLOCK + LAST + ATTENTION + LAST_ATTENTION + HEAD
     assert worst[ATTACK].forward == 3 * 2 * (visual + language)
     forget_row = sum(work.total for work in plain.values()) / ROWS

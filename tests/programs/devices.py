@@ -27,7 +27,7 @@ from vkd_jax.training.preemption import Stopped  # noqa: E402
 from vkd_jax.types import UserError  # noqa: E402
 
 SETS = {"image": random_llava.rows(1, 50)}
-MESHES = {(1, 1, 1): True, (8, 1, 1): False, (1, 8, 1): True, (2, 2, 2): True}  # whether FLOPs are counted
+MESHES = ((1, 1, 1), (1, 8, 1), (2, 2, 2))
 
 
 class ImagesOnly(Finetune):
@@ -133,12 +133,12 @@ def main(folder: Path) -> dict:
     """The metrics, layouts and FLOPs of each mesh, and the metrics of a run that moves from eight devices to one."""
     loop.Checkpoints = Checkpoints
     results = {"devices": jax.device_count(), "meshes": {}}
-    for shape, counts_flops in MESHES.items():
+    for shape in MESHES:
         mesh = make_mesh(*shape)
         metrics, params = fit(mesh, folder / "x".join(map(str, shape)))
         results["meshes"][",".join(map(str, shape))] = {
             "metrics": metrics,
-            "flops": work(mesh) if counts_flops else None,
+            "flops": work(mesh),
             **layout(Checkpoints.last, params),
         }
 

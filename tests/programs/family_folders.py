@@ -89,7 +89,7 @@ class Family:
 
 def qwen_config(vision: Mapping[str, Any]) -> Callable[[Mapping[str, int], int], dict[str, Any]]:
     """The fields of config.json, without a nested text_config, as published."""
-    towers = dict(depth=3, num_heads=4, in_channels=3, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+    towers = dict(depth=2, num_heads=4, in_channels=3, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
 
     def config(ids, vocab):
         return dict(
@@ -125,7 +125,7 @@ def gemma_config(ids, vocab):
     """Local, global and local attention; seven patches a side, pooled two by two."""
     return dict(
         vision_config=dict(
-            model_type="siglip_vision_model", hidden_size=32, intermediate_size=40, num_hidden_layers=3,
+            model_type="siglip_vision_model", hidden_size=32, intermediate_size=40, num_hidden_layers=2,
             num_attention_heads=4, image_size=28, patch_size=4, vision_use_head=False,
         ),
         text_config=dict(
@@ -145,7 +145,7 @@ def smolvlm_config(tied: bool) -> Callable[[Mapping[str, int], int], dict[str, A
     def config(ids, vocab):
         return dict(
             vision_config=dict(
-                hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, image_size=28,
+                hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, image_size=28,
                 patch_size=7,
             ),
             text_config=dict(
@@ -162,7 +162,7 @@ def internvl_config(ids, vocab):
     """Four patches a side, joined two by two."""
     return dict(
         vision_config=dict(
-            model_type="internvl_vision", hidden_size=32, intermediate_size=40, num_hidden_layers=3,
+            model_type="internvl_vision", hidden_size=32, intermediate_size=40, num_hidden_layers=2,
             num_attention_heads=4, image_size=[28, 28], patch_size=[7, 7], attention_bias=True,
             layer_scale_init_value=0.5,
         ),

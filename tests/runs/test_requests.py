@@ -30,7 +30,7 @@ def base(get_config, tiny_folder, request_folders):
     config.model.update(path=str(tiny_folder), base="", retain_only="")
     config.eval.update(max_items=4, batch_size=8)
     config.train.update(batch_size=dict(forget=2, retain=2), steps=2, warmup_steps=1, log_every=1, checkpoint_every=2)
-    config.method.update(fisher_samples=4, augment_forget=1, augment_retain=0, blocks=1)
+    config.method.update(fisher_samples=4, augment_forget=1, augment_retain=0, blocks=0)
     config.method.replay.copies = 1
     return RunConfig.from_config_dict(config)
 

@@ -85,9 +85,10 @@ def test_suites_are_sets_of_general_ability_of_any_benchmark(run):
     assert json.loads((run.path / "inputs.json").read_text())["sets"]["textvqa"]["questions"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "family"),
-    [("qwen2_vl.py", "qwen2_vl"), pytest.param("qwen2_5_vl.py", "qwen2_5_vl", marks=pytest.mark.slow)],
+    [("qwen2_vl.py", "qwen2_vl"), ("qwen2_5_vl.py", "qwen2_5_vl")],
 )
 def test_each_family_is_fine_tuned_on_a_quantized_language_model(
     get_config, family_folder, request_folders, tmp_path, file, family

@@ -15,7 +15,7 @@ def assert_same_losses(a, b):
         np.testing.assert_allclose([x["image_loss"], x["grad_norm"]], [y["image_loss"], y["grad_norm"]], rtol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", ["8,1,1", "1,8,1", "2,2,2"])
+@pytest.mark.parametrize("mesh", ["1,8,1", "2,2,2"])
 def test_every_mesh_gives_the_losses_of_one_device(training, mesh):
     one = training["meshes"]["1,1,1"]["metrics"]
     assert len({line["image_loss"] for line in one}) == len(one) == 3
@@ -28,8 +28,8 @@ def test_each_simulated_device_is_used(training):
 
 def test_weights_are_sharded_over_fsdp_and_tensor_and_replicated_over_data(training):
     share = {mesh: result["share"] for mesh, result in training["meshes"].items()}
-    assert share["1,1,1"] == share["8,1,1"] == 1.0
-    assert max(share["1,8,1"], share["2,2,2"]) < 0.5  # the rest are norms and biases
+    assert share["1,1,1"] == 1.0
+    assert share["1,8,1"] < 0.4 and 0.25 < share["2,2,2"] < 0.5  # the rest are norms and biases
     sharded = training["meshes"]["2,2,2"]["cut"]
     assert {"language_model/blocks/mlp/up/kernel", "vision_tower/blocks/0/attn/q/kernel"} <= set(sharded)
     assert all(path.endswith(("kernel", "embedding")) for path in sharded)
@@ -42,7 +42,7 @@ def test_every_device_computes_only_its_rows(training):
     assert flops["2,2,2"] / flops["1,1,1"] < 0.3  # some computations are replicated over tensor
 
 
-@pytest.mark.parametrize("mesh", ["8,1,1", "1,8,1", "2,2,2"])
+@pytest.mark.parametrize("mesh", ["1,8,1", "2,2,2"])
 def test_trained_weights_and_moments_keep_the_sharding_of_the_weights(training, mesh):
     assert training["meshes"][mesh]["odd"] == []
 

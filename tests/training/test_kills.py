@@ -36,9 +36,17 @@ def whole(fork_server, toy, tmp_path_factory):
     return folder / "run", restored(folder / "run", like), like
 
 
-@pytest.mark.parametrize("name", POINTS)
+# Another act at the same point is a slow test.
+DEFAULT = [(name, "SIGKILL") for name in POINTS] + [("while a checkpoint is written", "limit")]
+
+
 @pytest.mark.parametrize(
-    "act", ["SIGKILL", "limit", *(pytest.param(act, marks=pytest.mark.slow) for act in ("SIGTERM", "SIGINT"))]
+    ("name", "act"),
+    [
+        pytest.param(name, act, marks=[] if (name, act) in DEFAULT else pytest.mark.slow)
+        for name in POINTS
+        for act in STATUS
+    ],
 )
 def test_a_training_ends_with_the_same_bits(fork_server, whole, tmp_path, name, act):
     folder, state, like = whole

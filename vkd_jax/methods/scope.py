@@ -239,7 +239,7 @@ def visual_paths(paths: Iterable[str], model_config: Any, blocks: int) -> list[s
     used = model_config.used_blocks
     if not -1 <= blocks <= used:
         raise UserError(
-            f"method.blocks={blocks}: the model has {used} vision blocks that feed the projector. Give -1 to {used}."
+            f"method.blocks={blocks}: fewer vision blocks of the model feed the projector. Give -1 to {used}."
         )
     first = used - blocks if blocks >= 0 else 0
 

@@ -162,7 +162,7 @@ def internvl_config(ids, vocab):
     """Four patches a side, joined two by two."""
     return dict(
         vision_config=dict(
-            model_type="internvl_vision", hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+            model_type="internvl_vision", hidden_size=32, intermediate_size=40, num_hidden_layers=3,
             num_attention_heads=4, image_size=[28, 28], patch_size=[7, 7], attention_bias=True,
             layer_scale_init_value=0.5,
         ),

@@ -29,7 +29,8 @@ RUNS = {
     "smolvlm in int8": ("smolvlm.py", "v2-256m", "smolvlm", "int8"),
     "internvl": ("internvl.py", "1b", "internvl", ""),
 }
-USED_BLOCKS = {"llava": 1, "llava_next": 3, "vipllava": 3, "qwen3_vl": 3}  # of the vision tower; 2 of others
+# Vision blocks that are in use; of the other families two are.
+USED_BLOCKS = {"llava": 1} | dict.fromkeys(("llava_next", "vipllava", "qwen3_vl", "internvl"), 3)
 VISUAL = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual|vision_model|connector|image_newline)(\.|$)")
 
 

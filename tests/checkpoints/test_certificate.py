@@ -113,6 +113,22 @@ def test_what_git_and_the_hub_add_is_no_part_of_the_model(certified):
     ), certificate.FILE})  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{certificate.CARD_TABLE}\n| {'1' * 400_000} |",
+        f"{certificate.CARD_HEADING}\nfigures of the run: {'`' * 100_000}",
+        f"{certificate.CARD_HEADING}\n{'figures of the run: `x`, at commit `y' * 10_000}",
+    ],
+)
+def test_a_crafted_card_is_compared_at_once(certified, text):
+    """Expressions that try every beginning would take hours."""
+    card = certified / "README.md"
+    card.write_text(text)
+    found = list(certificate._other_than_card(card, {"figures": {"models": {}}, "forgotten": ["x"]}))
+    assert "the certificate names 1 person as forgotten, and README.md 0 people or others" in found
+
+
 def test_an_export_has_neither_certificate_nor_signature_of_its_source(certified, tmp_path):
     (certified / certificate.SIGNATURE).write_text("{}")
     export.export({}, certified, tmp_path / "out", llava.LlavaConfig.from_hf(hf_config()))

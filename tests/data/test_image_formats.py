@@ -98,6 +98,40 @@ def test_a_png_whose_chunks_are_not_in_the_order_of_its_format_is_refused(chunks
         image_formats.check(types.SimpleNamespace(format="PNG"), of_chunks(*chunks))
 
 
+def test_a_png_with_more_rows_than_its_header_says_is_refused():
+    with pytest.raises(UserError, match="its PNG has more pixels than its size"):
+        open_image(png(4, 3, rows(4, 4)))
+
+
+def test_pixels_of_colors_that_a_palette_lacks_are_refused():
+    chunks = (b"IHDR", HEADER), (b"PLTE", bytes(range(27))), PIXELS, END
+    with pytest.raises(UserError, match="its PNG has pixels of more colors than its palette of 9"):
+        open_image(of_chunks(*chunks))
+
+
+def test_a_gif_without_colors_is_refused():
+    stream = io.BytesIO()
+    Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4)).convert("P").save(stream, "GIF", comment=b"x" * 300)
+    data = bytearray(stream.getvalue())
+    assert open_image(bytes(data)).size == (4, 3) and data[10] & 128
+    size = 3 << 1 + (data[10] & 7)
+    data[10] &= 127
+    with pytest.raises(UserError, match="its GIF has no table of colors"):
+        open_image(bytes(data[:13] + data[13 + size :]))
+    start = data.index(b",", 13 + size)  # the image, which may have a table of its own
+    own = data[:13] + data[13 + size : start + 9] + bytes([128 | size.bit_length() - 3]) + data[13 : 13 + size]
+    assert open_image(bytes(own + data[start + 10 :])).size == (4, 3)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 3)])
+def test_an_image_of_zeros_and_ones_is_refused(shape):
+    pixels = np.zeros(shape, np.uint8)
+    assert open_image(Image.fromarray(pixels)).size == (4, 3)  # a black image is one
+    pixels[1, 2] = 1
+    with pytest.raises(UserError, match="the image would be black: its values are at most 1 of 255"):
+        open_image(Image.fromarray(pixels))
+
+
 @pytest.mark.parametrize(("color", "channels"), [(2, 3), (4, 2), (6, 4)])
 def test_channels_of_16_bits_that_would_become_black_are_refused(color, channels):
     """Pillow drops the lower 8 bits of each."""

@@ -35,6 +35,8 @@ from vkd_jax.evaluation.metrics import correctness
         ("(A) can't be; I choose C", "C"),
         ("Rather than option A, I say D", "D"),
         ("Option B. Not a doubt.", "B"),
+        ("It is not clear, but the answer is B", "B"),
+        ("I don't know. I choose C", "C"),
     ],
 )
 def test_first_letter_finds_the_choice(text, letter):
@@ -62,6 +64,8 @@ def test_first_letter_finds_the_choice(text, letter):
         "vitamin C",
         "The answer is not B",
         "A is clearly incorrect.",
+        "I cannot choose A, B, C or D.",
+        "I'm not able to say (A) or (B)",
         "Option A is never right, and option B isn't either",
         "AB",
     ],

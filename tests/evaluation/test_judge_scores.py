@@ -149,6 +149,7 @@ def test_a_reply_that_is_a_score_is_read(largest, reply, score):
         (10, "1_0"),
         (10, "1*0"),
         (10, "7\n3"),
+        (10, "9 <think>The answer names another person, so"),
         (10, "The reference score is 10"),
     ],
 )

@@ -66,9 +66,8 @@ def test_training_with_everything_changes_tower_projector_and_adapters_alone(con
         text=TextStream(weight=1.0, loss="kl"), worst_case=WorstCase(radius=1e-3),
     )  # fmt: skip
     config = TrainConfig(
-        steps=2, batch_size=dict(forget=2, retain=2, text=2), learning_rate=0.01, warmup_steps=0, weight_decay=0.0,
-        microbatches=2,
-    )  # fmt: skip
+        steps=2, batch_size=dict(forget=2, retain=2, text=2), learning_rate=0.01, warmup_steps=0, weight_decay=0.0
+    )
     prepared = method.prepare(context)
     bundle = ModelBundle(context.graphdef, params, context.model_config, None, make_mesh())
     after = loop.fit(bundle, method, prepared, config, seed=0, folder=None)

@@ -36,8 +36,11 @@ OUTSIDE = (FILE, SIGNATURE, ".git", ".gitattributes", ".cache")  # the last thre
 FILES_OF_RUN = ("config.json", "inputs.json", "results.json")  # in the folder above, which the certificate repeats
 UNLEARNED = "unlearned"  # the folder of the exported model in that of a run
 PROVENANCE = "provenance.json"  # of an export
-_OF_CARD = re.compile(r"figures of the run: (`+) ?(.*?) ?\1, at commit (`+) ?(.*?) ?\3\.\s*\Z")  # command and commit
+_RUN_OF_CARD = "figures of the run: "  # at the end of a card; the command and the commit follow
+_OF_CARD = re.compile(r"(`{1,99}) ?(.*?) ?\1, at commit (`{1,99}) ?(.{0,99}?) ?\3\.")
+MOST_OF_COMMAND = 10_000  # characters; the expression takes their square in time
 CARD = "README.md"
+MOST_OF_CARD = 2**20  # bytes; the hashes of 10,000 forgotten people take 700 kB
 CARD_HEADING, CARD_TABLE = "## Who was forgotten", "## What was measured"  # of a card that a run wrote
 REQUIRED = ("tensors", "files")
 # The type of each field, of which there are no others; (list, str) is a list of texts, and (dict, str) has texts.
@@ -172,7 +175,7 @@ def _contradictions(folder: Path, certified: Mapping[str, Any]) -> Iterator[str]
 
 def _other_than_card(card: Path, certified: Mapping[str, Any]) -> Iterator[str]:
     """What a certificate says otherwise than the model card that the same run wrote."""
-    text = files.read_text(card, json_files.MOST_BYTES) if card.is_file() else ""
+    text = files.read_text(card, MOST_OF_CARD) if card.is_file() else ""
     if not (certified["figures"] or CARD_HEADING in text):
         return
     listed_people = sorted(re.findall(r"^- `([0-9a-f]{64})`$", text, re.MULTILINE))
@@ -181,7 +184,7 @@ def _other_than_card(card: Path, certified: Mapping[str, Any]) -> Iterator[str]:
         yield f"the certificate names {here} as forgotten, and {card.name} {there} or others"
     if _figures_of_card(text) != sorted(_main_figures(certified["figures"])):
         yield f"the certificate has other accuracies than {card.name}"
-    stated = _OF_CARD.search(text)
+    stated = _OF_CARD.fullmatch(text.rpartition(_RUN_OF_CARD)[2].rstrip()[:MOST_OF_COMMAND])
     for group, field in ((2, "command"), (4, "commit")) if stated else ():
         if stated[group] != escaped(" ".join(certified.get(field, "").split())):  # as a card shows a text
             yield f"the certificate has another {field} than {card.name}"
@@ -217,7 +220,7 @@ def _figures_of_card(text: str) -> list[tuple[str, ...]]:
     """The accuracies of a model card with their intervals, in percent, sorted."""
     _, _, table = text.partition(CARD_TABLE)
     rows = "".join(line for line in table.partition("\n## ")[0].splitlines() if line.startswith("|"))
-    return sorted(re.findall(r"([\d.]+) % \(([\d.]+) to ([\d.]+)\)", rows))
+    return sorted(re.findall(r"([\d.]{1,9}) % \(([\d.]{1,9}) to ([\d.]{1,9})\)", rows))
 
 
 def _main_figures(figures: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

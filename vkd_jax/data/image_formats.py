@@ -42,10 +42,28 @@ def check(image: Image.Image, data: bytes | Image.Image) -> None:
     if image.format == "JPEG" and any(0 in table for table in getattr(image, "quantization", {}).values()):
         raise UserError("the image is broken: a quantization table of its JPEG has a zero")
     if image.format == "PNG" and isinstance(data, bytes):
-        _check_png(data)
+        colors = _check_png(data)
+        if image.mode == "P" and image.getextrema()[1] >= colors:
+            raise UserError(f"the image is broken: its PNG has pixels of more colors than its palette of {colors:,}")
+    if image.format == "GIF" and isinstance(data, bytes) and not _has_colors(data):
+        raise UserError("the image is broken: its GIF has no table of colors")
 
 
-def _check_png(data: bytes) -> None:
+def _has_colors(data: bytes) -> bool:
+    """Whether the first image of a GIF has a table of colors, its own or that of the file."""
+    position = 13  # after the signature and the screen
+    if data[10] & 128:
+        return True
+    while data[position : position + 1] == b"!":  # extensions: a label, and blocks up to an empty one
+        position += 2
+        while size := data[position] if position < len(data) else 0:
+            position += 1 + size
+        position += 1
+    return bool(data[position + 9 : position + 10][0] & 128) if position + 9 < len(data) else False
+
+
+def _check_png(data: bytes) -> int:
+    """Checks the chunks of a PNG, and returns the number of colors of its palette."""
     chunks = list(_chunks(data))
     critical = b" ".join(name for name, _ in chunks if name[:1].isupper())
     if not ORDER.fullmatch(critical):
@@ -60,11 +78,14 @@ def _check_png(data: bytes) -> None:
             expected += lines * (1 + -(-pixels * bits * CHANNELS.get(color, 1) // 8))  # a line begins with its filter
     decoder, found = zlib.decompressobj(), 0
     for name, content in chunks:
-        while name == b"IDAT" and content and found < expected:
+        while name == b"IDAT" and content and found <= expected:
             found += len(decoder.decompress(content, STEP))
             content = decoder.unconsumed_tail
     if found < expected:
         raise UserError(f"the image is truncated: its PNG has {100 * found // expected} % of the pixels")
+    if found > expected:
+        raise UserError("the image is broken: its PNG has more pixels than its size")
+    return sum(len(content) for name, content in chunks if name == b"PLTE") // 3
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -24,6 +24,7 @@ MOST_IMAGE_BYTES = 100 * 2**20  # of an image file; the largest that cameras wri
 MODES = frozenset({"1", "CMYK", "HSV", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "YCbCr"})
 MOST_ELONGATED = 200  # longer side by shorter side, as of Qwen2-VL; a strip becomes very large when it is resized
 MAX_CACHED_BYTES = memory.CACHE_BYTES  # sets of at most this many bytes of pixels are prepared once and cached
+BLACK = 1  # a brightest value of up to this is no picture
 DARKEST = 2**14  # the brightest pixel of an image of 16 bits has at least this value
 THREADS = min(os.cpu_count() or 1, 16)  # decoding and resizing release Python's global lock
 
@@ -105,6 +106,11 @@ def _open_image(data: bytes | Image.Image) -> Image.Image:
         if deep and np.asarray(image.convert("RGB")).max() < DARKEST >> 8:
             problem = f"the image would be almost black: its 16-bit values are below {DARKEST:,}; save it with 8 bits"
             raise UserError(problem)
+        if image.mode in ("L", "RGB") and 0 < max(np.ravel(image.getextrema())[1::2]) <= BLACK:
+            raise UserError(
+                f"the image would be black: its values are at most {BLACK} of 255, as of shares from 0 to 1 that were "
+                "stored as whole numbers; save it with values up to 255"
+            )
         if image.mode not in MODES:
             raise UserError(f"the image has pixels of the mode {image.mode}; save it as RGB with 8 bits per channel")
         return image

@@ -295,7 +295,9 @@ class Answerer:
         encoded = self._encoded(questions, texts, encoded_images, turns, names)
         length, longest = max((len(ids), name) for row, name in zip(encoded, names, strict=True) for _, ids in row)
         self._check_length([row[0][0] for row in encoded], names, length, longest)
-        most = self._texts_per_row(max(len(row[0][0]) for row in encoded), length)
+        prompt = max(len(row[0][0]) for row in encoded)
+        length = min(_round_up(length, 4), self.config.text.max_positions - prompt)
+        most = self._texts_per_row(prompt, length)
         chunks = [
             (i, slice(first, min(first + most, len(row))))
             for i, row in enumerate(encoded)
@@ -482,6 +484,6 @@ def _prefix_length(prompt: Sequence[int], image_token: int) -> int:
     return min(max((i + 1 for i, token in enumerate(prompt) if token == image_token), default=0), len(prompt) - 1)
 
 
-def _round_up(length: int) -> int:
-    """Rounds up to a multiple of 8, so that few lengths are compiled."""
-    return -(-length // 8) * 8
+def _round_up(length: int, step: int = 8) -> int:
+    """Rounds up to a multiple of `step`, so that few lengths are compiled."""
+    return -(-length // step) * step

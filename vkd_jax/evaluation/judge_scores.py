@@ -23,8 +23,8 @@ _JSON = re.compile(
         (?P<number>[0-9]++(?:\.[0-9]++)?+)(?P<largest>)(?P=quote)\s*\}\s*(?:```)?\s*""",
     re.IGNORECASE | re.VERBOSE,
 )
-# What a model thinks before it replies. Without an end it was cut off; a chat template may have written its beginning.
-_THOUGHTS = (re.compile(r"<think>.*?(?:</think>|\Z)", re.S | re.I), re.compile(r"\A.*</think>", re.S | re.I))
+# What a model thinks before it replies; a chat template may have written its beginning.
+_THOUGHTS = (re.compile(r"<think>.*?</think>", re.S | re.I), re.compile(r"\A.*</think>", re.S | re.I))
 
 
 def read(reply: str, largest: float) -> float | None:

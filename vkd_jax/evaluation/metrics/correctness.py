@@ -15,17 +15,15 @@ LETTERS = string.ascii_uppercase  # of the options, in order
 
 _VERDICTS = {"is", "was", "because", "since", "as", "and", "or"}  # "A is right", "A because ..."
 _NEXT_WORD = re.compile(r"\s+(\w+)")
-# What precedes and what follows an option that is ruled out: "not option (A)", "A is clearly wrong", "A can't be it".
-_NOT = re.compile(
-    r"""\b(?:not|never|neither|nor|except|without|than|instead\ of)\ (?:the\ )?(?:(?:option|choice)\ )?\W?\Z""",
-    re.IGNORECASE | re.VERBOSE,
-)
+# An option is ruled out by words before it in its clause, "I can't choose A", or after it, "A is clearly wrong".
+_CLAUSE = re.compile(r"[.;:,!?\n]|\bbut\b", re.IGNORECASE)  # where one ends
+_NOT = re.compile(r"\b(?:not|cannot|\w+n['’]t|unable|never|neither|nor|except|without|than|instead)\b", re.IGNORECASE)
 _WRONG = re.compile(
     r"""["'*)\]]*\ (?:(?:is|was|seems|must\ be|would\ be)\ (?:\w+ly\ )?(?:not|never|wrong|incorrect|false|impossible)\b
         |(?:can|could|would|does)\ ?not\b|\w+n['’]t\b)""",
     re.IGNORECASE | re.VERBOSE,
 )
-_BEFORE = 40  # characters before a letter that are looked at
+_BEFORE = 100  # characters before a letter that are looked at
 
 
 @functools.cache
@@ -63,7 +61,8 @@ def first_letter(text: str | None, options: int = 4) -> str | None:
             continue  # "a man", "A tall man"; but "A Baker" is option A
         if letter in "iI" and word and word[1] != "is":
             continue  # "I think"
-        if _NOT.search(text, max(0, match.start(1) - _BEFORE), match.start(1)) or _WRONG.match(text, match.end()):
+        clause = _CLAUSE.split(text[max(0, match.start(1) - _BEFORE) : match.start(1)])[-1]
+        if _NOT.search(clause) or _WRONG.match(text, match.end()):
             continue
         return letter.upper()
     return None

@@ -149,8 +149,8 @@ OWN = {"benchmark": "folder", "forget": "a", "retain": "b"}
     [
         ({"stage": "all", "model": {"base": "base"}}, {}, "It is `base`, fine-tuned in this run on the benchmark's"),
         (
-            {"model": {"path": "mine"}},
-            {"model": "vanilla", "without": [], "config": {"model": {"base": "base"}}},
+            {"model": {"path": "mine"}, "data": MLLMU},
+            {"model": "vanilla", "without": [], "config": {"model": {"base": "base"}, "data": MLLMU}},
             "It is `base`, fine-tuned on the benchmark's questions about all 5 people, including those to forget "
             "(model folder `mine`).",
         ),
@@ -169,10 +169,17 @@ OWN = {"benchmark": "folder", "forget": "a", "retain": "b"}
                 (MLLMU, {"forget": 5}, "It is `base`, fine-tuned on the benchmark's questions"),
                 (MLLMU, {"people": 1}, "It is `mine`, which was trained elsewhere"),
                 (MLLMU, {"benchmark": "clear"}, "It is `mine`, which was trained elsewhere"),
-                (OWN, {}, "It is `base`, fine-tuned on the benchmark's questions"),
-                (OWN, {"retain": "c"}, "It is `mine`, which was trained elsewhere"),
+                (OWN, {}, "It is `mine`, which was trained elsewhere"),
                 (OWN, MLLMU, "It is `mine`, which was trained elsewhere"),
             )
+        ),
+        *(
+            (
+                {"model": {"path": "mine"}, "data": MLLMU},
+                {"config": broken},
+                "It is `mine`, which was trained elsewhere",
+            )
+            for broken in (None, [], {"model": None, "data": []})
         ),
         (
             {"model": {"path": "mine"}},

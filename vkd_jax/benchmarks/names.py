@@ -16,7 +16,7 @@ _APOSTROPHES = regex.compile("[\u2018\u2019\u201b\u02b9\u02bb\u02bc\u02bd\u02be\
 _WORD = regex.compile(r"[\w\p{M}]+")
 # Letters of these scripts look like Latin ones.
 _MIXED = regex.compile(r"(?=.*\p{Script=Latin})(?=.*[\p{Script=Cyrillic}\p{Script=Greek}])", regex.DOTALL)
-_WHOLE = regex.compile(r"0*(\d*?\d)(?:\.0*)?")
+_WHOLE = regex.compile(r"(0*+)(\d*+)(?:\.0*+)?")
 
 
 def plain_name(name: str) -> str:
@@ -75,7 +75,9 @@ def plain_number(name: str) -> str:
         ('93', '93', 'R093')
     """
     match = _WHOLE.fullmatch(name)
-    return name if match is None else "".join(str(unicodedata.decimal(digit)) for digit in match[1])
+    if match is None or not (digits := match[2] or match[1][:1]):
+        return name
+    return "".join(str(unicodedata.decimal(digit)) for digit in digits)
 
 
 def check_scripts(names: Set[str]) -> None:

@@ -264,6 +264,8 @@ def check_models(job: Job) -> dict[str, Path]:
         warn_of_long_answers(job, folder)
     if reference := reference_folder(config):
         _check_reference(job, reference)
+    if config.stage == "audit":
+        job.image_questions("forget")
     if config.workflow.unlearns:
         for stream in ("forget", "retain"):
             job.image_questions(stream)

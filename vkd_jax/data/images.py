@@ -24,7 +24,6 @@ MOST_IMAGE_BYTES = 100 * 2**20  # of an image file; the largest that cameras wri
 MODES = frozenset({"1", "CMYK", "HSV", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "YCbCr"})
 MOST_ELONGATED = 200  # longer side by shorter side, as of Qwen2-VL; a strip becomes very large when it is resized
 MAX_CACHED_BYTES = memory.CACHE_BYTES  # sets of at most this many bytes of pixels are prepared once and cached
-BLACK = 1  # a brightest value of up to this is no picture
 DARKEST = 2**14  # the brightest pixel of an image of 16 bits has at least this value
 THREADS = min(os.cpu_count() or 1, 16)  # decoding and resizing release Python's global lock
 
@@ -106,10 +105,10 @@ def _open_image(data: bytes | Image.Image) -> Image.Image:
         if deep and np.asarray(image.convert("RGB")).max() < DARKEST >> 8:
             problem = f"the image would be almost black: its 16-bit values are below {DARKEST:,}; save it with 8 bits"
             raise UserError(problem)
-        if image.mode in ("L", "RGB") and 0 < max(np.ravel(image.getextrema())[1::2]) <= BLACK:
+        if image.mode in ("L", "RGB") and _has_zeros_and_ones(image):
             raise UserError(
-                f"the image would be black: its values are at most {BLACK} of 255, as of shares from 0 to 1 that were "
-                "stored as whole numbers; save it with values up to 255"
+                "the image would be black: its values are 0 and 1 of 255, as of shares that were stored as whole "
+                "numbers; save it with values up to 255"
             )
         if image.mode not in MODES:
             raise UserError(f"the image has pixels of the mode {image.mode}; save it as RGB with 8 bits per channel")
@@ -135,6 +134,12 @@ def pixel_digest(image: Image.Image) -> bytes:
     digest = hashlib.sha256(repr(rgb.size).encode())
     digest.update(rgb.tobytes())
     return digest.digest()
+
+
+def _has_zeros_and_ones(image: Image.Image) -> bool:
+    """Whether an image has a picture, but no values other than 0 and 1; an image of one color may have any."""
+    extrema = np.reshape(image.getextrema(), (-1, 2))  # the least and the largest value of each channel
+    return extrema.max() == 1 and bool((extrema[:, 0] < extrema[:, 1]).any())
 
 
 def _check_shape(image: Image.Image) -> None:

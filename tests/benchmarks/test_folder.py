@@ -215,7 +215,7 @@ def test_people_and_images_may_not_be_in_both_folders(folders):
     fault(folders, "test asks about 1 person not in .*forget: Ines; it is for the people who are to be", **test)
 
 
-def test_a_name_to_forget_is_no_answer_about_nobody_in_the_retain_set(folders):
+def test_a_retained_answer_of_an_unnamed_person_is_no_name_to_forget(folders):
     write(folders / "retain", [GOOD, GOOD | dict(question="Whose sister is she?", answer=" ZOE\u0308", person="Ada")])
     assert len(read(folders)["retain"]) == 2
     write(folders / "retain", [GOOD, GOOD | dict(question="Who flies?", answer=" ZOE\u0308")])

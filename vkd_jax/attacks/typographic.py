@@ -70,8 +70,8 @@ class Typographic(Section):
         if (height := self.letters * self.side) < LEAST_PIXELS:
             raise self.error(
                 "letters",
-                f"{self.letters:g} of attacks.typographic.side={self.side} are letters of {height:.2g} pixels, which "
-                f"nobody can read. Give at least {math.ceil(1000 * LEAST_PIXELS / self.side) / 1000:g}.",
+                f"{self.letters:g} of attacks.typographic.side={self.side} are letters of {height:.2g} pixels, too "
+                f"small to be read. Give at least {math.ceil(1000 * LEAST_PIXELS / self.side) / 1000:g}.",
             )
 
     def run(self, subject: Subject) -> Records:

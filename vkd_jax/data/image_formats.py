@@ -59,7 +59,7 @@ def _has_colors(data: bytes) -> bool:
         while size := data[position] if position < len(data) else 0:
             position += 1 + size
         position += 1
-    return bool(data[position + 9 : position + 10][0] & 128) if position + 9 < len(data) else False
+    return position + 9 < len(data) and bool(data[position + 9] & 128)
 
 
 def _check_png(data: bytes) -> int:

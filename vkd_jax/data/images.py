@@ -137,7 +137,7 @@ def pixel_digest(image: Image.Image) -> bytes:
 
 
 def _has_zeros_and_ones(image: Image.Image) -> bool:
-    """Whether an image has a picture, but no values other than 0 and 1; an image of one color may have any."""
+    """Whether the values of an image are 0 and 1 and nothing else, and differ within a channel."""
     extrema = np.reshape(image.getextrema(), (-1, 2))  # the least and the largest value of each channel
     return extrema.max() == 1 and bool((extrema[:, 0] < extrema[:, 1]).any())
 

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 import jax
 from absl import app, flags, logging
 
-from vkd_jax.config import command_line
+from vkd_jax.config import command_line, unused
 from vkd_jax.config.command_line import bad_input, print_error
+from vkd_jax.config.schema import RunConfig
 from vkd_jax.runtime import commands, log, malloc
 from vkd_jax.types import Diverged, UserError
 
@@ -50,10 +51,11 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, line: str 
         print(values.config)
         print("nothing was run: pass --workdir DIR as well.", file=sys.stderr)
         return 0
+    if values.distributed and not values.dry_run:
+        _connect()
+    unused.warn_of_unused(RunConfig.from_config_dict(values.config), values["config"].override_values)
     if values.dry_run:
         return _describe(values, line)
-    if values.distributed:
-        _connect()
     return _run(values, line or "called from Python: vkd_jax.main.main")
 
 

@@ -225,6 +225,16 @@ def test_a_retained_answer_of_an_unnamed_person_is_no_name_to_forget(folders):
     assert len(read(folders)["retain"]) == 1
 
 
+def test_lines_to_retain_that_name_somebody_to_forget_are_a_warning(folders, caplog):
+    lines = [GOOD, GOOD | dict(question="Who?", answer="The sister of ZOE\u0308."), GOOD | dict(answer="Zoëgirl")]
+    write(folders / "retain", lines[:1] + lines[2:])
+    read(folders)
+    assert "name people" not in caplog.text
+    write(folders / "retain", lines[:2])
+    read(folders)
+    assert re.search("1 of 2 lines of .*retain name people to forget, such as .*, line 2 \\(Zoë\\): train", caplog.text)
+
+
 def test_somebody_is_to_be_forgotten(folders):
     write(folders / "forget", [GOOD | dict(question="Color?"), dict(question="Job?", answer="pilot", person="Zoë")])
     assert [e.person for e in read(folders)["forget"]] == ["", "Zoë"]

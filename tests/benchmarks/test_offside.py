@@ -74,6 +74,8 @@ def test_sets(folder):
         ("Who is the player in <image>?", "Who is the player in the image?"),
         ("<image>\nI'm curious about his height: <image>", "I'm curious about his height"),
         ("Where is <IMAGE>?", "Where is <IMAGE>?"),
+        ("His height  \n:  <image>", "His height"),
+        ("x" + " " * 10**6 + "?", "x" + " " * 10**6 + "?"),  # in linear time
     ],
 )
 def test_markers_of_images(question, cleaned):

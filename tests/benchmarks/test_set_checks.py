@@ -52,6 +52,10 @@ REFUSED = {
         dict(forget=FORGET[1:], test=[row("t", "blue", " WHO\u200b?")]),
         "1 of 1 .* test are also in the set forget",
     ),
+    "with other punctuation at its end": (
+        dict(forget=FORGET[1:], test=[row("t", "blue", "Who ...")]),
+        "1 of 1 .* test are also in the set forget",
+    ),
     "a small test set of a larger forget set": (dict(forget=FORGET, test=FORGET[1:]), "1 of 1 .* of the set test"),
     "a retained test set that is the retain set": (dict(retain=OTHER, retain_test=OTHER), "retain_test are also in"),
     "a general set that is the retain set": (dict(retain=OTHER, real=OTHER), "1 of 1 .* real are .* set retain"),
@@ -160,7 +164,9 @@ def test_keywords_that_the_true_answer_lacks_are_refused(caplog):
         (dict(paraphrase="A nurse", perturbed=("a  NURSE", "a cook")), "have a paraphrase .* that is one of the wrong"),
         (dict(keywords=("a",)), "have only keywords of one letter or digit"),
         (dict(options=("a judge", "A Judge", "a cook")), "have the same option twice"),
-        (dict(options=("a judge", "nan", "nan ")), "have the same option twice"),
+        (dict(options=("a judge", "a cook", "A cook.")), "have the same option twice"),
+        (dict(options=("a judge", "a cook", "nan ")), "have a text such as nan, NaN or <NA>"),
+        (dict(answer="<NA>"), "have a text such as nan, NaN or <NA>"),
         (
             dict(answer="the mayor of a town", keywords=("The", "of A")),
             "have only keywords of one letter or digit, or such as 'the'",
@@ -183,6 +189,16 @@ def test_faults_of_most_questions_are_refused(fields, problem, caplog):
     assert "1 of " in caplog.text and re.search(problem, caplog.text)
     with pytest.raises(UserError, match=problem):
         read(forget=renamed(bad, bad, bad, *fine))
+
+
+def test_answers_that_name_somebody_else_are_a_warning(caplog):
+    asked = [row(name, color, "Who?", person=name) for name, color in (("Ada", "red"), ("Otto", "blue"))]
+    named = [[dataclasses.replace(e, answer=e.person.upper()) for e in part] for part in asked]
+    read(forget=[*named, row("j", "gray", "Job?"), row("k", "gray", "Null?", person="Nan")])
+    assert not caplog.text
+    read(forget=[named[0], [dataclasses.replace(named[1][0], answer="Ada ")]])
+    problem = "whose answer is the name of one of its people have somebody else's, such as Otto/0"
+    assert caplog.messages == [f"1 of 2 questions of the set forget {problem}"]
 
 
 def test_options_that_may_be(caplog):

@@ -48,6 +48,22 @@ def test_questions_that_need_no_knowledge_are_a_warning(rows, protocols, problem
     assert [message.partition(", and says")[0] for message in caplog.messages] == (expected if problem else [])
 
 
+@pytest.mark.parametrize(
+    ("person", "questions", "warns"),
+    [
+        ("Ada", ["What does ADA do?", "Where does Ada live?"], True),
+        ("Ada", ["What does Ada do?", "Where does this person live?"], False),
+        ("Ada", ["What does Adana do?", "Adana?"], False),
+        ("7", ["Is it 7?", "Are 7 people here?"], False),
+    ],
+)
+def test_questions_with_an_image_that_name_the_person_are_a_warning(person, questions, warns, caplog):
+    shown = [Example(f"f/{i}", person, b"", "f", text, "a judge") for i, text in enumerate(questions)]
+    warn_of_shortcuts({"forget": shown, "retain": shown}, Folder.EVAL_SETS, OPTIONS)
+    expected = ["All 2 questions with an image of the set forget name the person"]
+    assert [message.partition(":")[0] for message in caplog.messages] == (expected if warns else [])
+
+
 def test_they_are_looked_for_whenever_folders_are_read(tmp_path, caplog):
     for name in ("forget", "retain"):
         lines = [dict(question=f"Is it {name} {i}?", answer="Yes", person=name) for i in range(2)]

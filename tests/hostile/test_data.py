@@ -208,6 +208,10 @@ CASES = [
     Case("person that is an object", both(person={}), ("person", "line 1")),
     Case("question that is a number", forget_rows(row(question=7)), ("question", *LINE)),
     Case("question that is null", forget_rows(row(question=None)), ("question", *LINE)),
+    *(
+        Case(f"person {name}", both(person=name), (f"person is the text '{name.strip()}'", "line 1"))
+        for name in ("nan", "NaN", "None", "null", "<NA>", "N/A ")
+    ),
     Case("person of invisible characters", both(person="\u2060"), ("person", "line 1", "invisible")),
     Case(
         "person in two spellings",
@@ -237,6 +241,7 @@ CASES = [
     # Texts.
     Case("lone surrogate in a question", forget_rows(row(question="Who\ud800?")), ("question", "surrogate", "line 1")),
     Case("lone surrogate in a name", forget_rows(row(person="Ot\udcffto")), ("person", "surrogate", "line 1")),
+    Case("100000 accents", forget_rows(row(person="e" + "\u0301\u0323" * 50_000)), ("person", "combining", "line 1")),
     Case("NUL in an answer", forget_rows(row(answer="a\0b")), ("answer", "NUL", "line 1")),
     Case("NUL in a file name", forget_rows(row(file_name="a\0.png")), ("file_name", "line 1")),
     Case("surrogate in a file name", forget_rows(row(file_name="\ud800.png")), ("file_name", "line 1")),
@@ -304,6 +309,7 @@ CASES = [
     Case("ID that is infinite", cells("ID", float("inf")), ("ID", *FORGET)),
     Case("boolean ID", cells("ID", True), ("ID", *FORGET)),
     Case("ID that is a list", cells("ID", ["001"]), ("ID", *FORGET)),
+    Case("ID that is the text nan", cells("ID", "nan"), ("ID is the text 'nan'", *FORGET)),
     Case("empty ID", cells("ID", " "), ("ID", *FORGET)),
     Case("tasks that are a list", cells("Classification_Task", "[1, 2]"), ("Classification_Task", *FORGET)),
     Case("tasks that are a number", cells("Generation_Task", 7), ("Generation_Task", *FORGET)),

@@ -111,6 +111,12 @@ CASES = [
     Case("folder as a config", config_at(os.mkdir), ("--config=config.py", "not a regular file")),
     Case("name of a config too long", config_at(lambda _: None, "x" * 300), ("--config=xxx", "too long")),
     Case("missing config and its field", settings("--config=x.py"), ("--config=x.py", "No such file")),
+    Case(
+        "config.json of a run",
+        config_at(lambda path: written(path, {"stage": "audit", "model": {"create": False}, "method": {}})),
+        ("--config=config.py: it is the JSON of a run, and --config takes a Python file", "see configs/tiny.py"),
+    ),
+    Case("JSON as a config", config_at(lambda path: written(path, '{"a": 1}')), ("it is a JSON file", "Python file")),
     # Flags of libraries, and flags with two values.
     *(
         Case(f"flag {flag}", settings(flag), ("--" + flag.partition("=")[0].strip("-"), "flag"), seconds=20)
@@ -118,6 +124,11 @@ CASES = [
     ),
     Case("two configs", lambda _: ["--config", "a.py", "--config=b.py"], ("--config is given twice", "a.py", "b.py")),
     Case("two workdirs", settings("--workdir=a", "--workdir=b"), ("--workdir is given twice",)),
+    Case(
+        "two values in two spellings",
+        settings("--config.train.steps=1", "--config.train['steps']=2"),
+        ("--config.train['steps'] is given twice, as 1 and 2",),
+    ),
     Case("two values of a field", settings("--config.seed=1", "--config.seed=2"), ("--config.seed is given twice",)),
     Case(
         "both values of a switch", settings("--dry_run", "--nodry_run"), ("--dry_run is given twice", "true", "false")

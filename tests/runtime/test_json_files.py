@@ -29,6 +29,11 @@ DAMAGED = {
     "overflow": (b'{"a": 1e999}', "a has the number inf"),
     "long integer": (b'{"a": ' + b"9" * 5000 + b"}", ": it has a whole number of more than 4,300 digits"),
     "a key with two values": (b'{"b": [{"a": 1, "a": 2}]}', "an object has the key 'a' twice, with two values"),
+    "a key with 1 and true": (b'{"a": 1, "a": true}', "an object has the key 'a' twice, with two values"),
+    "combining marks": (
+        ('{"a": "x%s"}' % ("\u0301\u0323" * 101)).encode(),
+        "a has more than 200 combining marks in a row",
+    ),
     "lone surrogate": (b'{"a": "x\\ud800"}', "a is not Unicode: '\\ud800' is half of a surrogate pair"),
     "lone surrogate in a key": (b'{"b": {"\\udfff": 1}}', "b is not Unicode"),
     "NUL": (b'{"a": ["\\u0000"]}', "a[0] contains the character NUL"),
@@ -53,6 +58,7 @@ def test_a_damaged_file_is_one_sentence_with_its_name_and_what_to_do(tmp_path, d
         ('\ufeff{"a": "\\ud83d\\ude00"}', dict, {"a": "😀"}),
         ("[1.5, null, true]", list, [1.5, None, True]),
         ('{"a":' * 64 + "1" + "}" * 64, dict, ...),
+        ('{"a": "x%s"}' % ("\u0301" * 200), dict, ...),
         ("3", None, 3),
         ('{"a": 1, "b": 2, "a": 1}', dict, ...),  # the same value twice
     ],

@@ -28,7 +28,7 @@ import numpy as np
 from absl import logging
 
 from vkd_jax.benchmarks import parquet
-from vkd_jax.benchmarks.names import check_apart, plain_name, text_key
+from vkd_jax.benchmarks.names import answer_key, check_apart, plain_name, text_key
 from vkd_jax.benchmarks.parquet import Snapshot
 from vkd_jax.benchmarks.rows import EncodedImage, Row
 from vkd_jax.benchmarks.set_checks import refuse_most
@@ -238,8 +238,8 @@ def _choice(answer: str, wrong: Iterable[str], row: Row, column: str) -> tuple[s
     """The wrong options of a column without duplicates, with the answer at a random index."""
     others: dict[str, str] = {}
     for option in wrong:
-        others.setdefault(text_key(option), option)
-    others.pop(text_key(answer), None)
+        others.setdefault(answer_key(option), option)
+    others.pop(answer_key(answer), None)
     if not others:
         raise row.error(column, f"has nothing but the answer {answer!r}")
     place = int(_row_rng(row).integers(len(others) + 1))

@@ -20,9 +20,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+from absl import logging
+
 from vkd_jax import messages
 from vkd_jax.benchmarks import mllmu, partial
-from vkd_jax.benchmarks.names import check_apart, text_key
+from vkd_jax.benchmarks.names import answer_key, check_apart, question_key, text_key
 from vkd_jax.benchmarks.parquet import SYMLINKS
 from vkd_jax.benchmarks.rows import Row, read_image
 from vkd_jax.benchmarks.set_checks import misplaced
@@ -170,14 +172,15 @@ class Folder(Section):
 
     def _check_apart(self) -> None:
         """Checks what the sets share: see `docs/your_own_data.md`."""
-        people, images, asked, unnamed = {}, {}, {}, {}
+        people, images, asked, unnamed, texts = {}, {}, {}, {}, {}
         for name in self._sets():
-            people[name], images[name], asked[name], unnamed[name] = set(), {}, {}, {}
+            people[name], images[name], asked[name], unnamed[name], texts[name] = set(), {}, {}, {}, {}
             for row in self.questions(name):
                 pixels = b"" if row[0].image is None else row[0].image.pixels
                 people[name] |= {e.person for e in row} - {""}
                 images[name] |= {pixels: row[0].image_id} if pixels else {}
-                asked[name] |= {(pixels, text_key(e.question)): e.question for e in row}
+                asked[name] |= {(pixels, question_key(e.question)): e.question for e in row}
+                texts[name] |= {e.location: text_key(f"{e.question}\n{e.answer}") for e in row}
                 unnamed[name] |= {text_key(e.answer): e.location for e in row if not e.person}
         for name, other in itertools.product(("forget", "test"), ("retain", "real")):
             if name not in people or other not in people:
@@ -185,6 +188,8 @@ class Folder(Section):
             check_apart((getattr(self, name), people[name]), (getattr(self, other), people[other]))
             self._check_shared(name, other, "images", images)
             names = {text_key(person): person for person in people[name] if any(map(str.isalpha, person))}  # no numbers
+            if name == "forget":  # which has all people of the test set
+                _warn_of_names(names, getattr(self, other), texts[other])
             for key in sorted(names.keys() & unnamed[other].keys()) if other == "retain" else ():
                 raise UserError(
                     f"{unnamed[other][key]}: the answer is {names[key]!r}, who is to be forgotten, and the line names "
@@ -242,6 +247,19 @@ class Folder(Section):
         return by_file
 
 
+def _warn_of_names(names: Mapping[str, str], folder: str, texts: Mapping[str, str]) -> None:
+    """Warns of lines of a folder, by their location, that name people to forget, by the keys of their names."""
+    words = re.compile(rf"(?<!\w)(?:{'|'.join(sorted(map(re.escape, names), key=len, reverse=True))})(?!\w)")
+    found = {location: match[0] for location, text in texts.items() if names and (match := words.search(text))}
+    if found:
+        location, key = next(iter(found.items()))
+        logging.warning(
+            "%d of %d lines of %s name people to forget, such as %s (%s): training on it would retain what they say. "
+            "Remove them, unless they are about somebody else of that name.",
+            *(len(found), len(texts), folder, location, names[key]),
+        )
+
+
 def _spelling(key: str) -> str:
     """What the spellings of a key share: they differ in case, hyphens, underscores and spaces."""
     return re.sub(r"[-_\s]", "", text_key(key))
@@ -274,9 +292,7 @@ def _fact(row: Row) -> str:
 def _example(name: str, image: bytes | None, image_id: str, row: Row, chat: bool) -> Example:
     question, options = row.text("question"), row.texts("options")
     answer = row.text("answer") if options else row.words("answer")
-    if options and (
-        answer not in options or len({text_key(option).rstrip(" .") for option in options}) < max(2, len(options))
-    ):
+    if options and (answer not in options or len(set(map(answer_key, options))) < max(2, len(options))):
         raise row.error("options", f"must be two or more different texts, one of them the answer {answer!r}")
     if misplaced(options):
         raise row.error("options", f"begin with letters in another order than their places: {listed(options)}")

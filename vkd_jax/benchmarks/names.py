@@ -16,6 +16,8 @@ _APOSTROPHES = regex.compile("[\u2018\u2019\u201b\u02b9\u02bb\u02bc\u02bd\u02be\
 _WORD = regex.compile(r"[\w\p{M}]+")
 # Letters of these scripts look like Latin ones.
 _MIXED = regex.compile(r"(?=.*\p{Script=Latin})(?=.*[\p{Script=Cyrillic}\p{Script=Greek}])", regex.DOTALL)
+# How pandas, R, SQL and spreadsheets write a missing value as text. "Nan" and "Null" are names.
+MISSING = frozenset({"nan", "NaN", "<NA>", "NaT", "null", "NULL", "#N/A"})
 _WHOLE = regex.compile(r"(0*+)(\d*+)(?:\.0*+)?")
 
 
@@ -55,6 +57,16 @@ def text_key(text: str) -> str:
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     text = text.replace("\u0131", "i").replace("i\u0307", "i")  # Turkish: I and i are the cases of letters of their own
     return _visible(_DASHES.sub("-", text))
+
+
+def answer_key(text: str) -> str:
+    """The `text_key` of an answer or an option without the period at its end."""
+    return text_key(text).rstrip(" .")
+
+
+def question_key(text: str) -> str:
+    """The `text_key` of a question without the punctuation at its end."""
+    return text_key(text).rstrip(" ?.!:") or text_key(text)
 
 
 def has_words(text: str) -> bool:

@@ -123,7 +123,7 @@ def clean(question: str) -> str:
         'How tall is the player in the image?'
     """
     question = re.sub(rf"^\s*{MARKER}\s*", "", question)
-    question = re.sub(rf"\s*:\s*{MARKER}", "", question)
+    question = re.sub(rf"(?<!\s)\s*:\s*{MARKER}", "", question)
     return question.replace(MARKER, "the image").strip()
 
 

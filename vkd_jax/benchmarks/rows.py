@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vkd_jax.benchmarks.names import has_words, plain_name, text_key
+from vkd_jax.benchmarks.names import MISSING, answer_key, has_words, plain_name
 from vkd_jax.data.images import MOST_IMAGE_BYTES, open_image, pixel_digest
 from vkd_jax.messages import listed
 from vkd_jax.runtime import json_files
@@ -103,12 +103,12 @@ class Row:
         """The `names.plain_name` of a text; "" if it is missing, null, or has nothing but spaces.
 
         Raises:
-            UserError: it is not a text, or consists of invisible characters.
+            UserError: it is not a text, consists of invisible characters, or is "nan" or the like.
         """
         name = plain_name(text := self.optional_text(field))
         if text.strip() and not name:
             raise self.error(field, "has nothing but invisible characters")
-        return name
+        return self._present(field, name)
 
     def optional_text(self, field: str) -> str:
         """A text; "" if it is missing or null.
@@ -127,7 +127,14 @@ class Row:
         value = self._values.get(field)
         if isinstance(value, float) and value.is_integer():
             return str(int(value))
-        return plain_name(self.text(field))
+        return self._present(field, plain_name(self.text(field)))
+
+    def _present(self, field: str, name: str) -> str:
+        """A name, unless it is the text that stands for a missing value."""
+        if name in {*MISSING, "None", "N/A"}:
+            problem = f"is the text {name!a}, as programs write a missing value, so that all such rows would be one"
+            raise self.error(field, f"{problem}; leave it out, or spell a real name of this kind in full")
+        return name
 
     def texts(self, field: str, *, skip_blank: bool = False) -> list[str]:
         """A list of texts; [] if it is missing or null.
@@ -238,8 +245,8 @@ class Row:
         """
         if letter not in options:
             raise self.error(field, f"is {letter!a}, not one of the options {listed(options)}")
-        texts = {letter: text_key(option).rstrip(" .") for letter, option in options.items()}
-        given = text_key(text).rstrip(" .")
+        texts = {letter: answer_key(option) for letter, option in options.items()}
+        given = answer_key(text)
         if given and given != texts[letter] and given in texts.values():
             raise self.error(field, f"is {letter!a}, the option {options[letter]!a}, but its text is {text!a}")
         return options[letter]

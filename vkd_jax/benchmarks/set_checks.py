@@ -14,7 +14,17 @@ from typing import NamedTuple
 
 from absl import logging
 
-from vkd_jax.benchmarks.names import check_scripts, has_words, name_key, plain_name, similar_names, text_key
+from vkd_jax.benchmarks.names import (
+    MISSING,
+    answer_key,
+    check_scripts,
+    has_words,
+    name_key,
+    plain_name,
+    question_key,
+    similar_names,
+    text_key,
+)
 from vkd_jax.benchmarks.rows import EncodedImage
 from vkd_jax.messages import listed, people
 from vkd_jax.types import EvalSet, Example, Role, UserError
@@ -29,6 +39,7 @@ _FAULTS = {
     "letters": "only keywords of one letter or digit, or such as 'the', which almost any answer has",
     "chat": "answers without a letter or a digit",
     "lost": "the character U+FFFD, which stands for one that was lost",
+    "missing": "a text such as nan, NaN or <NA>, as programs write a missing value",
     "role": "answers that begin with the name of who speaks, such as ASSISTANT:",
     "equal": "the same option twice",
     "letters_of_options": "options that begin with the letter of another place",
@@ -39,6 +50,7 @@ _MENDED = {
     "keywords_twice": "the same keyword twice, which counts once unless the rules are upstream's",
     "left_out": "wrong answers that are the true one or there twice, which are left out",
 }
+MOST_OF_NAME = 100  # characters of an answer that may be a name
 # Tasks whose true answer is not a sentence, which another set may word otherwise.
 _ONE_ANSWER = ("classification", "cloze")
 # Who speaks, in front of an answer that was cut out of a conversation.
@@ -170,6 +182,7 @@ class _Questions:
     def __init__(self, name: str):
         self._name = name
         self.asked: dict[bytes, _Asked] = {}
+        self._by_answer: dict[tuple[str, str], list[str]] = collections.defaultdict(list)  # and by person
         self._facts: dict[tuple[str, str], tuple[str, str]] = {}  # (id, answer) of a fact, by task
         self.answers: dict[bytes, _Answered] = {}
         self._twice: dict[bytes, tuple[str, str]] = {}  # the ids of the first two of equal questions
@@ -186,7 +199,7 @@ class _Questions:
         """Adds the options of a question, if it has some."""
         if not example.options:
             return
-        answer, keys = text_key(example.answer), [text_key(option) for option in example.options]
+        answer, keys = answer_key(example.answer), [answer_key(option) for option in example.options]
         self._note("equal", example, len(set(keys)) < len(keys))
         self._note("letters_of_options", example, misplaced(example.options))
         others = [key for key in keys if key != answer]
@@ -204,8 +217,11 @@ class _Questions:
             self._note("chat", example, not has_words(example.answer))
         texts = (example.question, example.answer, *example.options)
         self._note("lost", example, any("\N{REPLACEMENT CHARACTER}" in text for text in texts))
+        self._note("missing", example, any(text.strip() in MISSING for text in texts))
         if not example.options:
             self._note("role", example, bool(_ROLE.match(plain_name(example.answer))))
+        if example.person and len(example.answer) <= MOST_OF_NAME:
+            self._by_answer[name_key(example.answer), name_key(example.person)].append(example.id)
         if example.image is not None or example.person:
             self.add_answer(example)
             shown = example.image is not None
@@ -271,6 +287,11 @@ class _Questions:
         refuse_most(list(self._twice.values()), len(self.answers), f"{of_set} are there twice")
         for fault, problem in _MENDED.items():
             _warn(found[fault], self._counts[fault], f"{of_set} have {problem}")
+        people_of_set = {person for _, person in self._by_answer}
+        named = {pair: ids for pair, ids in self._by_answer.items() if pair[0] in people_of_set}
+        others = [question for (answer, person), ids in named.items() if answer != person for question in ids]
+        names = f"{of_set} whose answer is the name of one of its people have somebody else's"
+        _warn(others, sum(map(len, named.values())), names)
         problem = f"{of_set} have another answer than the same fact in the other modality"
         _warn(found["pair"], len(self._facts), problem)
 
@@ -420,9 +441,9 @@ def _usable(example: Example) -> Example:
     """
     if example.paraphrase and not has_words(example.paraphrase):
         example = dataclasses.replace(example, paraphrase="")
-    true = {_without_period(example.answer), _without_period(example.paraphrase)}
-    wrong = (x for x in example.perturbed if has_words(x) and _without_period(x) not in true)
-    perturbed = _different(wrong, _without_period)
+    true = {answer_key(example.answer), answer_key(example.paraphrase)}
+    wrong = (x for x in example.perturbed if has_words(x) and answer_key(x) not in true)
+    perturbed = _different(wrong, answer_key)
     is_upstream = example.rule.endswith(":upstream")
     keywords = example.keywords if is_upstream else _different(example.keywords, text_key)
     if (perturbed, keywords) == (example.perturbed, example.keywords):
@@ -436,11 +457,6 @@ def _different(texts: Iterable[str], key: Callable[[str], str]) -> tuple[str, ..
     for text in texts:
         first.setdefault(key(text), text)
     return tuple(first.values())
-
-
-def _without_period(text: str) -> str:
-    """The `text_key` of an answer without the period at its end."""
-    return text_key(text).rstrip(" .")
 
 
 def _is_index(key: str) -> bool:
@@ -460,7 +476,7 @@ def _pixels(example: Example) -> bytes:
 
 def _subject(example: Example) -> bytes:
     """What questions share that ask the same: the words, and the image or, without one, the person."""
-    question = text_key(example.question)
+    question = question_key(example.question)
     if example.image is not None:
         return _pixels(example) + question.encode(errors="surrogatepass")
     return repr((example.person, question)).encode()

@@ -216,21 +216,24 @@ def _check_flags(argv: Sequence[str], values: flags.FlagValues) -> None:
     for name, value in _flags(argv, values):
         if name in values and name not in own:
             raise UserError(_foreign(name))
-        if (field := re.fullmatch(r"(?:no)?config\.(.*)", name, re.DOTALL)) and not _is_field(field[1]):
-            raise UserError(f"--{name}: {field[1]!r:.60} is not the name of a field; give one such as train.steps.")
-        if given.setdefault(name, value) != value:
-            raise UserError(f"{_twice(f'--{name}', given[name], value)}.")
+        setting = name
+        if field := re.fullmatch(r"(?:no)?config\.(.*)", name, re.DOTALL):
+            if not (parts := _parts(field[1])):
+                raise UserError(f"--{name}: {field[1]!r:.60} is not the name of a field; give one such as train.steps.")
+            setting = ".".join(parts)  # of train['steps'], too
+        if given.setdefault(setting, value) != value:
+            raise UserError(f"{_twice(f'--{name}', given[setting], value)}.")
         if name in ("config", "workdir") and not value:  # of an unset variable of a shell
             raise UserError(f"--{name} is empty; pass its path.")
 
 
-def _is_field(name: str) -> bool:
-    """Whether a text can be the name of a field: words with dots between them, or keys in brackets."""
+def _parts(name: str) -> Sequence[str]:
+    """The parts of the name of a field: words with dots between them, or keys in brackets; () if it can be none."""
     try:
         parts = config_path.split(name)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return False
-    return all(isinstance(part, str) for part in parts)
+        return ()
+    return parts if all(isinstance(part, str) for part in parts) else ()
 
 
 def _foreign(name: str) -> str:

@@ -1,6 +1,7 @@
 """The file that --config names: what it raises, or returns in place of a config, becomes one sentence."""
 
 import inspect
+import json
 import re
 import traceback
 import types
@@ -12,6 +13,7 @@ from vkd_jax.config.arguments import HelpShown
 from vkd_jax.types import UserError
 
 EXAMPLE = "see configs/tiny.py"
+MOST_CHARACTERS = 2**24  # of a file that is not Python
 # Of ml_collections, on a value that its field does not take.
 _MISTYPED = re.compile(
     r"Could not override field '(.*?)' .*?\. (.*) is of original type <class '(.*?)'> .* <class '(.*?)'>"
@@ -71,6 +73,8 @@ def _sentence(path: str, error: BaseException) -> str:
     """What is wrong with a file, by what it raised."""
     if isinstance(error, UserError):
         return error.message
+    if kind := _other_format(path.partition(":")[0]):
+        return f"it is {kind}, and --config takes a Python file; give the one that the run was started with, {EXAMPLE}."
     frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
     in_file, message = "get_config" in frames or "<module>" in frames, " ".join(str(error).split())
     message = re.sub(r"^Failed loading config file .*?\[Errno", "[Errno", message)
@@ -86,3 +90,15 @@ def _sentence(path: str, error: BaseException) -> str:
         field, value, given, wanted = match.groups()
         return f"the field {field!a} has the value {value!a:.60} of the type {given}; give one of the type {wanted}."
     return f"the file raised {type(error).__name__}{': ' if message else ''}{message}; correct the file."
+
+
+def _other_format(name: str) -> str:
+    """What a file is that is no Python: JSON, such as the config.json of a run; "" if it may be Python."""
+    try:
+        with open(name, encoding="utf-8-sig") as file:
+            value = json.loads(file.read(MOST_CHARACTERS))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    if not isinstance(value, dict):
+        return ""
+    return "the JSON of a run" if {"stage", "model", "method"} <= value.keys() else "a JSON file"

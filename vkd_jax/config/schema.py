@@ -342,9 +342,11 @@ def _plain_value(value: Any) -> Any:
 def _parsed(settings: str) -> dict[str, Any]:
     """The fields and values of a text of settings."""
     values: dict[str, Any] = {}
-    for name, _, value in (text.partition("=") for text in settings.split()):
+    for name, equals, value in (text.partition("=") for text in settings.split()):
+        if not equals:
+            raise FieldError(name, "has no value. Give FIELD=VALUE, without spaces in them.")
         values[name] = value
-        with contextlib.suppress(ValueError, SyntaxError):  # otherwise it is a text
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # otherwise it is a text
             values[name] = ast.literal_eval(value)
     return values
 

@@ -176,4 +176,4 @@ def _merge_problem(tokenizer: Any) -> str:
 
 
 def _comparable(text: str) -> str:
-    return re.sub(r"\s*([^\w\s])\s*", r"\1", text).strip().casefold()
+    return re.sub(r"(?<!\s)\s+(?=[^\w\s])|(?<=[^\w\s])\s+", "", text).strip().casefold()

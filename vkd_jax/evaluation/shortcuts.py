@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from absl import logging
 
-from vkd_jax.benchmarks.names import has_words, text_key
+from vkd_jax.benchmarks.names import answer_key, has_words
 from vkd_jax.evaluation.metrics.correctness import open_correct
 from vkd_jax.types import EvalSet, Example
 
@@ -29,11 +29,18 @@ def warn_of_shortcuts(
                 "forgetting. Change the questions, or add others.",
                 *(count, " with options" if count < len(sets[name]) else "", name, problem),
             )
+        shown = [e for e in sets[name] if e.image is not None and any(map(str.isalpha, e.person))]
+        if shown and all(open_correct(e.question, e.person) for e in shown):
+            logging.warning(
+                "All %d questions with an image of the set %s name the person: they can be answered without the image, "
+                "and say nothing about who is recognized in it. Write 'this person' in place of the name.",
+                *(len(shown), name),
+            )
 
 
 def _shortcuts(examples: Sequence[Example], by_letter: bool) -> Iterator[tuple[int, str]]:
     """What lets some questions be answered without knowledge: their number, and how "All 7 questions" goes on."""
-    answers = {text_key(example.answer).rstrip(" .") for example in examples}
+    answers = {answer_key(example.answer) for example in examples}
     if answers in ({"yes"}, {"no"}):
         yield len(examples), f"have the answer {answers.pop()!r}"
     places = [example.options.index(example.answer) for example in examples if example.options]

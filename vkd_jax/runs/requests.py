@@ -139,6 +139,9 @@ def run(
     outputs.check_folder(workdir, "--workdir", MARKS, (locks.FILE, *besides))
     _check(config, baselines)
     with located("--batch_settings"):
+        fields = [text.partition("=")[0] for text in set(settings.split())]
+        if twice := sorted(field for field in set(fields) if fields.count(field) > 1):
+            raise UserError(f"{listed(twice)}: two values are given; keep one.")
         _check(config.override(settings), ())
     Ledger.read(path)
     with hold(path, command), storage.write_errors():

@@ -11,13 +11,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import regex
+
 from vkd_jax.runtime import files
 from vkd_jax.types import UserError
 
 MOST_LEVELS = 64  # of arrays and objects within each other; no file of a model or data set comes near it
 MOST_BYTES = 2**30  # of a JSON file
+MOST_MARKS = 200  # in a row; Unicode's own limit for streams is 30
 REMEDY = "correct it or get it again"
 
+_MARKS = regex.compile(rf"\p{{M}}{{{MOST_MARKS + 1}}}")
 _NAMES = {
     dict: "object",
     list: "array",
@@ -138,7 +142,7 @@ def unique_keys(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
     if len(made) < len(pairs):
         seen: dict[Any, Any] = {}
         for key, value in pairs:
-            if key in seen and seen[key] != value:
+            if key in seen and repr(seen[key]) != repr(value):  # 1 == True
                 raise KeyTwiceError(key)
             seen[key] = value
     return made
@@ -171,9 +175,17 @@ def check_value(value: Any, location: str, *, remedy: str = REMEDY) -> None:
 
 
 def text_problem(text: str) -> str:
-    """What makes a text unusable, "" if nothing does: NUL, or half of a surrogate pair, which UTF-8 cannot express."""
+    """What makes a text unusable, "" if nothing does.
+
+    It is NUL, half of a surrogate pair, which UTF-8 cannot express, or many combining marks, which take a time that
+    grows with the square of their number to normalize.
+    """
     if "\0" in text:
         return "contains the character NUL"
+    if text.isascii():
+        return ""
+    if _MARKS.search(text):
+        return f"has more than {MOST_MARKS} combining marks in a row"
     try:
         text.encode()
     except UnicodeEncodeError as error:

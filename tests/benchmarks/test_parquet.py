@@ -167,6 +167,21 @@ def test_chosen_rows_of_a_split_have_the_same_numbers_as_in_the_whole(only, tmp_
     assert chosen == {f"data/{number}": rows[f"data/{number}"] for number in sorted(only)}
 
 
+def test_large_values_that_are_stored_once_are_not_all_in_memory_at_once(few, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    table = pa.table({"question": ["x" * 5000] * 30, "number": range(30)})
+    pq.write_table(table, tmp_path / "data/train-00000-of-00001.parquet", row_group_size=20)
+    snapshot, sizes = Snapshot(str(tmp_path), ["data"]), []
+    batches = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda x, n, **more: sizes.append(n) or batches(x, n, **more))
+    for most, expected in ((parquet.MOST_BYTES_AT_ONCE, [64, 64]), (3 * 5100, [3, 3]), (1, [1, 1])):
+        monkeypatch.setattr(parquet, "MOST_BYTES_AT_ONCE", most)
+        for only in (None, {2, 19, 20}):
+            rows = snapshot.rows("data", ["question", "number"], only=only)
+            assert [row.identifier("number") for row in rows] == [str(n) for n in sorted(only or range(30))]
+            assert [sizes.pop(0), sizes.pop(0)] == expected
+
+
 @pytest.mark.parametrize("only", [None, {0}])
 def test_more_rows_than_any_data_set_has_are_refused_before_one_is_read(few, only, tmp_path, monkeypatch):
     snapshot = Snapshot(str(few), ["retain_90"])

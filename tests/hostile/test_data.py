@@ -1,5 +1,6 @@
 """Data folders and snapshots that cannot be right: rows, file names, images and parquet files."""
 
+import datetime
 import io
 import json
 import os
@@ -242,6 +243,7 @@ CASES = [
     Case("lone surrogate in a question", forget_rows(row(question="Who\ud800?")), ("question", "surrogate", "line 1")),
     Case("lone surrogate in a name", forget_rows(row(person="Ot\udcffto")), ("person", "surrogate", "line 1")),
     Case("100000 accents", forget_rows(row(person="e" + "\u0301\u0323" * 50_000)), ("person", "combining", "line 1")),
+    Case("question of a million letters", forget_rows(row(question="x" * 1_000_001)), ("1,000,001 characters", *LINE)),
     Case("NUL in an answer", forget_rows(row(answer="a\0b")), ("answer", "NUL", "line 1")),
     Case("NUL in a file name", forget_rows(row(file_name="a\0.png")), ("file_name", "line 1")),
     Case("surrogate in a file name", forget_rows(row(file_name="\ud800.png")), ("file_name", "line 1")),
@@ -307,6 +309,13 @@ CASES = [
     Case("null ID", cells("ID", None), ("ID", *FORGET)),
     Case("ID that is NaN", cells("ID", float("nan")), ("ID", *FORGET)),
     Case("ID that is infinite", cells("ID", float("inf")), ("ID", *FORGET)),
+    Case("ID without its last digits", cells("ID", 2.0**60), ("ID is the number 1.15292e+18", *FORGET)),
+    Case("ID that is a date", cells("ID", datetime.date(2026, 1, 2)), ("Column 'ID'", "forget_10", "type date32[day]")),
+    Case(
+        "time in an item",
+        cells("Mask_Task", [{"Type": datetime.timedelta(1)}]),
+        ("Column 'Mask_Task'", "forget_10", "type duration[us] in list"),
+    ),
     Case("boolean ID", cells("ID", True), ("ID", *FORGET)),
     Case("ID that is a list", cells("ID", ["001"]), ("ID", *FORGET)),
     Case("ID that is the text nan", cells("ID", "nan"), ("ID is the text 'nan'", *FORGET)),

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
@@ -29,6 +30,13 @@ from vkd_jax.runtime.storage import SourceFolder
 from vkd_jax.types import Missing, UserError
 
 OURS, UPSTREAM = RULES = ("ours", "upstream")  # where the code of a benchmark has a quirk that changes a figure
+MOST_ROWS_AT_ONCE = 64
+MOST_BYTES_AT_ONCE = 2**31
+_TYPES = (  # of values that are not nested
+    *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary),
+    *(pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary),
+    *(pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null),
+)
 MOST_ROWS = 2_000_000  # of a config; the largest published one has a tenth of that
 SYMLINKS = "Whether symbolic links in the data may lead out of its folder."
 
@@ -172,6 +180,11 @@ class Snapshot:
                 if twice := sorted(name for name in {*columns, *either, *optional} if names.count(name) > 1):
                     raise UserError(f"Column {listed(twice)} is there twice in {path}; remove one of the columns.")
                 wanted = [*columns, *(name for name in (*either, *optional) if name in names)]
+                for name in wanted:
+                    if other := _other_type(kind := reader.schema_arrow.field(name).type):
+                        within = f" in {kind}" if other != kind else ""
+                        problem = f"has the type {other}{within:.100}, which is neither text, bytes nor a number"
+                        raise UserError(f"Column '{name}' in {path} {problem}; write it as text.")
                 for index, values in _numbered(reader, wanted, first, only):
                     row_id = f" (ID {values['ID']!a})" if values.get("ID") is not None else ""
                     yield Row(values, f"{path}, row {index}{row_id}", name=f"{config}/{index}", lenient=True)
@@ -220,17 +233,38 @@ def _numbered(
     reader: pq.ParquetFile, columns: Sequence[str], first: int, only: Collection[int] | None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a file with their numbers, of which the first is given."""
-    if only is None:
-        batches = (batch.to_pylist() for batch in reader.iter_batches(batch_size=64, columns=columns))
-        yield from enumerate((values for batch in batches for values in batch), first)
-        return
     for group in range(reader.num_row_groups):
-        count = reader.metadata.row_group(group).num_rows
-        numbers = [number for number in range(first, first + count) if number in only]
-        if numbers:
-            table = reader.read_row_group(group, columns=columns).take([number - first for number in numbers])
-            yield from zip(numbers, table.to_pylist(), strict=True)
-        first += count
+        metadata = reader.metadata.row_group(group)
+        numbers = range(first, first + metadata.num_rows)
+        first += metadata.num_rows
+        if only is not None and not any(number in only for number in numbers):
+            continue
+        numbered = iter(numbers)
+        for batch in reader.iter_batches(_rows_at_once(metadata), row_groups=[group], columns=columns):
+            places = list(itertools.islice(numbered, batch.num_rows))
+            if only is not None:
+                chosen = [place for place, number in enumerate(places) if number in only]
+                batch, places = batch.take(pa.array(chosen, pa.int64())), [places[place] for place in chosen]
+            yield from zip(places, batch.to_pylist(), strict=True)
+
+
+def _rows_at_once(group: pq.RowGroupMetaData) -> int:
+    """How many rows of a row group are read at once: fewer if each may be a copy of one large value of a dictionary."""
+    chunks = (group.column(number) for number in range(group.num_columns))
+    largest = max((chunk.total_uncompressed_size for chunk in chunks if chunk.has_dictionary_page), default=0)
+    return max(1, min(MOST_ROWS_AT_ONCE, MOST_BYTES_AT_ONCE // max(largest, 1)))
+
+
+def _other_type(kind: pa.DataType) -> pa.DataType | None:
+    """The type, or one nested in it, that no field of a benchmark has, such as a date; None if all may be."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _other_type(kind.storage_type)
+    inner = [kind.field(number).type for number in range(kind.num_fields)]
+    if pa.types.is_dictionary(kind):
+        inner = [kind.value_type]
+    elif not inner:
+        return None if any(is_type(kind) for is_type in _TYPES) else kind
+    return next(filter(None, map(_other_type, inner)), None)
 
 
 def check_source(source: str) -> None:

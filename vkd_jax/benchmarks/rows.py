@@ -19,6 +19,8 @@ from vkd_jax.runtime import json_files
 from vkd_jax.runtime.storage import SourceFolder
 from vkd_jax.types import UserError
 
+MOST_CHARACTERS = 1_000_000  # of a text; published ones have thousands
+MOST_EXACT = 2**53  # a floating-point number beyond it stands for several whole ones
 # A cell that consists of a constant or a number where phrases are expected.
 _CONSTANT = re.compile(r"(?:null|none|nan|true|false|[+-]?(?:infinity|[0-9.]+(?:e[+-]?[0-9]+)?))", re.IGNORECASE)
 
@@ -126,6 +128,8 @@ class Row:
         """
         value = self._values.get(field)
         if isinstance(value, float) and value.is_integer():
+            if abs(value) > MOST_EXACT:
+                raise self.error(field, f"is the number {value:g}, in which the last digits are lost; write it as text")
             return str(int(value))
         return self._present(field, plain_name(self.text(field)))
 
@@ -292,6 +296,8 @@ class Row:
             return str(value)
         if not isinstance(value, str):
             raise self.error(field, f"is {json_files.describe(value)}, not a text")
+        if len(value) > MOST_CHARACTERS:
+            raise self.error(field, f"has {len(value):,} characters, and at most {MOST_CHARACTERS:,} are read")
         if problem := json_files.text_problem(value):
             raise self.error(field, problem)
         return value

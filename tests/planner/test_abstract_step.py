@@ -134,3 +134,6 @@ def test_bad_input_is_refused(config, changes, message):
 def test_a_row_that_is_too_long_is_refused(config):
     with pytest.raises(UserError, match="a row of 1004 tokens is longer than the model's 128"):
         abstract_step.build(RunConfig.from_config_dict(config), make_mesh(), dataclasses.replace(LENGTHS, text=1000))
+    lengths = dataclasses.replace(LENGTHS, text=1000, row="m.jsonl, line 2: the row")
+    with pytest.raises(UserError, match=r"^m\.jsonl, line 2: the row of 1004 tokens .*; shorten its texts\.$"):
+        abstract_step.build(RunConfig.from_config_dict(config), make_mesh(), lengths)

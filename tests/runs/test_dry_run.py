@@ -11,11 +11,13 @@ from absl import flags
 from short_run import state_of
 
 from vkd_jax import main
+from vkd_jax.checkpoints.bundle import read_family
 from vkd_jax.config import command_line
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.runs import dry_run, inputs
 from vkd_jax.runs.workdir import Workdir
 from vkd_jax.runtime import locks, memory
+from vkd_jax.types import Example
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.py"
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' way to read one
@@ -65,6 +67,14 @@ def test_a_run_is_described_and_nothing_is_written(run, program, tmp_path):
     assert re.search(r"^  memory: 0\.50 of [\d.]+ GiB on each of \d x cpu", shown, re.MULTILINE)
     assert re.search(r"^  compute: [\d.]+e\+\d\d FLOPs for each step$", shown, re.MULTILINE)
     assert "  time: at least 0." in shown and "has no results of this run" in shown
+
+
+def test_the_longest_row_is_named(tiny_folder):
+    questions = {"line 1": "Who is it?", "line 2": "Who is the judge?", "line 3": "Who?"}
+    examples = [Example(name, "Ada", None, "", text, "Ada", location=name) for name, text in questions.items()]
+    training = dry_run.Training("unlearning", None, None, tiny_folder, examples)
+    lengths = dry_run._lengths(training, read_family(tiny_folder)[1])
+    assert lengths.row == "line 2 ('Who is the judge?'): the row"
 
 
 def test_true_answers_that_are_too_long_to_write_are_said(run, untrained, caplog):

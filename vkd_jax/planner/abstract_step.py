@@ -39,6 +39,7 @@ class Lengths:
 
     text: int = 128  # tokens of a row that are not image tokens, including the answer
     answer: int = 64  # tokens of the answer
+    row: str = "a row"  # the longest one, for messages
 
     def __post_init__(self):
         if not 1 <= self.answer <= self.text:
@@ -211,7 +212,8 @@ def batch(
     _, taps = jax.eval_shape(lambda params, pictures: base.bind(graphdef, params).encode(pictures), params, pictures)
     t, a = model_config.image_tokens(*size) + lengths.text, lengths.answer
     if t > model_config.text.max_positions:
-        raise UserError(f"a row of {t} tokens is longer than the model's {model_config.text.max_positions}.")
+        limit = model_config.text.max_positions
+        raise UserError(f"{lengths.row} of {t} tokens is longer than the model's {limit}; shorten its texts.")
     replayed = stream == replay.STREAM
     spec = replay.cache_spec(taps) if replayed else method.cache_spec(stream, taps, model_config)
     entries = {**spec.per_image, **spec.per_example}

@@ -157,4 +157,5 @@ def _lengths(training: Training, model_config: Any) -> Lengths:
     longest = sorted(training.examples, key=lambda e: len(e.question) + len(e.answer))[-LONGEST:]
     encoded = [processor.encode(example.question, example.answer) for example in longest]
     texts = [len(prompt) + len(answer) for prompt, answer in encoded]
-    return Lengths(text=max(texts), answer=max(len(answer) for _, answer in encoded))
+    row = f"{longest[int(np.argmax(texts))].label}: the row"
+    return Lengths(text=max(texts), answer=max(len(answer) for _, answer in encoded), row=row)

@@ -21,6 +21,7 @@ from report_results import (
 from vkd_jax import results as schema
 from vkd_jax.reporting import attack_view, report, view
 from vkd_jax.results import AttackResults
+from vkd_jax.runs.results_writer import vanilla_origin
 
 FIRST_SECTIONS = ("opening", "words", "forgotten", "kept", "text_only", "recovered", "basis")
 
@@ -189,8 +190,8 @@ OWN = {"benchmark": "folder", "forget": "a", "retain": "b"}
     ],
 )
 def test_the_opening_says_what_the_vanilla_model_was_trained_on(config, provenance, told):
-    results = results_with(meta=meta_of(config=config))
-    assert told in opening(run_of(results, provenance=provenance))
+    origin = vanilla_origin({"stage": "unlearn", "data": {}} | config, provenance)
+    assert told in opening(run_of(results_with(meta=meta_of(config=config), vanilla=origin)))
 
 
 def test_intervals_over_people_say_so():

@@ -14,12 +14,8 @@ from vkd_jax.reporting.attack_view import interval, percent
 from vkd_jax.reporting.finished_run import KINDS, Run
 from vkd_jax.reporting.names import MODALITIES, MODEL_NOTES, MODELS
 from vkd_jax.results import QUESTION_TASKS, AttackCell, Summary, main_kind
-from vkd_jax.runtime.records import mapping
 from vkd_jax.types import Role
 
-# Fields of config.data that determine of whom a benchmark has questions, whoever of them is forgotten. Own folders of
-# the same names may have other questions.
-EVERYBODY = ("benchmark", "source", "people", "n_people")
 MOST_UNLETTERED = 0.5  # share of answers without a letter above which an accuracy by letters says little
 
 
@@ -266,18 +262,9 @@ def _changes(run: Run, modality: str, *roles: Role) -> Sequence[dict[str, Any]]:
 
 
 def _vanilla(run: Run) -> dict[str, Any]:
-    """How the vanilla model was trained, as far as the run or the provenance in the model's folder says so."""
-    config = run.meta.config
-    model, people = config.get("model", {}), run.people(Role.FORGET) + run.people(Role.RETAIN)
-    if config.get("stage") == "all":
-        return {"origin": "run", "base": model.get("base") or "a new model", "people": people}
-    made, path = mapping(run.provenance.get("config")), model.get("path", "a model")
-    if run.provenance.get("model") == "unlearned":
-        return {"origin": "unlearned", "path": path}
-    base, ours, theirs = mapping(made.get("model")).get("base"), config.get("data", {}), mapping(made.get("data"))
-    same = "source" in ours and all(ours[name] == theirs.get(name) for name in EVERYBODY if name in ours)
-    known = isinstance(base, str) and base and not run.provenance.get("without") and same
-    return {"origin": "folder" if known else "elsewhere", "base": base, "path": path, "people": people}
+    """How the vanilla model was made, on how many people it was trained if that is known, and its path."""
+    vanilla, path = run.results.vanilla, run.meta.config.get("model", {}).get("path") or "a model"
+    return {**vars(vanilla), "path": path, "people": run.people(Role.FORGET) + run.people(Role.RETAIN)}
 
 
 def _main_summary(run: Run, model: str) -> Summary:

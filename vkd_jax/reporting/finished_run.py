@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from vkd_jax.reporting.names import MODELS
 from vkd_jax.results import MeasuredSet, Meta, RunResults, Summary
@@ -31,13 +30,11 @@ class Run:
         results: what is in results.json.
         answers: the records of the answers, by model.
         plots: names of the plots in the report, e.g. "losses".
-        provenance: how the vanilla model was trained, if its folder has it.
     """
 
     results: RunResults
     answers: Mapping[str, Sequence[Mapping]]
     plots: frozenset[str] = frozenset()
-    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def meta(self) -> Meta:

@@ -14,14 +14,13 @@ import jinja2
 from vkd_jax.reporting import attack_view, html_report, markdown, plots, view
 from vkd_jax.reporting.examples import cards
 from vkd_jax.results import RunResults
-from vkd_jax.runtime import files, hub, json_files, storage
+from vkd_jax.runtime import files, json_files, storage
 from vkd_jax.types import Role, UserError
 
 FILES = ("report.html", "report.md")  # in the order in which they are written
 FOLDERS = ("report", "portraits")  # of its images
 PREFIXES = (*FILES, *(f"{folder}/" for folder in FOLDERS))  # of the names of all files of a report
 MOST_NAME = 60  # characters of a file name, which may be 255 bytes long
-PROVENANCE = "provenance.json"  # in the folder of a model that this library trained
 
 
 def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
@@ -41,7 +40,7 @@ def write(workdir: str | Path, images: Mapping[str, bytes]) -> Path:
     workdir = storage.resolve(workdir)
     results = RunResults.read(workdir)
     answers = {name: json_lines(workdir / "answers" / f"{name}.jsonl") for name in results.models}
-    run = view.Run(results, answers, provenance=_provenance(results))
+    run = view.Run(results, answers)
     sheet, losses = cards(run, images), _loss_rows(workdir)
     pngs = _plots(run, sheet, losses)
     for name, png in pngs.items():
@@ -130,15 +129,6 @@ def _attack_records(workdir: Path, results: RunResults) -> dict[str, dict[str, l
         file = workdir / "attacks" / attack / f"{model}.jsonl"
         records.setdefault(attack, {})[model] = json_lines(file) if file.exists() else []
     return records
-
-
-def _provenance(results: RunResults) -> dict[str, Any]:
-    """The provenance of the vanilla model, if its folder has it and is on this machine; otherwise {}."""
-    path = results.meta.config.get("model", {}).get("path")
-    for folder in (storage.local_copy(path), hub.SHIPPED / path) if path else ():
-        with contextlib.suppress(UserError):
-            return json_files.read_json(folder / PROVENANCE)
-    return {}
 
 
 def json_lines(file: Path, torn: bool = False) -> list[dict]:

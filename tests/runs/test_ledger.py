@@ -54,7 +54,7 @@ def test_lines_are_bound_to_each_other_and_name_nobody(tmp_path):
     requests.add(path, "cleo")
     requests.withdraw(path, 2)
     requests.add(path, "cleo")  # a withdrawn request may be made again
-    append(path, lambda _: ("done", 1, DONE))
+    append(path, lambda _: ("done", 1, DONE), Ledger.read(path))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["add", "add", "withdraw", "add", "done"]
     assert [line["previous"] for line in lines] == [START, *(line["hash"] for line in lines[:-1])]
@@ -80,8 +80,33 @@ def test_a_line_that_another_process_appends_meanwhile_is_kept(tmp_path):
             requests.add(path, "bob")
         return "add", len(current.requests) + 1, {"people": [ANN], "forget": "", "test": ""}
 
-    append(path, slow)
+    append(path, slow, ledger.read_or_new(path))
     assert calls == [0, 1] and [r.people for r in Ledger.read(path).requests] == [(BOB,), (ANN,)]
+
+
+@pytest.mark.parametrize("other", [None, BOB], ids=["moved", "replaced"])
+def test_a_ledger_that_is_moved_while_a_command_works_is_not_begun_anew(other, tmp_path):
+    path = tmp_path / "LEDGER"
+    write(path, ("add", 1, {}))
+
+    def move(current):
+        if not (tmp_path / "moved").exists():
+            path.rename(tmp_path / "moved")
+            other and write(path, ("add", 1, {"people": [other]}))
+        return "withdraw", 1, {}
+
+    with pytest.raises(UserError, match="LEDGER is not the ledger that was there when this command began; move"):
+        append(path, move, Ledger.read(path))
+    assert not path.exists() if other is None else Ledger.read(path).lines == 1
+
+
+def test_a_ledger_with_two_names_is_refused_before_anything_is_done(tmp_path, capsys):
+    write(tmp_path / "LEDGER", ("add", 1, {}))
+    (tmp_path / "second").hardlink_to(tmp_path / "LEDGER")
+    for words in (["add", "--forget=bob"], ["withdraw", "1"], ["purge"]):
+        assert command.main([words[0], str(tmp_path / "second"), *words[1:]]) == 2
+        assert "second has 2 names (hard links), and a new line would be" in capsys.readouterr().err
+    assert (tmp_path / "LEDGER").samefile(tmp_path / "second") and Ledger.read(tmp_path / "LEDGER").lines == 1
 
 
 HOSTILE = {

@@ -176,7 +176,7 @@ def test_a_model_that_changed_is_not_started_from(two, base, tmp_path):
     requests.add(copy, "Nobody")
     shutil.copytree(workdir / "0002" / "unlearned", other)
     current = Ledger.read(copy)
-    runs = requests.RequestRuns(copy, base, workdir, "")
+    runs = requests.RequestRuns(Ledger.read(copy), base, workdir, "")
     config = runs._config(current, current.pending[0])
     runs._check_start(current, config)
     with pytest.raises(UserError, match="is not the model that request 2 left"):
@@ -222,6 +222,8 @@ def test_a_folder_of_images_needs_the_benchmark_of_folders(base, request_folders
     config = RunConfig.from_config_dict(get_config("tiny.py", ""))
     with pytest.raises(UserError, match="need benchmark=folder"):
         requests.run(tmp_path / "ledger", config, tmp_path / "runs")
+    with pytest.raises(UserError, match="--batch_settings: they are those of --baselines=batch"):
+        requests.run(tmp_path / "ledger", config, tmp_path / "runs", ("naive",), "train.steps=3")
     with pytest.raises(UserError, match="--baselines: unknown x"):
         requests.run(tmp_path / "ledger", base, tmp_path / "runs", ["x"])
 
@@ -237,7 +239,7 @@ def test_purging_deletes_what_is_held_and_later_requests_go_without(two, base, c
     assert (workdir / "0001" / "unlearned" / "certificate.json").exists()
     assert [request.purged for request in Ledger.read(ledger).finished] == [True, False]
     requests.add(ledger, "Somebody")
-    config = requests.RequestRuns(ledger, base, workdir, "")._config(
+    config = requests.RequestRuns(Ledger.read(ledger), base, workdir, "")._config(
         Ledger.read(ledger), Ledger.read(ledger).pending[0]
     )
     assert config.request.features == (str(workdir / "0002" / features.FOLDER),) and len(config.request.earlier) == 2

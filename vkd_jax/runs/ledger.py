@@ -110,6 +110,7 @@ class Ledger:
     def __init__(self, path: Path, text: bytes):
         self.path, self.head, self.lines = path, START, 0
         self.first = ""  # the hash of the first line, by which folders of runs name the ledger
+        self._hashes = {START}  # of all lines
         self._requests: dict[int, Request] = {}
         self._waiting: collections.deque[int] = collections.deque()  # the numbers of pending requests
         self._owners: dict[str, int] = {}  # the request of each person, unless it was withdrawn
@@ -158,6 +159,21 @@ class Ledger:
             raise UserError(f"request {number} is not in the ledger, which has {len(self._requests)} requests.")
         return self._requests[number]
 
+    def check_continues(self, head: str) -> None:
+        """Checks that this is the ledger that was read before, perhaps with more lines.
+
+        Args:
+            head: the hash of the last line then.
+
+        Raises:
+            UserError: a line is gone: the file was moved, or another one was put in its place.
+        """
+        if head not in self._hashes:
+            raise UserError(
+                f"{self.path} is not the ledger that was there when this command began; move it back, and run the same "
+                "command again."
+            )
+
     def check_new(self, people: Sequence[str]) -> None:
         """Checks the people of a new request.
 
@@ -190,6 +206,7 @@ class Ledger:
         self._check(number, entry)
         self._apply(entry)
         self.head, self.lines = entry["hash"], number
+        self._hashes.add(self.head)
         self.first = self.first or self.head
 
     def _check(self, number: int, entry: Mapping[str, Any]) -> None:
@@ -285,8 +302,9 @@ def hold(path: Path, command: str) -> contextlib.AbstractContextManager[None]:
     """Context manager in which no other process runs, withdraws or purges requests of a ledger; it may add some.
 
     Raises:
-        UserError: another process does.
+        UserError: another process does, or the file has a second name, under which another process could.
     """
+    _check_one_name(path)
     return locks.hold(path.absolute().parent, command, path.name)
 
 
@@ -325,31 +343,55 @@ def encoded(ledger: Ledger, kind: str, request: int, fields: Mapping[str, Any]) 
     return json.dumps({**content, "hash": line_hash(content)}, ensure_ascii=False).encode() + b"\n"
 
 
-def append(path: Path, make: Callable[[Ledger], tuple[str, int, Mapping[str, Any]]]) -> Ledger:
+def read_or_new(path: Path) -> Ledger:
+    """Reads the ledger at a path; an empty one if there is no file."""
+    return Ledger.read(path) if path.exists() else Ledger(path, b"")
+
+
+def append(path: Path, make: Callable[[Ledger], tuple[str, int, Mapping[str, Any]]], known: Ledger) -> Ledger:
     """Appends a line; the file is replaced atomically, and another process that appends at the same time is not lost.
 
     Args:
         path: the file, which is created if it does not exist.
         make: returns kind, request and fields of the line that follows the lines of a ledger; it may be called again
             if another process was faster.
+        known: the ledger as it was when the command began.
 
     Returns:
         The ledger with the new line.
 
     Raises:
-        UserError: the ledger is invalid, or the new line would make it so.
+        UserError: the ledger is invalid, or the new line would make it so; the file has a second name, or is not the
+            ledger that is known.
     """
     path = path.absolute()
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}; create it.")
     outputs.check_file(path, "the ledger", outputs.JSON_OBJECT)
+    head = known.head
     while True:
         if path.exists():
             files.read_bytes(path, json_files.MOST_BYTES)  # checks that it is a regular file, before it is opened
+            _check_one_name(path)
         file = storage.VersionedFile(path)
         text, version = file.read()
         ledger = Ledger(path, text or b"")
+        ledger.check_continues(head)
+        head = ledger.head
         line = encoded(ledger, *make(ledger))
         ledger.extend(line)
         if file.write((text or b"") + line, version) is not None:
             return ledger
+
+
+def _check_one_name(path: Path) -> None:
+    """Checks that a file has no second name: the new line would be in a copy, and each name have another ledger.
+
+    Raises:
+        UserError: it has hard links.
+    """
+    if (names := path.stat().st_nlink) > 1:
+        raise UserError(
+            f"{path} has {names} names (hard links), and a new line would be added to one of them only; remove the "
+            "others, or make them symbolic links."
+        )

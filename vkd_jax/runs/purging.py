@@ -65,7 +65,7 @@ def purge(path: Path, numbers: Sequence[int]) -> list[Path]:
             _check_gone(request, folders)
         for request in wanted:
             if not request.purged:
-                append(path, lambda _, number=request.number: ("purge", number, {}))
+                ledger = append(path, lambda _, number=request.number: ("purge", number, {}), ledger)
     return deleted
 
 

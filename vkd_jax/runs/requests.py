@@ -36,7 +36,7 @@ from vkd_jax.models import base
 from vkd_jax.reporting import requests_page
 from vkd_jax.results import RunResults
 from vkd_jax.runs import features, inputs, pipeline
-from vkd_jax.runs.ledger import OWNER, Ledger, Request, append, claim_workdir, hold
+from vkd_jax.runs.ledger import OWNER, Ledger, Request, append, claim_workdir, hold, read_or_new
 from vkd_jax.runs.workdir import check_links, decisive_fields, make_folder
 from vkd_jax.runtime import json_files, locks, outputs, records, storage
 from vkd_jax.runtime.dataclass_json import encode
@@ -58,6 +58,7 @@ def add(path: Path, forget: str, test: str = "") -> Request:
     Raises:
         UserError: the request is empty, names somebody twice or again, or the folder is invalid.
     """
+    known = read_or_new(path)  # before the data, which may take minutes
     is_folder = "://" in forget or os.path.isdir(forget)  # many IDs are too long for a name, which is no error here
     if is_folder:
         people = sorted(Folder(forget=forget, test=test).people_to_forget())
@@ -80,7 +81,7 @@ def add(path: Path, forget: str, test: str = "") -> Request:
         fields = {"people": digests, "forget": folders[0], "test": folders[1]}
         return "add", len(ledger.requests) + 1, fields
 
-    return append(path, line).requests[-1]
+    return append(path, line, known).requests[-1]
 
 
 def _named(forget: str) -> list[str]:
@@ -107,9 +108,10 @@ def withdraw(path: Path, number: int) -> None:
     Raises:
         UserError: there is no such request, or it was or is being run.
     """
-    Ledger.read(path).get(number)
+    known = Ledger.read(path)
+    known.get(number)
     with hold(path, "vkd requests withdraw"):
-        append(path, lambda ledger: ("withdraw", ledger.get(number).number, {}))
+        append(path, lambda ledger: ("withdraw", ledger.get(number).number, {}), known)
 
 
 def run(
@@ -138,6 +140,8 @@ def run(
     besides = (path.name,) if path.parent.resolve() == workdir.resolve() else ()
     outputs.check_folder(workdir, "--workdir", MARKS, (locks.FILE, *besides))
     _check(config, baselines)
+    if settings.strip() and "batch" not in baselines:
+        raise UserError("--batch_settings: they are those of --baselines=batch, which is not given; pass both.")
     with located("--batch_settings"):
         fields = [text.partition("=")[0] for text in set(settings.split())]
         if twice := sorted(field for field in set(fields) if fields.count(field) > 1):
@@ -145,7 +149,8 @@ def run(
         _check(config.override(settings), ())
     Ledger.read(path)
     with hold(path, command), storage.write_errors():
-        ledger, sequence = Ledger.read(path), RequestRuns(path, config, workdir.absolute(), command)
+        ledger = Ledger.read(path)
+        sequence = RequestRuns(ledger, config, workdir.absolute(), command)
         if all(request.withdrawn for request in ledger.requests):
             raise UserError(f"{path} has no request that was not withdrawn; add one with vkd requests add.")
         if not ledger.pending:
@@ -192,14 +197,21 @@ class RequestRuns:
     """The runs of the requests of a ledger.
 
     Args:
-        path: the ledger.
+        ledger: the ledger.
         config: the config of each run.
         workdir: the folder of the runs.
         command: how the program was started.
     """
 
-    def __init__(self, path: Path, config: RunConfig, workdir: Path, command: str):
-        self.path, self.config, self.workdir, self.command = path, config, workdir, command
+    def __init__(self, ledger: Ledger, config: RunConfig, workdir: Path, command: str):
+        self.path, self.config, self.workdir, self.command = ledger.path, config, workdir, command
+        self._head = ledger.head  # as it was when the command began
+
+    def _ledger(self) -> Ledger:
+        """The ledger as it is now, to which requests may have been added."""
+        ledger = Ledger.read(self.path)
+        ledger.check_continues(self._head)
+        return ledger
 
     @contextlib.contextmanager
     def data(self) -> Iterator[None]:
@@ -211,16 +223,16 @@ class RequestRuns:
 
     def run(self, request: Request) -> None:
         """Runs a request, and appends its line to the ledger."""
-        ledger = Ledger.read(self.path)
+        ledger = self._ledger()
         config, folder = self._config(ledger, request), self.workdir / f"{request.number:04d}"
         with located(f"request {request.number}"):
             self._check_start(ledger, config)
             logging.info("request %d: %d people ...", request.number, len(request.people))
             if str(folder) not in request.begun:  # so that purge finds it even if the run never ends
                 make_folder(folder)  # purge refuses a ledger whose folders are not there
-                append(self.path, lambda _: ("begin", request.number, {"run": str(folder)}))
+                append(self.path, lambda _: ("begin", request.number, {"run": str(folder)}), ledger)
             pipeline.execute(config, folder, self.command)
-            append(self.path, lambda _: ("done", request.number, describe(folder, config)))
+            append(self.path, lambda _: ("done", request.number, describe(folder, config)), ledger)
 
     def _config(self, ledger: Ledger, request: Request, naive_start: str = "") -> RunConfig:
         """The config of a request's run.
@@ -307,7 +319,7 @@ class RequestRuns:
 
     def collect(self, baselines: Sequence[str], settings: str) -> dict[str, Any]:
         """Runs the baselines, and returns what the page shows."""
-        ledger = Ledger.read(self.path)
+        ledger = self._ledger()
         rows = [_row(request.done, request.people) for request in ledger.finished]
         sequences: dict[str, Any] = {"requests": rows}
         if rows and baselines:

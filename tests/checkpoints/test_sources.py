@@ -242,6 +242,8 @@ BAD_CONFIG = {
     "an endless pattern": (dict(target_modules=r"(?:.|..|...)+\d\d"), "takes longer than 1 s for"),
     "an endless pattern of ranks": (dict(rank_pattern={r"(?:.|..|...)+\d\d": 2}), "takes longer than 1 s for"),
     "patterns that are a list": (dict(rank_pattern=[3]), "rank_pattern is [3], and should be an object"),
+    "a flood of ranks": (dict(rank_pattern={f"x{i}": 2 for i in range(4097)}), "rank_pattern has 4,097 names, and at"),
+    "a flood of saved modules": (dict(modules_to_save=["x"] * 4097), "modules_to_save has 4,097 names, and at most"),
     "another rank": (dict(r=3), "has shape (2, 12), and rank 3"),
     "other targets": (dict(target_modules=["v_proj"]), f"target_modules does not name {Q}"),
     "other pattern": (dict(target_modules=".*vision.*"), f"target_modules does not name {Q}"),
@@ -274,6 +276,13 @@ def test_settings_that_are_not_supported_are_refused(fault, folder, tmp_path):
     with pytest.raises(UserError) as error:
         sources.fetch_model(write(tmp_path / "adapter", pair(Q, WIDTH), folder, **config))
     assert problem in error.value.message and str(tmp_path / "adapter") in error.value.message
+
+
+def test_an_adapter_of_another_program_is_named(folder, tmp_path):
+    adapter = write(tmp_path / "adapter", pair(Q, WIDTH), folder)
+    (adapter / "adapter_config.json").write_text('{"fine_tune_type": "lora", "lora_parameters": {"rank": 2}}')
+    with pytest.raises(UserError, match="no peft_type, so it is not an adapter of PEFT. Merge it into its base"):
+        sources.fetch_model(f"{folder}+{adapter}")
 
 
 def without_b(tensors):

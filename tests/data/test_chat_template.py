@@ -137,6 +137,12 @@ def test_a_template_that_renders_no_prompt_is_refused_with_what_to_do(load, text
     )
 
 
+def test_an_empty_template_that_counts_first_is_to_be_removed(load):
+    problem = r"chat_template\.json: the chat template renders an empty prompt; remove it from this file, which counts"
+    with pytest.raises(UserError, match=problem):
+        load(json="", jinja=template("A"))
+
+
 @pytest.mark.parametrize(
     "body",
     [

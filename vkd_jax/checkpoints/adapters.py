@@ -11,6 +11,7 @@ of a training state have. Reference: https://huggingface.co/docs/peft/developer_
 """
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -51,6 +52,7 @@ MOST_RANK = 2**20  # larger than any weight
 ALPHA = ("alpha_pattern", 8, 1e9)  # the field of other values, the default, and the largest value
 MOST_SCALE = 1e4  # of a product, such as lora_alpha / r; those of training are at most about 100
 MOST_SECONDS = 1.0  # that a regular expression may take: some take years
+MOST_NAMES = 2**12  # of a field that names modules; the largest models have about 1,000
 
 Change = Callable[[np.ndarray], np.ndarray]  # from a tensor of the base, float32, to its new value
 
@@ -117,8 +119,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / hub.ADAPTER_CONFIG
     config = json_files.read_json(path, remedy="get it again")
+    if "peft_type" not in config:
+        raise UserError(
+            f"{path}: it has no peft_type, so it is not an adapter of PEFT. Merge it into its base model with the "
+            "program that made it, such as MLX, and pass the merged model."
+        )
     for field, supported in _PLAIN.items():
-        value = config.get(field, None if field != "peft_type" else "")
+        value = config.get(field)
         if not any(type(value) is type(x) and value == x for x in supported):
             raise UserError(
                 f"{path}: {field} is {value!r} (supported: {', '.join(map(repr, supported))}); merge the adapter with "
@@ -138,6 +145,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         value = config.get(field)
         if not isinstance(value, str | None) and not _is_texts(value):
             raise UserError(f"{path}: {field} is {value!r:.40}, and should be a text or an array of texts.")
+    for field in ("rank_pattern", "alpha_pattern", *_NAMES):
+        if not isinstance(config.get(field), str | None) and (count := len(config[field])) > MOST_NAMES:
+            raise UserError(f"{path}: {field} has {count:,} names, and at most {MOST_NAMES:,} are read; get it again.")
     if problem := _layers_problem(config):
         raise UserError(f"{path}: {problem}; get the file again.")
     return config
@@ -360,18 +370,24 @@ def _match(pattern: str, module: str) -> Any:
     Raises:
         UserError: it is no regular expression, or takes too long.
     """
-    import regex  # unlike `re`, it has a limit of time
-
     try:
-        return regex.fullmatch(pattern, module, timeout=MOST_SECONDS)
-    except regex.error as error:
-        raise UserError(
-            f"{hub.ADAPTER_CONFIG}: {pattern!r} is not a regular expression ({error}); correct it."
-        ) from error
+        return _compiled(pattern).fullmatch(module, timeout=MOST_SECONDS)
     except TimeoutError as error:
         raise UserError(
             f"{hub.ADAPTER_CONFIG}: the regular expression {pattern!r} takes longer than {MOST_SECONDS:g} s for "
             f"{module}; name the modules in an array."
+        ) from error
+
+
+@functools.lru_cache(4 * MOST_NAMES)
+def _compiled(pattern: str) -> Any:
+    import regex  # unlike `re`, it has a limit of time
+
+    try:
+        return regex.compile(pattern)
+    except regex.error as error:
+        raise UserError(
+            f"{hub.ADAPTER_CONFIG}: {pattern!r} is not a regular expression ({error}); correct it."
         ) from error
 
 

@@ -120,9 +120,11 @@ class ChatTemplate:
         raise ValueError("it draws random numbers, so that the same question has another prompt each time")
 
     def _error(self, problem: str) -> UserError:
+        counts_first = Path(self.source).name in CONFIGS
+        remedy = "remove it from this file, which counts first, and have" if counts_first else "write"
         return UserError(
-            f"{self.source}: the chat template {problem}; write the template of the model's processor, which takes "
-            f"images, to {JINJA} in the model folder."
+            f"{self.source}: the chat template {problem}; {remedy} the template of the model's processor, which takes "
+            f"images, {'in' if counts_first else 'to'} {JINJA} in the model folder."
         )
 
 

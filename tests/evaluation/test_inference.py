@@ -329,6 +329,13 @@ def test_finite_weights_of_no_use_give_no_figure(ask_in, name, dtype):
         broken.score(["Who is this?"] * 2, [OPTIONS[:2]] * 2, broken.encode_images([png(0), png(1)]))
 
 
+def test_a_tower_that_is_blind_by_overflow_answers_nothing_about_one_image(tiny_model):
+    params = weights(lambda x: x * 1e20, "vision_tower/patch_embedding")(tiny_model.params)
+    assert any((params[path] != x).any() for path, x in tiny_model.params.items())
+    with pytest.raises(NotFinite, match="or the same for every input"):
+        Answerer(dataclasses.replace(tiny_model, params=params), batch_size=1).encode_images([png(0)])
+
+
 @pytest.fixture(scope="module")
 def ask_in(tiny_model):
     """A function of a dtype to a model that computes in it."""

@@ -1,7 +1,8 @@
 """Images after the vision tower and the projector, the prompts to which they belong, and checks of their values."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,4 +85,23 @@ def check_features(images: PackedImages, features: np.ndarray) -> None:
     first = images[np.arange(1)]  # copies of one image have the same features
     others = (images[np.arange(i, i + 1)] for i in range(1, len(images)))
     if any(not np.array_equal(first[name], image[name]) for image in others for name in first):
+        raise finite.error(_FEATURES)
+
+
+def check_sight(images: PackedImages, values: np.ndarray, encode: Callable[[Mapping[str, np.ndarray]], Any]) -> None:
+    """Checks the features of a single image: those of its negative differ, so that they depend on the image.
+
+    Args:
+        images: the image.
+        values: its features.
+        encode: returns the features of packed images.
+
+    Raises:
+        NotFinite: they are the same.
+    """
+    packed = {
+        name: np.where(x == 0, np.ones_like(x), -x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        for name, x in images[np.arange(1)].items()
+    }
+    if np.array_equal(np.asarray(encode(packed).values)[:1], values):
         raise finite.error(_FEATURES)

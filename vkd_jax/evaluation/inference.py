@@ -20,7 +20,7 @@ from PIL import Image
 from vkd_jax.checkpoints.bundle import ModelBundle
 from vkd_jax.data.batching import check_rows, in_batches, padded_rows
 from vkd_jax.data.images import PackedImages
-from vkd_jax.evaluation.encoded_images import EncodedImages, check_features, with_soft_tokens
+from vkd_jax.evaluation.encoded_images import EncodedImages, check_features, check_sight, with_soft_tokens
 from vkd_jax.models import generate
 from vkd_jax.models.base import VisualTokens, bind
 from vkd_jax.models.generate import Prompts, SharedPrefixes
@@ -122,6 +122,7 @@ class Answerer:
         self.bundle, self.config, self.processor, self.mesh = bundle, bundle.config, bundle.processor, mesh
         self.batch_size = -(-batch_size // shards) * shards
         self._programs, self._soft_tokens = programs(mesh), soft_tokens
+        self._sees = False  # whether the features of a single image were checked
         if soft_tokens is not None:
             self.processor = bundle.processor.with_soft_tokens(len(soft_tokens))
 
@@ -136,7 +137,8 @@ class Answerer:
 
         Raises:
             UserError: an image cannot be read.
-            NotFinite: the features are NaN or too large, or those of different images are the same.
+            NotFinite: the features are NaN or too large, or those of different images are the same; for one image,
+                the first one is compared with its negative.
         """
         rows = [[row] if isinstance(row, bytes | Image.Image) else list(row) for row in prompts]
         unique = {id(image): image for row in rows for image in row}
@@ -145,6 +147,12 @@ class Answerer:
         names = [name_of[key] for key in unique] if names else ()
         images, features = self._encode(self._programs.encode, list(unique.values()), names)
         check_features(images, features.values)
+        if len(images) == 1 and not self._sees:
+            run = functools.partial(self._programs.encode, self.bundle.graphdef, self.bundle.params)
+            check_sight(
+                images, features.values, lambda packed: in_batches(lambda x: run(self._put(x)), packed, self.batch_size)
+            )
+            self._sees = True
         if self._soft_tokens is not None:
             features = jax.tree.map(np.asarray, with_soft_tokens(features, self._soft_tokens))
         return EncodedImages(images.shapes, features, tuple(tuple(numbers[id(x)] for x in row) for row in rows))

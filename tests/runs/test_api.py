@@ -267,8 +267,15 @@ def test_missing_answers_of_an_attack_are_named(finished, monkeypatch, capsys):
     for name in ("results.json", "attacks/leak/vanilla.jsonl"):
         records.Records(finished).add(name)
     missing = finished / "attacks" / "leak" / "unlearned.jsonl"
-    expected = f"error: {missing} is missing; restore it from a copy.\n"
+    expected = f"error: {missing} is missing; run its command again, which computes it again.\n"
     assert report_command(monkeypatch, capsys, finished) == (2, "", expected)
+
+
+def test_results_of_another_run_are_refused_beside_a_certificate(finished, monkeypatch, capsys):
+    (finished / rebuild_report.CERTIFICATE).write_text("{}\n")  # of the run that was here before
+    status, shown, err = report_command(monkeypatch, capsys, finished)
+    assert (status, shown) == (2, "") and f"{rebuild_report.CERTIFICATE} is damaged or was changed" in err
+    assert err.endswith("; run the command of this run again, or restore its files from a copy.\n")
 
 
 def test_an_unfinished_run_has_no_report(finished, monkeypatch, capsys):

@@ -136,6 +136,21 @@ def test_an_edited_certificate_contradicts_the_results_of_its_run(vkd, tmp_path)
     assert problem == "the certificate has another date, versions than results.json of the run in the folder above"
 
 
+@pytest.mark.parametrize("name", ["results.json", "manifest.json", "answers/vanilla.jsonl", "records.json"])
+def test_a_certificate_needs_the_entries_of_its_run(vkd, tmp_path, name):
+    shutil.copytree(vkd.path / "unlearned", tmp_path / "unlearned")
+    for file in ("inputs.json", "records.json"):  # as after a purge, which deletes results and answers
+        shutil.copy(vkd.path / file, tmp_path)
+    assert not list(certificate.differences(tmp_path / "unlearned"))
+    entries = json.loads((tmp_path / "records.json").read_text())
+    (tmp_path / "records.json").write_text(json.dumps({other: x for other, x in entries.items() if other != name}))
+    name != "records.json" or (tmp_path / name).unlink()
+    [problem] = certificate.differences(tmp_path / "unlearned")
+    assert problem.startswith("records.json of the run in the folder above lacks ") and (
+        name in problem or name == "records.json"
+    )
+
+
 def test_both_models_are_asked_the_same_questions(vkd):
     questions = [[(a["set"], a["id"], a["question"]) for a in answers(vkd.path, n)] for n in ("vanilla", "unlearned")]
     assert questions[0] == questions[1] and len(set(questions[0])) == len(questions[0]) > 100

@@ -298,6 +298,23 @@ def test_results_need_the_answers_that_they_report(run, name, damage):
     assert not Workdir(run, config()).has_results("results.json")
 
 
+@pytest.mark.parametrize("name", ["answers/unlearned.jsonl", "attacks/leak/unlearned.jsonl"])
+def test_answers_whose_entries_were_removed_with_them_are_missing_if_there_are_figures_of_them(run, name):
+    workdir = Workdir(run, config())
+    both = ("answers/unlearned.jsonl", "attacks/leak/unlearned.jsonl")
+    for file in both:
+        workdir.write_lines(file, [{"id": "1"}])
+    workdir.write("results.json", {"models": {"unlearned": {}}, "attacks": {"leak": {}}})
+    assert workdir.has_results("results.json")
+    (run / name).unlink()
+    entries = json.loads((run / records.FILE).read_text())
+    del entries[name]
+    (run / records.FILE).write_text(json.dumps(entries))
+    assert not Workdir(run, config()).has_results("results.json")
+    with pytest.raises(UserError, match=rf"{name} is missing; restore it"):
+        records.Records(run).check_results("results.json", remedy="restore it")
+
+
 @pytest.mark.parametrize("damage", [*DAMAGE, "missing", "no entry", "no records"])
 def test_another_run_is_read_only_if_it_is_as_it_was_written(run, damage):
     assert records.read_lines(run, RECORD) == [{"id": "1"}, {"id": "2"}]

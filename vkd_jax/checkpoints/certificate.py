@@ -33,7 +33,7 @@ FILE = storage.CERTIFICATE
 SIGNATURE = "certificate.sig"
 FORMAT = 2  # 1 did not cover the model card, nor files that nothing reads
 OUTSIDE = (FILE, SIGNATURE, ".git", ".gitattributes", ".cache")  # the last three are git's and those of `hf download`
-FILES_OF_RUN = ("config.json", "inputs.json", "results.json")  # in the folder above, which the certificate repeats
+FILES_OF_RUN = ("config.json", "inputs.json", "manifest.json", "results.json")  # of a finished run, in the folder above
 UNLEARNED = "unlearned"  # the folder of the exported model in that of a run
 PROVENANCE = "provenance.json"  # of an export
 _RUN_OF_CARD = "figures of the run: "  # at the end of a card; the command and the commit follow
@@ -159,16 +159,29 @@ def _contradictions(folder: Path, certified: Mapping[str, Any]) -> Iterator[str]
         value = certified["model"].get(field)
         if config and value is not None and value != records.mapping(config.get(section)).get(name):
             yield f"the certificate names {field} {value!r:.40}, and its config another one"
-    if (results := folder.parent / "results.json").is_file() and folder.name == UNLEARNED and certified["figures"]:
+    yield from _other_than_run(folder, certified)
+
+
+def _other_than_run(folder: Path, certified: Mapping[str, Any]) -> Iterator[str]:
+    """What a certificate says otherwise than the run in the folder above, and what is not as that run wrote it.
+
+    The answers and the results may be gone: `vkd requests purge` deletes them, and leaves their entries.
+    """
+    run, named = folder.parent, (f"{folder.name}/{FILE}", f"{folder.name}/{CARD}", *FILES_OF_RUN)
+    if (results := run / records.RESULTS).is_file() and folder.name == UNLEARNED and certified["figures"]:
         written = json_files.read_json(results)
         if written.get("models") != certified["figures"].get("models"):
             yield f"the certificate has other figures than {results.name} of the run in the folder above"
         meta = records.mapping(written.get("meta"))
         if changed := [name for name in META if meta and certified.get(name) != meta.get(name)]:
             yield f"the certificate has another {listed(changed)} than {results.name} of the run in the folder above"
-    entries = records.read_or(folder.parent / records.FILE, {}, "the certificate is not compared with its run")
-    for name in (f"{folder.name}/{FILE}", f"{folder.name}/{card.name}", *FILES_OF_RUN):
-        known, file = records.mapping(entries.get(name)).get("sha256"), folder.parent / name
+    entries = records.read_or(run / records.FILE, {}, "the certificate is not compared with its run")
+    if folder.name == UNLEARNED and certified["figures"] and (run / "inputs.json").is_file():
+        named += tuple(records.answers_of(certified["figures"]))
+        if missing := [name for name in named if name not in entries]:
+            yield f"{records.FILE} of the run in the folder above lacks {listed(missing)}"
+    for name in named:
+        known, file = records.mapping(entries.get(name)).get("sha256"), run / name
         if known and file.is_file() and known != _digest(file):
             yield f"{name} is not the one that the run of the folder above wrote"
 

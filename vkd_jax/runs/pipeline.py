@@ -61,7 +61,8 @@ def execute(config: RunConfig, path: str | Path, command: str, lender: Path | No
 
 def _execute(workdir: Workdir, lender: Path | None) -> RunResults:
     config = workdir.config
-    outputs = (results.FILE, *report.FILES) if config.reports else (results.FILE,)
+    computed = (results.FILE, stages.MANIFEST) if config.reports else (results.FILE,)
+    outputs = (*computed, *report.FILES) if config.reports else computed
     workdir.check_logs()
     if workdir.is_complete(*outputs):
         _check_inputs(workdir)
@@ -71,7 +72,7 @@ def _execute(workdir: Workdir, lender: Path | None) -> RunResults:
     models = check_models(job)
     with workdir.stage("check inputs"):
         workdir.bind(describe_inputs(config, job.sets | job.held_out_set, models), models_read(config, models))
-    if not workdir.is_complete(results.FILE, without=(*report.PREFIXES, *stages.DOCUMENTS)):
+    if not workdir.is_complete(*computed, without=(*report.PREFIXES, *stages.DOCUMENTS)):
         _compute(job, lender)
     if config.reports:
         if config.workflow.unlearns and (workdir.path / "unlearned").exists():

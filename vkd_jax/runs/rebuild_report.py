@@ -16,6 +16,7 @@ from typing import Any
 from absl import logging
 
 from vkd_jax import messages
+from vkd_jax.checkpoints import certificate
 from vkd_jax.config import command_line, defaults
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.reporting import report, terminal
@@ -25,6 +26,8 @@ from vkd_jax.runs.job import read_data
 from vkd_jax.runs.workdir import CONFIG, METRICS, TRAINING, check_logs, exclusive
 from vkd_jax.runtime import commands, json_files, log, records, storage
 from vkd_jax.types import UserError
+
+CERTIFICATE = f"{certificate.UNLEARNED}/{certificate.FILE}"
 
 
 def rebuild(path: str | Path, command: str) -> RunResults:
@@ -60,9 +63,8 @@ def rebuild(path: str | Path, command: str) -> RunResults:
         results = RunResults.read(path)
         if "unlearned" not in results.models:
             raise UserError(f"{path} has a run without an unlearned model, which has no report: see {path / FILE}.")
-        for attack, attacked in results.attacks.items():
-            for model in dict.fromkeys(cell.model for cell in attacked.cells):
-                records.check(path, f"attacks/{attack}/{model}.jsonl", "restore it from a copy")
+        if (path / CERTIFICATE).exists():  # of another run, if its results were put here
+            records.check(path, CERTIFICATE, "run the command of this run again, or restore its files from a copy")
         report.write(path, _images(path))
         written.replace(report.PREFIXES, report.files_of(path))
     return results

@@ -29,7 +29,7 @@ from vkd_jax.runtime.dataclass_json import encode
 from vkd_jax.training import loop
 from vkd_jax.types import Params, UserError
 
-ADAPTER = "adapter"
+ADAPTER, MANIFEST = "adapter", "manifest.json"
 FINETUNE_SETS = ("finetune_forget", "finetune_retain")
 DOCUMENTS = (f"unlearned/{model_card.FILE}", f"unlearned/{certificate.FILE}")
 
@@ -106,7 +106,7 @@ def unlearn_and_evaluate(job: Job, finetuned: dict[str, Path]) -> None:
             manifest = multihost.run_on_process_0(lambda: compare_tensors(source, target))
             for folder in (source, target):
                 workdir.check_source(folder)
-            workdir.write("manifest.json", manifest)
+            workdir.write(MANIFEST, manifest)
         unlearned = _load(job, target)  # the exported weights, not those in memory
         answers["unlearned"] = evaluate_and_attack(job, "unlearned", unlearned)
         if config.request and job.method.replay.weight:

@@ -17,6 +17,7 @@ from vkd_jax.runtime import files, hub, json_files, storage
 from vkd_jax.types import UserError
 
 FILE = "records.json"
+RESULTS = "results.json"
 AGAIN = "run the command of that run again"
 MODELS = ("vanilla", "retain_only", "base", "unlearned")  # whose answers a run may record
 
@@ -60,7 +61,7 @@ class Records:
 
     def has_results(self, *names: str) -> bool:
         """Whether files exist and are those that were added, and so are all answers of models."""
-        return all(self.has(name) for name in (*names, *self._answers))
+        return all(map(self.has, names)) and all(map(self.has, self._answers))
 
     def check_results(self, *names: str, remedy: str) -> None:
         """Checks that files were added, and that they and all answers of models are as they were added.
@@ -68,16 +69,19 @@ class Records:
         Raises:
             UserError: one of them is missing or differs from its entry; the sentence ends with the remedy.
         """
-        for name in (*names, *self._answers):
+        for name in names:
+            check(self._path, name, remedy)
+        for name in self._answers:
             check(self._path, name, remedy)
 
     @property
     def _answers(self) -> list[str]:
-        """The files of answers that have an entry, and those of models that should have one."""
+        """The files of answers that have an entry, and those that should have one: figures or models have them."""
         listed = [name for name in self._entries if name.startswith(("answers/", "attacks/"))]
         folders = {"answers", *(name.rpartition("/")[0] for name in listed)}
         found = (f"{folder}/{model}.jsonl" for folder in sorted(folders) for model in MODELS)
-        return list(dict.fromkeys([*listed, *(name for name in found if (self._path / name).exists())]))
+        reported = answers_of(read_or(self._path / RESULTS, {}, "it is not known which answers it reports"))
+        return list(dict.fromkeys([*listed, *(name for name in found if (self._path / name).exists()), *reported]))
 
     def damaged(self, without: tuple[str, ...] = (), optional: Collection[str] = ()) -> list[str]:
         """The names of the files and model folders that are not as they were added.
@@ -179,6 +183,12 @@ def check(folder: Path, name: str, remedy: str = AGAIN) -> None:
         raise UserError(f"{folder / name} has no entry in {FILE}; remove it if that run did not write it, or {remedy}.")
     if entry != entries[name]:
         raise UserError(f"{folder / name} {_difference(entries[name], entry)}; {remedy}.")
+
+
+def answers_of(figures: Mapping[str, Any]) -> list[str]:
+    """The files of answers and attacks from which the fields `models` and `attacks` of results were computed."""
+    folders = ["answers", *(f"attacks/{name}" for name in mapping(figures.get("attacks")))]
+    return [f"{folder}/{model}.jsonl" for folder in folders for model in mapping(figures.get("models"))]
 
 
 def encode(value: Any) -> bytes:

@@ -92,6 +92,13 @@ def test_a_damaged_cache_is_built_again(benchmark, tmp_path, pattern, damage):
     assert cache.read(benchmark, tmp_path) == sets and len(benchmark.reads) <= 2
 
 
+def test_a_cache_whose_set_has_other_rows_is_built_again(benchmark, tmp_path):
+    sets = cache.read(benchmark, tmp_path)
+    [forget], [retain] = (list(tmp_path.rglob(f"*-{name}.array_record*")) for name in ("forget", "retain"))
+    forget.write_bytes(retain.read_bytes())
+    assert cache.read(benchmark, tmp_path) == sets and len(benchmark.reads) == 2
+
+
 def test_changed_source_field_or_reader_builds_again(benchmark, tmp_path, monkeypatch):
     cache.read(benchmark, tmp_path)
     benchmark.version.append("b")

@@ -6,6 +6,8 @@ An example of a data set is one row of the benchmark:
     images     sequence of encoded images, as bytes
     questions  text, JSON: the row's `Example`s without their images
 
+The metadata of a data set have the SHA-256 of the rows of each set, which are compared whenever they are read.
+
 The name of its config ends in a digest of everything that the rows depend on, so that a changed source, field or reader
 builds a new data set.
 """
@@ -107,14 +109,20 @@ class Rows(tfds.core.GeneratorBasedBuilder):
                 "questions": tfds.features.Text(),
             }
         )
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+        return tfds.core.DatasetInfo(
+            builder=self, features=features, disable_shuffling=True, metadata=tfds.core.MetadataDict()
+        )
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
-        return {name: self._generate_examples(rows) for name, rows in self.sets.items()}
+        return {name: self._generate_examples(name, rows) for name, rows in self.sets.items()}
 
-    def _generate_examples(self, rows: Iterable[list[Example]]) -> Iterator[tuple[int, dict]]:
+    def _generate_examples(self, name: str, rows: Iterable[list[Example]]) -> Iterator[tuple[int, dict]]:
+        digest = hashlib.sha256()
         for key, row in enumerate(rows):
-            yield key, _packed(row)
+            packed = _packed(row)
+            _update(digest, packed)
+            yield key, packed
+        self.info.metadata[name] = digest.hexdigest()
 
 
 def _config(benchmark: Benchmark, part: str) -> tfds.core.BuilderConfig:
@@ -145,11 +153,29 @@ def _build(builder: Rows, benchmark: Benchmark, part: str) -> None:
 
 
 def _examples(builder: Rows) -> dict[str, list[Example]]:
-    """Reads the examples of each set from the files of a data set."""
-    sources = builder.as_data_source()
-    if not sources:
-        raise ValueError("it has no sets")
-    return {name: [example for row in rows for example in _unpacked(row)] for name, rows in sources.items()}
+    """Reads the examples of each set from the files of a data set.
+
+    Raises:
+        ValueError: the sets are not those that were built.
+    """
+    sources, digests = builder.as_data_source(), {}
+    examples: dict[str, list[Example]] = {}
+    for name, rows in sources.items():
+        digest, examples[name] = hashlib.sha256(), []
+        for row in rows:
+            _update(digest, row)
+            examples[name] += _unpacked(row)
+        digests[name] = digest.hexdigest()
+    if not digests or digests != dict(builder.info.metadata):
+        raise ValueError("its sets are not those that were built")
+    return examples
+
+
+def _update(digest: Any, row: Mapping[str, Any]) -> None:
+    """Adds a row as `_packed` returns it to the digest of its set, each part with its length."""
+    for part in (row["row"], row["questions"], *row["images"]):
+        data = part.encode() if isinstance(part, str) else bytes(part)
+        digest.update(b"%d," % len(data) + data)
 
 
 def _packed(row: list[Example]) -> dict[str, Any]:

@@ -37,6 +37,11 @@ from vkd_jax.evaluation.metrics import correctness
         ("Option B. Not a doubt.", "B"),
         ("It is not clear, but the answer is B", "B"),
         ("I don't know. I choose C", "C"),
+        ("B rather than A", "B"),
+        ("A? No, it is B.", "B"),
+        ("(A) nurse (B) baker. Answer: B", "B"),
+        ("'C'", "C"),
+        (r"$\boxed{B}$", "B"),
     ],
 )
 def test_first_letter_finds_the_choice(text, letter):
@@ -68,6 +73,21 @@ def test_first_letter_finds_the_choice(text, letter):
         "I'm not able to say (A) or (B)",
         "Option A is never right, and option B isn't either",
         "AB",
+        "A or B",
+        "A, B",
+        "A/B",
+        "(A) or (B)",
+        "The answer is A or option B.",
+        "(A) Nurse (B) Baker (C) Cook (D) Pilot",
+        "A. Nurse\nB. Baker\nC. Cook\nD. Pilot",
+        "A: false. B: false. C: true.",
+        "Pick one of A, B, C, D: C",
+        "A? I am not sure.",
+        "A is less likely than B.",
+        "Everything but (C)",
+        "I doubt it is A.",
+        "I refuse to say (A)",
+        "C++",
     ],
 )
 def test_first_letter_is_none_without_a_choice(text):
@@ -81,6 +101,21 @@ def test_first_letter_accepts_only_letters_of_options():
     assert correctness.first_letter("C", 2) is None and correctness.first_letter("B", 2) == "B"
     assert correctness.first_letter("I think it is H", 9) == "H"  # a pronoun, even where I is an option
     assert correctness.first_letter("I", 9) == correctness.first_letter("i: the pilot", 9) == "I"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "prediction", "letter"),
+    [
+        ("letter", "An accordion", None),
+        ("letter:first_character", "An accordion", "A"),
+        ("letter:strict", "Option B", None),
+        ("letter:similar_option", "a pilots", "B"),
+        ("options", "a pilot", None),
+    ],
+)
+def test_answers_are_shown_as_their_protocol_counts_them(protocol, prediction, letter):
+    record = {"protocol": protocol, "prediction": prediction, "options": ["a baker", "a pilot"]}
+    assert correctness.counted_option(record) == letter
 
 
 SPELLINGS = [  # of the same words

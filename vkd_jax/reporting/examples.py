@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from vkd_jax.evaluation.metrics.correctness import LETTERS, first_letter
+from vkd_jax.evaluation.metrics.correctness import LETTERS, counted_option
 from vkd_jax.reporting import plots
 from vkd_jax.reporting.finished_run import Run
 from vkd_jax.types import Role
@@ -56,8 +56,6 @@ def answer_text(record: Mapping) -> str:
         >>> answer_text({"prediction": "B", "options": ["baker", "pilot"]})
         'B, pilot'
     """
-    options, prediction = record["options"], record["prediction"]
-    letter = None if prediction in options or not options else first_letter(prediction, len(options))
-    if letter:
-        return f"{letter}, {options[LETTERS.index(letter)]}"
-    return prediction or "(nothing)"
+    if letter := counted_option(record):
+        return f"{letter}, {record['options'][LETTERS.index(letter)]}"
+    return record["prediction"] or "(nothing)"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from vkd_jax.benchmarks.names import text_key
 from vkd_jax.evaluation.metrics import intervals
-from vkd_jax.evaluation.metrics.correctness import LETTERS, first_letter
+from vkd_jax.evaluation.metrics.correctness import LETTERS, counted_option
 from vkd_jax.results import Confusion, SimilarityGroup
 from vkd_jax.types import EvalSet, Example, Role
 
@@ -108,9 +108,8 @@ def similarity_groups(
 
 def answered(record: Mapping) -> str:
     """The text of a model's answer; of a letter, the option that it stands for."""
-    options, prediction = record["options"], record["prediction"] or ""
-    letter = first_letter(prediction, len(options)) if options and prediction not in options else None
-    return options[LETTERS.index(letter)] if letter else prediction
+    letter = counted_option(record)
+    return record["options"][LETTERS.index(letter)] if letter else record["prediction"] or ""
 
 
 def _accuracy(records: Sequence[Mapping], people: set[str]):

@@ -15,57 +15,81 @@ LETTERS = string.ascii_uppercase  # of the options, in order
 
 _VERDICTS = {"is", "was", "because", "since", "as", "and", "or"}  # "A is right", "A because ..."
 _NEXT_WORD = re.compile(r"\s+(\w+)")
-# An option is ruled out by words before it in its clause, "I can't choose A", or after it, "A is clearly wrong".
-_CLAUSE = re.compile(r"[.;:,!?\n]|\bbut\b", re.IGNORECASE)  # where one ends
-_NOT = re.compile(r"\b(?:not|cannot|\w+n['’]t|unable|never|neither|nor|except|without|than|instead)\b", re.IGNORECASE)
+# An option is ruled out, or in doubt, by words before it in its clause, "I can't choose A", or after it, "A is wrong".
+_CLAUSE = re.compile(r"[.;:,!?\n]|(?<!\bany)(?<!\beverything)(?<!\ball)\s\bbut\b", re.IGNORECASE)  # where one ends
+_NOT = re.compile(
+    r"""\b(?:not|cannot|\w+n['’]t|unable|never|neither|nor|except|without|than|instead|doubt|refuse|reject|eliminate|exclude
+        |if|whether|hard\ to\ say|rule\ out|(?:anything|everything|all)\ but)\b""",
+    re.IGNORECASE | re.VERBOSE,
+)
 _WRONG = re.compile(
-    r"""["'*)\]]*\ (?:(?:is|was|seems|must\ be|would\ be)\ (?:\w+ly\ )?(?:not|never|wrong|incorrect|false|impossible)\b
-        |(?:can|could|would|does)\ ?not\b|\w+n['’]t\b)""",
+    r"""["'*)\]]*(?:\? | \ (?:(?:is|was|seems|must\ be|would\ be)\ (?:\w+ly\ )?
+            (?:not|never|no|less|wrong|incorrect|false|impossible|unlikely|doubtful|ruled\ out)\b
+        |(?:can|could|would|does)\ ?not\b|\w+n['’]t\b))""",
     re.IGNORECASE | re.VERBOSE,
 )
 _BEFORE = 100  # characters before a letter that are looked at
 
 
 @functools.cache
-def _choice(options: int) -> re.Pattern:
-    """Matches an option letter at the start of an answer, after a word that announces it, or in brackets.
+def _choices(options: int) -> tuple[re.Pattern, re.Pattern]:
+    """Patterns of an option letter that an answer states, and of a further one that is joined to it, "A or B".
 
-    The letter must not touch a word or an abbreviation ("Cat", "D'Arcy", "B.A.", "A-frame").
+    A letter is stated at the start of the answer, after a word that announces it, in brackets, or at the start of a
+    line or sentence before a mark, as in a list. It must not touch a word or an abbreviation ("Cat", "D'Arcy", "B.A.",
+    "A-frame", "C++").
     """
-    return re.compile(
-        rf"""(?: ^\W* | \b(?:answer|option|choice|letter|is|it['’]s|be|choose|pick|select|say)\b\W* | [(\[] )
-            (?<![\w'’.-]) ([a-{LETTERS[options - 1].lower()}]) (?![\w'’-]|\.\w)""",
-        re.IGNORECASE | re.VERBOSE,
-    )
+    last = LETTERS[options - 1]
+    end = r"(?![\w+\#-]|['’]\w|\.\w)"
+    stated = rf"""(?: ^\W* | [.;\n][\ \t]*(?=\w[).:]) | [(\[{{]
+            | (?P<answer>\banswer\b(?:\s*(?:is|:))?\W*)
+            | \b(?:option|choice|letter|is|it['’]s|be|choose|pick|select|say)\b\W* )
+        (?<![\w.-])(?<!\w['’]) (?P<letter>[a-{last.lower()}]) {end}"""
+    joined = rf"""["'*)\]}}.]* (?: \s*[,/&]\s* | \s+(?:or|and)\s+ (?:option\s+)? ) ["'*(\[{{]*
+        (?P<letter>[A-{last}]) {end}"""
+    return re.compile(stated, re.IGNORECASE | re.VERBOSE), re.compile(joined, re.VERBOSE)
+
+
+def _is_word(text: str, match: re.Match) -> bool:
+    """Whether a letter is the article or the pronoun: "a man", "A tall man", "I think"; but "A Baker" is option A."""
+    letter, word = match["letter"], _NEXT_WORD.match(text, match.end())
+    if letter in "iI":
+        return word is not None and word[1] != "is"
+    article = letter in "aA" and word is not None and word[1] not in _VERDICTS
+    return article and (letter == "a" or not word[1][0].isupper())
+
+
+def _is_ruled_out(text: str, match: re.Match) -> bool:
+    clause = _CLAUSE.split(text[max(0, match.start("letter") - _BEFORE) : match.start("letter")])[-1]
+    return bool(_NOT.search(clause) or _WRONG.match(text, match.end()))
 
 
 def first_letter(text: str | None, options: int = 4) -> str | None:
     """The option letter that a generated answer chooses.
 
-    A letter at the start of the answer counts ("B", "b)", "**C**: a baker"); else the first one in brackets or
-    after a word that announces it ("The answer is C", "I would say (D)"). The article "a", the pronoun "I", letters
-    inside words and abbreviations, and options that are ruled out ("not (A)", "A is wrong") are not choices.
+    A letter counts if the answer states it: at its start ("B", "b)", "**C**: a baker"), in brackets, or after a word
+    that announces it ("I would say (D)"). If some follow the word "answer" ("The answer is C"), they alone count. The
+    article "a", the pronoun "I", letters inside words and abbreviations, and options that are ruled out or in doubt
+    ("not (A)", "A is wrong", "A?") are not stated. An answer that states two options ("A or B", or a list of them)
+    chooses none.
 
     Args:
         text: the answer.
         options: number of options; with four, "E" chooses nothing.
 
     Returns:
-        "A", "B", ...; None if the answer chooses nothing, which counts as wrong.
+        "A", "B", ...; None if the answer does not choose one option, which counts as wrong.
     """
     text = text or ""
-    for match in _choice(options).finditer(text):
-        letter, word = match[1], _NEXT_WORD.match(text, match.end())
-        article = letter in "aA" and word and word[1] not in _VERDICTS
-        if article and (letter == "a" or not word[1][0].isupper()):
-            continue  # "a man", "A tall man"; but "A Baker" is option A
-        if letter in "iI" and word and word[1] != "is":
-            continue  # "I think"
-        clause = _CLAUSE.split(text[max(0, match.start(1) - _BEFORE) : match.start(1)])[-1]
-        if _NOT.search(clause) or _WRONG.match(text, match.end()):
-            continue
-        return letter.upper()
-    return None
+    stated, joined = _choices(options)
+    letters: dict[bool, set[str]] = {True: set(), False: set()}  # by whether they are called the answer
+    for match in stated.finditer(text):
+        called = bool(match["answer"])
+        while match and not _is_word(text, match) and not _is_ruled_out(text, match):
+            letters[called].add(match["letter"].upper())
+            match = joined.match(text, match.end())
+    chosen = letters[True] or letters[False]
+    return chosen.pop() if len(chosen) == 1 else None
 
 
 def first_character(text: str | None, options: int = 4) -> str | None:
@@ -102,6 +126,14 @@ LETTER_RULES: dict[str, Callable[[str | None, Sequence[str]], str | None]] = {  
     "letter:similar_option": similar_option,
     "letter:strict": lambda text, options: strict_letter(text, len(options)),
 }
+
+
+def counted_option(record: Mapping) -> str | None:
+    """The letter of the option that an answer chooses by the rule of its protocol; None if it is the option itself."""
+    options, prediction = record["options"], record["prediction"]
+    if not options or prediction in options:
+        return None
+    return LETTER_RULES.get(record.get("protocol"), LETTER_RULES["letter"])(prediction, options)
 
 
 # A letter, mark or digit of a script that separates words by spaces; names in others touch the characters around them.

@@ -123,7 +123,53 @@ def test_a_gif_without_colors_is_refused():
     assert open_image(bytes(own + data[start + 10 :])).size == (4, 3)
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 3)])
+def test_pixels_of_colors_that_a_gif_lacks_are_refused():
+    stream = io.BytesIO()
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).quantize(16).save(stream, "GIF")
+    data = stream.getvalue()
+    assert data[10] & 7 == 3 and open_image(data).mode == "P"
+    with pytest.raises(UserError, match="its GIF has pixels of more colors than its palette of 4"):
+        open_image(data[:10] + bytes([data[10] & ~7 | 1]) + data[11 : 13 + 12] + data[13 + 48 :])
+
+
+def bmp(pixels, colors=0, start=None):
+    """A BMP of a row of four pixels with 8 bits, and a palette of some colors."""
+    palette = b"".join(bytes([i, 2 * i, 3 * i, 0]) for i in range(colors))
+    start = 54 + len(palette) if start is None else start
+    file = struct.pack("<IHHI", 54 + len(palette) + len(pixels), 0, 0, start)
+    header = struct.pack("<IiiHHIIiiII", 40, 4, 1, 1, 8, 0, len(pixels), 0, 0, colors, 0)
+    return b"BM" + file + header + palette + bytes(pixels)
+
+
+def test_pixels_of_colors_that_a_bmp_lacks_are_refused():
+    for start in (None, 54):  # 54: where the palette begins
+        image = open_image(bmp([1, 2, 3, 15], 16, start)).convert("RGB")
+        assert [image.getpixel((x, 0)) for x in (1, 3)] == [(6, 4, 2), (45, 30, 15)]
+    with pytest.raises(UserError, match="its BMP has pixels of more colors than its palette of 16"):
+        open_image(bmp([1, 2, 3, 16], 16))
+    with pytest.raises(UserError, match="its BMP has pixels of more colors than its palette of 15"):
+        open_image(bmp([1, 2, 3, 15], 16, start=54 + 15 * 4))
+    with pytest.raises(UserError, match="the pixels of its BMP begin within its header"):
+        open_image(bmp([1, 2, 3, 15], 16, start=14))
+
+
+@pytest.mark.parametrize("change", [(10, 1), (11, 1), (12, 2), (12, 255)])
+def test_a_png_header_has_only_methods_of_its_format(change):
+    header = bytearray(struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
+    header[change[0]] = change[1]
+    chunks = (b"IHDR", bytes(header)), (b"IDAT", zlib.compress(b"\0\x80")), END
+    with pytest.raises(UserError, match="a header that its format forbids"):
+        image_formats.check(types.SimpleNamespace(format="PNG"), of_chunks(*chunks))
+
+
+def test_a_flood_of_chunks_is_refused(monkeypatch):
+    monkeypatch.setattr(image_formats, "MOST_CHUNKS", 4)
+    open_image(png(4, 6, rows(4, 6), parts=2))
+    with pytest.raises(UserError, match="its PNG has more than 4 chunks"):
+        open_image(png(4, 6, rows(4, 6), parts=3))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 3), (3, 4, 4)])
 def test_an_image_of_zeros_and_ones_is_refused(shape):
     pixels = np.zeros(shape, np.uint8)
     assert open_image(Image.fromarray(pixels)).size == open_image(Image.fromarray(pixels + 1)).size == (4, 3)

@@ -105,7 +105,7 @@ def _open_image(data: bytes | Image.Image) -> Image.Image:
         if deep and np.asarray(image.convert("RGB")).max() < DARKEST >> 8:
             problem = f"the image would be almost black: its 16-bit values are below {DARKEST:,}; save it with 8 bits"
             raise UserError(problem)
-        if image.mode in ("L", "RGB") and _has_zeros_and_ones(image):
+        if image.mode in ("L", "LA", "RGB", "RGBA") and _has_zeros_and_ones(image):
             raise UserError(
                 "the image would be black: its values are 0 and 1 of 255, as of shares that were stored as whole "
                 "numbers; save it with values up to 255"
@@ -137,8 +137,9 @@ def pixel_digest(image: Image.Image) -> bytes:
 
 
 def _has_zeros_and_ones(image: Image.Image) -> bool:
-    """Whether the values of an image are 0 and 1 and nothing else, and differ within a channel."""
-    extrema = np.reshape(image.getextrema(), (-1, 2))  # the least and the largest value of each channel
+    """Whether the colors of an image are 0 and 1 and nothing else, and differ within a channel."""
+    channels = len(image.getbands()) - image.mode.endswith("A")  # a model does not see transparency
+    extrema = np.reshape(image.getextrema(), (-1, 2))[:channels]  # the least and the largest value of each channel
     return extrema.max() == 1 and bool((extrema[:, 0] < extrema[:, 1]).any())
 
 

@@ -41,7 +41,8 @@ RESULTS = {
         {"model": "vanilla", "set": "faces", "mean": 0.5, "n": 2, "people": 2, "variant": "", "attacker": "all",
          "share": 0.25, "unit": "questions", "steps": 3, "learning_rate": 0.1, "taught": False}]}},
     "manifest": {"changed": 1, "tensors": 2, "language_model_changed": 0},
-    "vanilla": {"origin": "folder", "base": "tiny_base"},
+    "origins": {"vanilla": "folder", "base": "tiny_base", "vanilla_forgot": 1, "unlearned_forgot": 2,
+                "retain_only": "run"},
 }  # fmt: skip
 
 

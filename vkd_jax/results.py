@@ -303,16 +303,14 @@ class Manifest:
 
 
 @dataclasses.dataclass(frozen=True)
-class Vanilla:
-    """How the vanilla model was made, as far as was known when the results were written.
+class Origins:
+    """How the models were made, as far as the run knew when it wrote its results; see docs/results_format.md."""
 
-    Args:
-        origin: "run" or "folder", if this run or the one that wrote its folder fine-tuned it; "unlearned"; "elsewhere".
-        base: the model that was fine-tuned, if that is known.
-    """
-
-    origin: str = "elsewhere"
+    vanilla: str = "elsewhere"
     base: str = ""
+    vanilla_forgot: int = 0
+    unlearned_forgot: int | None = None
+    retain_only: str = "elsewhere"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,7 +337,7 @@ class RunResults:
         similarity_groups: retained people, the least similar to the forgotten people first.
         text_logits_identical: whether text-only log-probabilities are bit-identical before and after.
         manifest: tensors that changed on disk.
-        vanilla: how the vanilla model was made.
+        origins: how the models were made.
         step_bytes: memory of a training step, by the compiler's account.
         trainable: trained parameters; None for a model that was trained elsewhere.
         schema_version: version of this layout.
@@ -361,7 +359,7 @@ class RunResults:
     similarity_groups: tuple[SimilarityGroup, ...] = ()
     text_logits_identical: bool | None = None
     manifest: Manifest | None = None
-    vanilla: Vanilla = Vanilla()
+    origins: Origins = Origins()
     step_bytes: int | None = None
     trainable: Trainable | None = None
     schema_version: int = SCHEMA_VERSION

@@ -21,7 +21,7 @@ from report_results import (
 from vkd_jax import results as schema
 from vkd_jax.reporting import attack_view, report, view
 from vkd_jax.results import AttackResults
-from vkd_jax.runs.results_writer import vanilla_origin
+from vkd_jax.runs.origins import vanilla_origin
 
 FIRST_SECTIONS = ("opening", "words", "forgotten", "kept", "text_only", "recovered", "basis")
 
@@ -185,19 +185,59 @@ OWN = {"benchmark": "folder", "forget": "a", "retain": "b"}
         (
             {"model": {"path": "mine"}},
             {"model": "unlearned", "without": [], "config": {"model": {"base": "base"}}},
-            "It is `mine`, in which an earlier run had already unlearned other people or facts.",
+            "It is `mine`, in which an earlier run had already unlearned people or facts.",
         ),
     ],
 )
 def test_the_opening_says_what_the_vanilla_model_was_trained_on(config, provenance, told):
-    origin = vanilla_origin({"stage": "unlearn", "data": {}} | config, provenance)
-    assert told in opening(run_of(results_with(meta=meta_of(config=config), vanilla=origin)))
+    origins = schema.Origins(*vanilla_origin({"stage": "unlearn", "data": {}} | config, provenance))
+    assert told in opening(run_of(results_with(meta=meta_of(config=config), origins=origins)))
+
+
+@pytest.mark.parametrize(
+    ("origins", "stage", "told"),
+    [
+        ({"vanilla_forgot": 2}, "audit", "already unlearned **2 of the people to forget here**, by its certificate."),
+        ({}, "audit", "a model that was made elsewhere and evaluated here.\n"),
+        ({"unlearned_forgot": 1}, "audit", "; its certificate names **1 of the 2** people to forget as forgotten.\n"),
+        ({"unlearned_forgot": 2}, "audit", "; its certificate names all 2 people to forget as forgotten.\n"),
+        (
+            {},
+            "audit",
+            "**This report asks whether it has forgotten 2 of them**, as a person has the right to ask, and ",
+        ),
+        ({}, "all", "The **retain-only model** was given as one that never saw the people to forget; this run has no"),
+        ({"retain_only": "run"}, "all", "The **retain-only model** never saw the people to forget: it was trained"),
+    ],
+)
+def test_the_opening_says_what_is_known_of_the_given_models(origins, stage, told):
+    config = {"stage": stage, "model": {"path": "mine"}}
+    assert told in opening(run_of(results_with(meta=meta_of(config=config), origins=schema.Origins(**origins))))
+
+
+def test_the_opening_does_not_say_what_no_figure_shows():
+    """Of a vanilla model that guesses, of models in each other's place, and of other facts that nobody asked for."""
+    guessing = results_with(models=TWO, forget=(5, 19, 0))
+    guessing.models["vanilla"]["retain"]["vqa"] = summary(5)
+    guessing = dataclasses.replace(guessing, chance={"forget": {"vqa": 0.25}, "retain": {"vqa": 0.25}})
+    text = opening(run_of(guessing))
+    assert "This one should have learned who certain people are, but its answers do not show that it had." in text
+    assert "**It is also above the vanilla model** (25.0 %, 11.2 to 46.9): the two models may have been given" in text
+    assert "on any of them, so there was little to lose." in text
+    facts = meta_of(config={"data": {"forget_facts": ["job"]}})
+    assert "**The other facts about the same people were not measured.**" in opening(meta=facts)
+    assert "little to lose" not in opening() and "also above" not in opening() and "should have" not in opening()
 
 
 def test_intervals_over_people_say_so():
     text = opening(people=2)
-    assert "computed by resampling people, since" in text and "(2.8 to 30.1; 20 questions about 2 people)" in text
+    assert "computed by resampling people where the data names them, since" in text  # the retain set names nobody
+    assert "(2.8 to 30.1; 20 questions about 2 people)" in text
     assert "resampling people" not in opening()
+    named = results_with(people=2)
+    for answers in named.models.values():
+        answers["retain"]["vqa"] = dataclasses.replace(answers["retain"]["vqa"], people=3)
+    assert "computed by resampling people, since" in opening(run_of(named))
 
 
 def test_the_opening_has_a_sentence_on_relearning():

@@ -122,7 +122,9 @@ def test_the_model_card_names_a_base_model_of_the_hub_and_no_local_folder(tmp_pa
 
 
 def test_the_section_on_measurements_in_full():
-    results = results_with(meta=meta_of(SETS[:2], protocols=("options", "letter")))
+    results = results_with(
+        meta=meta_of(SETS[:2], protocols=("options", "letter", "letter:strict", "letter:similar_option"))
+    )
     results.models["vanilla"]["forget"]["cloze_qa"] = summary(3, 5)
     assert shown("measured", run_of(results)) == (
         "## What was measured\n\n"
@@ -134,7 +136,11 @@ def test_the_section_on_measurements_in_full():
         "- Multiple choice, protocol `options`: the model is asked the question without its options, and the option to "
         "which it gives the highest probability is its answer.\n"
         "- Multiple choice, protocol `letter`: the model is shown the question with lettered options and writes an "
-        "answer, and the first option letter in it counts.\n"
+        "answer, and the one option letter that it states counts.\n"
+        "- Multiple choice, protocol `letter:strict`: the same prompt, and only a lone capital letter or the letter "
+        'after "The answer is" counts, as in the code of OFFSIDE.\n'
+        "- Multiple choice, protocol `letter:similar_option`: the same prompt, and the option that is most similar to "
+        "what the model writes counts, as in the code of UMU-Bench, whatever that is.\n"
         "- A table that names no protocol uses `options`. Results of different protocols are never mixed.\n"
         "- Fill in the blank: the model writes; the answer is correct if it contains the missing words.\n"
         "- No worked example precedes the questions. Decoding is greedy, with at most 8 new tokens.\n"
@@ -158,6 +164,8 @@ def test_the_section_on_accuracy_in_full():
         "Good unlearning moves from right to left, to the dashed line of chance and the star of the retain-only model, "
         "without moving down.\n"
     )
+    without_chance = shown("accuracy", run_of(results_with(models=TWO, chance={})))
+    assert without_chance.endswith("Good unlearning moves from right to left without moving down.\n")
 
 
 @pytest.mark.parametrize(

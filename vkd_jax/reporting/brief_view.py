@@ -16,12 +16,20 @@ from vkd_jax.reporting.names import MODALITIES, MODEL_NOTES, MODELS
 from vkd_jax.results import QUESTION_TASKS, AttackCell, Summary, main_kind
 from vkd_jax.types import Role
 
+ABOUT_PEOPLE = (Role.FORGET, Role.FORGET_HOLDOUT, Role.RETAIN, Role.RETAIN_HOLDOUT)
 MOST_UNLETTERED = 0.5  # share of answers without a letter above which an accuracy by letters says little
 
 
 def opening(run: Run) -> dict[str, Any]:
     """What the run is about."""
-    return {"forget_people": run.people(Role.FORGET), "forgets_text": run.forgets_text, "facts": run.facts}
+    forget = run.set_of(Role.FORGET).name
+    return {
+        "audit": run.audit,
+        "learned": not _never_learned(run, forget, main_kind(run.models["vanilla"][forget], "vqa")),
+        "forget_people": run.people(Role.FORGET),
+        "forgets_text": run.forgets_text,
+        "facts": run.facts,
+    }
 
 
 def forgotten(run: Run) -> dict[str, Any]:
@@ -43,8 +51,10 @@ def kept(run: Run) -> dict[str, Any]:
     lost = [x for x in changes if compare(x["unlearned"], x["vanilla"].low, x["vanilla"].high) == "below"]
     return {
         "changes": changes,
+        "never_learned": bool(changes) and all(_never_learned(run, x["set"], x["kind"]) for x in changes),
         "lost": [x["title"][:1].lower() + x["title"][1:] for x in lost],
         "facts": run.facts,
+        "other_facts": any(x["set"] in partial.SPLIT.values() for x in changes),
         "other_facts_lost": any(x["set"] in partial.SPLIT.values() for x in lost),
     }
 
@@ -99,11 +109,12 @@ def words(run: Run) -> dict[str, Any]:
         "method": run.meta.config["method"]["name"],
         "has_retain_only": "retain_only" in run.models,
         "by_person": _main_summary(run, "unlearned").people > 0,
+        "all_by_person": all(x["unlearned"].people for x in _changes(run, "vqa", *ABOUT_PEOPLE)),
         "forget_people": run.people(Role.FORGET),
         "retain_people": run.people(Role.RETAIN),
         "forgets_text": run.forgets_text,
         "facts": run.facts,
-        "vanilla": _vanilla(run),
+        "origins": _origins(run),
     }
 
 
@@ -207,8 +218,15 @@ def _judgement(run: Run, kind: str) -> dict[str, Any]:
         "vanilla": vanilla,
         "below_chance": chance is not None and retain_only is not None and retain_only.high < chance,
         "verdict": verdict,
-        "never_learned": chance is not None and vanilla.low <= chance,
+        "exchanged": compare(unlearned, vanilla.low, vanilla.high) == "above",
+        "never_learned": _never_learned(run, forget.name, kind),
     }
+
+
+def _never_learned(run: Run, name: str, kind: str) -> bool:
+    """Whether the vanilla model cannot be told apart from guessing in the questions of one kind of a set."""
+    vanilla, chance = run.results.summary("vanilla", name, kind), run.results.chance.get(name, {}).get(kind)
+    return vanilla is not None and chance is not None and vanilla.low <= chance
 
 
 def _unlike_the_vanilla_model(run: Run, kind: str) -> dict[str, Any] | None:
@@ -261,10 +279,10 @@ def _changes(run: Run, modality: str, *roles: Role) -> Sequence[dict[str, Any]]:
     return changes
 
 
-def _vanilla(run: Run) -> dict[str, Any]:
-    """How the vanilla model was made, on how many people it was trained if that is known, and its path."""
-    vanilla, path = run.results.vanilla, run.meta.config.get("model", {}).get("path") or "a model"
-    return {**vars(vanilla), "path": path, "people": run.people(Role.FORGET) + run.people(Role.RETAIN)}
+def _origins(run: Run) -> dict[str, Any]:
+    """How the models were made, on how many people the vanilla model was trained, if that is known, and its path."""
+    path = run.meta.config.get("model", {}).get("path") or "a model"
+    return {**vars(run.results.origins), "path": path, "people": run.people(Role.FORGET) + run.people(Role.RETAIN)}
 
 
 def _main_summary(run: Run, model: str) -> Summary:

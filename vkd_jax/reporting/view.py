@@ -82,7 +82,8 @@ def accuracy(run: Run) -> dict[str, Any]:
             rows.append([eval_set.title, *(_accuracy_cell(cell) for cell in cells.values()), change])
         heads = ["questions about", *_model_titles(run), "change (points)"]
         kinds.append({"title": KINDS.get(kind, kind), "heads": heads, "rows": rows})
-    return {"kinds": kinds, "has_retain_only": "retain_only" in run.models}
+    chance = any(run.results.chance.get(s.name) for s in run.results.with_role(Role.FORGET))
+    return {"kinds": kinds, "has_chance": chance, "has_retain_only": "retain_only" in run.models}
 
 
 def text_metrics(run: Run) -> dict[str, Any] | None:

@@ -1,6 +1,5 @@
 """Writes results.json at the end of a run, and provenance.json beside the weights that it exports."""
 
-import contextlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,17 +29,14 @@ from vkd_jax.results import (
     Meta,
     RunResults,
     Trainable,
-    Vanilla,
 )
+from vkd_jax.runs import origins
 from vkd_jax.runs.inputs import PROVENANCE
 from vkd_jax.runs.job import Job
-from vkd_jax.runtime import json_files, multihost
+from vkd_jax.runtime import multihost
 from vkd_jax.runtime.dataclass_json import FormatError, decode, encode
 from vkd_jax.runtime.figure_ranges import check_ranges
-from vkd_jax.runtime.records import mapping
 from vkd_jax.types import Example, Role, UserError
-
-EVERYBODY = ("benchmark", "source", "people", "n_people")  # fields of config.data that choose the people of a benchmark
 
 
 def write(job: Job, answers: Mapping[str, list[dict]], changes: Mapping[str, Any] | None = None) -> None:
@@ -52,8 +48,6 @@ def write(job: Job, answers: Mapping[str, list[dict]], changes: Mapping[str, Any
         changes: the fields of `RunResults` on what unlearning changed; see `model_changes`.
     """
     retain_only, sets = answers.get("retain_only"), job.eval_sets
-    source = job.workdir.given.get("path")
-    made = multihost.run_on_process_0(lambda: read_provenance(source)) if source else {}
     results = RunResults(
         meta=_meta(job),
         models={name: summaries(records, sets) for name, records in answers.items()},
@@ -67,7 +61,7 @@ def write(job: Job, answers: Mapping[str, list[dict]], changes: Mapping[str, Any
         attacks={name: _attack_results(job, name, attack, answers) for name, attack in job.attacks.items()},
         **_resemblance(job, answers),
         timing=dict(job.workdir.timing),
-        vanilla=vanilla_origin(job.config.to_dict(), made),
+        origins=multihost.run_on_process_0(lambda: origins.read(job)),
         **(changes or {}),
     )
     multihost.run_on_process_0(lambda: results.write(job.workdir.path) and None)
@@ -83,32 +77,6 @@ def provenance(job: Job, name: str, without: Sequence[str]) -> dict[str, str]:
         without: people that fine-tuning left out.
     """
     return {PROVENANCE: json.dumps({"model": name, "without": list(without), **encode(_meta(job))}, indent=1) + "\n"}
-
-
-def read_provenance(folder: Path) -> dict[str, Any]:
-    """The provenance in the folder of a model, which may be somebody else's; {} if it has none that can be read."""
-    with contextlib.suppress(UserError):
-        return json_files.read_json(folder / PROVENANCE)
-    return {}
-
-
-def vanilla_origin(config: Mapping[str, Any], made: Mapping[str, Any]) -> Vanilla:
-    """How the vanilla model was made.
-
-    Args:
-        config: the config of this run.
-        made: the provenance in the model's folder; {} if it has none. It counts only if its run chose the same people
-            of a benchmark: folders of the same names may hold others.
-    """
-    if config["stage"] == "all":
-        return Vanilla("run", config["model"]["base"] or "a new model")
-    if made.get("model") == "unlearned":
-        return Vanilla("unlearned")
-    theirs = mapping(made.get("config"))
-    base, ours, data = mapping(theirs.get("model")).get("base"), config["data"], mapping(theirs.get("data"))
-    same = "source" in ours and all(ours[name] == data.get(name) for name in EVERYBODY if name in ours)
-    known = isinstance(base, str) and base and not made.get("without") and same
-    return Vanilla("folder", base) if known else Vanilla()
 
 
 def text_scores(job: Job, model: ModelBundle) -> Any:

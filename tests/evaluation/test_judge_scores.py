@@ -27,6 +27,8 @@ from vkd_jax.evaluation import judge_scores
         (10, "Your grade is 7", 0.7),
         (10, '```json\n{"score": "7"}\n```', 0.7),
         (10, "`7 out of 10`", 0.7),
+        (10, "<think>9<think>8</think>3</THINK>\n7", 0.7),
+        (10, "<think>\n\n</think>\n\n7<think>9</think>", 0.7),
     ],
 )
 def test_a_reply_that_is_a_score_is_read(largest, reply, score):
@@ -151,6 +153,9 @@ def test_a_reply_that_is_a_score_is_read(largest, reply, score):
         (10, "7\n3"),
         (10, "9 <think>The answer names another person, so"),
         (10, "The reference score is 10"),
+        (10, "<think>" * 100_000),
+        (10, "1 </think>"),
+        (10, "<answer>7</answer>"),
     ],
 )
 def test_any_other_reply_has_no_score(largest, reply):

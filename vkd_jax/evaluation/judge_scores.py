@@ -23,8 +23,7 @@ _JSON = re.compile(
         (?P<number>[0-9]++(?:\.[0-9]++)?+)(?P<largest>)(?P=quote)\s*\}\s*(?:```)?\s*""",
     re.IGNORECASE | re.VERBOSE,
 )
-# What a model thinks before it replies; a chat template may have written its beginning.
-_THOUGHTS = (re.compile(r"<think>.*?</think>", re.S | re.I), re.compile(r"\A.*</think>", re.S | re.I))
+_THINK = re.compile(r"<(/?)think>", re.IGNORECASE)
 
 
 def read(reply: str, largest: float) -> float | None:
@@ -38,8 +37,7 @@ def read(reply: str, largest: float) -> float | None:
         >>> read("Score: 7 of 10", 10), read("Score: 7, if the name is right", 10)
         (0.7, None)
     """
-    for thought in _THOUGHTS:
-        reply = thought.sub("\n", reply)
+    reply = _without_thoughts(reply)
     match = _SCORE.fullmatch(reply) or _JSON.fullmatch(reply)
     if match is None or (match["largest"] and float(match["largest"]) != largest):
         return None
@@ -47,3 +45,16 @@ def read(reply: str, largest: float) -> float | None:
     if not match["largest"] and "." in match["number"] and 0 < number <= 1 < largest:
         return None
     return number / largest if number <= largest else None
+
+
+def _without_thoughts(reply: str) -> str:
+    """A reply without what a model thinks before it; a chat template may have written the first <think>."""
+    kept: list[str] = []
+    position, begun = 0, None
+    for mark in _THINK.finditer(reply):
+        if not mark[1]:
+            begun = mark.start() if begun is None else begun
+            continue
+        kept = [] if begun is None else [*kept, reply[position:begun]]
+        position, begun = mark.end(), None
+    return "\n".join([*kept, reply[position:]])

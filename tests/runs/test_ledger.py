@@ -1,6 +1,7 @@
 """The ledger of requests: what it records, and every kind of line that it refuses."""
 
 import json
+import shutil
 
 import pytest
 
@@ -349,6 +350,13 @@ NOT_PURGED = {
         lambda run: link(run / "answers" / "vanilla.jsonl", run.parents[1] / "disk"),
         "vanilla.jsonl is a link to",
     ),
+    "a run of another ledger": (
+        lambda run: (
+            ledger.claim_workdir(run.parent, Ledger.read(run.parents[1] / "LEDGER")),
+            shutil.copytree(run, run.with_name("0002")),
+        ),
+        "0002 is a run that no line of",
+    ),
     "a baseline without records": (
         lambda run: (run.parent / "naive" / "0002" / "answers").mkdir(parents=True),
         "naive/0002/records.json",
@@ -391,6 +399,14 @@ def test_what_cannot_be_deleted_is_no_line_of_the_ledger(failure, purgeable, mon
     assert command.main(["purge", str(path), "1"]) == 0  # nothing is left
     run.rename(run.with_name("old"))
     assert command.main(["purge", str(path), "1"]) == 0 and path.read_text().count('"kind": "purge"') == 1
+
+
+def test_folders_of_the_user_beside_the_runs_are_kept(purgeable, capsys):
+    path, run = purgeable
+    others = [shutil.copytree(run, run.with_name(name)) for name in ("0001_old", "2026-12", "00011")]
+    others += [shutil.copytree(run, run.parent / "naive" / "0002 of Ann")]
+    assert command.main(["purge", str(path)]) == 0
+    assert all((other / "answers").exists() for other in others) and not (run / "answers").exists()
 
 
 def test_a_run_that_was_stopped_before_it_wrote_anything_is_purged(tmp_path, capsys):

@@ -224,6 +224,11 @@ def test_a_folder_of_images_needs_the_benchmark_of_folders(base, request_folders
         requests.run(tmp_path / "ledger", config, tmp_path / "runs")
     with pytest.raises(UserError, match="--batch_settings: they are those of --baselines=batch"):
         requests.run(tmp_path / "ledger", config, tmp_path / "runs", ("naive",), "train.steps=3")
+    for name in ("2025", "data"):  # of the user, who passes a folder that has no runs of requests
+        (tmp_path / "own" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match="has the runs of another ledger"):
+        requests.run(tmp_path / "ledger", config, tmp_path / "own")
+    assert (tmp_path / "own" / "data").exists()
     with pytest.raises(UserError, match="--baselines: unknown x"):
         requests.run(tmp_path / "ledger", base, tmp_path / "runs", ["x"])
 

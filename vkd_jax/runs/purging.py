@@ -7,6 +7,7 @@ records.json are dropped before the features, so features without an entry need 
 """
 
 import os
+import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from vkd_jax.types import UserError, located
 COMMAND = "vkd requests purge"
 # What a run's folder holds of people beside its model: questions, answers, and figures that name people.
 PERSONAL = ("answers", "features", "judge", "portraits", "report", "report.md", "report.html", "results.json", "data")
+PARTS = ("", "naive", "batch")  # where the runs of a workdir are, by their numbers
+_NUMBER = re.compile("[0-9]{4}|[1-9][0-9]{4,}")
 RESTORE = "move it back, mount its disk or restore it from a copy; nothing was deleted"
 
 
@@ -55,6 +58,7 @@ def purge(path: Path, numbers: Sequence[int]) -> list[Path]:
         workdirs = [workdir for workdir in workdirs if workdir.is_dir()]  # others are of purged requests
         for workdir in workdirs:
             check_workdir(workdir, ledger)
+            _check_known(workdir, ledger)
             for item in _held(workdir, folders):
                 _check_links(item)
         deleted: list[Path] = []
@@ -94,16 +98,31 @@ def _check_runs(request: Request) -> None:
 
 
 def _runs(workdir: Path) -> list[Path]:
-    """The folders of runs in a workdir, those of the baselines included.
+    """The folders of runs in a workdir, those of the baselines included; other folders are the user's.
 
     Raises:
         UserError: the folder of a baseline holds answers, but no records.
     """
-    baselines = sorted((*workdir.glob("naive/[0-9]*"), *workdir.glob("batch/[0-9]*")))
-    for run in baselines:
+    runs, *baselines = ([x for x in sorted((workdir / name).glob("*")) if _NUMBER.fullmatch(x.name)] for name in PARTS)
+    for run in (baselines := sum(baselines, [])):
         if any(os.path.lexists(run / name) for name in PERSONAL):
             json_files.read_json(run / records.FILE, remedy=RESTORE)
-    return [run for run in (*sorted(workdir.glob("[0-9]*")), *baselines) if (run / records.FILE).is_file()]
+    return [run for run in (*runs, *baselines) if (run / records.FILE).is_file()]
+
+
+def _check_known(workdir: Path, ledger: Ledger) -> None:
+    """Checks that the runs in a workdir that hold something of people are those that a ledger names.
+
+    Raises:
+        UserError: one of them is not.
+    """
+    known = {folder for request in ledger.requests for folder in request.folders}
+    others = [run for run in _runs(workdir) if run.parent == workdir and run not in known]
+    if others := [run for run in others if any(os.path.lexists(run / name) for name in PERSONAL)]:
+        raise UserError(
+            f"{others[0]} is a run that no line of {ledger.path} names; move it out of {workdir} if it is another one, "
+            "or restore the ledger from a copy; nothing was deleted."
+        )
 
 
 def _held(workdir: Path, folders: Collection[Path]) -> list[Path]:

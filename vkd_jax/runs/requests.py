@@ -157,8 +157,10 @@ def run(
             sequence.check_settings(ledger)
         make_folder(workdir)
         check_links(workdir)
-        with locks.hold(workdir.absolute(), command), sequence.data():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locks.hold(workdir.absolute(), command))
             claim_workdir(workdir, ledger)
+            stack.enter_context(sequence.data())  # what it removes is this ledger's only now
             os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir.absolute() / "cache"))
             for request in ledger.pending:
                 sequence.run(request)

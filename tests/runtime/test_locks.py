@@ -55,6 +55,17 @@ def test_the_lock_of_a_running_process_is_respected(tmp_path, host):
     assert (tmp_path / locks.FILE).read_text() == text
 
 
+def test_the_lock_of_a_container_of_the_same_name_is_respected_while_it_is_renewed(tmp_path):
+    """A process of another container cannot be seen, so that it may still run."""
+    lock = other(namespace="pid:[1]", pid=ended()["pid"])
+    (tmp_path / locks.FILE).write_text(json.dumps(lock))
+    with pytest.raises(UserError, match="is used by process"), locks.hold(tmp_path, ""):
+        raise AssertionError("both hold the lock")
+    late = {"renewed": time.time() - locks.EXPIRES - 1}
+    for changes in (late, {"namespace": None}, {"started": "an earlier boot/1"}):
+        assert locks.is_stale(lock | changes)
+
+
 HERE = json.dumps(socket.gethostname()).encode()
 
 

@@ -2,7 +2,7 @@
 
 A lock is a JSON file that names its owner: host, process, time and command. Its owner renews it once a minute. A lock
 is stale if its owner ran on this host and has ended, or if it has not been renewed for `EXPIRES` seconds, which only
-happens if another host was lost. A stale lock is taken over.
+happens if another host or container was lost. A stale lock is taken over.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ def owner(command: str) -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": process_start(os.getpid()),
+        "namespace": _namespace(),
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "renewed": time.time(),
@@ -107,11 +108,25 @@ def is_stale(lock: Any) -> bool:
     """Whether the owner of a lock has ended; so has that of a lock that is damaged."""
     if not isinstance(lock, dict) or not isinstance(lock.get("pid"), int):
         return True
-    if lock.get("host") == socket.gethostname():
+    if lock.get("host") == socket.gethostname() and not _is_of_another_container(lock):
         return (started := process_start(lock["pid"])) is None or started != lock.get("started")
     renewed, now = lock.get("renewed"), time.time()
     # Neither NaN nor a time that the clock of no other host can have.
     return not (isinstance(renewed, int | float) and now - EXPIRES <= renewed <= now + FARTHEST_CLOCK)
+
+
+def _namespace() -> str | None:
+    """Names the processes that this one can see; containers may share the name of a host, but not its processes."""
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return None
+
+
+def _is_of_another_container(lock: Mapping[str, Any]) -> bool:
+    """Whether the owner of a lock was started on this host since it was booted, where this process cannot see it."""
+    boot = (process_start(os.getpid()) or "").partition("/")[0]
+    same_boot = boot and str(lock.get("started")).startswith(f"{boot}/")
+    return bool(same_boot) and lock.get("namespace") not in (None, _namespace())
 
 
 def _acquire(file: storage.VersionedFile, name: str, command: str, locked: str) -> bytes:

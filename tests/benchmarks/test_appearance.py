@@ -72,7 +72,7 @@ def test_where_there_are_no_such_questions_they_are_refused(benchmark, tmp_path,
 def test_a_vanilla_model_that_was_not_taught_them_is_refused(taught, refused, tmp_path, get_config):
     config = RunConfig.from_config_dict(get_config("tiny.py", "appearance"))
     data = {name: x for name, x in config.to_dict()["data"].items() if name != "appearance"} | taught
-    (tmp_path / jobs.PROVENANCE).write_text(json.dumps({"config": {"data": data}, "without": []}))
+    (tmp_path / jobs.inputs.PROVENANCE).write_text(json.dumps({"config": {"data": data}, "without": []}))
 
     class Job:
         forget_people = ()

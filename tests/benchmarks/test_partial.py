@@ -205,7 +205,7 @@ def test_the_argument_is_for_one_run_of_a_method_that_trains(arguments, get_conf
 def test_a_retain_only_model_without_other_facts_is_refused(facts, problem, tmp_path, get_config):
     config = RunConfig.from_config_dict(get_config("tiny.py", "facts=some"))
     data = config.to_dict()["data"] | {"forget_facts": list(facts)}
-    (tmp_path / jobs.PROVENANCE).write_text(json.dumps({"config": {"data": data}, "without": ["001"]}))
+    (tmp_path / jobs.inputs.PROVENANCE).write_text(json.dumps({"config": {"data": data}, "without": ["001"]}))
 
     class Job:
         forget_people = ["001"]
@@ -215,4 +215,7 @@ def test_a_retain_only_model_without_other_facts_is_refused(facts, problem, tmp_
         jobs._check_provenance(Job, "retain_only", tmp_path)
         return
     with pytest.raises(UserError, match=f"trained without {problem} about .*, but this run forgets job, pet. Create"):
+        jobs._check_provenance(Job, "retain_only", tmp_path)
+    (tmp_path / jobs.inputs.PROVENANCE).write_text("{")
+    with pytest.raises(UserError, match="provenance.json: it is not JSON .*restore it from a copy, or remove it if"):
         jobs._check_provenance(Job, "retain_only", tmp_path)

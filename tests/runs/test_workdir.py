@@ -132,6 +132,41 @@ def test_a_model_that_the_run_wrote_is_checked_too(given, tiny_model, monkeypatc
         given.run.check_source(folder)
 
 
+def test_a_folder_that_is_moved_during_the_run_is_not_begun_anew(tmp_path):
+    run = started(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="run was moved or deleted while the run wrote it; pass its new name"):
+        with run.stage("evaluate"):
+            run.write_lines("answers/unlearned.jsonl", [])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seconds", ["-5", "1" + "0" * 400])
+def test_an_impossible_time_of_a_stage_is_not_known(tmp_path, seconds):
+    started(tmp_path)
+    (tmp_path / "timing.json").write_text(f'{{"data": {seconds}, "load": 2}}')
+    assert Workdir(tmp_path, config()).timing == {"load": 2}
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [(lambda text: text[:-5], "it is not JSON"), (lambda text: text.replace("001", "002"), "is not the one that the")],
+)
+def test_a_provenance_that_is_damaged_or_edited_is_refused(tmp_path, damage, problem):
+    run, text = started(tmp_path / "run"), '{"config": {"data": {}}, "without": ["001"]}'
+
+    def make(folder):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "provenance.json").write_text(text)
+
+    folder = run.model("retain_only", make)
+    assert inputs.read_provenance(folder)["without"] == ["001"] and inputs.read_provenance(tmp_path) == {}
+    (folder / "provenance.json").write_text(damage(text))
+    with pytest.raises(UserError, match=f"provenance.json:? {problem}.*; restore it from a copy"):
+        inputs.read_provenance(folder)
+
+
 def test_a_run_resumes_with_other_trackers(tmp_path):
     Workdir(tmp_path, config("train.trackers=wandb")).write_text("answers/vanilla.jsonl", "")
     Workdir(tmp_path, config("finetune.train.trackers=mlflow"))

@@ -9,7 +9,7 @@ from typing import Any
 from absl import logging
 
 from vkd_jax.messages import listed
-from vkd_jax.runtime import json_files, storage
+from vkd_jax.runtime import json_files, records, storage
 from vkd_jax.runtime.records import changed_keys, mapping
 from vkd_jax.types import Example, UserError
 
@@ -136,6 +136,23 @@ def check_models(values: Inputs) -> None:
             )
     if same("unlearned", "path"):
         logging.warning("config.model.unlearned has the same weights as config.model.path: nothing was unlearned")
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """The provenance in the folder of a model, which may be somebody else's; {} without one.
+
+    Raises:
+        UserError: it is damaged, or is not the one that the run in the folder above wrote.
+    """
+    file, remedy = folder / PROVENANCE, "restore it from a copy"
+    if not file.exists():
+        return {}
+    content = json_files.read_json(file, remedy=f"{remedy}, or remove it if no run of vkd_jax wrote it")
+    entries = records.read_or(folder.parent / records.FILE, {}, f"{file} is not compared with its run")
+    known = mapping(mapping(entries.get(folder.name)).get("files")).get(PROVENANCE)
+    if known is not None and known != hashlib.sha256(file.read_bytes()).hexdigest():
+        raise UserError(f"{file} is not the one that the run in the folder above wrote; {remedy}.")
+    return content
 
 
 def _weights(digests: Mapping[str, str]) -> list[str]:

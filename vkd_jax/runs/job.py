@@ -25,9 +25,9 @@ from vkd_jax.methods.decouple import Decouple
 from vkd_jax.methods.other_facts import OtherFacts
 from vkd_jax.runs import features, inputs
 from vkd_jax.runs.features import CachedFeatures
-from vkd_jax.runs.inputs import PROVENANCE, REFERENCE
+from vkd_jax.runs.inputs import REFERENCE
 from vkd_jax.runs.workdir import Workdir
-from vkd_jax.runtime import json_files, multihost, storage
+from vkd_jax.runtime import multihost, storage
 from vkd_jax.runtime.mesh import make_mesh, shards
 from vkd_jax.training import trackers
 from vkd_jax.types import EvalSet, Example, Role, UserError, located, person_digest
@@ -386,11 +386,15 @@ def describe_inputs(
 
 
 def _provenance(folder: Path) -> tuple[dict[str, Any], list[str]] | None:
-    """The section `data` of the run that wrote a model, and the people it was trained without; None if not known."""
+    """The section `data` of the run that wrote a model, and the people it was trained without; None if not known.
+
+    Raises:
+        UserError: the file that says so is damaged, or is not the one that the run in the folder above wrote.
+    """
+    provenance = inputs.read_provenance(folder)
     try:
-        provenance = json_files.read_json(folder / PROVENANCE)
         return dict(provenance["config"]["data"]), list(provenance["without"])
-    except (UserError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         return None  # not written by a run
 
 

@@ -44,6 +44,7 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy",
 SHARED_MODELS = ("vanilla", "retain_only")  # models that are the same in every run of a comparison
 # Fields that a run may have other values of when it resumes: they decide nothing that it computes.
 FREE_FIELDS = {"mesh", "train.trackers", "finetune.train.trackers"}
+LONGEST = 1e9  # seconds of a stage, or timing.json is damaged
 TRAINING, METRICS, JUDGE_FOLDER = "train", "metrics.jsonl", "judge"
 REMOVABLE = (*records.MODELS, TRAINING)  # large folders, which may be removed after the run
 MOVE = "remove it, or pass another --workdir"
@@ -197,7 +198,7 @@ class Workdir:
             if difference or not self._has_results or not self._records.knows(CONFIG):
                 self._records.add(CONFIG)
             seconds = records.read_or(timing, {}, "the time of earlier stages is not known")
-        return {name: x for name, x in seconds.items() if isinstance(x, int | float) and not isinstance(x, bool)}
+        return {name: x for name, x in seconds.items() if type(x) in (int, float) and 0 <= x <= LONGEST}
 
     def bind(self, values: inputs.Inputs | None, folders: Mapping[str, Path] = {}) -> None:  # noqa: B006
         """Checks that the run has the inputs of its results so far, and saves them if there are no results.
@@ -357,6 +358,7 @@ class Workdir:
             if multihost.is_process_0():
                 # A full disk is reported by the stage itself.
                 with contextlib.suppress(OSError, UserError), storage.write_errors():
+                    self._check_place()
                     files.write_bytes(self.path / "timing.json", records.encode(self.timing))
         logging.info("%s: %.1f s", name, seconds)
 
@@ -375,11 +377,17 @@ class Workdir:
 
     def _write(self, name: str, data: Callable[[], bytes]) -> Path:
         def write() -> None:
+            self._check_place()
             files.write_bytes(self.path / name, data())
             self._records.add(name)
 
         multihost.run_on_process_0(write)
         return self.path / name
+
+    def _check_place(self) -> None:
+        """Raises a `UserError` if the folder was moved: its files would be divided between it and a new one."""
+        if isinstance(self.path, Path) and not (self.path / CONFIG).exists():
+            raise UserError(f"{self.path} was moved or deleted while the run wrote it; pass its new name as --workdir.")
 
     def read_lines(self, name: str) -> list[dict]:
         """Reads the records of `write_lines`."""

@@ -131,6 +131,12 @@ def test_what_is_learned_is_what_is_asked(people, learned):
     assert model.processor.soft_tokens == 0  # the copy is another one
 
 
+def test_soft_tokens_that_learned_nothing_are_no_attack(people):
+    attack = attacks.create("soft_tokens", dict(tokens=3, steps=1, batch_size=4, learning_rate=1e-30))
+    with pytest.raises(UserError, match="soft_tokens.learning_rate: 1 steps at 1e-30 changed no embedding"):
+        attack.learn(people, rows_of(attack.encode(people), np.arange(4)))
+
+
 def test_soft_tokens_change_no_weight_and_are_asked_about_other_questions(people, learned, monkeypatch):
     attack, embeddings = learned
     assert embeddings.shape == (3, people.model.config.text.width) and embeddings.dtype == np.float32
@@ -242,6 +248,13 @@ def test_a_long_question_is_made_smaller_until_it_fits():
     assert dark.any() and not dark[:3].any() and not dark[-3:].any() and not dark[:, -3:].any()
 
 
+def test_a_question_that_does_not_fit_is_named(caplog):
+    drawn("Who is this person?")
+    assert not caplog.text
+    drawn("Who is thispersonwhosenamewaswrittenwithoutanyspacebetweenitsmanymanyletters?")
+    assert "attacks.typographic.side=200 has no room for a question of 77 characters" in caplog.text
+
+
 def test_both_kinds_of_typeset_questions_are_asked(people, monkeypatch):
     calls = []
     monkeypatch.setattr(type(people), "ask_sets", lambda self, model, sets: calls.append(sets) or [])
@@ -262,6 +275,13 @@ def test_both_kinds_of_typeset_questions_are_asked(people, monkeypatch):
         ("in_context", dict(share=1.0), "attacks.in_context.share: 1.0 is not allowed"),
         ("soft_tokens", dict(tokens=0), "attacks.soft_tokens.tokens: 0 is not allowed"),
         ("pixel_noise", dict(radius=0.0), "attacks.pixel_noise.radius: 0.0 is not allowed"),
+        (
+            "pixel_noise",
+            dict(radius=1e-3),
+            r"pixel_noise.radius: universal_steps=100 of 0.00392157 within radius=0.001 ",
+        ),
+        ("pixel_noise", dict(step=1e-5), r"pixel_noise.step: universal_steps=100 of 1e-05 within .* at least 0.0020."),
+        ("pixel_noise", dict(step=3e-5), r"pixel_noise.step: image_steps=30 of 3e-05 within"),
         ("typographic", dict(prompt=" "), "attacks.typographic.prompt: ' ' is not allowed. Give a text"),
         (
             "typographic",

@@ -28,6 +28,7 @@ from vkd_jax.evaluation import judge_scores
         (10, '```json\n{"score": "7"}\n```', 0.7),
         (10, "`7 out of 10`", 0.7),
         (10, "<think>9<think>8</think>3</THINK>\n7", 0.7),
+        (10, "9<think>a</think>b</think>2", 0.2),
         (10, "<think>\n\n</think>\n\n7<think>9</think>", 0.7),
     ],
 )

@@ -50,6 +50,9 @@ from vkd_jax.types import Example, Params, Role
 BINOMIAL = np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25]).astype(np.float32)
 
 
+LEAST_CHANGE = 0.5 / 255  # of a pixel in [0, 1]; a smaller one is lost when the image is stored
+
+
 @dataclasses.dataclass(frozen=True)
 class PixelNoise(Section):
     """Optimized perturbations of the pixels: one for all images, and one for each image."""
@@ -82,7 +85,19 @@ class PixelNoise(Section):
     }
 
     def check(self, config: RunConfig) -> None:
-        """All valid settings can run."""
+        """Checks that each perturbation can change a pixel of 8 bits.
+
+        Raises:
+            UserError: the steps are so small that all attacked images would be the unchanged ones.
+        """
+        for field in ("universal_steps", "image_steps"):
+            steps = getattr(self, field)
+            if steps and min(self.radius, steps * self.step) < LEAST_CHANGE:
+                raise self.error(
+                    "radius" if self.radius < LEAST_CHANGE else "step",
+                    f"{field}={steps} of {self.step:g} within radius={self.radius:g} changes no pixel by 1/255, so "
+                    f"nothing would be attacked. Give a radius, and steps times step, of at least {LEAST_CHANGE:.4f}.",
+                )
 
     def run(self, subject: Subject) -> Records:
         """The answers before the attack, with clean copies of the images, and with both perturbations.

@@ -118,6 +118,7 @@ class SoftTokens(Section):
 
         Raises:
             NotFinite: training diverged.
+            UserError: no embedding changed, so that nothing was attacked.
         """
         mesh = subject.model.mesh
         multiple = 1 if mesh is None else shards(mesh)
@@ -128,6 +129,7 @@ class SoftTokens(Section):
         valid = features.values[features.valid].astype(np.float32)
         noise = rng(subject.seed, ATTACKER).standard_normal((self.tokens, valid.shape[-1]))
         state = initial(jnp.asarray(valid.mean(0) + noise * valid.std(0), jnp.float32))
+        start = multihost.gather(state[0])
         for number in range(self.steps):
             batch = dataclasses.replace(sampler[number], images=None)
             if mesh is not None:
@@ -136,6 +138,12 @@ class SoftTokens(Section):
             state = step(subject.model.graphdef, subject.model.params, state, batch, self.learning_rate)
         learned = multihost.gather(state[0])
         finite.check(learned, "The embeddings of attacks.soft_tokens")
+        if np.array_equal(learned, start):
+            raise self.error(
+                "learning_rate",
+                f"{self.steps} steps at {self.learning_rate:g} changed no embedding, so that nothing was attacked. "
+                "Give a larger rate.",
+            )
         return learned
 
 

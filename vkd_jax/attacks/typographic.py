@@ -19,8 +19,10 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
+from absl import logging
 from PIL import Image, ImageDraw, ImageFont
 
+from vkd_jax import messages
 from vkd_jax.attacks import base
 from vkd_jax.attacks.base import Records, Subject
 from vkd_jax.config.fields import Section, setting
@@ -101,7 +103,7 @@ class Typographic(Section):
 def typeset(portrait: bytes, text: str, side: int, letters: float) -> bytes:
     """Draws a portrait and a text side by side on a white square; returns a PNG.
 
-    The letters are made smaller until the text fits.
+    The letters are made smaller until the text fits; a warning names a text that cannot be read then.
     """
     canvas = Image.new("RGB", (side, side), "white")
     width, margin = round(PORTRAIT_WIDTH * side), round(MARGIN * side)
@@ -117,6 +119,13 @@ def typeset(portrait: bytes, text: str, side: int, letters: float) -> bytes:
         if size <= 4 or (right - left <= room and bottom - top <= side - 2 * margin):
             break
         size = max(4.0, 0.9 * size)
+    if size < LEAST_PIXELS or right - left > room or bottom - top > side - 2 * margin:
+        logging.log_first_n(
+            logging.WARNING,
+            "attacks.typographic.side=%d has no room for a question of %d characters in letters that can be read, such "
+            "as %s: its accuracy says nothing. Give a larger side, or leave the attack out.",
+            *(3, side, len(text), messages.listed([text])),
+        )
     draw.multiline_text((width + margin - left, (side - bottom - top) / 2), block, font=font, fill="black")
     stream = io.BytesIO()
     canvas.save(stream, "png")

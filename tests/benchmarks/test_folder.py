@@ -220,6 +220,9 @@ def test_a_retained_answer_of_an_unnamed_person_is_no_name_to_forget(folders):
     assert len(read(folders)["retain"]) == 2
     write(folders / "retain", [GOOD, GOOD | dict(question="Who flies?", answer=" ZOE\u0308")])
     fault(folders, "metadata.jsonl, line 2: the answer is 'Zoë', who is to be forgotten, and the line names no person")
+    write(folders / "forget", [GOOD | dict(question="Who is this?", answer="Zoë", person="Zoë")])
+    write(folders / "retain", [GOOD | dict(question="who is this", answer="ZOË", person="Ada")])
+    fault(folders, "line 1: the answer is 'Zoë', who is to be forgotten, and the line names 'Ada'; remove it, or name")
     write(folders / "forget", [GOOD | dict(question="Job?", answer="pilot", person="7")])
     write(folders / "retain", [GOOD | dict(question="Days of a week?", answer="7")])
     assert len(read(folders)["retain"]) == 1

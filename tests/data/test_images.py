@@ -281,18 +281,19 @@ def png_header(width, height):
     )
 
 
-def encoded_16_bits(largest):
-    """An image with 16 bits per pixel, of which one is not black."""
-    pixels = np.zeros((8, 8), np.uint16)
-    pixels[3, 3] = largest
+def encoded_16_bits(value, hot=0):
+    """An image with 16 bits per pixel: a half is black, a half has a value, and one pixel may be hot."""
+    pixels = np.zeros((40, 40), np.uint16)
+    pixels[20:] = value
+    pixels[3, 3] = hot
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
 
 
-@pytest.mark.parametrize(("largest", "seen"), [(0, 0), (16384, 64), (65535, 255)])
-def test_16_bits_become_8(largest, seen):
-    assert np.asarray(open_image(encoded_16_bits(largest))).max() == seen
+@pytest.mark.parametrize(("value", "seen"), [(0, 0), (16384, 64), (65535, 255)])
+def test_16_bits_become_8(value, seen):
+    assert np.asarray(open_image(encoded_16_bits(value))).max() == seen
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,11 @@ def test_16_bits_become_8(largest, seen):
         (IMAGES["EXIF"][:-200], "the image cannot be decoded"),
         (b"GIF89a", "the image"),
         (b"", "the image is broken or of a format that is not read"),
-        (encoded_16_bits(4095), "the image would be almost black: its 16-bit values are at most 4,095; save it with 8"),
+        (
+            encoded_16_bits(4095),
+            "the image would be almost black: nearly all 16-bit values are below 16,384; save it with 8",
+        ),
+        (encoded_16_bits(4095, hot=65535), "the image would be almost black"),
         (encoded_16_bits(255), "the image would be almost black"),
         (encoded_16_bits(1), "the image would be almost black"),
         *(

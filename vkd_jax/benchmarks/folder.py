@@ -172,16 +172,19 @@ class Folder(Section):
 
     def _check_apart(self) -> None:
         """Checks what the sets share: see `docs/your_own_data.md`."""
-        people, images, asked, unnamed, texts = {}, {}, {}, {}, {}
+        people, images, asked, answers, texts = {}, {}, {}, {}, {}
+        names_wanted = set()  # questions whose answer is the person, such as "Who is this?"
         for name in self._sets():
-            people[name], images[name], asked[name], unnamed[name], texts[name] = set(), {}, {}, {}, {}
+            people[name], images[name], asked[name], answers[name], texts[name] = set(), {}, {}, [], {}
             for row in self.questions(name):
                 pixels = b"" if row[0].image is None else row[0].image.pixels
                 people[name] |= {e.person for e in row} - {""}
                 images[name] |= {pixels: row[0].image_id} if pixels else {}
                 asked[name] |= {(pixels, question_key(e.question)): e.question for e in row}
                 texts[name] |= {e.location: text_key(f"{e.question}\n{e.answer}") for e in row}
-                unnamed[name] |= {text_key(e.answer): e.location for e in row if not e.person}
+                answers[name] += [(e.location, question_key(e.question), text_key(e.answer), e.person) for e in row]
+        for _, question, answer, person in itertools.chain(*answers.values()):
+            names_wanted |= {question} if answer == text_key(person) else set()
         for name, other in itertools.product(("forget", "test"), ("retain", "real")):
             if name not in people or other not in people:
                 continue
@@ -190,11 +193,12 @@ class Folder(Section):
             names = {text_key(person): person for person in people[name] if any(map(str.isalpha, person))}  # no numbers
             if name == "forget":  # which has all people of the test set
                 _warn_of_names(names, getattr(self, other), texts[other])
-            for key in sorted(names.keys() & unnamed[other].keys()) if other == "retain" else ():
-                raise UserError(
-                    f"{unnamed[other][key]}: the answer is {names[key]!r}, who is to be forgotten, and the line names "
-                    "no person; remove it, or name the person whom it is about."
-                )
+            for place, question, answer, person in answers[other] if other == "retain" else ():
+                if answer in names and (not person or question in names_wanted):
+                    raise UserError(
+                        f"{place}: the answer is {names[answer]!r}, who is to be forgotten, and the line names "
+                        f"{repr(person) if person else 'no person'}; remove it, or name the person whom it is about."
+                    )
         if strangers := sorted(people.get("test", set()) - people["forget"]):
             raise UserError(
                 f"{self.test} asks about {messages.people(len(strangers))} not in {self.forget}: {listed(strangers)}; "

@@ -1,5 +1,6 @@
 """Spellings in data that others wrote: of texts, of names and ids of people, and which ones may be one person."""
 
+import contextlib
 import unicodedata
 from collections.abc import Set
 
@@ -18,6 +19,7 @@ _WORD = regex.compile(r"[\w\p{M}]+")
 _MIXED = regex.compile(r"(?=.*\p{Script=Latin})(?=.*[\p{Script=Cyrillic}\p{Script=Greek}])", regex.DOTALL)
 # How pandas, R, SQL and spreadsheets write a missing value as text. "Nan" and "Null" are names.
 MISSING = frozenset({"nan", "NaN", "<NA>", "NaT", "null", "NULL", "#N/A"})
+_SEVERAL = regex.compile(r"[,;&+/|]| and ")  # between the names of several people
 _WHOLE = regex.compile(r"(0*+)(\d*+)(?:\.0*+)?")
 
 
@@ -107,10 +109,32 @@ def check_scripts(names: Set[str]) -> None:
 
 
 def similar_names(first: Set[str], second: Set[str]) -> list[str]:
-    """Pairs of different names of two sets that may be one person, in words."""
-    keys = {name_key(name): name for name in sorted(second, reverse=True)}
-    pairs = [(name, keys[key]) for name in sorted(first) if (key := name_key(name)) in keys and keys[key] != name]
+    """Pairs of different names of two sets that may be one person, in words.
+
+    They have one key, with underscores read as spaces, and UTF-8 that was read as Windows-1252 as what it was
+    ("JosÃ©"); or one is a part of the other, as in "Ada Bell & Otto Lindt".
+    """
+    keys, parts = {}, {}
+    for name in sorted(second, reverse=True):
+        keys[_loose_key(name)] = name
+        parts |= dict.fromkeys(_parts(name), name)
+    pairs = []
+    for name in sorted(first):
+        others = [keys.get(_loose_key(name)), parts.get(_loose_key(name)), *map(keys.get, _parts(name))]
+        pairs += [(name, other) for other in dict.fromkeys(others) if other not in (None, name)]
     return [f"{name} and {other}" for name, other in pairs]
+
+
+def _loose_key(name: str) -> str:
+    with contextlib.suppress(UnicodeError):
+        name = name if name.isascii() else name.encode("cp1252").decode("utf-8")
+    return name_key(name.replace("_", " "))
+
+
+def _parts(name: str) -> list[str]:
+    """The keys of several names in one text; [] if there is one."""
+    parts = [key for part in _SEVERAL.split(name) if (key := _loose_key(part))]
+    return parts if len(parts) > 1 else []
 
 
 def check_apart(forget: tuple[str, Set[str]], retain: tuple[str, Set[str]]) -> None:
@@ -132,7 +156,7 @@ def check_apart(forget: tuple[str, Set[str]], retain: tuple[str, Set[str]]) -> N
         raise UserError(
             f"{forget[0]} has {people(len(pairs))} who may be in {retain[0]} under another spelling: {listed(pairs)}. "
             "Spell one person's name in one way, or give different people IDs that differ in more than case, letter "
-            "style, dashes or leading zeros."
+            "style, dashes, underscores or leading zeros, and give each line one person."
         )
 
 

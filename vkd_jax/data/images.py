@@ -24,7 +24,8 @@ MOST_IMAGE_BYTES = 100 * 2**20  # of an image file; the largest that cameras wri
 MODES = frozenset({"1", "CMYK", "HSV", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "YCbCr"})
 MOST_ELONGATED = 200  # longer side by shorter side, as of Qwen2-VL; a strip becomes very large when it is resized
 MAX_CACHED_BYTES = memory.CACHE_BYTES  # sets of at most this many bytes of pixels are prepared once and cached
-DARKEST = 2**14  # the brightest pixel of an image of 16 bits has at least this value
+DARKEST = 2**14  # the brightest pixels of an image of 16 bits have at least this value
+BRIGHTEST = 99.9  # the percentile of the values that is compared with it: sensors have single hot pixels
 THREADS = min(os.cpu_count() or 1, 16)  # decoding and resizing release Python's global lock
 
 T = TypeVar("T")
@@ -97,14 +98,11 @@ def _open_image(data: bytes | Image.Image) -> Image.Image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # PIL's own conversion would clip all values above 255
             pixels = np.asarray(image)
-            if 0 < (largest := int(pixels.max())) < DARKEST:  # as of a camera with 12 bits, or of 8 bits in 16
-                raise UserError(
-                    f"the image would be almost black: its 16-bit values are at most {largest:,}; save it with 8 bits"
-                )
+            if pixels.any():  # an image without any light is what it says
+                _check_light(pixels, DARKEST)  # 12 bits of a camera, or 8 bits, may have been stored in 16
             return Image.fromarray((pixels >> 8).astype(np.uint8))
-        if deep and np.asarray(image.convert("RGB")).max() < DARKEST >> 8:
-            problem = f"the image would be almost black: its 16-bit values are below {DARKEST:,}; save it with 8 bits"
-            raise UserError(problem)
+        if deep:
+            _check_light(np.asarray(image.convert("RGB")), DARKEST >> 8)
         if image.mode in ("L", "LA", "RGB", "RGBA") and _has_zeros_and_ones(image):
             raise UserError(
                 "the image would be black: its values are 0 and 1 of 255, as of shares that were stored as whole "
@@ -141,6 +139,13 @@ def _has_zeros_and_ones(image: Image.Image) -> bool:
     channels = len(image.getbands()) - image.mode.endswith("A")  # a model does not see transparency
     extrema = np.reshape(image.getextrema(), (-1, 2))[:channels]  # the least and the largest value of each channel
     return extrema.max() == 1 and bool((extrema[:, 0] < extrema[:, 1]).any())
+
+
+def _check_light(pixels: np.ndarray, darkest: int) -> None:
+    if np.percentile(pixels, BRIGHTEST) < darkest:
+        raise UserError(
+            f"the image would be almost black: nearly all 16-bit values are below {DARKEST:,}; save it with 8 bits"
+        )
 
 
 def _check_shape(image: Image.Image) -> None:

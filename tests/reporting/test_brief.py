@@ -206,8 +206,14 @@ def test_the_opening_says_what_the_vanilla_model_was_trained_on(config, provenan
             "audit",
             "**This report asks whether it has forgotten 2 of them**, as a person has the right to ask, and ",
         ),
-        ({}, "all", "The **retain-only model** was given as one that never saw the people to forget; this run has no"),
-        ({"retain_only": "run"}, "all", "The **retain-only model** never saw the people to forget: it was trained"),
+        (
+            {},
+            "unlearn",
+            "The **retain-only model** was given as one that never saw the people to forget; this run has no",
+        ),
+        ({}, "all", "The **retain-only model** never saw the people to forget: it was trained"),
+        ({}, "all", "It is `a new model`, fine-tuned in this run on the benchmark's questions about"),
+        ({"retain_only": "run"}, "unlearn", "The **retain-only model** never saw the people to forget: it was trained"),
     ],
 )
 def test_the_opening_says_what_is_known_of_the_given_models(origins, stage, told):

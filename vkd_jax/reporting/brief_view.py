@@ -281,8 +281,15 @@ def _changes(run: Run, modality: str, *roles: Role) -> Sequence[dict[str, Any]]:
 
 def _origins(run: Run) -> dict[str, Any]:
     """How the models were made, on how many people the vanilla model was trained, if that is known, and its path."""
-    path = run.meta.config.get("model", {}).get("path") or "a model"
-    return {**vars(run.results.origins), "path": path, "people": run.people(Role.FORGET) + run.people(Role.RETAIN)}
+    model, origins = run.meta.config.get("model", {}), dict(vars(run.results.origins))
+    if run.meta.config.get("stage") == "all":  # results of earlier versions lack the origins
+        origins |= {"vanilla": "run", "base": model.get("base") or "a new model"}
+        origins |= {} if model.get("retain_only") else {"retain_only": "run"}
+    return {
+        **origins,
+        "path": model.get("path") or "a model",
+        "people": run.people(Role.FORGET) + run.people(Role.RETAIN),
+    }
 
 
 def _main_summary(run: Run, model: str) -> Summary:

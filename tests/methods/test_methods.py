@@ -372,3 +372,12 @@ def test_cached_arrays_that_differ_from_cache_spec_are_an_error(tiny_sets):
 def test_a_method_that_trains_has_no_edit(context):
     with pytest.raises(NotImplementedError, match="GradDiff trains"):
         GradDiff().edit(context)
+
+
+@pytest.mark.parametrize("name", ["vkd", "grad_diff", "kl"])
+def test_a_method_without_any_loss_is_refused(name):
+    cls = registry.lookup("method", registry.METHODS, name)
+    weights = [field.name for field in dataclasses.fields(cls) if field.name.startswith("weight_")]
+    with pytest.raises(UserError, match="are all 0, so that no loss is left. Give one of them"):
+        cls(**dict.fromkeys(weights, 0.0))
+    cls(**dict.fromkeys(weights[1:], 0.0))

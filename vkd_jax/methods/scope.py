@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from vkd_jax.config.fields import Section, setting
 from vkd_jax.data.encoding import Batch, EncodedSet
+from vkd_jax.messages import listed
 from vkd_jax.methods import base
 from vkd_jax.methods.decouple import Decouple
 from vkd_jax.methods.null_space import NullSpace
@@ -125,8 +126,12 @@ class Unlearning(Scope):
     null_space: NullSpace = dataclasses.field(default_factory=NullSpace, metadata={"help": NullSpace.__doc__})
 
     def validate(self) -> None:
-        """Also checks that the streams of text train something, and that no adapter is projected."""
+        """Also checks that the losses and the streams of text train something, and that no adapter is projected."""
         super().validate()
+        weights = [field.name for field in dataclasses.fields(self) if field.name.startswith("weight_")]
+        if weights and not any(getattr(self, name) for name in weights):
+            problem = f"{listed(weights)} are all 0, so that no loss is left. Give one of them a value above 0."
+            raise self.error(weights[0], problem)
         if self.null_space.energy and self.adapters is not None:
             raise self.error(
                 "null_space.energy", f"adapters are not projected, and train={self.train} has them. Give 0."

@@ -41,7 +41,7 @@ class Missing(UserError):
 
 
 class NotFinite(UserError):
-    """A model computed NaN or infinity, of which no answer and no figure is made."""
+    """Weights, features or scores of a model are not finite, too large or all equal: no figure is made of them."""
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ What is in it
 - `fixed_size`: base of families whose images are squares of one size; `tiled`: base of those that cut images into such
   squares.
 - `generate`: greedy decoding and option scores, with a key/value cache and prefix caching.
-- `lora` and `quantize`: adapters and low-bit weights of the language model.
+- `lora` and `quantize`: adapters and low-bit weights of the language model. `observed` records what passes through it.
 - `conversion`: rows of the conversion tables and sharding rules that families share.
 
 Contract: a family's module has
@@ -25,13 +25,13 @@ Contract: a family's module has
   `Embedded.deepstack` from `Model.embed`;
 - `Model(config, *, rngs, param_dtype)`, a `base.VisionLanguageModel`. Its parameters are
   `vision_tower/patch_embedding`, `vision_tower/blocks/<i>/...`, `vision_tower/post_norm/...` (see `uses_post_norm`),
-  `projector/...` and `language_model/...`;
+  in some families `vision_tower/pre_norm/...`, `projector/...` and `language_model/...`;
 - the conversion: `hf_table(config)`, `HF_ALIASES`, `HF_SKIP` and `HF_ARCHITECTURE`, which `checkpoints.hf` reads;
 - `SHARDING`, exactly one rule (pattern, PartitionSpec) for every parameter;
 - `PRESETS`, {size: (id on the Hugging Face Hub, fields of its config.json)}.
 
-To add a family, write such a module and add it to `MODELS`; `tests/models/test_presets.py` and a file in `tests/parity`
-check it against PyTorch.
+To add a family, write such a module, add it to `MODELS`, and write a config in `configs/`. tests/models/test_presets.py
+checks the names and shapes of its tensors, and a test in tests/parity its numbers against PyTorch.
 """
 
 import importlib

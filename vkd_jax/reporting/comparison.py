@@ -15,7 +15,7 @@ from vkd_jax.runtime import records
 from vkd_jax.runtime.dataclass_json import encode
 from vkd_jax.types import EvalSet, Role, UserError
 
-KEEP = 0.95  # a method keeps if its accuracy is at least this share of the vanilla model's
+KEEP = 0.95  # share of the vanilla model's accuracy that a method keeps; for text-only questions see `keeps`
 
 Kinds = Mapping[str, Iterable[str]]  # the kinds of question of each set
 Keys = list[tuple[EvalSet, str]]  # sets and kinds of question

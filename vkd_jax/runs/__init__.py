@@ -2,7 +2,7 @@
 
 - `pipeline`: `run` and `execute`, which go through the stages of a config in order.
 - `job`: the config with its data, and all checks that are made before anything is computed.
-- `stages`: fine-tuning, unlearning, export, evaluation, attacks and the report, one function each.
+- `stages`: fine-tuning, unlearning with the export, evaluation, attacks and the report.
 - `results_writer`: results.json, and provenance.json beside exported weights.
 - `workdir`: the folder of a run, which belongs to a config and to inputs.
 - `inputs`: digests of what a run reads; those of what it has computed are in `runtime.records`.
@@ -17,6 +17,6 @@
 Contract: all inputs of a run are in its `RunConfig`. Each stage writes its result into the folder of the run, and is
 skipped if that result exists and is whole, so an interrupted run resumes with the same config.
 
-To add a stage, write a function of a `Job` in `stages`, call it in `pipeline.execute`, and add its name to
-`config.stages.STAGES`.
+To add a stage, write a function of a `Job` in `stages` and call it in `pipeline`, or in `stages.unlearn_and_evaluate`
+if it needs the models. The values of `config.stage`, each of which selects some stages, are in `config.stages`.
 """

@@ -147,7 +147,9 @@ def test_pixels_of_colors_that_a_bmp_lacks_are_refused():
         assert [image.getpixel((x, 0)) for x in (1, 3)] == [(6, 4, 2), (45, 30, 15)]
     with pytest.raises(UserError, match="its BMP has pixels of more colors than its palette of 16"):
         open_image(bmp([1, 2, 3, 16], 16))
-    with pytest.raises(UserError, match="its BMP has pixels of more colors than its palette of 15"):
+    with pytest.raises(
+        UserError, match="its BMP has pixels of more colors than its palette of 15|more pixels than its size"
+    ):
         open_image(bmp([1, 2, 3, 15], 16, start=54 + 15 * 4))
     with pytest.raises(UserError, match="the pixels of its BMP begin within its header"):
         open_image(bmp([1, 2, 3, 15], 16, start=14))
@@ -167,6 +169,125 @@ def test_a_flood_of_chunks_is_refused(monkeypatch):
     open_image(png(4, 6, rows(4, 6), parts=2))
     with pytest.raises(UserError, match="its PNG has more than 4 chunks"):
         open_image(png(4, 6, rows(4, 6), parts=3))
+
+
+@pytest.mark.parametrize(
+    ("header", "chunks"),
+    [
+        ((8, 0, 0, 0, 0), [COLORS]),
+        ((8, 3, 0, 0, 0), [(b"PLTE", bytes(31))]),
+        ((8, 3, 1, 0, 0), [COLORS]),
+        ((8, 3, 0, 0, 2), [COLORS]),
+        ((8, 3, 0, 0, 0, 0), [COLORS]),
+    ],
+)
+def test_a_png_whose_header_and_palette_its_format_forbids_is_refused(header, chunks):
+    """Pillow shows the numbers of colors as gray levels if the header says that there are no colors."""
+    with pytest.raises(UserError, match="its PNG has a header that its format|a palette that does not fit its header"):
+        open_image(of_chunks((b"IHDR", struct.pack(">II", 4, 2) + bytes(header)), *chunks, PIXELS, END))
+
+
+def saved(image, format, **options):
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return bytearray(stream.getvalue())
+
+
+def numbered(colors):
+    """An image of 16 x 16 pixels with the numbers of so many colors."""
+    image = Image.fromarray((np.arange(256) % colors).astype(np.uint8).reshape(16, 16), "L").convert("P")
+    image.putpalette([(7 * i + 5 * channel) % 256 for i in range(colors) for channel in range(3)])
+    return image
+
+
+def gif(frames=1, interlace=0):
+    """A GIF with 256 colors, and the position of its first image."""
+    others = [numbered(200).rotate(90 * i) for i in range(1, frames)]
+    options = {"save_all": True, "append_images": others} if others else {}
+    data = saved(numbered(200), "GIF", comment=b"x" * 300, interlace=interlace, **options)
+    return data, data.index(b",\0\0\0\0\x10\0\x10\0", 13 + 768)
+
+
+@pytest.mark.parametrize(("frames", "interlace"), [(1, 0), (1, 1), (3, 0)])
+def test_the_pixels_of_a_gif_are_as_many_as_its_size(frames, interlace):
+    data, start = gif(frames, interlace)
+    expected = np.asarray(numbered(200).convert("RGB"))
+    assert (np.asarray(open_image(bytes(data)).convert("RGB")) == expected).all()
+    for height, problem in ((8, "has more pixels than its size"), (17, "has fewer pixels than its size")):
+        data[8:10] = data[start + 7 : start + 9] = struct.pack("<H", height)
+        with pytest.raises(UserError, match=f"its GIF {problem}"):
+            open_image(bytes(data))
+    data[start + 7] = 16
+    with pytest.raises(UserError, match="a GIF whose first image has another area than the whole; save it as PNG"):
+        open_image(bytes(data))
+
+
+BMP_FIELDS = {"file size": 2, "start": 10, "height": 22, "bits": 28, "compression": 30, "pixel bytes": 34, "colors": 46}
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({}, None),
+        ({"pixel bytes": 0, "file size": 0}, None),
+        ({"height": -16}, None),
+        ({"compression": 1}, "is a compressed BMP; save it as PNG or JPEG"),
+        ({"height": 8}, "has more pixels than its size"),
+        ({"height": -8}, "has more pixels than its size"),
+        ({"height": 8, "pixel bytes": 0}, "has more pixels than its size"),
+        ({"start": 20, "pixel bytes": 0, "file size": 0}, "the pixels of its BMP begin within its header"),
+        ({"colors": 16}, "its BMP has pixels of more colors than its palette of 16"),
+        ({"start": 54 + 64, "height": 16 + 60}, "its BMP has pixels of more colors than its palette of 16"),
+    ],
+)
+def test_a_bmp_that_contradicts_itself_is_refused(fields, problem):
+    data = saved(numbered(256), "BMP")
+    for name, value in fields.items():
+        data[BMP_FIELDS[name] : BMP_FIELDS[name] + 4] = struct.pack("<i", value)
+    if problem is None:
+        assert open_image(bytes(data)).size == (16, 16)
+        return
+    with pytest.raises(UserError, match=problem):
+        open_image(bytes(data))
+
+
+def test_a_bmp_of_gray_levels_has_their_bits():
+    """Pillow reads 8 bits per pixel as 1 if there are two colors, black and white."""
+    data = saved(Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16) % 2), "BMP")
+    data[46:50] = struct.pack("<I", 2)
+    data[54:62] = bytes([0, 0, 0, 0, 255, 255, 255, 0])
+    with pytest.raises(UserError, match="is a BMP of 8 bits with few gray levels; save it as PNG"):
+        open_image(bytes(data))
+    for mode in ("1", "L", "RGB"):
+        assert open_image(bytes(saved(numbered(256).convert(mode), "BMP"))).size == (16, 16)
+
+
+def test_an_image_that_a_program_opened_is_checked_like_its_file():
+    data = of_chunks((b"IHDR", HEADER), (b"PLTE", bytes(range(27))), PIXELS, END)
+    with pytest.raises(UserError, match="its PNG has pixels of more colors than its palette of 9"):
+        open_image(Image.open(io.BytesIO(data)))
+    with pytest.raises(UserError, match="its PNG has 50 % of the pixels"):
+        open_image(Image.open(io.BytesIO(png(4, 6, rows(4, 3)))))
+    opened = Image.open(io.BytesIO(png(4, 6, rows(4, 6))))
+    assert open_image(opened).size == open_image(opened).size == (4, 6)
+    short = numbered(256)
+    short.putpalette(bytes(range(48)))
+    with pytest.raises(UserError, match="the image is broken: it has pixels of more colors than its palette of 16"):
+        open_image(short)
+    assert all(open_image(image).size == (16, 16) for image in (numbered(16), numbered(256).quantize(7)))
+
+
+def test_an_image_that_is_in_its_transparency_alone_is_refused():
+    """Logos and drawings are often black everywhere; models see them without their transparency."""
+    alpha = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    black, gray = Image.new("RGB", (16, 16)), numbered(256).convert("RGB")
+    for image in (gray, black):
+        image.putalpha(alpha)
+    assert open_image(gray).size == (16, 16)
+    with pytest.raises(UserError, match="what it shows is in its transparency, which models do not see; save it"):
+        open_image(black)
+    black.putalpha(7)
+    assert open_image(black).size == (16, 16)
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 3), (3, 4, 4)])

@@ -332,7 +332,7 @@ def test_half_an_image_is_refused_even_if_the_program_allows_it(monkeypatch, for
     with pytest.raises(UserError, match="the image"):
         open_image(half)
     if format in ("JPEG", "PNG"):  # which Pillow opens before it reads their pixels
-        with pytest.raises(UserError, match="the image cannot be decoded .image file is truncated"):
+        with pytest.raises(UserError, match="the image .*truncated"):
             open_image(Image.open(io.BytesIO(half)))
     assert open_image(whole).size == (120, 90)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -359,3 +361,13 @@ def test_images_in_memory_are_checked_as_files_are(kind, processor):
         return
     with pytest.raises(UserError, match=problem):
         processor.image(image)
+
+
+def test_answers_have_known_tokens_of_their_own():
+    """Equal tokens have equal scores, and the first of two such options would be chosen."""
+    tokenizer, folder = SimpleNamespace(unk_token_id=0), Path("m")
+    tokenizer_checks.check_answers(tokenizer, folder, ["a judge", None, " a  judge"], [[5, 6, 0], [], [5, 6, 0]])
+    with pytest.raises(UserError, match="reads the answers 'Olya' and 'Yulya' as the same tokens, so no model can cho"):
+        tokenizer_checks.check_answers(tokenizer, folder, ["Olya", "Yulya"], [[5, 6, 2], [5, 6, 2]])
+    with pytest.raises(UserError, match="reads a part of the answer 'Olya' as unknown, so no model can write it"):
+        tokenizer_checks.check_answers(tokenizer, folder, [None, "Olya"], [[], [5, 0, 2]])

@@ -110,6 +110,11 @@ def _open_image(data: bytes | Image.Image) -> Image.Image:
             )
         if image.mode not in MODES:
             raise UserError(f"the image has pixels of the mode {image.mode}; save it as RGB with 8 bits per channel")
+        if image.has_transparency_data and _is_hidden(image):
+            raise UserError(
+                "the image would be of one color: what it shows is in its transparency, which models do not see; save "
+                "it without transparency"
+            )
         return image
     except UserError:
         raise
@@ -139,6 +144,12 @@ def _has_zeros_and_ones(image: Image.Image) -> bool:
     channels = len(image.getbands()) - image.mode.endswith("A")  # a model does not see transparency
     extrema = np.reshape(image.getextrema(), (-1, 2))[:channels]  # the least and the largest value of each channel
     return extrema.max() == 1 and bool((extrema[:, 0] < extrema[:, 1]).any())
+
+
+def _is_hidden(image: Image.Image) -> bool:
+    """Whether an image has one color and a transparency that differs, as black drawings often have."""
+    rgba = np.reshape(image.convert("RGBA").getextrema(), (4, 2))  # the least and the largest value of each channel
+    return (rgba[:, 0] < rgba[:, 1]).tolist() == [False, False, False, True]
 
 
 def _check_light(pixels: np.ndarray, darkest: int) -> None:

@@ -335,6 +335,7 @@ class Processor:
         add_special_tokens = not (bos and prompt.startswith(bos))
         ids, offsets = tokenizer_checks.encode(self.tokenizer, self.folder, texts, add_special_tokens)
         rows = [self._split(len(prompt), *row, counts) for row in zip(answers, ids, offsets, strict=True)]
+        tokenizer_checks.check_answers(self.tokenizer, self.folder, answers, [row[1] for row in rows])
         for answer, text, tokens in zip(answers, texts, ids, strict=True):
             text = self._special_tokens.sub("", text)
             tokenizer_checks.check_round_trip(self.tokenizer, self.folder, tokens, text, (question, answer or ""))

@@ -147,6 +147,29 @@ def check_round_trip(tokenizer: Any, folder: Path, tokens: Sequence[int], text: 
         )
 
 
+def check_answers(tokenizer: Any, folder: Path, answers: Sequence[str | None], tokens: Sequence[Sequence[int]]) -> None:
+    """Checks that each answer to a question has tokens of its own, and no unknown ones, which no model can write.
+
+    Raises:
+        UserError: two answers have the same tokens, so that their scores would be equal, or one has an unknown token.
+    """
+    by_tokens: dict[tuple[int, ...], str] = {}
+    for answer, ids in zip(answers, tokens, strict=True):
+        if answer is None:
+            continue
+        if tokenizer.unk_token_id in ids[:-1]:  # some tokenizers end an answer with it
+            raise UserError(
+                f"{folder / FILE}: the tokenizer reads a part of the answer {answer[:80]!a} as unknown, so no model "
+                f"can write it; {REMEDY}, or remove the question."
+            )
+        other = by_tokens.setdefault(tuple(ids), answer)
+        if other.split() != answer.split():
+            raise UserError(
+                f"{folder / FILE}: the tokenizer reads the answers {other[:80]!a} and {answer[:80]!a} as the same "
+                f"tokens, so no model can choose between them; {REMEDY}, or change one of them."
+            )
+
+
 def _letters(text: str) -> str:
     """The letters and digits of a text without case, in one of the encodings that Unicode has for each."""
     return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold()))

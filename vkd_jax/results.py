@@ -393,7 +393,7 @@ class RunResults:
         except FormatError as error:
             raise UserError(f"{file}: {error}; {remedy}.") from error
 
-    def write(self, workdir: Path) -> Path:
+    def write(self, workdir: str | os.PathLike[str]) -> Path:
         """Writes results.json into the folder of a run, atomically.
 
         Raises:
@@ -402,7 +402,7 @@ class RunResults:
         """
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
         with storage.write_errors("folder", workdir):
-            return files.write_bytes(workdir / FILE, (text + "\n").encode())
+            return files.write_bytes(storage.resolve(workdir) / FILE, (text + "\n").encode())
 
     @classmethod
     def from_json(cls, data: Any) -> "RunResults":

@@ -223,9 +223,19 @@ def test_a_retained_answer_of_an_unnamed_person_is_no_name_to_forget(folders):
     write(folders / "forget", [GOOD | dict(question="Who is this?", answer="Zoë", person="Zoë")])
     write(folders / "retain", [GOOD | dict(question="who is this", answer="ZOË", person="Ada")])
     fault(folders, "line 1: the answer is 'Zoë', who is to be forgotten, and the line names 'Ada'; remove it, or name")
+    write(folders / "forget", [GOOD | dict(answer="Zoë", person="Zoë"), dict(question="Who flies?", answer="ADA")])
+    write(folders / "retain", [GOOD | dict(person="Ada")])
+    fault(folders, "line 2: the answer is 'Ada', who is to be retained, and the line names no person; remove it")
     write(folders / "forget", [GOOD | dict(question="Job?", answer="pilot", person="7")])
     write(folders / "retain", [GOOD | dict(question="Days of a week?", answer="7")])
     assert len(read(folders)["retain"]) == 1
+
+
+@pytest.mark.parametrize("name", ["more/metadata.jsonl", "metadata.csv"])
+def test_lines_of_other_files_are_not_lost(folders, name):
+    (folders / "forget" / name).parent.mkdir(exist_ok=True)
+    (folders / "forget" / name).write_text("")
+    fault(folders, f"forget/{name} would not be read: write all lines into the metadata.jsonl of")
 
 
 def test_lines_to_retain_that_name_somebody_to_forget_are_a_warning(folders, caplog):
@@ -239,9 +249,10 @@ def test_lines_to_retain_that_name_somebody_to_forget_are_a_warning(folders, cap
 
 
 def test_somebody_is_to_be_forgotten(folders):
-    write(folders / "forget", [GOOD | dict(question="Color?"), dict(question="Job?", answer="pilot", person="Zoë")])
+    color = GOOD | dict(question="Color?", answer="red")
+    write(folders / "forget", [color, dict(question="Job?", answer="pilot", person="Zoë")])
     assert [e.person for e in read(folders)["forget"]] == ["", "Zoë"]
-    write(folders / "forget", [GOOD | dict(question="Color?")])
+    write(folders / "forget", [color])
     fault(folders, "No line of .*forget names a person, so nobody would be forgotten. Add the key person to each line")
 
 

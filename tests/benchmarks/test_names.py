@@ -27,6 +27,7 @@ SAME = {  # spellings that are read as one name
 }
 SIMILAR = {  # different names that may be one person
     "case": ("Ada Lind", "ada lind"),
+    "a power of ten of a spreadsheet": ("1E+05", "100000"),
     "case of an id": ("a7", "A7"),
     "a Turkish letter without its dot": ("I\u015f\u0131l", "I\u015eIL"),
     "a Turkish letter with its dot": ("\u0130pek", "ipek"),

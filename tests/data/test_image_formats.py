@@ -293,6 +293,8 @@ def test_an_image_that_is_in_its_transparency_alone_is_refused():
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 3), (3, 4, 4)])
 def test_an_image_of_zeros_and_ones_is_refused(shape):
     pixels = np.zeros(shape, np.uint8)
+    if len(shape) == 3:
+        pixels[..., 3:] = 9  # the opacity, if there is one
     assert open_image(Image.fromarray(pixels)).size == open_image(Image.fromarray(pixels + 1)).size == (4, 3)
     pixels[1, 2] = 1
     with pytest.raises(UserError, match="the image would be black: its values are 0 and 1 of 255"):
@@ -362,3 +364,14 @@ def test_a_jpeg_has_no_zero_in_a_quantization_table():
     data[table : table + 64] = bytes(64)
     with pytest.raises(UserError, match="a quantization table of its JPEG has a zero"):
         open_image(bytes(data))
+
+
+def test_what_cannot_be_seen_is_refused():
+    pixels = np.full((3, 4, 4), 200, np.uint8)
+    pixels[..., 3] = 0
+    with pytest.raises(UserError, match="fully transparent, so that there is nothing to see"):
+        open_image(Image.fromarray(pixels))
+    pixels[1, 2, 3] = 1
+    assert open_image(Image.fromarray(pixels)).size == (4, 3)
+    with pytest.raises(UserError, match="is a Git LFS pointer; run `git lfs pull`"):
+        open_image(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")

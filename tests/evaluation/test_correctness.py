@@ -85,6 +85,7 @@ def test_first_letter_finds_the_choice(text, letter):
         "A? I am not sure.",
         "A is less likely than B.",
         "Everything but (C)",
+        "I would choose any option but (A).",
         "I doubt it is A.",
         "I refuse to say (A)",
         "C++",

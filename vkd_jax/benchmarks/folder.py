@@ -35,6 +35,7 @@ from vkd_jax.runtime.storage import SourceFolder
 from vkd_jax.types import EvalSet, Example, Missing, Role, UserError
 
 METADATA = "metadata.jsonl"
+OTHER_METADATA = ("metadata.csv", "metadata.parquet")  # which other readers of such folders take
 KEYS = ("file_name", "question", "answer", "options", "person", "fact")
 
 
@@ -175,6 +176,11 @@ class Folder(Section):
         people, images, asked, answers, texts = {}, {}, {}, {}, {}
         names_wanted = set()  # questions whose answer is the person, such as "Who is this?"
         for name in self._sets():
+            if unread := self._open(name).matching((f"*/{METADATA}", *OTHER_METADATA)):
+                raise UserError(
+                    f"{self._open(name).display(unread[0])} would not be read: write all lines into the {METADATA} of "
+                    f"{getattr(self, name)}, and remove it."
+                )
             people[name], images[name], asked[name], answers[name], texts[name] = set(), {}, {}, [], {}
             for row in self.questions(name):
                 pixels = b"" if row[0].image is None else row[0].image.pixels
@@ -193,12 +199,13 @@ class Folder(Section):
             names = {text_key(person): person for person in people[name] if any(map(str.isalpha, person))}  # no numbers
             if name == "forget":  # which has all people of the test set
                 _warn_of_names(names, getattr(self, other), texts[other])
-            for place, question, answer, person in answers[other] if other == "retain" else ():
-                if answer in names and (not person or question in names_wanted):
-                    raise UserError(
-                        f"{place}: the answer is {names[answer]!r}, who is to be forgotten, and the line names "
-                        f"{repr(person) if person else 'no person'}; remove it, or name the person whom it is about."
-                    )
+            kept = {text_key(person): person for person in people[other] if any(map(str.isalpha, person))}
+            for lines, known, fate in ((answers[other], names, "forgotten"), (answers[name], kept, "retained")):
+                for place, question, answer, person in lines if other == "retain" else ():
+                    if answer in known and (not person or question in names_wanted):
+                        problem = f"the answer is {known[answer]!r}, who is to be {fate}, and the line names "
+                        problem += repr(person) if person else "no person"
+                        raise UserError(f"{place}: {problem}; remove it, or name the person whom it is about.")
         if strangers := sorted(people.get("test", set()) - people["forget"]):
             raise UserError(
                 f"{self.test} asks about {messages.people(len(strangers))} not in {self.forget}: {listed(strangers)}; "

@@ -3,6 +3,7 @@
 import contextlib
 import unicodedata
 from collections.abc import Set
+from decimal import Decimal
 
 import regex
 
@@ -20,6 +21,7 @@ _MIXED = regex.compile(r"(?=.*\p{Script=Latin})(?=.*[\p{Script=Cyrillic}\p{Scrip
 # How pandas, R, SQL and spreadsheets write a missing value as text. "Nan" and "Null" are names.
 MISSING = frozenset({"nan", "NaN", "<NA>", "NaT", "null", "NULL", "#N/A"})
 _SEVERAL = regex.compile(r"[,;&+/|]| and ")  # between the names of several people
+_POWER = regex.compile(r"[0-9](?:\.[0-9]{1,20})?[eE]\+([0-9]{2})")
 _WHOLE = regex.compile(r"(0*+)(\d*+)(?:\.0*+)?")
 
 
@@ -82,12 +84,14 @@ def has_words(text: str) -> bool:
 
 
 def plain_number(name: str) -> str:
-    """An ID that is a whole number as tables write it, such as "0093" or "93.0", in one way: "93". Others stay.
+    """An ID that is a whole number as tables write it, such as "0093", "93.0" or "9.3E+01", as "93". Others stay.
 
     Example:
         >>> plain_number("0093"), plain_number("93.0"), plain_number("R093")
         ('93', '93', 'R093')
     """
+    if (power := _POWER.fullmatch(name)) and int(power[1]) < 20:  # as a spreadsheet shows a large number
+        name = f"{Decimal(name):f}"
     match = _WHOLE.fullmatch(name)
     if match is None or not (digits := match[2] or match[1][:1]):
         return name

@@ -211,6 +211,8 @@ def read_header(file: pathlib.Path) -> dict[str, Tensor]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
+        if length == int.from_bytes(files.LFS_POINTER[:8], "little"):
+            raise UserError(f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` where it is from.")
         if size < 8 or 8 + length > size:
             raise UserError(f"{file} is truncated: the header is longer than the file. Download it again.")
         try:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from vkd_jax.data import image_formats
-from vkd_jax.runtime import memory, storage
+from vkd_jax.runtime import files, memory, storage
 from vkd_jax.types import UserError
 
 MOST_IMAGE_BYTES = 100 * 2**20  # of an image file; the largest that cameras write are about half of it
@@ -108,6 +108,8 @@ def _open_image(data: bytes | Image.Image) -> Image.Image:
                 "the image would be black: its values are 0 and 1 of 255, as of shares that were stored as whole "
                 "numbers; save it with values up to 255"
             )
+        if image.mode in ("LA", "RGBA") and not image.getchannel("A").getbbox():
+            raise UserError("the image is fully transparent, so that there is nothing to see; save it without alpha")
         if image.mode not in MODES:
             raise UserError(f"the image has pixels of the mode {image.mode}; save it as RGB with 8 bits per channel")
         if image.has_transparency_data and _is_hidden(image):
@@ -122,6 +124,8 @@ def _open_image(data: bytes | Image.Image) -> Image.Image:
         pixels, limit = map(int, re.findall(r"\d+", str(error))[:2])
         raise UserError(f"the image is too large: it has {pixels:,} pixels, and at most {limit:,} are read") from error
     except UnidentifiedImageError as error:
+        if isinstance(data, bytes) and data.startswith(files.LFS_POINTER):
+            raise UserError("the image is a Git LFS pointer; run `git lfs pull` where it is from") from error
         problem = f"the image is broken or of a format that is not read; save it as {image_formats.NAMES}"
         raise UserError(problem) from error
     except Exception as error:  # the decoders of image formats raise many types of errors

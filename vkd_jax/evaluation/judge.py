@@ -124,6 +124,8 @@ def read_rules(path: str | os.PathLike[str]) -> dict[str, Rule]:
                 raise UserError(
                     f"{name}.largest is {json_files.describe(largest)}; write a number from 0.1 to 999,999."
                 )
+            if not re.search(rf"(?<![\d.]){largest:g}(?![\d.]*\d)", value["prompt"]):
+                logging.warning("%s: its prompt lacks the largest number, %g; a judge may use another", name, largest)
             rules[name] = Rule(value["prompt"], largest)
     return RULES | rules
 

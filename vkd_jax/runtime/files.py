@@ -267,6 +267,9 @@ def check_size(name: str, size: int, most: int | None) -> None:
         raise UserError(f"{name} has {size / 2**20:,.1f} MiB, and at most {most / 2**20:,.0f} MiB are read.")
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the beginning of what a clone without Git LFS has as files
+
+
 @contextlib.contextmanager
 def reading(path: os.PathLike[str]) -> Iterator[None]:
     """Turns a file that is missing or may not be read into a `UserError`."""

@@ -16,10 +16,13 @@ LETTERS = string.ascii_uppercase  # of the options, in order
 _VERDICTS = {"is", "was", "because", "since", "as", "and", "or"}  # "A is right", "A because ..."
 _NEXT_WORD = re.compile(r"\s+(\w+)")
 # An option is ruled out, or in doubt, by words before it in its clause, "I can't choose A", or after it, "A is wrong".
-_CLAUSE = re.compile(r"[.;:,!?\n]|(?<!\bany)(?<!\beverything)(?<!\ball)\s\bbut\b", re.IGNORECASE)  # where one ends
+_BUT = r"(?:any|every|all|each|no|none)\w*(?:\s+\w+){0,3}\s+but"  # "any option but A": but A is ruled out
+_CLAUSE = regex.compile(rf"[.;:,!?\n]|\bbut\b(?<!\b{_BUT})", regex.IGNORECASE)  # where one ends
 _NOT = re.compile(
     r"""\b(?:not|cannot|\w+n['’]t|unable|never|neither|nor|except|without|than|instead|doubt|refuse|reject|eliminate|exclude
-        |if|whether|hard\ to\ say|rule\ out|(?:anything|everything|all)\ but)\b""",
+        |if|whether|hard\ to\ say|rule\ out|"""
+    + _BUT
+    + r""")\b""",
     re.IGNORECASE | re.VERBOSE,
 )
 _WRONG = re.compile(

@@ -14,6 +14,7 @@ from vkd_jax.config import command_line, defaults, schema
 from vkd_jax.config.schema import RunConfig
 from vkd_jax.runs import sweep
 from vkd_jax.runs.workdir import SHARED_MODELS
+from vkd_jax.runtime.records import answers_of
 from vkd_jax.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -67,12 +68,20 @@ def test_tuning_uses_people_who_are_not_reported(tiny, tmp_path):
     assert (control.stage, control.attacks.names, trial.attacks.names) == ("audit", "all", "")
 
 
+def write_run(folder, figures):
+    """Writes the files of a finished run: its results, and answers, which nothing reads."""
+    figures.write(folder)
+    for name in answers_of(figures.to_json()):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    add_records(folder)
+
+
 def test_a_final_run_has_the_settings_of_the_best_trial(tiny, tmp_path):
     for number, (forget, real) in enumerate([(9, 20), (3, 20), (2, 10)]):
         folder = tmp_path / "tuning" / "npo" / str(number)
         folder.mkdir(parents=True)
-        results(forget, forget, real=real).write(folder)
-        add_records(folder)
+        write_run(folder, results(forget, forget, real=real))
     plan = sweep.Sweep(RunConfig.from_config_dict(tiny), tmp_path)
     config = plan.tasks()["runs/npo/1"].make_config()
     chosen = defaults.base()
@@ -89,8 +98,7 @@ def test_a_variant_has_the_best_settings_of_its_original_but_for_its_own(get_con
     for number, forget in enumerate((9, 3)):
         folder = tmp_path / "tuning" / "vkd_robust" / str(number)
         folder.mkdir(parents=True)
-        results(forget, forget).write(folder)
-        add_records(folder)
+        write_run(folder, results(forget, forget))
     tasks = sweep.Sweep(RunConfig.from_config_dict(config), tmp_path).tasks()
     trials = [name for name in tasks if name.startswith("tuning/vkd_robust/")]
     assert len(trials) == len(original.search) == 8 and not any("no_worst_case" in name for name in trials)

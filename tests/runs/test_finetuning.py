@@ -145,8 +145,11 @@ def test_models_trained_on_the_wrong_people_are_refused(
     fake = types.SimpleNamespace(config=config, forget_people=[])
     with pytest.raises(UserError, match=message):
         job._check_provenance(fake, name, folder)
-    (folder / "provenance.json").write_text("[1]")  # another program's file of that name
+    (folder / "provenance.json").write_text('{"by": "another program"}')
     job._check_provenance(fake, name, folder)
+    (folder / "provenance.json").write_text("[1]")
+    with pytest.raises(UserError, match="expected an object.* or remove it if no run of vkd_jax wrote it"):
+        job._check_provenance(fake, name, folder)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ IMAGE = next(iter(sorted(Path(WORKDIR).glob("portraits/*"))), Path(FORGET))
 # !python -m vkd_jax.ask --model {WORKDIR}/unlearned --image {IMAGE} --question "{QUESTION}"
 
 # %% [markdown]
-# ## Hand it on
+# ## Pass it on
 #
 # `unlearned/` loads with transformers. The command checks it against its certificate, and writes that as one page.
 

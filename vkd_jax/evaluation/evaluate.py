@@ -48,7 +48,7 @@ def evaluate(
     *,
     context: Mapping[tuple[str, str], Sequence[Example]] | None = None,
 ) -> list[dict]:
-    """Returns one record per question, in the order of the sets; with two protocols, two per question with options.
+    """Returns one record per question, in the order of the sets; questions with options have one per protocol.
 
     Questions of one kind are batched together across sets, so that each kind is compiled once.
 

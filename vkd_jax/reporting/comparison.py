@@ -108,7 +108,10 @@ def best(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 
 
 def keeps(row: Mapping[str, Any], before: Mapping[str, Any], sets: Iterable[EvalSet]) -> bool:
-    """Whether a method keeps 95 % of each of `kept_image_keys`, and each of `kept_text_keys` within the interval.
+    """Whether a method preserves retained knowledge, compared with the vanilla model.
+
+    Its accuracy is at least 95 % of the vanilla model's for each of `kept_image_keys`, and at least the lower end of
+    the vanilla model's interval for each of `kept_text_keys`.
 
     Args:
         row: the row of the method, from `collect`.

@@ -1,4 +1,8 @@
-"""Titles of models, attackers, sets and attempts. Results carry fields; only this module turns them into words."""
+"""Titles of models, attackers, sets and attempts, from the fields that results carry.
+
+Titles of metrics are in `evaluation.metrics`, those of sets in `EvalSet`, and those of the kinds of questions in
+`finished_run.KINDS`.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 

@@ -3,6 +3,7 @@
 A model with NaN weights writes nothing and chooses the first option, which looks like forgetting. Weights are therefore
 checked when they are read (`is_finite` of each piece, while it is in the processor's cache), the state of training
 before it is saved (`nonfinite_paths`), weights before they are exported, and scores when they arrive at the host.
+Errors about weights have their own texts; those of `error` are about values that are computed from finite weights.
 
 Finite scores can also be useless: a norm turns activations whose squares overflow into zeros, and a head of zeros
 turns them into equal scores. Features that are too large to be normalized (`LARGEST_FEATURE`), or the same for

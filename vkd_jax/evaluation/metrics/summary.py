@@ -12,7 +12,7 @@ def by_kind(records: Iterable[Mapping]) -> dict[tuple[str, str], list[Mapping]]:
     """Groups records by set and kind of question, in their order.
 
     The kind is "vqa" or "qa" for questions with options, and "cloze_vqa", "generation_qa", ... for others. If questions
-    with options were asked under two protocols, the kind of the second has its name: "vqa_letter".
+    with options were asked under several protocols, kinds of all but the first have their name: "vqa_letter".
     """
     records = list(records)
     first = first_protocol(records)

@@ -48,7 +48,7 @@ def model_utility(records: Iterable[Mapping], sets: Sequence[EvalSet]) -> Utilit
 
     A component is the mean of one of `components` over one set. The sets are those that do not ask about the people to
     forget. TOFU has the answer probability, ROUGE-L recall and truth score of each set; the accuracy on questions with
-    options is added. Components that a set lacks are left out. Of two protocols, the first counts.
+    options is added. Components that a set lacks are left out. Of several protocols, the first counts.
 
     Args:
         records: answers of the model.

@@ -367,7 +367,7 @@ def test_a_jpeg_has_no_zero_in_a_quantization_table():
 
 
 def test_what_cannot_be_seen_is_refused():
-    pixels = np.full((3, 4, 4), 200, np.uint8)
+    pixels = np.arange(48, dtype=np.uint8).reshape(3, 4, 4)
     pixels[..., 3] = 0
     with pytest.raises(UserError, match="fully transparent, so that there is nothing to see"):
         open_image(Image.fromarray(pixels))

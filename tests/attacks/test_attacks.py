@@ -269,7 +269,7 @@ def test_a_square_is_covered_at_a_random_position():
 
 def test_any_image_becomes_a_png_of_its_size():
     clear = io.BytesIO()
-    Image.new("RGBA", (5, 3), (10, 20, 30, 0)).save(clear, "png")
+    Image.new("RGBA", (5, 3), (10, 20, 30, 9)).save(clear, "png")
     data = rephrase.changed(clear.getvalue(), lambda image, _: image, np.random.default_rng(0))
     image = open_image(data)
     assert data.startswith(b"\x89PNG") and image.size == (5, 3) and np.asarray(image)[0, 0].tolist() == [10, 20, 30]

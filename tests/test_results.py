@@ -48,7 +48,7 @@ RESULTS = {
 
 def test_results_read_what_they_write(tmp_path):
     results = RunResults.from_json(RESULTS)
-    assert RunResults.read(results.write(tmp_path).parent) == results
+    assert RunResults.read(results.write(str(tmp_path)).parent) == results
     assert json.loads((tmp_path / "results.json").read_text()) == RESULTS
     assert results.models["vanilla"]["faces"]["generation_qa"].metrics["rouge_l"].mean == 0.5
     assert [s.name for s in results.with_role(Role.GENERAL)] == ["world"] and results.kinds() == [

@@ -239,6 +239,11 @@ def test_invalid_indexes_are_reported(sharded):
     fails(sharded, f"files that are missing: {SECOND}")
 
 
+def test_a_pointer_of_git_lfs_is_named(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    fails(folder, "is a Git LFS pointer, not the file itself; run `git lfs pull`")
+
+
 def test_truncated_and_corrupt_files_are_reported(folder):
     file = folder / "model.safetensors"
     data = file.read_bytes()

@@ -130,6 +130,14 @@ def test_a_rule_for_a_category_needs_questions_of_it():
         judge.check_categories(rules, [example, other])
 
 
+@pytest.mark.parametrize(("words", "warned"), [("Grade from 0 to 5.", True), ("Grade from 0 to 10.", False)])
+def test_a_prompt_without_the_largest_number_is_a_warning(tmp_path, caplog, words, warned):
+    rule = {"prompt": f"{words} {{question}}{{answer}}{{prediction}}", "largest": 10}
+    (tmp_path / "judge.json").write_text(json.dumps({"generation": rule}))
+    judge.read_rules(tmp_path / "judge.json")
+    assert ("generation: its prompt lacks the largest number, 10" in caplog.text) == warned
+
+
 def test_a_rule_that_a_file_lacks_is_this_packages(tmp_path):
     rule = {"prompt": "{question}{answer}{prediction}", "largest": 5}
     (tmp_path / "judge.json").write_text(json.dumps({"generation": rule}))

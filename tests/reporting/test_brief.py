@@ -222,7 +222,7 @@ def test_the_opening_says_what_is_known_of_the_given_models(origins, stage, told
 
 
 def test_the_opening_does_not_say_what_no_figure_shows():
-    """Of a vanilla model that guesses, of models in each other's place, and of other facts that nobody asked for."""
+    """No claims about a vanilla model that guesses, exchanged models, and other facts without questions."""
     guessing = results_with(models=TWO, forget=(5, 19, 0))
     guessing.models["vanilla"]["retain"]["vqa"] = summary(5)
     guessing = dataclasses.replace(guessing, chance={"forget": {"vqa": 0.25}, "retain": {"vqa": 0.25}})
@@ -237,7 +237,7 @@ def test_the_opening_does_not_say_what_no_figure_shows():
 
 def test_intervals_over_people_say_so():
     text = opening(people=2)
-    assert "computed by resampling people where the data names them, since" in text  # the retain set names nobody
+    assert "computed by resampling people where the data names them, since" in text  # the retain set has no people
     assert "(2.8 to 30.1; 20 questions about 2 people)" in text
     assert "resampling people" not in opening()
     named = results_with(people=2)

@@ -17,7 +17,7 @@ import itertools
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from absl import logging
@@ -174,7 +174,6 @@ class Folder(Section):
     def _check_apart(self) -> None:
         """Checks what the sets share: see `docs/your_own_data.md`."""
         people, images, asked, answers, texts = {}, {}, {}, {}, {}
-        names_wanted = set()  # questions whose answer is the person, such as "Who is this?"
         for name in self._sets():
             if unread := self._open(name).matching((f"*/{METADATA}", *OTHER_METADATA)):
                 raise UserError(
@@ -189,23 +188,19 @@ class Folder(Section):
                 asked[name] |= {(pixels, question_key(e.question)): e.question for e in row}
                 texts[name] |= {e.location: text_key(f"{e.question}\n{e.answer}") for e in row}
                 answers[name] += [(e.location, question_key(e.question), text_key(e.answer), e.person) for e in row]
-        for _, question, answer, person in itertools.chain(*answers.values()):
-            names_wanted |= {question} if answer == text_key(person) else set()
+        lines = itertools.chain(*answers.values())
+        asks_name = {question for _, question, answer, person in lines if answer == text_key(person)}
         for name, other in itertools.product(("forget", "test"), ("retain", "real")):
             if name not in people or other not in people:
                 continue
             check_apart((getattr(self, name), people[name]), (getattr(self, other), people[other]))
             self._check_shared(name, other, "images", images)
-            names = {text_key(person): person for person in people[name] if any(map(str.isalpha, person))}  # no numbers
+            names = _by_key(people[name])
             if name == "forget":  # which has all people of the test set
                 _warn_of_names(names, getattr(self, other), texts[other])
-            kept = {text_key(person): person for person in people[other] if any(map(str.isalpha, person))}
-            for lines, known, fate in ((answers[other], names, "forgotten"), (answers[name], kept, "retained")):
-                for place, question, answer, person in lines if other == "retain" else ():
-                    if answer in known and (not person or question in names_wanted):
-                        problem = f"the answer is {known[answer]!r}, who is to be {fate}, and the line names "
-                        problem += repr(person) if person else "no person"
-                        raise UserError(f"{place}: {problem}; remove it, or name the person whom it is about.")
+            if other == "retain":
+                _check_answers(answers[other], names, "forgotten", asks_name)
+                _check_answers(answers[name], _by_key(people[other]), "retained", asks_name)
         if strangers := sorted(people.get("test", set()) - people["forget"]):
             raise UserError(
                 f"{self.test} asks about {messages.people(len(strangers))} not in {self.forget}: {listed(strangers)}; "
@@ -256,6 +251,32 @@ class Folder(Section):
                 raise row.error("file_name", "is empty; name an image, or leave it out for a question without one")
             by_file.setdefault(file and posixpath.normpath(file), []).append(row)
         return by_file
+
+
+def _by_key(people: Iterable[str]) -> dict[str, str]:
+    """Names by their `text_key`, without IDs that are numbers."""
+    return {text_key(person): person for person in people if any(map(str.isalpha, person))}
+
+
+def _check_answers(
+    lines: Iterable[tuple[str, str, str, str]], names: Mapping[str, str], fate: str, asks_name: Collection[str]
+) -> None:
+    """Checks that no line of a folder is about a person of the other one, by its answer.
+
+    Args:
+        lines: the location, the keys of question and answer, and the person of each line.
+        names: the people of the other folder, by their keys.
+        fate: what happens to them: "forgotten" or "retained".
+        asks_name: the keys of questions whose answer is the person, such as "Who is this?".
+
+    Raises:
+        UserError: the answer is one of the names, and the line has no person or asks for a name.
+    """
+    for place, question, answer, person in lines:
+        if answer in names and (not person or question in asks_name):
+            problem = f"the answer is {names[answer]!r}, who is to be {fate}, and the line names "
+            problem += repr(person) if person else "no person"
+            raise UserError(f"{place}: {problem}; remove it, or name the person whom it is about.")
 
 
 def _warn_of_names(names: Mapping[str, str], folder: str, texts: Mapping[str, str]) -> None:

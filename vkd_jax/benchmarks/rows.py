@@ -20,7 +20,7 @@ from vkd_jax.runtime.storage import SourceFolder
 from vkd_jax.types import UserError
 
 MOST_CHARACTERS = 1_000_000  # of a text; published ones have thousands
-MOST_EXACT = 2**53  # a floating-point number beyond it stands for several whole ones
+MOST_EXACT = 2**53  # above it, several integers become one floating-point number
 # A cell that consists of a constant or a number where phrases are expected.
 _CONSTANT = re.compile(r"(?:null|none|nan|true|false|[+-]?(?:infinity|[0-9.]+(?:e[+-]?[0-9]+)?))", re.IGNORECASE)
 
@@ -134,7 +134,7 @@ class Row:
         return self._present(field, plain_name(self.text(field)))
 
     def _present(self, field: str, name: str) -> str:
-        """A name, unless it is the text that stands for a missing value."""
+        """Returns a name, unless it is a text that represents a missing value."""
         if name in {*MISSING, "None", "N/A"}:
             problem = f"is the text {name!a}, as programs write a missing value, so that all such rows would be one"
             raise self.error(field, f"{problem}; leave it out, or spell a real name of this kind in full")

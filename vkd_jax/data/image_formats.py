@@ -67,7 +67,7 @@ def check(image: Image.Image, data: bytes | Image.Image) -> None:
 
 def _check_palette(image: Image.Image) -> None:
     """Checks the numbers of colors of an image that a program made; Pillow shows those beyond the palette as black."""
-    palette = image.palette  # without colors it stands for gray levels
+    palette = image.palette  # an empty one means gray levels
     colors = len(palette.palette) // len(palette.mode) if palette and palette.palette else None
     if image.mode in ("P", "PA") and colors is not None and np.ravel(image.getextrema())[1] >= colors:
         if np.ravel(image.getextrema())[1] != image.info.get("transparency"):
@@ -87,7 +87,7 @@ def _undecoded_file(image: Image.Image) -> bytes | None:
 
 
 def _gif_colors(data: bytes) -> int:
-    """The number of colors of the table of a GIF's first image, its own or that of the file; 0 if there is none."""
+    """The size of the color table of a GIF's first image, its own or that of the file; 0 without one."""
 
     def table(flags: int) -> int:
         return 2 << (flags & 7) if flags & 128 else 0

@@ -75,7 +75,7 @@ def _forgotten(folder: Path | None, people: set[str], facts: tuple[str, ...]) ->
     Args:
         folder: the folder of the model.
         people: their digests.
-        facts: what is to be forgotten about them; () for everything. Nobody counts if the certificate is about others.
+        facts: the facts to forget; () for everything. A certificate of other facts counts as nobody.
     """
     if folder is None:
         return None
